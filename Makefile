@@ -1,0 +1,51 @@
+# Every target sets up what it needs: a virtual environment (VENV=… moves it) with the tested versions.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO := runs/digits
+
+.PHONY: help demo test test-long lint bench clean
+
+help:
+	@echo "make demo       train a small CLIP on real handwriting, evaluate it, and write a report"
+	@echo "make test       the tests (a few minutes); make test-long for all of every matrix"
+	@echo "make lint       formatting, lint, types, order of imports"
+	@echo "make bench      speed beside open_clip and transformers"
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+# The same steps as for data of one's own; each line can be typed by hand.
+demo: $(VENV)/.demo
+	rm -rf $(DEMO)/data $(DEMO)/report
+	$(BIN)/python examples/digits.py $(DEMO)/data
+	$(BIN)/miniclip shards $(DEMO)/data/train $(DEMO)/shards/train --overwrite
+	$(BIN)/miniclip shards $(DEMO)/data/val $(DEMO)/shards/val --overwrite
+	$(BIN)/python train.py fit --config configs/digits.yaml --overwrite true
+	$(BIN)/python eval_zeroshot.py --model $(DEMO)/best --out $(DEMO)/report --group-column scan \
+	    --data $(DEMO)/data/digits.csv $(DEMO)/data/inks.csv $(DEMO)/data/unseen.csv
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/encode.py
+
+clean:
+	rm -rf $(VENV) runs reports .pytest_cache .mypy_cache .ruff_cache build *.egg-info

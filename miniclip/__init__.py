@@ -1,0 +1,51 @@
+"""miniclip: CLIP from scratch in PyTorch. Train small models on your own pairs, or classify with trained ones.
+
+>>> import miniclip
+>>> model, preprocess = miniclip.load("runs/digits/best")
+>>> tokens = miniclip.tokenize(["a handwritten seven", "a handwritten one"])
+
+Names are imported when first used, so that `miniclip --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import CLIPConfig as CLIPConfig
+    from .config import TextConfig as TextConfig
+    from .config import VisionConfig as VisionConfig
+    from .evaluate import zero_shot_classifier as zero_shot_classifier
+    from .loss import clip_loss as clip_loss
+    from .model import CLIP as CLIP
+    from .tokenizer import tokenize as tokenize
+    from .weights import load as load
+    from .weights import save as save
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CLIP": "model",
+    "CLIPConfig": "config",
+    "TextConfig": "config",
+    "VisionConfig": "config",
+    "clip_loss": "loss",
+    "load": "weights",
+    "save": "weights",
+    "tokenize": "tokenizer",
+    "zero_shot_classifier": "evaluate",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,195 @@
+"""The architecture of a CLIP model, as data: what must be known to build it and to feed it. No torch in this file.
+
+A `CLIPConfig` travels with the weights as `config.json`, so that activation, resolution, mean and standard deviation
+can never be mismatched. The four ViT models of the paper (Radford et al. 2021, table 20) are in `OPENAI_MODELS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Activation = Literal["gelu", "quick_gelu"]
+VisionKind = Literal["vit"]
+
+# Mean and standard deviation of CLIP's training images, RGB in [0, 1] (`_transform` in OpenAI's clip/clip.py).
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be greater than 0")
+
+
+def _require_heads(config: VisionConfig | TextConfig) -> None:
+    if config.width % config.head_width:
+        raise ValueError(
+            f"{type(config).__name__}.width is {config.width}, which is not a multiple of head_width "
+            f"{config.head_width}; every attention head needs the same whole number of channels"
+        )
+
+
+def _require_choice(config: Any, name: str, choices: Any) -> None:
+    value = getattr(config, name)
+    if value not in get_args(choices):
+        raise ValueError(f"{type(config).__name__}.{name} is {value!r}; valid are {', '.join(get_args(choices))}")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image tower (paper section 2.4).
+
+    Args:
+        kind: "vit", the vision transformer of Dosovitskiy et al. 2020 with one more layer norm before the blocks.
+        image_size: side of the square input, pixels.
+        patch_size: side of a patch, pixels; divides `image_size`.
+        width: channels of a token.
+        layers: number of residual attention blocks.
+        head_width: channels of one attention head; divides `width`.
+        mlp_ratio: width of the blocks' hidden layer, in units of `width`.
+        mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
+    """
+
+    kind: VisionKind = "vit"
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "kind", VisionKind)
+        _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
+        _require_heads(self)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"VisionConfig.image_size is {self.image_size}, which is not a multiple of patch_size "
+                f"{self.patch_size}; a strip of pixels at the edge would never be seen"
+            )
+        for name in ("mean", "std"):
+            value = tuple(float(x) for x in getattr(self, name))
+            if len(value) != 3 or (name == "std" and min(value) <= 0):
+                raise ValueError(f"VisionConfig.{name} is {value}; it must be three numbers (R, G, B), std above 0")
+            object.__setattr__(self, name, value)  # JSON and YAML give lists; equality wants one type
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower: a causal transformer, GPT-2's shape (paper section 2.4).
+
+    Args:
+        context_length: the most tokens of a text, start and end tokens included.
+        vocab_size: rows of the token embedding.
+        eot_token: id of the end-of-text token; the first one in a row is where the text's features are taken.
+        width, layers, head_width, mlp_ratio: as in VisionConfig.
+    """
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    eot_token: int = 49407
+    width: int = 512
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "context_length", "vocab_size", "width", "layers", "head_width", "mlp_ratio")
+        _require_heads(self)
+        if not 0 <= self.eot_token < self.vocab_size:
+            raise ValueError(
+                f"TextConfig.eot_token is {self.eot_token}; it must be a token id, 0 to {self.vocab_size - 1}"
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_width
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Two towers and the width of the space they meet in.
+
+    Args:
+        embed_dim: channels of the shared embedding.
+        activation: of the blocks' hidden layer. OpenAI's weights need "quick_gelu", x * sigmoid(1.702 x);
+            with the other one they run, and are quietly worse.
+    """
+
+    embed_dim: int = 512
+    activation: Activation = "quick_gelu"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "embed_dim")
+        _require_choice(self, "activation", Activation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as nested plain values, as `from_dict` takes them."""
+        return json.loads(self.to_json())
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "the configuration") -> CLIPConfig:
+        """The inverse of `to_dict`; missing keys take their defaults, unknown ones are an error.
+
+        Args:
+            source: where the values came from, for the error.
+
+        Raises:
+            ValueError: an unknown key, or a value that the architecture does not allow.
+        """
+        values = dict(values)
+        vision = VisionConfig(**_known(VisionConfig, values.pop("vision", {}), f"{source}, section 'vision'"))
+        text = TextConfig(**_known(TextConfig, values.pop("text", {}), f"{source}, section 'text'"))
+        return cls(**{**_known(cls, values, source), "vision": vision, "text": text})
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the configuration") -> CLIPConfig:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from error
+        return cls.from_dict(values, source)
+
+
+def _known(cls: Any, values: Any, source: str) -> dict[str, Any]:
+    """`values`, after making sure that every key is a field of `cls`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds {values!r}; it must be a mapping of names to values")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{source} has the unknown key {key!r}; valid are {', '.join(names)}")
+    return values
+
+
+def _vit(embed_dim: int, text_width: int, image_size: int, patch_size: int, width: int, layers: int) -> CLIPConfig:
+    vision = VisionConfig(image_size=image_size, patch_size=patch_size, width=width, layers=layers)
+    return CLIPConfig(embed_dim=embed_dim, vision=vision, text=TextConfig(width=text_width))
+
+
+OPENAI_MODELS: dict[str, CLIPConfig] = {
+    "ViT-B/32": _vit(512, 512, image_size=224, patch_size=32, width=768, layers=12),
+    "ViT-B/16": _vit(512, 512, image_size=224, patch_size=16, width=768, layers=12),
+    "ViT-L/14": _vit(768, 768, image_size=224, patch_size=14, width=1024, layers=24),
+    "ViT-L/14@336px": _vit(768, 768, image_size=336, patch_size=14, width=1024, layers=24),
+}

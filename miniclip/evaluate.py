@@ -1,0 +1,242 @@
+"""Zero-shot classification: prompts in, a classifier out, and scores with their intervals (paper section 3.1).
+
+To this file a model is whatever encodes images and texts; preprocessing and tokenizer are arguments. So any CLIP-like
+model of any library can be evaluated.
+
+N images, C classes, T templates, E embedding, K guesses kept per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import tokenizer
+from .datasets import LabelledImages
+from .prompts import Template, fill
+
+_PROMPTS_PER_BATCH = 256
+_NUM_GUESSES = 5
+_NUM_RESAMPLES = 2000
+
+
+class Encoder(Protocol):
+    """The part of a model that evaluation uses."""
+
+    logit_scale: Tensor
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_text(self, tokens: Tensor) -> Tensor: ...
+
+
+def zero_shot_classifier(
+    model: Any,
+    classnames: Sequence[str],
+    templates: Sequence[Template],
+    tokenize: Callable[[list[str]], Tensor] | None = None,
+) -> Tensor:
+    """One unit vector for each class: the mean of its prompts' unit features, made unit again (paper section 3.1.4).
+
+    Args:
+        model: has `encode_text`.
+        classnames: C names.
+        templates: T wordings, with `{}` or `{c}` where the name goes, or functions of the name.
+        tokenize: texts to token ids; by default CLIP's own.
+
+    Returns:
+        (E, C), columns of unit length. `image_features @ classifier` are cosines.
+
+    Raises:
+        ValueError: no classes or no templates, or a template without a place for the name.
+    """
+    if not len(classnames) or not len(templates):
+        raise ValueError(f"{len(classnames)} class names and {len(templates)} templates; each needs at least one")
+    if isinstance(classnames, str) or isinstance(templates, str):
+        raise ValueError("classnames and templates are sequences of texts; a single text was given")
+    if tokenize is None:
+        tokenize = partial(tokenizer.tokenize, context_length=getattr(model, "context_length", 77))
+    prompts = [fill(template, name) for name in classnames for template in templates]
+    features = encode_texts(model, prompts, tokenize)  # (C * T, E)
+    means = features.view(len(classnames), len(templates), -1).mean(dim=1)  # (C, E)
+    return F.normalize(means, dim=-1).T
+
+
+@torch.inference_mode()
+def encode_texts(model: Any, texts: Sequence[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
+    """Unit features (N, E) of texts; each text once, and long ones apart from short ones, as they set the cost."""
+    unique = list(dict.fromkeys(texts))
+    unique.sort(key=len)
+    parts = []
+    for start in range(0, len(unique), _PROMPTS_PER_BATCH):
+        features = model.encode_text(tokenize(unique[start : start + _PROMPTS_PER_BATCH]))
+        parts.append(F.normalize(features.float(), dim=-1))
+    place = {text: number for number, text in enumerate(unique)}
+    return torch.cat(parts)[[place[text] for text in texts]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model said of each image.
+
+    Args:
+        data: what was evaluated.
+        numbers: (N,) which of the data's images could be read, in order.
+        labels: (N,) true classes.
+        ranked: (N, K) classes by falling cosine.
+        cosines: (N, K) of those.
+        probabilities: (N, K) of those, softmax over all classes at the model's logit scale; relative to the list of
+            classes, never "is it one of these at all".
+        unreadable: why the other images could not be read.
+    """
+
+    data: LabelledImages
+    numbers: np.ndarray
+    labels: np.ndarray
+    ranked: np.ndarray
+    cosines: np.ndarray
+    probabilities: np.ndarray
+    unreadable: tuple[str, ...]
+
+
+class _Images(Dataset[tuple[int, Tensor | str]]):
+    def __init__(self, data: LabelledImages, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.data, self.preprocess = data, preprocess
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+        try:
+            return number, self.preprocess(self.data.open(number))
+        except ValueError as error:
+            return number, str(error)
+
+
+@torch.inference_mode()
+def zero_shot_scores(
+    model: Any,
+    preprocess: Callable[[Image.Image], Tensor],
+    data: LabelledImages,
+    *,
+    tokenize: Callable[[list[str]], Tensor] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> Scores:
+    """Classifies every image of a data set by its prompts.
+
+    Args:
+        model: has `encode_image`, `encode_text`, `logit_scale`.
+        preprocess: PIL image to (3, R, R).
+        tokenize: by default CLIP's own.
+        num_workers: processes that decode.
+        progress: called with the number of images done.
+
+    Raises:
+        ValueError: not one image could be read, or the features are not finite.
+    """
+    classifier = zero_shot_classifier(model, data.classnames, data.templates, tokenize)
+    guesses = min(_NUM_GUESSES, len(data.classnames))
+    loader = DataLoader(_Images(data, preprocess), batch_size, num_workers=num_workers, collate_fn=list)
+    device = model.logit_scale.device
+    numbers, unreadable, parts = [], [], []
+    done = 0
+    for batch in loader:
+        done += len(batch)
+        healthy = [(number, image) for number, image in batch if isinstance(image, Tensor)]
+        unreadable += [problem for _, problem in batch if isinstance(problem, str)]
+        if healthy:
+            images = torch.stack([image for _, image in healthy]).to(device)
+            logits = F.normalize(model.encode_image(images).float(), dim=-1) @ classifier  # (b, C)
+            if not torch.isfinite(logits).all():
+                raise ValueError(f"the model gives features that are not finite, for images of {data.name}")
+            shares = (model.logit_scale.exp().float() * logits).softmax(dim=-1)
+            top, best = logits.topk(guesses, dim=-1)
+            parts.append([t.cpu().numpy() for t in (best, top, shares.gather(1, best))])
+            numbers += [number for number, _ in healthy]
+        if progress:
+            progress(done)
+    if not numbers:
+        raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
+    ranked, cosines, probabilities = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    labels = np.array(data.labels)[numbers]
+    return Scores(data, np.array(numbers), labels, ranked, cosines, probabilities, tuple(unreadable))
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of one data set, as shares of 1.
+
+    Args:
+        acc1, acc5: share of images whose class is the first guess, or among the first five.
+        mean_per_class_recall: the mean over classes that have images, so that rare ones count as much.
+        interval: the 95 % interval of acc1, resampled by group.
+        per_class: (C,) acc1 of each class, NaN for a class without images.
+        confusion: (C, C) images by true class (row) and first guess (column).
+    """
+
+    num_images: int
+    acc1: float
+    acc5: float
+    mean_per_class_recall: float
+    interval: tuple[float, float]
+    per_class: np.ndarray
+    confusion: np.ndarray
+
+
+def measure(scores: Scores) -> Metrics:
+    C = len(scores.data.classnames)
+    correct = scores.ranked == scores.labels[:, None]  # (N, K)
+    confusion = np.zeros((C, C), dtype=np.int64)
+    np.add.at(confusion, (scores.labels, scores.ranked[:, 0]), 1)
+    with np.errstate(invalid="ignore"):
+        per_class = confusion.diagonal() / confusion.sum(axis=1)
+    groups = np.array(scores.data.groups)[scores.numbers]
+    return Metrics(
+        num_images=len(correct),
+        acc1=float(correct[:, 0].mean()),
+        acc5=float(correct[:, :5].any(axis=1).mean()),
+        mean_per_class_recall=float(np.nanmean(per_class)),
+        interval=bootstrap_interval(correct[:, 0], groups),
+        per_class=per_class,
+        confusion=confusion,
+    )
+
+
+def bootstrap_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean, drawing whole groups with replacement (Efron's percentile bootstrap).
+
+    Args:
+        values: (N,).
+        groups: (N,) which values belong together.
+    """
+    _, group = np.unique(groups, return_inverse=True)
+    sums, sizes = np.bincount(group, weights=values.astype(np.float64)), np.bincount(group)
+    random = np.random.default_rng(seed)
+    means = np.empty(_NUM_RESAMPLES)
+    for i in range(_NUM_RESAMPLES):
+        drawn = random.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def recall_at_1(queries: Tensor, keys: Tensor, chunk_size: int = 1024) -> float:
+    """Share of queries (N, E) that are nearer to their own key (same row) than to any other; a tie is a miss."""
+    hits = 0
+    for start in range(0, len(queries), chunk_size):
+        cosines = queries[start : start + chunk_size] @ keys.T  # (n, N)
+        rows = torch.arange(len(cosines), device=cosines.device)
+        own = cosines[rows, start + rows].clone()
+        cosines[rows, start + rows] = -torch.inf
+        hits += int((own > cosines.max(dim=1).values).sum())
+    return hits / len(queries)

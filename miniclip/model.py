@@ -1,0 +1,259 @@
+"""CLIP: two towers that map images and texts to one space (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
+
+Read from top to bottom: attention, block, transformer, the two towers, CLIP. Parameters keep the names of OpenAI's
+code. Two things are done differently there and come out the same here with less work:
+
+- Only one token of each tower's output is used (the class token; the end-of-text token), so the last block computes
+  queries, hidden layer and norm for that token alone.
+- Text attends only to what stands before it, so columns after the last end-of-text token cannot reach the output.
+  They are cut off before the tower runs (`trim_text`), and a prompt of 10 tokens costs 10, not 77.
+
+B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Activation, CLIPConfig, TextConfig, VisionConfig
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU that OpenAI's models were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values (Vaswani et al. 2017, section 3.2).
+
+    Args:
+        is_causal: a token sees itself and those before it only.
+    """
+
+    def __init__(self, width: int, heads: int, is_causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.is_causal = is_causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
+        """All tokens attend: (B, N, D) -> (B, N, D). With `pool` (B,), only the token at that place: -> (B, 1, D)."""
+        B, N, D = x.shape
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        visible = None
+        if pool is None:
+            qkv = F.linear(x, weight, bias).view(B, N, 3, self.heads, -1)  # (B, N, 3, H, D/H)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, H, N, D/H)
+        else:
+            q = F.linear(_pick(x, pool), weight[:D], bias[:D]).view(B, self.heads, 1, -1)  # (B, H, 1, D/H)
+            kv = F.linear(x, weight[D:], bias[D:]).view(B, N, 2, self.heads, -1)  # (B, N, 2, H, D/H)
+            k, v = kv.permute(2, 0, 3, 1, 4)  # 2 of (B, H, N, D/H)
+            if self.is_causal:
+                visible = (torch.arange(N, device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
+        is_causal = self.is_causal and pool is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, N or 1, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.activation = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation, is_causal: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, is_causal)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio), activation)
+
+    def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), or with `pool` (B,) the token at that place alone: -> (B, 1, D)."""
+        attended = self.attn(self.ln_1(x), pool)
+        x = attended + (x if pool is None else _pick(x, pool)[:, None])
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(self, config: VisionConfig | TextConfig, activation: Activation, is_causal: bool) -> None:
+        super().__init__()
+        width, heads, ratio = config.width, config.heads, config.mlp_ratio
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, heads, ratio, activation, is_causal) for _ in range(config.layers)
+        )
+
+    def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), or with `pool` (B,) the last block's output for that token alone: -> (B, D)."""
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x = block(x)
+        return last(x) if pool is None else last(x, pool)[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """The image tower: patches and a class token through a transformer (Dosovitskiy et al. 2020; paper section 2.4)."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int, activation: Activation) -> None:
+        super().__init__()
+        D = config.width
+        scale = D**-0.5
+        self.input_resolution = config.image_size
+        self.conv1 = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(D))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + config.num_patches, D))
+        self.ln_pre = nn.LayerNorm(D)
+        self.transformer = Transformer(config, activation, is_causal=False)
+        self.ln_post = nn.LayerNorm(D)
+        self.proj = nn.Parameter(scale * torch.randn(D, embed_dim))
+
+    def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
+        """Normalised images (B, 3, R, R) -> (B, E).
+
+        With `all_tokens` -> (B, 1 + patches, D): class token, then patches row by row, normed but not projected
+        (`@ proj` takes them to the shared space).
+        """
+        B = images.shape[0]
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, D)
+        x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1) + self.positional_embedding  # (B, N, D)
+        x = self.ln_pre(x)
+        if all_tokens:
+            return self.ln_post(self.transformer(x))
+        class_token = torch.zeros(B, dtype=torch.long, device=x.device)
+        return self.ln_post(self.transformer(x, pool=class_token)) @ self.proj
+
+
+class TextTransformer(nn.Module):
+    """The text tower: a causal transformer read at the end-of-text token (paper section 2.4)."""
+
+    def __init__(self, config: TextConfig, embed_dim: int, activation: Activation) -> None:
+        super().__init__()
+        D = config.width
+        self.eot_token = config.eot_token
+        self.token_embedding = nn.Embedding(config.vocab_size, D)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, D))
+        self.transformer = Transformer(config, activation, is_causal=True)
+        self.ln_final = nn.LayerNorm(D)
+        self.text_projection = nn.Parameter(torch.empty(D, embed_dim))
+        # As in OpenAI's code: deeper stacks start with smaller residuals (Radford et al. 2019, section 2.3). Only
+        # the text tower is treated so there; the image tower keeps PyTorch's defaults.
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=D**-0.5)
+        residual_std = D**-0.5 * (2 * config.layers) ** -0.5
+        for block in self.transformer.resblocks:
+            assert isinstance(block, ResidualAttentionBlock)
+            nn.init.normal_(block.attn.in_proj_weight, std=D**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def forward(self, tokens: Tensor, all_tokens: bool = False) -> Tensor:
+        """Token ids (B, L), L up to the context length -> (B, E).
+
+        With `all_tokens` -> (B, L, D): every token normed but not projected (what diffusion models condition on).
+        """
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
+        if all_tokens:
+            return self.ln_final(self.transformer(x))
+        # The first end token, not the largest id: added tokens may have larger ones, and some pad with the end token.
+        end_of_text = (tokens == self.eot_token).int().argmax(dim=1)  # (B,)
+        return self.ln_final(self.transformer(x, pool=end_of_text)) @ self.text_projection
+
+
+class CLIP(nn.Module):
+    """Two towers and the temperature of their contrast."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
+        self.text = TextTransformer(config.text, config.embed_dim, config.activation)
+        self.context_length = config.text.context_length
+        self.vocab_size = config.text.vocab_size
+        # The logarithm of the inverse temperature, 1/0.07 at the start (paper section 2.5).
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Normalised images (N, 3, R, R) -> features (N, E), of unit length if `normalize`.
+
+        Raises:
+            ValueError: another shape, or integers (pixels that `preprocess` has not seen).
+        """
+        R = self.visual.input_resolution
+        if images.ndim != 4 or images.shape[1:] != (3, R, R):
+            raise ValueError(f"images have the shape {tuple(images.shape)}; this model takes (N, 3, {R}, {R})")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; this model takes floats normalised as its preprocess does")
+        features = self.visual(images.to(self.dtype))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (N, L), L up to the context length -> features (N, E), of unit length if `normalize`.
+
+        Ids on the CPU are cut to the longest text and then moved to where the weights are. Ids on a GPU are taken
+        as they come, since to look at them would make it wait; leave them on the CPU, or `trim_text` them there.
+
+        Raises:
+            ValueError: another shape, or (on the CPU) a row without an end-of-text token.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
+            raise ValueError(
+                f"tokens have the shape {tuple(tokens.shape)}; this model takes (N, L) with L at most the context "
+                f"length {self.context_length}"
+            )
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            tokens = trim_text(tokens, self.text.eot_token).to(self.logit_scale.device)
+        features = self.text(tokens)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, R, R), tokens (M, L) -> scaled cosines (N, M) and their transpose (M, N)."""
+        image_features = self.encode_image(images, normalize=True)
+        text_features = self.encode_text(tokens, normalize=True)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
+        return logits_per_image, logits_per_image.T
+
+
+def trim_text(tokens: Tensor, eot_token: int) -> Tensor:
+    """Cuts the columns (N, L) that no row's first end-of-text token can see.
+
+    Raises:
+        ValueError: a row has no end-of-text token.
+    """
+    is_end = tokens == eot_token
+    if not is_end.any(dim=1).all():
+        row = int((~is_end.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} of the tokens has no end-of-text token ({eot_token}): {tokens[row].tolist()}")
+    if not len(tokens):
+        return tokens
+    return tokens[:, : int(is_end.int().argmax(dim=1).max()) + 1]
+
+
+def _pick(x: Tensor, place: Tensor) -> Tensor:
+    """Row b's token at place[b]: (B, N, D), (B,) -> (B, D)."""
+    return x[torch.arange(len(x), device=x.device), place]

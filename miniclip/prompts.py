@@ -1,0 +1,72 @@
+"""Prompt templates and class names, kept as data in assets/ (its NOTICE says where they come from). No torch here.
+
+A template is a text with a place for the class name, `{}` or `{c}`, or a function of the name:
+
+>>> fill("a photo of a {}.", "tabby cat")
+'a photo of a tabby cat.'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+
+Template = str | Callable[[str], str]
+
+# Sets of templates by name. "simple" is the one prompt of the paper's section 3.1.4.
+_TEMPLATE_FILES = {"imagenet80": "imagenet_templates_80.txt", "imagenet7": "imagenet_templates_7.txt"}
+TEMPLATE_SETS = ("simple", *_TEMPLATE_FILES)
+
+
+def fill(template: Template, classname: str) -> str:
+    """The prompt for one class.
+
+    Plain replacement and not `str.format`, so that a class name or template may hold any other brace.
+
+    Raises:
+        ValueError: a text template without a place for the name; every class would get the same prompt.
+    """
+    if callable(template):
+        return template(classname)
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")
+    return template.replace("{c}", "{}").replace("{}", classname)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file without their ends; blank lines at the end of the file do not count.
+
+    Raises:
+        ValueError: no such file, nothing in it, or a blank line among the others (line numbers are labels).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ValueError(f"{path} is {'empty' if len(lines) == 1 else f'blank in line {number}'}")
+    return lines
+
+
+@cache
+def imagenet_classnames() -> tuple[str, ...]:
+    """OpenAI's names of ImageNet's 1,000 classes in label order. Two names occur twice: never key by name."""
+    return tuple(read_lines(ASSETS / "imagenet_classnames.txt"))
+
+
+@cache
+def template_set(name: str) -> tuple[str, ...]:
+    """The templates of a built-in set, one of `TEMPLATE_SETS`.
+
+    Raises:
+        ValueError: no such set.
+    """
+    if name == "simple":
+        return ("a photo of a {c}.",)
+    if name not in _TEMPLATE_FILES:
+        raise ValueError(f"no template set {name!r}; built in are {', '.join(TEMPLATE_SETS)}")
+    return tuple(read_lines(ASSETS / _TEMPLATE_FILES[name]))

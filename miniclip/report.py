@@ -1,0 +1,309 @@
+"""Results -> a table in the terminal, JSON, and one HTML page that opens from disk without a network.
+
+C classes; shares are of 1, printed in %.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import datetime
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.table import Table
+
+from . import __version__
+from .evaluate import Metrics, Scores
+from .files import write_text
+from .prompts import ASSETS
+
+_THUMBNAIL = 112  # pixels
+_GALLERY = 24  # images of a kind
+_MOST_LABELS = 45  # classes that still have their name on an axis
+_MOST_CONFUSION_CLASSES = 200  # beyond, JSON keeps the confused pairs alone
+
+
+@dataclass(frozen=True)
+class Result:
+    """One data set's scores and what was measured on them."""
+
+    scores: Scores
+    metrics: Metrics
+    seconds: float
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def table(model: str, results: Sequence[Result]) -> Table:
+    """The scores of one model, a row for each data set."""
+    columns = ("data", "images", "classes", "prompts", "top-1 %", "95 % interval", "top-5 %", "mean per class %")
+    out = Table(title=f"zero-shot classification, {model}")
+    for column in columns:
+        out.add_column(column, justify="left" if column == "data" else "right", no_wrap=True)
+    for result in results:
+        data, metrics = result.scores.data, result.metrics
+        low, high = metrics.interval
+        out.add_row(
+            data.name,
+            f"{metrics.num_images} of {len(data)}" if result.scores.unreadable else str(metrics.num_images),
+            str(len(data.classnames)),
+            str(len(data.templates)),
+            percent(metrics.acc1),
+            f"{percent(low)} – {percent(high)}",
+            percent(metrics.acc5),
+            percent(metrics.mean_per_class_recall),
+        )
+    return out
+
+
+def confused_pairs(result: Result, most: int = 10) -> list[tuple[str, str, int]]:
+    """(true class, guessed class, images), the most frequent mistakes first."""
+    mistakes = result.metrics.confusion.copy()
+    np.fill_diagonal(mistakes, 0)
+    names = result.scores.data.classnames
+    order = np.argsort(mistakes, axis=None, kind="stable")[::-1][:most]
+    pairs = [divmod(int(place), len(names)) for place in order]
+    return [(names[row], names[column], int(mistakes[row, column])) for row, column in pairs if mistakes[row, column]]
+
+
+def as_dict(model: str, results: Sequence[Result]) -> dict[str, Any]:
+    """Everything that was measured, with what is needed to measure it again."""
+    return {
+        "schema": 1,
+        "model": model,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "results": [_result_as_dict(result) for result in results],
+    }
+
+
+def _result_as_dict(result: Result) -> dict[str, Any]:
+    scores, metrics, data = result.scores, result.metrics, result.scores.data
+    names = data.classnames
+    predictions = [
+        {
+            "path": str(data.paths[number]),
+            "label": names[label],
+            "guesses": [
+                {"class": names[c], "cosine": round(float(cosine), 5), "probability": round(float(probability), 5)}
+                for c, cosine, probability in zip(ranked, cosines, probabilities, strict=True)
+            ],
+        }
+        for number, label, ranked, cosines, probabilities in zip(
+            scores.numbers, scores.labels, scores.ranked, scores.cosines, scores.probabilities, strict=True
+        )
+    ]
+    counts = metrics.confusion.sum(axis=1)
+    return {
+        "dataset": data.name,
+        "task": "zeroshot_classification",
+        "num_images": metrics.num_images,
+        "unreadable": list(scores.unreadable),
+        "metrics": {
+            "acc1": metrics.acc1,
+            "acc5": metrics.acc5,
+            "mean_per_class_recall": metrics.mean_per_class_recall,
+        },
+        "acc1_interval_95": list(metrics.interval),
+        "classnames": list(names),
+        "templates": list(data.templates),
+        "per_class": [
+            {"class": name, "images": int(count), "acc1": None if count == 0 else float(share)}
+            for name, count, share in zip(names, counts, metrics.per_class, strict=True)
+        ],
+        "confused_pairs": [
+            {"class": true, "guess": guess, "images": count} for true, guess, count in confused_pairs(result)
+        ],
+        "confusion": metrics.confusion.tolist() if len(names) <= _MOST_CONFUSION_CLASSES else None,
+        "predictions": predictions,
+        "seconds": round(result.seconds, 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {"miniclip": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def read_curves(model: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves of the run that a model came from, (step, value) by name; empty for a model without a run."""
+    path = Path(model)
+    curves: dict[str, dict[int, float]] = {}
+    for run in (path.parent, path.parent.parent):  # RUN/best, RUN/checkpoints/last.ckpt
+        for log in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+            with open(log, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    for name, value in row.items():
+                        if name not in ("step", "epoch") and value:
+                            curves.setdefault(name, {})[int(row["step"])] = float(value)
+        if curves:
+            break
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> str | None:
+    if "train/loss" not in curves:
+        return None
+    figure = Figure(figsize=(9, 3.2))
+    left, right = figure.subplots(1, 2)
+    for name, label in (("train/loss", "training"), ("val/loss", "held-out pairs, all at once")):
+        if name in curves:
+            left.plot(*zip(*curves[name], strict=True), label=label)
+    if "train/chance" in curves:
+        left.axhline(curves["train/chance"][-1][1], color="grey", linestyle=":", label="chance, ln(batch)")
+    left.set(xlabel="step", ylabel="contrastive loss")
+    for name, label in (
+        ("train/accuracy", "in-batch accuracy"),
+        ("val/retrieval_r1", "held-out retrieval, R@1"),
+        ("val/zero_shot_acc1", "held-out zero-shot, top-1"),
+    ):
+        if name in curves:
+            steps, values = zip(*curves[name], strict=True)
+            right.plot(steps, [100 * value for value in values], label=label)
+    right.set(xlabel="step", ylabel="%", ylim=(0, 101))
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return _svg(figure)
+
+
+def _plot_confusion(result: Result) -> str:
+    """Rows are shares of a true class; classes without images are left out of the rows."""
+    confusion, names = result.metrics.confusion, result.scores.data.classnames
+    rows = np.flatnonzero(confusion.sum(axis=1))
+    shares = confusion[rows] / confusion[rows].sum(axis=1, keepdims=True)
+    side = min(9.0, 2.4 + 0.22 * len(names))
+    figure = Figure(figsize=(side + 0.8, max(2.0, 0.9 + (side - 0.9) * len(rows) / len(names))))
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.04)
+    axes.set(xlabel="guess", ylabel="true class", xticks=[], yticks=[])
+    size = 8 if len(names) <= 20 else 6
+    if len(names) <= _MOST_LABELS:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    if len(rows) <= _MOST_LABELS:
+        axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=size)
+    if len(names) <= 12:
+        for (i, j), share in np.ndenumerate(shares):
+            if share:
+                axes.text(
+                    j,
+                    i,
+                    str(confusion[rows[i], j]),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if share > 0.5 else "black",
+                )
+    return _svg(figure)
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image = image.convert("RGB")
+    factor = _THUMBNAIL / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    # A small picture is shown with its pixels, not blurred into something nobody saw.
+    image = image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if factor > 1 else "JPEG")
+    kind = "png" if factor > 1 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _gallery(result: Result, rows: np.ndarray) -> list[dict[str, Any]]:
+    scores, data = result.scores, result.scores.data
+    return [
+        {
+            "picture": _thumbnail(data.open(int(scores.numbers[row]))),
+            "name": data.paths[scores.numbers[row]].name,
+            "label": data.classnames[scores.labels[row]],
+            "guesses": [
+                {"name": data.classnames[c], "share": float(p), "is_right": bool(c == scores.labels[row])}
+                for c, p in zip(scores.ranked[row, :3], scores.probabilities[row, :3], strict=True)
+            ],
+        }
+        for row in rows
+    ]
+
+
+def _section(result: Result) -> dict[str, Any]:
+    scores, metrics, data = result.scores, result.metrics, result.scores.data
+    is_right = scores.ranked[:, 0] == scores.labels
+    confidence = scores.probabilities[:, 0]
+    surest_first = np.argsort(-confidence, kind="stable")
+    right = np.flatnonzero(is_right)
+    # Right ones spread evenly over the data; wrong ones with the surest first, as they tell most.
+    some_right = right[np.unique(np.linspace(0, len(right) - 1, min(_GALLERY, len(right))).astype(int))]
+    wrong = surest_first[~is_right[surest_first]]
+    counts = metrics.confusion.sum(axis=1)
+    return {
+        "name": data.name,
+        "num_images": metrics.num_images,
+        "num_classes": len(data.classnames),
+        "metrics": metrics,
+        "templates": data.templates,
+        "confusion": _plot_confusion(result),
+        "confused": confused_pairs(result),
+        "per_class": sorted(
+            (
+                {"name": name, "images": int(n), "share": float(share)}
+                for name, n, share in zip(data.classnames, counts, metrics.per_class, strict=True)
+                if n
+            ),
+            key=lambda entry: entry["share"],
+        ),
+        "right": _gallery(result, some_right),
+        "wrong": _gallery(result, wrong[:_GALLERY]),
+        "num_wrong": len(wrong),
+        "unreadable": scores.unreadable,
+        "seconds": result.seconds,
+    }
+
+
+def write_html(path: str | Path, model: str, results: Sequence[Result]) -> None:
+    """One self-contained page: scores, training curves, confusion, what was right and wrong, and the prompts."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    page = environment.get_template("report.html").render(
+        model=model,
+        created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+        versions=versions(),
+        training=_plot_training(read_curves(model)),
+        sections=[_section(result) for result in results],
+    )
+    write_text(path, page)
+
+
+def write_json(path: str | Path, model: str, results: Sequence[Result]) -> None:
+    write_text(path, json.dumps(as_dict(model, results), ensure_ascii=False, indent=1, allow_nan=False) + "\n")

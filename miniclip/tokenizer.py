@@ -1,0 +1,201 @@
+"""CLIP's tokenizer: lower-cased byte-pair encoding with 49,408 ids (paper section 2.4; Sennrich et al. 2016).
+
+The vocabulary is laid out so that ids need no table: 256 bytes, the same 256 bytes ending a word, one id for every
+merge in the order in which the merges were learnt, then the start and the end of text. A smaller id is therefore an
+earlier merge, and encoding a word is: while some neighbours have a merge, apply the one of smallest id.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import pairwise
+
+import ftfy
+import regex
+import torch
+
+from .prompts import ASSETS
+
+CONTEXT_LENGTH = 77
+START_OF_TEXT, END_OF_TEXT = 49406, 49407
+VOCAB_SIZE = 49408
+_NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
+
+# Words, digits one by one, English endings, and runs of anything else that is not a space. The two names of the
+# special tokens may be written out in a text. A match never holds a space, which the cache below builds on.
+_PIECES = regex.compile(
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+_SPECIAL = {"<start_of_text>": START_OF_TEXT, "<end_of_text>": END_OF_TEXT}
+
+# Text that cleaning cannot change but for case and white space: no entity to unescape (&), no byte outside ASCII
+# to repair, no control character (nor the escape that starts a terminal's colour codes) to drop.
+_IS_CLEAN = regex.compile(r"[\t\n\r -%'-~]*").fullmatch
+
+_MAX_CACHED_WORDS = 1 << 19
+
+
+class TextTooLongError(ValueError, RuntimeError):
+    """A text has more tokens than the model can read. Also a RuntimeError, which OpenAI's `tokenize` raises."""
+
+
+@cache
+def _byte_ids() -> tuple[int, ...]:
+    """The id of each byte: printable characters of Latin-1 come first, then the other bytes, each in byte order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    order = printable + [byte for byte in range(256) if byte not in set(printable)]
+    ids = [0] * 256
+    for index, byte in enumerate(order):
+        ids[byte] = index
+    return tuple(ids)
+
+
+@cache
+def _merges() -> dict[tuple[int, int], int]:
+    """(left id, right id) -> id of the two together."""
+    # In the file a byte stands as a printable character: Latin-1's own where it is printable, else the next one
+    # from U+0100 on; "</w>" marks the end of a word.
+    symbols: dict[str, int] = {}
+    for byte, index in enumerate(_byte_ids()):
+        character = chr(byte) if index < 188 else chr(256 + index - 188)
+        symbols[character] = index
+        symbols[character + "</w>"] = 256 + index
+    lines = gzip.decompress((ASSETS / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode("utf-8").split("\n")
+    merges = {}
+    for index, line in enumerate(lines[1 : 1 + _NUM_MERGES], 2 * 256):
+        left, right = line.split()
+        merges[symbols[left], symbols[right]] = index
+        symbols[left + right] = index
+    return merges
+
+
+@cache
+def _token_bytes() -> tuple[bytes, ...]:
+    """The bytes that each id stands for, a space ending a word; the special tokens by their names."""
+    by_id = [b""] * (2 * 256)
+    for byte, index in enumerate(_byte_ids()):
+        by_id[index] = bytes([byte])
+        by_id[256 + index] = bytes([byte]) + b" "
+    for (left, right), _ in sorted(_merges().items(), key=lambda item: item[1]):
+        by_id.append(by_id[left] + by_id[right])
+    return (*by_id, *(name.encode() for name in _SPECIAL))
+
+
+def _encode_piece(piece: str) -> list[int]:
+    """Byte-pair encoding of one match of `_PIECES`."""
+    if piece in _SPECIAL:
+        return [_SPECIAL[piece]]
+    byte_ids, merges = _byte_ids(), _merges()
+    ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
+    ids[-1] += 256  # the last byte ends the word
+    while len(ids) > 1:
+        pairs = list(pairwise(ids))
+        merged = min(merges.get(pair, VOCAB_SIZE) for pair in pairs)
+        if merged == VOCAB_SIZE:
+            break
+        out, i = [], 0
+        while i < len(ids):
+            if i < len(pairs) and merges.get(pairs[i]) == merged:
+                out.append(merged)
+                i += 2
+            else:
+                out.append(ids[i])
+                i += 1
+        ids = out
+    return ids
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """White-space-separated word -> its ids, computed when first asked for.
+
+    Splitting at white space before matching gives the same pieces as matching the whole text, as no piece holds any
+    and none looks beyond itself.
+    """
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(self) >= _MAX_CACHED_WORDS:
+            self.clear()
+        ids = tuple(i for piece in _PIECES.findall(word) for i in _encode_piece(piece))
+        self[word] = ids
+        return ids
+
+
+_words = _Words()
+
+
+def clean(text: str) -> str:
+    """Repairs mojibake, unescapes HTML (twice, as web captions often need), folds white space, lower-cases."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text, without start and end of text."""
+    text = text.lower() if _IS_CLEAN(text) else clean(text)
+    return [i for word in text.split() for i in _words[word]]
+
+
+def decode(tokens: Iterable[int]) -> str:
+    """The text of some ids. Not quite the inverse of `encode`: case and spacing are lost.
+
+    Zeros that follow the end-of-text token are padding and are left out.
+
+    Raises:
+        ValueError: a number that is no token id.
+    """
+    ids = [int(token) for token in tokens]
+    if END_OF_TEXT in ids and not any(ids[ids.index(END_OF_TEXT) + 1 :]):
+        ids = ids[: ids.index(END_OF_TEXT) + 1]
+    table = _token_bytes()
+    for i in ids:
+        if not 0 <= i < len(table):
+            raise ValueError(f"{i} is no token id; ids are 0 to {len(table) - 1}")
+    return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def encode_for_model(text: str, context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> list[int]:
+    """The ids of a text between start and end of text, at most `context_length` of them.
+
+    Raises:
+        TextTooLongError: more than that, unless `truncate`, which cuts and puts the end token last.
+    """
+    ids = [START_OF_TEXT, *encode(text), END_OF_TEXT]
+    if len(ids) > context_length:
+        if not truncate:
+            shown = text if len(text) <= 200 else text[:200] + "…"
+            raise TextTooLongError(
+                f"text has {len(ids)} tokens, start and end included, and the context length is {context_length}; "
+                f"shorten it, or pass truncate=True to cut it: {shown!r}"
+            )
+        ids = [*ids[: context_length - 1], END_OF_TEXT]
+    return ids
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> torch.Tensor:
+    """Token ids of one or several texts, as the text tower takes them.
+
+    Args:
+        texts: a text, or a sequence of N.
+        context_length: columns of the result.
+        truncate: cut over-long texts instead of raising; the end token is kept.
+
+    Returns:
+        (N, context_length) int32, each row start, text, end, zeros. (OpenAI's `clip.tokenize`.)
+
+    Raises:
+        TextTooLongError: (a ValueError and a RuntimeError) names the text and its number of tokens.
+        ValueError: `context_length` leaves no room, or something that is not a text.
+    """
+    if context_length < 2:
+        raise ValueError(f"context_length is {context_length}; start and end of text alone need 2")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"tokenize takes a text or a sequence of texts; one of them is {text!r}")
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        ids = encode_for_model(text, context_length, truncate)
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return tokens

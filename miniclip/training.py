@@ -1,0 +1,431 @@
+"""Training under Lightning: the module around CLIP, what the run tells and keeps, and the command line.
+
+`train.py` and `miniclip train` both come here: `main` builds everything from a YAML file and flags (LightningCLI).
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from . import tokenizer, weights
+from .config import CLIPConfig
+from .data import Batch, PairDataModule
+from .datasets import open_dataset
+from .evaluate import recall_at_1, zero_shot_scores
+from .files import atomic_write, user_errors
+from .loss import clip_loss
+from .model import CLIP
+from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .transforms import normalize
+
+MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
+_ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
+
+
+class CLIPTraining(pl.LightningModule):
+    """One step of contrastive training, and the validation between.
+
+    Args:
+        clip: the architecture.
+        optimizer: how it learns.
+        max_rejected: share of unreadable samples, of those seen, past which the run stops.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPConfig = CLIPConfig(),  # noqa: B008 (frozen)
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        max_rejected: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if (clip.text.vocab_size, clip.text.eot_token) != (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT):
+            raise ValueError(
+                f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "
+                f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
+            )
+        self.clip = CLIP(clip)
+        self.optimizer_config = optimizer
+        self.max_rejected = max_rejected
+        self.num_seen = self.num_rejected = self.num_truncated = 0
+        self._validation: list[tuple[Tensor, Tensor]] = []
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit features of images and texts, (B, E) each."""
+        vision = self.clip.config.vision
+        images = normalize(batch.images, vision.mean, vision.std)
+        return self.clip.encode_image(images, normalize=True), self.clip.encode_text(batch.tokens, normalize=True)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._count(batch)
+        image_features, text_features = self.features(batch)
+        scale = self.clip.logit_scale.exp()
+        loss = clip_loss(image_features, text_features, scale, mask=batch.mask)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
+                f"learning rate, or look at the batch: {', '.join(batch.keys[:8])}, …"
+            )
+        values: dict[str, Tensor | float] = {"loss": loss, "chance": math.log(len(batch.keys)), "logit_scale": scale}
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        every = _log_every(self.trainer)
+        if self.global_step % every == 0 or (self.global_step + 1) % every == 0:
+            self.log("train/accuracy", in_batch_accuracy(image_features, text_features, batch.mask))
+        return loss
+
+    def _count(self, batch: Batch) -> None:
+        self.num_seen += len(batch.keys)
+        self.num_rejected += len(batch.problems)
+        self.num_truncated += batch.num_truncated
+        for problem in batch.problems:
+            print(f"left out: {problem}", file=sys.stderr)
+        # With fewer samples than one share stands for, a single bad one would stop every run.
+        if self.num_rejected > self.max_rejected * max(self.num_seen, 1 / max(self.max_rejected, 1e-9)):
+            raise ValueError(
+                f"{self.num_rejected} of {self.num_seen} samples could not be read, more than the share "
+                f"{self.max_rejected} that model.max_rejected allows; the last: {batch.problems[-1]}"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        image_features, text_features = self.features(batch)
+        healthy = slice(None) if batch.mask is None else batch.mask
+        self._validation.append((image_features[healthy].float().cpu(), text_features[healthy].float().cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Over the whole set at once, so that the numbers do not depend on the batch size."""
+        images, texts = (torch.cat(features) for features in zip(*self._validation, strict=True))
+        self._validation.clear()
+        self.log("val/loss", clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024))
+        self.log("val/retrieval_r1", (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.clip, self.optimizer_config)
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps, the schedule needs it")
+        warmup = self.optimizer_config.warmup
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, int(total), warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[weights.LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(weights.LIGHTNING_CONFIG_KEY)
+        if saved is None or CLIPConfig.from_json(saved) != self.clip.config:
+            raise ValueError(
+                "the checkpoint holds another architecture than this run's model.clip:\n"
+                f"checkpoint {saved}\nthis run {self.clip.config.to_json()}"
+            )
+
+
+def _log_every(trainer: pl.Trainer) -> int:
+    return int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+
+
+@torch.no_grad()
+def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> Tensor:
+    """Share of images whose own text is the nearest in the batch, and of texts their image; the mean of the two."""
+    if mask is not None:
+        image_features, text_features = image_features[mask], text_features[mask]
+    some = slice(0, _ACCURACY_PAIRS)
+    rows = torch.arange(len(image_features[some]), device=image_features.device)
+    by_image = (image_features[some] @ text_features.T).argmax(dim=1) == rows
+    by_text = (text_features[some] @ image_features.T).argmax(dim=1) == rows
+    return (by_image.float().mean() + by_text.float().mean()) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Callbacks
+
+
+class ZeroShotEvaluation(Callback):
+    """Logs `val/zero_shot_acc1` at each validation: the score that a run is about, where labels are at hand.
+
+    Args:
+        data: labelled images, as `miniclip eval --data` takes them.
+        templates: name of a template set or a file; by default the data's own.
+        batch_size: images per step.
+    """
+
+    def __init__(self, data: str, templates: str | None = None, batch_size: int = 256) -> None:
+        self.data, self.templates, self.batch_size = data, templates, batch_size
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.dataset = open_dataset(self.data, templates=self.templates)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = pl_module.clip
+        assert isinstance(model, CLIP)
+        preprocess = weights.preprocess_for(model.config)
+        scores = zero_shot_scores(model, preprocess, self.dataset, batch_size=self.batch_size)
+        accuracy = (scores.ranked[:, 0] == scores.labels).mean()
+        pl_module.log("val/zero_shot_acc1", float(accuracy))
+
+
+class LastCheckpoint(Callback):
+    """Keeps `last.ckpt` every so many steps, at the end, and when Ctrl-C or SIGTERM asks the run to stop.
+
+    The signal is only noted; the step it came in is finished, saved, and the program exits. An exception thrown
+    wherever the signal happens to arrive could leave a half-made optimiser step behind. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, resume_command: str) -> None:
+        self.path, self.every_n_steps, self.resume_command = path, every_n_steps, resume_command
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nStopping after this step; once more stops at once.", file=sys.stderr, flush=True)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self.received is not None:
+            trainer.save_checkpoint(self.path)
+            print(f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True)
+            raise SystemExit(128 + self.received)
+        if trainer.global_step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class RunProgress(ProgressBar):
+    """One bar for the whole run: loss beside its chance level, accuracy, speed, and the share of time without data.
+
+    Where the output is no terminal, a line every `every` steps instead.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        super().__init__()
+        self.every = every
+        self._console = Console()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._mark = time.perf_counter()
+        self._images, self._waited, self._busy = 0, 0.0, 0.0
+        self._total = int(trainer.estimated_stepping_batches)
+        if self._console.is_terminal and self.is_enabled:
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[told]}"),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=False)
+            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step, told="")
+            self._bar.start()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        self._waited += now - self._mark
+        self._mark = now
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        self._busy += now - self._mark
+        self._images += len(batch.keys)
+        self._mark = now
+        step, seconds = trainer.global_step, self._waited + self._busy
+        if step % _log_every(trainer) == 0:
+            images_per_s, wait = self._images / seconds, self._waited / seconds
+            pl_module.log_dict({"train/images_per_s": images_per_s, "train/data_wait": wait})
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            told = (
+                f"loss {metrics['train/loss']:.3f} (chance {metrics['train/chance']:.2f})  "
+                f"accuracy {100 * metrics.get('train/accuracy', math.nan):.0f} %  "
+                f"{images_per_s:.0f} images/s  waiting for data {100 * wait:.0f} %"
+            )
+            if self._bar:
+                self._bar.update(self._task, told=told)
+            elif self.is_enabled and step % self.every == 0:
+                print(f"step {step}/{self._total}  {told}", flush=True)
+            self._images, self._waited, self._busy = 0, 0.0, 0.0
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mark = time.perf_counter()
+        scores = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        if scores and not trainer.sanity_checking and self.is_enabled:
+            told = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            self._console.print(f"step {trainer.global_step}: {told}", highlight=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    # Lightning's switches (trainer.enable_progress_bar, quiet ranks) arrive here.
+    _is_on = True
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._is_on
+
+    def enable(self) -> None:
+        self._is_on = True
+
+    def disable(self) -> None:
+        self._is_on = False
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear whole under their name or not at all, and are read without running code.
+
+    Lightning's own writer goes through the system's temporary folder, from where a move to another file system is
+    not atomic.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise ValueError(f"no checkpoint {path} to resume from")
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line, with the callbacks, logs and checkpoints that every run has.
+
+    The folder `trainer.default_root_dir` is the run: `checkpoints/last.ckpt` and `best.ckpt`, `logs/`, and at the end
+    `best/`, which `miniclip.load` reads.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.clip.vision.image_size", "data.image_size")
+        parser.link_arguments("model.clip.text.context_length", "data.context_length")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.add_argument(
+            "--monitor",
+            type=str,
+            default="val/retrieval_r1",
+            help="The best checkpoint is the one where this is highest.",
+        )
+        parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written.")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Begin anew where a run exists already.")
+        parser.set_defaults({"trainer.default_root_dir": "runs/run"})
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.config[self.subcommand].trainer.default_root_dir)
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand != "fit":
+            return
+        config, run = self.config.fit, self.run_folder
+        last = _checkpoints(run) / "last.ckpt"
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(last)
+        if config.ckpt_path and not Path(config.ckpt_path).is_file():
+            raise ValueError(f"no checkpoint {config.ckpt_path} to resume from")
+        if last.exists() and not config.ckpt_path:
+            if not config.overwrite:
+                raise ValueError(
+                    f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
+                    "or name another folder by --trainer.default_root_dir"
+                )
+            for part in (_checkpoints(run), run / "logs", run / "best"):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        settings = self.config_init[self.subcommand]
+        trainer, run = settings.trainer, self.run_folder
+        callbacks: list[Callback] = [RunProgress()] if trainer.enable_progress_bar is not False else []
+        if self.subcommand == "fit":
+            command = [argument for argument in sys.argv if not argument.startswith("--overwrite=")]
+            for flag in ("--ckpt_path", "--overwrite"):
+                if flag in command:
+                    del command[command.index(flag) : command.index(flag) + 2]
+            resume = shlex.join(["python", *command, "--ckpt_path", "last"])
+            callbacks.append(LastCheckpoint(_checkpoints(run) / "last.ckpt", settings.save_every_n_steps, resume))
+            if settings.data.val is not None:
+                callbacks.append(
+                    ModelCheckpoint(
+                        _checkpoints(run), "best", monitor=settings.monitor, mode="max", enable_version_counter=False
+                    )
+                )
+        logger = CSVLogger(run, name="logs") if trainer.logger in (None, True) else trainer.logger
+        return super().instantiate_trainer(
+            callbacks=[*(trainer.callbacks or []), *callbacks],
+            logger=logger,
+            plugins=[*(trainer.plugins or []), AtomicCheckpointIO()],
+            num_sanity_val_steps=0,  # a score over part of the held-out pairs would be misread
+            use_distributed_sampler=False,  # ours is exact
+            **kwargs,
+        )
+
+    def after_fit(self) -> None:
+        checkpoints = _checkpoints(self.run_folder)
+        source = next(p for name in ("best.ckpt", "last.ckpt") if (p := checkpoints / name).is_file())
+        model, _ = weights.load(source, device="cpu")
+        weights.save(model, self.run_folder / "best", overwrite=True)
+        print(f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it.")
+
+
+def _checkpoints(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Trains as the flags and the YAML file of `--config` say."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect elsewhere
+    with user_errors():
+        TrainingCLI(
+            CLIPTraining,
+            PairDataModule,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": "Train a CLIP on shards of image-text pairs."},
+        )

@@ -1,0 +1,133 @@
+"""The two image pipelines: exact preprocessing for inference, augmentation for training.
+
+Both end in uint8, so that a quarter of the bytes travel to the device; `normalize` runs there.
+H, W are the height and width of a picture, R the side of the model's square input; all in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 pixels (..., 3, H, W) to float32 of zero mean and unit deviation over CLIP's training images."""
+    shape = (3, 1, 1)
+    scaled = images.to(torch.float32) / 255
+    return (scaled - scaled.new_tensor(mean).view(shape)) / scaled.new_tensor(std).view(shape)
+
+
+class Preprocess:
+    """OpenAI's preprocessing, pixel for pixel (`_transform` in its clip/clip.py).
+
+    Bicubic resize of the short side to R, centre crop, and only then RGB: a palette image is therefore resized with
+    nearest neighbours, as OpenAI's models saw it. Calling gives the normalised float image (3, R, R), `crop` the
+    uint8 one before normalisation.
+    """
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+
+    def crop(self, image: Image.Image) -> Tensor:
+        """(3, R, R) uint8."""
+        W, H = image.size
+        R = self.image_size
+        short, long = min(W, H), max(W, H)
+        if short != R:
+            side = int(R * long / short)
+            image = image.resize((R, side) if W <= H else (side, R), Image.Resampling.BICUBIC)
+            W, H = image.size
+        left, top = round((W - R) / 2.0), round((H - R) / 2.0)
+        image = image.crop((left, top, left + R, top + R)).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return normalize(self.crop(image), self.mean, self.std)
+
+    def __repr__(self) -> str:
+        return f"Preprocess(image_size={self.image_size}, mean={self.mean}, std={self.std})"
+
+
+def open_image(data: bytes, source: str) -> Image.Image:
+    """Decodes a picture completely, so that a truncated one is noticed here.
+
+    Args:
+        source: where the bytes came from, for the error.
+
+    Raises:
+        ValueError: the bytes are no picture, or only part of one, or so large a one that it must be an attack
+            (Pillow's limit on decompression).
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{source} is not an image that can be read ({len(data)} bytes)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source} is an unreadable image: {error}") from error
+
+
+def decode_rgb(data: bytes) -> Tensor:
+    """(3, H, W) uint8 from JPEG, PNG or WebP bytes, by libjpeg-turbo and its like; faster than Pillow."""
+    from torchvision.io import ImageReadMode, decode_image  # a second to import; only training needs it
+
+    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to a picture: a random crop of random size, resized, and perhaps mirrored.
+
+    CLIP was trained with random square crops alone (paper section 2.4). The random numbers come from the caller, so
+    that the same (seed, epoch, sample) gives the same pixels on any worker.
+
+    Args:
+        scale: smallest and largest share of the picture's area that a crop takes.
+        ratio: smallest and largest width / height of a crop.
+        flip: probability of mirroring left and right; harmful where left, right or writing matter.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, (low, high), most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+            if not 0 < low <= high <= most:
+                raise ValueError(
+                    f"Augmentation.{name} is {(low, high)}; it must be low, high with 0 < low <= high"
+                    + (" <= 1" if most == 1 else "")
+                )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"Augmentation.flip is {self.flip}; it is a probability, 0 to 1")
+
+    def crop_box(self, H: int, W: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a random crop; ten tries, then the largest centred one that is allowed."""
+        for _ in range(10):
+            area = H * W * random.uniform(*self.scale)
+            ratio = math.exp(random.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= H and 0 < w <= W:
+                return int(random.integers(H - h + 1)), int(random.integers(W - w + 1)), h, w
+        ratio = min(max(W / H, self.ratio[0]), self.ratio[1])
+        h, w = min(H, max(1, round(W / ratio))), min(W, max(1, round(H * ratio)))
+        return (H - h) // 2, (W - w) // 2, h, w
+
+    def __call__(self, image: Tensor, image_size: int, random: np.random.Generator) -> Tensor:
+        """(3, H, W) uint8 -> (3, R, R) uint8."""
+        from torchvision.transforms.v2 import functional
+
+        _, H, W = image.shape
+        top, left, h, w = self.crop_box(H, W, random)
+        size = [image_size, image_size]
+        bicubic = functional.InterpolationMode.BICUBIC
+        image = functional.resized_crop(image, top, left, h, w, size, interpolation=bicubic, antialias=True)
+        return image.flip(-1) if random.random() < self.flip else image
