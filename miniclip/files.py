@@ -41,14 +41,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns a ValueError, which is what users can cause, into its message and exit status 2.
+def user_errors(*others: type[Exception]) -> Iterator[None]:
+    """Turns a ValueError, which is what users can cause, and `others` into the message and exit status 2.
 
     With MINICLIP_TRACEBACK=1 in the environment the traceback is shown.
     """
+    shown: tuple[type[Exception], ...] = (ValueError, *others)
     try:
         yield
-    except ValueError as error:
+    except shown as error:
         if os.environ.get("MINICLIP_TRACEBACK"):
             raise
         print(f"error: {error}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)

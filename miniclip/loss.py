@@ -5,7 +5,10 @@ B batch, E embedding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -78,3 +81,30 @@ def _log_sum_exps(
     over_texts = logits.masked_fill(~mask, nothing).logsumexp(dim=1)
     over_images = logits.masked_fill(~image_mask[:, None], nothing).logsumexp(dim=0)
     return over_texts, over_images
+
+
+def gather(features: Tensor) -> Tensor:
+    """The rows of every process, in the order of their ranks: (B / world, E) -> (B, E). As they are, without processes.
+
+    Differentiable: the gradient of a row is the sum over all processes. Where each of them computes the loss of the
+    whole batch from the gathered rows and gradients are then averaged over processes, as DDP does, every parameter
+    gets the gradient of one process with the whole batch.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    return _Gather.apply(features)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        features = features.contiguous()
+        parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, features)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

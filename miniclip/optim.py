@@ -113,8 +113,10 @@ class Muon(torch.optim.AdamW):
             if p.grad is None:
                 continue
             state = self.state[p]
-            if "momentum_buffer" not in state:
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW expects every state that it reads back to have one
                 state["momentum_buffer"] = torch.zeros_like(p)
+            state["step"] += 1
             average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(average, momentum)  # Nesterov
             p.mul_(1 - decay)

@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
@@ -30,7 +36,7 @@ from .data import Batch, PairDataModule
 from .datasets import open_dataset
 from .evaluate import recall_at_1, zero_shot_scores
 from .files import atomic_write, user_errors
-from .loss import clip_loss
+from .loss import clip_loss, gather
 from .model import CLIP
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
 from .transforms import normalize
@@ -74,19 +80,27 @@ class CLIPTraining(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._count(batch)
-        image_features, text_features = self.features(batch)
+        image_features, text_features = (gather(features) for features in self.features(batch))
+        mask = batch.mask
+        if self.trainer.world_size > 1:  # another process may have a hole where this one has none
+            healthy = torch.ones(len(batch.keys), dtype=torch.bool) if mask is None else mask
+            mask = gather(healthy.to(self.device))
         scale = self.clip.logit_scale.exp()
-        loss = clip_loss(image_features, text_features, scale, mask=batch.mask)
+        loss = clip_loss(image_features, text_features, scale, mask=mask)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
                 f"learning rate, or look at the batch: {', '.join(batch.keys[:8])}, …"
             )
-        values: dict[str, Tensor | float] = {"loss": loss, "chance": math.log(len(batch.keys)), "logit_scale": scale}
+        values: dict[str, Tensor | float] = {
+            "loss": loss,
+            "chance": math.log(len(image_features)),
+            "logit_scale": scale,
+        }
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         every = _log_every(self.trainer)
         if self.global_step % every == 0 or (self.global_step + 1) % every == 0:
-            self.log("train/accuracy", in_batch_accuracy(image_features, text_features, batch.mask))
+            self.log("train/accuracy", in_batch_accuracy(image_features, text_features, mask))
         return loss
 
     def _count(self, batch: Batch) -> None:
@@ -115,28 +129,30 @@ class CLIPTraining(pl.LightningModule):
         """Over the whole set at once, so that the numbers do not depend on the batch size."""
         images, texts = (torch.cat(features) for features in zip(*self._validation, strict=True))
         self._validation.clear()
-        self.log("val/loss", clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024))
-        self.log("val/retrieval_r1", (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2)
+        loss = clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024)
+        recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
+        self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.clip, self.optimizer_config)
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps, the schedule needs it")
-        warmup = self.optimizer_config.warmup
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, int(total), warmup))
+        total, warmup = int(self.trainer.estimated_stepping_batches), self.optimizer_config.warmup
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[weights.LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get(weights.LIGHTNING_CONFIG_KEY)
-        if saved is None or CLIPConfig.from_json(saved) != self.clip.config:
-            raise ValueError(
-                "the checkpoint holds another architecture than this run's model.clip:\n"
-                f"checkpoint {saved}\nthis run {self.clip.config.to_json()}"
-            )
+        saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
+        if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
+            raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
+
+
+def _differences(checkpoint: Any, run: Any, name: str) -> list[str]:
+    """A line for each value in which two nested configurations differ."""
+    if isinstance(checkpoint, dict):
+        return [line for key in checkpoint for line in _differences(checkpoint[key], run[key], f"{name}.{key}")]
+    return [] if checkpoint == run else [f"  {name}: the checkpoint has {checkpoint}, this run {run}"]
 
 
 def _log_every(trainer: pl.Trainer) -> int:
@@ -180,7 +196,7 @@ class ZeroShotEvaluation(Callback):
         preprocess = weights.preprocess_for(model.config)
         scores = zero_shot_scores(model, preprocess, self.dataset, batch_size=self.batch_size)
         accuracy = (scores.ranked[:, 0] == scores.labels).mean()
-        pl_module.log("val/zero_shot_acc1", float(accuracy))
+        pl_module.log("val/zero_shot_acc1", float(accuracy), sync_dist=True)
 
 
 class LastCheckpoint(Callback):
@@ -207,10 +223,15 @@ class LastCheckpoint(Callback):
             self._previous[number] = signal.signal(number, self._handle)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        if self.received is not None:
+        # All processes must stop at the same step, and not all of them need have had the signal by now.
+        received = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
             trainer.save_checkpoint(self.path)
-            print(f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True)
-            raise SystemExit(128 + self.received)
+            if trainer.is_global_zero:
+                print(
+                    f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True
+                )
+            raise SystemExit(128 + number)
         if trainer.global_step % self.every_n_steps == 0:
             trainer.save_checkpoint(self.path)
 
@@ -334,6 +355,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 # The command line
 
 
+class _Parser(LightningArgumentParser):
+    """Says what is wrong and what may have been meant, without a page of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        del ex
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        if unknown:
+            parsers = [self, *(sub for a in self._actions if isinstance(a.choices, dict) for sub in a.choices.values())]
+            valid = [action.dest for parser in parsers for action in parser._actions]
+            name = (unknown[1] or unknown[2]).removeprefix("fit.")
+            near = difflib.get_close_matches(name, valid, n=1)
+            message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        print(f"error: {message}\n({Path(sys.argv[0]).name} fit --help lists every key)", file=sys.stderr)
+        raise SystemExit(2)
+
+
 class TrainingCLI(LightningCLI):
     """Lightning's command line, with the callbacks, logs and checkpoints that every run has.
 
@@ -355,6 +392,11 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--overwrite", type=bool, default=False, help="Begin anew where a run exists already.")
         parser.set_defaults({"trainer.default_root_dir": "runs/run"})
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        options = LightningCLI.subcommands()
+        return {name: options[name] for name in ("fit", "validate")}
+
     @property
     def run_folder(self) -> Path:
         return Path(self.config[self.subcommand].trainer.default_root_dir)
@@ -363,12 +405,20 @@ class TrainingCLI(LightningCLI):
         if self.subcommand != "fit":
             return
         config, run = self.config.fit, self.run_folder
+        trainer = config.trainer
+        if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+            raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs; the schedule needs it")
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts the pairs of "
+                "a batch with each other, which accumulating over batches does not do. Raise data.batch_size instead"
+            )
         last = _checkpoints(run) / "last.ckpt"
         if config.ckpt_path == "last":
             config.ckpt_path = str(last)
         if config.ckpt_path and not Path(config.ckpt_path).is_file():
             raise ValueError(f"no checkpoint {config.ckpt_path} to resume from")
-        if last.exists() and not config.ckpt_path:
+        if last.exists() and not config.ckpt_path and _is_rank_zero():
             if not config.overwrite:
                 raise ValueError(
                     f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
@@ -382,13 +432,15 @@ class TrainingCLI(LightningCLI):
         trainer, run = settings.trainer, self.run_folder
         callbacks: list[Callback] = [RunProgress()] if trainer.enable_progress_bar is not False else []
         if self.subcommand == "fit":
-            command = [argument for argument in sys.argv if not argument.startswith("--overwrite=")]
-            for flag in ("--ckpt_path", "--overwrite"):
-                if flag in command:
-                    del command[command.index(flag) : command.index(flag) + 2]
-            resume = shlex.join(["python", *command, "--ckpt_path", "last"])
-            callbacks.append(LastCheckpoint(_checkpoints(run) / "last.ckpt", settings.save_every_n_steps, resume))
+            last = _checkpoints(run) / "last.ckpt"
+            callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv)))
             if settings.data.val is not None:
+                labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in trainer.callbacks or [])
+                if settings.monitor == "val/zero_shot_acc1" and not labelled:
+                    raise ValueError(
+                        "monitor is val/zero_shot_acc1, which the callback miniclip.training.ZeroShotEvaluation logs; "
+                        "add it to trainer.callbacks, or monitor val/retrieval_r1"
+                    )
                 callbacks.append(
                     ModelCheckpoint(
                         _checkpoints(run), "best", monitor=settings.monitor, mode="max", enable_version_counter=False
@@ -399,17 +451,33 @@ class TrainingCLI(LightningCLI):
             callbacks=[*(trainer.callbacks or []), *callbacks],
             logger=logger,
             plugins=[*(trainer.plugins or []), AtomicCheckpointIO()],
+            enable_model_summary=False,
             num_sanity_val_steps=0,  # a score over part of the held-out pairs would be misread
             use_distributed_sampler=False,  # ours is exact
             **kwargs,
         )
 
+    @rank_zero_only
     def after_fit(self) -> None:
         checkpoints = _checkpoints(self.run_folder)
         source = next(p for name in ("best.ckpt", "last.ckpt") if (p := checkpoints / name).is_file())
         model, _ = weights.load(source, device="cpu")
         weights.save(model, self.run_folder / "best", overwrite=True)
         print(f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it.")
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def resume_command(argv: list[str]) -> str:
+    """What to type to go on with the run that `argv` began."""
+    command = [argument for argument in argv if not argument.startswith(("--overwrite=", "--ckpt_path="))]
+    for flag in ("--ckpt_path", "--overwrite"):
+        if flag in command:
+            del command[command.index(flag) : command.index(flag) + 2]
+    interpreter = ["python"] if command[0].endswith(".py") else []
+    return shlex.join([*interpreter, *command, "--ckpt_path", "last"])
 
 
 def _checkpoints(run: Path) -> Path:
@@ -419,7 +487,12 @@ def _checkpoints(run: Path) -> Path:
 def main(args: list[str] | None = None) -> None:
     """Trains as the flags and the YAML file of `--config` say."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect elsewhere
-    with user_errors():
+    for name in ("pytorch_lightning", "lightning_fabric"):  # what they would tell, RunProgress tells
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a run that is resumed
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    with user_errors(MisconfigurationException):
         TrainingCLI(
             CLIPTraining,
             PairDataModule,
@@ -427,5 +500,6 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
             parser_kwargs={"description": "Train a CLIP on shards of image-text pairs."},
         )
