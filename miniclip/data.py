@@ -210,10 +210,14 @@ class _TrainLoader(DataLoader[_Sample]):
         del state
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer alone decides what it means."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and a scheduler's SIGTERM, reach every process of a job; the trainer alone decides what they mean.
+
+    Workers end with the trainer all the same: they look after it every few seconds.
+    """
     del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -289,7 +293,7 @@ class PairDataModule(pl.LightningDataModule):
             "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": _ignore_interrupts,
+            "worker_init_fn": _ignore_signals,
         }
 
     def state_dict(self) -> dict[str, Any]:

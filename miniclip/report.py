@@ -165,31 +165,31 @@ def _svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> str | None:
+def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
+    """Two pictures, the losses and the shares; none for a model without a run."""
     if "train/loss" not in curves:
-        return None
-    figure = Figure(figsize=(9, 3.2))
-    left, right = figure.subplots(1, 2)
-    for name, label in (("train/loss", "training"), ("val/loss", "held-out pairs, all at once")):
-        if name in curves:
-            left.plot(*zip(*curves[name], strict=True), label=label)
-    if "train/chance" in curves:
-        left.axhline(curves["train/chance"][-1][1], color="grey", linestyle=":", label="chance, ln(batch)")
-    left.set(xlabel="step", ylabel="contrastive loss")
-    for name, label in (
-        ("train/accuracy", "in-batch accuracy"),
-        ("val/retrieval_r1", "held-out retrieval, R@1"),
-        ("val/zero_shot_acc1", "held-out zero-shot, top-1"),
-    ):
-        if name in curves:
+        return []
+    chance = curves["train/chance"][-1][1]
+    losses = {"train/loss": "training", "val/loss": "held-out pairs, all at once"}
+    shares = {
+        "train/accuracy": "in-batch accuracy",
+        "val/retrieval_r1": "held-out retrieval, R@1",
+        "val/zero_shot_acc1": "held-out zero-shot, top-1",
+    }
+    pictures = []
+    for names, factor, label in ((losses, 1, "contrastive loss"), (shares, 100, "%")):
+        figure = Figure(figsize=(4.6, 3))
+        axes = figure.subplots()
+        for name in (name for name in names if name in curves):
             steps, values = zip(*curves[name], strict=True)
-            right.plot(steps, [100 * value for value in values], label=label)
-    right.set(xlabel="step", ylabel="%", ylim=(0, 101))
-    for axes in (left, right):
+            axes.plot(steps, [factor * value for value in values], label=names[name])
+        if names is losses:
+            axes.axhline(chance, color="grey", linestyle=":", label=f"chance, ln(batch) = {chance:.2f}")
+        axes.set(xlabel="step", ylabel=label, ylim=(0, None if names is losses else 101))
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    return _svg(figure)
+        pictures.append(_svg(figure))
+    return pictures
 
 
 def _plot_confusion(result: Result) -> str:

@@ -14,6 +14,7 @@ from functools import cache
 from itertools import pairwise
 
 import ftfy
+import numpy as np
 import regex
 import torch
 
@@ -194,8 +195,8 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"tokenize takes a text or a sequence of texts; one of them is {text!r}")
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    tokens = np.zeros((len(texts), context_length), dtype=np.int32)
     for row, text in zip(tokens, texts, strict=True):
         ids = encode_for_model(text, context_length, truncate)
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return tokens
+        row[: len(ids)] = ids
+    return torch.from_numpy(tokens)

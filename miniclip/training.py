@@ -247,12 +247,11 @@ class LastCheckpoint(Callback):
 class RunProgress(ProgressBar):
     """One bar for the whole run: loss beside its chance level, accuracy, speed, and the share of time without data.
 
-    Where the output is no terminal, a line every `every` steps instead.
+    Where the output is no terminal, a line at every fifth step that is logged.
     """
 
-    def __init__(self, every: int = 50) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.every = every
         self._console = Console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -296,7 +295,7 @@ class RunProgress(ProgressBar):
             )
             if self._bar:
                 self._bar.update(self._task, told=told)
-            elif self.is_enabled and step % self.every == 0:
+            elif self.is_enabled and step % (5 * _log_every(trainer)) == 0:
                 print(f"step {step}/{self._total}  {told}", flush=True)
             self._images, self._waited, self._busy = 0, 0.0, 0.0
         if self._bar:
@@ -348,7 +347,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if not Path(path).is_file():
             raise ValueError(f"no checkpoint {path} to resume from")
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return weights.read_torch_file(Path(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +366,7 @@ class _Parser(LightningArgumentParser):
             name = (unknown[1] or unknown[2]).removeprefix("fit.")
             near = difflib.get_close_matches(name, valid, n=1)
             message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        print(f"error: {message}\n({Path(sys.argv[0]).name} fit --help lists every key)", file=sys.stderr)
+        print(f"error: {message}\n({_program()} fit --help lists every key)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -397,6 +396,9 @@ class TrainingCLI(LightningCLI):
         options = LightningCLI.subcommands()
         return {name: options[name] for name in ("fit", "validate")}
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning looks for hyper-parameters in the checkpoint; ours holds none, the configuration is the YAML."""
+
     @property
     def run_folder(self) -> Path:
         return Path(self.config[self.subcommand].trainer.default_root_dir)
@@ -410,8 +412,8 @@ class TrainingCLI(LightningCLI):
             raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs; the schedule needs it")
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts the pairs of "
-                "a batch with each other, which accumulating over batches does not do. Raise data.batch_size instead"
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts pairs of "
+                "a batch, which accumulating over batches does not do. Raise data.batch_size instead"
             )
         last = _checkpoints(run) / "last.ckpt"
         if config.ckpt_path == "last":
@@ -466,6 +468,11 @@ class TrainingCLI(LightningCLI):
         print(f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it.")
 
 
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "miniclip train" if name == "miniclip" else name
+
+
 def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
@@ -491,7 +498,8 @@ def main(args: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a run that is resumed
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
+        warnings.filterwarnings("ignore", message=message)
     with user_errors(MisconfigurationException):
         TrainingCLI(
             CLIPTraining,
@@ -501,5 +509,5 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
-            parser_kwargs={"description": "Train a CLIP on shards of image-text pairs."},
+            parser_kwargs={"prog": _program(), "description": "Train a CLIP on shards of image-text pairs."},
         )

@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -46,13 +47,17 @@ def load(
         The model in float32 and evaluation mode, and a function from a PIL image to (3, R, R).
 
     Raises:
-        ValueError: nothing there, not a checkpoint, or weights and architecture that do not belong together.
+        ValueError: nothing there, not a checkpoint, weights and architecture that do not belong together, or no such
+            device.
     """
     del download_root
     if jit:
         raise ValueError("jit=True would run the code inside the checkpoint; only jit=False is supported")
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no device; valid are cpu, cuda, cuda:1, …") from error
     config, tensors = read_checkpoint(name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):  # no time spent on random numbers that are then overwritten
         model = CLIP(config)
     load_tensors(model, {key: tensor.float() for key, tensor in tensors.items()}, str(name))
@@ -105,13 +110,24 @@ def _read_directory(path: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
         raise ValueError(f"{path / WEIGHTS_FILE} is damaged or no safetensors file: {error}") from error
 
 
-def _read_lightning(path: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
+def read_torch_file(path: Path) -> dict[str, Any]:
+    """A checkpoint of the trainer, on the CPU, without running code from it.
+
+    Raises:
+        ValueError: damaged, no checkpoint, not the trainer's, or one that asks for code to be run.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
     if not isinstance(checkpoint, dict) or LIGHTNING_CONFIG_KEY not in checkpoint:
         raise ValueError(f"{path} was not written by miniclip's trainer: it has no entry {LIGHTNING_CONFIG_KEY!r}")
+    return checkpoint
+
+
+def _read_lightning(path: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    checkpoint = read_torch_file(path)
     config = CLIPConfig.from_dict(json.loads(checkpoint[LIGHTNING_CONFIG_KEY]), str(path))
     prefix = LIGHTNING_PREFIX
     tensors = {k.removeprefix(prefix): t for k, t in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from functools import cache
 
 import pytest
@@ -35,32 +36,36 @@ BLOCKS = [
 
 FRAGMENTS = [
     # HTML entities: single, double and triple escaped, malformed, numeric, of control and white space characters
-    "&amp;", "&amp;amp;", "&amp;amp;amp;", "&lt;", "&lt;b&gt;", "&amp;lt;", "&amp;eacute;", "&eacute", "&EACUTE;",
-    "&nbsp;", "&amp;nbsp;", "&", "&;", "&#;", "&#x;", "&#", "&bogus;", "&ampamp;", "&#39;", "&#x27;s", "&quot;", "&#28;",
-    "&#x1c;", "&#x2028;", "&#133;", "&#x85;", "&#0;", "&#x0;", "&#xD800;", "&#x110000;", "&#99999999999;", "&#128;",
-    "&#150;", "&#12288;", "&#x3000;", "&#32;", "&#9;", "&#10;", "&#173;", "&#x1f;", "&amp;#x1e;", "&#383;", "&lt", "&gt",
-    "<br>", "<p>", "</p>", "<", ">", "&lt;start_of_text&gt;", "&amp;lt;end_of_text&amp;gt;",
+    "&amp;", "&amp;amp;", "&amp;amp;amp;", "&lt;", "&lt;b&gt;", "&amp;lt;", "&amp;eacute;", "&eacute",
+    "&EACUTE;", "&nbsp;", "&amp;nbsp;", "&", "&;", "&#;", "&#x;", "&#", "&bogus;", "&ampamp;", "&#39;",
+    "&#x27;s", "&quot;", "&#28;", "&#x1c;", "&#x2028;", "&#133;", "&#x85;", "&#0;", "&#x0;", "&#xD800;",
+    "&#x110000;", "&#99999999999;", "&#128;", "&#150;", "&#12288;", "&#x3000;", "&#32;", "&#9;", "&#10;",
+    "&#173;", "&#x1f;", "&amp;#x1e;", "&#383;", "&lt", "&gt", "<br>", "<p>", "</p>", "<", ">",
+    "&lt;start_of_text&gt;", "&amp;lt;end_of_text&amp;gt;",
     # special tokens in any case, whole and broken, with letters that fold to ASCII ones
     "<start_of_text>", "<end_of_text>", "<START_OF_TEXT>", "<End_Of_Text>", "<|startoftext|>", "<|endoftext|>",
-    "<start_of_text", "end_of_text>", "< end_of_text >", "<\u017ftart_of_text>", "<\u017fTART_OF_TEXT>", "<end_of_te\u0335xt>",
+    "<start_of_text", "end_of_text>", "< end_of_text >", "<\u017ftart_of_text>", "<\u017fTART_OF_TEXT>",
+    "<end_of_te\u0335xt>",
     # contractions, with the long s and the Kelvin sign
-    "'s", "'S", "'t", "'re", "'RE", "'ve", "'m", "'ll", "'LL", "'d", "'\u017f", "\u2019s", "\u2019re", "don't", "we'll've",
-    "''s", "'", "\u02bcs", "\u212a", "\u212b", "o'clock", "'sss", "'res",
+    "'s", "'S", "'t", "'re", "'RE", "'ve", "'m", "'ll", "'LL", "'d", "'\u017f", "\u2019s", "\u2019re", "don't",
+    "we'll've", "''s", "'", "\u02bcs", "\u212a", "\u212b", "o'clock", "'sss", "'res",
     # exotic white space and invisible characters
-    "\u2028", "\u2029", "\x85", "\u3000", "\x1c", "\x1d", "\x1e", "\x1f", "\x0b", "\x0c", "\t", "\n", "\r", "\r\n", "\xa0",
-    "\u1680", "\u180e", "\u2000", "\u200a", "\u202f", "\u205f", "\u200b", "\u200c", "\u200d", "\u2060", "\ufeff", "\xad",
-    "\u200e", "\u202e", "\u2066", "\ufff9", "\ufffb", " ",
+    "\u2028", "\u2029", "\x85", "\u3000", "\x1c", "\x1d", "\x1e", "\x1f", "\x0b", "\x0c", "\t", "\n", "\r",
+    "\r\n", "\xa0", "\u1680", "\u180e", "\u2000", "\u200a", "\u202f", "\u205f", "\u200b", "\u200c", "\u200d",
+    "\u2060", "\ufeff", "\xad", "\u200e", "\u202e", "\u2066", "\ufff9", "\ufffb", " ",
     # control characters and terminal escapes
-    "\x00", "\x01", "\x07", "\x08", "\x0e", "\x1a", "\x1b", "\x7f", "\x80", "\x9b", "\x1b[31m", "\x1b[0m", "\x1b[1;4m", "\x1b[",
-    "\x1b]0;x\x07", "[0m",
+    "\x00", "\x01", "\x07", "\x08", "\x0e", "\x1a", "\x1b", "\x7f", "\x80", "\x9b", "\x1b[31m", "\x1b[0m",
+    "\x1b[1;4m", "\x1b[", "\x1b]0;x\x07", "[0m",
     # mojibake, curly quotes, ligatures, full width, combining marks, letters whose lower case is longer
-    "\u00c3\u00a9", "\u00c3", "\u00e2\u20ac\u2122", "\u00e2\u20ac\u0153", "\u00c2\u00a0", "\u00ef\u00bb\u00bf", "schĂ¶n", "â€”", "ï¿½",
-    "Ã\x83Â©", "\ufffd", "\u201cquoted\u201d", "\ufb01ne", "\ufb03", "ＡＢＣ", "\uff01", "ｶﾞ", "e\u0301", "\u0130", "i\u0307", "ß", "ẞ", "Σς",
-    "ǅ", "\u1fbc", "\u0345", "½", "²", "Ⅷ", "①", "٣", "१", "\ud83d", "\udc00", "\ud83d\udc4d",
+    "\u00c3\u00a9", "\u00c3", "\u00e2\u20ac\u2122", "\u00e2\u20ac\u0153", "\u00c2\u00a0", "\u00ef\u00bb\u00bf",
+    "schĂ¶n", "â€”", "ï¿½", "Ã\x83Â©", "\ufffd", "\u201cquoted\u201d", "\ufb01ne", "\ufb03", "ＡＢＣ", "\uff01",
+    "ｶﾞ", "e\u0301", "\u0130", "i\u0307", "ß", "ẞ", "Σς", "ǅ", "\u1fbc", "\u0345", "½", "²", "Ⅷ", "①", "٣", "१",
+    "\ud83d", "\udc00", "\ud83d\udc4d",
     # emoji with joiners, skin tones, flags, keycaps
     "👩‍👩‍👧‍👦", "👍🏽", "🏳️‍🌈", "🇩🇪", "1️⃣", "❤️", "☺",
     # plain pieces between them
-    "a", "Dog", "photo", "12", "3.14", "-", "...", "!?", "_", "#tag", "@user", "http://a.b/c?d=e&f=g", "x", "s", "t", "\\u00e9",
+    "a", "Dog", "photo", "12", "3.14", "-", "...", "!?", "_", "#tag", "@user", "http://a.b/c?d=e&f=g", "x", "s",
+    "t", "\\u00e9",
 ]  # fmt: skip
 
 
@@ -124,7 +129,7 @@ KINDS = {
     "scripts of the world": lambda: made(unicode_text, 25_000, seed=2),
     "mojibake": lambda: made(mojibake, 8_000, seed=3),
     "nasty fragments": lambda: made(fragments_text, 40_000, seed=4),
-    "each fragment alone and in words": lambda: [f for f in FRAGMENTS] + [f"a{f}b {f} c" for f in FRAGMENTS],
+    "each fragment alone and in words": lambda: FRAGMENTS + [f"a{f}b {f} c" for f in FRAGMENTS],
     "each character of the basic plane": lambda: [f"a{chr(point)}1" for point in range(0x10000)],
 }  # fmt: skip
 
@@ -290,16 +295,14 @@ def test_a_context_without_room_for_start_and_end_is_refused(context_length):
 
 @pytest.mark.parametrize("wrong", [None, 3, 2.5, b"bytes", ["nested"]])
 def test_something_else_than_text_among_the_texts_is_named(wrong):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(repr(wrong))):
         tokenize(["a dog", wrong])
-    assert repr(wrong) in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, 2.5])
 def test_something_that_is_no_sequence_of_texts_is_named(wrong):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=repr(wrong)):
         tokenize(wrong)
-    assert repr(wrong) in str(caught.value)
 
 
 # ---- decode

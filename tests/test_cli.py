@@ -1,0 +1,172 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import miniclip
+from miniclip import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def fails(capsys, args: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    torch.manual_seed(0)
+    vision = miniclip.VisionConfig(image_size=16, patch_size=8, width=16, layers=2, head_width=8)
+    text = miniclip.TextConfig(width=16, layers=2, head_width=8, context_length=20)
+    miniclip.save(miniclip.CLIP(miniclip.CLIPConfig(16, "gelu", vision, text)), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "my photos"
+    random = np.random.default_rng(0)
+    for name, count in (("tabby_cat", 3), ("Käfer", 2)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 256, size=(20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"bild {number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("verb", [[], ["shards"], ["eval"]])
+def test_help_teaches_without_waiting_for_torch(verb):
+    code = f"import sys; from miniclip.cli import main\ntry: main({[*verb, '--help']})\n"
+    done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules)")
+    assert done.stdout.endswith("False\n")
+    expected = {"shards": "rejected.csv", "eval": "TABLE.classnames.txt"}.get("".join(verb), "miniclip VERB --help")
+    assert expected in done.stdout
+
+
+def test_version_and_unknown_verbs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"miniclip {miniclip.__version__}\n"
+    assert "invalid choice: 'trian'" in fails(capsys, ["trian"])
+    assert "VERB" in fails(capsys, [])
+
+
+def test_shards_packs_a_folder_and_says_what_it_left_out(tmp_path, capsys):
+    source = tmp_path / "pairs"
+    source.mkdir()
+    for number in range(4):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"number {number}" if number else " ")
+    cli.main(["shards", str(source), str(tmp_path / "out"), "--samples-per-shard", "2"])
+    said = capsys.readouterr().out
+    assert "3 pairs in 2 shards" in said
+    assert "1 rejected, see" in said
+    assert "0.png,every caption is empty" in (tmp_path / "out/rejected.csv").read_text()
+    assert "exists already; pass --overwrite" in fails(capsys, ["shards", str(source), str(tmp_path / "out")])
+    cli.main(["shards", str(source), str(tmp_path / "out"), "--overwrite"])
+    assert "3 pairs in 1 shards" in capsys.readouterr().out
+
+
+def test_shards_names_what_is_missing(tmp_path, capsys):
+    assert "no folder or file nowhere" in fails(capsys, ["shards", "nowhere", str(tmp_path / "out")])
+    (tmp_path / "empty").mkdir()
+    said = fails(capsys, ["shards", str(tmp_path / "empty"), str(tmp_path / "out")])
+    assert "no pairs found in" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_scores_a_folder_per_class_and_writes_json_and_page(model, photos, tmp_path):
+    (photos / "Käfer/kaputt.jpg").write_bytes(b"not a picture")
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        str(ROOT / "eval_zeroshot.py"),
+        "--model",
+        str(model),
+        "--data",
+        str(photos),
+        "--out",
+        str(out),
+    ]
+    done = run(*command, "--templates", "imagenet7", cwd=tmp_path)
+    assert "5 of 6" in done.stdout
+    assert "kaputt.jpg is not an image" in done.stderr
+    results = json.loads((out / "results.json").read_text())
+    (result,) = results["results"]
+    assert result["classnames"] == ["Käfer", "tabby cat"]
+    assert len(result["templates"]) == 7
+    assert len(result["predictions"]) == 5
+    assert sum(p["label"] == p["guesses"][0]["class"] for p in result["predictions"]) / 5 == result["metrics"]["acc1"]
+    assert "tabby cat" in (out / "report.html").read_text()
+    assert "already holds results" in run(*command, code=2, cwd=tmp_path).stderr
+
+
+def test_eval_of_several_sets_makes_one_table(model, photos, tmp_path, capsys):
+    table = tmp_path / "few.csv"
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("filepath", "label"), (photos / "Käfer/bild 0.png", "beetle"), (photos / "tabby_cat/bild 0.png", "cat")]
+        )
+    cli.main(
+        [
+            "eval",
+            "--model",
+            str(model),
+            "--data",
+            str(photos),
+            str(table),
+            "--out",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "my photos" in said
+    assert "few" in said
+    assert [r["dataset"] for r in json.loads((tmp_path / "out/results.json").read_text())["results"]] == [
+        "my photos",
+        "few",
+    ]
+
+
+EVAL_MISTAKES = [
+    (["--data", "nowhere"], "data 'nowhere' is not there"),
+    (["--model", "nowhere"], "no checkpoint at 'nowhere'"),
+    (["--templates", "nowhere.txt"], "no file nowhere.txt"),
+    (["--batch-size", "0"], "--batch-size is 0"),
+    (["--group-column", "scene"], "a group column needs a table"),
+    (["--classnames", "imagenet"], "has 2 classes and there are 1000 class names"),
+    (["--device", "gpu7"], "gpu7"),
+]
+
+
+@pytest.mark.parametrize("more, message", EVAL_MISTAKES, ids=[more[0] for more, _ in EVAL_MISTAKES])
+def test_a_mistake_in_evaluation_is_answered_in_words(model, photos, tmp_path, capsys, more, message):
+    args = ["eval", "--model", str(model), "--data", str(photos), "--out", str(tmp_path / "out")]
+    said = fails(capsys, [*args, *more])
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_installed_command_is_the_same(tmp_path):
+    installed = Path(sys.executable).with_name("miniclip")
+    assert run(str(installed), "--version").stdout == f"miniclip {miniclip.__version__}\n"
+    assert "usage: miniclip train" in run(str(installed), "train", "fit", "--help", cwd=tmp_path).stdout

@@ -1,0 +1,543 @@
+"""Shards in, batches out: every sample once an epoch, and the same batches however many processes make them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import types
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import pack_folder, picture, write_pairs, write_picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from miniclip import tokenizer
+from miniclip.data import Batch, BatchSampler, PairDataModule, PairDataset, SampleOrder
+from miniclip.shards import Shards, pack, read_pairs
+from miniclip.tokenizer import END_OF_TEXT, START_OF_TEXT
+from miniclip.transforms import Augmentation, Preprocess
+
+LAYOUTS = [
+    [7],
+    [1],
+    [3, 4, 5],
+    [10, 10, 10, 10],
+    [1, 1, 1, 1, 1, 1],
+    [0, 5, 0, 0, 9, 0],
+    [25, 1, 1, 30, 2],
+    [13, 0],
+]
+BLOCKS = [1, 10, 10**9]
+
+
+def epoch_of(order: SampleOrder, epoch: int) -> list[int]:
+    places = order.slice(epoch * order.num_samples, (epoch + 1) * order.num_samples)
+    assert {number for number, _ in places} == {epoch}
+    return [sample for _, sample in places]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of samples
+
+
+@pytest.mark.parametrize("block_samples", BLOCKS)
+@pytest.mark.parametrize("counts", LAYOUTS, ids=str)
+def test_every_epoch_is_every_sample_once(counts, block_samples):
+    order = SampleOrder(np.array(counts), seed=3, block_samples=block_samples)
+    assert order.num_samples == sum(counts)
+    for epoch in (0, 1, 2, 1000):
+        assert sorted(epoch_of(order, epoch)) == list(range(sum(counts)))
+
+
+shard_counts = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda counts: sum(counts) > 0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(shard_counts, st.sampled_from([1, 2, 10, 10**9]), st.integers(0, 5), st.data())
+def test_slices_cut_anywhere_are_parts_of_the_one_sequence(counts, block_samples, seed, data):
+    total = 3 * sum(counts)
+    whole = SampleOrder(np.array(counts), seed, block_samples).slice(0, total)
+    cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=6))})
+    order = SampleOrder(np.array(counts), seed, block_samples)
+    parts = [order.slice(start, stop) for start, stop in pairwise(cuts)]
+    assert [len(part) for part in parts] == np.diff(cuts).tolist()
+    assert [place for part in parts for place in part] == whole
+    for epoch in range(3):
+        assert sorted(sample for number, sample in whole if number == epoch) == list(range(sum(counts)))
+
+
+def test_an_empty_slice_holds_nothing():
+    assert SampleOrder(np.array([5]), 0).slice(3, 3) == []
+
+
+@pytest.mark.parametrize("block_samples", BLOCKS)
+def test_the_order_depends_on_seed_and_epoch_alone(block_samples):
+    counts = np.array([20, 30, 10, 40])
+    order = SampleOrder(counts, 0, block_samples)
+    first = epoch_of(order, 5)
+    assert epoch_of(SampleOrder(counts, 0, block_samples), 5) == first
+    assert epoch_of(order, 5) == first
+    assert epoch_of(order, 6) != first
+    assert epoch_of(SampleOrder(counts, 1, block_samples), 5) != first
+
+
+def test_one_block_mixes_the_samples_of_all_shards():
+    order = SampleOrder(np.array([100, 100, 100, 100]), 0)
+    shards_of_first_quarter = Counter(sample // 100 for sample in epoch_of(order, 0)[:100])
+    assert min(shards_of_first_quarter[shard] for shard in range(4)) >= 10  # 25 expected
+
+
+def test_small_blocks_keep_each_shard_together_but_shuffled():
+    order = SampleOrder(np.array([50, 50, 50]), 0, block_samples=1)
+    samples = epoch_of(order, 0)
+    for start in range(0, 150, 50):
+        part = samples[start : start + 50]
+        assert len({sample // 50 for sample in part}) == 1
+        assert part != sorted(part)
+
+
+def test_each_sample_is_as_likely_to_come_first_as_any_other():
+    order = SampleOrder(np.array([3, 2, 5]), 0)
+    firsts = Counter(order.slice(10 * epoch, 10 * epoch + 1)[0][1] for epoch in range(2000))
+    assert min(firsts[sample] for sample in range(10)) > 140  # 200 expected, deviation 13
+    assert max(firsts.values()) < 260
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Training:
+    """Lightning as the sampler sees it: epochs of the sampler's length, and a step that counts batches."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+
+    def epochs(self, sampler: BatchSampler, count: int) -> list[list[tuple[int, int]]]:
+        batches = []
+        for _ in range(count):
+            for batch in sampler:
+                batches.append(batch)
+                self.step += 1
+        return batches
+
+
+def sampler_at(order: SampleOrder, batch_size: int, step: int = 0, rank: int = 0, world_size: int = 1):
+    training = Training(step)
+    return training, BatchSampler(order, batch_size, lambda: training.step, rank, world_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 11, 22, 23])
+def test_batches_over_several_epochs_are_the_one_sequence_without_gap_or_repeat(batch_size):
+    counts = [7, 0, 11, 5]
+    order = SampleOrder(np.array(counts), 0, block_samples=10)
+    training, sampler = sampler_at(order, batch_size)
+    batches = training.epochs(sampler, 8)
+    assert len(batches) == 8 * len(sampler) == 8 * (23 // batch_size)
+    assert {len(batch) for batch in batches} == {batch_size}
+    stream = [place for batch in batches for place in batch]
+    assert stream == order.slice(0, len(stream))
+    for epoch in range(len(stream) // 23):
+        assert sorted(sample for number, sample in stream if number == epoch) == list(range(23))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_share_each_batch_in_order(world_size):
+    order = SampleOrder(np.array([30, 17, 20]), 1)
+    training, sampler = sampler_at(order, 12)
+    whole = training.epochs(sampler, 3)
+    shares = []
+    for rank in range(world_size):
+        training, sampler = sampler_at(order, 12, 0, rank, world_size)
+        shares.append(training.epochs(sampler, 3))
+        assert len(sampler) == 67 // 12
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert {len(part) for part in parts} == {12 // world_size}
+        assert [place for part in parts for place in part] == batch
+
+
+def test_resuming_at_any_step_gives_the_rest_of_the_same_batches():
+    order = SampleOrder(np.array([9, 14]), 0)
+    training, sampler = sampler_at(order, 5)
+    whole = training.epochs(sampler, 3)
+    assert len(whole) == 12
+    for step in range(12):
+        training, sampler = sampler_at(order, 5, step)
+        rest = training.epochs(sampler, 3 - step // 4)
+        assert rest == whole[step:]
+
+
+def test_a_batch_that_the_data_cannot_fill_is_refused_with_both_numbers():
+    order = SampleOrder(np.array([9, 14]), 0)
+    assert len(BatchSampler(order, 23, lambda: 0)) == 1
+    with pytest.raises(ValueError, match=r"batch_size is 24 and the training set has 23 samples.*at most"):
+        BatchSampler(order, 24, lambda: 0)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="batch_size is 10, which 4 ranks can't share evenly"):
+        BatchSampler(SampleOrder(np.array([23]), 0), 10, lambda: 0, 0, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """22 pictures with 1 to 3 captions each in shards of 8, not to be changed."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for number in range(22):
+        suffix = ("png", "jpg", "webp")[number % 3]
+        path = write_picture(folder / "src" / f"{number:02d}.{suffix}", number, size=(20 + number, 30))
+        path.with_suffix(".txt").write_text("\n".join(caption(number, line) for line in range(1 + number % 3)))
+    pack_folder(folder / "src", folder / "out", samples_per_shard=8)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """Six samples in shards of 3, to be damaged."""
+    pack_folder(write_pairs(tmp_path / "src", 6), tmp_path / "copy", samples_per_shard=3)
+    return tmp_path / "copy"
+
+
+def caption(number: int, line: int) -> str:
+    return " ".join(["red", "green", "blue", "round", "square"][: 1 + (number + line) % 5]) + f" {number} {line}"
+
+
+def module(folder: Path, step: int = 0, rank: int = 0, world_size: int = 1, **options) -> PairDataModule:
+    options = {"batch_size": 4, "num_workers": 0, "image_size": 16, "context_length": 16, **options}
+    out = PairDataModule(str(folder), **options)
+    out.trainer = types.SimpleNamespace(global_step=step, global_rank=rank, world_size=world_size)
+    out.setup("fit")
+    return out
+
+
+def train_batches(data: PairDataModule, epochs: int = 1) -> list[Batch]:
+    """What the trainer would see, stepping after each batch."""
+    loader = data.train_dataloader()
+    batches = []
+    for _ in range(epochs):
+        for batch in loader:
+            batches.append(batch)
+            data.trainer.global_step += 1
+    return batches
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.tokens, b.tokens)
+        assert a.keys == b.keys
+        assert (a.mask is None) == (b.mask is None)
+        assert a.mask is None or torch.equal(a.mask, b.mask)
+        assert (a.problems, a.num_truncated) == (b.problems, b.num_truncated)
+
+
+def test_a_batch_is_uint8_pictures_and_texts_no_longer_than_the_longest(shelf):
+    for batch in train_batches(module(shelf)):
+        assert batch.images.shape == (4, 3, 16, 16)
+        assert batch.images.dtype == torch.uint8
+        assert batch.tokens.dtype == torch.int64
+        lengths = []
+        for row in batch.tokens.tolist():
+            end = row.index(END_OF_TEXT)
+            assert row[0] == START_OF_TEXT
+            assert not any(row[end + 1 :])
+            lengths.append(end + 1)
+        assert batch.tokens.shape == (4, max(lengths))
+        assert (batch.mask, batch.problems, batch.num_truncated) == (None, [], 0)
+
+
+def numbers_of(batch: Batch) -> list[int]:
+    """Sample numbers by their keys, "00001.tar:000000009"."""
+    return [int(key.split(":")[1]) for key in batch.keys]
+
+
+def test_tokens_are_those_of_one_of_the_samples_captions(shelf):
+    shards = Shards(shelf)
+    for batch in train_batches(module(shelf), epochs=2):
+        for number, row in zip(numbers_of(batch), batch.tokens, strict=True):
+            allowed = tokenizer.tokenize(list(shards[number].captions), context_length=16)
+            assert row.tolist() in allowed[:, : len(row)].tolist()
+
+
+def test_over_many_epochs_every_caption_gets_its_turn_and_first_takes_the_first(shelf):
+    def seen(captions: str) -> dict[int, Counter[str]]:
+        dataset = PairDataset(Shards(shelf), 16, 16, None, captions, 0)
+        return {
+            number: Counter(tokenizer.decode(dataset[epoch, number].ids[1:-1]).strip() for epoch in range(90))
+            for number in (2, 5)
+        }
+
+    for number, counts in seen("random").items():
+        assert set(counts) == {caption(number, line) for line in range(3)}
+        assert min(counts.values()) >= 15  # 30 expected
+    for number, counts in seen("first").items():
+        assert set(counts) == {caption(number, 0)}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_worker_processes_change_no_pixel_and_no_caption(shelf, num_workers):
+    options = {"augmentation": Augmentation(scale=(0.3, 1.0), flip=0.5), "seed": 5}
+    alone = train_batches(module(shelf, **options), epochs=2)
+    assert len(alone) == 10
+    assert_same(train_batches(module(shelf, num_workers=num_workers, **options), epochs=2), alone)
+
+
+def test_ranks_change_no_pixel_and_no_caption(shelf):
+    alone = train_batches(module(shelf))
+    shares = [train_batches(module(shelf, rank=rank, world_size=2)) for rank in range(2)]
+    for number, batch in enumerate(alone):
+        parts = [share[number] for share in shares]
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert [key for part in parts for key in part.keys] == batch.keys
+
+
+def test_a_loader_resumed_in_the_middle_gives_the_rest_of_the_same_batches(shelf):
+    whole = train_batches(module(shelf), epochs=2)
+    assert_same(train_batches(module(shelf, step=3, num_workers=1), epochs=2), whole[3:])
+
+
+def test_another_seed_gives_other_batches(shelf):
+    first, second = (train_batches(module(shelf, seed=seed)) for seed in (0, 1))
+    assert [batch.keys for batch in first] != [batch.keys for batch in second]
+
+
+def test_augmentation_differs_between_epochs_and_repeats_within_one(shelf):
+    dataset = PairDataset(Shards(shelf), 16, 16, Augmentation(scale=(0.3, 1.0)), "first", 0)
+    for number in range(5):
+        assert torch.equal(dataset[0, number].image, dataset[0, number].image)
+        assert not torch.equal(dataset[0, number].image, dataset[1, number].image)
+
+
+def test_a_dataset_travels_to_a_spawned_worker(shelf):
+    dataset = PairDataset(Shards(shelf), 16, 16, Augmentation(), "random", 0)
+    sample = dataset[0, 3]
+    twin = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(twin[0, 3].image, sample.image)
+    assert twin[0, 3].ids == sample.ids
+
+
+# START + n words + END, in a context of 16 tokens
+@pytest.mark.parametrize("num_words, is_cut", [(13, False), (14, False), (15, True), (60, True)])
+def test_a_text_past_the_context_is_cut_before_its_end_token_and_counted(tmp_path, num_words, is_cut):
+    source = write_pairs(tmp_path / "src", 4)
+    (source / "0002.txt").write_text("cat " * num_words)
+    pack_folder(source, tmp_path / "out")
+    (batch,) = train_batches(module(tmp_path / "out"))
+    assert batch.num_truncated == int(is_cut)
+    row = batch.tokens[numbers_of(batch).index(2)].tolist()
+    (cat,) = tokenizer.encode("cat")
+    expected = [START_OF_TEXT, *[cat] * min(num_words, 14), END_OF_TEXT]
+    assert row == expected + [0] * (len(row) - len(expected))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Holes
+
+
+def overwrite(folder: Path, number: int, per_shard: int = 3) -> str:
+    """Fills the picture of a sample with rubbish, where it lies in its tar; its name in messages."""
+    tar = folder / f"{number // per_shard:05d}.tar"
+    with np.load(tar.with_suffix(".npz")) as arrays:
+        offset, size = arrays["image"][number % per_shard]
+    with open(tar, "r+b") as file:
+        file.seek(offset)
+        file.write(b"rubbish" * (size // 7))
+    return f"{tar.name}:{number:09d}"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_picture_leaves_a_hole_and_changes_no_other_sample(copy, num_workers):
+    options = {"batch_size": 6, "num_workers": num_workers}
+    (before,) = train_batches(module(copy, **options))
+    assert before.mask is None
+    key = overwrite(copy, 4)
+    (after,) = train_batches(module(copy, **options))
+    hole = numbers_of(before).index(4)
+    assert after.keys == before.keys
+    assert after.keys[hole] == key
+    assert after.mask.tolist() == [place != hole for place in range(6)]
+    assert after.images.shape == before.images.shape
+    assert torch.equal(after.images[after.mask], before.images[after.mask])
+    assert not after.images[hole].any()
+    healthy = after.tokens[after.mask]
+    assert torch.equal(healthy, before.tokens[after.mask][:, : healthy.shape[1]])
+    assert after.tokens[hole].tolist() == [START_OF_TEXT, END_OF_TEXT] + [0] * (healthy.shape[1] - 2)
+    (problem,) = after.problems
+    assert problem.startswith(f"{key}: ")
+
+
+def test_a_batch_of_holes_alone_keeps_its_shape(copy):
+    for number in range(6):
+        overwrite(copy, number)
+    (batch,) = train_batches(module(copy, batch_size=6))
+    assert batch.images.shape == (6, 3, 16, 16)
+    assert batch.tokens.tolist() == [[START_OF_TEXT, END_OF_TEXT]] * 6
+    assert not batch.mask.any()
+    assert len(batch.problems) == 6
+
+
+@pytest.mark.parametrize("damage", ["tar gone", "tar empty", "offsets cut", "offsets gone"])
+def test_a_damaged_shard_leaves_holes_and_never_stops_the_loader(copy, damage):
+    path = copy / ("00001.tar" if "tar" in damage else "00001.npz")
+    if "gone" in damage:
+        path.unlink()
+    else:
+        path.write_bytes(b"" if "empty" in damage else path.read_bytes()[:200])
+    (batch,) = train_batches(module(copy, batch_size=6))
+    assert int(batch.mask.sum()) == 3
+    assert len(batch.problems) == 3
+    assert all("00001" in problem for problem in batch.problems)
+
+
+KINDS = {
+    "grey.png": ("L", {}),
+    "grey and alpha.png": ("LA", {}),
+    "palette.png": ("P", {}),
+    "transparent palette.png": ("P", {"transparency": 3}),
+    "alpha.png": ("RGBA", {}),
+    "two colours.png": ("1", {}),
+    "sixteen bits.png": ("I;16", {}),
+    "grey.jpg": ("L", {}),
+    "progressive.jpg": ("RGB", {"progressive": True}),
+    "four inks.jpg": ("CMYK", {}),
+    "lossless.webp": ("RGB", {"lossless": True}),
+    "alpha.webp": ("RGBA", {}),
+    "animated.webp": ("RGB", {"save_all": True, "append_images": [picture(9, (20, 20))]}),
+    "animated.gif": ("RGB", {"save_all": True, "append_images": [picture(9, (20, 20))]}),
+    "animated.png": ("RGB", {"save_all": True, "append_images": [picture(9, (20, 20))]}),
+    "float.tif": ("F", {}),
+    "sixteen bits.tif": ("I;16", {}),
+    "camera.jpg": ("RGB", {"format": "MPO", "save_all": True, "append_images": [picture(9, (20, 20))]}),
+}
+
+
+def write_kind(path: Path, mode: str, options: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if mode == "I;16":
+        deep = np.asarray(picture(1, (20, 20), "L")).astype(np.uint16) * 257
+        Image.fromarray(deep).save(path, **options)
+    else:
+        write_picture(path, 1, (20, 20), mode, **options)
+    path.with_suffix(".txt").write_text("words")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_packing_accepts_training_can_decode_beside_other_pictures(tmp_path, kind):
+    source = write_pairs(tmp_path / "src", 3)
+    write_kind(source / kind, *KINDS[kind])
+    assert pack_folder(source, tmp_path / "out").kept == 4
+    (batch,) = train_batches(module(tmp_path / "out"))
+    assert batch.problems == []
+    assert batch.images.dtype == torch.uint8
+    brightness = batch.images.float().mean((1, 2, 3))  # of noise, not of black or white, however many bits there were
+    assert 60 < float(brightness.min()) < float(brightness.max()) < 200
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (mode, _) in KINDS.items() if mode not in ("P", "1")])
+def test_training_without_a_crop_and_evaluation_see_the_same_picture(tmp_path, kind):
+    """But for rounding. Palettes apart: evaluation resizes them with nearest neighbours, as OpenAI's models saw it."""
+    write_kind(tmp_path / "src" / kind, *KINDS[kind])
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    shards = Shards(tmp_path / "out")
+    training = PairDataset(shards, 16, 16, Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0)), "first", 0)[0, 0]
+    evaluation = PairDataset(shards, 16, 16, None, "first", 0)[0, 0]
+    assert (training.problem, evaluation.problem) == (None, None)
+    assert float((training.image.float() - evaluation.image.float()).abs().mean()) < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out data
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [4, 11, 22, 300])
+def test_validation_sees_each_held_out_sample_once_in_order_exactly_preprocessed(shelf, batch_size, num_workers):
+    data = module(shelf, val=str(shelf), batch_size=batch_size, num_workers=num_workers)
+    batches = list(data.val_dataloader())
+    assert [number for batch in batches for number in numbers_of(batch)] == list(range(22))
+    assert {len(batch.keys) for batch in batches[:-1]} <= {batch_size}
+    shards, preprocess = Shards(shelf), Preprocess(16, (0, 0, 0), (1, 1, 1))
+    images = torch.cat([batch.images for batch in batches])
+    texts = [row[: row.tolist().index(END_OF_TEXT) + 1].tolist() for batch in batches for row in batch.tokens]
+    for number, record in enumerate(shards):
+        with Image.open(io.BytesIO(record.image)) as image:
+            assert torch.equal(images[number], preprocess.crop(image))
+        assert texts[number] == tokenizer.encode_for_model(record.captions[0])
+
+
+def test_validation_is_the_same_every_time(shelf):
+    data = module(shelf, val=str(shelf))
+    assert_same(list(data.val_dataloader()), list(data.val_dataloader()))
+
+
+def test_an_unreadable_held_out_sample_is_a_hole_with_its_name(copy):
+    key = overwrite(copy, 1)
+    (batch,) = module(copy, val=str(copy), batch_size=6).val_dataloader()
+    assert batch.mask.tolist() == [True, False, True, True, True, True]
+    (problem,) = batch.problems
+    assert problem.startswith(f"{key}: ")
+    assert "image" in problem
+
+
+def test_without_held_out_data_there_is_nothing_to_validate(shelf):
+    assert module(shelf).val_dataloader() == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The module
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_folder_that_holds_no_shards_is_named(shelf, tmp_path, part):
+    folders = {"train": str(shelf), "val": str(shelf), part: str(tmp_path / "nowhere")}
+    with pytest.raises(ValueError, match="nowhere is not a folder of shards"):
+        PairDataModule(**folders, batch_size=4).setup("fit")
+
+
+def test_a_batch_of_one_is_refused(shelf):
+    with pytest.raises(ValueError, match=r"data\.batch_size is 1; a pair needs at least one other"):
+        PairDataModule(str(shelf), batch_size=1)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(shelf):
+    with pytest.raises(ValueError, match="batch_size is 23 and the training set has 22 samples"):
+        module(shelf, batch_size=23).train_dataloader()
+
+
+def test_a_checkpoint_of_the_same_run_is_taken(shelf):
+    state = module(shelf, seed=3).state_dict()
+    assert state == {"seed": 3, "batch_size": 4, "samples": 22}
+    module(shelf, seed=3).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name, other", [("seed", 4), ("batch_size", 8), ("samples", 23)])
+def test_a_checkpoint_of_another_sequence_of_batches_is_refused_with_both_values(shelf, name, other):
+    data = module(shelf)
+    state = data.state_dict()
+    with pytest.raises(ValueError, match=f"trained with {name} {other}, this run has {state[name]}; resume with"):
+        data.load_state_dict({**state, name: other})
+
+
+def test_rejected_pairs_leave_pictures_and_texts_together(tmp_path):
+    source = write_pairs(tmp_path / "src", 5)
+    (source / "0001.png").write_bytes(b"")
+    pack(read_pairs(source), tmp_path / "out", source="src", samples_per_shard=2)
+    (batch,) = module(tmp_path / "out", val=str(tmp_path / "out")).val_dataloader()
+    preprocess = Preprocess(16, (0, 0, 0), (1, 1, 1))
+    assert len(batch.keys) == 4
+    for number, image, row in zip((0, 2, 3, 4), batch.images, batch.tokens, strict=True):
+        assert torch.equal(image, preprocess.crop(picture(number)))
+        assert tokenizer.decode(row).startswith(f"<start_of_text>picture {number} ")

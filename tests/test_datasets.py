@@ -1,0 +1,335 @@
+"""What can be evaluated on: labels, names and prompts belong together, or it is said why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import write_picture
+
+from miniclip.datasets import LABEL_COLUMNS, open_dataset
+from miniclip.prompts import TEMPLATE_SETS, imagenet_classnames, template_set
+from miniclip.shards import IMAGE_COLUMNS
+
+
+def class_folders(root: Path, *names: str, images: int = 2) -> Path:
+    for name in names:
+        for number in range(images):
+            write_picture(root / name / f"{number}.png", number)
+    return root
+
+
+def lines(path: Path, *content: str) -> Path:
+    path.write_text("\n".join(content) + "\n", encoding="utf-8")
+    return path
+
+
+def labels_by_file(data) -> dict[str, str]:
+    """What each picture is said to be, by its path below the data."""
+    return {
+        f"{path.parent.name}/{path.name}": data.classnames[label]
+        for path, label in zip(data.paths, data.labels, strict=True)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder per class
+
+
+def test_class_folders_are_sorted_and_underscores_read_as_spaces(tmp_path):
+    data = open_dataset(class_folders(tmp_path / "pets", "tiger", "Käse", "tabby_cat", "sub folder"))
+    assert data.name == "pets"
+    assert data.classnames == ("Käse", "sub folder", "tabby cat", "tiger")
+    assert data.labels == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert len(data) == len(data.paths) == len(data.groups) == 8
+    assert data.templates == ("a photo of a {c}.",)
+    assert len(set(data.groups)) == 8  # every picture for itself
+
+
+def test_pictures_may_lie_deeper_in_a_class_folder(tmp_path):
+    write_picture(tmp_path / "cat" / "young" / "a.jpg")
+    write_picture(tmp_path / "cat" / "b.WEBP", format="WEBP")
+    write_picture(tmp_path / "dog" / "c.png")
+    assert open_dataset(tmp_path).labels == (0, 0, 1)
+
+
+def test_hidden_folders_and_stray_files_are_no_classes(tmp_path):
+    class_folders(tmp_path, "cat", "dog", ".cache")
+    write_picture(tmp_path / "cover.png")
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "cat" / "notes.txt").write_text("about")
+    data = open_dataset(tmp_path)
+    assert data.classnames == ("cat", "dog")
+    assert len(data) == 4
+
+
+def test_images_open_decoded_and_a_broken_one_is_named(tmp_path):
+    class_folders(tmp_path, "cat", "dog", images=1)
+    (tmp_path / "cat" / "broken.png").write_text("no picture")
+    data = open_dataset(tmp_path)
+    assert data.open(0).size == (24, 20)
+    with pytest.raises(ValueError, match=r"cat/broken\.png is not an image"):
+        data.open(1)
+    data.paths[2].unlink()
+    with pytest.raises(ValueError, match=r"dog/0\.png can't be read"):
+        data.open(2)
+
+
+@pytest.mark.parametrize("name", ["photos", "photos.v2", "my photos"])
+def test_the_data_is_called_by_its_folder(tmp_path, name):
+    assert open_dataset(class_folders(tmp_path / name, "cat")).name == name
+
+
+def test_the_folder_one_stands_in_has_a_name_too(tmp_path, monkeypatch):
+    class_folders(tmp_path / "pets", "cat")
+    monkeypatch.chdir(tmp_path / "pets")
+    assert open_dataset(".").name == "pets"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class names that lie with the data, or are asked for
+
+
+def test_names_that_hold_those_of_the_folders_give_the_order_of_the_labels(tmp_path):
+    class_folders(tmp_path, "tabby_cat", "tiger", images=1)
+    lines(tmp_path / "classnames.txt", "zebra", "tiger", "tabby cat")
+    data = open_dataset(tmp_path)
+    assert data.classnames == ("zebra", "tiger", "tabby cat")
+    assert labels_by_file(data) == {"tabby_cat/0.png": "tabby cat", "tiger/0.png": "tiger"}
+
+
+def test_folders_with_keys_of_their_own_take_the_names_in_sorted_order(tmp_path):
+    class_folders(tmp_path, "n02123045", "n01440764", images=1)
+    lines(tmp_path / "classnames.txt", "tench", "tabby cat")
+    assert labels_by_file(open_dataset(tmp_path)) == {"n01440764/0.png": "tench", "n02123045/0.png": "tabby cat"}
+
+
+def test_folders_called_by_number_take_the_names_by_number(tmp_path):
+    class_folders(tmp_path, *map(str, range(11)), images=1)
+    lines(tmp_path / "classnames.txt", *(f"class {n}" for n in range(11)))
+    assert labels_by_file(open_dataset(tmp_path)) == {f"{n}/0.png": f"class {n}" for n in range(11)}
+
+
+def test_names_written_as_the_folders_are_keep_to_their_folders(tmp_path):
+    """With underscores on both sides, and in another order than the sorted one."""
+    class_folders(tmp_path, "tabby_cat", "siamese_cat", images=1)
+    lines(tmp_path / "classnames.txt", "tabby_cat", "siamese_cat")
+    found = {path: name.replace("_", " ") for path, name in labels_by_file(open_dataset(tmp_path)).items()}
+    assert found == {"tabby_cat/0.png": "tabby cat", "siamese_cat/0.png": "siamese cat"}
+
+
+def test_a_misspelt_name_among_matching_ones_shuffles_no_labels(tmp_path):
+    class_folders(tmp_path, "cat", "dog", "tiger", images=1)
+    lines(tmp_path / "classnames.txt", "tiger", "cat", "dgo")
+    with pytest.raises(ValueError, match="'dog'"):
+        open_dataset(tmp_path)
+
+
+def test_names_asked_for_come_before_those_of_the_data(tmp_path):
+    class_folders(tmp_path / "data", "1", "2", images=1)
+    lines(tmp_path / "data" / "classnames.txt", "a", "b", "c")
+    other = lines(tmp_path / "other.txt", "x", "y", "z")
+    assert open_dataset(tmp_path / "data", classnames=other).classnames == ("x", "y", "z")
+    assert open_dataset(tmp_path / "data", classnames="imagenet").classnames == imagenet_classnames()
+
+
+def test_counts_that_do_not_match_are_both_told(tmp_path):
+    class_folders(tmp_path, "key1", "key2", "key3", images=1)
+    lines(tmp_path / "classnames.txt", "cat", "dog")
+    with pytest.raises(ValueError, match=r"has 3 classes and there are 2 class names; .*'key1', 'key2', 'key3'"):
+        open_dataset(tmp_path)
+
+
+def test_a_table_of_names_refuses_a_list_that_holds_one_twice(tmp_path):
+    write_picture(tmp_path / "a.png")
+    source = lines(tmp_path / "data.csv", "filepath,label", "a.png,crane")
+    names = lines(tmp_path / "names.txt", "crane", "maillot", "crane")
+    with pytest.raises(ValueError, match=r"class names hold duplicates, so .*data\.csv must give labels as numbers"):
+        open_dataset(source, classnames=names)
+
+
+def test_a_list_that_holds_a_name_twice_is_fine_for_numbers(tmp_path):
+    source = lines(tmp_path / "data.csv", "filepath,label", "a.png,0", "a.png,2")
+    data = open_dataset(source, classnames=lines(tmp_path / "names.txt", "crane", "maillot", "crane"))
+    assert (data.labels, data.classnames) == ((0, 2), ("crane", "maillot", "crane"))
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("cat\n\ndog\n", "classnames.txt is blank in line 2"),
+        ("", "classnames.txt is empty"),
+        ("\n \n", "classnames.txt is empty"),
+    ],
+)
+def test_a_blank_line_among_the_names_is_refused_by_its_number(tmp_path, content, says):
+    class_folders(tmp_path, "cat", "dog", images=1)
+    (tmp_path / "classnames.txt").write_text(content)
+    with pytest.raises(ValueError, match=says.replace(".", r"\.")):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["\ufeffcat\r\ndog\r\n", "cat \ndog\n\n\n"], ids=["Windows", "blanks at the end"])
+def test_line_ends_and_marks_of_other_systems_do_not_get_into_the_names(tmp_path, content):
+    class_folders(tmp_path, "dog", "cat", images=1)
+    (tmp_path / "classnames.txt").write_bytes(content.encode())
+    assert open_dataset(tmp_path).classnames == ("cat", "dog")
+
+
+def test_names_that_are_not_utf8_are_told_by_their_file(tmp_path):
+    class_folders(tmp_path, "dog", "cat", images=1)
+    (tmp_path / "classnames.txt").write_bytes("Käse\nBrot\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classnames\.txt"):
+        open_dataset(tmp_path)
+
+
+def test_a_missing_file_of_names_is_named(tmp_path):
+    class_folders(tmp_path, "cat")
+    with pytest.raises(ValueError, match=r"no file .*nowhere\.txt"):
+        open_dataset(tmp_path, classnames=tmp_path / "nowhere.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates
+
+
+def test_templates_beside_the_data_are_used_unless_others_are_asked_for(tmp_path):
+    class_folders(tmp_path, "cat")
+    lines(tmp_path / "templates.txt", "ein Bild: {}", "{c}!")
+    other = lines(tmp_path / "other_templates.txt", "a {}")
+    assert open_dataset(tmp_path).templates == ("ein Bild: {}", "{c}!")
+    assert open_dataset(tmp_path, templates=other).templates == ("a {}",)
+    for name in TEMPLATE_SETS:
+        assert open_dataset(tmp_path, templates=name).templates == template_set(name)
+    assert [len(template_set(name)) for name in TEMPLATE_SETS] == [1, 80, 7]
+
+
+def test_an_unknown_template_set_is_named_with_those_there_are(tmp_path):
+    class_folders(tmp_path, "cat")
+    with pytest.raises(ValueError, match="imagenet81") as caught:
+        open_dataset(tmp_path, templates="imagenet81")
+    for name in TEMPLATE_SETS:
+        assert name in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A labelled table
+
+
+def test_a_table_of_names_sorts_them_into_classes(tmp_path):
+    write_picture(tmp_path / "sub" / "a b.png")
+    source = lines(
+        tmp_path / "birds.csv", "filepath,label", "sub/a b.png, tabby_cat ", "sub/a b.png,dog", "gone.png,dog"
+    )
+    data = open_dataset(source)
+    assert (data.name, data.classnames, data.labels) == ("birds", ("dog", "tabby cat"), (1, 0, 0))
+    assert data.open(0).size == (24, 20)
+    assert data.paths[2] == tmp_path / "gone.png"  # found out, and counted, when it is opened
+    assert len(set(data.groups)) == 3
+
+
+def test_numbers_in_a_table_are_places_in_the_list_of_names_beside_it(tmp_path):
+    source = lines(tmp_path / "birds.tsv", "image\tclass", "a.png\t2", "a.png\t0", "a.png\t010")
+    lines(tmp_path / "birds.classnames.txt", *(f"bird {n}" for n in range(11)))
+    lines(tmp_path / "birds.templates.txt", "a bird: {}")
+    lines(tmp_path / "classnames.txt", "of", "a", "folder")
+    data = open_dataset(source)
+    assert data.labels == (2, 0, 10)
+    assert data.classnames[10] == "bird 10"
+    assert data.templates == ("a bird: {}",)
+
+
+def test_names_in_a_table_find_their_places_in_the_list_beside_it(tmp_path):
+    source = lines(tmp_path / "birds.csv", "image,class", "a.png,barn_owl", "a.png,crane")
+    lines(tmp_path / "birds.classnames.txt", "crane", "kea", "barn owl")
+    data = open_dataset(source)
+    assert (data.labels, data.classnames) == ((2, 0), ("crane", "kea", "barn owl"))
+
+
+@pytest.mark.parametrize("column", [*LABEL_COLUMNS, "LABEL"])
+def test_the_label_column_is_known_by_any_of_its_names(tmp_path, column):
+    data = open_dataset(lines(tmp_path / "data.csv", f"filepath,{column}", "a.png,cat"))
+    assert data.classnames == ("cat",)
+
+
+def test_a_group_column_says_what_belongs_together(tmp_path):
+    source = lines(tmp_path / "data.csv", "filepath,label,hand", "a.png,x,7", "b.png,y,7", "c.png,x,9")
+    assert open_dataset(source, group_column="hand").groups == ("7", "7", "9")
+
+
+def test_an_unknown_group_column_is_named_with_those_there_are(tmp_path):
+    source = lines(tmp_path / "data.csv", "filepath,label,hand", "a.png,x,7")
+    with pytest.raises(ValueError, match=r"has no column 'writer'; its columns are filepath, label, hand"):
+        open_dataset(source, group_column="writer")
+
+
+def test_a_folder_has_no_group_column(tmp_path):
+    with pytest.raises(ValueError, match="is a folder and has no columns; a group column needs a table"):
+        open_dataset(class_folders(tmp_path, "cat"), group_column="hand")
+
+
+@pytest.mark.parametrize("missing", ["filepath", "label"])
+def test_a_missing_column_is_named_with_those_wanted(tmp_path, missing):
+    column = "label" if missing == "filepath" else "filepath"
+    with pytest.raises(ValueError, match="has no column for") as caught:
+        open_dataset(lines(tmp_path / "data.csv", f"{column},Höhe", "x,1"))
+    for name in (column, "Höhe", *(IMAGE_COLUMNS if missing == "filepath" else LABEL_COLUMNS)):
+        assert name in str(caught.value)
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.csv has columns and no rows"):
+        open_dataset(lines(tmp_path / "data.csv", "filepath,label"))
+
+
+@pytest.mark.parametrize("row", ["b.png,", "b.png,  ", "b.png"])
+def test_a_row_without_a_label_is_named(tmp_path, row):
+    with pytest.raises(ValueError, match=r"data\.csv: row 2 \(b\.png\) has no label"):
+        open_dataset(lines(tmp_path / "data.csv", "filepath,label", "a.png,cat", row))
+
+
+def test_a_number_beyond_the_names_is_told_with_their_count(tmp_path):
+    source = lines(tmp_path / "data.csv", "filepath,label", "a.png,0", "b.png,2")
+    lines(tmp_path / "data.classnames.txt", "cat", "dog")
+    with pytest.raises(ValueError, match=r"data\.csv has labels up to 2, but there are 2 class names"):
+        open_dataset(source)
+
+
+def test_a_negative_number_is_no_label(tmp_path):
+    source = lines(tmp_path / "data.csv", "filepath,label", "a.png,0", "b.png,1", "c.png,-1")
+    lines(tmp_path / "data.classnames.txt", "cat", "dog")
+    with pytest.raises(ValueError, match="'-1'"):
+        open_dataset(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No data
+
+
+@pytest.mark.parametrize("name, says", [("nowhere", "is not there"), ("a.json", "is neither a folder per class nor")])
+def test_a_source_that_is_none_is_named(tmp_path, name, says):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"data '.*{name}' {says}"):
+        open_dataset(tmp_path / name)
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path):
+    write_picture(tmp_path / "a.png")
+    (tmp_path / ".hidden").mkdir()
+    with pytest.raises(ValueError, match="has no classes: it must hold one folder of images for each class"):
+        open_dataset(tmp_path)
+
+
+def test_class_folders_without_any_image_are_refused(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="has 2 class folders and no image in any of them"):
+        open_dataset(tmp_path)
+
+
+def test_a_class_folder_without_images_is_named(tmp_path):
+    class_folders(tmp_path, "cat", "dog")
+    (tmp_path / "empty one").mkdir()
+    with pytest.raises(ValueError, match="has class folders without images: empty one"):
+        open_dataset(tmp_path)

@@ -1,0 +1,261 @@
+# Oracles: fractions worked out by hand, open_clip's ClipLoss, and torch's cross-entropy.
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+
+from miniclip.loss import clip_loss, gather
+
+B, E = 7, 5
+CHUNKS = [1, 3, B - 1, B, B + 5]
+
+
+def random_features(number=B, width=E, seed=0, dtype=torch.float64):
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(2, number, width, generator=random, dtype=torch.float64)
+    return F.normalize(drawn, dim=-1).to(dtype)
+
+
+def with_logits(logits):
+    """Features whose products are exactly these, images x texts."""
+    logits = torch.tensor(logits, dtype=torch.float64)
+    return torch.eye(len(logits), dtype=torch.float64), logits.T.contiguous()
+
+
+def figure_3(images, texts, scale):
+    """The paper's pseudocode."""
+    logits = scale * images @ texts.T
+    labels = torch.arange(len(logits))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def value_and_gradients(loss, images, texts, scale=11.0, **options):
+    inputs = [x.detach().clone().requires_grad_() for x in (images, texts, torch.tensor(scale, dtype=torch.float64))]
+    value = loss(*inputs, **options)
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+def assert_all_close(actual, expected, tolerance=1e-12):
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 100.0])
+def test_matching_orthonormal_features_cost_what_one_works_out_by_hand(size, scale):
+    unit = torch.eye(size, dtype=torch.float64)
+    expected = math.log(1 + (size - 1) * math.exp(-scale))
+    assert clip_loss(unit, unit, scale).item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("size", [2, 3, 10])
+def test_two_identical_texts_cost_a_coin_toss_whatever_the_scale(size):
+    images = torch.eye(size, dtype=torch.float64)[[0, 0]]
+    assert clip_loss(images, images, 30.0).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    "odds, product",
+    [
+        # rows pick their column with 2/5 and 5/6, columns their row with 2/3 and 5/8
+        ([[2, 3], [1, 5]], (2 / 5) * (5 / 6) * (2 / 3) * (5 / 8)),
+        # rows with 1/2 each, columns with 1/3, 2/3 and 8/15
+        ([[4, 1, 3], [2, 6, 4], [6, 2, 8]], (1 / 2) ** 3 * (1 / 3) * (2 / 3) * (8 / 15)),
+    ],
+)
+def test_both_directions_count_equally(odds, product):
+    images, texts = with_logits(np.log(odds))
+    expected = -math.log(product) / (2 * len(odds))
+    assert clip_loss(images, texts, 1.0).item() == pytest.approx(expected, rel=1e-12)
+    assert clip_loss(texts, images, 1.0).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_asymmetric_example_equals_numpy():
+    random = np.random.default_rng(0)
+    images, texts = random.normal(size=(2, 6, 4))
+    logits = 3.7 * images @ texts.T
+    rows = -np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).diagonal().mean()
+    columns = -np.log(np.exp(logits) / np.exp(logits).sum(axis=0, keepdims=True)).diagonal().mean()
+    assert abs(rows - columns) > 0.1  # else a direction left out would go unseen
+    loss = clip_loss(torch.from_numpy(images), torch.from_numpy(texts), 3.7)
+    assert loss.item() == pytest.approx((rows + columns) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 33])
+@pytest.mark.parametrize("scale", [1, 14.3, 100])
+def test_value_and_gradients_equal_open_clip_and_cross_entropy(size, scale):
+    images, texts = random_features(size, 16, seed=size)
+    ours = value_and_gradients(clip_loss, images, texts, scale)
+    assert_all_close(ours, value_and_gradients(ClipLoss(), images, texts, scale))
+    assert_all_close(ours, value_and_gradients(figure_3, images, texts, scale))
+
+
+@pytest.mark.parametrize("size", [2, 5, 100])
+def test_without_any_contrast_the_loss_is_chance(size):
+    images, texts = random_features(size)
+    assert clip_loss(images, texts, 0.0).item() == pytest.approx(math.log(size), rel=1e-12)
+    assert clip_loss(images, texts, 1e-9).item() == pytest.approx(math.log(size), rel=1e-8)
+
+
+def test_the_scale_may_be_a_number_or_a_tensor():
+    images, texts = random_features()
+    assert clip_loss(images, texts, 14.3) == clip_loss(images, texts, torch.tensor(14.3, dtype=torch.float64))
+
+
+def test_the_loss_is_a_scalar():
+    assert clip_loss(*random_features(), 10.0).shape == ()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_gradients_pass_torchs_check(chunk_size):
+    images, texts = random_features(4, 3)
+    mask = torch.tensor([True, False, True, True])
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (images, texts, scale)]
+    assert torch.autograd.gradcheck(lambda *x: clip_loss(*x, chunk_size=chunk_size), inputs)
+    assert torch.autograd.gradcheck(lambda *x: clip_loss(*x, chunk_size=chunk_size, mask=mask), inputs)
+
+
+# ---- chunks
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_chunks_change_neither_value_nor_gradients(chunk_size):
+    images, texts = random_features()
+    whole = value_and_gradients(clip_loss, images, texts)
+    assert_all_close(value_and_gradients(clip_loss, images, texts, chunk_size=chunk_size), whole)
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_chunks_of_asymmetric_logits_change_nothing_either(chunk_size):
+    images, texts = with_logits(torch.randn(B, B, generator=torch.Generator().manual_seed(3)).tolist())
+    whole = value_and_gradients(figure_3, images, texts)
+    assert_all_close(value_and_gradients(clip_loss, images, texts, chunk_size=chunk_size), whole)
+
+
+# ---- mask
+
+MASKS = {
+    "one pair out": [1, 1, 0, 1, 1, 1, 1],
+    "the ends out": [0, 1, 1, 1, 1, 1, 0],
+    "the first chunk of three out": [0, 0, 0, 1, 1, 1, 1],
+    "the middle chunk of three out": [1, 1, 1, 0, 0, 0, 1],
+    "one pair left": [0, 0, 0, 0, 1, 0, 0],
+    "all left": [1] * B,
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, *CHUNKS])
+@pytest.mark.parametrize("kept", MASKS.values(), ids=MASKS)
+def test_masked_pairs_are_as_good_as_absent(kept, chunk_size):
+    images, texts = random_features(seed=5)
+    mask = torch.tensor(kept, dtype=torch.bool)
+    value, image_gradient, text_gradient, scale_gradient = value_and_gradients(
+        clip_loss, images, texts, mask=mask, chunk_size=chunk_size
+    )
+    expected = value_and_gradients(figure_3, images[mask], texts[mask])
+    assert_all_close([value, image_gradient[mask], text_gradient[mask], scale_gradient], expected)
+    assert image_gradient[~mask].eq(0).all()
+    assert text_gradient[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_rows_of_zeros_give_no_nan(chunk_size, dtype):
+    images, texts = random_features(seed=6).clone().to(dtype)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1, 1], dtype=torch.bool)
+    images[~mask] = texts[~mask] = 0
+    expected = value_and_gradients(figure_3, images[mask].double(), texts[mask].double(), 100.0)
+    actual = value_and_gradients(clip_loss, images, texts, 100.0, mask=mask, chunk_size=chunk_size)
+    assert all(tensor.isfinite().all() for tensor in actual)
+    kept = [actual[0], actual[1][mask], actual[2][mask], actual[3]]
+    assert_all_close(
+        [tensor.double() for tensor in kept], expected, tolerance=1e-5 if dtype == torch.float32 else 1e-12
+    )
+    assert actual[1][~mask].eq(0).all()
+
+
+def test_a_masked_loss_worked_out_by_hand():
+    images, texts = with_logits(np.log([[4, 1, 3], [2, 6, 4], [6, 2, 8]]))
+    mask = torch.tensor([True, False, True])  # leaves [[4, 3], [6, 8]]
+    expected = -math.log((4 / 7) * (8 / 14) * (4 / 10) * (8 / 11)) / 4
+    assert clip_loss(images, texts, 1.0, mask=mask).item() == pytest.approx(expected, rel=1e-12)
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chunk_size", [None, 10])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_features_of_less_precision_lose_no_more_in_the_loss(dtype, chunk_size, autocast):
+    images, texts = random_features(32, 16, seed=7, dtype=dtype)
+    texts = (0.3 * images + 0.7 * texts).to(dtype)  # as after some training, neither chance nor nothing
+    exact = value_and_gradients(figure_3, images.double(), texts.double(), 20.0)
+    assert 0.5 < exact[0] < math.log(32) - 0.5
+
+    def loss_under_autocast(*features):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return clip_loss(*features, chunk_size=chunk_size)
+
+    value, *gradients = value_and_gradients(loss_under_autocast, images, texts, 20.0)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(exact[0].item(), rel=1e-5)
+    spacing = torch.finfo(dtype).eps  # gradients are rounded to the type of the features, once
+    for gradient, expected in zip(gradients, exact[1:], strict=True):
+        assert (gradient - expected).abs().max() <= (spacing + 1e-5) * expected.abs().max()
+
+
+def test_double_precision_stays_double():
+    assert clip_loss(*random_features(), 10.0).dtype == torch.float64
+
+
+def test_the_highest_scale_of_training_does_not_overflow():
+    images, texts = random_features(dtype=torch.float32)
+    value, *gradients = value_and_gradients(clip_loss, images, -images, 100.0)
+    assert value.item() == pytest.approx(figure_3(images.double(), -images.double(), 100.0).item(), rel=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert torch.isfinite(clip_loss(images, texts, 1e6))
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "image_shape, text_shape",
+    [((3, 4), (2, 4)), ((3, 4), (3, 5)), ((4,), (4,)), ((2, 3, 4), (2, 3, 4)), ((0, 4), (0, 4))],
+)
+def test_features_that_do_not_pair_up_are_refused_naming_both_shapes(image_shape, text_shape):
+    with pytest.raises(ValueError, match="same shape") as caught:
+        clip_loss(torch.zeros(image_shape), torch.zeros(text_shape), 1.0)
+    assert f"image features {image_shape} and text features {text_shape}" in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_size_below_one_is_refused_by_value(chunk_size):
+    with pytest.raises(ValueError, match=rf"chunk_size is {chunk_size};"):
+        clip_loss(*random_features(), 1.0, chunk_size=chunk_size)
+
+
+def test_a_mask_that_leaves_no_pair_is_refused():
+    with pytest.raises(ValueError, match="mask"):
+        clip_loss(*random_features(), 1.0, mask=torch.zeros(B, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(1,), (B + 1,), (B, B), ()])
+def test_a_mask_of_another_length_is_refused_naming_its_shape(shape):
+    with pytest.raises(ValueError, match="mask") as caught:
+        clip_loss(*random_features(), 1.0, mask=torch.ones(shape, dtype=torch.bool))
+    assert str(shape) in str(caught.value)
+
+
+def test_gathering_in_a_single_process_gives_the_features_themselves():
+    images, _ = random_features()
+    assert gather(images) is images

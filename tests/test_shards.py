@@ -1,0 +1,777 @@
+"""Pairs in, shards out: nothing is lost or changed on the way, and nothing is half written."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import pack_folder, picture, write_pairs, write_picture
+from PIL import Image
+
+from miniclip.shards import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    Pair,
+    Shards,
+    index_shard,
+    pack,
+    read_pairs,
+)
+
+
+def members(tar: Path) -> dict[str, bytes]:
+    with tarfile.open(tar) as file:
+        return {member.name: file.extractfile(member).read() for member in file}
+
+
+def all_members(out: Path) -> dict[str, bytes]:
+    return {name: data for tar in sorted(out.glob("*.tar")) for name, data in members(tar).items()}
+
+
+def rejections(out: Path) -> dict[str, str]:
+    with open(out / "rejected.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["source", "reason"]
+    return dict(rows)
+
+
+def everything_below(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder with its content, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def table(path: Path, *lines: str, encoding: str = "utf-8") -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding=encoding, newline="")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder as source
+
+
+def test_folder_with_subfolders_spaces_and_umlauts_keeps_every_pair(tmp_path):
+    source = tmp_path / "meine Bilder"
+    names = ["plain.png", "with space.jpg", "sub folder/Grüße.png", "sub folder/deeper/猫.webp", "dots.in.name.jpg"]
+    for seed, name in enumerate(names):
+        path = write_picture(source / name, seed)
+        path.with_suffix(".txt").write_text(f"Überschrift für {name}\n", encoding="utf-8")
+    packed = pack_folder(source, tmp_path / "out")
+    assert (packed.kept, packed.rejected, packed.shards) == (5, 0, 1)
+    shards = Shards(tmp_path / "out")
+    found = {record.captions[0]: record.image for record in map(shards.__getitem__, range(5))}
+    assert found == {f"Überschrift für {name}": (source / name).read_bytes() for name in names}
+
+
+def test_each_non_blank_line_of_a_text_file_is_one_caption(tmp_path):
+    path = write_picture(tmp_path / "src" / "a.png")
+    path.with_suffix(".txt").write_bytes("\ufeffeins \r\n\r\n  zwei\tund   drei  \nvier".encode())
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    assert Shards(tmp_path / "out")[0].captions == ("eins", "zwei und drei", "vier")
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.jpg", {"quality": 60}),
+        ("a.jpeg", {"progressive": True}),
+        ("a.JPG", {}),
+        ("a.png", {}),
+        ("a.webp", {"lossless": True}),
+    ],
+)
+def test_jpeg_png_and_webp_are_kept_byte_for_byte(tmp_path, name, options):
+    path = write_picture(tmp_path / "src" / name, **options)
+    path.with_suffix(".txt").write_text("one")
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    assert Shards(tmp_path / "out")[0].image == path.read_bytes()
+    suffix = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}[name.split(".")[1].lower()]
+    assert set(all_members(tmp_path / "out")) == {f"000000000.{suffix}", "000000000.txt", "000000000.json"}
+
+
+@pytest.mark.parametrize("name, mode", [("a.bmp", "RGB"), ("a.gif", "P"), ("a.tif", "RGB"), ("a.tiff", "L")])
+def test_other_formats_are_stored_as_png_with_the_same_pixels(tmp_path, name, mode):
+    path = write_picture(tmp_path / "src" / name, mode=mode)
+    path.with_suffix(".txt").write_text("one")
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    stored = Image.open(io.BytesIO(all_members(tmp_path / "out")["000000000.png"]))
+    assert stored.format == "PNG"
+    with Image.open(path) as original:
+        assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(original.convert("RGB")))
+
+
+def test_a_png_that_is_called_jpg_is_stored_under_what_it_is(tmp_path):
+    path = write_picture(tmp_path / "src" / "wrong.jpg", format="PNG")
+    path.with_suffix(".txt").write_text("one")
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    assert all_members(tmp_path / "out")["000000000.png"] == path.read_bytes()
+
+
+def test_one_text_serves_two_images_of_the_same_name(tmp_path):
+    write_picture(tmp_path / "src" / "a.png", 1)
+    write_picture(tmp_path / "src" / "a.jpg", 2)
+    (tmp_path / "src" / "a.txt").write_text("both")
+    assert pack_folder(tmp_path / "src", tmp_path / "out").kept == 2
+
+
+def test_the_json_of_a_sample_tells_its_source_and_stored_size(tmp_path):
+    path = write_picture(tmp_path / "src" / "sub" / "ä.png", size=(31, 17))
+    path.with_suffix(".txt").write_text("one")
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    facts = json.loads(all_members(tmp_path / "out")["000000000.json"])
+    assert facts == {"source": "sub/ä.png", "width": 31, "height": 17}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A table as source
+
+
+@pytest.mark.parametrize(
+    "suffix, separator", [(".csv", ","), (".tsv", "\t"), (".csv", ";"), (".CSV", ","), (".tsv", ",")]
+)
+def test_the_separator_of_a_table_is_found_out(tmp_path, suffix, separator):
+    path = write_picture(tmp_path / "pictures" / "a b.png")
+    source = table(
+        tmp_path / f"pairs{suffix}",
+        separator.join(["filepath", "title"]),
+        separator.join(["pictures/a b.png", "ein Bild"]),
+    )
+    pack_folder(source, tmp_path / "out")
+    record = Shards(tmp_path / "out")[0]
+    assert record.captions == ("ein Bild",)
+    assert record.image == path.read_bytes()
+
+
+@pytest.mark.parametrize("column", [*IMAGE_COLUMNS, "FilePath", " Image "])
+def test_the_image_column_is_known_by_any_of_its_names(tmp_path, column):
+    write_picture(tmp_path / "a.png")
+    (pair,) = read_pairs(table(tmp_path / "pairs.csv", f"id,{column},caption", "7,a.png,words"))
+    assert (pair.path, pair.captions, pair.problem, pair.extra) == (tmp_path / "a.png", ("words",), None, {"id": "7"})
+
+
+@pytest.mark.parametrize("column", [*CAPTION_COLUMNS, "TITLE", " Text "])
+def test_the_caption_column_is_known_by_any_of_its_names(tmp_path, column):
+    write_picture(tmp_path / "a.png")
+    (pair,) = read_pairs(table(tmp_path / "pairs.csv", f"filename,{column}", "a.png,words"))
+    assert (pair.path, pair.captions, pair.problem) == (tmp_path / "a.png", ("words",), None)
+
+
+def test_a_byte_order_mark_before_the_header_does_no_harm(tmp_path):
+    write_picture(tmp_path / "a.png")
+    (pair,) = read_pairs(table(tmp_path / "pairs.csv", "filepath,title", "a.png,Käse", encoding="utf-8-sig"))
+    assert (pair.problem, pair.captions) == (None, ("Käse",))
+
+
+def test_paths_may_be_absolute_or_relative_to_the_table(tmp_path, monkeypatch):
+    elsewhere = write_picture(tmp_path / "elsewhere" / "a.png", 1)
+    write_picture(tmp_path / "tables" / "b.png", 2)
+    source = table(tmp_path / "tables" / "pairs.csv", "filepath,title", f"{elsewhere},one", "b.png,two")
+    monkeypatch.chdir(tmp_path)
+    assert pack_folder(source, tmp_path / "out").kept == 2
+
+
+def test_quoted_captions_hold_separators_quotes_and_one_caption_a_line(tmp_path):
+    write_picture(tmp_path / "a.png")
+    source = table(tmp_path / "pairs.csv", "filepath,title", 'a.png,"a ""red"", round', "", 'ball, or two"')
+    pack_folder(source, tmp_path / "out")
+    assert Shards(tmp_path / "out")[0].captions == ('a "red", round', "ball, or two")
+
+
+def test_further_columns_end_up_in_the_json(tmp_path):
+    write_picture(tmp_path / "a.png")
+    source = table(tmp_path / "pairs.csv", "licence,filepath,title,Größe", "CC-BY,a.png,words,groß")
+    pack_folder(source, tmp_path / "out")
+    facts = json.loads(all_members(tmp_path / "out")["000000000.json"])
+    assert facts == {"licence": "CC-BY", "Größe": "groß", "source": "a.png", "width": 24, "height": 20}
+
+
+def test_a_row_with_too_few_cells_is_rejected_alone(tmp_path):
+    write_picture(tmp_path / "a.png")
+    source = table(tmp_path / "pairs.csv", "filepath,title", "a.png", "a.png,words")
+    packed = pack_folder(source, tmp_path / "out")
+    assert (packed.kept, packed.rejected) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [(",filepath,title", "0,a.png,words"), ("filepath,title,", "a.png,words,")],
+    ids=["index column of pandas", "comma at the end of every line"],
+)
+def test_a_column_without_a_name_does_no_harm(tmp_path, lines):
+    write_picture(tmp_path / "a.png")
+    (pair,) = read_pairs(table(tmp_path / "pairs.csv", *lines))
+    assert (pair.problem, pair.captions) == (None, ("words",))
+
+
+def test_a_row_with_too_many_cells_is_named_by_its_line(tmp_path):
+    source = table(tmp_path / "pairs.csv", "filepath,title", 'a.png,"two', 'lines"', "b.png,red, round")
+    with pytest.raises(ValueError, match=r"pairs\.csv, line 4: more cells than the 2 columns \(filepath, title\)"):
+        read_pairs(source)
+
+
+def test_an_unclosed_quote_swallows_no_row_silently(tmp_path):
+    write_picture(tmp_path / "a.png")
+    source = table(tmp_path / "pairs.tsv", "filepath\ttitle", 'a.png\t"one', "a.png\ttwo", "a.png\tthree")
+    try:
+        pairs = read_pairs(source)
+    except ValueError as error:
+        assert "pairs.tsv" in str(error)  # noqa: PT017 (refusing the table or reading all its rows are both fine)
+    else:
+        assert len(pairs) == 3
+
+
+def test_a_caption_of_a_hundred_thousand_words_is_no_crash(tmp_path):
+    write_picture(tmp_path / "a.png")
+    (pair,) = read_pairs(table(tmp_path / "pairs.csv", "filepath,title", "a.png," + "word " * 100_000))
+    assert pair.captions[0].split() == ["word"] * 100_000
+
+
+@pytest.mark.parametrize("missing", ["filepath", "title"])
+def test_a_missing_column_names_those_there_are_and_those_wanted(tmp_path, missing):
+    columns = [column for column in ("filepath", "title") if column != missing] + ["Höhe"]
+    wanted = IMAGE_COLUMNS if missing == "filepath" else CAPTION_COLUMNS
+    with pytest.raises(ValueError, match="has no column for") as caught:
+        read_pairs(table(tmp_path / "pairs.csv", ",".join(columns), "x,y"))
+    for name in (*columns, *wanted, "pairs.csv"):
+        assert name in str(caught.value)
+
+
+def test_an_empty_table_says_what_its_first_line_must_be(tmp_path):
+    with pytest.raises(ValueError, match=r"pairs\.csv is empty; its first line must name the columns"):
+        read_pairs(table(tmp_path / "pairs.csv"))
+
+
+def test_a_table_of_columns_alone_is_said_to_have_no_rows(tmp_path):
+    source = table(tmp_path / "pairs.csv", "filepath,title")
+    with pytest.raises(ValueError, match="no pairs found") as caught:
+        pack_folder(source, tmp_path / "out")
+    assert ".txt" not in str(caught.value)  # a table's owner has no .txt files to look for
+
+
+def test_a_table_that_is_not_utf8_is_named(tmp_path):
+    source = table(tmp_path / "pairs.csv", "filepath,title", "a.png,Käse", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"pairs\.csv is not UTF-8 text"):
+        read_pairs(source)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [("nowhere", "no folder or file .*nowhere"), ("notes.xlsx", "neither a folder nor a .csv or .tsv table")],
+)
+def test_a_source_that_is_none_is_named(tmp_path, name, says):
+    (tmp_path / "notes.xlsx").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=says):
+        read_pairs(tmp_path / name)
+
+
+def test_a_folder_without_pictures_and_texts_says_what_was_looked_for(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "readme.md").write_text("nothing here")
+    before = everything_below(tmp_path)
+    with pytest.raises(ValueError, match=r"no pairs found in .*src: it holds no image \(\.jpg.*\) with a \.txt"):
+        pack_folder(tmp_path / "src", tmp_path / "out")
+    assert everything_below(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left out, and why
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def spoil(folder: Path, what: str) -> str:
+    """Writes one bad pair, and returns the name that the user knows it by."""
+    path = folder / f"bad {what}.png"
+    text = path.with_suffix(".txt")
+    if what == "no text":
+        write_picture(path)
+    elif what == "no image":
+        text.write_text("alone")
+        return text.name
+    elif what == "empty captions":
+        write_picture(path)
+        text.write_text("")
+    elif what == "blank captions":
+        write_picture(path)
+        text.write_text(" \t\n\n\u00a0\n", encoding="utf-8")
+    elif what == "text called jpg":
+        path = path.with_suffix(".jpg")
+        path.write_text("this is no picture")
+        text.write_text("words")
+    elif what in ("truncated jpg", "truncated png", "truncated webp"):
+        path = write_picture(path.with_suffix("." + what.split()[1]), size=(64, 64))
+        half(path)
+        text.write_text("words")
+    elif what == "only a header":
+        path = write_picture(path.with_suffix(".jpg"))
+        path.write_bytes(path.read_bytes()[:20])
+        text.write_text("words")
+    elif what == "empty file":
+        path.write_bytes(b"")
+        text.write_text("words")
+    elif what == "not utf8":
+        write_picture(path)
+        text.write_bytes("Käse".encode("latin-1"))
+    return path.name
+
+
+REASONS = {
+    "no text": "no captions: there is no bad no text.txt",
+    "no image": "no image",
+    "empty captions": "every caption is empty",
+    "blank captions": "every caption is empty",
+    "text called jpg": "not an image",
+    "truncated jpg": "unreadable image",
+    "truncated png": "unreadable image",
+    "truncated webp": "image",
+    "only a header": "image",
+    "empty file": "not an image that can be read (0 bytes)",
+    "not utf8": "not utf8.txt is not UTF-8 text",
+}
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_a_bad_pair_is_left_out_and_listed_with_its_reason(tmp_path, what):
+    source = write_pairs(tmp_path / "src", 3)
+    name = spoil(source, what)
+    pairs = read_pairs(source)
+    packed = pack(pairs, tmp_path / "out", source=str(source))
+    assert (packed.kept, packed.rejected, len(pairs)) == (3, 1, 4)
+    found = rejections(tmp_path / "out")
+    assert list(found) == [name]
+    assert REASONS[what] in found[name]
+
+
+def test_kept_and_rejected_add_up_to_the_pairs(tmp_path):
+    source = write_pairs(tmp_path / "src", 4)
+    names = {spoil(source, what) for what in REASONS}
+    pairs = read_pairs(source)
+    packed = pack(pairs, tmp_path / "out", source="here", samples_per_shard=3)
+    assert packed.kept + packed.rejected == len(pairs) == 4 + len(REASONS)
+    assert set(rejections(tmp_path / "out")) == names
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert (index["samples"], index["rejected"], index["source"]) == (4, len(REASONS), "here")
+    assert sum(shard["samples"] for shard in index["shards"]) == len(Shards(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["gone.png", "", ".", "nul\0.png", "long" * 100 + ".png"], ids=["gone", "blank", "folder", "nul", "long"]
+)
+def test_a_path_in_a_table_that_is_no_file_is_rejected_alone(tmp_path, name):
+    write_picture(tmp_path / "a.png")
+    source = table(tmp_path / "pairs.csv", "filepath,title", "a.png,words", f"{name},words")
+    packed = pack_folder(source, tmp_path / "out")
+    assert (packed.kept, packed.rejected) == (1, 1)
+    (found,) = rejections(tmp_path / "out").items()
+    assert found[0] == name
+    assert "no image file" in found[1]
+
+
+def test_a_picture_that_vanishes_after_listing_is_rejected_alone(tmp_path):
+    source = write_pairs(tmp_path / "src", 3)
+    pairs = read_pairs(source)
+    (source / "0001.png").unlink()
+    packed = pack(pairs, tmp_path / "out", source="src")
+    assert (packed.kept, packed.rejected) == (2, 1)
+    assert list(rejections(tmp_path / "out")) == ["0001.png"]
+
+
+def test_rejected_csv_of_a_clean_source_holds_its_header_alone(tmp_path):
+    pack_folder(write_pairs(tmp_path / "src", 2), tmp_path / "out")
+    assert rejections(tmp_path / "out") == {}
+
+
+def test_a_source_with_nothing_usable_raises_with_reasons_and_leaves_nothing(tmp_path):
+    source = tmp_path / "src"
+    source.mkdir()
+    names = [spoil(source, what) for what in ("no text", "no image", "empty file")]
+    before = everything_below(tmp_path)
+    with pytest.raises(ValueError, match=r"none of the 3 pairs in .*src can be used") as caught:
+        pack_folder(source, tmp_path / "out")
+    for name, what in zip(names, ("no text", "no image", "empty file"), strict=True):
+        assert name in str(caught.value)
+        assert REASONS[what] in str(caught.value)
+    assert everything_below(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: whole or not at all, and nothing overwritten unasked
+
+
+def test_an_existing_folder_is_refused_and_stays_as_it_was(tmp_path):
+    source = write_pairs(tmp_path / "src", 2)
+    pack_folder(source, tmp_path / "out")
+    before = everything_below(tmp_path)
+    write_picture(source / "new.png").with_suffix(".txt").write_text("new")
+    with pytest.raises(ValueError, match=r"out exists already; pass --overwrite"):
+        pack_folder(source, tmp_path / "out")
+    after = everything_below(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"src/new.png", "src/new.txt"}
+
+
+def test_overwrite_replaces_all_of_the_old_shards(tmp_path):
+    pack_folder(write_pairs(tmp_path / "many", 6), tmp_path / "out", samples_per_shard=1)
+    pack_folder(write_pairs(tmp_path / "few", 2), tmp_path / "out", overwrite=True)
+    assert len(Shards(tmp_path / "out")) == 2
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "00000.npz",
+        "00000.tar",
+        "index.json",
+        "rejected.csv",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["few", "many", "out"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
+def test_overwrite_never_replaces_what_is_no_folder_of_shards(tmp_path, kind):
+    source = write_pairs(tmp_path / "src", 2)
+    if kind == "file":
+        (tmp_path / "out").write_text("a year's work")
+    else:
+        (tmp_path / "out").mkdir()
+        if kind == "folder":
+            (tmp_path / "out" / "thesis.tex").write_text("a year's work")
+    before = everything_below(tmp_path)
+    with pytest.raises(ValueError, match=r"out is not a folder of shards \(it has no index\.json\)"):
+        pack_folder(source, tmp_path / "out", overwrite=True)
+    assert everything_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_in_the_middle_leaves_everything_as_it_was(tmp_path, error, overwrite):
+    source = write_pairs(tmp_path / "src", 4)
+    if overwrite:
+        pack_folder(source, tmp_path / "out", samples_per_shard=3)
+    before = everything_below(tmp_path)
+    on_disk = []
+
+    def fail(done: int) -> None:
+        on_disk.extend(path.name for path in tmp_path.rglob("*.tar") if path.parent.name != "out")
+        raise error("stop")
+
+    pairs = read_pairs(source) * 100  # more than one window of the packer, so that shards have been written
+    with pytest.raises(error, match="stop"):
+        pack(pairs, tmp_path / "out", source="src", samples_per_shard=100, overwrite=overwrite, progress=fail)
+    assert on_disk, "the failure came before anything was written"
+    assert everything_below(tmp_path) == before
+
+
+def test_progress_is_told_of_all_pairs_in_the_end(tmp_path):
+    done: list[int] = []
+    pairs = read_pairs(write_pairs(tmp_path / "src", 3)) * 100
+    pack(pairs, tmp_path / "out", source="src", progress=done.append)
+    assert done == sorted(set(done))
+    assert done[-1] == 300
+
+
+def test_parent_folders_of_the_output_are_made(tmp_path):
+    pack_folder(write_pairs(tmp_path / "src", 2), tmp_path / "a" / "b" / "out")
+    assert len(Shards(tmp_path / "a" / "b" / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    "name, value", [("samples_per_shard", 0), ("resize", 0), ("workers", -1), ("quality", 0), ("quality", 96)]
+)
+def test_an_argument_out_of_its_range_is_named_with_its_value(tmp_path, name, value):
+    source = write_pairs(tmp_path / "src", 1)
+    with pytest.raises(ValueError, match=f"{name} is {value}; "):
+        pack_folder(source, tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "count, per_shard, expected", [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 3, [2]), (3, 1, [1, 1, 1])]
+)
+def test_every_shard_is_full_but_the_last(tmp_path, count, per_shard, expected):
+    packed = pack_folder(write_pairs(tmp_path / "src", count), tmp_path / "out", samples_per_shard=per_shard)
+    assert Shards(tmp_path / "out").counts.tolist() == expected
+    assert (packed.kept, packed.shards) == (count, len(expected))
+    assert packed.size_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+
+
+def test_rejected_pairs_do_not_make_shards_smaller(tmp_path):
+    source = write_pairs(tmp_path / "src", 4)
+    write_picture(source / "0000a no text.png")
+    pack_folder(source, tmp_path / "out", samples_per_shard=2)
+    assert Shards(tmp_path / "out").counts.tolist() == [2, 2]
+    assert [f"{n:09d}.json" for n in range(4)] == sorted(n for n in all_members(tmp_path / "out") if n.endswith("json"))
+
+
+def test_writing_twice_gives_the_same_bytes_whatever_the_threads(tmp_path):
+    source = write_pairs(tmp_path / "src", 9, size=(40, 30))
+    for name, workers in (("one", 1), ("four", 4)):
+        pack_folder(source, tmp_path / name, samples_per_shard=4, resize=16, workers=workers)
+    assert everything_below(tmp_path / "one") == everything_below(tmp_path / "four")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shrinking
+
+
+def packed_picture(folder: Path, size: tuple[int, int], mode: str = "RGB", **options: int) -> tuple[Image.Image, Path]:
+    path = folder / "src" / "a.png"
+    path.parent.mkdir()
+    gradient = Image.linear_gradient("L").resize(size)
+    Image.merge("RGB", (gradient, gradient.transpose(Image.Transpose.FLIP_TOP_BOTTOM), gradient)).convert(mode).save(
+        path
+    )
+    path.with_suffix(".txt").write_text("one")
+    pack_folder(path.parent, folder / "out", **options)
+    return Image.open(io.BytesIO(Shards(folder / "out")[0].image)), path
+
+
+@pytest.mark.parametrize(
+    "size, expected", [((200, 100), (64, 32)), ((100, 200), (32, 64)), ((100, 100), (32, 32)), ((33, 99), (32, 96))]
+)
+def test_resize_shrinks_the_short_side_and_keeps_the_aspect(tmp_path, size, expected):
+    stored, path = packed_picture(tmp_path, size, resize=32)
+    assert (stored.format, stored.mode, stored.size) == ("JPEG", "RGB", expected)
+    with Image.open(path) as original:
+        wanted = np.asarray(original.resize(expected, Image.Resampling.LANCZOS), dtype=float)
+    assert np.abs(np.asarray(stored, dtype=float) - wanted).mean() < 3
+    facts = json.loads(all_members(tmp_path / "out")["000000000.json"])
+    assert (facts["width"], facts["height"]) == expected
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 500), (31, 31), (8, 200)])
+def test_resize_never_enlarges_nor_touches_what_is_small_enough(tmp_path, size):
+    stored, path = packed_picture(tmp_path, size, resize=32)
+    assert stored.size == size
+    assert Shards(tmp_path / "out")[0].image == path.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1"])
+def test_resize_takes_pictures_of_any_kind(tmp_path, mode):
+    stored, _ = packed_picture(tmp_path, (80, 60), mode, resize=30)
+    assert (stored.mode, stored.size) == ("RGB", (40, 30))
+
+
+def test_a_very_long_strip_keeps_at_least_one_pixel(tmp_path):
+    stored, _ = packed_picture(tmp_path, (3000, 2), resize=1)
+    assert stored.size == (1500, 1)
+
+
+def test_a_lower_quality_gives_fewer_bytes(tmp_path):
+    sizes = {}
+    for quality in (30, 95):
+        (tmp_path / str(quality)).mkdir()
+        sizes[quality] = pack_folder_of_noise(tmp_path / str(quality), quality)
+    assert sizes[30] < 0.7 * sizes[95]
+
+
+def pack_folder_of_noise(folder: Path, quality: int) -> int:
+    pack_folder(write_pairs(folder / "src", 1, size=(100, 80)), folder / "out", resize=60, quality=quality)
+    return len(Shards(folder / "out")[0].image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """11 samples of several formats in shards of 4, not to be changed."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for number in range(11):
+        suffix = ("png", "jpg", "webp", "bmp")[number % 4]
+        path = write_picture(folder / "src" / f"{number:02d}.{suffix}", number, size=(20 + number, 30))
+        path.with_suffix(".txt").write_text("\n".join(f"Bild {number} – {line}" for line in range(1 + number % 3)))
+    pack_folder(folder / "src", folder / "out", samples_per_shard=4)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(shelf, tmp_path) -> Path:
+    """The same, to be damaged."""
+    return Path(shutil.copytree(shelf, tmp_path / "copy"))
+
+
+def test_webdataset_reads_the_same_samples_from_the_tars(shelf):
+    import webdataset
+
+    urls = [str(path) for path in sorted(shelf.glob("*.tar"))]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False))
+    ours = Shards(shelf)
+    assert len(theirs) == len(ours) == 11
+    for number, sample in enumerate(theirs):
+        record = ours[number]
+        (image,) = (sample[suffix] for suffix in ("jpg", "png", "webp") if suffix in sample)
+        assert sample["__key__"] == record.key == f"{number:09d}"
+        assert image == record.image
+        assert sample["txt"].decode("utf-8") == "\n".join(record.captions)
+        assert json.loads(sample["json"])["width"] == 20 + number
+
+
+def test_each_number_reads_what_tarfile_finds_under_its_key_in_any_order(shelf):
+    content = all_members(shelf)
+    shards = Shards(shelf)
+    for number in np.random.default_rng(0).permutation(11).tolist() * 2:
+        record = shards[number]
+        assert record.key == f"{number:09d}"
+        (image,) = (
+            content[name] for name in content if name.startswith(record.key) and name[-3:] not in ("txt", "son")
+        )
+        assert record.image == image
+        assert list(record.captions) == content[f"{record.key}.txt"].decode("utf-8").split("\n")
+
+
+def test_the_index_tells_count_size_and_checksum_of_every_tar(shelf):
+    index = json.loads((shelf / "index.json").read_text(encoding="utf-8"))
+    assert [shard["file"] for shard in index["shards"]] == [path.name for path in sorted(shelf.glob("*.tar"))]
+    for shard in index["shards"]:
+        data = (shelf / shard["file"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert shard["samples"] == sum(name.endswith(".txt") for name in members(shelf / shard["file"]))
+
+
+def test_locate_tells_shard_and_place_of_every_number(shelf):
+    shards = Shards(shelf)
+    assert [shards.locate(n) for n in range(11)] == [(n // 4, n % 4) for n in range(11)]
+
+
+@pytest.mark.parametrize("number", [11, -1, 10**9])
+def test_a_number_out_of_range_is_an_index_error(shelf, number):
+    with pytest.raises(IndexError, match=f"sample {number} of 11"):
+        Shards(shelf)[number]
+
+
+def test_shards_can_be_iterated_over(shelf):
+    assert [record.key for record in Shards(shelf)] == [f"{n:09d}" for n in range(11)]
+
+
+def test_shards_travel_to_another_process_without_their_open_files(shelf):
+    shards = Shards(shelf)
+    first = shards[0]
+    twin = pickle.loads(pickle.dumps(shards))
+    assert not twin._open
+    assert twin[0] == first
+    assert [record.key for record in twin] == [record.key for record in shards]
+
+
+def open_tars(folder: Path) -> int:
+    links = (Path("/proc/self/fd") / name for name in Path("/proc/self/fd").iterdir())
+    return sum(link.is_symlink() and str(link.readlink()).startswith(str(folder)) for link in links)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files through /proc")
+def test_no_more_than_64_shards_are_open_at_once(tmp_path):
+    source = write_pairs(tmp_path / "src", 1)
+    out = tmp_path / "out"
+    pack(read_pairs(source) * 70, out, source="src", samples_per_shard=1)
+    shards = Shards(out)
+    wanted = (source / "0000.png").read_bytes()
+    for _ in range(2):
+        for number in range(70):
+            assert shards[number].image == wanted
+            assert open_tars(out) <= 64
+    assert open_tars(out) == 64
+
+
+def test_opening_reads_the_index_alone(copy):
+    for path in copy.glob("0*"):
+        path.unlink()
+    assert len(Shards(copy)) == 11
+
+
+def test_a_foreign_tar_can_be_indexed(tmp_path):
+    """img2dataset's layout, other order of members, keys with a folder."""
+    images = {}
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for key in ("part/7", "part/8"):
+            buffer = io.BytesIO()
+            picture(int(key[-1])).save(buffer, "JPEG")
+            images[key] = buffer.getvalue()
+            for name, data in ((f"{key}.json", b"{}"), (f"{key}.JPG", images[key]), (f"{key}.txt", b"words")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    entry = index_shard(tmp_path / "00000.tar")
+    (tmp_path / "index.json").write_text(json.dumps({"schema": 1, "shards": [entry]}))
+    assert {record.key: record.image for record in Shards(tmp_path)} == images
+
+
+def test_a_folder_without_an_index_names_the_command_that_makes_one(tmp_path):
+    with pytest.raises(ValueError, match=r"not a folder of shards: it has no index\.json\. `miniclip shards SRC OUT`"):
+        Shards(tmp_path)
+    with pytest.raises(ValueError, match=r"nowhere is not a folder of shards: it does not exist\. `miniclip shards"):
+        Shards(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"schema": 1, "shards": [{"file": "000',
+        "[]",
+        "{}",
+        '{"schema": 1}',
+        '{"schema": 1, "shards": 3}',
+        '{"schema": 1, "shards": [{"file": "00000.tar"}]}',
+        '{"schema": 1, "shards": [{"file": "00000.tar", "samples": "many", "bytes": 1, "sha256": ""}]}',
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is damaged.*write the shards again"):
+        Shards(tmp_path)
+
+
+def test_an_index_of_another_schema_names_both_versions(copy):
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps({**index, "schema": 2}))
+    with pytest.raises(ValueError, match=r"index\.json has schema 2, this version of miniclip reads 1"):
+        Shards(copy)
+
+
+def test_a_vanished_tar_is_named_and_the_others_still_read(copy):
+    (copy / "00001.tar").unlink()
+    shards = Shards(copy)
+    assert shards[0].key == "000000000"
+    with pytest.raises(ValueError, match=r"shard .*00001\.tar can't be read"):
+        shards[4]
+    assert shards[8].key == "000000008"
+
+
+def test_a_tar_that_is_cut_short_is_named_with_the_sample(copy):
+    with np.load(copy / "00000.npz") as arrays:
+        offset, size = arrays["image"][3]
+    with open(copy / "00000.tar", "r+b") as file:
+        file.truncate(offset + size - 1)
+    shards = Shards(copy)
+    assert shards[2].key == "000000002"
+    with pytest.raises(
+        ValueError, match=rf"00000\.tar is cut short: sample 000000003 should end at byte {offset + size}"
+    ):
+        shards[3]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "gone", "few samples"])
+def test_a_damaged_offset_file_is_a_value_error_that_names_the_shard(copy, damage):
+    path = copy / "00000.npz"
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "few samples":
+        shutil.copy(copy / "00002.npz", path)
+    else:
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "garbage": b"garbage" * 50}[damage])
+    with pytest.raises(ValueError, match=r"00000\.(tar|npz)"):
+        Shards(copy)[3]
+
+
+def test_a_pair_of_the_api_needs_no_file_on_disk_to_be_rejected(tmp_path):
+    good = write_picture(tmp_path / "a.png")
+    pairs = [Pair("good", good, ("words",)), Pair("bad", problem="its owner said so")]
+    assert pack(pairs, tmp_path / "out", source="a script").rejected == 1
+    assert rejections(tmp_path / "out") == {"bad": "its owner said so"}

@@ -1,0 +1,330 @@
+import csv
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import miniclip
+from miniclip import training
+from miniclip.data import Batch
+from miniclip.shards import pack, read_pairs
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
+TINY = [
+    "--model.clip.embed_dim=16",
+    "--model.clip.vision.image_size=16",
+    "--model.clip.vision.patch_size=8",
+    "--model.clip.vision.width=16",
+    "--model.clip.vision.layers=2",
+    "--model.clip.vision.head_width=8",
+    "--model.clip.text.width=16",
+    "--model.clip.text.layers=2",
+    "--model.clip.text.head_width=8",
+    "--model.clip.text.context_length=16",
+    "--model.optimizer.lr=0.01",
+    "--data.batch_size=12",
+    "--data.num_workers=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Plain pictures of four colours with captions: shards/train (40 pairs), shards/val (16), labels in val.csv."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    rows = [("filepath", "label")]
+    for part, each in (("train", 10), ("val", 4)):
+        (folder / part).mkdir()
+        for colour, rgb in COLOURS.items():
+            for number in range(each):
+                pixels = np.array(rgb) + random.normal(0, 12, size=(20, 20, 3))
+                name = f"{colour}{number}"
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / part / f"{name}.png")
+                words = ["a {} square", "something {}"] if number % 2 else ["a picture of {}", "{} paint"]
+                (folder / part / f"{name}.txt").write_text("\n".join(word.format(colour) for word in words))
+                if part == "val":
+                    rows.append((f"val/{name}.png", colour))
+        pack(read_pairs(folder / part), folder / "shards" / part, source=part, samples_per_shard=15)
+    with open(folder / "val.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def arguments(data: Path, run: Path, *more: str, steps: int = 10) -> list[str]:
+    return [
+        "fit",
+        *TINY,
+        f"--data.train={data / 'shards/train'}",
+        f"--data.val={data / 'shards/val'}",
+        f"--trainer.default_root_dir={run}",
+        f"--trainer.max_steps={steps}",
+        *more,
+    ]
+
+
+def command(data: Path, run: Path, *more: str, steps: int = 10) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *arguments(data, run, *more, steps=steps)]
+
+
+def state(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:
+    with open(run / f"logs/version_{version}/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(capsys, args: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        training.main(args)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_clip_learns_to_name_colours_it_was_only_told_of_in_captions(data, tmp_path):
+    zero_shot = (
+        '--trainer.callbacks=[{"class_path": "miniclip.training.ZeroShotEvaluation", '
+        f'"init_args": {{"data": "{data / "val.csv"}"}}}}]'
+    )
+    run = tmp_path / "run"
+    training.main(arguments(data, run, zero_shot, "--monitor=val/zero_shot_acc1", steps=90))
+    rows = metrics(run)
+    first, last = (float(row["train/loss"]) for row in (rows[0], [r for r in rows if r["train/loss"]][-1]))
+    # Three pairs of each colour in a batch of 12 can't be told apart, so ln 3 is as low as the loss can get.
+    assert first > 0.9 * math.log(12)
+    assert math.log(3) * 0.9 < last < 0.7 * math.log(12)
+    scores = [float(row["val/zero_shot_acc1"]) for row in rows if row["val/zero_shot_acc1"]]
+    assert max(scores) == 1.0
+    model, preprocess = miniclip.load(run / "best", device="cpu")
+    classifier = miniclip.zero_shot_classifier(model, list(COLOURS), ["a {} square", "{} paint"])
+    picture = preprocess(Image.new("RGB", (40, 30), COLOURS["blue"]))
+    with torch.no_grad():
+        assert int((model.encode_image(picture[None], normalize=True) @ classifier).argmax()) == 2
+
+
+def test_the_log_tells_loss_chance_accuracy_speed_and_data_wait(data, tmp_path):
+    training.main(arguments(data, tmp_path / "run", steps=6))
+    rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert len(rows) == 6
+    assert float(rows[0]["train/chance"]) == pytest.approx(math.log(12))
+    assert 0 <= float(rows[0]["train/accuracy"]) <= 1
+    assert float(rows[0]["train/logit_scale"]) == pytest.approx(1 / 0.07, rel=1e-4)
+    assert any(float(row["train/images_per_s"] or 0) > 0 for row in metrics(tmp_path / "run"))
+    assert all(0 <= float(row["train/data_wait"] or 0) <= 1 for row in metrics(tmp_path / "run"))
+
+
+def test_best_is_where_the_monitor_was_highest_and_last_is_the_end(data, tmp_path):
+    run = tmp_path / "run"
+    training.main(arguments(data, run, "--trainer.val_check_interval=1", steps=12))
+    scores = {int(r["step"]): float(r["val/retrieval_r1"]) for r in metrics(run) if r["val/retrieval_r1"]}
+    assert len(scores) == 12
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    assert scores[best["global_step"] - 1] == max(scores.values())
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    native, _ = miniclip.load(run / "best", device="cpu")
+    from_checkpoint, _ = miniclip.load(run / "checkpoints/best.ckpt", device="cpu")
+    for (name, a), (_, b) in zip(native.state_dict().items(), from_checkpoint.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bits(data, tmp_path, number):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    training.main(arguments(data, straight, "--model.optimizer.kind=muon", steps=40))
+    args = command(data, broken, "--model.optimizer.kind=muon", steps=40)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step 5/40"):
+            os.killpg(process.pid, number)  # as a terminal does: trainer and data workers alike
+    assert process.wait() == 128 + number, "".join(said)
+    text = "".join(said)
+    assert "Traceback" not in text
+    stopped_at = torch.load(broken / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 5 <= stopped_at < 40
+    miniclip.load(broken / "checkpoints/last.ckpt", device="cpu")
+    resume = re.search(r"To go on:\n  python (.*)\n", text)
+    assert resume is not None
+    assert resume[1].endswith("--ckpt_path last")
+    subprocess.run([*args, "--ckpt_path=last"], check=True, capture_output=True, env=environment)
+    expected, found = state(straight), state(broken)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_processes_train_the_same_weights_as_one(data, tmp_path):
+    for devices in (1, 2):
+        more = [f"--trainer.devices={devices}", f"--trainer.strategy={'auto' if devices == 1 else 'ddp'}"]
+        more += ["--trainer.precision=64-true", "--data.captions=first"]
+        args = command(data, tmp_path / f"run{devices}", *more, steps=5)
+        done = subprocess.run(args, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = state(tmp_path / "run1"), state(tmp_path / "run2")
+    for name, expected in one.items():
+        difference = (two[name] - expected).abs().max() / expected.abs().max()
+        assert difference < 1e-8, name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(data, tmp_path, capsys):
+    said = fails(capsys, arguments(data, tmp_path / "run", "--model.optimizer.lr=1e30", steps=20))
+    assert re.search(r"the loss at step \d+ is nan; the weights were not touched", said)
+    assert ".tar:0000" in said
+
+
+def test_a_spoilt_sample_is_left_out_and_listed_and_too_many_stop_the_run(data, tmp_path, capsys):
+    folder = tmp_path / "shards"
+    pack(read_pairs(data / "train"), folder, source="train")
+    shards = training_shards(folder)
+    with open(folder / "00000.tar", "r+b") as tar:
+        tar.seek(shards.offset(3))
+        tar.write(b"spoilt!!")
+    args = arguments(data, tmp_path / "run", f"--data.train={folder}", steps=4)
+    training.main([*args, "--model.max_rejected=0.5"])
+    assert "left out: 00000.tar:000000003: " in capsys.readouterr().err
+    assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "run").values())
+    said = fails(capsys, [*args, "--model.max_rejected=0", "--overwrite=true"])
+    assert "could not be read, more than the share 0.0 that model.max_rejected allows" in said
+
+
+class training_shards:  # noqa: N801 (a word of the test's language)
+    def __init__(self, folder: Path) -> None:
+        self.arrays = np.load(folder / "00000.npz")
+
+    def offset(self, number: int) -> int:
+        return int(self.arrays["image"][number][0])
+
+
+MISTAKES = [
+    (["--data.batchsize=3"], "unknown key 'data.batchsize'; did you mean 'data.batch_size'?"),
+    (["--model.clip.vision.widht=32"], "did you mean 'model.clip.vision.width'?"),
+    (["--model.clip.activation=relu"], "relu"),
+    (["--model.clip.vision.width=20"], "VisionConfig.width is 20, which is not a multiple of head_width 8"),
+    (["--data.train=nowhere"], "nowhere is not a folder of shards: it does not exist. `miniclip shards SRC OUT`"),
+    (["--data.batch_size=41"], "batch_size is 41 and the training set has 40 samples"),
+    (["--data.batch_size=1"], "data.batch_size is 1"),
+    (["--ckpt_path=last"], "last.ckpt to resume from"),
+    (["--ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt to resume from"),
+    (["--trainer.max_steps=-1"], "the run has no end"),
+    (["--trainer.accumulate_grad_batches=2"], "Raise data.batch_size instead"),
+    (["--model.clip.text.vocab_size=50000"], "the tokenizer's ids need 49408"),
+    (["--monitor=val/zero_shot_acc1"], "the callback miniclip.training.ZeroShotEvaluation"),
+    (["--model.optimizer.warmup=1.5"], "warmup is 1.5; it is a share of the run"),
+    (["--config=nowhere.yaml"], "nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize("more, message", MISTAKES, ids=[more[0] for more, _ in MISTAKES])
+def test_a_mistake_is_answered_in_words_before_anything_is_written(data, tmp_path, capsys, more, message):
+    said = fails(capsys, [*arguments(data, tmp_path / "run"), *more])
+    assert message in said
+    assert "Traceback" not in said
+    assert len(said) < 600
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_unknown_key_in_a_file_is_named(data, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("data: {batchsize: 3}\n")
+    said = fails(capsys, ["fit", f"--config={config}", *arguments(data, tmp_path / "run")[1:]])
+    assert "unknown key 'data.batchsize'; did you mean 'data.batch_size'?" in said
+
+
+def test_a_run_is_never_overwritten_unasked(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    training.main(arguments(data, run, steps=3))
+    before = state(run)
+    assert "already holds a run" in fails(capsys, arguments(data, run, steps=5))
+    assert all(torch.equal(tensor, state(run)[name]) for name, tensor in before.items())
+    training.main(arguments(data, run, "--overwrite=true", steps=5))
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_resuming_with_another_architecture_or_batch_size_says_what_differs(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    training.main(arguments(data, run, steps=3))
+    said = fails(capsys, arguments(data, run, "--ckpt_path=last", "--model.clip.embed_dim=32", steps=5))
+    assert "another architecture" in said
+    assert "model.clip.embed_dim: the checkpoint has 16, this run 32" in said
+    said = fails(capsys, arguments(data, run, "--ckpt_path=last", "--data.batch_size=10", steps=5))
+    assert "was trained with batch_size 12, this run has 10" in said
+
+
+def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys):
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(b"PK\x03\x04 not a checkpoint")
+    said = fails(capsys, arguments(data, tmp_path / "run", f"--ckpt_path={damaged}"))
+    assert str(damaged) in said
+
+
+def test_the_logit_scale_never_passes_100(data):
+    module = training.CLIPTraining(tiny_config())
+    with torch.no_grad():
+        module.clip.logit_scale.fill_(7.0)
+    module.on_train_batch_end(None, None, 0)
+    assert module.clip.logit_scale.exp().item() == pytest.approx(100)
+
+
+def tiny_config() -> miniclip.CLIPConfig:
+    vision = miniclip.VisionConfig(image_size=16, patch_size=8, width=16, layers=1, head_width=8)
+    return miniclip.CLIPConfig(16, vision=vision, text=miniclip.TextConfig(width=16, layers=1, head_width=8))
+
+
+def test_in_batch_accuracy_by_hand():
+    images = torch.eye(4)
+    texts = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0.9], [0, 0, 0, 1]])
+    # Image 2 sees only zeros and takes text 0; texts 2 and 3 both take image 3: 3 of 4, and 3 of 4.
+    assert training.in_batch_accuracy(images, texts, None).item() == 0.75
+    mask = torch.tensor([True, True, False, True])
+    assert training.in_batch_accuracy(images, texts, mask).item() == 1.0
+
+
+def test_features_are_of_unit_length_and_pixels_are_normalised_once():
+    module = training.CLIPTraining(tiny_config())
+    batch = Batch(
+        torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
+        miniclip.tokenize(["a", "b c", "d"]).long(),
+        None,
+        ["1", "2", "3"],
+        [],
+        0,
+    )
+    images, texts = module.features(batch)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (miniclip.VisionConfig().mean, miniclip.VisionConfig().std))
+    expected = module.clip.encode_image((batch.images / 255 - mean) / std, normalize=True)
+    torch.testing.assert_close(images, expected)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(3))
+
+
+def test_the_resume_command_repeats_what_was_typed():
+    argv = [
+        "train.py",
+        "fit",
+        "--config",
+        "my run.yaml",
+        "--overwrite",
+        "true",
+        "--ckpt_path=last",
+        "--data.batch_size=8",
+    ]
+    assert (
+        training.resume_command(argv)
+        == "python train.py fit --config 'my run.yaml' --data.batch_size=8 --ckpt_path last"
+    )
+    assert training.resume_command(["/bin/miniclip", "train", "fit"]) == "/bin/miniclip train fit --ckpt_path last"

@@ -1,0 +1,487 @@
+# weights.py and files.py: real files, good and damaged. Nothing in a file may be run.
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import re
+import zipfile
+
+import pytest
+import torch
+from helpers import picture, tiny_clip, tiny_config
+
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.files import atomic_write, write_text
+from miniclip.model import CLIP
+from miniclip.weights import CONFIG_FILE, LIGHTNING_CONFIG_KEY, WEIGHTS_FILE, from_openai_keys, load, load_tensors, save
+
+ODD = CLIPConfig(
+    embed_dim=6,
+    activation="gelu",
+    vision=VisionConfig(
+        image_size=12, patch_size=4, width=8, layers=1, head_width=4, mean=(0.1, 0.2, 0.3), std=(0.4, 1, 2)
+    ),
+    text=TextConfig(context_length=9, vocab_size=30, eot_token=29, width=12, layers=2, head_width=6, mlp_ratio=2.5),
+)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return CLIP(ODD)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    save(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """As the trainer writes them, with more beside the model."""
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(path, model)
+    return path
+
+
+def write_checkpoint(path, model, **changes):
+    tensors = {f"clip.{key}": tensor for key, tensor in model.state_dict().items()}
+    entries = {LIGHTNING_CONFIG_KEY: model.config.to_json(), "state_dict": {**tensors, "other.weight": torch.ones(2)}}
+    torch.save({**entries, "epoch": 3, **changes}, path)
+
+
+def assert_same_weights(model, expected):
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, theirs[name].float()), name
+
+
+def refused(path, *words):
+    """load() raises a ValueError that names the path and all the words."""
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load(path, device="cpu")
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    return str(caught.value)
+
+
+# ---- there and back
+
+
+def test_loading_what_was_saved_gives_every_bit_and_the_configuration_back(model, saved):
+    loaded, _ = load(saved, device="cpu")
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+
+
+def test_the_path_may_be_a_string(model, saved):
+    assert_same_weights(load(str(saved), device="cpu")[0], model)
+
+
+def test_a_trainers_checkpoint_gives_the_model_in_it(model, checkpoint):
+    loaded, preprocess = load(checkpoint, device="cpu")
+    assert loaded.config == model.config
+    assert_same_weights(loaded, model)
+    assert preprocess.image_size == 12
+
+
+@pytest.mark.parametrize("source", ["saved", "checkpoint"])
+def test_a_loaded_model_is_float32_in_evaluation_mode_and_trainable(source, request):
+    loaded, _ = load(request.getfixturevalue(source), device="cpu")
+    assert not any(module.training for module in loaded.modules())
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_loaded_as_float32(model, tmp_path, dtype):
+    save(model.to(dtype), tmp_path / "model")
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], model)
+
+
+def test_preprocess_has_the_resolution_mean_and_deviation_of_the_model(saved):
+    _, preprocess = load(saved, device="cpu")
+    assert (preprocess.image_size, preprocess.mean, preprocess.std) == (12, (0.1, 0.2, 0.3), (0.4, 1, 2))
+    white = picture(size=(20, 30)).point(lambda _: 255)
+    expected = torch.tensor([0.9 / 0.4, 0.8 / 1, 0.7 / 2]).view(3, 1, 1).expand(3, 12, 12)
+    torch.testing.assert_close(preprocess(white), expected)
+
+
+def test_a_loaded_model_gives_the_same_features(model, saved):
+    loaded, preprocess = load(saved, device="cpu")
+    images, tokens = preprocess(picture())[None], torch.tensor([[1, 2, 29]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode_image(images), model.encode_image(images))
+        torch.testing.assert_close(loaded.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_the_weights_file_is_plain_safetensors_with_the_models_names(model, saved):
+    header = (saved / WEIGHTS_FILE).read_bytes()
+    entries = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert entries.keys() - {"__metadata__"} == model.state_dict().keys()
+    assert json.loads((saved / CONFIG_FILE).read_text()) == model.config.to_dict()
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize("source", ["saved", "checkpoint"])
+def test_changing_a_loaded_model_does_not_change_its_file(model, source, request):
+    path = request.getfixturevalue(source)
+    loaded, _ = load(path, device="cpu")
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1)
+    assert_same_weights(load(path, device="cpu")[0], model)
+
+
+def test_a_loaded_model_outlives_the_replacement_of_its_file(model, saved):
+    loaded, _ = load(saved, device="cpu")
+    torch.manual_seed(1)
+    save(CLIP(ODD), saved, overwrite=True)
+    assert_same_weights(loaded, model)
+
+
+# ---- nothing is overwritten unasked
+
+
+def test_a_model_is_not_overwritten_unasked(model, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(ValueError, match=re.escape(str(saved)) + ".*overwrite=True"):
+        save(tiny_clip(), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_model_is_overwritten_when_asked(saved):
+    other = tiny_clip(seed=1)
+    save(other, saved, overwrite=True)
+    loaded, _ = load(saved, device="cpu")
+    assert loaded.config == other.config
+    assert_same_weights(loaded, other)
+
+
+def test_a_config_file_without_weights_is_not_overwritten_unasked(model, tmp_path):
+    (tmp_path / CONFIG_FILE).write_text("somebody's own")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        save(model, tmp_path)
+    assert (tmp_path / CONFIG_FILE).read_text() == "somebody's own"
+
+
+def test_saving_makes_the_directories_it_needs(model, tmp_path):
+    save(model, tmp_path / "a" / "b" / "c")
+    assert_same_weights(load(tmp_path / "a" / "b" / "c", device="cpu")[0], model)
+
+
+# ---- what is refused
+
+
+def test_a_path_where_nothing_is_is_refused(tmp_path):
+    refused(tmp_path / "nosuch", CONFIG_FILE, WEIGHTS_FILE, ".ckpt")
+
+
+@pytest.mark.parametrize("missing", [[CONFIG_FILE], [WEIGHTS_FILE], [CONFIG_FILE, WEIGHTS_FILE]])
+def test_a_directory_without_one_of_its_files_is_refused_naming_it(saved, missing):
+    for name in missing:
+        (saved / name).unlink()
+    message = refused(saved, *missing)
+    assert f"has no {' and no '.join(missing)};" in message
+
+
+def test_jit_is_refused_and_says_why(saved):
+    with pytest.raises(ValueError, match="jit=True would run the code"):
+        load(saved, jit=True)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, 0.5, -1])
+def test_truncated_weights_are_refused(saved, kept):
+    whole = (saved / WEIGHTS_FILE).read_bytes()
+    (saved / WEIGHTS_FILE).write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    refused(saved, WEIGHTS_FILE, "damaged")
+
+
+def test_weights_that_are_no_safetensors_are_refused(saved):
+    (saved / WEIGHTS_FILE).write_text("<!DOCTYPE html><title>404 Not Found</title>" * 20)
+    refused(saved, WEIGHTS_FILE, "no safetensors")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b'{"embed_dims": 6}', "'embed_dims'"),
+        (b'{"embed_dim": 0}', "embed_dim"),
+        (b"[]", "mapping"),
+        (b"\xff\xfe{}", ""),
+    ],
+    ids=str,
+)
+def test_a_bad_configuration_is_refused_naming_its_file(saved, content, words):
+    (saved / CONFIG_FILE).write_bytes(content)
+    refused(saved, str(saved / CONFIG_FILE), words)
+
+
+def test_a_configuration_of_another_architecture_is_refused_listing_both_shapes(saved):
+    write_text(saved / CONFIG_FILE, dataclasses.replace(ODD, embed_dim=7).to_json())
+    lines = refused(saved, "another architecture").splitlines()[1:]
+    assert lines == [
+        "  text.text_projection: the architecture has (12, 7), the file (12, 6)",
+        "  visual.proj: the architecture has (8, 7), the file (8, 6)",
+    ]
+
+
+def test_the_list_of_differences_is_cut_and_counted(saved):
+    write_text(saved / CONFIG_FILE, tiny_config().to_json())
+    lines = refused(saved).splitlines()[1:]
+    assert len(lines) == 11
+    assert re.fullmatch(r"  and \d+ more", lines[-1])
+
+
+def test_a_missing_tensor_is_refused_by_name(model):
+    tensors = model.state_dict()
+    del tensors["visual.proj"]
+    with pytest.raises(ValueError, match=r"file\.x.*\n  visual\.proj: the architecture has \(8, 6\), .*no such tensor"):
+        load_tensors(model, tensors, "file.x")
+
+
+def test_an_extra_tensor_is_refused_by_name(model):
+    with pytest.raises(ValueError, match=r"\n  visual\.extra: .*no such tensor, the file \(2,\)"):
+        load_tensors(model, {**model.state_dict(), "visual.extra": torch.ones(2)}, "file.x")
+
+
+def test_a_refused_state_dict_changes_nothing(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor + 1 for name, tensor in before.items()}
+    del tensors["text.ln_final.bias"]
+    with pytest.raises(ValueError, match="another architecture"):
+        load_tensors(model, tensors, "file.x")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- checkpoints that are none, or worse
+
+
+class Malicious:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def as_zip_archive(entry, path):
+    torch.save({LIGHTNING_CONFIG_KEY: "{}", "state_dict": {}, "payload": entry}, path)
+
+
+def as_old_torch_file(entry, path):
+    torch.save({LIGHTNING_CONFIG_KEY: "{}", "payload": entry}, path, _use_new_zipfile_serialization=False)
+
+
+def as_plain_pickle(entry, path):
+    path.write_bytes(pickle.dumps({LIGHTNING_CONFIG_KEY: "{}", "payload": entry}))
+
+
+WRITERS = [as_zip_archive, as_old_torch_file, as_plain_pickle]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_checkpoint_that_asks_for_code_to_be_run_is_refused_and_nothing_runs(tmp_path, write):
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "code-was-run"
+    write(Malicious(f"touch {trace}"), path)
+    message = refused(path, "safely")
+    assert not trace.exists()
+    assert "weights_only" not in message, "torch's advice to run the file's code must not be passed on"
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_malicious_checkpoints_would_run_code_elsewhere(tmp_path, write):
+    """Else the test above would prove nothing."""
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "code-was-run"
+    write(Malicious(f"touch {trace}"), path)
+    if write is as_plain_pickle:
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+def test_a_malicious_file_named_as_safetensors_is_refused_and_nothing_runs(saved, tmp_path):
+    trace = tmp_path / "code-was-run"
+    as_plain_pickle(Malicious(f"touch {trace}"), saved / WEIGHTS_FILE)
+    refused(saved, WEIGHTS_FILE)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"PK\3\4", b"hello world\n", random.Random(0).randbytes(5000)],
+    ids=lambda content: len(content),
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    refused(path, "is not a checkpoint")
+
+
+def test_a_zip_archive_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("README.txt", "hello")
+    refused(path, "is not a checkpoint")
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.ones(3), {"epoch": 1}], ids=str)
+def test_a_checkpoint_of_another_program_is_refused(tmp_path, content):
+    path = tmp_path / "last.ckpt"
+    torch.save(content, path)
+    refused(path, "not written by miniclip's trainer", LIGHTNING_CONFIG_KEY)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {LIGHTNING_CONFIG_KEY: "{"},
+        {LIGHTNING_CONFIG_KEY: 3},
+        {LIGHTNING_CONFIG_KEY: '{"embed_dims": 6}'},
+        {"state_dict": {}},
+        {"state_dict": None},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_a_bad_entry_is_refused(tmp_path, model, changes):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(path, model, **changes)
+    refused(path)
+
+
+def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path, model):
+    path = tmp_path / "last.ckpt"
+    torch.save({LIGHTNING_CONFIG_KEY: model.config.to_json()}, path)
+    refused(path)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.999])
+def test_a_checkpoint_that_was_cut_off_is_refused(checkpoint, kept):
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(kept * len(whole))])
+    refused(checkpoint, "is not a checkpoint")
+
+
+def damage(data, seed, first, last):
+    """A few bytes between the two places drawn anew; sometimes the end cut off."""
+    drawn, damaged = random.Random(seed), bytearray(data)
+    for _ in range(drawn.randint(1, 3)):
+        damaged[drawn.randrange(first, last)] = drawn.randrange(256)
+    return bytes(damaged[: drawn.randrange(len(damaged))] if drawn.random() < 0.1 else damaged)
+
+
+def loads_or_is_refused(path, named):
+    """Damage may be harmless; it must not surface as any other error."""
+    try:
+        load(path, device="cpu")
+    except ValueError as error:
+        return str(named) in str(error)
+    return True
+
+
+def damaged_checkpoints_that_escape(checkpoint, seeds):
+    whole = checkpoint.read_bytes()
+    with zipfile.ZipFile(checkpoint) as archive:
+        first = whole.index(archive.read("last/data.pkl"))
+        last = first + archive.getinfo("last/data.pkl").file_size
+    for seed in seeds:
+        checkpoint.write_bytes(damage(whole, seed, first, last))
+        try:
+            good = loads_or_is_refused(checkpoint, checkpoint)
+        except Exception as error:
+            yield seed, repr(error)
+        else:
+            if not good:
+                yield seed, "the error does not name the file"
+
+
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 3000), marks=pytest.mark.long)], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_checkpoint_is_refused_by_name_and_never_crashes(checkpoint, seeds):
+    escaped = list(damaged_checkpoints_that_escape(checkpoint, seeds))
+    assert not escaped, f"{len(escaped)} of {len(seeds)}, the first: {escaped[:5]}"
+
+
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 3000), marks=pytest.mark.long)], ids=str)
+def test_a_damaged_safetensors_header_is_refused_by_name_and_never_crashes(saved, seeds):
+    whole = (saved / WEIGHTS_FILE).read_bytes()
+    escaped = []
+    for seed in seeds:
+        (saved / WEIGHTS_FILE).write_bytes(damage(whole, seed, 0, 8 + int.from_bytes(whole[:8], "little")))
+        try:
+            if not loads_or_is_refused(saved, saved):
+                escaped.append((seed, "the error does not name the file"))
+        except Exception as error:
+            escaped.append((seed, repr(error)))
+    assert not escaped, f"{len(escaped)} of {len(seeds)}, the first: {escaped[:5]}"
+
+
+# ---- OpenAI's names
+
+
+def test_openais_names_become_ours_and_its_bookkeeping_entries_are_dropped():
+    names = [
+        "visual.proj",
+        "logit_scale",
+        "token_embedding.weight",
+        "transformer.resblocks.0.ln_1.bias",
+        "ln_final.bias",
+    ]
+    theirs = {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    bookkeeping = dict.fromkeys(["input_resolution", "context_length", "vocab_size"], torch.tensor(1))
+    ours = from_openai_keys({**theirs, **bookkeeping})
+    assert list(ours) == ["visual.proj", "logit_scale", *(f"text.{name}" for name in names[2:])]
+    assert [int(tensor) for tensor in ours.values()] == [0, 1, 2, 3, 4]
+
+
+# ---- files
+
+
+def test_a_file_appears_under_its_name_only_once_complete(tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    with atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+        assert len(list(path.parent.iterdir())) == 1  # the temporary one stands in the same folder
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_the_old_content_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def interrupted():
+        with atomic_write(path) as file:
+            file.write(b"new")
+            file.flush()
+            assert path.read_bytes() == b"old"
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_without_an_old_file_leaves_nothing(tmp_path):
+    path = tmp_path / "file.bin"
+    with pytest.raises(TypeError), atomic_write(path) as file:
+        file.write("text where bytes belong")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_written_as_utf8(tmp_path):
+    write_text(tmp_path / "file.txt", "Löwe\n")
+    assert (tmp_path / "file.txt").read_bytes() == b"L\xc3\xb6we\n"
