@@ -1,7 +1,7 @@
 """The architecture of a CLIP model, as data: what must be known to build it and to feed it. No torch in this file.
 
 A `CLIPConfig` travels with the weights as `config.json`, so that activation, resolution, mean and standard deviation
-can never be mismatched. The four ViT models of the paper (Radford et al. 2021, table 20) are in `OPENAI_MODELS`.
+can never be mismatched. OpenAI's nine models (Radford et al. 2021, tables 19 and 20) are in `OPENAI_MODELS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "quick_gelu"]
-VisionKind = Literal["vit"]
+VisionKind = Literal["vit", "resnet"]
 
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1] (`_transform` in OpenAI's clip/clip.py).
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,7 +27,8 @@ def _require_positive(config: Any, *names: str) -> None:
 
 
 def _require_heads(config: VisionConfig | TextConfig) -> None:
-    if config.width % config.head_width:
+    width = config.pooled_width if isinstance(config, VisionConfig) else config.width
+    if width % config.head_width:
         raise ValueError(
             f"{type(config).__name__}.width is {config.width}, which is not a multiple of head_width "
             f"{config.head_width}; every attention head needs the same whole number of channels"
@@ -45,13 +46,15 @@ class VisionConfig:
     """The image tower (paper section 2.4).
 
     Args:
-        kind: "vit", the vision transformer of Dosovitskiy et al. 2020 with one more layer norm before the blocks.
+        kind: "vit", the vision transformer of Dosovitskiy et al. 2020 with one more layer norm before the blocks, or
+            "resnet", CLIP's modified residual network.
         image_size: side of the square input, pixels.
-        patch_size: side of a patch, pixels; divides `image_size`.
-        width: channels of a token.
-        layers: number of residual attention blocks.
-        head_width: channels of one attention head; divides `width`.
-        mlp_ratio: width of the blocks' hidden layer, in units of `width`.
+        patch_size: of a ViT: side of a patch, pixels; divides `image_size`.
+        width: of a ViT: channels of a token. Of a ResNet: channels after the stem, a 32nd of those that are pooled.
+        layers: of a ViT: number of residual attention blocks.
+        blocks: of a ResNet: number of bottlenecks in each of its four stages.
+        head_width: channels of one attention head; divides `width` (of a ResNet, 32 times it).
+        mlp_ratio: of a ViT: width of the blocks' hidden layer, in units of `width`.
         mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
     """
 
@@ -60,6 +63,7 @@ class VisionConfig:
     patch_size: int = 32
     width: int = 768
     layers: int = 12
+    blocks: tuple[int, int, int, int] = (3, 4, 6, 3)
     head_width: int = 64
     mlp_ratio: float = 4.0
     mean: tuple[float, float, float] = OPENAI_MEAN
@@ -69,11 +73,16 @@ class VisionConfig:
         _require_choice(self, "kind", VisionKind)
         _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
         _require_heads(self)
-        if self.image_size % self.patch_size:
+        if self.image_size % self.stride:
+            what = f"patch_size {self.patch_size}" if self.kind == "vit" else "32, a ResNet's stride"
             raise ValueError(
-                f"VisionConfig.image_size is {self.image_size}, which is not a multiple of patch_size "
-                f"{self.patch_size}; a strip of pixels at the edge would never be seen"
+                f"VisionConfig.image_size is {self.image_size}, which is not a multiple of {what}; a strip of pixels at "
+                "the edge would never be seen"
             )
+        blocks = tuple(int(n) for n in self.blocks)
+        if len(blocks) != 4 or min(blocks) < 1:
+            raise ValueError(f"VisionConfig.blocks is {blocks}; it must be four numbers of at least 1")
+        object.__setattr__(self, "blocks", blocks)
         for name in ("mean", "std"):
             value = tuple(float(x) for x in getattr(self, name))
             if len(value) != 3 or (name == "std" and min(value) <= 0):
@@ -81,12 +90,22 @@ class VisionConfig:
             object.__setattr__(self, name, value)  # JSON and YAML give lists; equality wants one type
 
     @property
+    def stride(self) -> int:
+        """Pixels from one place of the feature map to the next."""
+        return self.patch_size if self.kind == "vit" else 32
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels where the image is pooled to one vector."""
+        return self.width if self.kind == "vit" else 32 * self.width
+
+    @property
     def heads(self) -> int:
-        return self.width // self.head_width
+        return self.pooled_width // self.head_width
 
     @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // self.stride) ** 2
 
 
 @dataclass(frozen=True)
@@ -187,7 +206,19 @@ def _vit(embed_dim: int, text_width: int, image_size: int, patch_size: int, widt
     return CLIPConfig(embed_dim=embed_dim, vision=vision, text=TextConfig(width=text_width))
 
 
+def _resnet(
+    embed_dim: int, text_width: int, image_size: int, width: int, blocks: tuple[int, int, int, int]
+) -> CLIPConfig:
+    vision = VisionConfig(kind="resnet", image_size=image_size, width=width, blocks=blocks)
+    return CLIPConfig(embed_dim=embed_dim, vision=vision, text=TextConfig(width=text_width))
+
+
 OPENAI_MODELS: dict[str, CLIPConfig] = {
+    "RN50": _resnet(1024, 512, image_size=224, width=64, blocks=(3, 4, 6, 3)),
+    "RN101": _resnet(512, 512, image_size=224, width=64, blocks=(3, 4, 23, 3)),
+    "RN50x4": _resnet(640, 640, image_size=288, width=80, blocks=(4, 6, 10, 6)),
+    "RN50x16": _resnet(768, 768, image_size=384, width=96, blocks=(6, 8, 18, 8)),
+    "RN50x64": _resnet(1024, 1024, image_size=448, width=128, blocks=(3, 15, 36, 10)),
     "ViT-B/32": _vit(512, 512, image_size=224, patch_size=32, width=768, layers=12),
     "ViT-B/16": _vit(512, 512, image_size=224, patch_size=16, width=768, layers=12),
     "ViT-L/14": _vit(768, 768, image_size=224, patch_size=14, width=1024, layers=24),

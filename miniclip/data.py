@@ -9,6 +9,7 @@ B batch, L text tokens, R side of an image in pixels.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -58,7 +59,7 @@ class SampleOrder:
 
     Args:
         counts: samples of each shard.
-        block_samples: least size of a block that is shuffled as one.
+        block_samples: about how many are shuffled as one; whole shards, so more or less of them.
     """
 
     def __init__(self, counts: np.ndarray, seed: int, block_samples: int = 100_000) -> None:
@@ -169,7 +170,7 @@ class PairDataset(Dataset[_Sample]):
                 image = self.augmentation(decode_rgb(record.image), self.image_size, random)
             else:
                 image = self.preprocess.crop(open_image(record.image, key))
-        except (ValueError, IndexError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             return _Sample(
                 torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
                 [START_OF_TEXT, END_OF_TEXT],
@@ -210,14 +211,14 @@ class _TrainLoader(DataLoader[_Sample]):
         del state
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and a scheduler's SIGTERM, reach every process of a job; the trainer alone decides what they mean.
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal's group; the trainer alone decides what it means.
 
-    Workers end with the trainer all the same: they look after it every few seconds.
+    In a group of their own the workers do not hear it. They end with the trainer, which they look after.
     """
     del worker
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -293,7 +294,7 @@ class PairDataModule(pl.LightningDataModule):
             "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": _ignore_signals,
+            "worker_init_fn": _leave_signals_to_the_trainer,
         }
 
     def state_dict(self) -> dict[str, Any]:

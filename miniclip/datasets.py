@@ -95,8 +95,14 @@ def open_dataset(
     if templates is None:
         templates = beside["templates"] if beside["templates"].is_file() else "simple"
     labels, names = _number_labels(raw, _names(classnames), source)
-    prompts = template_set(str(templates)) if str(templates) in TEMPLATE_SETS else tuple(read_lines(templates))
-    return LabelledImages(source.stem, tuple(paths), labels, names, prompts, tuple(groups))
+    if str(templates) in TEMPLATE_SETS:
+        prompts = template_set(str(templates))
+    elif Path(templates).is_file():
+        prompts = tuple(read_lines(templates))
+    else:
+        raise ValueError(f"templates {str(templates)!r} is no file and none of the sets {', '.join(TEMPLATE_SETS)}")
+    name = source.resolve().name if source.is_dir() else source.stem
+    return LabelledImages(name, tuple(paths), labels, names, prompts, tuple(groups))
 
 
 def _names(classnames: str | Path | None) -> tuple[str, ...] | None:
@@ -146,6 +152,8 @@ def _number_labels(
     Labels are numbers already, or names: of the list if there is one, else sorted. An underscore in a label's name
     is read as the space that folder names often lack.
     """
+    # One spelling on both sides: folder names say tiger_cat, lists of names say either.
+    spoken_names = None if names is None else tuple(name.replace("_", " ") for name in names)
     are_numbers = all(label.isascii() and label.isdigit() for label in raw)
     if are_numbers and names is not None:
         labels = tuple(int(label) for label in raw)
@@ -154,15 +162,15 @@ def _number_labels(
         return labels, names
     found = sorted(set(raw))
     spoken = {label: label.replace("_", " ") for label in found}
-    if names is None:
+    if names is None or spoken_names is None:
         return tuple(found.index(label) for label in raw), tuple(spoken.values())
-    if set(spoken.values()) <= set(names):
-        if len(set(names)) < len(names):
+    unknown = [label for label in found if spoken[label] not in spoken_names]
+    if not unknown:
+        if len(set(spoken_names)) < len(spoken_names):
             raise ValueError(f"the class names hold duplicates, so {source} must give labels as numbers")
-        return tuple(names.index(spoken[label]) for label in raw), names
-    if len(found) == len(names):  # folders with keys of their own (WordNet ids): in sorted order
+        return tuple(spoken_names.index(spoken[label]) for label in raw), names
+    if len(unknown) == len(found) == len(names):  # keys of their own, such as WordNet ids: names in their order
         return tuple(found.index(label) for label in raw), names
-    unknown = [label for label in found if spoken[label] not in names]
     raise ValueError(
         f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "
         f"{', '.join(map(repr, unknown[:5]))}"

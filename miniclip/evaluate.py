@@ -231,7 +231,13 @@ def bootstrap_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) ->
 
 
 def recall_at_1(queries: Tensor, keys: Tensor, chunk_size: int = 1024) -> float:
-    """Share of queries (N, E) that are nearer to their own key (same row) than to any other; a tie is a miss."""
+    """Share of queries (N, E) that are nearer to their own key (same row) than to any other; a tie is a miss.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(queries):
+        raise ValueError("retrieval needs at least one pair, and there is none")
     hits = 0
     for start in range(0, len(queries), chunk_size):
         cosines = queries[start : start + chunk_size] @ keys.T  # (n, N)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
+from .towers import ModifiedResNet
 
 
 class QuickGELU(nn.Module):
@@ -187,7 +188,11 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
+        self.visual: VisionTransformer | ModifiedResNet
+        if config.vision.kind == "vit":
+            self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
+        else:
+            self.visual = ModifiedResNet(config.vision, config.embed_dim)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.context_length = config.text.context_length
         self.vocab_size = config.text.vocab_size

@@ -40,12 +40,16 @@ def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file without their ends; blank lines at the end of the file do not count.
 
     Raises:
-        ValueError: no such file, nothing in it, or a blank line among the others (line numbers are labels).
+        ValueError: no such file, not text, nothing in it, or a blank line among the others (line numbers are labels).
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no file {path}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+        raise ValueError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    lines = [line.strip() for line in text.rstrip().split("\n")]
     for number, line in enumerate(lines, 1):
         if not line:
             raise ValueError(f"{path} is {'empty' if len(lines) == 1 else f'blank in line {number}'}")

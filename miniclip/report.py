@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
@@ -49,14 +52,14 @@ def percent(share: float) -> str:
 def table(model: str, results: Sequence[Result]) -> Table:
     """The scores of one model, a row for each data set."""
     columns = ("data", "images", "classes", "prompts", "top-1 %", "95 % interval", "top-5 %", "mean per class %")
-    out = Table(title=f"zero-shot classification, {model}")
+    out = Table(title=f"zero-shot classification, {escape(model)}")
     for column in columns:
         out.add_column(column, justify="left" if column == "data" else "right", no_wrap=True)
     for result in results:
         data, metrics = result.scores.data, result.metrics
         low, high = metrics.interval
         out.add_row(
-            data.name,
+            escape(data.name),
             f"{metrics.num_images} of {len(data)}" if result.scores.unreadable else str(metrics.num_images),
             str(len(data.classnames)),
             str(len(data.templates)),
@@ -142,15 +145,18 @@ def read_curves(model: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The curves of the run that a model came from, (step, value) by name; empty for a model without a run."""
     path = Path(model)
     curves: dict[str, dict[int, float]] = {}
-    for run in (path.parent, path.parent.parent):  # RUN/best, RUN/checkpoints/last.ckpt
-        for log in sorted(run.glob("logs/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-            with open(log, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    for name, value in row.items():
-                        if name not in ("step", "epoch") and value:
-                            curves.setdefault(name, {})[int(row["step"])] = float(value)
-        if curves:
-            break
+    run = (
+        path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    )  # RUN/checkpoints/last.ckpt, RUN/best
+    logs = {
+        int(log.parent.name[8:]): log for log in run.glob("logs/version_*/metrics.csv") if log.parent.name[8:].isdigit()
+    }
+    for _, log in sorted(logs.items()):
+        with open(log, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if name not in ("step", "epoch") and value and row["step"]:
+                        curves.setdefault(name, {})[int(row["step"])] = float(value)
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
@@ -160,7 +166,10 @@ def read_curves(model: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    # Text stays text, for the browser's fonts, which know more scripts than matplotlib's.
+    with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*missing from font.*")
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
 
@@ -169,7 +178,6 @@ def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
     """Two pictures, the losses and the shares; none for a model without a run."""
     if "train/loss" not in curves:
         return []
-    chance = curves["train/chance"][-1][1]
     losses = {"train/loss": "training", "val/loss": "held-out pairs, all at once"}
     shares = {
         "train/accuracy": "in-batch accuracy",
@@ -178,12 +186,15 @@ def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
     }
     pictures = []
     for names, factor, label in ((losses, 1, "contrastive loss"), (shares, 100, "%")):
+        if not names.keys() & curves.keys():
+            continue
         figure = Figure(figsize=(4.6, 3))
         axes = figure.subplots()
         for name in (name for name in names if name in curves):
             steps, values = zip(*curves[name], strict=True)
             axes.plot(steps, [factor * value for value in values], label=names[name])
-        if names is losses:
+        if names is losses and "train/chance" in curves:
+            chance = curves["train/chance"][-1][1]
             axes.axhline(chance, color="grey", linestyle=":", label=f"chance, ln(batch) = {chance:.2f}")
         axes.set(xlabel="step", ylabel=label, ylim=(0, None if names is losses else 101))
         axes.legend(frameon=False, fontsize=8)
@@ -205,9 +216,9 @@ def _plot_confusion(result: Result) -> str:
     axes.set(xlabel="guess", ylabel="true class", xticks=[], yticks=[])
     size = 8 if len(names) <= 20 else 6
     if len(names) <= _MOST_LABELS:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
     if len(rows) <= _MOST_LABELS:
-        axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=size)
+        axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=size, parse_math=False)
     if len(names) <= 12:
         for (i, j), share in np.ndenumerate(shares):
             if share:

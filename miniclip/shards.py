@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tarfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ IMAGE_COLUMNS = ("filepath", "image", "image_path", "path", "file", "filename", 
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "description")
 
 # What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _OPEN_SHARDS = 64
 _WINDOW = 256
 
@@ -118,21 +119,27 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    header = text.split("\n", 1)[0]
+    header = text.split("\n", 1)[0].strip()
+    if not header:
+        raise ValueError(f"{path} is empty or begins with a blank line; its first line must name the columns")
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     separator = expected if expected in header else max(",\t;|", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, restkey="")
-    columns = list(reader.fieldnames or [])
-    if not columns:
-        raise ValueError(f"{path} is empty; its first line must name the columns")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows = []
-    for row in reader:
-        if "" in row:
-            raise ValueError(
-                f"{path}, line {reader.line_num}: more cells than the {len(columns)} columns ({', '.join(columns)}); "
-                f"texts that hold {separator!r} must stand in double quotes"
-            )
-        rows.append({name: value or "" for name, value in row.items()})
+    try:
+        columns = list(reader.fieldnames or [])
+        if twice := {name for name in columns if name and columns.count(name) > 1}:
+            raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more cells than the {len(columns)} columns "
+                    f"({', '.join(columns)}); texts that hold {separator!r} must stand in double quotes"
+                )
+            rows.append({name: value or "" for name, value in row.items() if name})
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
     return columns, rows
 
 
@@ -161,9 +168,16 @@ def _read_table_pairs(path: Path) -> list[Pair]:
         name = row.pop(image_column)
         captions = tuple(row.pop(caption_column).splitlines())
         image = path.parent / name  # an absolute path stays one
-        problem = None if image.is_file() else f"no image file {image} (paths are relative to the table's folder)"
+        problem = None if _is_file(image) else f"no image file {image} (paths are relative to the table's folder)"
         pairs.append(Pair(name, image, captions, problem, row))
     return pairs
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the file system allows
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,10 +233,9 @@ def pack(
     if out.exists() and not (out / INDEX_FILE).is_file():
         raise ValueError(f"{out} is not a folder of shards (it has no {INDEX_FILE}), so it is not overwritten")
     if not pairs:
-        raise ValueError(
-            f"no pairs found in {source}: it holds no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same "
-            "name beside it"
-        )
+        is_folder = Path(source).is_dir()
+        what = f"no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name beside it"
+        raise ValueError(f"no pairs found in {source}: it holds {what if is_folder else 'no rows'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir()
@@ -310,7 +323,8 @@ def _members(pair: Pair, resize: int | None, quality: int) -> dict[str, bytes] |
         return str(error)
     width, height = image.size
     scale = resize / min(width, height) if resize else 1.0
-    suffix = _KEPT_FORMATS.get(image.format or "")
+    is_animated = getattr(image, "is_animated", False) and image.format == "WEBP"  # not every decoder reads those
+    suffix = None if is_animated else _KEPT_FORMATS.get(image.format or "")
     if scale < 1:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -336,7 +350,9 @@ def index_shard(path: Path) -> dict[str, Any]:
     keys: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
     with tarfile.open(path) as tar:
         for member in tar:
-            key, _, suffix = member.name.partition(".")
+            folder, slash, name = member.name.rpartition("/")
+            key, _, suffix = name.partition(".")  # as webdataset does: up to the name's first dot
+            key = folder + slash + key
             kind = "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else suffix.lower()
             keys.setdefault(key, {})[kind] = (member.offset_data, member.size)
     image, text = (
@@ -396,12 +412,12 @@ class Shards:
             index = json.loads(path.read_text(encoding="utf-8"))
             version = index["schema"]
             entries = [ShardEntry(**entry) for entry in index["shards"]] if version == SCHEMA_VERSION else []
+            self.counts = np.array([int(entry.samples) for entry in entries], dtype=np.int64)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}; write the shards again") from error
         if version != SCHEMA_VERSION:
             raise ValueError(f"{path} has schema {version!r}, this version of miniclip reads {SCHEMA_VERSION}")
         self.entries = entries
-        self.counts = np.array([entry.samples for entry in entries], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
         self._open: OrderedDict[int, tuple[IO[bytes], dict[str, np.ndarray]]] = OrderedDict()
 
@@ -436,9 +452,11 @@ class Shards:
             try:
                 with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
                     offsets = {name: arrays[name] for name in ("key", "image", "txt")}
+                if not len(offsets["key"]) == len(offsets["image"]) == len(offsets["txt"]) == self.counts[shard]:
+                    raise ValueError(f"its index has {len(offsets['key'])} samples, not {self.counts[shard]}")
                 self._open[shard] = (open(path, "rb"), offsets)  # noqa: SIM115 (closed when 64 others are in use)
-            except (OSError, KeyError) as error:
-                raise ValueError(f"shard {path} can't be read: {error}") from error
+            except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(f"shard {path} or its .npz can't be read: {error}") from error
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1][0].close()
         self._open.move_to_end(shard)

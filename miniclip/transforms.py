@@ -68,18 +68,36 @@ def open_image(data: bytes, source: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-        return image
     except UnidentifiedImageError as error:
         raise ValueError(f"{source} is not an image that can be read ({len(data)} bytes)") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{source} is an unreadable image: {error}") from error
+    return _to_8_bits(image) if image.mode.startswith("I") else image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit picture as an 8-bit one; Pillow's own conversion would make everything above 255 white."""
+    values = np.asarray(image).astype(np.int64)
+    return Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
 
 
 def decode_rgb(data: bytes) -> Tensor:
-    """(3, H, W) uint8 from JPEG, PNG or WebP bytes, by libjpeg-turbo and its like; faster than Pillow."""
+    """(3, H, W) uint8 from JPEG, PNG or WebP bytes, by libjpeg-turbo and its like, which are faster than Pillow.
+
+    What those can't do (animations, 16 bits, other formats) Pillow does.
+
+    Raises:
+        ValueError: neither can.
+    """
     from torchvision.io import ImageReadMode, decode_image  # a second to import; only training needs it
 
-    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    try:
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        if image.dtype == torch.uint8 and image.ndim == 3:
+            return image
+    except (RuntimeError, ValueError):
+        pass  # Pillow's message will be the clearer one
+    return torch.from_numpy(np.array(open_image(data, "the sample").convert("RGB"))).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,7 @@ SETTINGS = [
     Augmentation(scale=(0.3, 0.5), ratio=(1, 1)),
     Augmentation(scale=(1, 1), ratio=(0.01, 100)),
     Augmentation(scale=(0.001, 0.002), ratio=(0.5, 2)),
+    Augmentation(scale=(0.05, 0.2), ratio=(1.5, 3)),
 ]
 
 
