@@ -76,8 +76,8 @@ class VisionConfig:
         if self.image_size % self.stride:
             what = f"patch_size {self.patch_size}" if self.kind == "vit" else "32, a ResNet's stride"
             raise ValueError(
-                f"VisionConfig.image_size is {self.image_size}, which is not a multiple of {what}; a strip of pixels at "
-                "the edge would never be seen"
+                f"VisionConfig.image_size is {self.image_size}, which is not a multiple of {what}; a strip of "
+                "pixels at the edge would never be seen"
             )
         blocks = tuple(int(n) for n in self.blocks)
         if len(blocks) != 4 or min(blocks) < 1:

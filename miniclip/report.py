@@ -145,13 +145,11 @@ def read_curves(model: str | Path) -> dict[str, list[tuple[int, float]]]:
     """The curves of the run that a model came from, (step, value) by name; empty for a model without a run."""
     path = Path(model)
     curves: dict[str, dict[int, float]] = {}
-    run = (
-        path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    )  # RUN/checkpoints/last.ckpt, RUN/best
-    logs = {
-        int(log.parent.name[8:]): log for log in run.glob("logs/version_*/metrics.csv") if log.parent.name[8:].isdigit()
-    }
-    for _, log in sorted(logs.items()):
+    is_checkpoint = path.parent.name == "checkpoints"
+    run = path.parent.parent if is_checkpoint else path.parent  # of RUN/checkpoints/last.ckpt or RUN/best
+    logs = {log.parent.name.removeprefix("version_"): log for log in run.glob("logs/version_*/metrics.csv")}
+    for number in sorted(int(name) for name in logs if name.isdigit()):
+        log = logs[str(number)]
         with open(log, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():

@@ -121,7 +121,8 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     header = text.split("\n", 1)[0].strip()
     if not header:
-        raise ValueError(f"{path} is empty or begins with a blank line; its first line must name the columns")
+        what = "begins with a blank line" if text.strip() else "is empty"
+        raise ValueError(f"{path} {what}; its first line must name the columns")
     expected = "\t" if path.suffix.lower() == ".tsv" else ","
     separator = expected if expected in header else max(",\t;|", key=header.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
@@ -449,18 +450,29 @@ class Shards:
     def _shard(self, shard: int) -> tuple[IO[bytes], dict[str, np.ndarray]]:
         if shard not in self._open:
             path = self.folder / self.entries[shard].file
+            offsets = self._read_offsets(path.with_suffix(".npz"), self.entries[shard].samples)
             try:
-                with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-                    offsets = {name: arrays[name] for name in ("key", "image", "txt")}
-                if not len(offsets["key"]) == len(offsets["image"]) == len(offsets["txt"]) == self.counts[shard]:
-                    raise ValueError(f"its index has {len(offsets['key'])} samples, not {self.counts[shard]}")
-                self._open[shard] = (open(path, "rb"), offsets)  # noqa: SIM115 (closed when 64 others are in use)
-            except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"shard {path} or its .npz can't be read: {error}") from error
+                file = open(path, "rb")  # noqa: SIM115 (closed when 64 others are in use)
+            except OSError as error:
+                raise ValueError(f"shard {path} can't be read: {error}") from error
+            self._open[shard] = (file, offsets)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)[1][0].close()
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    @staticmethod
+    def _read_offsets(path: Path, samples: int) -> dict[str, np.ndarray]:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                offsets = {name: arrays[name] for name in ("key", "image", "txt")}
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged or gone ({error}); pack the shards again") from error
+        if any(len(column) != samples for column in offsets.values()):
+            raise ValueError(
+                f"{path} lists {len(offsets['key'])} samples, {INDEX_FILE} {samples}; pack the shards again"
+            )
+        return offsets
 
     @staticmethod
     def _read(file: IO[bytes], key: str, offset: int, size: int) -> bytes:
