@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .loss import clip_loss as clip_loss
     from .model import CLIP as CLIP
     from .tokenizer import tokenize as tokenize
+    from .weights import available_models as available_models
     from .weights import load as load
     from .weights import save as save
 
@@ -30,6 +31,7 @@ _HOME = {
     "CLIPConfig": "config",
     "TextConfig": "config",
     "VisionConfig": "config",
+    "available_models": "weights",
     "clip_loss": "loss",
     "load": "weights",
     "save": "weights",

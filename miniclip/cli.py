@@ -32,8 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     verbs.add_parser("shards", help="a folder or table of images and texts -> shards", add_help=False)
     verbs.add_parser("train", help="train a CLIP on shards", add_help=False)
     verbs.add_parser("eval", help="zero-shot scores of a model on labelled images, and a report", add_help=False)
+    verbs.add_parser("convert", help="a checkpoint -> another library's layout, verified", add_help=False)
+    verbs.add_parser("info", help="what a checkpoint is: format, architecture, sizes, cost", add_help=False)
     verb = parser.parse_known_args(argv[:1])[0].verb
-    {"shards": shards, "train": train, "eval": evaluate}[verb](argv[1:])
+    {"shards": shards, "train": train, "eval": evaluate, "convert": convert, "info": info}[verb](argv[1:])
 
 
 def train(argv: list[str]) -> None:
@@ -148,6 +150,67 @@ def _evaluate(options: argparse.Namespace) -> None:
     report.write_json(out / "results.json", options.model, results)
     report.write_html(out / "report.html", options.model, results)
     print(f"report: {out / 'report.html'}")
+
+
+_CHECKPOINTS = (
+    "A checkpoint is OpenAI's archive or name (ViT-B/32), a state dict (.pt, .bin, .safetensors), a folder of Hugging\n"
+    "Face's or OpenCLIP's, hf-hub:owner/name, a folder that miniclip wrote, or a .ckpt of its trainer."
+)
+
+
+def convert(argv: list[str]) -> None:
+    """`miniclip convert SRC DST --to FORMAT`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip convert",
+        formatter_class=_Help,
+        description="Writes a checkpoint as another library loads it, then loads it back (with that library, too,\n"
+        "where it is installed) and compares embeddings before it says done.\n\n" + _CHECKPOINTS,
+    )
+    parser.add_argument("source", metavar="SRC", help="a checkpoint")
+    parser.add_argument("out", metavar="DST", help="a file for openai, a folder for the others")
+    parser.add_argument("--to", required=True, choices=("native", "openai", "openclip", "hf"), help="the layout")
+    parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="for a bare state dict that can't tell")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    options = parser.parse_args(argv)
+    with user_errors():
+        from .convert import convert as convert_checkpoint
+
+        said = convert_checkpoint(
+            options.source, options.out, options.to, overwrite=options.overwrite, activation=options.activation
+        )
+        print(f"{options.out}: {said}")
+
+
+def info(argv: list[str]) -> None:
+    """`miniclip info SRC`"""
+    parser = argparse.ArgumentParser(prog="miniclip info", formatter_class=_Help, description=_CHECKPOINTS)
+    parser.add_argument("source", metavar="SRC", help="a checkpoint")
+    parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="for a bare state dict that can't tell")
+    options = parser.parse_args(argv)
+    with user_errors():
+        from .convert import inspect
+
+        facts = inspect(options.source, activation=options.activation)
+        config = facts.config
+        vision, text = config.vision, config.text
+        shape = (
+            f"{vision.layers} blocks" if vision.kind == "vit" else f"{'-'.join(map(str, vision.blocks))} bottlenecks"
+        )
+        patch = f", patches of {vision.patch_size}" if vision.kind == "vit" else ""
+        rows = {
+            "format": facts.format,
+            "image tower": f"{vision.kind}, {vision.image_size} pixels{patch}, {shape}, width {vision.width}",
+            "text tower": f"{text.layers} blocks, width {text.width}, {text.context_length} tokens",
+            "embedding": str(config.embed_dim),
+            "activation": config.activation,
+            "parameters": f"{facts.image_parameters / 1e6:.1f} M image, {facts.text_parameters / 1e6:.1f} M text",
+            "cost": f"{facts.image_gflops:.2f} GFLOPs an image, {facts.text_gflops:.2f} a text of full length",
+            "preprocessing": f"{vision.preprocess}, mean {vision.mean}, std {vision.std}",
+            "dtype": ", ".join(facts.dtypes),
+            "loads": facts.problems or "yes",
+        }
+        for name, value in rows.items():
+            print(f"{name:>14}  {value}")
 
 
 @contextmanager

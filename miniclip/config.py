@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "quick_gelu"]
 VisionKind = Literal["vit", "resnet"]
+Preprocessing = Literal["openai", "hf"]
 
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1] (`_transform` in OpenAI's clip/clip.py).
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -20,10 +21,26 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _require_positive(config: Any, *names: str) -> None:
+    """Whole numbers above 0, and of a ratio any number above 0."""
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
-            raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be greater than 0")
+        is_number = isinstance(value, int | float if name.endswith("ratio") else int) and not isinstance(value, bool)
+        if not is_number or not value > 0:
+            what = "a number" if name.endswith("ratio") else "a whole number"
+            raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be {what} greater than 0")
+
+
+def _set_numbers(config: Any, name: str, count: int, kind: type, is_positive: bool) -> None:
+    """Makes a field a tuple of so many numbers: JSON and YAML give lists, and equality wants one type."""
+    value = getattr(config, name)
+    try:
+        numbers = tuple(kind(number) for number in value)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != count or (is_positive and min(numbers) <= 0):
+        least = " greater than 0" if is_positive else ""
+        raise ValueError(f"{type(config).__name__}.{name} is {numbers or value!r}; it must be {count} numbers{least}")
+    object.__setattr__(config, name, numbers)
 
 
 def _require_heads(config: VisionConfig | TextConfig) -> None:
@@ -56,6 +73,8 @@ class VisionConfig:
         head_width: channels of one attention head; divides `width` (of a ResNet, 32 times it).
         mlp_ratio: of a ViT: width of the blocks' hidden layer, in units of `width`.
         mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
+        preprocess: how a picture is made square: "openai", or "hf", Hugging Face's, which turns it into RGB before
+            resizing and rounds the crop's place down.
     """
 
     kind: VisionKind = "vit"
@@ -68,9 +87,11 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
+    preprocess: Preprocessing = "openai"
 
     def __post_init__(self) -> None:
         _require_choice(self, "kind", VisionKind)
+        _require_choice(self, "preprocess", Preprocessing)
         _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
         _require_heads(self)
         if self.image_size % self.stride:
@@ -79,15 +100,9 @@ class VisionConfig:
                 f"VisionConfig.image_size is {self.image_size}, which is not a multiple of {what}; a strip of "
                 "pixels at the edge would never be seen"
             )
-        blocks = tuple(int(n) for n in self.blocks)
-        if len(blocks) != 4 or min(blocks) < 1:
-            raise ValueError(f"VisionConfig.blocks is {blocks}; it must be four numbers of at least 1")
-        object.__setattr__(self, "blocks", blocks)
-        for name in ("mean", "std"):
-            value = tuple(float(x) for x in getattr(self, name))
-            if len(value) != 3 or (name == "std" and min(value) <= 0):
-                raise ValueError(f"VisionConfig.{name} is {value}; it must be three numbers (R, G, B), std above 0")
-            object.__setattr__(self, name, value)  # JSON and YAML give lists; equality wants one type
+        _set_numbers(self, "blocks", 4, int, is_positive=True)
+        _set_numbers(self, "mean", 3, float, is_positive=False)
+        _set_numbers(self, "std", 3, float, is_positive=True)
 
     @property
     def stride(self) -> int:
@@ -130,9 +145,9 @@ class TextConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "context_length", "vocab_size", "width", "layers", "head_width", "mlp_ratio")
         _require_heads(self)
-        if not 0 <= self.eot_token < self.vocab_size:
+        if not isinstance(self.eot_token, int) or not 0 <= self.eot_token < self.vocab_size:
             raise ValueError(
-                f"TextConfig.eot_token is {self.eot_token}; it must be a token id, 0 to {self.vocab_size - 1}"
+                f"TextConfig.eot_token is {self.eot_token!r}; it must be a token id, 0 to {self.vocab_size - 1}"
             )
 
     @property
@@ -176,10 +191,15 @@ class CLIPConfig:
         Raises:
             ValueError: an unknown key, or a value that the architecture does not allow.
         """
-        values = dict(values)
-        vision = VisionConfig(**_known(VisionConfig, values.pop("vision", {}), f"{source}, section 'vision'"))
-        text = TextConfig(**_known(TextConfig, values.pop("text", {}), f"{source}, section 'text'"))
-        return cls(**{**_known(cls, values, source), "vision": vision, "text": text})
+        values = dict(_known(cls, values, source))
+        sections = {
+            name: _known(tower, values.pop(name, {}), f"{source}, section {name!r}")
+            for name, tower in (("vision", VisionConfig), ("text", TextConfig))
+        }
+        try:
+            return cls(vision=VisionConfig(**sections["vision"]), text=TextConfig(**sections["text"]), **values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def from_json(cls, text: str, source: str = "the configuration") -> CLIPConfig:

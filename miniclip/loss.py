@@ -35,7 +35,7 @@ def clip_loss(
         A scalar, the mean over pairs and both directions.
 
     Raises:
-        ValueError: shapes that do not pair up, or no pairs.
+        ValueError: shapes that do not pair up, no pairs, or a mask that leaves none.
     """
     if image_features.shape != text_features.shape or image_features.ndim != 2 or not len(image_features):
         raise ValueError(
@@ -44,6 +44,10 @@ def clip_loss(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for no chunks")
+    if mask is not None and (mask.shape != image_features.shape[:1] or not mask.any()):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} keeps {int(mask.sum())} pairs; it must be (B,) and keep one"
+        )
     with torch.autocast(image_features.device.type, enabled=False):
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         images, texts = image_features.to(dtype), text_features.to(dtype)

@@ -53,12 +53,12 @@ class Attention(nn.Module):
         weight, bias = self.in_proj_weight, self.in_proj_bias
         visible = None
         if pool is None:
-            qkv = F.linear(x, weight, bias).view(B, N, 3, self.heads, -1)  # (B, N, 3, H, D/H)
+            qkv = F.linear(x, weight, bias).view(B, N, 3, self.heads, D // self.heads)  # (B, N, 3, H, D/H)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, H, N, D/H)
         else:
-            q = F.linear(_pick(x, pool), weight[:D], bias[:D]).view(B, self.heads, 1, -1)  # (B, H, 1, D/H)
-            kv = F.linear(x, weight[D:], bias[D:]).view(B, N, 2, self.heads, -1)  # (B, N, 2, H, D/H)
-            k, v = kv.permute(2, 0, 3, 1, 4)  # 2 of (B, H, N, D/H)
+            q = F.linear(_pick(x, pool), weight[:D], bias[:D]).view(B, self.heads, 1, D // self.heads)
+            kv = F.linear(x, weight[D:], bias[D:]).view(B, N, 2, self.heads, D // self.heads)
+            k, v = kv.permute(2, 0, 3, 1, 4)  # 2 of (B, H, N, D/H); q is (B, H, 1, D/H)
             if self.is_causal:
                 visible = (torch.arange(N, device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
         is_causal = self.is_causal and pool is None

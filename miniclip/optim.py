@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .model import CLIP, Transformer
+from .model import CLIP, Attention, Transformer
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,11 @@ def parameter_groups(model: CLIP, config: OptimizerConfig) -> list[dict[str, Any
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [{"lr": config.lr, "momentum": None, **group} for group in groups]
-    muon_group = {"params": muon, "lr": config.muon_lr, "weight_decay": config.muon_weight_decay}
-    groups.append({**muon_group, "momentum": config.muon_momentum})
+    stacked = {id(module.in_proj_weight) for module in model.modules() if isinstance(module, Attention)}
+    settings = {"lr": config.muon_lr, "weight_decay": config.muon_weight_decay, "momentum": config.muon_momentum}
+    # `parts`: matrices that lie one below the other in a parameter; queries, keys and values do.
+    groups.append({"params": [p for p in muon if id(p) in stacked], "parts": 3, **settings})
+    groups.append({"params": [p for p in muon if id(p) not in stacked], "parts": 1, **settings})
     return [group for group in groups if group["params"]]
 
 
@@ -120,8 +123,7 @@ class Muon(torch.optim.AdamW):
             average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(average, momentum)  # Nesterov
             p.mul_(1 - decay)
-            parts = 3 if p.shape[0] == 3 * p.shape[1] else 1  # in_proj_weight: queries, keys, values
-            for weight, direction in zip(p.chunk(parts), update.chunk(parts), strict=True):
+            for weight, direction in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
                 by_shape.setdefault((weight.shape[0], weight.shape[1]), []).append((weight, direction))
         for (rows, columns), pairs in by_shape.items():
             steps = orthogonalize(torch.stack([direction for _, direction in pairs]))

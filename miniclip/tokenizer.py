@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -55,10 +56,12 @@ def _byte_ids() -> tuple[int, ...]:
 
 
 @cache
-def _merges() -> dict[tuple[int, int], int]:
-    """(left id, right id) -> id of the two together."""
-    # In the file a byte stands as a printable character: Latin-1's own where it is printable, else the next one
-    # from U+0100 on; "</w>" marks the end of a word.
+def _read_merges() -> tuple[dict[tuple[int, int], int], dict[str, int]]:
+    """(left id, right id) -> id of the two together, and symbol -> id.
+
+    In the file a byte stands as a printable character: Latin-1's own where it is printable, else the next one from
+    U+0100 on; "</w>" marks the end of a word.
+    """
     symbols: dict[str, int] = {}
     for byte, index in enumerate(_byte_ids()):
         character = chr(byte) if index < 188 else chr(256 + index - 188)
@@ -70,7 +73,15 @@ def _merges() -> dict[tuple[int, int], int]:
         left, right = line.split()
         merges[symbols[left], symbols[right]] = index
         symbols[left + right] = index
-    return merges
+    return merges, symbols
+
+
+def _merges() -> dict[tuple[int, int], int]:
+    return _read_merges()[0]
+
+
+def _symbols() -> dict[str, int]:
+    return _read_merges()[1]
 
 
 @cache
@@ -156,6 +167,24 @@ def decode(tokens: Iterable[int]) -> str:
     return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
 
 
+def vocabulary_files(context_length: int = CONTEXT_LENGTH) -> dict[str, str]:
+    """This tokenizer as the files that Hugging Face's `CLIPTokenizer` reads: their names and contents."""
+    symbols = _symbols()
+    names = {index: symbol for symbol, index in symbols.items()}
+    merges = [f"{names[left]} {names[right]}" for (left, right) in _merges()]
+    special = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
+    vocabulary = dict(sorted((symbols | special).items(), key=lambda item: item[1]))
+    start, end = special
+    roles = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **roles}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(roles, indent=2) + "\n",
+    }
+
+
 def encode_for_model(text: str, context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> list[int]:
     """The ids of a text between start and end of text, at most `context_length` of them.
 
@@ -191,6 +220,8 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
     """
     if context_length < 2:
         raise ValueError(f"context_length is {context_length}; start and end of text alone need 2")
+    if not isinstance(texts, str | Iterable):
+        raise ValueError(f"tokenize takes a text or a sequence of texts, not {texts!r}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         if not isinstance(text, str):

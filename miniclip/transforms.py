@@ -16,6 +16,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .config import Preprocessing
+
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 pixels (..., 3, H, W) to float32 of zero mean and unit deviation over CLIP's training images."""
@@ -25,18 +27,26 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 class Preprocess:
-    """OpenAI's preprocessing, pixel for pixel (`_transform` in its clip/clip.py).
+    """OpenAI's preprocessing, pixel for pixel (`_transform` in its clip/clip.py), or Hugging Face's.
 
     Bicubic resize of the short side to R, centre crop, and only then RGB: a palette image is therefore resized with
-    nearest neighbours, as OpenAI's models saw it. Calling gives the normalised float image (3, R, R), `crop` the
-    uint8 one before normalisation.
+    nearest neighbours, as OpenAI's models saw it. Hugging Face's `CLIPImageProcessor` makes it RGB first, and rounds
+    the crop's place down. Calling gives the normalised float image (3, R, R), `crop` the uint8 one before that.
     """
 
-    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        style: Preprocessing = "openai",
+    ) -> None:
+        self.image_size, self.mean, self.std, self.style = image_size, tuple(mean), tuple(std), style
 
     def crop(self, image: Image.Image) -> Tensor:
         """(3, R, R) uint8."""
+        is_hf = self.style == "hf"
+        image = image.convert("RGB") if is_hf else image
         W, H = image.size
         R = self.image_size
         short, long = min(W, H), max(W, H)
@@ -44,7 +54,7 @@ class Preprocess:
             side = int(R * long / short)
             image = image.resize((R, side) if W <= H else (side, R), Image.Resampling.BICUBIC)
             W, H = image.size
-        left, top = round((W - R) / 2.0), round((H - R) / 2.0)
+        left, top = ((W - R) // 2, (H - R) // 2) if is_hf else (round((W - R) / 2), round((H - R) / 2))
         image = image.crop((left, top, left + R, top + R)).convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -118,7 +128,10 @@ class Augmentation:
     flip: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, (low, high), most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+        for name, value, most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise ValueError(f"Augmentation.{name} is {value!r}; it must be two numbers, low and high")
+            low, high = value
             if not 0 < low <= high <= most:
                 raise ValueError(
                     f"Augmentation.{name} is {(low, high)}; it must be low, high with 0 < low <= high"

@@ -15,7 +15,6 @@ from miniclip.model import CLIP, Attention, TextTransformer, VisionTransformer, 
 from miniclip.tokenizer import tokenize
 from miniclip.weights import from_openai_keys
 
-
 EOT = 40
 TINY = CLIPConfig(
     embed_dim=8,

@@ -1,0 +1,263 @@
+"""Checkpoints from one library's layout to another's, and what a checkpoint is made of.
+
+A conversion is believed only after it was loaded back and gave the same embeddings: by our own reader, and by the other
+library where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import weights
+from .config import CLIPConfig, VisionConfig
+from .files import atomic_write, write_text
+from .model import CLIP
+from .tokenizer import END_OF_TEXT, START_OF_TEXT, vocabulary_files
+from .weights import OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, Checkpoint, Tensors
+
+FORMATS = ("native", "openai", "openclip", "hf")
+_PIXELS = {"interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = False, **options: Any) -> str:
+    """Writes a checkpoint in another layout, then loads it back and compares.
+
+    Args:
+        out: a file for "openai" (a state dict, which OpenAI's package loads), a folder for the others.
+        to: one of `FORMATS`.
+        options: `activation` and the like, as `weights.read_checkpoint` takes them.
+
+    Returns:
+        What was compared with what, and how far they differ.
+
+    Raises:
+        ValueError: the other library has no such model, `out` exists, or the result is not the same.
+    """
+    out = Path(out)
+    if to not in FORMATS:
+        raise ValueError(f"there is no format {to!r}; valid are {', '.join(FORMATS)}")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another")
+    checkpoint = weights.read_checkpoint(weights.locate(source), **options)
+    expected = _embeddings(weights.build(checkpoint, str(source)))
+    write = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}[to]
+    # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    try:
+        write(checkpoint, temporary)
+        compared = {"miniclip": _embeddings(weights.build(weights.read_checkpoint(temporary), str(temporary)))}
+        compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
+        worst = {
+            name: max(_difference(a, b) for a, b in zip(found, expected, strict=True))
+            for name, found in compared.items()
+        }
+        for name, difference in worst.items():
+            if not difference <= 1e-5:
+                raise ValueError(f"{name} gives other embeddings from the converted file, by {difference:.1e}")
+        _remove(out)
+        os.rename(temporary, out)
+    finally:
+        _remove(temporary)
+    return ", ".join(f"same embeddings by {name} (to {difference:.0e})" for name, difference in worst.items())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
+    """Two noise images and two texts that fit a model."""
+    random = torch.Generator().manual_seed(0)
+    R, L = config.vision.image_size, min(config.text.context_length, 12)
+    tokens = torch.randint(1, config.text.eot_token, (2, L), generator=random)
+    tokens[:, -1] = config.text.eot_token
+    return torch.randn(2, 3, R, R, generator=random), tokens
+
+
+@torch.inference_mode()
+def _embeddings(model: CLIP) -> tuple[Tensor, Tensor]:
+    images, tokens = _probe(model.config)
+    model.eval()
+    return model.encode_image(images), model.encode_text(tokens)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@torch.inference_mode()
+def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the library that the layout belongs to makes of it; nothing if it is not installed."""
+    images, tokens = _probe(config)
+    if to == "openclip":
+        try:
+            import open_clip
+        except ImportError:
+            return {}
+        model, *_ = open_clip.create_model_and_transforms(f"local-dir:{out.resolve()}")
+        padded = torch.zeros(2, config.text.context_length, dtype=torch.long)
+        padded[:, : tokens.shape[1]] = tokens
+        model.eval()
+        return {"open_clip": (model.encode_image(images), model.encode_text(padded))}
+    if to == "hf":
+        try:
+            from transformers import CLIPModel
+        except ImportError:
+            return {}
+        other = CLIPModel.from_pretrained(out, dtype=torch.float32).eval()
+        features = other.get_image_features(pixel_values=images), other.get_text_features(input_ids=tokens)
+        # transformers 5 wraps the features; 4 gives them as they are.
+        image_features, text_features = (getattr(f, "pooler_output", f) for f in features)
+        return {"transformers": (image_features, text_features)}
+    return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _write_native(checkpoint: Checkpoint, out: Path) -> None:
+    weights.write_safetensors(out / WEIGHTS_FILE, _plain(checkpoint.tensors))
+    write_text(out / weights.CONFIG_FILE, checkpoint.config.to_json())
+
+
+def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
+    config = checkpoint.config
+    _require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
+    _require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
+    _require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
+    sizes = (config.vision.image_size, config.text.context_length, config.text.vocab_size)
+    tensors = weights.to_openai_keys(_plain(checkpoint.tensors))
+    names = ("input_resolution", "context_length", "vocab_size")
+    tensors |= {name: torch.tensor(size) for name, size in zip(names, sizes, strict=True)}
+    with atomic_write(out) as file:
+        torch.save(tensors, file)
+
+
+def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
+    config = checkpoint.config
+    vision, text = config.vision, config.text
+    is_vit = vision.kind == "vit"
+    tower: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width, "head_width": vision.head_width}
+    tower |= {"layers": vision.layers if is_vit else list(vision.blocks)}
+    tower |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio} if is_vit else {}
+    words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
+             "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_ratio}  # fmt: skip
+    model = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu", "vision_cfg": tower}
+    pixels = {"mean": vision.mean, "std": vision.std, **_PIXELS}
+    weights.write_safetensors(out / "open_clip_model.safetensors", _plain(weights.to_openai_keys(checkpoint.tensors)))
+    settings = {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
+    write_text(out / OPENCLIP_CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
+    config = checkpoint.config
+    _require(config.vision.kind == "vit", "Hugging Face's CLIPModel has no ResNet tower")
+
+    def tower(section: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": section.width,
+            "num_hidden_layers": section.layers,
+            "num_attention_heads": section.heads,
+            "intermediate_size": int(section.width * section.mlp_ratio),
+            "hidden_act": config.activation,
+            "layer_norm_eps": 1e-5,
+            "projection_dim": config.embed_dim,
+        }
+
+    vision, text = config.vision, config.text
+    images = {**tower(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
+    ends = {"bos_token_id": START_OF_TEXT, "eos_token_id": text.eot_token, "pad_token_id": text.eot_token}
+    words = {**tower(text), "vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ends}
+    values = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
+              "logit_scale_init_value": 2.6592, "text_config": words, "vision_config": images}  # fmt: skip
+    weights.write_safetensors(out / WEIGHTS_FILE, _plain(weights.to_hf_keys(checkpoint.tensors)))
+    write_text(out / weights.CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+    write_text(out / "preprocessor_config.json", json.dumps(_hf_pixels(vision), indent=2) + "\n")
+    if text.eot_token == END_OF_TEXT:
+        for name, content in vocabulary_files(text.context_length).items():
+            write_text(out / name, content)
+
+
+def _hf_pixels(vision: VisionConfig) -> dict[str, Any]:
+    side = vision.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(vision.mean), "image_std": list(vision.std),
+        "do_convert_rgb": True,
+    }  # fmt: skip
+
+
+def _has_heads_of_64(config: CLIPConfig) -> bool:
+    return config.vision.head_width == config.text.head_width == 64
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(f"this model can't be written in that format: {otherwise}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in a checkpoint
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `miniclip info` tells.
+
+    Args:
+        image_parameters, text_parameters: of the towers.
+        image_gflops, text_gflops: 10^9 multiplications and additions for one image, and for a text of full length.
+        dtypes: of the file's tensors.
+        problems: tensors that are missing, unexpected, or of another shape than the architecture's; empty if it loads.
+    """
+
+    format: str
+    config: CLIPConfig
+    image_parameters: int
+    text_parameters: int
+    image_gflops: float
+    text_gflops: float
+    dtypes: tuple[str, ...]
+    problems: str
+
+
+def inspect(source: str | Path, **options: Any) -> Facts:
+    """Everything about a checkpoint that can be known without using it."""
+    checkpoint = weights.read_checkpoint(weights.locate(source), **options)
+    with torch.device("meta"):
+        model = CLIP(checkpoint.config).eval()
+        images = torch.zeros(1, 3, checkpoint.config.vision.image_size, checkpoint.config.vision.image_size)
+        tokens = torch.zeros(1, checkpoint.config.text.context_length, dtype=torch.long)
+    flops = []
+    for tower, inputs in ((model.visual, images), (model.text, tokens)):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            tower(inputs)
+        flops.append(counter.get_total_flops() / 1e9)
+    try:
+        weights.build(checkpoint, str(source))
+        problems = ""
+    except ValueError as error:
+        problems = str(error)
+    sizes = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)]
+    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
+    return Facts(checkpoint.format, checkpoint.config, sizes[0], sizes[1], flops[0], flops[1], dtypes, problems)
