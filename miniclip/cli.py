@@ -193,13 +193,14 @@ def info(argv: list[str]) -> None:
         facts = inspect(options.source, activation=options.activation)
         config = facts.config
         vision, text = config.vision, config.text
-        shape = (
-            f"{vision.layers} blocks" if vision.kind == "vit" else f"{'-'.join(map(str, vision.blocks))} bottlenecks"
-        )
-        patch = f", patches of {vision.patch_size}" if vision.kind == "vit" else ""
+        image_tower = {
+            "vit": f"patches of {vision.patch_size}, {vision.layers} blocks, width {vision.width}",
+            "resnet": f"{'-'.join(map(str, vision.blocks))} bottlenecks, width {vision.width}",
+            "timm": f"{vision.timm_model}, {vision.timm_pool or 'its own'} pooling, {vision.timm_projection} projection",
+        }[vision.kind]
         rows = {
             "format": facts.format,
-            "image tower": f"{vision.kind}, {vision.image_size} pixels{patch}, {shape}, width {vision.width}",
+            "image tower": f"{vision.kind}, {vision.image_size} pixels, {image_tower}",
             "text tower": f"{text.layers} blocks, width {text.width}, {text.context_length} tokens",
             "embedding": str(config.embed_dim),
             "activation": config.activation,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "quick_gelu"]
-VisionKind = Literal["vit", "resnet"]
+VisionKind = Literal["vit", "resnet", "timm"]
+TimmProjection = Literal["linear", "mlp", "none", "classifier"]
 Preprocessing = Literal["openai", "hf"]
 
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1] (`_transform` in OpenAI's clip/clip.py).
@@ -63,8 +64,8 @@ class VisionConfig:
     """The image tower (paper section 2.4).
 
     Args:
-        kind: "vit", the vision transformer of Dosovitskiy et al. 2020 with one more layer norm before the blocks, or
-            "resnet", CLIP's modified residual network.
+        kind: "vit", the vision transformer of Dosovitskiy et al. 2020 with one more layer norm before the blocks;
+            "resnet", CLIP's modified residual network; or "timm", any image model of that library.
         image_size: side of the square input, pixels.
         patch_size: of a ViT: side of a patch, pixels; divides `image_size`.
         width: of a ViT: channels of a token. Of a ResNet: channels after the stem, a 32nd of those that are pooled.
@@ -72,6 +73,10 @@ class VisionConfig:
         blocks: of a ResNet: number of bottlenecks in each of its four stages.
         head_width: channels of one attention head; divides `width` (of a ResNet, 32 times it).
         mlp_ratio: of a ViT: width of the blocks' hidden layer, in units of `width`.
+        timm_model: of a timm tower: the model's name there; it also settles all that is said above but `image_size`.
+        timm_pool: how its features become one vector; empty for the model's own way.
+        timm_projection: from there to the embedding: a matrix, an MLP, nothing, or the model's own classifier.
+        timm_projection_bias: whether that has a bias.
         mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
         preprocess: how a picture is made square: "openai", or "hf", Hugging Face's, which turns it into RGB before
             resizing and rounds the crop's place down.
@@ -85,6 +90,10 @@ class VisionConfig:
     blocks: tuple[int, int, int, int] = (3, 4, 6, 3)
     head_width: int = 64
     mlp_ratio: float = 4.0
+    timm_model: str = ""
+    timm_pool: str = ""
+    timm_projection: TimmProjection = "linear"
+    timm_projection_bias: bool = False
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     preprocess: Preprocessing = "openai"
@@ -92,6 +101,12 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _require_choice(self, "kind", VisionKind)
         _require_choice(self, "preprocess", Preprocessing)
+        _require_choice(self, "timm_projection", TimmProjection)
+        if (self.kind == "timm") != bool(self.timm_model):
+            raise ValueError(
+                f"VisionConfig.kind is {self.kind!r} and timm_model {self.timm_model!r}; a model's name belongs to "
+                "kind 'timm' and to no other"
+            )
         _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
         _require_heads(self)
         if self.image_size % self.stride:
@@ -107,12 +122,12 @@ class VisionConfig:
     @property
     def stride(self) -> int:
         """Pixels from one place of the feature map to the next."""
-        return self.patch_size if self.kind == "vit" else 32
+        return {"vit": self.patch_size, "resnet": 32, "timm": 1}[self.kind]
 
     @property
     def pooled_width(self) -> int:
         """Channels where the image is pooled to one vector."""
-        return self.width if self.kind == "vit" else 32 * self.width
+        return 32 * self.width if self.kind == "resnet" else self.width
 
     @property
     def heads(self) -> int:

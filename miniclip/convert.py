@@ -139,6 +139,7 @@ def _write_native(checkpoint: Checkpoint, out: Path) -> None:
 
 def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
+    _require(config.vision.kind != "timm", "OpenAI's code has no towers of timm's")
     _require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
     _require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
     _require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
@@ -153,10 +154,16 @@ def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
 def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
     vision, text = config.vision, config.text
-    is_vit = vision.kind == "vit"
-    tower: dict[str, Any] = {"image_size": vision.image_size, "width": vision.width, "head_width": vision.head_width}
-    tower |= {"layers": vision.layers if is_vit else list(vision.blocks)}
-    tower |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio} if is_vit else {}
+    tower: dict[str, Any] = {"image_size": vision.image_size}
+    if vision.kind == "timm":
+        projection = "" if vision.timm_projection == "classifier" else vision.timm_projection
+        tower |= {"timm_model_name": vision.timm_model, "timm_model_pretrained": False, "timm_pool": vision.timm_pool}
+        tower |= {"timm_proj": projection, "timm_proj_bias": vision.timm_projection_bias}
+    elif vision.kind == "resnet":
+        tower |= {"layers": list(vision.blocks), "width": vision.width, "head_width": vision.head_width}
+    else:
+        tower |= {"layers": vision.layers, "width": vision.width, "head_width": vision.head_width}
+        tower |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio}
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
              "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_ratio}  # fmt: skip
     model = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu", "vision_cfg": tower}
@@ -168,7 +175,7 @@ def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
 
 def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
-    _require(config.vision.kind == "vit", "Hugging Face's CLIPModel has no ResNet tower")
+    _require(config.vision.kind == "vit", "Hugging Face's CLIPModel has a ViT as its image tower and no other")
 
     def tower(section: Any) -> dict[str, Any]:
         return {

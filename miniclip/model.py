@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
-from .towers import ModifiedResNet
+from .towers import ModifiedResNet, TimmTower
 
 
 class QuickGELU(nn.Module):
@@ -188,11 +188,13 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual: VisionTransformer | ModifiedResNet
+        self.visual: VisionTransformer | ModifiedResNet | TimmTower
         if config.vision.kind == "vit":
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
-        else:
+        elif config.vision.kind == "resnet":
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
+        else:
+            self.visual = TimmTower(config.vision, config.embed_dim)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.context_length = config.text.context_length
         self.vocab_size = config.text.vocab_size
@@ -201,7 +203,7 @@ class CLIP(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.visual.conv1.weight.dtype
+        return self.logit_scale.dtype
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Normalised images (N, 3, R, R) -> features (N, E), of unit length if `normalize`.

@@ -1,4 +1,6 @@
-"""CLIP's other image tower: a residual network with three changes (paper section 2.4; OpenAI's `ModifiedResNet`).
+"""The other image towers: CLIP's modified residual network, and any image model of timm's.
+
+The residual network has three changes (paper section 2.4; OpenAI's `ModifiedResNet`).
 
 - The stem is three convolutions and an average pool, not one and a maximum pool (ResNet-D, He et al. 2018).
 - Strides are an average pool before a convolution of stride 1, so that shifting the picture shifts the features
@@ -113,3 +115,41 @@ class ModifiedResNet(nn.Module):
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)  # (B, D, R / 4, R / 4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 32 * D, R / 32, R / 32)
         return self.attnpool(x, all_tokens)
+
+
+class TimmTower(nn.Module):
+    """An image model of timm's with a projection, laid out as in OpenCLIP's checkpoints."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        try:
+            import timm  # half a second, and an extra: only this tower needs it
+            from timm.layers import Mlp
+        except ImportError as error:
+            raise ValueError(
+                f"the image tower {config.timm_model!r} needs timm: pip install 'miniclip[timm]'"
+            ) from error
+        self.input_resolution = config.image_size
+        pool = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        is_classifier = config.timm_projection == "classifier"
+        try:
+            self.trunk = timm.create_model(config.timm_model, num_classes=embed_dim if is_classifier else 0, **pool)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"timm has no model {config.timm_model!r} with {pool or 'its own pooling'}: {error}"
+            ) from error
+        width, bias = self.trunk.num_features, config.timm_projection_bias
+        layers = OrderedDict[str, nn.Module]()
+        if config.timm_projection == "linear":
+            layers["proj"] = nn.Linear(width, embed_dim, bias=bias)
+        elif config.timm_projection == "mlp":
+            layers["mlp"] = Mlp(width, 2 * embed_dim, embed_dim, bias=(True, bias))
+        elif config.timm_projection == "none" and width != embed_dim:
+            raise ValueError(
+                f"{config.timm_model} gives {width} channels and embed_dim is {embed_dim}; it needs a projection"
+            )
+        self.head = nn.Sequential(layers)
+
+    def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
+        """Normalised images (B, 3, R, R) -> (B, E), or with `all_tokens` what the model gives before pooling."""
+        return self.trunk.forward_features(images) if all_tokens else self.head(self.trunk(images))

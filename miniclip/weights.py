@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from .config import OPENAI_MODELS, Activation, CLIPConfig, TextConfig, VisionConfig
+from .config import OPENAI_MODELS, Activation, CLIPConfig, TextConfig, TimmProjection, VisionConfig
 from .fetch import HUB_PREFIX, fetch_hub, fetch_openai
 from .files import atomic_write, write_text
 from .model import CLIP
@@ -156,7 +156,9 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: a tensor's name or shape does not fit the architecture; lists both sides.
     """
-    with torch.device("meta"):  # no time spent on random numbers that are then overwritten
+    # On "meta" no time is spent on random numbers that are then overwritten. timm's models may compute buffers that
+    # no checkpoint holds, so those are built for real.
+    with torch.device("cpu" if checkpoint.config.vision.kind == "timm" else "meta"):
         model = CLIP(checkpoint.config)
     tensors = dict(checkpoint.tensors)
     for name, buffer in model.named_buffers():
@@ -652,7 +654,8 @@ _OPENCLIP_VISION = dict.fromkeys(("layers", "width", "head_width", "mlp_ratio", 
     "ls_init_value": None, "patch_dropout": _ANY, "attentional_pool": False, "no_ln_pre": False,
     "pos_embed_type": "learnable", "final_ln_after_pool": False, "pool_type": "tok", "output_tokens": _ANY,
     "act_kwargs": None, "norm_kwargs": None, "global_average_pool": False, "input_patchnorm": False,
-    "timm_model_name": None, "timm_model_pretrained": False,
+    "timm_model_name": _ANY, "timm_model_pretrained": _ANY, "timm_pool": _ANY, "timm_proj": _ANY,
+    "timm_proj_bias": _ANY, "timm_drop": _ANY, "timm_drop_path": _ANY,
 }  # fmt: skip
 _OPENCLIP_TEXT = dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), _ANY) | {
     "hf_model_name": None, "hf_tokenizer_name": None, "ls_init_value": None, "embed_cls": False, "pad_id": _ANY,
@@ -680,12 +683,16 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         (pixels, _OPENCLIP_PREPROCESS, "preprocess_cfg"),
     ):
         _refuse_unknown(section, supported, f"{source}, {name}")
-    shared = {"image_size": vision.get("image_size", 224), "head_width": vision.get("head_width", 64)}
-    shared |= {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
+    shared: dict[str, Any] = {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
+    shared |= {"image_size": vision.get("image_size", 224)}
     layers, width = vision.get("layers", 12), vision.get("width", 768)
-    if isinstance(layers, list | tuple):
+    if vision.get("timm_model_name"):
+        tower = _timm_from_openclip(vision, shared, source)
+    elif isinstance(layers, list | tuple):
+        shared |= {"head_width": vision.get("head_width", 64)}
         tower = VisionConfig(kind="resnet", blocks=tuple(layers), width=width, **shared)
     else:
+        shared |= {"head_width": vision.get("head_width", 64)}
         patch_size, mlp_ratio = vision.get("patch_size", 16), vision.get("mlp_ratio", 4.0)
         tower = VisionConfig(layers=layers, width=width, patch_size=patch_size, mlp_ratio=mlp_ratio, **shared)
     vocab_size, width = text.get("vocab_size", 49408), text.get("width", 512)
@@ -699,6 +706,25 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         mlp_ratio=text.get("mlp_ratio", 4.0),
     )
     return CLIPConfig(model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu", tower, words)
+
+
+_TIMM_PROJECTIONS: dict[str, TimmProjection] = {"linear": "linear", "mlp": "mlp", "none": "none", "": "classifier"}
+
+
+def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], source: str) -> VisionConfig:
+    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    if pool in ("abs_attn", "rot_attn") or projection not in _TIMM_PROJECTIONS:
+        raise ValueError(
+            f"{source} has timm_pool {pool!r} and timm_proj {projection!r}, which are not supported together"
+        )
+    return VisionConfig(
+        kind="timm",
+        timm_model=vision["timm_model_name"],
+        timm_pool=pool,
+        timm_projection=_TIMM_PROJECTIONS[projection],
+        timm_projection_bias=vision.get("timm_proj_bias", False),
+        **shared,
+    )
 
 
 def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> CLIPConfig:
@@ -761,6 +787,8 @@ def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int |
     """
     config, tensors = checkpoint.config, dict(checkpoint.tensors)
     if image_size is not None and image_size != config.vision.image_size:
+        if config.vision.kind == "timm":
+            raise ValueError(f"image_size={image_size}: the resolution of a timm tower is not changed")
         name = "visual.positional_embedding" if config.vision.kind == "vit" else "visual.attnpool.positional_embedding"
         config = replace(config, vision=replace(config.vision, image_size=image_size))
         table = tensors[name]

@@ -149,7 +149,7 @@ def test_eval_of_several_sets_makes_one_table(model, photos, tmp_path, capsys):
 EVAL_MISTAKES = [
     (["--data", "nowhere"], "data 'nowhere' is not there"),
     (["--model", "nowhere"], "no checkpoint at 'nowhere'"),
-    (["--templates", "nowhere.txt"], "no file nowhere.txt"),
+    (["--templates", "nowhere.txt"], "templates 'nowhere.txt' is no file and none of the sets simple, imagenet80"),
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--group-column", "scene"], "a group column needs a table"),
     (["--classnames", "imagenet"], "has 2 classes and there are 1000 class names"),

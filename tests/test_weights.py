@@ -179,7 +179,7 @@ def test_saving_makes_the_directories_it_needs(model, tmp_path):
 
 
 def test_a_path_where_nothing_is_is_refused(tmp_path):
-    refused(tmp_path / "nosuch", CONFIG_FILE, WEIGHTS_FILE, ".ckpt")
+    refused(tmp_path / "nosuch", "no checkpoint")
 
 
 @pytest.mark.parametrize("missing", [[CONFIG_FILE], [WEIGHTS_FILE], [CONFIG_FILE, WEIGHTS_FILE]])
