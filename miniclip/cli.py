@@ -196,7 +196,7 @@ def info(argv: list[str]) -> None:
         image_tower = {
             "vit": f"patches of {vision.patch_size}, {vision.layers} blocks, width {vision.width}",
             "resnet": f"{'-'.join(map(str, vision.blocks))} bottlenecks, width {vision.width}",
-            "timm": f"{vision.timm_model}, {vision.timm_pool or 'its own'} pooling, {vision.timm_projection} projection",
+            "timm": f"{vision.timm_model}, pooling {vision.timm_pool or None}, projection {vision.timm_projection}",
         }[vision.kind]
         rows = {
             "format": facts.format,

@@ -13,6 +13,7 @@ B batch, C channels, H, W height and width of a feature map, N = 1 + H * W token
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,17 +121,19 @@ class ModifiedResNet(nn.Module):
 class TimmTower(nn.Module):
     """An image model of timm's with a projection, laid out as in OpenCLIP's checkpoints."""
 
+    trunk: Any  # timm's models have no common type
+
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         try:
             import timm  # half a second, and an extra: only this tower needs it
-            from timm.layers import Mlp
+            from timm.layers.mlp import Mlp
         except ImportError as error:
             raise ValueError(
                 f"the image tower {config.timm_model!r} needs timm: pip install 'miniclip[timm]'"
             ) from error
         self.input_resolution = config.image_size
-        pool = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
         is_classifier = config.timm_projection == "classifier"
         try:
             self.trunk = timm.create_model(config.timm_model, num_classes=embed_dim if is_classifier else 0, **pool)

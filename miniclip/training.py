@@ -218,7 +218,8 @@ class LastCheckpoint(Callback):
         self.received = number
         print("\nStopping after this step; once more stops at once.", file=sys.stderr, flush=True)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only now, after Lightning has installed its own handler, which on SIGTERM leaves without a checkpoint.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
 

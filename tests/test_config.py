@@ -137,7 +137,7 @@ def test_a_value_of_another_type_is_refused_naming_field_and_value(section, valu
 
 @pytest.mark.parametrize(
     "section, name, choices",
-    [(VisionConfig, "kind", "vit, resnet"), (CLIPConfig, "activation", "gelu, quick_gelu")],
+    [(VisionConfig, "kind", "vit, resnet, timm"), (CLIPConfig, "activation", "gelu, quick_gelu")],
 )
 def test_a_wrong_choice_is_answered_with_the_valid_ones(section, name, choices):
     with pytest.raises(ValueError, match=rf"{name} is 'nonsense'; valid are {choices}$"):
