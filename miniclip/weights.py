@@ -455,7 +455,8 @@ def read_torchscript(path: Path) -> Tensors:
                 size = count * torch.empty((), dtype=dtype).element_size()
                 if size > info.file_size:
                     raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
-                name_size, extra_size = (int.from_bytes(view[info.header_offset + i :][:2], "little") for i in (26, 28))
+                header = view[info.header_offset : info.header_offset + 30]
+                name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
                 offset = info.header_offset + 30 + name_size + extra_size
                 if offset + size > len(view):
                     raise ValueError(f"its record {info.filename} is cut short")

@@ -1,0 +1,411 @@
+# convert.py: from every layout to every other and back. Oracles: open_clip, transformers, and arithmetic.
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from helpers import picture, tiny_clip
+from test_formats import (
+    TINY,
+    TINY_RESNET,
+    TINY_VIT,
+    assert_close,
+    openclip_model,
+    write_archive,
+    write_openai_state_dict,
+)
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel as HFModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import miniclip
+from miniclip.cli import main
+from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.convert import FORMATS, convert, inspect
+from miniclip.model import CLIP
+from miniclip.weights import load, read_checkpoint, save
+
+ROUND_TRIPS = {"vit": ("hf", "openclip", "native", "openai"), "resnet": ("openclip", "native", "openai")}
+FULL_VOCABULARY = CLIPConfig(24, "quick_gelu", TINY_VIT.vision, TextConfig(width=64, layers=1))
+
+
+def target(folder, to, number=0):
+    return folder / f"{number}-{to}{'.pt' if to == 'openai' else ''}"
+
+
+def archive(folder, kind="vit", halved=lambda *_: True):
+    return write_archive(openclip_model(TINY[kind], seed=1), TINY[kind], folder / "model.pt", halved)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return archive(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full_vocabulary(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    return write_archive(openclip_model(FULL_VOCABULARY, seed=2), FULL_VOCABULARY, folder / "model.pt")
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("dtype", ["half", "float", "mixed"])
+def test_a_round_trip_through_every_layout_keeps_every_bit_and_type(tmp_path, kind, dtype):
+    halved = {"half": lambda *_: True, "float": lambda *_: False, "mixed": lambda _, tensor: tensor.ndim > 1}[dtype]
+    path = archive(tmp_path, kind, halved)
+    original = read_checkpoint(path)
+    types = {tensor.dtype for tensor in original.tensors.values() if tensor.is_floating_point()}
+    assert types == {"half": {torch.float16}, "float": {torch.float32}}.get(dtype, {torch.float16, torch.float32})
+    for number, to in enumerate(ROUND_TRIPS[kind]):
+        out = target(tmp_path, to, number)
+        convert(path, out, to)
+        checkpoint = read_checkpoint(out)
+        assert checkpoint.format == to
+        assert checkpoint.config.activation == "quick_gelu"
+        assert_same_bits(checkpoint.tensors, original.tensors)
+        path = out
+
+
+def test_a_round_trip_by_the_command_gives_openais_state_dict(tmp_path, source, capsys):
+    path = source
+    for number, to in enumerate(ROUND_TRIPS["vit"]):
+        out = target(tmp_path, to, number)
+        main(["convert", str(path), str(out), "--to", to])
+        said = capsys.readouterr().out
+        assert str(out) in said
+        assert "miniclip" in said
+        assert {"hf": "transformers", "openclip": "open_clip"}.get(to, "") in said
+        path = out
+    found = torch.load(path, weights_only=True)
+    sizes = {"input_resolution": 24, "context_length": 16, "vocab_size": 60}
+    assert {name: int(found.pop(name)) for name in sizes} == sizes
+    expected = torch.jit.load(source, map_location="cpu").state_dict()
+    for name in (*sizes, "attn_mask"):
+        expected.pop(name, None)
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_converted_model_gives_the_same_embeddings(tmp_path, source, to):
+    convert(source, target(tmp_path, to), to)
+    before, after = (load(path, device="cpu")[0] for path in (source, target(tmp_path, to)))
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[58, 3, 5, 59], [58, 7, 59, 0]])
+    with torch.no_grad():
+        assert_close(after.encode_image(images), before.encode_image(images))
+        assert_close(after.encode_text(tokens), before.encode_text(tokens))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_mean_and_deviation_go_along_where_the_layout_has_a_place_for_them(tmp_path, to):
+    vision = VisionConfig(image_size=24, patch_size=8, width=64, layers=1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    torch.manual_seed(0)
+    config = CLIPConfig(24, "quick_gelu", vision, TextConfig(16, 60, 59, 64, 1))
+    save(CLIP(config), tmp_path / "model")
+    convert(tmp_path / "model", target(tmp_path, to), to)
+    if to != "openai":
+        found = read_checkpoint(target(tmp_path, to)).config.vision
+        assert (found.mean, found.std) == (vision.mean, vision.std)
+
+
+def test_a_bare_state_dict_is_converted_when_its_activation_is_given(tmp_path, capsys):
+    torch.save(openclip_model(TINY_VIT).state_dict(), tmp_path / "bare.pt")
+    arguments = ["convert", str(tmp_path / "bare.pt"), str(tmp_path / "out"), "--to", "native"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "activation" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "--activation", "gelu"])
+    assert read_checkpoint(tmp_path / "out").config.activation == "gelu"
+
+
+# ---- what can't be written
+
+
+def refused(source, out, to, *words, **options):
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        convert(source, out, to, **options)
+    for word in words:
+        assert word in str(caught.value), caught.value
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def test_a_resnet_is_refused_for_hugging_face(tmp_path):
+    refused(archive(tmp_path, "resnet"), tmp_path / "out", "hf", "Hugging Face")
+
+
+def test_a_gelu_model_is_refused_for_openai(tmp_path):
+    save(tiny_clip(activation="gelu"), tmp_path / "model")
+    refused(tmp_path / "model", tmp_path / "out.pt", "openai", "GELU")
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+@pytest.mark.parametrize("change, word", [({"head_width": 32}, "64"), ({"mlp_ratio": 3.0}, "mlp_ratio")])
+def test_a_shape_that_openais_code_can_not_build_is_refused_for_openai(tmp_path, tower, change, word):
+    sections = {"vision": vars(TINY_VIT.vision), "text": vars(TINY_VIT.text)}
+    sections[tower] = sections[tower] | change
+    config = CLIPConfig(24, "quick_gelu", VisionConfig(**sections["vision"]), TextConfig(**sections["text"]))
+    save(CLIP(config), tmp_path / "model")
+    refused(tmp_path / "model", tmp_path / "out.pt", "openai", word)
+
+
+@pytest.mark.parametrize("end", [1, 7])
+@pytest.mark.parametrize("to", ["openai", "openclip"])
+def test_an_end_token_that_the_other_library_would_not_look_for_is_refused(tmp_path, end, to):
+    """Those pool at the largest id; the layout has no place to say otherwise."""
+    text = TextConfig(**{**vars(TINY_VIT.text), "eot_token": end})
+    save(CLIP(CLIPConfig(24, "quick_gelu", TINY_VIT.vision, text)), tmp_path / "model")
+    refused(tmp_path / "model", target(tmp_path, to), to)
+
+
+@pytest.mark.parametrize("to", ["onnx", "", "HF"])
+def test_an_unknown_layout_is_refused_naming_the_valid_ones(tmp_path, source, to):
+    refused(source, tmp_path / "out", to, *FORMATS)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_is_there_is_replaced_only_when_asked(tmp_path, source, to):
+    out = target(tmp_path, to)
+    convert(archive(tmp_path), out, to)
+    other = write_openai_state_dict(openclip_model(TINY_VIT, seed=9), TINY_VIT, tmp_path / "other.pt")
+    expected = read_checkpoint(other).tensors
+    content = {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+    refused(other, out, to, str(out))
+    assert {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()} == content
+    convert(other, out, to, overwrite=True)
+    assert_same_bits(read_checkpoint(out).tensors, expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command_says_how_to_replace_what_is_there(tmp_path, source, capsys):
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--to", "hf"]
+    main(arguments)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "--overwrite" in capsys.readouterr().err
+    main([*arguments, "--overwrite"])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("broken", ["visual.proj", "text_projection", "visual.conv1.weight", "ln_final.weight"])
+def test_a_model_that_can_not_be_verified_leaves_the_old_one_as_it_was(tmp_path, source, to, broken):
+    """NaNs are equal to nothing, so nothing can be verified."""
+    out = target(tmp_path, to)
+    convert(source, out, to)
+    content = {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+    model = openclip_model(TINY_VIT)
+    model.get_parameter(broken).data.fill_(float("nan"))
+    bad = write_openai_state_dict(model, TINY_VIT, tmp_path / "bad.pt")
+    refused(bad, out, to, overwrite=True)
+    assert {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()} == content
+
+
+def test_a_source_that_is_spoilt_is_refused_and_nothing_is_written(tmp_path, source):
+    source.write_bytes(source.read_bytes()[:5000])
+    refused(source, tmp_path / "out", "native", str(source))
+
+
+def test_a_source_inside_the_folder_to_replace_is_not_lost(tmp_path):
+    (tmp_path / "models").mkdir()
+    path = archive(tmp_path / "models")
+    with contextlib.suppress(ValueError):
+        convert(path, tmp_path / "models", "native", overwrite=True)
+    assert path.exists()
+
+
+def test_a_model_converted_in_place_is_whole(tmp_path, source):
+    convert(source, tmp_path / "out", "hf")
+    before = read_checkpoint(tmp_path / "out").tensors
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    convert(tmp_path / "out", tmp_path / "out", "native", overwrite=True)
+    assert_same_bits(read_checkpoint(tmp_path / "out").tensors, before)
+    assert read_checkpoint(tmp_path / "out").format == "native"
+
+
+def test_folders_that_are_not_there_yet_are_made(tmp_path, source):
+    for to in FORMATS:
+        convert(source, target(tmp_path / "a" / to / "b", to), to)
+        assert read_checkpoint(target(tmp_path / "a" / to / "b", to)).format == to
+
+
+# ---- as the other libraries see it
+
+TEXTS = ["a diagram", "a dog", "A photo of the number 7,  handwritten!", "naïve café ☕ 1,234.5", "", "don't", "x" * 60]
+
+
+def test_transformers_makes_the_same_tokens_of_a_converted_folder(tmp_path, full_vocabulary):
+    convert(full_vocabulary, tmp_path / "out", "hf")
+    for tokenizer in (CLIPTokenizer.from_pretrained(tmp_path / "out"), CLIPProcessor.from_pretrained(tmp_path / "out")):
+        for text, ours in zip(TEXTS, miniclip.tokenize(TEXTS), strict=True):
+            ids = tokenizer(text=text, truncation=True)["input_ids"]
+            ids = ids[0] if isinstance(ids[0], list) else ids
+            assert ids == ours[ours != 0].tolist(), text
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "out")
+    long = tokenizer("a word " * 100, truncation=True)["input_ids"]
+    assert long == miniclip.tokenize("a word " * 100, truncate=True)[0].tolist()
+
+
+@pytest.mark.parametrize("padding", ["max_length", True])
+def test_transformers_gives_the_same_logits_from_its_own_tokens(tmp_path, full_vocabulary, padding):
+    convert(full_vocabulary, tmp_path / "out", "hf")
+    model, preprocess = load(tmp_path / "out", device="cpu")
+    other, tokenizer = HFModel.from_pretrained(tmp_path / "out"), CLIPTokenizer.from_pretrained(tmp_path / "out")
+    texts = TEXTS[:4]
+    images = torch.stack([preprocess(picture(seed, (40, 30))) for seed in range(2)])
+    with torch.no_grad():
+        theirs = other.float()(
+            pixel_values=images, **tokenizer(texts, padding=padding, return_tensors="pt")
+        ).logits_per_image
+        assert_close(model(images, miniclip.tokenize(texts))[0], theirs)
+
+
+PICTURES = [
+    picture(seed, size, mode)
+    for seed, (size, mode) in enumerate(
+        [((24, 24), "RGB"), ((61, 40), "RGB"), ((40, 61), "L"), ((33, 47), "P"), ((90, 25), "RGBA"), ((13, 20), "LA")]
+    )
+]
+
+
+def test_transformers_prepares_pictures_as_a_converted_folders_preprocess_does(tmp_path, full_vocabulary):
+    convert(full_vocabulary, tmp_path / "out", "hf")
+    _, preprocess = load(tmp_path / "out", device="cpu")
+    assert preprocess.style == "hf"
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "out")
+    for image in PICTURES:
+        theirs = torch.from_numpy(np.asarray(processor(image)["pixel_values"][0]))
+        torch.testing.assert_close(preprocess(image), theirs, rtol=0, atol=1e-6)
+    assert CLIPImageProcessor.from_pretrained(tmp_path / "out").crop_size["height"] == 24
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_open_clip_loads_a_converted_folder_and_prepares_pictures_alike(tmp_path, kind):
+    convert(archive(tmp_path, kind), tmp_path / "out", "openclip")
+    other, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    other.eval()
+    model, preprocess = load(tmp_path / "out", device="cpu")
+    for image in PICTURES:
+        assert torch.equal(preprocess(image), transform(image))
+    images = torch.stack([preprocess(image) for image in PICTURES[:2]])
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    tokens[:, :4] = torch.tensor([[58, 3, 5, 59], [58, 7, 8, 59]])
+    with torch.no_grad():
+        assert_close(model.encode_image(images), other.encode_image(images))
+        assert_close(model.encode_text(tokens), other.encode_text(tokens))
+
+
+# ---- miniclip info
+
+
+@pytest.fixture(scope="module")
+def vit_b_32(tmp_path_factory):
+    """Zeros of the right shapes, in half precision."""
+    with torch.device("meta"):
+        model = CLIP(OPENAI_MODELS["ViT-B/32"]).half()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    folder = tmp_path_factory.mktemp("info") / "model"
+    save(model, folder)
+    yield folder
+    (folder / "model.safetensors").unlink()
+
+
+def block_flops(tokens, width, queries=None):
+    """Two for a multiplication and an addition: queries, keys and values; both products of attention; out; MLP."""
+    queries = tokens if queries is None else queries
+    linear = (
+        queries * width * width + tokens * width * 2 * width + queries * width * width + 2 * queries * width * 4 * width
+    )
+    return 2 * (linear + 2 * queries * tokens * width)
+
+
+def test_the_cost_of_vit_b_32_is_that_worked_out_by_hand(vit_b_32):
+    facts = inspect(vit_b_32)
+    image = 2 * 49 * 3 * 32 * 32 * 768 + 11 * block_flops(50, 768) + block_flops(50, 768, queries=1) + 2 * 768 * 512
+    text = 11 * block_flops(77, 512) + block_flops(77, 512, queries=1) + 2 * 512 * 512
+    assert facts.image_gflops == pytest.approx(image / 1e9, rel=1e-3)
+    assert facts.text_gflops == pytest.approx(text / 1e9, rel=1e-3)
+    # What is published counts the last block for all tokens: 4.41 and 2.98 GMACs less what miniclip leaves out.
+    spared = [block_flops(n, d) - block_flops(n, d, queries=1) for n, d in ((50, 768), (77, 512))]
+    assert facts.image_gflops + spared[0] / 1e9 == pytest.approx(8.82, rel=0.02)
+    assert facts.text_gflops + spared[1] / 1e9 == pytest.approx(5.96, rel=0.02)
+
+
+def test_info_tells_format_sizes_cost_and_activation(vit_b_32, capsys):
+    main(["info", str(vit_b_32)])
+    said = capsys.readouterr().out
+    rows = dict(line.strip().split("  ", 1) for line in said.splitlines())
+    assert rows["format"].strip() == "native"
+    assert rows["activation"].strip() == "quick_gelu"
+    assert rows["parameters"].strip() == "87.8 M image, 63.4 M text"
+    assert rows["dtype"].strip() == "float16"
+    assert rows["loads"].strip() == "yes"
+    assert "patches of 32" in said
+    assert re.search(r"[78]\.\d\d GFLOPs an image, 5\.\d\d a text", said)
+
+
+def test_the_cost_of_rn50_is_about_the_published(tmp_path):
+    """The paper's RN50 takes 12.2 GFLOPs an image (6.1 GMACs) with every token as a query of its pool."""
+    with torch.device("meta"):
+        model = CLIP(OPENAI_MODELS["RN50"]).half()
+    model.to_empty(device="cpu")
+    save(model, tmp_path / "model")
+    assert inspect(tmp_path / "model").image_gflops == pytest.approx(12.0, rel=0.06)
+    (tmp_path / "model" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_info_names_the_format_of_what_convert_wrote(tmp_path, source, to, capsys):
+    convert(source, target(tmp_path, to), to)
+    main(["info", str(target(tmp_path, to))])
+    said = capsys.readouterr().out
+    assert re.search(rf"format\s+{to}\b", said)
+    assert re.search(r"loads\s+yes", said)
+    assert "float16" in said
+
+
+def test_info_of_a_spoilt_checkpoint_lists_what_is_missing_and_what_does_not_belong(tmp_path, capsys):
+    tensors = openclip_model(TINY_RESNET).state_dict() | {"input_resolution": torch.tensor(64), "spare": torch.ones(2)}
+    del tensors["visual.bn1.bias"]
+    torch.save(tensors, tmp_path / "model.pt")
+    main(["info", str(tmp_path / "model.pt")])
+    said = capsys.readouterr().out
+    assert "visual.bn1.bias" in said
+    assert "spare" in said
+    assert not re.search(r"loads\s+yes", said)
+
+
+def test_info_of_no_checkpoint_is_answered_in_words(tmp_path, capsys):
+    Path(tmp_path / "notes.txt").write_text("hello")
+    for path in (tmp_path / "notes.txt", tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SystemExit) as caught:
+            main(["info", os.fspath(path)])
+        assert caught.value.code == 2
+        assert str(path) in capsys.readouterr().err
+
+
+def test_a_written_openclip_configuration_has_nothing_that_open_clip_does_not_know(tmp_path, source):
+    convert(source, tmp_path / "out", "openclip")
+    settings = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert settings["model_cfg"].keys() <= {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+    assert settings["preprocess_cfg"]["interpolation"] == "bicubic"

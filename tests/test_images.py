@@ -1,0 +1,155 @@
+# transforms.py's two ways to make a picture square. Oracles: torchvision in OpenAI's order, transformers' processor.
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from miniclip.config import OPENAI_MEAN, OPENAI_STD
+from miniclip.transforms import Preprocess, open_image
+
+MODES = ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"]
+SIZES = [
+    (24, 24), (25, 24), (24, 25), (27, 24), (24, 31), (61, 40), (40, 61), (23, 57), (57, 23), (13, 13), (1, 1), (3, 3),
+    (1, 50), (50, 1), (3, 200), (200, 3), (640, 25), (101, 99),
+]  # fmt: skip
+
+
+def picture(mode, size, seed=0):
+    """Smooth colours with noise, and transparency where there is some."""
+    width, height = size
+    chance = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    channels = [x * 200 // width, y * 195 // height, (x * y) % 190, (x + 2 * y) % 180]
+    pixels = np.stack(channels, axis=-1) + chance.integers(0, 60, (height, width, 4))
+    four = Image.fromarray(pixels.astype(np.uint8))
+    if mode in ("RGBA", "CMYK"):
+        return four if mode == "RGBA" else Image.fromarray(pixels.astype(np.uint8), mode="CMYK")
+    if mode == "LA":
+        return Image.merge("LA", [four.getchannel("R"), four.getchannel("A")])
+    rgb = four.convert("RGB")
+    return rgb.quantize(17) if mode == "P" else rgb.convert(mode)
+
+
+def openai_transform(size):
+    """`_transform` of OpenAI's clip/clip.py."""
+    to_rgb = lambda image: image.convert("RGB")  # noqa: E731
+    resize = Resize(size, interpolation=InterpolationMode.BICUBIC)
+    return Compose([resize, CenterCrop(size), to_rgb, ToTensor(), Normalize(OPENAI_MEAN, OPENAI_STD)])
+
+
+def preprocess(style, size=24):
+    return Preprocess(size, OPENAI_MEAN, OPENAI_STD, style)
+
+
+def hf_processor(size=24):
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def hf_pixels(processor, image):
+    return torch.from_numpy(np.asarray(processor(image)["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_openais_way_equals_torchvision_bit_for_bit(mode):
+    for size in SIZES:
+        for target in (24, 25):
+            image = picture(mode, size)
+            assert torch.equal(preprocess("openai", target)(image), openai_transform(target)(image)), (size, target)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hugging_faces_way_equals_its_processor(mode):
+    for target in (24, 25):
+        processor = hf_processor(target)
+        for size in SIZES:
+            image = picture(mode, size)
+            found, expected = preprocess("hf", target)(image), hf_pixels(processor, image)
+            assert found.shape == expected.shape == (3, target, target)
+            assert (found - expected).abs().max() <= 1e-6, (size, target)
+
+
+@pytest.mark.parametrize("style", ["openai", "hf"])
+@pytest.mark.parametrize("size", [(640, 427), (333, 500), (224, 224), (225, 300)])
+def test_both_ways_hold_at_the_resolution_of_real_models(style, size):
+    image = picture("RGB", size)
+    expected = hf_pixels(hf_processor(224), image) if style == "hf" else openai_transform(224)(image)
+    assert (preprocess(style, 224)(image) - expected).abs().max() <= 1e-6
+
+
+def test_the_two_ways_differ_for_palettes_and_odd_margins_alone():
+    same = picture("RGB", (40, 24))
+    assert torch.equal(preprocess("openai")(same), preprocess("hf")(same))
+    palette = picture("P", (61, 40))
+    assert not torch.equal(preprocess("openai")(palette), preprocess("hf")(palette))
+    odd = picture("RGB", (27, 24))  # a margin of 1.5: OpenAI's rounds to 2, Hugging Face's down to 1
+    assert torch.equal(preprocess("openai").crop(odd)[:, :, :-1], preprocess("hf").crop(odd)[:, :, 1:])
+
+
+def test_transparency_lies_on_white_as_in_transformers():
+    white = Image.new("RGB", (30, 30), (255, 255, 255))
+    assert torch.equal(hf_pixels(hf_processor(), Image.new("RGBA", (30, 30))), hf_pixels(hf_processor(), white))
+    assert torch.equal(preprocess("hf").crop(Image.new("RGBA", (30, 30))), preprocess("hf").crop(white))
+
+
+def test_a_palette_with_a_transparent_colour_equals_both_oracles():
+    buffer = io.BytesIO()
+    picture("P", (61, 40)).save(buffer, "PNG", transparency=3)
+    image = Image.open(io.BytesIO(buffer.getvalue()))
+    assert torch.equal(preprocess("openai")(image), openai_transform(24)(image))
+    assert (preprocess("hf")(image) - hf_pixels(hf_processor(), image)).abs().max() <= 1e-6
+
+
+# ---- 16 bits
+
+
+def gradient(most=65535, size=(60, 40)):
+    """Grey from black on the left to `most` on the right."""
+    row = np.linspace(0, most, size[0])
+    return np.repeat(row[None], size[1], axis=0).round().astype(np.uint16)
+
+
+def opened(array, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return open_image(buffer.getvalue(), "x")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_16_bit_picture_becomes_the_8_bit_one_that_it_looks_like(kind):
+    values = gradient()
+    image = opened(values, kind)
+    assert image.mode == "L"
+    assert np.abs(np.asarray(image).astype(int) - values / 257).max() <= 1
+    for style in ("openai", "hf"):
+        pixels = preprocess(style).crop(image).float()
+        looks_like = preprocess(style).crop(Image.fromarray((values / 257).round().astype(np.uint8))).float()
+        assert (pixels - looks_like).abs().max() <= 2
+
+
+@pytest.mark.parametrize("most", [0, 300, 4095])
+def test_a_16_bit_picture_that_is_dark_is_neither_brightened_to_white_nor_lost(most):
+    image = np.asarray(opened(gradient(most)))
+    assert image.dtype == np.uint8
+    assert (np.diff(image[0].astype(int)) >= 0).all(), "brightness keeps its order"
+    assert image.max() <= max(most // 256, 0) + 1
+
+
+def test_16_bit_pictures_of_one_scene_with_and_without_a_bright_pixel_look_alike():
+    """A picture's own brightest value must not decide how its depth is read: a 16-bit 200 is nearly black."""
+    dark = gradient(200)
+    bright = dark.copy()
+    bright[0, 0] = 60_000
+    found = [np.asarray(opened(array)).astype(int)[:, 1:] for array in (dark, bright)]
+    assert np.abs(found[0] - found[1]).max() <= 1
+
+
+def test_a_32_bit_picture_of_small_values_keeps_them():
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    buffer = io.BytesIO()
+    Image.fromarray(values, mode="I").save(buffer, "TIFF")
+    assert np.array_equal(np.asarray(open_image(buffer.getvalue(), "x")), values)
