@@ -129,6 +129,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         open_dataset(source, options.classnames, options.templates, options.group_column) for source in options.data
     ]
     model, preprocess = weights.load(options.model, device=options.device)
+    for data in datasets:
+        if len(data.classnames) < 2:
+            raise ValueError(f"{data.name} has one class, {data.classnames[0]!r}; there is nothing to tell apart")
+    out.mkdir(parents=True, exist_ok=True)  # found out now, and not after an hour, if it can't be written
     results = []
     for data in datasets:
         begin = time.perf_counter()
@@ -147,6 +151,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         if scores.unreadable[10:]:
             print(f"left out: {len(scores.unreadable) - 10} more, see results.json", file=sys.stderr)
     Console(width=None if sys.stdout.isatty() else 120).print(report.table(options.model, results))
+    for data in datasets:
+        print(f"{data.name}: classes {_some(data.classnames)}; prompts {_some(data.templates)}")
     report.write_json(out / "results.json", options.model, results)
     report.write_html(out / "report.html", options.model, results)
     print(f"report: {out / 'report.html'}")
@@ -212,6 +218,10 @@ def info(argv: list[str]) -> None:
         }
         for name, value in rows.items():
             print(f"{name:>14}  {value}")
+
+
+def _some(values: tuple[str, ...], most: int = 10) -> str:
+    return ", ".join(map(repr, values[:most])) + (f" and {len(values) - most} more" if values[most:] else "")
 
 
 @contextmanager

@@ -220,7 +220,7 @@ class CLIPConfig:
     def from_json(cls, text: str, source: str = "the configuration") -> CLIPConfig:
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source} is not JSON: {error}") from error
         return cls.from_dict(values, source)
 

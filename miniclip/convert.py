@@ -47,27 +47,35 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
         raise ValueError(f"there is no format {to!r}; valid are {', '.join(FORMATS)}")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another")
-    checkpoint = weights.read_checkpoint(weights.locate(source), **options)
+    found_at = weights.locate(source)
+    if out.is_dir():
+        is_model = any((out / name).is_file() for name in (weights.CONFIG_FILE, OPENCLIP_CONFIG_FILE))
+        if not is_model or out.resolve() in found_at.resolve().parents:
+            raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
+    checkpoint = weights.read_checkpoint(found_at, **options)
     expected = _embeddings(weights.build(checkpoint, str(source)))
     write = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}[to]
     # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    temporary, old = (out.with_name(f".{out.stem}.{os.getpid()}.{what}{out.suffix}") for what in ("tmp", "old"))
     try:
         write(checkpoint, temporary)
         compared = {"miniclip": _embeddings(weights.build(weights.read_checkpoint(temporary), str(temporary)))}
         compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
-        worst = {
-            name: max(_difference(a, b) for a, b in zip(found, expected, strict=True))
-            for name, found in compared.items()
-        }
-        for name, difference in worst.items():
-            if not difference <= 1e-5:
-                raise ValueError(f"{name} gives other embeddings from the converted file, by {difference:.1e}")
-        _remove(out)
+        said = []
+        for name, found in compared.items():
+            differences = [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+            if not all(difference <= 1e-5 for difference in differences):  # a comparison with NaN is False, too
+                raise ValueError(f"{name} gives other embeddings from the converted file, by {differences}")
+            said.append(f"same embeddings by {name} (to {max(differences):.0e})")
+        if out.exists():
+            os.rename(out, old)  # kept until the new one has its name
         os.rename(temporary, out)
     finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        _remove(old)
         _remove(temporary)
-    return ", ".join(f"same embeddings by {name} (to {difference:.0e})" for name, difference in worst.items())
+    return ", ".join(said)
 
 
 def _remove(path: Path) -> None:
@@ -81,8 +89,9 @@ def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
     """Two noise images and two texts that fit a model."""
     random = torch.Generator().manual_seed(0)
     R, L = config.vision.image_size, min(config.text.context_length, 12)
-    tokens = torch.randint(1, config.text.eot_token, (2, L), generator=random)
-    tokens[:, -1] = config.text.eot_token
+    end, vocab_size = config.text.eot_token, config.text.vocab_size
+    tokens = (end + torch.randint(1, vocab_size, (2, L), generator=random)) % vocab_size  # any but the end token
+    tokens[:, -1] = end
     return torch.randn(2, 3, R, R, generator=random), tokens
 
 

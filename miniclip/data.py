@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .config import Preprocessing
 from .shards import Shards
 from .tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .transforms import Augmentation, Preprocess, decode_rgb, open_image
@@ -114,8 +116,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size > order.num_samples:
             raise ValueError(
-                f"batch_size is {batch_size} and the training set has {order.num_samples} samples; a batch must not "
-                "hold a sample twice, so batch_size can be at most that"
+                f"batch_size is {batch_size} and the training set has {order.num_samples} samples; no more fit a batch"
             )
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}, which {world_size} ranks can't share evenly")
@@ -148,10 +149,12 @@ class PairDataset(Dataset[_Sample]):
         augmentation: Augmentation | None,
         captions: Literal["random", "first"],
         seed: int,
+        preprocess: Preprocessing = "openai",
     ) -> None:
         self.shards, self.image_size, self.context_length = shards, image_size, context_length
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
-        self.preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1))  # only its crop is used: pixels stay uint8
+        # Only its crop is used: pixels stay uint8.
+        self.preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1), preprocess)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -165,6 +168,8 @@ class PairDataset(Dataset[_Sample]):
             record = self.shards[number]
             shard = self.shards.entries[self.shards.locate(number)[0]].file
             key = f"{shard}:{record.key}"
+            if not record.captions:
+                raise ValueError("it has no caption")
             caption = record.captions[int(random.integers(len(record.captions))) if self.captions == "random" else 0]
             if self.augmentation:
                 image = self.augmentation(decode_rgb(record.image), self.image_size, random)
@@ -201,8 +206,23 @@ def collate(samples: list[_Sample]) -> Batch:
     )
 
 
-class _TrainLoader(DataLoader[_Sample]):
-    """Tells Lightning that it can be resumed: its position is the trainer's step, which the sampler asks for."""
+class TrainLoader(DataLoader[_Sample]):
+    """A loader that measures how long training waits for it.
+
+    It also tells Lightning that it can be resumed: its position is the trainer's step, which the sampler asks for.
+    """
+
+    waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -233,6 +253,7 @@ class PairDataModule(pl.LightningDataModule):
         captions: which caption of several is taken in training: a random one, or the first.
         image_size: side of the model's input, pixels; set from the model.
         context_length: most tokens of a text; longer ones are cut and counted; set from the model.
+        preprocess: how held-out images are made square; set from the model.
         seed: of order, augmentation and captions; set from `seed_everything`.
     """
 
@@ -246,6 +267,7 @@ class PairDataModule(pl.LightningDataModule):
         captions: Literal["random", "first"] = "random",
         image_size: int = 224,
         context_length: int = 77,
+        preprocess: Preprocessing = "openai",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -254,12 +276,15 @@ class PairDataModule(pl.LightningDataModule):
         self.train, self.val, self.batch_size, self.num_workers = train, val, batch_size, num_workers
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         self.image_size, self.context_length = image_size, context_length
+        self.preprocess = preprocess
         self.train_shards: Shards | None = None
         self.val_shards: Shards | None = None
+        self._resumed_step = 0
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_shards is None:
             self.train_shards = Shards(Path(self.train))
+            BatchSampler(SampleOrder(self.train_shards.counts, self.seed), self.batch_size, step=lambda: 0)
         if self.val is not None and self.val_shards is None:
             self.val_shards = Shards(Path(self.val))
 
@@ -268,10 +293,13 @@ class PairDataModule(pl.LightningDataModule):
         assert self.train_shards is not None
         trainer = self.trainer
         order = SampleOrder(self.train_shards.counts, self.seed)
-        sampler = BatchSampler(
-            order, self.batch_size, lambda: trainer.global_step, trainer.global_rank, trainer.world_size
-        )
-        return _TrainLoader(
+
+        def step() -> int:
+            # Lightning may ask for the first batches before it has restored its own count.
+            return max(self._resumed_step, trainer.global_step)
+
+        sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
+        return TrainLoader(
             self._dataset(self.train_shards, self.augmentation, self.captions), batch_sampler=sampler, **self._options()
         )
 
@@ -286,7 +314,9 @@ class PairDataModule(pl.LightningDataModule):
     def _dataset(
         self, shards: Shards, augmentation: Augmentation | None, captions: Literal["random", "first"]
     ) -> PairDataset:
-        return PairDataset(shards, self.image_size, self.context_length, augmentation, captions, self.seed)
+        return PairDataset(
+            shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess
+        )
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -298,6 +328,11 @@ class PairDataModule(pl.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {**self._sequence(), "step": self.trainer.global_step}
+
+    def _sequence(self) -> dict[str, int]:
+        """What the sequence of batches depends on."""
         assert self.train_shards is not None
         return {"seed": self.seed, "batch_size": self.batch_size, "samples": len(self.train_shards)}
 
@@ -305,9 +340,10 @@ class PairDataModule(pl.LightningDataModule):
         """Refuses a checkpoint whose step would be another place in another sequence of batches."""
         if self.train_shards is None:
             return
-        for name, value in self.state_dict().items():
+        for name, value in self._sequence().items():
             if state_dict[name] != value:
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, this run has {value}; resume with "
-                    "the same, or start a new run from its weights"
+                    f"the checkpoint was trained with {name} {state_dict[name]}, this run has {value}; go on with the "
+                    "same, or begin a run in another folder"
                 )
+        self._resumed_step = state_dict["step"]

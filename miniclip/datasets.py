@@ -10,6 +10,7 @@ Names and prompts that belong to the data lie with it and are used unless others
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,11 @@ def _read_labelled_table(path: Path, group_column: str | None) -> tuple[list[Pat
     return paths, labels, [row[group_column] if group_column else str(number) for number, row in enumerate(rows)]
 
 
+def _spoken(name: str) -> str:
+    """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
+    return name.replace("_", " ").casefold()
+
+
 def _number_labels(
     raw: Sequence[str], names: tuple[str, ...] | None, source: Path
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -152,8 +158,7 @@ def _number_labels(
     Labels are numbers already, or names: of the list if there is one, else sorted. An underscore in a label's name
     is read as the space that folder names often lack.
     """
-    # One spelling on both sides: folder names say tiger_cat, lists of names say either.
-    spoken_names = None if names is None else tuple(name.replace("_", " ") for name in names)
+    spoken_names = None if names is None else tuple(_spoken(name) for name in names)
     are_numbers = all(label.isascii() and label.isdigit() for label in raw)
     if are_numbers and names is not None:
         labels = tuple(int(label) for label in raw)
@@ -161,15 +166,16 @@ def _number_labels(
             raise ValueError(f"{source} has labels up to {max(labels)}, but there are {len(names)} class names")
         return labels, names
     found = sorted(set(raw))
-    spoken = {label: label.replace("_", " ") for label in found}
+    spoken = {label: _spoken(label) for label in found}
     if names is None or spoken_names is None:
-        return tuple(found.index(label) for label in raw), tuple(spoken.values())
+        return tuple(found.index(label) for label in raw), tuple(label.replace("_", " ") for label in found)
     unknown = [label for label in found if spoken[label] not in spoken_names]
     if not unknown:
         if len(set(spoken_names)) < len(spoken_names):
             raise ValueError(f"the class names hold duplicates, so {source} must give labels as numbers")
         return tuple(spoken_names.index(spoken[label]) for label in raw), names
-    if len(unknown) == len(found) == len(names):  # keys of their own, such as WordNet ids: names in their order
+    # Keys of their own, such as WordNet's n01440764: the names are in the keys' order.
+    if len(unknown) == len(found) == len(names) and all(re.fullmatch(r"[A-Za-z]?\d+", label) for label in found):
         return tuple(found.index(label) for label in raw), names
     raise ValueError(
         f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "

@@ -156,20 +156,20 @@ def zero_shot_scores(
         unreadable += [problem for _, problem in batch if isinstance(problem, str)]
         if healthy:
             images = torch.stack([image for _, image in healthy]).to(device)
-            logits = F.normalize(model.encode_image(images).float(), dim=-1) @ classifier  # (b, C)
-            if not torch.isfinite(logits).all():
+            cosines = F.normalize(model.encode_image(images).float(), dim=-1) @ classifier  # (b, C)
+            if not torch.isfinite(cosines).all():
                 raise ValueError(f"the model gives features that are not finite, for images of {data.name}")
-            shares = (model.logit_scale.exp().float() * logits).softmax(dim=-1)
-            top, best = logits.topk(guesses, dim=-1)
-            parts.append([t.cpu().numpy() for t in (best, top, shares.gather(1, best))])
+            probabilities = (model.logit_scale.exp().float() * cosines).softmax(dim=-1)
+            top, ranked = cosines.topk(guesses, dim=-1)
+            parts.append([t.cpu().numpy() for t in (ranked, top, probabilities.gather(1, ranked))])
             numbers += [number for number, _ in healthy]
         if progress:
             progress(done)
     if not numbers:
         raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
-    ranked, cosines, probabilities = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    guessed = [np.concatenate(column) for column in zip(*parts, strict=True)]
     labels = np.array(data.labels)[numbers]
-    return Scores(data, np.array(numbers), labels, ranked, cosines, probabilities, tuple(unreadable))
+    return Scores(data, np.array(numbers), labels, guessed[0], guessed[1], guessed[2], tuple(unreadable))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -114,6 +115,7 @@ def download(url: str, path: Path, sha256: str) -> Path:
 
 def _continue(url: str, partial: Path) -> None:
     """Appends what is missing of a file; raises ConnectionError if the connection ends before the file does."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     have = partial.stat().st_size if partial.is_file() else 0
@@ -129,7 +131,7 @@ def _continue(url: str, partial: Path) -> None:
         total = have + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
         columns = (TextColumn(url.rsplit("/", 1)[-1]), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
                    TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns) as bar:
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=total, completed=have)
             while block := answer.read(_BLOCK_BYTES):
                 file.write(block)

@@ -42,11 +42,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def user_errors(*others: type[Exception]) -> Iterator[None]:
-    """Turns a ValueError, which is what users can cause, and `others` into the message and exit status 2.
+    """Turns what users can cause (a ValueError, an OSError, and `others`) into its message and exit status 2.
 
     With MINICLIP_TRACEBACK=1 in the environment the traceback is shown.
     """
-    shown: tuple[type[Exception], ...] = (ValueError, *others)
+    shown: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
     except shown as error:
@@ -54,3 +54,6 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
             raise
         print(f"error: {error}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print("Stopped.", file=sys.stderr)
+        raise SystemExit(130) from error

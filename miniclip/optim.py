@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .model import CLIP, Attention, Transformer
 
+OptimizerKind = Literal["adamw", "muon"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -30,7 +32,7 @@ class OptimizerConfig:
         warmup: share of the run in which the rates rise from 0; afterwards they fall to 0 along a cosine.
     """
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: OptimizerKind = "adamw"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
@@ -41,14 +43,15 @@ class OptimizerConfig:
     warmup: float = 0.1
 
     def __post_init__(self) -> None:
-        kinds = get_args(OptimizerConfig.__annotations__["kind"]) or ("adamw", "muon")
-        if self.kind not in kinds:
-            raise ValueError(f"OptimizerConfig.kind is {self.kind!r}; valid are {', '.join(kinds)}")
+        if self.kind not in get_args(OptimizerKind):
+            raise ValueError(f"OptimizerConfig.kind is {self.kind!r}; valid are {', '.join(get_args(OptimizerKind))}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"OptimizerConfig.warmup is {self.warmup}; it is a share of the run, 0 to below 1")
         for name in ("lr", "muon_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"OptimizerConfig.{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"OptimizerConfig.muon_momentum is {self.muon_momentum}; it must be from 0 to below 1")
         object.__setattr__(self, "betas", tuple(self.betas))
 
 
@@ -90,6 +93,12 @@ class Muon(torch.optim.AdamW):
     each on its own. Matrices of one shape go through the iteration together. On a CPU it runs in float32:
     bfloat16, which torch's and timm's Muon use everywhere, is several times slower there.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # torch's fused AdamW would undo the gradients' scale of mixed precision by itself, and leave Muon's gradients
+        # scaled and overflows unnoticed. Without this flag the scaler does both before it calls `step`.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

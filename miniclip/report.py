@@ -65,7 +65,7 @@ def table(model: str, results: Sequence[Result]) -> Table:
             str(len(data.templates)),
             percent(metrics.acc1),
             f"{percent(low)} – {percent(high)}",
-            percent(metrics.acc5),
+            percent(metrics.acc5) if len(data.classnames) > 5 else "–",
             percent(metrics.mean_per_class_recall),
         )
     return out

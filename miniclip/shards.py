@@ -36,7 +36,7 @@ SCHEMA_VERSION = 1
 INDEX_FILE, REJECTED_FILE = "index.json", "rejected.csv"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_COLUMNS = ("filepath", "image", "image_path", "path", "file", "filename", "file_name")
-CAPTION_COLUMNS = ("title", "caption", "captions", "text", "description")
+CAPTION_COLUMNS = ("caption", "captions", "title", "text", "description")
 
 # What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -101,6 +101,8 @@ def _read_folder(folder: Path) -> list[Pair]:
             pairs.append(Pair(name, path, tuple(text.read_text(encoding="utf-8-sig").splitlines())))
         except UnicodeDecodeError as error:
             pairs.append(Pair(name, problem=f"{text.name} is not UTF-8 text: {error}"))
+        except OSError as error:
+            pairs.append(Pair(name, problem=f"{text.name} can't be read: {error}"))
     with_image = {path.with_suffix("") for path in images}
     for text in sorted(folder.rglob("*.txt")):
         if text.with_suffix("") not in with_image:
@@ -238,15 +240,18 @@ def pack(
         what = f"no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name beside it"
         raise ValueError(f"no pairs found in {source}: it holds {what if is_folder else 'no rows'}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
     temporary.mkdir()
     try:
         packed = _write_shards(pairs, temporary, source, samples_per_shard, resize, quality, workers, progress)
-        if overwrite and out.exists():
-            shutil.rmtree(out)
+        if out.exists():
+            os.rename(out, old)  # kept until the new ones have its name
         os.rename(temporary, out)
         return packed
     finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -26,13 +26,14 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from . import tokenizer, weights
 from .config import CLIPConfig
-from .data import Batch, PairDataModule
+from .data import Batch, PairDataModule, TrainLoader
 from .datasets import open_dataset
 from .evaluate import recall_at_1, zero_shot_scores
 from .files import atomic_write, user_errors
@@ -99,11 +100,13 @@ class CLIPTraining(pl.LightningModule):
         }
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         every = _log_every(self.trainer)
+        # Lightning writes the log at steps 9, 19, … of ten, and the progress bar reads at 10, 20, …
         if self.global_step % every == 0 or (self.global_step + 1) % every == 0:
             self.log("train/accuracy", in_batch_accuracy(image_features, text_features, mask))
         return loss
 
     def _count(self, batch: Batch) -> None:
+        """Lists samples that could not be read, and stops past the share of them that is allowed."""
         self.num_seen += len(batch.keys)
         self.num_rejected += len(batch.problems)
         self.num_truncated += batch.num_truncated
@@ -121,6 +124,7 @@ class CLIPTraining(pl.LightningModule):
             self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._count(batch)
         image_features, text_features = self.features(batch)
         healthy = slice(None) if batch.mask is None else batch.mask
         self._validation.append((image_features[healthy].float().cpu(), text_features[healthy].float().cpu()))
@@ -129,9 +133,16 @@ class CLIPTraining(pl.LightningModule):
         """Over the whole set at once, so that the numbers do not depend on the batch size."""
         images, texts = (torch.cat(features) for features in zip(*self._validation, strict=True))
         self._validation.clear()
+        if not len(images):
+            raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
         loss = clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024)
         recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
         self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
+
+    def on_train_end(self) -> None:
+        if self.num_truncated:
+            length = self.clip.context_length
+            print(f"{self.num_truncated} of {self.num_seen} captions were cut to {length} tokens.", file=sys.stderr)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.clip, self.optimizer_config)
@@ -214,9 +225,11 @@ class LastCheckpoint(Callback):
     def _handle(self, number: int, frame: Any) -> None:
         del frame
         if self.received is not None:
+            there = "is the last checkpoint" if self.path.is_file() else "was not written yet"
+            print(f"Stopped at once; {self.path} {there}.", file=sys.stderr, flush=True)
             raise KeyboardInterrupt
         self.received = number
-        print("\nStopping after this step; once more stops at once.", file=sys.stderr, flush=True)
+        print("\nStopping when this step is done; once more stops at once.", file=sys.stderr, flush=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only now, after Lightning has installed its own handler, which on SIGTERM leaves without a checkpoint.
@@ -224,20 +237,38 @@ class LastCheckpoint(Callback):
             self._previous[number] = signal.signal(number, self._handle)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        loop = trainer.fit_loop
+        # A validation that is due at this step belongs to it: a run resumed from before would not make up for it.
+        assert loop._data_fetcher is not None
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._end_of_step(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._end_of_step(trainer)
+
+    def _end_of_step(self, trainer: pl.Trainer) -> None:
         # All processes must stop at the same step, and not all of them need have had the signal by now.
         received = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
-        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
-            trainer.save_checkpoint(self.path)
+        number = int(trainer.strategy.reduce(received, reduce_op="max"))
+        if number or trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+        if number:
             if trainer.is_global_zero:
                 print(
                     f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True
                 )
             raise SystemExit(128 + number)
-        if trainer.global_step % self.every_n_steps == 0:
-            trainer.save_checkpoint(self.path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Deaf to signals meanwhile, so that even the impatient find a checkpoint."""
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in self._previous}
         trainer.save_checkpoint(self.path)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
@@ -259,8 +290,7 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._mark = time.perf_counter()
-        self._images, self._waited, self._busy = 0, 0.0, 0.0
+        self._restart(trainer)
         self._total = int(trainer.estimated_stepping_batches)
         if self._console.is_terminal and self.is_enabled:
             columns = (
@@ -274,19 +304,13 @@ class RunProgress(ProgressBar):
             self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step, told="")
             self._bar.start()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        now = time.perf_counter()
-        self._waited += now - self._mark
-        self._mark = now
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.perf_counter()
-        self._busy += now - self._mark
-        self._images += len(batch.keys)
-        self._mark = now
-        step, seconds = trainer.global_step, self._waited + self._busy
+        self._images += len(batch.keys) * trainer.world_size
+        step = trainer.global_step
         if step % _log_every(trainer) == 0:
-            images_per_s, wait = self._images / seconds, self._waited / seconds
+            seconds = time.perf_counter() - self._mark - self._paused
+            waited = self._loader_waited(trainer) - self._waited
+            images_per_s, wait = self._images / seconds, waited / seconds
             pl_module.log_dict({"train/images_per_s": images_per_s, "train/data_wait": wait})
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             told = (
@@ -298,12 +322,24 @@ class RunProgress(ProgressBar):
                 self._bar.update(self._task, told=told)
             elif self.is_enabled and step % (5 * _log_every(trainer)) == 0:
                 print(f"step {step}/{self._total}  {told}", flush=True)
-            self._images, self._waited, self._busy = 0, 0.0, 0.0
+            self._restart(trainer)
         if self._bar:
             self._bar.update(self._task, completed=step)
 
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self._mark, self._images, self._paused, self._waited = time.perf_counter(), 0, 0.0, self._loader_waited(trainer)
+
+    @staticmethod
+    def _loader_waited(trainer: pl.Trainer) -> float:
+        loader = trainer.train_dataloader
+        return loader.waited_s if isinstance(loader, TrainLoader) else 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause_began = time.perf_counter()
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._mark = time.perf_counter()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._paused += time.perf_counter() - self._pause_began
         scores = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         if scores and not trainer.sanity_checking and self.is_enabled:
             told = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
@@ -381,6 +417,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.clip.vision.image_size", "data.image_size")
         parser.link_arguments("model.clip.text.context_length", "data.context_length")
+        parser.link_arguments("model.clip.vision.preprocess", "data.preprocess")
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_argument(
             "--monitor",
@@ -389,7 +426,14 @@ class TrainingCLI(LightningCLI):
             help="The best checkpoint is the one where this is highest.",
         )
         parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written.")
-        parser.add_argument("--overwrite", type=bool, default=False, help="Begin anew where a run exists already.")
+        parser.add_argument(
+            "--overwrite",
+            nargs="?",
+            const=True,
+            type=bool,
+            default=False,
+            help="Begin anew where a run exists already.",
+        )
         parser.set_defaults({"trainer.default_root_dir": "runs/run"})
 
     @staticmethod
@@ -405,9 +449,27 @@ class TrainingCLI(LightningCLI):
         return Path(self.config[self.subcommand].trainer.default_root_dir)
 
     def before_instantiate_classes(self) -> None:
-        if self.subcommand != "fit":
-            return
-        config, run = self.config.fit, self.run_folder
+        config, run = self.config[self.subcommand], self.run_folder
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(_checkpoints(run) / "last.ckpt")
+        if config.ckpt_path and not Path(config.ckpt_path).is_file():
+            raise ValueError(f"no checkpoint {config.ckpt_path} to resume from")
+        if self.subcommand == "fit":
+            self._refuse_what_would_mislead(config)
+            goes_on = bool(config.ckpt_path) and Path(config.ckpt_path).resolve().parent == _checkpoints(run).resolve()
+            is_there = any(_checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
+            if _is_rank_zero() and is_there and not goes_on and not config.overwrite:
+                raise ValueError(
+                    f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
+                    "or name another folder by --trainer.default_root_dir"
+                )
+        elif not config.ckpt_path:
+            raise ValueError(
+                "validate needs --ckpt_path FILE (or last): without it a model of random weights is scored"
+            )
+
+    @staticmethod
+    def _refuse_what_would_mislead(config: Any) -> None:
         trainer = config.trainer
         if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
             raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs; the schedule needs it")
@@ -416,29 +478,37 @@ class TrainingCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts pairs of "
                 "a batch, which accumulating over batches does not do. Raise data.batch_size instead"
             )
-        last = _checkpoints(run) / "last.ckpt"
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(last)
-        if config.ckpt_path and not Path(config.ckpt_path).is_file():
-            raise ValueError(f"no checkpoint {config.ckpt_path} to resume from")
-        if last.exists() and not config.ckpt_path and _is_rank_zero():
-            if not config.overwrite:
-                raise ValueError(
-                    f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
-                    "or name another folder by --trainer.default_root_dir"
-                )
-            for part in (_checkpoints(run), run / "logs", run / "best"):
-                shutil.rmtree(part, ignore_errors=True)
+        if trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches:
+            raise ValueError("epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter")
+        if config.save_every_n_steps < 1:
+            raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
+        if config.monitor == "val/loss":
+            raise ValueError("monitor is val/loss; the best checkpoint is where the monitor is highest, so not a loss")
+
+    def before_fit(self) -> None:
+        """Removes what is to be overwritten, once everything that could still be wrong has been looked at."""
+        self.datamodule.setup("fit")
+        if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():
+            for part in _results(self.run_folder):
+                if part.is_dir():
+                    shutil.rmtree(part)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
         trainer, run = settings.trainer, self.run_folder
-        callbacks: list[Callback] = [RunProgress()] if trainer.enable_progress_bar is not False else []
+        callbacks: list[Callback] = []
+        if trainer.enable_progress_bar is not False:
+            callbacks.append(RunProgress())
         if self.subcommand == "fit":
             last = _checkpoints(run) / "last.ckpt"
             callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv)))
             if settings.data.val is not None:
                 labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in trainer.callbacks or [])
+                if settings.monitor not in ("val/retrieval_r1", "val/zero_shot_acc1") and not trainer.callbacks:
+                    raise ValueError(
+                        f"monitor is {settings.monitor!r}, which nothing logs; valid are val/retrieval_r1, and "
+                        "val/zero_shot_acc1 with the callback miniclip.training.ZeroShotEvaluation"
+                    )
                 if settings.monitor == "val/zero_shot_acc1" and not labelled:
                     raise ValueError(
                         "monitor is val/zero_shot_acc1, which the callback miniclip.training.ZeroShotEvaluation logs; "
@@ -492,12 +562,18 @@ def _checkpoints(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def _results(run: Path) -> tuple[Path, ...]:
+    """What a run leaves in its folder, and what beginning it anew removes."""
+    return _checkpoints(run), run / "best", run / "logs"
+
+
 def main(args: list[str] | None = None) -> None:
     """Trains as the flags and the YAML file of `--config` say."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect elsewhere
     for name in ("pytorch_lightning", "lightning_fabric"):  # what they would tell, RunProgress tells
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a run that is resumed
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
@@ -510,5 +586,9 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
-            parser_kwargs={"prog": _program(), "description": "Train a CLIP on shards of image-text pairs."},
+            parser_kwargs={
+                "prog": _program(),
+                "allow_abbrev": False,
+                "description": "Train a CLIP on shards of image-text pairs.",
+            },
         )

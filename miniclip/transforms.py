@@ -46,7 +46,7 @@ class Preprocess:
     def crop(self, image: Image.Image) -> Tensor:
         """(3, R, R) uint8."""
         is_hf = self.style == "hf"
-        image = image.convert("RGB") if is_hf else image
+        image = _on_white(image) if is_hf else image
         W, H = image.size
         R = self.image_size
         short, long = min(W, H), max(W, H)
@@ -63,6 +63,14 @@ class Preprocess:
 
     def __repr__(self) -> str:
         return f"Preprocess(image_size={self.image_size}, mean={self.mean}, std={self.std})"
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB as Hugging Face's processors make it: what is transparent turns white."""
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def open_image(data: bytes, source: str) -> Image.Image:
@@ -88,7 +96,8 @@ def open_image(data: bytes, source: str) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """A 16-bit picture as an 8-bit one; Pillow's own conversion would make everything above 255 white."""
     values = np.asarray(image).astype(np.int64)
-    return Image.fromarray((values >> 8 if values.max(initial=0) > 255 else values).clip(0, 255).astype(np.uint8))
+    is_16_bits = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not say
+    return Image.fromarray((values >> 8 if is_16_bits else values).clip(0, 255).astype(np.uint8))
 
 
 def decode_rgb(data: bytes) -> Tensor:

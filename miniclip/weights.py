@@ -14,13 +14,16 @@ from the layout's own configuration or from the tensors' shapes -> a model, stri
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import pickle
+import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -103,6 +106,8 @@ def load(
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"{device!r} is no device; valid are cpu, cuda, cuda:1, …") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, and torch finds no GPU here")
     checkpoint = resize(read_checkpoint(locate(name, download_root), activation), image_size, context_length)
     return build(checkpoint, str(name), dtype).to(device).eval(), preprocess_for(checkpoint.config)
 
@@ -164,6 +169,7 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):  # a counter that inference never reads; some layouts lack it
             tensors.setdefault(name, torch.zeros((), dtype=buffer.dtype))
+    _compare(model, tensors, source)  # before anything is made of them
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     load_tensors(model, converted, source)
     return model
@@ -175,6 +181,14 @@ def load_tensors(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> Non
     Raises:
         ValueError: a name or shape that does not fit; lists both sides.
     """
+    _compare(model, tensors, source)
+    model.load_state_dict(tensors, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def _compare(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a ValueError that lists both sides, if names, shapes or kinds of tensors differ."""
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     nothing = "no such tensor"
@@ -186,9 +200,10 @@ def load_tensors(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> Non
     if differences:
         shown = "\n".join(differences[:10] + ([f"  and {len(differences) - 10} more"] if differences[10:] else []))
         raise ValueError(f"the weights in {source} belong to another architecture:\n{shown}")
-    model.load_state_dict(tensors, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    for key, tensor in tensors.items():
+        is_number = tensor.is_floating_point() or key.endswith("num_batches_tracked")
+        if not is_number or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{key} in {source} is {tensor.dtype}, {tensor.layout}; it must be plain floating point")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +238,8 @@ def _read_directory(path: Path, activation: Activation | None) -> Checkpoint:
     if (path / OPENCLIP_CONFIG_FILE).is_file():
         values = _read_json(path / OPENCLIP_CONFIG_FILE)
         tensors = _native_keys(_weights_in(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin"), path)
-        return Checkpoint("openclip", tensors, config_from_openclip(values, str(path / OPENCLIP_CONFIG_FILE)))
+        with _naming(path / OPENCLIP_CONFIG_FILE):
+            return Checkpoint("openclip", tensors, config_from_openclip(values, str(path / OPENCLIP_CONFIG_FILE)))
     alternatives = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     missing = [] if (path / CONFIG_FILE).is_file() else [CONFIG_FILE]
     missing += [] if any((path / name).is_file() for name in alternatives) else [WEIGHTS_FILE]
@@ -233,7 +249,8 @@ def _read_directory(path: Path, activation: Activation | None) -> Checkpoint:
     if "model_type" not in values:
         config = CLIPConfig.from_dict(values, str(path / CONFIG_FILE))
         return Checkpoint("native", _weights_in(path, WEIGHTS_FILE), config)
-    config = config_from_hf(values, _optional_json(path / "preprocessor_config.json"), str(path / CONFIG_FILE))
+    with _naming(path / CONFIG_FILE):
+        config = config_from_hf(values, _optional_json(path / "preprocessor_config.json"), str(path / CONFIG_FILE))
     return Checkpoint("hf", from_hf_keys(_weights_in(path, WEIGHTS_FILE, "pytorch_model.bin")), config)
 
 
@@ -258,14 +275,15 @@ def _read_file(path: Path, activation: Activation | None) -> Checkpoint:
         # OpenAI's build_model takes these three entries along, so only its files have them.
         file_format = "openai" if "input_resolution" in tensors else "openclip"
         native = _native_keys(tensors, path)
-    if activation is None and file_format == "openai":
+    if file_format == "openai":
         activation = "quick_gelu"
     if activation is None:
         raise ValueError(
             f"{path} does not tell its activation. Pass activation='quick_gelu' if the weights come from OpenAI's "
             "(also fine-tuned ones), 'gelu' if they are OpenCLIP's own; with the wrong one the model runs, and is worse"
         )
-    return Checkpoint(file_format, native, infer_config(native, activation, str(path)))
+    with _naming(path):
+        return Checkpoint(file_format, native, infer_config(native, activation, str(path)))
 
 
 def _native_keys(tensors: Tensors, path: Path) -> Tensors:
@@ -278,6 +296,18 @@ def _native_keys(tensors: Tensors, path: Path) -> Tensors:
     if any(key.startswith("text.") for key in tensors):
         return {key: tensor for key, tensor in tensors.items() if key != "text.attn_mask"}
     return from_openai_keys(tensors)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the values in a file becomes an error that names it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        if str(path) in str(error):
+            raise
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: {what}") from error
 
 
 def _unwrap(values: Any, path: Path) -> Tensors:
@@ -293,7 +323,7 @@ def _unwrap(values: Any, path: Path) -> Tensors:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of names to values")
@@ -312,7 +342,10 @@ def _weights_in(folder: Path, *names: str) -> Tensors:
         if (folder / f"{name}.index.json").is_file():
             index = _read_json(folder / f"{name}.index.json")
             tensors: Tensors = {}
-            for part in sorted(set(index["weight_map"].values())):
+            parts = index.get("weight_map")
+            if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+                raise ValueError(f"{folder / name}.index.json has no weight_map of tensors to files")
+            for part in sorted(set(parts.values())):
                 if Path(part).name != part or not (folder / part).is_file():
                     raise ValueError(f"{folder / name}.index.json names the file {part!r}, which is not in {folder}")
                 tensors |= _read_tensors(folder / part)
@@ -342,6 +375,11 @@ def _read_torch(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if info.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError(f"its record {info.filename} is compressed, from {info.file_size} bytes")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except Exception as error:  # a damaged pickle can raise anything
         # Of torch's message only what is wrong, without its advice to run the file's code after all.
@@ -385,6 +423,10 @@ class _Stub:
     def __init__(self, *args: Any) -> None:
         del args
 
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({str(name): value for name, value in state.items()})
+
 
 class _ArchiveUnpickler(pickle.Unpickler):
     """Unpickles tensors, containers and stubs, and nothing else: no name in the file reaches a function of Python's."""
@@ -395,12 +437,12 @@ class _ArchiveUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
-            return _Stub
+            return type("_Stub", (_Stub,), {})  # a new one each time: a file may set attributes of what it is given
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
         allowed: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _rebuild_tensor(*args),
             ("torch.jit._pickle", "build_intlist"): list,
             ("torch.jit._pickle", "build_doublelist"): list,
             ("torch.jit._pickle", "build_boollist"): list,
@@ -425,8 +467,11 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride:
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged archive: {error}") from error
 
 
 def read_torchscript(path: Path) -> Tensors:
@@ -455,7 +500,9 @@ def read_torchscript(path: Path) -> Tensors:
                 size = count * torch.empty((), dtype=dtype).element_size()
                 if size > info.file_size:
                     raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
-                header = view[info.header_offset : info.header_offset + 30]
+                header = view[info.header_offset : info.header_offset + 30] if info.header_offset >= 0 else b""
+                if not header.startswith(b"PK\x03\x04"):
+                    raise ValueError(f"its record {info.filename} is not where its directory says")
                 name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
                 offset = info.header_offset + 30 + name_size + extra_size
                 if offset + size > len(view):
@@ -464,33 +511,26 @@ def read_torchscript(path: Path) -> Tensors:
                     return torch.empty(0, dtype=dtype)
                 return torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
 
-            with archive.open(f"{root}data.pkl") as description:
-                module = _ArchiveUnpickler(description, storage).load()
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        StopIteration,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        EOFError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
+            description = archive.read(f"{root}data.pkl")
+            for operation, argument, _ in pickletools.genops(description):
+                if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(description):
+                    raise ValueError("it asks for a table larger than itself")
+            module = _ArchiveUnpickler(io.BytesIO(description), storage).load()
+    except Exception as error:  # a damaged or spiteful pickle can raise anything
         raise ValueError(f"{path} is not a TorchScript archive that can be read safely: {error}") from error
-    return dict(_tensors_of(module, ""))
+    found: Tensors = {}
+    _collect_tensors(module, "", found, set())
+    return found
 
 
-def _tensors_of(module: Any, prefix: str) -> list[tuple[str, Tensor]]:
-    found: list[tuple[str, Tensor]] = []
+def _collect_tensors(module: Any, prefix: str, found: Tensors, seen: set[int]) -> None:
+    """The tensors of a module and of those in it; each module once, however many names it has."""
+    seen.add(id(module))
     for name, value in vars(module).items() if isinstance(module, _Stub) else ():
         if isinstance(value, Tensor):
-            found.append((prefix + name, value))
-        elif isinstance(value, _Stub) and len(prefix) < 200:
-            found += _tensors_of(value, f"{prefix}{name}.")
-    return found
+            found[prefix + name] = value
+        elif isinstance(value, _Stub) and id(value) not in seen and len(prefix) < 200:
+            _collect_tensors(value, f"{prefix}{name}.", found, seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

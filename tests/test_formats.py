@@ -23,6 +23,7 @@ from transformers import BertConfig, BertModel
 from transformers import CLIPConfig as HFConfig
 from transformers import CLIPModel as HFModel
 
+from miniclip import weights
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.weights import load, read_checkpoint
 
@@ -940,7 +941,12 @@ def test_a_refused_file_does_not_change_how_the_next_one_is_read(tmp_path):
             state = b"N}" + text(name) + b"ctorch.jit._pickle\nbuild_intlist\ns\x86b."
             evil = write_zip(tmp_path / "evil.pt", {"data.pkl": b"\x80\x02" + target.encode() + state})
             refused(evil)
-    found = read_checkpoint(good).tensors
+    try:
+        found = read_checkpoint(good).tensors
+    finally:  # else the tests after this one would fail, too
+        stub = getattr(weights, "_Stub", None)
+        if "__setstate__" in vars(stub or object):
+            del stub.__setstate__
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning import Callback
 
 import miniclip
 from miniclip import training
@@ -169,6 +170,41 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+class StopAt(Callback):
+    """Sends this process the signal that Ctrl-C sends, while the given step is trained."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def validations(run: Path) -> dict[int, str]:
+    rows = [row for log in sorted(run.glob("logs/*/metrics.csv")) for row in metrics(run, int(log.parent.name[8:]))]
+    return {int(row["step"]): row["val/loss"] for row in rows if row["val/loss"]}
+
+
+@pytest.mark.parametrize("length", ["--trainer.max_epochs=3", "--trainer.max_steps=9"])
+@pytest.mark.parametrize("stop", [1, 3, 5, 6, 8])
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights_and_validations(data, tmp_path, stop, length):
+    """An epoch is three steps, each ends with a validation: steps 3 and 6 are the last of theirs."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    ends = ["--trainer.max_steps=-1", length] if "epochs" in length else [length]
+    training.main(arguments(data, straight, *ends))
+    stopper = f'[{{"class_path": "{StopAt.__module__}.StopAt", "init_args": {{"step": {stop}}}}}]'
+    with pytest.raises(SystemExit) as stopped:
+        training.main(arguments(data, broken, *ends, f"--trainer.callbacks={stopper}"))
+    assert stopped.value.code == 130
+    assert torch.load(broken / "checkpoints/last.ckpt", weights_only=True)["global_step"] == stop
+    training.main(arguments(data, broken, *ends, "--ckpt_path=last"))
+    expected, found = state(straight), state(broken)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert validations(broken) == validations(straight)
+    assert len(validations(straight)) == 3
+
+
 def test_two_processes_train_the_same_weights_as_one(data, tmp_path):
     for devices in (1, 2):
         more = [f"--trainer.devices={devices}", f"--trainer.strategy={'auto' if devices == 1 else 'ddp'}"]
@@ -225,6 +261,14 @@ MISTAKES = [
     (["--trainer.accumulate_grad_batches=2"], "Raise data.batch_size instead"),
     (["--model.clip.text.vocab_size=50000"], "the tokenizer's ids need 49408"),
     (["--monitor=val/zero_shot_acc1"], "the callback miniclip.training.ZeroShotEvaluation"),
+    (["--save_every_n_steps=0"], "save_every_n_steps is 0"),
+    (["--monitor=val/typo"], "monitor is 'val/typo', which nothing logs"),
+    (["--monitor=val/loss"], "the best checkpoint is where the monitor is highest"),
+    (["--trainer.limit_train_batches=2"], "trainer.max_steps makes a run shorter"),
+    (
+        ["--model.clip.vision.layer=3"],
+        "unknown key 'model.clip.vision.layer'; did you mean 'model.clip.vision.layers'?",
+    ),
     (["--model.optimizer.warmup=1.5"], "warmup is 1.5; it is a share of the run"),
     (["--config=nowhere.yaml"], "nowhere.yaml"),
 ]
