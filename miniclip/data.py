@@ -284,7 +284,6 @@ class PairDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_shards is None:
             self.train_shards = Shards(Path(self.train))
-            BatchSampler(SampleOrder(self.train_shards.counts, self.seed), self.batch_size, step=lambda: 0)
         if self.val is not None and self.val_shards is None:
             self.val_shards = Shards(Path(self.val))
 

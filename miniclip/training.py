@@ -33,7 +33,7 @@ from torch import Tensor
 
 from . import tokenizer, weights
 from .config import CLIPConfig
-from .data import Batch, PairDataModule, TrainLoader
+from .data import Batch, BatchSampler, PairDataModule, SampleOrder, TrainLoader
 from .datasets import open_dataset
 from .evaluate import recall_at_1, zero_shot_scores
 from .files import atomic_write, user_errors
@@ -487,7 +487,9 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Removes what is to be overwritten, once everything that could still be wrong has been looked at."""
-        self.datamodule.setup("fit")
+        data = self.datamodule
+        data.setup("fit")
+        BatchSampler(SampleOrder(data.train_shards.counts, data.seed), data.batch_size, step=lambda: 0)
         if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():
             for part in _results(self.run_folder):
                 if part.is_dir():

@@ -177,7 +177,7 @@ def test_resuming_at_any_step_gives_the_rest_of_the_same_batches():
 def test_a_batch_that_the_data_cannot_fill_is_refused_with_both_numbers():
     order = SampleOrder(np.array([9, 14]), 0)
     assert len(BatchSampler(order, 23, lambda: 0)) == 1
-    with pytest.raises(ValueError, match=r"batch_size is 24 and the training set has 23 samples.*at most"):
+    with pytest.raises(ValueError, match=r"batch_size is 24 and the training set has 23 samples"):
         BatchSampler(order, 24, lambda: 0)
 
 
@@ -519,7 +519,7 @@ def test_a_batch_larger_than_the_training_set_is_refused(shelf):
 
 def test_a_checkpoint_of_the_same_run_is_taken(shelf):
     state = module(shelf, seed=3).state_dict()
-    assert state == {"seed": 3, "batch_size": 4, "samples": 22}
+    assert state == {"seed": 3, "batch_size": 4, "samples": 22, "step": 0}
     module(shelf, seed=3).load_state_dict(state)
 
 
@@ -527,7 +527,9 @@ def test_a_checkpoint_of_the_same_run_is_taken(shelf):
 def test_a_checkpoint_of_another_sequence_of_batches_is_refused_with_both_values(shelf, name, other):
     data = module(shelf)
     state = data.state_dict()
-    with pytest.raises(ValueError, match=f"trained with {name} {other}, this run has {state[name]}; resume with"):
+    with pytest.raises(
+        ValueError, match=f"trained with {name} {other}, this run has {state[name]}; go on with the same"
+    ):
         data.load_state_dict({**state, name: other})
 
 

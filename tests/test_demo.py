@@ -176,7 +176,7 @@ def test_every_command_of_the_readme_runs(folder, tmp_path):
             continue
         shell(command + (" --trainer.max_steps 2 --data.batch_size 16" if " fit " in command else ""))
         ran += 1
-    assert ran == 4
+    assert ran == 6
     (example,) = blocks("README.md", "python")
     (work / "example.py").write_text(example)
     shell("python example.py")

@@ -400,3 +400,17 @@ def test_the_tiny_model_has_all_kinds_of_shapes():
     shapes = {tuple(parameter.shape) for parameter in block_matrices(tiny_clip())}
     width = tiny_config().text.width
     assert shapes == {(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)}
+
+
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_an_overflow_in_mixed_precision_leaves_the_weights_alone(config):
+    model = tiny_clip()
+    optimizer = make_optimizer(model, config)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
