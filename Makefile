@@ -46,6 +46,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/load.py
 
 clean:
 	rm -rf $(VENV) runs reports .pytest_cache .mypy_cache .ruff_cache build *.egg-info
