@@ -503,7 +503,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
             last = _checkpoints(run) / "last.ckpt"
-            callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv)))
+            callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv, _python())))
             if settings.data.val is not None:
                 labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in trainer.callbacks or [])
                 if settings.monitor not in ("val/retrieval_r1", "val/zero_shot_acc1") and not trainer.callbacks:
@@ -541,6 +541,12 @@ class TrainingCLI(LightningCLI):
         print(f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it.")
 
 
+def _python() -> str:
+    """This interpreter as one would type it: a virtual environment below this folder need not be activated."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+
+
 def _program() -> str:
     name = Path(sys.argv[0]).name
     return "miniclip train" if name == "miniclip" else name
@@ -550,13 +556,15 @@ def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def resume_command(argv: list[str]) -> str:
-    """What to type to go on with the run that `argv` began."""
+def resume_command(argv: list[str], python: str) -> str:
+    """What to type to go on with the run that `argv` began, by the interpreter `python`."""
     command = [argument for argument in argv if not argument.startswith(("--overwrite=", "--ckpt_path="))]
     for flag in ("--ckpt_path", "--overwrite"):
         if flag in command:
-            del command[command.index(flag) : command.index(flag) + 2]
-    interpreter = ["python"] if command[0].endswith(".py") else []
+            place = command.index(flag)
+            has_value = not command[place + 1 : place + 2] or not command[place + 1].startswith("--")
+            del command[place : place + 1 + has_value]
+    interpreter = [python] if command[0].endswith(".py") else []
     return shlex.join([*interpreter, *command, "--ckpt_path", "last"])
 
 

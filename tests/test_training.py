@@ -162,7 +162,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
     stopped_at = torch.load(broken / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 5 <= stopped_at < 40
     miniclip.load(broken / "checkpoints/last.ckpt", device="cpu")
-    resume = re.search(r"To go on:\n  python (.*)\n", text)
+    resume = re.search(r"To go on:\n  \S*python (.*)\n", text)
     assert resume is not None
     assert resume[1].endswith("--ckpt_path last")
     subprocess.run([*args, "--ckpt_path=last"], check=True, capture_output=True, env=environment)
@@ -357,18 +357,9 @@ def test_features_are_of_unit_length_and_pixels_are_normalised_once():
 
 
 def test_the_resume_command_repeats_what_was_typed():
-    argv = [
-        "train.py",
-        "fit",
-        "--config",
-        "my run.yaml",
-        "--overwrite",
-        "true",
-        "--ckpt_path=last",
-        "--data.batch_size=8",
-    ]
-    assert (
-        training.resume_command(argv)
-        == "python train.py fit --config 'my run.yaml' --data.batch_size=8 --ckpt_path last"
-    )
-    assert training.resume_command(["/bin/miniclip", "train", "fit"]) == "/bin/miniclip train fit --ckpt_path last"
+    typed = "train.py fit --config r.yaml --overwrite true --ckpt_path=last --data.batch_size=8".split()
+    expected = ".venv/bin/python train.py fit --config r.yaml --data.batch_size=8 --ckpt_path last"
+    assert training.resume_command(typed, ".venv/bin/python") == expected
+    typed = "/bin/miniclip train fit --overwrite --config".split() + ["my run.yaml"]
+    assert training.resume_command(typed, "python") == "/bin/miniclip train fit --config 'my run.yaml' --ckpt_path last"
+    assert training.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
