@@ -357,9 +357,9 @@ def test_features_are_of_unit_length_and_pixels_are_normalised_once():
 
 
 def test_the_resume_command_repeats_what_was_typed():
-    typed = "train.py fit --config r.yaml --overwrite true --ckpt_path=last --data.batch_size=8".split()
-    expected = ".venv/bin/python train.py fit --config r.yaml --data.batch_size=8 --ckpt_path last"
+    typed = ["train.py", "fit", "--config", "my run.yaml", "--overwrite", "true", "--ckpt_path=last", "--data.seed=8"]
+    expected = ".venv/bin/python train.py fit --config 'my run.yaml' --data.seed=8 --ckpt_path last"
     assert training.resume_command(typed, ".venv/bin/python") == expected
-    typed = "/bin/miniclip train fit --overwrite --config".split() + ["my run.yaml"]
-    assert training.resume_command(typed, "python") == "/bin/miniclip train fit --config 'my run.yaml' --ckpt_path last"
+    typed = ["/bin/miniclip", "train", "fit", "--overwrite", "--config", "run.yaml"]
+    assert training.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
     assert training.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
