@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
         if not is_model or out.resolve() in found_at.resolve().parents:
             raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
     checkpoint = weights.read_checkpoint(found_at, **options)
-    expected = _embeddings(weights.build(checkpoint, str(source)))
+    taken = replace(checkpoint, tensors=dict(checkpoint.tensors))
+    expected = _embeddings(weights.build(taken, str(source)))
     write = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}[to]
     # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
     temporary, old = (out.with_name(f".{out.stem}.{os.getpid()}.{what}{out.suffix}") for what in ("tmp", "old"))
@@ -269,11 +270,11 @@ def inspect(source: str | Path, **options: Any) -> Facts:
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             tower(inputs)
         flops.append(counter.get_total_flops() / 1e9)
+    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
     try:
         weights.build(checkpoint, str(source))
         problems = ""
     except ValueError as error:
         problems = str(error)
     sizes = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)]
-    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
     return Facts(checkpoint.format, checkpoint.config, sizes[0], sizes[1], flops[0], flops[1], dtypes, problems)

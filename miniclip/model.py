@@ -121,12 +121,12 @@ class VisionTransformer(nn.Module):
         scale = D**-0.5
         self.input_resolution = config.image_size
         self.conv1 = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(D))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + config.num_patches, D))
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(D), std=scale))
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1 + config.num_patches, D), std=scale))
         self.ln_pre = nn.LayerNorm(D)
         self.transformer = Transformer(config, activation, is_causal=False)
         self.ln_post = nn.LayerNorm(D)
-        self.proj = nn.Parameter(scale * torch.randn(D, embed_dim))
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(D, embed_dim), std=scale))
 
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
         """Normalised images (B, 3, R, R) -> (B, E).

@@ -59,13 +59,14 @@ class AttentionPool(nn.Module):
     def __init__(self, num_places: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(1 + num_places, channels) * channels**-0.5)
+        scale = channels**-0.5
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1 + num_places, channels), std=scale))
         self.q_proj = nn.Linear(channels, channels)
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
         self.c_proj = nn.Linear(channels, embed_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
-            nn.init.normal_(projection.weight, std=channels**-0.5)
+            nn.init.normal_(projection.weight, std=scale)
 
     def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
         """(B, C, H, W) -> (B, E), or with `all_tokens` every token as the query: -> (B, N, E)."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import pickle
 import pickletools
 import re
@@ -35,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .config import OPENAI_MODELS, Activation, CLIPConfig, TextConfig, TimmProjection, VisionConfig
 from .fetch import HUB_PREFIX, fetch_hub, fetch_openai
@@ -155,23 +157,40 @@ def preprocess_for(config: CLIPConfig) -> Preprocess:
     return Preprocess(config.vision.image_size, config.vision.mean, config.vision.std, config.vision.preprocess)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Under it, modules are made in no time: no memory is taken, and no random numbers are drawn to be overwritten.
+
+    The device "meta" alone would do the former; but its `normal_` is a reference implementation, for which torch
+    imports its compiler: a second, and 200 MB.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float32) -> CLIP:
-    """The model of a checkpoint, on the CPU.
+    """The model of a checkpoint, on the CPU. It takes the tensors over one by one: the checkpoint is left without.
 
     Raises:
         ValueError: a tensor's name or shape does not fit the architecture; lists both sides.
     """
-    # On "meta" no time is spent on random numbers that are then overwritten. timm's models may compute buffers that
-    # no checkpoint holds, so those are built for real.
-    with torch.device("cpu" if checkpoint.config.vision.kind == "timm" else "meta"):
+    if checkpoint.config.vision.kind == "timm":  # its models may compute buffers that no checkpoint holds
         model = CLIP(checkpoint.config)
-    tensors = dict(checkpoint.tensors)
+    else:
+        with torch.device("meta"), _Unfilled():
+            model = CLIP(checkpoint.config)
+    tensors = checkpoint.tensors
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):  # a counter that inference never reads; some layouts lack it
             tensors.setdefault(name, torch.zeros((), dtype=buffer.dtype))
     _compare(model, tensors, source)  # before anything is made of them
-    converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    load_tensors(model, converted, source)
+    converted: Tensors = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)  # so that its part of the file leaves memory as the converted one comes
+        converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    _assign(model, converted)
     return model
 
 
@@ -182,6 +201,10 @@ def load_tensors(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> Non
         ValueError: a name or shape that does not fit; lists both sides.
     """
     _compare(model, tensors, source)
+    _assign(model, tensors)
+
+
+def _assign(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(tensors, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -485,7 +508,7 @@ def read_torchscript(path: Path) -> Tensors:
     """
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            length = os.fstat(file.fileno()).st_size
             records = {info.filename: info for info in archive.infolist()}
             root = next(name for name in records if name.endswith("/data.pkl")).removesuffix("data.pkl")
             for name, info in records.items():
@@ -500,16 +523,20 @@ def read_torchscript(path: Path) -> Tensors:
                 size = count * torch.empty((), dtype=dtype).element_size()
                 if size > info.file_size:
                     raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
-                header = view[info.header_offset : info.header_offset + 30] if info.header_offset >= 0 else b""
+                file.seek(max(0, info.header_offset))
+                header = file.read(30)
                 if not header.startswith(b"PK\x03\x04"):
                     raise ValueError(f"its record {info.filename} is not where its directory says")
                 name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
                 offset = info.header_offset + 30 + name_size + extra_size
-                if offset + size > len(view):
+                if offset + size > length:
                     raise ValueError(f"its record {info.filename} is cut short")
                 if count == 0:
                     return torch.empty(0, dtype=dtype)
-                return torch.frombuffer(view, dtype=dtype, count=count, offset=offset)
+                # A mapping of its own for each, so that its pages leave memory with the tensor.
+                before = offset % mmap.ALLOCATIONGRANULARITY
+                view = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=offset - before)
+                return torch.frombuffer(view, dtype=dtype, count=count, offset=before)
 
             description = archive.read(f"{root}data.pkl")
             for operation, argument, _ in pickletools.genops(description):
