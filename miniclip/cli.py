@@ -208,6 +208,10 @@ def info(argv: list[str]) -> None:
             "format": facts.format,
             "image tower": f"{vision.kind}, {vision.image_size} pixels, {image_tower}",
             "text tower": f"{text.layers} blocks, width {text.width}, {text.context_length} tokens",
+        }
+        if config.towers != "both":
+            rows["text tower" if config.towers == "image" else "image tower"] = "none"
+        rows |= {
             "embedding": str(config.embed_dim),
             "activation": config.activation,
             "parameters": f"{facts.image_parameters / 1e6:.1f} M image, {facts.text_parameters / 1e6:.1f} M text",

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "quick_gelu"]
 VisionKind = Literal["vit", "resnet", "timm"]
+Towers = Literal["both", "image", "text"]
 TimmProjection = Literal["linear", "mlp", "none", "classifier"]
 Preprocessing = Literal["openai", "hf"]
 
@@ -178,15 +179,19 @@ class CLIPConfig:
         embed_dim: channels of the shared embedding.
         activation: of the blocks' hidden layer. OpenAI's weights need "quick_gelu", x * sigmoid(1.702 x);
             with the other one they run, and are quietly worse.
+        towers: which of the two are there. Checkpoints of one alone, with its projection, condition diffusion models
+            and serve search; they encode, and are not trained.
     """
 
     embed_dim: int = 512
     activation: Activation = "quick_gelu"
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    towers: Towers = "both"
 
     def __post_init__(self) -> None:
         _require_positive(self, "embed_dim")
+        _require_choice(self, "towers", Towers)
         _require_choice(self, "activation", Activation)
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import weights
 from .config import CLIPConfig, VisionConfig
 from .files import atomic_write, write_text
-from .model import CLIP
+from .model import CLIP, MissingTower
 from .tokenizer import END_OF_TEXT, START_OF_TEXT, vocabulary_files
 from .weights import OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, Checkpoint, Tensors
 
@@ -53,6 +53,7 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
         if not is_model or out.resolve() in found_at.resolve().parents:
             raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
     checkpoint = weights.read_checkpoint(found_at, **options)
+    _require(to == "native" or checkpoint.config.towers == "both", f"it has the {checkpoint.config.towers} tower alone")
     taken = replace(checkpoint, tensors=dict(checkpoint.tensors))
     expected = _embeddings(weights.build(taken, str(source)))
     write = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}[to]
@@ -97,10 +98,12 @@ def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def _embeddings(model: CLIP) -> tuple[Tensor, Tensor]:
+def _embeddings(model: CLIP) -> list[Tensor]:
+    """By each of its towers."""
     images, tokens = _probe(model.config)
     model.eval()
-    return model.encode_image(images), model.encode_text(tokens)
+    encodings = {"image": (model.encode_image, images), "text": (model.encode_text, tokens)}
+    return [encode(inputs) for name, (encode, inputs) in encodings.items() if model.config.towers in (name, "both")]
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -108,7 +111,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, tuple[Tensor, Tensor]]:
+def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, list[Tensor]]:
     """What the library that the layout belongs to makes of it; nothing if it is not installed."""
     images, tokens = _probe(config)
     if to == "openclip":
@@ -120,7 +123,7 @@ def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str
         padded = torch.zeros(2, config.text.context_length, dtype=torch.long)
         padded[:, : tokens.shape[1]] = tokens
         model.eval()
-        return {"open_clip": (model.encode_image(images), model.encode_text(padded))}
+        return {"open_clip": [model.encode_image(images), model.encode_text(padded)]}
     if to == "hf":
         try:
             from transformers import CLIPModel
@@ -129,8 +132,7 @@ def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str
         other = CLIPModel.from_pretrained(out, dtype=torch.float32).eval()
         features = other.get_image_features(pixel_values=images), other.get_text_features(input_ids=tokens)
         # transformers 5 wraps the features; 4 gives them as they are.
-        image_features, text_features = (getattr(f, "pooler_output", f) for f in features)
-        return {"transformers": (image_features, text_features)}
+        return {"transformers": [getattr(f, "pooler_output", f) for f in features]}
     return {}
 
 
@@ -263,12 +265,13 @@ def inspect(source: str | Path, **options: Any) -> Facts:
     checkpoint = weights.read_checkpoint(weights.locate(source), **options)
     with torch.device("meta"):
         model = CLIP(checkpoint.config).eval()
-        images = torch.zeros(1, 3, checkpoint.config.vision.image_size, checkpoint.config.vision.image_size)
+        images = torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution)
         tokens = torch.zeros(1, checkpoint.config.text.context_length, dtype=torch.long)
     flops = []
     for tower, inputs in ((model.visual, images), (model.text, tokens)):
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            tower(inputs)
+            if not isinstance(tower, MissingTower):
+                tower(inputs)
         flops.append(counter.get_total_flops() / 1e9)
     dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
     try:

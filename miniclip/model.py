@@ -182,20 +182,37 @@ class TextTransformer(nn.Module):
         return self.ln_final(self.transformer(x, pool=end_of_text)) @ self.text_projection
 
 
+class MissingTower(nn.Module):
+    """Stands for the tower that a checkpoint of the other one alone does not have."""
+
+    def __init__(self, name: str, input_resolution: int) -> None:
+        super().__init__()
+        self.name, self.input_resolution = name, input_resolution
+
+    def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
+        raise ValueError(f"this model has no {self.name} tower: it comes from a checkpoint of the other one alone")
+
+
 class CLIP(nn.Module):
     """Two towers and the temperature of their contrast."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
-        self.visual: VisionTransformer | ModifiedResNet | TimmTower
-        if config.vision.kind == "vit":
+        self.visual: VisionTransformer | ModifiedResNet | TimmTower | MissingTower
+        self.text: TextTransformer | MissingTower
+        if config.towers == "text":
+            self.visual = MissingTower("image", config.vision.image_size)
+        elif config.vision.kind == "vit":
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation)
         elif config.vision.kind == "resnet":
             self.visual = ModifiedResNet(config.vision, config.embed_dim)
         else:
             self.visual = TimmTower(config.vision, config.embed_dim)
-        self.text = TextTransformer(config.text, config.embed_dim, config.activation)
+        if config.towers == "image":
+            self.text = MissingTower("text", config.vision.image_size)
+        else:
+            self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.context_length = config.text.context_length
         self.vocab_size = config.text.vocab_size
         # The logarithm of the inverse temperature, 1/0.07 at the start (paper section 2.5).
@@ -234,7 +251,7 @@ class CLIP(nn.Module):
                 f"length {self.context_length}"
             )
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            tokens = trim_text(tokens, self.text.eot_token).to(self.logit_scale.device)
+            tokens = trim_text(tokens, self.config.text.eot_token).to(self.logit_scale.device)
         features = self.text(tokens)
         return F.normalize(features, dim=-1) if normalize else features
 

@@ -62,6 +62,8 @@ class CLIPTraining(pl.LightningModule):
         max_rejected: float = 0.01,
     ) -> None:
         super().__init__()
+        if clip.towers != "both":
+            raise ValueError(f"model.clip.towers is {clip.towers!r}; both towers are needed to train them together")
         if (clip.text.vocab_size, clip.text.eot_token) != (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT):
             raise ValueError(
                 f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "

@@ -32,7 +32,12 @@ class Preprocess:
     Bicubic resize of the short side to R, centre crop, and only then RGB: a palette image is therefore resized with
     nearest neighbours, as OpenAI's models saw it. Hugging Face's `CLIPImageProcessor` makes it RGB first, and rounds
     the crop's place down. Calling gives the normalised float image (3, R, R), `crop` the uint8 one before that.
+
+    Of a strip so long that it would take gigabytes once its short side is R, only the centre is resized. Everything
+    else is as in the original, whatever comes of it: see docs/weights.md for what goes wrong there.
     """
+
+    MOST_PIXELS = 1 << 26
 
     def __init__(
         self,
@@ -47,9 +52,16 @@ class Preprocess:
         """(3, R, R) uint8."""
         is_hf = self.style == "hf"
         image = _on_white(image) if is_hf else image
-        W, H = image.size
         R = self.image_size
+        W, H = image.size
         short, long = min(W, H), max(W, H)
+        if not short:
+            raise ValueError(f"a picture of {W} x {H} pixels has nothing to see")
+        if R * R * long > self.MOST_PIXELS * short:
+            cut = (long - 8 * short) // 2
+            image = image.crop((cut, 0, W - cut, H) if W > H else (0, cut, W, H - cut))
+            W, H = image.size
+            long = max(W, H)
         if short != R:
             side = int(R * long / short)
             image = image.resize((R, side) if W <= H else (side, R), Image.Resampling.BICUBIC)

@@ -6,7 +6,8 @@
 | lightning | the trainer's .ckpt                                                          |
 | openai    | OpenAI's TorchScript archive, or a state dict with its names                 |
 | openclip  | OpenCLIP's directory (open_clip_config.json), or a state dict with its names |
-| hf        | a Hugging Face directory of a CLIPModel, or a state dict with its names      |
+| hf        | a Hugging Face directory of a CLIPModel, or of one of its towers with its    |
+|           | projection; or a state dict with a CLIPModel's names                         |
 
 Reading a checkpoint is: tensors in, whatever holds them -> our names, by one table per layout -> the architecture,
 from the layout's own configuration or from the tensors' shapes -> a model, strictly. Writing runs the tables backwards.
@@ -38,7 +39,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .config import OPENAI_MODELS, Activation, CLIPConfig, TextConfig, TimmProjection, VisionConfig
+from .config import OPENAI_MODELS, Activation, CLIPConfig, TextConfig, TimmProjection, Towers, VisionConfig
 from .fetch import HUB_PREFIX, fetch_hub, fetch_openai
 from .files import atomic_write, write_text
 from .model import CLIP
@@ -189,7 +190,8 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     converted: Tensors = {}
     for name in list(tensors):
         tensor = tensors.pop(name)  # so that its part of the file leaves memory as the converted one comes
-        converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        # One layout in memory, so that the bits of a result do not depend on the format that the weights came in.
+        converted[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
     _assign(model, converted)
     return model
 
@@ -274,7 +276,16 @@ def _read_directory(path: Path, activation: Activation | None) -> Checkpoint:
         return Checkpoint("native", _weights_in(path, WEIGHTS_FILE), config)
     with _naming(path / CONFIG_FILE):
         config = config_from_hf(values, _optional_json(path / "preprocessor_config.json"), str(path / CONFIG_FILE))
-    return Checkpoint("hf", from_hf_keys(_weights_in(path, WEIGHTS_FILE, "pytorch_model.bin")), config)
+    tensors = from_hf_keys(_weights_in(path, WEIGHTS_FILE, "pytorch_model.bin"))
+    if config.towers != "both":
+        projection = {"image": "visual.proj", "text": "text.text_projection"}[config.towers]
+        if projection not in tensors:
+            raise ValueError(
+                f"{path} is a CLIP's {config.towers} tower without its projection, so its features are not in the "
+                f"space that images and texts share; look for the {values['model_type']} 'with projection'"
+            )
+        tensors.setdefault("logit_scale", torch.zeros(()))  # one tower has no contrast, and its files no temperature
+    return Checkpoint("hf", tensors, config)
 
 
 def _read_file(path: Path, activation: Activation | None) -> Checkpoint:
@@ -795,8 +806,11 @@ def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], sourc
     )
 
 
+_HF_TOWERS: dict[str, Towers] = {"clip": "both", "clip_vision_model": "image", "clip_text_model": "text"}
+
+
 def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> CLIPConfig:
-    """The architecture of a Hugging Face CLIPModel's `config.json`; what it leaves out is as in transformers.
+    """The architecture of a Hugging Face CLIP's `config.json`; what it leaves out is as in transformers.
 
     Args:
         pixels: its `preprocessor_config.json`, if it has one.
@@ -804,13 +818,19 @@ def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source:
     Raises:
         ValueError: another kind of model, or a setting that our towers do not have.
     """
-    if values.get("model_type") != "clip":
-        raise ValueError(f"{source} is of a model of type {values.get('model_type')!r}; only 'clip', with both towers")
+    if values.get("model_type") not in _HF_TOWERS:
+        raise ValueError(
+            f"{source} is of a model of type {values.get('model_type')!r}; valid are {', '.join(_HF_TOWERS)}"
+        )
+    towers = _HF_TOWERS[values["model_type"]]
+    if towers != "both":  # the file of one tower is what stands in a section in the file of both
+        values = {f"{'vision' if towers == 'image' else 'text'}_config": values} | dict(values)
     # Old files hold the towers' settings twice; transformers lets the newer one, `*_config`, win.
     vision, text = (
         values.get(f"{name}_config") or values.get(f"{name}_config_dict") or {} for name in ("vision", "text")
     )
-    activations = {section.get("hidden_act", "quick_gelu") for section in (vision, text)}
+    there = [section for section, absent in ((vision, "text"), (text, "image")) if towers != absent]
+    activations = {section.get("hidden_act", "quick_gelu") for section in there}
     if len(activations) > 1 or not activations <= set(get_args(Activation)):
         raise ValueError(f"{source} has the activations {sorted(activations)}; one of quick_gelu and gelu for both")
     for section in (vision, text):
@@ -841,7 +861,7 @@ def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source:
         images["preprocess"] = "hf"
     image_size, patch_size = vision.get("image_size", 224), vision.get("patch_size", 32)
     seen = VisionConfig(image_size=image_size, patch_size=patch_size, **tower(vision, 768, 12), **images)
-    return CLIPConfig(values.get("projection_dim", 512), activations.pop(), seen, words)
+    return CLIPConfig(values.get("projection_dim", 512), activations.pop(), seen, words, towers)
 
 
 def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int | None) -> Checkpoint:

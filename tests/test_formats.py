@@ -18,14 +18,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, resize_pos_embed
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 from transformers import CLIPConfig as HFConfig
 from transformers import CLIPModel as HFModel
 
 from miniclip import weights
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.weights import load, read_checkpoint
+from miniclip.convert import convert, inspect
+from miniclip.weights import load, read_checkpoint, save
 
 OpenClip = open_clip.model.CLIP
 
@@ -1041,6 +1049,44 @@ def test_a_text_only_model_of_hugging_faces_is_refused_naming_its_type(tmp_path)
     BertModel(BertConfig(vocab_size=30, **sizes)).save_pretrained(tmp_path / "bert")
     refused(tmp_path / "bert", "bert")
     refused(tmp_path / "bert" / "model.safetensors", "no image tower", activation="gelu")
+
+
+@pytest.mark.parametrize("end", [59, 2])
+def test_hugging_faces_text_tower_with_its_projection_gives_transformers_numbers(tmp_path, end):
+    whole = hf_model(end=end)
+    reference = randomised(CLIPTextModelWithProjection(whole.config.text_config), 1).eval()
+    reference.save_pretrained(tmp_path / "text")
+    model, preprocess = load(tmp_path / "text", device="cpu")
+    _, tokens = probe(model.config)
+    with torch.no_grad():
+        expected = reference(input_ids=tokens).text_embeds
+        found = model.encode_text(tokens)
+    assert_close(found, expected)
+    with pytest.raises(ValueError, match="no image tower"):
+        model.encode_image(preprocess(Image.new("RGB", (9, 9)))[None])
+    save(model, tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "ours", device="cpu")[0].encode_text(tokens), found)
+
+
+def test_hugging_faces_image_tower_with_its_projection_gives_transformers_numbers(tmp_path):
+    reference = randomised(CLIPVisionModelWithProjection(hf_model().config.vision_config), 1).eval()
+    reference.save_pretrained(tmp_path / "image")
+    model, _ = load(tmp_path / "image", device="cpu")
+    images, tokens = probe(model.config)
+    with torch.no_grad():
+        assert_close(model.encode_image(images), reference(pixel_values=images).image_embeds)
+    with pytest.raises(ValueError, match="no text tower"):
+        model.encode_text(tokens)
+    with pytest.raises(ValueError, match="the image tower alone"):
+        convert(tmp_path / "image", tmp_path / "out", "hf")
+    assert "same embeddings" in convert(tmp_path / "image", tmp_path / "out", "native")
+    assert inspect(tmp_path / "image").problems == ""
+
+
+def test_hugging_faces_tower_without_its_projection_is_refused_saying_so(tmp_path):
+    CLIPTextModel(hf_model().config.text_config).save_pretrained(tmp_path / "text")
+    refused(tmp_path / "text", "without its projection")
 
 
 @pytest.mark.parametrize("tower", ["text", "visual"])

@@ -153,3 +153,24 @@ def test_a_32_bit_picture_of_small_values_keeps_them():
     buffer = io.BytesIO()
     Image.fromarray(values, mode="I").save(buffer, "TIFF")
     assert np.array_equal(np.asarray(open_image(buffer.getvalue(), "x")), values)
+
+
+# ---- Shapes that would take gigabytes, or nothing
+
+
+@pytest.mark.parametrize("style", ["openai", "hf"])
+@pytest.mark.parametrize("size", [(2, 9000), (9001, 2), (3, 9001), (12000, 5)])
+def test_of_a_long_strip_the_middle_alone_is_resized_to_the_same_pixels(style, size, monkeypatch):
+    image, ours = picture("RGB", size), preprocess(style, 32)
+    whole = ours.crop(image).int()
+    resized = []
+    original = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *a: resized.append(to) or original(self, to, *a))
+    monkeypatch.setattr(ours, "MOST_PIXELS", 1 << 18)
+    assert (ours.crop(image).int() - whole).abs().max() <= 2
+    assert max(resized[0]) <= 32 * 9
+
+
+def test_a_picture_without_pixels_is_refused_with_its_size():
+    with pytest.raises(ValueError, match="0 x 5 pixels"):
+        preprocess("openai")(Image.new("RGB", (0, 5)))

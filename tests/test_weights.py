@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import re
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -485,3 +487,11 @@ def test_a_write_that_fails_without_an_old_file_leaves_nothing(tmp_path):
 def test_text_is_written_as_utf8(tmp_path):
     write_text(tmp_path / "file.txt", "Löwe\n")
     assert (tmp_path / "file.txt").read_bytes() == b"L\xc3\xb6we\n"
+
+
+def test_loading_imports_no_compiler(tmp_path):
+    """torch's takes a second and 200 MB; a random number drawn on the device "meta" is enough to bring it in."""
+    save(tiny_clip(), tmp_path)
+    code = "import sys, miniclip; miniclip.load(sys.argv[1], device='cpu'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
