@@ -499,9 +499,9 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
     try:
+        if not zipfile.is_zipfile(path):  # may raise, too
+            return False
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except Exception as error:  # a damaged directory can raise anything
