@@ -1,0 +1,707 @@
+# storage.py with real files, servers on this machine that misbehave as told (http, and S3 by moto), and real processes.
+
+import contextlib
+import gc
+import hashlib
+import http.server
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from miniclip import storage
+from miniclip.storage import Cache, check_scheme, exists, expand, is_url, join, list_folder, read_bytes
+
+CONTENT = random.Random(0).randbytes(1_000_003)
+CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
+PIECE = 100_000
+FORK = multiprocessing.get_context("fork")
+
+
+class Server:
+    """Serves `files` by path. `fault` maps a request's number to a status, or after how many bytes to hang up."""
+
+    def __init__(self, files, has_range=True, fault=lambda number: None, before=lambda path, start: None):
+        self.files, self.has_range, self.fault, self.before = files, has_range, fault, before
+        self.gets, self.heads, self.connections = [], [], 0
+        lock = threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(handler):  # noqa: N805
+                with lock:
+                    self.connections += 1
+                super().setup()
+
+            def do_HEAD(handler):  # noqa: N805
+                with lock:
+                    self.heads.append(handler.path)
+                    fault = self.fault(len(self.heads) - 1)
+                self.answer(handler, fault, None, has_body=False)
+
+            def do_GET(handler):  # noqa: N805
+                with lock:
+                    asked = handler.headers.get("Range")
+                    self.gets.append((handler.path, asked))
+                    fault = self.fault(len(self.gets) - 1)
+                self.answer(handler, fault, asked, has_body=True)
+
+            def log_message(handler, *_):  # noqa: N805
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def answer(self, handler, fault, asked, has_body):
+        content = self.files.get(handler.path.partition("?")[0])
+        start, end = 0, len(content or b"") - 1
+        if asked and self.has_range:
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
+            start, end = int(found[1]), min(int(found[2]), end)
+        self.before(handler.path, start)
+        status = fault if fault in (403, 429, 500, 503) else 404 if content is None else 200
+        if status == 200 and asked and self.has_range:
+            status = 206 if start <= end else 416
+        body = content[start : end + 1] if status in (200, 206) else b"no"
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        if handler.path.endswith("/"):
+            handler.send_header("Content-Type", "text/html")
+        if status == 206:
+            handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+        handler.end_headers()
+        if has_body:
+            is_cut = fault is not None and status in (200, 206)
+            with contextlib.suppress(ConnectionError):
+                handler.wfile.write(body[:fault] if is_cut else body)
+            handler.close_connection = handler.close_connection or is_cut
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Short waits and small pieces, for forked children too; and no proxy between here and here."""
+    monkeypatch.setattr(storage, "_WAITS_S", (0.001,) * 5)
+    monkeypatch.setattr(storage, "_PIECE_BYTES", PIECE)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture
+def serve():
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(Server(*args, **options))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache")
+
+
+def fetched(cache, url, **expected):
+    with cache.open(url, **expected) as file:
+        return file.read()
+
+
+def held(cache):
+    """The names of the files in the cache, and those on their way, without their hashes."""
+    names = [path.name for path in cache.folder.iterdir() if path.suffix != ".lock"]
+    return sorted(re.sub("-[0-9a-f]{32}.cached", "", name) for name in names)
+
+
+def held_bytes(cache):
+    return sum(path.stat().st_size for path in cache.folder.iterdir())
+
+
+def in_processes(actions, timeout_s=20):
+    """Runs each in a forked process, all at once; they have to end well and in time."""
+    processes = [FORK.Process(target=action) for action in actions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"a process hangs after {timeout_s} s")
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def check_content(cache, url, **expected):
+    gc.collect()  # a forked child may drop what it has from its parent at any time
+    assert hashlib.sha256(fetched(cache, url, **expected)).hexdigest() == CHECKSUM
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    "location, names",
+    [
+        ("a/b.tar", ["a/b.tar"]),
+        ("", [""]),
+        ("a/{00008..00011}.tar", ["a/00008.tar", "a/00009.tar", "a/00010.tar", "a/00011.tar"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{08..9}", ["08", "09"]),
+        ("{0..1}", ["0", "1"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{7..7}", ["7"]),
+        ("{train,val}/x", ["train/x", "val/x"]),
+        ("{a,}x", ["ax", "x"]),
+        ("{a,b}{0..1}", ["a0", "a1", "b0", "b1"]),
+        ("{a,b{0..1},{c,d}e}.tar", ["a.tar", "b0.tar", "b1.tar", "ce.tar", "de.tar"]),
+    ],
+)
+def test_braces_stand_for_what_a_shell_makes_of_them(location, names):
+    assert expand(location) == names
+    if location:
+        shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {location}"], capture_output=True, text=True, check=True)
+        assert shell.stdout.splitlines() == names
+
+
+@pytest.mark.parametrize(
+    "location, named",
+    [
+        ("a{0..12.tar", "a{0..12.tar"),
+        ("a0..12}.tar", "a0..12}.tar"),
+        ("a{0-12}.tar", "{0-12}"),
+        ("{0..x}", "{0..x}"),
+        ("{}", "{}"),
+        ("{a,{b}}", "{b}"),
+        ("{0..99999999999}", "{0..99999999999}"),
+        ("{0..9999}{0..9999}", "{0..9999}{0..9999}"),
+    ],
+)
+def test_a_malformed_range_is_named(location, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        expand(location)
+
+
+PROGRAMS = ["pipe:touch {}", "PIPE:touch {}", "shell:touch {}", "file+pipe:touch {}", "file+pipe://touch {}",
+            "pipe+https:touch {}", "simplecache::pipe:touch {}", "simplecache::http://h/{}", "pipe::touch {}",
+            "exec://touch {}", "file:///a::pipe:touch {}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("location", PROGRAMS)
+def test_whatever_would_run_a_program_or_chains_schemes_is_refused_everywhere(location, tmp_path, cache):
+    location = location.format(tmp_path / "ran")
+    assert is_url(location)
+    for action in (check_scheme, exists, read_bytes, list_folder, cache.open):
+        with pytest.raises(ValueError, match=r"refused|no program is run"):
+            action(location)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("location", ["gopher://h/a", "reference://x", "zip://a.zip", "htttp://h/a"])
+def test_other_schemes_are_refused_with_those_that_are_allowed(location):
+    with pytest.raises(ValueError, match=f"'{location.partition(':')[0]}'.*http, https, s3.*hf"):
+        check_scheme(location)
+
+
+def test_urls_and_paths_are_told_apart():
+    urls = ["http://h/a", "http://[::1]:80/a", "s3://b/k", "hf://datasets/o/n/x", "file:///a", "pipe:ls"]
+    paths = ["a/b.tar", "/a/b.tar", "C:\\a", "12:30.tar", "a/b::c.tar", "a/http://b", "", "~/x", "pipes.tar"]
+    assert [is_url(location) for location in urls + paths] == [True] * len(urls) + [False] * len(paths)
+    for path in [*urls[:-1], *paths]:
+        check_scheme(path)
+
+
+def test_names_are_joined_to_paths_and_urls():
+    assert join("a/b", "c.tar") == "a/b/c.tar"
+    assert join("", "c.tar") == "c.tar"
+    assert join("/", "c.tar") == "/c.tar"
+    assert join("s3://bucket/a/", "b/c.tar") == "s3://bucket/a/b/c.tar"
+    assert join("https://h/a?token=1/2", "c.tar") == "https://h/a/c.tar?token=1/2"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "file:///etc/passwd", "pipe:ls"])
+def test_a_name_that_leads_out_of_its_folder_is_refused(name):
+    for folder in ("a", "https://h/a"):
+        with pytest.raises(ValueError, match="leads out of it"):
+            join(folder, name)
+
+
+# ---- local files
+
+
+def test_local_files_are_read_where_they_lie_and_never_cached(tmp_path, cache):
+    path = tmp_path / "a b%.bin"
+    path.write_bytes(CONTENT)
+    for location in (str(path), path.as_uri()):
+        assert read_bytes(location) == CONTENT
+        assert fetched(cache, location) == CONTENT
+        assert exists(location)
+        assert not exists(location + "x")
+    assert list_folder(tmp_path.as_uri()) == list_folder(str(tmp_path)) == [path.name]
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("action", [read_bytes, list_folder, Cache().open])
+def test_a_missing_local_file_is_an_error_that_names_it(action, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.bin can't be"):
+        action(str(tmp_path / "nothing.bin"))
+
+
+def test_local_use_needs_no_package_of_the_extra(tmp_path):
+    code = """if True:
+        import sys
+        for name in ("fsspec", "aiohttp", "s3fs"):
+            sys.modules[name] = None  # as if it were not installed
+        from miniclip import storage
+        assert storage.read_bytes(__file__) and storage.exists(__file__) and storage.Cache().open(__file__).read()
+        for url in ("http://127.0.0.1:9/a", "s3://bucket/a"):
+            try:
+                storage.read_bytes(url)
+            except ValueError as error:
+                print(error)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("pip install 'miniclip[remote]'") == 2
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("MINICLIP_CACHE", "/m")
+    assert Cache().folder == Path("/m/shards")
+    monkeypatch.delenv("MINICLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert Cache().folder == Path("/x/miniclip/shards")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert Cache().folder == Path.home() / ".cache/miniclip/shards"
+
+
+# ---- one remote file
+
+
+def test_a_file_is_fetched_in_pieces_once(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    for _ in range(2):
+        check_content(cache, server.url + "/a.tar", size=len(CONTENT), sha256=CHECKSUM)
+    ranges = [f"bytes={start}-{start + PIECE - 1}" for start in range(0, 1_000_000, PIECE)] + ["bytes=1000000-1000003"]
+    assert [asked for _, asked in server.gets] == ranges
+    assert server.heads == []
+    assert held(cache) == ["a.tar"]
+
+
+def test_without_a_known_size_the_server_is_asked(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    check_content(cache, server.url + "/a.tar")
+    assert server.heads == ["/a.tar"]
+
+
+def test_an_empty_file_is_a_file(serve, cache):
+    server = serve({"/a": b""})
+    assert fetched(cache, server.url + "/a") == b""
+    assert read_bytes(server.url + "/a") == b""
+
+
+def unreliable(seed=0):
+    """Answers one request in five with 500 and hangs up in the middle of another."""
+    faults = [
+        generator.choice([500, 1_000, None, None, None]) for generator in [random.Random(seed)] for _ in range(999)
+    ]
+    return lambda number: faults[number]
+
+
+def test_a_server_that_fails_hangs_up_and_answers_late_still_gives_the_file(serve, cache):
+    pause = threading.Event()  # never set: a wait for it is a delay
+    server = serve({"/a.tar": CONTENT}, fault=unreliable(), before=lambda path, start: pause.wait(0.01))
+    check_content(cache, server.url + "/a.tar")
+    assert len(server.gets) > 11
+    assert read_bytes(server.url + "/a.tar") == CONTENT
+
+
+@pytest.mark.parametrize("fault", [429, 503, 5])
+def test_an_error_that_stays_is_tried_six_times_and_named(serve, cache, fault):
+    server = serve({"/a.tar": CONTENT}, fault=lambda number: fault)
+    with pytest.raises(ValueError, match=rf"{server.url}/a.tar can't be read \(6 tries\): Client\w+Error"):
+        cache.open(server.url + "/a.tar", size=len(CONTENT))
+    assert len(server.gets) == 6
+
+
+def test_nobody_there_is_an_error_after_six_tries(cache):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/a can't be read \(6 tries\): ClientConnectorError"):
+        cache.open("http://127.0.0.1:9/a", size=5)
+    with pytest.raises(ValueError, match=r"\(6 tries\)"):
+        exists("http://127.0.0.1:9/a")
+
+
+def test_a_server_that_stops_answering_is_given_up(serve, cache, monkeypatch):
+    monkeypatch.setattr(storage, "_READ_TIMEOUT_S", 0.05)
+    storage._filesystem_of.cache_clear()
+    release = threading.Event()
+    server = serve({"/a.tar": CONTENT}, before=lambda path, start: release.wait(20))
+    try:
+        with pytest.raises(ValueError, match=r"\(6 tries\): .*[Tt]imeout"):
+            cache.open(server.url + "/a.tar", size=len(CONTENT))
+    finally:
+        release.set()
+        storage._filesystem_of.cache_clear()
+
+
+@pytest.mark.parametrize("fault, named", [(None, "FileNotFoundError"), (403, "403")])
+def test_an_error_that_no_waiting_mends_is_raised_at_once(serve, cache, fault, named):
+    server = serve({}, fault=lambda number: fault)
+    for action in (partial(cache.open, size=5), read_bytes, list_folder):
+        server.gets.clear()
+        with pytest.raises(ValueError, match=rf"{server.url}/a can't be read \(1 try\): .*{named}"):
+            action(server.url + "/a")
+        assert len(server.gets) == 1
+
+
+def test_only_a_missing_file_does_not_exist(serve):
+    server = serve({"/a": b"1"}, fault=lambda number: 500 if number == 0 else None)
+    assert exists(server.url + "/a")
+    assert not exists(server.url + "/b")
+    server.fault = lambda number: 403
+    with pytest.raises(ValueError, match="can't be read"):
+        exists(server.url + "/a")
+
+
+def test_a_server_without_ranges_gives_the_whole_file(serve, cache):
+    server = serve({"/a.tar": CONTENT}, has_range=False)
+    check_content(cache, server.url + "/a.tar", size=len(CONTENT))
+    assert len(server.gets) == 1
+    with pytest.raises(ValueError, match=r"has at least 1,000,003 bytes, 900,000 are expected"):
+        cache.open(server.url + "/a.tar", size=900_000)
+
+
+def test_a_wrong_checksum_is_tried_once_more_and_named(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    with pytest.raises(ValueError, match=f"{server.url}/a.tar has the checksum {CHECKSUM}, 0{{64}} is expected"):
+        cache.open(server.url + "/a.tar", size=len(CONTENT), sha256="0" * 64)
+    assert len(server.gets) == 22
+    assert held(cache) == []
+
+
+def test_a_file_that_came_damaged_is_fetched_again(serve, cache):
+    damaged = CONTENT[:500_000] + b"?" + CONTENT[500_001:]
+    server = serve({"/a.tar": damaged})
+
+    def mend(path, start):
+        if start == 1_000_000:
+            server.files = {"/a.tar": CONTENT}
+
+    server.before = mend
+    check_content(cache, server.url + "/a.tar", size=len(CONTENT), sha256=CHECKSUM)
+    assert len(server.gets) == 22
+
+
+@pytest.mark.parametrize("size", [1_000_002, 500_000])
+def test_a_file_longer_than_expected_is_noticed(serve, cache, size):
+    server = serve({"/a.tar": CONTENT})
+    with pytest.raises(ValueError, match=f"has at least {size + 1:,} bytes, {size:,} are expected"):
+        cache.open(server.url + "/a.tar", size=size)
+
+
+def test_a_file_shorter_than_expected_is_noticed(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    with pytest.raises(ValueError, match=r"3 bytes came from byte 1000000 on, 4 were expected"):
+        cache.open(server.url + "/a.tar", size=1_000_004)
+
+
+def test_a_file_replaced_under_its_url_is_fetched_anew_when_size_or_checksum_tell(serve, cache):
+    server = serve({"/a": b"old"})
+    assert fetched(cache, server.url + "/a") == b"old"
+    server.files = {"/a": b"newer"}
+    assert fetched(cache, server.url + "/a") == b"old"
+    assert fetched(cache, server.url + "/a", size=5) == b"newer"
+    server.files = {"/a": b"other"}
+    assert fetched(cache, server.url + "/a", size=5, sha256=hashlib.sha256(b"other").hexdigest()) == b"other"
+
+
+def test_files_of_one_name_under_different_urls_are_kept_apart(serve, cache):
+    server = serve({"/a/0.tar": b"1", "/b/0.tar": b"2"})
+    assert fetched(cache, server.url + "/a/0.tar") == b"1"
+    assert fetched(cache, server.url + "/b/0.tar") == b"2"
+    assert fetched(cache, server.url + "/b/0.tar?version=3") == b"2"
+    assert held(cache) == ["0.tar", "0.tar", "0.tar"]
+
+
+def test_a_long_name_in_any_script_can_be_kept(serve, cache):
+    server = serve({"/" + "%E5%9B%BE" * 70 + ".tar": b"1"})
+    assert fetched(cache, server.url + "/" + "图" * 70 + ".tar") == b"1"
+
+
+def test_a_web_folder_lists_the_files_it_links_to(serve):
+    page = b"""<a href="?C=M;O=A">Date</a> <a href="../">up</a> <a href="/">home</a> <a href="sub/">sub</a>
+        <a href="b.tar">b</a> <a href="a.tar">a</a> <a href="/f/c.tar">c</a> <a href="sub/d.tar">d</a>
+        <a href="https://example.org/e.tar">e</a>"""
+    server = serve({"/f/": page, "/f": page})
+    assert list_folder(server.url + "/f/") == ["a.tar", "b.tar", "c.tar"]
+
+
+# ---- the bound
+
+
+def test_the_least_recently_used_are_deleted_to_keep_the_bound(serve, cache):
+    cache.limit_bytes = 30
+    server = serve({f"/{name}": name.encode() * 10 for name in "abcd"})
+    for name in "abc":
+        fetched(cache, f"{server.url}/{name}")
+    fetched(cache, server.url + "/a")  # so that b is the oldest
+    fetched(cache, server.url + "/d")
+    assert held(cache) == ["a", "c", "d"]
+
+
+def test_a_file_that_is_open_can_be_read_after_it_was_deleted(serve, cache):
+    cache.limit_bytes = 10
+    server = serve({"/a": b"a" * 10, "/b": b"b" * 10})
+    with cache.open(server.url + "/a") as file:
+        fetched(cache, server.url + "/b")
+        assert held(cache) == ["b"]
+        assert file.read() == b"a" * 10
+
+
+@pytest.mark.parametrize("size", [11, None])
+def test_a_file_larger_than_the_bound_is_refused_before_it_is_fetched(serve, cache, size):
+    cache.limit_bytes = 10
+    server = serve({"/a": b"a" * 11})
+    with pytest.raises(ValueError, match=r"/a has 11 bytes; the cache holds at most limit_bytes=10"):
+        cache.open(server.url + "/a", size=size)
+    assert server.gets == []
+
+
+def test_what_is_not_the_caches_own_is_never_deleted(serve, cache):
+    cache.limit_bytes = 10
+    cache.folder.mkdir()
+    (cache.folder / "thesis.cached").write_bytes(b"x" * 100)
+    server = serve({"/a": b"a" * 10})
+    fetched(cache, server.url + "/a")
+    assert held(cache) == ["a", "thesis.cached"]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_both(serve, tmp_path):
+    (tmp_path / "file").write_text("")
+    server = serve({"/a": b"a"})
+    with pytest.raises(ValueError, match=f"{server.url}/a can't be kept in {tmp_path / 'file' / 'cache'}: "):
+        Cache(tmp_path / "file" / "cache").open(server.url + "/a")
+
+
+# ---- many processes
+
+
+def test_processes_that_want_the_same_file_fetch_it_once(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    in_processes([partial(check_content, cache, server.url + "/a.tar", size=len(CONTENT))] * 6)
+    assert len(server.gets) == 11
+    assert held(cache) == ["a.tar"]
+
+
+def fetch_many(cache, url, seed):
+    names = [f"{number:02d}" for number in range(12)]
+    random.Random(seed).shuffle(names)
+    for name in names:
+        assert fetched(cache, f"{url}/{name}", size=50_000) == name.encode() * 25_000
+        on_disk = held_bytes_while_others_work(cache)
+        assert on_disk <= cache.limit_bytes + 3 * 50_000, on_disk
+
+
+def held_bytes_while_others_work(cache):
+    total = 0
+    for path in cache.folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def test_the_bound_holds_with_many_processes_and_what_they_read_is_right(serve, cache):
+    cache.limit_bytes = 170_000
+    server = serve({f"/{number:02d}": b"%02d" % number * 25_000 for number in range(12)})
+    in_processes([partial(fetch_many, cache, server.url, seed) for seed in range(4)])
+    assert held_bytes(cache) == 150_000  # three whole files, no partial
+
+
+@pytest.fixture
+def broken(serve, cache):
+    """A server and a cache after a process was killed in the middle of a.tar: five pieces have come."""
+    reached, release = threading.Event(), threading.Event()
+
+    def stall(path, start):
+        if start == 5 * PIECE and not release.is_set():
+            reached.set()
+            release.wait(20)
+
+    server = serve({"/a.tar": CONTENT, "/b": b"b" * 10}, before=stall)
+
+    def start(**expected):
+        process = FORK.Process(target=check_content, args=(cache, server.url + "/a.tar"), kwargs=expected)
+        process.start()
+        assert reached.wait(20)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        release.set()
+        server.gets.clear()
+        assert held(cache) == ["a.tar.part"]
+        return server
+
+    yield start
+    release.set()
+
+
+def test_what_a_killed_process_left_is_continued_if_a_checksum_can_tell_that_it_fits(broken, cache):
+    server = broken(sha256=CHECKSUM, size=len(CONTENT))
+    check_content(cache, server.url + "/a.tar", sha256=CHECKSUM, size=len(CONTENT))
+    assert server.gets[0][1] == f"bytes={5 * PIECE}-{6 * PIECE - 1}"
+    assert held(cache) == ["a.tar"]
+
+
+def test_what_a_killed_process_left_is_thrown_away_without_a_checksum(broken, cache):
+    server = broken(size=len(CONTENT))
+    check_content(cache, server.url + "/a.tar", size=len(CONTENT))
+    assert server.gets[0][1] == f"bytes=0-{PIECE - 1}"
+    assert held(cache) == ["a.tar"]
+
+
+def test_what_a_killed_process_left_makes_room_for_others(broken, cache):
+    server = broken(size=len(CONTENT))
+    cache.limit_bytes = 300_000
+    fetched(cache, server.url + "/b")
+    assert held(cache) == ["b"]
+
+
+def test_what_another_process_is_fetching_is_not_deleted(serve, cache):
+    reached, release = threading.Event(), threading.Event()
+
+    def stall(path, start):
+        if start == 5 * PIECE:
+            reached.set()
+            release.wait(20)
+
+    server = serve({"/a.tar": CONTENT, "/b": b"b" * 10}, before=stall)
+    process = FORK.Process(target=check_content, args=(cache, server.url + "/a.tar"), kwargs={"size": len(CONTENT)})
+    process.start()
+    assert reached.wait(20)
+    fetched(Cache(cache.folder, limit_bytes=100_000), server.url + "/b")
+    assert held(cache) == ["a.tar.part", "b"]
+    release.set()
+    process.join(20)
+    assert process.exitcode == 0
+
+
+# ---- fork
+
+
+def test_forked_workers_fetch_after_their_parent_did_and_it_goes_on_after_them(serve, tmp_path):
+    server = serve({"/a.tar": CONTENT})
+    for number in range(3):
+        check_content(Cache(tmp_path / f"parent{number}"), server.url + "/a.tar")
+        in_processes(
+            [partial(check_content, Cache(tmp_path / f"{number}{worker}"), server.url + "/a.tar") for worker in "ab"]
+        )
+    # The parent's connection outlives the forks; each child has its own.
+    assert server.connections == 1 + 6
+
+
+def test_a_worker_forked_while_fsspec_held_its_lock_does_not_hang(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    assert read_bytes(server.url + "/a.tar") == CONTENT
+    from fsspec.asyn import get_lock
+
+    with get_lock():
+        in_processes([partial(check_content, cache, server.url + "/a.tar")], timeout_s=10)
+
+
+def test_workers_forked_while_a_thread_fetches_do_not_hang(serve, tmp_path):
+    reached, release = threading.Event(), threading.Event()
+
+    def stall(path, start):
+        if path == "/slow" and start == 5 * PIECE:
+            reached.set()
+            release.wait(20)
+
+    server = serve({"/a.tar": CONTENT, "/slow": CONTENT}, before=stall)
+    cache = Cache(tmp_path / "cache")
+    thread = threading.Thread(target=check_content, args=(cache, server.url + "/slow"))
+    thread.start()
+    assert reached.wait(20)
+    in_processes([partial(check_content, cache, server.url + "/a.tar")] * 2)
+    release.set()
+    thread.join(20)
+    assert held(cache) == ["a.tar", "slow"]
+
+
+# ---- S3
+
+
+@pytest.fixture(scope="module")
+def s3_address():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_address, monkeypatch):
+    import boto3
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_address,
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="shards")
+    client.put_object(Bucket="shards", Key="train/a.tar", Body=CONTENT)
+    client.put_object(Bucket="shards", Key="train/b.tar", Body=b"b")
+    client.put_object(Bucket="shards", Key="train/sub/c.tar", Body=b"c")
+    storage._filesystem_of.cache_clear()  # it reads the environment once
+    yield client
+    storage._filesystem_of.cache_clear()
+
+
+def test_s3_gives_files_listings_and_what_exists(bucket, cache):
+    check_content(cache, "s3://shards/train/a.tar")
+    check_content(cache, "s3://shards/train/a.tar", size=len(CONTENT), sha256=CHECKSUM)
+    assert read_bytes("s3://shards/train/b.tar") == b"b"
+    assert list_folder("s3://shards/train") == list_folder("s3://shards/train/") == ["a.tar", "b.tar"]
+    bucket.put_object(Bucket="shards", Key="train/d.tar", Body=b"d")
+    assert list_folder("s3://shards/train") == ["a.tar", "b.tar", "d.tar"]
+    assert exists("s3://shards/train/b.tar")
+    assert not exists("s3://shards/train/x.tar")
+    bucket.delete_object(Bucket="shards", Key="train/d.tar")
+
+
+def test_what_s3_does_not_have_is_an_error_at_once(bucket, cache):
+    for action in (partial(cache.open, size=5), cache.open, read_bytes, list_folder):
+        with pytest.raises(ValueError, match=r"s3://shards/x/y.tar can't be read \(1 try\): FileNotFoundError"):
+            action("s3://shards/x/y.tar")
+
+
+@pytest.mark.parametrize("fault", [503, 2])
+def test_an_s3_that_fails_is_tried_six_times_in_all(serve, monkeypatch, bucket, cache, fault):
+    server = serve({"/shards/train/a.tar": b"12345"}, fault=lambda number: fault)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    storage._filesystem_of.cache_clear()
+    with pytest.raises(ValueError, match=r"s3://shards/train/a.tar can't be read \(6 tries\): "):
+        cache.open("s3://shards/train/a.tar", size=5)
+    assert len(server.gets) == 6
+
+
+def test_forked_workers_read_s3_after_their_parent_did(bucket, tmp_path):
+    assert read_bytes("s3://shards/train/a.tar") == CONTENT
+    in_processes([partial(check_content, Cache(tmp_path / name), "s3://shards/train/a.tar") for name in "ab"])
+    assert read_bytes("s3://shards/train/a.tar") == CONTENT
