@@ -3,16 +3,18 @@
 import io
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from torchvision.transforms.v2 import functional
 
 from miniclip.config import OPENAI_MEAN, OPENAI_STD
-from miniclip.transforms import Augmentation, Preprocess, decode_rgb, normalize, open_image
+from miniclip.transforms import Augmentation, Preprocess, decode_rgb, jpeg_size, normalize, open_image
 
 
 def openai_transform(size):
@@ -132,6 +134,13 @@ def test_normalising_worked_out_by_hand():
     torch.testing.assert_close(values, torch.tensor([-1.0, 0.5, 3.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalising_leaves_the_pixels_alone(dtype):
+    pixels = torch.full((2, 3, 4, 4), 7, dtype=dtype)
+    normalize(pixels, OPENAI_MEAN, OPENAI_STD)
+    assert pixels.eq(7).all()
+
+
 def test_the_representation_names_what_the_pixels_went_through():
     assert repr(Preprocess(32, [0.5, 0.25, 0.125], (1, 2, 3))) == (
         "Preprocess(image_size=32, mean=(0.5, 0.25, 0.125), std=(1, 2, 3))"
@@ -215,6 +224,124 @@ def test_decoding_a_lossy_image_equals_pillow_but_for_rounding(kind, mode):
     data = encoded(picture(64, 48, mode), kind, quality=90)
     expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
     assert (decode_rgb(data).int() - expected.int()).abs().max() <= 2
+
+
+def by_pillow(data):
+    """(3, H, W) uint8, or None where Pillow refuses."""
+    try:
+        return torch.from_numpy(np.array(open_image(data, "cat").convert("RGB"))).permute(2, 0, 1)
+    except ValueError:
+        return None
+
+
+JPEGS = {
+    "4:4:4": {"subsampling": "4:4:4"},
+    "4:2:2": {"subsampling": "4:2:2"},
+    "4:2:0": {"subsampling": "4:2:0"},
+    "4:1:1": {"subsampling": "4:1:1"},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 3},
+    "poor": {"quality": 5},
+}
+
+
+@pytest.mark.parametrize("width, height", [(64, 48), (61, 41), (17, 3), (1, 1)])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_decoding_any_kind_of_jpeg_equals_pillow_but_for_rounding(mode, options, width, height):
+    data = encoded(picture(width, height, mode), "JPEG", **options)
+    assert jpeg_size(data) == (None if mode == "CMYK" else (height, width))
+    assert (decode_rgb(data).int() - by_pillow(data).int()).abs().max() <= (0 if mode == "CMYK" else 2)
+
+
+def test_a_jpeg_that_keeps_rgb_is_decoded_too():
+    data = encoded(picture(61, 41), "JPEG", keep_rgb=True)
+    assert (decode_rgb(data).int() - by_pillow(data).int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])
+def test_an_animation_is_decoded_to_its_first_picture(kind):
+    first, second = picture(30, 20, seed=1), picture(30, 20, seed=2)
+    data = encoded(first, kind, save_all=True, append_images=[second])
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert torch.equal(decode_rgb(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("shrink", [1, 2, 4])
+@pytest.mark.parametrize("width, height", [(64, 48), (61, 41), (66, 45)])
+def test_shrinking_divides_the_sides_of_a_jpeg_and_rounds_up(width, height, shrink):
+    data = encoded(picture(width, height), "JPEG")
+    assert decode_rgb(data, shrink).shape == (3, math.ceil(height / shrink), math.ceil(width / shrink))
+    flat = encoded(Image.new("RGB", (width, height), (200, 100, 50)), "JPEG", quality=100)
+    assert (decode_rgb(flat, shrink).int() - torch.tensor([200, 100, 50]).view(3, 1, 1)).abs().max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "CMYK JPEG"])
+def test_what_cannot_be_shrunk_comes_whole(kind):
+    data = encoded(picture(64, 48, "CMYK"), "JPEG") if "CMYK" in kind else encoded(picture(64, 48), kind)
+    assert torch.equal(decode_rgb(data, 4), by_pillow(data))
+
+
+def readers(data):
+    """Every way that training has of reading a picture, at full and at reduced resolution."""
+    yield from (partial(decode_rgb, data, shrink) for shrink in (1, 2, 4))
+    yield from (partial(Augmentation().decode, data, R, np.random.default_rng(0)) for R in (5, 20, 40))
+
+
+@pytest.mark.parametrize("kind, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})])
+@pytest.mark.parametrize("kept", [0.02, 0.1, 0.5, 0.9, 0.99])
+def test_training_refuses_a_truncated_image(kind, options, kept):
+    data = encoded(picture(90, 70), kind, **options)
+    for read in readers(data[: int(kept * len(data))]):
+        with pytest.raises(ValueError, match="the sample is "):
+            read()
+
+
+BOMBS = [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB"), ("GIF", "P")]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind, mode", BOMBS)
+def test_training_refuses_an_image_of_more_than_twice_pillows_limit(kind, mode, monkeypatch):
+    data = encoded(picture(90, 70, mode), kind)
+    for limit, is_refused in [(3149, True), (3150, False), (None, False)]:  # 90 * 70 = 2 * 3150
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for read in readers(data):
+            if is_refused:
+                with pytest.raises(ValueError, match=r"the sample is an unreadable image: .*decompression bomb"):
+                    read()
+            else:
+                read()
+
+
+def test_a_bomb_is_refused_by_its_header_before_memory_is_asked_for():
+    data = bytearray(encoded(picture(90, 70), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff\xdc" * 2  # height and width: 65,500, which would unpack to 13 GB
+    for read in readers(bytes(data)):
+        with pytest.raises(ValueError, match="65500 x 65500 pixels, which could be a decompression bomb"):
+            read()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("seeds", [range(200), pytest.param(range(200, 5000), marks=pytest.mark.long)], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_of_damaged_images_training_reads_those_that_pillow_reads(kind, seeds):
+    whole, wrong = encoded(picture(20, 15), kind), []
+    for seed in seeds:
+        data = damaged(whole, seed)
+        expected = by_pillow(data)
+        try:
+            found = decode_rgb(data)
+        except ValueError:
+            found = None
+        if found is None or expected is None:
+            is_right = found is expected
+        else:
+            is_right = found.shape == expected.shape and (found.int() - expected.int()).abs().max() <= 2
+        if not is_right:
+            wrong.append((seed, found))
+    assert not wrong, f"{len(wrong)} of {len(seeds)}, the first: {wrong[:5]}"
 
 
 def test_both_decoders_leave_a_camera_rotation_alone_as_openai_does():
@@ -328,6 +455,108 @@ def test_an_augmented_image_is_the_crop_resized():
     crop = image[:, top : top + h, left : left + w]
     expected = functional.resize(crop, [16, 16], interpolation=InterpolationMode.BICUBIC, antialias=True)
     assert torch.equal(augmentation(image, 16, np.random.default_rng(4)), expected)
+
+
+@pytest.mark.parametrize("width, height", [(61, 40), (200, 150), (18, 15)])
+def test_an_augmented_image_is_what_pillow_cuts_and_resizes_but_for_rounding(width, height):
+    image, augmentation = picture(width, height), Augmentation(scale=(0.2, 1))
+    for seed in range(10):
+        top, left, h, w = augmentation.crop_box(height, width, np.random.default_rng(seed))
+        expected = image.crop((left, top, left + w, top + h)).resize((16, 16), Image.Resampling.BICUBIC)
+        found = augmentation(decode_rgb(encoded(image, "PNG")), 16, np.random.default_rng(seed))
+        assert (found.permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
+
+
+def photograph(width, height, seed):
+    """The spectrum of a photograph, which falls like 1 / f, and its pale colours."""
+    drawn = np.random.default_rng(seed)
+    f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)).clip(1 / max(width, height))
+
+    def field():
+        noise = np.fft.irfft2(np.fft.rfft2(drawn.standard_normal((height, width))) / f**1.4, (height, width))
+        return noise / noise.std()
+
+    light, red, blue = 118 + 50 * field(), 16 * field(), 16 * field()
+    return Image.fromarray(
+        np.stack([light + red, light - (red + blue) / 3, light + blue], -1).clip(0, 255).astype("u1")
+    )
+
+
+WHOLE = [*BOMBS[2:], ("small JPEG", "RGB"), ("small JPEG", "L"), ("damaged JPEG", "RGB")]
+CROPS = [Augmentation(), Augmentation(flip=0.5), Augmentation(scale=(0.3, 1)), Augmentation(scale=(0.05, 0.2))]
+
+
+def both_ways(augmentation, data, image_size, seed):
+    """The picture augmented from its bytes and from all of its pixels, and the next random number after each."""
+    for work, source in ((augmentation.decode, data), (augmentation, decode_rgb(data))):
+        drawn = np.random.default_rng(seed)
+        yield work(source, image_size, drawn), drawn.random()
+
+
+@pytest.mark.parametrize("augmentation", CROPS, ids=str)
+@pytest.mark.parametrize("kind, mode", WHOLE)
+def test_what_is_decoded_whole_is_augmented_as_its_pixels_are(kind, mode, augmentation):
+    """The same pixels and the same use of random numbers, for small JPEGs and for all that cannot be shrunk."""
+    data = encoded(
+        picture(90, 70, mode), kind.split()[-1], **({"restart_marker_blocks": 3} if "damaged" in kind else {})
+    )
+    if "damaged" in kind:
+        data = data.replace(b"\xff\xd0", bytes(5) + b"\xff\xd0", 1)
+        assert jpeg_size(data) == (70, 90)
+        with pytest.raises(ValueError, match="extraneous bytes"):
+            simplejpeg.decode_jpeg(data)
+    for seed in range(8):
+        (found, after), (expected, expected_after) = both_ways(augmentation, data, 40 if "small" in kind else 7, seed)
+        assert torch.equal(found, expected)
+        assert after == expected_after
+
+
+@pytest.mark.parametrize("side, shrink", [(63, 1), (64, 2), (127, 2), (128, 4), (300, 4)])
+def test_a_jpeg_is_shrunk_as_far_as_the_crop_keeps_the_models_pixels(side, shrink):
+    data = encoded(photograph(side, side, 0), "JPEG")
+    found = Augmentation(scale=(1, 1), ratio=(1, 1)).decode(data, 32, np.random.default_rng(0))
+    whole = decode_rgb(data, shrink)[None]
+    expected = functional.resize(whole, [32, 32], interpolation=InterpolationMode.BICUBIC, antialias=True)[0]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "width, height, image_size, shrink, mean, most",
+    [(512, 512, 224, 2, 1.5, 16), (513, 511, 160, 2, 1.0, 12), (512, 512, 112, 4, 2.0, 18), (401, 467, 56, 4, 1.0, 10)],
+)
+def test_a_shrunk_jpeg_differs_by_little_from_the_whole_one_resized(width, height, image_size, shrink, mean, most):
+    """In levels of 255: on the average of a picture at most `mean`, at any pixel at most `most`.
+
+    Against the crop whose edges are the nearest to those drawn on the grid of 2 or 4 pixels.
+    """
+    augmentation = Augmentation()
+    for seed in range(6):
+        data = encoded(photograph(width, height, seed), "JPEG", quality=90)
+        (found, after), (_, expected_after) = both_ways(augmentation, data, image_size, seed)
+        assert after == expected_after
+        top, left, h, w = augmentation.crop_box(height, width, np.random.default_rng(seed))
+        assert shrink * image_size <= min(h, w)
+        edges = [(edge + shrink // 2) // shrink * shrink for edge in (top, left, top + h, left + w)]
+        top, left, bottom, right = edges
+        expected = functional.resized_crop(
+            torch.nn.functional.pad(decode_rgb(data)[None].float(), (0, shrink, 0, shrink), mode="replicate")[0].byte(),
+            top, left, bottom - top, right - left,
+            [image_size, image_size], interpolation=InterpolationMode.BICUBIC, antialias=True,
+        )  # fmt: skip
+        difference = (found.int() - expected.int()).abs().float()
+        assert difference.mean() <= mean
+        assert difference.max() <= most
+
+
+@pytest.mark.parametrize("image_size", [1, 2, 3, 7, 15])
+@pytest.mark.parametrize("H, W", ASPECTS)
+def test_a_jpeg_of_any_shape_gives_a_square(H, W, image_size):
+    data = encoded(Image.new("RGB", (W, H), (77, 77, 77)), "JPEG")
+    for augmentation in SETTINGS:
+        for seed in range(20):
+            result = augmentation.decode(data, image_size, np.random.default_rng(seed))
+            assert (result.dtype, result.shape) == (torch.uint8, (3, image_size, image_size))
+            assert result.eq(77).all()
 
 
 def test_augmentation_leaves_the_image_alone():
