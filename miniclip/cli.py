@@ -30,12 +30,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     verbs.add_parser("shards", help="a folder or table of images and texts -> shards", add_help=False)
+    verbs.add_parser("check", help="what training on some pairs would meet, before it starts", add_help=False)
     verbs.add_parser("train", help="train a CLIP on shards", add_help=False)
     verbs.add_parser("eval", help="zero-shot scores of a model on labelled images, and a report", add_help=False)
     verbs.add_parser("convert", help="a checkpoint -> another library's layout, verified", add_help=False)
     verbs.add_parser("info", help="what a checkpoint is: format, architecture, sizes, cost", add_help=False)
     verb = parser.parse_known_args(argv[:1])[0].verb
-    {"shards": shards, "train": train, "eval": evaluate, "convert": convert, "info": info}[verb](argv[1:])
+    {"shards": shards, "check": check, "train": train, "eval": evaluate, "convert": convert, "info": info}[verb](
+        argv[1:]
+    )
 
 
 def train(argv: list[str]) -> None:
@@ -51,38 +54,229 @@ def shards(argv: list[str]) -> None:
         prog="miniclip shards",
         formatter_class=_Help,
         description="Packs image-text pairs into shards, which training reads.\n\n"
-        "SRC is a folder with a .txt beside each image (one caption a line; sub-folders are fine), or a .csv or\n"
-        ".tsv table with a column of image paths, relative to the table, and a column of captions.",
-        epilog="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which says what was left out and why.",
+        "SRC is one of\n"
+        "  a folder           images, each with a .txt of the same name beside it, one caption a line\n"
+        "  a table            .csv, .tsv, .jsonl or .parquet with a column of image paths and one of captions\n"
+        "  captions of COCO's captions_train2017.json and the like; --images names the folder of the images\n"
+        "  a data set         of Hugging Face's datasets: its folder, or hf-hub:owner/name\n"
+        "  shards             to shard them anew: resize, filter, hold out",
+        epilog="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which says what was left out and why.\n"
+        "Until all is done it is called OUT.partial; after a break the same command goes on where it was.\n\n"
+        "examples:\n"
+        "  miniclip shards photos shards --resize 256 --val-fraction 0.01\n"
+        "  miniclip shards pairs.csv shards --caption-column title --images /data/photos\n"
+        "  miniclip shards 'laion/{00000..00099}.tar' --index-only",
     )
-    parser.add_argument("source", metavar="SRC", help="folder, .csv or .tsv")
-    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="pairs in one tar")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images to this short side")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images, 1 to 95")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("source", metavar="SRC", help="what to pack")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
+    read = parser.add_argument_group("reading")
+    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
+    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
+    read.add_argument(
+        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
+    )
+    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+    write = parser.add_argument_group("writing")
+    write.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images to this short side")
+    write.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images, 1 to 95")
+    write.add_argument("--min-side", type=int, metavar="PIXELS", help="reject images with a shorter side")
+    write.add_argument("--max-aspect", type=float, metavar="RATIO", help="reject images longer than this to 1")
+    write.add_argument("--val-fraction", type=float, default=0.0, metavar="SHARE", help="hold out, into OUT/val")
+    write.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="pairs in one tar")
+    write.add_argument("--max-shard-size", type=_size, default="1GB", metavar="SIZE", help="as 500MB or 1GB")
+    write.add_argument("--part", type=_part, default="1/1", metavar="I/N", help="for job arrays: every N-th shard")
+    write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
+    write.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    write.add_argument("--index-only", action="store_true", help="SRC holds tars already; write the index they lack")
     options = parser.parse_args(argv)
     with user_errors():
-        from .shards import REJECTED_FILE, pack, read_pairs
+        if options.index_only:
+            _index(options)
+        elif options.out is None:
+            raise ValueError("OUT is missing: the folder to write")
+        else:
+            _pack(options)
 
-        pairs = read_pairs(options.source)
-        with _progress("packing", len(pairs)) as progress:
-            packed = pack(
-                pairs,
-                options.out,
-                source=options.source,
-                samples_per_shard=options.samples_per_shard,
-                resize=options.resize,
-                quality=options.quality,
-                workers=options.workers,
-                overwrite=options.overwrite,
-                progress=progress,
-            )
-        print(
-            f"{options.out}: {packed.kept} pairs in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB; "
-            f"{packed.rejected} rejected" + (f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected else "")
+
+def _index(options: argparse.Namespace) -> None:
+    from .shards import index_shards, tar_locations
+
+    with _progress("indexing", len(tar_locations(options.source))) as progress:
+        done = index_shards(options.source, options.out, options.overwrite, progress)
+    print(
+        f"{options.out or options.source}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB"
+    )
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from .shards import INDEX_FILE, REJECTED_FILE, Packing, pack, shard_pairs
+    from .sources import read_pairs
+    from .storage import is_url
+
+    folder = Path(options.source)
+    is_shards = options.source.endswith(".tar") or is_url(options.source) or any((folder / "train").glob(INDEX_FILE))
+    if is_shards or (folder / INDEX_FILE).is_file() or any(folder.glob("*.tar")):
+        pairs = shard_pairs(options.source)
+    else:
+        pairs = read_pairs(
+            options.source,
+            images=options.images,
+            image_column=options.image_column,
+            caption_columns=options.caption_column,
+            split=options.split,
         )
+    print(f"{options.source}: {pairs.found}", file=sys.stderr)
+    packing = Packing(
+        samples_per_shard=options.samples_per_shard,
+        max_shard_bytes=options.max_shard_size,
+        resize=options.resize,
+        quality=options.quality,
+        min_side=options.min_side,
+        max_aspect=options.max_aspect,
+        val_fraction=options.val_fraction,
+    )
+    with _progress("packing", -(-len(pairs) // max(1, options.part[1]))) as progress:
+        packed = pack(
+            pairs,
+            options.out,
+            source=options.source,
+            packing=packing,
+            part=options.part,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    if packed.missing:
+        print(
+            f"part {options.part[0]} of {options.part[1]} is done; {options.out} comes when {packed.missing} more are"
+        )
+        return
+    held_out = f" and {packed.held_out} held out" if packed.held_out else ""
+    print(
+        f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB; "
+        f"{packed.rejected} rejected" + (f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected else "")
+    )
+
+
+def _size(text: str) -> int:
+    """Bytes from 500MB, 1GB or a plain number."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    unit = text[-2:].upper()
+    try:
+        return int(float(text[:-2]) * units[unit]) if unit in units else int(text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 1GB") from error
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/8 for the first of eight")
+    return int(number), int(count)
+
+
+def check(argv: list[str]) -> None:
+    """`miniclip check DATA`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip check",
+        formatter_class=_Help,
+        description="Looks at a random sample of image-text pairs and tells what training on them would meet: what\n"
+        "can't be read, sizes of images, lengths of captions, captions and images that occur twice and what that\n"
+        "does to the loss, and how many images/s a worker can feed.\n\n"
+        "DATA is shards (a folder, a pattern as 'data/{00000..00009}.tar', a URL), or anything that `miniclip shards`\n"
+        "packs: a folder, a table, captions of COCO's, a data set of Hugging Face's.",
+        epilog="Nothing is written but the page of --out. The exit status is 1 if no sample can be used.\n\n"
+        "examples:\n"
+        "  miniclip check photos --out check.html\n"
+        "  miniclip check shards --all --batch-size 1024 --needed 900\n"
+        "  miniclip check shards --speed --workers 4",
+    )
+    parser.add_argument("data", metavar="DATA", help="shards, or what can be packed into them")
+    parser.add_argument("--out", metavar="HTML", help="a page of all that is found, with some samples to look at")
+    parser.add_argument("--overwrite", action="store_true", help="replace that page")
+    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="how many to look at")
+    parser.add_argument("--all", action="store_true", help="look at every pair")
+    parser.add_argument("--seed", type=int, default=0, help="decides which are looked at")
+    plan = parser.add_argument_group("the training that is planned")
+    plan.add_argument("--batch-size", type=int, default=256, metavar="B", help="pairs contrasted with each other")
+    plan.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of the model's input")
+    plan.add_argument("--context-length", type=int, default=77, metavar="TOKENS", help="most tokens of a text")
+    plan.add_argument("--needed", type=float, metavar="IMAGES_PER_S", help="what the model consumes; tells the workers")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--speed", action="store_true", help="time the input pipeline by itself, stage by stage (shards)"
+    )
+    speed.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that look; processes for --speed"
+    )
+    read = parser.add_argument_group("reading what is not packed yet")
+    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
+    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
+    read.add_argument(
+        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
+    )
+    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+    options = parser.parse_args(argv)
+    with user_errors():
+        if options.out and Path(options.out).exists() and not options.overwrite:
+            raise ValueError(f"{options.out} exists already; pass --overwrite to replace it, or name another --out")
+        _check(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .check import advice, examine, is_shards, tables, time_pipeline, write_html
+    from .shards import Shards, shard_pairs
+    from .sources import read_pairs
+
+    packed = is_shards(options.data)
+    if options.speed and not packed:
+        raise ValueError(f"--speed times how shards are read, and {options.data} is not packed yet (`miniclip shards`)")
+    if packed:
+        pairs = shard_pairs(options.data)
+    else:
+        pairs = read_pairs(
+            options.data,
+            images=options.images,
+            image_column=options.image_column,
+            caption_columns=options.caption_column,
+            split=options.split,
+        )
+    print(f"{options.data}: {pairs.found}", file=sys.stderr)
+    samples = None if options.all else options.samples
+    with _progress("looking", min(len(pairs), samples or len(pairs))) as progress:
+        findings = examine(
+            pairs,
+            source=options.data,
+            samples=samples,
+            image_size=options.image_size,
+            context_length=options.context_length,
+            batch_size=options.batch_size,
+            needed=options.needed,
+            seed=options.seed,
+            workers=options.workers,
+            progress=progress,
+        )
+    pipeline = None
+    if options.speed:
+        pipeline = time_pipeline(
+            Shards(options.data),
+            image_size=options.image_size,
+            context_length=options.context_length,
+            workers=options.workers,
+            seed=options.seed,
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in tables(findings, pipeline):
+        console.print(table)
+    for sentence in advice(findings):
+        print(f"- {sentence}.")
+    if options.out:
+        write_html(options.out, findings, pipeline)
+        print(f"page: {options.out}")
+    if not findings.num_usable:
+        raise SystemExit(1)
 
 
 def evaluate(argv: list[str]) -> None:

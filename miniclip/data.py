@@ -9,12 +9,18 @@ B batch, L text tokens, R side of an image in pixels.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,9 +30,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Preprocessing
-from .shards import Shards
+from .shards import Shards, pack_into_cache, packed_location
+from .sources import texts_in
+from .storage import Cache
 from .tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
-from .transforms import Augmentation, Preprocess, decode_rgb, open_image
+from .transforms import Augmentation, Preprocess, open_image
 
 
 class Batch(NamedTuple):
@@ -100,6 +108,54 @@ class SampleOrder:
         return out
 
 
+class Mixture:
+    """An endless sequence like `SampleOrder`'s, of several sources in given proportions.
+
+    Each source goes through its own passes, so that one of small weight is seen whole before anything in it is seen
+    again. Every so many places hold the sources in their proportions, to one sample, in random order.
+
+    Args:
+        orders: of each source; their samples are numbered one source after the other.
+        weights: positive numbers, in any unit.
+    """
+
+    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float], seed: int, period: int = 4096) -> None:
+        if len(weights) != len(orders) or not all(weight > 0 and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights are {list(weights)}; {len(orders)} sources need as many numbers above 0")
+        self.orders, self.seed, self.period = list(orders), seed, period
+        self.shares = np.array(weights, dtype=np.float64) / sum(weights)
+        counts = [order.num_samples for order in orders]
+        self.starts = np.cumsum(counts) - counts
+        self.num_samples = sum(counts)
+
+    def _taken_before(self, period: int) -> np.ndarray:
+        """How many samples of each source come before a period; the largest takes what rounding leaves."""
+        taken = np.floor(period * self.period * self.shares).astype(np.int64)
+        largest = int(self.shares.argmax())
+        taken[largest] = period * self.period - (taken.sum() - taken[largest])
+        return taken
+
+    def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Places `start` to `stop` of the sequence, as (pass through its source, sample)."""
+        out: list[tuple[int, int]] = []
+        while start < stop:
+            period, first = divmod(start, self.period)
+            last = min(self.period, first + stop - start)
+            before, after = self._taken_before(period), self._taken_before(period + 1)
+            sources = np.repeat(np.arange(len(self.orders)), after - before)
+            np.random.default_rng([self.seed, period, 0, 1]).shuffle(sources)
+            places: list[tuple[int, int]] = [(0, 0)] * (last - first)
+            for source, order in enumerate(self.orders):
+                is_here = sources == source
+                skipped = int(before[source] + is_here[:first].sum())
+                here = np.flatnonzero(is_here[first:last])
+                for place, (epoch, sample) in zip(here, order.slice(skipped, skipped + len(here)), strict=True):
+                    places[place] = (epoch, sample + int(self.starts[source]))
+            out += places
+            start += last - first
+        return out
+
+
 class BatchSampler(Sampler[list[tuple[int, int]]]):
     """This rank's share of each global batch, from wherever training stands to the end of the Lightning epoch.
 
@@ -112,7 +168,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, order: SampleOrder, batch_size: int, step: Callable[[], int], rank: int = 0, world_size: int = 1
+        self, order: SampleOrder | Mixture, batch_size: int, step: Callable[[], int], rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size > order.num_samples:
             raise ValueError(
@@ -121,6 +177,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}, which {world_size} ranks can't share evenly")
         self.order, self.batch_size, self.step, self.rank, self.world_size = order, batch_size, step, rank, world_size
+        self.pending: deque[list[tuple[int, int]]] = deque()  # batches asked for that have not come yet
 
     def __len__(self) -> int:
         return self.order.num_samples // self.batch_size
@@ -128,9 +185,67 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // self.world_size
         first = self.step()
+        self.pending.clear()
         for n in range(first, (first // len(self) + 1) * len(self)):
             start = n * self.batch_size + self.rank * share
-            yield self.order.slice(start, start + share)
+            self.pending.append(self.order.slice(start, start + share))
+            yield self.pending[-1]
+
+
+@dataclass(frozen=True)
+class CaptionChoice:
+    """Which text of a sample goes with its image.
+
+    Args:
+        order: "random", or "first" for the first there is.
+        fields: where texts are taken from: "txt", or fields of the sample's `.json`, each with a weight. With "random"
+            one of those that are there is drawn by weight, then one of its lines. By default "txt" alone.
+        line_weights: of the first, second, … line of a text; the last holds for all further lines. By default equal.
+    """
+
+    order: Literal["random", "first"] = "random"
+    fields: dict[str, float] | None = None
+    line_weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in ("random", "first"):
+            raise ValueError(f"CaptionChoice.order is {self.order!r}; valid are random, first")
+        for name in ("fields", "line_weights"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            weights = list(value.values()) if isinstance(value, dict) else list(value)
+            if not weights or not all(weight >= 0 and math.isfinite(weight) for weight in weights) or not sum(weights):
+                raise ValueError(f"CaptionChoice.{name} is {value}; it needs weights from 0 on, not all of them 0")
+
+    def choose(self, lines: Sequence[str], info: Callable[[], dict[str, Any]], random: np.random.Generator) -> str:
+        """One caption.
+
+        Args:
+            lines: of the sample's `.txt`.
+            info: gives the sample's `.json`; called only if a field of it is wanted.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.fields:
+            facts = {} if set(self.fields) == {"txt"} else info()
+            texts = {name: lines if name == "txt" else texts_in(facts.get(name)) for name in self.fields}
+            there = [name for name, found in texts.items() if found]
+            if not there:
+                raise ValueError(f"it has no caption: nothing in {', '.join(self.fields)}")
+            lines = texts[there[self._draw([self.fields[name] for name in there], random)]]
+        if not lines:
+            raise ValueError("it has no caption")
+        weights = self.line_weights
+        if weights is None:
+            return lines[int(random.integers(len(lines))) if self.order == "random" else 0]
+        return lines[self._draw((weights + weights[-1:] * len(lines))[: len(lines)], random)]
+
+    def _draw(self, weights: Sequence[float], random: np.random.Generator) -> int:
+        if self.order == "first" or not sum(weights):
+            return 0
+        return int(random.choice(len(weights), p=np.array(weights) / sum(weights)))
 
 
 class PairDataset(Dataset[_Sample]):
@@ -138,7 +253,7 @@ class PairDataset(Dataset[_Sample]):
 
     Args:
         augmentation: None for the exact preprocessing of inference.
-        captions: which caption of several, "random" or "first".
+        captions: how a caption is chosen.
     """
 
     def __init__(
@@ -147,7 +262,7 @@ class PairDataset(Dataset[_Sample]):
         image_size: int,
         context_length: int,
         augmentation: Augmentation | None,
-        captions: Literal["random", "first"],
+        captions: CaptionChoice,
         seed: int,
         preprocess: Preprocessing = "openai",
     ) -> None:
@@ -166,13 +281,13 @@ class PairDataset(Dataset[_Sample]):
         key = f"sample {number}"
         try:
             record = self.shards[number]
-            shard = self.shards.entries[self.shards.locate(number)[0]].file
+            shard = self.shards.entries[self.shards.locate(number)[0]].name
             key = f"{shard}:{record.key}"
-            if not record.captions:
-                raise ValueError("it has no caption")
-            caption = record.captions[int(random.integers(len(record.captions))) if self.captions == "random" else 0]
+            if not record.image:
+                raise ValueError("it has no image")
+            caption = self.captions.choose(record.captions, lambda: self.shards.info(number), random)
             if self.augmentation:
-                image = self.augmentation(decode_rgb(record.image), self.image_size, random)
+                image = self.augmentation.decode(record.image, self.image_size, random)
             else:
                 image = self.preprocess.crop(open_image(record.image, key))
         except (ValueError, RuntimeError, OSError) as error:
@@ -191,14 +306,17 @@ class PairDataset(Dataset[_Sample]):
 
 def collate(samples: list[_Sample]) -> Batch:
     """Texts are padded to the longest of the batch and no further: the tower's work grows with the columns."""
-    tokens = torch.zeros(len(samples), max(len(sample.ids) for sample in samples), dtype=torch.long)
+    tokens = np.zeros((len(samples), max(len(sample.ids) for sample in samples)), dtype=np.int64)
     for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample.ids)] = torch.tensor(sample.ids)
+        row[: len(sample.ids)] = sample.ids
+    # Images lie pixel by pixel; NumPy brings them into planes in half of torch.stack's time.
+    images = np.empty((len(samples), *samples[0].image.shape), dtype=np.uint8)
+    np.stack([sample.image.numpy() for sample in samples], out=images)
     problems = [f"{sample.key}: {sample.problem}" for sample in samples if sample.problem]
     mask = torch.tensor([sample.problem is None for sample in samples]) if problems else None
     return Batch(
-        torch.stack([sample.image for sample in samples]),
-        tokens,
+        torch.from_numpy(images),
+        torch.from_numpy(tokens),
         mask,
         [sample.key for sample in samples],
         problems,
@@ -207,22 +325,47 @@ def collate(samples: list[_Sample]) -> Batch:
 
 
 class TrainLoader(DataLoader[_Sample]):
-    """A loader that measures how long training waits for it.
+    """A loader that measures how long training waits for it, and says what for if that is long.
 
     It also tells Lightning that it can be resumed: its position is the trainer's step, which the sampler asks for.
     """
 
     waited_s = 0.0
+    silence_s = 60.0  # without a batch, after which the shards that are waited for are named
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
         while True:
             begin = time.perf_counter()
-            batch = next(batches, None)
+            with self._watched():
+                batch = next(batches, None)
             self.waited_s += time.perf_counter() - begin
             if batch is None:
                 return
+            self._pending().popleft()
             yield batch
+
+    def _pending(self) -> deque[list[tuple[int, int]]]:
+        assert isinstance(self.batch_sampler, BatchSampler)
+        return self.batch_sampler.pending
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        timer = threading.Timer(self.silence_s, self._name_the_silent, [self.silence_s])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _name_the_silent(self, seconds: float) -> None:
+        assert isinstance(self.dataset, PairDataset)
+        shards = self.dataset.shards
+        first = list(self._pending())[:1]
+        names = {shards.entries[shards.locate(sample)[0]].location for batch in first for _, sample in batch}
+        what = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        print(f"No batch has come for {seconds:.0f} s. The next one needs {what or 'no shard'}.", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -245,35 +388,48 @@ class PairDataModule(pl.LightningDataModule):
     """Image-text pairs for Lightning's trainer.
 
     Args:
-        train: folder of shards (`miniclip shards SRC OUT` makes one).
-        val: folder of shards that is never trained on, or none.
+        train: shards: a folder (`miniclip shards SRC OUT` makes one), here or at a URL, or a pattern of tars in one; or
+            a list of them. A folder of images and texts, or a table, is packed into the cache first.
+        val: the same, never trained on; or none.
+        weights: of the sources in `train`, which are then mixed in these proportions; by default each sample of each
+            source comes once an epoch.
         batch_size: pairs that are contrasted with each other, over all ranks.
         num_workers: processes that decode, on each rank.
         augmentation: what is done to training images.
-        captions: which caption of several is taken in training: a random one, or the first.
+        captions: which text of several is taken in training; validation takes the first.
         image_size: side of the model's input, pixels; set from the model.
         context_length: most tokens of a text; longer ones are cut and counted; set from the model.
         preprocess: how held-out images are made square; set from the model.
         seed: of order, augmentation and captions; set from `seed_everything`.
+        cache_gb: the most that remote shards may take on this machine's disk, 10^9 bytes.
     """
 
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        weights: list[float] | None = None,
         batch_size: int = 256,
         num_workers: int = 2,
         augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        captions: Literal["random", "first"] = "random",
+        captions: CaptionChoice = CaptionChoice(),
         image_size: int = 224,
         context_length: int = 77,
         preprocess: Preprocessing = "openai",
         seed: int = 0,
+        cache_gb: float = 50.0,
     ) -> None:
         super().__init__()
         if batch_size < 2:
             raise ValueError(f"data.batch_size is {batch_size}; a pair needs at least one other to be told from")
-        self.train, self.val, self.batch_size, self.num_workers = train, val, batch_size, num_workers
+        self.train = [train] if isinstance(train, str) else list(train)
+        self.val = [val] if isinstance(val, str) else list(val or [])
+        if not self.train:
+            raise ValueError("data.train is empty; it needs shards to train on")
+        if weights is not None and len(weights) != len(self.train):
+            raise ValueError(f"data.weights has {len(weights)} numbers and data.train {len(self.train)} sources")
+        self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
+        self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         self.image_size, self.context_length = image_size, context_length
         self.preprocess = preprocess
@@ -281,17 +437,45 @@ class PairDataModule(pl.LightningDataModule):
         self.val_shards: Shards | None = None
         self._resumed_step = 0
 
+    def prepare_data(self) -> None:
+        """Called once on each machine, before `setup` everywhere."""
+        for source in (*self.train, *self.val):
+            pack_into_cache(source)
+
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_shards is None:
-            self.train_shards = Shards(Path(self.train))
-        if self.val is not None and self.val_shards is None:
-            self.val_shards = Shards(Path(self.val))
+            self.train_shards = Shards([packed_location(source) for source in self.train], self.cache)
+        if self.val and self.val_shards is None:
+            self.val_shards = Shards([packed_location(source) for source in self.val], self.cache)
+
+    def order(self) -> SampleOrder | Mixture:
+        """The sequence that training goes through."""
+        assert self.train_shards is not None
+        counts, sizes = self.train_shards.counts, self.train_shards.num_shards
+        if self.weights is None:
+            return SampleOrder(counts, self.seed)
+        parts = np.split(counts, np.cumsum(sizes)[:-1])
+        return Mixture([SampleOrder(part, self.seed + n) for n, part in enumerate(parts)], self.weights, self.seed)
+
+    def describe(self) -> str:
+        """What an epoch is, for the log."""
+        assert self.train_shards is not None
+        order = self.order()
+        epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
+        if isinstance(order, SampleOrder):
+            return f"{epoch}: each once"
+        parts = [
+            f"{source} {share:.1%} ({share * order.num_samples / part.num_samples:.2f} times each of its "
+            f"{part.num_samples:,})"
+            for source, share, part in zip(self.train, order.shares, order.orders, strict=True)
+        ]
+        return f"{epoch}: {', '.join(parts)}"
 
     def train_dataloader(self) -> DataLoader[_Sample]:
         assert self.trainer is not None
         assert self.train_shards is not None
         trainer = self.trainer
-        order = SampleOrder(self.train_shards.counts, self.seed)
+        order = self.order()
 
         def step() -> int:
             # Lightning may ask for the first batches before it has restored its own count.
@@ -308,11 +492,10 @@ class PairDataModule(pl.LightningDataModule):
         numbers = range(len(self.val_shards))
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in numbers[i : i + step]] for i in numbers[::step]]
-        return DataLoader(self._dataset(self.val_shards, None, "first"), batch_sampler=batches, **self._options())
+        first = replace(self.captions, order="first")
+        return DataLoader(self._dataset(self.val_shards, None, first), batch_sampler=batches, **self._options())
 
-    def _dataset(
-        self, shards: Shards, augmentation: Augmentation | None, captions: Literal["random", "first"]
-    ) -> PairDataset:
+    def _dataset(self, shards: Shards, augmentation: Augmentation | None, captions: CaptionChoice) -> PairDataset:
         return PairDataset(
             shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess
         )
@@ -330,19 +513,26 @@ class PairDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         return {**self._sequence(), "step": self.trainer.global_step}
 
-    def _sequence(self) -> dict[str, int]:
+    def _sequence(self) -> dict[str, Any]:
         """What the sequence of batches depends on."""
         assert self.train_shards is not None
-        return {"seed": self.seed, "batch_size": self.batch_size, "samples": len(self.train_shards)}
+        counts = hashlib.sha256(self.train_shards.counts.tobytes()).hexdigest()[:16]  # the order depends on them
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "samples": len(self.train_shards),
+            "weights": self.weights,
+            "shards": counts,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint whose step would be another place in another sequence of batches."""
         if self.train_shards is None:
             return
         for name, value in self._sequence().items():
-            if state_dict[name] != value:
+            if state_dict.get(name) != value:
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict[name]}, this run has {value}; go on with the "
-                    "same, or begin a run in another folder"
+                    f"the checkpoint was trained with {name} {state_dict.get(name)}, this run has {value}; go on with "
+                    "the same, or begin a run in another folder"
                 )
         self._resumed_step = state_dict["step"]

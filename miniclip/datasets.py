@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from .prompts import TEMPLATE_SETS, imagenet_classnames, read_lines, template_set
-from .shards import IMAGE_COLUMNS, find_column, image_files, read_table
+from .sources import IMAGE_COLUMNS, find_column, image_files, read_table
 from .transforms import open_image
 
 LABEL_COLUMNS = ("label", "class", "target", "classname", "category")

@@ -1,7 +1,12 @@
-"""What several tests need: a tiny random CLIP, pictures of noise, and shards of them."""
+"""What several tests need: a tiny random CLIP, pictures of noise, shards of them, and a server of files."""
 
 from __future__ import annotations
 
+import csv
+import functools
+import http.server
+import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,8 @@ from PIL import Image
 
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
-from miniclip.shards import Packed, pack, read_pairs
+from miniclip.shards import Packed, Packing, pack
+from miniclip.sources import read_pairs
 
 
 def tiny_config(**changes: Any) -> CLIPConfig:
@@ -51,4 +57,66 @@ def write_pairs(folder: Path, count: int, captions: int = 1, size: tuple[int, in
 
 
 def pack_folder(source: Path, out: Path, **options: Any) -> Packed:
-    return pack(read_pairs(source), out, source=str(source), **options)
+    """With any argument of `pack` and any field of its `Packing`."""
+    fields = {name: options.pop(name) for name in Packing.__dataclass_fields__ if name in options}
+    return pack(read_pairs(source), out, source=str(source), packing=Packing(**fields), **options)
+
+
+def table(path: Path, *lines: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding=encoding, newline="")
+    return path
+
+
+def members(tar: Path) -> dict[str, bytes]:
+    with tarfile.open(tar) as file:
+        return {member.name: file.extractfile(member).read() for member in file}
+
+
+def all_members(out: Path) -> dict[str, bytes]:
+    return {name: data for tar in sorted(out.glob("*.tar")) for name, data in members(tar).items()}
+
+
+def rejected_rows(out: Path) -> list[list[str]]:
+    """Key, source and reason of each."""
+    with open(out / "rejected.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["key", "source", "reason"]
+    return rows
+
+
+def rejections(out: Path) -> dict[str, str]:
+    return {source: reason for _, source, reason in rejected_rows(out)}
+
+
+def everything_below(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder with its content, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+class Served:
+    """A folder at a URL of this machine. Knows no ranges, as python -m http.server; `gets` has the paths asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        gets = self.gets = list[str]()
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                gets.append(self.path)
+                super().do_GET()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.http.daemon_threads = True
+        self.http.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self) -> Served:
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()

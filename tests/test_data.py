@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import shutil
+import threading
 import types
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from miniclip import tokenizer
-from miniclip.data import Batch, BatchSampler, PairDataModule, PairDataset, SampleOrder
-from miniclip.shards import Shards, pack, read_pairs
+from miniclip.data import Batch, BatchSampler, CaptionChoice, Mixture, PairDataModule, PairDataset, SampleOrder
+from miniclip.shards import Packing, Shards, pack
+from miniclip.sources import read_pairs
 from miniclip.tokenizer import END_OF_TEXT, START_OF_TEXT
 from miniclip.transforms import Augmentation, Preprocess
 
@@ -213,10 +217,11 @@ def caption(number: int, line: int) -> str:
     return " ".join(["red", "green", "blue", "round", "square"][: 1 + (number + line) % 5]) + f" {number} {line}"
 
 
-def module(folder: Path, step: int = 0, rank: int = 0, world_size: int = 1, **options) -> PairDataModule:
+def module(folder: Path | list[str], step: int = 0, rank: int = 0, world_size: int = 1, **options) -> PairDataModule:
     options = {"batch_size": 4, "num_workers": 0, "image_size": 16, "context_length": 16, **options}
-    out = PairDataModule(str(folder), **options)
+    out = PairDataModule(folder if isinstance(folder, list) else str(folder), **options)
     out.trainer = types.SimpleNamespace(global_step=step, global_rank=rank, world_size=world_size)
+    out.prepare_data()
     out.setup("fit")
     return out
 
@@ -273,7 +278,7 @@ def test_tokens_are_those_of_one_of_the_samples_captions(shelf):
 
 def test_over_many_epochs_every_caption_gets_its_turn_and_first_takes_the_first(shelf):
     def seen(captions: str) -> dict[int, Counter[str]]:
-        dataset = PairDataset(Shards(shelf), 16, 16, None, captions, 0)
+        dataset = PairDataset(Shards(shelf), 16, 16, None, CaptionChoice(captions), 0)
         return {
             number: Counter(tokenizer.decode(dataset[epoch, number].ids[1:-1]).strip() for epoch in range(90))
             for number in (2, 5)
@@ -315,14 +320,14 @@ def test_another_seed_gives_other_batches(shelf):
 
 
 def test_augmentation_differs_between_epochs_and_repeats_within_one(shelf):
-    dataset = PairDataset(Shards(shelf), 16, 16, Augmentation(scale=(0.3, 1.0)), "first", 0)
+    dataset = PairDataset(Shards(shelf), 16, 16, Augmentation(scale=(0.3, 1.0)), CaptionChoice("first"), 0)
     for number in range(5):
         assert torch.equal(dataset[0, number].image, dataset[0, number].image)
         assert not torch.equal(dataset[0, number].image, dataset[1, number].image)
 
 
 def test_a_dataset_travels_to_a_spawned_worker(shelf):
-    dataset = PairDataset(Shards(shelf), 16, 16, Augmentation(), "random", 0)
+    dataset = PairDataset(Shards(shelf), 16, 16, Augmentation(), CaptionChoice(), 0)
     sample = dataset[0, 3]
     twin = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(twin[0, 3].image, sample.image)
@@ -452,8 +457,10 @@ def test_training_without_a_crop_and_evaluation_see_the_same_picture(tmp_path, k
     write_kind(tmp_path / "src" / kind, *KINDS[kind])
     pack_folder(tmp_path / "src", tmp_path / "out")
     shards = Shards(tmp_path / "out")
-    training = PairDataset(shards, 16, 16, Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0)), "first", 0)[0, 0]
-    evaluation = PairDataset(shards, 16, 16, None, "first", 0)[0, 0]
+    training = PairDataset(shards, 16, 16, Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0)), CaptionChoice("first"), 0)[
+        0, 0
+    ]
+    evaluation = PairDataset(shards, 16, 16, None, CaptionChoice("first"), 0)[0, 0]
     assert (training.problem, evaluation.problem) == (None, None)
     assert float((training.image.float() - evaluation.image.float()).abs().mean()) < 2
 
@@ -519,11 +526,13 @@ def test_a_batch_larger_than_the_training_set_is_refused(shelf):
 
 def test_a_checkpoint_of_the_same_run_is_taken(shelf):
     state = module(shelf, seed=3).state_dict()
-    assert state == {"seed": 3, "batch_size": 4, "samples": 22, "step": 0}
+    shards = state.pop("shards")
+    assert state == {"seed": 3, "batch_size": 4, "samples": 22, "weights": None, "step": 0}
+    state["shards"] = shards
     module(shelf, seed=3).load_state_dict(state)
 
 
-@pytest.mark.parametrize("name, other", [("seed", 4), ("batch_size", 8), ("samples", 23)])
+@pytest.mark.parametrize("name, other", [("seed", 4), ("batch_size", 8), ("samples", 23), ("shards", "other")])
 def test_a_checkpoint_of_another_sequence_of_batches_is_refused_with_both_values(shelf, name, other):
     data = module(shelf)
     state = data.state_dict()
@@ -536,10 +545,209 @@ def test_a_checkpoint_of_another_sequence_of_batches_is_refused_with_both_values
 def test_rejected_pairs_leave_pictures_and_texts_together(tmp_path):
     source = write_pairs(tmp_path / "src", 5)
     (source / "0001.png").write_bytes(b"")
-    pack(read_pairs(source), tmp_path / "out", source="src", samples_per_shard=2)
+    pack(read_pairs(source), tmp_path / "out", source="src", packing=Packing(samples_per_shard=2))
     (batch,) = module(tmp_path / "out", val=str(tmp_path / "out")).val_dataloader()
     preprocess = Preprocess(16, (0, 0, 0), (1, 1, 1))
     assert len(batch.keys) == 4
     for number, image, row in zip((0, 2, 3, 4), batch.images, batch.tokens, strict=True):
         assert torch.equal(image, preprocess.crop(picture(number)))
         assert tokenizer.decode(row).startswith(f"<start_of_text>picture {number} ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures of several sources
+
+
+def mixture(counts: list[list[int]], weights: list[float], seed: int = 0, period: int = 64) -> Mixture:
+    orders = [SampleOrder(np.array(of_source), seed + n, block_samples=7) for n, of_source in enumerate(counts)]
+    return Mixture(orders, weights, seed, period)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_slices_of_a_mixture_cut_anywhere_are_parts_of_the_one_sequence(counts, seed, data):
+    weights = data.draw(st.lists(st.floats(0.01, 10), min_size=len(counts), max_size=len(counts)))
+    mixed = mixture(counts, weights, seed)
+    cuts = sorted(data.draw(st.lists(st.integers(0, 400), max_size=6)))
+    parts = [mixed.slice(a, b) for a, b in zip([0, *cuts], [*cuts, 400], strict=True)]
+    assert list(chain(*parts)) == mixture(counts, weights, seed).slice(0, 400)
+
+
+def test_a_mixture_holds_its_proportions_and_each_source_its_own_passes():
+    mixed = mixture([[30], [20, 20], [7]], [6, 3, 1], period=100)
+    places = mixed.slice(0, 1000)
+    source = np.searchsorted([30, 70], [sample for _, sample in places], side="right")
+    assert np.bincount(source).tolist() == [600, 300, 100]
+    for start in range(0, 1000, 100):
+        assert np.abs(np.bincount(source[start : start + 100], minlength=3) - [60, 30, 10]).max() <= 1
+    for number, (first, size) in enumerate([(0, 30), (30, 40), (70, 7)]):
+        own = [place for place, which in zip(places, source, strict=True) if which == number]
+        for epoch in range(len(own) // size):
+            seen = own[epoch * size : (epoch + 1) * size]
+            assert {e for e, _ in seen} == {epoch}
+            assert sorted(sample for _, sample in seen) == list(range(first, first + size))
+
+
+def test_a_mixture_is_shuffled_anew_in_each_period():
+    places = mixture([[1000], [1000]], [1, 1], period=50).slice(0, 100)
+    patterns = ["".join(str(int(sample >= 1000)) for _, sample in places[at : at + 50]) for at in (0, 50)]
+    assert patterns[0] != patterns[1]
+    assert "01" * 10 not in patterns[0]
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -2], [1, float("nan")], [1, float("inf")]])
+def test_weights_that_are_no_proportions_are_refused(weights):
+    with pytest.raises(ValueError, match=r"weights are .*; 2 sources need as many numbers above 0"):
+        mixture([[3], [3]], weights)
+
+
+def two_shelves(tmp_path, **options) -> PairDataModule:
+    for name, count in (("a", 6), ("b", 10)):
+        pack_folder(write_pairs(tmp_path / f"{name}-pairs", count), tmp_path / name, samples_per_shard=4)
+    return module([str(tmp_path / "a"), str(tmp_path / "b")], **options)
+
+
+def test_several_sources_without_weights_are_one_set_of_which_each_sample_comes_once(tmp_path):
+    data = two_shelves(tmp_path)
+    assert len(data.train_shards) == 16
+    assert sorted(sample for _, sample in data.order().slice(0, 16)) == list(range(16))
+    assert data.describe() == "an epoch is 16 samples in 4 steps: each once"
+
+
+def test_weights_mix_the_sources_and_the_log_says_how_often_each_sample_comes(tmp_path):
+    data = two_shelves(tmp_path, weights=[3.0, 1.0])
+    numbers = [sample for _, sample in data.order().slice(0, 4096)]
+    assert sum(number < 6 for number in numbers) == 3072
+    assert f"{tmp_path / 'a'} 75.0% (2.00 times each of its 6)" in data.describe()
+    assert f"{tmp_path / 'b'} 25.0% (0.40 times each of its 10)" in data.describe()
+    assert len(train_batches(data)) == 4
+
+
+def test_as_many_weights_as_sources_are_needed(shelf):
+    with pytest.raises(ValueError, match=r"data\.weights has 2 numbers and data\.train 1 sources"):
+        module(shelf, weights=[1.0, 2.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of a caption
+
+LINES = ("one", "two", "three")
+FACTS = {"title": "named", "tags": ["red", "blue"], "blank": "", "number": 7}
+
+
+def choices(choice: CaptionChoice, lines=LINES, facts=FACTS, draws: int = 600) -> Counter[str]:
+    random = np.random.default_rng(0)
+    return Counter(choice.choose(lines, lambda: facts, random) for _ in range(draws))
+
+
+def test_a_caption_is_any_line_alike_or_the_first():
+    assert all(150 <= count <= 250 for count in choices(CaptionChoice()).values())
+    assert choices(CaptionChoice("first")) == {"one": 600}
+
+
+def test_line_weights_draw_lines_by_weight_and_the_last_holds_for_further_lines():
+    assert set(choices(CaptionChoice(line_weights=[1, 0]))) == {"one"}
+    counts = choices(CaptionChoice(line_weights=[4, 1]))
+    assert 350 <= counts["one"] <= 450
+    assert 60 <= counts["two"] <= 140
+    assert 60 <= counts["three"] <= 140
+    assert choices(CaptionChoice(line_weights=[0, 1]), lines=("only",)) == {"only": 600}
+
+
+def test_fields_of_the_json_are_drawn_by_weight_then_one_of_their_lines():
+    counts = choices(CaptionChoice(fields={"txt": 1, "tags": 3}))
+    assert 110 <= sum(counts[line] for line in LINES) <= 190
+    assert 180 <= counts["red"] <= 270
+    assert 180 <= counts["blue"] <= 270
+    assert choices(CaptionChoice(fields={"number": 1})) == {"7": 600}
+
+
+def test_fields_that_a_sample_lacks_are_passed_over_and_first_takes_the_first_there_is():
+    assert choices(CaptionChoice(fields={"absent": 5, "blank": 5, "title": 1})) == {"named": 600}
+    assert choices(CaptionChoice("first", fields={"blank": 1, "tags": 1, "title": 9})) == {"red": 600}
+    with pytest.raises(ValueError, match="it has no caption: nothing in absent, blank"):
+        choices(CaptionChoice(fields={"absent": 1, "blank": 1}))
+
+
+def test_the_json_is_read_only_if_a_field_of_it_is_wanted():
+    CaptionChoice(fields={"txt": 1}).choose(LINES, lambda: pytest.fail("read"), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"order": "last"}, {"fields": {}}, {"fields": {"a": -1}}, {"line_weights": [0]}, {"line_weights": [float("nan")]}],
+)
+def test_a_choice_that_is_none_is_refused_naming_the_field(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"CaptionChoice.{name} is "):
+        CaptionChoice(**options)
+
+
+def test_captions_come_from_a_field_of_a_tables_row(tmp_path):
+    write_picture(tmp_path / "a.png")
+    (tmp_path / "pairs.csv").write_text("filepath,title,alt_text\na.png,shown,hidden\n")
+    pack_folder(tmp_path / "pairs.csv", tmp_path / "out")
+    dataset = PairDataset(Shards(tmp_path / "out"), 16, 16, None, CaptionChoice(fields={"alt_text": 1}), 0)
+    assert dataset[0, 0].ids == tokenizer.encode_for_model("hidden")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on what is not packed yet; and on what does not come
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_what_is_not_packed_is_packed_into_the_cache_once_and_again_when_it_changes(
+    tmp_path, monkeypatch, capsys, kind
+):
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
+    source = folder = write_pairs(tmp_path / "pairs", 5)
+    if kind == "table":
+        source = folder / "pairs.csv"
+        source.write_text("".join(["image,caption\n", *(f"{n:04d}.png,picture {n}\n" for n in range(5))]))
+
+    def train() -> int:
+        data = module(source)
+        return len(data.train_shards)
+
+    assert train() == 5
+    assert f"Packing {source}" in capsys.readouterr().out
+    assert train() == 5
+    assert capsys.readouterr().out == ""
+    if kind == "table":
+        source.write_text("".join(["image,caption\n", *(f"{n:04d}.png,picture {n}\n" for n in range(4))]))
+    else:
+        (folder / "0004.png").unlink()
+        (folder / "0004.txt").unlink()
+    assert train() == 4
+    assert f"Packing {source}" in capsys.readouterr().out
+
+
+def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, capfd):
+    """Its tars are pipes, which can't be opened until somebody opens the other end."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shelf, folder)
+    for path in folder.glob("*.tar"):
+        path.unlink()
+        os.mkfifo(path)
+    loader = module(folder).train_dataloader()
+    loader.silence_s = 0.05
+    told: list[str] = []
+
+    def open_once_it_was_told() -> None:
+        while "No batch has come for" not in "".join(told):
+            told.append(capfd.readouterr().err)
+        for path in folder.glob("*.tar"):
+            threading.Thread(target=path.write_bytes, args=[b""], daemon=True).start()
+
+    opener = threading.Thread(target=open_once_it_was_told, daemon=True)
+    opener.start()
+    batches = list(loader)
+    opener.join()
+    assert len(batches) == 5
+    (said,) = [line for line in "".join(told).splitlines() if line][:1]
+    assert said.startswith("No batch has come for 0 s. The next one needs ")
+    assert str(folder / "0000") in said

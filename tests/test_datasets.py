@@ -9,7 +9,7 @@ from helpers import write_picture
 
 from miniclip.datasets import LABEL_COLUMNS, open_dataset
 from miniclip.prompts import TEMPLATE_SETS, imagenet_classnames, template_set
-from miniclip.shards import IMAGE_COLUMNS
+from miniclip.sources import IMAGE_COLUMNS
 
 
 def class_folders(root: Path, *names: str, images: int = 2) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import gzip
 import hashlib
 import io
 import json
@@ -13,45 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import pack_folder, picture, write_pairs, write_picture
+from helpers import (
+    Served,
+    all_members,
+    everything_below,
+    members,
+    pack_folder,
+    picture,
+    rejected_rows,
+    rejections,
+    table,
+    write_pairs,
+    write_picture,
+)
 from PIL import Image
 
-from miniclip.shards import (
-    CAPTION_COLUMNS,
-    IMAGE_COLUMNS,
-    Pair,
-    Shards,
-    index_shard,
-    pack,
-    read_pairs,
-)
-
-
-def members(tar: Path) -> dict[str, bytes]:
-    with tarfile.open(tar) as file:
-        return {member.name: file.extractfile(member).read() for member in file}
-
-
-def all_members(out: Path) -> dict[str, bytes]:
-    return {name: data for tar in sorted(out.glob("*.tar")) for name, data in members(tar).items()}
-
-
-def rejections(out: Path) -> dict[str, str]:
-    with open(out / "rejected.csv", newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["source", "reason"]
-    return dict(rows)
-
-
-def everything_below(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder with its content, hidden ones too."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
-def table(path: Path, *lines: str, encoding: str = "utf-8") -> Path:
-    path.write_text("\n".join(lines) + "\n", encoding=encoding, newline="")
-    return path
-
+from miniclip import cli
+from miniclip.shards import SCHEMA_VERSION, Packed, Packing, Shards, index_shard, index_shards, pack
+from miniclip.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, Pair, read_pairs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder as source
@@ -153,14 +132,14 @@ def test_the_separator_of_a_table_is_found_out(tmp_path, suffix, separator):
 def test_the_image_column_is_known_by_any_of_its_names(tmp_path, column):
     write_picture(tmp_path / "a.png")
     (pair,) = read_pairs(table(tmp_path / "pairs.csv", f"id,{column},caption", "7,a.png,words"))
-    assert (pair.path, pair.captions, pair.problem, pair.extra) == (tmp_path / "a.png", ("words",), None, {"id": "7"})
+    assert (pair.image, pair.captions, pair.problem, pair.extra) == (tmp_path / "a.png", ("words",), None, {"id": "7"})
 
 
 @pytest.mark.parametrize("column", [*CAPTION_COLUMNS, "TITLE", " Text "])
 def test_the_caption_column_is_known_by_any_of_its_names(tmp_path, column):
     write_picture(tmp_path / "a.png")
     (pair,) = read_pairs(table(tmp_path / "pairs.csv", f"filename,{column}", "a.png,words"))
-    assert (pair.path, pair.captions, pair.problem) == (tmp_path / "a.png", ("words",), None)
+    assert (pair.image, pair.captions, pair.problem) == (tmp_path / "a.png", ("words",), None)
 
 
 def test_a_byte_order_mark_before_the_header_does_no_harm(tmp_path):
@@ -194,9 +173,11 @@ def test_further_columns_end_up_in_the_json(tmp_path):
 
 def test_a_row_with_too_few_cells_is_rejected_alone(tmp_path):
     write_picture(tmp_path / "a.png")
-    source = table(tmp_path / "pairs.csv", "filepath,title", "a.png", "a.png,words")
+    write_picture(tmp_path / "b.png")
+    source = table(tmp_path / "pairs.csv", "filepath,title", "a.png", "b.png,words")
     packed = pack_folder(source, tmp_path / "out")
     assert (packed.kept, packed.rejected) == (1, 1)
+    assert rejections(tmp_path / "out") == {"a.png": "every caption is empty"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +244,10 @@ def test_a_table_that_is_not_utf8_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "name, says",
-    [("nowhere", "no folder or file .*nowhere"), ("notes.xlsx", "neither a folder nor a .csv or .tsv table")],
+    [
+        ("nowhere", "no folder or file .*nowhere"),
+        ("notes.xlsx", r"notes\.xlsx is no folder, no table \(\.csv, \.tsv, \.jsonl, .*\.parquet\) and no captions"),
+    ],
 )
 def test_a_source_that_is_none_is_named(tmp_path, name, says):
     (tmp_path / "notes.xlsx").write_bytes(b"PK")
@@ -355,7 +339,7 @@ def test_kept_and_rejected_add_up_to_the_pairs(tmp_path):
     source = write_pairs(tmp_path / "src", 4)
     names = {spoil(source, what) for what in REASONS}
     pairs = read_pairs(source)
-    packed = pack(pairs, tmp_path / "out", source="here", samples_per_shard=3)
+    packed = pack(pairs, tmp_path / "out", source="here", packing=Packing(samples_per_shard=3))
     assert packed.kept + packed.rejected == len(pairs) == 4 + len(REASONS)
     assert set(rejections(tmp_path / "out")) == names
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -372,7 +356,7 @@ def test_a_path_in_a_table_that_is_no_file_is_rejected_alone(tmp_path, name):
     packed = pack_folder(source, tmp_path / "out")
     assert (packed.kept, packed.rejected) == (1, 1)
     (found,) = rejections(tmp_path / "out").items()
-    assert found[0] == name
+    assert found[0] == (name or "row 1")
     assert "no image file" in found[1]
 
 
@@ -449,30 +433,36 @@ def test_overwrite_never_replaces_what_is_no_folder_of_shards(tmp_path, kind):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failure_in_the_middle_leaves_everything_as_it_was(tmp_path, error, overwrite):
+def test_a_failure_in_the_middle_leaves_what_is_done_to_go_on_from_and_all_else_as_it_was(tmp_path, error, overwrite):
     source = write_pairs(tmp_path / "src", 4)
     if overwrite:
         pack_folder(source, tmp_path / "out", samples_per_shard=3)
     before = everything_below(tmp_path)
-    on_disk = []
 
     def fail(done: int) -> None:
-        on_disk.extend(path.name for path in tmp_path.rglob("*.tar") if path.parent.name != "out")
         raise error("stop")
 
-    pairs = read_pairs(source) * 100  # more than one window of the packer, so that shards have been written
     with pytest.raises(error, match="stop"):
-        pack(pairs, tmp_path / "out", source="src", samples_per_shard=100, overwrite=overwrite, progress=fail)
-    assert on_disk, "the failure came before anything was written"
-    assert everything_below(tmp_path) == before
+        pack_folder(source, tmp_path / "out", samples_per_shard=2, overwrite=overwrite, progress=fail)
+    after = everything_below(tmp_path)
+    assert {name: after[name] for name in before} == before
+    new = sorted(name for name in after if name not in before)
+    assert new[0] == "out.partial"
+    assert all(name.startswith("out.partial/") for name in new[1:])
+    assert "out.partial/chunk-00000-train-0.tar" in new
+    pack_folder(source, tmp_path / "out", samples_per_shard=2, overwrite=overwrite)
+    pack_folder(source, tmp_path / "again", samples_per_shard=2)
+    assert everything_below(tmp_path / "out") == everything_below(tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out", "src"]
 
 
 def test_progress_is_told_of_all_pairs_in_the_end(tmp_path):
     done: list[int] = []
-    pairs = read_pairs(write_pairs(tmp_path / "src", 3)) * 100
-    pack(pairs, tmp_path / "out", source="src", progress=done.append)
-    assert done == sorted(set(done))
+    pairs = list(read_pairs(write_pairs(tmp_path / "src", 3))) * 100
+    pack(pairs, tmp_path / "out", source="src", packing=Packing(samples_per_shard=128), progress=done.append)
+    assert done == sorted(done)
     assert done[-1] == 300
+    assert len(set(done)) >= 4  # not only when a shard is complete
 
 
 def test_parent_folders_of_the_output_are_made(tmp_path):
@@ -500,12 +490,24 @@ def test_every_shard_is_full_but_the_last(tmp_path, count, per_shard, expected):
     assert packed.size_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
 
 
-def test_rejected_pairs_do_not_make_shards_smaller(tmp_path):
+def test_a_rejected_pair_leaves_its_number_out_and_its_shard_smaller(tmp_path):
     source = write_pairs(tmp_path / "src", 4)
     write_picture(source / "0000a no text.png")
     pack_folder(source, tmp_path / "out", samples_per_shard=2)
+    assert Shards(tmp_path / "out").counts.tolist() == [1, 2, 1]
+    assert [record.key for record in Shards(tmp_path / "out")] == [f"{n:09d}" for n in (0, 2, 3, 4)]
+    ((key, name, _),) = rejected_rows(tmp_path / "out")
+    assert (key, name) == ("000000001", "0000a no text.png")
+
+
+def test_a_chunk_of_rejected_pairs_alone_makes_no_shard(tmp_path):
+    source = write_pairs(tmp_path / "src", 4)
+    for name in ("0001a.png", "0001b.png"):
+        write_picture(source / name)
+    packed = pack_folder(source, tmp_path / "out", samples_per_shard=2)
+    assert (packed.kept, packed.rejected, packed.shards) == (4, 2, 2)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar"]
     assert Shards(tmp_path / "out").counts.tolist() == [2, 2]
-    assert [f"{n:09d}.json" for n in range(4)] == sorted(n for n in all_members(tmp_path / "out") if n.endswith("json"))
 
 
 def test_writing_twice_gives_the_same_bytes_whatever_the_threads(tmp_path):
@@ -668,7 +670,7 @@ def open_tars(folder: Path) -> int:
 def test_no_more_than_64_shards_are_open_at_once(tmp_path):
     source = write_pairs(tmp_path / "src", 1)
     out = tmp_path / "out"
-    pack(read_pairs(source) * 70, out, source="src", samples_per_shard=1)
+    pack(list(read_pairs(source)) * 70, out, source="src", packing=Packing(samples_per_shard=1))
     shards = Shards(out)
     wanted = (source / "0000.png").read_bytes()
     for _ in range(2):
@@ -684,7 +686,7 @@ def test_opening_reads_the_index_alone(copy):
     assert len(Shards(copy)) == 11
 
 
-def test_a_foreign_tar_can_be_indexed(tmp_path):
+def test_a_tar_from_elsewhere_can_be_indexed(tmp_path):
     """img2dataset's layout, other order of members, keys with a folder."""
     images = {}
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
@@ -696,8 +698,9 @@ def test_a_foreign_tar_can_be_indexed(tmp_path):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    entry = index_shard(tmp_path / "00000.tar")
-    (tmp_path / "index.json").write_text(json.dumps({"schema": 1, "shards": [entry]}))
+    entry = index_shard(tmp_path / "00000.tar", tmp_path / "offsets.npz")
+    assert entry["members"] == {"json": 2, "image": 2, "txt": 2}
+    index_shards(str(tmp_path))
     assert {record.key: record.image for record in Shards(tmp_path)} == images
 
 
@@ -712,13 +715,16 @@ def test_a_folder_without_an_index_names_the_command_that_makes_one(tmp_path):
     "text",
     [
         "",
-        '{"schema": 1, "shards": [{"file": "000',
+        '{"schema": 2, "shards": [{"file": "000',
         "[]",
         "{}",
-        '{"schema": 1}',
-        '{"schema": 1, "shards": 3}',
-        '{"schema": 1, "shards": [{"file": "00000.tar"}]}',
-        '{"schema": 1, "shards": [{"file": "00000.tar", "samples": "many", "bytes": 1, "sha256": ""}]}',
+        "\x00\xff",
+        '{"schema": 2}',
+        '{"schema": 2, "shards": 3, "members": {}}',
+        '{"schema": 2, "shards": [], "members": 3}',
+        '{"schema": 2, "shards": [{"file": "00000.tar"}], "members": {}}',
+        '{"schema": 2, "shards": [{"file": "00000.tar", "samples": "many", "bytes": 1, "sha256": "", "offsets": "",'
+        ' "offsets_sha256": ""}], "members": {}}',
     ],
 )
 def test_a_damaged_index_is_named(tmp_path, text):
@@ -727,11 +733,20 @@ def test_a_damaged_index_is_named(tmp_path, text):
         Shards(tmp_path)
 
 
-def test_an_index_of_another_schema_names_both_versions(copy):
+@pytest.mark.parametrize("schema", [1, SCHEMA_VERSION + 1])
+def test_an_index_of_another_schema_names_both_versions_and_the_command_that_helps(copy, shelf, schema):
+    """Version 1 is what miniclip 1 wrote: the same tars, less told of them."""
     index = json.loads((copy / "index.json").read_text())
-    (copy / "index.json").write_text(json.dumps({**index, "schema": 2}))
-    with pytest.raises(ValueError, match=r"index\.json has schema 2, this version of miniclip reads 1"):
+    shards = [{name: shard[name] for name in ("file", "samples", "bytes", "sha256")} for shard in index["shards"]]
+    (copy / "index.json").write_text(json.dumps({"schema": schema, "shards": shards}))
+    with pytest.raises(
+        ValueError,
+        match=rf"index\.json has schema {schema}, this version of miniclip reads {SCHEMA_VERSION}; "
+        rf"`miniclip shards {copy} --index-only --overwrite`",
+    ):
         Shards(copy)
+    index_shards(str(copy), overwrite=True)
+    assert list(Shards(copy)) == list(Shards(shelf))
 
 
 def test_a_vanished_tar_is_named_and_the_others_still_read(copy):
@@ -775,3 +790,271 @@ def test_a_pair_of_the_api_needs_no_file_on_disk_to_be_rejected(tmp_path):
     pairs = [Pair("good", good, ("words",)), Pair("bad", problem="its owner said so")]
     assert pack(pairs, tmp_path / "out", source="a script").rejected == 1
     assert rejections(tmp_path / "out") == {"bad": "its owner said so"}
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "https://example.org/x.tar::y", "pipe:cat /etc/passwd"])
+def test_an_index_that_leads_out_of_its_folder_or_to_a_program_is_refused(copy, name):
+    index = json.loads((copy / "index.json").read_text())
+    index["shards"][0]["file"] = name
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"leads out of it|is refused|has the scheme"):
+        Shards(copy)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders, patterns, lists of them
+
+
+@pytest.mark.parametrize(
+    "names, numbers",
+    [
+        (["{00000..00002}.tar"], range(11)),
+        (["00001.tar"], range(4, 8)),
+        (["{00002,00000}.tar"], [8, 9, 10, 0, 1, 2, 3]),
+        (["00002.tar", "{00000..00001}.tar"], [8, 9, 10, *range(8)]),
+        (["", "00001.tar"], [*range(11), *range(4, 8)]),
+    ],
+)
+def test_patterns_and_lists_name_some_of_the_shards_in_their_order(shelf, names, numbers):
+    all_of_them = list(Shards(shelf))
+    shards = Shards([f"{shelf}/{name}" for name in names])
+    assert list(shards) == [all_of_them[number] for number in numbers]
+    assert len(shards.num_shards) == len(names)
+    assert sum(shards.num_shards) == len(shards.counts) == len(shards.entries)
+
+
+def test_folders_are_numbered_one_after_the_other(tmp_path, shelf):
+    pack_folder(write_pairs(tmp_path / "src", 3), tmp_path / "out")
+    shards = Shards([tmp_path / "out", shelf])
+    assert list(shards) == [*Shards(tmp_path / "out"), *Shards(shelf)]
+    assert shards.num_shards == [1, 3]
+    assert shards.counts.tolist() == [3, 4, 4, 3]
+
+
+def test_a_pattern_that_names_a_shard_which_is_not_there_says_which(shelf):
+    with pytest.raises(ValueError, match=r"index\.json lists no 00003\.tar, 00004\.tar; it has 3 shards"):
+        Shards(f"{shelf}/{{00000..00004}}.tar")
+
+
+def test_a_pattern_over_several_folders_asks_for_a_list(shelf):
+    with pytest.raises(ValueError, match="names tars of several folders; give a list of patterns"):
+        Shards(f"{shelf.parent}/{{out,other}}/00000.tar")
+
+
+def test_info_tells_what_the_json_of_each_sample_says(shelf):
+    shards = Shards(shelf)
+    for number in (10, 0, 4):
+        suffix = ("png", "jpg", "webp", "bmp")[number % 4]
+        assert shards.info(number) == {"source": f"{number:02d}.{suffix}", "width": 20 + number, "height": 30}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tars from elsewhere
+
+
+def encoded(suffix: str, seed: int) -> bytes:
+    buffer = io.BytesIO()
+    kind = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix.lower()]
+    picture(seed).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_foreign(folder: Path, tars: int = 2, per_tar: int = 3, suffix: str = "jpg", members=("txt", "json")) -> Path:
+    """As img2dataset does: by webdataset's writer, keys of nine digits."""
+    from webdataset import TarWriter
+
+    folder.mkdir(parents=True)
+    for tar in range(tars):
+        with TarWriter(str(folder / f"{tar:05d}.tar"), encoder=False) as writer:
+            for place in range(per_tar):
+                number = tar * per_tar + place
+                beside = {
+                    "txt": f"Satz {number}".encode(),
+                    "json": json.dumps({"url": f"https://example.org/{number}", "width": 24}).encode(),
+                    "cls": str(number % 3).encode(),
+                }
+                image = encoded(suffix, number)
+                writer.write({"__key__": f"{number:09d}", suffix: image, **{name: beside[name] for name in members}})
+    return folder
+
+
+def check_foreign(shards: Shards, count: int = 6, suffix: str = "jpg") -> None:
+    assert [record.key for record in shards] == [f"{n:09d}" for n in range(count)]
+    for number in reversed(range(count)):
+        assert shards[number].image == encoded(suffix, number)
+        assert shards[number].captions == (f"Satz {number}",)
+        assert shards.info(number) == {"url": f"https://example.org/{number}", "width": 24}
+
+
+def test_tars_without_an_index_name_the_command_that_writes_it_and_it_does(tmp_path):
+    folder = write_foreign(tmp_path / "laion")
+    tars = everything_below(folder)
+    for source in (str(folder), f"{folder}/{{00000..00001}}.tar"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{folder} holds tars without an index\.json; `miniclip shards {folder} --index-only` writes it",
+        ):
+            Shards(source)
+    cli.main(["shards", str(folder), "--index-only"])
+    check_foreign(Shards(folder))
+    after = everything_below(folder)
+    assert {name: after[name] for name in tars} == tars
+    assert set(after) - set(tars) == {"index.json", "00000.npz", "00001.npz"}
+    assert Packed(6, 0, 2, sum(map(len, tars.values()))) == index_shards(str(folder), overwrite=True)
+
+
+def test_an_index_that_is_there_is_not_written_anew_unasked(tmp_path):
+    folder = write_foreign(tmp_path / "laion")
+    index_shards(str(folder))
+    before = everything_below(folder)
+    with pytest.raises(ValueError, match=r"index\.json exists already; pass --overwrite"):
+        index_shards(str(folder))
+    assert everything_below(folder) == before
+
+
+def test_an_index_in_another_folder_stands_for_the_tars(tmp_path, monkeypatch):
+    folder = write_foreign(tmp_path / "read only" / "laion")
+    before = everything_below(folder)
+    monkeypatch.chdir(tmp_path)
+    cli.main(["shards", "read only/laion", "index", "--index-only"])
+    assert everything_below(folder) == before
+    monkeypatch.chdir("/")  # relative paths of the command must not matter any more
+    check_foreign(Shards(tmp_path / "index"))
+    assert [record.key for record in Shards(tmp_path / "index" / "00001.tar")] == [f"{n:09d}" for n in (3, 4, 5)]
+
+
+def test_a_pattern_indexes_the_tars_it_names(tmp_path):
+    folder = write_foreign(tmp_path / "laion", tars=4, per_tar=1)
+    index_shards(f"{folder}/{{00001..00002}}.tar", tmp_path / "index")
+    assert [record.key for record in Shards(tmp_path / "index")] == ["000000001", "000000002"]
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "PNG", "webp", "JPG"])
+def test_images_are_found_under_any_of_their_suffixes(tmp_path, suffix):
+    index_shards(str(write_foreign(tmp_path / "laion", suffix=suffix)))
+    check_foreign(Shards(tmp_path / "laion"), suffix=suffix)
+
+
+def test_keys_with_folders_and_dots_in_them_are_read_as_webdataset_reads_them(tmp_path):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        for key in ("v1.0/a", "v1.0/b/c", "b/c"):
+            writer.write({"__key__": key, "jpg": encoded("jpg", len(key)), "txt": key.encode(), "seg.png": b"other"})
+    index_shards(str(tmp_path))
+    theirs = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    ours = list(Shards(tmp_path))
+    assert [(s["__key__"], s["jpg"], s["txt"].decode()) for s in theirs] == [
+        (r.key, r.image, r.captions[0]) for r in ours
+    ]
+
+
+def test_labels_instead_of_captions_are_told_in_one_sentence(tmp_path):
+    folder = write_foreign(tmp_path / "imagenet", members=("cls",))
+    index_shards(str(folder))
+    with pytest.raises(ValueError, match=r"hold images without captions \(\.cls beside them, no \.txt\)") as caught:
+        Shards(folder)
+    assert "labelled" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def damaged(folder: Path, how: str) -> None:
+    path = folder / "00001.tar"
+    with tarfile.open(path) as tar:
+        places = [(member.offset, member.offset_data, member.size) for member in tar]
+    if how == "gzipped":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    elif how == "no tar":
+        path.write_bytes(b"<html>404</html>" * 100)
+    elif how == "empty file":
+        path.write_bytes(b"")
+    else:
+        header, data, size = places[4]
+        ends = {"in an image": data + size // 2, "in a header": header + 200, "after a header": data}
+        with open(path, "r+b") as file:
+            file.truncate(ends[how])
+
+
+@pytest.mark.parametrize("how", ["gzipped", "no tar", "empty file", "in an image", "in a header", "after a header"])
+def test_a_damaged_tar_is_named_and_leaves_no_index(tmp_path, how):
+    folder = write_foreign(tmp_path / "laion", members=("txt", "json"))
+    damaged(folder, how)
+    with pytest.raises(ValueError, match=r"00001\.tar is (cut short|no tar, or a damaged or compressed one)"):
+        index_shards(str(folder))
+    assert not (folder / "index.json").exists()
+
+
+def test_a_tar_without_members_is_a_shard_without_samples(tmp_path):
+    folder = write_foreign(tmp_path / "laion")
+    with tarfile.open(folder / "00002.tar", "w"):
+        pass
+    assert index_shards(str(folder)).shards == 3
+    check_foreign(Shards(folder))
+    assert Shards(folder).counts.tolist() == [3, 3, 0]
+
+
+def test_a_folder_without_tars_is_said_to_hold_none(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no \.tar"):
+        index_shards(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"there is no file .*00000\.tar"):
+        index_shards(f"{tmp_path}/empty/{{00000..00001}}.tar")
+    with pytest.raises(ValueError, match=r"pairs\.tgz is no \.tar; give a folder of them, or a pattern"):
+        index_shards(f"{tmp_path}/pairs.tgz")
+
+
+@pytest.fixture
+def _loopback(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_loopback")
+def test_remote_shards_with_an_index_are_read_through_the_cache(tmp_path):
+    pack_folder(write_pairs(tmp_path / "src", 5, captions=2), tmp_path / "web" / "out", samples_per_shard=2)
+    here = list(Shards(tmp_path / "web" / "out"))
+    with Served(tmp_path / "web") as server:
+        there = Shards(f"{server.url}/out")
+        assert list(there) == here
+        assert list(Shards(f"{server.url}/out/{{00000..00001}}.tar")) == here[:4]
+        asked = server.gets.count("/out/00001.tar")
+        assert list(Shards(f"{server.url}/out")) == here
+        assert server.gets.count("/out/00001.tar") == asked == 1
+    assert list(there) == here  # what is open stays readable without the server
+    assert (tmp_path / "cache").is_dir()
+
+
+@pytest.mark.usefixtures("_loopback")
+def test_remote_tars_are_fetched_once_for_their_index_and_for_reading(tmp_path):
+    write_foreign(tmp_path / "web" / "laion")
+    with Served(tmp_path / "web") as server:
+        source = f"{server.url}/laion/{{00000..00001}}.tar"
+        cli.main(["shards", source, str(tmp_path / "index"), "--index-only"])
+        check_foreign(Shards(tmp_path / "index"))
+        assert [path for path in server.gets if path.endswith(".tar")] == ["/laion/00000.tar", "/laion/00001.tar"]
+
+
+@pytest.mark.usefixtures("_loopback")
+def test_remote_tars_without_an_index_name_the_command_with_their_pattern_quoted(tmp_path):
+    write_foreign(tmp_path / "web" / "laion")
+    with Served(tmp_path / "web") as server:
+        source = f"{server.url}/laion/{{00000..00001}}.tar"
+        with pytest.raises(ValueError, match=r"no index\.json at") as caught:
+            Shards(source)
+        assert f"`miniclip shards '{source}' OUT --index-only`" in str(caught.value)
+        with pytest.raises(ValueError, match="is remote; name a folder OUT here"):
+            index_shards(source)
+
+
+@pytest.mark.usefixtures("_loopback")
+def test_a_remote_tar_that_is_not_what_the_index_says_is_refused(tmp_path):
+    out = tmp_path / "web" / "out"
+    pack_folder(write_pairs(tmp_path / "src", 4), out, samples_per_shard=2)
+    data = bytearray((out / "00001.tar").read_bytes())
+    data[600] ^= 1
+    (out / "00001.tar").write_bytes(data)
+    with Served(tmp_path / "web") as server:
+        shards = Shards(f"{server.url}/out")
+        assert shards[0].key == "000000000"
+        with pytest.raises(ValueError, match=r"00001\.tar has the checksum"):
+            shards[2]
