@@ -32,8 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from . import tokenizer, weights
+from .check import brief
 from .config import CLIPConfig
-from .data import Batch, BatchSampler, PairDataModule, SampleOrder, TrainLoader
+from .data import Batch, BatchSampler, PairDataModule, TrainLoader
 from .datasets import open_dataset
 from .evaluate import recall_at_1, zero_shot_scores
 from .files import atomic_write, user_errors
@@ -490,8 +491,15 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Removes what is to be overwritten, once everything that could still be wrong has been looked at."""
         data = self.datamodule
+        data.prepare_data()  # safe in several processes at once: one packs, the others wait
         data.setup("fit")
-        BatchSampler(SampleOrder(data.train_shards.counts, data.seed), data.batch_size, step=lambda: 0)
+        BatchSampler(data.order(), data.batch_size, step=lambda: 0)
+        if _is_rank_zero():
+            print(data.describe(), flush=True)
+            for warning in brief(
+                data.train_shards, data.context_length, data.batch_size, data.seed, image_size=data.image_size
+            ):
+                print(f"warning: {warning}", file=sys.stderr)
         if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():
             for part in _results(self.run_folder):
                 if part.is_dir():

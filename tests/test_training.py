@@ -16,7 +16,8 @@ from pytorch_lightning import Callback
 import miniclip
 from miniclip import training
 from miniclip.data import Batch
-from miniclip.shards import pack, read_pairs
+from miniclip.shards import Packing, pack
+from miniclip.sources import read_pairs
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
@@ -56,7 +57,7 @@ def data(tmp_path_factory) -> Path:
                 (folder / part / f"{name}.txt").write_text("\n".join(word.format(colour) for word in words))
                 if part == "val":
                     rows.append((f"val/{name}.png", colour))
-        pack(read_pairs(folder / part), folder / "shards" / part, source=part, samples_per_shard=15)
+        pack(read_pairs(folder / part), folder / "shards" / part, source=part, packing=Packing(samples_per_shard=15))
     with open(folder / "val.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder
@@ -208,7 +209,7 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights_and_validations(d
 def test_two_processes_train_the_same_weights_as_one(data, tmp_path):
     for devices in (1, 2):
         more = [f"--trainer.devices={devices}", f"--trainer.strategy={'auto' if devices == 1 else 'ddp'}"]
-        more += ["--trainer.precision=64-true", "--data.captions=first"]
+        more += ["--trainer.precision=64-true", "--data.captions.order=first"]
         args = command(data, tmp_path / f"run{devices}", *more, steps=5)
         done = subprocess.run(args, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
