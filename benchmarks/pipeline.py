@@ -34,7 +34,8 @@ from webdataset.tariterators import tar_file_expander
 from miniclip.config import OPENAI_MEAN, OPENAI_STD
 from miniclip.data import PairDataModule, collate
 from miniclip.prompts import imagenet_classnames
-from miniclip.shards import pack, read_pairs
+from miniclip.shards import pack
+from miniclip.sources import read_pairs
 from miniclip.tokenizer import encode_for_model
 from miniclip.transforms import decode_rgb, normalize
 

@@ -37,7 +37,7 @@ from PIL import Image
 from .files import atomic_write, write_text
 from .sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, Pair, Pairs, fingerprint, image_files, read_pairs
 from .storage import Cache, check_scheme, exists, expand, is_url, join, read_bytes
-from .transforms import open_image
+from .transforms import jpeg_size, open_image
 
 SCHEMA_VERSION = 2
 INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"
@@ -48,7 +48,7 @@ _MEMBERS = ("image", "txt", "json", "cls")
 _OPEN_SHARDS = 64
 _BUFFER_BYTES = 4 << 20
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
-_PER_WORKER = 8  # pairs that wait for each thread
+_AT_A_TIME = 8  # pairs that a thread prepares in a row
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -290,20 +290,25 @@ class _Chunk:
 
 
 def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """The function's value for each number, in order, computed ahead by threads.
+    """The function's value for each number, in order, computed ahead by threads, a few numbers at a time.
 
     Threads, as reading, decoding and encoding images let go of the interpreter's lock.
     """
-    waiting: deque[tuple[int, Future[Any]]] = deque()
+
+    def compute(some: range) -> list[Any]:
+        return [function(number) for number in some]
+
+    waiting: deque[tuple[range, Future[list[Any]]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        for number in numbers:
-            waiting.append((number, pool.submit(function, number)))
-            if len(waiting) > _PER_WORKER * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+        for start in range(0, len(numbers), _AT_A_TIME):
+            some = numbers[start : start + _AT_A_TIME]
+            waiting.append((some, pool.submit(compute, some)))
+            if len(waiting) > 3 * workers:
+                done, future = waiting.popleft()
+                yield from zip(done, future.result(), strict=True)
+        for done, future in waiting:
+            yield from zip(done, future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -324,14 +329,13 @@ class _Tar:
         for suffix, data in members.items():
             header = tarfile.TarInfo(f"{key}.{suffix}")  # of time 0, so that the same pairs give the same bytes
             header.size = len(data)
-            self._append(header.tobuf(tarfile.USTAR_FORMAT))
-            self.places[key][_kind(suffix)] = (self.size, len(data))
-            self._append(data)
-            self._append(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+            self.places[key][_kind(suffix)] = (self.size + tarfile.BLOCKSIZE, len(data))
+            self._append(header.tobuf(tarfile.USTAR_FORMAT), data, b"\0" * (-len(data) % tarfile.BLOCKSIZE))
 
-    def _append(self, data: bytes) -> None:
-        self.buffer += data
-        self.size += len(data)
+    def _append(self, *parts: bytes) -> None:
+        for part in parts:
+            self.buffer += part
+            self.size += len(part)
         if len(self.buffer) >= _BUFFER_BYTES:
             self._flush()
 
@@ -389,24 +393,8 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
         raise ValueError("every caption is empty")
     original = _read_image(pair)
     name = pair.image.name if isinstance(pair.image, Path) else pair.source
-    # All of an image is decoded only where it must be: else packing would be no faster than that.
-    image = open_image(original, name, is_whole=packing.resize is None and _is_whole(original))
-    short, long = min(image.size), max(image.size)
-    if packing.min_side and short < packing.min_side:
-        raise ValueError(f"its short side is {short} pixels, less than {packing.min_side}")
-    if packing.max_aspect and long > packing.max_aspect * short:
-        raise ValueError(f"its sides are {image.width} x {image.height}, more than {packing.max_aspect:g} to 1")
-    scale = packing.resize / short if packing.resize else 1.0
-    is_animated = getattr(image, "is_animated", False) and image.format == "WEBP"  # not every decoder reads those
-    suffix = None if is_animated else _KEPT_FORMATS.get(image.format or "")
-    data = original
-    if scale < 1:
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        suffix, data = "jpg", _encode(image, "JPEG", quality=packing.quality)
-    elif suffix is None:
-        suffix, data = "png", _encode(open_image(original, name).convert("RGB"), "PNG")
-    facts = {"source": pair.source, **pair.extra, "width": image.width, "height": image.height}
+    suffix, data, (width, height) = _stored_image(original, name, packing)
+    facts = {"source": pair.source, **pair.extra, "width": width, "height": height}
     members = {
         suffix: data,
         "txt": "\n".join(captions).encode("utf-8"),
@@ -415,6 +403,37 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
     }
     place = int.from_bytes(hashlib.sha256(original).digest()[:8]) / 2**64 if packing.val_fraction else 1.0
     return _Prepared(members, place < packing.val_fraction)
+
+
+def _stored_image(original: bytes, name: str, packing: Packing) -> tuple[str, bytes, tuple[int, int]]:
+    """An image's suffix, bytes and (W, H) as they go into the tar.
+
+    All of it is decoded only where it must be: else packing would be no faster than that.
+    """
+    is_kept = packing.resize is None and _is_whole(original)
+    if is_kept and (size := jpeg_size(original)):
+        _filter((size[1], size[0]), packing)
+        return "jpg", original, (size[1], size[0])
+    image = open_image(original, name, is_whole=is_kept)
+    _filter(image.size, packing)
+    scale = packing.resize / min(image.size) if packing.resize else 1.0
+    is_animated = getattr(image, "is_animated", False) and image.format == "WEBP"  # not every decoder reads those
+    suffix = None if is_animated else _KEPT_FORMATS.get(image.format or "")
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        return "jpg", _encode(image, "JPEG", quality=packing.quality), size
+    if suffix is None:
+        return "png", _encode(open_image(original, name).convert("RGB"), "PNG"), image.size
+    return suffix, original, image.size
+
+
+def _filter(size: tuple[int, int], packing: Packing) -> None:
+    short, long = min(size), max(size)
+    if packing.min_side and short < packing.min_side:
+        raise ValueError(f"its short side is {short} pixels, less than {packing.min_side}")
+    if packing.max_aspect and long > packing.max_aspect * short:
+        raise ValueError(f"its sides are {size[0]} x {size[1]}, more than {packing.max_aspect:g} to 1")
 
 
 def _read_image(pair: Pair) -> bytes:
