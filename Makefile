@@ -47,6 +47,8 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/packing.py
 
 clean:
 	rm -rf $(VENV) runs reports .pytest_cache .mypy_cache .ruff_cache build *.egg-info

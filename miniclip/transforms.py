@@ -155,20 +155,28 @@ def decode_rgb(data: bytes, shrink: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to a picture: a random crop of random size, resized, and perhaps mirrored.
+    """What training does to a picture: a random crop of random size, resized; perhaps mirrored, recoloured, or grey.
 
     CLIP was trained with random square crops alone (paper section 2.4). The random numbers come from the caller, so
-    that the same (seed, epoch, sample) gives the same pixels on any worker.
+    that the same (seed, epoch, sample) gives the same pixels on any worker. All of it is done on bytes: a quarter of
+    the memory of floats.
 
     Args:
         scale: smallest and largest share of the picture's area that a crop takes.
         ratio: smallest and largest width / height of a crop.
         flip: probability of mirroring left and right; harmful where left, right or writing matter.
+        color: the most by which brightness, contrast and saturation are changed, as shares, and hue, in turns of the
+            colour circle (0 to 0.5); as in SimCLR (Chen et al. 2020, appendix A). Harmful where captions name colours.
+        color_probability: that a picture is recoloured at all.
+        grey: probability that a picture loses its colours.
     """
 
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
+    color: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    color_probability: float = 0.8
+    grey: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, most in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
@@ -180,8 +188,16 @@ class Augmentation:
                     f"Augmentation.{name} is {(low, high)}; it must be low, high with 0 < low <= high"
                     + (" <= 1" if most == 1 else "")
                 )
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"Augmentation.flip is {self.flip}; it is a probability, 0 to 1")
+        for name in ("flip", "color_probability", "grey"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Augmentation.{name} is {getattr(self, name)}; it is a probability, 0 to 1")
+        if not isinstance(self.color, tuple | list) or len(self.color) != 4:
+            raise ValueError(f"Augmentation.color is {self.color!r}; it must be four numbers")
+        if not all(0 <= most <= limit for most, limit in zip(self.color, (1, 1, 1, 0.5), strict=True)):
+            raise ValueError(
+                f"Augmentation.color is {tuple(self.color)}; brightness, contrast and saturation go from 0 to 1, "
+                "hue from 0 to 0.5"
+            )
 
     def crop_box(self, H: int, W: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of a random crop; ten tries, then the largest centred one that is allowed."""
@@ -228,4 +244,27 @@ class Augmentation:
         # With a pixel's three bytes side by side, as decoders leave them, resizing takes two thirds of the time.
         crop = image[None, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
         image = F.interpolate(crop, size=(image_size, image_size), mode="bicubic", antialias=True)[0]
-        return image.flip(-1) if random.random() < self.flip else image
+        if random.random() < self.flip:
+            image = image.flip(-1)
+        if any(self.color) and random.random() < self.color_probability:
+            image = self._recolored(image, random)
+        if self.grey and random.random() < self.grey:
+            from torchvision.transforms.v2 import functional
+
+            image = functional.rgb_to_grayscale(image, num_output_channels=3)
+        return image
+
+    def _recolored(self, image: Tensor, random: np.random.Generator) -> Tensor:
+        from torchvision.transforms.v2 import functional  # a second to import, for those who ask for it
+
+        brightness, contrast, saturation, hue = self.color
+        for change in random.permutation(4):  # in random order, as there
+            if change == 0 and brightness:
+                image = functional.adjust_brightness(image, random.uniform(1 - brightness, 1 + brightness))
+            elif change == 1 and contrast:
+                image = functional.adjust_contrast(image, random.uniform(1 - contrast, 1 + contrast))
+            elif change == 2 and saturation:
+                image = functional.adjust_saturation(image, random.uniform(1 - saturation, 1 + saturation))
+            elif change == 3 and hue:
+                image = functional.adjust_hue(image, random.uniform(-hue, hue))
+        return image

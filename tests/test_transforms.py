@@ -607,9 +607,82 @@ def test_flip_one_half_mirrors_about_half():
         ("scale", (0.2, 0.5, 1), "(0.2, 0.5, 1)"),
         ("scale", 0.5, "0.5"),
         ("ratio", (1,), "(1,)"),
+        ("color", (0.1, 0.1, 0.1), "(0.1, 0.1, 0.1)"),
+        ("color", (0.1, 0.1, 0.1, 0.6), "(0.1, 0.1, 0.1, 0.6)"),
+        ("color", (1.1, 0, 0, 0), "(1.1, 0, 0, 0)"),
+        ("color", (0, -1, 0, 0), "(0, -1, 0, 0)"),
+        ("color", 0.4, "0.4"),
+        ("color_probability", 2, "2"),
+        ("grey", -1, "-1"),
     ],
 )
 def test_a_bad_field_is_refused_naming_it_and_its_value(field, value, shown):
     with pytest.raises(ValueError, match=rf"\b{field}\b") as caught:
         Augmentation(**{field: value})
     assert shown in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colours
+
+WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+
+
+def augmented(number: int, **options) -> torch.Tensor:
+    image = torch.from_numpy(np.array(picture(32, 32))).permute(2, 0, 1)
+    return Augmentation(**WHOLE, **options)(image, 32, np.random.default_rng(number))
+
+
+def test_without_colour_changes_the_random_numbers_and_the_pixels_are_those_of_before():
+    image = torch.from_numpy(np.array(picture(32, 32))).permute(2, 0, 1)
+    assert torch.equal(augmented(3), image)
+    random = np.random.default_rng(3)
+    Augmentation(**WHOLE)(image, 32, random)
+    with_grey_off = np.random.default_rng(3)
+    Augmentation(**WHOLE, color=(0, 0, 0, 0), grey=0.0)(image, 32, with_grey_off)
+    assert random.random() == with_grey_off.random()
+
+
+def test_grey_has_three_equal_channels_of_the_luma_and_comes_as_often_as_asked():
+    plain = augmented(0).float()
+    grey = augmented(0, grey=1.0)
+    assert torch.equal(grey[0], grey[1])
+    assert torch.equal(grey[0], grey[2])
+    luma = 0.299 * plain[0] + 0.587 * plain[1] + 0.114 * plain[2]  # ITU-R 601
+    assert (grey[0].float() - luma).abs().max() <= 1.05  # torchvision rounds down, and 0.299 to 0.2989
+    times = sum(torch.equal(image[0], image[1]) for image in (augmented(n, grey=0.3) for n in range(300)))
+    assert 60 <= times <= 120
+
+
+def test_brightness_multiplies_and_stays_within_its_bounds():
+    plain = augmented(0).float()
+    factors = []
+    for number in range(60):
+        bright = augmented(number, color=(0.3, 0, 0, 0), color_probability=1.0).float()
+        is_inside = (plain > 30) & (bright < 255)
+        factor = float((bright[is_inside] / plain[is_inside]).median())
+        assert (bright - (plain * factor).clamp(0, 255)).abs().max() <= 6
+        factors.append(factor)
+    assert 0.68 <= min(factors) < 0.8
+    assert 1.2 < max(factors) <= 1.32
+
+
+def test_saturation_and_contrast_keep_the_luma_or_its_mean_and_hue_keeps_grey():
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    plain = augmented(0).float()
+    for number in range(10):
+        saturated = augmented(number, color=(0, 0, 0.2, 0), color_probability=1.0).float()
+        inside = ((saturated > 0) & (saturated < 255)).all(dim=0)
+        assert ((saturated - plain) * weights).sum(dim=0)[inside].abs().max() <= 2
+    grey = torch.full((3, 32, 32), 90, dtype=torch.uint8)
+    turned = Augmentation(**WHOLE, color=(0, 0, 0, 0.5), color_probability=1.0)(grey, 32, np.random.default_rng(1))
+    assert torch.equal(turned, grey)
+    assert not torch.equal(augmented(1, color=(0, 0, 0, 0.5), color_probability=1.0), augmented(1))
+
+
+def test_colours_are_the_same_for_the_same_random_state_and_change_as_often_as_asked():
+    options = {"color": (0.4, 0.4, 0.4, 0.1), "color_probability": 0.5, "grey": 0.2}
+    assert torch.equal(augmented(5, **options), augmented(5, **options))
+    changed = sum(not torch.equal(augmented(n, **{**options, "grey": 0}), augmented(n)) for n in range(200))
+    assert 70 <= changed <= 130
+    assert augmented(5, **options).dtype == torch.uint8
