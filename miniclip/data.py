@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
     images: (B, 3, R, R) uint8. tokens: (B, L) int64, zero padded to the longest text. mask: (B,) bool, False where a
     sample could not be read, or None if all could. keys: names of the samples. problems: why, for those that could not.
-    num_truncated: texts that were cut to the context length.
+    num_truncated: texts that were cut to the context length. caption_ids: (B,) int64, equal for equal texts.
     """
 
     images: Tensor
@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     keys: list[str]
     problems: list[str]
     num_truncated: int
+    caption_ids: Tensor
 
 
 class _Sample(NamedTuple):
@@ -321,7 +322,13 @@ def collate(samples: list[_Sample]) -> Batch:
         [sample.key for sample in samples],
         problems,
         sum(sample.is_truncated for sample in samples),
+        torch.tensor([_hash(sample.ids) for sample in samples]),
     )
+
+
+def _hash(ids: list[int]) -> int:
+    """The same in every process, unlike Python's own."""
+    return int.from_bytes(hashlib.blake2b(np.array(ids, dtype=np.int32).tobytes(), digest_size=8).digest(), signed=True)
 
 
 class TrainLoader(DataLoader[_Sample]):

@@ -1,6 +1,6 @@
-"""The contrastive loss, a pure function: symmetric cross-entropy over cosines (paper section 2.3, figure 3).
+"""The contrastive loss: symmetric cross-entropy over cosines (paper section 2.3, figure 3), exact over processes.
 
-B batch, E embedding.
+B pairs, of which b are this process's own (all of them, where there is but one), E embedding.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def clip_loss(
@@ -19,17 +18,24 @@ def clip_loss(
     logit_scale: Tensor | float,
     chunk_size: int | None = None,
     mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    across_processes: bool = False,
 ) -> Tensor:
     """How badly images pick their texts among all, and texts their images; ln B is chance.
 
     Computed in at least float32 whatever the autocast: near the usual logit of 50, bfloat16's spacing is 0.25.
 
     Args:
-        image_features, text_features: (B, E), of unit length; row i of one belongs to row i of the other.
+        image_features, text_features: (b, E), of unit length; row i of one belongs to row i of the other.
         logit_scale: inverse temperature, already exponentiated.
-        chunk_size: images per slice of the (B, B) logits. Only one slice is held at a time and computed again
-            for the gradient, so memory is O(B * chunk_size) instead of O(B^2); the numbers are the same.
-        mask: (B,) bool; False takes a pair out altogether, its row and its column.
+        chunk_size: images per slice of the (b, B) logits. Only one slice is held at a time and computed again
+            for the gradient, so memory is O(B * chunk_size) instead of O(b * B); the numbers are the same.
+        mask: (b,) bool; False takes a pair out altogether, its row and its column.
+        groups: (b,) whole numbers; pairs of one number belong to each other as well, and the target is shared evenly
+            among them (as in Khosla et al. 2020, eq. 2). By default every pair for itself.
+        across_processes: contrast the pairs of all processes, equally many on each. Every process gets its own pairs'
+            share times the number of processes; averaged over them, as DDP averages gradients, loss and gradients
+            are those of one process with all pairs. Each computes its b rows of logits and no more.
 
     Returns:
         A scalar, the mean over pairs and both directions.
@@ -44,67 +50,128 @@ def clip_loss(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for no chunks")
-    if mask is not None and (mask.shape != image_features.shape[:1] or not mask.any()):
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} keeps {int(mask.sum())} pairs; it must be (B,) and keep one"
-        )
+    is_empty = mask is not None and not across_processes and not mask.any()  # of all processes, the sum below tells
+    for name, value in (("mask", mask), ("groups", groups)):
+        if value is not None and (value.shape != image_features.shape[:1] or is_empty):
+            kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
+            raise ValueError(f"{name} of shape {tuple(value.shape)}{kept}; it must be (B,) and keep one")
     with torch.autocast(image_features.device.type, enabled=False):
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         images, texts = image_features.to(dtype), text_features.to(dtype)
         scale = torch.as_tensor(logit_scale, dtype=dtype, device=images.device)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if across_processes and _has_processes() else (0, 1)
+        b = len(images)
+        own = slice(rank * b, (rank + 1) * b)
+        everywhere = gather if world_size > 1 else (lambda rows: rows)
 
-        B = len(images)
-        rows = torch.arange(B, device=images.device).split(chunk_size or B)
-        if len(rows) == 1:
-            parts = [_log_sum_exps(images, texts, scale, mask)]
-        else:
-            chunk_mask = [None if mask is None else mask[r] for r in rows]
-            parts = [
-                checkpoint(_log_sum_exps, images[r], texts, scale, mask, m, use_reentrant=False)
-                for r, m in zip(rows, chunk_mask, strict=True)
-            ]
-        over_texts = torch.cat([part[0] for part in parts])  # (B,)
-        over_images = torch.stack([part[1] for part in parts]).logsumexp(dim=0)  # (B,)
-        own = scale * (images * texts).sum(dim=-1)  # (B,)
-        losses = (over_texts + over_images) / 2 - own
-        if mask is None:
+        all_texts = everywhere(texts)  # (B, E)
+        all_healthy = None if mask is None else everywhere(mask)  # (B,)
+        over_texts, over_images = _LogSumExps.apply(images, all_texts, scale, mask, all_healthy, chunk_size or b)
+        # Of each text over all images: every process has the sum over its own.
+        over_images = everywhere(over_images[None]).logsumexp(dim=0)[own]  # (b,)
+        targets = texts if groups is None else _group_means(all_texts, everywhere(groups), all_healthy)[own]
+        agreement = scale * (images * targets).sum(dim=-1)  # (b,), with its own text, or on average with its group's
+        losses = (over_texts + over_images) / 2 - agreement
+        if mask is None or all_healthy is None:
             return losses.mean()
-        return losses.where(mask, 0).sum() / mask.sum()
+        return losses.where(mask, 0).sum() * world_size / all_healthy.sum()
 
 
-def _log_sum_exps(
-    images: Tensor, texts: Tensor, scale: Tensor, mask: Tensor | None, image_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits of b of the B images, over the texts (b,) and over the b images (B,)."""
-    logits = scale * images @ texts.T  # (b, B)
-    if mask is None:
-        return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
-    # The least number and not -inf: a slice without any healthy image must not give inf - inf in the gradient.
-    nothing = torch.finfo(logits.dtype).min
-    image_mask = mask if image_mask is None else image_mask
-    over_texts = logits.masked_fill(~mask, nothing).logsumexp(dim=1)
-    over_images = logits.masked_fill(~image_mask[:, None], nothing).logsumexp(dim=0)
-    return over_texts, over_images
+def _group_means(features: Tensor, groups: Tensor, healthy: Tensor | None) -> Tensor:
+    """(B, E): for each row the mean of its group's healthy rows."""
+    _, numbers = groups.unique(return_inverse=True)  # (B,)
+    weights = torch.ones_like(features[:, 0]) if healthy is None else healthy.to(features.dtype)
+    sums = torch.zeros_like(features).index_add(0, numbers, features * weights[:, None])
+    counts = torch.zeros_like(weights).index_add(0, numbers, weights).clamp(min=1)
+    return (sums / counts[:, None])[numbers]
 
 
-def gather(features: Tensor) -> Tensor:
-    """The rows of every process, in the order of their ranks: (B / world, E) -> (B, E). As they are, without processes.
+class _LogSumExps(torch.autograd.Function):
+    """Log-sum-exp of logits over the texts, for each image, and over the images, for each text; slice by slice.
 
-    Differentiable: the gradient of a row is the sum over all processes. Where each of them computes the loss of the
-    whole batch from the gathered rows and gradients are then averaged over processes, as DDP does, every parameter
-    gets the gradient of one process with the whole batch.
+    With one slice the logits are kept for the gradient, with more they are computed once more.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return features
-    return _Gather.apply(features)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(b, E), (B, E) -> (b,), (B,)."""
+        ctx.chunk_size, ctx.masks = chunk_size, (image_mask, text_mask)
+        over_texts, parts = [], []
+        kept = None
+        for rows in _slices(len(images), chunk_size):
+            logits = _logits(images, texts, scale, rows)  # (chunk, B)
+            kept = logits if chunk_size >= len(images) else None
+            over_texts.append(_masked(logits, text_mask, 1).logsumexp(dim=1))
+            parts.append(_masked(logits, image_mask if image_mask is None else image_mask[rows], 0).logsumexp(dim=0))
+            del logits
+        out = torch.cat(over_texts), torch.stack(parts).logsumexp(dim=0)
+        ctx.save_for_backward(images, texts, scale, *out, *([] if kept is None else [kept]))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, scale, over_texts, over_images, *kept = ctx.saved_tensors
+        image_mask, text_mask = ctx.masks
+        image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
+        scale_gradient = torch.zeros_like(scale)
+        for rows in _slices(len(images), ctx.chunk_size):
+            logits = kept[0] if kept else _logits(images, texts, scale, rows)  # (chunk, B)
+            # The gradient of a log-sum-exp is the softmax.
+            gradient = (logits - over_texts[rows, None]).exp_().mul_(row_gradient[rows, None])
+            if text_mask is not None:
+                gradient.masked_fill_(~text_mask, 0)
+            by_column = (logits - over_images).exp_().mul_(column_gradient)
+            if image_mask is not None:
+                by_column.masked_fill_(~image_mask[rows, None], 0)
+            gradient += by_column
+            scale_gradient += torch.linalg.vecdot(gradient, logits).sum() / scale
+            torch.mm(gradient, texts, out=image_gradient[rows])
+            text_gradient.addmm_(gradient.T, images[rows])
+        return image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _logits(images: Tensor, texts: Tensor, scale: Tensor, rows: slice) -> Tensor:
+    return (scale * images[rows]) @ texts.T
+
+
+def _masked(logits: Tensor, mask: Tensor | None, side: int) -> Tensor:
+    """The least number where the mask says no along a side; not -inf, as inf - inf is no number."""
+    if mask is None:
+        return logits
+    return logits.masked_fill(~mask.unsqueeze(1 - side), torch.finfo(logits.dtype).min)
+
+
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of every process, in the order of their ranks: (b, …) -> (B, …). As they are, without processes.
+
+    Differentiable: the gradient of a row is the sum over all processes.
+    """
+    return _Gather.apply(rows) if _has_processes() else rows
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        features = features.contiguous()
-        parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, features)
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
         return torch.cat(parts)
 
     @staticmethod

@@ -15,8 +15,10 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -29,7 +31,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
 from .check import brief
@@ -44,6 +47,7 @@ from .optim import OptimizerConfig, make_optimizer, warmup_cosine
 from .transforms import normalize
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
+_LOSS_CHUNK = 1024  # images whose logits are in memory at once
 _ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
 
 
@@ -54,6 +58,11 @@ class CLIPTraining(pl.LightningModule):
         clip: the architecture.
         optimizer: how it learns.
         max_rejected: share of unreadable samples, of those seen, past which the run stops.
+        micro_batch_size: pairs that a process encodes at once. Memory then grows with this and not with the batch that
+            is contrasted, at the price of encoding twice: the towers' activations are computed again for the gradient
+            (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
+        positives: "pair", or "caption" to let pairs of the very same caption share their targets, which are
+            otherwise told to be different.
     """
 
     def __init__(
@@ -61,8 +70,12 @@ class CLIPTraining(pl.LightningModule):
         clip: CLIPConfig = CLIPConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         max_rejected: float = 0.01,
+        micro_batch_size: int | None = None,
+        positives: Literal["pair", "caption"] = "pair",
     ) -> None:
         super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
         if clip.towers != "both":
             raise ValueError(f"model.clip.towers is {clip.towers!r}; both towers are needed to train them together")
         if (clip.text.vocab_size, clip.text.eot_token) != (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT):
@@ -73,39 +86,60 @@ class CLIPTraining(pl.LightningModule):
         self.clip = CLIP(clip)
         self.optimizer_config = optimizer
         self.max_rejected = max_rejected
+        self.micro_batch_size, self.positives = micro_batch_size, positives
         self.num_seen = self.num_rejected = self.num_truncated = 0
         self._validation: list[tuple[Tensor, Tensor]] = []
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Unit features of images and texts, (B, E) each."""
+        """Unit features of images and texts, (b, E) each."""
+        size = self.micro_batch_size or len(batch.images)
+        if size >= len(batch.images) or not torch.is_grad_enabled():
+            return self._encode(batch.images, batch.tokens)
+        parts = [
+            checkpoint(self._encode, images, tokens, use_reentrant=False, context_fn=self._contexts)
+            for images, tokens in zip(batch.images.split(size), batch.tokens.split(size), strict=True)
+        ]
+        image_features, text_features = (torch.cat(features) for features in zip(*parts, strict=True))
+        return image_features, text_features
+
+    def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         vision = self.clip.config.vision
-        images = normalize(batch.images, vision.mean, vision.std)
-        return self.clip.encode_image(images, normalize=True), self.clip.encode_text(batch.tokens, normalize=True)
+        pixels = normalize(images, vision.mean, vision.std)
+        return self.clip.encode_image(pixels, normalize=True), self.clip.encode_text(tokens, normalize=True)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For encoding, and for encoding once more: batch norm has seen the batch by then."""
+        return nullcontext(), _running_statistics_held(self.clip)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._count(batch)
-        image_features, text_features = (gather(features) for features in self.features(batch))
+        image_features, text_features = self.features(batch)
         mask = batch.mask
-        if self.trainer.world_size > 1:  # another process may have a hole where this one has none
-            healthy = torch.ones(len(batch.keys), dtype=torch.bool) if mask is None else mask
-            mask = gather(healthy.to(self.device))
+        is_shared = self.trainer.world_size > 1
+        if is_shared and mask is None:  # another process may have a hole where this one has none
+            mask = torch.ones(len(batch.keys), dtype=torch.bool, device=self.device)
         scale = self.clip.logit_scale.exp()
-        loss = clip_loss(image_features, text_features, scale, mask=mask)
+        groups = batch.caption_ids if self.positives == "caption" else None
+        chunk_size = min(_LOSS_CHUNK, len(image_features))
+        loss = clip_loss(image_features, text_features, scale, chunk_size, mask, groups, across_processes=is_shared)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
                 f"learning rate, or look at the batch: {', '.join(batch.keys[:8])}, …"
             )
         values: dict[str, Tensor | float] = {
-            "loss": loss,
-            "chance": math.log(len(image_features)),
-            "logit_scale": scale,
+            "loss": loss.detach(),
+            "chance": math.log(len(image_features) * self.trainer.world_size),
+            "logit_scale": scale.detach(),
         }
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        # The loss of a process is its share of the whole; their mean is that.
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
         every = _log_every(self.trainer)
         # Lightning writes the log at steps 9, 19, … of ten, and the progress bar reads at 10, 20, …
         if self.global_step % every == 0 or (self.global_step + 1) % every == 0:
-            self.log("train/accuracy", in_batch_accuracy(image_features, text_features, mask))
+            images, texts = gather(image_features.detach()), gather(text_features.detach())
+            healthy = mask if mask is None else gather(mask)
+            self.log("train/accuracy", in_batch_accuracy(images, texts, healthy))
         return loss
 
     def _count(self, batch: Batch) -> None:
@@ -160,6 +194,23 @@ class CLIPTraining(pl.LightningModule):
         saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
         if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
             raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
+
+
+@contextmanager
+def _running_statistics_held(model: nn.Module) -> Iterator[None]:
+    """Batch norm normalises by the batch, as in training, and does not count it."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = (
+            0.0,
+            None,
+        )  # it moves by nothing; taking it away would change the graph
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _differences(checkpoint: Any, run: Any, name: str) -> list[str]:

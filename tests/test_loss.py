@@ -259,3 +259,62 @@ def test_a_mask_of_another_length_is_refused_naming_its_shape(shape):
 def test_gathering_in_a_single_process_gives_the_features_themselves():
     images, _ = random_features()
     assert gather(images) is images
+
+
+# ---- pairs that belong together
+
+
+def shared_targets(images, texts, scale, groups, mask=None):
+    """Cross-entropy with targets that are shared evenly in a group, from the whole matrix."""
+    if mask is not None:
+        images, texts, groups = images[mask], texts[mask], groups[mask]
+    logits = scale * images @ texts.T
+    targets = (groups[:, None] == groups).to(logits.dtype)
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@pytest.mark.parametrize("chunk_size", [None, *CHUNKS])
+@pytest.mark.parametrize("kept", [None, [1, 0, 1, 1, 1, 0, 1]])
+def test_groups_share_their_targets(kept, chunk_size):
+    images, texts = random_features()
+    groups = torch.tensor([3, 5, 3, -2, 5, 3, 9])
+    mask = None if kept is None else torch.tensor(kept, dtype=torch.bool)
+    found = value_and_gradients(clip_loss, images, texts, chunk_size=chunk_size, groups=groups, mask=mask)
+    assert_all_close(found, value_and_gradients(shared_targets, images, texts, groups=groups, mask=mask))
+
+
+def test_every_pair_in_a_group_of_its_own_is_the_plain_loss():
+    images, texts = random_features()
+    found = value_and_gradients(clip_loss, images, texts, groups=torch.arange(B))
+    assert_all_close(found, value_and_gradients(figure_3, images, texts))
+
+
+def test_with_equal_captions_in_a_group_the_least_loss_is_the_targets_entropy():
+    features = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]]  # the first two pairs are alike in image and text
+    groups = torch.tensor([7, 7, 8, 9])
+    assert clip_loss(features, features, 1e4, groups=groups).item() == pytest.approx(math.log(2) / 2)
+
+
+def test_groups_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"groups of shape \(3,\); it must be \(B,\)"):
+        clip_loss(*random_features(), 1.0, groups=torch.arange(3))
+
+
+def test_slices_hold_no_more_than_their_share_of_the_logits():
+    """Peak memory of the backward pass counts tensors of the whole (B, B) kind: none may be made."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    features = [x.requires_grad_() for x in random_features(256, 8)]
+    with Watch():
+        clip_loss(*features, 10.0, chunk_size=16).backward()
+    assert largest == 16 * 256

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import math
 import os
 import re
@@ -349,6 +350,7 @@ def test_features_are_of_unit_length_and_pixels_are_normalised_once():
         ["1", "2", "3"],
         [],
         0,
+        torch.arange(3),
     )
     images, texts = module.features(batch)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (miniclip.VisionConfig().mean, miniclip.VisionConfig().std))
@@ -364,3 +366,90 @@ def test_the_resume_command_repeats_what_was_typed():
     typed = ["/bin/miniclip", "train", "fit", "--overwrite", "--config", "run.yaml"]
     assert training.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
     assert training.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def random_batch(number: int, resolution: int, seed: int = 0) -> Batch:
+    random = torch.Generator().manual_seed(seed)
+    texts = [" ".join(["red", "round", "thing"][: 1 + n % 3]) + f" {n}" for n in range(number)]
+    images = torch.randint(0, 256, (number, 3, resolution, resolution), dtype=torch.uint8, generator=random)
+    return Batch(images, miniclip.tokenize(texts).long(), None, texts, [], 0, torch.arange(number))
+
+
+def loss_and_gradients(module: training.CLIPTraining, batch: Batch) -> dict[str, torch.Tensor]:
+    module.zero_grad()
+    images, texts = module.features(batch)
+    loss = miniclip.clip_loss(images, texts, module.clip.logit_scale.exp())
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 50])
+def test_micro_batches_change_neither_loss_nor_gradients(size):
+    torch.manual_seed(0)
+    plain = training.CLIPTraining(tiny_config()).double()
+    micro = training.CLIPTraining(tiny_config(), micro_batch_size=size).double()
+    micro.load_state_dict(plain.state_dict())
+    batch = random_batch(8, 16)
+    found, expected = loss_and_gradients(micro, batch), loss_and_gradients(plain, batch)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-12 * value.norm().clamp(min=1e-3), name
+
+
+class Noisy(torch.nn.Module):
+    """Dropout after a layer: what is encoded once more has to meet the same random numbers."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.dropout = inner, torch.nn.Dropout(0.3)
+
+    def forward(self, *inputs):
+        return self.dropout(self.inner(*inputs))
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16 autocast"])
+def test_micro_batches_with_dropout_equal_plain_backpropagation_through_the_same_ones(precision):
+    torch.manual_seed(0)
+    module = training.CLIPTraining(tiny_config(), micro_batch_size=3)
+    module.clip.visual.ln_post = Noisy(module.clip.visual.ln_post)
+    module = module.double() if precision == "fp64" else module
+    batch = random_batch(8, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp64"):
+        torch.manual_seed(5)
+        found = loss_and_gradients(module, batch)
+        torch.manual_seed(5)
+        module.zero_grad()
+        splits = zip(batch.images.split(3), batch.tokens.split(3), strict=True)
+        parts = [module._encode(images, tokens) for images, tokens in splits]
+        images, texts = (torch.cat(each) for each in zip(*parts, strict=True))
+        loss = miniclip.clip_loss(images, texts, module.clip.logit_scale.exp())
+        loss.backward()
+    assert torch.equal(found["loss"], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_batch_norm_counts_each_micro_batch_once():
+    vision = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
+    torch.manual_seed(0)
+    module = training.CLIPTraining(dataclasses.replace(tiny_config(), vision=vision), micro_batch_size=4)
+    plain = training.CLIPTraining(dataclasses.replace(tiny_config(), vision=vision))
+    plain.load_state_dict(module.state_dict())
+    batch = random_batch(8, 32)
+    loss_and_gradients(module, batch)
+    with torch.no_grad():
+        for images, tokens in zip(batch.images.split(4), batch.tokens.split(4), strict=True):
+            plain._encode(images, tokens)
+    assert module.clip.visual.bn1.num_batches_tracked == 2
+    for (name, found), expected in zip(module.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_a_micro_batch_size_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"model\.micro_batch_size is 0; it must be at least 1"):
+        training.CLIPTraining(tiny_config(), micro_batch_size=0)

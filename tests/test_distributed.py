@@ -1,0 +1,121 @@
+# The loss and its gradients over real processes (gloo), against one process with the whole batch.
+
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from miniclip.loss import clip_loss, gather
+
+B, E = 12, 5  # twelve can be shared by 1, 2 and 3
+
+CASES = {
+    "plain": {},
+    "chunks": {"chunk_size": 3},
+    "holes": {"mask": [True, False, True, True, True, True, False, True, True, True, False, True]},
+    "holes in one process alone": {"mask": [False] * 4 + [True] * 8},
+    "holes and chunks": {"mask": [True, False] * 6, "chunk_size": 2},
+    "groups": {"groups": [0, 1, 2, 0, 4, 5, 1, 7, 8, 0, 10, 11]},
+    "groups, holes and chunks": {"groups": [0, 1, 2, 3] * 3, "mask": [True, True, False] * 4, "chunk_size": 1},
+}
+
+
+class Towers(nn.Module):
+    """Two small towers and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(7, E), nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, E))
+        self.logit_scale = nn.Parameter(torch.tensor(2.3))
+
+    def forward(self, images, texts):
+        return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1), self.logit_scale.exp()
+
+
+def inputs(dtype):
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(B, width, generator=random, dtype=torch.float64).to(dtype) for width in (7, 6)]
+
+
+def options(case, rows=slice(None)):
+    made = {name: torch.tensor(value)[rows] for name, value in CASES[case].items() if name != "chunk_size"}
+    return made | {name: value for name, value in CASES[case].items() if name == "chunk_size"}
+
+
+def alone(case, dtype):
+    """Loss, gradients, and weights after five steps of plain SGD, in one process with the whole batch."""
+    towers = Towers().to(dtype)
+    optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
+    first = None
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = clip_loss(*towers(*inputs(dtype)), **options(case))
+        loss.backward()
+        first = first or (loss.detach(), {name: p.grad.clone() for name, p in towers.named_parameters()})
+        optimizer.step()
+    return (*first, {name: p.detach() for name, p in towers.named_parameters()})
+
+
+def work(rank, world_size, folder):
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    results = {}
+    rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
+    for case, dtype in itertools.product(CASES, (torch.float64, torch.float32)):
+        towers = DistributedDataParallel(Towers().to(dtype))
+        optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
+        first = None
+        for _ in range(5):
+            optimizer.zero_grad()
+            features = towers(*(each[rows] for each in inputs(dtype)))
+            loss = clip_loss(*features, **options(case, rows), across_processes=True)
+            loss.backward()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            gradients = {name: p.grad.clone() for name, p in towers.module.named_parameters()}
+            first = first or (total / world_size, gradients)
+            optimizer.step()
+        results[case, dtype] = (*first, {name: p.detach() for name, p in towers.module.named_parameters()})
+    results["gathered"] = gather(torch.arange(2) + 10 * rank)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def results(request):
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
+        yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
+
+
+def assert_near(found, expected, dtype):
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    for name, value in expected.items():
+        difference = (found[name] - value).norm() / value.norm().clamp(min=1e-3)
+        assert difference <= limit, (name, float(difference))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES)
+def test_processes_get_the_loss_gradients_and_weights_of_one_with_the_whole_batch(results, case, dtype):
+    loss, gradients, weights = alone(case, dtype)
+    for result in results:
+        found = result[case, dtype]
+        assert_near({"loss": found[0]}, {"loss": loss}, dtype)
+        assert_near(found[1], gradients, dtype)
+        assert_near(found[2], weights, dtype)
+
+
+def test_rows_are_gathered_in_the_order_of_the_ranks(results):
+    expected = [n for rank in range(len(results)) for n in (10 * rank, 10 * rank + 1)]
+    assert all(result["gathered"].tolist() == expected for result in results)
