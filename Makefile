@@ -49,6 +49,8 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/gradcache.py
 
 clean:
 	rm -rf $(VENV) runs reports .pytest_cache .mypy_cache .ruff_cache build *.egg-info

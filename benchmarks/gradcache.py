@@ -2,8 +2,9 @@
 
     python benchmarks/gradcache.py [--batch 4096] [--micro 64] [--plain 128]
 
-One training step (loss, gradients, AdamW) of the model of configs/small.yaml on noise and captions of about eleven words,
-each in a process of its own. Memory is the process's peak less what it has with model, optimiser and their state made.
+One training step (loss, gradients, AdamW) of the model of configs/small.yaml on noise and captions of about eleven
+words, each in a process of its own. Memory is the process's peak less what it has with model, optimiser and their
+state made.
 """
 
 from __future__ import annotations

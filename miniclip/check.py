@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,14 @@ from rich.table import Table
 
 from .files import write_text
 from .prompts import ASSETS
-from .shards import INDEX_FILE, Shards
-from .sources import HUB_PREFIX, Pair
+from .shards import Shards
+from .sources import Pair
 from .storage import is_url, read_bytes
 from .tokenizer import encode, encode_for_model
 from .transforms import Augmentation, open_image
+
+if TYPE_CHECKING:
+    from .data import CaptionChoice  # which imports Lightning
 
 _THUMBNAIL = 128  # pixels, short side
 _CONTACTS, _TOP_CAPTIONS = 24, 10
@@ -162,13 +165,6 @@ class _Look(NamedTuple):
     digest: bytes = b""
     num_bytes: int = 0
     thumbnail: str = ""
-
-
-def is_shards(source: str) -> bool:
-    """Whether this is a folder, pattern or URL of shards, rather than a source for `read_pairs`."""
-    is_named = source.endswith(".tar") or is_url(source)
-    has_some = any(any(Path(source).glob(name)) for name in (INDEX_FILE, f"train/{INDEX_FILE}", "*.tar"))
-    return (is_named or has_some) and not source.startswith(HUB_PREFIX)
 
 
 def sample_numbers(total: int, samples: int | None, seed: int) -> list[int]:
@@ -596,23 +592,38 @@ def advice(f: Findings) -> list[str]:
 
 
 def brief(
-    shards: Shards, context_length: int, batch_size: int, seed: int = 0, samples: int = 128, image_size: int = 224
+    shards: Shards,
+    context_length: int,
+    batch_size: int,
+    seed: int = 0,
+    samples: int = 128,
+    image_size: int = 224,
+    captions: CaptionChoice | None = None,
 ) -> list[str]:
     """Warnings about what would spoil training, from a glance at some random samples; none if all is well.
 
     It looks for about a second at most, so what is remote is not fetched for it; and never raises for bad data.
     """
 
+    there: set[str] = set()
+
     def read(number: int) -> Pair:
         record = shards[number]
         name = f"{shards.entries[shards.locate(number)[0]].name}:{record.key}"
-        return Pair(name, record.image, record.captions, None if record.image else "no image")
+        texts = captions.texts(record.captions, lambda: shards.info(number)) if captions else {"txt": record.captions}
+        there.update(name for name, found in texts.items() if found)
+        lines = tuple(line for found in texts.values() for line in found)
+        return Pair(name, record.image, lines, None if record.image else "no image")
 
     end = time.perf_counter() + _BRIEF_S
     numbers = np.random.default_rng(seed).permutation(sample_numbers(len(shards), samples, seed)).tolist()
     local = [n for n in numbers if not is_url(shards.entries[shards.locate(n)[0]].location)]
     looks = [_look(_fetch(read, number)) for number in local if time.perf_counter() < end]
-    return _spoils(_findings(looks, len(shards), image_size, context_length, batch_size)) if looks else []
+    if not looks:
+        return []
+    wanted = (captions.fields if captions else None) or {}
+    absent = [f"no sample looked at has the caption field {name!r}" for name in wanted if name not in there]
+    return absent + _spoils(_findings(looks, len(shards), image_size, context_length, batch_size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

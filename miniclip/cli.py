@@ -109,22 +109,15 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from .shards import INDEX_FILE, REJECTED_FILE, Packing, pack, shard_pairs
-    from .sources import read_pairs
-    from .storage import is_url
+    from .shards import REJECTED_FILE, Packing, open_pairs, pack
 
-    folder = Path(options.source)
-    is_shards = options.source.endswith(".tar") or is_url(options.source) or any((folder / "train").glob(INDEX_FILE))
-    if is_shards or (folder / INDEX_FILE).is_file() or any(folder.glob("*.tar")):
-        pairs = shard_pairs(options.source)
-    else:
-        pairs = read_pairs(
-            options.source,
-            images=options.images,
-            image_column=options.image_column,
-            caption_columns=options.caption_column,
-            split=options.split,
-        )
+    pairs = open_pairs(
+        options.source,
+        images=options.images,
+        image_column=options.image_column,
+        caption_columns=options.caption_column,
+        split=options.split,
+    )
     print(f"{options.source}: {pairs.found}", file=sys.stderr)
     packing = Packing(
         samples_per_shard=options.samples_per_shard,
@@ -226,23 +219,19 @@ def check(argv: list[str]) -> None:
 def _check(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .check import advice, examine, is_shards, tables, time_pipeline, write_html
-    from .shards import Shards, shard_pairs
-    from .sources import read_pairs
+    from .check import advice, examine, tables, time_pipeline, write_html
+    from .shards import Shards, is_shards, open_pairs
 
     packed = is_shards(options.data)
     if options.speed and not packed:
         raise ValueError(f"--speed times how shards are read, and {options.data} is not packed yet (`miniclip shards`)")
-    if packed:
-        pairs = shard_pairs(options.data)
-    else:
-        pairs = read_pairs(
-            options.data,
-            images=options.images,
-            image_column=options.image_column,
-            caption_columns=options.caption_column,
-            split=options.split,
-        )
+    pairs = open_pairs(
+        options.data,
+        images=options.images,
+        image_column=options.image_column,
+        caption_columns=options.caption_column,
+        split=options.split,
+    )
     print(f"{options.data}: {pairs.found}", file=sys.stderr)
     samples = None if options.all else options.samples
     with _progress("looking", min(len(pairs), samples or len(pairs))) as progress:

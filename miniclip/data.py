@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Preprocessing
-from .shards import Shards, pack_into_cache, packed_location
+from .shards import Shards, pack_into_cache
 from .sources import texts_in
-from .storage import Cache
+from .storage import Cache, is_url
 from .tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .transforms import Augmentation, Preprocess, open_image
 
@@ -173,7 +173,8 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size > order.num_samples:
             raise ValueError(
-                f"batch_size is {batch_size} and the training set has {order.num_samples} samples; no more fit a batch"
+                f"batch_size is {batch_size} and the training set has {order.num_samples} samples; no more fit a "
+                f"batch, so set data.batch_size to {order.num_samples} or less"
             )
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}, which {world_size} ranks can't share evenly")
@@ -230,8 +231,7 @@ class CaptionChoice:
             ValueError: there is none.
         """
         if self.fields:
-            facts = {} if set(self.fields) == {"txt"} else info()
-            texts = {name: lines if name == "txt" else texts_in(facts.get(name)) for name in self.fields}
+            texts = self.texts(lines, info)
             there = [name for name, found in texts.items() if found]
             if not there:
                 raise ValueError(f"it has no caption: nothing in {', '.join(self.fields)}")
@@ -242,6 +242,12 @@ class CaptionChoice:
         if weights is None:
             return lines[int(random.integers(len(lines))) if self.order == "random" else 0]
         return lines[self._draw((weights + weights[-1:] * len(lines))[: len(lines)], random)]
+
+    def texts(self, lines: Sequence[str], info: Callable[[], dict[str, Any]]) -> dict[str, Sequence[str]]:
+        """The lines of each field."""
+        fields = self.fields or {"txt": 1.0}
+        facts = {} if set(fields) == {"txt"} else info()
+        return {name: lines if name == "txt" else texts_in(facts.get(name)) for name in fields}
 
     def _draw(self, weights: Sequence[float], random: np.random.Generator) -> int:
         if self.order == "first" or not sum(weights):
@@ -268,6 +274,7 @@ class PairDataset(Dataset[_Sample]):
         preprocess: Preprocessing = "openai",
     ) -> None:
         self.shards, self.image_size, self.context_length = shards, image_size, context_length
+        self.is_one_source = len(shards.num_shards) == 1  # else the names of shards do not tell them apart
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         # Only its crop is used: pixels stay uint8.
         self.preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1), preprocess)
@@ -282,8 +289,8 @@ class PairDataset(Dataset[_Sample]):
         key = f"sample {number}"
         try:
             record = self.shards[number]
-            shard = self.shards.entries[self.shards.locate(number)[0]].name
-            key = f"{shard}:{record.key}"
+            entry = self.shards.entries[self.shards.locate(number)[0]]
+            key = f"{entry.name if self.is_one_source else entry.location}:{record.key}"
             if not record.image:
                 raise ValueError("it has no image")
             caption = self.captions.choose(record.captions, lambda: self.shards.info(number), random)
@@ -291,7 +298,7 @@ class PairDataset(Dataset[_Sample]):
                 image = self.augmentation.decode(record.image, self.image_size, random)
             else:
                 image = self.preprocess.crop(open_image(record.image, key))
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # a damaged sample can raise anything
             return _Sample(
                 torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
                 [START_OF_TEXT, END_OF_TEXT],
@@ -358,20 +365,27 @@ class TrainLoader(DataLoader[_Sample]):
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        timer = threading.Timer(self.silence_s, self._name_the_silent, [self.silence_s])
-        timer.daemon = True
-        timer.start()
+        """Speaks up at every `silence_s` of waiting."""
+        is_here = threading.Event()
+
+        def watch() -> None:
+            begin = time.perf_counter()
+            while not is_here.wait(self.silence_s):
+                self._name_the_silent(time.perf_counter() - begin)
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         finally:
-            timer.cancel()
+            is_here.set()
 
     def _name_the_silent(self, seconds: float) -> None:
         assert isinstance(self.dataset, PairDataset)
         shards = self.dataset.shards
         first = list(self._pending())[:1]
         names = {shards.entries[shards.locate(sample)[0]].location for batch in first for _, sample in batch}
-        what = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first
+        what = ", ".join(likely[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         print(f"No batch has come for {seconds:.0f} s. The next one needs {what or 'no shard'}.", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,6 +449,9 @@ class PairDataModule(pl.LightningDataModule):
             raise ValueError("data.train is empty; it needs shards to train on")
         if weights is not None and len(weights) != len(self.train):
             raise ValueError(f"data.weights has {len(weights)} numbers and data.train {len(self.train)} sources")
+        if not all(weight > 0 and math.isfinite(weight) for weight in weights or ()):
+            raise ValueError(f"data.weights is {weights}; they must be numbers above 0")
+        self._locations: dict[str, str] = {}
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
@@ -447,13 +464,16 @@ class PairDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Called once on each machine, before `setup` everywhere."""
         for source in (*self.train, *self.val):
-            pack_into_cache(source)
+            if source not in self._locations:
+                self._locations[source] = pack_into_cache(source)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_shards is None:
-            self.train_shards = Shards([packed_location(source) for source in self.train], self.cache)
+            self.prepare_data()  # tells this process where; one of them packs, if need be
+            self.train_shards = Shards([self._locations[source] for source in self.train], self.cache)
         if self.val and self.val_shards is None:
-            self.val_shards = Shards([packed_location(source) for source in self.val], self.cache)
+            self.prepare_data()
+            self.val_shards = Shards([self._locations[source] for source in self.val], self.cache)
 
     def order(self) -> SampleOrder | Mixture:
         """The sequence that training goes through."""
@@ -523,13 +543,15 @@ class PairDataModule(pl.LightningDataModule):
     def _sequence(self) -> dict[str, Any]:
         """What the sequence of batches depends on."""
         assert self.train_shards is not None
-        counts = hashlib.sha256(self.train_shards.counts.tobytes()).hexdigest()[:16]  # the order depends on them
+        shards = hashlib.sha256("".join(entry.sha256 for entry in self.train_shards.entries).encode())
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
             "samples": len(self.train_shards),
             "weights": self.weights,
-            "shards": counts,
+            "shards": shards.hexdigest()[:16],
+            "captions": str(self.captions),
+            "augmentation": str(self.augmentation),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

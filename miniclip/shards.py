@@ -25,7 +25,7 @@ import zipfile
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from .files import atomic_write, write_text
-from .sources import IMAGE_SUFFIXES, TABLE_SUFFIXES, Pair, Pairs, fingerprint, image_files, read_pairs
+from .sources import HUB_PREFIX, IMAGE_SUFFIXES, Pair, Pairs, captions_in, fingerprint, image_files, read_pairs
 from .storage import Cache, check_scheme, exists, expand, is_url, join, read_bytes
 from .transforms import jpeg_size, open_image
 
@@ -45,7 +45,7 @@ INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"
 # What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _MEMBERS = ("image", "txt", "json", "cls")
-_OPEN_SHARDS = 64
+_OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
 _BUFFER_BYTES = 4 << 20
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
 _AT_A_TIME = 8  # pairs that a thread prepares in a row
@@ -79,7 +79,7 @@ class Packing:
     def __post_init__(self) -> None:
         for name in ("samples_per_shard", "max_shard_bytes", "resize", "min_side", "max_aspect"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 1 <= self.quality <= 95:
             raise ValueError(f"quality is {self.quality}; JPEG quality goes from 1 to 95")
@@ -141,7 +141,8 @@ def pack(
     if not len(pairs):
         what = f"no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name beside it"
         raise ValueError(f"no pairs found in {source}: it holds {what if Path(source).is_dir() else 'no rows'}")
-    plan = {"schema": SCHEMA_VERSION, "source": source, "pairs": len(pairs), "fingerprint": fingerprint(pairs)}
+    here = str(Path(source).resolve()) if Path(source).exists() else source  # photos is photos/
+    plan = {"schema": SCHEMA_VERSION, "source": here, "pairs": len(pairs), "fingerprint": fingerprint(pairs)}
     plan |= {"found": pairs.found if isinstance(pairs, Pairs) else ""} | asdict(packing)
     work = out.with_name(f"{out.name}.partial")
     lock = out.with_name(f".{out.name}.lock")
@@ -190,8 +191,9 @@ def _locked(path: Path, otherwise: str, patience_s: float = 0) -> Iterator[None]
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Who held it may have removed it meanwhile; what is locked then is no longer the file of that name.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
-                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file)):
+                    break
         except BlockingIOError as error:
             if time.monotonic() >= end:
                 os.close(file)
@@ -219,6 +221,21 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another folder")
     if out.exists() and not any((out / name / INDEX_FILE).is_file() for name in (".", "train")):
         raise ValueError(f"{out} is not a folder of shards (it has no {INDEX_FILE}), so it is not overwritten")
+    if others := _not_ours(out):
+        raise ValueError(f"{out} holds what packing did not write, so it is not overwritten: {', '.join(others[:5])}")
+
+
+def _not_ours(out: Path) -> list[str]:
+    """The files of a folder that `pack` did not make."""
+    ours = {out / REJECTED_FILE}
+    for folder in (out, out / "train", out / "val"):
+        if (folder / INDEX_FILE).is_file():
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            if isinstance(index, dict) and "fingerprint" in index:  # an index alone was made for others' shards
+                shards = index.get("shards", [])
+                ours |= {folder / INDEX_FILE} | {folder / str(s.get(k)) for s in shards for k in ("file", "offsets")}
+    found = [path for path in sorted(out.rglob("*")) if not path.is_dir()] if out.exists() else []
+    return [str(path.relative_to(out)) for path in found if path not in ours]
 
 
 def _begin(out: Path, work: Path, plan: dict[str, Any], overwrite: bool, busy: str) -> None:
@@ -295,8 +312,10 @@ def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> I
     Threads, as reading, decoding and encoding images let go of the interpreter's lock.
     """
 
+    is_over = threading.Event()
+
     def compute(some: range) -> list[Any]:
-        return [function(number) for number in some]
+        return [function(number) for number in some if not is_over.is_set()]
 
     waiting: deque[tuple[range, Future[list[Any]]]] = deque()
     pool = ThreadPoolExecutor(workers)
@@ -310,6 +329,7 @@ def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> I
         for done, future in waiting:
             yield from zip(done, future.result(), strict=True)
     finally:
+        is_over.set()  # Ctrl-C waits for one image of each thread, and not for all that they have been given
         pool.shutdown(cancel_futures=True)
 
 
@@ -377,18 +397,19 @@ class _Rejection:
 
 def _prepare(pairs: Sequence[Pair], number: int, packing: Packing) -> _Prepared | _Rejection:
     """The files of one sample, or why there are none."""
-    pair = pairs[number]
+    name = pairs.names[number] if isinstance(pairs, Pairs) else f"pair {number}"
     try:
+        pair = pairs[number]
+        name = pair.source
         return _members(pair, packing)
     except (OSError, ValueError) as error:
-        return _Rejection(pair.source, str(error))
+        return _Rejection(name, str(error))
 
 
 def _members(pair: Pair, packing: Packing) -> _Prepared:
     if pair.problem:
         raise ValueError(pair.problem)
-    captions = [" ".join(caption.split()) for caption in pair.captions]
-    captions = [caption for caption in captions if caption]
+    captions = [line for caption in pair.captions for line in captions_in(caption)]
     if not captions:
         raise ValueError("every caption is empty")
     original = _read_image(pair)
@@ -480,7 +501,8 @@ def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk]) -
         empty = min(counts, key=lambda side: counts[side])
         shutil.rmtree(work)
         raise ValueError(
-            f"of {sum(counts.values())} pairs none fell to the side {empty!r} with val_fraction {plan['val_fraction']}"
+            f"of {sum(counts.values())} pairs none fell to the side {empty!r} with val_fraction "
+            f"{plan['val_fraction']}; another fraction, or more pairs, would help"
         )
     with atomic_write(work / REJECTED_FILE) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
@@ -574,6 +596,12 @@ def _index_entry(
     path: Path, places: dict[str, dict[str, tuple[int, int]]], offsets: Path, checksum: str
 ) -> dict[str, Any]:
     """Writes the `.npz`; `places` has offset and size of each member, by key and kind."""
+    # A tar from elsewhere may hold notes, or a Mac's ._files; a sample has an image or a text.
+    places = {
+        key: members
+        for key, members in places.items()
+        if key.rpartition("/")[2] and ("image" in members or "txt" in members)
+    }
     found = Counter(kind for members in places.values() for kind in members)
     columns = {
         kind: np.array([members.get(kind, (0, 0)) for members in places.values()], dtype=np.int64).reshape(-1, 2)
@@ -614,6 +642,7 @@ def index_shards(
         if (folder / name).exists() and not overwrite:
             raise ValueError(f"{folder / name} exists already; pass --overwrite to write it anew")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX_FILE).unlink(missing_ok=True)  # an old one must not be taken for that of the new offsets
     cache = Cache()
     entries = []
     for number, location in enumerate(tars):
@@ -720,6 +749,7 @@ class Shards:
             self.num_shards.append(len(entries))
         self.counts = np.array([entry.samples for entry in self.entries], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
+        self._offsets: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()  # packing reads in threads
         self._open: OrderedDict[int, tuple[IO[bytes], dict[str, np.ndarray]]] = OrderedDict()
 
@@ -727,7 +757,8 @@ class Shards:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}  # file handles stay in their process
+        # File handles stay in their process.
+        return {**self.__dict__, "_open": OrderedDict(), "_offsets": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "_lock": threading.Lock()}
@@ -749,7 +780,7 @@ class Shards:
         file, offsets = self._shard(shard)
         key = str(offsets["key"][place])
         image, text = (self._read(file, key, *offsets[kind][place]) for kind in ("image", "txt"))
-        return Record(key, image, tuple(text.decode("utf-8", errors="replace").splitlines()))
+        return Record(key, image, tuple(captions_in(text.decode("utf-8", errors="replace"))))
 
     def info(self, number: int) -> dict[str, Any]:
         """What the sample's `.json` says, and its `.cls`; empty if it has neither.
@@ -776,7 +807,12 @@ class Shards:
     def _opened(self, shard: int) -> tuple[IO[bytes], dict[str, np.ndarray]]:
         if shard not in self._open:
             entry = self.entries[shard]
-            offsets = self._read_offsets(entry)
+            if shard not in self._offsets:
+                self._offsets[shard] = self._read_offsets(entry)
+                if len(self._offsets) > _KNOWN_SHARDS:
+                    self._offsets.popitem(last=False)
+            self._offsets.move_to_end(shard)
+            offsets = self._offsets[shard]
             try:
                 if is_url(entry.location):
                     file = self.cache.open(entry.location, entry.bytes, entry.sha256)
@@ -793,10 +829,11 @@ class Shards:
     def _read_offsets(self, entry: ShardEntry) -> dict[str, np.ndarray]:
         path = join(entry.folder, entry.offsets)
         try:
-            with (
-                self.cache.open(path, sha256=entry.offsets_sha256) if is_url(path) else open(path, "rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
+            with self.cache.open(path, sha256=entry.offsets_sha256) if is_url(path) else open(path, "rb") as file:
+                data = file.read()
+            if hashlib.sha256(data).hexdigest() != entry.offsets_sha256:
+                raise ValueError(f"it is not the one that {INDEX_FILE} was written with")
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 offsets = {name: arrays[name] for name in ("key", "image", "txt", *arrays)}
         except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged or gone ({error}); pack the shards again") from error
@@ -808,10 +845,16 @@ class Shards:
 
     @staticmethod
     def _read(file: IO[bytes], key: str, offset: int, size: int) -> bytes:
-        data = os.pread(file.fileno(), int(size), int(offset))  # no shared position: safe across forked workers
-        if len(data) != size:
+        if not size:
+            return b""
+        header = tarfile.BLOCKSIZE
+        # No shared position: safe across forked workers.
+        data = os.pread(file.fileno(), int(size) + header, int(offset) - header)
+        if len(data) != size + header:
             raise ValueError(f"{file.name} is cut short: sample {key} should end at byte {offset + size}")
-        return data
+        if data[124:136].rstrip(b"\0 ") != f"{size:o}".encode().rjust(len(data[124:136].rstrip(b"\0 ")), b"0"):
+            raise ValueError(f"{file.name} is another file than when it was indexed: sample {key} is not where it was")
+        return data[header:]
 
 
 def _open_source(source: str) -> list[ShardEntry]:
@@ -825,6 +868,8 @@ def _open_source(source: str) -> list[ShardEntry]:
         if any((tar.rpartition("/")[0] or ".") != folder for tar in tars):
             raise ValueError(f"{source} names tars of several folders; give a list of patterns, one for each")
         names = [tar.rpartition("/")[2] for tar in tars]
+        if not is_url(source) and not exists(join(folder, INDEX_FILE)):
+            tar_locations(source)  # tells what is missing
     path = join(folder, INDEX_FILE)
     if not exists(path):
         raise ValueError(_no_index(source, folder))
@@ -852,7 +897,9 @@ def _open_source(source: str) -> list[ShardEntry]:
             f"{path} has schema {version!r}, this version of miniclip reads {SCHEMA_VERSION}; "
             f"`miniclip shards {folder} --index-only --overwrite` writes it anew"
         )
-    if entries and not members["txt"] and not members["json"]:
+    if not sum(entry.samples for entry in entries):
+        raise ValueError(f"the shards in {folder} hold no samples")
+    if not members["txt"] and not members["json"]:
         kinds = ", ".join(f".{kind}" for kind in sorted(members) if kind != "image")
         raise ValueError(
             f"the shards in {folder} hold images without captions ({kinds or 'nothing'} beside them, no .txt)"
@@ -860,6 +907,8 @@ def _open_source(source: str) -> list[ShardEntry]:
         )
     if names is not None:
         by_name = {entry.name: entry for entry in entries}
+        if len(by_name) < len(entries):
+            raise ValueError(f"{path} lists several shards of one name, so {source} does not tell which are meant")
         if missing := [name for name in names if name not in by_name]:
             raise ValueError(f"{path} lists no {', '.join(missing[:5])}; it has {len(by_name)} shards")
         entries = [by_name[name] for name in names]
@@ -905,33 +954,62 @@ def shard_pairs(source: str) -> Pairs:
 # Training on what is not packed yet
 
 
-def packed_location(source: str) -> str:
-    """Where the shards of a source are: a folder of the cache for a folder of images and texts, or a table."""
+def is_shards(source: str) -> bool:
+    """Whether this is a folder, pattern or URL of shards, rather than a source for `read_pairs`."""
     path = Path(source)
-    is_table = path.is_file() and path.suffix.lower() in (*TABLE_SUFFIXES, ".json")
-    is_shards = is_url(source) or (path / INDEX_FILE).is_file() or not path.is_dir() or any(path.glob("*.tar"))
-    if not is_table and (is_shards or not image_files(path)):
-        return source
-    files = [path] if is_table else [file for file in sorted(path.rglob("*")) if file.is_file()]
-    digest = hashlib.sha256(str(path.resolve()).encode())
-    for file in files:  # a change makes another packing
-        facts = file.stat()
-        digest.update(f"{file}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-    return str(Cache().folder.with_name("packed") / f"{path.stem}-{digest.hexdigest()[:16]}")
+    if source.startswith(HUB_PREFIX) or path.is_file():
+        return source.endswith(".tar")
+    if (
+        source.endswith(".tar")
+        or is_url(source)
+        or any((path / name / INDEX_FILE).is_file() for name in (".", "train"))
+    ):
+        return True
+    return any(path.glob("*.tar")) and not any(image.suffix.lower() in IMAGE_SUFFIXES for image in path.iterdir())
 
 
-def pack_into_cache(source: str) -> None:
-    """Packs a folder of images and texts, or a table, where `packed_location` says, if that is not done yet.
+def open_pairs(
+    source: str,
+    *,
+    images: str | None = None,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] = (),
+    split: str = "train",
+) -> Pairs:
+    """The pairs of shards, or of anything that `read_pairs` reads.
+
+    Raises:
+        ValueError: as `Shards` and `read_pairs`.
+    """
+    if not is_shards(source):
+        return read_pairs(
+            source, images=images, image_column=image_column, caption_columns=caption_columns, split=split
+        )
+    if images or image_column or caption_columns:
+        raise ValueError(f"--images, --image-column and --caption-column are for tables; {source} is shards")
+    return shard_pairs(source)
+
+
+def pack_into_cache(source: str) -> str:
+    """Where the shards of a source are. What is not packed yet is, into the cache, once and when it has changed.
 
     Raises:
         ValueError: as `read_pairs` and `pack`.
     """
-    out = packed_location(source)
-    if out == source or Path(out).exists():
-        return
-    print(f"Packing {source} into {out}, once (`miniclip shards {source} OUT` does it where you choose)", flush=True)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with _locked(Path(f"{out}.lock"), f"another process is packing {out}", patience_s=24 * 3600):
-        if not Path(out).exists():
-            packed = pack(read_pairs(source), out, source=source)
-            print(f"{packed.kept} pairs, {packed.rejected} rejected ({Path(out) / REJECTED_FILE})", flush=True)
+    path = Path(source)
+    if is_shards(source) or not (path.is_file() or (path.is_dir() and image_files(path))):
+        return source  # or nothing, which `Shards` tells
+    try:
+        pairs = read_pairs(source)
+        name = hashlib.sha256(f"{path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
+        out = Cache().folder.with_name("packed") / f"{path.stem}-{name}"
+        with _locked(Path(f"{out}.lock"), f"another process is packing {out}", patience_s=24 * 3600):
+            if not out.exists():
+                print(f"Packing {source} into {out}, once: {pairs.found}", flush=True)
+                pack(pairs, out, source=source)
+    except ValueError as error:
+        raise ValueError(f"{error} (to pack it otherwise: `miniclip shards {source} OUT`)") from error
+    packed = _read_packed(out)
+    listed = f", listed in {out / REJECTED_FILE}" if packed.rejected else ""
+    print(f"{source}: {packed.kept} pairs packed in {out}; {packed.rejected} rejected{listed}", flush=True)
+    return str(out)

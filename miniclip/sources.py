@@ -16,7 +16,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,6 +37,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 HUB_PREFIX = "hf-hub:"
 _NUMBERED_CAPTION = re.compile(r"(caption|title|text|sentence|description|comment)s?[_ ]?\d+")
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
+_DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
+_NOT_OF = defaultdict[str, tuple[str, ...]](tuple, {".json": ("--image-column", "--caption-column")})
 _BINARY = ("binary", "large_binary", "binary_view")  # pyarrow's names
 _PROBED = 100
 
@@ -65,10 +69,13 @@ class Pairs(Sequence[Pair]):
         names: how the user knows each.
         read: the pair of a number; called from several threads at once.
         found: what was recognised in the source, for the user to check.
+        files: what it is read from, as far as that is known; a change to one makes it another source.
     """
 
-    def __init__(self, names: Sequence[str], read: Callable[[int], Pair], found: str) -> None:
-        self.names, self.read, self.found = names, read, found
+    def __init__(
+        self, names: Sequence[str], read: Callable[[int], Pair], found: str, files: Iterable[Path] = ()
+    ) -> None:
+        self.names, self.read, self.found, self.files = names, read, found, files
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,11 +87,17 @@ class Pairs(Sequence[Pair]):
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Tells whether a source still lists the same pairs in the same order."""
+    """Tells whether a source still lists the same pairs in the same order, from files of the same size and time."""
     names: Iterable[str] = pairs.names if isinstance(pairs, Pairs) else (pair.source for pair in pairs)
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+    for path in pairs.files if isinstance(pairs, Pairs) else ():
+        try:
+            facts = path.stat()
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\0".encode())
+        except (OSError, ValueError):
+            digest.update(b"absent\0")
     return digest.hexdigest()[:16]
 
 
@@ -110,8 +123,14 @@ def read_pairs(
         return _read_datasets(str(source), image_column, caption_columns, split)
     path = Path(source)
     rows: Sequence[dict[str, Any]]
+    named = {"--images": images, "--image-column": image_column, "--caption-column": caption_columns}
+    is_set = any((path / name).is_file() for name in _DATASETS_FILES)
+    given = [name for name, value in named.items() if value and (path.is_dir() or name in _NOT_OF[path.suffix])]
+    if given and not is_set:
+        what = "a folder" if path.is_dir() else "no table with columns"
+        raise ValueError(f"{', '.join(given)} can't be followed: {source} is {what}")
     if path.is_dir():
-        if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        if is_set:
             return _read_datasets(str(source), image_column, caption_columns, split)
         return _read_folder(path)
     suffix = path.suffix.lower()
@@ -157,7 +176,8 @@ def _read_folder(folder: Path) -> Pairs:
             return Pair(name, problem=f"{text.name} can't be read: {error}")
 
     names = [str(path.relative_to(folder)) for path in (*images, *alone)]
-    return Pairs(names, read, f"{len(images)} images, captions from the .txt beside each")
+    files = (file for path in images for file in (path, path.with_suffix(".txt")))
+    return Pairs(names, read, f"{len(images)} images, captions from the .txt beside each", [*files, *alone])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,12 +221,12 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
         for row in reader:
             if None in row:
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: more cells than the {len(columns)} columns "
+                    f"{path}, line {reader.reader.line_num}: more cells than the {len(columns)} columns "
                     f"({', '.join(columns)}); texts that hold {separator!r} must stand in double quotes"
                 )
             rows.append({name: value or "" for name, value in row.items() if name})
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}; is a double quote not closed?") from error
     return columns, rows
 
 
@@ -236,6 +256,7 @@ class _ParquetRows(Sequence[dict[str, Any]]):
             from pyarrow import ArrowException, parquet
         except ImportError as error:
             raise ValueError(f"reading {path} needs pyarrow: pip install 'miniclip[datasets]'") from error
+        self.path, self.errors = path, ArrowException
         try:
             self.file = parquet.ParquetFile(path)
         except (ArrowException, OSError) as error:
@@ -251,8 +272,11 @@ class _ParquetRows(Sequence[dict[str, Any]]):
     def __getitem__(self, number: Any) -> Any:
         for group, count in enumerate(self.groups):
             if number < count:
-                with self._lock:
-                    return self._group(group).slice(number, 1).to_pylist()[0]
+                try:
+                    with self._lock:
+                        return self._group(group).slice(number, 1).to_pylist()[0]
+                except (self.errors, OSError) as error:
+                    raise ValueError(f"{self.path} is damaged in its row group {group}: {error}") from error
             number -= count
         raise IndexError(number)
 
@@ -310,14 +334,20 @@ def _choose_columns(
 
 
 def texts_in(value: Any) -> list[str]:
-    """The captions in a cell: one a line, or a list of them."""
-    if value is None:
+    """The captions in a cell: one a line, or a list of them. Blank ones are none, and runs of spaces one."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, list | tuple):
         return [text for part in value for text in texts_in(part)]
     if isinstance(value, Mapping):  # COCO's, and the hub's copies of it: {"raw": …}
         return [text for name in ("raw", "caption", "text") if name in value for text in texts_in(value[name])]
-    return str(value).splitlines()
+    return captions_in(str(value))
+
+
+def captions_in(text: str) -> list[str]:
+    """The captions of a text, one a line."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [line for line in lines if line]
 
 
 def _pairs_of_rows(
@@ -356,8 +386,7 @@ def _pairs_of_rows(
         problem = None
         if isinstance(image, Path) and not _is_file(image):
             problem = f"no image file {image} ({_remedy(images)})"
-        extra = {key: value for key, value in these[0].items() if key not in (column, *texts)}
-        return Pair(name, image, captions, problem, extra)
+        return Pair(name, image, captions, problem, _extra(these[0], (column, *texts)))
 
     probed = [read(n) for n in range(min(_PROBED, len(names)))]
     if len(probed) > 1 and all(pair.problem for pair in probed):
@@ -369,7 +398,18 @@ def _pairs_of_rows(
     found += f", captions from {', '.join(map(repr, texts))}"
     if len(rows) > len(names):
         found += f" ({len(rows)} rows: those of one image are put together)"
-    return Pairs(names, read, found)
+    return Pairs(names, read, found, [path, *(folder / name for name in names if not is_url(name))])
+
+
+def _extra(row: Mapping[str, Any], used: tuple[str, ...]) -> dict[str, Any]:
+    """What else a row says, as far as JSON can."""
+    others = {key: value for key, value in row.items() if key not in used and not _is_binary(value)}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in others.items()}
+
+
+def _is_binary(value: Any) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return isinstance(value, bytes) or any(isinstance(part, bytes) for part in parts)
 
 
 def _remedy(images: str | Path | None) -> str:
@@ -446,11 +486,7 @@ def _read_datasets(source: str, image_column: str | None, caption_columns: Seque
         cell = row[column]
         image = (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
         captions = tuple(text for caption in texts for text in texts_in(row[caption]))
-        extra = {
-            key: value
-            for key, value in row.items()
-            if key not in (column, *texts) and isinstance(value, str | int | float | bool | list | None)
-        }
+        extra = _extra(row, (column, *texts))
         if isinstance(image, str) and not is_url(image):
             return Pair(names[number], Path(image), captions, None, extra)
         return Pair(names[number], image, captions, None if image else "no image in this row", extra)

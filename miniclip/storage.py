@@ -250,7 +250,8 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as error:
             if wait is None or not _is_worth_a_retry(error):
-                reason = f"{type(error).__name__}: {error}"
+                told = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+                reason = f"{type(told).__name__}: {told}"
                 raise ValueError(f"{url} can't be read ({tries} tr{'y' if tries == 1 else 'ies'}): {reason}") from error
             time.sleep(wait * _jitter.uniform(0.5, 1.0))
     raise AssertionError("the last try returns or raises")

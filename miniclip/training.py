@@ -548,7 +548,12 @@ class TrainingCLI(LightningCLI):
         if _is_rank_zero():
             print(data.describe(), flush=True)
             for warning in brief(
-                data.train_shards, data.context_length, data.batch_size, data.seed, image_size=data.image_size
+                data.train_shards,
+                data.context_length,
+                data.batch_size,
+                data.seed,
+                image_size=data.image_size,
+                captions=data.captions,
             ):
                 print(f"warning: {warning}", file=sys.stderr)
         if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():

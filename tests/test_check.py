@@ -28,7 +28,6 @@ from miniclip.check import (
     brief,
     examine,
     false_negatives,
-    is_shards,
     rows,
     sample_numbers,
     tables,
@@ -36,7 +35,7 @@ from miniclip.check import (
     write_html,
 )
 from miniclip.loss import clip_loss
-from miniclip.shards import Shards, shard_pairs
+from miniclip.shards import Shards, is_shards, shard_pairs
 from miniclip.sources import Pair, read_pairs
 
 # Short sides 60, of which no two are alike, and captions that are all different.

@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import shutil
+import sys
+import tarfile
 import threading
+import time
 import types
 from collections import Counter
 from itertools import chain, pairwise
@@ -22,7 +26,7 @@ from PIL import Image
 
 from miniclip import tokenizer
 from miniclip.data import Batch, BatchSampler, CaptionChoice, Mixture, PairDataModule, PairDataset, SampleOrder
-from miniclip.shards import Packing, Shards, pack
+from miniclip.shards import Packing, Shards, index_shards, pack
 from miniclip.sources import read_pairs
 from miniclip.tokenizer import END_OF_TEXT, START_OF_TEXT
 from miniclip.transforms import Augmentation, Preprocess
@@ -526,18 +530,20 @@ def test_a_batch_larger_than_the_training_set_is_refused(shelf):
 
 def test_a_checkpoint_of_the_same_run_is_taken(shelf):
     state = module(shelf, seed=3).state_dict()
-    shards = state.pop("shards")
-    assert state == {"seed": 3, "batch_size": 4, "samples": 22, "weights": None, "step": 0}
-    state["shards"] = shards
+    told = {"seed": 3, "batch_size": 4, "samples": 22, "weights": None, "step": 0}
+    assert {name: state[name] for name in told} == told
+    assert set(state) - set(told) == {"shards", "captions", "augmentation"}
     module(shelf, seed=3).load_state_dict(state)
 
 
-@pytest.mark.parametrize("name, other", [("seed", 4), ("batch_size", 8), ("samples", 23), ("shards", "other")])
+@pytest.mark.parametrize(
+    "name, other", [("seed", 4), ("batch_size", 8), ("samples", 23), ("shards", "other"), ("captions", "x")]
+)
 def test_a_checkpoint_of_another_sequence_of_batches_is_refused_with_both_values(shelf, name, other):
     data = module(shelf)
     state = data.state_dict()
     with pytest.raises(
-        ValueError, match=f"trained with {name} {other}, this run has {state[name]}; go on with the same"
+        ValueError, match=re.escape(f"trained with {name} {other}, this run has {state[name]}; go on with the same")
     ):
         data.load_state_dict({**state, name: other})
 
@@ -716,7 +722,9 @@ def test_what_is_not_packed_is_packed_into_the_cache_once_and_again_when_it_chan
     assert train() == 5
     assert f"Packing {source}" in capsys.readouterr().out
     assert train() == 5
-    assert capsys.readouterr().out == ""
+    told = capsys.readouterr().out
+    assert "Packing" not in told
+    assert f"{source}: 5 pairs packed in {tmp_path / 'cache'}" in told
     if kind == "table":
         source.write_text("".join(["image,caption\n", *(f"{n:04d}.png,picture {n}\n" for n in range(4))]))
     else:
@@ -726,7 +734,7 @@ def test_what_is_not_packed_is_packed_into_the_cache_once_and_again_when_it_chan
     assert f"Packing {source}" in capsys.readouterr().out
 
 
-def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, capfd):
+def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, monkeypatch):
     """Its tars are pipes, which can't be opened until somebody opens the other end."""
     folder = tmp_path / "shards"
     shutil.copytree(shelf, folder)
@@ -735,19 +743,92 @@ def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, capfd):
         os.mkfifo(path)
     loader = module(folder).train_dataloader()
     loader.silence_s = 0.05
-    told: list[str] = []
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
 
-    def open_once_it_was_told() -> None:
-        while "No batch has come for" not in "".join(told):
-            told.append(capfd.readouterr().err)
+    def open_once_it_was_told_twice() -> None:
+        while said.getvalue().count("No batch has come for") < 2:
+            time.sleep(0)
         for path in folder.glob("*.tar"):
             threading.Thread(target=path.write_bytes, args=[b""], daemon=True).start()
 
-    opener = threading.Thread(target=open_once_it_was_told, daemon=True)
-    opener.start()
-    batches = list(loader)
-    opener.join()
-    assert len(batches) == 5
-    (said,) = [line for line in "".join(told).splitlines() if line][:1]
-    assert said.startswith("No batch has come for 0 s. The next one needs ")
-    assert str(folder / "0000") in said
+    threading.Thread(target=open_once_it_was_told_twice, daemon=True).start()
+    assert len(list(loader)) == 5
+    first = said.getvalue().splitlines()[0]
+    assert first.startswith("No batch has come for 0 s. The next one needs ")
+    assert str(folder / "0000") in first
+
+
+def test_blank_lines_are_no_captions_and_runs_of_spaces_one(tmp_path):
+    tar_of(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": b" \n\n two   words \n", "2.jpg": jpeg(), "2.txt": b"  \n"})
+    index_shards(str(tmp_path))
+    shards = Shards(tmp_path)
+    assert [record.captions for record in shards] == [("two words",), ()]
+    problem = PairDataset(shards, 16, 16, Augmentation(), CaptionChoice(), 0)[0, 1].problem
+    assert "it has no caption" in problem
+
+
+def test_a_sample_of_several_sources_is_named_with_its_folder(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tar_of(tmp_path / name / "00000.tar", {"1.jpg": jpeg(), "1.txt": b"words", "2.jpg": b"", "2.txt": b"words"})
+        index_shards(str(tmp_path / name))
+    dataset = PairDataset(Shards([tmp_path / "a", tmp_path / "b"]), 16, 16, Augmentation(), CaptionChoice(), 0)
+    assert [dataset[0, n].key for n in (1, 3)] == [f"{tmp_path / name / '00000.tar'}:2" for name in ("a", "b")]
+
+
+def test_a_tar_that_was_replaced_after_indexing_gives_holes_and_not_other_bytes(tmp_path):
+    tar_of(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": b"words"})
+    index_shards(str(tmp_path))
+    tar_of(tmp_path / "a.tar", {"0.txt": b"x" * 3000, "1.jpg": jpeg(), "1.txt": b"words"})
+    with pytest.raises(ValueError, match="is another file than when it was indexed"):
+        Shards(tmp_path)[0]
+
+
+def test_offsets_that_were_replaced_are_refused(tmp_path):
+    tar_of(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": b"words"})
+    index_shards(str(tmp_path))
+    index = (tmp_path / "index.json").read_bytes()
+    tar_of(tmp_path / "a.tar", {"0.txt": b"x" * 3000, "1.jpg": jpeg(), "1.txt": b"words"})
+    index_shards(str(tmp_path), overwrite=True)
+    (tmp_path / "index.json").write_bytes(index)
+    with pytest.raises(ValueError, match=r"00000\.npz is damaged or gone \(it is not the one that index\.json"):
+        Shards(tmp_path)[0]
+
+
+def test_what_is_no_sample_in_a_tar_is_left_out_of_its_index(tmp_path):
+    notes = {"README": b"hello", "info.json": b"{}", "._1.jpg": b"mac"}
+    tar_of(tmp_path / "a.tar", {**notes, "1.jpg": jpeg(), "1.txt": b"words", "2.txt": b"no image"})
+    index_shards(str(tmp_path))
+    assert [record.key for record in Shards(tmp_path)] == ["1", "2"]
+
+
+def test_overwriting_never_deletes_what_packing_did_not_write(tmp_path):
+    tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": jpeg(), "1.txt": b"words"})
+    index_shards(str(tmp_path / "raw"))
+    source = write_pairs(tmp_path / "pairs", 2)
+    with pytest.raises(
+        ValueError, match="raw holds what packing did not write, so it is not overwritten: 00000.npz, a.tar"
+    ):
+        pack_folder(source, tmp_path / "raw", overwrite=True)
+    pack_folder(source, tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("a year's work")
+    with pytest.raises(ValueError, match=r"it is not overwritten: notes\.md"):
+        pack_folder(source, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "notes.md").unlink()
+    assert pack_folder(source, tmp_path / "out", overwrite=True).kept == 2
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "JPEG")
+    return buffer.getvalue()
