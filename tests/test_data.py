@@ -807,9 +807,7 @@ def test_overwriting_never_deletes_what_packing_did_not_write(tmp_path):
     tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": jpeg(), "1.txt": b"words"})
     index_shards(str(tmp_path / "raw"))
     source = write_pairs(tmp_path / "pairs", 2)
-    with pytest.raises(
-        ValueError, match="raw holds what packing did not write, so it is not overwritten: 00000.npz, a.tar"
-    ):
+    with pytest.raises(ValueError, match=r"raw holds what packing did not write, .*: 00000\.npz, a\.tar"):
         pack_folder(source, tmp_path / "raw", overwrite=True)
     pack_folder(source, tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("a year's work")
