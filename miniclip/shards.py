@@ -852,7 +852,8 @@ class Shards:
         data = os.pread(file.fileno(), int(size) + header, int(offset) - header)
         if len(data) != size + header:
             raise ValueError(f"{file.name} is cut short: sample {key} should end at byte {offset + size}")
-        if data[124:136].rstrip(b"\0 ") != f"{size:o}".encode().rjust(len(data[124:136].rstrip(b"\0 ")), b"0"):
+        told = data[124:136].strip(b"\0 ")  # the size in the member's header, in octal digits
+        if set(told) - set(b"01234567") or int(told or b"0", 8) != size:
             raise ValueError(f"{file.name} is another file than when it was indexed: sample {key} is not where it was")
         return data[header:]
 
