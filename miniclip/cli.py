@@ -9,9 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .files import user_errors
+
+if TYPE_CHECKING:
+    from .sources import Pairs
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -69,13 +73,7 @@ def shards(argv: list[str]) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="what to pack")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
-    read = parser.add_argument_group("reading")
-    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
-    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
-    read.add_argument(
-        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
-    )
-    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+    _add_reading(parser, "reading")
     write = parser.add_argument_group("writing")
     write.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images to this short side")
     write.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images, 1 to 95")
@@ -98,6 +96,32 @@ def shards(argv: list[str]) -> None:
             _pack(options)
 
 
+def _add_reading(parser: argparse.ArgumentParser, title: str) -> None:
+    """The options that `_open_pairs` reads."""
+    read = parser.add_argument_group(title)
+    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
+    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
+    read.add_argument(
+        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
+    )
+    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+
+
+def _open_pairs(source: str, options: argparse.Namespace) -> Pairs:
+    """Tells what was recognised, too."""
+    from .shards import open_pairs
+
+    pairs = open_pairs(
+        source,
+        images=options.images,
+        image_column=options.image_column,
+        caption_columns=options.caption_column,
+        split=options.split,
+    )
+    print(f"{source}: {pairs.found}", file=sys.stderr)
+    return pairs
+
+
 def _index(options: argparse.Namespace) -> None:
     from .shards import index_shards, tar_locations
 
@@ -109,16 +133,9 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from .shards import REJECTED_FILE, Packing, open_pairs, pack
+    from .shards import REJECTED_FILE, Packing, pack
 
-    pairs = open_pairs(
-        options.source,
-        images=options.images,
-        image_column=options.image_column,
-        caption_columns=options.caption_column,
-        split=options.split,
-    )
-    print(f"{options.source}: {pairs.found}", file=sys.stderr)
+    pairs = _open_pairs(options.source, options)
     packing = Packing(
         samples_per_shard=options.samples_per_shard,
         max_shard_bytes=options.max_shard_size,
@@ -202,13 +219,7 @@ def check(argv: list[str]) -> None:
     speed.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that look; processes for --speed"
     )
-    read = parser.add_argument_group("reading what is not packed yet")
-    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
-    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
-    read.add_argument(
-        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
-    )
-    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+    _add_reading(parser, "reading what is not packed yet")
     options = parser.parse_args(argv)
     with user_errors():
         if options.out and Path(options.out).exists() and not options.overwrite:
@@ -220,19 +231,12 @@ def _check(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .check import advice, examine, tables, time_pipeline, write_html
-    from .shards import Shards, is_shards, open_pairs
+    from .shards import Shards, is_shards
 
     packed = is_shards(options.data)
     if options.speed and not packed:
         raise ValueError(f"--speed times how shards are read, and {options.data} is not packed yet (`miniclip shards`)")
-    pairs = open_pairs(
-        options.data,
-        images=options.images,
-        image_column=options.image_column,
-        caption_columns=options.caption_column,
-        split=options.split,
-    )
-    print(f"{options.data}: {pairs.found}", file=sys.stderr)
+    pairs = _open_pairs(options.data, options)
     samples = None if options.all else options.samples
     with _progress("looking", min(len(pairs), samples or len(pairs))) as progress:
         findings = examine(

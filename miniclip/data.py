@@ -382,8 +382,8 @@ class TrainLoader(DataLoader[_Sample]):
     def _name_the_silent(self, seconds: float) -> None:
         assert isinstance(self.dataset, PairDataset)
         shards = self.dataset.shards
-        first = list(self._pending())[:1]
-        names = {shards.entries[shards.locate(sample)[0]].location for batch in first for _, sample in batch}
+        next_batch = self._pending()[0] if self._pending() else []  # not a walk through it: workers are asked for more
+        names = {shards.entries[shards.locate(sample)[0]].location for _, sample in next_batch}
         likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first
         what = ", ".join(likely[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         print(f"No batch has come for {seconds:.0f} s. The next one needs {what or 'no shard'}.", file=sys.stderr)

@@ -10,7 +10,6 @@ import shutil
 import sys
 import tarfile
 import threading
-import time
 import types
 from collections import Counter
 from itertools import chain, pairwise
@@ -743,12 +742,20 @@ def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, monkeypatch):
         os.mkfifo(path)
     loader = module(folder).train_dataloader()
     loader.silence_s = 0.05
-    said = io.StringIO()
+    is_told_twice = threading.Event()
+
+    class Said(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if self.getvalue().count("No batch has come for") >= 2:
+                is_told_twice.set()
+            return written
+
+    said = Said()
     monkeypatch.setattr(sys, "stderr", said)
 
     def open_once_it_was_told_twice() -> None:
-        while said.getvalue().count("No batch has come for") < 2:
-            time.sleep(0)
+        is_told_twice.wait()
         for path in folder.glob("*.tar"):
             threading.Thread(target=path.write_bytes, args=[b""], daemon=True).start()
 
