@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(argv: list[str]) -> None:
     """`miniclip train fit --config RUN.yaml [--any.field value]`"""
-    from .training import main as train_main
+    from .trainer import main as train_main
 
     train_main(argv)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniclip import training
+from miniclip import trainer
 from miniclip.shards import pack
 from miniclip.sources import read_pairs
 
@@ -74,7 +74,7 @@ def test_a_caption_names_digit_and_ink_and_a_picture_is_told_by_its_name(folder)
 def test_the_demo_learns_within_60_steps(folder, monkeypatch):
     monkeypatch.chdir(folder)
     steps = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--trainer.default_root_dir=runs/short"]
-    training.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *steps])
+    trainer.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *steps])
     scores = torch.load("runs/short/checkpoints/best.ckpt", weights_only=True)["callbacks"]
     (best,) = [s["best_model_score"] for name, s in scores.items() if name.startswith("ModelCheckpoint")]
     assert best > 0.25  # of 80 classes, so chance is 0.0125
@@ -133,7 +133,7 @@ def test_every_configuration_trains_with_a_field_of_each_section_overridden(fold
         "--data.batch_size=16",
         f"--trainer.default_root_dir=runs/{config}",
     ]
-    training.main(["fit", "--config", str(ROOT / "configs" / config), *shards, *short, *SECTIONS])
+    trainer.main(["fit", "--config", str(ROOT / "configs" / config), *shards, *short, *SECTIONS])
     from miniclip import load
 
     model, _ = load(f"runs/{config}/best")

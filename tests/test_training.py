@@ -15,10 +15,11 @@ from PIL import Image
 from pytorch_lightning import Callback
 
 import miniclip
-from miniclip import training
+from miniclip import trainer
 from miniclip.data import Batch
 from miniclip.shards import Packing, pack
 from miniclip.sources import read_pairs
+from miniclip.training import CLIPTraining, in_batch_accuracy
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
@@ -91,18 +92,18 @@ def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:
 
 def fails(capsys, args: list[str]) -> str:
     with pytest.raises(SystemExit) as stopped:
-        training.main(args)
+        trainer.main(args)
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
 
 def test_a_clip_learns_to_name_colours_it_was_only_told_of_in_captions(data, tmp_path):
     zero_shot = (
-        '--trainer.callbacks=[{"class_path": "miniclip.training.ZeroShotEvaluation", '
+        '--trainer.callbacks=[{"class_path": "miniclip.callbacks.ZeroShotEvaluation", '
         f'"init_args": {{"data": "{data / "val.csv"}"}}}}]'
     )
     run = tmp_path / "run"
-    training.main(arguments(data, run, zero_shot, "--monitor=val/zero_shot_acc1", steps=90))
+    trainer.main(arguments(data, run, zero_shot, "--monitor=val/zero_shot_acc1", steps=90))
     rows = metrics(run)
     first, last = (float(row["train/loss"]) for row in (rows[0], [r for r in rows if r["train/loss"]][-1]))
     # Three pairs of each colour in a batch of 12 can't be told apart, so ln 3 is as low as the loss can get.
@@ -118,7 +119,7 @@ def test_a_clip_learns_to_name_colours_it_was_only_told_of_in_captions(data, tmp
 
 
 def test_the_log_tells_loss_chance_accuracy_speed_and_data_wait(data, tmp_path):
-    training.main(arguments(data, tmp_path / "run", steps=6))
+    trainer.main(arguments(data, tmp_path / "run", steps=6))
     rows = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
     assert len(rows) == 6
     assert float(rows[0]["train/chance"]) == pytest.approx(math.log(12))
@@ -130,7 +131,7 @@ def test_the_log_tells_loss_chance_accuracy_speed_and_data_wait(data, tmp_path):
 
 def test_best_is_where_the_monitor_was_highest_and_last_is_the_end(data, tmp_path):
     run = tmp_path / "run"
-    training.main(arguments(data, run, "--trainer.val_check_interval=1", steps=12))
+    trainer.main(arguments(data, run, "--trainer.val_check_interval=1", steps=12))
     scores = {int(r["step"]): float(r["val/retrieval_r1"]) for r in metrics(run) if r["val/retrieval_r1"]}
     assert len(scores) == 12
     best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
@@ -146,7 +147,7 @@ def test_best_is_where_the_monitor_was_highest_and_last_is_the_end(data, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bits(data, tmp_path, number):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    training.main(arguments(data, straight, "--model.optimizer.kind=muon", steps=40))
+    trainer.main(arguments(data, straight, "--model.optimizer.kind=muon", steps=40))
     args = command(data, broken, "--model.optimizer.kind=muon", steps=40)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
@@ -194,13 +195,13 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights_and_validations(d
     """An epoch is three steps, each ends with a validation: steps 3 and 6 are the last of theirs."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     ends = ["--trainer.max_steps=-1", length] if "epochs" in length else [length]
-    training.main(arguments(data, straight, *ends))
+    trainer.main(arguments(data, straight, *ends))
     stopper = f'[{{"class_path": "{StopAt.__module__}.StopAt", "init_args": {{"step": {stop}}}}}]'
     with pytest.raises(SystemExit) as stopped:
-        training.main(arguments(data, broken, *ends, f"--trainer.callbacks={stopper}"))
+        trainer.main(arguments(data, broken, *ends, f"--trainer.callbacks={stopper}"))
     assert stopped.value.code == 130
     assert torch.load(broken / "checkpoints/last.ckpt", weights_only=True)["global_step"] == stop
-    training.main(arguments(data, broken, *ends, "--ckpt_path=last"))
+    trainer.main(arguments(data, broken, *ends, "--ckpt_path=last"))
     expected, found = state(straight), state(broken)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert validations(broken) == validations(straight)
@@ -234,7 +235,7 @@ def test_a_spoilt_sample_is_left_out_and_listed_and_too_many_stop_the_run(data, 
         tar.seek(shards.offset(3))
         tar.write(b"spoilt!!")
     args = arguments(data, tmp_path / "run", f"--data.train={folder}", steps=4)
-    training.main([*args, "--model.max_rejected=0.5"])
+    trainer.main([*args, "--model.max_rejected=0.5"])
     assert "left out: 00000.tar:000000003: " in capsys.readouterr().err
     assert all(torch.isfinite(tensor).all() for tensor in state(tmp_path / "run").values())
     said = fails(capsys, [*args, "--model.max_rejected=0", "--overwrite=true"])
@@ -262,7 +263,7 @@ MISTAKES = [
     (["--trainer.max_steps=-1"], "the run has no end"),
     (["--trainer.accumulate_grad_batches=2"], "Raise data.batch_size instead"),
     (["--model.clip.text.vocab_size=50000"], "the tokenizer's ids need 49408"),
-    (["--monitor=val/zero_shot_acc1"], "the callback miniclip.training.ZeroShotEvaluation"),
+    (["--monitor=val/zero_shot_acc1"], "the callback miniclip.callbacks.ZeroShotEvaluation"),
     (["--save_every_n_steps=0"], "save_every_n_steps is 0"),
     (["--monitor=val/typo"], "monitor is 'val/typo', which nothing logs"),
     (["--monitor=val/loss"], "the best checkpoint is where the monitor is highest"),
@@ -294,17 +295,17 @@ def test_an_unknown_key_in_a_file_is_named(data, tmp_path, capsys):
 
 def test_a_run_is_never_overwritten_unasked(data, tmp_path, capsys):
     run = tmp_path / "run"
-    training.main(arguments(data, run, steps=3))
+    trainer.main(arguments(data, run, steps=3))
     before = state(run)
     assert "already holds a run" in fails(capsys, arguments(data, run, steps=5))
     assert all(torch.equal(tensor, state(run)[name]) for name, tensor in before.items())
-    training.main(arguments(data, run, "--overwrite=true", steps=5))
+    trainer.main(arguments(data, run, "--overwrite=true", steps=5))
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
 def test_resuming_with_another_architecture_or_batch_size_says_what_differs(data, tmp_path, capsys):
     run = tmp_path / "run"
-    training.main(arguments(data, run, steps=3))
+    trainer.main(arguments(data, run, steps=3))
     said = fails(capsys, arguments(data, run, "--ckpt_path=last", "--model.clip.embed_dim=32", steps=5))
     assert "another architecture" in said
     assert "model.clip.embed_dim: the checkpoint has 16, this run 32" in said
@@ -320,7 +321,7 @@ def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys):
 
 
 def test_the_logit_scale_never_passes_100(data):
-    module = training.CLIPTraining(tiny_config())
+    module = CLIPTraining(tiny_config())
     with torch.no_grad():
         module.clip.logit_scale.fill_(7.0)
     module.on_train_batch_end(None, None, 0)
@@ -336,13 +337,13 @@ def test_in_batch_accuracy_by_hand():
     images = torch.eye(4)
     texts = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0.9], [0, 0, 0, 1]])
     # Image 2 sees only zeros and takes text 0; texts 2 and 3 both take image 3: 3 of 4, and 3 of 4.
-    assert training.in_batch_accuracy(images, texts, None).item() == 0.75
+    assert in_batch_accuracy(images, texts, None).item() == 0.75
     mask = torch.tensor([True, True, False, True])
-    assert training.in_batch_accuracy(images, texts, mask).item() == 1.0
+    assert in_batch_accuracy(images, texts, mask).item() == 1.0
 
 
 def test_features_are_of_unit_length_and_pixels_are_normalised_once():
-    module = training.CLIPTraining(tiny_config())
+    module = CLIPTraining(tiny_config())
     batch = Batch(
         torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
         miniclip.tokenize(["a", "b c", "d"]).long(),
@@ -362,10 +363,10 @@ def test_features_are_of_unit_length_and_pixels_are_normalised_once():
 def test_the_resume_command_repeats_what_was_typed():
     typed = ["train.py", "fit", "--config", "my run.yaml", "--overwrite", "true", "--ckpt_path=last", "--data.seed=8"]
     expected = ".venv/bin/python train.py fit --config 'my run.yaml' --data.seed=8 --ckpt_path last"
-    assert training.resume_command(typed, ".venv/bin/python") == expected
+    assert trainer.resume_command(typed, ".venv/bin/python") == expected
     typed = ["/bin/miniclip", "train", "fit", "--overwrite", "--config", "run.yaml"]
-    assert training.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
-    assert training.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
+    assert trainer.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
+    assert trainer.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def random_batch(number: int, resolution: int, seed: int = 0) -> Batch:
     return Batch(images, miniclip.tokenize(texts).long(), None, texts, [], 0, torch.arange(number))
 
 
-def loss_and_gradients(module: training.CLIPTraining, batch: Batch) -> dict[str, torch.Tensor]:
+def loss_and_gradients(module: CLIPTraining, batch: Batch) -> dict[str, torch.Tensor]:
     module.zero_grad()
     images, texts = module.features(batch)
     loss = miniclip.clip_loss(images, texts, module.clip.logit_scale.exp())
@@ -391,8 +392,8 @@ def loss_and_gradients(module: training.CLIPTraining, batch: Batch) -> dict[str,
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 50])
 def test_micro_batches_change_neither_loss_nor_gradients(size):
     torch.manual_seed(0)
-    plain = training.CLIPTraining(tiny_config()).double()
-    micro = training.CLIPTraining(tiny_config(), micro_batch_size=size).double()
+    plain = CLIPTraining(tiny_config()).double()
+    micro = CLIPTraining(tiny_config(), micro_batch_size=size).double()
     micro.load_state_dict(plain.state_dict())
     batch = random_batch(8, 16)
     found, expected = loss_and_gradients(micro, batch), loss_and_gradients(plain, batch)
@@ -415,7 +416,7 @@ class Noisy(torch.nn.Module):
 @pytest.mark.parametrize("precision", ["fp64", "bf16 autocast"])
 def test_micro_batches_with_dropout_equal_plain_backpropagation_through_the_same_ones(precision):
     torch.manual_seed(0)
-    module = training.CLIPTraining(tiny_config(), micro_batch_size=3)
+    module = CLIPTraining(tiny_config(), micro_batch_size=3)
     module.clip.visual.ln_post = Noisy(module.clip.visual.ln_post)
     module = module.double() if precision == "fp64" else module
     batch = random_batch(8, 16)
@@ -437,8 +438,8 @@ def test_micro_batches_with_dropout_equal_plain_backpropagation_through_the_same
 def test_batch_norm_counts_each_micro_batch_once():
     vision = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
     torch.manual_seed(0)
-    module = training.CLIPTraining(dataclasses.replace(tiny_config(), vision=vision), micro_batch_size=4)
-    plain = training.CLIPTraining(dataclasses.replace(tiny_config(), vision=vision))
+    module = CLIPTraining(dataclasses.replace(tiny_config(), vision=vision), micro_batch_size=4)
+    plain = CLIPTraining(dataclasses.replace(tiny_config(), vision=vision))
     plain.load_state_dict(module.state_dict())
     batch = random_batch(8, 32)
     loss_and_gradients(module, batch)
@@ -452,4 +453,4 @@ def test_batch_norm_counts_each_micro_batch_once():
 
 def test_a_micro_batch_size_below_one_is_refused():
     with pytest.raises(ValueError, match=r"model\.micro_batch_size is 0; it must be at least 1"):
-        training.CLIPTraining(tiny_config(), micro_batch_size=0)
+        CLIPTraining(tiny_config(), micro_batch_size=0)
