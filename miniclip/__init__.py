@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import VisionConfig as VisionConfig
     from .evaluate import zero_shot_classifier as zero_shot_classifier
     from .loss import clip_loss as clip_loss
+    from .loss import siglip_loss as siglip_loss
     from .model import CLIP as CLIP
     from .tokenizer import tokenize as tokenize
     from .weights import available_models as available_models
@@ -35,6 +36,7 @@ _HOME = {
     "clip_loss": "loss",
     "load": "weights",
     "save": "weights",
+    "siglip_loss": "loss",
     "tokenize": "tokenizer",
     "zero_shot_classifier": "evaluate",
 }

@@ -1,14 +1,23 @@
-"""The contrastive loss: symmetric cross-entropy over cosines (paper section 2.3, figure 3), exact over processes.
+"""The contrastive losses, each exact over processes.
+
+- CLIP's: each image picks its text among all and each text its image, cross-entropy over cosines (paper section 2.3,
+  figure 3).
+- SigLIP's: each image and text fit or do not, whatever the others do (Zhai et al. 2023,
+  https://arxiv.org/abs/2303.15343).
 
 B pairs, of which b are this process's own (all of them, where there is but one), E embedding.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,6 +52,107 @@ def clip_loss(
     Raises:
         ValueError: shapes that do not pair up, no pairs, or a mask that leaves none.
     """
+    with torch.autocast(image_features.device.type, enabled=False):
+        p = _gathered(image_features, text_features, chunk_size, mask, groups, across_processes)
+        scale = p.number(logit_scale)
+        over_texts, over_images = _LogSumExps.apply(p.images, p.all_texts, scale, p.mask, p.all_mask, p.chunk_size)
+        # Of each text over all images: every process has the sum over its own.
+        over_images = p.everywhere(over_images[None]).logsumexp(dim=0)[p.own]  # (b,)
+        targets = p.texts if p.all_groups is None else _group_means(p.all_texts, p.all_groups, p.all_mask)[p.own]
+        agreement = scale * (p.images * targets).sum(dim=-1)  # (b,), with its own text, or on average with its group's
+        losses = (over_texts + over_images) / 2 - agreement
+        if p.mask is None:
+            return losses.mean()
+        return losses.where(p.mask, 0).sum() / p.num_pairs
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    chunk_size: int | None = None,
+    mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    across_processes: bool = False,
+) -> Tensor:
+    """How badly images and texts tell whether they fit: -log sigmoid(z * logit), z 1 for a pair and -1 for all else.
+
+    A logit is the scaled cosine plus the bias. Summed over all B * B of them and divided by B (Zhai et al. 2023,
+    equation 1 and algorithm 1), in at least float32 whatever the autocast. `siglip_chance` is chance.
+
+    Args:
+        image_features, text_features, logit_scale, mask, across_processes: as in `clip_loss`.
+        logit_bias: added to the scaled cosines.
+        chunk_size: images per slice of the (b, B) logits; one is held at a time, and none is computed twice.
+        groups: (b,) whole numbers; pairs of one number fit each other as well. By default every pair for itself.
+
+    Returns:
+        A scalar, the sum over images and texts that the mask leaves, per pair.
+
+    Raises:
+        ValueError: as `clip_loss`, or no bias.
+    """
+    if logit_bias is None:  # what a CLIP without one has
+        raise ValueError("logit_bias is None; the sigmoid loss needs one: a model has it if its init_logit_bias is set")
+    with torch.autocast(image_features.device.type, enabled=False):
+        p = _gathered(image_features, text_features, chunk_size, mask, groups, across_processes)
+        scale, bias = p.number(logit_scale), p.number(logit_bias)
+        return _SigmoidLosses.apply(p.images, p.all_texts, scale, bias, p) / p.num_pairs
+
+
+def siglip_chance(num_pairs: int, groups: Tensor | None = None) -> float:
+    """The least `siglip_loss` of logits that are all the same, so that features say nothing: ln B + 1 for large B.
+
+    Of B * B images and texts a share s fits (1 / B, without groups). The best that one logit for all can do is to give
+    each of them the probability s, which costs the entropy of s, B times a pair. Where a model begins
+    depends on its bias, and may be above that: how rare pairs are is soon learnt, and tells nothing about images.
+
+    Args:
+        num_pairs: B.
+        groups: (B,), as in `siglip_loss`.
+    """
+    num_fitting = num_pairs if groups is None else int(groups.unique(return_counts=True)[1].square().sum())
+    share = num_fitting / num_pairs**2
+    if share == 1:
+        return 0.0
+    return num_pairs * -(share * math.log(share) + (1 - share) * math.log1p(-share))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """This process's pairs, in the precision of the loss, and what they are contrasted with.
+
+    images, texts: (b, E). all_texts: (B, E). mask, groups: (b,); all_mask, all_groups: (B,). own: this process's of B.
+    num_pairs: those in the loss, a process, on average; a sum over the own divided by it is a mean over all, once
+    processes are averaged. everywhere: `gather`, or nothing.
+    """
+
+    images: Tensor
+    texts: Tensor
+    all_texts: Tensor
+    mask: Tensor | None
+    all_mask: Tensor | None
+    groups: Tensor | None
+    all_groups: Tensor | None
+    own: slice
+    num_pairs: Tensor | int
+    chunk_size: int
+    everywhere: Callable[[Tensor], Tensor]
+
+    def number(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=self.images.dtype, device=self.images.device)
+
+
+def _gathered(
+    image_features: Tensor,
+    text_features: Tensor,
+    chunk_size: int | None,
+    mask: Tensor | None,
+    groups: Tensor | None,
+    across_processes: bool,
+) -> _Pairs:
+    """The arguments that the losses have in common, checked, and with those of the other processes."""
     if image_features.shape != text_features.shape or image_features.ndim != 2 or not len(image_features):
         raise ValueError(
             f"image features {tuple(image_features.shape)} and text features {tuple(text_features.shape)} "
@@ -50,31 +160,29 @@ def clip_loss(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for no chunks")
-    is_empty = mask is not None and not across_processes and not mask.any()  # of all processes, the sum below tells
+    is_empty = mask is not None and not across_processes and not mask.any()  # of all processes, the number below tells
     for name, value in (("mask", mask), ("groups", groups)):
         if value is not None and (value.shape != image_features.shape[:1] or is_empty):
             kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
             raise ValueError(f"{name} of shape {tuple(value.shape)}{kept}; it must be (B,) and keep one")
-    with torch.autocast(image_features.device.type, enabled=False):
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
-        images, texts = image_features.to(dtype), text_features.to(dtype)
-        scale = torch.as_tensor(logit_scale, dtype=dtype, device=images.device)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if across_processes and _has_processes() else (0, 1)
-        b = len(images)
-        own = slice(rank * b, (rank + 1) * b)
-        everywhere = gather if world_size > 1 else (lambda rows: rows)
-
-        all_texts = everywhere(texts)  # (B, E)
-        all_healthy = None if mask is None else everywhere(mask)  # (B,)
-        over_texts, over_images = _LogSumExps.apply(images, all_texts, scale, mask, all_healthy, chunk_size or b)
-        # Of each text over all images: every process has the sum over its own.
-        over_images = everywhere(over_images[None]).logsumexp(dim=0)[own]  # (b,)
-        targets = texts if groups is None else _group_means(all_texts, everywhere(groups), all_healthy)[own]
-        agreement = scale * (images * targets).sum(dim=-1)  # (b,), with its own text, or on average with its group's
-        losses = (over_texts + over_images) / 2 - agreement
-        if mask is None or all_healthy is None:
-            return losses.mean()
-        return losses.where(mask, 0).sum() * world_size / all_healthy.sum()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if across_processes and _has_processes() else (0, 1)
+    everywhere = gather if world_size > 1 else (lambda rows: rows)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
+    texts, b = text_features.to(dtype), len(text_features)
+    all_mask = None if mask is None else everywhere(mask)
+    return _Pairs(
+        images=image_features.to(dtype),
+        texts=texts,
+        all_texts=everywhere(texts),
+        mask=mask,
+        all_mask=all_mask,
+        groups=groups,
+        all_groups=None if groups is None else everywhere(groups),
+        own=slice(rank * b, (rank + 1) * b),
+        num_pairs=b if all_mask is None else all_mask.sum().to(dtype) / world_size,
+        chunk_size=chunk_size or b,
+        everywhere=everywhere,
+    )
 
 
 def _group_means(features: Tensor, groups: Tensor, healthy: Tensor | None) -> Tensor:
@@ -122,7 +230,6 @@ class _LogSumExps(torch.autograd.Function):
         images, texts, scale, over_texts, over_images, *kept = ctx.saved_tensors
         image_mask, text_mask = ctx.masks
         image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
-        scale_gradient = torch.zeros_like(scale)
         for rows in _slices(len(images), ctx.chunk_size):
             logits = kept[0] if kept else _logits(images, texts, scale, rows)  # (chunk, B)
             # The gradient of a log-sum-exp is the softmax.
@@ -133,10 +240,53 @@ class _LogSumExps(torch.autograd.Function):
             if image_mask is not None:
                 by_column.masked_fill_(~image_mask[rows, None], 0)
             gradient += by_column
-            scale_gradient += torch.linalg.vecdot(gradient, logits).sum() / scale
             torch.mm(gradient, texts, out=image_gradient[rows])
             text_gradient.addmm_(gradient.T, images[rows])
+        scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
         return image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, None, None, None
+
+
+class _SigmoidLosses(torch.autograd.Function):
+    """The sum of -log sigmoid(z * logit), slice by slice.
+
+    No logit's loss depends on another logit, so its gradient is found as soon as it is, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, p: _Pairs) -> Tensor:
+        """(b, E), (B, E) -> a scalar."""
+        is_training = any(ctx.needs_input_grad)
+        loss, bias_gradient = torch.zeros_like(scale), torch.zeros_like(bias)
+        image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
+        for rows in _slices(len(images), p.chunk_size):
+            # -z * logit: how far an image and a text are on the wrong side.
+            wrong = _with_pairs_turned(_logits(images, texts, scale, rows).add_(bias), rows, p)  # (chunk, B)
+            if p.mask is not None and p.all_mask is not None:
+                wrong.masked_fill_(~(p.mask[rows, None] & p.all_mask), -torch.inf)
+            # -log sigmoid(-x) is softplus(x), which is x to the last bit of float64 from 40 on.
+            loss += F.softplus(wrong, threshold=40).sum()
+            if is_training:
+                gradient = _with_pairs_turned(wrong.sigmoid_(), rows, p)
+                bias_gradient += gradient.sum()
+                torch.mm(gradient, texts, out=image_gradient[rows])
+                text_gradient.addmm_(gradient.T, images[rows])
+        if is_training:
+            scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
+            ctx.save_for_backward(image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, bias_gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(gradient * found for found in ctx.saved_tensors), None)
+
+
+def _with_pairs_turned(matrix: Tensor, rows: slice, p: _Pairs) -> Tensor:
+    """Some rows of a (b, B) matrix, in place, with the other sign where image and text fit."""
+    if p.groups is None or p.all_groups is None:
+        matrix.diagonal(p.own.start + rows.start).neg_()
+        return matrix
+    return matrix.mul_(torch.where(p.groups[rows, None] == p.all_groups, -1.0, 1.0))
 
 
 def _slices(length: int, size: int) -> list[slice]:

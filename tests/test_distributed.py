@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.loss import clip_loss, gather
+from miniclip.loss import clip_loss, gather, siglip_loss
 
+LOSSES = ("clip", "siglip")
 B, E = 12, 5  # twelve can be shared by 1, 2 and 3
 
 CASES = {
@@ -29,16 +30,19 @@ CASES = {
 
 
 class Towers(nn.Module):
-    """Two small towers and a temperature."""
+    """Two small towers, a temperature and a bias; and the loss of what they make of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image, self.text = nn.Linear(7, E), nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, E))
-        self.logit_scale = nn.Parameter(torch.tensor(2.3))
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(2.3)), nn.Parameter(torch.tensor(-3.1))
 
-    def forward(self, images, texts):
-        return F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1), self.logit_scale.exp()
+    def forward(self, loss, images, texts, **options):
+        features = F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
+        if loss == "clip":
+            return clip_loss(*features, self.logit_scale.exp(), **options) + 0 * self.logit_bias
+        return siglip_loss(*features, self.logit_scale.exp(), self.logit_bias, **options)
 
 
 def inputs(dtype):
@@ -51,14 +55,14 @@ def options(case, rows=slice(None)):
     return made | {name: value for name, value in CASES[case].items() if name == "chunk_size"}
 
 
-def alone(case, dtype):
+def alone(loss_name, case, dtype):
     """Loss, gradients, and weights after five steps of plain SGD, in one process with the whole batch."""
     towers = Towers().to(dtype)
     optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
     first = None
     for _ in range(5):
         optimizer.zero_grad()
-        loss = clip_loss(*towers(*inputs(dtype)), **options(case))
+        loss = towers(loss_name, *inputs(dtype), **options(case))
         loss.backward()
         first = first or (loss.detach(), {name: p.grad.clone() for name, p in towers.named_parameters()})
         optimizer.step()
@@ -71,21 +75,21 @@ def work(rank, world_size, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     results = {}
     rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
-    for case, dtype in itertools.product(CASES, (torch.float64, torch.float32)):
+    for loss_name, case, dtype in itertools.product(LOSSES, CASES, (torch.float64, torch.float32)):
         towers = DistributedDataParallel(Towers().to(dtype))
         optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
         first = None
         for _ in range(5):
             optimizer.zero_grad()
-            features = towers(*(each[rows] for each in inputs(dtype)))
-            loss = clip_loss(*features, **options(case, rows), across_processes=True)
+            own = [each[rows] for each in inputs(dtype)]
+            loss = towers(loss_name, *own, **options(case, rows), across_processes=True)
             loss.backward()
             total = loss.detach().clone()
             dist.all_reduce(total)
             gradients = {name: p.grad.clone() for name, p in towers.module.named_parameters()}
             first = first or (total / world_size, gradients)
             optimizer.step()
-        results[case, dtype] = (*first, {name: p.detach() for name, p in towers.module.named_parameters()})
+        results[loss_name, case, dtype] = (*first, {name: p.detach() for name, p in towers.module.named_parameters()})
     results["gathered"] = gather(torch.arange(2) + 10 * rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -107,10 +111,11 @@ def assert_near(found, expected, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("case", CASES)
-def test_processes_get_the_loss_gradients_and_weights_of_one_with_the_whole_batch(results, case, dtype):
-    loss, gradients, weights = alone(case, dtype)
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_processes_get_the_loss_gradients_and_weights_of_one_with_the_whole_batch(results, loss_name, case, dtype):
+    loss, gradients, weights = alone(loss_name, case, dtype)
     for result in results:
-        found = result[case, dtype]
+        found = result[loss_name, case, dtype]
         assert_near({"loss": found[0]}, {"loss": loss}, dtype)
         assert_near(found[1], gradients, dtype)
         assert_near(found[2], weights, dtype)
