@@ -401,6 +401,7 @@ def info(argv: list[str]) -> None:
         rows |= {
             "embedding": str(config.embed_dim),
             "activation": config.activation,
+            "loss": "softmax (CLIP)" if config.init_logit_bias is None else "sigmoid (SigLIP), logits have a bias",
             "parameters": f"{facts.image_parameters / 1e6:.1f} M image, {facts.text_parameters / 1e6:.1f} M text",
             "cost": f"{facts.image_gflops:.2f} GFLOPs an image, {facts.text_gflops:.2f} a text of full length",
             "preprocessing": f"{vision.preprocess}, mean {vision.mean}, std {vision.std}",

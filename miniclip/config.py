@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,11 @@ Preprocessing = Literal["openai", "hf"]
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1] (`_transform` in OpenAI's clip/clip.py).
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Where a temperature begins, as a logarithm of its inverse (paper section 2.5), and SigLIP's with its bias (Zhai et al.
+# 2023, section 3.2), which makes up for how few of the images and texts of a batch are pairs.
+CLIP_LOGIT_SCALE = math.log(1 / 0.07)
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -43,6 +49,14 @@ def _set_numbers(config: Any, name: str, count: int, kind: type, is_positive: bo
         least = " greater than 0" if is_positive else ""
         raise ValueError(f"{type(config).__name__}.{name} is {numbers or value!r}; it must be {count} numbers{least}")
     object.__setattr__(config, name, numbers)
+
+
+def _set_finite(config: Any, name: str) -> None:
+    """Makes a field a float: JSON and YAML give whole numbers where the fraction is 0."""
+    value = getattr(config, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be a finite number")
+    object.__setattr__(config, name, float(value))
 
 
 def _require_heads(config: VisionConfig | TextConfig) -> None:
@@ -181,6 +195,9 @@ class CLIPConfig:
             with the other one they run, and are quietly worse.
         towers: which of the two are there. Checkpoints of one alone, with its projection, condition diffusion models
             and serve search; they encode, and are not trained.
+        init_logit_scale: where the logarithm of the logits' scale begins.
+        init_logit_bias: where a bias of the logits begins, as the sigmoid loss needs one (SigLIP: scale ln 10, bias
+            -10); by default there is none.
     """
 
     embed_dim: int = 512
@@ -188,11 +205,16 @@ class CLIPConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     towers: Towers = "both"
+    init_logit_scale: float = CLIP_LOGIT_SCALE
+    init_logit_bias: float | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "embed_dim")
         _require_choice(self, "towers", Towers)
         _require_choice(self, "activation", Activation)
+        _set_finite(self, "init_logit_scale")
+        if self.init_logit_bias is not None:
+            _set_finite(self, "init_logit_bias")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as nested plain values, as `from_dict` takes them."""

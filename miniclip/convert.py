@@ -152,6 +152,7 @@ def _write_native(checkpoint: Checkpoint, out: Path) -> None:
 def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
     _require(config.vision.kind != "timm", "OpenAI's code has no towers of timm's")
+    _require(config.init_logit_bias is None, "OpenAI's code has no bias of the logits, which the sigmoid loss needs")
     _require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
     _require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
     _require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
@@ -179,6 +180,9 @@ def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
              "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_ratio}  # fmt: skip
     model = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu", "vision_cfg": tower}
+    model |= {"init_logit_scale": config.init_logit_scale}
+    if config.init_logit_bias is not None:
+        model |= {"init_logit_bias": config.init_logit_bias}
     pixels = {"mean": vision.mean, "std": vision.std, **_PIXELS}
     weights.write_safetensors(out / "open_clip_model.safetensors", _plain(weights.to_openai_keys(checkpoint.tensors)))
     settings = {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
@@ -188,6 +192,7 @@ def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
 def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
     _require(config.vision.kind == "vit", "Hugging Face's CLIPModel has a ViT as its image tower and no other")
+    _require(config.init_logit_bias is None, "Hugging Face's CLIPModel has no bias, which the sigmoid loss needs")
 
     def tower(section: Any) -> dict[str, Any]:
         return {
@@ -205,7 +210,8 @@ def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
     ends = {"bos_token_id": START_OF_TEXT, "eos_token_id": text.eot_token, "pad_token_id": text.eot_token}
     words = {**tower(text), "vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ends}
     values = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
-              "logit_scale_init_value": 2.6592, "text_config": words, "vision_config": images}  # fmt: skip
+              "logit_scale_init_value": config.init_logit_scale,
+              "text_config": words, "vision_config": images}  # fmt: skip
     weights.write_safetensors(out / WEIGHTS_FILE, _plain(weights.to_hf_keys(checkpoint.tensors)))
     write_text(out / weights.CONFIG_FILE, json.dumps(values, indent=2) + "\n")
     write_text(out / "preprocessor_config.json", json.dumps(_hf_pixels(vision), indent=2) + "\n")

@@ -13,8 +13,6 @@ B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -194,7 +192,10 @@ class MissingTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and the temperature of their contrast."""
+    """Two towers and the temperature of their contrast; for the sigmoid loss a bias as well (`logit_bias`, else None).
+
+    `logit_scale` is stored as a logarithm, as OpenAI's; logits are exp(logit_scale) * cosine + logit_bias.
+    """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -215,8 +216,9 @@ class CLIP(nn.Module):
             self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.context_length = config.text.context_length
         self.vocab_size = config.text.vocab_size
-        # The logarithm of the inverse temperature, 1/0.07 at the start (paper section 2.5).
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,10 +258,12 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, R, R), tokens (M, L) -> scaled cosines (N, M) and their transpose (M, N)."""
+        """Images (N, 3, R, R), tokens (M, L) -> scaled cosines (N, M), plus any bias, and their transpose (M, N)."""
         image_features = self.encode_image(images, normalize=True)
         text_features = self.encode_text(tokens, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
+        if self.logit_bias is not None:
+            logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.T
 
 

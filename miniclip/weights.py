@@ -39,7 +39,17 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .config import OPENAI_MODELS, Activation, CLIPConfig, TextConfig, TimmProjection, Towers, VisionConfig
+from .config import (
+    OPENAI_MODELS,
+    SIGLIP_LOGIT_BIAS,
+    SIGLIP_LOGIT_SCALE,
+    Activation,
+    CLIPConfig,
+    TextConfig,
+    TimmProjection,
+    Towers,
+    VisionConfig,
+)
 from .fetch import HUB_PREFIX, fetch_hub, fetch_openai
 from .files import atomic_write, write_text
 from .model import CLIP
@@ -603,7 +613,7 @@ _HF_TRANSPOSED = ("text.text_projection", "visual.proj")
 def from_openai_keys(tensors: Mapping[str, Tensor]) -> Tensors:
     """OpenAI's names to ours: the text tower's parameters stand at the top level there, under `text.` here."""
     return {
-        key if key.startswith("visual.") or key == "logit_scale" else f"text.{key}": tensor
+        key if key.startswith("visual.") or key in ("logit_scale", "logit_bias") else f"text.{key}": tensor
         for key, tensor in tensors.items()
         if key not in _OPENAI_EXTRAS
     }
@@ -711,7 +721,11 @@ def infer_config(tensors: Mapping[str, Tensor], activation: Activation, source: 
             width=shape("visual.layer1.0.conv1.weight", 4)[0],
             blocks=tuple(count(rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)),  # type: ignore[arg-type]
         )
-    return CLIPConfig(embed_dim, activation, vision, text)
+    config = CLIPConfig(embed_dim, activation, vision, text)
+    if "logit_bias" not in tensors:
+        return config
+    # Trained scale and bias do not tell where they began; the paper's, then.
+    return replace(config, init_logit_scale=SIGLIP_LOGIT_SCALE, init_logit_bias=SIGLIP_LOGIT_BIAS)
 
 
 def _refuse_unknown(values: Mapping[str, Any], supported: Mapping[str, Any], source: str) -> None:
@@ -726,7 +740,7 @@ def _refuse_unknown(values: Mapping[str, Any], supported: Mapping[str, Any], sou
 
 _ANY = object()
 _OPENCLIP_MODEL = dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"), _ANY) | {
-    "multimodal_cfg": None, "output_dict": _ANY, "init_logit_scale": _ANY, "init_logit_bias": None,
+    "multimodal_cfg": None, "output_dict": _ANY, "init_logit_scale": _ANY, "init_logit_bias": _ANY,
     "cast_dtype": _ANY, "nonscalar_logit_scale": False,
 }  # fmt: skip
 _OPENCLIP_VISION = dict.fromkeys(("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"), _ANY) | {
@@ -784,7 +798,8 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         head_width=width // text.get("heads", 8),
         mlp_ratio=text.get("mlp_ratio", 4.0),
     )
-    return CLIPConfig(model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu", tower, words)
+    start = {name: model[name] for name in ("init_logit_scale", "init_logit_bias") if name in model}
+    return CLIPConfig(model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu", tower, words, **start)
 
 
 _TIMM_PROJECTIONS: dict[str, TimmProjection] = {"linear": "linear", "mlp": "mlp", "none": "none", "": "classifier"}

@@ -388,7 +388,7 @@ def test_heads_of_another_width_are_read_from_openclips_configuration(tmp_path):
         ("text_cfg", "pool_type", "last"),
         ("text_cfg", "no_causal_mask", True),
         ("text_cfg", "proj_bias", True),
-        (None, "init_logit_bias", -10),
+        (None, "nonscalar_logit_scale", True),
     ],
 )
 def test_a_setting_of_openclips_that_our_towers_do_not_have_is_refused_by_name(tmp_path, section, key, value):
