@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
-from .config import CLIPConfig
+from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig
 from .data import Batch
 from .evaluate import recall_at_1
-from .loss import clip_loss, gather
+from .loss import clip_loss, gather, siglip_chance, siglip_loss
 from .model import CLIP
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
 from .transforms import normalize
 
+LossKind = Literal["clip", "siglip"]
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
 _ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
@@ -39,6 +41,8 @@ class CLIPTraining(pl.LightningModule):
             (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
         positives: "pair", or "caption" to let pairs of the very same caption share their targets, which are
             otherwise told to be different.
+        loss: "clip", each image picks its text among all and each text its image; or "siglip", each image and text
+            fit or do not, for which `clip` has to have a bias.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class CLIPTraining(pl.LightningModule):
         max_rejected: float = 0.01,
         micro_batch_size: int | None = None,
         positives: Literal["pair", "caption"] = "pair",
+        loss: LossKind = "clip",
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -59,10 +64,22 @@ class CLIPTraining(pl.LightningModule):
                 f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "
                 f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
             )
+        if loss not in get_args(LossKind):
+            raise ValueError(f"model.loss is {loss!r}; valid are {', '.join(get_args(LossKind))}")
+        if loss == "siglip" and clip.init_logit_bias is None:
+            raise ValueError(
+                "model.loss is 'siglip', which needs a bias: set model.clip.init_logit_bias and init_logit_scale; "
+                f"the paper's are {SIGLIP_LOGIT_BIAS:g} and {SIGLIP_LOGIT_SCALE:.4f}, which is ln 10"
+            )
+        if loss == "clip" and clip.init_logit_bias is not None:
+            raise ValueError(
+                f"model.clip.init_logit_bias is {clip.init_logit_bias:g}, and a bias changes nothing in the loss "
+                "'clip': leave it out, or set model.loss=siglip"
+            )
         self.clip = CLIP(clip)
         self.optimizer_config = optimizer
         self.max_rejected = max_rejected
-        self.micro_batch_size, self.positives = micro_batch_size, positives
+        self.micro_batch_size, self.positives, self.loss = micro_batch_size, positives, loss
         self.num_seen = self.num_rejected = self.num_truncated = 0
         self._validation: list[tuple[Tensor, Tensor]] = []
 
@@ -87,6 +104,21 @@ class CLIPTraining(pl.LightningModule):
         """For encoding, and for encoding once more: batch norm has seen the batch by then."""
         return nullcontext(), _running_statistics_held(self.clip)
 
+    @property
+    def contrast(self) -> Callable[..., Tensor]:
+        """The loss, of features, scale, and what else `clip_loss` takes."""
+        bias = self.clip.logit_bias
+        return clip_loss if bias is None else partial(siglip_loss, logit_bias=bias)
+
+    def _chance(self, num_pairs: int, groups: Tensor | None, mask: Tensor | None) -> float:
+        """What the loss is for features that say nothing, of the pairs of all processes."""
+        if self.loss == "clip":
+            return math.log(num_pairs)
+        if groups is None:
+            return siglip_chance(num_pairs)
+        everyone = gather(groups) if mask is None else gather(groups)[gather(mask)]
+        return siglip_chance(len(everyone), everyone)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._count(batch)
         image_features, text_features = self.features(batch)
@@ -97,7 +129,15 @@ class CLIPTraining(pl.LightningModule):
         scale = self.clip.logit_scale.exp()
         groups = batch.caption_ids if self.positives == "caption" else None
         chunk_size = min(_LOSS_CHUNK, len(image_features))
-        loss = clip_loss(image_features, text_features, scale, chunk_size, mask, groups, across_processes=is_shared)
+        loss = self.contrast(
+            image_features,
+            text_features,
+            scale,
+            chunk_size=chunk_size,
+            mask=mask,
+            groups=groups,
+            across_processes=is_shared,
+        )
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
@@ -105,9 +145,11 @@ class CLIPTraining(pl.LightningModule):
             )
         values: dict[str, Tensor | float] = {
             "loss": loss.detach(),
-            "chance": math.log(len(image_features) * self.trainer.world_size),
+            "chance": self._chance(len(image_features) * self.trainer.world_size, groups, mask),
             "logit_scale": scale.detach(),
         }
+        if self.clip.logit_bias is not None:
+            values["logit_bias"] = self.clip.logit_bias.detach()
         # The loss of a process is its share of the whole; their mean is that.
         self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
         every = log_every(self.trainer)
@@ -133,8 +175,9 @@ class CLIPTraining(pl.LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        with torch.no_grad():
-            self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if self.loss == "clip":  # SigLIP is trained without a bound
+            with torch.no_grad():
+                self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
@@ -148,7 +191,7 @@ class CLIPTraining(pl.LightningModule):
         self._validation.clear()
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
-        loss = clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024)
+        loss = self.contrast(images, texts, self.clip.logit_scale.exp(), chunk_size=_LOSS_CHUNK)
         recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
         self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
 
