@@ -523,7 +523,7 @@ def tables(f: Findings, pipeline: Pipeline | None = None) -> list[Table]:
     return out
 
 
-def _spoils(f: Findings) -> list[str]:
+def _spoils(f: Findings, are_captions_shared: bool = False) -> list[str]:
     """What would make a model worse without anyone noticing."""
     num_bad, num_others = f.num_sampled - f.num_usable, f.false_negatives * (f.batch_size - 1)
     cut, small = _share(f.token_counts > f.context_length), _share(f.short_sides < f.image_size / 2)
@@ -537,12 +537,13 @@ def _spoils(f: Findings) -> list[str]:
             f"{_percent(cut)} of the captions are longer than {f.context_length} tokens: their ends are cut off and "
             "never read. Put what matters first, shorten them, or raise the context length"
         )
-    if f.lowest_loss >= _NOTABLE_LOSS * math.log(f.batch_size):
+    if f.lowest_loss >= _NOTABLE_LOSS * math.log(f.batch_size) and not are_captions_shared:
         out.append(
             f"{_percent(f.num_repeated / len(f.token_counts))} of the captions occur with more than one image: in a "
             f"batch of {f.batch_size:,} a pair meets {num_others:.2g} others with its own caption, "
             f"is told to differ from them, and the loss can't fall below {f.lowest_loss:.2f} (chance is "
-            f"{math.log(f.batch_size):.2f}). Use richer captions, or a smaller batch"
+            f"{math.log(f.batch_size):.2f}). Train with model.positives=caption, which lets them belong together; or "
+            "use richer captions, or a smaller batch"
         )
     if f.template_share >= _TEMPLATE and f.template_texts > 1:
         out.append(
@@ -599,10 +600,14 @@ def brief(
     samples: int = 128,
     image_size: int = 224,
     captions: CaptionChoice | None = None,
+    positives: str = "pair",
 ) -> list[str]:
     """Warnings about what would spoil training, from a glance at some random samples; none if all is well.
 
     It looks for about a second at most, so what is remote is not fetched for it; and never raises for bad data.
+
+    Args:
+        positives: as training is set; with "caption" pairs of equal captions are not told to differ.
     """
 
     there: set[str] = set()
@@ -623,7 +628,8 @@ def brief(
         return []
     wanted = (captions.fields if captions else None) or {}
     absent = [f"no sample looked at has the caption field {name!r}" for name in wanted if name not in there]
-    return absent + _spoils(_findings(looks, len(shards), image_size, context_length, batch_size))
+    findings = _findings(looks, len(shards), image_size, context_length, batch_size)
+    return absent + _spoils(findings, are_captions_shared=positives == "caption")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ class TrainingCLI(LightningCLI):
                 data.seed,
                 image_size=data.image_size,
                 captions=data.captions,
+                positives=self.model.positives,
             ):
                 print(f"warning: {warning}", file=sys.stderr)
         if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():

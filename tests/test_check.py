@@ -316,7 +316,8 @@ def test_good_pairs_get_no_warning():
             pairs_of("a", "a", "a", "a"),
             {},
             "100.0 % of the captions occur with more than one image: in a batch of 4 a pair meets 3 others with its "
-            "own caption, is told to differ from them, and the loss can't fall below 1.39 (chance is 1.39)",
+            "own caption, is told to differ from them, and the loss can't fall below 1.39 (chance is 1.39). Train with "
+            "model.positives=caption, which lets them belong together; or use richer captions",
             id="equal captions",
         ),
         pytest.param(
@@ -392,6 +393,8 @@ def test_a_glance_warns_of_what_would_spoil_training(tmp_path):
         "95.0 % of the captions occur",
         "100.0 % of the images have a",
     ]
+    assert "model.positives=caption" in said[1]
+    assert brief(shards, 5, 32, positives="caption") == [said[0], said[2]]
     data = bytearray((tmp_path / "out" / "00000.tar").read_bytes())
     start = data.index(b"IDAT")
     data[start + 8 : start + 900] = bytes(892)
