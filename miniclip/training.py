@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
@@ -20,6 +21,8 @@ from .evaluate import recall_at_1
 from .loss import clip_loss, gather
 from .model import CLIP
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .processes import collect
+from .sharding import local, shard
 from .transforms import normalize
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
@@ -64,7 +67,14 @@ class CLIPTraining(pl.LightningModule):
         self.max_rejected = max_rejected
         self.micro_batch_size, self.positives = micro_batch_size, positives
         self.num_seen = self.num_rejected = self.num_truncated = 0
-        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def configure_model(self) -> None:
+        # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
+        self.trainer.precision_plugin.convert_module(self)
+        # Only a strategy that shares the weights out has a mesh. Called once for each of fit, validate, …
+        if self.device_mesh is not None and not isinstance(self.clip.logit_scale, DTensor):
+            shard(self.clip, self.device_mesh["data_parallel"])
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, (b, E) each."""
@@ -94,7 +104,7 @@ class CLIPTraining(pl.LightningModule):
         is_shared = self.trainer.world_size > 1
         if is_shared and mask is None:  # another process may have a hole where this one has none
             mask = torch.ones(len(batch.keys), dtype=torch.bool, device=self.device)
-        scale = self.clip.logit_scale.exp()
+        scale = local(self.clip.logit_scale).exp()
         groups = batch.caption_ids if self.positives == "caption" else None
         chunk_size = min(_LOSS_CHUNK, len(image_features))
         loss = clip_loss(image_features, text_features, scale, chunk_size, mask, groups, across_processes=is_shared)
@@ -139,16 +149,19 @@ class CLIPTraining(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
         image_features, text_features = self.features(batch)
-        healthy = slice(None) if batch.mask is None else batch.mask
-        self._validation.append((image_features[healthy].float().cpu(), text_features[healthy].float().cpu()))
+        healthy = torch.ones(len(batch.keys), dtype=torch.bool) if batch.mask is None else batch.mask
+        self._validation.append((image_features.float().cpu(), text_features.float().cpu(), healthy.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Over the whole set at once, so that the numbers do not depend on the batch size."""
-        images, texts = (torch.cat(features) for features in zip(*self._validation, strict=True))
+        """Over the whole set at once, so that the numbers depend neither on the batch size nor on the processes."""
+        own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
         self._validation.clear()
+        count = len(self.trainer.datamodule.val_shards)  # type: ignore[attr-defined]
+        images, texts, healthy = (torch.cat(column)[:count] for column in zip(*collect(own), strict=True))
+        images, texts = images[healthy], texts[healthy]
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
-        loss = clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024)
+        loss = clip_loss(images, texts, local(self.clip.logit_scale).exp().float().cpu(), chunk_size=1024)
         recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
         self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
 
