@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Preprocessing
+from .processes import share
 from .shards import Shards, pack_into_cache
 from .sources import texts_in
 from .storage import Cache, is_url
@@ -516,9 +517,9 @@ class PairDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[_Sample] | list[DataLoader[_Sample]]:
         if self.val_shards is None:
             return []
-        numbers = range(len(self.val_shards))
+        numbers = share(len(self.val_shards))
         step = min(self.batch_size, 256)
-        batches = [[(0, n) for n in numbers[i : i + step]] for i in numbers[::step]]
+        batches = [[(0, n) for n in numbers[i : i + step]] for i in range(0, len(numbers), step)]
         first = replace(self.captions, order="first")
         return DataLoader(self._dataset(self.val_shards, None, first), batch_sampler=batches, **self._options())
 

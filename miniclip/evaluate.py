@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import tokenizer
 from .datasets import LabelledImages
+from .processes import collect, share
 from .prompts import Template, fill
 
 _PROMPTS_PER_BATCH = 256
@@ -107,18 +108,18 @@ class Scores:
     unreadable: tuple[str, ...]
 
 
-class _Images(Dataset[tuple[int, Tensor | str]]):
-    def __init__(self, data: LabelledImages, preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self.data, self.preprocess = data, preprocess
+class _Images(Dataset[Tensor | str]):
+    def __init__(self, data: LabelledImages, preprocess: Callable[[Image.Image], Tensor], numbers: list[int]) -> None:
+        self.data, self.preprocess, self.numbers = data, preprocess, numbers
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.numbers)
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, place: int) -> Tensor | str:
         try:
-            return number, self.preprocess(self.data.open(number))
+            return self.preprocess(self.data.open(self.numbers[place]))
         except ValueError as error:
-            return number, str(error)
+            return str(error)
 
 
 @torch.inference_mode()
@@ -132,44 +133,52 @@ def zero_shot_scores(
     num_workers: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> Scores:
-    """Classifies every image of a data set by its prompts.
+    """Classifies every image of a data set by its prompts; each process a share of the images, where there are several.
 
     Args:
         model: has `encode_image`, `encode_text`, `logit_scale`.
         preprocess: PIL image to (3, R, R).
         tokenize: by default CLIP's own.
         num_workers: processes that decode.
-        progress: called with the number of images done.
+        progress: called with the number of images done, of all processes'.
+
+    Returns:
+        The same in every process, and the same whatever their number and the batch size.
 
     Raises:
         ValueError: not one image could be read, or the features are not finite.
     """
     classifier = zero_shot_classifier(model, data.classnames, data.templates, tokenize)
     guesses = min(_NUM_GUESSES, len(data.classnames))
-    loader = DataLoader(_Images(data, preprocess), batch_size, num_workers=num_workers, collate_fn=list)
-    device = model.logit_scale.device
-    numbers, unreadable, parts = [], [], []
-    done = 0
+    numbers = share(len(data))
+    loader = DataLoader(_Images(data, preprocess, numbers), batch_size, num_workers=num_workers, collate_fn=list)
+    device, scale = model.logit_scale.device, float(model.logit_scale.exp())
+    blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
+    parts: list[list[np.ndarray]] = []
+    problems: list[str] = []  # of each image, empty for those that could be read
     for batch in loader:
-        done += len(batch)
-        healthy = [(number, image) for number, image in batch if isinstance(image, Tensor)]
-        unreadable += [problem for _, problem in batch if isinstance(problem, str)]
-        if healthy:
-            images = torch.stack([image for _, image in healthy]).to(device)
-            cosines = F.normalize(model.encode_image(images).float(), dim=-1) @ classifier  # (b, C)
-            if not torch.isfinite(cosines).all():
-                raise ValueError(f"the model gives features that are not finite, for images of {data.name}")
-            probabilities = (model.logit_scale.exp().float() * cosines).softmax(dim=-1)
-            top, ranked = cosines.topk(guesses, dim=-1)
-            parts.append([t.cpu().numpy() for t in (ranked, top, probabilities.gather(1, ranked))])
-            numbers += [number for number, _ in healthy]
+        if blank is None:
+            readable = [image for image in batch if isinstance(image, Tensor)]
+            blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
+        images = torch.stack([blank if isinstance(image, str) else image for image in batch]).to(device)
+        cosines = F.normalize(model.encode_image(images).float(), dim=-1) @ classifier  # (b, C)
+        if not torch.isfinite(cosines).all():
+            raise ValueError(f"the model gives features that are not finite, for images of {data.name}")
+        probabilities = (scale * cosines).softmax(dim=-1)
+        top, ranked = cosines.topk(guesses, dim=-1)
+        parts.append([t.cpu().numpy() for t in (ranked, top, probabilities.gather(1, ranked))])
+        problems += [image if isinstance(image, str) else "" for image in batch]
         if progress:
-            progress(done)
-    if not numbers:
+            progress(round(len(problems) * len(data) / len(numbers)))
+    own = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    shares = collect((own, problems))
+    problems = [problem for _, each in shares for problem in each][: len(data)]
+    healthy = np.flatnonzero([not problem for problem in problems])
+    unreadable = tuple(problem for problem in problems if problem)
+    if not len(healthy):
         raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
-    guessed = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    labels = np.array(data.labels)[numbers]
-    return Scores(data, np.array(numbers), labels, guessed[0], guessed[1], guessed[2], tuple(unreadable))
+    guessed = [np.concatenate(column)[healthy] for column in zip(*(arrays for arrays, _ in shares), strict=True)]
+    return Scores(data, healthy, np.array(data.labels)[healthy], guessed[0], guessed[1], guessed[2], unreadable)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .model import CLIP, Attention, Transformer
+from .sharding import like, whole
 
 OptimizerKind = Literal["adamw", "muon"]
 
@@ -119,7 +120,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        momentum, decay = group["momentum"], group["lr"] * group["weight_decay"]
+        momentum, decay, parts = group["momentum"], group["lr"] * group["weight_decay"], group["parts"]
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:
             if p.grad is None:
@@ -132,13 +133,12 @@ class Muon(torch.optim.AdamW):
             average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(average, momentum)  # Nesterov
             p.mul_(1 - decay)
-            for weight, direction in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
-                by_shape.setdefault((weight.shape[0], weight.shape[1]), []).append((weight, direction))
+            by_shape.setdefault((p.shape[0] // parts, p.shape[1]), []).append((p, whole(update)))
         for (rows, columns), pairs in by_shape.items():
-            steps = orthogonalize(torch.stack([direction for _, direction in pairs]))
+            steps = orthogonalize(torch.cat([update.view(parts, rows, columns) for _, update in pairs]))
             rate = group["lr"] * math.sqrt(max(1, rows / columns))
-            for (weight, _), step in zip(pairs, steps, strict=True):
-                weight.sub_(step.to(weight.dtype), alpha=rate)
+            for (p, _), step in zip(pairs, steps.split(parts), strict=True):
+                p.sub_(like(step.flatten(0, 1).to(p.dtype), p), alpha=rate)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
@@ -21,6 +22,8 @@ from .evaluate import recall_at_1
 from .loss import clip_loss, gather, siglip_chance, siglip_loss
 from .model import CLIP
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .processes import collect
+from .sharding import local, shard
 from .transforms import normalize
 
 LossKind = Literal["clip", "siglip"]
@@ -81,7 +84,14 @@ class CLIPTraining(pl.LightningModule):
         self.max_rejected = max_rejected
         self.micro_batch_size, self.positives, self.loss = micro_batch_size, positives, loss
         self.num_seen = self.num_rejected = self.num_truncated = 0
-        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def configure_model(self) -> None:
+        # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
+        self.trainer.precision_plugin.convert_module(self)
+        # Only a strategy that shares the weights out has a mesh. Called once for each of fit, validate, …
+        if self.device_mesh is not None and not isinstance(self.clip.logit_scale, DTensor):
+            shard(self.clip, self.device_mesh["data_parallel"])
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, (b, E) each."""
@@ -108,7 +118,7 @@ class CLIPTraining(pl.LightningModule):
     def contrast(self) -> Callable[..., Tensor]:
         """The loss, of features, scale, and what else `clip_loss` takes."""
         bias = self.clip.logit_bias
-        return clip_loss if bias is None else partial(siglip_loss, logit_bias=bias)
+        return clip_loss if bias is None else partial(siglip_loss, logit_bias=local(bias))
 
     def _chance(self, num_pairs: int, groups: Tensor | None, mask: Tensor | None) -> float:
         """What the loss is for features that say nothing, of the pairs of all processes."""
@@ -126,7 +136,7 @@ class CLIPTraining(pl.LightningModule):
         is_shared = self.trainer.world_size > 1
         if is_shared and mask is None:  # another process may have a hole where this one has none
             mask = torch.ones(len(batch.keys), dtype=torch.bool, device=self.device)
-        scale = self.clip.logit_scale.exp()
+        scale = local(self.clip.logit_scale).exp()
         groups = batch.caption_ids if self.positives == "caption" else None
         chunk_size = min(_LOSS_CHUNK, len(image_features))
         loss = self.contrast(
@@ -182,16 +192,19 @@ class CLIPTraining(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
         image_features, text_features = self.features(batch)
-        healthy = slice(None) if batch.mask is None else batch.mask
-        self._validation.append((image_features[healthy].float().cpu(), text_features[healthy].float().cpu()))
+        healthy = torch.ones(len(batch.keys), dtype=torch.bool) if batch.mask is None else batch.mask
+        self._validation.append((image_features.float().cpu(), text_features.float().cpu(), healthy.cpu()))
 
     def on_validation_epoch_end(self) -> None:
-        """Over the whole set at once, so that the numbers do not depend on the batch size."""
-        images, texts = (torch.cat(features) for features in zip(*self._validation, strict=True))
+        """Over the whole set at once, so that the numbers depend neither on the batch size nor on the processes."""
+        own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
         self._validation.clear()
+        count = len(self.trainer.datamodule.val_shards)  # type: ignore[attr-defined]
+        images, texts, healthy = (torch.cat(column)[:count] for column in zip(*collect(own), strict=True))
+        images, texts = images[healthy], texts[healthy]
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
-        loss = self.contrast(images, texts, self.clip.logit_scale.exp(), chunk_size=_LOSS_CHUNK)
+        loss = self.contrast(images, texts, local(self.clip.logit_scale).exp(), chunk_size=_LOSS_CHUNK)
         recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
         self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
 

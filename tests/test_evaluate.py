@@ -150,7 +150,7 @@ class ByHand:
 
     @staticmethod
     def preprocess(image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(image)).float().expand(3, 1, -1)
+        return torch.from_numpy(np.array(image.convert("L").crop((0, 0, 7, 1)))).float().expand(3, 1, -1)
 
 
 # Label, and pixels whose length is a whole number where cosines are checked.

@@ -1,0 +1,65 @@
+# Several machines, by torchrun and by SLURM: the scripts of examples/, with machines that are processes of this one.
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from test_training import ROOT, arguments, data, state
+
+__all__ = ["data"]  # a fixture
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def settings(data, run):
+    """What `fit` is given, without the word."""
+    more = ["--trainer.precision=64-true", "--data.captions.order=first", f"--trainer.default_root_dir={run}"]
+    return arguments(data, run, *more, steps=5)[1:]
+
+
+def assert_same_weights(one, two):
+    for name, expected in state(one).items():
+        assert (state(two)[name] - expected).abs().max() <= 1e-8 * expected.abs().max().clamp(min=1e-3), name
+
+
+def environment(**more):
+    """With the interpreter that runs the tests as `python`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def alone(data, run):
+    subprocess.run([sys.executable, ROOT / "train.py", "fit", *settings(data, run)], check=True, capture_output=True)
+
+
+def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
+    alone(data, tmp_path / "one")
+    port = str(free_port())
+    nodes = [
+        subprocess.Popen(
+            [ROOT / "examples/torchrun.sh", "2", str(rank), "127.0.0.1", *settings(data, tmp_path / "two")],
+            cwd=ROOT,
+            env=environment(MASTER_PORT=port, DEVICES="1"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [node.communicate(timeout=90)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    assert "Trained model:" in said[0]
+    assert "Trained model:" not in said[1]
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_script_says_how_it_is_used(tmp_path):
+    done = subprocess.run([ROOT / "examples/torchrun.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "examples/torchrun.sh NODES RANK MASTER" in done.stderr

@@ -1,0 +1,97 @@
+# Evaluation shared out over real processes (gloo) gives what one process gives.
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from helpers import tiny_clip, write_picture
+from test_training import command, data, metrics
+
+from miniclip.datasets import open_dataset
+from miniclip.evaluate import zero_shot_scores
+from miniclip.processes import collect, share
+from miniclip.weights import preprocess_for
+
+__all__ = ["data"]  # a fixture
+
+
+def test_one_process_has_all_of_it():
+    assert share(5) == [0, 1, 2, 3, 4]
+    assert collect("all") == ["all"]
+
+
+def scores_of(folder, batch_size):
+    model = tiny_clip()
+    return zero_shot_scores(model, preprocess_for(model.config), open_dataset(folder), batch_size=batch_size)
+
+
+def work(rank, world_size, images, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    found = {"share": share(7), "collected": collect(rank)}
+    for batch_size in (1, 3, 64):
+        scores = scores_of(images, batch_size)
+        found[batch_size] = [
+            torch.from_numpy(a)
+            for a in (scores.numbers, scores.labels, scores.ranked, scores.cosines, scores.probabilities)
+        ]
+        found[batch_size, "unreadable"] = list(scores.unreadable)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three classes, 8 pictures, and one that can't be read."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(8):
+        write_picture(folder / f"class {number % 3}" / f"{number}.png", number)
+    (folder / "class 1" / "spoilt.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(images, world_size):
+    expected = scores_of(images, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (world_size, images, folder), nprocs=world_size)
+        found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
+    assert len(expected.numbers) == 8
+    for each in found:
+        assert each["collected"] == list(range(world_size))
+        for batch_size in (1, 3, 64):
+            numbers, labels, ranked, cosines, probabilities = (t.numpy() for t in each[batch_size])
+            np.testing.assert_array_equal(numbers, expected.numbers)
+            np.testing.assert_array_equal(labels, expected.labels)
+            np.testing.assert_array_equal(ranked, expected.ranked)
+            np.testing.assert_allclose(cosines, expected.cosines, atol=1e-5)
+            np.testing.assert_allclose(probabilities, expected.probabilities, atol=1e-5)
+            assert each[batch_size, "unreadable"] == list(expected.unreadable)
+    size = -(-7 // world_size)
+    assert [number for each in found for number in each["share"]][:7] == list(range(7))
+    assert all(len(each["share"]) == size for each in found)
+
+
+def test_validation_shared_out_over_three_processes_scores_as_one(data, tmp_path):
+    """Sixteen held-out pairs and three processes: it does not come out even."""
+    zero_shot = [{"class_path": "miniclip.callbacks.ZeroShotEvaluation", "init_args": {"data": str(data / "val.csv")}}]
+    logged = []
+    for devices, strategy in ((1, "auto"), (3, "ddp")):
+        more = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--data.captions.order=first"]
+        more += [f"--trainer.callbacks={json.dumps(zero_shot)}"]
+        args = command(data, tmp_path / strategy, *more, steps=6)
+        done = subprocess.run(args, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        logged.append([row for row in metrics(tmp_path / strategy) if row["val/loss"]])
+    one, three = logged
+    assert len(one) == len(three) == 2
+    for row, other in zip(one, three, strict=True):
+        assert float(other["val/loss"]) == pytest.approx(float(row["val/loss"]), rel=1e-4)
+        assert other["val/retrieval_r1"] == row["val/retrieval_r1"]
+        assert other["val/zero_shot_acc1"] == row["val/zero_shot_acc1"]

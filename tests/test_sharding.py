@@ -1,0 +1,201 @@
+# Weights shared out over real processes (gloo), against one process with the whole batch and the whole weights.
+
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from helpers import tiny_clip
+from test_distributed import B, assert_near, options
+from test_training import command, data, state
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+import miniclip
+from miniclip.loss import clip_loss
+from miniclip.optim import OptimizerConfig, make_optimizer
+from miniclip.sharding import local, shard, whole
+
+__all__ = ["data"]  # a fixture
+
+RESNET = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
+
+
+def model_and_inputs(kind, dtype):
+    model = tiny_clip(vision=RESNET) if kind == "resnet" else tiny_clip()
+    model = model.to(dtype)
+    # Its last bottleneck's norms start at zero, which would leave half of the tower without a gradient.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.constant_(parameter, 0.5)
+    random = torch.Generator().manual_seed(1)
+    size = model.visual.input_resolution
+    images = torch.randn(B, 3, size, size, generator=random, dtype=torch.float64).to(dtype)
+    tokens = miniclip.tokenize([f"picture number {n}" + " of many" * (n % 3) for n in range(B)], context_length=16)
+    return model, images, tokens
+
+
+def encode(model, images, tokens):
+    return model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+
+
+def features(model, images, tokens, micro_batch_size):
+    if micro_batch_size is None:
+        return encode(model, images, tokens)
+    parts = [
+        checkpoint(encode, model, *part, use_reentrant=False)
+        for part in zip(images.split(micro_batch_size), tokens.split(micro_batch_size), strict=True)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def five_steps(model, optimizer, loss_of):
+    """Loss and gradients of the first, and the weights after all."""
+    first = None
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        first = first or (loss.detach(), gradients)
+        optimizer.step()
+    return (*first, {name: whole(p.detach()).clone() for name, p in model.named_parameters()})
+
+
+def optimizer_for(model, kind):
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.01)
+    return make_optimizer(model, OptimizerConfig(kind=kind, lr=1e-3, muon_lr=0.01))
+
+
+def runs():
+    """Kind of tower, of optimiser, case of the loss, size of micro-batches, and precision."""
+    some = ("plain", "holes and chunks"), (None, 2), ("float64", "float32")
+    yield from (("vit", "sgd", *rest) for rest in itertools.product(*some))
+    yield "vit", "sgd", "holes in one process alone", None, "float64"
+    yield (
+        "resnet",
+        "sgd",
+        "plain",
+        None,
+        "float64",
+    )  # in evaluation mode: batches of their own have their own statistics
+    for kind in ("adamw", "muon"):
+        yield "vit", kind, "plain", None, "float64"
+
+
+def alone(tower, kind, case, micro, dtype):
+    model, images, tokens = model_and_inputs(tower, getattr(torch, dtype))
+    return five_steps(
+        model,
+        optimizer_for(model, kind),
+        lambda: clip_loss(*encode(model, images, tokens), model.logit_scale.exp(), **options(case)),
+    )
+
+
+def work(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
+    results = {}
+    for run in runs():
+        tower, kind, case, micro, dtype = run
+        model, images, tokens = model_and_inputs(tower, getattr(torch, dtype))
+        with torch.no_grad():  # only the first process's weights count
+            model.text.text_projection += rank
+        shard(model, mesh)
+
+        def loss_of(model=model, images=images, tokens=tokens, case=case, micro=micro):
+            found = features(model, images[rows], tokens[rows], micro)
+            scale = local(model.logit_scale).exp()
+            return clip_loss(*found, scale, **options(case, rows), across_processes=True)
+
+        loss, *rest = five_steps(model, optimizer_for(model, kind), loss_of)
+        dist.all_reduce(loss)
+        results[run] = (loss / world_size, *rest)
+        most = max(p.to_local().numel() for p in model.parameters())
+        results["largest slice"] = most, max(p.numel() for p in model.parameters())
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def results(request):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
+        yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("run", list(runs()), ids=lambda run: "-".join(map(str, run)))
+def test_sharing_weights_out_changes_neither_loss_nor_gradients_nor_what_is_learnt(results, run):
+    *_, dtype = run
+    loss, gradients, weights = alone(*run)
+    for result in results:
+        found = result[run]
+        assert_near({"loss": found[0]}, {"loss": loss}, getattr(torch, dtype))
+        assert_near(found[1], gradients, getattr(torch, dtype))
+        # Muon's iteration itself is in single precision.
+        assert_near(
+            without_keys(found[2], run),
+            without_keys(weights, run),
+            torch.float32 if run[1] == "muon" else getattr(torch, dtype),
+        )
+
+
+def without_keys(weights, run):
+    """Key biases have no gradient but rounding, which Adam's steps make as large as any."""
+    if run[1] == "sgd":
+        return weights
+    return {
+        name: torch.cat([value[: len(value) // 3], value[-len(value) // 3 :]])
+        if name.endswith("in_proj_bias")
+        else value
+        for name, value in weights.items()
+    }
+
+
+def test_each_process_holds_its_share_only(results):
+    for result in results:
+        held, all_of_it = result["largest slice"]
+        assert held <= -(-all_of_it // len(results)) + 16  # rows are not cut
+
+
+def train(data, run, strategy, *more):
+    devices = 1 if strategy == "auto" else 2
+    more = [*more, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--trainer.precision=64-true"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    args = command(data, run, *more, steps=6)
+    return subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_goes_on_under_another_strategy(data, tmp_path, kind):
+    """Alone, then shared out, then with all weights in both processes: still one run."""
+    common = ["--data.captions.order=first", f"--model.optimizer.kind={kind}", "--trainer.gradient_clip_val=0.5"]
+    done = train(data, tmp_path / "alone", "auto", *common)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+    for number, (strategy, stop) in enumerate((("auto", 2), ("fsdp2", 4), ("ddp", None))):
+        stopper = [{"class_path": "test_training.StopAt", "init_args": {"step": stop}}] if stop else []
+        go_on = ["--ckpt_path=last"] if number else []
+        done = train(data, run, strategy, *common, *go_on, f"--trainer.callbacks={json.dumps(stopper)}")
+        assert done.returncode == (130 if stop else 0), done.stdout + done.stderr
+        assert not stop or f"at step {stop}" in done.stdout
+    expected, found = state(tmp_path / "alone"), state(run)
+    for name, value in expected.items():
+        limit = 1e-5 if kind == "muon" else 1e-8  # Muon's iteration is in single precision
+        assert (found[name] - value).abs().max() <= limit * value.abs().max().clamp(min=1e-3), name
+    model, _ = miniclip.load(run / "best", device="cpu")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
