@@ -159,7 +159,7 @@ class CLIPTraining(pl.LightningModule):
             "logit_scale": scale.detach(),
         }
         if self.clip.logit_bias is not None:
-            values["logit_bias"] = self.clip.logit_bias.detach()
+            values["logit_bias"] = local(self.clip.logit_bias).detach()
         # The loss of a process is its share of the whole; their mean is that.
         self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
         every = log_every(self.trainer)
