@@ -26,7 +26,6 @@ from .report import Curves, logs_of, run_curves, svg
 
 PAGE_FILE, RUN_FILE = "report.html", "run.json"
 _COLOURS = ("#3b78b5", "#d0672f", "#2f8f6b", "#8a63b5", "#b1882a", "#c2477f", "#5a6673", "#2b9aa8")
-_DASHES = ("solid", (0, (4, 1.5)), (0, (1.5, 1.5)))
 _MOST_POINTS = 300  # of a line; with more, a point is the mean of several
 _MOST_REASONS = 20
 
@@ -103,124 +102,151 @@ def read_run(folder: str | Path) -> Run:
 
 
 class _Chart(NamedTuple):
-    """Some metrics in one picture. `limit`: (name of a metric, or a value; what it is), drawn as a dotted line."""
+    """Some metrics in one picture.
+
+    limit: (name of a metric, or a value; what it is), drawn as a dotted line. is_relative: as % of each curve's peak.
+    is_smoothed: through many points goes their running mean, and they themselves are pale.
+    """
 
     title: str
     metrics: dict[str, str]
-    factor: float = 1
-    scale: str = "linear"
-    bottom: float | None = 0
+    unit: str = ""
+    is_log: bool = False
     limit: tuple[str | float, str] | None = None
+    is_relative: bool = False
+    is_smoothed: bool = True
+
+    @property
+    def factor(self) -> float:
+        return 100 if self.unit == "%" else 1
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def of_each_metric(self) -> list[_Chart]:
+        several = len(self.metrics) > 1
+        return [
+            self._replace(
+                metrics={name: label},
+                title=f"{self.title}: {label}" if several else self.title,
+                unit="" if self.is_relative else self.unit,
+                limit=None if place else self.limit,
+                is_relative=False,
+            )
+            for place, (name, label) in enumerate(self.metrics.items())
+        ]
 
 
 _CHARTS = (
+    _Chart("Contrastive loss", {"train/loss": "training", "val/loss": "held out"}, limit=("train/chance", "chance")),
     _Chart(
-        "Contrastive loss",
-        {"train/loss": "training", "val/loss": "held out"},
-        limit=("train/chance", "chance, ln(batch)"),
-    ),
-    _Chart(
-        "In-batch accuracy, %",
+        "In-batch accuracy",
         {"train/accuracy_image_to_text": "image to text", "train/accuracy_text_to_image": "text to image"},
-        factor=100,
+        unit="%",
     ),
     _Chart("Logit scale", {"train/logit_scale": "logit scale"}, limit=(100, "highest allowed")),
     _Chart(
         "Gradient norm",
         {"train/grad_norm_image": "image tower", "train/grad_norm_text": "text tower"},
-        scale="log",
-        bottom=None,
+        is_log=True,
+        is_smoothed=False,
     ),
     _Chart(
-        "Learning rate, % of its peak",
+        "Learning rate",
         {"train/lr": "AdamW", "train/lr_muon": "Muon"},
+        unit="% of its peak",
+        is_relative=True,
+        is_smoothed=False,
     ),
     _Chart("Images per second", {"train/images_per_s": "images/s"}),
     _Chart(
-        "Use of the device, %",
-        {"train/mfu": "FLOP/s of its peak (MFU)", "train/data_wait": "time waiting for data"},
-        factor=100,
+        "Use of the device",
+        {"train/mfu": "FLOP/s of the peak (MFU)", "train/data_wait": "time waiting for data"},
+        unit="%",
     ),
-    _Chart("Memory, GB", {"train/memory_gb": "memory"}),
+    _Chart("Memory", {"train/memory_gb": "memory"}, unit="GB", is_smoothed=False),
 )
 
 
 def _charts(runs: Sequence[Run]) -> list[_Chart]:
     """Those that have something to show; every score of validation has its place in one."""
     names = {name for run in runs for name in run.curves if name.startswith("val/") and name != "val/loss"}
-    known = {"val/retrieval_r1": "retrieval, R@1", "val/zero_shot_acc1": "zero-shot, top-1"}
-    labels = {name: known.get(name, name.removeprefix("val/")) for name in sorted(names)}
+    labels = {name: _score_name(name) for name in sorted(names)}
     shares = {name for name in names if all(0 <= value <= 1 for run in runs for value in run.values(name))}
-    scores = [_Chart("Held-out scores, %", {n: label for n, label in labels.items() if n in shares}, factor=100)]
+    in_percent = {name: label for name, label in labels.items() if name in shares}
+    scores = [_Chart("Held-out scores", in_percent, unit="%", is_smoothed=False)]
     scores += [
-        _Chart(f"Held out: {labels[name]}", {name: labels[name]}, bottom=None) for name in sorted(names - shares)
+        _Chart(f"Held out: {labels[name]}", {name: labels[name]}, is_smoothed=False) for name in sorted(names - shares)
     ]
     charts = [_CHARTS[0], _CHARTS[1], *scores, *_CHARTS[2:]]
+    if len(runs) > 1:  # a metric each, or nobody could tell the lines apart
+        charts = [each for chart in charts for each in chart.of_each_metric()]
     return [chart for chart in charts if any(run.values(name) for run in runs for name in chart.metrics)]
 
 
-def _plot(chart: _Chart, runs: Sequence[Run], labels: Sequence[str]) -> str:
-    """Metrics by colour; where there are several runs, runs by colour and metrics by dashes."""
+def _score_name(metric: str) -> str:
+    known = {"val/retrieval_r1": "retrieval R@1", "val/zero_shot_acc1": "zero-shot top-1"}
+    return known.get(metric, metric.removeprefix("val/"))
+
+
+def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
+    """Metrics by colour, or runs, whose colours the page tells, where there are several."""
     figure = Figure(figsize=(3.7, 2.55), layout="constrained")
     axes = figure.subplots()
-    shown = [name for name in chart.metrics if any(run.values(name) for run in runs)]
+    metrics = [name for name in chart.metrics if any(run.values(name) for run in runs)]
     for number, run in enumerate(runs):
-        for place, name in enumerate(shown):
-            steps, values = _points(run.curves.get(name, []))
-            if not len(steps):
-                continue
-            several = len(runs) > 1
-            look: dict[str, Any] = {"color": _COLOURS[(number if several else place) % len(_COLOURS)]}
-            # Curves of one run that may lie upon each other are dashed, so that both are seen.
-            look["linestyle"] = _DASHES[place % 3] if several or name.startswith("train/lr") else "solid"
-            if len(steps) <= 30:
-                look |= {"marker": "o", "markersize": 3}
-            x = _samples(run, steps)
-            y = values / values.max() * 100 if chart.title.startswith("Learning") else values * chart.factor
-            if several:
-                label = f"{labels[number]}, {chart.metrics[name]}" if len(shown) > 1 else labels[number]
-            elif chart.title.startswith("Learning"):
-                label = f"{chart.metrics[name]}, peak {values.max():.2g}"
-            else:
-                label = chart.metrics[name]
-            is_noisy = len(steps) > 60 and name.startswith("train/")
-            if is_noisy and chart.scale == "linear" and not name.startswith("train/lr"):
-                axes.plot(x, y, **look, alpha=0.25, linewidth=0.8)
-                y = _smooth(y)
-            axes.plot(x, y, **look, linewidth=1.5, label=label)
-            best = run.best()
-            if best and best[0] == name:
-                axes.plot(
-                    _samples(run, np.array([best[1] - 1])), [best[2] * chart.factor], "o", color=look["color"],
-                    markersize=8, markerfacecolor="none", markeredgewidth=1.3, label=None,
-                )  # fmt: skip
+        for place, name in enumerate(metrics):
+            if run.values(name):
+                colour = _COLOURS[(number if len(runs) > 1 else place) % len(_COLOURS)]
+                dashes = (0, (4, 1.5)) if chart.is_relative and place else "solid"  # they may lie upon each other
+                _draw(axes, chart, run, name, {"color": colour, "linestyle": dashes})
     _limit(chart, runs, axes)
-    axes.set_yscale(chart.scale)
-    if chart.bottom is not None:
-        axes.set_ylim(bottom=chart.bottom)
-    if chart.factor == 100:
-        axes.set_ylim(top=max(2.0, min(101.0, axes.get_ylim()[1])))
-    for start in runs[0].starts[1:] if len(runs) == 1 else ():
-        axes.axvline(_samples(runs[0], np.array([start["first_step"] - 1]))[0], color="#9aa4af", lw=0.8, ls=":")
+    _dress(axes, chart, runs)
+    if len(runs) == 1 and len(metrics) > 1:
+        figure.legend(
+            loc="outside upper left", ncols=2, frameon=False, fontsize=8, handlelength=1.8, columnspacing=1.2,
+            labelspacing=0.25, labelcolor="#1c2733", borderpad=0.1,
+        )  # fmt: skip
+    return svg(figure, is_tight=False)
+
+
+def _draw(axes: Any, chart: _Chart, run: Run, name: str, look: dict[str, Any]) -> None:
+    steps, values = _points(run.curves[name])
+    x, y, label = _samples(run, steps), values * chart.factor, chart.metrics[name]
+    if chart.is_relative:
+        y, label = 100 * values / values.max(), f"{label}, peak {values.max():.2g}"
+    if len(steps) > 60 and chart.is_smoothed:
+        axes.plot(x, y, **look, alpha=0.25, linewidth=0.8)
+        y = _smooth(y)
+    few = {"marker": "o", "markersize": 3} if len(steps) <= 30 else {}
+    axes.plot(x, y, **look, **few, linewidth=1.5, label=label)
+    if (best := run.best()) and best[0] == name:
+        at, score = _samples(run, np.array([best[1] - 1])), [best[2] * chart.factor]
+        axes.plot(at, score, "o", color=look["color"], markersize=8, markerfacecolor="none", markeredgewidth=1.3)
+
+
+def _dress(axes: Any, chart: _Chart, runs: Sequence[Run]) -> None:
+    """Axes that are quiet, and the same along x in all pictures of a page."""
+    furthest = max(_samples(run, np.array([points[-1][0]]))[0] for run in runs for points in run.curves.values())
+    axes.set_xlim(0, 1.02 * furthest)
+    if chart.is_log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif axes.dataLim.y0 >= 0:
+        top = 1.06 * axes.dataLim.y1
+        axes.set_ylim(0, max(2.0, min(102.0, top)) if chart.unit == "%" else top or 1.0)
+    for start in runs[0].starts[1:] if len(runs) == 1 else ():  # where it was resumed
+        axes.axvline(start["first_step"] * (runs[0].batch_size or 1), color="#9aa4af", linewidth=0.8, linestyle=":")
     axes.set_xlabel("samples seen" if all(run.batch_size for run in runs) else "steps", fontsize=8, color="#66707c")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.locator_params(axis="x", nbins=6)
-    if chart.scale == "log":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(labelsize=8, colors="#66707c", length=3)
+    axes.tick_params(which="both", labelsize=8, colors="#66707c", length=3)
     axes.grid(axis="y", color="#e8ebef", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c5ccd4")
-    handles, _ = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        columns = 1 if max(len(str(handle.get_label())) for handle in handles) > 24 else 2
-        figure.legend(
-            loc="outside upper left", ncols=columns, frameon=False, fontsize=8, handlelength=1.8, columnspacing=1.2,
-            labelcolor="#1c2733", borderpad=0.1,
-        )  # fmt: skip
-    return svg(figure, is_tight=False)
 
 
 def _limit(chart: _Chart, runs: Sequence[Run], axes: Any) -> None:
@@ -231,7 +257,9 @@ def _limit(chart: _Chart, runs: Sequence[Run], axes: Any) -> None:
     highest = max((value for run in runs for name in chart.metrics for value in run.values(name)), default=0.0)
     for value in sorted(values):
         if isinstance(limit, str) or highest > 0.6 * value:  # a limit that is far away would flatten the curve
-            axes.axhline(value, color="#7d8791", linestyle=":", linewidth=1.2, label=f"{label} = {value:.4g}")
+            axes.axhline(value, color="#7d8791", linestyle=":", linewidth=1.2)
+            place, grey = {"xy": (1, value), "xycoords": ("axes fraction", "data")}, "#66707c"
+            axes.annotate(f"{label} {value:.3g}", **place, ha="right", va="bottom", fontsize=8, color=grey)
 
 
 def _points(curve: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -271,8 +299,7 @@ def numbers(run: Run) -> list[Number]:
     record, told = run.record, []
     if best := run.best():
         name, step, value = best
-        at = f"at step {step:,}"
-        told.append(Number(f"best {name.removeprefix('val/')}", f"{value:.4g}", at))
+        told.append(Number("best score", _score(value), f"{_score_name(name)}, step {step:,}"))
     if (loss := run.last("train/loss")) is not None:
         chance = run.last("train/chance")
         told.append(Number("loss at the end", f"{loss:.3f}", f"chance {chance:.2f}" if chance else ""))
@@ -326,8 +353,9 @@ def observations(run: Run) -> list[str]:
         )
     if best and (last := run.last(best[0])) is not None and last < 0.9 * best[2]:
         said.append(
-            f"{best[0]} was best at step {best[1]:,} ({best[2]:.4g}) and fell to {last:.4g}: later training fitted the "
-            "training pairs alone. The model that is kept is the best one; a shorter run, or more data, would do"
+            f"{_score_name(best[0])} was best at step {best[1]:,}, {_score(best[2])}, and fell to {_score(last)}: "
+            "later training fitted the training pairs alone. The best model is the one that is kept; a shorter run would "
+            "do, more data would do better"
         )
     if (run.last("train/logit_scale") or 0) > 99.5:
         said.append("The logit scale reached the highest that is allowed, 100: the model is as sure as it may be")
@@ -345,6 +373,10 @@ def observations(run: Run) -> list[str]:
     if infinite := sum(not math.isfinite(value) for value in norms):
         said.append(f"{infinite} of {len(norms)} logged gradient norms are not finite: overflows of half precision")
     return said
+
+
+def _score(value: float) -> str:
+    return f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.4g}"
 
 
 def _count(number: float) -> str:
@@ -401,7 +433,7 @@ def write_page(out: str | Path, folders: Sequence[str | Path]) -> None:
         runs=shown,
         columns=list(dict.fromkeys(number.label for each in shown for number in each.numbers)),
         observations=observations(runs[0]) if len(runs) == 1 else [],
-        charts=[(chart.title, _plot(chart, runs, labels)) for chart in _charts(runs)],
+        charts=[(chart.heading, _plot(chart, runs)) for chart in _charts(runs)],
         rejected=runs[0].record.get("rejected", [])[:_MOST_REASONS] if len(runs) == 1 else [],
         facts=_facts(runs[0]) if len(runs) == 1 else {},
         differences=differences(runs) if len(runs) > 1 else [],
@@ -421,7 +453,7 @@ def _facts(run: Run) -> dict[str, str]:
         return {}
     facts = {
         "status": f"{record['status']}, {record['step']:,} of {record['max_steps']:,} steps",
-        "began": run.starts[0]["began"],
+        "began": datetime.datetime.fromisoformat(run.starts[0]["began"]).strftime("%Y-%m-%d %H:%M %Z"),
         "command": record["command"],
         "device": f"{record['device']}, {record['precision']}",
     }
