@@ -354,8 +354,8 @@ def observations(run: Run) -> list[str]:
     if best and (last := run.last(best[0])) is not None and last < 0.9 * best[2]:
         said.append(
             f"{_score_name(best[0])} was best at step {best[1]:,}, {_score(best[2])}, and fell to {_score(last)}: "
-            "later training fitted the training pairs alone. The best model is the one that is kept; a shorter run would "
-            "do, more data would do better"
+            "later training fitted the training pairs alone. The best model is the one that is kept; a shorter run "
+            "would do, more data would do better"
         )
     if (run.last("train/logit_scale") or 0) > 99.5:
         said.append("The logit scale reached the highest that is allowed, 100: the model is as sure as it may be")
