@@ -220,15 +220,12 @@ class RunProgress(ProgressBar):
 
 def _told(metrics: dict[str, float]) -> str:
     """The important ones as one line, about 100 characters."""
-    metrics = {name: metrics.get(f"train/{name}", math.nan) for name in _TOLD}
+    names = ("loss", "chance", "accuracy", "images_per_s", "mfu", "data_wait")
+    loss, chance, accuracy, images_per_s, mfu, wait = (metrics.get(f"train/{name}", math.nan) for name in names)
     return (
-        f"loss {metrics['loss']:.3f} (chance {metrics['chance']:.2f})  accuracy {100 * metrics['accuracy']:.0f} %  "
-        f"{metrics['images_per_s']:.0f} images/s  MFU {100 * metrics['mfu']:.0f} %  "
-        f"waiting for data {100 * metrics['data_wait']:.0f} %"
+        f"loss {loss:.3f} (chance {chance:.2f})  accuracy {100 * accuracy:.0f} %  {images_per_s:.0f} images/s  "
+        f"MFU {100 * mfu:.0f} %  waiting for data {100 * wait:.0f} %"
     )
-
-
-_TOLD = ("loss", "chance", "accuracy", "images_per_s", "mfu", "data_wait")
 
 
 class RunReport(Callback):

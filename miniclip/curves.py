@@ -215,7 +215,7 @@ def _draw(axes: Any, chart: _Chart, run: Run, name: str, look: dict[str, Any]) -
     steps, values = _points(run.curves[name])
     x, y, label = _samples(run, steps), values * chart.factor, chart.metrics[name]
     if chart.is_relative:
-        y, label = 100 * values / values.max(), f"{label}, peak {values.max():.2g}"
+        y, label = 100 * values / (values.max() or 1.0), f"{label}, peak {values.max():.2g}"
     if len(steps) > 60 and chart.is_smoothed:
         axes.plot(x, y, **look, alpha=0.25, linewidth=0.8)
         y = _smooth(y)
