@@ -340,7 +340,7 @@ def test_in_batch_accuracy_by_hand():
     assert [share.item() for share in in_batch_accuracy(images, texts, None)] == [0.75, 0.75]
     mask = torch.tensor([True, True, False, True])
     assert [share.item() for share in in_batch_accuracy(images, texts, mask)] == [1.0, 1.0]
-    texts[0] = 0  # no longer the nearest of image 0, and the first image is still the first of equals
+    texts[0] = torch.tensor([2.5, 2, 0, 0])  # the nearest of image 1, too, while its own nearest is still image 0
     assert [share.item() for share in in_batch_accuracy(images, texts, mask)] == pytest.approx([2 / 3, 1.0])
 
 
