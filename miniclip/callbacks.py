@@ -1,23 +1,39 @@
-"""What a run tells while it goes: its bar, and its zero-shot score."""
+"""What a run tells: its bar and its measurements while it goes, its zero-shot score, and a page at the end."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
+import signal
+import sys
 import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from . import weights
-from .data import TrainLoader
+from . import device, weights
+from .convert import forward_flops
+from .curves import PAGE_FILE, RUN_FILE, write_page
+from .data import Batch, TrainLoader
 from .datasets import open_dataset
 from .evaluate import zero_shot_scores
+from .files import write_text
 from .model import CLIP
-from .training import log_every
+from .report import versions
+from .training import CLIPTraining, is_logged
+
+_MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
 
 
 class ZeroShotEvaluation(Callback):
@@ -44,10 +60,99 @@ class ZeroShotEvaluation(Callback):
         pl_module.log("val/zero_shot_acc1", float(accuracy), sync_dist=True)
 
 
+class RunMetrics(Callback):
+    """Logs, at every step that is logged, what the steps since the last one took and went through.
+
+    Between those steps it only adds up numbers that the host has at hand; no GPU is waited for.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CLIPTraining)
+        self._cost = StepCost(pl_module.clip)
+        self.peak: device.Peak | None = None
+        if trainer.is_global_zero:  # now, as nothing else uses the device yet
+            self.peak = device.peak(trainer.strategy.root_device, str(trainer.precision))
+        self._samples = self._rejected = self._truncated = 0
+        self.problems: list[str] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        num_texts, num_tokens = batch.tokens.shape
+        self._num_texts[num_tokens] += num_texts
+        self._rejected += len(batch.problems)
+        self._truncated += batch.num_truncated
+        self.problems += batch.problems[: _MOST_REASONS - len(self.problems)]
+        if not is_logged(trainer, trainer.global_step):
+            return
+        seconds = time.perf_counter() - self._mark - self._paused
+        waited = self._loader_waited(trainer) - self._waited
+        num_images = sum(self._num_texts.values()) * trainer.world_size
+        flops = self._cost.flops(self._num_texts) / seconds * trainer.world_size
+        measured = {
+            "images_per_s": num_images / seconds,
+            "data_wait": waited / seconds,
+            "tflops": flops / 1e12,
+            "memory_gb": device.memory_gb(trainer.strategy.root_device),
+            "samples": trainer.global_step * num_texts * trainer.world_size,
+        }
+        if self.peak is not None:
+            measured["mfu"] = flops / (self.peak.flops * trainer.world_size)
+        pl_module.log_dict({f"train/{name}": value for name, value in measured.items()})
+        counts = {"train/rejected": float(self._rejected), "train/truncated": float(self._truncated)}
+        pl_module.log_dict(counts, sync_dist=trainer.world_size > 1, reduce_fx="sum")
+        self._restart(trainer)
+
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self._mark, self._paused, self._waited = time.perf_counter(), 0.0, self._loader_waited(trainer)
+        self._num_texts: Counter[int] = Counter()  # by their length in tokens
+
+    @staticmethod
+    def _loader_waited(trainer: pl.Trainer) -> float:
+        loader = trainer.train_dataloader
+        return loader.waited_s if isinstance(loader, TrainLoader) else 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._paused += time.perf_counter() - self._pause_began
+
+
+class StepCost:
+    """Floating-point operations that the towers take, forward and backward, as the architecture alone decides.
+
+    A backward pass counts twice the forward one, and is left out for a tower that is not trained. Encoding once more,
+    as micro-batches do, does not count: it is a price of memory, and no part of the model.
+    """
+
+    def __init__(self, clip: CLIP) -> None:
+        self._passes = {
+            name: 3 if any(p.requires_grad for p in tower.parameters()) else 1
+            for name, tower in (("image", clip.visual), ("text", clip.text))
+        }
+        with torch.device("meta"):
+            self._clip = CLIP(clip.config).eval()
+            side = self._clip.visual.input_resolution
+            self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
+        self._text: dict[int, int] = {}
+
+    def flops(self, num_texts: dict[int, int]) -> int:
+        """Of so many texts of each length in tokens, padding included, with an image each."""
+        for length in num_texts.keys() - self._text.keys():
+            tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+            self._text[length] = self._passes["text"] * forward_flops(self._clip.text, tokens)
+        return sum(number * (self._image + self._text[length]) for length, number in num_texts.items())
+
+
 class RunProgress(ProgressBar):
     """One bar for the whole run: loss beside its chance level, accuracy, speed, and the share of time without data.
 
-    Where the output is no terminal, a line at every fifth step that is logged.
+    Where the output is no terminal, a line at every fifth step that is logged. What it tells comes from `RunMetrics`.
     """
 
     def __init__(self) -> None:
@@ -58,7 +163,6 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._restart(trainer)
         self._total = int(trainer.estimated_stepping_batches)
         if self._console.is_terminal and self.is_enabled:
             columns = (
@@ -73,41 +177,17 @@ class RunProgress(ProgressBar):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._images += len(batch.keys) * trainer.world_size
         step = trainer.global_step
-        if step % log_every(trainer) == 0:
-            seconds = time.perf_counter() - self._mark - self._paused
-            waited = self._loader_waited(trainer) - self._waited
-            images_per_s, wait = self._images / seconds, waited / seconds
-            pl_module.log_dict({"train/images_per_s": images_per_s, "train/data_wait": wait})
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            told = (
-                f"loss {metrics['train/loss']:.3f} (chance {metrics['train/chance']:.2f})  "
-                f"accuracy {100 * metrics.get('train/accuracy', math.nan):.0f} %  "
-                f"{images_per_s:.0f} images/s  waiting for data {100 * wait:.0f} %"
-            )
+        if is_logged(trainer, step) and self.is_enabled:
+            told = _told({name: float(value) for name, value in trainer.callback_metrics.items()})
             if self._bar:
                 self._bar.update(self._task, told=told)
-            elif self.is_enabled and step % (5 * log_every(trainer)) == 0:
+            elif is_logged(trainer, step, of_those=5):
                 print(f"step {step}/{self._total}  {told}", flush=True)
-            self._restart(trainer)
         if self._bar:
             self._bar.update(self._task, completed=step)
 
-    def _restart(self, trainer: pl.Trainer) -> None:
-        self._mark, self._images, self._paused, self._waited = time.perf_counter(), 0, 0.0, self._loader_waited(trainer)
-
-    @staticmethod
-    def _loader_waited(trainer: pl.Trainer) -> float:
-        loader = trainer.train_dataloader
-        return loader.waited_s if isinstance(loader, TrainLoader) else 0.0
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause_began = time.perf_counter()
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._paused += time.perf_counter() - self._pause_began
         scores = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         if scores and not trainer.sanity_checking and self.is_enabled:
             told = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
@@ -136,3 +216,101 @@ class RunProgress(ProgressBar):
 
     def disable(self) -> None:
         self._is_on = False
+
+
+def _told(metrics: dict[str, float]) -> str:
+    """The important ones as one line, about 100 characters."""
+    names = ("loss", "chance", "accuracy", "images_per_s", "mfu", "data_wait")
+    loss, chance, accuracy, images_per_s, mfu, wait = (metrics.get(f"train/{name}", math.nan) for name in names)
+    return (
+        f"loss {loss:.3f} (chance {chance:.2f})  accuracy {100 * accuracy:.0f} %  {images_per_s:.0f} images/s  "
+        f"MFU {100 * mfu:.0f} %  waiting for data {100 * wait:.0f} %"
+    )
+
+
+class RunReport(Callback):
+    """Writes the page of a run, `report.html` in its folder, however the run ends.
+
+    Beside the log stands what the page needs to know, `run.json`, from the start on, so that `miniclip report` can make
+    it at any time. Without a log there is no page.
+
+    Args:
+        run: the run's folder.
+        command: what was typed to start it.
+        monitor: the metric whose highest value is the best.
+    """
+
+    def __init__(self, run: Path, command: str, monitor: str) -> None:
+        self.run, self.command, self.monitor = run, command, monitor
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (self._metrics,) = [c for c in trainer.callbacks if isinstance(c, RunMetrics)]  # type: ignore[attr-defined]
+        self._began = time.time()
+        self._first_step, self._max_steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        self._write(trainer, "running")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer, "finished")
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not hasattr(self, "_began"):
+            return  # there is nothing to tell
+        if isinstance(exception, SystemExit) and isinstance(exception.code, int) and exception.code > 128:
+            status = f"stopped by {signal.Signals(exception.code - 128).name}"
+        elif isinstance(exception, KeyboardInterrupt):
+            status = "stopped"
+        else:
+            status = f"failed: {exception}"
+        self._end(trainer, status)
+
+    def _end(self, trainer: pl.Trainer, status: str) -> None:
+        try:
+            if self._write(trainer, status):
+                write_page(self.run / PAGE_FILE, [self.run])
+                if status != "finished":  # then the trained model is told with it
+                    print(f"Report: {self.run / PAGE_FILE}", flush=True)
+        except Exception as error:  # the run's own end, or error, matters more than a page of it
+            print(f"warning: no page of the run could be written: {error}", file=sys.stderr)
+
+    def _write(self, trainer: pl.Trainer, status: str) -> bool:
+        """The record beside the log; False if nothing is logged."""
+        logs = [Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+        if not logs:
+            return False
+        data: Any = getattr(trainer, "datamodule", None)
+        peak, now = self._metrics.peak, time.time()
+        record = {
+            "status": status,
+            "command": self.command,
+            "began": datetime.datetime.fromtimestamp(self._began).astimezone().isoformat(timespec="seconds"),
+            "seconds": round(now - self._began, 1),
+            "first_step": self._first_step,
+            "step": trainer.global_step,
+            "max_steps": self._max_steps,
+            "monitor": self.monitor,
+            "batch_size": data.batch_size,
+            "epoch_samples": data.order().num_samples,
+            "world_size": trainer.world_size,
+            "device": _device_name(trainer),
+            "precision": str(trainer.precision),
+            "peak_tflops": None if peak is None else peak.flops / 1e12,
+            "peak_source": None if peak is None else peak.source,
+            "rejected": self._metrics.problems,
+            "versions": versions() | {"lightning": version("pytorch_lightning")},
+        }
+        write_text(logs[0] / RUN_FILE, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        return True
+
+
+def _device_name(trainer: pl.Trainer) -> str:
+    where = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type.upper()}, {_threads()}"
+    return name if trainer.world_size == 1 else f"{trainer.world_size} × {name}"
+
+
+def _threads() -> str:
+    number = torch.get_num_threads()
+    return f"{number} thread{'s' if number > 1 else ''}"

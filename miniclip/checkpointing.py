@@ -78,6 +78,8 @@ class LastCheckpoint(Callback):
         if number or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
         if number:
+            if trainer.training:
+                trainer._logger_connector.update_train_step_metrics()  # the step's row, else written after this hook
             if trainer.is_global_zero:
                 print(
                     f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True

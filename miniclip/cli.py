@@ -37,12 +37,15 @@ def main(argv: list[str] | None = None) -> None:
     verbs.add_parser("check", help="what training on some pairs would meet, before it starts", add_help=False)
     verbs.add_parser("train", help="train a CLIP on shards", add_help=False)
     verbs.add_parser("eval", help="zero-shot scores of a model on labelled images, and a report", add_help=False)
+    verbs.add_parser(
+        "report", help="the curves and numbers of a training run, or of several, as a page", add_help=False
+    )
     verbs.add_parser("convert", help="a checkpoint -> another library's layout, verified", add_help=False)
     verbs.add_parser("info", help="what a checkpoint is: format, architecture, sizes, cost", add_help=False)
     verb = parser.parse_known_args(argv[:1])[0].verb
-    {"shards": shards, "check": check, "train": train, "eval": evaluate, "convert": convert, "info": info}[verb](
-        argv[1:]
-    )
+    functions = {"shards": shards, "check": check, "train": train, "eval": evaluate, "report": report}
+    functions |= {"convert": convert, "info": info}
+    functions[verb](argv[1:])
 
 
 def train(argv: list[str]) -> None:
@@ -343,6 +346,37 @@ def _evaluate(options: argparse.Namespace) -> None:
     report.write_json(out / "results.json", options.model, results)
     report.write_html(out / "report.html", options.model, results)
     print(f"report: {out / 'report.html'}")
+
+
+def report(argv: list[str]) -> None:
+    """`miniclip report RUN …`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip report",
+        formatter_class=_Help,
+        description="Makes the page of a training run: curves of loss, accuracy, scores, rates, gradients, speed and\n"
+        "memory over the samples seen, the numbers that they come to, what stands out, and the settings.\n\n"
+        "Training makes it by itself when it ends; this makes it while a run is going on, or of one that was killed.\n"
+        "Several runs are drawn over each other, with the settings in which they differ.",
+        epilog="RUN is the folder that training was given as trainer.default_root_dir.\n\n"
+        "examples:\n"
+        "  miniclip report runs/digits\n"
+        "  miniclip report runs/adamw runs/muon --out compare.html",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
+    parser.add_argument("--out", metavar="HTML", help="the page; of one run RUN/report.html unless you name another")
+    parser.add_argument("--overwrite", action="store_true", help="replace the page that --out names")
+    options = parser.parse_args(argv)
+    with user_errors():
+        if options.out is None and len(options.runs) > 1:
+            raise ValueError("of several runs the page needs a name: --out HTML")
+        if options.out and Path(options.out).exists() and not options.overwrite:
+            raise ValueError(f"{options.out} exists already; pass --overwrite to replace it, or name another --out")
+
+        from .curves import PAGE_FILE, write_page
+
+        out = options.out or Path(options.runs[0]) / PAGE_FILE
+        write_page(out, options.runs)
+        print(f"page: {out}")
 
 
 _CHECKPOINTS = (

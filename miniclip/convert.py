@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import weights
@@ -266,6 +266,14 @@ class Facts:
     problems: str
 
 
+def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
+    """Multiplications and additions of the matrix products that a tower takes for some inputs, both on meta."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        if not isinstance(tower, MissingTower):
+            tower(inputs)
+    return int(counter.get_total_flops())
+
+
 def inspect(source: str | Path, **options: Any) -> Facts:
     """Everything about a checkpoint that can be known without using it."""
     checkpoint = weights.read_checkpoint(weights.locate(source), **options)
@@ -273,12 +281,7 @@ def inspect(source: str | Path, **options: Any) -> Facts:
         model = CLIP(checkpoint.config).eval()
         images = torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution)
         tokens = torch.zeros(1, checkpoint.config.text.context_length, dtype=torch.long)
-    flops = []
-    for tower, inputs in ((model.visual, images), (model.text, tokens)):
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            if not isinstance(tower, MissingTower):
-                tower(inputs)
-        flops.append(counter.get_total_flops() / 1e9)
+    flops = [forward_flops(tower, inputs) / 1e9 for tower, inputs in ((model.visual, images), (model.text, tokens))]
     dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
     try:
         weights.build(checkpoint, str(source))

@@ -141,38 +141,66 @@ def versions() -> dict[str, str]:
     return {"miniclip": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def read_curves(model: str | Path) -> dict[str, list[tuple[int, float]]]:
+Curves = dict[str, list[tuple[int, float]]]
+_COUNTS = ("train/rejected", "train/truncated")  # each start of a run counts from 0
+
+
+def read_curves(model: str | Path) -> Curves:
     """The curves of the run that a model came from, (step, value) by name; empty for a model without a run."""
     path = Path(model)
-    curves: dict[str, dict[int, float]] = {}
     is_checkpoint = path.parent.name == "checkpoints"
-    run = path.parent.parent if is_checkpoint else path.parent  # of RUN/checkpoints/last.ckpt or RUN/best
-    logs = {log.parent.name.removeprefix("version_"): log for log in run.glob("logs/version_*/metrics.csv")}
-    for number in sorted(int(name) for name in logs if name.isdigit()):
-        log = logs[str(number)]
-        with open(log, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if name not in ("step", "epoch") and value and row["step"]:
-                        curves.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}
+    return run_curves(path.parent.parent if is_checkpoint else path.parent)  # of RUN/checkpoints/last.ckpt or RUN/best
+
+
+def logs_of(run: Path) -> list[Path]:
+    """The folders of a run's log, one for each time that it was started or resumed, in order."""
+    folders = {folder.name.removeprefix("version_"): folder for folder in run.glob("logs/version_*")}
+    return [folders[str(number)] for number in sorted(int(name) for name in folders if name.isdigit())]
+
+
+def run_curves(run: Path) -> Curves:
+    """The curves in a run's folder. What was trained once more after a resumption counts as it was the last time."""
+    curves: dict[str, dict[int, float]] = {}
+    for log in logs_of(run):
+        rows = _rows(log / "metrics.csv")
+        if not rows:
+            continue
+        first = min(int(row["step"]) for row in rows)
+        curves = {name: {step: y for step, y in points.items() if step < first} for name, points in curves.items()}
+        before = {name: max(curves.get(name, {}).values(), default=0.0) for name in _COUNTS}
+        for row in rows:
+            for name, value in row.items():
+                if name not in ("step", "epoch") and value:
+                    curves.setdefault(name, {})[int(row["step"])] = float(value) + before.get(name, 0.0)
+    return {name: sorted(points.items()) for name, points in curves.items() if points}
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    if not table.is_file():
+        return []
+    text = table.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a run that is going on, or was killed, may be amid a line
+    return [row for row in csv.DictReader(io.StringIO(whole)) if row["step"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure, is_tight: bool = True) -> str:
+    """The picture as an element of a page; `is_tight` cuts its margins off."""
     buffer = io.StringIO()
     # Text stays text, for the browser's fonts, which know more scripts than matplotlib's.
     with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*missing from font.*")
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+        figure.savefig(
+            buffer, format="svg", bbox_inches="tight" if is_tight else None, metadata={"Date": None, "Creator": None}
+        )
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
-def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
+def _plot_training(curves: Curves) -> list[str]:
     """Two pictures, the losses and the shares; none for a model without a run."""
     if "train/loss" not in curves:
         return []
@@ -197,7 +225,7 @@ def _plot_training(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
         axes.set(xlabel="step", ylabel=label, ylim=(0, None if names is losses else 101))
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        pictures.append(_svg(figure))
+        pictures.append(svg(figure))
     return pictures
 
 
@@ -229,7 +257,7 @@ def _plot_confusion(result: Result) -> str:
                     fontsize=7,
                     color="white" if share > 0.5 else "black",
                 )
-    return _svg(figure)
+    return svg(figure)
 
 
 def _thumbnail(image: Image.Image) -> str:

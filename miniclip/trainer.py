@@ -24,9 +24,10 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 
 from . import weights
-from .callbacks import RunProgress, ZeroShotEvaluation
+from .callbacks import RunMetrics, RunProgress, RunReport, ZeroShotEvaluation
 from .check import brief
 from .checkpointing import AtomicCheckpointIO, LastCheckpoint
+from .curves import PAGE_FILE, read_run
 from .data import BatchSampler, PairDataModule
 from .files import user_errors
 from .training import CLIPTraining
@@ -148,15 +149,17 @@ class TrainingCLI(LightningCLI):
             for part in _results(self.run_folder):
                 if part.is_dir():
                     shutil.rmtree(part)
+                part.unlink(missing_ok=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
         trainer, run = settings.trainer, self.run_folder
-        callbacks: list[Callback] = []
+        callbacks: list[Callback] = [RunMetrics()] if self.subcommand == "fit" else []
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
             last = _checkpoints(run) / "last.ckpt"
+            callbacks.append(RunReport(run, command_line(sys.argv, _python()), settings.monitor))
             callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv, _python())))
             if settings.data.val is not None:
                 labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in trainer.callbacks or [])
@@ -175,7 +178,10 @@ class TrainingCLI(LightningCLI):
                         _checkpoints(run), "best", monitor=settings.monitor, mode="max", enable_version_counter=False
                     )
                 )
-        logger = CSVLogger(run, name="logs") if trainer.logger in (None, True) else trainer.logger
+        logger = trainer.logger
+        if logger is not False:  # the report is made from the table, whatever other logs there are
+            others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
+            logger = [CSVLogger(run, name="logs"), *others]
         return super().instantiate_trainer(
             callbacks=[*(trainer.callbacks or []), *callbacks],
             logger=logger,
@@ -192,7 +198,12 @@ class TrainingCLI(LightningCLI):
         source = next(p for name in ("best.ckpt", "last.ckpt") if (p := checkpoints / name).is_file())
         model, _ = weights.load(source, device="cpu")
         weights.save(model, self.run_folder / "best", overwrite=True)
-        print(f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it.")
+        said = f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it."
+        if (page := self.run_folder / PAGE_FILE).is_file():
+            best = read_run(self.run_folder).best()
+            score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
+            said = f"{score}{said} Report: {page}"
+        print(said)
 
 
 def _python() -> str:
@@ -218,8 +229,12 @@ def resume_command(argv: list[str], python: str) -> str:
             place = command.index(flag)
             has_value = not command[place + 1 : place + 2] or not command[place + 1].startswith("--")
             del command[place : place + 1 + has_value]
-    interpreter = [python] if command[0].endswith(".py") else []
-    return shlex.join([*interpreter, *command, "--ckpt_path", "last"])
+    return command_line([*command, "--ckpt_path", "last"], python)
+
+
+def command_line(argv: list[str], python: str) -> str:
+    """What was typed, for `python` as the interpreter."""
+    return shlex.join([*([python] if argv[0].endswith(".py") else []), *argv])
 
 
 def _checkpoints(run: Path) -> Path:
@@ -228,7 +243,7 @@ def _checkpoints(run: Path) -> Path:
 
 def _results(run: Path) -> tuple[Path, ...]:
     """What a run leaves in its folder, and what beginning it anew removes."""
-    return _checkpoints(run), run / "best", run / "logs"
+    return _checkpoints(run), run / "best", run / "logs", run / PAGE_FILE
 
 
 def main(args: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from .loss import clip_loss, gather, siglip_chance, siglip_loss
 from .model import CLIP
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
 from .processes import collect
-from .sharding import local, shard
+from .sharding import local, shard, whole
 from .transforms import normalize
 
 LossKind = Literal["clip", "siglip"]
@@ -153,22 +153,37 @@ class CLIPTraining(pl.LightningModule):
                 f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
                 f"learning rate, or look at the batch: {', '.join(batch.keys[:8])}, …"
             )
-        values: dict[str, Tensor | float] = {
-            "loss": loss.detach(),
-            "chance": self._chance(len(image_features) * self.trainer.world_size, groups, mask),
-            "logit_scale": scale.detach(),
-        }
-        if self.clip.logit_bias is not None:
-            values["logit_bias"] = local(self.clip.logit_bias).detach()
-        # The loss of a process is its share of the whole; their mean is that.
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
-        every = log_every(self.trainer)
-        # Lightning writes the log at steps 9, 19, … of ten, and the progress bar reads at 10, 20, …
-        if self.global_step % every == 0 or (self.global_step + 1) % every == 0:
+        if is_logged(self.trainer, self.global_step + 1):
             images, texts = gather(image_features.detach()), gather(text_features.detach())
             healthy = mask if mask is None else gather(mask)
-            self.log("train/accuracy", in_batch_accuracy(images, texts, healthy))
+            of_images, of_texts = in_batch_accuracy(images, texts, healthy)
+            values: dict[str, Tensor | float] = {
+                "loss": loss.detach(),
+                "chance": self._chance(len(image_features) * self.trainer.world_size, groups, mask),
+                "accuracy": (of_images + of_texts) / 2,
+                "accuracy_image_to_text": of_images,
+                "accuracy_text_to_image": of_texts,
+                "logit_scale": scale.detach(),
+            }
+            if self.clip.logit_bias is not None:
+                values["logit_bias"] = local(self.clip.logit_bias).detach()
+            # The loss of a process is its share of the whole; their mean is that.
+            self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Norms of the gradients, unscaled, the processes' mean, and not clipped yet; and the rates of this step."""
+        if not is_logged(self.trainer, self.global_step + 1):
+            return
+        for name, tower in (("image", self.clip.visual), ("text", self.clip.text)):
+            gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+            if gradients:
+                self.log(f"train/grad_norm_{name}", whole(torch.nn.utils.get_total_norm(gradients)))
+        rates: dict[str, float] = {}
+        for group in optimizer.param_groups:  # groups of one kind share a rate, or the highest is told
+            name = "train/lr" if group.get("momentum") is None else "train/lr_muon"
+            rates[name] = max(group["lr"], rates.get(name, 0.0))
+        self.log_dict(rates)
 
     def _count(self, batch: Batch) -> None:
         """Lists samples that could not be read, and stops past the share of them that is allowed."""
@@ -252,17 +267,19 @@ def _differences(checkpoint: Any, run: Any, name: str) -> list[str]:
     return [] if checkpoint == run else [f"  {name}: the checkpoint has {checkpoint}, this run {run}"]
 
 
-def log_every(trainer: pl.Trainer) -> int:
-    return int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
+    """Whether the step that ends with so many done is written to the log, and is every `of_those`-th that is."""
+    every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+    return every > 0 and steps % (every * of_those) == 0
 
 
 @torch.no_grad()
-def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> Tensor:
-    """Share of images whose own text is the nearest in the batch, and of texts their image; the mean of the two."""
+def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Share of images whose own text is the nearest in the batch, and of texts whose own image is."""
     if mask is not None:
         image_features, text_features = image_features[mask], text_features[mask]
     some = slice(0, _ACCURACY_PAIRS)
     rows = torch.arange(len(image_features[some]), device=image_features.device)
     by_image = (image_features[some] @ text_features.T).argmax(dim=1) == rows
     by_text = (text_features[some] @ image_features.T).argmax(dim=1) == rows
-    return (by_image.float().mean() + by_text.float().mean()) / 2
+    return by_image.float().mean(), by_text.float().mean()

@@ -337,9 +337,11 @@ def test_in_batch_accuracy_by_hand():
     images = torch.eye(4)
     texts = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0.9], [0, 0, 0, 1]])
     # Image 2 sees only zeros and takes text 0; texts 2 and 3 both take image 3: 3 of 4, and 3 of 4.
-    assert in_batch_accuracy(images, texts, None).item() == 0.75
+    assert [share.item() for share in in_batch_accuracy(images, texts, None)] == [0.75, 0.75]
     mask = torch.tensor([True, True, False, True])
-    assert in_batch_accuracy(images, texts, mask).item() == 1.0
+    assert [share.item() for share in in_batch_accuracy(images, texts, mask)] == [1.0, 1.0]
+    texts[0] = torch.tensor([2.5, 2, 0, 0])  # the nearest of image 1, too, while its own nearest is still image 0
+    assert [share.item() for share in in_batch_accuracy(images, texts, mask)] == pytest.approx([2 / 3, 1.0])
 
 
 def test_features_are_of_unit_length_and_pixels_are_normalised_once():
