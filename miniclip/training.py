@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
@@ -39,6 +41,9 @@ class CLIPTraining(pl.LightningModule):
             (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
         positives: "pair", or "caption" to let pairs of the very same caption share their targets, which are
             otherwise told to be different.
+        ema_decay: keeps an exponential moving average of the weights, of which each step leaves this much (0.999, or
+            0.99 for a run of some hundred steps). It is what validation scores and what `best/` is; training goes on
+            with the weights themselves. Early on, when there is little to average, each step leaves less.
     """
 
     def __init__(
@@ -48,8 +53,11 @@ class CLIPTraining(pl.LightningModule):
         max_rejected: float = 0.01,
         micro_batch_size: int | None = None,
         positives: Literal["pair", "caption"] = "pair",
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"model.ema_decay is {ema_decay}; it must be above 0 and below 1, such as 0.999")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
         if clip.towers != "both":
@@ -60,11 +68,18 @@ class CLIPTraining(pl.LightningModule):
                 f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
             )
         self.clip = CLIP(clip)
+        self.ema_decay = ema_decay
+        self.average = None if ema_decay is None else copy.deepcopy(self.clip).requires_grad_(False)
         self.optimizer_config = optimizer
         self.max_rejected = max_rejected
         self.micro_batch_size, self.positives = micro_batch_size, positives
         self.num_seen = self.num_rejected = self.num_truncated = 0
         self._validation: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def scored(self) -> CLIP:
+        """The model that validation scores and a run leaves: the average, where one is kept."""
+        return self.clip if self.average is None else self.average
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, (b, E) each."""
@@ -79,9 +94,9 @@ class CLIPTraining(pl.LightningModule):
         return image_features, text_features
 
     def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        vision = self.clip.config.vision
-        pixels = normalize(images, vision.mean, vision.std)
-        return self.clip.encode_image(pixels, normalize=True), self.clip.encode_text(tokens, normalize=True)
+        model = self.clip if self.training else self.scored
+        pixels = normalize(images, model.config.vision.mean, model.config.vision.std)
+        return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For encoding, and for encoding once more: batch norm has seen the batch by then."""
@@ -132,9 +147,19 @@ class CLIPTraining(pl.LightningModule):
                 f"{self.max_rejected} that model.max_rejected allows; the last: {batch.problems[-1]}"
             )
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_start(self) -> None:
+        if self.average is not None and self.global_step == 0:  # the weights may have been loaded since
+            self.average.load_state_dict(self.clip.state_dict())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """All that a step changes, changes here: a checkpoint may be written before any later hook of ours."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if self.average is not None:
+            assert self.ema_decay is not None
+            n = self.global_step  # steps before this one
+            move_average(self.average, self.clip, min(self.ema_decay, (1 + n) / (10 + n)))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
@@ -148,7 +173,7 @@ class CLIPTraining(pl.LightningModule):
         self._validation.clear()
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
-        loss = clip_loss(images, texts, self.clip.logit_scale.exp().float().cpu(), chunk_size=1024)
+        loss = clip_loss(images, texts, self.scored.logit_scale.exp().float().cpu(), chunk_size=1024)
         recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
         self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
 
@@ -178,6 +203,23 @@ class CLIPTraining(pl.LightningModule):
         saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
         if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
             raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
+        is_averaged = any(name.startswith(weights.LIGHTNING_AVERAGE_PREFIX) for name in checkpoint["state_dict"])
+        if is_averaged != (self.average is not None):
+            raise ValueError(
+                f"the checkpoint holds {'an' if is_averaged else 'no'} average of the weights, and model.ema_decay is "
+                f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
+            )
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model; batch norm's statistics too, while its counts are copied."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    get_ema_multi_avg_fn(decay)(averaged, current, None)
+    for count, now in pairs:
+        if not count.is_floating_point():
+            count.copy_(now)
 
 
 @contextmanager

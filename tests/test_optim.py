@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -11,6 +12,7 @@ import pytest
 import test_training
 import torch
 from helpers import tiny_clip, tiny_config
+from pytorch_lightning import Callback
 from test_training import arguments
 
 from miniclip import trainer
@@ -753,3 +755,46 @@ def test_a_run_of_any_optimiser_resumes_to_the_same_bits(data, tmp_path, flags):
     trainer.main(arguments(data, broken, *flags, "--ckpt_path=last", steps=6))
     expected, found = test_training.state(whole), test_training.state(broken)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+class GradientNorms(Callback):
+    """The norm of all gradients that the optimiser stepped by, in `seen` by step."""
+
+    seen: dict[int, float]
+
+    def __init__(self) -> None:
+        GradientNorms.seen = {}
+
+    def on_train_start(self, trainer, module) -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_post_hook(lambda optimizer, *_: self.keep(trainer.global_step, optimizer))
+
+    def keep(self, step, optimizer) -> None:
+        """Muon calls AdamW's step within its own, so this is called twice, and the second time counts."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.seen[step] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+
+
+WATCH = f'--trainer.callbacks=[{{"class_path": "{__name__}.GradientNorms"}}]'
+SCALER = {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu", "init_scale": 1024.0}}
+HALF = {"class_path": "pytorch_lightning.plugins.MixedPrecision",
+        "init_args": {"precision": "16-mixed", "device": "cpu", "scaler": SCALER}}  # fmt: skip
+PRECISIONS = {
+    "float32": "--trainer.precision=32-true",
+    "bfloat16": "--trainer.precision=bf16-mixed",
+    "float16 with a scaler": f"--trainer.plugins=[{json.dumps(HALF)}]",
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["adamw", "muon", "timm"])
+def test_gradients_are_clipped_to_the_norm_asked_for(data, tmp_path, kind, precision):
+    flags = [f"--model.optimizer.kind={kind}", *(["--model.optimizer.timm_name=lion"] if kind == "timm" else [])]
+    flags += [WATCH, PRECISIONS[precision], "--model.optimizer.lr=0.001"]
+    trainer.main(arguments(data, tmp_path / "plain", *flags, steps=3))
+    plain = GradientNorms.seen
+    assert len(plain) == 3
+    assert all(0.1 < norm < 100 for norm in plain.values())  # a loss scaled by 1024 gives far more
+    trainer.main(arguments(data, tmp_path / "run", *flags, "--trainer.gradient_clip_val=0.1", steps=3))
+    assert list(GradientNorms.seen.values()) == pytest.approx([0.1] * 3, rel=1e-4)
+    assert all(tensor.isfinite().all() for tensor in test_training.state(tmp_path / "run").values())
