@@ -305,6 +305,23 @@ def test_muon_on_one_matrix_moves_it_by_the_rate_in_every_direction():
     assert ((moved.diag() > 0.06) & (moved.diag() < 0.13)).all()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has none")
+@pytest.mark.parametrize("rows, columns", [(16, 16), (32, 8), (8, 32)])
+def test_muon_steps_are_torchs_up_to_the_precision_of_its_iteration(rows, columns):
+    """torch's iterates in bfloat16, which has two to three digits."""
+    start = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.8}
+    optimizers = Muon([{"params": [ours], "parts": 1, **settings}]), torch.optim.Muon([theirs], **settings)
+    for step in range(6):
+        ours.grad = torch.randn(rows, columns, generator=torch.Generator().manual_seed(10 + step))
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    difference, moved = (ours - theirs).norm(), (theirs - start).norm()
+    assert difference < 0.02 * moved
+
+
 # ---- orthogonalisation
 
 SHAPES = [(8, 32), (32, 8), (16, 16), (48, 16), (16, 64), (100, 20), (1, 9), (9, 1), (1, 1)]
