@@ -52,7 +52,7 @@ class ZeroShotEvaluation(Callback):
         self.dataset = open_dataset(self.data, templates=self.templates)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = pl_module.clip
+        model = pl_module.scored
         assert isinstance(model, CLIP)
         preprocess = weights.preprocess_for(model.config)
         scores = zero_shot_scores(model, preprocess, self.dataset, batch_size=self.batch_size)

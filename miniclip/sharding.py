@@ -37,7 +37,8 @@ def shard(model: CLIP, mesh: DeviceMesh) -> None:
     for name, parameter in list(model.named_parameters(recurse=False)):
         whole = DTensor.from_local(parameter.data.to(mesh.device_type), mesh, [Replicate()], run_check=False)
         replicated = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        replicated.register_post_accumulate_grad_hook(_reduce)
+        if parameter.requires_grad:
+            replicated.register_post_accumulate_grad_hook(_reduce)
         setattr(model, name, replicated)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -13,15 +14,16 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
 from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig
-from .data import Batch
+from .data import Batch, PairDataModule
 from .evaluate import recall_at_1
 from .loss import clip_loss, gather, siglip_chance, siglip_loss
 from .model import CLIP
-from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .processes import collect
 from .sharding import local, shard, whole
 from .transforms import normalize
@@ -46,6 +48,9 @@ class CLIPTraining(pl.LightningModule):
             otherwise told to be different.
         loss: "clip", each image picks its text among all and each text its image; or "siglip", each image and text
             fit or do not, for which `clip` has to have a bias.
+        ema_decay: keeps an exponential moving average of the weights, of which each step leaves this much (0.999, or
+            0.99 for a run of some hundred steps). It is what validation scores and what `best/` is; training goes on
+            with the weights themselves. Early on, when there is little to average, each step leaves less.
     """
 
     def __init__(
@@ -56,8 +61,11 @@ class CLIPTraining(pl.LightningModule):
         micro_batch_size: int | None = None,
         positives: Literal["pair", "caption"] = "pair",
         loss: LossKind = "clip",
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"model.ema_decay is {ema_decay}; it must be above 0 and below 1, such as 0.999")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
         if clip.towers != "both":
@@ -80,6 +88,8 @@ class CLIPTraining(pl.LightningModule):
                 "'clip': leave it out, or set model.loss=siglip"
             )
         self.clip = CLIP(clip)
+        self.ema_decay = ema_decay
+        self.average = None if ema_decay is None else copy.deepcopy(self.clip).requires_grad_(False)
         self.optimizer_config = optimizer
         self.max_rejected = max_rejected
         self.micro_batch_size, self.positives, self.loss = micro_batch_size, positives, loss
@@ -91,7 +101,14 @@ class CLIPTraining(pl.LightningModule):
         self.trainer.precision_plugin.convert_module(self)
         # Only a strategy that shares the weights out has a mesh. Called once for each of fit, validate, …
         if self.device_mesh is not None and not isinstance(self.clip.logit_scale, DTensor):
-            shard(self.clip, self.device_mesh["data_parallel"])
+            for model in (self.clip, self.average):
+                if model is not None:
+                    shard(model, self.device_mesh["data_parallel"])
+
+    @property
+    def scored(self) -> CLIP:
+        """The model that validation scores and a run leaves: the average, where one is kept."""
+        return self.clip if self.average is None else self.average
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, (b, E) each."""
@@ -106,18 +123,18 @@ class CLIPTraining(pl.LightningModule):
         return image_features, text_features
 
     def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        vision = self.clip.config.vision
-        pixels = normalize(images, vision.mean, vision.std)
-        return self.clip.encode_image(pixels, normalize=True), self.clip.encode_text(tokens, normalize=True)
+        model = self.clip if self.training else self.scored
+        pixels = normalize(images, model.config.vision.mean, model.config.vision.std)
+        return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For encoding, and for encoding once more: batch norm has seen the batch by then."""
         return nullcontext(), _running_statistics_held(self.clip)
 
-    @property
-    def contrast(self) -> Callable[..., Tensor]:
+    @staticmethod
+    def contrast(model: CLIP) -> Callable[..., Tensor]:
         """The loss, of features, scale, and what else `clip_loss` takes."""
-        bias = self.clip.logit_bias
+        bias = model.logit_bias
         return clip_loss if bias is None else partial(siglip_loss, logit_bias=local(bias))
 
     def _chance(self, num_pairs: int, groups: Tensor | None, mask: Tensor | None) -> float:
@@ -139,7 +156,7 @@ class CLIPTraining(pl.LightningModule):
         scale = local(self.clip.logit_scale).exp()
         groups = batch.caption_ids if self.positives == "caption" else None
         chunk_size = min(_LOSS_CHUNK, len(image_features))
-        loss = self.contrast(
+        loss = self.contrast(self.clip)(
             image_features,
             text_features,
             scale,
@@ -199,10 +216,20 @@ class CLIPTraining(pl.LightningModule):
                 f"{self.max_rejected} that model.max_rejected allows; the last: {batch.problems[-1]}"
             )
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.loss == "clip":  # SigLIP is trained without a bound
-            with torch.no_grad():
+    def on_train_start(self) -> None:
+        if self.average is not None and self.global_step == 0:  # the weights may have been loaded since
+            self.average.load_state_dict(self.clip.state_dict())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """All that a step changes, changes here: a checkpoint may be written before any later hook of ours."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            if self.loss == "clip":  # SigLIP is trained without a bound
                 self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if self.average is not None:
+            assert self.ema_decay is not None
+            n = self.global_step  # steps before this one
+            move_average(self.average, self.clip, min(self.ema_decay, (1 + n) / (10 + n)))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
@@ -219,7 +246,7 @@ class CLIPTraining(pl.LightningModule):
         images, texts = images[healthy], texts[healthy]
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
-        loss = self.contrast(images, texts, local(self.clip.logit_scale).exp(), chunk_size=_LOSS_CHUNK)
+        loss = self.contrast(self.scored)(images, texts, local(self.scored.logit_scale).exp(), chunk_size=_LOSS_CHUNK)
         recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
         self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
 
@@ -229,10 +256,18 @@ class CLIPTraining(pl.LightningModule):
             print(f"{self.num_truncated} of {self.num_seen} captions were cut to {length} tokens.", file=sys.stderr)
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.clip, self.optimizer_config)
-        total, warmup = int(self.trainer.estimated_stepping_batches), self.optimizer_config.warmup
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup))
+        config, total = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps(total, self.trainer.datamodule)  # type: ignore[attr-defined]
+        optimizer = make_optimizer(self.clip, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: learning_rate_factor(step, total, warmup, config.schedule, config.cooldown, config.final_lr),
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def warmup_steps(self, total_steps: int, data: PairDataModule) -> int:
+        steps_per_epoch = data.order().num_samples // data.batch_size
+        return warmup_steps(self.optimizer_config, total_steps, data.batch_size, steps_per_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[weights.LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
@@ -241,6 +276,23 @@ class CLIPTraining(pl.LightningModule):
         saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
         if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
             raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
+        is_averaged = any(name.startswith(weights.LIGHTNING_AVERAGE_PREFIX) for name in checkpoint["state_dict"])
+        if is_averaged != (self.average is not None):
+            raise ValueError(
+                f"the checkpoint holds {'an' if is_averaged else 'no'} average of the weights, and model.ema_decay is "
+                f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
+            )
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model; batch norm's statistics too, while its counts are copied."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    get_ema_multi_avg_fn(decay)(averaged, current, None)
+    for count, now in pairs:
+        if not count.is_floating_point():
+            count.copy_(now)
 
 
 @contextmanager

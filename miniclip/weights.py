@@ -59,6 +59,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OPENCLIP_CONFIG_FILE = "open_clip_config.json"
 LIGHTNING_CONFIG_KEY = "miniclip_config"  # where the trainer's checkpoints keep the architecture, as JSON
 LIGHTNING_PREFIX = "clip."
+LIGHTNING_AVERAGE_PREFIX = "average."  # the same tensors averaged over the run, where it kept an average
 
 Tensors = dict[str, Tensor]
 
@@ -308,8 +309,9 @@ def _read_file(path: Path, activation: Activation | None) -> Checkpoint:
         values = _read_torch(path)
         if isinstance(values, dict) and LIGHTNING_CONFIG_KEY in values:
             config = CLIPConfig.from_json(str(values[LIGHTNING_CONFIG_KEY]), str(path))
-            prefix = LIGHTNING_PREFIX
             tensors = _unwrap(values.get("state_dict"), path)
+            is_averaged = any(key.startswith(LIGHTNING_AVERAGE_PREFIX) for key in tensors)
+            prefix = LIGHTNING_AVERAGE_PREFIX if is_averaged else LIGHTNING_PREFIX
             tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             return Checkpoint("lightning", tensors, config)
         tensors = _unwrap(values, path)

@@ -320,12 +320,24 @@ def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys):
     assert str(damaged) in said
 
 
-def test_the_logit_scale_never_passes_100(data):
-    module = CLIPTraining(tiny_config())
-    with torch.no_grad():
-        module.clip.logit_scale.fill_(7.0)
-    module.on_train_batch_end(None, None, 0)
-    assert module.clip.logit_scale.exp().item() == pytest.approx(100)
+class ScaleTooHigh(Callback):
+    """Sets the logit scale far above its limit while the given step is trained, and stops the run there."""
+
+    def __init__(self, step: int) -> None:
+        self.stop = StopAt(step)
+
+    def on_train_batch_start(self, trainer, module, *args) -> None:
+        self.stop.on_train_batch_start(trainer)
+        if trainer.global_step == self.stop.step - 1:
+            with torch.no_grad():
+                module.clip.logit_scale.fill_(7.0)
+
+
+def test_the_logit_scale_never_passes_100_not_even_in_a_checkpoint_of_the_step_in_which_it_would(data, tmp_path):
+    high = f'[{{"class_path": "{ScaleTooHigh.__module__}.ScaleTooHigh", "init_args": {{"step": 2}}}}]'
+    with pytest.raises(SystemExit):
+        trainer.main(arguments(data, tmp_path / "run", f"--trainer.callbacks={high}"))
+    assert state(tmp_path / "run")["clip.logit_scale"].exp().item() == pytest.approx(100)
 
 
 def tiny_config() -> miniclip.CLIPConfig:
