@@ -279,6 +279,8 @@ class LastCheckpoint(Checkpoint):
             told = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
         if trainer.is_global_zero:
             print(f"Run {run}: {told}", flush=True)
+            for left_over in self.path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it saved
+                left_over.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at = time.monotonic()
