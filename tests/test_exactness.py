@@ -1,7 +1,8 @@
 """Exactness with real files and real processes, each under a deadline.
 
 Covers: the same sequence of samples for any number of shards, workers and ranks; going on after SIGKILL to the same
-keys and bits, in one process and in two; skipping deep into large sets; the plan of a billion samples; batches fetched ahead are not trained on.
+keys and bits, in one process and in two; skipping deep into large sets; the plan of a billion samples; batches
+fetched ahead are not trained on.
 """
 
 from __future__ import annotations
