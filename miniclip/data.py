@@ -399,14 +399,22 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal's group, and SLURM's signals every one of the job; the trainer alone
     decides what they mean.
 
-    In a group of their own the workers do not hear Ctrl-C. They end with the trainer, which they look after, or by its
-    SIGTERM: a first one may be SLURM's.
+    In a group of their own the workers do not hear Ctrl-C. They end with the trainer, which they look after, or by a
+    SIGTERM of the trainer's own.
     """
     del worker
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL) and None)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent it; not on macOS, which has no SLURM either
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class PairDataModule(pl.LightningDataModule):

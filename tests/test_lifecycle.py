@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -263,6 +264,24 @@ def test_a_signal_before_the_first_step_leaves_a_checkpoint_after_it(data, tmp_p
     assert "last.ckpt at step 1. To go on:" in said
     assert step_of(run) == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class TerminateAll(Callback):
+    """Another process sends SIGTERM to this one and all that it has begun, as SLURM does."""
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == 1:
+            workers = [str(child.pid) for child in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", "-TERM", str(os.getpid()), *workers], check=True)
+
+
+def test_a_sigterm_for_every_process_of_the_job_leaves_a_checkpoint_and_no_process(data, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    process = launch(arguments(data, run, "--data.num_workers=2", callbacks(TerminateAll())), out)
+    assert process.wait(90) == 128 + signal.SIGTERM, out.read_text()
+    assert step_of(run) == 2
+    assert "DataLoader worker" not in out.read_text()
 
 
 def launch(args: list[str], out: Path, **environment: str) -> subprocess.Popen[bytes]:
