@@ -1,15 +1,33 @@
-"""What a run keeps, so that it can be killed anywhere and gone on with."""
+"""What a run keeps, so that it can be killed anywhere and gone on with.
+
+Everything that one of several processes decides (a signal came, it is time to save, the disk is full) is decided by
+all of them alike.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import random
+import re
 import signal
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
@@ -21,12 +39,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints appear whole under their name or not at all, and are read without running code.
 
     Lightning's own writer goes through the system's temporary folder, from where a move to another file system is
-    not atomic.
+    not atomic. A disk that is full ends nothing here: `failure` says why the last one could not be written.
     """
 
+    failure: OSError | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+        self.failure = None
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except OSError as error:
+            self.failure = error
+        except RuntimeError as error:  # what torch makes of an OSError
+            if not isinstance(error.__context__, OSError):
+                raise
+            self.failure = error.__context__
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if not Path(path).is_file():
@@ -34,31 +62,228 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return weights.read_torch_file(Path(path))
 
 
-class LastCheckpoint(Callback):
-    """Keeps `last.ckpt` every so many steps, at the end, and when Ctrl-C or SIGTERM asks the run to stop.
+def save(trainer: pl.Trainer, path: Path) -> str | None:
+    """Writes a checkpoint; called by all processes. Tells all of them why, if that was not possible."""
+    trainer.save_checkpoint(path)
+    failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
+    return trainer.strategy.broadcast(str(failure) if failure else None)
 
-    The signal is only noted; the step it came in is finished, saved, and the program exits. An exception thrown
-    wherever the signal happens to arrive could leave a half-made optimiser step behind. A second Ctrl-C stops at once.
+
+class ForgivingCSVLogger(CSVLogger):
+    """A disk that is full does not end a run for its log: the lines are kept, and written when there is room."""
+
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:
+            print(f"warning: the log could not be written ({error})", file=sys.stderr)
+
+
+class RandomStates(Checkpoint):
+    """Every process's random states travel in the checkpoint, for whatever draws from them in a step (dropout).
+
+    Order, augmentation and captions do not need it: they are functions of the seed and the step.
     """
 
-    def __init__(self, path: Path, every_n_steps: int, resume_command: str) -> None:
-        self.path, self.every_n_steps, self.resume_command = path, every_n_steps, resume_command
-        self.received: int | None = None
+    KEY = "random_states"
+
+    def __init__(self) -> None:
+        self._loaded: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [_random_state(trainer.strategy.root_device)]
+        if trainer.world_size > 1:
+            (own,), states = states, [None] * trainer.world_size
+            dist.all_gather_object(states, own)
+        checkpoint[self.KEY] = states
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(self.KEY, [])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # As late as can be, as what was set up until now may have drawn. Another number of processes draws anew.
+        if len(self._loaded) == trainer.world_size:
+            _set_random_state(self._loaded[trainer.global_rank], trainer.strategy.root_device)
+        self._loaded = []
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (others' code draws from it)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [str(name), torch.tensor(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+class BestCheckpoint(Checkpoint):
+    """Keeps `best.ckpt`: where a logged metric was best, of all validations.
+
+    The last step has its validation, too, so that the weights that a run ends with get their chance.
+
+    Args:
+        monitor: name of any metric that is logged by the time a validation ends.
+        mode: whether "max" or "min" is best.
+    """
+
+    def __init__(self, path: Path, monitor: str, mode: Literal["max", "min"]) -> None:
+        self.path, self.monitor, self.mode = path, monitor, mode
+        self.score: float | None = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            # So Lightning is told that a validation is due, whatever epoch or step of it this is.
+            trainer.check_val_every_n_epoch, trainer.should_stop = None, True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"monitor is {self.monitor!r}, which nothing logs; logged are "
+                f"{', '.join(sorted(trainer.callback_metrics))}"
+            )
+        score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        if math.isnan(score) or (self.score is not None and not self._is_better(score, self.score)):
+            return
+        before, self.score = self.score, score  # the checkpoint itself has to know it
+        if failure := save(trainer, self.path):
+            self.score = before
+            if trainer.is_global_zero:
+                print(
+                    f"warning: {self.path} could not be written ({failure}), though {self.monitor} is best at step "
+                    f"{trainer.global_step}. What was there before is kept",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _is_better(self, score: float, than: float) -> bool:
+        return score > than if self.mode == "max" else score < than
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "mode": self.mode, "score": self.score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A score of something else, or without its checkpoint (a run that goes on in a new folder), means nothing here.
+        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode) and self.path.is_file():
+            self.score = state_dict["score"]
+
+
+class StopSignals:
+    """Notes that Ctrl-C, SIGTERM or, under SLURM, the signal for requeuing asks the run to stop.
+
+    An exception thrown wherever a signal happens to arrive could leave a half-made optimiser step behind; so the
+    step it came in is finished, and whoever asks for `received` then acts. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, on_second: Callable[[], str]) -> None:
+        self.received = 0
+        self.on_second = on_second
         self._previous: dict[int, Any] = {}
+
+    def install(self, trainer: pl.Trainer) -> None:
+        # Lightning's own handlers leave without a checkpoint on SIGTERM, broadcast in the middle of anything, and
+        # under SLURM save a checkpoint wherever the step is.
+        connector = trainer._signal_connector
+        setattr(connector, "register_signal_handlers", lambda: None)  # noqa: B010
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if (environment := slurm(trainer)) is not None and environment.requeue_signal is not None:
+            numbers.append(environment.requeue_signal)
+        for number in numbers:
+            self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame
-        if self.received is not None:
-            there = "is the last checkpoint" if self.path.is_file() else "was not written yet"
-            print(f"Stopped at once; {self.path} {there}.", file=sys.stderr, flush=True)
+        if self.received and number == signal.SIGINT:
+            print(self.on_second(), file=sys.stderr, flush=True)
             raise KeyboardInterrupt
-        self.received = number
-        print("\nStopping when this step is done; once more stops at once.", file=sys.stderr, flush=True)
+        if not self.received:
+            print("\nStopping when this step is done; another Ctrl-C stops at once.", file=sys.stderr, flush=True)
+            self.received = number
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in self._previous}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+def slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:
+    """SLURM, where it has started this run and is to be asked to start it again."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+
+
+def requeue() -> str:
+    """Has SLURM start this job again; says what came of it."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip()
+        return f"SLURM was asked to requeue job {job}, which failed: {why}"
+    return f"SLURM requeues job {job}, which goes on here if its command has --ckpt_path last."
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: every so many steps or minutes, at the end, and when a signal asks the run to stop.
+
+    A disk that is full costs a warning, and the next attempt is at the next time to save; at the end and at a signal,
+    which have no next time, it is an error. What was there before is kept.
+
+    Args:
+        every_n_steps, every_minutes: whichever comes first.
+        resume_command: what the user types to go on.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, every_minutes: float, resume_command: str) -> None:
+        self.path, self.resume_command = path, resume_command
+        self.every_n_steps, self.every_s = every_n_steps, 60 * every_minutes
+        self.signals = StopSignals(self._what_is_kept)
+        self._resumed_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.signals.install(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_step = int(checkpoint["global_step"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step, total, run = self._resumed_step, int(trainer.estimated_stepping_batches), trainer.default_root_dir
+        if step > total:
+            raise ValueError(f"the checkpoint is of step {step}, past the end of this run of {total} steps")
+        told = f"new, {total} steps"
+        if step:
+            told = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
+        if trainer.is_global_zero:
+            print(f"Run {run}: {told}", flush=True)
+            for left_over in self.path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it saved
+                left_over.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only now, after Lightning has installed its own handler, which on SIGTERM leaves without a checkpoint.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         loop = trainer.fit_loop
@@ -72,31 +297,116 @@ class LastCheckpoint(Callback):
             self._end_of_step(trainer)
 
     def _end_of_step(self, trainer: pl.Trainer) -> None:
-        # All processes must stop at the same step, and not all of them need have had the signal by now.
-        received = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(received, reduce_op="max"))
-        if number or trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+        number, is_time = self._agreed(trainer)
         if number:
-            if trainer.training:
-                trainer._logger_connector.update_train_step_metrics()  # the step's row, else written after this hook
-            if trainer.is_global_zero:
+            self._stop(trainer, number)
+        elif is_time or trainer.global_step % self.every_n_steps == 0:
+            failure = self._save(trainer)
+            if failure and trainer.is_global_zero:
                 print(
-                    f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True
+                    f"warning: {failure}. Training goes on and will try again; make room", file=sys.stderr, flush=True
                 )
-            raise SystemExit(128 + number)
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """The signal that any process has had, and whether rank 0's clock says that it is time to save."""
+        is_time = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every_s
+        if trainer.world_size == 1:
+            return self.signals.received, is_time
+        own = torch.tensor([self.signals.received, int(is_time)], device=trainer.strategy.root_device)
+        number, any_time = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        return int(number), bool(any_time)
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        if trainer.training:
+            trainer._logger_connector.update_train_step_metrics()  # the step's row, else written after this hook
+        if failure := self._save(trainer):
+            raise ValueError(f"{failure}. {self._what_is_kept()}")
+        if trainer.is_global_zero:
+            print(f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True)
+            environment = slurm(trainer)
+            if environment is not None and number == environment.requeue_signal:
+                print(requeue(), flush=True)
+        trainer.strategy.barrier()
+        # The others' status is not asked for, and Lightning ends those that are left where it is not 0.
+        raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
+        if failure := self._save(trainer):
+            raise ValueError(f"{failure}. {self._what_is_kept()}")
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        """Deaf to signals meanwhile, so that even the impatient find a checkpoint."""
-        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in self._previous}
-        trainer.save_checkpoint(self.path)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def _save(self, trainer: pl.Trainer) -> str | None:
+        """Deaf to signals meanwhile, so that even the impatient find a checkpoint. Returns why it failed."""
+        with self.signals.ignored():
+            failure = save(trainer, self.path)
+        self._saved_at = time.monotonic()
+        return f"{self.path} of step {trainer.global_step} could not be written ({failure})" if failure else None
+
+    def _what_is_kept(self) -> str:
+        return what_is_kept(self.path, self.resume_command)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.signals.restore()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self.signals.restore()
+
+
+def what_is_kept(last: Path, resume_command: str) -> str:
+    if not last.is_file():
+        return f"{last} was not written yet."
+    return f"{last} is the last checkpoint. To go on:\n  {resume_command}"
+
+
+class LostProcesses(Callback):
+    """Where one of several processes dies, the others end, and say what happened, instead of waiting for it.
+
+    There are three ways to notice: the connection breaks (gloo); Lightning's observer sees a process end that rank 0
+    began, and kills the rest (NCCL would wait); and those that rank 0 began look whether it is still there.
+
+    Args:
+        what_is_kept: says what there is to go on from.
+    """
+
+    _OBSERVER = logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script")
+    _BROKEN = re.compile(r"connection (was )?(closed|reset|refused)|gloo|nccl|broken pipe", re.IGNORECASE)
+
+    def __init__(self, what_is_kept: Callable[[], str]) -> None:
+        self.what_is_kept = what_is_kept
+        self._is_over = threading.Event()
+        self._handler = logging.Handler()
+        self._handler.emit = lambda record: self._tell()  # type: ignore[method-assign]
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # before the processes meet, which can take a while
+            threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._OBSERVER.setLevel(logging.INFO)
+        self._OBSERVER.addHandler(self._handler)
+
+    def _watch(self, parent: int) -> None:
+        while not self._is_over.wait(1.0):
+            if os.getppid() != parent:
+                self._tell()
+                os._exit(1)  # from within a collective, nothing gentler gets through
+
+    def _tell(self) -> None:
+        if not self._is_over.is_set():
+            self._is_over.set()
+            print(
+                "error: another process of this run is gone: it was killed (by hand, or for its memory), or ended with "
+                f"an error that is told above. {self.what_is_kept()}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError) and self._BROKEN.search(str(exception)):
+            self._tell()
+            raise SystemExit(1) from exception  # past a tear-down that would wait for the one that is gone
+        self._let_go()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._is_over.set()
+        self._OBSERVER.removeHandler(self._handler)

@@ -397,13 +397,25 @@ class TrainLoader(DataLoader[_Sample]):
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal's group; the trainer alone decides what it means.
+    """Ctrl-C reaches every process of the terminal's group, and SLURM's signals every one of the job; the trainer alone
+    decides what they mean.
 
-    In a group of their own the workers do not hear it. They end with the trainer, which they look after.
+    In a group of their own the workers do not hear Ctrl-C. They end with the trainer, which they look after, or by a
+    SIGTERM of the trainer's own.
     """
     del worker
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent it; not on macOS, which has no SLURM either
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -424,6 +436,8 @@ class PairDataModule(pl.LightningDataModule):
         preprocess: how held-out images are made square; set from the model.
         seed: of order, augmentation and captions; set from `seed_everything`.
         cache_gb: the most that remote shards may take on this machine's disk, 10^9 bytes.
+        val_pairs: the most held-out pairs that a validation takes, so that it does not grow with them: the same ones,
+            drawn once, in every validation of every run. None takes all.
     """
 
     def __init__(
@@ -440,6 +454,7 @@ class PairDataModule(pl.LightningDataModule):
         preprocess: Preprocessing = "openai",
         seed: int = 0,
         cache_gb: float = 50.0,
+        val_pairs: int | None = 5000,
     ) -> None:
         super().__init__()
         if batch_size < 2:
@@ -452,6 +467,9 @@ class PairDataModule(pl.LightningDataModule):
             raise ValueError(f"data.weights has {len(weights)} numbers and data.train {len(self.train)} sources")
         if not all(weight > 0 and math.isfinite(weight) for weight in weights or ()):
             raise ValueError(f"data.weights is {weights}; they must be numbers above 0")
+        if val_pairs is not None and val_pairs < 2:
+            raise ValueError(f"data.val_pairs is {val_pairs}; a pair needs at least one other to be told from")
+        self.val_pairs = val_pairs
         self._locations: dict[str, str] = {}
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
@@ -490,6 +508,8 @@ class PairDataModule(pl.LightningDataModule):
         assert self.train_shards is not None
         order = self.order()
         epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
+        if self.val_shards is not None and len(held_out := self.held_out()) < len(self.val_shards):
+            epoch = f"validation is on {len(held_out):,} of {len(self.val_shards):,} held-out pairs; {epoch}"
         if isinstance(order, SampleOrder):
             return f"{epoch}: each once"
         parts = [
@@ -517,11 +537,20 @@ class PairDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[_Sample] | list[DataLoader[_Sample]]:
         if self.val_shards is None:
             return []
-        numbers = share(len(self.val_shards))
+        held_out = self.held_out()
+        numbers = [held_out[place] for place in share(len(held_out))]
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in numbers[i : i + step]] for i in range(0, len(numbers), step)]
         first = replace(self.captions, order="first")
         return DataLoader(self._dataset(self.val_shards, None, first), batch_sampler=batches, **self._options())
+
+    def held_out(self) -> list[int]:
+        """Which of the held-out pairs a validation takes. Not the first ones: sets often lie sorted."""
+        assert self.val_shards is not None
+        count, most = len(self.val_shards), self.val_pairs
+        if most is None or count <= most:
+            return list(range(count))
+        return sorted(np.random.default_rng(0).choice(count, most, replace=False).tolist())
 
     def _dataset(self, shards: Shards, augmentation: Augmentation | None, captions: CaptionChoice) -> PairDataset:
         return PairDataset(
@@ -535,6 +564,9 @@ class PairDataModule(pl.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_trainer,
+            "generator": torch.Generator().manual_seed(
+                self.seed
+            ),  # a loader that begins leaves torch's own state alone
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,25 +14,32 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger
 
 from . import weights
 from .callbacks import RunMetrics, RunProgress, RunReport, ZeroShotEvaluation
 from .check import brief
-from .checkpointing import AtomicCheckpointIO, LastCheckpoint
+from .checkpointing import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    ForgivingCSVLogger,
+    LastCheckpoint,
+    LostProcesses,
+    RandomStates,
+    what_is_kept,
+)
 from .curves import PAGE_FILE, read_run
 from .data import BatchSampler, PairDataModule
 from .files import user_errors
-from .training import CLIPTraining
+from .training import NON_FINITE, CLIPTraining
 
 
 class _Parser(LightningArgumentParser):
@@ -54,8 +61,8 @@ class _Parser(LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """Lightning's command line, with the callbacks, logs and checkpoints that every run has.
 
-    The folder `trainer.default_root_dir` is the run: `checkpoints/last.ckpt` and `best.ckpt`, `logs/`, and at the end
-    `best/`, which `miniclip.load` reads.
+    A run is a folder, `runs/NAME` or `trainer.default_root_dir`: `checkpoints/last.ckpt` and `best.ckpt`, `logs/`, and
+    at the end `best/`, which `miniclip.load` reads.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -64,12 +71,20 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.clip.vision.preprocess", "data.preprocess")
         parser.link_arguments("seed_everything", "data.seed")
         parser.add_argument(
-            "--monitor",
-            type=str,
-            default="val/retrieval_r1",
-            help="The best checkpoint is the one where this is highest.",
+            "--name", type=str | None, default=None, help="The run's folder is runs/NAME; by default runs/run."
         )
-        parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written.")
+        parser.add_argument(
+            "--monitor",
+            type=str | None,
+            default=None,
+            help="The best checkpoint is where this logged metric is best; by default val/zero_shot_acc1 if labelled "
+            "images are given, else val/retrieval_r1.",
+        )
+        parser.add_argument(
+            "--monitor_mode", type=Literal["max", "min"], default="max", help="Whether high or low is best."
+        )
+        parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written,")
+        parser.add_argument("--save_every_minutes", type=float, default=10.0, help="or so often, if that is sooner.")
         parser.add_argument(
             "--overwrite",
             nargs="?",
@@ -84,7 +99,6 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="The run's length in samples, in place of trainer.max_steps: as many batches as hold them.",
         )
-        parser.set_defaults({"trainer.default_root_dir": "runs/run"})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -99,19 +113,25 @@ class TrainingCLI(LightningCLI):
         return Path(self.config[self.subcommand].trainer.default_root_dir)
 
     def before_instantiate_classes(self) -> None:
-        config, run = self.config[self.subcommand], self.run_folder
+        config = self.config[self.subcommand]
+        _settle_folder(config)
+        run = self.run_folder
+        holds_a_run = any(_checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
         if config.ckpt_path == "last":
-            config.ckpt_path = str(_checkpoints(run) / "last.ckpt")
+            last = _checkpoints(run) / "last.ckpt"
+            # One command for the first time and for every time after (a job that SLURM requeues).
+            begins = self.subcommand == "fit" and not last.is_file() and (config.overwrite or not holds_a_run)
+            config.ckpt_path = None if begins else str(last)
         if config.ckpt_path and not Path(config.ckpt_path).is_file():
-            raise ValueError(f"no checkpoint {config.ckpt_path} to resume from")
+            also = f", though {run} holds a run; begin anew by --overwrite true" if holds_a_run else ""
+            raise ValueError(f"no checkpoint {config.ckpt_path} to resume from{also}")
         if self.subcommand == "fit":
             self._refuse_what_would_mislead(config)
             goes_on = bool(config.ckpt_path) and Path(config.ckpt_path).resolve().parent == _checkpoints(run).resolve()
-            is_there = any(_checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
-            if _is_rank_zero() and is_there and not goes_on and not config.overwrite:
+            if _is_rank_zero() and holds_a_run and not goes_on and not config.overwrite:
                 raise ValueError(
                     f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
-                    "or name another folder by --trainer.default_root_dir"
+                    "or name another by --name"
                 )
         elif not config.ckpt_path:
             raise ValueError(
@@ -139,8 +159,12 @@ class TrainingCLI(LightningCLI):
             raise ValueError("epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter")
         if config.save_every_n_steps < 1:
             raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
-        if config.monitor == "val/loss":
-            raise ValueError("monitor is val/loss; the best checkpoint is where the monitor is highest, so not a loss")
+        if not config.save_every_minutes > 0:
+            raise ValueError(f"save_every_minutes is {config.save_every_minutes}; it must be above 0")
+        if config.monitor == "val/loss" and config.monitor_mode == "max":
+            raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
+        if config.monitor and config.data.val is None:
+            raise ValueError(f"monitor is {config.monitor!r}, which is looked at in validations; set data.val for them")
 
     def before_fit(self) -> None:
         """Removes what is to be overwritten, once everything that could still be wrong has been looked at."""
@@ -177,30 +201,19 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             if settings.max_samples is not None:
                 trainer.max_steps = math.ceil(settings.max_samples / settings.data.batch_size)
-            last = _checkpoints(run) / "last.ckpt"
-            callbacks.append(RunReport(run, command_line(sys.argv, _python()), settings.monitor))
-            callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv, _python())))
+            last, best = (_checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
+            go_on = resume_command(sys.argv, _python())
+            callbacks.append(LostProcesses(lambda: what_is_kept(last, go_on)))
+            callbacks.append(RunReport(run, command_line(sys.argv, _python()), self._monitor(settings)))
+            # The last checkpoint of a step comes after all else that the step leaves, and knows of it.
+            callbacks.append(RandomStates())
             if settings.data.val is not None:
-                labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in trainer.callbacks or [])
-                if settings.monitor not in ("val/retrieval_r1", "val/zero_shot_acc1") and not trainer.callbacks:
-                    raise ValueError(
-                        f"monitor is {settings.monitor!r}, which nothing logs; valid are val/retrieval_r1, and "
-                        "val/zero_shot_acc1 with the callback miniclip.callbacks.ZeroShotEvaluation"
-                    )
-                if settings.monitor == "val/zero_shot_acc1" and not labelled:
-                    raise ValueError(
-                        "monitor is val/zero_shot_acc1, which the callback miniclip.callbacks.ZeroShotEvaluation logs; "
-                        "add it to trainer.callbacks, or monitor val/retrieval_r1"
-                    )
-                callbacks.append(
-                    ModelCheckpoint(
-                        _checkpoints(run), "best", monitor=settings.monitor, mode="max", enable_version_counter=False
-                    )
-                )
+                callbacks.append(BestCheckpoint(best, self._monitor(settings), settings.monitor_mode))
+            callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, go_on))
         logger = trainer.logger
         if logger is not False:  # the report is made from the table, whatever other logs there are
             others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
-            logger = [CSVLogger(run, name="logs"), *others]
+            logger = [ForgivingCSVLogger(run, name="logs"), *others]
         return super().instantiate_trainer(
             callbacks=[*(trainer.callbacks or []), *callbacks],
             logger=logger,
@@ -211,10 +224,24 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
 
+    @staticmethod
+    def _monitor(settings: Any) -> str:
+        zero_shot = "val/zero_shot_acc1"
+        labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in settings.trainer.callbacks or [])
+        if settings.monitor == zero_shot and not labelled:
+            raise ValueError(
+                f"monitor is {zero_shot}, which the callback miniclip.callbacks.ZeroShotEvaluation logs; add it to "
+                "trainer.callbacks, or monitor val/retrieval_r1"
+            )
+        return settings.monitor or (zero_shot if labelled else "val/retrieval_r1")
+
     @rank_zero_only
     def after_fit(self) -> None:
         checkpoints = _checkpoints(self.run_folder)
-        source = next(p for name in ("best.ckpt", "last.ckpt") if (p := checkpoints / name).is_file())
+        found = [path for name in ("best.ckpt", "last.ckpt") if (path := checkpoints / name).is_file()]
+        if not found:  # a finished run of another folder was resumed: this one has nothing of its own
+            return
+        source = found[0]
         model, _ = weights.load(source, device="cpu")
         weights.save(model, self.run_folder / "best", overwrite=True)
         said = f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it."
@@ -256,13 +283,28 @@ def command_line(argv: list[str], python: str) -> str:
     return shlex.join([*([python] if argv[0].endswith(".py") else []), *argv])
 
 
+def _settle_folder(config: Any) -> None:
+    """Makes the run's name its folder. The configuration that the run keeps has the folder alone."""
+    trainer = config.trainer
+    if config.get("name") is not None:
+        if trainer.default_root_dir is not None:
+            raise ValueError(
+                f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
+                f"trainer.default_root_dir is {trainer.default_root_dir!r}; leave one of them out"
+            )
+        if not re.fullmatch(r"\w[\w.-]*", config.name):
+            raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")
+        trainer.default_root_dir, config.name = f"runs/{config.name}", None
+    trainer.default_root_dir = trainer.default_root_dir or "runs/run"
+
+
 def _checkpoints(run: Path) -> Path:
     return run / "checkpoints"
 
 
 def _results(run: Path) -> tuple[Path, ...]:
     """What a run leaves in its folder, and what beginning it anew removes."""
-    return _checkpoints(run), run / "best", run / "logs", run / PAGE_FILE
+    return _checkpoints(run), run / "best", run / "logs", run / PAGE_FILE, run / NON_FINITE
 
 
 def main(args: list[str] | None = None) -> None:

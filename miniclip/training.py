@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -21,6 +25,7 @@ from . import tokenizer, weights
 from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig
 from .data import Batch, PairDataModule
 from .evaluate import recall_at_1
+from .files import write_text
 from .loss import clip_loss, gather, siglip_chance, siglip_loss
 from .model import CLIP
 from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
@@ -32,6 +37,28 @@ LossKind = Literal["clip", "siglip"]
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
 _ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
+NON_FINITE = "non_finite.json"  # in the run's folder: the batch that a run stopped at
+_SETTINGS = "miniclip_settings"
+
+
+class _Step(NamedTuple):
+    """What is held of a step until it is known to be sound."""
+
+    batch: Batch
+    loss: Tensor
+    image_features: Tensor  # (b, E)
+    text_features: Tensor  # (b, E)
+
+    def describe(self, rank: int) -> list[dict[str, Any]]:
+        is_finite = torch.isfinite(self.image_features).all(dim=1) & torch.isfinite(self.text_features).all(dim=1)
+        rows = zip(self.batch.keys, self.batch.tokens.tolist(), is_finite.tolist(), strict=True)
+        return [
+            {"key": key, "rank": rank, "caption": _caption(tokens), "is_finite": finite} for key, tokens, finite in rows
+        ]
+
+
+def _caption(tokens: list[int]) -> str:
+    return tokenizer.decode([i for i in tokens if i not in (0, tokenizer.START_OF_TEXT, tokenizer.END_OF_TEXT)]).strip()
 
 
 class CLIPTraining(pl.LightningModule):
@@ -95,6 +122,8 @@ class CLIPTraining(pl.LightningModule):
         self.micro_batch_size, self.positives, self.loss = micro_batch_size, positives, loss
         self.num_seen = self.num_rejected = self.num_truncated = 0
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._step: _Step | None = None
+        self._resumed_from: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
         # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
@@ -165,11 +194,7 @@ class CLIPTraining(pl.LightningModule):
             groups=groups,
             across_processes=is_shared,
         )
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
-                f"learning rate, or look at the batch: {', '.join(batch.keys[:8])}, …"
-            )
+        self._step = _Step(batch, loss.detach(), image_features.detach(), text_features.detach())
         if is_logged(self.trainer, self.global_step + 1):
             images, texts = gather(image_features.detach()), gather(text_features.detach())
             healthy = mask if mask is None else gather(mask)
@@ -189,9 +214,11 @@ class CLIPTraining(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Norms of the gradients, unscaled, the processes' mean, and not clipped yet; and the rates of this step."""
+        """Stops before the weights are spoilt; at steps that are logged, tells of gradients and rates."""
+        self._refuse_what_is_not_finite(optimizer)
         if not is_logged(self.trainer, self.global_step + 1):
             return
+        # Unscaled, the mean over the processes, and not clipped yet.
         for name, tower in (("image", self.clip.visual), ("text", self.clip.text)):
             gradients = [p.grad for p in tower.parameters() if p.grad is not None]
             if gradients:
@@ -201,6 +228,53 @@ class CLIPTraining(pl.LightningModule):
             name = "train/lr" if group.get("momentum") is None else "train/lr_muon"
             rates[name] = max(group["lr"], rates.get(name, 0.0))
         self.log_dict(rates)
+
+    def _refuse_what_is_not_finite(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stops, in all processes alike, if the loss or the gradient is not finite.
+
+        One question for both, as each answer has to wait for the device.
+        """
+        assert self._step is not None
+        loss, norm = self._step.loss, self._step.loss
+        # Gradients that overflow in half precision are its scaler's to deal with: it passes over the step.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            norm = whole(nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]))
+        is_sick = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        if bool(self.trainer.strategy.reduce(is_sick.int(), reduce_op="max")):
+            self._stop_as_not_finite(float(norm), optimizer)
+        self._step = None
+
+    def _stop_as_not_finite(self, norm: float, optimizer: torch.optim.Optimizer) -> NoReturn:
+        """Leaves what is known of the batch in the run's folder."""
+        assert self._step is not None
+        parts: list[Any] = [(self._step.loss.item(), self._step.describe(self.trainer.global_rank))]
+        if self.trainer.world_size > 1:
+            (own,), parts = parts, [None] * self.trainer.world_size
+            dist.all_gather_object(parts, own)
+        samples = [sample for _, share in parts for sample in share]
+        # A mean over processes, and not finite where any of theirs is not.
+        loss, step = sum(loss for loss, _ in parts) / len(parts), self.global_step + 1
+        rate, scale = optimizer.param_groups[0]["lr"], self.clip.logit_scale.exp().item()
+        facts = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "lr": rate, "logit_scale": str(scale)}
+        path = Path(self.trainer.default_root_dir) / NON_FINITE
+        if self.trainer.is_global_zero:
+            write_text(path, json.dumps({**facts, "samples": samples}, indent=1, ensure_ascii=False))
+        self.trainer.strategy.barrier()
+        sick = [sample["key"] for sample in samples if not sample["is_finite"]]
+        if not sick:
+            where = "The features are finite"
+        elif len(sick) == len(samples):
+            where = "No features are finite, so the weights are probably at fault"
+        else:
+            where = (
+                f"Features are not finite for {', '.join(sick[:8])}{', …' if len(sick) > 8 else ''} alone: look at them"
+            )
+        raise ValueError(
+            f"the loss at step {step} is {loss} (norm of the gradient: {norm}); the weights were not touched, and "
+            f"the last checkpoint is as it was. {where}. {path} lists the batch. Go on from the last checkpoint with a "
+            f"lower rate (this step's was {rate:.3g}), a longer model.optimizer.warmup, --trainer.gradient_clip_val 1, "
+            "or in bf16-mixed or 32-true precision if it is 16-mixed"
+        )
 
     def _count(self, batch: Batch) -> None:
         """Lists samples that could not be read, and stops past the share of them that is allowed."""
@@ -215,10 +289,6 @@ class CLIPTraining(pl.LightningModule):
                 f"{self.num_rejected} of {self.num_seen} samples could not be read, more than the share "
                 f"{self.max_rejected} that model.max_rejected allows; the last: {batch.problems[-1]}"
             )
-
-    def on_train_start(self) -> None:
-        if self.average is not None and self.global_step == 0:  # the weights may have been loaded since
-            self.average.load_state_dict(self.clip.state_dict())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """All that a step changes, changes here: a checkpoint may be written before any later hook of ours."""
@@ -241,7 +311,7 @@ class CLIPTraining(pl.LightningModule):
         """Over the whole set at once, so that the numbers depend neither on the batch size nor on the processes."""
         own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
         self._validation.clear()
-        count = len(self.trainer.datamodule.val_shards)  # type: ignore[attr-defined]
+        count = len(self.trainer.datamodule.held_out())  # type: ignore[attr-defined]
         images, texts, healthy = (torch.cat(column)[:count] for column in zip(*collect(own), strict=True))
         images, texts = images[healthy], texts[healthy]
         if not len(images):
@@ -271,6 +341,19 @@ class CLIPTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[weights.LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
+        checkpoint[_SETTINGS] = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        """What else a run goes by; a checkpoint tells, and a run resumed under others says so."""
+        return {
+            "model.optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
+            "model.loss": self.loss,
+            "model.positives": self.positives,
+            "model.ema_decay": self.ema_decay,
+            "trainer.precision": str(self.trainer.precision),
+            "steps": int(self.trainer.estimated_stepping_batches),
+            "processes": self.trainer.world_size,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
@@ -282,6 +365,34 @@ class CLIPTraining(pl.LightningModule):
                 f"the checkpoint holds {'an' if is_averaged else 'no'} average of the weights, and model.ema_decay is "
                 f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
             )
+        self._resumed_from = checkpoint.get(_SETTINGS)
+        for name in ("kind", "timm_name"):
+            own = getattr(self.optimizer_config, name)
+            before = (self._resumed_from or {}).get("model.optimizer", {}).get(name, own)
+            if before != own:
+                raise ValueError(
+                    f"the checkpoint was trained with model.optimizer.{name} {before}, this run has {own}, which can't "
+                    "go on with the other's state; go on with the same, or begin a run in another folder"
+                )
+
+    def on_train_start(self) -> None:
+        if self.average is not None and self.global_step == 0:  # the weights may have been loaded since
+            self.average.load_state_dict(self.clip.state_dict())
+        if self._resumed_from is not None:
+            self._go_on_under_own_settings(self._resumed_from)
+
+    def _go_on_under_own_settings(self, saved: dict[str, Any]) -> None:
+        """A resumed run goes by its own rates and decays, where Lightning would silently go by the checkpoint's."""
+        lines = _differences(saved, self._settings())
+        if lines and self.trainer.is_global_zero:
+            print("This run goes on under other settings than its checkpoint:\n" + "\n".join(lines), flush=True)
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        fresh = make_optimizer(self.clip, self.optimizer_config).param_groups
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        scheduler.base_lrs = [group["lr"] for group in fresh]
+        for group, own, factor in zip(optimizer.param_groups, fresh, scheduler.lr_lambdas, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+            group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor(scheduler.last_epoch)
 
 
 @torch.no_grad()
@@ -312,10 +423,11 @@ def _running_statistics_held(model: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _differences(checkpoint: Any, run: Any, name: str) -> list[str]:
+def _differences(checkpoint: Any, run: Any, name: str = "") -> list[str]:
     """A line for each value in which two nested configurations differ."""
     if isinstance(checkpoint, dict):
-        return [line for key in checkpoint for line in _differences(checkpoint[key], run[key], f"{name}.{key}")]
+        both = [key for key in checkpoint if key in run]
+        return [line for key in both for line in _differences(checkpoint[key], run[key], f"{name}.{key}".lstrip("."))]
     return [] if checkpoint == run else [f"  {name}: the checkpoint has {checkpoint}, this run {run}"]
 
 

@@ -73,11 +73,11 @@ def test_a_caption_names_digit_and_ink_and_a_picture_is_told_by_its_name(folder)
 
 def test_the_demo_learns_within_60_steps(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    steps = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--trainer.default_root_dir=runs/short"]
+    steps = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--name=short"]
     trainer.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *steps])
     scores = torch.load("runs/short/checkpoints/best.ckpt", weights_only=True)["callbacks"]
-    (best,) = [s["best_model_score"] for name, s in scores.items() if name.startswith("ModelCheckpoint")]
-    assert best > 0.25  # of 80 classes, so chance is 0.0125
+    assert scores["BestCheckpoint"]["monitor"] == "val/zero_shot_acc1"
+    assert scores["BestCheckpoint"]["score"] > 0.25  # of 80 classes, so chance is 0.0125
 
 
 @pytest.mark.long
@@ -138,7 +138,7 @@ def test_every_configuration_trains_with_a_field_of_each_section_overridden(fold
         "--trainer.max_steps=2",
         "--trainer.limit_val_batches=1",
         "--data.batch_size=16",
-        f"--trainer.default_root_dir=runs/{config}",
+        f"--name={config}",
     ]
     trainer.main(["fit", "--config", str(ROOT / "configs" / config), *shards, *short, *SMALL, *SECTIONS])
     from miniclip import load

@@ -1,7 +1,8 @@
 """Exactness with real files and real processes, each under a deadline.
 
 Covers: the same sequence of samples for any number of shards, workers and ranks; going on after SIGKILL to the same
-keys and bits; skipping deep into large sets; the plan of a billion samples; batches fetched ahead are not trained on.
+keys and bits, in one process and in two; skipping deep into large sets; the plan of a billion samples; batches
+fetched ahead are not trained on.
 """
 
 from __future__ import annotations
@@ -226,17 +227,28 @@ def test_batches_fetched_ahead_are_not_counted_as_trained(shelves, monkeypatch):
 
 NUM_PAIRS, BATCH_SIZE = 100, 8  # 12 steps a pass, of which 4 samples are left over
 STEPS, SAVE_EVERY = 45, 5
-MOMENTS = ("before the step", "before the optimizer", "before saving", "while saving", "while validating")
+TWENTY = {  # rare ones first, as each takes a step of its own
+    "between epochs": 1,
+    "while validating": 2,
+    "while saving": 4,
+    "before saving": 3,
+    "before the optimizer": 5,
+    "before the step": 5,
+}
 
 
 class Recorder(Callback):
-    """Notes the keys of every batch trained on, and ends its process without a word at one moment of one step."""
+    """Notes the keys of every batch trained on, and ends one process without a word at one moment of one step."""
 
-    def __init__(self, path: str, last_step: int = 0, moment: str = "") -> None:
-        self.path, self.last_step, self.moment = path, last_step, moment
+    def __init__(self, path: str, last_step: int = 0, moment: str = "", rank: int = 0) -> None:
+        self.path, self.last_step, self.moment, self.rank = path, last_step, moment, rank
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        self.is_the_one = trainer.global_rank == self.rank
+        self.path = record_of(Path(self.path), trainer.global_rank)
 
     def _end_if(self, moment: str, step: int) -> None:
-        if (moment, step) == (self.moment, self.last_step):
+        if self.is_the_one and (moment, step) == (self.moment, self.last_step):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer, *args) -> None:
@@ -253,12 +265,19 @@ class Recorder(Callback):
     def on_validation_batch_end(self, trainer, *args) -> None:
         self._end_if("while validating", trainer.global_step)
 
+    def on_train_epoch_end(self, trainer, *args) -> None:
+        self._end_if("between epochs", trainer.global_step)
+
     def on_save_checkpoint(self, trainer, *args) -> None:
-        if (self.moment, self.last_step) == ("while saving", trainer.global_step):
+        if self.is_the_one and (self.moment, self.last_step) == ("while saving", trainer.global_step):
             # The kernel ends the process in the write that passes a megabyte, a tenth of the checkpoint.
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+def record_of(record: Path, rank: int) -> Path:
+    return record.with_suffix(f".{rank}")
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +289,9 @@ def pairs(tmp_path_factory) -> Path:
     return folder
 
 
-def start_training(pairs: Path, run: Path, record: Path, *more: str, **until: Any) -> subprocess.Popen[bytes]:
+def start_training(
+    pairs: Path, run: Path, record: Path, *more: str, processes: int = 1, **until: Any
+) -> subprocess.Popen[bytes]:
     recorder = {"class_path": f"{Recorder.__module__}.Recorder", "init_args": {"path": str(record), **until}}
     tower = {"width": 16, "layers": 1, "head_width": 8}
     settings = {
@@ -289,11 +310,13 @@ def start_training(pairs: Path, run: Path, record: Path, *more: str, **until: An
             "train": str(pairs / "train"),
             "val": str(pairs / "val"),
             "batch_size": BATCH_SIZE,
-            "num_workers": 4,
+            "num_workers": 4 // processes,
             "augmentation": {"flip": 0.5},
         },
         "trainer": {
             "accelerator": "cpu",
+            "devices": processes,
+            "strategy": "auto" if processes == 1 else "ddp",
             "default_root_dir": str(run),
             "max_steps": STEPS,
             "log_every_n_steps": 1,
@@ -312,7 +335,7 @@ def start_training(pairs: Path, run: Path, record: Path, *more: str, **until: An
         )
 
 
-def ended(process: subprocess.Popen[bytes], record: Path, deadline_s: float = 120) -> int:
+def ended(process: subprocess.Popen[bytes], record: Path, deadline_s: float = 300) -> int:
     try:
         return process.wait(deadline_s)
     finally:
@@ -321,76 +344,104 @@ def ended(process: subprocess.Popen[bytes], record: Path, deadline_s: float = 12
             print(record.with_suffix(".log").read_text())
 
 
-def trained(record: Path) -> list[tuple[int, list[str]]]:
-    return [tuple(json.loads(line)) for line in record.read_text().splitlines()]
+def trained(record: Path, rank: int = 0) -> list[tuple[int, list[str]]]:
+    return [tuple(json.loads(line)) for line in record_of(record, rank).read_text().splitlines()]
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def straight(pairs, tmp_path_factory) -> Iterator[tuple[Path, Path, subprocess.Popen[bytes]]]:
+@contextlib.contextmanager
+def straight(pairs: Path, folder: Path, processes: int) -> Iterator[tuple[Path, Path, subprocess.Popen[bytes]]]:
     """A run that nobody stops: its folder, what it trains on, and its process, which need not be done yet."""
-    folder = tmp_path_factory.mktemp("straight")
-    run, record = folder / "run", folder / "straight.jsonl"
-    process = start_training(pairs, run, record)
-    yield run, record, process
-    process.kill()
-    process.wait()
+    run, record = folder / "straight", folder / "straight.jsonl"
+    process = start_training(pairs, run, record, processes=processes)
+    try:
+        yield run, record, process
+    finally:
+        process.kill()
+        process.wait()
 
 
-def points(seed: int, moments: tuple[str, ...]) -> list[tuple[int, str]]:
-    """A step for each moment, in order, at which it comes; none before the first checkpoint."""
+def points(seed: int, moments: dict[str, int]) -> list[tuple[int, str]]:
+    """So many steps for each moment, in order, at which it comes; none before the first checkpoint."""
     draw = random.Random(seed)
+    epoch = NUM_PAIRS // BATCH_SIZE
+    every = {"while saving": SAVE_EVERY, "while validating": epoch, "between epochs": epoch}
     out: dict[int, str] = {}
-    for moment in moments:
-        every = {"while saving": SAVE_EVERY, "while validating": NUM_PAIRS // BATCH_SIZE}.get(moment, 1)
-        steps = [n for n in range(SAVE_EVERY + 1, STEPS) if n % every == 0 and n not in out]
-        out[draw.choice(steps)] = moment
+    for moment, count in moments.items():
+        steps = [n for n in range(SAVE_EVERY + 1, STEPS) if n % every.get(moment, 1) == 0 and n not in out]
+        out |= dict.fromkeys(draw.sample(steps, count), moment)
     return sorted(out.items())
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "kills",
-    [
-        points(7, ("while saving", "before the optimizer")),
-        pytest.param(points(1, MOMENTS * 2), marks=pytest.mark.long),
-    ],
-    ids=["twice", "ten times"],
-)
-def test_a_killed_run_goes_on_with_the_same_samples_to_the_same_bits(pairs, straight, tmp_path, kills):
-    whole_run, whole_record, whole = straight
-    run, records, saved = tmp_path / "run", [], [0]
-    for number, (step, moment) in enumerate([*kills, (STEPS, "")]):
-        records.append(tmp_path / f"{number}.jsonl")
-        more = ["--ckpt_path", "last"] if number else []
-        process = start_training(pairs, run, records[-1], *more, last_step=step, moment=moment)
-        expected = 0 if not moment else -signal.SIGXFSZ if moment == "while saving" else -signal.SIGKILL
-        assert ended(process, records[-1]) == expected, (step, moment)
-        saved.append(last_checkpoint(run)["global_step"])
-        # Whole, and of the trained step: every moment comes before that step's own checkpoint is in place.
-        assert saved[-1] == ((step - 1) // SAVE_EVERY * SAVE_EVERY if moment else STEPS), (step, moment)
+FEW = {"while saving": 1, "before the optimizer": 1}
 
-    if whole.poll() is None or not whole.returncode:
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    "processes, kills",
+    [
+        (1, points(7, FEW)),
+        (2, points(5, FEW)),
+        pytest.param(1, points(1, TWENTY), marks=pytest.mark.long),
+        pytest.param(2, points(2, TWENTY), marks=pytest.mark.long),
+    ],
+    ids=["twice", "two processes, twice", "twenty times", "two processes, twenty times"],
+)
+def test_a_killed_run_goes_on_with_the_same_samples_to_the_same_bits(pairs, tmp_path, processes, kills):
+    with straight(pairs, tmp_path, processes) as (whole_run, whole_record, whole):
+        killed_and_resumed(pairs, tmp_path, processes, kills)
         assert ended(whole, whole_record) == 0
-    expected_keys = dict(trained(whole_record))
-    assert list(expected_keys) == list(range(1, STEPS + 1))
-    samples = [key for keys in expected_keys.values() for key in keys]
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+    records = [tmp_path / f"{number}.jsonl" for number in range(len(kills) + 1)]
+    expected = [dict(trained(whole_record, rank)) for rank in range(processes)]
+    assert [list(keys) for keys in expected] == [list(range(1, STEPS + 1))] * processes
+    samples = [key for step in range(1, STEPS + 1) for keys in expected for key in keys[step]]
     for epoch in range(len(samples) // NUM_PAIRS):
         assert len(set(samples[epoch * NUM_PAIRS : (epoch + 1) * NUM_PAIRS])) == NUM_PAIRS
-    for (step, moment), start, record in zip([*kills, (STEPS, "")], saved, records, strict=False):
-        found = trained(record)
-        is_done = not moment.startswith("before the")
-        assert [n for n, _ in found] == list(range(start + 1, step + is_done)), (step, moment)
-        assert found == [(n, expected_keys[n]) for n, _ in found], (step, moment)
+    start = 0
+    for (step, moment), record in zip([*kills, (STEPS, "")], records, strict=True):
+        for rank in range(processes):
+            found = trained(record, rank) if record_of(record, rank).exists() else []
+            is_done = not moment.startswith("before the")
+            steps = list(range(start + 1, step + is_done))
+            if processes > 1 and moment:  # the one that was not killed ends wherever it notices
+                assert [n for n, _ in found] == list(range(start + 1, start + 1 + len(found)))
+                assert len(found) <= len(steps) + 1
+            else:
+                assert [n for n, _ in found] == steps, (step, moment)
+            assert found == [(n, expected[rank][n]) for n, _ in found], (step, moment)
+        start = (step - 1) // SAVE_EVERY * SAVE_EVERY
 
-    left, right = last_checkpoint(whole_run), last_checkpoint(run)
+    left, right = last_checkpoint(whole_run), last_checkpoint(tmp_path / "run")
     assert left["global_step"] == right["global_step"] == STEPS
     assert left["state_dict"].keys() == right["state_dict"].keys()
     for name, tensor in left["state_dict"].items():
         assert torch.equal(tensor, right["state_dict"][name]), name
+
+
+def killed_and_resumed(pairs: Path, folder: Path, processes: int, kills: list[tuple[int, str]]) -> None:
+    """Until the run is done. No checkpoint is ever found that can't be read."""
+    run = folder / "run"
+    for number, (step, moment) in enumerate([*kills, (STEPS, "")]):
+        record = folder / f"{number}.jsonl"
+        rank = 0 if moment == "while saving" else number % processes  # the one that writes
+        more = ["--ckpt_path", "last"] if number else []
+        options = {"processes": processes, "last_step": step, "moment": moment, "rank": rank}
+        process = start_training(pairs, run, record, *more, **options)
+        status = ended(process, record)
+        if rank == 0 or not moment:
+            assert status == (0 if not moment else -signal.SIGXFSZ if moment == "while saving" else -signal.SIGKILL)
+        else:
+            assert status != 0
+        for checkpoint in (run / "checkpoints").glob("*.ckpt"):
+            assert torch.load(checkpoint, weights_only=True)["state_dict"], checkpoint
+        # Of the trained step: every moment comes before that step's own checkpoint is in place.
+        saved = (step - 1) // SAVE_EVERY * SAVE_EVERY if moment else STEPS
+        assert last_checkpoint(run)["global_step"] == saved, (step, moment)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -223,8 +223,9 @@ def test_two_processes_train_the_same_weights_as_one(data, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(data, tmp_path, capsys):
     said = fails(capsys, arguments(data, tmp_path / "run", "--model.optimizer.lr=1e30", steps=20))
-    assert re.search(r"the loss at step \d+ is nan; the weights were not touched", said)
-    assert ".tar:0000" in said
+    assert re.search(r"the loss at step \d+ is nan \(norm of the gradient: nan\); the weights were not touched", said)
+    assert "No features are finite, so the weights are probably at fault" in said
+    assert ".tar:0000" in (tmp_path / "run/non_finite.json").read_text()
 
 
 def test_a_spoilt_sample_is_left_out_and_listed_and_too_many_stop_the_run(data, tmp_path, capsys):
@@ -258,15 +259,18 @@ MISTAKES = [
     (["--data.train=nowhere"], "nowhere is not a folder of shards: it does not exist. `miniclip shards SRC OUT`"),
     (["--data.batch_size=41"], "batch_size is 41 and the training set has 40 samples"),
     (["--data.batch_size=1"], "data.batch_size is 1"),
-    (["--ckpt_path=last"], "last.ckpt to resume from"),
     (["--ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt to resume from"),
     (["--trainer.max_steps=-1"], "the run has no end"),
     (["--trainer.accumulate_grad_batches=2"], "Raise data.batch_size instead"),
     (["--model.clip.text.vocab_size=50000"], "the tokenizer's ids need 49408"),
     (["--monitor=val/zero_shot_acc1"], "the callback miniclip.callbacks.ZeroShotEvaluation"),
     (["--save_every_n_steps=0"], "save_every_n_steps is 0"),
-    (["--monitor=val/typo"], "monitor is 'val/typo', which nothing logs"),
-    (["--monitor=val/loss"], "the best checkpoint is where the monitor is highest"),
+    (["--save_every_minutes=0"], "save_every_minutes is 0.0; it must be above 0"),
+    (["--monitor=val/loss"], "the lowest is best; add --monitor_mode min"),
+    (["--monitor=val/loss", "--monitor_mode=lowest"], "lowest"),
+    (["--data.val=null", "--monitor=train/loss"], "monitor is 'train/loss', which is looked at in validations"),
+    (["--data.val_pairs=1"], "data.val_pairs is 1"),
+    (["--name=mine"], "the run's folder is given twice: name 'mine' means runs/mine"),
     (["--trainer.limit_train_batches=2"], "trainer.max_steps makes a run shorter"),
     (
         ["--model.clip.vision.layer=3"],

@@ -1,0 +1,594 @@
+"""The life of a run: named, kept, stopped, requeued, resumed under other settings, and ended by what can go wrong.
+
+Whatever can be is done in this process; signals of a scheduler and processes that die are real.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import pack_folder, write_pairs
+from pytorch_lightning import Callback
+
+import miniclip
+from miniclip import trainer
+from miniclip.data import PairDataModule
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--model.clip.embed_dim=16",
+    "--model.clip.vision.image_size=16",
+    "--model.clip.vision.patch_size=8",
+    "--model.clip.vision.width=16",
+    "--model.clip.vision.layers=1",
+    "--model.clip.vision.head_width=8",
+    "--model.clip.text.width=16",
+    "--model.clip.text.layers=1",
+    "--model.clip.text.head_width=8",
+    "--model.clip.text.context_length=16",
+    "--model.optimizer.lr=0.01",
+    "--data.batch_size=12",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """40 pairs to train on, so that an epoch is 3 steps, and 16 held out."""
+    folder = tmp_path_factory.mktemp("data")
+    for part, count in (("train", 40), ("val", 16)):
+        write_pairs(folder / "src" / part, count)
+        pack_folder(folder / "src" / part, folder / part, samples_per_shard=15)
+    return folder
+
+
+def arguments(data: Path, run: Path | None, *more: str, steps: int = 6) -> list[str]:
+    where = [f"--trainer.default_root_dir={run}"] if run else []
+    shards = [f"--data.{part}={data / part}" for part in ("train", "val")]
+    return ["fit", *TINY, *shards, *where, f"--trainer.max_steps={steps}", *more]
+
+
+def callbacks(*those: Callback) -> str:
+    """As a flag: these callbacks, made again from what they were made of."""
+    listed = [{"class_path": f"{__name__}.{type(one).__name__}", "init_args": vars(one)} for one in those]
+    return f"--trainer.callbacks={json.dumps(listed)}"
+
+
+def last(run: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)
+
+
+def step_of(run: Path, name: str = "last") -> int:
+    return last(run, name)["global_step"]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    left, right = last(one)["state_dict"], last(other)["state_dict"]
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def fails(capsys, args: list[str], status: int = 2) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(args)
+    assert stopped.value.code == status
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return said.err if status == 2 else said.out
+
+
+def validated_at(run: Path) -> list[int]:
+    steps = []
+    for log in run.glob("logs/*/metrics.csv"):
+        header, *rows = (line.split(",") for line in log.read_text().splitlines())
+        steps += [int(row[header.index("step")]) + 1 for row in rows if row[header.index("val/loss")]]
+    return sorted(steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When and where checkpoints are written
+
+
+class StepsOnDisk(Callback):
+    """Notes the step of last.ckpt as each step begins."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        run = Path(trainer.default_root_dir)
+        there = step_of(run) if (run / "checkpoints/last.ckpt").is_file() else 0
+        with open(self.path, "a") as file:
+            file.write(f"{there} ")
+
+
+@pytest.mark.parametrize("minutes, expected", [(1e-9, [0, 1, 2, 3, 4, 5]), (1e9, [0, 0, 0, 0, 4, 4])])
+def test_checkpoints_come_every_so_many_steps_or_minutes_whichever_is_first(data, tmp_path, minutes, expected):
+    noted = tmp_path / "noted"
+    args = arguments(data, tmp_path / "run", callbacks(StepsOnDisk(str(noted))), f"--save_every_minutes={minutes}")
+    trainer.main([*args, "--save_every_n_steps=4"])
+    assert [int(step) for step in noted.read_text().split()] == expected
+
+
+def test_nothing_is_written_to_the_systems_temporary_folder(data, tmp_path, monkeypatch):
+    """On another file system, from where a rename would be a copy. A folder's time changes with each name in it."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setenv("TMPDIR", elsewhere)
+        assert tempfile.gettempdir() == elsewhere  # tries it out by a file, once
+        before = Path(elsewhere).stat().st_mtime_ns
+        trainer.main(arguments(data, tmp_path / "run", "--save_every_n_steps=1", steps=2))
+        assert Path(elsewhere).stat().st_mtime_ns == before
+        tempfile.NamedTemporaryFile().close()
+        assert Path(elsewhere).stat().st_mtime_ns != before  # so the test could have failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's name, and one command for the first time and for every time after
+
+
+def test_a_name_is_the_runs_folder_and_one_command_begins_goes_on_and_ends(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/digits-2"
+    command = [*arguments(data, None, "--name=digits-2"), "--ckpt_path=last"]
+    stopped = fails(capsys, [*command, callbacks(SignalAt(4, int(signal.SIGTERM)))], status=128 + signal.SIGTERM)
+    assert "Run runs/digits-2: new, 6 steps" in stopped
+    trainer.main(command)
+    assert "Run runs/digits-2: goes on from step 4 of 6" in capsys.readouterr().out
+    shutil.rmtree(run / "best")
+    trainer.main(command)
+    assert "Run runs/digits-2: is finished: step 6 of 6" in capsys.readouterr().out
+    miniclip.load(run / "best", device="cpu")
+    (run / "checkpoints/last.ckpt").unlink()
+    said = fails(capsys, command)
+    assert "last.ckpt to resume from, though runs/digits-2 holds a run; begin anew by --overwrite true" in said
+    trainer.main([*command, "--overwrite=true"])
+    assert "new, 6 steps" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_by_the_same_command(data, tmp_path):
+    run = tmp_path / "run"
+    (run / "logs/version_0").mkdir(parents=True)
+    trainer.main(arguments(data, run, "--ckpt_path=last", steps=2))
+    assert step_of(run) == 2
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "-x"])
+def test_a_name_that_is_no_folders_name_is_refused(data, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert f"name is {name!r}" in fails(capsys, arguments(data, None, f"--name={name}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_kept_configuration_alone_goes_on_with_a_named_run(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trainer.main(arguments(data, None, "--name=mine", steps=2))
+    trainer.main(["fit", "--config=runs/mine/logs/version_0/config.yaml", "--ckpt_path=last", "--trainer.max_steps=3"])
+    assert step_of(tmp_path / "runs/mine") == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The best checkpoint, and the last validation
+
+
+@pytest.mark.parametrize("monitor, mode", [("val/loss", "min"), ("train/loss", "max"), ("val/retrieval_r1", "max")])
+def test_best_is_by_any_logged_metric_in_either_direction(data, tmp_path, monitor, mode):
+    run = tmp_path / "run"
+    options = [f"--monitor={monitor}", f"--monitor_mode={mode}", "--trainer.val_check_interval=1"]
+    trainer.main(arguments(data, run, *options))
+    header, *rows = (line.split(",") for line in (run / "logs/version_0/metrics.csv").read_text().splitlines())
+    column = header.index(monitor)
+    scores = {int(row[header.index("step")]) + 1: float(row[column]) for row in rows if row[column]}
+    assert len(scores) == 6
+    assert scores[step_of(run, "best")] == (max if mode == "max" else min)(scores.values())
+
+
+def test_a_monitor_that_nothing_logs_ends_the_run_at_the_first_validation(data, tmp_path, capsys):
+    said = fails(capsys, arguments(data, tmp_path / "run", "--monitor=val/typo"))
+    assert "monitor is 'val/typo', which nothing logs; logged are " in said
+    assert all(name in said for name in ("train/loss", "val/loss", "val/retrieval_r1"))
+    assert validated_at(tmp_path / "run") in ([], [3])
+
+
+@pytest.mark.parametrize("every", ["--trainer.check_val_every_n_epoch=1", "--trainer.check_val_every_n_epoch=2"])
+def test_a_run_that_ends_between_validations_validates_at_its_end(data, tmp_path, every):
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, every, steps=8))
+    assert validated_at(run) == ([3, 6, 8] if every.endswith("1") else [6, 8])
+
+
+def test_a_validation_takes_the_same_sample_of_many_held_out_pairs(data, tmp_path, capsys):
+    trainer.main(arguments(data, tmp_path / "run", "--data.val_pairs=5", steps=1))
+    assert "validation is on 5 of 16 held-out pairs" in capsys.readouterr().out
+    seen = []
+    for seed in (0, 1):
+        module = PairDataModule(
+            str(data / "train"), str(data / "val"), image_size=8, num_workers=0, val_pairs=5, batch_size=4, seed=seed
+        )
+        module.setup("fit")
+        seen.append([key for batch in module.val_dataloader() for key in batch.keys])
+    assert seen[0] == seen[1] == sorted(set(seen[0]))
+    assert len(seen[0]) == 5
+    module = PairDataModule(str(data / "train"), str(data / "val"), image_size=8, num_workers=0)
+    module.setup("fit")
+    whole = [key for batch in module.val_dataloader() for key in batch.keys]
+    assert len(whole) == 16
+    assert seen[0] != whole[:5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals and SLURM
+
+
+class SignalAt(Callback):
+    """Sends this process a signal while a step is trained, or, for step 0, before the first one begins."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_fit_start(self, *args) -> None:
+        if self.step == 0:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_before_the_first_step_leaves_a_checkpoint_after_it(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = arguments(data, run)
+    said = fails(capsys, [*args, callbacks(SignalAt(0, int(signal.SIGTERM)))], status=128 + signal.SIGTERM)
+    assert "last.ckpt at step 1. To go on:" in said
+    assert step_of(run) == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class TerminateAll(Callback):
+    """Another process sends SIGTERM to this one and all that it has begun, as SLURM does."""
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == 1:
+            workers = [str(child.pid) for child in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", "-TERM", str(os.getpid()), *workers], check=True)
+
+
+def test_a_sigterm_for_every_process_of_the_job_leaves_a_checkpoint_and_no_process(data, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    process = launch(arguments(data, run, "--data.num_workers=2", callbacks(TerminateAll())), out)
+    assert process.wait(200) == 128 + signal.SIGTERM, out.read_text()
+    assert step_of(run) == 2
+    assert "DataLoader worker" not in out.read_text()
+
+
+def launch(args: list[str], out: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """A real process; what it says goes to a file."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    with open(out, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *args],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+SLURM = {
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NAME": "clip",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+def test_slurms_signal_has_the_job_requeued_and_the_same_command_goes_on_to_the_same_bits(data, tmp_path):
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    environment = {**SLURM, "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"}
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = arguments(data, run, "--ckpt_path=last", "--data.num_workers=1")
+    first = launch([*command, callbacks(SignalAt(4, int(signal.SIGUSR1)))], out, **environment)
+    assert first.wait(200) == 128 + signal.SIGUSR1, out.read_text()
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert "SLURM requeues job 4711" in out.read_text()
+    assert step_of(run) == 4
+    assert not list(run.rglob("hpc_ckpt*"))
+    again = launch(command, out, **environment)
+    assert again.wait(200) == 0, out.read_text()
+    assert "goes on from step 4 of 6" in out.read_text()
+    trainer.main(arguments(data, tmp_path / "straight"))
+    assert_same_weights(run, tmp_path / "straight")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+class Poison(Callback):
+    """The image tower gives NaN for one sample, wherever in a batch it comes."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def on_train_batch_start(self, trainer, pl_module, batch, *args) -> None:
+        if self.key in batch.keys:
+            row = batch.keys.index(self.key)
+            flaw = torch.zeros(len(batch.keys), 1)
+            flaw[row] = torch.nan
+            pl_module.clip.visual.register_forward_hook(lambda module, inputs, features: features + flaw)
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_one_sample_that_gives_nan_stops_the_run_before_the_weights_are_touched(data, tmp_path, devices):
+    run, straight, out = tmp_path / "run", tmp_path / "straight", tmp_path / "out"
+    more = ["--save_every_n_steps=1", f"--trainer.devices={devices}"]
+    more += ["--trainer.strategy=ddp"] if devices > 1 else []
+    key = "00001.tar:000000022"
+    process = launch(arguments(data, run, callbacks(Poison(key)), *more), out)
+    assert process.wait(200) not in (0, None)
+    said = out.read_text()
+    assert f"Features are not finite for {key} alone" in said, said
+    assert "Traceback" not in said
+    facts = json.loads((run / "non_finite.json").read_text())
+    assert facts["loss"] == "nan"
+    assert [sample["key"] for sample in facts["samples"] if not sample["is_finite"]] == [key]
+    assert len(facts["samples"]) == 12
+    assert {sample["rank"] for sample in facts["samples"]} == set(range(devices))
+    (culprit,) = [sample for sample in facts["samples"] if sample["key"] == key]
+    assert culprit["caption"] == "picture 2 2 , caption 0"
+    if facts["step"] == 1:
+        assert not (run / "checkpoints/last.ckpt").exists()
+    else:
+        assert step_of(run) == facts["step"] - 1
+        if devices == 1:
+            stop = callbacks(SignalAt(facts["step"] - 1, int(signal.SIGTERM)))
+            with pytest.raises(SystemExit):
+                trainer.main(arguments(data, straight, stop))
+            assert_same_weights(run, straight)
+
+
+class FullDisk(Callback):
+    """From one step on, before another, no file may grow past 100 kB: real writes fail, as on a disk that is full."""
+
+    def __init__(self, first: int, until: int) -> None:
+        self.first, self.until = first, until
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        step = trainer.global_step + 1
+        limit = 10**5 if self.first <= step < self.until else resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def room() -> Any:
+    yield
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_warnings_and_nothing_else(data, tmp_path, capsys, room):
+    run, noted = tmp_path / "run", tmp_path / "noted"
+    full = callbacks(FullDisk(3, 5), StepsOnDisk(str(noted)))
+    trainer.main(arguments(data, run, full, "--save_every_n_steps=1"))
+    said = capsys.readouterr().err
+    assert re.search(r"warning: \S+last.ckpt of step 3 could not be written \(.*File too large\)", said)
+    assert "best at step 3. What was there before is kept" in said or step_of(run, "best") != 3
+    assert [int(step) for step in noted.read_text().split()] == [0, 1, 2, 2, 2, 5]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    trainer.main(arguments(data, tmp_path / "straight"))
+    assert_same_weights(run, tmp_path / "straight")
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_and_keeps_the_previous_checkpoint(data, tmp_path, capsys, room):
+    run = tmp_path / "run"
+    said = fails(capsys, arguments(data, run, callbacks(FullDisk(3, 99)), "--save_every_n_steps=1"))
+    assert re.search(r"error: \S+last.ckpt of step 6 could not be written .*File too large", said)
+    assert "last.ckpt is the last checkpoint. To go on:\n" in said
+    assert step_of(run) == 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+class FullLog(Callback):
+    """The log lies on a device that is always full."""
+
+    def on_train_start(self, trainer, *args) -> None:
+        path = Path(trainer.logger.log_dir) / "metrics.csv"
+        path.unlink(missing_ok=True)
+        path.symlink_to("/dev/full")
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(data, tmp_path, capsys):
+    trainer.main(arguments(data, tmp_path / "run", callbacks(FullLog()), steps=4))
+    assert "warning: the log could not be written" in capsys.readouterr().err
+    assert step_of(tmp_path / "run") == 4
+
+
+class Die(Callback):
+    """Ends one of several processes without a word, and notes when."""
+
+    def __init__(self, rank: int, step: int, noted: str) -> None:
+        self.rank, self.step, self.noted = rank, step, noted
+
+    def on_before_optimizer_step(self, trainer, *args) -> None:
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step - 1):
+            Path(self.noted).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_a_process_is_killed_the_others_end_and_say_so(data, tmp_path, rank):
+    run, out, noted = tmp_path / "run", tmp_path / "out", tmp_path / "noted"
+    die = callbacks(Die(rank, 3, str(noted)), Pids(str(tmp_path)))
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--save_every_n_steps=1"]
+    process = launch(arguments(data, run, *options, die), out)
+    try:
+        status = process.wait(200)
+        assert status != 0
+        end = time.monotonic() + 60
+        pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+        assert len(pids) == 2
+        while any(is_alive(pid) for pid in pids):
+            assert time.monotonic() < end, f"still there a minute later:\n{out.read_text()}"
+    finally:
+        process.kill()
+    said = out.read_text()
+    assert "another process of this run is gone: it was killed" in said, said
+    assert "last.ckpt is the last checkpoint. To go on:\n" in said
+    # The kill may have come between these two's file operations, but what is there is whole.
+    assert step_of(run) == 2
+
+
+class Pids(Callback):
+    """Notes who takes part."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer, *args) -> None:
+        Path(self.folder, f"{trainer.global_rank}.pid").write_text(str(os.getpid()))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resumed, as before and under other settings
+
+
+class Dropout(Callback):
+    """Noise of torch's, NumPy's and Python's global generators in every step."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        import random
+
+        def noise(module, inputs, features):
+            if not module.training:
+                return features
+            scale = 1 + 0.1 * np.random.rand() + 0.1 * random.random()  # noqa: NPY002
+            return torch.nn.functional.dropout(features, 0.3) * scale
+
+        pl_module.clip.visual.ln_post.register_forward_hook(noise)
+
+
+@pytest.mark.parametrize("length", ["--trainer.max_epochs=3", "--trainer.max_steps=9"])
+@pytest.mark.parametrize("stop", [3, 5, 9])
+def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(data, tmp_path, stop, length):
+    """Within an epoch, at the end of one, and at the very end."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    ends = ["--trainer.max_steps=-1", length, "--data.num_workers=1"]
+    trainer.main(arguments(data, straight, *ends, callbacks(Dropout())))
+    stopped = arguments(data, broken, *ends, callbacks(Dropout(), SignalAt(stop, int(signal.SIGTERM))))
+    with pytest.raises(SystemExit):
+        trainer.main(stopped)
+    assert step_of(broken) == stop
+    trainer.main(arguments(data, broken, *ends, callbacks(Dropout()), "--ckpt_path=last"))
+    assert_same_weights(straight, broken)
+    assert validated_at(broken) == validated_at(straight) == [3, 6, 9]
+
+
+OTHER_SETTINGS = [  # what is given beside the same command; then what is said of it, and whether the run goes on
+    (["--model.optimizer.kind=muon"], "trained with model.optimizer.kind adamw, this run has muon", False),
+    (["--data.batch_size=10"], "trained with batch_size 12, this run has 10", False),
+    (["--seed_everything=5"], "trained with seed 0, this run has 5", False),
+    (["--model.clip.embed_dim=32"], "model.clip.embed_dim: the checkpoint has 16, this run 32", False),
+    (["--trainer.max_steps=2"], "the checkpoint is of step 3, past the end of this run of 2 steps", False),
+    (["--trainer.max_steps=8"], "steps: the checkpoint has 6, this run 8", True),
+    (["--model.optimizer.lr=0.001"], "model.optimizer.lr: the checkpoint has 0.01, this run 0.001", True),
+    (["--model.optimizer.betas=[0.8,0.9]"], "model.optimizer.betas: the checkpoint has [0.9, 0.98]", True),
+    (["--model.positives=caption"], "model.positives: the checkpoint has pair, this run caption", True),
+    (["--trainer.precision=64-true"], "trainer.precision: the checkpoint has 32-true, this run 64-true", True),
+    (["--model.micro_batch_size=4"], "", True),
+    (["--data.num_workers=1"], "", True),
+    ([], "", True),
+]
+
+
+class Rates(Callback):
+    """Notes the settings that the optimiser goes by in each step."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        with open(self.path, "a") as file:
+            group = optimizer.param_groups[0]
+            file.write(json.dumps([trainer.global_step + 1, group["lr"], list(group["betas"])]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def half(data, tmp_path_factory) -> Path:
+    """A run of six steps that was stopped after three."""
+    run = tmp_path_factory.mktemp("half") / "run"
+    with pytest.raises(SystemExit):
+        trainer.main(arguments(data, run, callbacks(SignalAt(3, int(signal.SIGTERM)))))
+    return run
+
+
+@pytest.mark.parametrize("more, message, goes_on", OTHER_SETTINGS, ids=[str(more) for more, _, _ in OTHER_SETTINGS])
+def test_what_a_run_resumed_under_other_settings_says(data, tmp_path, capsys, half, more, message, goes_on):
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    args = [*arguments(data, run, "--ckpt_path=last"), *more]
+    if not goes_on:
+        assert message in fails(capsys, args)
+        assert step_of(run) == 3
+        return
+    noted = tmp_path / "rates"
+    trainer.main([*args, callbacks(Rates(str(noted)))])
+    said = capsys.readouterr().out
+    assert message in said
+    assert ("other settings than its checkpoint" in said) == bool(message)
+    total = 8 if "--trainer.max_steps=8" in more else 6
+    assert step_of(run) == total
+    peak = 0.001 if "lr=0.001" in str(more) else 0.01
+    betas = [0.8, 0.9] if "betas" in str(more) else [0.9, 0.98]
+    lines = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert [step for step, _, _ in lines] == list(range(4, total + 1))
+    warmup = round(0.1 * total)
+    for step, rate, found in lines:  # the cosine by hand
+        share = (step - 1 - warmup) / (total - warmup)
+        assert rate == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * share)))
+        assert found == betas
+
+
+def test_two_processes_go_on_where_one_stopped_and_say_so(data, tmp_path, half):
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(half, run)
+    process = launch(arguments(data, run, "--ckpt_path=last", "--trainer.devices=2", "--trainer.strategy=ddp"), out)
+    assert process.wait(200) == 0, out.read_text()
+    assert "processes: the checkpoint has 1, this run 2" in out.read_text()
+    assert step_of(run) == 6
+    assert len(last(run)["random_states"]) == 2
