@@ -27,9 +27,10 @@ from . import weights
 from .callbacks import RunProgress, ZeroShotEvaluation
 from .check import brief
 from .checkpointing import AtomicCheckpointIO, LastCheckpoint
+from .config import CLIPConfig
 from .data import BatchSampler, PairDataModule
 from .files import user_errors
-from .training import CLIPTraining
+from .training import CLIPTraining, refuse_another_architecture
 
 
 class _Parser(LightningArgumentParser):
@@ -77,6 +78,30 @@ class TrainingCLI(LightningCLI):
         )
         parser.set_defaults({"trainer.default_root_dir": "runs/run"})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A run that starts from a trained model has its architecture, and so have the data.
+
+        What that is becomes the default of model.clip and all is parsed once more, so that links follow, and what then
+        differs was asked for.
+        """
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        model = settings.model
+        if model.start_from is None and model.image_weights is None:
+            return
+        resumed = _resumed(settings)
+        source = model.start_from if resumed is None else str(resumed)
+        if source is None or (resumed is not None and not resumed.is_file()):
+            return
+        start = weights.read_checkpoint(weights.locate(source)).config
+        self._parser(self.config.subcommand).set_defaults(_flat(start.to_dict(), "model.clip"))
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        asked = CLIPConfig.from_dict(settings.model.clip.as_dict(), "model.clip")
+        refuse_another_architecture(start, asked, f"model.start_from {source!r}" if resumed is None else source)
+        if resumed is not None:  # the checkpoint has all that the run started with
+            settings.model.start_from, settings.model.image_weights = source, None
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         options = LightningCLI.subcommands()
@@ -91,8 +116,8 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config, run = self.config[self.subcommand], self.run_folder
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(_checkpoints(run) / "last.ckpt")
+        if resumed := _resumed(config):
+            config.ckpt_path = str(resumed)
         if config.ckpt_path and not Path(config.ckpt_path).is_file():
             raise ValueError(f"no checkpoint {config.ckpt_path} to resume from")
         if self.subcommand == "fit":
@@ -104,9 +129,10 @@ class TrainingCLI(LightningCLI):
                     f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
                     "or name another folder by --trainer.default_root_dir"
                 )
-        elif not config.ckpt_path:
+        elif not config.ckpt_path and not config.model.start_from:
             raise ValueError(
-                "validate needs --ckpt_path FILE (or last): without it a model of random weights is scored"
+                "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL: without it a model of random "
+                "weights is scored"
             )
 
     @staticmethod
@@ -219,6 +245,21 @@ def resume_command(argv: list[str], python: str) -> str:
             del command[place : place + 1 + has_value]
     interpreter = [python] if command[0].endswith(".py") else []
     return shlex.join([*interpreter, *command, "--ckpt_path", "last"])
+
+
+def _resumed(settings: Any) -> Path | None:
+    """The checkpoint that a run goes on from."""
+    if settings.ckpt_path == "last":
+        return _checkpoints(Path(settings.trainer.default_root_dir)) / "last.ckpt"
+    return Path(settings.ckpt_path) if settings.ckpt_path else None
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested values by dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
+    return out
 
 
 def _checkpoints(run: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
-from .config import CLIPConfig
+from .config import CLIPConfig, differences
 from .data import Batch
 from .evaluate import recall_at_1
-from .loss import clip_loss, gather
+from .loss import clip_loss, distillation_loss, gather
 from .model import CLIP
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .teacher import Teacher
+from .towers import TimmTower
 from .transforms import normalize
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
@@ -39,6 +41,14 @@ class CLIPTraining(pl.LightningModule):
             (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
         positives: "pair", or "caption" to let pairs of the very same caption share their targets, which are
             otherwise told to be different.
+        start_from: a trained model to go on from, anything that `miniclip.load` takes. Its architecture is taken, too,
+            so `clip` is left out. The weights are held in float32.
+        locked: the tower that stays as it is and costs no memory for gradients: "image" fits a text tower to a trained
+            image tower (LiT, Zhai et al. 2022, https://arxiv.org/abs/2111.07991), "text" the reverse.
+        image_weights: what timm's image tower starts from: "timm" for what timm has under that name (downloaded once),
+            or a file of weights with timm's names.
+        teacher: a larger CLIP to learn from as well, anything that `miniclip.load` takes.
+        distillation: share of the loss that is the distance to the teacher, above 0 to 1; without one it says nothing.
     """
 
     def __init__(
@@ -48,8 +58,23 @@ class CLIPTraining(pl.LightningModule):
         max_rejected: float = 0.01,
         micro_batch_size: int | None = None,
         positives: Literal["pair", "caption"] = "pair",
+        start_from: str | None = None,
+        locked: Literal["none", "image", "text"] = "none",
+        image_weights: str | None = None,
+        teacher: str | None = None,
+        distillation: float = 0.5,
     ) -> None:
         super().__init__()
+        start = None if start_from is None else weights.read_checkpoint(weights.locate(start_from))
+        if start is not None and image_weights is not None:
+            raise ValueError(
+                f"model.start_from is {start_from!r} and model.image_weights {image_weights!r}; the first holds both "
+                "towers' weights already, so give one of the two"
+            )
+        if start is not None:
+            if clip not in (CLIPConfig(), start.config):
+                refuse_another_architecture(start.config, clip, f"model.start_from {start_from!r}")
+            clip = start.config
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
         if clip.towers != "both":
@@ -59,7 +84,25 @@ class CLIPTraining(pl.LightningModule):
                 f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "
                 f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
             )
-        self.clip = CLIP(clip)
+        self.clip = CLIP(clip) if start is None else weights.build(start, str(start_from))
+        if image_weights is not None:
+            if not isinstance(self.clip.visual, TimmTower):
+                raise ValueError(
+                    f"model.image_weights is for towers of timm's, and model.clip.vision.kind is {clip.vision.kind!r}"
+                )
+            self.clip.visual.load_trunk(clip.vision, clip.embed_dim, None if image_weights == "timm" else image_weights)
+        if (locked == "image" and not (start or image_weights)) or (locked == "text" and not start):
+            raise ValueError(
+                f"model.locked is {locked!r}, and that tower's weights are random; give model.start_from"
+                + (", or model.image_weights for an image tower of timm's" if locked == "image" else "")
+            )
+        if teacher is not None and not 0 < distillation <= 1:
+            raise ValueError(f"model.distillation is {distillation}; it is a share of the loss, above 0 to 1")
+        self.starts_trained = start is not None
+        self.locked = locked
+        if locked != "none":
+            self._locked_tower().requires_grad_(False).eval()
+        self.teacher, self.distillation = None if teacher is None else Teacher(teacher), distillation
         self.optimizer_config = optimizer
         self.max_rejected = max_rejected
         self.micro_batch_size, self.positives = micro_batch_size, positives
@@ -71,17 +114,41 @@ class CLIPTraining(pl.LightningModule):
         size = self.micro_batch_size or len(batch.images)
         if size >= len(batch.images) or not torch.is_grad_enabled():
             return self._encode(batch.images, batch.tokens)
-        parts = [
-            checkpoint(self._encode, images, tokens, use_reentrant=False, context_fn=self._contexts)
-            for images, tokens in zip(batch.images.split(size), batch.tokens.split(size), strict=True)
-        ]
-        image_features, text_features = (torch.cat(features) for features in zip(*parts, strict=True))
+        image_features = self._in_parts(self._encode_images, batch.images, size, self.locked == "image")
+        text_features = self._in_parts(self._encode_texts, batch.tokens, size, self.locked == "text")
         return image_features, text_features
 
+    def _in_parts(self, encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, is_locked: bool) -> Tensor:
+        if is_locked:  # there is no gradient to encode once more for
+            return torch.cat([encode(part) for part in inputs.split(size)])
+        return torch.cat(
+            [checkpoint(encode, part, use_reentrant=False, context_fn=self._contexts) for part in inputs.split(size)]
+        )
+
     def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self._encode_images(images), self._encode_texts(tokens)
+
+    # A locked tower has no parameter with a gradient and so builds no graph and keeps no activations.
+    def _encode_images(self, images: Tensor) -> Tensor:
         vision = self.clip.config.vision
-        pixels = normalize(images, vision.mean, vision.std)
-        return self.clip.encode_image(pixels, normalize=True), self.clip.encode_text(tokens, normalize=True)
+        return self.clip.encode_image(normalize(images, vision.mean, vision.std), normalize=True)
+
+    def _encode_texts(self, tokens: Tensor) -> Tensor:
+        return self.clip.encode_text(tokens, normalize=True)
+
+    def _locked_tower(self) -> nn.Module:
+        return self.clip.visual if self.locked == "image" else self.clip.text
+
+    def train(self, mode: bool = True) -> CLIPTraining:
+        """A locked tower stays in evaluation mode: batch norm neither counts batches nor normalises by them."""
+        super().train(mode)
+        if self.locked != "none":
+            self._locked_tower().eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device, self.clip.dtype)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For encoding, and for encoding once more: batch norm has seen the batch by then."""
@@ -98,6 +165,13 @@ class CLIPTraining(pl.LightningModule):
         groups = batch.caption_ids if self.positives == "caption" else None
         chunk_size = min(_LOSS_CHUNK, len(image_features))
         loss = clip_loss(image_features, text_features, scale, chunk_size, mask, groups, across_processes=is_shared)
+        if self.teacher is not None:
+            taught = self.teacher.features(batch.images, batch.tokens, self.micro_batch_size)
+            distance = distillation_loss(
+                image_features, text_features, scale, *taught, self.teacher.logit_scale, chunk_size, mask, is_shared
+            )
+            self.log("train/distillation", distance.detach(), sync_dist=is_shared)
+            loss = (1 - self.distillation) * loss + self.distillation * distance
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss at step {self.global_step} is {loss.item()}; the weights were not touched. Try a lower "
@@ -167,9 +241,8 @@ class CLIPTraining(pl.LightningModule):
         checkpoint[weights.LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
-        if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
-            raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
+        saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY])
+        refuse_another_architecture(saved, self.clip.config, "the checkpoint")
 
 
 @contextmanager
@@ -189,11 +262,14 @@ def _running_statistics_held(model: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _differences(checkpoint: Any, run: Any, name: str) -> list[str]:
-    """A line for each value in which two nested configurations differ."""
-    if isinstance(checkpoint, dict):
-        return [line for key in checkpoint for line in _differences(checkpoint[key], run[key], f"{name}.{key}")]
-    return [] if checkpoint == run else [f"  {name}: the checkpoint has {checkpoint}, this run {run}"]
+def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source: str) -> None:
+    """
+    Raises:
+        ValueError: the run's architecture is not the checkpoint's; names what differs.
+    """
+    lines = differences(checkpoint.to_dict(), run.to_dict(), "model.clip", ("the checkpoint has", "this run"))
+    if lines:
+        raise ValueError(f"{source} holds another architecture than this run:\n" + "\n".join(lines))
 
 
 def log_every(trainer: pl.Trainer) -> int:
