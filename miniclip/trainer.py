@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -75,6 +77,12 @@ class TrainingCLI(LightningCLI):
             type=bool,
             default=False,
             help="Begin anew where a run exists already.",
+        )
+        parser.add_argument(
+            "--max_samples",
+            type=PositiveInt | None,
+            default=None,
+            help="The run's length in samples, in place of trainer.max_steps: as many batches as hold them.",
         )
         parser.set_defaults({"trainer.default_root_dir": "runs/run"})
 
@@ -138,8 +146,15 @@ class TrainingCLI(LightningCLI):
     @staticmethod
     def _refuse_what_would_mislead(config: Any) -> None:
         trainer = config.trainer
-        if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
-            raise ValueError("the run has no end: set trainer.max_steps or trainer.max_epochs; the schedule needs it")
+        if trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and config.max_samples is None:
+            raise ValueError(
+                "the run has no end: set trainer.max_steps, trainer.max_epochs or max_samples; the schedule needs it"
+            )
+        if trainer.max_steps != -1 and config.max_samples is not None:
+            raise ValueError(
+                f"max_samples is {config.max_samples} and trainer.max_steps {trainer.max_steps}; the run's length is "
+                "one of the two (--trainer.max_steps=-1 takes the latter back)"
+            )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts pairs of "
@@ -157,7 +172,9 @@ class TrainingCLI(LightningCLI):
         data = self.datamodule
         data.prepare_data()  # safe in several processes at once: one packs, the others wait
         data.setup("fit")
-        BatchSampler(data.order(), data.batch_size, step=lambda: 0)
+        steps_per_epoch = len(BatchSampler(data.order(), data.batch_size, step=lambda: 0))
+        ends = self.trainer.max_steps, (self.trainer.max_epochs or -1) * steps_per_epoch
+        self.model.warmup_steps(min(end for end in ends if end >= 0), data)
         if _is_rank_zero():
             print(data.describe(), flush=True)
             for warning in brief(
@@ -181,6 +198,8 @@ class TrainingCLI(LightningCLI):
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
+            if settings.max_samples is not None:
+                trainer.max_steps = math.ceil(settings.max_samples / settings.data.batch_size)
             last = _checkpoints(run) / "last.ckpt"
             callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, resume_command(sys.argv, _python())))
             if settings.data.val is not None:

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
 from .config import CLIPConfig, differences
-from .data import Batch
+from .data import Batch, PairDataModule
 from .evaluate import recall_at_1
 from .loss import clip_loss, distillation_loss, gather
 from .model import CLIP
-from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .teacher import Teacher
 from .towers import TimmTower
 from .transforms import normalize
@@ -232,10 +232,18 @@ class CLIPTraining(pl.LightningModule):
             print(f"{self.num_truncated} of {self.num_seen} captions were cut to {length} tokens.", file=sys.stderr)
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.clip, self.optimizer_config)
-        total, warmup = int(self.trainer.estimated_stepping_batches), self.optimizer_config.warmup
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, warmup))
+        config, total = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps(total, self.trainer.datamodule)  # type: ignore[attr-defined]
+        optimizer = make_optimizer(self.clip, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: learning_rate_factor(step, total, warmup, config.schedule, config.cooldown, config.final_lr),
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def warmup_steps(self, total_steps: int, data: PairDataModule) -> int:
+        steps_per_epoch = data.order().num_samples // data.batch_size
+        return warmup_steps(self.optimizer_config, total_steps, data.batch_size, steps_per_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[weights.LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()

@@ -1,22 +1,30 @@
 # Oracles: torch.optim.AdamW, and Muon written once more below, matrix by matrix.
 
 import copy
+import dataclasses
 import math
+import re
+import sys
 from itertools import pairwise
 
 import pytest
+import test_training
 import torch
 from helpers import tiny_clip, tiny_config
+from test_training import arguments
 
+from miniclip import trainer
 from miniclip.config import TextConfig, VisionConfig
 from miniclip.optim import (
     Muon,
     OptimizerConfig,
     block_matrices,
+    learning_rate_factor,
     make_optimizer,
     orthogonalize,
     parameter_groups,
-    warmup_cosine,
+    rate_scales,
+    warmup_steps,
 )
 
 ADAMW, MUON = OptimizerConfig(), OptimizerConfig(kind="muon")
@@ -254,15 +262,19 @@ def test_a_step_returns_the_loss_of_its_closure_computed_with_gradients(config):
 
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
 def test_a_run_resumed_from_its_state_continues_bit_for_bit(config, tmp_path):
+    goes_on_bit_for_bit(config, tmp_path / "state.pt")
+
+
+def goes_on_bit_for_bit(config, file):
     whole, first = tiny_clip(), tiny_clip()
     run(whole, make_optimizer(whole, config), range(6))
     optimizer = make_optimizer(first, config)
     run(first, optimizer, range(3))
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
 
     resumed = tiny_clip(seed=9)
     optimizer = make_optimizer(resumed, config)
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    saved = torch.load(file, weights_only=True)
     resumed.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     run(resumed, optimizer, range(3, 6))
@@ -340,29 +352,249 @@ def test_the_result_has_the_type_of_the_matrices(dtype):
 # ---- schedule
 
 
-@pytest.mark.parametrize(
-    "total, warmup", [(100, 0.1), (1000, 0.25), (10, 0.5), (7, 0.0), (1, 0.0), (3, 0.1), (50, 0.98)]
-)
-def test_the_rate_rises_to_one_and_falls_to_zero_and_never_turns_in_between(total, warmup):
-    factors = [warmup_cosine(step, total, warmup) for step in range(total + 1)]
-    top = round(warmup * total)
-    assert factors[top] == 1
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("total, warmup", [(100, 10), (1000, 250), (10, 5), (7, 0), (1, 0), (50, 49)])
+def test_the_rate_rises_to_one_and_falls_to_zero_and_never_turns_in_between(total, warmup, schedule):
+    factors = [learning_rate_factor(step, total, warmup, schedule) for step in range(total + 1)]
+    assert factors[warmup] == 1
     assert factors[-1] == pytest.approx(0, abs=1e-12)
     assert all(0 < factor <= 1 for factor in factors[:-1])
-    rising, falling = factors[: top + 1], factors[top:]
+    rising, falling = factors[: warmup + 1], factors[warmup:]
     assert all(a < b for a, b in pairwise(rising))
     assert all(a > b for a, b in pairwise(falling))
 
 
 def test_the_rise_is_linear_and_the_fall_a_cosine():
-    factors = [warmup_cosine(step, 12, 0.25) for step in range(13)]
+    factors = [learning_rate_factor(step, 12, 3) for step in range(13)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[3 + 3] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
-    assert [warmup_cosine(step, 10, 0.2) for step in (2, 6, 10)] == pytest.approx([1, 0.5, 0])
+    assert [learning_rate_factor(step, 10, 2) for step in (2, 6, 10)] == pytest.approx([1, 0.5, 0])
 
 
-def test_steps_past_the_end_keep_the_rate_at_zero():
-    assert warmup_cosine(15, 10, 0.1) == pytest.approx(0, abs=1e-12)
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"schedule": "linear"}, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0]),
+        ({"schedule": "linear", "final": 0.2}, [1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4, 0.2]),
+        ({"schedule": "cosine", "final": 0.2}, [1 / 3, 2 / 3, 1, None, 0.6, None, 0.2]),
+        ({"schedule": "constant"}, [1 / 3, 2 / 3, 1, 1, 1, 1, 1]),
+        ({"schedule": "constant", "cooldown": 1 / 3}, [1 / 3, 2 / 3, 1, 1, 1, 0.5, 0]),
+        ({"schedule": "constant", "cooldown": 1 / 3, "final": 0.5}, [1 / 3, 2 / 3, 1, 1, 1, 0.75, 0.5]),
+        ({"schedule": "constant", "cooldown": 2 / 3}, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0]),
+    ],
+)
+def test_every_shape_by_hand(options, expected):
+    found = [learning_rate_factor(step, 6, 2, **options) for step in range(7)]
+    for value, by_hand in zip(found, expected, strict=True):
+        assert by_hand is None or value == pytest.approx(by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, end",
+    [({}, 0), ({"schedule": "linear", "final": 0.3}, 0.3), ({"schedule": "constant"}, 1),
+     ({"schedule": "constant", "cooldown": 0.5}, 0)],
+)  # fmt: skip
+def test_steps_past_the_end_keep_the_rate_that_it_ended_with(options, end):
+    assert learning_rate_factor(15, 10, 1, **options) == pytest.approx(end, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "warmup, unit, steps",
+    [(0.1, "share", 20), (0.0, "share", 0), (30, "steps", 30), (1280, "samples", 20), (0.5, "epochs", 15),
+     (3, "epochs", 90)],
+)  # fmt: skip
+def test_warmup_may_be_a_share_or_steps_or_samples_or_epochs(warmup, unit, steps):
+    config = OptimizerConfig(warmup=warmup, warmup_unit=unit)
+    assert warmup_steps(config, total_steps=200, batch_size=64, steps_per_epoch=30) == steps
+
+
+@pytest.mark.parametrize("warmup, unit", [(200, "steps"), (1e6, "samples"), (7, "epochs"), (0.999, "share")])
+def test_a_run_whose_warmup_never_ends_is_refused(warmup, unit):
+    config = OptimizerConfig(warmup=warmup, warmup_unit=unit)
+    with pytest.raises(
+        ValueError, match=rf"warmup is {re.escape(f'{warmup:g}')} \({unit}\), which is \d+ steps, and the run has 200"
+    ):
+        warmup_steps(config, total_steps=200, batch_size=64, steps_per_epoch=30)
+
+
+def test_a_cooldown_that_begins_before_the_warmup_is_over_is_refused():
+    config = OptimizerConfig(warmup=0.5, schedule="constant", cooldown=0.6)
+    with pytest.raises(ValueError, match=r"cooldown 0\.6 of 200 begins before"):
+        warmup_steps(config, total_steps=200, batch_size=64, steps_per_epoch=30)
+    config = OptimizerConfig(warmup=0.5, schedule="constant", cooldown=0.5)
+    assert warmup_steps(config, total_steps=200, batch_size=64, steps_per_epoch=30) == 100
+
+
+# ---- rates by layer
+
+
+def scales_by_name(model, config):
+    scales = rate_scales(model, config)
+    return {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def test_rates_fall_by_the_decay_from_layer_to_layer():
+    """Two blocks in each tower of the tiny model, so embeddings have three layers above them."""
+    scales = scales_by_name(tiny_clip(), OptimizerConfig(layer_decay=0.5))
+    expected = {
+        0: ("visual.proj", "visual.ln_post", "text.text_projection", "text.ln_final", "logit_scale"),
+        1: ("visual.transformer.resblocks.1", "text.transformer.resblocks.1"),
+        2: ("visual.transformer.resblocks.0", "text.transformer.resblocks.0"),
+        3: ("visual.conv1", "visual.class_embedding", "visual.positional_embedding", "visual.ln_pre",
+            "text.token_embedding", "text.positional_embedding"),
+    }  # fmt: skip
+    for name, scale in scales.items():
+        (above,) = [above for above, starts in expected.items() if name.startswith(starts)]
+        assert scale == 0.5**above, name
+
+
+def test_more_than_ten_blocks_are_told_apart():
+    text = TextConfig(context_length=16, width=16, layers=12, head_width=8)
+    scales = scales_by_name(tiny_clip(text=text), OptimizerConfig(layer_decay=0.5))
+    for block in range(12):
+        assert scales[f"text.transformer.resblocks.{block}.ln_1.weight"] == 0.5 ** (12 - block)
+
+
+def test_a_residual_networks_layers_are_its_bottlenecks():
+    vision = VisionConfig(kind="resnet", image_size=32, width=8, blocks=(2, 1, 1, 1), head_width=32)
+    scales = scales_by_name(tiny_clip(vision=vision), OptimizerConfig(layer_decay=0.5))
+    expected = {"conv1": 6, "bn3": 6, "layer1.0": 5, "layer1.1": 4, "layer2.0": 3, "layer3.0": 2, "layer4.0": 1}
+    for name, above in {**expected, "attnpool": 0}.items():
+        found = {scale for each, scale in scales.items() if each.startswith(f"visual.{name}.")}
+        assert found == {0.5**above}, name
+    assert scales["visual.attnpool.positional_embedding"] == 1
+
+
+@pytest.mark.parametrize("name", ["test_vit", "resnet10t", "test_convnext"])
+@pytest.mark.parametrize("projection", ["linear", "classifier"])
+def test_the_layers_of_timms_models_have_the_rates_that_timm_gives_them(name, projection):
+    """Oracle: timm's own `param_groups_layer_decay` for the same model, whose classifier stands for our projection."""
+    timm = pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    size = 64 if name == "resnet10t" else 160
+    vision = VisionConfig(kind="timm", timm_model=name, image_size=size, timm_projection=projection)
+    tower = tiny_clip(vision=vision)
+    scales = scales_by_name(tower, OptimizerConfig(layer_decay=0.5))
+    reference = timm.create_model(name, num_classes=7)
+    theirs = {
+        id(p): group["lr_scale"]
+        for group in param_groups_layer_decay(reference, layer_decay=0.5)
+        for p in group["params"]
+    }
+    ours = {name.removeprefix("visual.trunk."): scale for name, scale in scales.items()}
+    classifier = {id(p) for p in reference.get_classifier().parameters()}
+    body = {n: theirs[id(p)] for n, p in reference.named_parameters() if id(p) not in classifier}
+    assert len(set(body.values())) > 3
+    for each, scale in body.items():
+        assert ours[each] == scale, each
+    if projection == "linear":
+        assert scales["visual.head.proj.weight"] == 1
+
+
+def test_a_tower_may_be_slower_than_the_other():
+    config = OptimizerConfig(kind="muon", lr=1e-3, muon_lr=0.02, image_lr_scale=0.5, text_lr_scale=0.1, layer_decay=0.5)
+    model = tiny_clip()
+    rates = {name: group["lr"] for group in parameter_groups(model, config) for name in names_of(model, group)}
+    assert rates["logit_scale"] == 1e-3
+    assert rates["visual.proj"] == 5e-4
+    assert rates["text.text_projection"] == 1e-4
+    assert rates["text.transformer.resblocks.0.mlp.c_fc.weight"] == 0.02 * (0.1 * 0.25)
+    assert rates["visual.transformer.resblocks.1.mlp.c_fc.weight"] == 0.02 * (0.5 * 0.5)
+    assert rates["visual.transformer.resblocks.1.mlp.c_fc.bias"] == 1e-3 * (0.5 * 0.5)
+
+
+LAYERED = [OptimizerConfig(kind=kind, layer_decay=0.7) for kind in ("adamw", "muon")]
+
+
+@pytest.mark.parametrize("config", LAYERED, ids=["adamw", "muon"])
+def test_with_rates_by_layer_every_parameter_is_in_one_group_still_and_moves_by_its_rate(config):
+    """Steps of both are in proportion to the rate, where nothing decays."""
+    config = dataclasses.replace(config, weight_decay=0, muon_weight_decay=0, lr=1e-3)
+    model, plain = tiny_clip(), tiny_clip()
+    grouped = [id(parameter) for group in parameter_groups(model, config) for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for parameter in model.parameters()}
+    before = {name: parameter.detach().double() for name, parameter in tiny_clip().named_parameters()}
+    run(model, make_optimizer(model, config), range(1))
+    run(plain, make_optimizer(plain, dataclasses.replace(config, layer_decay=1.0)), range(1))
+    scales = scales_by_name(model, config)
+    for (name, moved), whole in zip(model.named_parameters(), plain.parameters(), strict=True):
+        expected = scales[name] * (whole.detach().double() - before[name])
+        torch.testing.assert_close(moved.detach().double() - before[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+# ---- timm's optimisers
+
+
+def timms(name, **fields):
+    pytest.importorskip("timm")
+    return OptimizerConfig(kind="timm", timm_name=name, **fields)
+
+
+def test_timms_optimiser_steps_as_it_does_by_itself():
+    from timm.optim import create_optimizer_v2
+
+    ours, theirs = tiny_clip(), tiny_clip()
+    config = timms("lion", lr=1e-3, weight_decay=0.3, options={"betas": [0.8, 0.95]})
+    run(ours, make_optimizer(ours, config), range(4))
+    optimizer = create_optimizer_v2(theirs, "lion", lr=1e-3, weight_decay=0.3, betas=(0.8, 0.95))
+    run(theirs, optimizer, range(4))
+    for (name, parameter), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    assert not torch.equal(ours.logit_scale, tiny_clip().logit_scale)
+
+
+def test_timms_optimisers_have_our_groups():
+    model = tiny_clip()
+    config = timms("sgd", lr=0.1, weight_decay=0.3, layer_decay=0.5, options={"momentum": 0.7})
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        assert group["momentum"] == 0.7
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.ndim >= 2 else 0)
+    scales = rate_scales(model, config)
+    assert {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]} == {
+        each: 0.1 * scale for each, scale in scales.items()
+    }
+
+
+TIMMS = ["sgd", "lion", "lamb", "nadamw", "adopt", "mars", "laprop", "adafactorbv", "muon", "lookahead_adamw"]
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_a_run_of_timms_resumed_from_its_state_continues_bit_for_bit(name, tmp_path):
+    goes_on_bit_for_bit(timms(name, layer_decay=0.8), tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"timm_name": "lionn"}, r"timm_name is 'lionn', which timm does not have; did you mean lion[,?]"),
+        ({"timm_name": "my_lion"}, "timm_name is 'my_lion', which timm does not have"),
+        ({"timm_name": "zzzzzzzz"}, r"it has .*adamw, "),
+        ({"timm_name": "adahessian"}, "second derivatives"),
+        (
+            {"timm_name": "lion", "options": {"beta": 1}},
+            r"timm's optimiser 'lion' refuses options \{'beta': 1\}: .*beta",
+        ),
+        ({"timm_name": "lion", "options": {"betas": [2.0, 0.9]}}, r"refuses options .*beta"),
+        ({"timm_name": "lion", "options": {"lr": 1}}, r"options has 'lr'; set OptimizerConfig\.lr"),
+        ({"timm_name": ""}, r"OptimizerConfig\.timm_name is ''"),
+        ({"kind": "adamw", "timm_name": "lion"}, r"OptimizerConfig\.timm_name is 'lion'; .*kind"),
+        ({"kind": "muon", "options": {"eps": 1}}, r"OptimizerConfig\.options is \{'eps': 1\}; they are of kind timm"),
+    ],
+)
+def test_what_timm_does_not_have_or_take_is_refused_at_once(fields, message):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**{"kind": "timm", **fields})
+
+
+def test_without_timm_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(ValueError, match=r"the optimiser 'lion' needs timm: pip install 'miniclip\[timm\]'"):
+        OptimizerConfig(kind="timm", timm_name="lion")
 
 
 # ---- configuration
@@ -379,6 +611,17 @@ def test_steps_past_the_end_keep_the_rate_at_zero():
         ("warmup", 1.0),
         ("warmup", -0.1),
         ("warmup", 20),
+        ("warmup_unit", "minutes"),
+        ("schedule", "step"),
+        ("cooldown", 1.5),
+        ("final_lr", -0.1),
+        ("layer_decay", 0.0),
+        ("layer_decay", 1.1),
+        ("image_lr_scale", 0),
+        ("text_lr_scale", -1.0),
+        ("weight_decay", -0.1),
+        ("muon_weight_decay", float("nan")),
+        ("muon_momentum", 1.0),
     ],
 )
 def test_a_bad_field_is_refused_naming_it_and_its_value(field, value):
@@ -387,8 +630,17 @@ def test_a_bad_field_is_refused_naming_it_and_its_value(field, value):
 
 
 def test_an_unknown_kind_is_answered_with_the_valid_ones():
-    with pytest.raises(ValueError, match=r"valid are adamw, muon$"):
+    with pytest.raises(ValueError, match=r"valid are adamw, muon, timm$"):
         OptimizerConfig(kind="lion")
+
+
+def test_what_would_have_no_effect_is_refused():
+    with pytest.raises(ValueError, match=r"cooldown is 0\.2; a cosine schedule falls all along"):
+        OptimizerConfig(cooldown=0.2)
+    with pytest.raises(ValueError, match=r"final_lr is 0\.2; without cooldown none falls"):
+        OptimizerConfig(schedule="constant", final_lr=0.2)
+    with pytest.raises(ValueError, match=r"warmup is -5; it must be 0 or more"):
+        OptimizerConfig(warmup=-5, warmup_unit="steps")
 
 
 def test_betas_from_a_yaml_list_compare_equal():
@@ -414,3 +666,90 @@ def test_an_overflow_in_mixed_precision_leaves_the_weights_alone(config):
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- a run by the command line
+
+data = test_training.data
+
+
+def rates(run_folder):
+    """The rates that each group ended with, and what the schedule began with."""
+    saved = torch.load(run_folder / "checkpoints/last.ckpt", weights_only=True)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    return saved["global_step"], [group["lr"] for group in groups], [group["initial_lr"] for group in groups]
+
+
+def test_a_run_may_be_as_long_as_so_many_samples(data, tmp_path):
+    """Batches of 12: 50 samples begin the fifth."""
+    trainer.main(arguments(data, tmp_path / "run", "--max_samples=50", steps=-1))
+    step, ends, begins = rates(tmp_path / "run")
+    assert step == 5
+    assert ends == pytest.approx([0.0] * len(begins), abs=1e-12)
+    again = tmp_path / "run/logs/version_0/config.yaml"
+    trainer.main(["fit", f"--config={again}", "--overwrite=true"])  # the configuration that a run keeps can be run
+    assert rates(tmp_path / "run")[0] == 5
+
+
+def test_the_schedule_is_the_one_that_the_run_was_told(data, tmp_path):
+    flags = ["--model.optimizer.schedule=linear", "--model.optimizer.final_lr=0.25", "--model.optimizer.warmup=24"]
+    trainer.main(arguments(data, tmp_path / "run", *flags, "--model.optimizer.warmup_unit=samples", steps=6))
+    step, ends, begins = rates(tmp_path / "run")
+    assert (step, begins) == (6, [0.01, 0.01])
+    assert ends == pytest.approx([0.0025, 0.0025])
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--max_samples=50"], "max_samples is 50 and trainer.max_steps 10; the run's length is one of the two"),
+        (["--max_samples=0", "--trainer.max_steps=-1"], "max_samples"),
+        (
+            ["--model.optimizer.warmup=10", "--model.optimizer.warmup_unit=steps"],
+            "warmup is 10 (steps), which is 10 steps, and the run has 10",
+        ),
+        (
+            ["--model.optimizer.warmup=2", "--model.optimizer.warmup_unit=epochs", "--trainer.max_epochs=2"],
+            "warmup is 2 (epochs), which is 6 steps, and the run has 6",
+        ),
+        (["--model.optimizer.warmup_unit=minutes"], "minutes"),
+        (["--model.optimizer.kind=timm", "--model.optimizer.timm_name=lionn"], "did you mean lion"),
+        (
+            [
+                "--model.optimizer.kind=timm",
+                "--model.optimizer.timm_name=lion",
+                '--model.optimizer.options={"beta": 1}',
+            ],
+            "timm's optimiser 'lion' refuses options {'beta': 1}",
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_removed(data, tmp_path, capsys, more, message):
+    run_folder = tmp_path / "run"
+    (run_folder / "best").mkdir(parents=True)
+    (run_folder / "best/kept").write_text("")
+    said = test_training.fails(capsys, [*arguments(data, run_folder, "--overwrite=true"), *more])
+    assert message in said
+    assert "Traceback" not in said
+    assert (run_folder / "best/kept").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["timm", "--model.optimizer.timm_name=lion", '--model.optimizer.options={"betas": [0.9, 0.98]}'],
+        ["timm", "--model.optimizer.timm_name=adopt", "--model.optimizer.options.eps=1e-6"],
+        ["muon", "--model.optimizer.layer_decay=0.8", "--model.optimizer.schedule=constant"],
+    ],
+    ids=["lion", "adopt", "muon by layers"],
+)
+def test_a_run_of_any_optimiser_resumes_to_the_same_bits(data, tmp_path, flags):
+    flags = [f"--model.optimizer.kind={flags[0]}", *flags[1:], "--model.optimizer.lr=0.001"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    trainer.main(arguments(data, whole, *flags, steps=6))
+    stop = f'[{{"class_path": "{test_training.__name__}.StopAt", "init_args": {{"step": 3}}}}]'
+    with pytest.raises(SystemExit):
+        trainer.main(arguments(data, broken, *flags, f"--trainer.callbacks={stop}", steps=6))
+    trainer.main(arguments(data, broken, *flags, "--ckpt_path=last", steps=6))
+    expected, found = test_training.state(whole), test_training.state(broken)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
