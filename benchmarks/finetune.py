@@ -2,10 +2,10 @@
 
     python benchmarks/finetune.py [--work runs/finetune-benchmark] [--model runs/digits/best] [--data runs/digits/data]
 
-The demo's model knows handwritten digits in coloured ink on paper (`make demo` first). The new task is the same digits
-in chalk on a blackboard: light on dark, slanted, smeared, and captioned in words of their own. Scans keep their part
-of the demo: fine-tuning sees 300 scans that pre-training saw (in ink), models and alphas are chosen by the demo's
-validation scans, and scores are on its test scans, which no training and no choice has seen.
+The demo's model knows handwritten digits in coloured ink on white paper (`make demo` first). The new task is the same
+digits pencilled on wrapping paper: brown on brown, slanted, smeared, and captioned in words of their own. Scans keep
+their part of the demo: fine-tuning sees 300 scans that pre-training saw (in ink), models and alphas are chosen by the
+demo's validation scans, and scores are on its test scans, which no training and no choice has seen.
 
 Fine-tuned by the preset of configs/finetune.yaml, and the naive way: AdamW at 5e-4, CLIP's own pre-training rate.
 
@@ -32,28 +32,28 @@ sys.path.insert(0, str(ROOT / "examples"))
 from digits import DIGITS, SIZE  # noqa: E402
 
 WORDINGS = (
-    "a {digit} in chalk on a blackboard",
-    "the teacher chalked a {digit}",
-    "chalk, smeared, says {digit}",
-    "{digit} on the school's board",
+    "{digit} pencilled on wrapping paper",
+    "a slanted {digit} on a brown parcel",
+    "a smeared {digit}, brown on brown",
+    "the parcel says {digit}",
 )
-TEMPLATES = ("a {c} in chalk on a blackboard", "the teacher chalked a {c}", "{c} on the school's board")
+TEMPLATES = ("{c} pencilled on wrapping paper", "a slanted {c} on a brown parcel", "the parcel says {c}")
 NUM_TRAIN = 300
 LR, NAIVE_LR = 6e-5, 5e-4
 EPOCHS, BATCH = 30, 100
 
 
-def chalk(scan: np.ndarray, random: np.random.Generator) -> Image.Image:
-    """A scan, 8 x 8 in 0 to 16, as chalk on a board."""
+def pencil(scan: np.ndarray, random: np.random.Generator) -> Image.Image:
+    """A scan, 8 x 8 in 0 to 16, as a number on a parcel."""
     side = int(random.integers(18, 25))
     small = Image.fromarray((scan / 16 * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (SIZE, SIZE))
     canvas.paste(small, tuple(int(n) for n in random.integers(SIZE - side + 1, size=2)))
     slanted = canvas.rotate(float(random.uniform(15, 35)), Image.Resampling.BICUBIC)
     strokes = np.asarray(slanted.filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32)[..., None] / 255
-    board = random.uniform((15, 40, 25), (45, 80, 55))
-    stick = random.uniform((200, 200, 170), (250, 250, 240))
-    picture = board * (1 - strokes) + stick * strokes + random.normal(0, 14, size=(SIZE, SIZE, 3))
+    paper = np.array((190, 150, 105)) + random.uniform(-15, 15, size=3)
+    lead = np.array((80, 45, 20)) + random.uniform(-15, 15, size=3)
+    picture = paper * (1 - strokes) + lead * strokes + random.normal(0, 14, size=(SIZE, SIZE, 3))
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
@@ -70,11 +70,11 @@ def make(data: Path, out: Path, seed: int = 0) -> None:
         for number in numbers:
             digit = DIGITS[int(labels[number])]
             path = out / part / f"{number:04d}.png"
-            chalk(scans[number].reshape(8, 8), random).save(path)
+            pencil(scans[number].reshape(8, 8), random).save(path)
             texts = random.permutation([wording.format(digit=digit) for wording in WORDINGS])
             path.with_suffix(".txt").write_text("\n".join(texts) + "\n")
             rows.append((f"{part}/{path.name}", digit, str(number)))
-        name = f"chalk-{part}"
+        name = f"parcel-{part}"
         with open(out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         (out / f"{name}.classnames.txt").write_text("\n".join(DIGITS) + "\n")
@@ -88,7 +88,7 @@ def run(*command: str) -> None:
 def finetune(model: Path, data: Path, new: Path, out: Path, *settings: str) -> None:
     callback = {
         "class_path": "miniclip.callbacks.ZeroShotEvaluation",
-        "init_args": {"data": str(new / "chalk-val.csv"), "others": {"old": str(data / "val.csv")}},
+        "init_args": {"data": str(new / "parcel-val.csv"), "others": {"old": str(data / "val.csv")}},
     }
     command = [
         str(ROOT / "train.py"),
@@ -146,9 +146,9 @@ def main() -> None:
     finetune(model, data, new, work / "naive", seed, *naive)
     for name in ("preset", "naive"):
         sources = [str(model), str(work / name / "best"), "--out", str(work / f"{name}-wise")]
-        sets = ["--data", str(new / "chalk-val.csv"), "--retain", str(data / "val.csv")]
+        sets = ["--data", str(new / "parcel-val.csv"), "--retain", str(data / "val.csv"), "--may-lose", "1"]
         run("-m", "miniclip.cli", "interpolate", *sources, *sets)
-    tables = {"chalk (new)": new / "chalk-test.csv"}
+    tables = {"parcel (new)": new / "parcel-test.csv"}
     tables |= {f"{name} (old)": data / f"{name}.csv" for name in ("digits", "inks", "unseen")}
     print(f"\n| held-out zero-shot top-1, % | {' | '.join(tables)} |\n|---{'|---' * len(tables)}|")
     for title, folder in {

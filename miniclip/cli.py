@@ -356,8 +356,8 @@ def interpolate(argv: list[str]) -> None:
         "the models between on the new task and on what is to be retained are printed and drawn.",
         epilog="OUT gets the model (config.json, model.safetensors), interpolation.json and interpolation.png.\n\n"
         "examples:\n"
-        "  miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain imagenet --out runs/mine/wise\n"
-        "  miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out runs/mine/half",
+        "  miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain old.csv --may-lose 1 --out wise\n"
+        "  miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half",
     )
     parser.add_argument("start", metavar="START", help="the model that fine-tuning began with")
     parser.add_argument("finetuned", metavar="FINETUNED", help="the model that it ended with")
@@ -367,6 +367,12 @@ def interpolate(argv: list[str]) -> None:
         "--alphas", type=_shares, default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", metavar="LIST", help="are scored"
     )
     parser.add_argument("--alpha", type=float, help="is saved; default: where the mean of new and old is highest")
+    parser.add_argument(
+        "--may-lose",
+        type=float,
+        metavar="POINTS",
+        help="instead: highest on new, old losing at most so many points",
+    )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
@@ -385,6 +391,8 @@ def _interpolate(options: argparse.Namespace) -> None:
         raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
+        raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
 
     from rich.console import Console
 
@@ -410,7 +418,7 @@ def _interpolate(options: argparse.Namespace) -> None:
                 progress=progress,
             )
         if alpha is None:
-            alpha = finetune.best(points).alpha
+            alpha = finetune.best(points, None if options.may_lose is None else options.may_lose / 100).alpha
             model = finetune.interpolate(start, finetuned, alpha)
         names = [data.name for data in new], [data.name for data in old]
         Console(width=None if sys.stdout.isatty() else 120).print(finetune.table(points, *names, alpha))

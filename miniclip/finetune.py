@@ -97,9 +97,19 @@ def sweep(
     return points
 
 
-def best(points: Sequence[Point]) -> Point:
-    """Of the highest mean of new and old; of equals the one nearest to the start, which changes least."""
-    return max(points, key=lambda point: (point.mean, -point.alpha))
+def best(points: Sequence[Point], may_lose: float | None = None) -> Point:
+    """Of the highest mean of new and old; of equals the one nearest to the start, which changes least.
+
+    Args:
+        may_lose: instead, the highest on the new tasks of those whose mean on the old ones is at most this much (a
+            share of 1) below the start's.
+    """
+    if may_lose is None:
+        return max(points, key=lambda point: (point.mean, -point.alpha))
+    (start,) = (point for point in points if point.alpha == 0)
+    # What rounding does to a mean is no loss.
+    allowed = [point for point in points if sum(point.old) >= sum(start.old) - len(start.old) * (may_lose + 1e-9)]
+    return max(allowed, key=lambda point: (sum(point.new), -point.alpha))
 
 
 def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chosen: float) -> Table:

@@ -141,7 +141,9 @@ class TimmTower(nn.Module):
             raise ValueError(
                 f"timm has no model {config.timm_model!r} with {pool or 'its own pooling'}: {error}"
             ) from error
-        width, bias = self.trunk.num_features, config.timm_projection_bias
+        # Some models have a layer more between what they call features and their classifier.
+        width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
+        bias = config.timm_projection_bias
         layers = OrderedDict[str, nn.Module]()
         if config.timm_projection == "linear":
             layers["proj"] = nn.Linear(width, embed_dim, bias=bias)

@@ -298,6 +298,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a run that is resumed
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
     with user_errors(MisconfigurationException):

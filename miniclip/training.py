@@ -44,7 +44,8 @@ class CLIPTraining(pl.LightningModule):
         start_from: a trained model to go on from, anything that `miniclip.load` takes. Its architecture is taken, too,
             so `clip` is left out. The weights are held in float32.
         locked: the tower that stays as it is and costs no memory for gradients: "image" fits a text tower to a trained
-            image tower (LiT, Zhai et al. 2022, https://arxiv.org/abs/2111.07991), "text" the reverse.
+            image tower (LiT, Zhai et al. 2022, https://arxiv.org/abs/2111.07991), "text" the reverse. The projection
+            behind a tower of timm's learns, as timm's weights have none.
         image_weights: what timm's image tower starts from: "timm" for what timm has under that name (downloaded once),
             or a file of weights with timm's names.
         teacher: a larger CLIP to learn from as well, anything that `miniclip.load` takes.
@@ -119,7 +120,7 @@ class CLIPTraining(pl.LightningModule):
         return image_features, text_features
 
     def _in_parts(self, encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, is_locked: bool) -> Tensor:
-        if is_locked:  # there is no gradient to encode once more for
+        if is_locked:  # it keeps nothing, so there is no memory to win by encoding once more
             return torch.cat([encode(part) for part in inputs.split(size)])
         return torch.cat(
             [checkpoint(encode, part, use_reentrant=False, context_fn=self._contexts) for part in inputs.split(size)]
@@ -137,7 +138,10 @@ class CLIPTraining(pl.LightningModule):
         return self.clip.encode_text(tokens, normalize=True)
 
     def _locked_tower(self) -> nn.Module:
-        return self.clip.visual if self.locked == "image" else self.clip.text
+        visual = self.clip.visual
+        if self.locked == "image":
+            return visual.trunk if isinstance(visual, TimmTower) else visual
+        return self.clip.text
 
     def train(self, mode: bool = True) -> CLIPTraining:
         """A locked tower stays in evaluation mode: batch norm neither counts batches nor normalises by them."""
