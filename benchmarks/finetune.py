@@ -151,20 +151,22 @@ def main() -> None:
     tables = {"parcel (new)": new / "parcel-test.csv"}
     tables |= {f"{name} (old)": data / f"{name}.csv" for name in ("digits", "inks", "unseen")}
     print(f"\n| held-out zero-shot top-1, % | {' | '.join(tables)} |\n|---{'|---' * len(tables)}|")
-    for title, folder in {
+    scores = {}
+    for name, folder in {
         "before": model,
-        f"preset, lr {options.lr:g}": work / "preset/best",
-        "preset, then interpolated": work / "preset-wise",
-        f"naive, lr {NAIVE_LR:g}": work / "naive/best",
-        "naive, then interpolated": work / "naive-wise",
+        "preset": work / "preset/best",
+        "preset, interpolated": work / "preset-wise",
+        "naive": work / "naive/best",
+        "naive, interpolated": work / "naive-wise",
     }.items():
-        told = title
-        if title.endswith("interpolated"):
+        told = name
+        if name.endswith("interpolated"):
             alpha = json.loads((folder / "interpolation.json").read_text())["saved_alpha"]
             told += f" (α = {alpha:g} by validation)"
-        print(
-            f"| {told} | {' | '.join(f'{100 * value:.1f}' for value in score(folder, tables).values())} |", flush=True
-        )
+        scores[name] = score(folder, tables)
+        row = " | ".join(f"{100 * value:.1f}" for value in scores[name].values())
+        print(f"| {told} | {row} |", flush=True)
+    (work / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 if __name__ == "__main__":

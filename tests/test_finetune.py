@@ -18,6 +18,7 @@ from helpers import tiny_clip, tiny_config
 from open_clip.loss import DistillClipLoss
 from PIL import Image
 from pytorch_lightning import Callback
+from test_demo import digits
 from test_distributed import Towers, assert_near, inputs
 from test_training import COLOURS, ROOT, arguments, data, fails, metrics, random_batch, state  # noqa: F401 (a fixture)
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +30,8 @@ from miniclip.data import Batch
 from miniclip.datasets import open_dataset
 from miniclip.loss import clip_loss, distillation_loss
 from miniclip.optim import OptimizerConfig, make_optimizer
+from miniclip.shards import pack
+from miniclip.sources import read_pairs
 from miniclip.teacher import Teacher
 from miniclip.training import CLIPTraining
 from miniclip.transforms import normalize
@@ -569,3 +572,24 @@ def test_the_loss_is_shared_between_contrast_and_teacher(data, start, tmp_path):
     trainer.main(arguments(data, tmp_path / "run", *more, steps=1))
     (row,) = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
     assert float(row["train/loss"]) == pytest.approx(float(row["train/distillation"]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_the_preset_gains_on_a_shifted_set_and_keeps_what_the_naive_rate_forgets(tmp_path):
+    """benchmarks/finetune.py on a model that is trained as the demo is."""
+    run, environment = tmp_path / "runs/digits", {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    digits.make(run / "data")
+    for part in ("train", "val"):
+        pack(read_pairs(run / "data" / part), run / "shards" / part, source=part)
+    for command in (
+        [ROOT / "train.py", "fit", "--config", ROOT / "configs/digits.yaml"],
+        [ROOT / "benchmarks/finetune.py", "--work", tmp_path / "work"],
+    ):
+        subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, check=True, env=environment)
+    scores = json.loads((tmp_path / "work/scores.json").read_text())
+    before, safe, naive = scores["before"], scores["preset, interpolated"], scores["naive"]
+    assert safe["parcel (new)"] > before["parcel (new)"] + 0.15
+    assert safe["digits (old)"] >= before["digits (old)"] - 0.01
+    assert safe["inks (old)"] >= before["inks (old)"] - 0.01
+    assert naive["digits (old)"] < before["digits (old)"] - 0.15
