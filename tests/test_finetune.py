@@ -230,7 +230,7 @@ def test_two_processes_with_a_locked_tower_train_as_one(data, start, tmp_path): 
     one, two = state(tmp_path / "run1"), state(tmp_path / "run2")
     given = tensors(start)
     for name, expected in one.items():
-        assert (two[name] - expected).abs().max() / expected.abs().max() < 1e-8, name
+        assert (two[name] - expected).abs().max() <= 1e-8 * expected.abs().max(), name
         if name.startswith("clip.visual."):
             assert torch.equal(expected, given[name.removeprefix("clip.")].double()), name
     assert not torch.equal(one["clip.text.text_projection"], given["text.text_projection"].double())
