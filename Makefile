@@ -51,6 +51,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/gradcache.py
+	if [ -d $(DEMO)/best ]; then $(BIN)/python benchmarks/finetune.py; fi
 
 clean:
 	rm -rf $(VENV) runs reports .pytest_cache .mypy_cache .ruff_cache build *.egg-info

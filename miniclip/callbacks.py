@@ -39,25 +39,63 @@ _MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
 class ZeroShotEvaluation(Callback):
     """Logs `val/zero_shot_acc1` at each validation: the score that a run is about, where labels are at hand.
 
+    A run that starts from a trained model is scored before its first step, too, and ends with before and after.
+
     Args:
         data: labelled images, as `miniclip eval --data` takes them.
         templates: name of a template set or a file; by default the data's own.
         batch_size: images per step.
+        others: more of them by names of your own, logged as `val/zero_shot_acc1_NAME`: what a fine-tuned model should
+            not forget. Their prompts are their own.
     """
 
-    def __init__(self, data: str, templates: str | None = None, batch_size: int = 256) -> None:
-        self.data, self.templates, self.batch_size = data, templates, batch_size
+    def __init__(
+        self, data: str, templates: str | None = None, batch_size: int = 256, others: dict[str, str] | None = None
+    ) -> None:
+        self.data, self.templates, self.batch_size, self.others = data, templates, batch_size, others or {}
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.dataset = open_dataset(self.data, templates=self.templates)
+        self.datasets = {"val/zero_shot_acc1": open_dataset(self.data, templates=self.templates)}
+        for name, data in self.others.items():
+            self.datasets[f"val/zero_shot_acc1_{name}"] = open_dataset(data)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _score(self, pl_module: pl.LightningModule) -> dict[str, float]:
         model = pl_module.scored
         assert isinstance(model, CLIP)
         preprocess = weights.preprocess_for(model.config)
-        scores = zero_shot_scores(model, preprocess, self.dataset, batch_size=self.batch_size)
-        accuracy = (scores.ranked[:, 0] == scores.labels).mean()
-        pl_module.log("val/zero_shot_acc1", float(accuracy), sync_dist=True)
+        accuracies = {}
+        for name, dataset in self.datasets.items():
+            scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
+            accuracies[name] = float((scores.ranked[:, 0] == scores.labels).mean())
+        return accuracies
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step or not getattr(pl_module, "starts_trained", False):
+            return
+        pl_module.eval()
+        self.before = self._score(pl_module)
+        pl_module.train()
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.before, step=0)
+            print(f"before training: {_listed(self.before)}", flush=True)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.after = self._score(pl_module)
+        pl_module.log_dict(dict(self.after), sync_dist=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.before and self.after and trainer.is_global_zero:
+            changes = [f"{name} {self.before[name]:.3f} → {self.after[name]:.3f}" for name in self.datasets]
+            print(f"from before training to the last validation: {'  '.join(changes)}", flush=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "after": self.after}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before, self.after = state_dict["before"], state_dict["after"]
 
 
 class RunMetrics(Callback):
@@ -190,8 +228,7 @@ class RunProgress(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scores = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
         if scores and not trainer.sanity_checking and self.is_enabled:
-            told = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            self._console.print(f"step {trainer.global_step}: {told}", highlight=False)
+            self._console.print(f"step {trainer.global_step}: {_listed(scores)}", highlight=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -216,6 +253,10 @@ class RunProgress(ProgressBar):
 
     def disable(self) -> None:
         self._is_on = False
+
+
+def _listed(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 def _told(metrics: dict[str, float]) -> str:

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     verbs.add_parser("check", help="what training on some pairs would meet, before it starts", add_help=False)
     verbs.add_parser("train", help="train a CLIP on shards", add_help=False)
     verbs.add_parser("eval", help="zero-shot scores of a model on labelled images, and a report", add_help=False)
+    verbs.add_parser("interpolate", help="weights between a model and its fine-tuned self (WiSE-FT)", add_help=False)
     verbs.add_parser(
         "report", help="the curves and numbers of a training run, or of several, as a page", add_help=False
     )
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     verbs.add_parser("info", help="what a checkpoint is: format, architecture, sizes, cost", add_help=False)
     verb = parser.parse_known_args(argv[:1])[0].verb
     functions = {"shards": shards, "check": check, "train": train, "eval": evaluate, "report": report}
-    functions |= {"convert": convert, "info": info}
+    functions |= {"interpolate": interpolate, "convert": convert, "info": info}
     functions[verb](argv[1:])
 
 
@@ -377,6 +378,107 @@ def report(argv: list[str]) -> None:
         out = options.out or Path(options.runs[0]) / PAGE_FILE
         write_page(out, options.runs)
         print(f"page: {out}")
+
+
+def interpolate(argv: list[str]) -> None:
+    """`miniclip interpolate START FINETUNED --data NEW --retain OLD --out DIR`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip interpolate",
+        formatter_class=_Help,
+        description="Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): less is forgotten\n"
+        "than at the end of fine-tuning, and often nothing of the new task is lost. Scores of the start, the end and\n"
+        "the models between on the new task and on what is to be retained are printed and drawn.",
+        epilog="OUT gets the model (config.json, model.safetensors), interpolation.json and interpolation.png.\n\n"
+        "examples:\n"
+        "  miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain old.csv --may-lose 1 --out wise\n"
+        "  miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half",
+    )
+    parser.add_argument("start", metavar="START", help="the model that fine-tuning began with")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="the model that it ended with")
+    parser.add_argument("--data", nargs="+", default=[], metavar="NEW", help="labelled images of the new task")
+    parser.add_argument("--retain", nargs="+", default=[], metavar="OLD", help="labelled images of what it knew before")
+    parser.add_argument(
+        "--alphas", type=_shares, default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", metavar="LIST", help="are scored"
+    )
+    parser.add_argument("--alpha", type=float, help="is saved; default: where the mean of new and old is highest")
+    parser.add_argument(
+        "--may-lose",
+        type=float,
+        metavar="POINTS",
+        help="instead: highest on new, old losing at most so many points",
+    )
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    options = parser.parse_args(argv)
+    with user_errors():
+        _interpolate(options)
+
+
+def _interpolate(options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    if (out / "config.json").exists() and not options.overwrite:
+        raise ValueError(f"{out} already holds a model; pass --overwrite to replace it, or name another --out")
+    if bool(options.data) != bool(options.retain) or not (options.data or options.alpha is not None):
+        raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
+        raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
+
+    from rich.console import Console
+
+    from . import finetune, weights
+    from .datasets import open_dataset
+
+    new, old = ([open_dataset(source) for source in sources] for sources in (options.data, options.retain))
+    start, _ = weights.load(options.start, device=options.device)
+    finetuned, _ = weights.load(options.finetuned, device=options.device)
+    model = None if options.alpha is None else finetune.interpolate(start, finetuned, options.alpha)
+    alpha = options.alpha
+    if new:
+        alphas = sorted({0.0, 1.0, *options.alphas, *([] if alpha is None else [alpha])})
+        with _progress("scoring", len(alphas)) as progress:
+            points = finetune.sweep(
+                start,
+                finetuned,
+                new,
+                old,
+                alphas,
+                batch_size=options.batch_size,
+                num_workers=options.workers,
+                progress=progress,
+            )
+        if alpha is None:
+            alpha = finetune.best(points, None if options.may_lose is None else options.may_lose / 100).alpha
+            model = finetune.interpolate(start, finetuned, alpha)
+        names = [data.name for data in new], [data.name for data in old]
+        Console(width=None if sys.stdout.isatty() else 120).print(finetune.table(points, *names, alpha))
+        if options.alpha is None:
+            print(
+                f"alpha {alpha:g} was chosen on the very images that it is scored on here, so its score is a bit too "
+                "good; choose it on others than those that you report."
+            )
+        finetune.write_json(out / "interpolation.json", options.start, options.finetuned, points, *names, alpha)
+        picture = out / "interpolation.png"
+        finetune.write_picture(picture, points, " and ".join(names[0]), " and ".join(names[1]), alpha)
+        print(f"picture: {picture}")
+    assert model is not None
+    weights.save(model, out, overwrite=options.overwrite)
+    print(f"model of alpha {alpha:g}: {out}; miniclip.load reads it")
+
+
+def _shares(text: str) -> list[float]:
+    """Numbers from 0 to 1, parted by commas."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; write 0,0.25,0.5,1") from error
+    if not all(0 <= number <= 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} are not all from 0, the start, to 1, the fine-tuned model")
+    return numbers
 
 
 _CHECKPOINTS = (

@@ -263,6 +263,22 @@ def _known(cls: Any, values: Any, source: str) -> dict[str, Any]:
     return values
 
 
+def differences(first: Any, second: Any, name: str, whose: tuple[str, str]) -> list[str]:
+    """A line for each value in which two nested configurations differ, of those that both have.
+
+    Args:
+        first, second: as `CLIPConfig.to_dict` gives them.
+        name: of the whole, for the lines; may be empty.
+        whose: what comes before the value of the first and of the second.
+    """
+    if isinstance(first, dict):
+        both = [key for key in first if key in second]
+        return [
+            line for key in both for line in differences(first[key], second[key], f"{name}.{key}".lstrip("."), whose)
+        ]
+    return [] if first == second else [f"  {name}: {whose[0]} {first}, {whose[1]} {second}"]
+
+
 def _vit(embed_dim: int, text_width: int, image_size: int, patch_size: int, width: int, layers: int) -> CLIPConfig:
     vision = VisionConfig(image_size=image_size, patch_size=patch_size, width=width, layers=layers)
     return CLIPConfig(embed_dim=embed_dim, vision=vision, text=TextConfig(width=text_width))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def clip_loss(
@@ -329,3 +330,92 @@ class _Gather(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def distillation_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: Tensor | float,
+    chunk_size: int | None = None,
+    mask: Tensor | None = None,
+    across_processes: bool = False,
+) -> Tensor:
+    """How far a student's choices among the batch are from a teacher's: cross-entropy of one softmax to the other.
+
+    For each image the teacher says how likely each text of the batch is, for each text each image; the student is to
+    say the same ("affinity mimicking" of TinyCLIP, Wu et al. 2023, section 3.1, https://arxiv.org/abs/2309.12314;
+    "contrastive relational distillation" of CLIP-KD, Yang et al. 2024, https://arxiv.org/abs/2307.12732). The least
+    value is the teacher's own entropy, and there the gradient is zero. Computed in at least float32.
+
+    Args:
+        image_features, text_features: (b, E), of unit length, the student's.
+        teacher_image_features, teacher_text_features: (b, F), of unit length, of the same pairs; they get no gradient.
+        logit_scale, teacher_logit_scale: inverse temperatures, already exponentiated.
+        chunk_size: rows of the (b, B) logits that are in memory at a time, by default all.
+        mask, across_processes: as in `clip_loss`.
+
+    Returns:
+        A scalar, the mean over pairs and both directions.
+
+    Raises:
+        ValueError: shapes that do not pair up, or a mask that leaves no pair.
+    """
+    student, teacher = (image_features, text_features), (teacher_image_features, teacher_text_features)
+    for whose, (images, texts) in (("student", student), ("teacher", teacher)):
+        if images.shape != texts.shape or images.ndim != 2 or len(images) != len(image_features) or not len(images):
+            raise ValueError(
+                f"the {whose}'s image features {tuple(images.shape)} and text features {tuple(texts.shape)} must have "
+                f"the same shape, with as many rows as there are pairs, {len(image_features)}, and at least 1"
+            )
+    if mask is not None and (mask.shape != image_features.shape[:1] or (not across_processes and not mask.any())):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} keeps {int(mask.sum())} pairs; it must be (B,) and keep one"
+        )
+    with torch.autocast(image_features.device.type, enabled=False):
+        dtype = torch.promote_types(image_features.dtype, torch.float32)
+        is_shared = across_processes and _has_processes()
+        everywhere = gather if is_shared else (lambda rows: rows)
+        b = len(image_features)
+        own = [features.to(dtype) for features in (*student, *(t.detach() for t in teacher))]
+        images, texts, teacher_images, teacher_texts = own
+        all_images, all_texts, all_teacher_images, all_teacher_texts = map(everywhere, own)
+        healthy = None if mask is None else everywhere(mask)  # (B,)
+        scales = [
+            torch.as_tensor(scale, dtype=dtype, device=images.device)
+            for scale in (logit_scale, torch.as_tensor(teacher_logit_scale).detach())
+        ]
+        losses = images.new_zeros(b)
+        for mine, others, teachers, teachers_others in (
+            (images, all_texts, teacher_images, all_teacher_texts),
+            (texts, all_images, teacher_texts, all_teacher_images),
+        ):
+            parts = []
+            for rows in _slices(b, chunk_size or b):
+                inputs = (mine[rows], others, teachers[rows], teachers_others, *scales, healthy)
+                if chunk_size is None or chunk_size >= b:
+                    parts.append(_cross_entropy(*inputs))
+                else:  # logits are computed again for the gradient
+                    parts.append(checkpoint(_cross_entropy, *inputs, use_reentrant=False, preserve_rng_state=False))
+            losses = losses + torch.cat(parts) / 2
+        if mask is None or healthy is None:
+            return losses.mean()
+        world_size = dist.get_world_size() if is_shared else 1
+        return losses.where(mask, 0).sum() * world_size / healthy.sum()
+
+
+def _cross_entropy(
+    own: Tensor,
+    others: Tensor,
+    teachers_own: Tensor,
+    teachers_others: Tensor,
+    scale: Tensor,
+    teacher_scale: Tensor,
+    healthy: Tensor | None,
+) -> Tensor:
+    """(n, E), (B, E) of the student and (n, F), (B, F) of the teacher -> (n,)."""
+    wanted = _masked((teacher_scale * teachers_own) @ teachers_others.T, healthy, 1).softmax(dim=1)  # (n, B)
+    found = _masked((scale * own) @ others.T, healthy, 1).log_softmax(dim=1)
+    return -torch.linalg.vecdot(wanted, found)

@@ -135,14 +135,15 @@ class TimmTower(nn.Module):
             ) from error
         self.input_resolution = config.image_size
         pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
-        is_classifier = config.timm_projection == "classifier"
         try:
-            self.trunk = timm.create_model(config.timm_model, num_classes=embed_dim if is_classifier else 0, **pool)
+            self.trunk = timm.create_model(config.timm_model, num_classes=_num_classes(config, embed_dim), **pool)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"timm has no model {config.timm_model!r} with {pool or 'its own pooling'}: {error}"
             ) from error
-        width, bias = self.trunk.num_features, config.timm_projection_bias
+        # Some models have a layer more between what they call features and their classifier.
+        width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
+        bias = config.timm_projection_bias
         layers = OrderedDict[str, nn.Module]()
         if config.timm_projection == "linear":
             layers["proj"] = nn.Linear(width, embed_dim, bias=bias)
@@ -154,6 +155,39 @@ class TimmTower(nn.Module):
             )
         self.head = nn.Sequential(layers)
 
+    def load_trunk(self, config: VisionConfig, embed_dim: int, file: str | None = None) -> None:
+        """Takes over weights of timm's: those that it has for the model, downloaded once, or a file with its names.
+
+        Raises:
+            ValueError: there are none, they do not fit, or `config` normalises images otherwise than they need.
+        """
+        import timm
+
+        what = f"weights of timm's for {config.timm_model!r}" + (f" in {file}" if file else "")
+        pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        try:
+            trunk: Any = timm.create_model(
+                config.timm_model,
+                pretrained=True,
+                pretrained_cfg_overlay={"file": file} if file else None,
+                num_classes=_num_classes(config, embed_dim),
+                **pool,
+            )
+        except Exception as error:  # of downloads and damaged files anything
+            raise ValueError(f"no {what}: {error}") from error
+        for name in ("mean", "std"):
+            theirs, ours = tuple(trunk.pretrained_cfg[name]), getattr(config, name)
+            if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
+                raise ValueError(
+                    f"{what} need images of {name} {theirs}; set model.clip.vision.{name}, which is {ours}"
+                )
+        self.trunk.load_state_dict(trunk.state_dict())
+
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
         """Normalised images (B, 3, R, R) -> (B, E), or with `all_tokens` what the model gives before pooling."""
         return self.trunk.forward_features(images) if all_tokens else self.head(self.trunk(images))
+
+
+def _num_classes(config: VisionConfig, embed_dim: int) -> int:
+    """Of timm's own classifier, which may serve as the projection."""
+    return embed_dim if config.timm_projection == "classifier" else 0

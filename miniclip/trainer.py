@@ -36,10 +36,11 @@ from .checkpointing import (
     RandomStates,
     what_is_kept,
 )
+from .config import CLIPConfig
 from .curves import PAGE_FILE, read_run
 from .data import BatchSampler, PairDataModule
 from .files import user_errors
-from .training import NON_FINITE, CLIPTraining
+from .training import NON_FINITE, CLIPTraining, refuse_another_architecture
 
 
 class _Parser(LightningArgumentParser):
@@ -100,6 +101,30 @@ class TrainingCLI(LightningCLI):
             help="The run's length in samples, in place of trainer.max_steps: as many batches as hold them.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """A run that starts from a trained model has its architecture, and so have the data.
+
+        What that is becomes the default of model.clip and all is parsed once more, so that links follow, and what then
+        differs was asked for.
+        """
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        model = settings.model
+        if model.start_from is None and model.image_weights is None:
+            return
+        resumed = _resumed(settings)
+        source = model.start_from if resumed is None else str(resumed)
+        if source is None or (resumed is not None and not resumed.is_file()):
+            return
+        start = weights.read_checkpoint(weights.locate(source)).config
+        self._parser(self.config.subcommand).set_defaults(_flat(start.to_dict(), "model.clip"))
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        asked = CLIPConfig.from_dict(settings.model.clip.as_dict(), "model.clip")
+        refuse_another_architecture(start, asked, f"model.start_from {source!r}" if resumed is None else source)
+        if resumed is not None:  # the checkpoint has all that the run started with
+            settings.model.start_from, settings.model.image_weights = source, None
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         options = LightningCLI.subcommands()
@@ -114,8 +139,9 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        _settle_folder(config)
-        run = self.run_folder
+        run = _folder(config)
+        # The configuration that the run keeps has the folder alone.
+        config.trainer.default_root_dir, config.name = str(run), None
         holds_a_run = any(_checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
         if config.ckpt_path == "last":
             last = _checkpoints(run) / "last.ckpt"
@@ -133,9 +159,10 @@ class TrainingCLI(LightningCLI):
                     f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
                     "or name another by --name"
                 )
-        elif not config.ckpt_path:
+        elif not config.ckpt_path and not config.model.start_from:
             raise ValueError(
-                "validate needs --ckpt_path FILE (or last): without it a model of random weights is scored"
+                "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL: without it a model of random "
+                "weights is scored"
             )
 
     @staticmethod
@@ -283,19 +310,35 @@ def command_line(argv: list[str], python: str) -> str:
     return shlex.join([*([python] if argv[0].endswith(".py") else []), *argv])
 
 
-def _settle_folder(config: Any) -> None:
-    """Makes the run's name its folder. The configuration that the run keeps has the folder alone."""
-    trainer = config.trainer
-    if config.get("name") is not None:
-        if trainer.default_root_dir is not None:
-            raise ValueError(
-                f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
-                f"trainer.default_root_dir is {trainer.default_root_dir!r}; leave one of them out"
-            )
-        if not re.fullmatch(r"\w[\w.-]*", config.name):
-            raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")
-        trainer.default_root_dir, config.name = f"runs/{config.name}", None
-    trainer.default_root_dir = trainer.default_root_dir or "runs/run"
+def _folder(config: Any) -> Path:
+    """The run's, which its name tells, or `trainer.default_root_dir`."""
+    folder = config.trainer.default_root_dir
+    if config.get("name") is None:
+        return Path(folder or "runs/run")
+    if folder is not None:
+        raise ValueError(
+            f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
+            f"trainer.default_root_dir is {folder!r}; leave one of them out"
+        )
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")
+    return Path("runs", config.name)
+
+
+def _resumed(settings: Any) -> Path | None:
+    """The checkpoint that a run goes on from."""
+    if settings.ckpt_path == "last":
+        last = _checkpoints(_folder(settings)) / "last.ckpt"
+        return last if last.is_file() else None
+    return Path(settings.ckpt_path) if settings.ckpt_path else None
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested values by dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
+    return out
 
 
 def _checkpoints(run: Path) -> Path:
@@ -315,6 +358,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a run that is resumed
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
     with user_errors(MisconfigurationException):

@@ -22,15 +22,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
-from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig
+from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
 from .data import Batch, PairDataModule
 from .evaluate import recall_at_1
 from .files import write_text
-from .loss import clip_loss, gather, siglip_chance, siglip_loss
+from .loss import clip_loss, distillation_loss, gather, siglip_chance, siglip_loss
 from .model import CLIP
 from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .processes import collect
 from .sharding import local, shard, whole
+from .teacher import Teacher
+from .towers import TimmTower
 from .transforms import normalize
 
 LossKind = Literal["clip", "siglip"]
@@ -78,6 +80,15 @@ class CLIPTraining(pl.LightningModule):
         ema_decay: keeps an exponential moving average of the weights, of which each step leaves this much (0.999, or
             0.99 for a run of some hundred steps). It is what validation scores and what `best/` is; training goes on
             with the weights themselves. Early on, when there is little to average, each step leaves less.
+        start_from: a trained model to go on from, anything that `miniclip.load` takes. Its architecture is taken, too,
+            so `clip` is left out. The weights are held in float32.
+        locked: the tower that stays as it is and costs no memory for gradients: "image" fits a text tower to a trained
+            image tower (LiT, Zhai et al. 2022, https://arxiv.org/abs/2111.07991), "text" the reverse. The projection
+            behind a tower of timm's learns, as timm's weights have none.
+        image_weights: what timm's image tower starts from: "timm" for what timm has under that name (downloaded once),
+            or a file of weights with timm's names.
+        teacher: a larger CLIP to learn from as well, anything that `miniclip.load` takes.
+        distillation: share of the loss that is the distance to the teacher, above 0 to 1; without one it says nothing.
     """
 
     def __init__(
@@ -89,10 +100,25 @@ class CLIPTraining(pl.LightningModule):
         positives: Literal["pair", "caption"] = "pair",
         loss: LossKind = "clip",
         ema_decay: float | None = None,
+        start_from: str | None = None,
+        locked: Literal["none", "image", "text"] = "none",
+        image_weights: str | None = None,
+        teacher: str | None = None,
+        distillation: float = 0.5,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"model.ema_decay is {ema_decay}; it must be above 0 and below 1, such as 0.999")
+        start = None if start_from is None else weights.read_checkpoint(weights.locate(start_from))
+        if start is not None and image_weights is not None:
+            raise ValueError(
+                f"model.start_from is {start_from!r} and model.image_weights {image_weights!r}; the first holds both "
+                "towers' weights already, so give one of the two"
+            )
+        if start is not None:
+            if clip not in (CLIPConfig(), start.config):
+                refuse_another_architecture(start.config, clip, f"model.start_from {start_from!r}")
+            clip = start.config
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
         if clip.towers != "both":
@@ -114,7 +140,25 @@ class CLIPTraining(pl.LightningModule):
                 f"model.clip.init_logit_bias is {clip.init_logit_bias:g}, and a bias changes nothing in the loss "
                 "'clip': leave it out, or set model.loss=siglip"
             )
-        self.clip = CLIP(clip)
+        self.clip = CLIP(clip) if start is None else weights.build(start, str(start_from))
+        if image_weights is not None:
+            if not isinstance(self.clip.visual, TimmTower):
+                raise ValueError(
+                    f"model.image_weights is for towers of timm's, and model.clip.vision.kind is {clip.vision.kind!r}"
+                )
+            self.clip.visual.load_trunk(clip.vision, clip.embed_dim, None if image_weights == "timm" else image_weights)
+        if (locked == "image" and not (start or image_weights)) or (locked == "text" and not start):
+            raise ValueError(
+                f"model.locked is {locked!r}, and that tower's weights are random; give model.start_from"
+                + (", or model.image_weights for an image tower of timm's" if locked == "image" else "")
+            )
+        if teacher is not None and not 0 < distillation <= 1:
+            raise ValueError(f"model.distillation is {distillation}; it is a share of the loss, above 0 to 1")
+        self.starts_trained = start is not None
+        self.locked = locked
+        if locked != "none":
+            self._locked_tower().requires_grad_(False).eval()
+        self.teacher, self.distillation = None if teacher is None else Teacher(teacher), distillation
         self.ema_decay = ema_decay
         self.average = None if ema_decay is None else copy.deepcopy(self.clip).requires_grad_(False)
         self.optimizer_config = optimizer
@@ -144,17 +188,47 @@ class CLIPTraining(pl.LightningModule):
         size = self.micro_batch_size or len(batch.images)
         if size >= len(batch.images) or not torch.is_grad_enabled():
             return self._encode(batch.images, batch.tokens)
-        parts = [
-            checkpoint(self._encode, images, tokens, use_reentrant=False, context_fn=self._contexts)
-            for images, tokens in zip(batch.images.split(size), batch.tokens.split(size), strict=True)
-        ]
-        image_features, text_features = (torch.cat(features) for features in zip(*parts, strict=True))
+        image_features = self._in_parts(self._encode_images, batch.images, size, self.locked == "image")
+        text_features = self._in_parts(self._encode_texts, batch.tokens, size, self.locked == "text")
         return image_features, text_features
 
+    def _in_parts(self, encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, is_locked: bool) -> Tensor:
+        if is_locked:  # it keeps nothing, so there is no memory to win by encoding once more
+            return torch.cat([encode(part) for part in inputs.split(size)])
+        return torch.cat(
+            [checkpoint(encode, part, use_reentrant=False, context_fn=self._contexts) for part in inputs.split(size)]
+        )
+
     def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.clip if self.training else self.scored
-        pixels = normalize(images, model.config.vision.mean, model.config.vision.std)
-        return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+        return self._encode_images(images), self._encode_texts(tokens)
+
+    # A locked tower has no parameter with a gradient and so builds no graph and keeps no activations.
+    def _encode_images(self, images: Tensor) -> Tensor:
+        vision = self.clip.config.vision
+        return self._model().encode_image(normalize(images, vision.mean, vision.std), normalize=True)
+
+    def _encode_texts(self, tokens: Tensor) -> Tensor:
+        return self._model().encode_text(tokens, normalize=True)
+
+    def _model(self) -> CLIP:
+        return self.clip if self.training else self.scored
+
+    def _locked_tower(self) -> nn.Module:
+        visual = self.clip.visual
+        if self.locked == "image":
+            return visual.trunk if isinstance(visual, TimmTower) else visual
+        return self.clip.text
+
+    def train(self, mode: bool = True) -> CLIPTraining:
+        """A locked tower stays in evaluation mode: batch norm neither counts batches nor normalises by them."""
+        super().train(mode)
+        if self.locked != "none":
+            self._locked_tower().eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device, self.clip.dtype)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For encoding, and for encoding once more: batch norm has seen the batch by then."""
@@ -194,6 +268,13 @@ class CLIPTraining(pl.LightningModule):
             groups=groups,
             across_processes=is_shared,
         )
+        if self.teacher is not None:
+            taught = self.teacher.features(batch.images, batch.tokens, self.micro_batch_size)
+            distance = distillation_loss(
+                image_features, text_features, scale, *taught, self.teacher.logit_scale, chunk_size, mask, is_shared
+            )
+            self.log("train/distillation", distance.detach(), sync_dist=is_shared)
+            loss = (1 - self.distillation) * loss + self.distillation * distance
         self._step = _Step(batch, loss.detach(), image_features.detach(), text_features.detach())
         if is_logged(self.trainer, self.global_step + 1):
             images, texts = gather(image_features.detach()), gather(text_features.detach())
@@ -349,6 +430,8 @@ class CLIPTraining(pl.LightningModule):
             "model.optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "model.loss": self.loss,
             "model.positives": self.positives,
+            "model.locked": self.locked,
+            "model.distillation": 0.0 if self.teacher is None else self.distillation,
             "model.ema_decay": self.ema_decay,
             "trainer.precision": str(self.trainer.precision),
             "steps": int(self.trainer.estimated_stepping_batches),
@@ -356,9 +439,8 @@ class CLIPTraining(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
-        if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
-            raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
+        saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY])
+        refuse_another_architecture(saved, self.clip.config, "the checkpoint")
         is_averaged = any(name.startswith(weights.LIGHTNING_AVERAGE_PREFIX) for name in checkpoint["state_dict"])
         if is_averaged != (self.average is not None):
             raise ValueError(
@@ -366,13 +448,17 @@ class CLIPTraining(pl.LightningModule):
                 f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
             )
         self._resumed_from = checkpoint.get(_SETTINGS)
-        for name in ("kind", "timm_name"):
-            own = getattr(self.optimizer_config, name)
-            before = (self._resumed_from or {}).get("model.optimizer", {}).get(name, own)
-            if before != own:
+        before, own = self._resumed_from or {}, self._settings()
+        fixed = [
+            (f"model.optimizer.{name}", before.get("model.optimizer", {}).get(name), own["model.optimizer"][name])
+            for name in ("kind", "timm_name")
+        ]
+        fixed.append(("model.locked", before.get("model.locked"), self.locked))
+        for name, saved_value, value in fixed:
+            if saved_value not in (None, value):
                 raise ValueError(
-                    f"the checkpoint was trained with model.optimizer.{name} {before}, this run has {own}, which can't "
-                    "go on with the other's state; go on with the same, or begin a run in another folder"
+                    f"the checkpoint was trained with {name} {saved_value}, this run has {value}, which can't go on "
+                    "with the other's state; go on with the same, or begin a run in another folder"
                 )
 
     def on_train_start(self) -> None:
@@ -383,7 +469,7 @@ class CLIPTraining(pl.LightningModule):
 
     def _go_on_under_own_settings(self, saved: dict[str, Any]) -> None:
         """A resumed run goes by its own rates and decays, where Lightning would silently go by the checkpoint's."""
-        lines = _differences(saved, self._settings())
+        lines = differences(saved, self._settings(), "", ("the checkpoint has", "this run"))
         if lines and self.trainer.is_global_zero:
             print("This run goes on under other settings than its checkpoint:\n" + "\n".join(lines), flush=True)
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
@@ -423,12 +509,14 @@ def _running_statistics_held(model: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _differences(checkpoint: Any, run: Any, name: str = "") -> list[str]:
-    """A line for each value in which two nested configurations differ."""
-    if isinstance(checkpoint, dict):
-        both = [key for key in checkpoint if key in run]
-        return [line for key in both for line in _differences(checkpoint[key], run[key], f"{name}.{key}".lstrip("."))]
-    return [] if checkpoint == run else [f"  {name}: the checkpoint has {checkpoint}, this run {run}"]
+def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source: str) -> None:
+    """
+    Raises:
+        ValueError: the run's architecture is not the checkpoint's; names what differs.
+    """
+    lines = differences(checkpoint.to_dict(), run.to_dict(), "model.clip", ("the checkpoint has", "this run"))
+    if lines:
+        raise ValueError(f"{source} holds another architecture than this run:\n" + "\n".join(lines))
 
 
 def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:

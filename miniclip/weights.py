@@ -326,7 +326,8 @@ def _read_file(path: Path, activation: Activation | None) -> Checkpoint:
     if activation is None:
         raise ValueError(
             f"{path} does not tell its activation. Pass activation='quick_gelu' if the weights come from OpenAI's "
-            "(also fine-tuned ones), 'gelu' if they are OpenCLIP's own; with the wrong one the model runs, and is worse"
+            "(also fine-tuned ones), 'gelu' if they are OpenCLIP's own; with the wrong one the model runs, and is "
+            "worse (nothing to pass it to? once: miniclip convert FILE FOLDER --to native --activation quick_gelu)"
         )
     with _naming(path):
         return Checkpoint(file_format, native, infer_config(native, activation, str(path)))

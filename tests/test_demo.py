@@ -115,19 +115,37 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
 
 
-# What tells towers of any size how to fit into a test.
-SMALL = [
-    "--model.clip.vision.layers=2",
-    "--model.clip.vision.width=64",
-    "--model.clip.text.layers=2",
-    "--model.clip.text.width=64",
-]
 SECTIONS = [
     "--model.clip.embed_dim=32",
     "--model.optimizer.lr=0.002",
     "--data.num_workers=0",
     "--trainer.log_every_n_steps=1",
 ]
+
+
+# What makes a step of the large ones a matter of a second, and gives what they start or learn from.
+SMALL_TEXT = ["--model.clip.text.width=64", "--model.clip.text.layers=1"]
+SMALL = {
+    "vit-b32.yaml": ["--model.clip.vision={image_size: 32, width: 64, layers: 1}", *SMALL_TEXT],
+    "rn50.yaml": ["--model.clip.vision={image_size: 32, width: 8, blocks: [1, 1, 1, 1]}", *SMALL_TEXT],
+    "timm.yaml": ["--model.clip.vision.image_size=32", *SMALL_TEXT],
+    "lit.yaml": [
+        "--model.clip.vision={timm_model: test_resnet, image_size: 32}",
+        "--model.image_weights=test_resnet.pth",
+        *SMALL_TEXT,
+    ],
+    "siglip-b16.yaml": [
+        "--model.clip.vision={image_size: 32, patch_size: 16, width: 64, layers: 1}",
+        "--model.micro_batch_size=8",
+        *SMALL_TEXT,
+    ],
+    "finetune.yaml": ["--model.start_from=start"],
+    "distill.yaml": [
+        "--model.clip.vision={image_size: 32, width: 64, layers: 1}",
+        "--model.teacher=start",
+        *SMALL_TEXT,
+    ],
+}
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
@@ -140,9 +158,15 @@ def test_every_configuration_trains_with_a_field_of_each_section_overridden(fold
         "--data.batch_size=16",
         f"--name={config}",
     ]
-    trainer.main(["fit", "--config", str(ROOT / "configs" / config), *shards, *short, *SMALL, *SECTIONS])
-    from miniclip import load
+    import timm
+    from helpers import tiny_clip
 
+    from miniclip import load, save
+
+    save(tiny_clip(embed_dim=32), "start", overwrite=True)
+    torch.save(timm.create_model("test_resnet").state_dict(), "test_resnet.pth")
+    more = ["--trainer.accelerator=cpu", *SMALL.get(config, [])]
+    trainer.main(["fit", "--config", str(ROOT / "configs" / config), *shards, *short, *SECTIONS, *more])
     model, _ = load(f"runs/{config}/best")
     assert model.config.embed_dim == 32
 

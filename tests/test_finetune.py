@@ -1,0 +1,595 @@
+"""Starting from a trained model, locked towers, models between two, and learning from a larger one."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from helpers import tiny_clip, tiny_config
+from open_clip.loss import DistillClipLoss
+from PIL import Image
+from pytorch_lightning import Callback
+from test_demo import digits
+from test_distributed import Towers, assert_near, inputs
+from test_training import COLOURS, ROOT, arguments, data, fails, metrics, random_batch, state  # noqa: F401 (a fixture)
+from torch.nn.parallel import DistributedDataParallel
+
+import miniclip
+from miniclip import cli, finetune, trainer
+from miniclip.config import TextConfig, VisionConfig
+from miniclip.data import Batch
+from miniclip.datasets import open_dataset
+from miniclip.loss import clip_loss, distillation_loss
+from miniclip.optim import OptimizerConfig, make_optimizer
+from miniclip.shards import pack
+from miniclip.sources import read_pairs
+from miniclip.teacher import Teacher
+from miniclip.training import CLIPTraining
+from miniclip.transforms import normalize
+
+
+@pytest.fixture
+def start(tmp_path) -> Path:
+    """A model whose architecture has nothing of the defaults."""
+    vision = VisionConfig(image_size=24, patch_size=8, width=16, layers=2, head_width=8, preprocess="hf")
+    config = tiny_config(activation="gelu", vision=vision, text=TextConfig(20, width=24, layers=2, head_width=8))
+    torch.manual_seed(7)
+    miniclip.save(miniclip.CLIP(config), tmp_path / "start")
+    return tmp_path / "start"
+
+
+def without_model(data: Path, run: Path, *more: str, steps: int = 3) -> list[str]:  # noqa: F811
+    own = [a for a in arguments(data, run, steps=steps) if not a.startswith("--model.clip.")]
+    return [*own, *more]
+
+
+class Look(Callback):
+    """Remembers what the run's data were told of its model."""
+
+    seen = ()
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        module = trainer.datamodule
+        Look.seen = (module.image_size, module.context_length, module.preprocess)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return miniclip.load(path, device="cpu")[0].state_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# start_from
+
+
+def test_a_run_takes_architecture_and_weights_from_where_it_starts(data, start, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    # A rate of next to nothing, so that what comes out is what went in.
+    look = '--trainer.callbacks=[{"class_path": "test_finetune.Look"}]'
+    trainer.main(without_model(data, run, f"--model.start_from={start}", "--model.optimizer.lr=1e-12", look))
+    assert Look.seen == (24, 20, "hf")
+    model, _ = miniclip.load(run / "best", device="cpu")
+    assert model.config == miniclip.load(start, device="cpu")[0].config
+    for name, expected in tensors(start).items():
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=1e-9, msg=name)
+
+
+def test_weights_of_half_precision_become_float32(start):
+    model, _ = miniclip.load(start, device="cpu", dtype=torch.float16)
+    miniclip.save(model, start, overwrite=True)
+    module = CLIPTraining(start_from=str(start))
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "given, line",
+    [
+        (["--model.clip.embed_dim=32"], "model.clip.embed_dim: the checkpoint has 16, this run 32"),
+        (["--model.clip.embed_dim=512"], "model.clip.embed_dim: the checkpoint has 16, this run 512"),  # the default
+        (["--model.clip.vision.layers=3"], "model.clip.vision.layers: the checkpoint has 2, this run 3"),
+    ],
+)
+def test_an_architecture_that_is_asked_for_beside_must_be_the_same(data, start, tmp_path, capsys, given, line):  # noqa: F811
+    said = fails(capsys, without_model(data, tmp_path / "run", f"--model.start_from={start}", *given))
+    assert line in said
+    assert said.count("the checkpoint has") == 1
+    assert str(start) in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_the_same_architecture_may_be_given(data, start, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    trainer.main(without_model(data, run, f"--model.start_from={start}", "--model.clip.vision.image_size=24", steps=1))
+    assert miniclip.load(run / "best", device="cpu")[0].config.vision.image_size == 24
+
+
+def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):  # noqa: F811
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    go = f"--model.start_from={start}"
+    trainer.main(without_model(data, straight, go, steps=4))
+    stopper = '[{"class_path": "test_training.StopAt", "init_args": {"step": 2}}]'
+    with pytest.raises(SystemExit):
+        trainer.main(without_model(data, broken, go, f"--trainer.callbacks={stopper}", steps=4))
+    start.rename(tmp_path / "moved")
+    trainer.main(without_model(data, broken, go, "--ckpt_path=last", steps=4))
+    for name, expected in state(straight).items():
+        assert torch.equal(state(broken)[name], expected), name
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--model.start_from=nowhere"], "no checkpoint at 'nowhere'"),
+        (["--model.locked=image"], "model.locked is 'image', and that tower's weights are random"),
+        (["--model.locked=both"], "both"),
+        (["--model.image_weights=timm"], "model.clip.vision.kind is 'vit'"),
+        (["--model.start_from={start}", "--model.image_weights=timm"], "give one of the two"),
+        (["--model.teacher=nowhere"], "no checkpoint at 'nowhere'"),
+        (["--model.teacher={start}", "--model.distillation=1.5"], "model.distillation is 1.5"),
+        (["--model.teacher={start}", "--model.distillation=0"], "model.distillation is 0"),
+    ],
+)
+def test_a_mistake_is_answered_in_words(data, start, tmp_path, capsys, more, message):  # noqa: F811
+    said = fails(capsys, without_model(data, tmp_path / "run", *(part.format(start=start) for part in more)))
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_in_python_a_whole_other_architecture_is_refused(start):
+    with pytest.raises(ValueError, match=r"model\.clip\.vision\.image_size: the checkpoint has 24, this run 16"):
+        CLIPTraining(tiny_config(), start_from=str(start))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locked towers
+
+
+def short_batch(number: int, resolution: int, seed: int = 0) -> Batch:
+    batch = random_batch(number, resolution, seed)
+    return batch._replace(tokens=batch.tokens[:, :8])
+
+
+def trained(module: CLIPTraining, steps: int = 2, resolution: int = 24) -> None:
+    optimizer = make_optimizer(module.clip, OptimizerConfig(lr=0.01))
+    module.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        images, texts = module.features(short_batch(6, resolution, seed=step))
+        clip_loss(images, texts, module.clip.logit_scale.exp()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("locked, other", [("image", "text"), ("text", "visual")])
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_locked_tower_stays_and_the_other_learns(start, locked, other, size):
+    module = CLIPTraining(start_from=str(start), locked=locked, micro_batch_size=size)
+    tower = {"image": "visual", "text": "text"}[locked]
+    before = {name: tensor.clone() for name, tensor in module.clip.state_dict().items()}
+    held = {id(p) for group in make_optimizer(module.clip, OptimizerConfig()).param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in module.clip.named_parameters() if not name.startswith(f"{tower}.")}
+    trained(module)
+    after = module.clip.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name.startswith(f"{tower}."))
+    changed = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+    assert any(name.startswith(f"{other}.") for name in changed)
+    assert "logit_scale" in changed
+
+
+def test_a_locked_tower_keeps_nothing_for_the_gradient(start):
+    module = CLIPTraining(start_from=str(start), locked="image")
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        features = module._encode_images(random_batch(3, 24).images)
+    assert not saved
+    assert not features.requires_grad
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_locking_changes_no_gradient_of_the_other_tower(start, size):
+    free, locked = CLIPTraining(start_from=str(start)), CLIPTraining(start_from=str(start), locked="image")
+    locked.micro_batch_size = size
+    batch = short_batch(7, 24)
+    for module in (free.double(), locked.double()):
+        clip_loss(*module.features(batch), module.clip.logit_scale.exp()).backward()
+    for (name, expected), parameter in zip(free.clip.named_parameters(), locked.clip.parameters(), strict=True):
+        if name.startswith("visual."):
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_batch_norm_of_a_locked_tower_neither_counts_nor_normalises_by_the_batch(tmp_path):
+    vision = VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
+    miniclip.save(tiny_clip(vision=vision), tmp_path / "start")
+    module = CLIPTraining(start_from=str(tmp_path / "start"), locked="image")
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    trained(module, resolution=32)
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+    batch = short_batch(4, 32)
+    alone = module._encode_images(batch.images[:1])
+    torch.testing.assert_close(module._encode_images(batch.images)[:1], alone)
+
+
+def test_two_processes_with_a_locked_tower_train_as_one(data, start, tmp_path):  # noqa: F811
+    more = ["--trainer.precision=64-true", "--data.captions.order=first", f"--model.start_from={start}"]
+    more += ["--model.locked=image", f"--model.teacher={start}", "--data.num_workers=0"]
+    trainer.main(without_model(data, tmp_path / "run1", *more))
+    two = without_model(data, tmp_path / "run2", *more, "--trainer.devices=2", "--trainer.strategy=ddp")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *two], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = state(tmp_path / "run1"), state(tmp_path / "run2")
+    given = tensors(start)
+    for name, expected in one.items():
+        assert (two[name] - expected).abs().max() <= 1e-8 * expected.abs().max(), name
+        if name.startswith("clip.visual."):
+            assert torch.equal(expected, given[name.removeprefix("clip.")].double()), name
+    assert not torch.equal(one["clip.text.text_projection"], given["text.text_projection"].double())
+
+
+def test_an_image_tower_of_timms_starts_from_a_file_of_its_weights(tmp_path):
+    torch.manual_seed(3)
+    theirs = timm.create_model("test_resnet", num_classes=0)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    needed = theirs.pretrained_cfg
+    vision = VisionConfig(
+        kind="timm", timm_model="test_resnet", image_size=32, mean=tuple(needed["mean"]), std=tuple(needed["std"])
+    )
+    weights = str(tmp_path / "weights.pth")
+    module = CLIPTraining(tiny_config(vision=vision), image_weights=weights, locked="image")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    pixels = normalize(images, vision.mean, vision.std)
+    torch.testing.assert_close(module.clip.visual.trunk(pixels), theirs.eval()(pixels))
+    trained(module, resolution=32)
+    torch.testing.assert_close(module.clip.visual.trunk(pixels), theirs(pixels))
+    other = tiny_config(vision=VisionConfig(kind="timm", timm_model="test_resnet", image_size=32, mean=(0.1, 0.2, 0.3)))
+    with pytest.raises(ValueError, match=r"set model\.clip\.vision\.mean"):
+        CLIPTraining(other, image_weights=weights)
+    with pytest.raises(ValueError, match=r"no weights of timm's for 'test_resnet' in .*nothing\.pth"):
+        CLIPTraining(tiny_config(vision=vision), image_weights=str(tmp_path / "nothing.pth"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models between two
+
+
+def test_interpolation_by_hand_and_its_ends_bit_for_bit():
+    start, end = tiny_clip(0), tiny_clip(1)
+    for alpha, model in ((0.0, start), (1.0, end)):
+        for name, tensor in finetune.interpolate(start, end, alpha).state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+    quarter = finetune.interpolate(start, end, 0.25)
+    for name, tensor in quarter.state_dict().items():
+        expected = 0.75 * start.state_dict()[name] + 0.25 * end.state_dict()[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+    assert quarter.config == start.config
+    assert all(torch.equal(a, b) for a, b in zip(end.parameters(), tiny_clip(1).parameters(), strict=True))
+
+
+def test_batch_norm_is_interpolated_and_its_counts_are_not():
+    vision = VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
+    start, end = tiny_clip(0, vision=vision), tiny_clip(1, vision=vision)
+    end.visual.bn1.running_mean.fill_(2.0)
+    end.visual.bn1.num_batches_tracked.fill_(7)
+    model = finetune.interpolate(start, end, 0.5)
+    assert torch.equal(model.visual.bn1.running_mean, torch.ones(4))
+    assert model.visual.bn1.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.01, float("nan")])
+def test_an_alpha_outside_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"alpha is .*; it must be from 0"):
+        finetune.interpolate(tiny_clip(), tiny_clip(), alpha)
+
+
+def test_two_architectures_are_refused_by_the_field():
+    with pytest.raises(ValueError, match=r"config\.embed_dim: the start has 16, the fine-tuned model 8"):
+        finetune.interpolate(tiny_clip(), tiny_clip(embed_dim=8), 0.5)
+
+
+def test_the_best_is_of_the_highest_mean_and_of_equals_the_nearest_to_the_start():
+    points = [
+        finetune.Point(0, (0.2,), (0.9,)),
+        finetune.Point(0.5, (0.8, 0.6), (0.9, 0.7)),
+        finetune.Point(1, (1,), (0.5,)),
+    ]
+    assert [point.mean for point in points] == pytest.approx([0.55, 0.75, 0.75])
+    assert finetune.best(points).alpha == 0.5
+
+
+def test_or_the_best_that_loses_no_more_than_it_may():
+    points = [finetune.Point(a, (new,), (old,)) for a, new, old in ((0, 0.2, 0.9), (0.3, 0.5, 0.89), (1, 0.9, 0.6))]
+    assert [finetune.best(points, share).alpha for share in (0, 0.01, 0.2, 0.3)] == [0, 0.3, 0.3, 1]
+
+
+@pytest.fixture
+def sets(tmp_path) -> tuple[Path, Path]:
+    """Plain pictures of the four colours, and of light ones of them."""
+    for name, mix in (("old", 0.0), ("new", 0.6)):
+        for colour, rgb in COLOURS.items():
+            for number in range(3):
+                random = np.random.default_rng(number)
+                pixels = (1 - mix) * np.array(rgb) + mix * 255 + random.normal(0, 12, size=(20, 20, 3))
+                path = tmp_path / name / colour / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return tmp_path / "new", tmp_path / "old"
+
+
+def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
+    for seed in (0, 1):
+        miniclip.save(tiny_clip(seed), tmp_path / f"model{seed}")
+    command = ["interpolate", str(tmp_path / "model0"), str(tmp_path / "model1"), "--device", "cpu"]
+    out = tmp_path / "out"
+    cli.main([*command, "--data", str(sets[0]), "--retain", str(sets[1]), "--alphas", "0.5,0.25", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "chosen on the very images" in said
+    values = json.loads((out / "interpolation.json").read_text())
+    assert [point["alpha"] for point in values["points"]] == [0, 0.25, 0.5, 1]
+    from miniclip.evaluate import measure, zero_shot_scores
+
+    for end, point in ((0, values["points"][0]), (1, values["points"][-1])):
+        model, preprocess = miniclip.load(tmp_path / f"model{end}", device="cpu")
+        for side, source in zip(("new", "old"), sets, strict=True):
+            expected = measure(zero_shot_scores(model, preprocess, open_dataset(source))).acc1
+            assert point[side] == {source.name: expected}
+    alpha = values["saved_alpha"]
+    expected = finetune.interpolate(tiny_clip(0), tiny_clip(1), alpha).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(out).items())
+    assert Image.open(out / "interpolation.png").size[0] > 300
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--alpha", "0.5", "--out", str(out)])
+    assert "already holds a model" in capsys.readouterr().err
+    cli.main([*command, "--alpha", "0.5", "--out", str(tmp_path / "half")])
+    half = finetune.interpolate(tiny_clip(0), tiny_clip(1), 0.5).state_dict()
+    assert all(torch.equal(tensor, half[name]) for name, tensor in tensors(tmp_path / "half").items())
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ([], "give --data and --retain"),
+        (["--data", "{new}"], "give --data and --retain"),
+        (["--alpha", "2"], "alpha is 2.0; it must be from 0"),
+        (["--data", "{new}", "--retain", "{new}", "--may-lose", "-1"], "--may-lose is -1.0; it is 0 to 100"),
+        (["--alphas", "0,x"], "write 0,0.25,0.5,1"),
+        (["--alphas", "0,1.5"], "are not all from 0"),
+        (["--data", "{new}", "--retain", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_with_the_verb_are_answered_in_words(sets, tmp_path, capsys, more, message):
+    miniclip.save(tiny_clip(), tmp_path / "model")
+    more = [part.format(new=sets[0]) for part in more]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["interpolate", str(tmp_path / "model"), str(tmp_path / "model"), "--out", str(tmp_path / "o"), *more])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores before and after
+
+
+def test_fine_tuning_tells_the_scores_before_and_after_on_new_and_old(data, start, sets, tmp_path, capsys):  # noqa: F811
+    callback = {
+        "class_path": "miniclip.callbacks.ZeroShotEvaluation",
+        "init_args": {"data": str(sets[0]), "others": {"old": str(sets[1])}},
+    }
+    run = tmp_path / "run"
+    more = [f"--model.start_from={start}", f"--trainer.callbacks=[{json.dumps(callback)}]"]
+    trainer.main(without_model(data, run, *more, "--monitor=val/zero_shot_acc1", steps=3))
+    said = capsys.readouterr().out
+    from miniclip.evaluate import measure, zero_shot_scores
+
+    def score(path: Path, source: Path) -> float:
+        return measure(zero_shot_scores(*miniclip.load(path, device="cpu"), open_dataset(source))).acc1
+
+    before = [score(start, source) for source in sets]
+    after = [score(run / "checkpoints/last.ckpt", source) for source in sets]
+    assert f"before training: val/zero_shot_acc1 {before[0]:.3f}  val/zero_shot_acc1_old {before[1]:.3f}" in said
+    assert (
+        f"val/zero_shot_acc1 {before[0]:.3f} → {after[0]:.3f}  val/zero_shot_acc1_old {before[1]:.3f} → {after[1]:.3f}"
+    ) in said
+    logged = [row["val/zero_shot_acc1_old"] for row in metrics(run) if row["val/zero_shot_acc1_old"]]
+    assert [float(value) for value in logged] == pytest.approx([before[1], after[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distillation
+
+
+def features(number: int = 6, width: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    pair = [torch.randn(number, width, generator=random, dtype=torch.float64) for _ in range(2)]
+    return F.normalize(pair[0], dim=-1), F.normalize(pair[1], dim=-1)
+
+
+def test_the_distance_by_hand():
+    # Student: cosines 1 on the diagonal and 0 beside it, at scale ln 3: its softmax is 3/4 and 1/4. Teacher: all alike.
+    student, teacher = torch.eye(2), torch.ones(2, 1)
+    loss = distillation_loss(student, student, np.log(3.0), teacher, teacher, 10.0)
+    assert loss.item() == pytest.approx(-(np.log(0.75) + np.log(0.25)) / 2, rel=1e-6)
+
+
+def test_the_distance_equals_open_clips():
+    student, teacher = features(), features(seed=1, width=9)
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    _, expected = DistillClipLoss()(*student, scale, *teacher, torch.tensor(20.0, dtype=torch.float64))
+    for chunk_size in (None, 1, 4, 6, 50):
+        torch.testing.assert_close(distillation_loss(*student, scale, *teacher, 20.0, chunk_size), expected)
+
+
+def gradients(chunk_size, mask=None, keep=slice(None)) -> list[torch.Tensor]:
+    student, teacher = features(), features(seed=1, width=9)
+    inputs = [each.clone().requires_grad_() for each in (*student, torch.tensor(7.0, dtype=torch.float64))]
+    images, texts, scale = inputs
+    kept = [each[keep] for each in (images, texts, *teacher)]
+    loss = distillation_loss(kept[0], kept[1], scale, kept[2], kept[3], 20.0, chunk_size, mask)
+    loss.backward()
+    return [loss.detach(), *(each.grad for each in inputs)]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_chunks_change_neither_distance_nor_gradients(chunk_size):
+    for found, expected in zip(gradients(chunk_size), gradients(None), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_hole_is_as_good_as_absent(chunk_size):
+    mask = torch.tensor([True, False, True, True, False, True])
+    for found, expected in zip(gradients(chunk_size, mask), gradients(None, keep=mask), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_student_that_is_its_teacher_gets_no_gradient():
+    student = [each.requires_grad_() for each in features()]
+    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+    distillation_loss(*student, scale, *(each.detach() for each in student), 7.0).backward()
+    for each in (*student, scale):
+        assert each.grad.abs().max() < 1e-14
+
+
+def test_the_distance_is_computed_in_float32_under_autocast():
+    student = [each.float() for each in features(64)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distillation_loss(*student, 50.0, *student, 50.0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, distillation_loss(*student, 50.0, *student, 50.0))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_features": torch.ones(3, 5)}, "the student's image features"),
+        ({"teacher_text_features": torch.ones(4, 2)}, "the teacher's image features"),
+        ({"mask": torch.zeros(4, dtype=torch.bool)}, "keeps 0 pairs"),
+    ],
+)
+def test_what_does_not_pair_up_is_refused(change, message):
+    names = ("image_features", "text_features", "teacher_image_features", "teacher_text_features")
+    given = {name: torch.ones(4, 5) for name in names} | {"logit_scale": 1.0, "teacher_logit_scale": 1.0}
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(**{**given, **change})
+
+
+B = 12
+HOLES = {"all": None, "holes": [False] * 5 + [True] * 7}
+
+
+def distilled(model, rows, holes, across_processes):
+    mask = None if HOLES[holes] is None else torch.tensor(HOLES[holes])[rows]
+    teacher = [each[rows] for each in features(B, width=8, seed=3)]
+    student = model(*(each[rows] for each in inputs(torch.float64)))
+    return distillation_loss(*student, *teacher, 9.0, 4, mask, across_processes)
+
+
+def work(rank, world_size, folder):
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    results = {}
+    for holes in HOLES:
+        model = DistributedDataParallel(Towers().double())
+        loss = distilled(model, slice(rank * B // world_size, (rank + 1) * B // world_size), holes, True)
+        loss.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        results[holes] = {"loss": total / world_size, **{n: p.grad for n, p in model.module.named_parameters()}}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_get_the_gradients_of_one_with_the_whole_batch():
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, (2, folder), nprocs=2)
+        results = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(2)]
+    for holes in HOLES:
+        model = Towers().double()
+        loss = distilled(model, slice(None), holes, False)
+        loss.backward()
+        expected = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+        for result in results:
+            assert_near(result[holes], expected, torch.float64)
+
+
+def test_a_teacher_of_other_size_context_and_normalisation_sees_the_same_pairs(start, tmp_path):
+    teacher = Teacher(str(start))  # 24 pixels, 20 tokens
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.model.training
+    images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
+    texts = ["a red square", "something grey", " ".join(["long"] * 40)]
+    tokens = miniclip.tokenize(texts, 60).long()
+    found = teacher.features(images, tokens)
+    vision = teacher.model.config.vision
+    pixels = F.interpolate(images.float(), size=24, mode="bilinear", antialias=True)
+    expected = teacher.model.encode_image(normalize(pixels, vision.mean, vision.std), normalize=True)
+    torch.testing.assert_close(found[0], expected)
+    cut = miniclip.tokenize(texts, 20, truncate=True)
+    torch.testing.assert_close(found[1], teacher.model.encode_text(cut, normalize=True))
+    for whole, part in zip(found, teacher.features(images, tokens, micro_batch_size=2), strict=True):
+        torch.testing.assert_close(part, whole)
+
+
+def test_a_teacher_is_in_no_checkpoint_no_optimiser_and_no_list_of_parameters(data, start, tmp_path):  # noqa: F811
+    with_teacher, without = CLIPTraining(tiny_config(), teacher=str(start)), CLIPTraining(tiny_config())
+    assert list(with_teacher.state_dict()) == list(without.state_dict())
+    assert len(list(with_teacher.parameters())) == len(list(without.parameters()))
+    assert len(list(with_teacher.modules())) == len(list(without.modules()))
+
+
+def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data, start, tmp_path):  # noqa: F811
+    runs = {}
+    stopper = '[{"class_path": "test_training.StopAt", "init_args": {"step": 2}}]'
+    for name in ("straight", "broken"):
+        runs[name] = run = tmp_path / name
+        go = arguments(data, run, f"--model.teacher={start}", "--model.distillation=0.7", steps=4)
+        if name == "broken":
+            with pytest.raises(SystemExit):
+                trainer.main([*go, f"--trainer.callbacks={stopper}"])
+            go.append("--ckpt_path=last")
+        trainer.main(go)
+    assert all(torch.equal(state(runs["broken"])[name], tensor) for name, tensor in state(runs["straight"]).items())
+    rows = [row for row in metrics(runs["straight"]) if row["train/distillation"]]
+    assert len(rows) == 4
+    undistilled = tmp_path / "undistilled"
+    trainer.main(arguments(data, undistilled, steps=4))
+    assert any(not torch.equal(state(undistilled)[name], tensor) for name, tensor in state(runs["straight"]).items())
+
+
+def test_the_loss_is_shared_between_contrast_and_teacher(data, start, tmp_path):  # noqa: F811
+    more = [f"--model.teacher={start}", "--model.distillation=1", "--model.optimizer.lr=1e-12"]
+    trainer.main(arguments(data, tmp_path / "run", *more, steps=1))
+    (row,) = [row for row in metrics(tmp_path / "run") if row["train/loss"]]
+    assert float(row["train/loss"]) == pytest.approx(float(row["train/distillation"]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_the_preset_gains_on_a_shifted_set_and_keeps_what_the_naive_rate_forgets(tmp_path):
+    """benchmarks/finetune.py on a model that is trained as the demo is."""
+    run, environment = tmp_path / "runs/digits", {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    digits.make(run / "data")
+    for part in ("train", "val"):
+        pack(read_pairs(run / "data" / part), run / "shards" / part, source=part)
+    for command in (
+        [ROOT / "train.py", "fit", "--config", ROOT / "configs/digits.yaml"],
+        [ROOT / "benchmarks/finetune.py", "--work", tmp_path / "work"],
+    ):
+        subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, check=True, env=environment)
+    scores = json.loads((tmp_path / "work/scores.json").read_text())
+    before, safe, naive = scores["before"], scores["preset, interpolated"], scores["naive"]
+    assert safe["parcel (new)"] > before["parcel (new)"] + 0.15
+    assert safe["digits (old)"] >= before["digits (old)"] - 0.01
+    assert safe["inks (old)"] >= before["inks (old)"] - 0.01
+    assert naive["digits (old)"] < before["digits (old)"] - 0.15
