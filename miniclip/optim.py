@@ -164,7 +164,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def make_optimizer(model: CLIP, config: OptimizerConfig) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config)
-    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    # One kernel for all parameters, which torch has for these devices; of another it refuses to step.
+    is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=is_fused or None)
 
 
 def warmup_cosine(step: int, total_steps: int, warmup: float) -> float:

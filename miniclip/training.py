@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from . import tokenizer, weights
 from .config import CLIPConfig
 from .data import Batch
 from .evaluate import recall_at_1
 from .loss import clip_loss, gather
-from .model import CLIP
+from .model import CLIP, Transformer, VisionTransformer
 from .optim import OptimizerConfig, make_optimizer, warmup_cosine
+from .towers import ModifiedResNet, TimmTower, recomputed
 from .transforms import normalize
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
 _ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
+COMPILED_LENGTH_MULTIPLE = 8  # texts of compiled towers are as long as some multiple of it
 
 
 class CLIPTraining(pl.LightningModule):
@@ -39,6 +40,12 @@ class CLIPTraining(pl.LightningModule):
             (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
         positives: "pair", or "caption" to let pairs of the very same caption share their targets, which are
             otherwise told to be different.
+        checkpoint_activations: the towers' blocks keep their inputs alone and are computed again for the gradient:
+            much less memory, about a third more time, the same gradients.
+        patch_dropout: share of each image's patches that a step leaves out, of a ViT: faster, at some price in
+            accuracy (Li et al. 2022, https://arxiv.org/abs/2212.00794). Scores are always of all patches.
+        compile: torch.compile for the towers in training. Costs minutes at the start; worth it on GPUs.
+        seed: of what a step draws at random; set from `seed_everything`.
     """
 
     def __init__(
@@ -48,6 +55,10 @@ class CLIPTraining(pl.LightningModule):
         max_rejected: float = 0.01,
         micro_batch_size: int | None = None,
         positives: Literal["pair", "caption"] = "pair",
+        checkpoint_activations: bool = False,
+        patch_dropout: float = 0.0,
+        compile: bool = False,  # noqa: A002 (torch's name)
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -59,12 +70,33 @@ class CLIPTraining(pl.LightningModule):
                 f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "
                 f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
             )
+        if not 0 <= patch_dropout < 1:
+            raise ValueError(f"model.patch_dropout is {patch_dropout}; it is a share, 0 to below 1")
+        if patch_dropout and clip.vision.kind != "vit":
+            raise ValueError(
+                f"model.patch_dropout is {patch_dropout} and model.clip.vision.kind {clip.vision.kind!r}; only a "
+                "'vit' can do without some of its patches"
+            )
         self.clip = CLIP(clip)
         self.optimizer_config = optimizer
         self.max_rejected = max_rejected
         self.micro_batch_size, self.positives = micro_batch_size, positives
         self.num_seen = self.num_rejected = self.num_truncated = 0
         self._validation: list[tuple[Tensor, Tensor]] = []
+        self.seed = seed
+        if checkpoint_activations:
+            for module in self.clip.modules():
+                if isinstance(module, Transformer | ModifiedResNet):
+                    module.checkpoint_activations = True
+                elif isinstance(module, TimmTower):
+                    module.checkpoint_blocks()
+        if isinstance(self.clip.visual, VisionTransformer):
+            self.clip.visual.patch_dropout = patch_dropout
+        if compile:  # in place, so that parameters keep their names
+            self.clip.visual.compile()
+            self.clip.text.compile()
+            self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
+        self._while_validating = ExitStack()
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, (b, E) each."""
@@ -72,7 +104,7 @@ class CLIPTraining(pl.LightningModule):
         if size >= len(batch.images) or not torch.is_grad_enabled():
             return self._encode(batch.images, batch.tokens)
         parts = [
-            checkpoint(self._encode, images, tokens, use_reentrant=False, context_fn=self._contexts)
+            recomputed(self._encode, images, tokens, within=self.clip)
             for images, tokens in zip(batch.images.split(size), batch.tokens.split(size), strict=True)
         ]
         image_features, text_features = (torch.cat(features) for features in zip(*parts, strict=True))
@@ -83,11 +115,10 @@ class CLIPTraining(pl.LightningModule):
         pixels = normalize(images, vision.mean, vision.std)
         return self.clip.encode_image(pixels, normalize=True), self.clip.encode_text(tokens, normalize=True)
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For encoding, and for encoding once more: batch norm has seen the batch by then."""
-        return nullcontext(), _running_statistics_held(self.clip)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # What a step draws depends on the step alone, so a run that is resumed draws what it would have drawn.
+        drawn_from = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(drawn_from.generate_state(1, np.uint64)[0]))
         self._count(batch)
         image_features, text_features = self.features(batch)
         mask = batch.mask
@@ -136,6 +167,13 @@ class CLIPTraining(pl.LightningModule):
         with torch.no_grad():
             self.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
+    def on_validation_start(self) -> None:
+        # Other batch sizes, and no gradient: they would be compiled anew, for longer than they take.
+        self._while_validating.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def on_validation_end(self) -> None:
+        self._while_validating.close()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
         image_features, text_features = self.features(batch)
@@ -170,23 +208,6 @@ class CLIPTraining(pl.LightningModule):
         saved = CLIPConfig.from_json(checkpoint[weights.LIGHTNING_CONFIG_KEY]).to_dict()
         if differences := _differences(saved, self.clip.config.to_dict(), "model.clip"):
             raise ValueError("the checkpoint holds another architecture than this run:\n" + "\n".join(differences))
-
-
-@contextmanager
-def _running_statistics_held(model: nn.Module) -> Iterator[None]:
-    """Batch norm normalises by the batch, as in training, and does not count it."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = (
-            0.0,
-            None,
-        )  # it moves by nothing; taking it away would change the graph
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _differences(checkpoint: Any, run: Any, name: str) -> list[str]:
