@@ -458,6 +458,8 @@ class PairDataModule(pl.LightningDataModule):
             raise ValueError(f"data.weights has {len(weights)} numbers and data.train {len(self.train)} sources")
         if not all(weight > 0 and math.isfinite(weight) for weight in weights or ()):
             raise ValueError(f"data.weights is {weights}; they must be numbers above 0")
+        if text_length_multiple < 1:
+            raise ValueError(f"data.text_length_multiple is {text_length_multiple}; it must be at least 1")
         self._locations: dict[str, str] = {}
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))

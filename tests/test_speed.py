@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import miniclip
 from miniclip import trainer
 from miniclip.config import VisionConfig
-from miniclip.data import Batch, _Sample, collate
+from miniclip.data import Batch, PairDataModule, _Sample, collate
 from miniclip.model import MLP, drop_patches, trim_text
 from miniclip.optim import OptimizerConfig, make_optimizer
 from miniclip.tokenizer import END_OF_TEXT
@@ -392,6 +392,11 @@ def test_batches_are_as_long_as_a_multiple_or_the_context(longest, multiple, col
     assert tokens[1].tolist() == [1] * (longest - 1) + [END_OF_TEXT] + [0] * (columns - longest)
     assert trim_text(tokens, END_OF_TEXT, multiple).shape == (2, columns)
     assert trim_text(tokens, END_OF_TEXT).shape == (2, longest)
+
+
+def test_a_multiple_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"data\.text_length_multiple is 0; it must be at least 1"):
+        PairDataModule("shards", text_length_multiple=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
