@@ -41,7 +41,7 @@ class CLIPTraining(pl.LightningModule):
         positives: "pair", or "caption" to let pairs of the very same caption share their targets, which are
             otherwise told to be different.
         checkpoint_activations: the towers' blocks keep their inputs alone and are computed again for the gradient:
-            less memory, about a third more time, the same gradients.
+            less memory, about a quarter more time, the same gradients.
         patch_dropout: share of each image's patches that a step leaves out, of a ViT: faster, at some price in
             accuracy (Li et al. 2022, https://arxiv.org/abs/2212.00794). Scores are always of all patches.
         compile: torch.compile for the towers in training. Costs minutes at the start; worth it on GPUs.
