@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -313,9 +313,14 @@ class PairDataset(Dataset[_Sample]):
         return _Sample(image, ids, key, None, is_truncated)
 
 
-def collate(samples: list[_Sample]) -> Batch:
-    """Texts are padded to the longest of the batch and no further: the tower's work grows with the columns."""
-    tokens = np.zeros((len(samples), max(len(sample.ids) for sample in samples)), dtype=np.int64)
+def collate(samples: list[_Sample], length_multiple: int = 1, context_length: int = 77) -> Batch:
+    """Texts are padded to the longest of the batch and no further: the tower's work grows with the columns.
+
+    With a `length_multiple`, to that of it which comes next, but no further than the context.
+    """
+    longest = max(len(sample.ids) for sample in samples)
+    length = max(longest, min(math.ceil(longest / length_multiple) * length_multiple, context_length))
+    tokens = np.zeros((len(samples), length), dtype=np.int64)
     for row, sample in zip(tokens, samples, strict=True):
         row[: len(sample.ids)] = sample.ids
     # Images lie pixel by pixel; NumPy brings them into planes in half of torch.stack's time.
@@ -438,6 +443,7 @@ class PairDataModule(pl.LightningDataModule):
         cache_gb: the most that remote shards may take on this machine's disk, 10^9 bytes.
         val_pairs: the most held-out pairs that a validation takes, so that it does not grow with them: the same ones,
             drawn once, in every validation of every run. None takes all.
+        text_length_multiple: texts of a batch are padded to a multiple of so many tokens; set from `model.compile`.
     """
 
     def __init__(
@@ -455,6 +461,7 @@ class PairDataModule(pl.LightningDataModule):
         seed: int = 0,
         cache_gb: float = 50.0,
         val_pairs: int | None = 5000,
+        text_length_multiple: int = 1,
     ) -> None:
         super().__init__()
         if batch_size < 2:
@@ -470,12 +477,14 @@ class PairDataModule(pl.LightningDataModule):
         if val_pairs is not None and val_pairs < 2:
             raise ValueError(f"data.val_pairs is {val_pairs}; a pair needs at least one other to be told from")
         self.val_pairs = val_pairs
+        if text_length_multiple < 1:
+            raise ValueError(f"data.text_length_multiple is {text_length_multiple}; it must be at least 1")
         self._locations: dict[str, str] = {}
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         self.image_size, self.context_length = image_size, context_length
-        self.preprocess = preprocess
+        self.preprocess, self.text_length_multiple = preprocess, text_length_multiple
         self.train_shards: Shards | None = None
         self.val_shards: Shards | None = None
         self._resumed_step = 0
@@ -560,7 +569,9 @@ class PairDataModule(pl.LightningDataModule):
     def _options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "collate_fn": collate,
+            "collate_fn": partial(
+                collate, length_multiple=self.text_length_multiple, context_length=self.context_length
+            ),
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_trainer,

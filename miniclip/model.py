@@ -13,12 +13,14 @@ B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
-from .towers import ModifiedResNet, TimmTower
+from .towers import ModifiedResNet, TimmTower, recomputed
 
 
 class QuickGELU(nn.Module):
@@ -93,7 +95,12 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks."""
+    """A stack of blocks.
+
+    `checkpoint_activations`, in training: they keep their inputs alone for the gradient.
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, config: VisionConfig | TextConfig, activation: Activation, is_causal: bool) -> None:
         super().__init__()
@@ -104,14 +111,20 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the last block's output for that token alone: -> (B, D)."""
-        *blocks, last = self.resblocks
-        for block in blocks:
-            x = block(x)
-        return last(x) if pool is None else last(x, pool)[:, 0]
+        is_recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        for number, block in enumerate(self.resblocks, start=1):
+            inputs = (x,) if pool is None or number < len(self.resblocks) else (x, pool)
+            x = recomputed(block, *inputs, within=block) if is_recomputed else block(*inputs)
+        return x if pool is None else x[:, 0]
 
 
 class VisionTransformer(nn.Module):
-    """The image tower: patches and a class token through a transformer (Dosovitskiy et al. 2020; paper section 2.4)."""
+    """The image tower: patches and a class token through a transformer (Dosovitskiy et al. 2020; paper section 2.4).
+
+    `patch_dropout`: share of the patches that training leaves out.
+    """
+
+    patch_dropout = 0.0
 
     def __init__(self, config: VisionConfig, embed_dim: int, activation: Activation) -> None:
         super().__init__()
@@ -138,6 +151,8 @@ class VisionTransformer(nn.Module):
         x = self.ln_pre(x)
         if all_tokens:
             return self.ln_post(self.transformer(x))
+        if self.training and self.patch_dropout:
+            x = drop_patches(x, self.patch_dropout)
         class_token = torch.zeros(B, dtype=torch.long, device=x.device)
         return self.ln_post(self.transformer(x, pool=class_token)) @ self.proj
 
@@ -216,6 +231,7 @@ class CLIP(nn.Module):
             self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.context_length = config.text.context_length
         self.vocab_size = config.text.vocab_size
+        self.text_length_multiple = 1  # of the columns that encode_text leaves; compiled graphs want few lengths
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -236,7 +252,7 @@ class CLIP(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; this model takes floats normalised as its preprocess does")
         features = self.visual(images.to(self.dtype))
-        return F.normalize(features, dim=-1) if normalize else features
+        return self._unit(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (N, L), L up to the context length -> features (N, E), of unit length if `normalize`.
@@ -253,9 +269,15 @@ class CLIP(nn.Module):
                 f"length {self.context_length}"
             )
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            tokens = trim_text(tokens, self.config.text.eot_token).to(self.logit_scale.device)
+            trimmed = trim_text(tokens, self.config.text.eot_token, self.text_length_multiple)
+            tokens = trimmed.to(self.logit_scale.device)
         features = self.text(tokens)
-        return F.normalize(features, dim=-1) if normalize else features
+        return self._unit(features) if normalize else features
+
+    def _unit(self, features: Tensor) -> Tensor:
+        """Of unit length, in the parameters' precision even where autocast left the features in a lower one."""
+        wide = features.to(torch.promote_types(self.dtype, torch.float32))
+        return F.normalize(wide, dim=-1).to(self.dtype)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, R, R), tokens (M, L) -> scaled cosines (N, M), plus any bias, and their transpose (M, N)."""
@@ -267,8 +289,20 @@ class CLIP(nn.Module):
         return logits_per_image, logits_per_image.T
 
 
-def trim_text(tokens: Tensor, eot_token: int) -> Tensor:
-    """Cuts the columns (N, L) that no row's first end-of-text token can see.
+def drop_patches(x: Tensor, share: float) -> Tensor:
+    """Leaves out a random share of each image's patches (Li et al. 2022, section 3.1): (B, N, D) -> (B, 1 + kept, D).
+
+    The class token, at place 0, stays. Places are drawn by torch's generator of the device, which never waits for it.
+    """
+    B, N, _ = x.shape
+    kept = max(1, round((N - 1) * (1 - share)))
+    order = torch.rand(B, N - 1, device=x.device).argsort(dim=1)
+    places = F.pad(1 + order[:, :kept], (1, 0))  # (B, 1 + kept)
+    return x[torch.arange(B, device=x.device)[:, None], places]
+
+
+def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:
+    """Cuts the columns (N, L) that no row's first end-of-text token can see, down to a multiple if there are so many.
 
     Raises:
         ValueError: a row has no end-of-text token.
@@ -279,7 +313,8 @@ def trim_text(tokens: Tensor, eot_token: int) -> Tensor:
         raise ValueError(f"row {row} of the tokens has no end-of-text token ({eot_token}): {tokens[row].tolist()}")
     if not len(tokens):
         return tokens
-    return tokens[:, : int(is_end.int().argmax(dim=1).max()) + 1]
+    length = int(is_end.int().argmax(dim=1).max()) + 1
+    return tokens[:, : math.ceil(length / length_multiple) * length_multiple].contiguous()
 
 
 def _pick(x: Tensor, place: Tensor) -> Tensor:

@@ -273,7 +273,9 @@ def make_optimizer(model: CLIP, config: OptimizerConfig) -> torch.optim.Optimize
     groups = parameter_groups(model, config)
     if config.kind == "timm":
         return _timm_optimizer(groups, config)
-    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    # One kernel for all parameters, which torch has for these devices; of another it refuses to step.
+    is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=is_fused or None)
 
 
 def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -13,15 +13,43 @@ B batch, C channels, H, W height and width of a feature map, N = 1 + H * W token
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import VisionConfig
 
 _EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
+
+
+def recomputed(function: Callable[..., Any], *inputs: Tensor, within: nn.Module) -> Any:
+    """function(*inputs), whose activations are not kept but computed again for the gradient (Chen et al. 2016).
+
+    What was drawn at random is drawn again the same, and the batch norms of `within` count the batch once.
+    """
+    if torch.compiler.is_compiling():  # the compiler repeats no update of a buffer, and takes no contexts
+        return checkpoint(function, *inputs, use_reentrant=False)
+    contexts = lambda: (nullcontext(), _running_statistics_held(within))  # noqa: E731 (first time, second time)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _running_statistics_held(model: nn.Module) -> Iterator[None]:
+    """Batch norms count into copies that are thrown away; to do without the counting would be another computation."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    held = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in held:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in held:
+            setattr(norm, name, buffer)
 
 
 class Bottleneck(nn.Module):
@@ -83,7 +111,12 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """The image tower of OpenAI's RN50 to RN50x64."""
+    """The image tower of OpenAI's RN50 to RN50x64.
+
+    `checkpoint_activations`, in training: stem and bottlenecks keep their inputs alone for the gradient.
+    """
+
+    checkpoint_activations = False
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
@@ -112,11 +145,20 @@ class ModifiedResNet(nn.Module):
 
         With `all_tokens` -> (B, 1 + (R / 32)^2, E): the mean's token, then the places row by row, in the shared space.
         """
-        x = F.relu(self.bn1(self.conv1(images)))  # (B, D / 2, R / 2, R / 2)
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)  # (B, D, R / 4, R / 4)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 32 * D, R / 32, R / 32)
+        # Channels side by side in memory are what convolutions are fastest on; their outputs follow the input.
+        x = images.contiguous(memory_format=torch.channels_last)
+        is_recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        # (B, D, R / 4, R / 4) after the stem, (B, 32 * D, R / 32, R / 32) at the end
+        for part in (self._stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            within = part if isinstance(part, nn.Module) else self
+            x = recomputed(part, x, within=within) if is_recomputed else part(x)
         return self.attnpool(x, all_tokens)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """(B, 3, R, R) -> (B, D, R / 4, R / 4)."""
+        x = F.relu(self.bn1(self.conv1(x)))  # (B, D / 2, R / 2, R / 2)
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
 
 
 class TimmTower(nn.Module):
@@ -182,6 +224,25 @@ class TimmTower(nn.Module):
                     f"{what} need images of {name} {theirs}; set model.clip.vision.{name}, which is {ours}"
                 )
         self.trunk.load_state_dict(trunk.state_dict())
+
+    def checkpoint_blocks(self) -> None:
+        """From now on timm's blocks keep their inputs alone for the gradient, in training.
+
+        Raises:
+            ValueError: timm can't do that for this model, or not without counting a batch twice in its batch norms.
+        """
+        name = type(self.trunk).__name__
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trunk.modules()):
+            raise ValueError(
+                f"model.checkpoint_activations: timm's {name} has batch norms, which would count each batch twice; "
+                "model.micro_batch_size saves memory without that"
+            )
+        try:
+            self.trunk.set_grad_checkpointing()
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"model.checkpoint_activations: timm can't do that for {name}; model.micro_batch_size saves memory, too"
+            ) from error
 
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
         """Normalised images (B, 3, R, R) -> (B, E), or with `all_tokens` what the model gives before pooling."""

@@ -40,7 +40,9 @@ from .config import CLIPConfig
 from .curves import PAGE_FILE, read_run
 from .data import BatchSampler, PairDataModule
 from .files import user_errors
-from .training import NON_FINITE, CLIPTraining, refuse_another_architecture
+from .training import COMPILED_LENGTH_MULTIPLE, NON_FINITE, CLIPTraining, refuse_another_architecture
+
+_WITHOUT_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class _Parser(LightningArgumentParser):
@@ -71,6 +73,8 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.clip.text.context_length", "data.context_length")
         parser.link_arguments("model.clip.vision.preprocess", "data.preprocess")
         parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("model.compile", "data.text_length_multiple", compute_fn=_text_length_multiple)
         parser.add_argument(
             "--name", type=str | None, default=None, help="The run's folder is runs/NAME; by default runs/run."
         )
@@ -184,6 +188,12 @@ class TrainingCLI(LightningCLI):
             )
         if trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches:
             raise ValueError("epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter")
+        if str(trainer.precision) in _WITHOUT_MASTERS:
+            mixed = "bf16-mixed" if str(trainer.precision).startswith("bf16") else "16-mixed"
+            raise ValueError(
+                f"trainer.precision is {trainer.precision}, which keeps the weights themselves in half precision, "
+                f"where small steps are lost to rounding. {mixed} is as fast and keeps them in float32"
+            )
         if config.save_every_n_steps < 1:
             raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
         if not config.save_every_minutes > 0:
@@ -277,6 +287,10 @@ class TrainingCLI(LightningCLI):
             score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
             said = f"{score}{said} Report: {page}"
         print(said)
+
+
+def _text_length_multiple(is_compiled: bool) -> int:
+    return COMPILED_LENGTH_MULTIPLE if is_compiled else 1
 
 
 def _python() -> str:

@@ -6,20 +6,20 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from . import tokenizer, weights
 from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
@@ -27,18 +27,19 @@ from .data import Batch, PairDataModule
 from .evaluate import recall_at_1
 from .files import write_text
 from .loss import clip_loss, distillation_loss, gather, siglip_chance, siglip_loss
-from .model import CLIP
+from .model import CLIP, Transformer, VisionTransformer
 from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .processes import collect
 from .sharding import local, shard, whole
 from .teacher import Teacher
-from .towers import TimmTower
+from .towers import ModifiedResNet, TimmTower, recomputed
 from .transforms import normalize
 
 LossKind = Literal["clip", "siglip"]
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
 _ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
+COMPILED_LENGTH_MULTIPLE = 8  # texts of compiled towers are as long as some multiple of it
 NON_FINITE = "non_finite.json"  # in the run's folder: the batch that a run stopped at
 _SETTINGS = "miniclip_settings"
 
@@ -89,6 +90,12 @@ class CLIPTraining(pl.LightningModule):
             or a file of weights with timm's names.
         teacher: a larger CLIP to learn from as well, anything that `miniclip.load` takes.
         distillation: share of the loss that is the distance to the teacher, above 0 to 1; without one it says nothing.
+        checkpoint_activations: the towers' blocks keep their inputs alone and are computed again for the gradient:
+            less memory, about a quarter more time, the same gradients.
+        patch_dropout: share of each image's patches that a step leaves out, of a ViT: faster, at some price in
+            accuracy (Li et al. 2022, https://arxiv.org/abs/2212.00794). Scores are always of all patches.
+        compile: torch.compile for the towers in training. Costs minutes at the start; worth it on GPUs.
+        seed: of what a step draws at random; set from `seed_everything`.
     """
 
     def __init__(
@@ -105,6 +112,10 @@ class CLIPTraining(pl.LightningModule):
         image_weights: str | None = None,
         teacher: str | None = None,
         distillation: float = 0.5,
+        checkpoint_activations: bool = False,
+        patch_dropout: float = 0.0,
+        compile: bool = False,  # noqa: A002 (torch's name)
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
@@ -127,6 +138,13 @@ class CLIPTraining(pl.LightningModule):
             raise ValueError(
                 f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "
                 f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
+            )
+        if not 0 <= patch_dropout < 1:
+            raise ValueError(f"model.patch_dropout is {patch_dropout}; it is a share, 0 to below 1")
+        if patch_dropout and clip.vision.kind != "vit":
+            raise ValueError(
+                f"model.patch_dropout is {patch_dropout} and model.clip.vision.kind {clip.vision.kind!r}; only a "
+                "'vit' can do without some of its patches"
             )
         if loss not in get_args(LossKind):
             raise ValueError(f"model.loss is {loss!r}; valid are {', '.join(get_args(LossKind))}")
@@ -168,6 +186,20 @@ class CLIPTraining(pl.LightningModule):
         self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
         self._step: _Step | None = None
         self._resumed_from: dict[str, Any] | None = None
+        self.seed = seed
+        if checkpoint_activations:
+            for module in self.clip.modules():
+                if isinstance(module, Transformer | ModifiedResNet):
+                    module.checkpoint_activations = True
+                elif isinstance(module, TimmTower):
+                    module.checkpoint_blocks()
+        if isinstance(self.clip.visual, VisionTransformer):
+            self.clip.visual.patch_dropout = patch_dropout
+        if compile:  # in place, so that parameters keep their names
+            self.clip.visual.compile()
+            self.clip.text.compile()
+            self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
+        self._while_validating = ExitStack()
 
     def configure_model(self) -> None:
         # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
@@ -195,9 +227,7 @@ class CLIPTraining(pl.LightningModule):
     def _in_parts(self, encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, is_locked: bool) -> Tensor:
         if is_locked:  # it keeps nothing, so there is no memory to win by encoding once more
             return torch.cat([encode(part) for part in inputs.split(size)])
-        return torch.cat(
-            [checkpoint(encode, part, use_reentrant=False, context_fn=self._contexts) for part in inputs.split(size)]
-        )
+        return torch.cat([recomputed(encode, part, within=self.clip) for part in inputs.split(size)])
 
     def _encode(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self._encode_images(images), self._encode_texts(tokens)
@@ -230,10 +260,6 @@ class CLIPTraining(pl.LightningModule):
         if self.teacher is not None:
             self.teacher.to(self.device, self.clip.dtype)
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For encoding, and for encoding once more: batch norm has seen the batch by then."""
-        return nullcontext(), _running_statistics_held(self.clip)
-
     @staticmethod
     def contrast(model: CLIP) -> Callable[..., Tensor]:
         """The loss, of features, scale, and what else `clip_loss` takes."""
@@ -250,6 +276,9 @@ class CLIPTraining(pl.LightningModule):
         return siglip_chance(len(everyone), everyone)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # What a step draws depends on the step alone, so a run that is resumed draws what it would have drawn.
+        drawn_from = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(drawn_from.generate_state(1, np.uint64)[0]))
         self._count(batch)
         image_features, text_features = self.features(batch)
         mask = batch.mask
@@ -382,6 +411,13 @@ class CLIPTraining(pl.LightningModule):
             n = self.global_step  # steps before this one
             move_average(self.average, self.clip, min(self.ema_decay, (1 + n) / (10 + n)))
 
+    def on_validation_start(self) -> None:
+        # Other batch sizes, and no gradient: they would be compiled anew, for longer than they take.
+        self._while_validating.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def on_validation_end(self) -> None:
+        self._while_validating.close()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._count(batch)
         image_features, text_features = self.features(batch)
@@ -490,23 +526,6 @@ def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for count, now in pairs:
         if not count.is_floating_point():
             count.copy_(now)
-
-
-@contextmanager
-def _running_statistics_held(model: nn.Module) -> Iterator[None]:
-    """Batch norm normalises by the batch, as in training, and does not count it."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = (
-            0.0,
-            None,
-        )  # it moves by nothing; taking it away would change the graph
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source: str) -> None:
