@@ -29,7 +29,7 @@ from .data import Batch, TrainLoader
 from .datasets import open_dataset
 from .evaluate import zero_shot_scores
 from .files import write_text
-from .model import CLIP
+from .model import CLIP, VisionTransformer
 from .report import versions
 from .training import CLIPTraining, is_logged
 
@@ -176,6 +176,9 @@ class StepCost:
         with torch.device("meta"):
             self._clip = CLIP(clip.config).eval()
             side = self._clip.visual.input_resolution
+            if isinstance(clip.visual, VisionTransformer) and isinstance(self._clip.visual, VisionTransformer):
+                self._clip.visual.patch_dropout = clip.visual.patch_dropout  # in training alone
+                self._clip.visual.train()
             self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
         self._text: dict[int, int] = {}
 
@@ -278,11 +281,11 @@ class RunReport(Callback):
     Args:
         run: the run's folder.
         command: what was typed to start it.
-        monitor: the metric whose highest value is the best.
+        monitor, monitor_mode: the metric that chooses the best checkpoint, and whether "max" or "min" is best.
     """
 
-    def __init__(self, run: Path, command: str, monitor: str) -> None:
-        self.run, self.command, self.monitor = run, command, monitor
+    def __init__(self, run: Path, command: str, monitor: str, monitor_mode: str) -> None:
+        self.run, self.command, self.monitor, self.monitor_mode = run, command, monitor, monitor_mode
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -332,6 +335,7 @@ class RunReport(Callback):
             "step": trainer.global_step,
             "max_steps": self._max_steps,
             "monitor": self.monitor,
+            "monitor_mode": self.monitor_mode,
             "batch_size": data.batch_size,
             "epoch_samples": data.order().num_samples,
             "world_size": trainer.world_size,

@@ -64,12 +64,13 @@ class Run:
         return median(values) if (values := self.values(name)) else None
 
     def best(self) -> tuple[str, int, float] | None:
-        """The metric that chooses the best checkpoint, its highest value, and how many steps were done by then."""
+        """The metric that chooses the best checkpoint, its best value, and how many steps were done by then."""
         name = self.record.get("monitor", "val/retrieval_r1")
         points = [(step, value) for step, value in self.curves.get(name, []) if math.isfinite(value)]
         if not points:
             return None
-        step, value = max(points, key=lambda point: point[1])
+        choose = min if self.record.get("monitor_mode") == "min" else max
+        step, value = choose(points, key=lambda point: point[1])
         return name, step + 1, value
 
 

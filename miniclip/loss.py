@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from .processes import gather, place
 
 
 def clip_loss(
@@ -166,7 +167,7 @@ def _gathered(
         if value is not None and (value.shape != image_features.shape[:1] or is_empty):
             kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
             raise ValueError(f"{name} of shape {tuple(value.shape)}{kept}; it must be (B,) and keep one")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if across_processes and _has_processes() else (0, 1)
+    rank, world_size = place() if across_processes else (0, 1)
     everywhere = gather if world_size > 1 else (lambda rows: rows)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     texts, b = text_features.to(dtype), len(text_features)
@@ -305,33 +306,6 @@ def _masked(logits: Tensor, mask: Tensor | None, side: int) -> Tensor:
     return logits.masked_fill(~mask.unsqueeze(1 - side), torch.finfo(logits.dtype).min)
 
 
-def _has_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather(rows: Tensor) -> Tensor:
-    """The rows of every process, in the order of their ranks: (b, …) -> (B, …). As they are, without processes.
-
-    Differentiable: the gradient of a row is the sum over all processes.
-    """
-    return _Gather.apply(rows) if _has_processes() else rows
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def distillation_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -363,47 +337,29 @@ def distillation_loss(
     Raises:
         ValueError: shapes that do not pair up, or a mask that leaves no pair.
     """
-    student, teacher = (image_features, text_features), (teacher_image_features, teacher_text_features)
-    for whose, (images, texts) in (("student", student), ("teacher", teacher)):
-        if images.shape != texts.shape or images.ndim != 2 or len(images) != len(image_features) or not len(images):
-            raise ValueError(
-                f"the {whose}'s image features {tuple(images.shape)} and text features {tuple(texts.shape)} must have "
-                f"the same shape, with as many rows as there are pairs, {len(image_features)}, and at least 1"
-            )
-    if mask is not None and (mask.shape != image_features.shape[:1] or (not across_processes and not mask.any())):
+    if len(teacher_image_features) != len(image_features):
         raise ValueError(
-            f"mask of shape {tuple(mask.shape)} keeps {int(mask.sum())} pairs; it must be (B,) and keep one"
+            f"the teacher's features are of {len(teacher_image_features)} pairs, not {len(image_features)}"
         )
     with torch.autocast(image_features.device.type, enabled=False):
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
-        is_shared = across_processes and _has_processes()
-        everywhere = gather if is_shared else (lambda rows: rows)
-        b = len(image_features)
-        own = [features.to(dtype) for features in (*student, *(t.detach() for t in teacher))]
-        images, texts, teacher_images, teacher_texts = own
-        all_images, all_texts, all_teacher_images, all_teacher_texts = map(everywhere, own)
-        healthy = None if mask is None else everywhere(mask)  # (B,)
-        scales = [
-            torch.as_tensor(scale, dtype=dtype, device=images.device)
-            for scale in (logit_scale, torch.as_tensor(teacher_logit_scale).detach())
-        ]
-        losses = images.new_zeros(b)
-        for mine, others, teachers, teachers_others in (
-            (images, all_texts, teacher_images, all_teacher_texts),
-            (texts, all_images, teacher_texts, all_teacher_images),
+        teachers = teacher_image_features.detach(), teacher_text_features.detach()
+        s = _gathered(image_features, text_features, chunk_size, mask, None, across_processes)
+        t = _gathered(*teachers, chunk_size, mask, None, across_processes)
+        scales = s.number(logit_scale), s.number(teacher_logit_scale).detach()
+        losses = torch.zeros_like(s.images[:, 0])  # (b,)
+        for mine, others, taught, taught_others in (
+            (s.images, s.all_texts, t.images, t.all_texts),
+            (s.texts, s.everywhere(s.images), t.texts, s.everywhere(t.images)),
         ):
             parts = []
-            for rows in _slices(b, chunk_size or b):
-                inputs = (mine[rows], others, teachers[rows], teachers_others, *scales, healthy)
-                if chunk_size is None or chunk_size >= b:
+            for rows in _slices(len(losses), s.chunk_size):
+                inputs = (mine[rows], others, taught[rows], taught_others, *scales, s.all_mask)
+                if s.chunk_size >= len(losses):
                     parts.append(_cross_entropy(*inputs))
                 else:  # logits are computed again for the gradient
                     parts.append(checkpoint(_cross_entropy, *inputs, use_reentrant=False, preserve_rng_state=False))
             losses = losses + torch.cat(parts) / 2
-        if mask is None or healthy is None:
-            return losses.mean()
-        world_size = dist.get_world_size() if is_shared else 1
-        return losses.where(mask, 0).sum() * world_size / healthy.sum()
+        return losses.mean() if s.mask is None else losses.where(s.mask, 0).sum() / s.num_pairs
 
 
 def _cross_entropy(

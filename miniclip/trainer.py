@@ -241,7 +241,8 @@ class TrainingCLI(LightningCLI):
             last, best = (_checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
             go_on = resume_command(sys.argv, _python())
             callbacks.append(LostProcesses(lambda: what_is_kept(last, go_on)))
-            callbacks.append(RunReport(run, command_line(sys.argv, _python()), self._monitor(settings)))
+            typed = command_line(sys.argv, _python())
+            callbacks.append(RunReport(run, typed, self._monitor(settings), settings.monitor_mode))
             # The last checkpoint of a step comes after all else that the step leaves, and knows of it.
             callbacks.append(RandomStates())
             if settings.data.val is not None:

@@ -26,10 +26,10 @@ from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differenc
 from .data import Batch, PairDataModule
 from .evaluate import recall_at_1
 from .files import write_text
-from .loss import clip_loss, distillation_loss, gather, siglip_chance, siglip_loss
+from .loss import clip_loss, distillation_loss, siglip_chance, siglip_loss
 from .model import CLIP, Transformer, VisionTransformer
 from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
-from .processes import collect
+from .processes import collect, gather
 from .sharding import local, shard, whole
 from .teacher import Teacher
 from .towers import ModifiedResNet, TimmTower, recomputed

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.loss import clip_loss, gather, siglip_loss
+from miniclip.loss import clip_loss, siglip_loss
+from miniclip.processes import gather
 
 LOSSES = ("clip", "siglip")
 B, E = 12, 5  # twelve can be shared by 1, 2 and 3

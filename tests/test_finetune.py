@@ -471,8 +471,8 @@ def test_the_distance_is_computed_in_float32_under_autocast():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_features": torch.ones(3, 5)}, "the student's image features"),
-        ({"teacher_text_features": torch.ones(4, 2)}, "the teacher's image features"),
+        ({"image_features": torch.ones(3, 5)}, "the teacher's features are of 4 pairs, not 3"),
+        ({"teacher_text_features": torch.ones(4, 2)}, r"image features \(4, 5\) and text features \(4, 2\)"),
         ({"mask": torch.zeros(4, dtype=torch.bool)}, "keeps 0 pairs"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
-from miniclip.loss import clip_loss, gather
+from miniclip.loss import clip_loss
+from miniclip.processes import gather
 
 B, E = 7, 5
 CHUNKS = [1, 3, B - 1, B, B + 5]
