@@ -324,11 +324,13 @@ class CLIPTraining(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stops before the weights are spoilt; at steps that are logged, tells of gradients and rates."""
         self._refuse_what_is_not_finite(optimizer)
+        self._log_gradients_and_rates(optimizer)
+
+    def _log_gradients_and_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Norms of the gradients: unscaled, the mean over the processes, and not clipped yet."""
         if not is_logged(self.trainer, self.global_step + 1):
             return
-        # Unscaled, the mean over the processes, and not clipped yet.
         for name, tower in (("image", self.clip.visual), ("text", self.clip.text)):
             gradients = [p.grad for p in tower.parameters() if p.grad is not None]
             if gradients:

@@ -129,9 +129,9 @@ class WatchedMetrics(RunMetrics):
 class WatchedTraining(CLIPTraining):
     asked: list[int]
 
-    def on_before_optimizer_step(self, optimizer) -> None:
+    def _log_gradients_and_rates(self, optimizer) -> None:
         with Operations() as operations:
-            super().on_before_optimizer_step(optimizer)
+            super()._log_gradients_and_rates(optimizer)
         self.asked.append(operations.count)
 
 
