@@ -1,11 +1,13 @@
 # Several machines, by torchrun and by SLURM: the scripts of examples/, with machines that are processes of this one.
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from pytorch_lightning import Callback
 from test_training import ROOT, arguments, data, state
 
 __all__ = ["data"]  # a fixture
@@ -63,3 +65,58 @@ def test_the_script_says_how_it_is_used(tmp_path):
     done = subprocess.run([ROOT / "examples/torchrun.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "examples/torchrun.sh NODES RANK MASTER" in done.stderr
+
+
+class Requeue(Callback):
+    """SLURM tells every task that its time is nearly up, while step 3 is trained."""
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+# Starts the tasks of a job, one on each node, as srun does.
+SRUN = """#!/usr/bin/env bash
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || status=$?; done
+exit "${status:-0}"
+"""
+
+
+def test_two_nodes_under_slurm_are_requeued_and_train_the_weights_of_one(data, tmp_path):
+    for name, text in (("srun", SRUN), ("scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = environment(
+        SLURM_JOB_ID="4711",
+        SLURM_JOB_NAME="miniclip",
+        SLURM_NTASKS="2",
+        SLURM_NTASKS_PER_NODE="1",
+        SLURM_NNODES="2",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_NODELIST="localhost",
+        SLURM_JOB_NODELIST="localhost",
+        MASTER_PORT=str(free_port()),
+        PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    )
+    job["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{job['PATH']}"
+    script = [ROOT / "examples/slurm.sh", *settings(data, tmp_path / "two")]
+    stop = '--trainer.callbacks=[{"class_path": "test_nodes.Requeue"}]'
+
+    def run(*more):
+        return subprocess.run(
+            [*script, *more], cwd=ROOT, env=job, capture_output=True, text=True, timeout=90, check=False
+        )
+
+    first = run(stop)
+    assert first.returncode == 128 + signal.SIGUSR1, first.stdout + first.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    again = run()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "goes on from step 3 of 5" in again.stdout
+    alone(data, tmp_path / "one")
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
