@@ -486,17 +486,17 @@ class CLIPTraining(pl.LightningModule):
                 f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
             )
         self._resumed_from = checkpoint.get(_SETTINGS)
-        before, own = self._resumed_from or {}, self._settings()
-        fixed = [
-            (f"model.optimizer.{name}", before.get("model.optimizer", {}).get(name), own["model.optimizer"][name])
-            for name in ("kind", "timm_name")
-        ]
-        fixed.append(("model.locked", before.get("model.locked"), self.locked))
-        for name, saved_value, value in fixed:
-            if saved_value not in (None, value):
+        before, own = self._resumed_from or {}, self.optimizer_config
+        optimizer = before.get("model.optimizer", {})
+        for name, then, now in (
+            ("model.optimizer.kind", optimizer.get("kind"), own.kind),
+            ("model.optimizer.timm_name", optimizer.get("timm_name"), own.timm_name),
+            ("model.locked", before.get("model.locked"), self.locked),
+        ):
+            if then not in (None, now):
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {saved_value}, this run has {value}, which can't go on "
-                    "with the other's state; go on with the same, or begin a run in another folder"
+                    f"the checkpoint was trained with {name} {then}, this run has {now}, which can't go on with the "
+                    "other's state; go on with the same, or begin a run in another folder"
                 )
 
     def on_train_start(self) -> None:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.loss import clip_loss, siglip_loss
+from miniclip.loss import clip_loss, distillation_loss, siglip_loss
 from miniclip.processes import gather
 
-LOSSES = ("clip", "siglip")
+LOSSES = ("clip", "siglip", "distillation")
 B, E = 12, 5  # twelve can be shared by 1, 2 and 3
 
 CASES = {
@@ -41,9 +41,20 @@ class Towers(nn.Module):
 
     def forward(self, loss, images, texts, **options):
         features = F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
+        scale, no_bias = self.logit_scale.exp(), 0 * self.logit_bias
         if loss == "clip":
-            return clip_loss(*features, self.logit_scale.exp(), **options) + 0 * self.logit_bias
-        return siglip_loss(*features, self.logit_scale.exp(), self.logit_bias, **options)
+            return clip_loss(*features, scale, **options) + no_bias
+        if loss == "distillation":  # of a teacher that has the inputs as features
+            taught = F.normalize(images[:, :6], dim=-1), F.normalize(texts, dim=-1)
+            return distillation_loss(*features, scale, *taught, 9.0, **options) + no_bias
+        return siglip_loss(*features, scale, self.logit_bias, **options)
+
+
+RUNS = [
+    (loss, case, dtype)
+    for loss, case, dtype in itertools.product(LOSSES, CASES, (torch.float64, torch.float32))
+    if not (loss == "distillation" and "groups" in CASES[case])
+]
 
 
 def inputs(dtype):
@@ -76,7 +87,7 @@ def work(rank, world_size, folder):
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     results = {}
     rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
-    for loss_name, case, dtype in itertools.product(LOSSES, CASES, (torch.float64, torch.float32)):
+    for loss_name, case, dtype in RUNS:
         towers = DistributedDataParallel(Towers().to(dtype))
         optimizer = torch.optim.SGD(towers.parameters(), lr=0.1)
         first = None
@@ -110,9 +121,7 @@ def assert_near(found, expected, dtype):
         assert difference <= limit, (name, float(difference))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize("loss_name, case, dtype", RUNS, ids=str)
 def test_processes_get_the_loss_gradients_and_weights_of_one_with_the_whole_batch(results, loss_name, case, dtype):
     loss, gradients, weights = alone(loss_name, case, dtype)
     for result in results:

@@ -4,24 +4,19 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from helpers import tiny_clip, tiny_config
 from open_clip.loss import DistillClipLoss
 from PIL import Image
 from pytorch_lightning import Callback
 from test_demo import digits
-from test_distributed import Towers, assert_near, inputs
 from test_training import COLOURS, ROOT, arguments, data, fails, metrics, random_batch, state  # noqa: F401 (a fixture)
-from torch.nn.parallel import DistributedDataParallel
 
 import miniclip
 from miniclip import cli, finetune, trainer
@@ -481,46 +476,6 @@ def test_what_does_not_pair_up_is_refused(change, message):
     given = {name: torch.ones(4, 5) for name in names} | {"logit_scale": 1.0, "teacher_logit_scale": 1.0}
     with pytest.raises(ValueError, match=message):
         distillation_loss(**{**given, **change})
-
-
-B = 12
-HOLES = {"all": None, "holes": [False] * 5 + [True] * 7}
-
-
-def distilled(model, rows, holes, across_processes):
-    mask = None if HOLES[holes] is None else torch.tensor(HOLES[holes])[rows]
-    teacher = [each[rows] for each in features(B, width=8, seed=3)]
-    student = model(*(each[rows] for each in inputs(torch.float64)))
-    return distillation_loss(*student, *teacher, 9.0, 4, mask, across_processes)
-
-
-def work(rank, world_size, folder):
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
-    results = {}
-    for holes in HOLES:
-        model = DistributedDataParallel(Towers().double())
-        loss = distilled(model, slice(rank * B // world_size, (rank + 1) * B // world_size), holes, True)
-        loss.backward()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        results[holes] = {"loss": total / world_size, **{n: p.grad for n, p in model.module.named_parameters()}}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_get_the_gradients_of_one_with_the_whole_batch():
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (2, folder), nprocs=2)
-        results = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(2)]
-    for holes in HOLES:
-        model = Towers().double()
-        loss = distilled(model, slice(None), holes, False)
-        loss.backward()
-        expected = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
-        for result in results:
-            assert_near(result[holes], expected, torch.float64)
 
 
 def test_a_teacher_of_other_size_context_and_normalisation_sees_the_same_pairs(start, tmp_path):
