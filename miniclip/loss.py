@@ -342,8 +342,10 @@ def distillation_loss(
             f"the teacher's features are of {len(teacher_image_features)} pairs, not {len(image_features)}"
         )
     with torch.autocast(image_features.device.type, enabled=False):
-        teachers = teacher_image_features.detach(), teacher_text_features.detach()
         s = _gathered(image_features, text_features, chunk_size, mask, None, across_processes)
+        teachers = [
+            features.detach().to(s.images.dtype) for features in (teacher_image_features, teacher_text_features)
+        ]
         t = _gathered(*teachers, chunk_size, mask, None, across_processes)
         scales = s.number(logit_scale), s.number(teacher_logit_scale).detach()
         losses = torch.zeros_like(s.images[:, 0])  # (b,)
