@@ -343,10 +343,9 @@ def distillation_loss(
         )
     with torch.autocast(image_features.device.type, enabled=False):
         s = _gathered(image_features, text_features, chunk_size, mask, None, across_processes)
-        teachers = [
-            features.detach().to(s.images.dtype) for features in (teacher_image_features, teacher_text_features)
-        ]
-        t = _gathered(*teachers, chunk_size, mask, None, across_processes)
+        taught_images = teacher_image_features.detach().to(s.images.dtype)
+        taught_texts = teacher_text_features.detach().to(s.images.dtype)
+        t = _gathered(taught_images, taught_texts, chunk_size, mask, None, across_processes)
         scales = s.number(logit_scale), s.number(teacher_logit_scale).detach()
         losses = torch.zeros_like(s.images[:, 0])  # (b,)
         for mine, others, taught, taught_others in (
