@@ -180,7 +180,7 @@ def train(data, run, strategy, *more):
     return subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["muon", pytest.param("adamw", marks=pytest.mark.long)])
 def test_a_run_goes_on_under_another_strategy(data, tmp_path, kind):
     """Alone, then shared out, then with all weights in both processes: still one run."""
     common = ["--data.captions.order=first", f"--model.optimizer.kind={kind}", "--trainer.gradient_clip_val=0.5"]

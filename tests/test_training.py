@@ -189,8 +189,14 @@ def validations(run: Path) -> dict[int, str]:
     return {int(row["step"]): row["val/loss"] for row in rows if row.get("val/loss")}
 
 
-@pytest.mark.parametrize("length", ["--trainer.max_epochs=3", "--trainer.max_steps=9"])
-@pytest.mark.parametrize("stop", [1, 3, 5, 6, 8])
+EPOCHS, STEPS = "--trainer.max_epochs=3", "--trainer.max_steps=9"
+SOME_STOPS = [(3, EPOCHS), (6, EPOCHS), (1, STEPS), (8, STEPS)]
+OTHER_STOPS = [(1, EPOCHS), (5, EPOCHS), (8, EPOCHS), (3, STEPS), (5, STEPS), (6, STEPS)]
+
+
+@pytest.mark.parametrize(
+    "stop, length", [*SOME_STOPS, *(pytest.param(*each, marks=pytest.mark.long) for each in OTHER_STOPS)]
+)
 def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights_and_validations(data, tmp_path, stop, length):
     """An epoch is three steps, each ends with a validation: steps 3 and 6 are the last of theirs."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
