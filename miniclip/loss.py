@@ -199,7 +199,8 @@ def _group_means(features: Tensor, groups: Tensor, healthy: Tensor | None) -> Te
 class _LogSumExps(torch.autograd.Function):
     """Log-sum-exp of logits over the texts, for each image, and over the images, for each text; slice by slice.
 
-    With one slice the logits are kept for the gradient, with more they are computed once more.
+    With one slice the logits are kept for the gradient, with more they are computed once more. All slices use the same
+    memory: what is given back and asked for again many times leaves holes in a heap.
     """
 
     @staticmethod
@@ -214,17 +215,17 @@ class _LogSumExps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """(b, E), (B, E) -> (b,), (B,)."""
         ctx.chunk_size, ctx.masks = chunk_size, (image_mask, text_mask)
-        over_texts, parts = [], []
-        kept = None
+        over_texts = torch.empty_like(images[:, 0])  # (b,)
+        over_images = torch.full_like(texts[:, 0], -torch.inf)  # (B,)
+        logits, scratch = _slice_of_logits(images, texts, chunk_size), _slice_of_logits(images, texts, chunk_size)
         for rows in _slices(len(images), chunk_size):
-            logits = _logits(images, texts, scale, rows)  # (chunk, B)
-            kept = logits if chunk_size >= len(images) else None
-            over_texts.append(_masked(logits, text_mask, 1).logsumexp(dim=1))
-            parts.append(_masked(logits, image_mask if image_mask is None else image_mask[rows], 0).logsumexp(dim=0))
-            del logits
-        out = torch.cat(over_texts), torch.stack(parts).logsumexp(dim=0)
-        ctx.save_for_backward(images, texts, scale, *out, *([] if kept is None else [kept]))
-        return out
+            part = _logits(images, texts, scale, rows, logits)  # (chunk, B)
+            over_texts[rows] = _log_sum_exp(part, text_mask, 1, scratch)
+            of_part = _log_sum_exp(part, image_mask if image_mask is None else image_mask[rows], 0, scratch)
+            over_images = torch.logaddexp(over_images, of_part)
+        kept = [logits] if chunk_size >= len(images) else []
+        ctx.save_for_backward(images, texts, scale, over_texts, over_images, *kept)
+        return over_texts, over_images
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -232,16 +233,18 @@ class _LogSumExps(torch.autograd.Function):
         images, texts, scale, over_texts, over_images, *kept = ctx.saved_tensors
         image_mask, text_mask = ctx.masks
         image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
+        by_row, by_column = (_slice_of_logits(images, texts, ctx.chunk_size) for _ in range(2))
         for rows in _slices(len(images), ctx.chunk_size):
-            logits = kept[0] if kept else _logits(images, texts, scale, rows)  # (chunk, B)
+            n = len(images[rows])
+            logits = kept[0] if kept else _logits(images, texts, scale, rows, by_column)  # (chunk, B)
             # The gradient of a log-sum-exp is the softmax.
-            gradient = (logits - over_texts[rows, None]).exp_().mul_(row_gradient[rows, None])
+            gradient = torch.sub(logits, over_texts[rows, None], out=by_row[:n]).exp_().mul_(row_gradient[rows, None])
             if text_mask is not None:
                 gradient.masked_fill_(~text_mask, 0)
-            by_column = (logits - over_images).exp_().mul_(column_gradient)
+            of_columns = torch.sub(logits, over_images, out=by_column[:n]).exp_().mul_(column_gradient)
             if image_mask is not None:
-                by_column.masked_fill_(~image_mask[rows, None], 0)
-            gradient += by_column
+                of_columns.masked_fill_(~image_mask[rows, None], 0)
+            gradient += of_columns
             torch.mm(gradient, texts, out=image_gradient[rows])
             text_gradient.addmm_(gradient.T, images[rows])
         scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
@@ -260,9 +263,11 @@ class _SigmoidLosses(torch.autograd.Function):
         is_training = any(ctx.needs_input_grad)
         loss, bias_gradient = torch.zeros_like(scale), torch.zeros_like(bias)
         image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
+        memory = _slice_of_logits(images, texts, p.chunk_size)
         for rows in _slices(len(images), p.chunk_size):
             # -z * logit: how far an image and a text are on the wrong side.
-            wrong = _with_pairs_turned(_logits(images, texts, scale, rows).add_(bias), rows, p)  # (chunk, B)
+            logits = _logits(images, texts, scale, rows, memory).add_(bias)  # (chunk, B)
+            wrong = _with_pairs_turned(logits, rows, p)
             if p.mask is not None and p.all_mask is not None:
                 wrong.masked_fill_(~(p.mask[rows, None] & p.all_mask), -torch.inf)
             # -log sigmoid(-x) is softplus(x), which is x to the last bit of float64 from 40 on.
@@ -295,8 +300,23 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _logits(images: Tensor, texts: Tensor, scale: Tensor, rows: slice) -> Tensor:
-    return (scale * images[rows]) @ texts.T
+def _slice_of_logits(images: Tensor, texts: Tensor, chunk_size: int) -> Tensor:
+    return images.new_empty(min(chunk_size, len(images)), len(texts))
+
+
+def _logits(images: Tensor, texts: Tensor, scale: Tensor, rows: slice, out: Tensor) -> Tensor:
+    """(chunk, B), in the memory of `out`."""
+    some = scale * images[rows]
+    return torch.mm(some, texts.T, out=out[: len(some)])
+
+
+def _log_sum_exp(logits: Tensor, mask: Tensor | None, side: int, scratch: Tensor) -> Tensor:
+    """Along a side of (n, B), of what the mask says yes to there; computed in the memory of `scratch`."""
+    x = scratch[: len(logits)].copy_(logits)
+    if mask is not None:  # the least number, not -inf, as inf - inf is no number
+        x.masked_fill_(~mask.unsqueeze(1 - side), torch.finfo(x.dtype).min)
+    most = x.amax(dim=side, keepdim=True)
+    return x.sub_(most).exp_().sum(dim=side).log_() + most.squeeze(side)
 
 
 def _masked(logits: Tensor, mask: Tensor | None, side: int) -> Tensor:
