@@ -259,6 +259,7 @@ class TrainingCLI(LightningCLI):
             enable_model_summary=False,
             num_sanity_val_steps=0,  # a score over part of the held-out pairs would be misread
             use_distributed_sampler=False,  # ours is exact
+            inference_mode=False,  # sliced weights can't be gathered in it, and the next step would meet what it left
             **kwargs,
         )
 

@@ -366,7 +366,7 @@ class CLIPTraining(pl.LightningModule):
         samples = [sample for _, share in parts for sample in share]
         # A mean over processes, and not finite where any of theirs is not.
         loss, step = sum(loss for loss, _ in parts) / len(parts), self.global_step + 1
-        rate, scale = optimizer.param_groups[0]["lr"], self.clip.logit_scale.exp().item()
+        rate, scale = optimizer.param_groups[0]["lr"], local(self.clip.logit_scale).exp().item()
         facts = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "lr": rate, "logit_scale": str(scale)}
         path = Path(self.trainer.default_root_dir) / NON_FINITE
         if self.trainer.is_global_zero:
