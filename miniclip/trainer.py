@@ -157,8 +157,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"no checkpoint {config.ckpt_path} to resume from{also}")
         if self.subcommand == "fit":
             self._refuse_what_would_mislead(config)
-            goes_on = bool(config.ckpt_path) and Path(config.ckpt_path).resolve().parent == _checkpoints(run).resolve()
-            if _is_rank_zero() and holds_a_run and not goes_on and not config.overwrite:
+            if _is_rank_zero() and holds_a_run and not self._goes_on() and not config.overwrite:
                 raise ValueError(
                     f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
                     "or name another by --name"
@@ -168,6 +167,13 @@ class TrainingCLI(LightningCLI):
                 "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL: without it a model of random "
                 "weights is scored"
             )
+        elif config.data.val is None:
+            raise ValueError("validate has nothing to score on: set data.val")
+
+    def _goes_on(self) -> bool:
+        """Whether the run is resumed in its own folder."""
+        checkpoint = self.config[self.subcommand].ckpt_path
+        return bool(checkpoint) and Path(checkpoint).resolve().is_relative_to(_checkpoints(self.run_folder).resolve())
 
     @staticmethod
     def _refuse_what_would_mislead(config: Any) -> None:
@@ -223,7 +229,7 @@ class TrainingCLI(LightningCLI):
                 positives=self.model.positives,
             ):
                 print(f"warning: {warning}", file=sys.stderr)
-        if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():
+        if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():
             for part in _results(self.run_folder):
                 if part.is_dir():
                     shutil.rmtree(part)
@@ -375,6 +381,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
+    warnings.filterwarnings("ignore", message=".*need to be provided during `Trainer`.*")  # those of fit, to validate
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
     with user_errors(MisconfigurationException):

@@ -17,6 +17,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -28,7 +29,7 @@ from .evaluate import recall_at_1
 from .files import write_text
 from .loss import clip_loss, distillation_loss, siglip_chance, siglip_loss
 from .model import CLIP, Transformer, VisionTransformer
-from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
+from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, parameter_groups, warmup_steps
 from .processes import collect, gather
 from .sharding import local, shard, whole
 from .teacher import Teacher
@@ -485,14 +486,20 @@ class CLIPTraining(pl.LightningModule):
                 f"the checkpoint holds {'an' if is_averaged else 'no'} average of the weights, and model.ema_decay is "
                 f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
             )
-        self._resumed_from = checkpoint.get(_SETTINGS)
-        before, own = self._resumed_from or {}, self._settings()
-        fixed = [
-            (f"model.optimizer.{name}", before.get("model.optimizer", {}).get(name), own["model.optimizer"][name])
-            for name in ("kind", "timm_name")
-        ]
-        fixed.append(("model.locked", before.get("model.locked"), self.locked))
-        for name, saved_value, value in fixed:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_from = checkpoint.get(_SETTINGS)
+            self._refuse_state_of_others(checkpoint["optimizer_states"][0]["param_groups"], self._resumed_from or {})
+
+    def _refuse_state_of_others(self, saved_groups: list[dict[str, Any]], before: dict[str, Any]) -> None:
+        """What the optimiser remembers is of its kind, and of parameters in groups of one rate each."""
+        saved, own = before.get("model.optimizer", {}), asdict(self.optimizer_config)
+        values = [(f"model.optimizer.{name}", saved.get(name), own[name]) for name in ("kind", "timm_name")]
+        values.append(("model.locked", before.get("model.locked"), self.locked))
+        groups = parameter_groups(self.clip, self.optimizer_config)
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+            rates = ("layer_decay", "image_lr_scale", "text_lr_scale")
+            values += [(f"model.optimizer.{name}", saved.get(name), own[name]) for name in rates]
+        for name, saved_value, value in values:
             if saved_value not in (None, value):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {saved_value}, this run has {value}, which can't go on "
