@@ -67,7 +67,8 @@ class ZeroShotEvaluation(Callback):
         preprocess = weights.preprocess_for(model.config)
         accuracies = {}
         for name, dataset in self.datasets.items():
-            scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
+            with torch.compiler.set_stance("force_eager"):  # as in all of validation, before the first step as well
+                scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
             accuracies[name] = float((scores.ranked[:, 0] == scores.labels).mean())
         return accuracies
 
@@ -79,7 +80,7 @@ class ZeroShotEvaluation(Callback):
         pl_module.train()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(self.before, step=0)
+                logger.log_metrics(self.before, step=-1)  # that of the first step is 0
             print(f"before training: {_listed(self.before)}", flush=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -205,6 +205,8 @@ class CLIPTraining(pl.LightningModule):
     def configure_model(self) -> None:
         # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
         self.trainer.precision_plugin.convert_module(self)
+        if self.teacher is not None:
+            self.teacher.to(self.device, self.clip.dtype)
         # Only a strategy that shares the weights out has a mesh. Called once for each of fit, validate, …
         if self.device_mesh is not None and not isinstance(self.clip.logit_scale, DTensor):
             for model in (self.clip, self.average):
@@ -256,10 +258,6 @@ class CLIPTraining(pl.LightningModule):
         if self.locked != "none":
             self._locked_tower().eval()
         return self
-
-    def setup(self, stage: str) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device, self.clip.dtype)
 
     @staticmethod
     def contrast(model: CLIP) -> Callable[..., Tensor]:
