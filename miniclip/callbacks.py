@@ -31,6 +31,7 @@ from .evaluate import zero_shot_scores
 from .files import write_text
 from .model import CLIP, VisionTransformer
 from .report import versions
+from .towers import TimmTower
 from .training import CLIPTraining, is_logged
 
 _MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
@@ -170,9 +171,10 @@ class StepCost:
     """
 
     def __init__(self, clip: CLIP) -> None:
+        image = clip.visual.trunk if isinstance(clip.visual, TimmTower) else clip.visual  # beside which a head is small
         self._passes = {
             name: 3 if any(p.requires_grad for p in tower.parameters()) else 1
-            for name, tower in (("image", clip.visual), ("text", clip.text))
+            for name, tower in (("image", image), ("text", clip.text))
         }
         with torch.device("meta"):
             self._clip = CLIP(clip.config).eval()

@@ -251,8 +251,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RunReport(run, typed, self._monitor(settings), settings.monitor_mode))
             # The last checkpoint of a step comes after all else that the step leaves, and knows of it.
             callbacks.append(RandomStates())
-            if settings.data.val is not None:
-                callbacks.append(BestCheckpoint(best, self._monitor(settings), settings.monitor_mode))
+            callbacks.append(BestCheckpoint(best, self._monitor(settings), settings.monitor_mode))
             callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, go_on))
         logger = trainer.logger
         if logger is not False:  # the report is made from the table, whatever other logs there are

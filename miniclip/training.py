@@ -274,6 +274,10 @@ class CLIPTraining(pl.LightningModule):
         everyone = gather(groups) if mask is None else gather(groups)[gather(mask)]
         return siglip_chance(len(everyone), everyone)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # The log's step, which Lightning counts one too high in a run that had ended and is made longer.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # What a step draws depends on the step alone, so a run that is resumed draws what it would have drawn.
         drawn_from = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
@@ -296,12 +300,12 @@ class CLIPTraining(pl.LightningModule):
             groups=groups,
             across_processes=is_shared,
         )
+        distance = None
         if self.teacher is not None:
             taught = self.teacher.features(batch.images, batch.tokens, self.micro_batch_size)
             distance = distillation_loss(
                 image_features, text_features, scale, *taught, self.teacher.logit_scale, chunk_size, mask, is_shared
             )
-            self.log("train/distillation", distance.detach(), sync_dist=is_shared)
             loss = (1 - self.distillation) * loss + self.distillation * distance
         self._step = _Step(batch, loss.detach(), image_features.detach(), text_features.detach())
         if is_logged(self.trainer, self.global_step + 1):
@@ -318,6 +322,8 @@ class CLIPTraining(pl.LightningModule):
             }
             if self.clip.logit_bias is not None:
                 values["logit_bias"] = local(self.clip.logit_bias).detach()
+            if distance is not None:
+                values["distillation"] = distance.detach()
             # The loss of a process is its share of the whole; their mean is that.
             self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
         return loss
@@ -336,7 +342,7 @@ class CLIPTraining(pl.LightningModule):
                 self.log(f"train/grad_norm_{name}", whole(torch.nn.utils.get_total_norm(gradients)))
         rates: dict[str, float] = {}
         for group in optimizer.param_groups:  # groups of one kind share a rate, or the highest is told
-            name = "train/lr" if group.get("momentum") is None else "train/lr_muon"
+            name = "train/lr_muon" if "parts" in group else "train/lr"  # Muon's own
             rates[name] = max(group["lr"], rates.get(name, 0.0))
         self.log_dict(rates)
 
@@ -546,9 +552,9 @@ def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source:
 
 
 def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
-    """Whether the step that ends with so many done is written to the log, and is every `of_those`-th that is."""
+    """Whether the step that ends with so many done is written to the log, and is the last or every `of_those`-th."""
     every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
-    return every > 0 and steps % (every * of_those) == 0
+    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ class StopAt(Callback):
 
 def validations(run: Path) -> dict[int, str]:
     rows = [row for log in sorted(run.glob("logs/*/metrics.csv")) for row in metrics(run, int(log.parent.name[8:]))]
-    return {int(row["step"]): row["val/loss"] for row in rows if row["val/loss"]}
+    return {int(row["step"]): row["val/loss"] for row in rows if row.get("val/loss")}
 
 
 @pytest.mark.parametrize("length", ["--trainer.max_epochs=3", "--trainer.max_steps=9"])
@@ -272,6 +272,8 @@ MISTAKES = [
     (["--data.val_pairs=1"], "data.val_pairs is 1"),
     (["--name=mine"], "the run's folder is given twice: name 'mine' means runs/mine"),
     (["--trainer.limit_train_batches=2"], "trainer.max_steps makes a run shorter"),
+    (["--trainer.limit_train_batches=1"], "trainer.max_steps makes a run shorter"),
+    (["--trainer.limit_val_batches=1"], "all held-out pairs, of which data.val_pairs sets the number"),
     (
         ["--model.clip.vision.layer=3"],
         "unknown key 'model.clip.vision.layer'; did you mean 'model.clip.vision.layers'?",
