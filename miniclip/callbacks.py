@@ -31,6 +31,7 @@ from .evaluate import zero_shot_scores
 from .files import write_text
 from .model import CLIP, VisionTransformer
 from .report import versions
+from .towers import TimmTower
 from .training import CLIPTraining, is_logged
 
 _MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
@@ -67,7 +68,8 @@ class ZeroShotEvaluation(Callback):
         preprocess = weights.preprocess_for(model.config)
         accuracies = {}
         for name, dataset in self.datasets.items():
-            scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
+            with torch.compiler.set_stance("force_eager"):  # as in all of validation, before the first step as well
+                scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
             accuracies[name] = float((scores.ranked[:, 0] == scores.labels).mean())
         return accuracies
 
@@ -79,7 +81,7 @@ class ZeroShotEvaluation(Callback):
         pl_module.train()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(self.before, step=0)
+                logger.log_metrics(self.before, step=-1)  # that of the first step is 0
             print(f"before training: {_listed(self.before)}", flush=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -169,9 +171,10 @@ class StepCost:
     """
 
     def __init__(self, clip: CLIP) -> None:
+        image = clip.visual.trunk if isinstance(clip.visual, TimmTower) else clip.visual  # beside which a head is small
         self._passes = {
             name: 3 if any(p.requires_grad for p in tower.parameters()) else 1
-            for name, tower in (("image", clip.visual), ("text", clip.text))
+            for name, tower in (("image", image), ("text", clip.text))
         }
         with torch.device("meta"):
             self._clip = CLIP(clip.config).eval()

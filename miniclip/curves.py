@@ -64,9 +64,12 @@ class Run:
         return median(values) if (values := self.values(name)) else None
 
     def best(self) -> tuple[str, int, float] | None:
-        """The metric that chooses the best checkpoint, its best value, and how many steps were done by then."""
+        """The metric that chooses the best checkpoint, its best value, and how many steps were done by then.
+
+        A score before the first step is nobody's choice: there is no checkpoint of it.
+        """
         name = self.record.get("monitor", "val/retrieval_r1")
-        points = [(step, value) for step, value in self.curves.get(name, []) if math.isfinite(value)]
+        points = [(step, value) for step, value in self.curves.get(name, []) if step >= 0 and math.isfinite(value)]
         if not points:
             return None
         choose = min if self.record.get("monitor_mode") == "min" else max

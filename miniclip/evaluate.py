@@ -71,7 +71,7 @@ def zero_shot_classifier(
     return F.normalize(means, dim=-1).T
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what is sliced over processes can't do without autograd's bookkeeping
 def encode_texts(model: Any, texts: Sequence[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
     """Unit features (N, E) of texts; each text once, and long ones apart from short ones, as they set the cost."""
     unique = list(dict.fromkeys(texts))
@@ -122,7 +122,7 @@ class _Images(Dataset[Tensor | str]):
             return str(error)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as above
 def zero_shot_scores(
     model: Any,
     preprocess: Callable[[Image.Image], Tensor],

@@ -27,8 +27,10 @@ def shard(model: CLIP, mesh: DeviceMesh) -> None:
 
     The temperature is a single number and stays whole everywhere.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.data, 0, group=mesh.get_group())  # all slices are to be of the same weights
+    for tensor in (*model.parameters(), *model.buffers()):  # all slices are to be of the same weights
+        there = tensor.detach().to(mesh.device_type)  # NCCL takes nothing that lies on the host
+        dist.broadcast(there, 0, group=mesh.get_group())
+        tensor.data.copy_(there)
     for tower in (model.visual, model.text):
         for module in tower.modules():
             if isinstance(module, ResidualAttentionBlock | Bottleneck):

@@ -157,8 +157,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"no checkpoint {config.ckpt_path} to resume from{also}")
         if self.subcommand == "fit":
             self._refuse_what_would_mislead(config)
-            goes_on = bool(config.ckpt_path) and Path(config.ckpt_path).resolve().parent == _checkpoints(run).resolve()
-            if _is_rank_zero() and holds_a_run and not goes_on and not config.overwrite:
+            if _is_rank_zero() and holds_a_run and not self._goes_on() and not config.overwrite:
                 raise ValueError(
                     f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
                     "or name another by --name"
@@ -168,6 +167,13 @@ class TrainingCLI(LightningCLI):
                 "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL: without it a model of random "
                 "weights is scored"
             )
+        elif config.data.val is None:
+            raise ValueError("validate has nothing to score on: set data.val")
+
+    def _goes_on(self) -> bool:
+        """Whether the run is resumed in its own folder."""
+        checkpoint = self.config[self.subcommand].ckpt_path
+        return bool(checkpoint) and Path(checkpoint).resolve().is_relative_to(_checkpoints(self.run_folder).resolve())
 
     @staticmethod
     def _refuse_what_would_mislead(config: Any) -> None:
@@ -186,8 +192,13 @@ class TrainingCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts pairs of "
                 "a batch, which accumulating over batches does not do. Raise data.batch_size instead"
             )
-        if trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches:
+        if _is_part(trainer.limit_train_batches) or trainer.overfit_batches:
             raise ValueError("epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter")
+        if _is_part(trainer.limit_val_batches):
+            raise ValueError(
+                f"trainer.limit_val_batches is {trainer.limit_val_batches}; scores are over all held-out pairs, of "
+                "which data.val_pairs sets the number. Without data.val there is no validation"
+            )
         if str(trainer.precision) in _WITHOUT_MASTERS:
             mixed = "bf16-mixed" if str(trainer.precision).startswith("bf16") else "16-mixed"
             raise ValueError(
@@ -223,7 +234,7 @@ class TrainingCLI(LightningCLI):
                 positives=self.model.positives,
             ):
                 print(f"warning: {warning}", file=sys.stderr)
-        if self.config.fit.overwrite and not self.config.fit.ckpt_path and _is_rank_zero():
+        if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():
             for part in _results(self.run_folder):
                 if part.is_dir():
                     shutil.rmtree(part)
@@ -245,8 +256,7 @@ class TrainingCLI(LightningCLI):
             callbacks.append(RunReport(run, typed, self._monitor(settings), settings.monitor_mode))
             # The last checkpoint of a step comes after all else that the step leaves, and knows of it.
             callbacks.append(RandomStates())
-            if settings.data.val is not None:
-                callbacks.append(BestCheckpoint(best, self._monitor(settings), settings.monitor_mode))
+            callbacks.append(BestCheckpoint(best, self._monitor(settings), settings.monitor_mode))
             callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, go_on))
         logger = trainer.logger
         if logger is not False:  # the report is made from the table, whatever other logs there are
@@ -259,6 +269,7 @@ class TrainingCLI(LightningCLI):
             enable_model_summary=False,
             num_sanity_val_steps=0,  # a score over part of the held-out pairs would be misread
             use_distributed_sampler=False,  # ours is exact
+            inference_mode=False,  # sliced weights can't be gathered in it, and the next step would meet what it left
             **kwargs,
         )
 
@@ -288,6 +299,11 @@ class TrainingCLI(LightningCLI):
             score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
             said = f"{score}{said} Report: {page}"
         print(said)
+
+
+def _is_part(limit: float | None) -> bool:
+    """Of Lightning's limits, where 1 is one batch and 1.0 all of them."""
+    return limit is not None and (isinstance(limit, int) or limit != 1)
 
 
 def _text_length_multiple(is_compiled: bool) -> int:
@@ -374,6 +390,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
+    warnings.filterwarnings("ignore", message=".*need to be provided during `Trainer`.*")  # those of fit, to validate
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
     with user_errors(MisconfigurationException):

@@ -17,6 +17,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -28,7 +29,7 @@ from .evaluate import recall_at_1
 from .files import write_text
 from .loss import clip_loss, distillation_loss, siglip_chance, siglip_loss
 from .model import CLIP, Transformer, VisionTransformer
-from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
+from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, parameter_groups, warmup_steps
 from .processes import collect, gather
 from .sharding import local, shard, whole
 from .teacher import Teacher
@@ -204,6 +205,8 @@ class CLIPTraining(pl.LightningModule):
     def configure_model(self) -> None:
         # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
         self.trainer.precision_plugin.convert_module(self)
+        if self.teacher is not None:
+            self.teacher.to(self.device, self.clip.dtype)
         # Only a strategy that shares the weights out has a mesh. Called once for each of fit, validate, …
         if self.device_mesh is not None and not isinstance(self.clip.logit_scale, DTensor):
             for model in (self.clip, self.average):
@@ -256,10 +259,6 @@ class CLIPTraining(pl.LightningModule):
             self._locked_tower().eval()
         return self
 
-    def setup(self, stage: str) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device, self.clip.dtype)
-
     @staticmethod
     def contrast(model: CLIP) -> Callable[..., Tensor]:
         """The loss, of features, scale, and what else `clip_loss` takes."""
@@ -274,6 +273,10 @@ class CLIPTraining(pl.LightningModule):
             return siglip_chance(num_pairs)
         everyone = gather(groups) if mask is None else gather(groups)[gather(mask)]
         return siglip_chance(len(everyone), everyone)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # The log's step, which Lightning counts one too high in a run that had ended and is made longer.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # What a step draws depends on the step alone, so a run that is resumed draws what it would have drawn.
@@ -297,12 +300,12 @@ class CLIPTraining(pl.LightningModule):
             groups=groups,
             across_processes=is_shared,
         )
+        distance = None
         if self.teacher is not None:
             taught = self.teacher.features(batch.images, batch.tokens, self.micro_batch_size)
             distance = distillation_loss(
                 image_features, text_features, scale, *taught, self.teacher.logit_scale, chunk_size, mask, is_shared
             )
-            self.log("train/distillation", distance.detach(), sync_dist=is_shared)
             loss = (1 - self.distillation) * loss + self.distillation * distance
         self._step = _Step(batch, loss.detach(), image_features.detach(), text_features.detach())
         if is_logged(self.trainer, self.global_step + 1):
@@ -319,6 +322,8 @@ class CLIPTraining(pl.LightningModule):
             }
             if self.clip.logit_bias is not None:
                 values["logit_bias"] = local(self.clip.logit_bias).detach()
+            if distance is not None:
+                values["distillation"] = distance.detach()
             # The loss of a process is its share of the whole; their mean is that.
             self.log_dict({f"train/{name}": value for name, value in values.items()}, sync_dist=is_shared)
         return loss
@@ -337,7 +342,7 @@ class CLIPTraining(pl.LightningModule):
                 self.log(f"train/grad_norm_{name}", whole(torch.nn.utils.get_total_norm(gradients)))
         rates: dict[str, float] = {}
         for group in optimizer.param_groups:  # groups of one kind share a rate, or the highest is told
-            name = "train/lr" if group.get("momentum") is None else "train/lr_muon"
+            name = "train/lr_muon" if "parts" in group else "train/lr"  # Muon's own
             rates[name] = max(group["lr"], rates.get(name, 0.0))
         self.log_dict(rates)
 
@@ -366,7 +371,7 @@ class CLIPTraining(pl.LightningModule):
         samples = [sample for _, share in parts for sample in share]
         # A mean over processes, and not finite where any of theirs is not.
         loss, step = sum(loss for loss, _ in parts) / len(parts), self.global_step + 1
-        rate, scale = optimizer.param_groups[0]["lr"], self.clip.logit_scale.exp().item()
+        rate, scale = optimizer.param_groups[0]["lr"], local(self.clip.logit_scale).exp().item()
         facts = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "lr": rate, "logit_scale": str(scale)}
         path = Path(self.trainer.default_root_dir) / NON_FINITE
         if self.trainer.is_global_zero:
@@ -485,15 +490,21 @@ class CLIPTraining(pl.LightningModule):
                 f"the checkpoint holds {'an' if is_averaged else 'no'} average of the weights, and model.ema_decay is "
                 f"{self.ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
             )
-        self._resumed_from = checkpoint.get(_SETTINGS)
-        before, own = self._resumed_from or {}, self.optimizer_config
-        optimizer = before.get("model.optimizer", {})
-        for name, then, now in (
-            ("model.optimizer.kind", optimizer.get("kind"), own.kind),
-            ("model.optimizer.timm_name", optimizer.get("timm_name"), own.timm_name),
-            ("model.locked", before.get("model.locked"), self.locked),
-        ):
-            if then not in (None, now):
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed_from = checkpoint.get(_SETTINGS)
+            self._refuse_state_of_others(checkpoint["optimizer_states"][0]["param_groups"], self._resumed_from or {})
+
+    def _refuse_state_of_others(self, saved_groups: list[dict[str, Any]], before: dict[str, Any]) -> None:
+        """What the optimiser remembers is of its kind, and of parameters in groups of one rate each."""
+        saved, own = before.get("model.optimizer", {}), asdict(self.optimizer_config)
+        values = [(f"model.optimizer.{name}", saved.get(name), own[name]) for name in ("kind", "timm_name")]
+        values.append(("model.locked", before.get("model.locked"), self.locked))
+        groups = parameter_groups(self.clip, self.optimizer_config)
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+            rates = ("layer_decay", "image_lr_scale", "text_lr_scale")
+            values += [(f"model.optimizer.{name}", saved.get(name), own[name]) for name in rates]
+        for name, saved_value, value in values:
+            if saved_value not in (None, value):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {then}, this run has {now}, which can't go on with the "
                     "other's state; go on with the same, or begin a run in another folder"
@@ -541,9 +552,9 @@ def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source:
 
 
 def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
-    """Whether the step that ends with so many done is written to the log, and is every `of_those`-th that is."""
+    """Whether the step that ends with so many done is written to the log, and is the last or every `of_those`-th."""
     every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
-    return every > 0 and steps % (every * of_those) == 0
+    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def test_every_configuration_trains_with_a_field_of_each_section_overridden(fold
     shards = [f"--data.{part}=runs/digits/shards/{part}" for part in ("train", "val")]
     short = [
         "--trainer.max_steps=2",
-        "--trainer.limit_val_batches=1",
+        "--data.val_pairs=16",
         "--data.batch_size=16",
         f"--name={config}",
     ]

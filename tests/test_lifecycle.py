@@ -524,6 +524,8 @@ OTHER_SETTINGS = [  # what is given beside the same command; then what is said o
     (["--data.batch_size=10"], "trained with batch_size 12, this run has 10", False),
     (["--seed_everything=5"], "trained with seed 0, this run has 5", False),
     (["--model.clip.embed_dim=32"], "model.clip.embed_dim: the checkpoint has 16, this run 32", False),
+    (["--model.optimizer.layer_decay=0.5"], "model.optimizer.layer_decay 1.0, this run has 0.5", False),
+    (["--model.optimizer.text_lr_scale=2"], "model.optimizer.text_lr_scale 1.0, this run has 2.0", False),
     (["--trainer.max_steps=2"], "the checkpoint is of step 3, past the end of this run of 2 steps", False),
     (["--trainer.max_steps=8"], "steps: the checkpoint has 6, this run 8", True),
     (["--model.optimizer.lr=0.001"], "model.optimizer.lr: the checkpoint has 0.01, this run 0.001", True),
@@ -582,6 +584,39 @@ def test_what_a_run_resumed_under_other_settings_says(data, tmp_path, capsys, ha
         share = (step - 1 - warmup) / (total - warmup)
         assert rate == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * share)))
         assert found == betas
+
+
+def test_validate_needs_no_setting_of_training(data, tmp_path, capsys, half):
+    """Neither the optimiser nor the length concerns it; held-out pairs do."""
+    given = [flag for flag in arguments(data, half)[1:] if "max_steps" not in flag]
+    trainer.main(["validate", *given, "--ckpt_path=last", "--model.optimizer.kind=muon"])
+    assert "val/loss" in capsys.readouterr().out
+    without = [flag for flag in given if "data.val" not in flag]
+    assert "set data.val" in fails(capsys, ["validate", *without, "--ckpt_path=last"])
+
+
+class Inference(Callback):
+    """Looks whether a validation is in a mode in which slices of weights can't be gathered."""
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_validation_leaves_tensors_that_training_can_use(data, tmp_path):
+    trainer.main(arguments(data, tmp_path / "run", callbacks(Inference()), steps=1))
+    assert validated_at(tmp_path / "run") == [1]
+
+
+def test_overwriting_by_a_run_that_goes_on_from_another_folder_leaves_nothing_of_the_old_one(data, tmp_path, half):
+    """An old best.ckpt would count as the new run's."""
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, "--trainer.val_check_interval=1", steps=4))
+    assert validated_at(run) == [1, 2, 3, 4]
+    checkpoint = half / "checkpoints/last.ckpt"
+    trainer.main(arguments(data, run, "--overwrite=true", f"--ckpt_path={checkpoint}", "--data.val=null"))
+    assert step_of(run) == 6
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert [path.name for path in (run / "logs").iterdir()] == ["version_0"]
 
 
 def test_two_processes_go_on_where_one_stopped_and_say_so(data, tmp_path, half):

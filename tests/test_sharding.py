@@ -199,3 +199,23 @@ def test_a_run_goes_on_under_another_strategy(data, tmp_path, kind):
         assert (found[name] - value).abs().max() <= limit * value.abs().max().clamp(min=1e-3), name
     model, _ = miniclip.load(run / "best", device="cpu")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_fine_tuning_with_shared_out_weights_is_that_of_one_process(data, tmp_path):
+    """Scores before the first step, by the weights and by their average, and a locked tower."""
+    start = tmp_path / "start"
+    miniclip.save(tiny_clip(1, init_logit_bias=-2.5), start)
+    zero_shot = {"class_path": "miniclip.callbacks.ZeroShotEvaluation", "init_args": {"data": str(data / "val.csv")}}
+    more = [f"--model.start_from={start}", "--model.locked=text", "--model.loss=siglip", "--model.ema_decay=0.9"]
+    more += ["--data.captions.order=first", f"--trainer.callbacks={json.dumps([zero_shot])}"]
+    more += ["--monitor=val/zero_shot_acc1", "--model.clip.init_logit_bias=-2.5"]
+    told = []
+    for strategy in ("auto", "fsdp2"):
+        done = train(data, tmp_path / strategy, strategy, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told.append([line for line in done.stdout.splitlines() if "before training" in line])
+    assert len(told[0]) == 2
+    assert told[0] == told[1]
+    expected, found = state(tmp_path / "auto"), state(tmp_path / "fsdp2")
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 1e-8 * value.abs().max().clamp(min=1e-3), name

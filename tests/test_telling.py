@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from miniclip import cli, device, trainer
 from miniclip.callbacks import RunMetrics, StepCost
 from miniclip.config import TextConfig, VisionConfig
+from miniclip.convert import forward_flops
 from miniclip.curves import Run, differences, numbers, observations, read_run, write_page
 from miniclip.data import PairDataModule
 from miniclip.optim import OptimizerConfig, learning_rate_factor
@@ -32,6 +33,7 @@ from miniclip.shards import Packing, pack
 from miniclip.sources import read_pairs
 from miniclip.training import CLIPTraining
 
+SGD = {"kind": "timm", "timm_name": "sgd", "lr": 0.01, "warmup": 0.0}
 EVERY_STEP = {
     "loss", "chance", "accuracy", "accuracy_image_to_text", "accuracy_text_to_image", "logit_scale", "grad_norm_image",
     "grad_norm_text", "lr", "images_per_s", "data_wait", "tflops", "mfu", "memory_gb", "samples", "rejected",
@@ -208,6 +210,14 @@ def test_the_cost_of_a_step_by_hand():
     assert StepCost(clip).flops({7: 3, 12: 2}) == expected - 2 * 5 * image
 
 
+def test_a_locked_trunk_of_timms_costs_its_forward_pass_alone():
+    vision = VisionConfig(kind="timm", image_size=32, timm_model="test_resnet", timm_projection="linear")
+    clip = tiny_clip(vision=vision)
+    trained = StepCost(clip).flops({7: 1})
+    clip.visual.trunk.requires_grad_(False)
+    assert trained - StepCost(clip).flops({7: 1}) == 2 * forward_flops(clip.visual, torch.zeros(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize(
     "name, arithmetic, tflops",
     [
@@ -285,6 +295,22 @@ def test_rows_stay_at_the_same_steps_after_a_resumption(data, tmp_path, stop):  
     trainer.main(arguments(data, run, *more, "--ckpt_path=last", steps=12))
     found = rows(run) + rows(run, 1)
     assert [(row["step"], row["train/samples"]) for row in found] == [(n - 1, 12 * n) for n in (2, 4, 6, 8, 10, 12)]
+
+
+def test_rows_stay_at_the_same_steps_when_a_finished_run_is_made_longer(data, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    more = ["--trainer.log_every_n_steps=2", "--data.val=null"]
+    trainer.main(arguments(data, run, *more, steps=3))
+    trainer.main(arguments(data, run, *more, "--ckpt_path=last", steps=8))
+    found = rows(run) + rows(run, 1)
+    assert [(row["step"], row["train/samples"]) for row in found] == [(n - 1, 12 * n) for n in (2, 3, 4, 6, 8)]
+
+
+def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_path):  # noqa: F811
+    trainer.main(arguments(data, tmp_path / "run", f"--model.optimizer={json.dumps(SGD)}", "--data.val=null", steps=1))
+    (row,) = rows(tmp_path / "run")
+    assert row["train/lr"] == pytest.approx(0.01)
+    assert "train/lr_muon" not in row
 
 
 def test_a_run_that_fails_has_a_page_that_says_so(data, tmp_path, capsys):  # noqa: F811
