@@ -503,8 +503,8 @@ class CLIPTraining(pl.LightningModule):
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
             rates = ("layer_decay", "image_lr_scale", "text_lr_scale")
             values += [(f"model.optimizer.{name}", saved.get(name), own[name]) for name in rates]
-        for name, saved_value, value in values:
-            if saved_value not in (None, value):
+        for name, then, now in values:
+            if then not in (None, now):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {then}, this run has {now}, which can't go on with the "
                     "other's state; go on with the same, or begin a run in another folder"
