@@ -198,6 +198,12 @@ def test_images_on_two_sides_are_counted_whatever_rounding_did_to_them():
     assert np.flatnonzero(same_features(features, train.features)).tolist() == [3, 8, 17]
 
 
+def test_images_on_two_sides_are_found_in_large_sets_too():
+    train, test = blobs(1300, 0), blobs(1100, 1)
+    test.features[[0, 1023, 1024, 1099]] = train.features[[1299, 5, 1024, 0]]
+    assert np.flatnonzero(same_features(test.features, train.features)).tolist() == [0, 1023, 1024, 1099]
+
+
 def test_an_image_of_validation_that_is_in_train_is_warned_of():
     train, test = blobs(60, 0), blobs(40, 1)
     with pytest.warns(UserWarning, match="20 of 20 validation images are in train as well"):
@@ -481,8 +487,9 @@ def test_tip_adapter_by_hand():
     assert (found.alpha, found.beta, found.validation_accuracy) == (3.0, 2.0, 0.0)
 
 
-def test_alpha_and_beta_are_the_best_of_a_loop_over_the_validation_images():
-    splits, W = toy(noise=1.5), prompts()
+@pytest.mark.parametrize("count", [120, 1100])  # in one piece, and in two
+def test_alpha_and_beta_are_the_best_of_a_loop_over_the_validation_images(count):
+    splits, W = toy(noise=1.5, count=count), prompts()
     alphas, betas = (0.0, 1.0, 10.0, 40.0), (0.5, 5.0, 30.0)
 
     def unit(x):
