@@ -515,6 +515,8 @@ def test_without_weight_on_the_examples_it_is_zero_shot_and_the_search_may_choos
     perfect = prompts(error=0)
     found = tip_adapter(splits, perfect)
     assert (found.alpha, found.validation_accuracy) == (0, 1)
+    of_equals = tip_adapter(splits, perfect, alphas=(0.2, 0.1), betas=(2.0, 1.0))
+    assert (of_equals.alpha, of_equals.beta, of_equals.validation_accuracy) == (0.1, 1.0, 1)
     np.testing.assert_allclose(found.outcome.scores, 100 * zero_shot(splits, perfect).scores, rtol=1e-5, atol=1e-4)
 
 
