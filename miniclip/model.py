@@ -246,13 +246,17 @@ class CLIP(nn.Module):
         Raises:
             ValueError: another shape, or integers (pixels that `preprocess` has not seen).
         """
+        self.check_images(images)
+        features = self.visual(images.to(self.dtype))
+        return self._unit(features) if normalize else features
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises the ValueError of `encode_image`."""
         R = self.visual.input_resolution
         if images.ndim != 4 or images.shape[1:] != (3, R, R):
             raise ValueError(f"images have the shape {tuple(images.shape)}; this model takes (N, 3, {R}, {R})")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; this model takes floats normalised as its preprocess does")
-        features = self.visual(images.to(self.dtype))
-        return self._unit(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (N, L), L up to the context length -> features (N, E), of unit length if `normalize`.
