@@ -395,8 +395,8 @@ def _choose_split(there: Sequence[str], split: str | None, source: str) -> str:
 def _in_split(folder: Path, split: str | None) -> Path:
     if split is None:
         return folder
-    if not (folder / split).is_dir():
-        found = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    if split not in found:
         raise ValueError(f"{folder} has no folder for the split {split!r}; it has {_some(found)}")
     return folder / split
 
@@ -565,10 +565,10 @@ def _is_blank(cell: Any) -> bool:
 
 
 def _label_in(cell: Any, where: str) -> str | list[str]:
+    if isinstance(cell, Mapping | bytes):
+        raise ValueError(f"{where} has {str(cell)[:50]} for a label; it must be a name, a number, or a list of those")
     if isinstance(cell, list | tuple | np.ndarray):
         return [str(_label_in(each, where)) for each in cell]
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)  # as tables with a gap in them keep whole numbers
     text = "" if _is_blank(cell) else str(cell).strip()
     if not text:
         raise ValueError(f"{where} has no label")
@@ -578,6 +578,8 @@ def _label_in(cell: Any, where: str) -> str | list[str]:
 def _alike(labels: list[Any], source: str) -> list[Any]:
     if len({isinstance(label, list) for label in labels}) > 1:
         raise ValueError(f"{source} has lists of labels in some rows and single labels in others")
+    if all(isinstance(label, str) and re.fullmatch(r"\d+(\.0)?", label) for label in labels):
+        return [label.removesuffix(".0") for label in labels]  # as tables with a gap in them write whole numbers
     return labels
 
 
@@ -782,9 +784,9 @@ def _read_torchvision(source: str, root: Path, split: str | None, download: bool
     name = source.removeprefix(TORCHVISION_PREFIX)
     if name not in TORCHVISION_SETS:
         near = difflib.get_close_matches(name.lower(), [known.lower() for known in TORCHVISION_SETS], n=1)
-        meant = [f"; is {known} meant?" for known in TORCHVISION_SETS if [known.lower()] == near]
+        meant = [f" (is {known} meant?)" for known in TORCHVISION_SETS if [known.lower()] == near]
         raise ValueError(
-            f"torchvision has no classification set {name!r}{''.join(meant)} There are {', '.join(TORCHVISION_SETS)}"
+            f"torchvision has no classification set {name!r}{''.join(meant)}; there are {', '.join(TORCHVISION_SETS)}"
         )
     from torchvision import datasets
 

@@ -577,8 +577,8 @@ def test_fashion_mnist_of_torchvision(tmp_path):
     "source, message",
     [
         ("torchvision:CIFAR10", r"CIFAR10 can't be had from .*nowhere.*--root names the folder.*--download"),
-        ("torchvision:cifar10", "no classification set 'cifar10'; is CIFAR10 meant"),
-        ("torchvision:CocoCaptions", "no classification set 'CocoCaptions'.*There are CIFAR10, CIFAR100"),
+        ("torchvision:cifar10", r"no classification set 'cifar10' \(is CIFAR10 meant\?\)"),
+        ("torchvision:CocoCaptions", r"no classification set 'CocoCaptions'.*there are CIFAR10, CIFAR100"),
         ("torchvision:EuroSAT", r"EuroSAT can't be had from"),
     ],
 )
@@ -710,6 +710,14 @@ def test_numbers_in_tables_with_gaps_are_still_labels(tmp_path):
     rows = [{"image": "a.png", "label": 1.0}, {"image": "b.png", "label": 0}, {"image": "c.png", "label": 10}]
     data = open_dataset(lines(tmp_path / "birds.jsonl", *map(json.dumps, rows)))
     assert (data.labels, data.classnames) == ((1, 0, 2), ("0", "1", "10"))
+    data = open_dataset(lines(tmp_path / "birds.csv", "image,label", "a.png,1.0", "b.png,0.0", "c.png,10"))
+    assert (data.labels, data.classnames) == ((1, 0, 2), ("0", "1", "10"))
+
+
+@pytest.mark.parametrize("label, message", [({"a": 1}, "row 1 .* for a label"), ([], "no label for any image")])
+def test_what_can_be_no_label_is_refused(tmp_path, label, message):
+    with pytest.raises(ValueError, match=message):
+        open_dataset(lines(tmp_path / "birds.jsonl", json.dumps({"image": "a.png", "label": label})))
 
 
 def test_a_column_of_labels_and_lists_of_them_is_refused(tmp_path):
