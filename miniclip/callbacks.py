@@ -26,7 +26,7 @@ from . import device, weights
 from .convert import forward_flops
 from .curves import PAGE_FILE, RUN_FILE, write_page
 from .data import Batch, TrainLoader
-from .datasets import open_dataset
+from .datasets import labelled, open_dataset
 from .evaluate import zero_shot_scores
 from .files import write_text
 from .model import CLIP, VisionTransformer
@@ -58,9 +58,9 @@ class ZeroShotEvaluation(Callback):
         self.after: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.datasets = {"val/zero_shot_acc1": open_dataset(self.data, templates=self.templates)}
+        self.datasets = {"val/zero_shot_acc1": labelled(open_dataset(self.data, templates=self.templates))}
         for name, data in self.others.items():
-            self.datasets[f"val/zero_shot_acc1_{name}"] = open_dataset(data)
+            self.datasets[f"val/zero_shot_acc1_{name}"] = labelled(open_dataset(data))
 
     def _score(self, pl_module: pl.LightningModule) -> dict[str, float]:
         model = pl_module.scored

@@ -282,16 +282,39 @@ def evaluate(argv: list[str]) -> None:
         prog="miniclip eval",
         formatter_class=_Help,
         description="Zero-shot classification: each class becomes prompts, an image goes to the nearest.\n\n"
-        "DATA is a folder with one sub-folder of images for each class, or a .csv or .tsv table with a column of\n"
-        "image paths (relative to the table) and a column `label`. Class names and prompts beside it are used:\n"
-        "classnames.txt and templates.txt in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table.",
-        epilog="example: miniclip eval --model runs/digits/best --data my_photos --templates imagenet7",
+        "DATA is labelled images:\n"
+        "  my_photos                    a folder with one sub-folder of images for each class\n"
+        "  my.csv, .tsv, .jsonl, .parquet\n"
+        "                               a table with a column of images (paths are relative to the table) and one of\n"
+        "                               labels, names or numbers\n"
+        "  shards, 'shards/{0..9}.tar'  webdataset's tars with a .cls for each image, here or at a URL\n"
+        "  hf-hub:owner/name            a set of CLIP_benchmark's (hf-hub:clip-benchmark/wds_…), or of Hugging Face's\n"
+        "                               `datasets` with a column of type ClassLabel; or the folder of either\n"
+        "  torchvision:CIFAR10          a classification set of torchvision's, in the folder --root\n\n"
+        "Class names and prompts that lie with the data are used: classnames.txt and templates.txt (or, for prompts\n"
+        "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
+        "used is printed, and is in results.json.",
+        epilog="examples:\n"
+        "  miniclip eval --model runs/digits/best --data my_photos --templates imagenet7\n"
+        "  miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer\n"
+        "  miniclip eval --model ViT-B/32 --data hf-hub:clip-benchmark/wds_cars --split test\n"
+        "  miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download",
     )
     parser.add_argument("--model", required=True, help="a trained model's folder, or a .ckpt of the trainer")
-    parser.add_argument("--data", required=True, nargs="+", help="one or several sets of labelled images")
+    parser.add_argument("--data", required=True, nargs="+", help="one or several sets, as above")
+    parser.add_argument(
+        "--split", metavar="NAME", help="part of sets that have several; default: test, else validation"
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
+    parser.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
     parser.add_argument("--classnames", help='"imagenet", or a file with one name a line, in label order')
-    parser.add_argument("--templates", help='"simple", "imagenet7", "imagenet80", or a file with one a line')
+    parser.add_argument(
+        "--templates",
+        help='"simple", "imagenet7", "imagenet80", a file with one a line, or a .json of {class: [prompts]}',
+    )
     parser.add_argument("--group-column", metavar="NAME", help="column that tells which images are not independent")
+    parser.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     parser.add_argument("--out", default="reports/{model}", help="folder for results.json and report.html")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
@@ -313,11 +336,24 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from . import report, weights
-    from .datasets import open_dataset
+    from .datasets import labelled, open_dataset
     from .evaluate import measure, zero_shot_scores
 
     datasets = [
-        open_dataset(source, options.classnames, options.templates, options.group_column) for source in options.data
+        labelled(
+            open_dataset(
+                source,
+                options.classnames,
+                options.templates,
+                options.group_column,
+                options.split,
+                options.label_column,
+                options.image_column,
+                Path(options.root).expanduser(),
+                options.download,
+            )
+        )
+        for source in options.data
     ]
     model, preprocess = weights.load(options.model, device=options.device)
     for data in datasets:
@@ -343,7 +379,10 @@ def _evaluate(options: argparse.Namespace) -> None:
             print(f"left out: {len(scores.unreadable) - 10} more, see results.json", file=sys.stderr)
     Console(width=None if sys.stdout.isatty() else 120).print(report.table(options.model, results))
     for data in datasets:
-        print(f"{data.name}: classes {_some(data.classnames)}; prompts {_some(data.templates)}")
+        names, prompts = _some(data.classnames), _some(report.wordings(data.templates))
+        print(f"{data.name}: classes {names} (from {data.classnames_from}); prompts {prompts} ({data.templates_from})")
+        if all(name.isdigit() for name in data.classnames):
+            print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
     report.write_json(out / "results.json", options.model, results)
     report.write_html(out / "report.html", options.model, results)
     print(f"report: {out / 'report.html'}")
@@ -431,9 +470,9 @@ def _interpolate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from . import finetune, weights
-    from .datasets import open_dataset
+    from .datasets import labelled, open_dataset
 
-    new, old = ([open_dataset(source) for source in sources] for sources in (options.data, options.retain))
+    new, old = ([labelled(open_dataset(source)) for source in sources] for sources in (options.data, options.retain))
     start, _ = weights.load(options.start, device=options.device)
     finetuned, _ = weights.load(options.finetuned, device=options.device)
     model = None if options.alpha is None else finetune.interpolate(start, finetuned, options.alpha)

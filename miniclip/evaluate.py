@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import tokenizer
-from .datasets import LabelledImages
+from .datasets import EvaluationSet, LabelledImages
 from .processes import collect, share
-from .prompts import Template, fill
+from .prompts import Prompts, class_prompts
 
 _PROMPTS_PER_BATCH = 256
 _NUM_GUESSES = 5
@@ -42,7 +42,7 @@ class Encoder(Protocol):
 def zero_shot_classifier(
     model: Any,
     classnames: Sequence[str],
-    templates: Sequence[Template],
+    templates: Prompts,
     tokenize: Callable[[list[str]], Tensor] | None = None,
 ) -> Tensor:
     """One unit vector for each class: the mean of its prompts' unit features, made unit again (paper section 3.1.4).
@@ -50,14 +50,15 @@ def zero_shot_classifier(
     Args:
         model: has `encode_text`.
         classnames: C names.
-        templates: T wordings, with `{}` or `{c}` where the name goes, or functions of the name.
+        templates: T wordings, with `{}` or `{c}` where the name goes, or functions of the name; or a mapping from each
+            name to its own prompts, as many as there are.
         tokenize: texts to token ids; by default CLIP's own.
 
     Returns:
         (E, C), columns of unit length. `image_features @ classifier` are cosines.
 
     Raises:
-        ValueError: no classes or no templates, or a template without a place for the name.
+        ValueError: no classes or no templates, a template without a place for the name, or a class without prompts.
     """
     if not len(classnames) or not len(templates):
         raise ValueError(f"{len(classnames)} class names and {len(templates)} templates; each needs at least one")
@@ -65,9 +66,9 @@ def zero_shot_classifier(
         raise ValueError("classnames and templates are sequences of texts; a single text was given")
     if tokenize is None:
         tokenize = partial(tokenizer.tokenize, context_length=getattr(model, "context_length", 77))
-    prompts = [fill(template, name) for name in classnames for template in templates]
-    features = encode_texts(model, prompts, tokenize)  # (C * T, E)
-    means = features.view(len(classnames), len(templates), -1).mean(dim=1)  # (C, E)
+    prompts = [class_prompts(templates, name) for name in classnames]
+    features = encode_texts(model, [prompt for each in prompts for prompt in each], tokenize)  # (C * T, E)
+    means = torch.stack([each.mean(dim=0) for each in features.split([len(each) for each in prompts])])  # (C, E)
     return F.normalize(means, dim=-1).T
 
 
@@ -109,7 +110,7 @@ class Scores:
 
 
 class _Images(Dataset[Tensor | str]):
-    def __init__(self, data: LabelledImages, preprocess: Callable[[Image.Image], Tensor], numbers: list[int]) -> None:
+    def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], numbers: list[int]) -> None:
         self.data, self.preprocess, self.numbers = data, preprocess, numbers
 
     def __len__(self) -> int:

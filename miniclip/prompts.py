@@ -8,13 +8,15 @@ A template is a text with a place for the class name, `{}` or `{c}`, or a functi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 
 Template = str | Callable[[str], str]
+Prompts = Sequence[Template] | Mapping[str, Sequence[str]]  # for every class, or by class
 
 # Sets of templates by name. "simple" is the one prompt of the paper's section 3.1.4.
 _TEMPLATE_FILES = {"imagenet80": "imagenet_templates_80.txt", "imagenet7": "imagenet_templates_7.txt"}
@@ -36,6 +38,21 @@ def fill(template: Template, classname: str) -> str:
     return template.replace("{c}", "{}").replace("{}", classname)
 
 
+def class_prompts(prompts: Prompts, classname: str) -> list[str]:
+    """The prompts of one class, from templates for all or from its own.
+
+    Raises:
+        ValueError: there are none for it, or a template is without a place for the name.
+    """
+    if not isinstance(prompts, Mapping):
+        return [fill(template, classname) for template in prompts]
+    if not prompts.get(classname):
+        near = difflib.get_close_matches(classname, prompts, n=2)
+        hint = f"; near is {' and '.join(map(repr, near))}" if near else ""
+        raise ValueError(f"there are prompts for {len(prompts)} classes, and none for {classname!r}{hint}")
+    return list(prompts[classname])
+
+
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file without their ends; blank lines at the end of the file do not count.
 
@@ -49,10 +66,15 @@ def read_lines(path: str | Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return lines_of(text, path)
+
+
+def lines_of(text: str, source: str | Path) -> list[str]:
+    """As `read_lines`, of a text that was read already."""
     lines = [line.strip() for line in text.rstrip().split("\n")]
     for number, line in enumerate(lines, 1):
         if not line:
-            raise ValueError(f"{path} is {'empty' if len(lines) == 1 else f'blank in line {number}'}")
+            raise ValueError(f"{source} is {'empty' if len(lines) == 1 else f'blank in line {number}'}")
     return lines
 
 

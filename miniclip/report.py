@@ -12,7 +12,7 @@ import io
 import json
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rich.table import Table
 from . import __version__
 from .evaluate import Metrics, Scores
 from .files import write_text
-from .prompts import ASSETS
+from .prompts import ASSETS, Prompts
 
 _THUMBNAIL = 112  # pixels
 _GALLERY = 24  # images of a kind
@@ -62,13 +62,26 @@ def table(model: str, results: Sequence[Result]) -> Table:
             escape(data.name),
             f"{metrics.num_images} of {len(data)}" if result.scores.unreadable else str(metrics.num_images),
             str(len(data.classnames)),
-            str(len(data.templates)),
+            _num_prompts(data.templates),
             percent(metrics.acc1),
             f"{percent(low)} – {percent(high)}",
             percent(metrics.acc5) if len(data.classnames) > 5 else "–",
             percent(metrics.mean_per_class_recall),
         )
     return out
+
+
+def wordings(prompts: Prompts) -> tuple[str, ...]:
+    """The templates as texts; of prompts by class those of all classes, one after the other."""
+    if isinstance(prompts, Mapping):
+        return tuple(prompt for each in prompts.values() for prompt in each)
+    return tuple(map(str, prompts))
+
+
+def _num_prompts(prompts: Prompts) -> str:
+    """For each class."""
+    counts = sorted({len(each) for each in prompts.values()} if isinstance(prompts, Mapping) else {len(prompts)})
+    return " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
 
 
 def confused_pairs(result: Result, most: int = 10) -> list[tuple[str, str, int]]:
@@ -97,7 +110,7 @@ def _result_as_dict(result: Result) -> dict[str, Any]:
     names = data.classnames
     predictions = [
         {
-            "path": str(data.paths[number]),
+            "path": data.key(number),
             "label": names[label],
             "guesses": [
                 {"class": names[c], "cosine": round(float(cosine), 5), "probability": round(float(probability), 5)}
@@ -121,7 +134,9 @@ def _result_as_dict(result: Result) -> dict[str, Any]:
         },
         "acc1_interval_95": list(metrics.interval),
         "classnames": list(names),
-        "templates": list(data.templates),
+        "classnames_from": data.classnames_from,
+        "templates": dict(data.templates) if isinstance(data.templates, Mapping) else list(data.templates),
+        "templates_from": data.templates_from,
         "per_class": [
             {"class": name, "images": int(count), "acc1": None if count == 0 else float(share)}
             for name, count, share in zip(names, counts, metrics.per_class, strict=True)
@@ -277,7 +292,7 @@ def _gallery(result: Result, rows: np.ndarray) -> list[dict[str, Any]]:
     return [
         {
             "picture": _thumbnail(data.open(int(scores.numbers[row]))),
-            "name": data.paths[scores.numbers[row]].name,
+            "name": data.key(scores.numbers[row]).rpartition("/")[2],
             "label": data.classnames[scores.labels[row]],
             "guesses": [
                 {"name": data.classnames[c], "share": float(p), "is_right": bool(c == scores.labels[row])}
@@ -303,7 +318,7 @@ def _section(result: Result) -> dict[str, Any]:
         "num_images": metrics.num_images,
         "num_classes": len(data.classnames),
         "metrics": metrics,
-        "templates": data.templates,
+        "templates": wordings(data.templates),
         "confusion": _plot_confusion(result),
         "confused": confused_pairs(result),
         "per_class": sorted(

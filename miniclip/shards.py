@@ -44,7 +44,7 @@ INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"
 
 # What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_MEMBERS = ("image", "txt", "json", "cls")
+_MEMBERS = ("image", "txt", "json", "cls", "npy")
 _OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
 _BUFFER_BYTES = 4 << 20
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
@@ -734,17 +734,20 @@ class Shards:
     Args:
         sources: a folder with an index, here or at a URL; a pattern of tars in such a folder,
             "data/{00000..00009}.tar"; or several of either, whose samples are numbered one after the other.
+        needs_captions: refuse shards that have none, as those of labelled images; for training they are of no use.
 
     Raises:
         ValueError: no index, one that this version can't read, or shards without captions.
     """
 
-    def __init__(self, sources: str | Path | Sequence[str | Path], cache: Cache | None = None) -> None:
+    def __init__(
+        self, sources: str | Path | Sequence[str | Path], cache: Cache | None = None, needs_captions: bool = True
+    ) -> None:
         self.cache = cache or Cache()
         self.entries: list[ShardEntry] = []
         self.num_shards: list[int] = []  # of each source
         for source in [sources] if isinstance(sources, str | Path) else sources:
-            entries = _open_source(str(source))
+            entries = _open_source(str(source), needs_captions)
             self.entries += entries
             self.num_shards.append(len(entries))
         self.counts = np.array([entry.samples for entry in self.entries], dtype=np.int64)
@@ -788,13 +791,20 @@ class Shards:
         Raises:
             ValueError: as for the sample itself, or it is not JSON.
         """
+        found = {kind: self.read(number, kind) for kind in ("json", "cls")}
+        values = json.loads(found["json"]) if found["json"] else {}
+        facts = values if isinstance(values, dict) else {}
+        return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found["cls"] else facts
+
+    def read(self, number: int, kind: str) -> bytes:
+        """One member of a sample, by its suffix ("cls", "json", "npy", "txt") or "image"; empty if it has none.
+
+        Raises:
+            ValueError: as for the sample itself.
+        """
         shard, place = self.locate(number)
         file, offsets = self._shard(shard)
-        key = str(offsets["key"][place])
-        found = {kind: self._read(file, key, *offsets[kind][place]) for kind in ("json", "cls") if kind in offsets}
-        values = json.loads(found["json"]) if found.get("json") else {}
-        facts = values if isinstance(values, dict) else {}
-        return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found.get("cls") else facts
+        return self._read(file, str(offsets["key"][place]), *offsets[kind][place]) if kind in offsets else b""
 
     def keys(self, shard: int) -> list[str]:
         """The keys of a shard's samples, in order; the tar itself is not touched."""
@@ -858,7 +868,7 @@ class Shards:
         return data[header:]
 
 
-def _open_source(source: str) -> list[ShardEntry]:
+def _open_source(source: str, needs_captions: bool) -> list[ShardEntry]:
     """The shards of a folder with an index, or those of them that a pattern names."""
     check_scheme(source)
     names: list[str] | None = None
@@ -900,7 +910,7 @@ def _open_source(source: str) -> list[ShardEntry]:
         )
     if not sum(entry.samples for entry in entries):
         raise ValueError(f"the shards in {folder} hold no samples")
-    if not members["txt"] and not members["json"]:
+    if needs_captions and not members["txt"] and not members["json"]:
         kinds = ", ".join(f".{kind}" for kind in sorted(members) if kind != "image")
         raise ValueError(
             f"the shards in {folder} hold images without captions ({kinds or 'nothing'} beside them, no .txt)"

@@ -124,7 +124,7 @@ def read_pairs(
     path = Path(source)
     rows: Sequence[dict[str, Any]]
     named = {"--images": images, "--image-column": image_column, "--caption-column": caption_columns}
-    is_set = any((path / name).is_file() for name in _DATASETS_FILES)
+    is_set = is_datasets_folder(path)
     given = [name for name, value in named.items() if value and (path.is_dir() or name in _NOT_OF[path.suffix])]
     if given and not is_set:
         what = "a folder" if path.is_dir() else "no table with columns"
@@ -369,19 +369,10 @@ def _pairs_of_rows(
         rows_of.setdefault(_name_of(cell, number), []).append(number)
     names = list(rows_of)
 
-    def locate(name: str, cell: Any) -> Path | str | bytes | None:
-        if isinstance(cell, Mapping):  # as Hugging Face's data sets store images
-            if cell.get("bytes"):
-                return bytes(cell["bytes"])
-            cell = cell.get("path")
-        if isinstance(cell, bytes):
-            return cell
-        return name if is_url(name) else folder / str(cell or "")  # an absolute path stays one
-
     def read(number: int) -> Pair:
         name = names[number]
         these = [rows[n] for n in rows_of[name]]
-        image = locate(name, these[0].get(column))
+        image = image_in(these[0].get(column), folder)
         captions = tuple(text for row in these for caption in texts for text in texts_in(row.get(caption)))
         problem = None
         if isinstance(image, Path) and not _is_file(image):
@@ -399,6 +390,17 @@ def _pairs_of_rows(
     if len(rows) > len(names):
         found += f" ({len(rows)} rows: those of one image are put together)"
     return Pairs(names, read, found, [path, *(folder / name for name in names if not is_url(name))])
+
+
+def image_in(cell: Any, folder: Path) -> Path | str | bytes:
+    """What a table's cell says of an image: its bytes, its URL, or its path, relative to `folder`."""
+    if isinstance(cell, Mapping):  # as Hugging Face's data sets store images
+        if cell.get("bytes"):
+            return bytes(cell["bytes"])
+        cell = cell.get("path")
+    if isinstance(cell, bytes) or (isinstance(cell, str) and is_url(cell)):
+        return cell
+    return folder / str(cell or "")  # an absolute path stays one
 
 
 def _extra(row: Mapping[str, Any], used: tuple[str, ...]) -> dict[str, Any]:
@@ -455,18 +457,33 @@ def _read_coco(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 # Hugging Face's data sets
 
 
-def _read_datasets(source: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> Pairs:
+def is_datasets_folder(path: Path) -> bool:
+    """Whether Hugging Face's `datasets` wrote this folder."""
+    return any((path / name).is_file() for name in _DATASETS_FILES)
+
+
+def load_datasets(source: str) -> Any:
+    """A set of Hugging Face's `datasets`, or a mapping from splits to sets: of the hub, or a folder it was saved to.
+
+    Raises:
+        ValueError: it can't be read, or the library is missing.
+    """
     try:
         import datasets
     except ImportError as error:
         raise ValueError(f"reading {source} needs Hugging Face's datasets: pip install 'miniclip[datasets]'") from error
     try:
         if source.startswith(HUB_PREFIX):
-            loaded = datasets.load_dataset(source.removeprefix(HUB_PREFIX))
-        else:
-            loaded = datasets.load_from_disk(source)
+            return datasets.load_dataset(source.removeprefix(HUB_PREFIX))
+        return datasets.load_from_disk(source)
     except Exception as error:  # the library raises whatever its many parts raise
         raise ValueError(f"{source} can't be read as a data set: {type(error).__name__}: {error}") from error
+
+
+def _read_datasets(source: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> Pairs:
+    loaded = load_datasets(source)
+    import datasets
+
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(f"{source} has no split {split!r}; valid are {', '.join(loaded)}")

@@ -28,7 +28,7 @@ def labels_by_file(data) -> dict[str, str]:
     """What each picture is said to be, by its path below the data."""
     return {
         f"{path.parent.name}/{path.name}": data.classnames[label]
-        for path, label in zip(data.paths, data.labels, strict=True)
+        for path, label in zip(data.images, data.labels, strict=True)
     }
 
 
@@ -41,7 +41,7 @@ def test_class_folders_are_sorted_and_underscores_read_as_spaces(tmp_path):
     assert data.name == "pets"
     assert data.classnames == ("Käse", "sub folder", "tabby cat", "tiger")
     assert data.labels == (0, 0, 1, 1, 2, 2, 3, 3)
-    assert len(data) == len(data.paths) == len(data.groups) == 8
+    assert len(data) == len(data.images) == len(data.groups) == 8
     assert data.templates == ("a photo of a {c}.",)
     assert len(set(data.groups)) == 8  # every picture for itself
 
@@ -70,7 +70,7 @@ def test_images_open_decoded_and_a_broken_one_is_named(tmp_path):
     assert data.open(0).size == (24, 20)
     with pytest.raises(ValueError, match=r"cat/broken\.png is not an image"):
         data.open(1)
-    data.paths[2].unlink()
+    data.images[2].unlink()
     with pytest.raises(ValueError, match=r"dog/0\.png can't be read"):
         data.open(2)
 
@@ -224,7 +224,7 @@ def test_a_table_of_names_sorts_them_into_classes(tmp_path):
     data = open_dataset(source)
     assert (data.name, data.classnames, data.labels) == ("birds", ("dog", "tabby cat"), (1, 0, 0))
     assert data.open(0).size == (24, 20)
-    assert data.paths[2] == tmp_path / "gone.png"  # found out, and counted, when it is opened
+    assert data.images[2] == tmp_path / "gone.png"  # found out, and counted, when it is opened
     assert len(set(data.groups)) == 3
 
 
@@ -306,7 +306,9 @@ def test_a_negative_number_is_no_label(tmp_path):
 # No data
 
 
-@pytest.mark.parametrize("name, says", [("nowhere", "is not there"), ("a.json", "is neither a folder per class nor")])
+@pytest.mark.parametrize(
+    "name, says", [("nowhere", "is not there"), ("a.json", "is neither a folder per class, nor shards")]
+)
 def test_a_source_that_is_none_is_named(tmp_path, name, says):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match=f"data '.*{name}' {says}"):

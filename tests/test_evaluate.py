@@ -268,7 +268,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, num_workers):
 
 def test_data_without_one_readable_image_is_an_error_with_the_first_reason(tmp_path):
     data = pictures(tmp_path)
-    for path in data.paths:
+    for path in data.images:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 5 images of by hand can be read; the first: .*0\.png"):
         scores_of(data)

@@ -1,0 +1,794 @@
+"""Every layout that people keep evaluation data in: the same images give the same labels, names and pixels."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import webdataset
+from helpers import Served, picture, tiny_clip, write_pairs, write_picture
+from torch.utils.data import ConcatDataset, DataLoader
+
+from miniclip import cli, storage, tokenizer
+from miniclip.datasets import CaptionedImages, LabelledImages, MultilabelImages, labelled, open_dataset
+from miniclip.evaluate import zero_shot_classifier
+from miniclip.shards import index_shards
+
+NAMES = ("barn owl", "crane", "kea")
+LABELS = (2, 0, 1, 1, 0, 2, 2)
+SCENES = tuple("aabbccd")
+TEMPLATES = ("a {c} in the wild", "{c}!")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    """A cache of its own, no proxy, short waits between tries; and a hub that does not answer, for who asks for one."""
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(storage, "_WAITS_S", (0.001,) * 2)
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for key, members in samples.items():
+            writer.write({"__key__": key, **members})
+
+
+def lines(path: Path, *content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(content) + "\n", encoding="utf-8")
+    return path
+
+
+def benchmark_set(root: Path, members: dict[str, list[bytes]], split: str = "test", shards: int = 2, **texts: str):
+    """CLIP_benchmark's layout; `texts` are its .txt by name."""
+    count = len(LABELS)
+    for shard in range(shards):
+        numbers = range(shard * count // shards, (shard + 1) * count // shards)
+        samples = {f"s{n:07d}": {"png": png(n), **{m: values[n] for m, values in members.items()}} for n in numbers}
+        tar(root / split / f"{shard}.tar", samples)
+    lines(root / split / "nshards.txt", str(shards))
+    for name, text in texts.items():
+        (root / f"{name}.txt").write_text(text)
+    return root
+
+
+CLS = [str(label).encode() for label in LABELS]
+NAMED = {"classnames": "\n".join(NAMES) + "\n", "zeroshot_classification_templates": "\n".join(TEMPLATES) + "\n"}
+
+
+def write(layout: str, root: Path) -> Path | str:
+    """The pictures with their labels in one of the layouts."""
+    rows = [{"image": f"pictures/{n}.png", "species": NAMES[label], "scene": SCENES[n]}
+            for n, label in enumerate(LABELS)]  # fmt: skip
+    if layout == "folder":
+        for n, label in enumerate(LABELS):
+            write_picture(root / NAMES[label].replace(" ", "_") / f"{n}.png", n)
+        return root
+    for n in range(len(LABELS)):
+        write_picture(root / "pictures" / f"{n}.png", n)
+    if layout in ("csv", "tsv"):
+        with open(root / f"birds.{layout}", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if layout == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif layout == "jsonl":
+        lines(root / "birds.jsonl", *map(json.dumps, rows))
+    elif layout in ("parquet", "parquet with images"):
+        import pyarrow
+        from pyarrow import parquet
+
+        if layout == "parquet with images":
+            rows = [{**row, "image": {"bytes": png(n), "path": None}} for n, row in enumerate(rows)]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), root / "birds.parquet", row_group_size=3)
+        return root / "birds.parquet"
+    elif layout in ("datasets", "parquet of datasets"):
+        import datasets
+
+        features = datasets.Features(
+            {"image": datasets.Image(), "species": datasets.ClassLabel(names=list(NAMES)),
+             "scene": datasets.Value("string")}
+        )  # fmt: skip
+        columns = {
+            "image": [{"bytes": png(n), "path": None} for n in range(len(LABELS))],
+            "species": list(LABELS),
+            "scene": list(SCENES),
+        }
+        made = datasets.Dataset.from_dict(columns, features=features)
+        if layout == "datasets":
+            datasets.DatasetDict({"train": made.select([0]), "test": made}).save_to_disk(root / "set")
+            return root / "set"
+        made.to_parquet(root / "birds.parquet")
+        return root / "birds.parquet"
+    elif layout in ("shards", "bare shards"):
+        for shard, numbers in enumerate(((0, 1, 2, 3), (4, 5, 6))):
+            facts = {n: json.dumps({"scene": SCENES[n]}).encode() for n in numbers}
+            samples = {f"{n:09d}": {"png": png(n), "cls": CLS[n], "json": facts[n]} for n in numbers}
+            tar(root / "shards" / f"{shard:05d}.tar", samples)
+        lines(root / "shards" / "classnames.txt", *NAMES)
+        if layout == "shards":
+            index_shards(str(root / "shards"))
+        return root / "shards"
+    return root / f"birds.{layout}"
+
+
+TABLES = ["csv", "tsv", "jsonl", "parquet", "parquet with images", "parquet of datasets", "datasets"]
+LAYOUTS = ["folder", *TABLES, "shards", "bare shards"]
+
+
+def is_of(data, number: int, seed: int) -> bool:
+    return np.array_equal(np.asarray(data.open(number).convert("RGB")), np.asarray(picture(seed)))
+
+
+def seeds_of(data) -> list[int]:
+    """Which picture each image is, by its pixels."""
+    known = {picture(seed).tobytes(): seed for seed in range(20)}
+    return [known[data.open(number).convert("RGB").tobytes()] for number in range(len(data))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_labels_names_and_pixels(tmp_path, layout):
+    source = write(layout, tmp_path / "birds")
+    column = {"label_column": "species"} if layout in TABLES else {}
+    data = open_dataset(source, **column)
+    assert isinstance(data, LabelledImages)
+    assert data.classnames == NAMES
+    seeds = seeds_of(data)
+    assert sorted(seeds) == list(range(len(LABELS)))
+    assert [data.labels[number] for number in range(len(data))] == [LABELS[seed] for seed in seeds]
+    assert len({data.key(number) for number in range(len(data))}) == len(LABELS)
+    assert data.templates == ("a photo of a {c}.",)
+    assert data.templates_from == "the built-in set 'simple'"
+    assert data.classnames_from
+    if layout != "folder":
+        grouped = open_dataset(source, **column, group_column="scene")
+        assert grouped.groups == SCENES
+        assert list(grouped.metadata["scene"]) == list(SCENES)
+    assert not (Path(source) / "index.json").exists() or layout == "shards"  # what is theirs stays as it was
+
+
+class Opened(torch.utils.data.Dataset):
+    def __init__(self, data) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.data.open(number).convert("RGB").tobytes()
+
+
+def opened(layout: str, root: Path):
+    if layout == "pairs":
+        return open_dataset(write_pairs(root / "pairs", len(LABELS)), task="retrieval")
+    return open_dataset(write(layout, root), label_column=None if layout == "shards" else "species")
+
+
+LAZY = ["parquet with images", "datasets", "shards", "pairs"]
+
+
+@pytest.mark.parametrize("layout", LAZY)
+def test_images_are_read_by_the_forked_workers_of_a_loader(tmp_path, layout):
+    data = opened(layout, tmp_path)
+    before = data.open(0).tobytes()  # what is open here already must not get in their way
+    loader = DataLoader(Opened(data), batch_size=3, num_workers=2, collate_fn=list, multiprocessing_context="fork")
+    read = [pixels for batch in loader for pixels in batch]
+    assert read == [picture(seed).tobytes() for seed in range(len(LABELS))]
+    assert before == read[0]
+
+
+def test_images_are_read_by_workers_that_start_anew(tmp_path):
+    sets = [opened(layout, tmp_path / layout) for layout in LAZY]
+    for data in sets:
+        data.open(0)
+    together = ConcatDataset([Opened(data) for data in sets])
+    loader = DataLoader(together, batch_size=3, num_workers=1, collate_fn=list, multiprocessing_context="spawn")
+    read = [pixels for batch in loader for pixels in batch]
+    assert read == [picture(seed).tobytes() for seed in range(len(LABELS))] * len(sets)
+
+
+def test_a_class_label_is_found_by_its_type(tmp_path):
+    data = open_dataset(write("datasets", tmp_path))
+    assert (data.labels, data.classnames) == (LABELS, NAMES)
+    assert data.classnames_from == "column 'species', a ClassLabel"
+    assert len(open_dataset(tmp_path / "set", split="train")) == 1
+    with pytest.raises(ValueError, match="has no split 'val'; it has train, test"):
+        open_dataset(tmp_path / "set", split="val")
+    with pytest.raises(ValueError, match="has no column 'kind'; its columns are image, species, scene"):
+        open_dataset(tmp_path / "set", label_column="kind")
+
+
+def saved_set(path: Path, features: dict, **columns) -> Path:
+    import datasets
+
+    columns["image"] = [{"bytes": png(n), "path": None} for n in range(len(next(iter(columns.values()))))]
+    features = datasets.Features({"image": datasets.Image(), **features})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(path)
+    return path
+
+
+def test_a_set_without_class_label_names_its_columns(tmp_path):
+    import datasets
+
+    source = saved_set(tmp_path / "set", {"kind": datasets.Value("string")}, kind=["kea", "crane"])
+    with pytest.raises(ValueError, match=r"no column of type ClassLabel; its columns are .*kind.*--label-column"):
+        open_dataset(source)
+    data = open_dataset(source, label_column="kind")
+    assert (data.labels, data.classnames) == ((1, 0), ("crane", "kea"))
+
+
+def test_several_class_labels_have_to_be_chosen_from(tmp_path):
+    import datasets
+
+    features = {"fine": datasets.ClassLabel(names=["x", "y"]), "coarse": datasets.ClassLabel(names=["z"])}
+    source = saved_set(tmp_path / "set", features, fine=[1, 0], coarse=[0, 0])
+    with pytest.raises(ValueError, match="several columns of classes, fine, coarse; choose one with --label-column"):
+        open_dataset(source)
+    assert open_dataset(source, label_column="fine").labels == (1, 0)
+
+
+def test_a_split_without_labels_says_so(tmp_path):
+    import datasets
+
+    features = {"label": datasets.ClassLabel(names=["x", "y"])}
+    source = saved_set(tmp_path / "set", features, label=[-1, -1])
+    with pytest.raises(ValueError, match="-1 marks images without a label"):
+        open_dataset(source)
+
+
+def test_other_names_for_a_class_label_must_be_as_many(tmp_path):
+    names = lines(tmp_path / "names.txt", "x", "y")
+    with pytest.raises(ValueError, match=r"has 3 classes .* and there are 2 class names in .*names\.txt"):
+        open_dataset(write("datasets", tmp_path), classnames=names)
+    names = lines(tmp_path / "names.txt", "x", "y", "z")
+    data = open_dataset(tmp_path / "set", classnames=names)
+    assert (data.labels, data.classnames, data.classnames_from) == (LABELS, ("x", "y", "z"), str(names))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP_benchmark's sets
+
+
+def test_a_set_of_clip_benchmarks_brings_names_and_templates(tmp_path):
+    root = benchmark_set(tmp_path / "wds_birds", {"cls": CLS}, **NAMED)
+    data = open_dataset(root)
+    assert (data.name, data.labels, data.classnames, data.templates) == ("wds_birds", LABELS, NAMES, TEMPLATES)
+    assert seeds_of(data) == list(range(len(LABELS)))
+    assert data.key(0) == "0.tar:s0000000"
+    assert "classnames.txt" in data.classnames_from
+    assert "zeroshot_classification_templates.txt" in data.templates_from
+    assert open_dataset(root, templates="imagenet7").templates != TEMPLATES
+    assert sorted(path.name for path in (root / "test").iterdir()) == ["0.tar", "1.tar", "nshards.txt"]
+
+
+def test_more_than_nine_shards_keep_the_order_of_their_numbers(tmp_path):
+    for n in range(11):
+        tar(tmp_path / f"test/{n}.tar", {f"s{n}": {"png": png(n), "cls": b"%d" % n}})
+    lines(tmp_path / "test/nshards.txt", "11")
+    data = open_dataset(tmp_path)
+    assert data.labels == tuple(range(11))
+    assert seeds_of(data) == list(range(11))
+    assert data.classnames_from == "the labels, which are numbers"
+
+
+def test_an_index_in_the_cache_is_made_anew_when_a_tar_changes(tmp_path):
+    root = benchmark_set(tmp_path / "set", {"cls": CLS}, **NAMED)
+    assert open_dataset(root).labels == LABELS
+    tar(root / "test/1.tar", {"s9": {"png": png(9), "cls": b"1"}})
+    data = open_dataset(root)
+    assert data.labels == (*LABELS[:3], 1)
+    assert is_of(data, 3, 9)
+
+
+def test_several_labels_each(tmp_path):
+    hot = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 1]], dtype=bool)
+    arrays = []
+    for row in hot:
+        buffer = io.BytesIO()
+        np.save(buffer, row.astype(np.int64))
+        arrays.append(buffer.getvalue())
+    data = open_dataset(benchmark_set(tmp_path / "set", {"npy": arrays}, dataset_type="multilabel\n", **NAMED))
+    assert isinstance(data, MultilabelImages)
+    np.testing.assert_array_equal(data.labels, hot)
+    assert (data.classnames, data.templates) == (NAMES, TEMPLATES)
+    assert seeds_of(data) == list(range(len(LABELS)))
+    with pytest.raises(ValueError, match="set has several labels for each image; zero-shot classification needs one"):
+        labelled(data)
+    rows = [{"image": f"{n}.png", "labels": [NAMES[c] for c in np.flatnonzero(row)]} for n, row in enumerate(hot)]
+    table = open_dataset(lines(tmp_path / "birds.jsonl", *map(json.dumps, rows)))
+    assert table.classnames == NAMES
+    np.testing.assert_array_equal(table.labels, hot)
+
+
+@pytest.mark.parametrize("values", [[1, 0], [1, 0, 2], [[1, 0, 0]], ["a", "b", "c"]])
+def test_an_array_that_does_not_fit_the_names_is_refused(tmp_path, values):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(values))
+    arrays = [buffer.getvalue()] * len(LABELS)
+    root = benchmark_set(tmp_path / "set", {"npy": arrays}, dataset_type="multilabel", **NAMED)
+    with pytest.raises(ValueError, match=r"0\.tar:s0000000: its \.npy has the shape .* each of the 3 class names"):
+        open_dataset(root)
+
+
+def test_an_array_of_pickles_is_not_opened(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}, 0, 1], dtype=object), allow_pickle=True)
+    arrays = [buffer.getvalue()] * len(LABELS)
+    root = benchmark_set(tmp_path / "set", {"npy": arrays}, dataset_type="multilabel", **NAMED)
+    with pytest.raises(ValueError, match=r"0\.tar:s0000000: its \.npy can't be read"):
+        open_dataset(root)
+
+
+def test_captions_one_a_line(tmp_path):
+    texts = [f"a bird, {n}\n\n another  view of {n}\n".encode() for n in range(len(LABELS))]
+    data = open_dataset(benchmark_set(tmp_path / "set", {"txt": texts}, dataset_type="retrieval"))
+    assert isinstance(data, CaptionedImages)
+    assert data.captions == tuple((f"a bird, {n}", f"another view of {n}") for n in range(len(LABELS)))
+    assert seeds_of(data) == list(range(len(LABELS)))
+    with pytest.raises(ValueError, match="class names and templates are not for it"):
+        open_dataset(tmp_path / "set", templates="imagenet7")
+
+
+def test_an_image_without_caption_is_named(tmp_path):
+    texts = [b"a", b"b", b" \n", b"d", b"e", b"f", b"g"]
+    root = benchmark_set(tmp_path / "set", {"txt": texts}, dataset_type="retrieval")
+    with pytest.raises(ValueError, match=r"1 of 7 images have no caption: 0\.tar:s0000002"):
+        open_dataset(root)
+
+
+def test_what_can_be_trained_on_can_be_retrieved_from(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 4, captions=2)
+    data = open_dataset(folder, task="retrieval")
+    assert isinstance(data, CaptionedImages)
+    assert data.captions[3] == ("picture 3, caption 0", "picture 3, caption 1")
+    assert seeds_of(data) == [0, 1, 2, 3]
+    assert data.key(3) == "0003.png"
+    rows = [f"pairs/{n:04d}.png,one of {n}" for n in range(4)] + ["pairs/0000.png,once more"]
+    table = open_dataset(lines(tmp_path / "pairs.csv", "filepath,caption", *rows), task="retrieval")
+    assert table.captions == (("one of 0", "once more"), ("one of 1",), ("one of 2",), ("one of 3",))
+    (folder / "0002.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0002\.png is not an image"):
+        data.open(2)
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("retrieval", r"has no \.txt beside its images, as retrieval needs; it is for classification"),
+        ("multilabel", r"has no \.npy beside its images"),
+        ("segmentation", "task is 'segmentation'; it must be one of classification, multilabel, retrieval"),
+    ],
+)
+def test_a_task_that_the_data_are_not_for_is_refused(tmp_path, task, message):
+    root = benchmark_set(tmp_path / "set", {"cls": CLS}, **NAMED)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(root, task=task)
+
+
+BROKEN_SETS = {
+    "no number": ({"test/nshards.txt": b"many\n"}, r"nshards\.txt holds 'many'; it must be the number of shards"),
+    "one shard too many": ({"test/nshards.txt": b"3\n"}, r"there is no file .*2\.tar"),
+    "unknown kind": ({"dataset_type.txt": b"video"}, r"dataset_type\.txt holds 'video'; known are classification"),
+    "too few names": ({"classnames.txt": b"x\ny\n"}, "has labels up to 2, but there are 2 class names"),
+    "no place in a template": (
+        {"zeroshot_classification_templates.txt": b"a bird\n"},
+        r"zeroshot_classification_templates\.txt of the data: template 'a bird' has no place for the class name",
+    ),
+    "a tar that is none": ({"test/1.tar": b"<html>404</html>" * 100}, r"1\.tar is no tar, or a damaged"),
+    "a tar cut short": ({"test/1.tar": None}, r"1\.tar is (no tar|cut short)"),
+    "only for training": ({"test/nshards.txt": b"", "train/nshards.txt": b"1"}, "holds ''"),
+}
+
+
+@pytest.mark.parametrize("content, message", BROKEN_SETS.values(), ids=BROKEN_SETS)
+def test_a_broken_set_of_clip_benchmarks_is_told(tmp_path, content, message):
+    root = benchmark_set(tmp_path / "set", {"cls": CLS}, **NAMED)
+    for name, data in content.items():
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(path.read_bytes()[:1500] if data is None else data)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(root)
+
+
+def test_a_split_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    root = benchmark_set(tmp_path / "set", {"cls": CLS}, **NAMED)
+    benchmark_set(root, {"cls": CLS[::-1]}, split="train", shards=1)
+    assert open_dataset(root).labels == LABELS
+    assert open_dataset(root, split="train").labels == LABELS[::-1]
+    with pytest.raises(ValueError, match="has no split 'dev'; it has test, train"):
+        open_dataset(root, split="dev")
+
+
+def test_shards_without_labels_are_told(tmp_path):
+    tar(tmp_path / "0.tar", {"a": {"png": png(0)}})
+    with pytest.raises(ValueError, match=r"has neither labels \(\.cls, \.npy\) nor captions \(\.txt\)"):
+        open_dataset(tmp_path)
+
+
+def test_a_shard_that_lost_a_label_names_the_sample(tmp_path):
+    tar(tmp_path / "0.tar", {"a": {"png": png(0), "cls": b"0"}, "b": {"png": png(1)}})
+    with pytest.raises(ValueError, match=r"0\.tar:b has no label"):
+        open_dataset(tmp_path)
+
+
+def test_a_pattern_of_tars_names_some_of_them(tmp_path):
+    write("bare shards", tmp_path)
+    data = open_dataset(str(tmp_path / "shards/{00001..00001}.tar"))
+    assert (data.labels, data.name, data.classnames) == (LABELS[4:], "shards", NAMES)
+    with pytest.raises(ValueError, match="--split test can't be followed"):
+        open_dataset(str(tmp_path / "shards/00001.tar"), split="test")
+    with pytest.raises(ValueError, match="is a set of shards and has no columns; a label column needs a table"):
+        open_dataset(tmp_path / "shards", label_column="cls")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From elsewhere
+
+
+def test_a_set_at_a_url_is_the_same_and_fetched_once(tmp_path):
+    root = benchmark_set(tmp_path / "served/wds_birds", {"cls": CLS}, **NAMED)
+    here = open_dataset(root)
+    with Served(tmp_path / "served") as server:
+        for url in (f"{server.url}/wds_birds", f"{server.url}/wds_birds/"):
+            data = open_dataset(url)
+            assert (data.name, data.labels, data.classnames, data.templates) == (
+                here.name, here.labels, here.classnames, here.templates,
+            )  # fmt: skip
+            assert [data.open(n).tobytes() for n in range(7)] == [here.open(n).tobytes() for n in range(7)]
+        tars = [path for path in server.gets if path.endswith(".tar")]
+        assert sorted(tars) == ["/wds_birds/test/0.tar", "/wds_birds/test/1.tar"]
+        with pytest.raises(ValueError, match="has no split 'dev'; it has test"):
+            open_dataset(f"{server.url}/wds_birds", split="dev")
+        with pytest.raises(ValueError, match=r"wds_bird is no set to evaluate on.*look whether the address is right"):
+            open_dataset(f"{server.url}/wds_bird")
+        (root / "test/nshards.txt").write_text("3")
+        with pytest.raises(ValueError, match=r"test/2\.tar can't be read .*"):
+            open_dataset(f"{server.url}/wds_birds")
+
+
+def test_indexed_shards_at_a_url(tmp_path):
+    write("shards", tmp_path)
+    with Served(tmp_path) as server:
+        data = open_dataset(f"{server.url}/shards", group_column="scene")
+        assert (data.labels, data.classnames, data.groups) == (LABELS, NAMES, SCENES)
+        assert seeds_of(data) == list(range(7))
+        bare = open_dataset(f"{server.url}/shards/{{00000..00001}}.tar")
+        assert bare.labels == LABELS
+
+
+@pytest.mark.parametrize("source", ["hf-hub:birders/wds_birds", "{url}/datasets/birders/wds_birds",
+                                    "{url}/datasets/birders/wds_birds/tree/main",
+                                    "{url}/datasets/birders/wds_birds/resolve/main"])  # fmt: skip
+def test_a_set_on_the_hub_goes_by_its_name_or_its_address(tmp_path, monkeypatch, source):
+    benchmark_set(tmp_path / "datasets/birders/wds_birds/resolve/main", {"cls": CLS}, **NAMED)
+    with Served(tmp_path) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        data = open_dataset(source.format(url=server.url))
+        assert (data.name, data.labels, data.templates) == ("wds_birds", LABELS, TEMPLATES)
+        assert seeds_of(data) == list(range(7))
+
+
+def test_a_set_of_the_hub_that_is_no_clip_benchmarks_is_read_by_its_library(tmp_path, monkeypatch):
+    """The library takes a folder of that name before it asks the hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache/datasets")
+    made = write("parquet of datasets", tmp_path)
+    (tmp_path / "birders/birds").mkdir(parents=True)
+    made.rename(tmp_path / "birders/birds/test-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    with Served(tmp_path / "pictures") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        data = open_dataset("hf-hub:birders/birds")
+    assert (data.name, data.labels, data.classnames) == ("birds", LABELS, NAMES)
+    assert seeds_of(data) == list(range(7))
+
+
+def test_a_scheme_that_would_run_a_program_is_refused():
+    with pytest.raises(ValueError, match="no program is run"):
+        open_dataset("pipe:touch owned")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's
+
+
+def cifar(root: Path, monkeypatch) -> Path:
+    """CIFAR-10's files with a few images, and torchvision told their checksums."""
+    from torchvision.datasets import CIFAR10
+
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def dump(name: str, values: dict) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(values, protocol=2))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(seeds: range) -> dict:
+        pixels = np.stack([np.asarray(picture(seed, (32, 32))) for seed in seeds])
+        return {"data": pixels.transpose(0, 3, 1, 2).reshape(len(seeds), -1), "labels": [seed % 3 for seed in seeds]}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [dump(f"data_batch_{n}", batch(range(n, n + 1))) for n in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [dump("test_batch", batch(range(10, 15)))])
+    name, md5 = dump("batches.meta", {"label_names": ["aeroplane", "sea_bird", "cat"]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return root
+
+
+def test_cifar10_of_torchvision(tmp_path, monkeypatch):
+    root = cifar(tmp_path / "there", monkeypatch)
+    data = open_dataset("torchvision:CIFAR10", root=root)
+    assert (data.name, data.labels, data.classnames) == ("CIFAR10", (1, 2, 0, 1, 2), ("aeroplane", "sea bird", "cat"))
+    assert [data.open(n).tobytes() for n in range(5)] == [picture(n, (32, 32)).tobytes() for n in range(10, 15)]
+    assert data.key(3) == "CIFAR10/test/3"
+    assert open_dataset("torchvision:CIFAR10", root=root, split="train").labels == (1, 2, 0, 1, 2)
+    with pytest.raises(ValueError, match="has no split 'val'; valid are train, test"):
+        open_dataset("torchvision:CIFAR10", root=root, split="val")
+    with pytest.raises(ValueError, match=r"has 3 classes .* and there are 1000 class names"):
+        open_dataset("torchvision:CIFAR10", root=root, classnames="imagenet")
+
+
+def test_a_pickle_of_cifars_that_was_changed_is_not_opened(tmp_path, monkeypatch):
+    root = cifar(tmp_path / "there", monkeypatch)
+
+    class Owned:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "owned",)
+
+    (root / "cifar-10-batches-py/test_batch").write_bytes(pickle.dumps(Owned()))
+    with pytest.raises(ValueError, match="not found or corrupted"):
+        open_dataset("torchvision:CIFAR10", root=root)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_fashion_mnist_of_torchvision(tmp_path):
+    from torchvision.datasets import FashionMNIST
+
+    folder = tmp_path / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    pixels = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    for part, values in (("images-idx3", pixels), ("labels-idx1", np.array([9, 0, 5], dtype=np.uint8))):
+        header = bytes([0, 0, 8, values.ndim]) + b"".join(side.to_bytes(4, "big") for side in values.shape)
+        (folder / f"t10k-{part}-ubyte").write_bytes(header + values.tobytes())
+        (folder / f"train-{part}-ubyte").write_bytes(header + values.tobytes())
+    data = open_dataset("torchvision:FashionMNIST", root=tmp_path)
+    assert data.labels == (9, 0, 5)
+    assert data.classnames == tuple(name.replace("_", " ") for name in FashionMNIST.classes)
+    np.testing.assert_array_equal(np.asarray(data.open(2)), pixels[2])
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("torchvision:CIFAR10", r"CIFAR10 can't be had from .*nowhere.*--root names the folder.*--download"),
+        ("torchvision:cifar10", r"no classification set 'cifar10' \(is CIFAR10 meant\?\)"),
+        ("torchvision:CocoCaptions", r"no classification set 'CocoCaptions'.*there are CIFAR10, CIFAR100"),
+        ("torchvision:EuroSAT", r"EuroSAT can't be had from"),
+    ],
+)
+def test_a_set_that_torchvision_lacks_is_told(tmp_path, source, message):
+    with pytest.raises(ValueError, match=message):
+        open_dataset(source, root=tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere/cifar-10-python.tar.gz").exists()
+
+
+def test_every_name_is_one_of_torchvisions():
+    from torchvision import datasets
+
+    from miniclip.datasets import TORCHVISION_SETS
+
+    assert all(issubclass(getattr(datasets, name), datasets.VisionDataset) for name in TORCHVISION_SETS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts by class
+
+
+PROMPTS = {"Barn_owl": ["an owl with a heart-shaped face", "a pale owl"], "crane": ["a tall grey bird"],
+           "kea": ["a green parrot in the snow", "a parrot", "it eats cars"], "dodo": ["gone"]}  # fmt: skip
+
+
+def test_prompts_by_class_find_their_classes_and_make_the_classifier(tmp_path):
+    path = lines(tmp_path / "cupl.json", json.dumps(PROMPTS))
+    data = open_dataset(write("folder", tmp_path / "birds"), templates=path)
+    assert data.templates == {name: tuple(PROMPTS[name.replace("barn owl", "Barn_owl")]) for name in NAMES}
+    assert data.templates_from == str(path)
+    model = tiny_clip()
+    classifier = zero_shot_classifier(model, data.classnames, data.templates)
+    for column, name in enumerate(NAMES):
+        with torch.no_grad():
+            tokens = tokenizer.tokenize(list(data.templates[name]), context_length=16)
+            mean = F.normalize(model.encode_text(tokens), dim=-1).mean(dim=0)
+        torch.testing.assert_close(classifier[:, column], F.normalize(mean, dim=0), atol=1e-6, rtol=1e-5)
+
+
+def test_prompts_for_each_class_that_come_of_templates_make_the_templates_classifier():
+    model = tiny_clip()
+    by_class = {name: [f"a {name}", f"the {name}!"] for name in NAMES}
+    torch.testing.assert_close(
+        zero_shot_classifier(model, NAMES, by_class), zero_shot_classifier(model, NAMES, ["a {}", "the {c}!"])
+    )
+    with pytest.raises(ValueError, match="prompts for 3 classes, and none for 'keas'; near is 'kea'"):
+        zero_shot_classifier(model, ["keas"], by_class)
+
+
+def test_prompts_by_class_lie_beside_the_data_too(tmp_path):
+    write("folder", tmp_path)
+    path = lines(tmp_path / "templates.json", json.dumps(PROMPTS))
+    data = open_dataset(tmp_path)
+    assert data.templates_from == str(path)
+    assert data.templates["crane"] == ("a tall grey bird",)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds list; it must map each class name to a list of its prompts"),
+        ('{"kea": []}', "'kea' must have a list of prompts"),
+        ('{"kea": "a bird"}', "'kea' must have a list of prompts"),
+        ('{"kea": ["a", " "]}', "'kea' must have a list of prompts"),
+        (
+            '{"barn owls": ["x"], "kea": ["y"]}',
+            r"has prompts for 2 classes and the data have 3; without any are 'barn owl' \(near 'barn owls'\), 'crane'$",
+        ),
+    ],
+)
+def test_prompts_that_do_not_fit_are_told(tmp_path, content, message):
+    path = lines(tmp_path / "cupl.json", content)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(write("folder", tmp_path / "birds"), templates=path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What people get wrong
+
+
+def test_the_folder_above_the_classes_is_told(tmp_path):
+    write("folder", tmp_path / "all/birds")
+    with pytest.raises(ValueError, match=r"one class folder, 'birds', .* the folders barn_owl, crane, kea\..* name .*"):
+        open_dataset(tmp_path / "all")
+
+
+def test_the_folder_above_the_splits_is_told_and_a_split_is_followed(tmp_path):
+    write("folder", tmp_path / "birds/val")
+    write_picture(tmp_path / "birds/train/kea/9.png", 9)
+    with pytest.raises(ValueError, match="holds the splits train, val, not the classes; choose one with --split"):
+        open_dataset(tmp_path / "birds")
+    data = open_dataset(tmp_path / "birds", split="val")
+    assert (data.name, data.classnames) == ("birds", NAMES)
+    lines(tmp_path / "birds/classnames.txt", *reversed(NAMES))
+    assert open_dataset(tmp_path / "birds", split="val").classnames == NAMES[::-1]
+    with pytest.raises(ValueError, match="no folder for the split 'test'; it has train, val"):
+        open_dataset(tmp_path / "birds", split="test")
+
+
+def test_images_right_in_the_folder_are_counted(tmp_path):
+    for n in range(3):
+        write_picture(tmp_path / f"{n}.png", n)
+    with pytest.raises(ValueError, match="it holds 3 images directly"):
+        open_dataset(tmp_path)
+
+
+def test_a_label_that_is_no_class_is_told_with_the_near_ones(tmp_path):
+    source = lines(tmp_path / "birds.csv", "image,label", "0.png,kea", "1.png,barn owls", "2.png,crane")
+    lines(tmp_path / "birds.classnames.txt", *NAMES)
+    with pytest.raises(ValueError, match=r"'barn owls' \(near 'barn owl'\)"):
+        open_dataset(source)
+
+
+def test_a_table_has_no_split(tmp_path):
+    with pytest.raises(ValueError, match=r"birds\.csv is a table and has no split 'test'"):
+        open_dataset(write("csv", tmp_path), split="test")
+
+
+def test_a_row_without_image_is_named_when_it_is_opened(tmp_path):
+    data = open_dataset(lines(tmp_path / "birds.csv", "image,label", ",kea", "0.png,crane"))
+    with pytest.raises(ValueError, match=r"^birds\.csv: row 1 has no image"):
+        data.open(0)
+    with pytest.raises(ValueError, match=r"0\.png can't be read: No such file or directory$"):
+        data.open(1)
+
+
+def test_numbers_in_tables_with_gaps_are_still_labels(tmp_path):
+    rows = [{"image": "a.png", "label": 1.0}, {"image": "b.png", "label": 0}, {"image": "c.png", "label": 10}]
+    data = open_dataset(lines(tmp_path / "birds.jsonl", *map(json.dumps, rows)))
+    assert (data.labels, data.classnames) == ((1, 0, 2), ("0", "1", "10"))
+    data = open_dataset(lines(tmp_path / "birds.csv", "image,label", "a.png,1.0", "b.png,0.0", "c.png,10"))
+    assert (data.labels, data.classnames) == ((1, 0, 2), ("0", "1", "10"))
+
+
+@pytest.mark.parametrize("label, message", [({"a": 1}, "row 1 .* for a label"), ([], "no label for any image")])
+def test_what_can_be_no_label_is_refused(tmp_path, label, message):
+    with pytest.raises(ValueError, match=message):
+        open_dataset(lines(tmp_path / "birds.jsonl", json.dumps({"image": "a.png", "label": label})))
+
+
+def test_a_column_of_labels_and_lists_of_them_is_refused(tmp_path):
+    rows = [{"image": "a.png", "label": "x"}, {"image": "b.png", "label": ["x", "y"]}]
+    with pytest.raises(ValueError, match="lists of labels in some rows and single labels in others"):
+        open_dataset(lines(tmp_path / "birds.jsonl", *map(json.dumps, rows)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    import miniclip
+
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    miniclip.save(tiny_clip(), out)
+    return out
+
+
+def test_eval_takes_them_all_and_scores_them_alike(tmp_path, model, capsys):
+    sources = [str(write("parquet", tmp_path / "a")), str(write("parquet of datasets", tmp_path / "b"))]
+    prompts = lines(tmp_path / "cupl.json", json.dumps(PROMPTS))
+    command = ["eval", "--model", str(model), "--device", "cpu", "--templates", str(prompts)]
+    cli.main([*command, "--data", *sources, "--label-column", "species", "--out", str(tmp_path / "tables")])
+    said = capsys.readouterr().out
+    assert "1 to 3" in said  # prompts for each class
+    assert f"({prompts})" in said
+    assert "(from column 'species', a ClassLabel)" in said
+    shards = benchmark_set(tmp_path / "wds", {"cls": CLS}, **NAMED)
+    benchmark_set(shards, {"cls": CLS}, split="extra")
+    cli.main([*command, "--data", str(shards), "--split", "extra", "--out", str(tmp_path / "shards")])
+    files = [tmp_path / out / "results.json" for out in ("tables", "shards")]
+    results = [result for file in files for result in json.loads(file.read_text())["results"]]
+    first = results[0]
+    assert first["templates"]["crane"] == ["a tall grey bird"]
+    assert first["templates_from"] == str(prompts)
+    for result in results:
+        assert result["metrics"] == first["metrics"]
+        assert [p["guesses"] for p in result["predictions"]] == [p["guesses"] for p in first["predictions"]]
+    assert results[2]["predictions"][0]["path"] == "0.tar:s0000000"
+    assert "it eats cars" in (tmp_path / "tables/report.html").read_text()
+
+
+def test_eval_says_that_numbers_are_no_names(tmp_path, model, capsys):
+    for n in range(2):
+        tar(tmp_path / f"set/{n}.tar", {f"{n}": {"png": png(n), "cls": b"%d" % n}})
+    cli.main(["eval", "--model", str(model), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")])
+    assert "its classes are called by number; --classnames gives them words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--split", "test"], "no folder for the split 'test'"),
+        (["--label-column", "x"], "is a folder and has no columns; a label column needs a table"),
+        (["--image-column", "x"], "is a folder and has no columns; an image column needs a table"),
+        (["--download"], "a download is for torchvision's sets"),
+    ],
+)
+def test_options_that_can_not_be_followed_are_told(tmp_path, model, capsys, more, message):
+    source = write("folder", tmp_path / "birds")
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--model", str(model), "--data", str(source), "--out", str(tmp_path / "out"), *more])
+    assert message in capsys.readouterr().err
+
+
+def test_a_set_for_retrieval_is_not_classified(tmp_path, model, capsys):
+    texts = [b"a bird"] * len(LABELS)
+    source = benchmark_set(tmp_path / "set", {"txt": texts}, dataset_type="retrieval")
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--model", str(model), "--data", str(source), "--out", str(tmp_path / "out")])
+    assert "set has captions, for retrieval; zero-shot classification needs one label" in capsys.readouterr().err
