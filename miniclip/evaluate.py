@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import tokenizer
 from .datasets import EvaluationSet, LabelledImages
+from .metrics import bootstrap_interval, confusion_matrix, is_among_guesses, mean_per_class_recall, per_class_recall
 from .processes import collect, share
 from .prompts import Prompts, class_prompts
 
 _PROMPTS_PER_BATCH = 256
 _NUM_GUESSES = 5
-_NUM_RESAMPLES = 2000
 
 
 class Encoder(Protocol):
@@ -204,55 +204,16 @@ class Metrics:
 
 
 def measure(scores: Scores) -> Metrics:
-    C = len(scores.data.classnames)
-    correct = scores.ranked == scores.labels[:, None]  # (N, K)
-    confusion = np.zeros((C, C), dtype=np.int64)
-    np.add.at(confusion, (scores.labels, scores.ranked[:, 0]), 1)
-    with np.errstate(invalid="ignore"):
-        per_class = confusion.diagonal() / confusion.sum(axis=1)
-    groups = np.array(scores.data.groups)[scores.numbers]
+    is_first, is_early = (
+        is_among_guesses(scores.ranked, scores.labels, k) for k in (1, min(5, scores.ranked.shape[1]))
+    )
+    confusion = confusion_matrix(scores.labels, scores.ranked[:, 0], len(scores.data.classnames))
     return Metrics(
-        num_images=len(correct),
-        acc1=float(correct[:, 0].mean()),
-        acc5=float(correct[:, :5].any(axis=1).mean()),
-        mean_per_class_recall=float(np.nanmean(per_class)),
-        interval=bootstrap_interval(correct[:, 0], groups),
-        per_class=per_class,
+        num_images=len(is_first),
+        acc1=float(is_first.mean()),
+        acc5=float(is_early.mean()),
+        mean_per_class_recall=mean_per_class_recall(confusion),
+        interval=bootstrap_interval(is_first, np.array(scores.data.groups)[scores.numbers]),
+        per_class=per_class_recall(confusion),
         confusion=confusion,
     )
-
-
-def bootstrap_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a mean, drawing whole groups with replacement (Efron's percentile bootstrap).
-
-    Args:
-        values: (N,).
-        groups: (N,) which values belong together.
-    """
-    _, group = np.unique(groups, return_inverse=True)
-    sums, sizes = np.bincount(group, weights=values.astype(np.float64)), np.bincount(group)
-    random = np.random.default_rng(seed)
-    means = np.empty(_NUM_RESAMPLES)
-    for i in range(_NUM_RESAMPLES):
-        drawn = random.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def recall_at_1(queries: Tensor, keys: Tensor, chunk_size: int = 1024) -> float:
-    """Share of queries (N, E) that are nearer to their own key (same row) than to any other; a tie is a miss.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if not len(queries):
-        raise ValueError("retrieval needs at least one pair, and there is none")
-    hits = 0
-    for start in range(0, len(queries), chunk_size):
-        cosines = queries[start : start + chunk_size] @ keys.T  # (n, N)
-        rows = torch.arange(len(cosines), device=cosines.device)
-        own = cosines[rows, start + rows].clone()
-        cosines[rows, start + rows] = -torch.inf
-        hits += int((own > cosines.max(dim=1).values).sum())
-    return hits / len(queries)

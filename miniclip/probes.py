@@ -22,8 +22,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .evaluate import bootstrap_interval
 from .files import atomic_write
+from .metrics import bootstrap_interval
 from .model import CLIP, MissingTower, VisionTransformer
 from .towers import ModifiedResNet
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from . import __version__
 from .evaluate import Metrics, Scores
 from .files import write_text
+from .metrics import most_confused
 from .prompts import ASSETS, Prompts
 
 _THUMBNAIL = 112  # pixels
@@ -86,12 +87,8 @@ def _num_prompts(prompts: Prompts) -> str:
 
 def confused_pairs(result: Result, most: int = 10) -> list[tuple[str, str, int]]:
     """(true class, guessed class, images), the most frequent mistakes first."""
-    mistakes = result.metrics.confusion.copy()
-    np.fill_diagonal(mistakes, 0)
     names = result.scores.data.classnames
-    order = np.argsort(mistakes, axis=None, kind="stable")[::-1][:most]
-    pairs = [divmod(int(place), len(names)) for place in order]
-    return [(names[row], names[column], int(mistakes[row, column])) for row, column in pairs if mistakes[row, column]]
+    return [(names[row], names[column], count) for row, column, count in most_confused(result.metrics.confusion, most)]
 
 
 def as_dict(model: str, results: Sequence[Result]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from . import tokenizer, weights
 from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
 from .data import Batch, PairDataModule
-from .evaluate import recall_at_1
 from .files import write_text
 from .loss import clip_loss, distillation_loss, siglip_chance, siglip_loss
+from .metrics import recall_at_1
 from .model import CLIP, Transformer, VisionTransformer
 from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, parameter_groups, warmup_steps
 from .processes import collect, gather

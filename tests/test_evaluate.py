@@ -18,10 +18,8 @@ from miniclip import tokenizer
 from miniclip.datasets import LabelledImages
 from miniclip.evaluate import (
     Scores,
-    bootstrap_interval,
     encode_texts,
     measure,
-    recall_at_1,
     zero_shot_classifier,
     zero_shot_scores,
 )
@@ -343,101 +341,3 @@ def test_groups_of_unreadable_images_do_not_shift_those_of_the_others(tmp_path):
     data = pictures(tmp_path, rows, tuple("baaaabbbb"))
     (tmp_path / "0.png").write_text("no picture")
     assert measure(scores_of(data)).interval == (0.0, 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals
-
-
-def width(interval: tuple[float, float]) -> float:
-    return interval[1] - interval[0]
-
-
-@pytest.mark.parametrize("value", [0, 1])
-def test_values_that_are_all_the_same_have_an_interval_without_width(value):
-    assert bootstrap_interval(np.full(50, value), np.arange(50)) == (value, value)
-    assert bootstrap_interval(np.full(50, value), np.arange(50) // 7) == (value, value)
-
-
-def test_a_single_group_has_no_spread_to_draw_from():
-    assert bootstrap_interval(np.array([0, 1, 1, 1]), np.zeros(4)) == (0.75, 0.75)
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_the_interval_is_the_binomials_for_independent_values(share):
-    values = np.arange(1000) < 1000 * share
-    low, high = bootstrap_interval(values, np.arange(1000))
-    expected = 2 * 1.96 * math.sqrt(share * (1 - share) / 1000)
-    assert high - low == pytest.approx(expected, rel=0.1)
-    assert (low + high) / 2 == pytest.approx(share, abs=0.005)
-
-
-def test_images_that_stand_and_fall_together_widen_the_interval_as_fewer_would():
-    values = np.repeat(np.arange(100) < 60, 10)
-    alone = bootstrap_interval(values, np.arange(1000))
-    together = bootstrap_interval(values, np.repeat(np.arange(100), 10))
-    assert width(together) / width(alone) == pytest.approx(math.sqrt(10), rel=0.1)
-
-
-def test_groups_of_unequal_size_weigh_by_their_size():
-    values, groups = np.array([1] * 98 + [0, 0]), np.array(["big"] * 98 + ["small"] * 2)
-    low, high = bootstrap_interval(values, groups)  # both drawn: 0.98; one twice: 0 or 1
-    assert (low, high) == (0.0, 1.0)
-    assert np.mean(values) == 0.98
-
-
-def test_the_interval_is_the_same_every_time_and_another_for_another_seed():
-    values = np.random.default_rng(0).random(300) < 0.4
-    groups = np.arange(300) // 3
-    first = bootstrap_interval(values, groups)
-    assert bootstrap_interval(values, groups) == first
-    assert bootstrap_interval(values, groups, seed=1) != first
-    assert width(bootstrap_interval(values, groups, seed=1)) == pytest.approx(width(first), rel=0.1)
-
-
-def test_the_names_of_the_groups_do_not_matter():
-    values = np.random.default_rng(0).random(60) < 0.4
-    numbers = np.arange(60) // 3
-    assert bootstrap_interval(values, numbers) == bootstrap_interval(values, np.array([f"{n:03d}" for n in numbers]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Retrieval
-
-
-def test_recall_at_1_by_hand():
-    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0]])
-    keys = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
-    # query 0: its own, 1, before 0.6; query 1: key 2 is nearer; query 2: key 1 is nearer; query 3: its own is farthest
-    assert recall_at_1(queries, keys) == 0.25
-    assert recall_at_1(keys, keys) == 1.0
-    assert recall_at_1(queries, keys.flip(0)) == 0.75  # now 1, 2 and 3 own what equals them
-
-
-def test_a_tie_is_a_miss_so_that_a_collapsed_model_scores_nothing():
-    collapsed = F.normalize(torch.ones(50, 8), dim=-1)
-    assert recall_at_1(collapsed, collapsed) == 0.0
-    twice = torch.eye(4)[[0, 0, 1, 2]]
-    assert recall_at_1(twice, twice) == 0.5
-
-
-def test_a_single_pair_is_always_found():
-    assert recall_at_1(torch.eye(3)[:1], torch.eye(3)[1:2]) == 1.0
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 7, 59, 60, 61, 1024])
-def test_recall_at_1_is_the_same_in_chunks_of_any_size(chunk_size):
-    generator = torch.Generator().manual_seed(0)
-    queries = F.normalize(torch.randn(60, 8, generator=generator), dim=-1)
-    keys = F.normalize(queries + 0.4 * torch.randn(60, 8, generator=generator), dim=-1)
-    cosines = (queries.double() @ keys.double().T).numpy()
-    expected = np.mean(cosines.argmax(axis=1) == np.arange(60))
-    assert 0.2 < expected < 0.9
-    assert recall_at_1(queries, keys, chunk_size) == pytest.approx(expected)
-
-
-def test_recall_at_1_does_not_write_into_its_arguments():
-    queries, keys = torch.eye(5), torch.eye(5).flip(0)
-    recall_at_1(queries, keys)
-    assert torch.equal(queries, torch.eye(5))
-    assert torch.equal(keys, torch.eye(5).flip(0))

@@ -17,7 +17,7 @@ from open_clip.modified_resnet import ModifiedResNet as OpenClipResNet
 from PIL import Image
 
 from miniclip.config import VisionConfig
-from miniclip.evaluate import bootstrap_interval
+from miniclip.metrics import bootstrap_interval
 from miniclip.model import CLIP
 from miniclip.probes import (
     METHODS,
