@@ -5,7 +5,7 @@
 AdamW's rate and decay are chosen on seed 0 by its validation pairs: every rate in short runs, the best two in runs of
 full length, and the better one with the other decay, too. The best then runs with every seed. Muon is
 `--model.optimizer.kind muon` and nothing else, in a quarter of the steps (with seed 0 in two fifths, too). All else is
-configs/digits.yaml: batches of 256, and a schedule that ends with the run.
+configs/digits.yaml: batches of 256, and a schedule that ends with the run. Both begin from the same weights.
 Scores are of the weights after the last step, top-1 in %: on the validation pairs (chosen by), the test scans' digits,
 and pairs of digit and ink never seen in training. A run that is there already is not made again.
 """
@@ -40,7 +40,7 @@ def train(work: Path, seed: int, steps: int, **optimizer: str | float) -> dict[s
         config = run / "config.yaml"
         run.mkdir(parents=True, exist_ok=True)
         lines = (ROOT / "configs/digits.yaml").read_text().splitlines(keepends=True)
-        config.write_text("".join(line for line in lines if not line.startswith(("  optimizer:", "monitor:"))))
+        config.write_text("".join(line for line in lines if not line.startswith(("  optimizer:", "monitor:", "name:"))))
         overrides = {
             "seed_everything": seed,
             "data.train": data / "shards/train",

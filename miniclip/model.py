@@ -129,15 +129,17 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int, activation: Activation) -> None:
         super().__init__()
         D = config.width
-        scale = D**-0.5
         self.input_resolution = config.image_size
         self.conv1 = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(D), std=scale))
-        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1 + config.num_patches, D), std=scale))
+        # OpenAI's code starts both at D**-0.5. Patches leave conv1, as PyTorch starts it, at 0.6 times the size of the
+        # normalised pixels; beside that, places would be so faint that it takes long to learn what lies where
+        # (docs/log.md). 0.5 is of the patches' order.
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(D), std=0.5))
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1 + config.num_patches, D), std=0.5))
         self.ln_pre = nn.LayerNorm(D)
         self.transformer = Transformer(config, activation, is_causal=False)
         self.ln_post = nn.LayerNorm(D)
-        self.proj = nn.Parameter(nn.init.normal_(torch.empty(D, embed_dim), std=scale))
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(D, embed_dim), std=D**-0.5))
 
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
         """Normalised images (B, 3, R, R) -> (B, E).
@@ -170,7 +172,7 @@ class TextTransformer(nn.Module):
         self.ln_final = nn.LayerNorm(D)
         self.text_projection = nn.Parameter(torch.empty(D, embed_dim))
         # As in OpenAI's code: deeper stacks start with smaller residuals (Radford et al. 2019, section 2.3). Only
-        # the text tower is treated so there; the image tower keeps PyTorch's defaults.
+        # the text tower is treated so there; the image tower's blocks keep PyTorch's defaults.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=D**-0.5)

@@ -53,9 +53,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
-    muon_lr: float = 0.02
+    muon_lr: float = 0.03
     muon_weight_decay: float = 0.1
-    muon_momentum: float = 0.95
+    muon_momentum: float = 0.9
     warmup: float = 0.1
     warmup_unit: WarmupUnit = "share"
     schedule: Schedule = "cosine"

@@ -487,7 +487,7 @@ def test_the_text_tower_starts_with_openais_standard_deviations():
     assert seen == OPENAI_TEXT_STD.keys()
 
 
-def test_the_image_tower_starts_with_the_same_statistics_as_open_clip():
+def test_the_image_tower_starts_with_the_same_statistics_as_open_clip_but_with_places_as_strong_as_patches():
     torch.manual_seed(0)
     theirs = open_clip.model.CLIP(
         128, open_clip.model.CLIPVisionCfg(2, D, 64, 4.0, 16, 112), open_clip.model.CLIPTextCfg(layers=1, width=64)
@@ -497,5 +497,8 @@ def test_the_image_tower_starts_with_the_same_statistics_as_open_clip():
     assert expected.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
         std, mean, spread = expected[name].std().item(), expected[name].mean().item(), parameter.numel() ** -0.5
+        if name in ("class_embedding", "positional_embedding"):
+            assert std == pytest.approx(D**-0.5, rel=0.2)  # theirs
+            std, mean = 0.5, 0.0
         assert parameter.std().item() == pytest.approx(std, rel=max(0.05, 4 * spread), abs=1e-9), name
         assert parameter.mean().item() == pytest.approx(mean, abs=6 * spread * std + 1e-9), name
