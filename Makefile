@@ -33,10 +33,10 @@ demo: $(VENV)/.demo
 	    --data $(DEMO)/data/digits.csv $(DEMO)/data/inks.csv $(DEMO)/data/unseen.csv
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not long"
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
