@@ -54,7 +54,7 @@ def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
         )
         for rank in range(2)
     ]
-    said = [node.communicate(timeout=90)[0] for node in nodes]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
     assert "Trained model:" in said[0]
     assert "Trained model:" not in said[1]

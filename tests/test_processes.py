@@ -56,7 +56,7 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(images, world_size):
     expected = scores_of(images, 64)
     with tempfile.TemporaryDirectory() as folder:

@@ -201,6 +201,7 @@ def test_a_run_goes_on_under_another_strategy(data, tmp_path, kind):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.long
 def test_fine_tuning_with_shared_out_weights_is_that_of_one_process(data, tmp_path):
     """Scores before the first step, by the weights and by their average, and a locked tower."""
     start = tmp_path / "start"
