@@ -109,7 +109,7 @@ def test_two_nodes_under_slurm_are_requeued_and_train_the_weights_of_one(data, t
 
     def run(*more):
         return subprocess.run(
-            [*script, *more], cwd=ROOT, env=job, capture_output=True, text=True, timeout=90, check=False
+            [*script, *more], cwd=ROOT, env=job, capture_output=True, text=True, timeout=240, check=False
         )
 
     first = run(stop)
