@@ -28,7 +28,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from .files import write_text
-from .prompts import ASSETS
 from .shards import Shards
 from .sources import Pair
 from .storage import is_url, read_bytes
@@ -658,19 +657,14 @@ def _histogram(values: np.ndarray, limit: int, label: str, limit_label: str) -> 
 
 def write_html(path: str | Path, f: Findings, pipeline: Pipeline | None = None) -> None:
     """One self-contained page: advice, numbers, lengths, and samples to look at."""
-    import jinja2  # with matplotlib half a second, which `brief` must not wait for
+    from .report import page_template  # half a second, which `brief` must not wait for
 
-    loader = jinja2.FileSystemLoader(ASSETS)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = _short
     pictures = f.num_usable and [
         _histogram(f.token_counts, f.context_length, "tokens of a caption", "context length"),
         _histogram(f.short_sides, f.image_size, "short side of an image, pixels", "the model's input"),
     ]
     told = {"advice": advice(f), "grave": _spoils(f), "groups": rows(f, pipeline), "pictures": pictures or []}
-    page = environment.get_template("check.html").render(f=f, created=time.strftime("%Y-%m-%d %H:%M"), **told)
+    page = page_template("check.html", short=_short).render(f=f, created=time.strftime("%Y-%m-%d %H:%M"), **told)
     write_text(path, page)
 
 

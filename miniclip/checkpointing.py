@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -33,6 +32,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from . import weights
 from .files import atomic_write
+from .processes import collect
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -91,11 +91,7 @@ class RandomStates(Checkpoint):
         self._loaded: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [_random_state(trainer.strategy.root_device)]
-        if trainer.world_size > 1:
-            (own,), states = states, [None] * trainer.world_size
-            dist.all_gather_object(states, own)
-        checkpoint[self.KEY] = states
+        checkpoint[self.KEY] = collect(_random_state(trainer.strategy.root_device))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(self.KEY, [])

@@ -317,12 +317,16 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     parser.add_argument("--out", default="reports/{model}", help="folder for results.json and report.html")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    _add_encoding(parser)
     options = parser.parse_args(argv)
     with user_errors():
         _evaluate(options)
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -448,9 +452,7 @@ def interpolate(argv: list[str]) -> None:
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    _add_encoding(parser)
     options = parser.parse_args(argv)
     with user_errors():
         _interpolate(options)

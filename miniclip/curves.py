@@ -14,15 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from .files import write_text
-from .prompts import ASSETS
-from .report import Curves, logs_of, run_curves, svg
+from .report import Curves, logs_of, page_template, run_curves, svg
 
 PAGE_FILE, RUN_FILE = "report.html", "run.json"
 _COLOURS = ("#3b78b5", "#d0672f", "#2f8f6b", "#8a63b5", "#b1882a", "#c2477f", "#5a6673", "#2b9aa8")
@@ -420,18 +418,11 @@ def write_page(out: str | Path, folders: Sequence[str | Path]) -> None:
     """
     runs = [read_run(folder) for folder in folders]
     labels = _labels([run.name for run in runs])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = [
         _Shown(label, run, _COLOURS[number % len(_COLOURS)], numbers(run))
         for number, (label, run) in enumerate(zip(labels, runs, strict=True))
     ]
-    page = environment.get_template("training.html").render(
+    page = page_template("training.html").render(
         title=runs[0].name if len(runs) == 1 else " · ".join(labels),
         created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         runs=shown,

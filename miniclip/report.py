@@ -12,7 +12,7 @@ import io
 import json
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -334,8 +334,8 @@ def _section(result: Result) -> dict[str, Any]:
     }
 
 
-def write_html(path: str | Path, model: str, results: Sequence[Result]) -> None:
-    """One self-contained page: scores, training curves, confusion, what was right and wrong, and the prompts."""
+def page_template(name: str, **filters: Callable[..., str]) -> jinja2.Template:
+    """One of assets/*.html; what goes into it is escaped, and what is missing is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
@@ -343,8 +343,13 @@ def write_html(path: str | Path, model: str, results: Sequence[Result]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
-    page = environment.get_template("report.html").render(
+    environment.filters.update(filters)
+    return environment.get_template(name)
+
+
+def write_html(path: str | Path, model: str, results: Sequence[Result]) -> None:
+    """One self-contained page: scores, training curves, confusion, what was right and wrong, and the prompts."""
+    page = page_template("report.html", percent=percent).render(
         model=model,
         created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
         versions=versions(),

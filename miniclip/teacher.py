@@ -37,11 +37,7 @@ class Teacher:
         config = self.model.config
         if config.towers != "both":
             raise ValueError(f"model.teacher {name!r} has the {config.towers} tower alone; a teacher needs both")
-        if (config.text.vocab_size, config.text.eot_token) != (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT):
-            raise ValueError(
-                f"model.teacher {name!r} has vocab_size {config.text.vocab_size} and eot_token "
-                f"{config.text.eot_token}; the student's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
-            )
+        tokenizer.refuse_other_ids(config.text, f"model.teacher {name!r}", "the student's")
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model.to(device, dtype)

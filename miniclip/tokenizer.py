@@ -19,6 +19,7 @@ import numpy as np
 import regex
 import torch
 
+from .config import TextConfig
 from .prompts import ASSETS
 
 CONTEXT_LENGTH = 77
@@ -231,3 +232,19 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
         ids = encode_for_model(text, context_length, truncate)
         row[: len(ids)] = ids
     return torch.from_numpy(tokens)
+
+
+def refuse_other_ids(text: TextConfig, name: str, whose: str) -> None:
+    """
+    Args:
+        name: of the text tower's model, for the error.
+        whose: what has made the ids that it would read.
+
+    Raises:
+        ValueError: a text tower reads other token ids than this tokenizer's.
+    """
+    if (text.vocab_size, text.eot_token) != (VOCAB_SIZE, END_OF_TEXT):
+        raise ValueError(
+            f"{name} has vocab_size {text.vocab_size} and eot_token {text.eot_token}; {whose} ids need {VOCAB_SIZE} "
+            f"and {END_OF_TEXT}"
+        )

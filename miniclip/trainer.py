@@ -192,12 +192,16 @@ class TrainingCLI(LightningCLI):
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts pairs of "
                 "a batch, which accumulating over batches does not do. Raise data.batch_size instead"
             )
-        if _is_part(trainer.limit_train_batches) or trainer.overfit_batches:
-            raise ValueError("epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter")
-        if _is_part(trainer.limit_val_batches):
+        # Any value: of 1, one batch to Lightning, and 1.0, all of them, either may arrive as the other.
+        if trainer.limit_train_batches is not None or trainer.overfit_batches:
+            raise ValueError(
+                "epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter, and "
+                "trainer.limit_train_batches is left out"
+            )
+        if trainer.limit_val_batches is not None:
             raise ValueError(
                 f"trainer.limit_val_batches is {trainer.limit_val_batches}; scores are over all held-out pairs, of "
-                "which data.val_pairs sets the number. Without data.val there is no validation"
+                "which data.val_pairs sets the number, so leave it out. Without data.val there is no validation"
             )
         if str(trainer.precision) in _WITHOUT_MASTERS:
             mixed = "bf16-mixed" if str(trainer.precision).startswith("bf16") else "16-mixed"
@@ -299,11 +303,6 @@ class TrainingCLI(LightningCLI):
             score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
             said = f"{score}{said} Report: {page}"
         print(said)
-
-
-def _is_part(limit: float | None) -> bool:
-    """Of Lightning's limits, where 1 is one batch and 1.0 all of them."""
-    return limit is not None and (isinstance(limit, int) or limit != 1)
 
 
 def _text_length_multiple(is_compiled: bool) -> int:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -133,32 +132,7 @@ class CLIPTraining(pl.LightningModule):
             clip = start.config
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
-        if clip.towers != "both":
-            raise ValueError(f"model.clip.towers is {clip.towers!r}; both towers are needed to train them together")
-        if (clip.text.vocab_size, clip.text.eot_token) != (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT):
-            raise ValueError(
-                f"model.clip.text has vocab_size {clip.text.vocab_size} and eot_token {clip.text.eot_token}; the "
-                f"tokenizer's ids need {tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
-            )
-        if not 0 <= patch_dropout < 1:
-            raise ValueError(f"model.patch_dropout is {patch_dropout}; it is a share, 0 to below 1")
-        if patch_dropout and clip.vision.kind != "vit":
-            raise ValueError(
-                f"model.patch_dropout is {patch_dropout} and model.clip.vision.kind {clip.vision.kind!r}; only a "
-                "'vit' can do without some of its patches"
-            )
-        if loss not in get_args(LossKind):
-            raise ValueError(f"model.loss is {loss!r}; valid are {', '.join(get_args(LossKind))}")
-        if loss == "siglip" and clip.init_logit_bias is None:
-            raise ValueError(
-                "model.loss is 'siglip', which needs a bias: set model.clip.init_logit_bias and init_logit_scale; "
-                f"the paper's are {SIGLIP_LOGIT_BIAS:g} and {SIGLIP_LOGIT_SCALE:.4f}, which is ln 10"
-            )
-        if loss == "clip" and clip.init_logit_bias is not None:
-            raise ValueError(
-                f"model.clip.init_logit_bias is {clip.init_logit_bias:g}, and a bias changes nothing in the loss "
-                "'clip': leave it out, or set model.loss=siglip"
-            )
+        refuse_what_contradicts(clip, loss, patch_dropout)
         self.clip = CLIP(clip) if start is None else weights.build(start, str(start_from))
         if image_weights is not None:
             if not isinstance(self.clip.visual, TimmTower):
@@ -188,6 +162,10 @@ class CLIPTraining(pl.LightningModule):
         self._step: _Step | None = None
         self._resumed_from: dict[str, Any] | None = None
         self.seed = seed
+        self._prepare_towers(checkpoint_activations, patch_dropout, compile)
+        self._while_validating = ExitStack()
+
+    def _prepare_towers(self, checkpoint_activations: bool, patch_dropout: float, is_compiled: bool) -> None:
         if checkpoint_activations:
             for module in self.clip.modules():
                 if isinstance(module, Transformer | ModifiedResNet):
@@ -196,11 +174,10 @@ class CLIPTraining(pl.LightningModule):
                     module.checkpoint_blocks()
         if isinstance(self.clip.visual, VisionTransformer):
             self.clip.visual.patch_dropout = patch_dropout
-        if compile:  # in place, so that parameters keep their names
+        if is_compiled:  # in place, so that parameters keep their names
             self.clip.visual.compile()
             self.clip.text.compile()
             self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
-        self._while_validating = ExitStack()
 
     def configure_model(self) -> None:
         # Lightning does so later, too; a checkpoint in double precision would be rounded on its way in by then.
@@ -364,10 +341,7 @@ class CLIPTraining(pl.LightningModule):
     def _stop_as_not_finite(self, norm: float, optimizer: torch.optim.Optimizer) -> NoReturn:
         """Leaves what is known of the batch in the run's folder."""
         assert self._step is not None
-        parts: list[Any] = [(self._step.loss.item(), self._step.describe(self.trainer.global_rank))]
-        if self.trainer.world_size > 1:
-            (own,), parts = parts, [None] * self.trainer.world_size
-            dist.all_gather_object(parts, own)
+        parts = collect((self._step.loss.item(), self._step.describe(self.trainer.global_rank)))
         samples = [sample for _, share in parts for sample in share]
         # A mean over processes, and not finite where any of theirs is not.
         loss, step = sum(loss for loss, _ in parts) / len(parts), self.global_step + 1
@@ -539,6 +513,35 @@ def move_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for count, now in pairs:
         if not count.is_floating_point():
             count.copy_(now)
+
+
+def refuse_what_contradicts(clip: CLIPConfig, loss: LossKind, patch_dropout: float) -> None:
+    """
+    Raises:
+        ValueError: an architecture that can't be trained, or not in the way that is asked for.
+    """
+    if clip.towers != "both":
+        raise ValueError(f"model.clip.towers is {clip.towers!r}; both towers are needed to train them together")
+    tokenizer.refuse_other_ids(clip.text, "model.clip.text", "the tokenizer's")
+    if not 0 <= patch_dropout < 1:
+        raise ValueError(f"model.patch_dropout is {patch_dropout}; it is a share, 0 to below 1")
+    if patch_dropout and clip.vision.kind != "vit":
+        raise ValueError(
+            f"model.patch_dropout is {patch_dropout} and model.clip.vision.kind {clip.vision.kind!r}; only a "
+            "'vit' can do without some of its patches"
+        )
+    if loss not in get_args(LossKind):
+        raise ValueError(f"model.loss is {loss!r}; valid are {', '.join(get_args(LossKind))}")
+    if loss == "siglip" and clip.init_logit_bias is None:
+        raise ValueError(
+            "model.loss is 'siglip', which needs a bias: set model.clip.init_logit_bias and init_logit_scale; "
+            f"the paper's are {SIGLIP_LOGIT_BIAS:g} and {SIGLIP_LOGIT_SCALE:.4f}, which is ln 10"
+        )
+    if loss == "clip" and clip.init_logit_bias is not None:
+        raise ValueError(
+            f"model.clip.init_logit_bias is {clip.init_logit_bias:g}, and a bias changes nothing in the loss "
+            "'clip': leave it out, or set model.loss=siglip"
+        )
 
 
 def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
@@ -87,6 +88,19 @@ def rejected_rows(out: Path) -> list[list[str]]:
 
 def rejections(out: Path) -> dict[str, str]:
     return {source: reason for _, source, reason in rejected_rows(out)}
+
+
+class LargestTensor(TorchDispatchMode):
+    """While it lasts, `numel` is the size of the largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
 
 
 def everything_below(folder: Path) -> dict[str, bytes | None]:

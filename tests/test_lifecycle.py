@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_training
 import torch
 from helpers import pack_folder, write_pairs
 from pytorch_lightning import Callback
@@ -32,21 +33,10 @@ from miniclip.data import PairDataModule
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "--model.clip.embed_dim=16",
-    "--model.clip.vision.image_size=16",
-    "--model.clip.vision.patch_size=8",
-    "--model.clip.vision.width=16",
+    *test_training.TINY,
     "--model.clip.vision.layers=1",
-    "--model.clip.vision.head_width=8",
-    "--model.clip.text.width=16",
     "--model.clip.text.layers=1",
-    "--model.clip.text.head_width=8",
-    "--model.clip.text.context_length=16",
-    "--model.optimizer.lr=0.01",
-    "--data.batch_size=12",
     "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.log_every_n_steps=1",
 ]
 
 

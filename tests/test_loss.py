@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import LargestTensor
 from open_clip.loss import ClipLoss
 
 from miniclip.loss import clip_loss
@@ -304,18 +305,7 @@ def test_groups_of_another_length_are_refused():
 
 def test_slices_hold_no_more_than_their_share_of_the_logits():
     """Peak memory of the backward pass counts tensors of the whole (B, B) kind: none may be made."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     features = [x.requires_grad_() for x in random_features(256, 8)]
-    with Watch():
+    with LargestTensor() as largest:
         clip_loss(*features, 10.0, chunk_size=16).backward()
-    assert largest == 16 * 256
+    assert largest.numel == 16 * 256

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_clip, tiny_config
+from helpers import LargestTensor, tiny_clip, tiny_config
 from open_clip.loss import SigLipLoss
 from test_convert import assert_same_bits, refused, target
 from test_training import arguments, data, fails, metrics, state  # noqa: F401 (data is a fixture)
@@ -148,22 +148,11 @@ def test_a_group_worked_out_by_hand():
 
 
 def test_slices_hold_no_more_than_their_share_of_the_logits():
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     features = [x.requires_grad_() for x in random_features(256, 8)]
     options = {"groups": torch.arange(256) // 2, "mask": torch.arange(256) > 3}
-    with Watch():
+    with LargestTensor() as largest:
         siglip_loss(*features, 10.0, -10.0, chunk_size=16, **options).backward()
-    assert largest == 16 * 256
+    assert largest.numel == 16 * 256
 
 
 # ---- precision

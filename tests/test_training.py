@@ -278,7 +278,8 @@ MISTAKES = [
     (["--data.val_pairs=1"], "data.val_pairs is 1"),
     (["--name=mine"], "the run's folder is given twice: name 'mine' means runs/mine"),
     (["--trainer.limit_train_batches=2"], "trainer.max_steps makes a run shorter"),
-    (["--trainer.limit_val_batches=2"], "all held-out pairs, of which data.val_pairs sets the number"),
+    (["--trainer.limit_train_batches=1"], "trainer.max_steps makes a run shorter"),
+    (["--trainer.limit_val_batches=1"], "all held-out pairs, of which data.val_pairs sets the number"),
     (
         ["--model.clip.vision.layer=3"],
         "unknown key 'model.clip.vision.layer'; did you mean 'model.clip.vision.layers'?",
