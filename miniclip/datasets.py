@@ -75,12 +75,14 @@ class EvaluationSet:
         images: N times a path, a URL, bytes, or a picture; may read them only when it is asked for one.
         keys: what the user knows each image by; by default its path.
         metadata: what else is known of the images, N values under each name, for scores of parts of them.
+        identity: what these images can be told by from others, or from these after a change, without reading them.
     """
 
     name: str
     images: Sequence[Any]
     keys: Sequence[str] | None = field(default=None, kw_only=True)
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
+    identity: str | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -105,6 +107,37 @@ class EvaluationSet:
         except OSError as error:
             raise ValueError(f"{self.key(number)} can't be read: {error.strerror or error}") from error
         return open_image(image, self.key(number))
+
+    def fingerprint(self) -> str:
+        """Stands for the images and their order: the same as long as none changes.
+
+        Files are known by path, size and time, URLs by their address, and what is in memory by its bytes.
+        """
+        if self.identity is not None:
+            return _digest([self.identity])
+        return _digest(_told(self.images[number], self.key(number)) for number in range(len(self)))
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def _told(image: Any, key: str) -> str:
+    """What an image can be told by."""
+    if isinstance(image, Image.Image):
+        return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    if image is None or (isinstance(image, str) and is_url(image)):
+        return f"{image} {key}"
+    try:
+        facts = Path(image).stat()
+    except OSError:
+        return f"{image} is missing"
+    return f"{Path(image).resolve()} {facts.st_size} {facts.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -181,6 +214,7 @@ class _Found:
     templates: Prompts | None = None
     templates_from: str = ""
     beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    identity: str | None = None
 
     @property
     def task(self) -> str:
@@ -230,7 +264,7 @@ def open_dataset(
     if task not in (None, found.task):
         raise ValueError(f"{source} is made for {found.task}, and {task} was asked for")
     groups = _groups(found, group_column, source)
-    shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata}
+    shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata, "identity": found.identity}
     if found.task == "retrieval":
         if classnames or templates:
             raise ValueError(f"{source} has captions, not classes; class names and templates are not for it")
@@ -251,6 +285,13 @@ def open_dataset(
     prompts, shared["templates_from"] = _settle_templates(found, templates, names)
     kind = MultilabelImages if found.task == "multilabel" else LabelledImages
     return kind(found.name, found.images, labels, names, prompts, groups, **shared)
+
+
+def with_templates(data: LabelledImages | MultilabelImages, templates: str | Path) -> Any:
+    """The same images with other prompts; `templates` as in `open_dataset`."""
+    found = _Found(data.name, data.images)
+    prompts, templates_from = _settle_templates(found, templates, data.classnames)
+    return replace(data, templates=prompts, templates_from=templates_from)
 
 
 def labelled(data: EvaluationSet) -> LabelledImages:
@@ -476,6 +517,8 @@ def _read_labelled_table(path: Path, columns: _Columns) -> _Found:
         which = f"row {number}" + (f" ({image})" if isinstance(image, str) else "")
         labels.append(_label_in(label, f"{path}: {which}"))
     class_names = _schema_names(rows, label_column)
+    outside = [image for image in images if image is not None and not isinstance(image, bytes)]
+    identity = None if outside else _told(path, "")  # a table that holds its images
     return _Found(
         path.stem,
         images if isinstance(images, _OfEachProcess) else tuple(images),
@@ -485,6 +528,7 @@ def _read_labelled_table(path: Path, columns: _Columns) -> _Found:
         f"column {label_column!r}",
         classnames=class_names,
         classnames_from=f"column {label_column!r}, a ClassLabel" if class_names else "",
+        identity=identity,
         beside={
             "classnames": [path.with_suffix(".classnames.txt")],
             "templates": [path.with_suffix(".templates.txt"), path.with_suffix(".templates.json")],
@@ -544,6 +588,7 @@ def _read_datasets(source: str, split: str | None, columns: _Columns) -> _Found:
         classnames=_readable(label_feature.names) if label_feature else None,
         classnames_from=f"column {label_column!r}, a ClassLabel" if label_feature else "",
         beside={} if source.startswith(HUB_PREFIX) else _beside_folder(Path(source)),
+        identity=f"datasets {source} {split} {loaded._fingerprint}",  # of the library's own, by how the data were made
     )
 
 
@@ -712,7 +757,8 @@ def _read_shards(
     task = task or present[0]
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
-    found = _Found(name, _Each(shards, _image_of_record), keys, _shard_metadata(shards))
+    identity = _digest(entry.sha256 for entry in shards.entries)
+    found = _Found(name, _Each(shards, _image_of_record), keys, _shard_metadata(shards), identity=identity)
     if task == "retrieval":
         texts = (shards.read(n, "txt").decode("utf-8", "replace") for n in range(len(shards)))
         return replace(found, captions=_all_captioned(tuple(tuple(captions_in(t)) for t in texts), keys, source))
@@ -830,6 +876,7 @@ def _read_torchvision(source: str, root: Path, split: str | None, download: bool
         labels_from="torchvision",
         classnames=classnames,
         classnames_from="" if classnames is None else names_from,
+        identity=f"{place} of {len(data)} in {root.resolve()}",  # its sets never change
     )
 
 

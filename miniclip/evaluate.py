@@ -1,58 +1,70 @@
-"""Zero-shot classification: prompts in, a classifier out, and scores with their intervals (paper section 3.1).
+"""Zero-shot evaluation: prompts in, a classifier out, and scores with their intervals (paper section 3.1).
 
 To this file a model is whatever encodes images and texts; preprocessing and tokenizer are arguments. So any CLIP-like
-model of any library can be evaluated.
+model of any library can be evaluated. Images come as features: what has been encoded once is classified by any prompts,
+found by any captions, and compared with any other images.
 
-N images, C classes, T templates, E embedding, K guesses kept per image.
+N images, C classes, T texts, E embedding, K guesses kept per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from . import tokenizer
-from .datasets import EvaluationSet, LabelledImages
-from .metrics import bootstrap_interval, confusion_matrix, is_among_guesses, mean_per_class_recall, per_class_recall
-from .processes import collect, share
+from .datasets import CaptionedImages, LabelledImages, MultilabelImages
+from .embedding import ImageFeatures, encode_images, encode_texts, own_tokenize
+from .metrics import (
+    Acceptance,
+    Calibration,
+    Multilabel,
+    PerClass,
+    Retrieval,
+    Separation,
+    Subgroups,
+    apply_threshold,
+    bootstrap_interval,
+    calibrate_threshold,
+    calibration,
+    confusion_matrix,
+    is_among_guesses,
+    macro_f1,
+    mean_per_class_recall,
+    multilabel,
+    per_class,
+    retrieval,
+    separation,
+    subgroup_accuracy,
+)
 from .prompts import Prompts, class_prompts
 
-_PROMPTS_PER_BATCH = 256
 _NUM_GUESSES = 5
-
-
-class Encoder(Protocol):
-    """The part of a model that evaluation uses."""
-
-    logit_scale: Tensor
-
-    def encode_image(self, images: Tensor) -> Tensor: ...
-    def encode_text(self, tokens: Tensor) -> Tensor: ...
+_ROWS = 4096  # images at once against all classes
 
 
 def zero_shot_classifier(
     model: Any,
     classnames: Sequence[str],
     templates: Prompts,
-    tokenize: Callable[[list[str]], Tensor] | None = None,
+    tokenize: Callable[[list[str]], Any] | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """One unit vector for each class: the mean of its prompts' unit features, made unit again (paper section 3.1.4).
 
     Args:
         model: has `encode_text`.
         classnames: C names.
-        templates: T wordings, with `{}` or `{c}` where the name goes, or functions of the name; or a mapping from each
+        templates: wordings, with `{}` or `{c}` where the name goes, or functions of the name; or a mapping from each
             name to its own prompts, as many as there are.
         tokenize: texts to token ids; by default CLIP's own.
+        progress: called with the number of different prompts done.
 
     Returns:
         (E, C), columns of unit length. `image_features @ classifier` are cosines.
@@ -64,25 +76,15 @@ def zero_shot_classifier(
         raise ValueError(f"{len(classnames)} class names and {len(templates)} templates; each needs at least one")
     if isinstance(classnames, str) or isinstance(templates, str):
         raise ValueError("classnames and templates are sequences of texts; a single text was given")
-    if tokenize is None:
-        tokenize = partial(tokenizer.tokenize, context_length=getattr(model, "context_length", 77))
     prompts = [class_prompts(templates, name) for name in classnames]
-    features = encode_texts(model, [prompt for each in prompts for prompt in each], tokenize)  # (C * T, E)
+    texts = [prompt for each in prompts for prompt in each]
+    features = encode_texts(model, texts, tokenize or own_tokenize(model), progress)  # (C * T, E)
     means = torch.stack([each.mean(dim=0) for each in features.split([len(each) for each in prompts])])  # (C, E)
     return F.normalize(means, dim=-1).T
 
 
-@torch.no_grad()  # what is sliced over processes can't do without autograd's bookkeeping
-def encode_texts(model: Any, texts: Sequence[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
-    """Unit features (N, E) of texts; each text once, and long ones apart from short ones, as they set the cost."""
-    unique = list(dict.fromkeys(texts))
-    unique.sort(key=len)
-    parts = []
-    for start in range(0, len(unique), _PROMPTS_PER_BATCH):
-        features = model.encode_text(tokenize(unique[start : start + _PROMPTS_PER_BATCH]))
-        parts.append(F.normalize(features.float(), dim=-1))
-    place = {text: number for number, text in enumerate(unique)}
-    return torch.cat(parts)[[place[text] for text in texts]]
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification: one class for each image
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Scores:
         data: what was evaluated.
         numbers: (N,) which of the data's images could be read, in order.
         labels: (N,) true classes.
-        ranked: (N, K) classes by falling cosine.
+        ranked: (N, K) classes by falling cosine; of equal ones, as classes of one name have, the first comes first.
         cosines: (N, K) of those.
         probabilities: (N, K) of those, softmax over all classes at the model's logit scale; relative to the list of
             classes, never "is it one of these at all".
@@ -108,28 +110,23 @@ class Scores:
     probabilities: np.ndarray
     unreadable: tuple[str, ...]
 
+    @property
+    def is_right(self) -> np.ndarray:
+        """(N,) whether the first guess is."""
+        return self.ranked[:, 0] == self.labels
 
-class _Images(Dataset[Tensor | str]):
-    def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], numbers: list[int]) -> None:
-        self.data, self.preprocess, self.numbers = data, preprocess, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int) -> Tensor | str:
-        try:
-            return self.preprocess(self.data.open(self.numbers[place]))
-        except ValueError as error:
-            return str(error)
+    @property
+    def groups(self) -> np.ndarray:
+        """(N,) of those images."""
+        return np.array(self.data.groups)[self.numbers]
 
 
-@torch.no_grad()  # as above
 def zero_shot_scores(
     model: Any,
     preprocess: Callable[[Image.Image], Tensor],
     data: LabelledImages,
     *,
-    tokenize: Callable[[list[str]], Tensor] | None = None,
+    tokenize: Callable[[list[str]], Any] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     progress: Callable[[int], Any] | None = None,
@@ -150,36 +147,49 @@ def zero_shot_scores(
         ValueError: not one image could be read, or the features are not finite.
     """
     classifier = zero_shot_classifier(model, data.classnames, data.templates, tokenize)
-    guesses = min(_NUM_GUESSES, len(data.classnames))
-    numbers = share(len(data))
-    loader = DataLoader(_Images(data, preprocess, numbers), batch_size, num_workers=num_workers, collate_fn=list)
-    device, scale = model.logit_scale.device, float(model.logit_scale.exp())
-    blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
+    images = encode_images(
+        model.encode_image,
+        preprocess,
+        data,
+        device=model.logit_scale.device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    return classify(images, data, classifier, float(model.logit_scale.detach().exp()))
+
+
+def classify(
+    images: ImageFeatures, data: LabelledImages, classifier: Tensor, logit_scale: float, num_guesses: int = _NUM_GUESSES
+) -> Scores:
+    """The nearest classes of each image.
+
+    Args:
+        images: of `data`, whose class names and prompts made the classifier.
+        classifier: (E, C), unit columns.
+        logit_scale: what multiplies cosines for the softmax, not its logarithm.
+        num_guesses: K, or C if there are fewer classes.
+
+    Raises:
+        ValueError: the classifier is not finite.
+    """
+    if not torch.isfinite(classifier).all():
+        raise ValueError(f"the model gives features that are not finite, for the prompts of {data.name}")
+    guesses = min(num_guesses, len(data.classnames))
+    # One column for all that are equal, so that their cosines are, to the last bit.
+    columns, column = classifier.cpu().float().unique(dim=1, return_inverse=True)
     parts: list[list[np.ndarray]] = []
-    problems: list[str] = []  # of each image, empty for those that could be read
-    for batch in loader:
-        if blank is None:
-            readable = [image for image in batch if isinstance(image, Tensor)]
-            blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
-        images = torch.stack([blank if isinstance(image, str) else image for image in batch]).to(device)
-        cosines = F.normalize(model.encode_image(images).float(), dim=-1) @ classifier  # (b, C)
-        if not torch.isfinite(cosines).all():
-            raise ValueError(f"the model gives features that are not finite, for images of {data.name}")
-        probabilities = (scale * cosines).softmax(dim=-1)
-        top, ranked = cosines.topk(guesses, dim=-1)
-        parts.append([t.cpu().numpy() for t in (ranked, top, probabilities.gather(1, ranked))])
-        problems += [image if isinstance(image, str) else "" for image in batch]
-        if progress:
-            progress(round(len(problems) * len(data) / len(numbers)))
-    own = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    shares = collect((own, problems))
-    problems = [problem for _, each in shares for problem in each][: len(data)]
-    healthy = np.flatnonzero([not problem for problem in problems])
-    unreadable = tuple(problem for problem in problems if problem)
-    if not len(healthy):
-        raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
-    guessed = [np.concatenate(column)[healthy] for column in zip(*(arrays for arrays, _ in shares), strict=True)]
-    return Scores(data, healthy, np.array(data.labels)[healthy], guessed[0], guessed[1], guessed[2], unreadable)
+    for rows in images.unit.split(_ROWS):
+        cosines = (rows @ columns)[:, column]  # (n, C)
+        top, ranked = cosines.topk(min(guesses + 1, cosines.shape[1]), dim=-1)
+        is_tied = (top.diff(dim=-1) == 0).any(dim=-1)
+        ranked[is_tied] = cosines[is_tied].argsort(dim=-1, descending=True, stable=True)[:, : ranked.shape[1]]
+        ranked = ranked[:, :guesses]
+        probabilities = (logit_scale * cosines).softmax(dim=-1)
+        parts.append([t.numpy() for t in (ranked, cosines.gather(1, ranked), probabilities.gather(1, ranked))])
+    ranked, cosines, probabilities = (np.concatenate(column) for column in zip(*parts, strict=True))
+    labels = np.array(data.labels)[images.numbers]
+    return Scores(data, images.numbers, labels, ranked, cosines, probabilities, images.unreadable)
 
 
 @dataclass(frozen=True)
@@ -188,32 +198,218 @@ class Metrics:
 
     Args:
         acc1, acc5: share of images whose class is the first guess, or among the first five.
+        top_k: the same by k, for every k that was asked for.
         mean_per_class_recall: the mean over classes that have images, so that rare ones count as much.
+        macro_f1: the mean over them of the harmonic mean of recall and precision.
         interval: the 95 % interval of acc1, resampled by group.
-        per_class: (C,) acc1 of each class, NaN for a class without images.
+        calibration: of the first guess's probability.
+        per_class: a row for each class; recall is its acc1, NaN for a class without images.
         confusion: (C, C) images by true class (row) and first guess (column).
     """
 
     num_images: int
     acc1: float
     acc5: float
+    top_k: Mapping[int, float]
     mean_per_class_recall: float
+    macro_f1: float
     interval: tuple[float, float]
-    per_class: np.ndarray
+    calibration: Calibration
+    per_class: PerClass
     confusion: np.ndarray
 
 
-def measure(scores: Scores) -> Metrics:
-    is_first, is_early = (
-        is_among_guesses(scores.ranked, scores.labels, k) for k in (1, min(5, scores.ranked.shape[1]))
-    )
-    confusion = confusion_matrix(scores.labels, scores.ranked[:, 0], len(scores.data.classnames))
+def measure(scores: Scores, ks: Sequence[int] = (1, 5)) -> Metrics:
+    """
+    Args:
+        ks: for accuracies among the first k guesses; k beyond those kept is one of all of them.
+    """
+    num_guesses, num_classes = scores.ranked.shape[1], len(scores.data.classnames)
+    if most := [k for k in ks if num_guesses < min(k, num_classes)]:
+        raise ValueError(f"top-{most[0]} can't be told from {num_guesses} guesses for each image")
+    top_k = {
+        k: float(is_among_guesses(scores.ranked, scores.labels, min(k, num_guesses)).mean())
+        for k in sorted({1, 5, *ks})
+    }
+    confusion = confusion_matrix(scores.labels, scores.ranked[:, 0], num_classes)
     return Metrics(
-        num_images=len(is_first),
-        acc1=float(is_first.mean()),
-        acc5=float(is_early.mean()),
+        num_images=len(scores.labels),
+        acc1=top_k[1],
+        acc5=top_k[5],
+        top_k=top_k,
         mean_per_class_recall=mean_per_class_recall(confusion),
-        interval=bootstrap_interval(is_first, np.array(scores.data.groups)[scores.numbers]),
-        per_class=per_class_recall(confusion),
+        macro_f1=macro_f1(confusion),
+        interval=bootstrap_interval(scores.is_right, scores.groups),
+        calibration=calibration(np.minimum(scores.probabilities[:, 0], 1), scores.is_right),
+        per_class=per_class(scores.labels, scores.ranked[:, 0], num_classes, scores.groups),
         confusion=confusion,
     )
+
+
+def subgroups(scores: Scores, column: str) -> Subgroups:
+    """Accuracy for each value of a column of the data's metadata.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    metadata = scores.data.metadata
+    if column not in metadata:
+        has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
+        raise ValueError(f"{scores.data.name} has no column {column!r}; {has}")
+    values = metadata[column]
+    return subgroup_accuracy(scores.is_right, [values[number] for number in scores.numbers], scores.groups)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification: any number of classes for each image
+
+
+@dataclass(frozen=True)
+class MultilabelScores:
+    """
+    Args:
+        numbers: (N,) which of the data's images could be read.
+        labels: (N, C) booleans.
+        cosines: (N, C).
+        unreadable: why the others could not be read.
+    """
+
+    data: MultilabelImages
+    numbers: np.ndarray
+    labels: np.ndarray
+    cosines: np.ndarray
+    unreadable: tuple[str, ...]
+
+    @property
+    def metrics(self) -> Multilabel:
+        return multilabel(self.cosines, self.labels)
+
+
+def score_labels(images: ImageFeatures, data: MultilabelImages, classifier: Tensor) -> MultilabelScores:
+    """Cosines of every image with every class; `classifier` (E, C) has unit columns."""
+    cosines = (images.unit @ classifier.cpu().float()).numpy()
+    return MultilabelScores(data, images.numbers, data.labels[images.numbers], cosines, images.unreadable)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """
+    Args:
+        images: features of the images that could be read.
+        texts: (T, E) unit features of their captions.
+        captions: T of them.
+        image_of_text: (T,) rows of `images`.
+        metrics: both directions; the bootstrap's intervals of R@1 draw whole groups of images.
+        interval_images, interval_texts: of finding images by texts, and texts by images.
+    """
+
+    data: CaptionedImages
+    images: ImageFeatures
+    texts: Tensor
+    captions: tuple[str, ...]
+    image_of_text: np.ndarray
+    metrics: Retrieval
+    interval_images: tuple[float, float]
+    interval_texts: tuple[float, float]
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        return self.images.unreadable
+
+
+def retrieve(
+    images: ImageFeatures, data: CaptionedImages, encode: Callable[[list[str]], Tensor], ks: Sequence[int] = (1, 5, 10)
+) -> RetrievalScores:
+    """
+    Args:
+        images: of `data`.
+        encode: texts to unit features (T, E).
+    """
+    captions = tuple(text for number in images.numbers for text in data.captions[number])
+    owner = np.repeat(np.arange(len(images.numbers)), [len(data.captions[number]) for number in images.numbers])
+    texts = encode(list(captions))
+    found = retrieval(images.features.to(texts.device), texts, owner, ks)
+    groups = np.array(data.groups)[images.numbers]
+    return RetrievalScores(
+        data,
+        images,
+        texts.cpu(),
+        captions,
+        owner,
+        found,
+        bootstrap_interval(found.images.ranks == 1, groups[owner]),
+        bootstrap_interval(found.texts.ranks == 1, groups[found.texts.queries]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# "None of these"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """How well the best cosine tells images of the classes from images of none of them.
+
+    Args:
+        name: of the images of none.
+        inside, outside: best cosines of the halves that the threshold was not chosen on, those of `separation`.
+        acceptance: the threshold, and what it does on those halves.
+    """
+
+    name: str
+    inside: np.ndarray
+    outside: np.ndarray
+    separation: Separation
+    acceptance: Acceptance
+
+
+def none_of_these(
+    scores: Scores,
+    others: ImageFeatures,
+    groups: Sequence[str],
+    classifier: Tensor,
+    *,
+    false_acceptance: float | None = None,
+    seed: int = 0,
+) -> Outside:
+    """A threshold on the best cosine, chosen on one half of the images (whole groups) and tried on the other.
+
+    Args:
+        scores: of images of the classes.
+        others: features of images of none of them, `groups` (all of the data's) telling which belong together.
+        false_acceptance: as in `calibrate_threshold`.
+
+    Raises:
+        ValueError: fewer than two groups of either.
+    """
+    best = np.concatenate([(rows @ classifier.cpu().float()).amax(dim=1).numpy() for rows in others.unit.split(_ROWS)])
+    inside, outside = scores.cosines[:, 0], best
+    groups_inside, groups_outside = scores.groups, np.array(groups)[others.numbers]
+    chosen_inside = _half(groups_inside, scores.data.name, seed)
+    chosen_outside = _half(groups_outside, others.data.name, seed)
+    threshold = calibrate_threshold(
+        inside[chosen_inside], outside[chosen_outside], split="one half", false_acceptance=false_acceptance
+    )
+    rest_inside, rest_outside = inside[~chosen_inside], outside[~chosen_outside]
+    acceptance = apply_threshold(
+        threshold,
+        rest_inside,
+        rest_outside,
+        split="the other half",
+        groups_inside=groups_inside[~chosen_inside],
+        groups_outside=groups_outside[~chosen_outside],
+    )
+    return Outside(others.data.name, rest_inside, rest_outside, separation(rest_inside, rest_outside), acceptance)
+
+
+def _half(groups: np.ndarray, name: str, seed: int) -> np.ndarray:
+    """(N,) True for the images of a random half of the groups."""
+    different, group = np.unique(groups, return_inverse=True)
+    if len(different) < 2:
+        raise ValueError(f"{name} has images of one group only; a threshold is chosen on some and tried on others")
+    order = np.random.default_rng(seed).permutation(len(different))
+    return order[group] < len(different) // 2

@@ -136,7 +136,7 @@ def _result_as_dict(result: Result) -> dict[str, Any]:
         "templates_from": data.templates_from,
         "per_class": [
             {"class": name, "images": int(count), "acc1": None if count == 0 else float(share)}
-            for name, count, share in zip(names, counts, metrics.per_class, strict=True)
+            for name, count, share in zip(names, counts, metrics.per_class.recall, strict=True)
         ],
         "confused_pairs": [
             {"class": true, "guess": guess, "images": count} for true, guess, count in confused_pairs(result)
@@ -321,7 +321,7 @@ def _section(result: Result) -> dict[str, Any]:
         "per_class": sorted(
             (
                 {"name": name, "images": int(n), "share": float(share)}
-                for name, n, share in zip(data.classnames, counts, metrics.per_class, strict=True)
+                for name, n, share in zip(data.classnames, counts, metrics.per_class.recall, strict=True)
                 if n
             ),
             key=lambda entry: entry["share"],

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from miniclip import tokenizer
 from miniclip.datasets import LabelledImages
+from miniclip.embedding import encode_texts
 from miniclip.evaluate import (
     Scores,
-    encode_texts,
     measure,
     zero_shot_classifier,
     zero_shot_scores,
@@ -200,7 +200,7 @@ def test_measures_are_those_worked_out_by_hand(tmp_path):
     assert metrics.num_images == 5
     assert metrics.acc1 == pytest.approx(3 / 5)
     assert metrics.acc5 == pytest.approx(4 / 5)
-    np.testing.assert_array_equal(metrics.per_class, [0.5, 1, 0, 1, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(metrics.per_class.recall, [0.5, 1, 0, 1, np.nan, np.nan, np.nan])
     assert metrics.mean_per_class_recall == pytest.approx((0.5 + 1 + 0 + 1) / 4)
     expected = np.zeros((7, 7), dtype=int)
     expected[0, 0] = expected[0, 1] = expected[1, 1] = expected[2, 0] = expected[3, 3] = 1
@@ -261,7 +261,7 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, num_workers):
     assert str(tmp_path / "3.png") in scores.unreadable[1]
     metrics = measure(scores)
     assert (metrics.num_images, metrics.acc1) == (3, pytest.approx(2 / 3))
-    assert np.isnan(metrics.per_class[2])
+    assert np.isnan(metrics.per_class.recall[2])
 
 
 def test_data_without_one_readable_image_is_an_error_with_the_first_reason(tmp_path):
@@ -280,7 +280,7 @@ def test_features_that_are_not_finite_are_an_error(tmp_path, bad, tower):
 
     setattr(Broken, tower, lambda self, x: getattr(ByHand, tower)(self, x) * bad)
     model = Broken()
-    with pytest.raises(ValueError, match="features that are not finite, for images of by hand"):
+    with pytest.raises(ValueError, match=r"features that are not finite, for (images|the prompts) of by hand"):
         zero_shot_scores(model, model.preprocess, pictures(tmp_path), tokenize=model.tokenize)
 
 
@@ -322,7 +322,8 @@ def test_measures_agree_with_scikit_learn(num_classes, num_images):
     names = tuple(map(str, range(num_classes)))
     data = LabelledImages("random", tuple(map(Path, everyone)), tuple(labels.tolist()), names, ("{}",), everyone)
     cosines = np.take_along_axis(logits, ranked, axis=1)
-    ours = measure(Scores(data, np.arange(num_images), labels, ranked, cosines, cosines, ()))
+    probabilities = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), ranked, axis=1)
+    ours = measure(Scores(data, np.arange(num_images), labels, ranked, cosines, probabilities, ()))
     every_class = range(num_classes)
     assert ours.acc1 == pytest.approx(theirs.accuracy_score(labels, ranked[:, 0]))
     if num_classes > 5:
@@ -331,7 +332,7 @@ def test_measures_agree_with_scikit_learn(num_classes, num_images):
         warnings.simplefilter("ignore")  # scikit-learn's, of the class without images
         assert ours.mean_per_class_recall == pytest.approx(theirs.balanced_accuracy_score(labels, ranked[:, 0]))
         recalls = theirs.recall_score(labels, ranked[:, 0], labels=every_class, average=None, zero_division=np.nan)
-    np.testing.assert_allclose(ours.per_class, recalls)
+    np.testing.assert_allclose(ours.per_class.recall, recalls)
     np.testing.assert_array_equal(ours.confusion, theirs.confusion_matrix(labels, ranked[:, 0], labels=every_class))
 
 
