@@ -30,7 +30,7 @@ from .datasets import labelled, open_dataset
 from .evaluate import zero_shot_scores
 from .files import write_text
 from .model import CLIP, VisionTransformer
-from .report import versions
+from .results import versions
 from .towers import TimmTower
 from .training import CLIPTraining, is_logged
 

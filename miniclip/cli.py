@@ -7,7 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ from . import __version__
 from .files import user_errors
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from . import suite
+    from .datasets import EvaluationSet
     from .sources import Pairs
 
 
@@ -232,8 +237,6 @@ def check(argv: list[str]) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from .check import advice, examine, tables, time_pipeline, write_html
     from .shards import Shards, is_shards
 
@@ -264,9 +267,8 @@ def _check(options: argparse.Namespace) -> None:
             workers=options.workers,
             seed=options.seed,
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables(findings, pipeline):
-        console.print(table)
+        _console().print(table)
     for sentence in advice(findings):
         print(f"- {sentence}.")
     if options.out:
@@ -277,50 +279,114 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """`miniclip eval --model M --data D …`"""
+    """`miniclip eval --model M … --data D …`"""
     parser = argparse.ArgumentParser(
         prog="miniclip eval",
         formatter_class=_Help,
-        description="Zero-shot classification: each class becomes prompts, an image goes to the nearest.\n\n"
-        "DATA is labelled images:\n"
+        description="Scores CLIP models without training them: each class becomes prompts, and an image goes to the\n"
+        "nearest; images with captions are found by them, and the other way round. Every model is scored on every\n"
+        "set.\n\n"
+        "MODEL is a folder that training wrote, or whatever else miniclip loads (ViT-B/32, a checkpoint of OpenAI's,\n"
+        "OpenCLIP's or Hugging Face's); or, with its own preprocessing and tokenizer,\n"
+        "  openclip:ARCHITECTURE/TAG    a model of open_clip's; the tag may be a file of weights\n"
+        "  transformers:owner/name      a model of transformers', by name or folder\n"
+        "  python:FILE.py:FUNCTION      your own: what the function returns has encode_image, encode_text, tokenize,\n"
+        "                               preprocess, logit_scale. Your code is run.\n\n"
+        "DATA is\n"
         "  my_photos                    a folder with one sub-folder of images for each class\n"
         "  my.csv, .tsv, .jsonl, .parquet\n"
         "                               a table with a column of images (paths are relative to the table) and one of\n"
-        "                               labels, names or numbers\n"
-        "  shards, 'shards/{0..9}.tar'  webdataset's tars with a .cls for each image, here or at a URL\n"
+        "                               labels: names, numbers, or lists of several\n"
+        "  shards, 'shards/{0..9}.tar'  webdataset's tars with a .cls for each image, here or at a URL; with .npy\n"
+        "                               (several labels) or .txt (captions)\n"
         "  hf-hub:owner/name            a set of CLIP_benchmark's (hf-hub:clip-benchmark/wds_…), or of Hugging Face's\n"
         "                               `datasets` with a column of type ClassLabel; or the folder of either\n"
-        "  torchvision:CIFAR10          a classification set of torchvision's, in the folder --root\n\n"
+        "  torchvision:CIFAR10          a classification set of torchvision's, in the folder --root\n"
+        "  with --task retrieval        whatever can be trained on: images with captions\n\n"
         "Class names and prompts that lie with the data are used: classnames.txt and templates.txt (or, for prompts\n"
         "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
         "used is printed, and is in results.json.",
-        epilog="examples:\n"
-        "  miniclip eval --model runs/digits/best --data my_photos --templates imagenet7\n"
+        epilog="OUT gets report.html (open it in a browser), results.json (all numbers), results.csv (a row for each\n"
+        "score), predictions/*.parquet (a row for each image) and clip_benchmark/*.json (for `clip_benchmark build`).\n\n"
+        "examples:\n"
+        "  miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80\n"
+        "  miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars\n"
         "  miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer\n"
-        "  miniclip eval --model ViT-B/32 --data hf-hub:clip-benchmark/wds_cars --split test\n"
-        "  miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download",
+        "  miniclip eval --model ViT-B/32 --data photos --train more_photos --outside street_scenes\n"
+        "  miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download\n"
+        "  torchrun --nproc_per_node 8 eval_zeroshot.py --model ViT-L/14 --data imagenet/val --classnames imagenet\n"
+        "  miniclip eval --compare reports/before reports/after",
     )
-    parser.add_argument("--model", required=True, help="a trained model's folder, or a .ckpt of the trainer")
-    parser.add_argument("--data", required=True, nargs="+", help="one or several sets, as above")
-    parser.add_argument(
-        "--split", metavar="NAME", help="part of sets that have several; default: test, else validation"
-    )
-    parser.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
-    parser.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
-    parser.add_argument("--classnames", help='"imagenet", or a file with one name a line, in label order')
-    parser.add_argument(
-        "--templates",
-        help='"simple", "imagenet7", "imagenet80", a file with one a line, or a .json of {class: [prompts]}',
-    )
-    parser.add_argument("--group-column", metavar="NAME", help="column that tells which images are not independent")
-    parser.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
-    parser.add_argument("--out", default="reports/{model}", help="folder for results.json and report.html")
+    parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="one or several models, as above")
+    parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="one or several sets, as above")
+    parser.add_argument("--out", help="folder for the results; default: reports/MODEL")
     parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="instead: what changed between two results.json (or their folders), and whether by more than chance",
+    )
+    read = parser.add_argument_group("reading the data")
+    read.add_argument(
+        "--task", choices=("classification", "multilabel", "retrieval"), help="default: what the data are for"
+    )
+    read.add_argument("--split", metavar="NAME", help="part of sets that have several; default: test, else validation")
+    read.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
+    read.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
+    read.add_argument("--group-column", metavar="NAME", help="column that tells which images are not independent")
+    read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
+    read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
+    ask = parser.add_argument_group("what to ask")
+    ask.add_argument("--classnames", help='"imagenet", or a file with one name a line, in label order')
+    ask.add_argument(
+        "--templates",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help='"simple", "imagenet7", "imagenet80", a file with one a line, or a .json of {class: [prompts]}; several '
+        "are compared, at the cost of one look at the images",
+    )
+    ask.add_argument(
+        "--topk", type=int, nargs="+", default=[1, 5], metavar="K", help="accuracies among the first K guesses"
+    )
+    ask.add_argument(
+        "--subgroups", nargs="+", default=[], metavar="COLUMN", help="columns to score by value: for whom is it good?"
+    )
+    ask.add_argument(
+        "--outside", metavar="DATA", help='images of none of the classes, to choose a threshold for "none of these"'
+    )
+    ask.add_argument(
+        "--false-acceptance",
+        type=float,
+        metavar="SHARE",
+        help="of those that may pass, 0 to 1; default: what balances both mistakes",
+    )
+    ask.add_argument(
+        "--standard",
+        metavar="DATA",
+        help="the one of the sets that the others are shifts of: a table of robustness",
+    )
+    ask.add_argument(
+        "--baselines", nargs="+", default=[], metavar="MODEL", help="of the models; their line is what to expect"
+    )
+    learn = parser.add_argument_group("learning from features: linear probe, neighbours, Tip-Adapter, few shots")
+    learn.add_argument("--train", nargs="+", default=[], metavar="DATA", help="labelled images, for each set of --data")
+    learn.add_argument("--train-split", metavar="NAME", help="instead: this part of the sets of --data")
+    learn.add_argument(
+        "--validation", nargs="+", default=[], metavar="DATA", help="to choose by; default: from --train"
+    )
+    learn.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class; default: 1 2 4 8 16")
+    learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="that draw the shots")
     _add_encoding(parser)
+    parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features")
     options = parser.parse_args(argv)
-    with user_errors():
-        _evaluate(options)
+    with user_errors(), _processes(options.device) as device:
+        if options.compare:
+            _compare(*options.compare)
+        else:
+            _evaluate(options, device)
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -329,67 +395,199 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    model_name = "-".join(part for part in Path(options.model).parts[-2:] if part not in ("/", "..", "."))
-    out = Path(options.out.replace("{model}", model_name))
+@contextmanager
+def _processes(device: str | None) -> Iterator[str | None]:
+    """Joins the processes that torchrun or SLURM started, if there are several; the first alone prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    import torch
+    import torch.distributed as dist
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    is_gpu = device != "cpu" and torch.cuda.is_available()
+    if is_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("gloo")  # what is exchanged goes through the host's memory
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
+            yield f"cuda:{local_rank}" if is_gpu else device
+    finally:
+        dist.destroy_process_group()
+
+
+def _compare(first: str, second: str) -> None:
+    from .report import comparison_tables
+    from .results import compare_runs
+
+    for table in comparison_tables(compare_runs(first, second)):
+        _console().print(table)
+
+
+def _evaluate(options: argparse.Namespace, device: str | None) -> None:
+    if not options.model or not options.data:
+        raise ValueError("--model and --data are needed, at least one of each (or --compare A B)")
+    called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
+    out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
     if (out / "results.json").exists() and not options.overwrite:
         raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    for name in ("batch_size", "topk", "shots"):
+        for value in values if isinstance(values := getattr(options, name), list) else [values]:
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
-    from rich.console import Console
+    from . import report, results, suite
+    from .embedding import FeatureCache
+    from .models import open_model
+    from .processes import place
 
-    from . import report, weights
-    from .datasets import labelled, open_dataset
-    from .evaluate import measure, zero_shot_scores
-
-    datasets = [
-        labelled(
-            open_dataset(
-                source,
-                options.classnames,
-                options.templates,
-                options.group_column,
-                options.split,
-                options.label_column,
-                options.image_column,
-                Path(options.root).expanduser(),
-                options.download,
-            )
-        )
-        for source in options.data
-    ]
-    model, preprocess = weights.load(options.model, device=options.device)
-    for data in datasets:
-        if len(data.classnames) < 2:
-            raise ValueError(f"{data.name} has one class, {data.classnames[0]!r}; there is nothing to tell apart")
-    out.mkdir(parents=True, exist_ok=True)  # found out now, and not after an hour, if it can't be written
-    results = []
-    for data in datasets:
-        begin = time.perf_counter()
-        with _progress(data.name, len(data)) as progress:
-            scores = zero_shot_scores(
+    trials = _trials(options)
+    cache = None if options.no_cache else FeatureCache(options.cache)
+    is_first = place()[0] == 0
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)  # found out now, and not after an hour, if it can't be written
+    if len(options.model) > 1:
+        for name in options.model:
+            open_model(name, device)  # likewise, if one of them can't be loaded
+    found: list[suite.Result] = []
+    for name in options.model:
+        model = open_model(name, device)
+        for trial in trials:
+            found += suite.evaluate(
                 model,
-                preprocess,
-                data,
+                trial,
+                ks=options.topk,
                 batch_size=options.batch_size,
                 num_workers=options.workers,
-                progress=progress,
+                cache=cache,
+                progress=_progress if is_first else None,
             )
-        results.append(report.Result(scores, measure(scores), time.perf_counter() - begin))
-        for problem in scores.unreadable[:10]:
-            print(f"left out: {problem}", file=sys.stderr)
-        if scores.unreadable[10:]:
-            print(f"left out: {len(scores.unreadable) - 10} more, see results.json", file=sys.stderr)
-    Console(width=None if sys.stdout.isatty() else 120).print(report.table(options.model, results))
-    for data in datasets:
-        names, prompts = _some(data.classnames), _some(report.wordings(data.templates))
-        print(f"{data.name}: classes {names} (from {data.classnames_from}); prompts {prompts} ({data.templates_from})")
-        if all(name.isdigit() for name in data.classnames):
-            print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
-    report.write_json(out / "results.json", options.model, results)
-    report.write_html(out / "report.html", options.model, results)
+    if not is_first:
+        return
+    robustness = None
+    if options.standard:
+        standard = trials[options.data.index(options.standard)].data.name
+        robustness = results.robustness(found, standard, options.baselines)
+    for table in report.tables(found, robustness):
+        _console().print(table)
+    _tell(found)
+    results.write_json(out / results.RESULTS_FILE, found, robustness)
+    results.write_csv(out / results.TABLE_FILE, found)
+    results.write_benchmark(out / results.BENCHMARK_FOLDER, found)
+    try:
+        results.write_predictions(out / results.PREDICTIONS_FOLDER, found)
+    except ValueError as error:  # all else is worth having
+        print(f"no predictions were written: {error}", file=sys.stderr)
+    report.write_html(out / "report.html", found, robustness)
     print(f"report: {out / 'report.html'}")
+
+
+def _trials(options: argparse.Namespace) -> list[suite.Trial]:
+    """The data sets, each with what is asked of it."""
+    from .datasets import LabelledImages, MultilabelImages, labelled, open_dataset, with_templates
+    from .suite import Trial
+
+    if options.train and options.train_split:
+        raise ValueError("--train names other data, and --train-split a part of the same; give one of them")
+    for name in ("train", "validation"):
+        if getattr(options, name) and len(getattr(options, name)) != len(options.data):
+            raise ValueError(f"--{name} has {len(getattr(options, name))} sets and --data {len(options.data)}")
+    if options.validation and not (options.train or options.train_split):
+        raise ValueError("--validation is for what is learnt from --train or --train-split")
+    if options.false_acceptance is not None and not options.outside:
+        raise ValueError("--false-acceptance is a share of the images of --outside, which is missing")
+    if options.standard and options.standard not in options.data:
+        raise ValueError(f"--standard {options.standard} is none of --data: {', '.join(options.data)}")
+    if options.baselines and not options.standard:
+        raise ValueError("--baselines are for the table of robustness, which needs --standard")
+    if unknown := [name for name in options.baselines if name not in options.model]:
+        raise ValueError(f"the baseline {unknown[0]} is none of --model: {', '.join(options.model)}")
+
+    def opened(source: str, split: str | None = options.split, task: str | None = options.task) -> EvaluationSet:
+        wordings = options.templates[0] if options.templates else None
+        return open_dataset(
+            source,
+            None if task == "retrieval" else options.classnames,
+            None if task == "retrieval" else wordings,
+            options.group_column,
+            split,
+            options.label_column,
+            options.image_column,
+            Path(options.root).expanduser(),
+            options.download and source.startswith("torchvision:"),
+            task,
+        )
+
+    outside = open_dataset(options.outside) if options.outside else None
+    trials = []
+    for number, source in enumerate(options.data):
+        data = opened(source)
+        train = options.train[number] if options.train else source if options.train_split else None
+        variants = ()
+        if isinstance(data, LabelledImages | MultilabelImages):
+            variants = tuple(with_templates(data, each) for each in options.templates[1:])
+        trials.append(
+            Trial(
+                data,
+                variants,
+                tuple(options.subgroups),
+                outside,
+                options.false_acceptance,
+                None if train is None else labelled(opened(train, options.train_split or options.split)),
+                labelled(opened(options.validation[number])) if options.validation else None,
+                tuple(sorted(set(options.shots))) if options.shots else None,
+                tuple(options.seeds),
+            )
+        )
+    names = [trial.data.name for trial in trials]
+    if same := [name for name in names if names.count(name) > 1]:  # results are told apart by it
+        for number, trial in enumerate(trials):
+            if trial.data.name in same:
+                renamed = replace(trial.data, name=options.data[number])
+                variants = tuple(replace(each, name=options.data[number]) for each in trial.variants)
+                trials[number] = replace(trial, data=renamed, variants=variants)
+    return trials
+
+
+def _tell(found: list[suite.Result]) -> None:
+    """What was left out, and what was asked, of each set once."""
+    from .report import wordings
+
+    seen = set()
+    for result in found:
+        data, problems = result.data, result.scores.unreadable
+        if data.name not in seen:
+            for problem in problems[:10]:
+                print(f"left out: {problem}", file=sys.stderr)
+            if problems[10:]:
+                print(f"left out: {len(problems) - 10} more, see results.json", file=sys.stderr)
+        names = getattr(data, "classnames", ())
+        if names and (data.name, data.templates_from) not in seen:
+            prompts = _some(wordings(data.templates))
+            print(
+                f"{data.name}: classes {_some(names)} (from {data.classnames_from}); prompts {prompts} ({data.templates_from})"
+            )
+            seen.add((data.name, data.templates_from))
+            if data.name not in seen and all(name.isdigit() for name in names):
+                print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
+            for same in result.same_prompts[:5]:
+                print(
+                    f"{data.name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
+                    file=sys.stderr,
+                )
+        seen.add(data.name)
+        if result.probes is not None and result.probes.splits.num_leaked:
+            print(
+                f"{data.name}: {result.probes.splits.num_leaked} of its images are training images as well, so "
+                "scores of probes are too high",
+                file=sys.stderr,
+            )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def report(argv: list[str]) -> None:
@@ -469,8 +667,6 @@ def _interpolate(options: argparse.Namespace) -> None:
     if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
         raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
 
-    from rich.console import Console
-
     from . import finetune, weights
     from .datasets import labelled, open_dataset
 
@@ -496,7 +692,7 @@ def _interpolate(options: argparse.Namespace) -> None:
             alpha = finetune.best(points, None if options.may_lose is None else options.may_lose / 100).alpha
             model = finetune.interpolate(start, finetuned, alpha)
         names = [data.name for data in new], [data.name for data in old]
-        Console(width=None if sys.stdout.isatty() else 120).print(finetune.table(points, *names, alpha))
+        _console().print(finetune.table(points, *names, alpha))
         if options.alpha is None:
             print(
                 f"alpha {alpha:g} was chosen on the very images that it is scored on here, so its score is a bit too "

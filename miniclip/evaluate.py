@@ -322,16 +322,18 @@ class RetrievalScores:
 
 
 def retrieve(
-    images: ImageFeatures, data: CaptionedImages, encode: Callable[[list[str]], Tensor], ks: Sequence[int] = (1, 5, 10)
+    images: ImageFeatures, data: CaptionedImages, texts: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> RetrievalScores:
     """
     Args:
         images: of `data`.
-        encode: texts to unit features (T, E).
+        texts: features (T, E) of all of its captions, image after image. Those of unreadable images don't count.
     """
+    counts = np.array([len(each) for each in data.captions])
+    is_readable = np.isin(np.arange(len(counts)), images.numbers)
+    texts = texts[torch.from_numpy(np.repeat(is_readable, counts))]
     captions = tuple(text for number in images.numbers for text in data.captions[number])
-    owner = np.repeat(np.arange(len(images.numbers)), [len(data.captions[number]) for number in images.numbers])
-    texts = encode(list(captions))
+    owner = np.repeat(np.arange(len(images.numbers)), counts[images.numbers])
     found = retrieval(images.features.to(texts.device), texts, owner, ks)
     groups = np.array(data.groups)[images.numbers]
     return RetrievalScores(

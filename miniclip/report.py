@@ -1,4 +1,4 @@
-"""Results -> a table in the terminal, JSON, and one HTML page that opens from disk without a network.
+"""Results -> tables in the terminal, and one HTML page that opens from disk without a network.
 
 C classes; shares are of 1, printed in %.
 """
@@ -9,11 +9,8 @@ import base64
 import csv
 import datetime
 import io
-import json
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +22,15 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__
-from .evaluate import Metrics, Scores
 from .files import write_text
-from .metrics import most_confused
 from .prompts import ASSETS, Prompts
+from .results import confused_pairs, versions
+from .suite import Result
 
 _THUMBNAIL = 112  # pixels
 _GALLERY = 24  # images of a kind
 _MOST_LABELS = 45  # classes that still have their name on an axis
 _MOST_CONFUSION_CLASSES = 200  # beyond, JSON keeps the confused pairs alone
-
-
-@dataclass(frozen=True)
-class Result:
-    """One data set's scores and what was measured on them."""
-
-    scores: Scores
-    metrics: Metrics
-    seconds: float
 
 
 def percent(share: float) -> str:
@@ -83,74 +70,6 @@ def _num_prompts(prompts: Prompts) -> str:
     """For each class."""
     counts = sorted({len(each) for each in prompts.values()} if isinstance(prompts, Mapping) else {len(prompts)})
     return " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
-
-
-def confused_pairs(result: Result, most: int = 10) -> list[tuple[str, str, int]]:
-    """(true class, guessed class, images), the most frequent mistakes first."""
-    names = result.scores.data.classnames
-    return [(names[row], names[column], count) for row, column, count in most_confused(result.metrics.confusion, most)]
-
-
-def as_dict(model: str, results: Sequence[Result]) -> dict[str, Any]:
-    """Everything that was measured, with what is needed to measure it again."""
-    return {
-        "schema": 1,
-        "model": model,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "results": [_result_as_dict(result) for result in results],
-    }
-
-
-def _result_as_dict(result: Result) -> dict[str, Any]:
-    scores, metrics, data = result.scores, result.metrics, result.scores.data
-    names = data.classnames
-    predictions = [
-        {
-            "path": data.key(number),
-            "label": names[label],
-            "guesses": [
-                {"class": names[c], "cosine": round(float(cosine), 5), "probability": round(float(probability), 5)}
-                for c, cosine, probability in zip(ranked, cosines, probabilities, strict=True)
-            ],
-        }
-        for number, label, ranked, cosines, probabilities in zip(
-            scores.numbers, scores.labels, scores.ranked, scores.cosines, scores.probabilities, strict=True
-        )
-    ]
-    counts = metrics.confusion.sum(axis=1)
-    return {
-        "dataset": data.name,
-        "task": "zeroshot_classification",
-        "num_images": metrics.num_images,
-        "unreadable": list(scores.unreadable),
-        "metrics": {
-            "acc1": metrics.acc1,
-            "acc5": metrics.acc5,
-            "mean_per_class_recall": metrics.mean_per_class_recall,
-        },
-        "acc1_interval_95": list(metrics.interval),
-        "classnames": list(names),
-        "classnames_from": data.classnames_from,
-        "templates": dict(data.templates) if isinstance(data.templates, Mapping) else list(data.templates),
-        "templates_from": data.templates_from,
-        "per_class": [
-            {"class": name, "images": int(count), "acc1": None if count == 0 else float(share)}
-            for name, count, share in zip(names, counts, metrics.per_class.recall, strict=True)
-        ],
-        "confused_pairs": [
-            {"class": true, "guess": guess, "images": count} for true, guess, count in confused_pairs(result)
-        ],
-        "confusion": metrics.confusion.tolist() if len(names) <= _MOST_CONFUSION_CLASSES else None,
-        "predictions": predictions,
-        "seconds": round(result.seconds, 2),
-    }
-
-
-def versions() -> dict[str, str]:
-    import torch
-
-    return {"miniclip": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -357,7 +276,3 @@ def write_html(path: str | Path, model: str, results: Sequence[Result]) -> None:
         sections=[_section(result) for result in results],
     )
     write_text(path, page)
-
-
-def write_json(path: str | Path, model: str, results: Sequence[Result]) -> None:
-    write_text(path, json.dumps(as_dict(model, results), ensure_ascii=False, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,671 @@
+"""Results as files: JSON of ours and of CLIP_benchmark's, CSV, Parquet; and what comes of several: comparisons.
+
+Shares are of 1 in all files.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__
+from .evaluate import Metrics, MultilabelScores, RetrievalScores, Scores
+from .files import atomic_write, write_text
+from .metrics import (
+    Comparison,
+    Multilabel,
+    RobustnessFit,
+    Subgroups,
+    compare,
+    effective_robustness,
+    fit_robustness,
+    most_confused,
+)
+from .prompts import Prompts
+from .suite import CLASSIFICATION, Probes, Result
+
+RESULTS_FILE, TABLE_FILE, PREDICTIONS_FOLDER, BENCHMARK_FOLDER = (
+    "results.json",
+    "results.csv",
+    "predictions",
+    "clip_benchmark",
+)
+_SCHEMA = 2
+_MOST_CONFUSION_CLASSES = 200  # beyond, JSON keeps the confused pairs alone
+
+
+def metric_values(result: Result) -> dict[str, float]:
+    """Every number by its name: CLIP_benchmark's where it has one."""
+    metrics = result.metrics
+    if isinstance(metrics, Metrics):
+        values = {f"acc{k}": share for k, share in metrics.top_k.items()}
+        values |= {"mean_per_class_recall": metrics.mean_per_class_recall, "macro_f1": metrics.macro_f1}
+        return values | {"calibration_error": metrics.calibration.error}
+    if isinstance(metrics, Multilabel):
+        return {"mean_average_precision": metrics.mean_average_precision}
+    values = {}
+    for name, ranking in (("image", metrics.images), ("text", metrics.texts)):
+        values |= {f"{name}_retrieval_recall@{k}": share for k, share in ranking.recall.items()}
+        values |= {f"{name}_retrieval_map@{k}": share for k, share in ranking.mean_average_precision.items()}
+        values[f"{name}_retrieval_median_rank"] = ranking.median_rank
+    return values
+
+
+def intervals(result: Result) -> dict[str, tuple[float, float]]:
+    """95 % intervals, of the numbers that have one."""
+    if isinstance(result.metrics, Metrics):
+        return {"acc1": result.metrics.interval}
+    if isinstance(result.scores, RetrievalScores):
+        scores = result.scores
+        return {"image_retrieval_recall@1": scores.interval_images, "text_retrieval_recall@1": scores.interval_texts}
+    return {}
+
+
+def probe_values(probes: Probes) -> dict[str, dict[str, float]]:
+    """By task, as `metric_values`; the linear probe's names are CLIP_benchmark's."""
+    linear, tip = probes.linear.outcome, probes.tip_adapter
+    return {
+        "linear_probe": {
+            "lp_acc1": linear.accuracy,
+            "lp_mean_per_class_recall": float(np.nanmean(linear.per_class)),
+            "C": probes.linear.C,
+        },
+        "nearest_neighbours": {"acc1": probes.neighbours.accuracy, "neighbours": probes.num_neighbours},
+        "tip_adapter": {"acc1": tip.outcome.accuracy, "alpha": tip.alpha, "beta": tip.beta},
+    }
+
+
+def confused_pairs(result: Result, most: int = 10) -> list[tuple[str, str, int]]:
+    """(true class, guessed class, images), the most frequent mistakes first."""
+    assert isinstance(result.metrics, Metrics)
+    names = result.data.classnames
+    return [(names[row], names[column], count) for row, column, count in most_confused(result.metrics.confusion, most)]
+
+
+def prompts_label(result: Result) -> str:
+    """What the prompts are called, short: a built-in set's name, or the file's."""
+    where = getattr(result.data, "templates_from", "")
+    built_in = re.fullmatch(r"the built-in set '(.+)'", where)
+    return built_in[1] if built_in else Path(where).name
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {"miniclip": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our JSON: all that was measured, with what is needed to measure it again
+
+
+def as_dict(results: Sequence[Result], robustness: Robustness | None = None) -> dict[str, Any]:
+    return {
+        "schema": _SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "results": [_result_as_dict(result) for result in results],
+        "robustness": None if robustness is None else robustness.as_dict(),
+    }
+
+
+def _result_as_dict(result: Result) -> dict[str, Any]:
+    data = result.data
+    found = {
+        "model": result.model,
+        "library": result.library,
+        "dataset": data.name,
+        "task": result.task,
+        "num_images": result.num_images,
+        "unreadable": list(result.scores.unreadable),
+        "metrics": metric_values(result),
+        "intervals_95": {name: list(interval) for name, interval in intervals(result).items()},
+        "logit_scale": result.logit_scale,
+        "seconds": round(result.seconds, 2),
+    }
+    if isinstance(result.scores, RetrievalScores):
+        return found | _retrieval_as_dict(result.scores)
+    found |= {
+        "classnames": list(data.classnames),
+        "classnames_from": data.classnames_from,
+        "templates": _plain_prompts(data.templates),
+        "templates_from": data.templates_from,
+        "same_prompts": [list(names) for names in result.same_prompts],
+    }
+    if isinstance(result.scores, MultilabelScores):
+        return found | _multilabel_as_dict(result)
+    return found | _classification_as_dict(result)
+
+
+def _plain_prompts(prompts: Prompts) -> Any:
+    if isinstance(prompts, Mapping):
+        return {name: list(each) for name, each in prompts.items()}
+    return [str(template) for template in prompts]
+
+
+def _classification_as_dict(result: Result) -> dict[str, Any]:
+    scores, metrics = result.scores, result.metrics
+    assert isinstance(scores, Scores)
+    assert isinstance(metrics, Metrics)
+    names, table, calibration = scores.data.classnames, metrics.per_class, metrics.calibration
+    return {
+        "per_class": [
+            {
+                "class": name,
+                "images": int(table.images[c]),
+                "guessed": int(table.guessed[c]),
+                "recall": _plain(table.recall[c]),
+                "precision": _plain(table.precision[c]),
+                "f1": _plain(table.f1[c]),
+                "recall_interval_95": [_plain(end) for end in table.recall_intervals[c]],
+            }
+            for c, name in enumerate(names)
+        ],
+        "confused_pairs": [
+            {"class": true, "guess": guess, "images": count} for true, guess, count in confused_pairs(result)
+        ],
+        "confusion": metrics.confusion.tolist() if len(names) <= _MOST_CONFUSION_CLASSES else None,
+        "calibration": {
+            "error": calibration.error,
+            "largest_error": calibration.largest_error,
+            "edges": calibration.edges.tolist(),
+            "images": calibration.images.tolist(),
+            "confidence": [_plain(value) for value in calibration.confidence],
+            "accuracy": [_plain(value) for value in calibration.accuracy],
+        },
+        "subgroups": {column: _subgroups_as_dict(found) for column, found in result.subgroups.items()},
+        "none_of_these": None if result.outside is None else _outside_as_dict(result),
+        "probes": None if result.probes is None else _probes_as_dict(result.probes),
+        "samples": {
+            "keys": [scores.data.key(number) for number in scores.numbers],
+            "labels": scores.labels.tolist(),
+            "guesses": scores.ranked[:, 0].tolist(),
+            "cosines": [round(float(value), 6) for value in scores.cosines[:, 0]],
+            "probabilities": [round(float(value), 6) for value in scores.probabilities[:, 0]],
+            "groups": scores.groups.tolist(),
+        },
+    }
+
+
+def _plain(value: Any) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _subgroups_as_dict(found: Subgroups) -> dict[str, Any]:
+    return {
+        "gap": found.gap,
+        "best": None if found.best is None else found.best.value,
+        "worst": None if found.worst is None else found.worst.value,
+        "subgroups": [
+            {
+                "value": None if each.value is None else str(each.value),
+                "images": each.num_images,
+                "groups": each.num_groups,
+                "acc1": each.accuracy,
+                "interval_95": list(each.interval),
+                "is_too_small": each.is_too_small,
+            }
+            for each in found.subgroups
+        ],
+    }
+
+
+def _outside_as_dict(result: Result) -> dict[str, Any]:
+    outside = result.outside
+    assert outside is not None
+    separation, acceptance, threshold = outside.separation, outside.acceptance, outside.acceptance.threshold
+    return {
+        "outside": outside.name,
+        "cosine": threshold.cosine,
+        "rule": threshold.rule,
+        "chosen_on": {"images_inside": threshold.num_inside, "images_outside": threshold.num_outside},
+        "tried_on": {"images_inside": acceptance.num_inside, "images_outside": acceptance.num_outside},
+        "accepted_inside": acceptance.accepted_inside,
+        "accepted_outside": acceptance.accepted_outside,
+        "interval_95_inside": list(acceptance.interval_inside),
+        "interval_95_outside": list(acceptance.interval_outside),
+        "balanced_accuracy": acceptance.balanced_accuracy,
+        "auroc": separation.auroc,
+        "aupr_inside": separation.aupr_inside,
+        "aupr_outside": separation.aupr_outside,
+        "fpr_at_95_tpr": separation.fpr_at_95_tpr,
+    }
+
+
+def _probes_as_dict(probes: Probes) -> dict[str, Any]:
+    outcomes = {
+        "linear_probe": probes.linear.outcome,
+        "nearest_neighbours": probes.neighbours,
+        "tip_adapter": probes.tip_adapter.outcome,
+    }
+    return {
+        "train": probes.train,
+        "num_train": len(probes.splits.train),
+        "num_validation": len(probes.splits.validation),
+        "num_leaked": probes.splits.num_leaked,
+        "linear_probe_features": "before the projection" if probes.is_pooled else "after the projection",
+        **{
+            task: {**values, "interval_95": list(outcomes[task].interval)}
+            for task, values in probe_values(probes).items()
+        },
+        "shot_curve": probes.curve.as_dict(),
+    }
+
+
+def _multilabel_as_dict(result: Result) -> dict[str, Any]:
+    metrics = result.metrics
+    assert isinstance(metrics, Multilabel)
+    return {
+        "per_class": [
+            {"class": name, "images": int(positives), "average_precision": _plain(precision)}
+            for name, positives, precision in zip(
+                result.data.classnames, metrics.positives, metrics.per_class, strict=True
+            )
+        ]
+    }
+
+
+def _retrieval_as_dict(scores: RetrievalScores) -> dict[str, Any]:
+    images, texts = scores.metrics.images, scores.metrics.texts
+    keys = [scores.data.key(number) for number in scores.images.numbers]
+    return {
+        "num_texts": len(scores.captions),
+        "samples": {
+            "keys": keys,
+            "image_of_text": scores.image_of_text.tolist(),
+            "ranks_of_images": images.ranks.tolist(),  # of each text
+            "ranks_of_texts": texts.ranks.tolist(),  # of each image
+        },
+    }
+
+
+def write_json(path: str | Path, results: Sequence[Result], robustness: Robustness | None = None) -> None:
+    text = json.dumps(as_dict(results, robustness), ensure_ascii=False, indent=1, allow_nan=False)
+    # Numbers of the samples in one line each list, as nobody reads them one by one.
+    write_text(path, re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", _in_one_line, text) + "\n")
+
+
+def _in_one_line(found: re.Match[str]) -> str:
+    return "[" + re.sub(r"\s+", " ", found[1]) + "]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Others' formats
+
+
+def _file_name(result: Result) -> str:
+    parts = [result.data.name, result.model, prompts_label(result)]
+    return "_".join(re.sub(r"[^\w.@-]+", "-", part).strip("-.") for part in parts if part)
+
+
+def benchmark_records(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """CLIP_benchmark's records by file name, one for each task, as its `build` gathers them."""
+    records = {}
+    for result in results:
+        shared = {"dataset": result.data.name, "model": result.model, "pretrained": result.library, "language": "en"}
+        values = metric_values(result)
+        few = [f"acc{k}" for k in getattr(result.metrics, "top_k", ()) if k > len(result.data.classnames)]
+        by_task = {result.task: {name: value for name, value in values.items() if name not in few}}  # NaN to it
+        if result.probes is not None:
+            by_task["linear_probe"] = probe_values(result.probes)["linear_probe"]
+        for task, values in by_task.items():
+            task = CLASSIFICATION if task == "zeroshot_multilabel" else task
+            records[f"{_file_name(result)}_{task}.json"] = {**shared, "task": task, "metrics": values}
+    return records
+
+
+def write_benchmark(folder: str | Path, results: Sequence[Result]) -> None:
+    for name, record in benchmark_records(results).items():
+        write_text(Path(folder) / name, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """A row for each model, data set and set of prompts; columns that do not apply are empty."""
+    rows = []
+    for result in results:
+        row: dict[str, Any] = {
+            "model": result.model,
+            "library": result.library,
+            "dataset": result.data.name,
+            "task": result.task,
+            "prompts": prompts_label(result),
+            "images": result.num_images,
+            "classes": len(getattr(result.data, "classnames", ())) or None,
+            **metric_values(result),
+        }
+        for name, (low, high) in intervals(result).items():
+            row |= {f"{name}_low": low, f"{name}_high": high}
+        if result.probes is not None:
+            for task, values in probe_values(result.probes).items():
+                row |= {f"{task}_{name.removeprefix('lp_')}": value for name, value in values.items()}
+        if result.outside is not None:
+            row["none_of_these_auroc"] = result.outside.separation.auroc
+        rows.append(row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_predictions(folder: str | Path, results: Sequence[Result]) -> list[Path]:
+    """A Parquet file for each result: a row for each image, or for each text of retrieval, with what is known of it.
+
+    Raises:
+        ValueError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("predictions as Parquet need pyarrow: pip install 'miniclip[eval]'") from error
+    paths = []
+    for result in results:
+        columns = _prediction_columns(result)
+        table = pyarrow.table({name: _arrow(values) for name, values in columns.items()})
+        path = Path(folder) / f"{_file_name(result)}.parquet"
+        with atomic_write(path) as file:
+            pyarrow.parquet.write_table(table, file)
+        paths.append(path)
+    return paths
+
+
+def _arrow(values: Any) -> Any:
+    """A column; of values of several types as texts."""
+    import pyarrow
+
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        return pyarrow.array([None if value is None else str(value) for value in values])
+
+
+def _prediction_columns(result: Result) -> dict[str, Any]:
+    scores, data = result.scores, result.data
+    if isinstance(scores, RetrievalScores):
+        places = dict(zip(scores.metrics.texts.queries.tolist(), scores.metrics.texts.ranks.tolist(), strict=True))
+        return {
+            "image": [data.key(scores.images.numbers[row]) for row in scores.image_of_text],
+            "caption": list(scores.captions),
+            "rank_of_image": scores.metrics.images.ranks,
+            "rank_of_texts": [places[row] for row in scores.image_of_text.tolist()],
+        }
+    names = np.array(data.classnames, dtype=object)
+    columns: dict[str, Any] = {"image": [data.key(number) for number in scores.numbers]}
+    if isinstance(scores, MultilabelScores):
+        columns["labels"] = [names[row].tolist() for row in scores.labels]
+        columns["cosines"] = list(scores.cosines)
+    else:
+        columns |= {
+            "label": names[scores.labels].tolist(),
+            "guess": names[scores.ranked[:, 0]].tolist(),
+            "is_right": scores.is_right,
+            "cosine": scores.cosines[:, 0],
+            "probability": scores.probabilities[:, 0],
+            "guesses": [names[row].tolist() for row in scores.ranked],
+            "cosines": list(scores.cosines),
+            "probabilities": list(scores.probabilities),
+            "group": scores.groups.tolist(),
+        }
+    for name, values in data.metadata.items():
+        columns[name if name not in columns else f"metadata_{name}"] = [values[number] for number in scores.numbers]
+    return columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Robustness: a family of shifted sets
+
+
+@dataclass(frozen=True)
+class RobustnessRow:
+    """Top-1 of a model on the standard set and on each shifted one, and how far those exceed the baselines' line."""
+
+    model: str
+    is_baseline: bool
+    standard: float
+    shifted: tuple[float, ...]
+    effective: tuple[float | None, ...]
+
+    @property
+    def mean_shifted(self) -> float:
+        return float(np.mean(self.shifted))
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """
+    Args:
+        shifted: names of the shifted sets.
+        fits: the baselines' line for each; None without at least two baselines of different accuracy.
+    """
+
+    standard: str
+    shifted: tuple[str, ...]
+    rows: tuple[RobustnessRow, ...]
+    fits: tuple[RobustnessFit | None, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "standard": self.standard,
+            "shifted": list(self.shifted),
+            "baselines": [row.model for row in self.rows if row.is_baseline],
+            "rows": [
+                {
+                    "model": row.model,
+                    "standard_acc1": row.standard,
+                    "shifted_acc1": dict(zip(self.shifted, row.shifted, strict=True)),
+                    "mean_shifted_acc1": row.mean_shifted,
+                    "drop": row.standard - row.mean_shifted,
+                    "effective_robustness": dict(zip(self.shifted, row.effective, strict=True)),
+                }
+                for row in self.rows
+            ],
+        }
+
+
+def robustness(results: Sequence[Result], standard: str, baselines: Sequence[str] = ()) -> Robustness:
+    """One model after another on a standard set and its shifted relatives (Taori et al. 2020).
+
+    Args:
+        results: of classification; of several sets of prompts the first counts.
+        standard: name of the data set that the others are shifts of.
+        baselines: names of the models whose line tells what accuracy to expect under a shift.
+
+    Raises:
+        ValueError: the standard set or a baseline is not among the results, or nothing else is.
+    """
+    accuracy: dict[tuple[str, str], float] = {}
+    for result in results:
+        if isinstance(result.metrics, Metrics):
+            accuracy.setdefault((result.model, result.data.name), result.metrics.acc1)
+    models = list(dict.fromkeys(model for model, _ in accuracy))
+    sets = list(dict.fromkeys(name for _, name in accuracy))
+    if standard not in sets:
+        raise ValueError(f"the standard set {standard!r} was not evaluated; there are {', '.join(sets)}")
+    shifted = tuple(name for name in sets if name != standard)
+    if not shifted:
+        raise ValueError(f"{standard!r} is the only set; robustness needs shifted ones beside it")
+    if unknown := [name for name in baselines if name not in models]:
+        raise ValueError(f"the baseline {unknown[0]!r} was not evaluated; there are {', '.join(models)}")
+    fits: list[RobustnessFit | None] = []
+    for name in shifted:
+        x = np.array([accuracy[model, standard] for model in baselines])
+        y = np.array([accuracy[model, name] for model in baselines])
+        is_line = len(np.unique(x)) > 1 and x.min() > 0 and x.max() < 1 and y.min() > 0 and y.max() < 1
+        fits.append(fit_robustness(x, y) if is_line else None)
+    rows = []
+    for model in models:
+        at_standard, at_shifted = accuracy[model, standard], tuple(accuracy[model, name] for name in shifted)
+        effective = tuple(
+            None
+            if fit is None or not 0 < at_standard < 1
+            else float(effective_robustness(fit, np.array([at_standard]), np.array([share]))[0])
+            for fit, share in zip(fits, at_shifted, strict=True)
+        )
+        rows.append(RobustnessRow(model, model in baselines, at_standard, at_shifted, effective))
+    return Robustness(standard, shifted, tuple(rows), tuple(fits))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs compared
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of two runs on the same images.
+
+    Args:
+        metric: what was right or wrong of each image: top-1, or rank 1 of a retrieval.
+        comparison: the second less the first, with its interval and p-value.
+        gained, lost: keys of images that only the second, and only the first, has right.
+        by_class: (class, images, share first, share second), the largest changes first.
+    """
+
+    dataset: str
+    task: str
+    prompts: tuple[str, str]
+    models: tuple[str, str]
+    metric: str
+    num_images: int
+    shares: tuple[float, float]
+    comparison: Comparison
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    by_class: tuple[tuple[str, int, float, float], ...] = ()
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: no such file, or not one of ours.
+    """
+    path = Path(path)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != _SCHEMA:
+        raise ValueError(f"{path} is not a results.json that this version wrote (schema {schema!r}, not {_SCHEMA})")
+    return found
+
+
+def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
+    """What changed from one results.json to another, on data sets that both have.
+
+    Results are matched by data set and task; if a file has several of those (models, prompts), by model and prompts
+    as well.
+
+    Raises:
+        ValueError: nothing in common, or the same data set with other images.
+    """
+    one, two = (read(path)["results"] for path in (first, second))
+    changes = []
+    for a in one:
+        b = _match(a, one, two)
+        if b is not None:
+            changes += _changes(a, b, str(first), str(second))
+    if not changes:
+        sets = [", ".join(dict.fromkeys(f"{r['dataset']} ({r['task']})" for r in each)) for each in (one, two)]
+        raise ValueError(
+            f"{first} and {second} have no results to compare: the first has {sets[0]}, the second {sets[1]}"
+        )
+    return changes
+
+
+def _match(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the second run, what stands for a result of the first."""
+
+    def alike(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+        return [each for each in results if all(each.get(name) == a.get(name) for name in names)]
+
+    same = ["dataset", "task"]
+    if len(alike(one, *same)) > 1 or len(alike(two, *same)) > 1:
+        for more in (["model", "templates"], ["templates"], ["model"]):
+            if len(alike(one, *same, *more)) == 1 and len(alike(two, *same, *more)) == 1:
+                return alike(two, *same, *more)[0]
+        return None
+    return next(iter(alike(two, *same)), None)
+
+
+def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> list[Change]:
+    if "samples" not in a or "samples" not in b:
+        return []
+    told = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), (a["model"], b["model"]))
+    x, y = a["samples"], b["samples"]
+    if a["task"] != CLASSIFICATION:
+        _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
+        if x["image_of_text"] != y["image_of_text"]:
+            raise ValueError(f"{a['dataset']} has other captions in {second} than in {first}")
+        found = []
+        for name, rows in (("image", x["image_of_text"]), ("text", sorted(set(x["image_of_text"])))):
+            right = [np.array(each[f"ranks_of_{name}s"]) == 1 for each in (x, y)]
+            keys = [x["keys"][row] for row in rows]
+            found.append(_change(told, f"{name}_retrieval_recall@1", right, keys, np.array(rows)))
+        return found
+    _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
+    names = [[each["classnames"][label] for label in each["samples"]["labels"]] for each in (a, b)]
+    if x["labels"] != y["labels"] and names[0] != names[1]:
+        raise ValueError(f"{a['dataset']} has other labels in {second} than in {first}")
+    right = [np.array(each["labels"]) == np.array(each["guesses"]) for each in (x, y)]
+    labels = np.array(x["labels"])
+    by_class = [
+        (a["classnames"][c], int((labels == c).sum()), *(float(each[labels == c].mean()) for each in right))
+        for c in np.unique(labels)
+    ]
+    by_class.sort(key=lambda row: -abs(row[3] - row[2]) * row[1])
+    return [_change(told, "acc1", right, x["keys"], np.array(x["groups"]), tuple(by_class))]
+
+
+def _label(result: dict[str, Any]) -> str:
+    return str(result.get("templates_from", ""))
+
+
+def _refuse_others(first_keys: list[str], second_keys: list[str], dataset: str, first: str, second: str) -> None:
+    if first_keys != second_keys:
+        common = len(set(first_keys) & set(second_keys))
+        raise ValueError(
+            f"{dataset} has {len(first_keys)} images in {first} and {len(second_keys)} in {second}, {common} of them "
+            "the same; only the same images in the same order can be compared"
+        )
+
+
+def _change(
+    told: Any,
+    metric: str,
+    right: list[np.ndarray],
+    keys: list[str],
+    groups: np.ndarray,
+    by_class: tuple[Any, ...] = (),
+) -> Change:
+    found = compare(right[0], right[1], groups)
+    dataset, task, prompts, models = told
+    return Change(
+        dataset,
+        task,
+        prompts,
+        models,
+        metric,
+        len(keys),
+        (float(right[0].mean()), float(right[1].mean())),
+        found,
+        tuple(keys[row] for row in found.gained),
+        tuple(keys[row] for row in found.lost),
+        by_class,
+    )
