@@ -1,0 +1,294 @@
+"""Features computed once: what is kept is the same to the bit, what was begun is gone on with, what changed is new."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from helpers import pack_folder, tiny_clip, write_pairs, write_picture
+from PIL import Image
+from torch import Tensor
+
+from miniclip import embedding
+from miniclip.datasets import EvaluationSet, open_dataset
+from miniclip.embedding import FeatureCache, ImageFeatures, encode_images, encode_texts, own_tokenize
+from miniclip.weights import preprocess_for
+
+NUM_IMAGES = 11
+
+
+class Counting:
+    """A tiny CLIP that knows how many images it has seen, and may be stopped."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.model, self.seen, self.stop_at = tiny_clip(), 0, stop_at
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.stop_at is not None and self.seen >= self.stop_at:
+            raise KeyboardInterrupt
+        self.seen += len(images)
+        return self.model.encode_image(images)
+
+    def encode(self, data: EvaluationSet, **options) -> ImageFeatures:
+        return encode_images(self, preprocess_for(self.model.config), data, **options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> EvaluationSet:
+    folder = tmp_path / "pictures"
+    return EvaluationSet("pictures", tuple(write_picture(folder / f"{n}.png", n) for n in range(NUM_IMAGES)))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FeatureCache:
+    return FeatureCache(tmp_path / "cache")
+
+
+def assert_same(found: ImageFeatures, expected: ImageFeatures) -> None:
+    np.testing.assert_array_equal(found.numbers, expected.numbers)
+    assert found.unreadable == expected.unreadable
+    torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def test_features_are_what_the_model_gives_image_after_image(data):
+    model = tiny_clip()
+    preprocess = preprocess_for(model.config)
+    found = Counting().encode(data, batch_size=4)
+    with torch.no_grad():
+        expected = torch.cat([model.encode_image(preprocess(Image.open(path))[None]) for path in data.images])
+    torch.testing.assert_close(found.features, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.unit.norm(dim=1), torch.ones(NUM_IMAGES))
+    assert found.numbers.tolist() == list(range(NUM_IMAGES))
+
+
+def test_a_second_run_encodes_nothing_and_is_the_same_to_the_bit(data, cache):
+    first, second, done = Counting(), Counting(), []
+    expected = first.encode(data, batch_size=4, cache=cache, key="k" * 64)
+    found = second.encode(data, batch_size=3, cache=cache, key="k" * 64, progress=done.append)
+    assert (first.seen, second.seen, done) == (NUM_IMAGES, 0, [NUM_IMAGES])
+    assert torch.equal(found.features, expected.features)
+    np.testing.assert_array_equal(found.numbers, expected.numbers)
+
+
+@pytest.mark.parametrize("options", [{}, {"key": "k" * 64}, {"cache": True}], ids=["neither", "key", "cache"])
+def test_without_a_cache_or_a_key_nothing_is_kept(data, cache, options):
+    if "cache" in options:
+        options = {"cache": cache}
+    for model in (Counting(), Counting()):
+        model.encode(data, **options)
+        assert model.seen == NUM_IMAGES
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 10])
+def test_a_stopped_run_is_gone_on_with_under_another_batch_size(data, cache, stop_at):
+    expected = Counting().encode(data)
+    stopped, second, third = Counting(stop_at), Counting(), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.encode(data, batch_size=2, cache=cache, key="k" * 64)
+    done: list[int] = []
+    found = second.encode(data, batch_size=3, cache=cache, key="k" * 64, progress=done.append)
+    assert second.seen == NUM_IMAGES - stop_at
+    assert (done[0], done[-1]) == (stop_at, NUM_IMAGES)
+    assert_same(found, expected)
+    third.encode(data, cache=cache, key="k" * 64)
+    assert third.seen == 0
+    assert [path.name for path in cache.folder.iterdir()] == ["k" * 64 + ".safetensors"]  # the parts are in it
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from test_embedding import Counting, cached
+from miniclip import embedding
+embedding._SECONDS_BETWEEN_PARTS = 0.0
+class Killed(Counting):
+    def __call__(self, images):
+        if self.seen == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(images)
+cached(Killed(), sys.argv[1], sys.argv[2])
+"""
+
+
+def cached(model: Counting, folder: str, cache: str) -> ImageFeatures:
+    return model.encode(open_dataset(folder), batch_size=2, cache=FeatureCache(cache), key="k" * 64)
+
+
+def test_a_killed_run_loses_what_no_part_has_and_no_more(tmp_path):
+    folder = tmp_path / "images"
+    for n in range(NUM_IMAGES):
+        write_picture(folder / f"class {n % 2}" / f"{n}.png", n)
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "cache")]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    second = Counting()
+    found = cached(second, str(folder), str(tmp_path / "cache"))
+    assert second.seen == NUM_IMAGES - 6
+    assert_same(found, Counting().encode(open_dataset(folder)))
+
+
+def test_unreadable_images_are_tried_again_and_count_once_they_are_mended(data, cache):
+    good = data.images[3].read_bytes()
+    data.images[3].write_bytes(b"no picture")
+    first, second, third = Counting(), Counting(), Counting()
+    found = first.encode(data, cache=cache, key="k" * 64)
+    assert 3 not in found.numbers
+    assert len(found.unreadable) == 1
+    assert "3.png" in found.unreadable[0]
+    assert_same(second.encode(data, cache=cache, key="k" * 64), found)
+    assert second.seen == 1  # the picture that takes its place
+    data.images[3].write_bytes(good)
+    assert_same(third.encode(data, cache=cache, key="k" * 64), Counting().encode(data))
+
+
+def test_a_damaged_file_of_the_cache_is_computed_anew(data, cache):
+    expected = Counting().encode(data, cache=cache, key="k" * 64)
+    (path,) = cache.folder.iterdir()
+    for content in (b"", path.read_bytes()[:-5], b"no tensors at all"):
+        path.write_bytes(content)
+        again = Counting()
+        assert torch.equal(again.encode(data, cache=cache, key="k" * 64).features, expected.features)
+        assert again.seen == NUM_IMAGES
+
+
+def test_features_without_a_direction_are_an_error(data):
+    preprocess = preprocess_for(tiny_clip().config)
+    for factor, says in ((float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "zero")):
+        with pytest.raises(ValueError, match=f"features that are {says}, for images of pictures"):
+            encode_images(lambda images, by=factor: torch.full((len(images), 4), by), preprocess, data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands for what
+
+
+def test_a_key_depends_on_every_fact_and_is_none_if_one_is_not_known():
+    facts = ["images", False, "weights", ["a", "b"]]
+    keys = {FeatureCache.key(*facts), FeatureCache.key("texts", *facts[1:]), FeatureCache.key(*facts[:-1], ["ab"])}
+    assert len(keys) == 3
+    assert FeatureCache.key(*facts) in keys
+    assert FeatureCache.key("images", None) is None
+
+
+def test_files_are_known_by_path_size_and_time(data):
+    before = data.fingerprint()
+    assert before == replace(data, name="other").fingerprint()
+    assert before != replace(data, images=data.images[::-1]).fingerprint()
+    os.utime(data.images[5], ns=(1, 1))
+    after = data.fingerprint()
+    assert after != before
+    data.images[5].unlink()
+    assert data.fingerprint() != after
+
+
+def test_pictures_bytes_and_addresses_are_known_by_what_they_are():
+    picture = Image.new("RGB", (3, 2))
+    others = [
+        picture,
+        picture.resize((2, 3)),
+        picture.convert("L"),
+        b"a",
+        b"b",
+        "http://a/1.png",
+        "http://a/2.png",
+        None,
+    ]
+    prints = [EvaluationSet("x", (each,), keys=("key",)).fingerprint() for each in others]
+    assert len(set(prints)) == len(others)
+    assert EvaluationSet("x", (picture.copy(),), keys=("key",)).fingerprint() == prints[0]
+
+
+def test_shards_are_known_by_their_content_wherever_they_lie(tmp_path):
+    write_pairs(tmp_path / "pairs", 5)
+    pack_folder(tmp_path / "pairs", tmp_path / "shards")
+    first = open_dataset(tmp_path / "shards", task="retrieval").fingerprint()
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    assert open_dataset(tmp_path / "moved", task="retrieval").fingerprint() == first
+    write_pairs(tmp_path / "others", 6)
+    pack_folder(tmp_path / "others", tmp_path / "more")
+    assert open_dataset(tmp_path / "more", task="retrieval").fingerprint() != first
+
+
+def test_the_least_recently_used_goes_when_room_is_needed(tmp_path):
+    cache = FeatureCache(tmp_path / "cache", limit_bytes=10_000)
+    names = [letter * 64 for letter in "abc"]
+    for age, name in enumerate(names[:2]):
+        cache.write(name, {"features": torch.zeros(1000)})
+        os.utime(tmp_path / "cache" / f"{name}.safetensors", ns=(age, age))
+    (tmp_path / "cache" / "notes.txt").write_text("not ours")
+    assert cache.read(names[0]) is not None  # now the older one was used last
+    cache.write(names[2], {"features": torch.zeros(1000)})
+    assert [name for name in names if cache.read(name) is not None] == [names[0], names[2]]
+    assert (tmp_path / "cache" / "notes.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("variable", "where"), [("MINICLIP_CACHE", "features"), ("XDG_CACHE_HOME", "miniclip/features")]
+)
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path, variable, where):
+    monkeypatch.delenv("MINICLIP_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert FeatureCache().folder == tmp_path / where
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+TEXTS = [f"a photo of thing {n}{' indeed' * (n % 5)}" for n in range(40)] * 2
+
+
+def work(rank: int, world_size: int, folder: str, cache: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world_size)
+    embedding._PROMPTS_PER_BATCH = 8  # so that there are several batches to share
+    model = Counting()
+    images = cached(model, folder, cache)
+    done: list[int] = []
+    texts = encode_texts(model.model, TEXTS, own_tokenize(model.model), done.append)
+    torch.save((model.seen, images.features, torch.from_numpy(images.numbers), texts, done), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_what_one_process_began_any_number_ends(tmp_path, monkeypatch, world_size):
+    folder = tmp_path / "images"
+    for n in range(NUM_IMAGES):
+        write_picture(folder / f"class {n % 2}" / f"{n}.png", n)
+    (folder / "class 1" / "spoilt.png").write_bytes(b"no picture")
+    stopped = Counting(stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        cached(stopped, str(folder), str(tmp_path / "cache"))
+    with tempfile.TemporaryDirectory() as out:
+        multiprocessing.spawn(work, (world_size, str(folder), str(tmp_path / "cache"), out), nprocs=world_size)
+        found = [torch.load(Path(out, f"{rank}.pt")) for rank in range(world_size)]
+    alone = Counting()
+    expected = alone.encode(open_dataset(folder))
+    monkeypatch.setattr(embedding, "_PROMPTS_PER_BATCH", 8)
+    texts = encode_texts(alone.model, TEXTS, own_tokenize(alone.model))
+    each = -(-(NUM_IMAGES + 1 - 4) // world_size)
+    for seen, features, numbers, found_texts, done in found:
+        assert seen == each
+        torch.testing.assert_close(features, expected.features, rtol=0, atol=1e-6)
+        assert numbers.tolist() == expected.numbers.tolist()
+        torch.testing.assert_close(found_texts, texts, rtol=0, atol=1e-6)
+        assert done[-1] == 40
+    again = Counting()
+    cached(again, str(folder), str(tmp_path / "cache"))
+    assert again.seen == 1  # the spoilt one, tried again
