@@ -307,7 +307,7 @@ def evaluate(argv: list[str]) -> None:
         "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
         "used is printed, and is in results.json.",
         epilog="OUT gets report.html (open it in a browser), results.json (all numbers), results.csv (a row for each\n"
-        "score), predictions/*.parquet (a row for each image) and clip_benchmark/*.json (for `clip_benchmark build`).\n\n"
+        "score), predictions/*.parquet (a row for each image), clip_benchmark/*.json (for `clip_benchmark build`).\n\n"
         "examples:\n"
         "  miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80\n"
         "  miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars\n"
@@ -391,7 +391,7 @@ def evaluate(argv: list[str]) -> None:
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
 
 
@@ -443,15 +443,14 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
 
     trials = _trials(options)
     cache = None if options.no_cache else FeatureCache(options.cache)
+    for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
+        model = open_model(name, device)
     is_first = place()[0] == 0
     if is_first:
-        out.mkdir(parents=True, exist_ok=True)  # found out now, and not after an hour, if it can't be written
-    if len(options.model) > 1:
-        for name in options.model:
-            open_model(name, device)  # likewise, if one of them can't be loaded
+        out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
     found: list[suite.Result] = []
     for name in options.model:
-        model = open_model(name, device)
+        model = model if name == options.model[0] else open_model(name, device)
         for trial in trials:
             found += suite.evaluate(
                 model,
@@ -563,10 +562,8 @@ def _tell(found: list[suite.Result]) -> None:
                 print(f"left out: {len(problems) - 10} more, see results.json", file=sys.stderr)
         names = getattr(data, "classnames", ())
         if names and (data.name, data.templates_from) not in seen:
-            prompts = _some(wordings(data.templates))
-            print(
-                f"{data.name}: classes {_some(names)} (from {data.classnames_from}); prompts {prompts} ({data.templates_from})"
-            )
+            prompts = f"{_some(wordings(data.templates))} ({data.templates_from})"
+            print(f"{data.name}: classes {_some(names)} (from {data.classnames_from}); prompts {prompts}")
             seen.add((data.name, data.templates_from))
             if data.name not in seen and all(name.isdigit() for name in names):
                 print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)

@@ -226,7 +226,7 @@ def encode_images(
     Args:
         encode: (B, 3, R, R) on `device` -> (B, E).
         preprocess: PIL image to (3, R, R).
-        num_workers: processes that decode.
+        num_workers: processes that decode; no more than there are batches, and none for a single one.
         cache: with `key`, which stands for model, preprocessing and images, nothing is computed twice: what a run
             that was stopped has done counts, whatever its processes and batches were.
         progress: called with the number of images done, of all processes'.
@@ -243,6 +243,8 @@ def encode_images(
     if progress and len(known):
         progress(len(known))
     numbers = [int(missing[number]) for number in share(len(missing))]
+    num_batches = -(-len(numbers) // batch_size)
+    num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
     loader = DataLoader(_Images(data, preprocess, numbers), batch_size, num_workers=num_workers, collate_fn=list)
     blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
     parts: list[Tensor] = []
