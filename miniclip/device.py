@@ -1,4 +1,4 @@
-"""What a device can do at best, and how much memory is in use: what a run's speed is measured against."""
+"""Devices by name; what one can do at best, and how much memory is in use: what a run's speed is measured against."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ _DATA_SHEETS: dict[str, dict[str, float]] = {
 _OTHER_CHIPS = {"LAPTOP", "MAX", "TI", "D", "SUPER", "MIG"}  # or a part of the chip
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
 _DTYPES["bf16"] = torch.bfloat16
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of a name ("cpu", "cuda:1", …); by default a GPU if there is one.
+
+    Raises:
+        ValueError: it is no device, or a GPU where there is none.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"{name!r} is no device; valid are cpu, cuda, cuda:1, …") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for, and torch finds no GPU here")
+    return device
 
 
 class Peak(NamedTuple):

@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from .files import atomic_write
 from .metrics import bootstrap_interval
-from .model import CLIP, MissingTower, VisionTransformer
-from .towers import ModifiedResNet
 
 SHOTS = (1, 2, 4, 8, 16)
 _CHUNK = 1024  # test images at a time, against all training images
@@ -36,26 +32,6 @@ _FIRST_STEP = 2 * _STEPS_PER_DECADE
 # small models lie closer together and want a larger β. α = 0 is zero-shot, for examples that do not help.
 _ALPHAS = (0.0, *(float(alpha) for alpha in np.geomspace(0.1, 100, 19)))
 _BETAS = tuple(float(beta) for beta in np.geomspace(0.1, 100, 19))
-
-
-@torch.no_grad()
-def pooled_features(model: CLIP, images: Tensor) -> Tensor:
-    """What the image tower gives before it is projected to the space of texts, as the paper's probes take it
-    (appendix A.3): normalised images (B, 3, R, R) -> (B, D).
-
-    Of a vision transformer the normed class token, of timm's models what their pooling gives. CLIP's ResNet has no
-    projection but the last layer of its attention pool, so its features are those of `encode_image`, also in the paper.
-
-    Raises:
-        ValueError: as `encode_image`.
-    """
-    model.check_images(images)
-    tower, images = model.visual, images.to(model.dtype)
-    if isinstance(tower, VisionTransformer):
-        return tower(images, all_tokens=True)[:, 0]
-    if isinstance(tower, ModifiedResNet | MissingTower):
-        return tower(images)
-    return tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

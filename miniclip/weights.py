@@ -50,6 +50,7 @@ from .config import (
     Towers,
     VisionConfig,
 )
+from .device import find_device
 from .fetch import HUB_PREFIX, fetch_hub, fetch_openai
 from .files import atomic_write, write_text
 from .model import CLIP
@@ -116,12 +117,7 @@ def load(
     """
     if jit:
         raise ValueError("jit=True would run the code inside the checkpoint; only jit=False is supported")
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"{device!r} is no device; valid are cpu, cuda, cuda:1, …") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} was asked for, and torch finds no GPU here")
+    device = find_device(device)
     checkpoint = resize(read_checkpoint(locate(name, download_root), activation), image_size, context_length)
     return build(checkpoint, str(name), dtype).to(device).eval(), preprocess_for(checkpoint.config)
 

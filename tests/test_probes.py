@@ -19,6 +19,7 @@ from PIL import Image
 from miniclip.config import VisionConfig
 from miniclip.metrics import bootstrap_interval
 from miniclip.model import CLIP
+from miniclip.models import pooled_features
 from miniclip.probes import (
     METHODS,
     Labelled,
@@ -29,7 +30,6 @@ from miniclip.probes import (
     make_splits,
     nearest_neighbours,
     plot_shots,
-    pooled_features,
     same_features,
     shot_curve,
     tip_adapter,
