@@ -3,14 +3,14 @@
 Ours, open_clip's and transformers' models come with the preprocessing and the tokenizer that they were trained with;
 anything else is an object with the same five things. `open_model` reads what a command line names:
 
-| name                                         | what it is                                                          |
-|----------------------------------------------|---------------------------------------------------------------------|
-| openclip:ViT-B-32/laion2b_s34b_b79k          | a model of open_clip's and one of its tags                          |
-| openclip:ViT-B-32/FILE                       | … and a file of weights; an absolute path has a second slash        |
-| openclip:hf-hub:owner/name, …:local-dir:PATH | a repository or folder with an open_clip_config.json                |
-| transformers:owner/name, transformers:PATH   | whatever of transformers' has get_image_features, get_text_features |
-| python:FILE.py:FUNCTION, python:MODULE:FUNCTION | what your own function returns; this runs your code              |
-| anything else                                | our own: whatever `miniclip.load` takes                             |
+| name                                               | what it is                                                |
+|----------------------------------------------------|-----------------------------------------------------------|
+| openclip:ViT-B-32/laion2b_s34b_b79k                | a model of open_clip's and one of its tags                |
+| openclip:ViT-B-32/FILE                             | … and a file of weights; an absolute path has two slashes |
+| openclip:hf-hub:owner/name, openclip:local-dir:DIR | a repository or folder with an open_clip_config.json      |
+| transformers:owner/name, transformers:DIR          | a model with get_image_features, get_text_features        |
+| python:FILE.py:FUNCTION, python:MODULE:FUNCTION    | what your own function returns; runs your code            |
+| anything else                                      | whatever `miniclip.load` takes                            |
 
 B batch, R resolution, L text tokens, E embedding, D width of an image tower.
 """
@@ -172,17 +172,11 @@ def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Model:
 
 class _OurTokenize:
     def __init__(self, model: CLIP, name: str) -> None:
-        text = model.config.text
-        self.name, self.context_length = name, text.context_length
-        self.sizes = (text.vocab_size, text.eot_token)
+        self.text, self.name = model.config.text, name
 
     def __call__(self, texts: list[str]) -> Tensor:
-        if self.sizes != (tokenizer.VOCAB_SIZE, tokenizer.END_OF_TEXT):
-            raise ValueError(
-                f"{self.name} has vocab_size {self.sizes[0]} and eot_token {self.sizes[1]}; CLIP's token ids need "
-                f"{tokenizer.VOCAB_SIZE} and {tokenizer.END_OF_TEXT}"
-            )
-        length = self.context_length
+        tokenizer.refuse_other_ids(self.text, self.name, "CLIP's")
+        length = self.text.context_length
         tokens = tokenizer.tokenize(texts, length, truncate=True)
         full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
         cut = [text for text in full if len(tokenizer.encode(text)) + 2 > length]
@@ -294,7 +288,7 @@ def _open_openclip(name: str, device: torch.device) -> Model:
 def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str, bool]:
     """What open_clip must be told beside the names of a model and its weights.
 
-    A tag knows whether its weights were trained with QuickGELU. open_clip goes by the architecture's name, so that
+    A tag may know whether its weights were trained with QuickGELU. open_clip goes by the architecture's name, so that
     OpenAI's weights in "ViT-B-32" lose points for nothing but a warning; here the tag decides.
     """
     import open_clip
@@ -318,12 +312,11 @@ def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str
             f"model {name!r}: {pretrained!r} is no file, and none of open_clip's tags for {architecture}: "
             f"{', '.join(tags) or 'there are none'}" + (f"; did you mean {near[0]}?" if near else "")
         )
-    if not tag:
+    quick_gelu = tag.get("quick_gelu")
+    if quick_gelu in (None, open_clip.get_model_config(architecture).get("quick_gelu", False)):
         return {}
-    quick_gelu = bool(tag.get("quick_gelu", False))
-    if quick_gelu != bool(open_clip.get_model_config(architecture).get("quick_gelu", False)):
-        activation = "QuickGELU" if quick_gelu else "GELU"
-        warnings.warn(f"{name}: these weights were trained with {activation}, so {activation} is used", stacklevel=4)
+    activation = "QuickGELU" if quick_gelu else "GELU"
+    warnings.warn(f"{name}: these weights were trained with {activation}, so {activation} is used", stacklevel=4)
     return {"quick_gelu": quick_gelu}
 
 
