@@ -1,8 +1,8 @@
-"""Zero-shot scores: `python eval_zeroshot.py --model M --data D …`. The work is in miniclip/evaluate.py."""
+"""Zero-shot scores: `python eval_zeroshot.py --model M --data D …`. The work is in miniclip/suite.py."""
 
 import sys
 
-from miniclip.cli import evaluate
+from miniclip.cli import main
 
 if __name__ == "__main__":
-    evaluate(sys.argv[1:])
+    main(["eval", *sys.argv[1:]])

@@ -1,6 +1,8 @@
 """Trains a CLIP: `python train.py fit --config configs/digits.yaml`. The work is in miniclip/trainer.py."""
 
-from miniclip.trainer import main
+import sys
+
+from miniclip.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])
