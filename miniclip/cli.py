@@ -5,26 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
 from .files import user_errors
+from .terminal import Help, add_encoding, console, progress_bar
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from . import suite
-    from .datasets import EvaluationSet
     from .sources import Pairs
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="miniclip",
         description="CLIP from scratch: pack pairs into shards, train on them, classify with words.",
         epilog="miniclip VERB --help tells more. `train` and `eval` are the scripts train.py and eval_zeroshot.py.",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -75,7 +64,7 @@ def shards(argv: list[str]) -> None:
     """`miniclip shards SRC OUT`"""
     parser = argparse.ArgumentParser(
         prog="miniclip shards",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Packs image-text pairs into shards, which training reads.\n\n"
         "SRC is one of\n"
         "  a folder           images, each with a .txt of the same name beside it, one caption a line\n"
@@ -144,7 +133,7 @@ def _open_pairs(source: str, options: argparse.Namespace) -> Pairs:
 def _index(options: argparse.Namespace) -> None:
     from .shards import index_shards, tar_locations
 
-    with _progress("indexing", len(tar_locations(options.source))) as progress:
+    with progress_bar("indexing", len(tar_locations(options.source))) as progress:
         done = index_shards(options.source, options.out, options.overwrite, progress)
     print(
         f"{options.out or options.source}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB"
@@ -164,7 +153,7 @@ def _pack(options: argparse.Namespace) -> None:
         max_aspect=options.max_aspect,
         val_fraction=options.val_fraction,
     )
-    with _progress("packing", -(-len(pairs) // max(1, options.part[1]))) as progress:
+    with progress_bar("packing", -(-len(pairs) // max(1, options.part[1]))) as progress:
         packed = pack(
             pairs,
             options.out,
@@ -208,7 +197,7 @@ def check(argv: list[str]) -> None:
     """`miniclip check DATA`"""
     parser = argparse.ArgumentParser(
         prog="miniclip check",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Looks at a random sample of image-text pairs and tells what training on them would meet: what\n"
         "can't be read, sizes of images, lengths of captions, captions and images that occur twice and what that\n"
         "does to the loss, and how many images/s a worker can feed.\n\n"
@@ -255,7 +244,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--speed times how shards are read, and {options.data} is not packed yet (`miniclip shards`)")
     pairs = _open_pairs(options.data, options)
     samples = None if options.all else options.samples
-    with _progress("looking", min(len(pairs), samples or len(pairs))) as progress:
+    with progress_bar("looking", min(len(pairs), samples or len(pairs))) as progress:
         findings = examine(
             pairs,
             source=options.data,
@@ -278,7 +267,7 @@ def _check(options: argparse.Namespace) -> None:
             seed=options.seed,
         )
     for table in tables(findings, pipeline):
-        _console().print(table)
+        console().print(table)
     for sentence in advice(findings):
         print(f"- {sentence}.")
     if options.out:
@@ -290,318 +279,16 @@ def _check(options: argparse.Namespace) -> None:
 
 def evaluate(argv: list[str]) -> None:
     """`miniclip eval --model M … --data D …`"""
-    parser = argparse.ArgumentParser(
-        prog="miniclip eval",
-        formatter_class=_Help,
-        description="Scores CLIP models without training them: each class becomes prompts, and an image goes to the\n"
-        "nearest; images with captions are found by them, and the other way round. Every model is scored on every\n"
-        "set.\n\n"
-        "MODEL is a folder that training wrote, or whatever else miniclip loads (ViT-B/32, a checkpoint of OpenAI's,\n"
-        "OpenCLIP's or Hugging Face's); or, with its own preprocessing and tokenizer,\n"
-        "  openclip:ARCHITECTURE/TAG    a model of open_clip's; the tag may be a file of weights\n"
-        "  transformers:owner/name      a model of transformers', by name or folder\n"
-        "  python:FILE.py:FUNCTION      your own: what the function returns has encode_image, encode_text, tokenize,\n"
-        "                               preprocess, logit_scale. Your code is run.\n\n"
-        "DATA is\n"
-        "  my_photos                    a folder with one sub-folder of images for each class\n"
-        "  my.csv, .tsv, .jsonl, .parquet\n"
-        "                               a table with a column of images (paths are relative to the table) and one of\n"
-        "                               labels: names, numbers, or lists of several\n"
-        "  shards, 'shards/{0..9}.tar'  webdataset's tars with a .cls for each image, here or at a URL; with .npy\n"
-        "                               (several labels) or .txt (captions)\n"
-        "  hf-hub:owner/name            a set of CLIP_benchmark's (hf-hub:clip-benchmark/wds_…), or of Hugging Face's\n"
-        "                               `datasets` with a column of type ClassLabel; or the folder of either\n"
-        "  torchvision:CIFAR10          a classification set of torchvision's, in the folder --root\n"
-        "  with --task retrieval        whatever can be trained on: images with captions\n\n"
-        "Class names and prompts that lie with the data are used: classnames.txt and templates.txt (or, for prompts\n"
-        "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
-        "used is printed, and is in results.json.",
-        epilog="OUT gets report.html (open it in a browser), results.json (all numbers), results.csv (a row for each\n"
-        "score), predictions/*.parquet (a row for each image), clip_benchmark/*.json (for `clip_benchmark build`).\n\n"
-        "examples:\n"
-        "  miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80\n"
-        "  miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars\n"
-        "  miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer\n"
-        "  miniclip eval --model ViT-B/32 --data photos --train more_photos --outside street_scenes\n"
-        "  miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download\n"
-        "  torchrun --nproc_per_node 8 eval_zeroshot.py --model ViT-L/14 --data imagenet/val --classnames imagenet\n"
-        "  miniclip eval --compare reports/before reports/after",
-    )
-    parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="one or several models, as above")
-    parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="one or several sets, as above")
-    parser.add_argument("--out", help="folder for the results; default: reports/MODEL")
-    parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder")
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="instead: what changed between two results.json (or their folders), and whether by more than chance",
-    )
-    read = parser.add_argument_group("reading the data")
-    read.add_argument(
-        "--task", choices=("classification", "multilabel", "retrieval"), help="default: what the data are for"
-    )
-    read.add_argument("--split", metavar="NAME", help="part of sets that have several; default: test, else validation")
-    read.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
-    read.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
-    read.add_argument("--group-column", metavar="NAME", help="column that tells which images are not independent")
-    read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
-    read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
-    ask = parser.add_argument_group("what to ask")
-    ask.add_argument("--classnames", help='"imagenet", or a file with one name a line, in label order')
-    ask.add_argument(
-        "--templates",
-        nargs="+",
-        default=[],
-        metavar="SET",
-        help='"simple", "imagenet7", "imagenet80", a file with one a line, or a .json of {class: [prompts]}; several '
-        "are compared, at the cost of one look at the images",
-    )
-    ask.add_argument(
-        "--topk", type=int, nargs="+", default=[1, 5], metavar="K", help="accuracies among the first K guesses"
-    )
-    ask.add_argument(
-        "--subgroups", nargs="+", default=[], metavar="COLUMN", help="columns to score by value: for whom is it good?"
-    )
-    ask.add_argument(
-        "--outside", metavar="DATA", help='images of none of the classes, to choose a threshold for "none of these"'
-    )
-    ask.add_argument(
-        "--false-acceptance",
-        type=float,
-        metavar="SHARE",
-        help="of those that may pass, 0 to 1; default: what balances both mistakes",
-    )
-    ask.add_argument(
-        "--standard",
-        metavar="DATA",
-        help="the one of the sets that the others are shifts of: a table of robustness",
-    )
-    ask.add_argument(
-        "--baselines", nargs="+", default=[], metavar="MODEL", help="of the models; their line is what to expect"
-    )
-    learn = parser.add_argument_group("learning from features: linear probe, neighbours, Tip-Adapter, few shots")
-    learn.add_argument("--train", nargs="+", default=[], metavar="DATA", help="labelled images, for each set of --data")
-    learn.add_argument("--train-split", metavar="NAME", help="instead: this part of the sets of --data")
-    learn.add_argument(
-        "--validation", nargs="+", default=[], metavar="DATA", help="to choose by; default: from --train"
-    )
-    learn.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class; default: 1 2 4 8 16")
-    learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="that draw the shots")
-    _add_encoding(parser)
-    parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
-    parser.add_argument("--no-cache", action="store_true", help="keep no features")
-    options = parser.parse_args(argv)
-    with user_errors(), _processes(options.device) as device:
-        if options.compare:
-            _compare(*options.compare)
-        else:
-            _evaluate(options, device)
+    from .cli_eval import main as eval_main
 
-
-def _add_encoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
-
-
-@contextmanager
-def _processes(device: str | None) -> Iterator[str | None]:
-    """Joins the processes that torchrun or SLURM started, if there are several; the first alone prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield device
-        return
-    import torch
-    import torch.distributed as dist
-
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    is_gpu = device != "cpu" and torch.cuda.is_available()
-    if is_gpu:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("gloo")  # what is exchanged goes through the host's memory
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
-            yield f"cuda:{local_rank}" if is_gpu else device
-    finally:
-        dist.destroy_process_group()
-
-
-def _compare(first: str, second: str) -> None:
-    from .report import comparison_tables
-    from .results import compare_runs
-
-    for table in comparison_tables(compare_runs(first, second)):
-        _console().print(table)
-
-
-def _evaluate(options: argparse.Namespace, device: str | None) -> None:
-    if not options.model or not options.data:
-        raise ValueError("--model and --data are needed, at least one of each (or --compare A B)")
-    called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
-    out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
-    if (out / "results.json").exists() and not options.overwrite:
-        raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
-    for name in ("batch_size", "topk", "shots"):
-        for value in values if isinstance(values := getattr(options, name), list) else [values]:
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-
-    from . import report, results, suite
-    from .embedding import FeatureCache
-    from .models import open_model
-    from .processes import place
-
-    trials = _trials(options)
-    cache = None if options.no_cache else FeatureCache(options.cache)
-    for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
-        model = open_model(name, device)
-    is_first = place()[0] == 0
-    if is_first:
-        out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
-    found: list[suite.Result] = []
-    for name in options.model:
-        model = model if name == options.model[0] else open_model(name, device)
-        for trial in trials:
-            found += suite.evaluate(
-                model,
-                trial,
-                ks=options.topk,
-                batch_size=options.batch_size,
-                num_workers=options.workers,
-                cache=cache,
-                progress=_progress if is_first else None,
-            )
-    if not is_first:
-        return
-    robustness = None
-    if options.standard:
-        standard = trials[options.data.index(options.standard)].data.name
-        robustness = results.robustness(found, standard, options.baselines)
-    for table in report.tables(found, robustness):
-        _console().print(table)
-    _tell(found)
-    results.write_json(out / results.RESULTS_FILE, found, robustness)
-    results.write_csv(out / results.TABLE_FILE, found)
-    results.write_benchmark(out / results.BENCHMARK_FOLDER, found)
-    try:
-        results.write_predictions(out / results.PREDICTIONS_FOLDER, found)
-    except ValueError as error:  # all else is worth having
-        print(f"no predictions were written: {error}", file=sys.stderr)
-    report.write_html(out / "report.html", found, robustness)
-    print(f"report: {out / 'report.html'}")
-
-
-def _trials(options: argparse.Namespace) -> list[suite.Trial]:
-    """The data sets, each with what is asked of it."""
-    from .datasets import LabelledImages, MultilabelImages, labelled, open_dataset, with_templates
-    from .suite import Trial
-
-    if options.train and options.train_split:
-        raise ValueError("--train names other data, and --train-split a part of the same; give one of them")
-    for name in ("train", "validation"):
-        if getattr(options, name) and len(getattr(options, name)) != len(options.data):
-            raise ValueError(f"--{name} has {len(getattr(options, name))} sets and --data {len(options.data)}")
-    if options.validation and not (options.train or options.train_split):
-        raise ValueError("--validation is for what is learnt from --train or --train-split")
-    if options.false_acceptance is not None and not options.outside:
-        raise ValueError("--false-acceptance is a share of the images of --outside, which is missing")
-    if options.standard and options.standard not in options.data:
-        raise ValueError(f"--standard {options.standard} is none of --data: {', '.join(options.data)}")
-    if options.baselines and not options.standard:
-        raise ValueError("--baselines are for the table of robustness, which needs --standard")
-    if unknown := [name for name in options.baselines if name not in options.model]:
-        raise ValueError(f"the baseline {unknown[0]} is none of --model: {', '.join(options.model)}")
-
-    def opened(source: str, split: str | None = options.split, task: str | None = options.task) -> EvaluationSet:
-        wordings = options.templates[0] if options.templates else None
-        return open_dataset(
-            source,
-            None if task == "retrieval" else options.classnames,
-            None if task == "retrieval" else wordings,
-            options.group_column,
-            split,
-            options.label_column,
-            options.image_column,
-            Path(options.root).expanduser(),
-            options.download and source.startswith("torchvision:"),
-            task,
-        )
-
-    outside = open_dataset(options.outside) if options.outside else None
-    trials = []
-    for number, source in enumerate(options.data):
-        data = opened(source)
-        train = options.train[number] if options.train else source if options.train_split else None
-        variants = ()
-        if isinstance(data, LabelledImages | MultilabelImages):
-            variants = tuple(with_templates(data, each) for each in options.templates[1:])
-        trials.append(
-            Trial(
-                data,
-                variants,
-                tuple(options.subgroups),
-                outside,
-                options.false_acceptance,
-                None if train is None else labelled(opened(train, options.train_split or options.split)),
-                labelled(opened(options.validation[number])) if options.validation else None,
-                tuple(sorted(set(options.shots))) if options.shots else None,
-                tuple(options.seeds),
-            )
-        )
-    names = [trial.data.name for trial in trials]
-    if same := [name for name in names if names.count(name) > 1]:  # results are told apart by it
-        for number, trial in enumerate(trials):
-            if trial.data.name in same:
-                renamed = replace(trial.data, name=options.data[number])
-                variants = tuple(replace(each, name=options.data[number]) for each in trial.variants)
-                trials[number] = replace(trial, data=renamed, variants=variants)
-    return trials
-
-
-def _tell(found: list[suite.Result]) -> None:
-    """What was left out, and what was asked, of each set once."""
-    from .report import wordings
-
-    seen = set()
-    for result in found:
-        data, problems = result.data, result.scores.unreadable
-        if data.name not in seen:
-            for problem in problems[:10]:
-                print(f"left out: {problem}", file=sys.stderr)
-            if problems[10:]:
-                print(f"left out: {len(problems) - 10} more, see results.json", file=sys.stderr)
-        names = getattr(data, "classnames", ())
-        if names and (data.name, data.templates_from) not in seen:
-            prompts = f"{_some(wordings(data.templates))} ({data.templates_from})"
-            print(f"{data.name}: classes {_some(names)} (from {data.classnames_from}); prompts {prompts}")
-            seen.add((data.name, data.templates_from))
-            if data.name not in seen and all(name.isdigit() for name in names):
-                print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
-            for same in result.same_prompts[:5]:
-                print(
-                    f"{data.name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
-                    file=sys.stderr,
-                )
-        seen.add(data.name)
-        if result.probes is not None and result.probes.splits.num_leaked:
-            print(
-                f"{data.name}: {result.probes.splits.num_leaked} of its images are training images as well, so "
-                "scores of probes are too high",
-                file=sys.stderr,
-            )
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
+    eval_main(argv)
 
 
 def report(argv: list[str]) -> None:
     """`miniclip report RUN …`"""
     parser = argparse.ArgumentParser(
         prog="miniclip report",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Makes the page of a training run: curves of loss, accuracy, scores, rates, gradients, speed and\n"
         "memory over the samples seen, the numbers that they come to, what stands out, and the settings.\n\n"
         "Training makes it by itself when it ends; this makes it while a run is going on, or of one that was killed.\n"
@@ -632,7 +319,7 @@ def interpolate(argv: list[str]) -> None:
     """`miniclip interpolate START FINETUNED --data NEW --retain OLD --out DIR`"""
     parser = argparse.ArgumentParser(
         prog="miniclip interpolate",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): less is forgotten\n"
         "than at the end of fine-tuning, and often nothing of the new task is lost. Scores of the start, the end and\n"
         "the models between on the new task and on what is to be retained are printed and drawn.",
@@ -657,7 +344,7 @@ def interpolate(argv: list[str]) -> None:
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
-    _add_encoding(parser)
+    add_encoding(parser)
     options = parser.parse_args(argv)
     with user_errors():
         _interpolate(options)
@@ -684,7 +371,7 @@ def _interpolate(options: argparse.Namespace) -> None:
     alpha = options.alpha
     if new:
         alphas = sorted({0.0, 1.0, *options.alphas, *([] if alpha is None else [alpha])})
-        with _progress("scoring", len(alphas)) as progress:
+        with progress_bar("scoring", len(alphas)) as progress:
             points = finetune.sweep(
                 start,
                 finetuned,
@@ -699,7 +386,7 @@ def _interpolate(options: argparse.Namespace) -> None:
             alpha = finetune.best(points, None if options.may_lose is None else options.may_lose / 100).alpha
             model = finetune.interpolate(start, finetuned, alpha)
         names = [data.name for data in new], [data.name for data in old]
-        _console().print(finetune.table(points, *names, alpha))
+        console().print(finetune.table(points, *names, alpha))
         if options.alpha is None:
             print(
                 f"alpha {alpha:g} was chosen on the very images that it is scored on here, so its score is a bit too "
@@ -735,7 +422,7 @@ def convert(argv: list[str]) -> None:
     """`miniclip convert SRC DST --to FORMAT`"""
     parser = argparse.ArgumentParser(
         prog="miniclip convert",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Writes a checkpoint as another library loads it, then loads it back (with that library, too,\n"
         "where it is installed) and compares embeddings before it says done.\n\n" + _CHECKPOINTS,
     )
@@ -756,7 +443,7 @@ def convert(argv: list[str]) -> None:
 
 def info(argv: list[str]) -> None:
     """`miniclip info SRC`"""
-    parser = argparse.ArgumentParser(prog="miniclip info", formatter_class=_Help, description=_CHECKPOINTS)
+    parser = argparse.ArgumentParser(prog="miniclip info", formatter_class=Help, description=_CHECKPOINTS)
     parser.add_argument("source", metavar="SRC", help="a checkpoint")
     parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="for a bare state dict that can't tell")
     options = parser.parse_args(argv)
@@ -790,29 +477,6 @@ def info(argv: list[str]) -> None:
         }
         for name, value in rows.items():
             print(f"{name:>14}  {value}")
-
-
-def _some(values: tuple[str, ...], most: int = 10) -> str:
-    return ", ".join(map(repr, values[:most])) + (f" and {len(values) - most} more" if values[most:] else "")
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and remaining time on a terminal, nothing elsewhere; give it the number done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        task = bar.add_task(what, total=total, rate="")
-        begin = time.perf_counter()
-        yield lambda done: bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - begin):.0f}/s")
 
 
 if __name__ == "__main__":

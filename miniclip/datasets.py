@@ -287,6 +287,17 @@ def open_dataset(
     return kind(found.name, found.images, labels, names, prompts, groups, **shared)
 
 
+def open_images(source: str | Path) -> EvaluationSet:
+    """Images whose labels don't matter: a folder of them, however deep, or any source of the table above."""
+    path = Path(source)
+    is_plain = path.is_dir() and not is_shards(str(source)) and not is_datasets_folder(path)
+    if is_plain and not any(path.glob(f"*/{_SHARDS_FILE}")):
+        if images := image_files(path):
+            return EvaluationSet(path.resolve().name, tuple(images))
+        raise ValueError(f"{source} holds no images")
+    return open_dataset(source)
+
+
 def with_templates(data: LabelledImages | MultilabelImages, templates: str | Path) -> Any:
     """The same images with other prompts; `templates` as in `open_dataset`."""
     found = _Found(data.name, data.images)
