@@ -250,15 +250,18 @@ def _trials(options: argparse.Namespace) -> list[suite.Trial]:
     )
     from .suite import Trial
 
-    def opened(source: str, split: str | None = options.split) -> EvaluationSet:
+    def opened(source: str, split: str | None = options.split, beside: str | None = None) -> EvaluationSet:
+        """The columns asked for are those of --data; what goes `beside` one of them may be of another kind."""
+        is_alike = beside is None or Path(source).suffix.lower() == Path(beside).suffix.lower()
+        columns = (options.group_column, options.label_column, options.image_column) if is_alike else (None,) * 3
         return open_dataset(
             source,
             options.classnames,
             None,
-            options.group_column,
+            columns[0],
             split,
-            options.label_column,
-            options.image_column,
+            columns[1],
+            columns[2],
             Path(options.root).expanduser(),
             options.download and source.startswith("torchvision:"),
             options.task,
@@ -279,8 +282,8 @@ def _trials(options: argparse.Namespace) -> list[suite.Trial]:
                 tuple(options.subgroups),
                 outside,
                 options.false_acceptance,
-                None if train is None else labelled(opened(train, options.train_split or options.split)),
-                labelled(opened(options.validation[number])) if options.validation else None,
+                None if train is None else labelled(opened(train, options.train_split or options.split, source)),
+                labelled(opened(options.validation[number], beside=source)) if options.validation else None,
                 tuple(sorted(set(options.shots))) if options.shots else None,
                 tuple(options.seeds),
             )
