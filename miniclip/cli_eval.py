@@ -80,13 +80,14 @@ def main(argv: list[str]) -> None:
     read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
     read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     ask = parser.add_argument_group("what to ask")
-    ask.add_argument("--classnames", help='"imagenet", or a file with one name a line, in label order')
+    ask.add_argument("--classnames", help='"imagenet", "mnist", …, or a file with one name a line, in label order')
     ask.add_argument(
         "--templates",
         nargs="+",
         default=[],
         metavar="SET",
-        help='"simple", "imagenet7", "imagenet80", a file with one a line, or a .json of {class: [prompts]}; several '
+        help='"simple", "imagenet7", "imagenet80", "cifar10", …, a file with one a line, or a .json of {class: '
+        "[prompts]}; several "
         "are compared, at the cost of one look at the images",
     )
     ask.add_argument(
@@ -229,6 +230,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise ValueError("--validation is for what is learnt from --train or --train-split")
     if options.false_acceptance is not None and not options.outside:
         raise ValueError("--false-acceptance is a share of the images of --outside, which is missing")
+    if options.download and not any(source.startswith("torchvision:") for source in options.data):
+        raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {options.data[0]} is none")
     if options.standard and options.standard not in options.data:
         raise ValueError(f"--standard {options.standard} is none of --data: {', '.join(options.data)}")
     if options.baselines and not options.standard:

@@ -36,7 +36,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from .prompts import TEMPLATE_SETS, Prompts, fill, imagenet_classnames, lines_of, read_lines, template_set
+from .prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, lines_of, read_lines, template_set
 from .shards import INDEX_FILE, Shards, index_shards, is_shards, open_pairs, tar_locations
 from .sources import (
     HUB_PREFIX,
@@ -61,6 +61,15 @@ TORCHVISION_SETS = (
     "FashionMNIST", "Flowers102", "Food101", "GTSRB", "ImageNet", "Imagenette", "KMNIST", "MNIST", "OxfordIIITPet",
     "PCAM", "RenderedSST2", "STL10", "SUN397", "SVHN", "StanfordCars", "USPS",
 )  # fmt: skip
+# What the built-in prompts, and names where torchvision has none in words, are called: those of the paper.
+_PAPERS_NAMES = {
+    "CIFAR10": "cifar10", "CIFAR100": "cifar100", "Caltech101": "caltech101", "Country211": "country211", "DTD": "dtd",
+    "EuroSAT": "eurosat", "FER2013": "fer2013", "FGVCAircraft": "fgvc_aircraft", "Flowers102": "flowers",
+    "Food101": "food101", "GTSRB": "gtsrb", "ImageNet": "imagenet", "MNIST": "mnist", "OxfordIIITPet": "pets",
+    "PCAM": "pcam", "RenderedSST2": "renderedsst2", "STL10": "stl10", "SUN397": "sun397", "SVHN": "svhn",
+    "StanfordCars": "cars",
+}  # fmt: skip
+_NAMED_BY_TORCHVISION = ("Caltech101", "OxfordIIITPet")  # the first has one class less than the paper's
 _SPLITS = ("test", "val", "validation", "valid", "train")  # the one to evaluate on comes first
 _SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
 _NUMBERS = "the labels, which are numbers"
@@ -238,8 +247,9 @@ def open_dataset(
     """Opens any source of the table above.
 
     Args:
-        classnames: "imagenet" or a file of one name a line, in label order; by default the data's own.
-        templates: a built-in set ("simple", "imagenet7", "imagenet80"), a file of one a line, or a .json of
+        classnames: built-in ones ("imagenet", or another of `prompts.CLASSNAME_SETS`), or a file of one name a line, in
+            label order; by default the data's own.
+        templates: a built-in set (of `prompts.TEMPLATE_SETS`), a file of one a line, or a .json of
             {class name: [its prompts]}; by default the data's own, else "simple".
         group_column: the column (or entry of shards' `.json`) that tells which images belong together.
         split: the part to evaluate on, of data that have several; by default "test", else the one for validation.
@@ -874,11 +884,13 @@ def _read_torchvision(source: str, root: Path, split: str | None, download: bool
         ) from error
     own = next((found for a in ("classes", "categories") if (found := getattr(data, a, None)) is not None), None)
     classnames, names_from = None, "torchvision"
-    if name == "ImageNet":
-        classnames, names_from = imagenet_classnames(), "the built-in 'imagenet'"
+    built_in = _PAPERS_NAMES.get(name)
+    if built_in in CLASSNAME_SETS and name not in _NAMED_BY_TORCHVISION:
+        classnames, names_from = classname_set(built_in), f"the built-in {built_in!r}"
     elif own is not None:  # of several names for a class, the first
         classnames = _readable(each if isinstance(each, str) else each[0] for each in own)
     place = f"{name}/{split}" if split else name
+    wordings = "imagenet80" if name == "ImageNet" else built_in
     return _Found(
         name,
         _Each(data, _image_of_item),
@@ -887,6 +899,8 @@ def _read_torchvision(source: str, root: Path, split: str | None, download: bool
         labels_from="torchvision",
         classnames=classnames,
         classnames_from="" if classnames is None else names_from,
+        templates=template_set(wordings) if wordings else None,
+        templates_from=f"the built-in set {wordings!r}" if wordings else "",
         identity=f"{place} of {len(data)} in {root.resolve()}",  # its sets never change
     )
 
@@ -909,9 +923,9 @@ def _settle_names(found: _Found, classnames: str | Path | None, source: str) -> 
     """The class names that count: those asked for, those beside the data, or the data's own."""
     names, names_from = found.classnames, found.classnames_from
     if classnames is not None:
-        is_imagenet = str(classnames) == "imagenet"
-        names = imagenet_classnames() if is_imagenet else tuple(read_lines(classnames))
-        names_from = "the built-in 'imagenet'" if is_imagenet else str(classnames)
+        is_built_in = str(classnames) in CLASSNAME_SETS
+        names = classname_set(str(classnames)) if is_built_in else tuple(read_lines(classnames))
+        names_from = f"the built-in {str(classnames)!r}" if is_built_in else str(classnames)
     elif beside := next((path for path in found.beside.get("classnames", ()) if path.is_file()), None):
         names, names_from = tuple(read_lines(beside)), str(beside)
     if names is not None and found.classnames is not None and len(names) != len(found.classnames):

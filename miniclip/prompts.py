@@ -9,6 +9,7 @@ A template is a text with a place for the class name, `{}` or `{c}`, or a functi
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,18 @@ Prompts = Sequence[Template] | Mapping[str, Sequence[str]]  # for every class, o
 
 # Sets of templates by name. "simple" is the one prompt of the paper's section 3.1.4.
 _TEMPLATE_FILES = {"imagenet80": "imagenet_templates_80.txt", "imagenet7": "imagenet_templates_7.txt"}
-TEMPLATE_SETS = ("simple", *_TEMPLATE_FILES)
+# OpenAI's of other data sets of the paper (appendix A), and names of classes where the data have none in words.
+_WITH_TEMPLATES = (
+    "food101", "cifar10", "cifar100", "sun397", "cars", "fgvc_aircraft", "voc2007", "dtd", "pets", "caltech101",
+    "flowers", "mnist", "fer2013", "stl10", "eurosat", "resisc45", "gtsrb", "kitti_closest_vehicle_distance",
+    "country211", "pcam", "clevr_count_all", "renderedsst2", "svhn",
+)  # fmt: skip
+_WITH_CLASSNAMES = (
+    "pets", "caltech101", "flowers", "mnist", "fer2013", "eurosat", "gtsrb", "kitti_closest_vehicle_distance",
+    "country211", "pcam", "clevr_count_all", "svhn",
+)  # fmt: skip
+TEMPLATE_SETS = ("simple", *_TEMPLATE_FILES, *_WITH_TEMPLATES)
+CLASSNAME_SETS = ("imagenet", *_WITH_CLASSNAMES)
 
 
 def fill(template: Template, classname: str) -> str:
@@ -93,6 +105,26 @@ def template_set(name: str) -> tuple[str, ...]:
     """
     if name == "simple":
         return ("a photo of a {c}.",)
+    if name in _WITH_TEMPLATES:
+        return tuple(_prompt_sets()["templates"][name])
     if name not in _TEMPLATE_FILES:
         raise ValueError(f"no template set {name!r}; built in are {', '.join(TEMPLATE_SETS)}")
     return tuple(read_lines(ASSETS / _TEMPLATE_FILES[name]))
+
+
+def classname_set(name: str) -> tuple[str, ...]:
+    """The names of a data set's classes in label order, one of `CLASSNAME_SETS`.
+
+    Raises:
+        ValueError: no such set.
+    """
+    if name == "imagenet":
+        return imagenet_classnames()
+    if name not in _WITH_CLASSNAMES:
+        raise ValueError(f"no class names for {name!r}; built in are those of {', '.join(CLASSNAME_SETS)}")
+    return tuple(_prompt_sets()["classnames"][name])
+
+
+@cache
+def _prompt_sets() -> dict[str, dict[str, list[str]]]:
+    return json.loads((ASSETS / "prompt_sets.json").read_text(encoding="utf-8"))

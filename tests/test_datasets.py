@@ -8,7 +8,7 @@ import pytest
 from helpers import write_picture
 
 from miniclip.datasets import LABEL_COLUMNS, open_dataset
-from miniclip.prompts import TEMPLATE_SETS, imagenet_classnames, template_set
+from miniclip.prompts import CLASSNAME_SETS, TEMPLATE_SETS, classname_set, fill, imagenet_classnames, template_set
 from miniclip.sources import IMAGE_COLUMNS
 
 
@@ -201,7 +201,7 @@ def test_templates_beside_the_data_are_used_unless_others_are_asked_for(tmp_path
     assert open_dataset(tmp_path, templates=other).templates == ("a {}",)
     for name in TEMPLATE_SETS:
         assert open_dataset(tmp_path, templates=name).templates == template_set(name)
-    assert [len(template_set(name)) for name in TEMPLATE_SETS] == [1, 80, 7]
+    assert [len(template_set(name)) for name in TEMPLATE_SETS[:3]] == [1, 80, 7]
 
 
 def test_an_unknown_template_set_is_named_with_those_there_are(tmp_path):
@@ -335,3 +335,42 @@ def test_a_class_folder_without_images_is_named(tmp_path):
     (tmp_path / "empty one").mkdir()
     with pytest.raises(ValueError, match="has class folders without images: empty one"):
         open_dataset(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is built in
+
+# Classes of each set (paper, appendix A, table 9; KITTI's distances and CLEVR's counts as VTAB has them).
+NUM_CLASSES = {
+    "imagenet": 1000,
+    "pets": 37,
+    "caltech101": 102,
+    "flowers": 102,
+    "mnist": 10,
+    "fer2013": 7,
+    "eurosat": 10,
+    "gtsrb": 43,
+    "kitti_closest_vehicle_distance": 4,
+    "country211": 211,
+    "pcam": 2,
+    "clevr_count_all": 8,
+    "svhn": 10,
+}
+
+
+def test_every_built_in_template_has_a_place_for_the_name_and_every_name_is_one():
+    for name in TEMPLATE_SETS:
+        wordings = template_set(name)
+        assert wordings
+        assert all("XYZ" in fill(wording, "XYZ") for wording in wordings)
+        assert len(set(wordings)) == len(wordings) or name == "imagenet80"
+    assert {name: len(classname_set(name)) for name in CLASSNAME_SETS} == NUM_CLASSES
+    assert all(text == text.strip() and text for name in CLASSNAME_SETS for text in classname_set(name))
+
+
+def test_the_papers_prompts_are_there_by_name(tmp_path):
+    write_picture(tmp_path / "data" / "7" / "1.png")
+    data = open_dataset(tmp_path / "data", classnames="mnist", templates="mnist")
+    assert data.classnames[data.labels[0]] == "7"
+    assert data.templates == ('a photo of the number: "{c}".',)
+    assert (data.classnames_from, data.templates_from) == ("the built-in 'mnist'", "the built-in set 'mnist'")

@@ -535,6 +535,8 @@ def test_cifar10_of_torchvision(tmp_path, monkeypatch):
     root = cifar(tmp_path / "there", monkeypatch)
     data = open_dataset("torchvision:CIFAR10", root=root)
     assert (data.name, data.labels, data.classnames) == ("CIFAR10", (1, 2, 0, 1, 2), ("aeroplane", "sea bird", "cat"))
+    assert (len(data.templates), data.templates_from) == (18, "the built-in set 'cifar10'")
+    assert data.fingerprint() != open_dataset("torchvision:CIFAR10", root=root, split="train").fingerprint()
     assert [data.open(n).tobytes() for n in range(5)] == [picture(n, (32, 32)).tobytes() for n in range(10, 15)]
     assert data.key(3) == "CIFAR10/test/3"
     assert open_dataset("torchvision:CIFAR10", root=root, split="train").labels == (1, 2, 0, 1, 2)
@@ -758,8 +760,9 @@ def test_eval_takes_them_all_and_scores_them_alike(tmp_path, model, capsys):
     assert first["templates_from"] == str(prompts)
     for result in results:
         assert result["metrics"] == first["metrics"]
-        assert [p["guesses"] for p in result["predictions"]] == [p["guesses"] for p in first["predictions"]]
-    assert results[2]["predictions"][0]["path"] == "0.tar:s0000000"
+        for name in ("labels", "guesses", "cosines", "probabilities"):
+            assert result["samples"][name] == first["samples"][name]
+    assert results[2]["samples"]["keys"][0] == "0.tar:s0000000"
     assert "it eats cars" in (tmp_path / "tables/report.html").read_text()
 
 
@@ -786,9 +789,17 @@ def test_options_that_can_not_be_followed_are_told(tmp_path, model, capsys, more
     assert message in capsys.readouterr().err
 
 
-def test_a_set_for_retrieval_is_not_classified(tmp_path, model, capsys):
-    texts = [b"a bird"] * len(LABELS)
+def test_a_set_with_captions_is_for_retrieval_and_has_no_classes(tmp_path, model, capsys):
+    texts = [b"a bird of kind %d" % n for n in range(len(LABELS))]
     source = benchmark_set(tmp_path / "set", {"txt": texts}, dataset_type="retrieval")
-    with pytest.raises(SystemExit):
-        cli.main(["eval", "--model", str(model), "--data", str(source), "--out", str(tmp_path / "out")])
-    assert "set has captions, for retrieval; zero-shot classification needs one label" in capsys.readouterr().err
+    command = ["eval", "--model", str(model), "--data", str(source), "--out", str(tmp_path / "out")]
+    for more, message in (
+        (["--classnames", "imagenet"], "has captions, not classes"),
+        (["--templates", "simple"], "are for classes"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*command, *more])
+        assert message in capsys.readouterr().err
+    cli.main(command)
+    (result,) = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert (result["task"], result["num_texts"]) == ("zeroshot_retrieval", len(LABELS))
