@@ -1,8 +1,8 @@
 """Scores in, numbers with their meaning out: classification, subgroups, "none of these", comparisons, retrieval.
 
 Pure functions of arrays; they know no model, no file and no name of a class: a class is its number, so that two classes
-of one name stay two. What is undefined is NaN and left out of means, never 0. A tie counts against the model, so that
-one that gives every class the same score scores nothing, and no number depends on the order of equal scores.
+of one name stay two. What is undefined is NaN and left out of means, never 0. In retrieval a tie counts against the
+model, so that one that gives every pair the same score finds nothing.
 
 N images, C classes, K guesses, G groups of images that stand and fall together, I images and T texts of retrieval,
 E embedding.
@@ -157,27 +157,6 @@ def wilson_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> tu
 # Classification: one true class each
 
 
-def label_ranks(cosines: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each image's own class among all, from 1: one more than the others that score as high or higher.
-
-    Args:
-        cosines: (N, C), or logits: anything of which more is surer.
-        labels: (N,) true classes.
-
-    Returns:
-        (N,). Top-k accuracy is the mean of `label_ranks(…) <= k`. It differs from what `topk` gives for ties alone.
-    """
-    cosines = _matrix(cosines, "cosines")
-    labels = _classes(labels, "labels", cosines.shape[1], len(cosines))
-    return (cosines >= cosines[np.arange(len(labels)), labels, None]).sum(axis=1)  # its own is the 1
-
-
-def top_k_accuracy(cosines: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """The share of images whose own class is among the k surest; 1 if there are no more than k classes."""
-    _check_k(k)
-    return float((label_ranks(cosines, labels) <= k).mean())
-
-
 def is_among_guesses(ranked: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     """(N,) whether the own class is among the first k of K ranked guesses (N, K), where the cosines are not kept."""
     _check_k(k)
@@ -190,17 +169,6 @@ def is_among_guesses(ranked: np.ndarray, labels: np.ndarray, k: int = 1) -> np.n
 def _check_k(k: int) -> None:
     if k < 1:
         raise ValueError(f"k is {k}; top-k needs at least 1")
-
-
-def first_guesses(cosines: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N,) the surest class; where the own class shares the first place, the first other one that does.
-
-    So confusion, recall, precision and F1 agree with top-1 accuracy about ties.
-    """
-    ranks = label_ranks(cosines, labels)
-    others = np.array(cosines, dtype=np.float64)
-    others[np.arange(len(others)), labels] = -np.inf
-    return np.where(ranks == 1, labels, others.argmax(axis=1))
 
 
 def confusion_matrix(labels: np.ndarray, guesses: np.ndarray, num_classes: int) -> np.ndarray:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from miniclip import tokenizer
 from miniclip.datasets import LabelledImages
-from miniclip.embedding import encode_texts
+from miniclip.embedding import ImageFeatures, encode_texts
 from miniclip.evaluate import (
     Scores,
+    classify,
     measure,
     zero_shot_classifier,
     zero_shot_scores,
@@ -342,3 +343,46 @@ def test_groups_of_unreadable_images_do_not_shift_those_of_the_others(tmp_path):
     data = pictures(tmp_path, rows, tuple("baaaabbbb"))
     (tmp_path / "0.png").write_text("no picture")
     assert measure(scores_of(data)).interval == (0.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ties, and features by hand
+
+
+def features_of(rows: list[list[float]], labels: tuple[int, ...], classes: int) -> ImageFeatures:
+    everyone = tuple(map(str, range(len(rows))))
+    names = tuple(f"class {c}" for c in range(classes))
+    data = LabelledImages("by hand", everyone, labels, names, ("{}",), everyone)
+    return ImageFeatures(data, np.arange(len(rows)), torch.tensor(rows), ())
+
+
+def test_of_equal_cosines_the_first_class_is_guessed_first():
+    # Classes 0 and 2 point along x, 1 and 3 along y, 4 between.
+    half = 0.5**0.5
+    classifier = torch.tensor([[1, 0, 1, 0, half], [0, 1, 0, 1, half]], dtype=torch.float32)
+    images = features_of([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0], [-1.0, -1.0]], (2, 3, 4, 4), 5)
+    scores = classify(images, images.data, classifier, 1.0)
+    assert scores.ranked.tolist() == [[0, 2, 4, 1, 3], [1, 3, 4, 0, 2], [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    np.testing.assert_allclose(scores.cosines[0], [1, 1, half, 0, 0], atol=1e-6)
+    few = classify(images, images.data, classifier, 1.0, num_guesses=1)
+    assert few.ranked.tolist() == [[0], [1], [4], [0]]
+    metrics = measure(scores, (1, 2, 3))
+    assert metrics.top_k == {1: 0.25, 2: 0.75, 3: 0.75, 5: 1.0}
+
+
+def test_columns_that_are_equal_give_equal_cosines_wherever_they_stand():
+    """A product's last bits depend on the place of a column."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        columns = F.normalize(torch.randn(33, 61), dim=0)
+        images = features_of(torch.randn(50, 33).tolist(), (0,) * 50, 122)
+    scores = classify(images, images.data, torch.cat([columns, columns], dim=1), 10.0, num_guesses=6)
+    assert (scores.ranked[:, ::2] + 61 == scores.ranked[:, 1::2]).all()
+    np.testing.assert_array_equal(scores.cosines[:, ::2], scores.cosines[:, 1::2])
+
+
+def test_more_guesses_than_were_kept_cannot_be_told():
+    images = features_of([[1.0, 0.0]], (0,), 8)
+    scores = classify(images, images.data, F.normalize(torch.ones(2, 8), dim=0), 1.0, num_guesses=5)
+    with pytest.raises(ValueError, match="top-6 can't be told from 5 guesses"):
+        measure(scores, (6,))

@@ -25,10 +25,8 @@ from miniclip.metrics import (
     compare,
     confusion_matrix,
     effective_robustness,
-    first_guesses,
     fit_robustness,
     is_among_guesses,
-    label_ranks,
     macro_f1,
     mcnemar,
     mean_per_class_recall,
@@ -42,7 +40,6 @@ from miniclip.metrics import (
     retrieval,
     separation,
     subgroup_accuracy,
-    top_k_accuracy,
     wilson_interval,
 )
 
@@ -197,83 +194,30 @@ def test_a_share_is_of_yes_and_no():
 # ---------------------------------------------------------------------------------------------------------------------
 # Classification
 
-# Cosines of four images with three classes, and what they are.
-COSINES = np.array(
-    [
-        [0.9, 0.1, 0.5],  # of class 0: first
-        [0.9, 0.1, 0.5],  # of class 2: second
-        [0.2, 0.2, 0.1],  # of class 1: ties with class 0 for the first place, so second
-        [0.3, 0.3, 0.3],  # of class 1: ties with both, so third
-    ]
-)
-LABELS = np.array([0, 2, 1, 1])
-
-
-def test_ranks_by_hand_with_ties_against_the_model():
-    assert label_ranks(COSINES, LABELS).tolist() == [1, 2, 2, 3]
-    assert [top_k_accuracy(COSINES, LABELS, k) for k in (1, 2, 3, 5)] == [0.25, 0.75, 1.0, 1.0]
-    assert first_guesses(COSINES, LABELS).tolist() == [0, 0, 0, 0]
-    assert first_guesses(COSINES, np.array([1, 0, 0, 0])).tolist() == [0, 0, 1, 1]
-
-
-def test_a_model_that_gives_every_class_the_same_scores_nothing():
-    labels = np.arange(5)
-    assert top_k_accuracy(np.full((5, 5), 0.3), labels, 4) == 0
-    assert (first_guesses(np.full((5, 5), 0.3), labels) != labels).all()
-
 
 def test_one_class_or_one_image_is_enough():
-    assert top_k_accuracy([[0.1]], [0]) == 1
-    assert first_guesses(np.array([[0.1]]), np.array([0])).tolist() == [0]
-    assert top_k_accuracy([[0.1, 0.2]], [0]) == 0
+    assert is_among_guesses(np.array([[0]]), np.array([0])).tolist() == [True]
     table = per_class([0], [0], 1)
     assert (table.recall.tolist(), table.precision.tolist(), table.f1.tolist()) == ([1], [1], [1])
     assert macro_f1(confusion_matrix([0, 0], [0, 0], 1)) == 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_top_k_equals_scikit_learns_and_topk_where_nothing_ties(k):
+def test_top_k_equals_scikit_learns_where_nothing_ties(k):
     from sklearn.metrics import top_k_accuracy_score
 
     random = np.random.default_rng(k)
     cosines = random.normal(size=(200, 9)).astype(np.float32)
     labels = random.integers(9, size=200)
     cosines[np.arange(200), labels] += 1
-    ours = top_k_accuracy(cosines, labels, k)
-    assert ours == pytest.approx(top_k_accuracy_score(labels, cosines, k=k))
     ranked = torch.from_numpy(cosines).topk(5).indices.numpy()
-    assert is_among_guesses(ranked, labels, k).mean() == pytest.approx(ours)
-    np.testing.assert_array_equal(first_guesses(cosines, labels), cosines.argmax(axis=1))
-
-
-def test_first_guesses_do_not_write_into_the_cosines():
-    cosines = COSINES.copy()
-    first_guesses(cosines, LABELS)
-    np.testing.assert_array_equal(cosines, COSINES)
-
-
-@pytest.mark.parametrize(
-    "cosines, labels, says",
-    [
-        (np.zeros((0, 3)), [], r"at least one row and column; these have \(0, 3\)"),
-        (np.zeros((2, 0)), [0, 0], r"these have \(2, 0\)"),
-        ([0.1, 0.2], [0, 0], r"these have \(2,\)"),
-        ([[0.1, np.nan], [0.1, 0.2], [np.inf, 0.0]], [0, 0, 0], r"2 of 3 rows \(numbers 0, 2\) are not finite"),
-        ([["high", "low"]], [0], "cosines are numbers; these are of type <U4"),
-        ([[0.1, 0.2]], [0, 1], "2 labels for 1 images"),
-        ([[0.1, 0.2]], [2], "labels are from 0 to 1, as there are 2 classes; one is 2"),
-        ([[0.1, 0.2]], [-1], "one is -1"),
-        ([[0.1, 0.2]], [0.0], "whole numbers.*float64"),
-    ],
-)
-def test_cosines_and_labels_that_do_not_fit_are_refused(cosines, labels, says):
-    with pytest.raises(ValueError, match=says):
-        label_ranks(np.array(cosines), np.array(labels))
+    ours = is_among_guesses(ranked, labels, k).mean()
+    assert ours == pytest.approx(top_k_accuracy_score(labels, cosines, k=k))
 
 
 def test_a_k_that_cannot_be_told_is_refused():
     with pytest.raises(ValueError, match="k is 0"):
-        top_k_accuracy(COSINES, LABELS, 0)
+        is_among_guesses(np.array([[0, 1]]), np.array([0]), 0)
     with pytest.raises(ValueError, match="top-3 can't be told from 2 guesses"):
         is_among_guesses(np.array([[0, 1]]), np.array([2]), 3)
 
@@ -384,7 +328,7 @@ def test_multilabel_mean_agrees_with_scikit_learn_and_leaves_out_classes_without
 )
 def test_multilabel_positives_that_do_not_fit_are_refused(is_positive, says):
     with pytest.raises(ValueError, match=says):
-        multilabel(COSINES, is_positive)
+        multilabel(np.full((4, 3), 0.3), is_positive)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
