@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import user_errors
-from .terminal import Help, add_encoding, console, progress_bar, some
+from .terminal import Help, add_encoding, console, plain_warnings, progress_bar, some
 
 if TYPE_CHECKING:
     from . import suite
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
     parser.add_argument("--no-cache", action="store_true", help="keep no features")
     options = parser.parse_args(argv)
-    with user_errors(), _joined(options.device) as device:
+    with user_errors(), plain_warnings(), _joined(options.device) as device:
         if options.compare:
             _compare(*options.compare)
         else:
@@ -329,9 +329,3 @@ def _tell(found: list[suite.Result]) -> None:
                     file=sys.stderr,
                 )
         seen.add(data.name)
-        if result.probes is not None and result.probes.splits.num_leaked:
-            print(
-                f"{data.name}: {result.probes.splits.num_leaked} of its images are training images as well, so "
-                "scores of probes are too high",
-                file=sys.stderr,
-            )
