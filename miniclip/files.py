@@ -36,8 +36,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """As UTF-8; of names of files the bytes that are none as \\udc.., which JSON reads back."""
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager

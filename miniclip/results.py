@@ -286,14 +286,15 @@ def _retrieval_as_dict(scores: RetrievalScores) -> dict[str, Any]:
             "image_of_text": scores.image_of_text.tolist(),
             "ranks_of_images": images.ranks.tolist(),  # of each text
             "ranks_of_texts": texts.ranks.tolist(),  # of each image
+            "groups": [scores.data.groups[number] for number in scores.images.numbers],
         },
     }
 
 
 def write_json(path: str | Path, results: Sequence[Result], robustness: Robustness | None = None) -> None:
     text = json.dumps(as_dict(results, robustness), ensure_ascii=False, indent=1, allow_nan=False)
-    # Numbers of the samples in one line each list, as nobody reads them one by one.
-    write_text(path, re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", _in_one_line, text) + "\n")
+    # Numbers of the samples in one line each list, as nobody reads them one by one. No text holds the end of a line.
+    write_text(path, re.sub(r"\[\n\s*([^\[\]{}\"]*?)\n\s*\]", _in_one_line, text) + "\n")
 
 
 def _in_one_line(found: re.Match[str]) -> str:
@@ -304,15 +305,23 @@ def _in_one_line(found: re.Match[str]) -> str:
 # Others' formats
 
 
-def _file_name(result: Result) -> str:
-    parts = [result.data.name, result.model, prompts_label(result)]
-    return "_".join(re.sub(r"[^\w.@-]+", "-", part).strip("-.") for part in parts if part)
+def _file_names(results: Sequence[Result]) -> list[str]:
+    """Without an ending; those that would be the same get a number."""
+    names: list[str] = []
+    for result in results:
+        parts = [result.data.name, result.model, prompts_label(result)]
+        name = "_".join(re.sub(r"[^\w.@-]+", "-", part).strip("-.") for part in parts if part)
+        same, number = name, 2
+        while name in names:
+            name, number = f"{same}_{number}", number + 1
+        names.append(name)
+    return names
 
 
 def benchmark_records(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """CLIP_benchmark's records by file name, one for each task, as its `build` gathers them."""
     records = {}
-    for result in results:
+    for file_name, result in zip(_file_names(results), results, strict=True):
         shared = {"dataset": result.data.name, "model": result.model, "pretrained": result.library, "language": "en"}
         values = metric_values(result)
         few = [f"acc{k}" for k in getattr(result.metrics, "top_k", ()) if k > len(result.data.classnames)]
@@ -321,7 +330,7 @@ def benchmark_records(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
             by_task["linear_probe"] = probe_values(result.probes)["linear_probe"]
         for task, values in by_task.items():
             task = CLASSIFICATION if task == "zeroshot_multilabel" else task
-            records[f"{_file_name(result)}_{task}.json"] = {**shared, "task": task, "metrics": values}
+            records[f"{file_name}_{task}.json"] = {**shared, "task": task, "metrics": values}
     return records
 
 
@@ -372,10 +381,10 @@ def write_predictions(folder: str | Path, results: Sequence[Result]) -> list[Pat
     except ImportError as error:
         raise ValueError("predictions as Parquet need pyarrow: pip install 'miniclip[eval]'") from error
     paths = []
-    for result in results:
+    for file_name, result in zip(_file_names(results), results, strict=True):
         columns = _prediction_columns(result)
         table = pyarrow.table({name: _arrow(values) for name, values in columns.items()})
-        path = Path(folder) / f"{_file_name(result)}.parquet"
+        path = Path(folder) / f"{file_name}.parquet"
         with atomic_write(path) as file:
             pyarrow.parquet.write_table(table, file)
         paths.append(path)
@@ -383,13 +392,17 @@ def write_predictions(folder: str | Path, results: Sequence[Result]) -> list[Pat
 
 
 def _arrow(values: Any) -> Any:
-    """A column; of values of several types as texts."""
+    """A column; as texts what has no common type, or one that Parquet does not know."""
     import pyarrow
 
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-        return pyarrow.array([None if value is None else str(value) for value in values])
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError):
+        texts = [None if value is None else str(value) for value in values]
+        # Names of files can hold bytes that are no UTF-8.
+        return pyarrow.array(
+            [None if text is None else text.encode("utf-8", "backslashreplace").decode() for text in texts]
+        )
 
 
 def _prediction_columns(result: Result) -> dict[str, Any]:
@@ -461,6 +474,10 @@ class Robustness:
             "standard": self.standard,
             "shifted": list(self.shifted),
             "baselines": [row.model for row in self.rows if row.is_baseline],
+            "lines": {  # logit(shifted) = slope · logit(standard) + intercept
+                name: None if fit is None else {"slope": fit.slope, "intercept": fit.intercept, "r2": _plain(fit.r2)}
+                for name, fit in zip(self.shifted, self.fits, strict=True)
+            },
             "rows": [
                 {
                     "model": row.model,
@@ -613,11 +630,11 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
         if x["image_of_text"] != y["image_of_text"]:
             raise ValueError(f"{a['dataset']} has other captions in {second} than in {first}")
-        found = []
+        found, groups = [], np.array(x["groups"])
         for name, rows in (("image", x["image_of_text"]), ("text", sorted(set(x["image_of_text"])))):
             right = [np.array(each[f"ranks_of_{name}s"]) == 1 for each in (x, y)]
             keys = [x["keys"][row] for row in rows]
-            found.append(_change(told, f"{name}_retrieval_recall@1", right, keys, np.array(rows)))
+            found.append(_change(told, f"{name}_retrieval_recall@1", right, keys, groups[rows]))
         return found
     _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
     names = [[each["classnames"][label] for label in each["samples"]["labels"]] for each in (a, b)]

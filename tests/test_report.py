@@ -1,4 +1,4 @@
-"""Results as people get them: a table, JSON, and a page that is opened in a real browser from disk."""
+"""Results as people get them: tables in the terminal, and a page that is opened in a real browser from disk."""
 
 from __future__ import annotations
 
@@ -9,56 +9,22 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import write_picture
 from rich.console import Console
+from rich.table import Table
+from sample_results import GUESSES, NAMES, classified, everything, multilabelled, retrieved
 
-import miniclip
-from miniclip.datasets import LabelledImages
-from miniclip.evaluate import Scores, measure
-from miniclip.report import Result, as_dict, confused_pairs, read_curves, table, write_html, write_json
-
-NAMES = ("cat", "dog", "kea", "owl", "tench", "zebra")
-
-
-def result(
-    folder: Path,
-    guesses: list[tuple[int, int]],
-    names: tuple[str, ...] = NAMES,
-    *,
-    name: str = "pets",
-    unreadable: tuple[str, ...] = (),
-    templates: tuple[str, ...] = ("a photo of a {c}.",),
-    size: tuple[int, int] = (24, 20),
-    picture_name: str = "{}.png",
-) -> Result:
-    """A result for images of given (label, first guess); the other guesses follow in turn."""
-    N, C = len(guesses), len(names)
-    K = min(5, C)
-    paths = tuple(write_picture(folder / picture_name.format(number), number, size) for number in range(N))
-    missing = tuple(folder / f"missing{number}.png" for number in range(len(unreadable)))
-    labels = [label for label, _ in guesses]
-    everything = paths + missing
-    data = LabelledImages(
-        name,
-        everything,
-        (*labels, *[0] * len(missing)),
-        names,
-        templates,
-        tuple(map(str, range(len(everything)))),
-    )
-    ranked = np.array([[(guess + k) % C for k in range(K)] for _, guess in guesses])
-    cosines = np.tile(np.linspace(0.3, 0.1, K), (N, 1))
-    first = np.linspace(0.9, 0.5, N)  # how sure it is falls from image to image
-    probabilities = np.column_stack([first, *[(1 - first) / 8] * (K - 1)])
-    scores = Scores(data, np.arange(N), np.array(labels), ranked, cosines, probabilities, unreadable)
-    return Result(scores, measure(scores), 1.25)
-
-
-# cat: 2 of 3 right, dog: 0 of 2, kea: right; owl, tench and zebra have no images
-GUESSES = [(0, 0), (0, 0), (0, 1), (1, 0), (1, 0), (2, 2)]
+from miniclip.datasets import CaptionedImages
+from miniclip.embedding import ImageFeatures
+from miniclip.evaluate import retrieve
+from miniclip.report import comparison_tables, read_curves, tables, write_html
+from miniclip.results import compare_runs, robustness, write_json
+from miniclip.suite import Result
 
 # What training logs: a row of its own for validation.
 FULL_LOG = (
@@ -69,113 +35,181 @@ FULL_LOG = (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# JSON
+# The tables in the terminal
 
 
-def test_the_dictionary_holds_every_number_and_what_it_takes_to_measure_it_again(tmp_path):
-    found = as_dict("runs/x/best", [result(tmp_path, GUESSES, unreadable=("gone.png can't be read",))])
-    assert set(found) == {"schema", "model", "created", "versions", "results"}
-    assert (found["schema"], found["model"]) == (1, "runs/x/best")
-    assert found["versions"]["miniclip"] == miniclip.__version__
-    assert set(found["versions"]) == {"miniclip", "torch", "python"}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["created"])
-    (one,) = found["results"]
-    assert (one["dataset"], one["task"], one["num_images"]) == ("pets", "zeroshot_classification", 6)
-    assert one["unreadable"] == ["gone.png can't be read"]
-    assert one["metrics"] == {
-        "acc1": pytest.approx(3 / 6),
-        "acc5": pytest.approx(5 / 6),  # of six classes the one before the first guess is missing: cat, after dog
-        "mean_per_class_recall": pytest.approx((2 / 3 + 0 + 1) / 3),
-    }
-    low, high = one["acc1_interval_95"]
-    assert 0 <= low < 0.5 < high <= 1
-    assert one["classnames"] == list(NAMES)
-    assert one["templates"] == ["a photo of a {c}."]
-    assert one["per_class"][:3] == [
-        {"class": "cat", "images": 3, "acc1": pytest.approx(2 / 3)},
-        {"class": "dog", "images": 2, "acc1": 0.0},
-        {"class": "kea", "images": 1, "acc1": 1.0},
-    ]
-    assert one["per_class"][3:] == [{"class": name, "images": 0, "acc1": None} for name in NAMES[3:]]
-    assert one["confused_pairs"] == [
-        {"class": "dog", "guess": "cat", "images": 2},
-        {"class": "cat", "guess": "dog", "images": 1},
-    ]
-    assert np.array(one["confusion"])[:3, :3].tolist() == [[2, 1, 0], [2, 0, 0], [0, 0, 1]]
-    assert one["seconds"] == 1.25
-
-
-def test_every_image_has_its_guesses_with_cosine_and_probability(tmp_path):
-    (one,) = as_dict("m", [result(tmp_path, GUESSES)])["results"]
-    assert [prediction["path"] for prediction in one["predictions"]] == [str(tmp_path / f"{n}.png") for n in range(6)]
-    third = one["predictions"][2]
-    assert third["label"] == "cat"
-    assert [guess["class"] for guess in third["guesses"]] == ["dog", "kea", "owl", "tench", "zebra"]
-    assert third["guesses"][0] == {"class": "dog", "cosine": 0.3, "probability": pytest.approx(0.74)}
-
-
-def test_the_json_file_is_strict_json_that_keeps_umlauts(tmp_path):
-    results = [result(tmp_path, [(0, 0), (2, 1)], ("Käse", "<b>", '"x"')), result(tmp_path, GUESSES)]
-    write_json(tmp_path / "results.json", "m", results)
-    text = (tmp_path / "results.json").read_text(encoding="utf-8")
-    assert "Käse" in text
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    found = json.loads(text, parse_constant=refuse)
-    assert {**found, "created": None} == {**as_dict("m", results), "created": None}
-
-
-def test_very_many_classes_keep_the_confused_pairs_and_drop_the_matrix(tmp_path):
-    names = tuple(f"class {number}" for number in range(201))
-    (one,) = as_dict("m", [result(tmp_path, [(200, 0), (1, 1)], names)])["results"]
-    assert one["confusion"] is None
-    assert one["confused_pairs"] == [{"class": "class 200", "guess": "class 0", "images": 1}]
-
-
-def test_the_most_frequent_mistakes_come_first_and_right_guesses_are_none(tmp_path):
-    guesses = [(0, 0)] * 9 + [(0, 1)] * 2 + [(2, 3)] * 5 + [(1, 0)] + [(4, 5)] * 3
-    assert confused_pairs(result(tmp_path, guesses)) == [
-        ("kea", "owl", 5),
-        ("tench", "zebra", 3),
-        ("cat", "dog", 2),
-        ("dog", "cat", 1),
-    ]
-    assert confused_pairs(result(tmp_path, guesses), most=1) == [("kea", "owl", 5)]
-    assert confused_pairs(result(tmp_path, [(0, 0), (1, 1)])) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table in the terminal
-
-
-def printed(model: str, *results: Result) -> str:
-    console = Console(width=200, file=io.StringIO())
-    console.print(table(model, results))
+def printed(*shown: Table, width: int = 160) -> str:
+    console = Console(width=width, file=io.StringIO())
+    for table in shown:
+        console.print(table)
     return console.file.getvalue()
 
 
+def cells(table: Table) -> list[list[str]]:
+    """The headings, then the rows, as they are printed."""
+    lines = printed(table, width=300).splitlines()
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if re.search("[│┃]", line)]
+
+
 def test_the_table_has_a_row_of_numbers_for_each_data_set(tmp_path):
-    templates = ("a {}", "the {}")
-    first = result(tmp_path, GUESSES, unreadable=("gone",), templates=templates)
-    text = printed("runs/x/best", first, result(tmp_path, [(0, 0)] * 4, name="easy"))
-    assert "runs/x/best" in text
-    rows = {
-        row[0]: row[1:]
-        for line in text.splitlines()
-        if "│" in line
-        for row in [[c.strip() for c in line.split("│")[1:-1]]]
-    }
+    first = classified(tmp_path, GUESSES, unreadable=("gone",), templates_from="the built-in set 'simple'")
+    second = classified(tmp_path, [(0, 0)] * 4, name="easy", templates_from="the built-in set 'simple'")
+    (table,) = tables([first, second])
+    assert table.title == "zero-shot classification, runs/x/best, prompts simple (1)"
     low, high = (f"{100 * bound:.1f}" for bound in first.metrics.interval)
-    assert rows["pets"] == ["6 of 7", "6", "2", "50.0", f"{low} – {high}", "83.3", "55.6"]
-    assert rows["easy"] == ["4", "6", "1", "100.0", "100.0 – 100.0", "100.0", "100.0"]
+    # Said with 0.9, 0.82, 0.74, 0.66, 0.58 and 0.5, of which the first two and the last are right: off by 2.76 in all
+    assert cells(table)[1:] == [
+        ["pets", "6 of 7", "6", "50.0", f"{low} – {high}", "83.3", "55.6", "52.4", "46.0"],
+        ["easy", "4", "6", "100.0", "100.0 – 100.0", "100.0", "100.0", "100.0", "30.0"],
+    ]
+
+
+def test_models_and_prompts_have_columns_where_they_differ_and_sets_stay_together(tmp_path):
+    results = [
+        classified(tmp_path, GUESSES, model=model, name=name, templates=wordings)
+        for model in ("m1", "m2")
+        for name in ("pets", "birds")
+        for wordings in (("a {}",), dict.fromkeys(NAMES, ("x", "y")))
+    ]
+    (table,) = tables(results)
+    assert table.title == "zero-shot classification"
+    assert [row[:3] for row in cells(table)] == [
+        ["data", "model", "prompts"],
+        *([name, model, count] for name in ("pets", "birds") for model in ("m1", "m2") for count in "12"),
+    ]
+
+
+def test_retrieval_and_several_labels_have_tables_of_their_own(tmp_path):
+    scenes, many = tables([retrieved(tmp_path), multilabelled(tmp_path), retrieved(tmp_path, name="more")])
+    assert scenes.title == "zero-shot retrieval, runs/x/best"
+    heading, images, texts, *others = cells(scenes)
+    assert heading[:5] == ["data", "images", "texts", "find", "R@1 %"]
+    assert images[:5] == ["scenes", "3", "4", "images by text", "50.0"]
+    assert texts[:5] == ["scenes", "3", "4", "texts by image", "66.7"]
+    assert heading[6:] == ["R@5 %", "R@10 %", "median rank", "mAP@10 %"]
+    # Of the captions' own images, at places 1, 2, 1 and 3, and of the images' own captions: 1; 2; 1 and 2 of 2
+    assert images[6:9] == ["100.0", "100.0", "1.5"]
+    assert images[9] == f"{100 * (1 + 1 / 2 + 1 + 1 / 3) / 4:.1f}"
+    assert len(others) == 2
+    assert cells(many)[1] == ["many", "4", "3", f"{100 * (3 / 4 + 1 + 1 / 3) / 3:.1f}"]
+
+
+def test_subgroups_tell_who_is_served_worse_and_what_is_too_small_to_say(tmp_path):
+    guesses = [(0, 0)] * 30 + [(0, 1)] * 40 + [(1, 1)] * 2
+    one = classified(tmp_path, guesses, metadata={"skin": ["light"] * 30 + ["dark"] * 40 + [None, "other"]})
+    _, table = tables([one])
+    assert table.title == "top-1 by skin, pets, runs/x/best, prompts 1"
+    assert [[row[i] for i in (0, 1, 2, 4)] for row in cells(table)[1:]] == [
+        ["dark", "40", "0.0", ""],
+        ["light", "30", "100.0", ""],
+        ["(none)", "1", "100.0", "too few"],
+        ["other", "1", "100.0", "too few"],
+    ]
+    assert table.caption == "Gap 100.0 points, from dark to light; their intervals do not overlap."
+
+
+def test_the_threshold_and_what_was_learnt_are_printed(tmp_path):
+    _, _, none, learned = tables([everything(tmp_path)])
+    assert none.title == "none of these, pets, runs/x/best, street scenes"
+    row = dict(zip(*cells(none), strict=True))
+    assert (row["accepted from cosine"], row["accepts of the classes %"], row["accepts of none %"]) == (
+        "0.2500",
+        "75.0",
+        "50.0",
+    )
+    assert (row["AUROC %"], row["FPR at 95 % TPR %"]) == ("43.8", "100.0")
+    assert learned.title == "learnt from features, pets, runs/x/best, learnt from more pets (18)"
+    rows = {row[0]: row[1:] for row in cells(learned)[1:]}
+    assert list(rows) == ["zero-shot", "linear probe", "neighbours", "Tip-Adapter"]
+    assert rows["zero-shot"][1] == "50.0"
+    assert [rows[method][1] for method in list(rows)[1:]] == ["100.0"] * 3
+    assert rows["neighbours"][0] == "k 3"
+    assert rows["linear probe"][3] == "at least as good as zero-shot with 1 image a class"
+
+
+def shifted(folder: Path, model: str, standard: int, sketch: int) -> list[Result]:
+    """Of four images each, so many right."""
+    return [
+        classified(folder, [(0, 0)] * right + [(0, 1)] * (4 - right), model=model, name=name)
+        for name, right in (("photos", standard), ("sketches", sketch))
+    ]
+
+
+def test_robustness_is_printed_with_what_exceeds_the_line(tmp_path):
+    results = [*shifted(tmp_path, "a", 2, 1), *shifted(tmp_path, "b", 3, 2), *shifted(tmp_path, "c", 2, 2)]
+    table = tables(results, robustness(results, "photos", ["a", "b"]))[-1]
+    assert cells(table) == [
+        ["model", "photos top-1 %", "sketches %", "sketches, beyond the line", "mean %", "drop"],
+        ["a (baseline)", "50.0", "25.0", "+0.0", "25.0", "25.0"],
+        ["b (baseline)", "75.0", "50.0", "+0.0", "50.0", "25.0"],
+        ["c", "50.0", "50.0", "+25.0", "50.0", "0.0"],
+    ]
+    without = tables(results, robustness(results, "photos"))[-1]
+    assert cells(without)[0] == ["model", "photos top-1 %", "sketches %", "mean %", "drop"]
+
+
+def changes(folder: Path, before: list[Result], after: list[Result]) -> list[Any]:
+    for name, results in (("before", before), ("after", after)):
+        write_json(folder / name / "results.json", results)
+    return compare_runs(folder / "before", folder / "after")
+
+
+def test_a_comparison_says_better_worse_or_chance_and_how_many_were_made(tmp_path):
+    def run(**right: int) -> list[Result]:
+        return [
+            classified(tmp_path / name, [(0, 0)] * count + [(0, 1)] * (12 - count), name=name)
+            for name, count in right.items()
+        ]
+
+    found = changes(tmp_path, run(up=4, down=12, same=5, little=5), run(up=12, down=3, same=5, little=6))
+    what, *others = comparison_tables(found)
+    heading, *rows = cells(what)
+    assert {row[0]: row[-1] for row in rows} == {
+        "up": "better",
+        "down": "worse",
+        "same": "no difference beyond chance",
+        "little": "no difference beyond chance",
+    }
+    up = dict(zip(heading, rows[0], strict=True))
+    assert (up["before %"], up["after %"], up["difference"]) == ("33.3", "100.0", "+66.7")
+    assert (up["McNemar p"], up["gained"], up["lost"]) == (f"{2 / 2**8:.3f}", "8", "0")
+    assert what.caption == (
+        "4 comparisons, each told by p < 0.05: were nothing different, about 0.2 of so many would seem to be."
+    )
+    assert what.title == "what changed, runs/x/best"
+    titles = [table.title for table in others]
+    assert titles[0] == "classes that changed most: up, top-1, runs/x/best"
+    assert cells(others[0])[1] == ["cat", "12", "33.3", "100.0", "+66.7"]
+    assert titles[1] == "the first of 8 gained and 0 lost: up, top-1, runs/x/best"
+    assert cells(others[1])[1:] == [[str(tmp_path / "up" / f"{number}.png")] for number in range(4, 12)]
+    assert not any("same" in title for title in titles)
+
+
+def test_a_single_comparison_of_two_models_names_both(tmp_path):
+    found = changes(tmp_path, [retrieved(tmp_path)], [retrieved(tmp_path, model="new", flip=True)])
+    text = printed(*comparison_tables(found[:1]), width=200)
+    assert "what changed, runs/x/best → new" in text
+    assert "images by text, R@1" in text
+    assert "One comparison, told by p < 0.05." in text
+
+
+@pytest.mark.parametrize("width", [160, 100, 80])
+def test_on_a_narrow_terminal_no_number_is_cut_or_broken(tmp_path, width):
+    results = [
+        classified(tmp_path, GUESSES, name="photographs of one's own", model="openclip:ViT-B-32/laion2b_s34b_b79k"),
+        classified(tmp_path, GUESSES[:5], name="photographs of one's own", model="runs/x/best"),
+    ]
+    text = printed(*tables(results), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for number in ("50.0", "83.3", "55.6", "52.4"):
+        assert number in text
 
 
 @pytest.mark.parametrize("name", ["photos [old]", "photos [/old]", "[bold]x", "a\\[b]"])
 def test_square_brackets_in_names_are_printed_as_they_are(tmp_path, name):
-    assert name in printed("m", result(tmp_path, GUESSES, name=name))
-    assert f"runs/{name}/best" in printed(f"runs/{name}/best", result(tmp_path, GUESSES))
+    assert name in printed(*tables([classified(tmp_path, GUESSES, name=name)]))
+    assert f"runs/{name}/best" in printed(*tables([classified(tmp_path, GUESSES, model=f"runs/{name}/best")]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,14 +253,14 @@ def test_a_folder_of_another_name_among_the_logs_is_no_crash(tmp_path):
 # The page, without a browser
 
 
-def page_text(path: Path, *results: Result, model: str = "m") -> str:
-    write_html(path, model, results)
+def page_text(path: Path, *results: Result) -> str:
+    write_html(path, results)
     return path.read_text(encoding="utf-8")
 
 
 def test_the_page_refers_to_nothing_outside_itself(tmp_path):
     log(tmp_path, "version_0", *FULL_LOG)
-    text = page_text(tmp_path / "report.html", result(tmp_path, GUESSES), model=str(tmp_path / "best"))
+    text = page_text(tmp_path / "report.html", classified(tmp_path, GUESSES, model=str(tmp_path / "best")))
     without_namespaces = re.sub(r'xmlns(:\w+)?="https?://[^"]*"', "", text)
     metadata = re.sub(r"<metadata>.*?</metadata>", "", without_namespaces, flags=re.S)
     assert "http://" not in metadata
@@ -249,7 +283,7 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path):
 def test_class_names_of_any_characters_make_a_page_without_a_warning(tmp_path, names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = page_text(tmp_path / "report.html", result(tmp_path, [(0, 0), (1, 0)], names))
+        text = page_text(tmp_path / "report.html", classified(tmp_path, [(0, 0), (1, 0)], names))
     assert all(name in text for name in names)
 
 
@@ -257,17 +291,17 @@ def test_a_run_that_logged_its_loss_alone_makes_a_page_without_a_warning(tmp_pat
     log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0", "0,20,nan")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text = page_text(tmp_path / "report.html", result(tmp_path, GUESSES), model=str(tmp_path / "best"))
+        text = page_text(tmp_path / "report.html", classified(tmp_path, GUESSES, model=str(tmp_path / "best")))
     assert 'id="curves"' in text
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
-    write_html(tmp_path / "report.html", "m", [result(tmp_path, GUESSES)])
+    write_html(tmp_path / "report.html", [classified(tmp_path, GUESSES)])
     before = (tmp_path / "report.html").read_bytes()
-    broken = result(tmp_path / "other", GUESSES)
+    broken = classified(tmp_path / "other", GUESSES)
     (tmp_path / "other" / "0.png").unlink()
     with pytest.raises(ValueError, match=r"0\.png"):
-        write_html(tmp_path / "report.html", "m", [broken])
+        write_html(tmp_path / "report.html", [broken])
     assert (tmp_path / "report.html").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -346,9 +380,9 @@ def browser() -> Iterator[Browser]:
 def show(browser, tmp_path) -> Callable[..., Browser]:
     """Writes the page of some results and opens it, after the checks that hold for every page in every width."""
 
-    def write_and_open(*results: Result, model: str = "runs/x/best", width: int = 1200) -> Browser:
+    def write_and_open(*results: Result, width: int = 1200, **options: Any) -> Browser:
         path = tmp_path / "report.html"
-        write_html(path, model, results)
+        write_html(path, results, **options)
         for each in sorted(WIDTHS, key=lambda w: w == width):
             browser.open(path, each)
             browser.check()
@@ -359,13 +393,14 @@ def show(browser, tmp_path) -> Callable[..., Browser]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_summary_shows_the_measured_numbers(show, tmp_path, width):
-    first = result(tmp_path / "1", GUESSES)
-    page = show(first, result(tmp_path / "2", [(0, 0)] * 3, name="easy"), width=width)
+    first = classified(tmp_path / "1", GUESSES)
+    page = show(first, classified(tmp_path / "2", [(0, 0)] * 3, name="easy"), width=width)
     low, high = (f"{100 * bound:.1f}" for bound in first.metrics.interval)
+    columns = ["data", "images", "classes", "top-1 %", "95 % interval", "top-5 %"]
     assert page.cells() == [
-        ["data", "images", "classes", "top-1 %", "95 % interval", "top-5 %", "mean per class %"],
-        ["pets", "6", "6", "50.0", f"{low} – {high}", "83.3", "55.6"],
-        ["easy", "3", "6", "100.0", "100.0 – 100.0", "100.0", "100.0"],
+        [*columns, "mean per class %", "macro F1 %", "ECE %"],
+        ["pets", "6", "6", "50.0", f"{low} – {high}", "83.3", "55.6", "52.4", "46.0"],
+        ["easy", "3", "6", "100.0", "100.0 – 100.0", "100.0", "100.0", "100.0", "30.0"],
     ]
     assert page.text("h1") == "runs/x/best"
     assert page.js("return document.title") == "runs/x/best – zero-shot report"
@@ -375,7 +410,7 @@ def test_the_summary_shows_the_measured_numbers(show, tmp_path, width):
 
 
 def test_galleries_show_wrong_ones_surest_first_and_right_ones(show, tmp_path):
-    page = show(result(tmp_path, GUESSES))
+    page = show(classified(tmp_path, GUESSES))
     wrong = page.js("return [...document.querySelectorAll('.gallery.wrong figure')].map(f => f.innerText.split('\\n'))")
     assert [figure[:3] for figure in wrong] == [
         ["is cat", "dog", "74.0"],
@@ -384,14 +419,14 @@ def test_galleries_show_wrong_ones_surest_first_and_right_ones(show, tmp_path):
     ]
     assert page.count(".gallery.right figure") == 3
     assert page.count(".gallery.right .guess.is-right") == 3
-    assert page.count(".gallery img") == 6
+    assert page.count(".gallery.wrong img, .gallery.right img") == 6
     text = page.text()
     assert "Wrong, surest first (3 of 3)" in text
     assert "dog for cat (2), cat for dog (1)" in text
 
 
 def test_classes_are_listed_worst_first_without_those_that_have_no_images(show, tmp_path):
-    page = show(result(tmp_path, GUESSES))
+    page = show(classified(tmp_path, GUESSES))
     bars = page.js(
         "return [...document.querySelectorAll('.bar')].map(b => b.innerText.split('\\n').map(t => t.trim()))"
     )
@@ -400,7 +435,7 @@ def test_classes_are_listed_worst_first_without_those_that_have_no_images(show, 
 
 
 def test_a_data_set_where_all_is_right_has_no_gallery_of_wrong_ones(show, tmp_path):
-    page = show(result(tmp_path, [(0, 0), (1, 1), (2, 2)]))
+    page = show(classified(tmp_path, [(0, 0), (1, 1), (2, 2)]))
     assert page.count(".gallery.wrong") == 0
     assert page.count(".gallery.right figure") == 3
     assert "Wrong" not in page.text()
@@ -408,7 +443,7 @@ def test_a_data_set_where_all_is_right_has_no_gallery_of_wrong_ones(show, tmp_pa
 
 
 def test_a_data_set_where_all_is_wrong_has_no_gallery_of_right_ones(show, tmp_path):
-    page = show(result(tmp_path, [(0, 1)] * 30))
+    page = show(classified(tmp_path, [(0, 1)] * 30))
     assert page.count(".gallery.right") == 0
     assert page.count(".gallery.wrong figure") == 24
     assert "Wrong, surest first (24 of 30)" in page.text()
@@ -417,7 +452,7 @@ def test_a_data_set_where_all_is_wrong_has_no_gallery_of_right_ones(show, tmp_pa
 def test_names_with_markup_quotes_and_umlauts_are_shown_as_they_are(show, tmp_path):
     evil = "<script>x()</script>"
     names = (evil, "\"quoted\" & 'single'", "Käse–Brötchen", "<img src=x onerror=x()>")
-    one = result(
+    one = classified(
         tmp_path,
         [(0, 0), (1, 0), (2, 3), (3, 1)],
         names,
@@ -425,8 +460,9 @@ def test_names_with_markup_quotes_and_umlauts_are_shown_as_they_are(show, tmp_pa
         templates=(f"a {{}} {evil}",),
         unreadable=(f"{evil}.png can't be read",),
         picture_name='{}"><b>x.png',
+        model=f'model {evil} "best"',
     )
-    page = show(one, model=f'model {evil} "best"')
+    page = show(one)
     text = page.text()
     assert page.js("return document.title") == f'model {evil} "best" – zero-shot report'
     assert page.count("script") == 0
@@ -437,7 +473,7 @@ def test_names_with_markup_quotes_and_umlauts_are_shown_as_they_are(show, tmp_pa
 
 def test_unreadable_images_are_listed(show, tmp_path):
     problems = tuple(f"photo {number}.png is not an image" for number in range(13))
-    page = show(result(tmp_path, GUESSES, unreadable=problems))
+    page = show(classified(tmp_path, GUESSES, unreadable=problems))
     text = page.text()
     assert "13 images could not be read and do not count" in text
     assert sum(problem in text for problem in problems) == 10
@@ -452,19 +488,19 @@ def test_a_very_long_word_does_not_widen_the_page(show, tmp_path, where):
         "class name": {"names": (word, "b")},
         "data name": {"name": word},
         "template": {"templates": (f"{word}: {{}}",)},
-        "model": {},
+        "model": {"model": word},
     }[where]
-    page = show(result(tmp_path, [(0, 0), (1, 0)], **options), model=word if where == "model" else "m")
+    page = show(classified(tmp_path, [(0, 0), (1, 0)], **options))
     assert word in page.text()
 
 
 def test_a_page_of_a_run_shows_its_curves_and_one_without_has_no_such_section(show, tmp_path):
-    one = result(tmp_path, GUESSES)
-    page = show(one, model=str(tmp_path / "best"))
+    one = classified(tmp_path, GUESSES, model=str(tmp_path / "best"))
+    page = show(one)
     assert page.count("#training") == 0
     assert page.count("#curves") == 0
     log(tmp_path, "version_0", *FULL_LOG)
-    page = show(one, model=str(tmp_path / "best"))
+    page = show(one)
     assert page.count("#training") == 1
     assert page.count("#curves svg") == 2
     sizes = page.js(
@@ -476,24 +512,189 @@ def test_a_page_of_a_run_shows_its_curves_and_one_without_has_no_such_section(sh
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 400), (400, 3), (8, 1), (2000, 1500)])
 def test_pictures_of_any_size_are_shown(show, tmp_path, size):
-    page = show(result(tmp_path, [(0, 0), (1, 0)], size=size))
-    assert page.count(".gallery img") == 2
+    page = show(classified(tmp_path, [(0, 0), (1, 0)], size=size))
+    assert page.count(".gallery.wrong img, .gallery.right img") == 2
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 13, 46, 300])
 def test_any_number_of_classes_makes_a_page(show, tmp_path, num_classes):
     names = tuple(f"class number {number}" for number in range(num_classes))
     guesses = [(number, number if number % 3 else 0) for number in range(num_classes)]
-    page = show(result(tmp_path, guesses, names))
+    page = show(classified(tmp_path, guesses, names))
     assert page.cells()[1][2] == str(num_classes)
     assert page.count(".bar") == min(60, num_classes)
     assert ("and 240 better ones, in results.json" in page.text()) == (num_classes == 300)
-    assert page.count(".confusion svg") == 1
+    assert page.count(".confusion svg") == (1 if num_classes <= 45 else 2)  # all, and those most mistaken
 
 
 def test_many_data_sets_stand_below_each_other(show, tmp_path):
-    page = show(*(result(tmp_path / str(number), GUESSES, name=f"set {number}") for number in range(4)))
+    page = show(*(classified(tmp_path / str(number), GUESSES, name=f"set {number}") for number in range(4)))
     assert page.count("h2") == 4
     assert [row[0] for row in page.cells()[1:]] == [f"set {number}" for number in range(4)]
     identifiers = page.js("return [...document.querySelectorAll('h2[id]')].map(h => h.id)")
     assert identifiers == [f"data-{number}" for number in range(1, 5)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What only some results have
+
+
+def test_everything_that_one_can_ask_is_on_the_page(show, tmp_path):
+    page = show(everything(tmp_path))
+    text = page.text()
+    assert page.count(".calibration svg") == page.count(".outside svg") == page.count(".probes svg") == 1
+    assert "The first guess has 70.0 % on average and is right in 50.0 %: too sure on the whole" in text
+    assert "cosine ≥ 0.2500, chosen on one half (1 inside, 1 outside images)" in text
+    assert "75.0 % of 4 inside images are accepted and 50.0 % of 2 outside ones" in text
+    assert "AUROC 43.8 %" in text
+    assert "Top-1 by light" in text
+    subgroups = page.js("return [...document.querySelectorAll('.subgroups tr')].map(r => r.innerText.split('\t'))")
+    assert [row[:3] for row in subgroups[1:]] == [["day", "3", "100.0"], ["night", "2", "0.0"], ["(none)", "1", "0.0"]]
+    assert "Learnt from more pets" in text
+    assert "linear probe: at least as good as zero-shot with 1 image a class" in text  # in the curve's legend
+    assert "names from a list" in text
+    assert "runs/x/best: miniclip 0" in page.text("footer")
+
+
+def test_unsure_images_are_those_whose_first_two_guesses_are_closest(show, tmp_path):
+    page = show(classified(tmp_path, [(0, 0)] * 7 + [(1, 0)]))
+    unsure = page.js("return [...document.querySelectorAll('.gallery.unsure img')].map(i => i.alt)")
+    assert unsure == ["7.png", "6.png"]  # a quarter of them
+    assert page.count(".gallery.unsure .is-wrong") == 1
+
+
+def test_intervals_of_classes_are_drawn(show, tmp_path):
+    one = classified(tmp_path, GUESSES)
+    page = show(one)
+    low, high = (f"{100 * end:.1f}" for end in one.metrics.per_class.recall_intervals[1])  # dog, the worst
+    assert page.js("return document.querySelector('.bar i').title") == f"95 % interval {low} – {high}"
+
+
+def test_the_classes_most_mistaken_are_drawn_large_where_all_are_too_many(show, tmp_path):
+    names = tuple(f"class number {number}" for number in range(100))
+    page = show(classified(tmp_path, [(number, number) for number in range(100)] + [(70, 71), (71, 70), (3, 4)], names))
+    shown = page.js("return document.querySelectorAll('.confusion svg')[1].textContent")
+    assert re.findall(r"class number \d+", shown) == [f"class number {n}" for n in (3, 4, 70, 71)] * 2
+    assert "the 4 classes most often mistaken" in page.text()
+
+
+def test_retrieval_shows_what_was_found_worst_first(show, tmp_path):
+    page = show(retrieved(tmp_path))
+    captions = page.js("return [...document.querySelectorAll('.image .query')].map(q => q.innerText.trim())")
+    assert [caption.splitlines()[0].strip('“”"') for caption in captions] == [
+        "a village",
+        "a hill & <b>",
+        "a sea",
+        "a town",
+    ]
+    assert ["place 3" in captions[0], "place 2" in captions[1], "place 1" in captions[2]] == [True] * 3
+    found = page.js(
+        "return [...document.querySelectorAll('.image .found')].map(f => [...f.querySelectorAll('img')]"
+        ".map(i => i.alt + (i.classList.contains('is-own') ? '!' : '')))"
+    )
+    # Cosines of "a village": 0.6, 0.64, 0.48. Images that are equally far stand in their order, the own one last.
+    assert found[0] == ["1.png", "0.png", "2.png!"]
+    assert found[1] == ["0.png", "1.png!", "2.png"]
+    assert [row[0] for row in found[2:]] == ["0.png!", "2.png!"]
+    texts = page.js(
+        "return [...document.querySelectorAll('.text .found')].map(f => [...f.querySelectorAll('div')]"
+        ".map(d => d.innerText + (d.classList.contains('is-own') ? '!' : '')))"
+    )
+    assert texts[0][:2] == ["a village", "a hill & <b>!"]
+    assert texts[1][0] == "a sea!"
+
+
+def test_the_own_image_is_shown_however_late_it_was_found(show, tmp_path):
+    angles = torch.linspace(0, 1.5, 8)
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    paths = tuple(write_picture(tmp_path / f"{number}.png", number) for number in range(8))
+    data = CaptionedImages("scenes", paths, tuple((f"text {n}",) for n in range(8)), tuple("01234567"))
+    texts = features.clone()
+    texts[7] = features[0]  # the last one's caption is nearest to the first image
+    scores = retrieve(ImageFeatures(data, np.arange(8), features, ()), data, texts)
+    page = show(Result("m", scores, scores.metrics, 1.0))
+    worst = page.js("return [...document.querySelector('.image .found').querySelectorAll('img')].map(i => i.alt)")
+    assert worst == ["0.png", "1.png", "2.png", "3.png", "4.png", "7.png"]
+    assert "its own at place 8" in page.text(".image .query")
+    assert page.js("return document.querySelector('.image .found').innerText.trim()") == "…"
+
+
+def test_images_of_several_labels_have_a_gallery_and_average_precisions(show, tmp_path):
+    page = show(multilabelled(tmp_path))
+    assert page.cells()[1] == ["many", "4", "3", "69.4"]
+    bars = page.js("return [...document.querySelectorAll('.bar')].map(b => b.innerText.split('\\n')[0].trim())")
+    assert bars == ["kea (1)", "cat (2)", "dog (1)"]
+    worst = page.js("return [...document.querySelectorAll('.gallery.wrong figure')].map(f => f.innerText.split('\\n'))")
+    assert worst == [["is cat", "kea", "0.300", "dog", "0.200", "cat", "0.100"]]
+    assert "is none of them" in page.text(".gallery.right")
+    assert page.count(".gallery.right .is-right") == 3
+
+
+def test_several_models_and_prompts_are_compared_and_their_sections_open_on_demand(show, tmp_path):
+    results = [
+        classified(tmp_path / name, GUESSES, model=model, name=name, templates=(wording,), templates_from=wording)
+        for model in ("m1", "m2")
+        for name in ("pets", "birds")
+        for wording in ("a {}", "costs $5 or $6: {}")
+    ]
+    page = show(*results)
+    assert page.text("h1") == "2 models on pets, birds"
+    assert page.count("#comparison svg") == 1
+    assert "m1, costs $5 or $6: {} (1)" in page.js("return document.querySelector('#comparison').textContent")
+    assert page.count("details.section") == 8
+    assert page.count("details.section[open]") == 0
+    headings = page.js("return [...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert headings[:2] == ["pets, m1, prompts a {} (1)", "pets, m1, prompts costs $5 or $6: {} (1)"]
+    # Galleries are with the first prompts of each model and set.
+    assert (
+        page.js(
+            "return [...document.querySelectorAll('details.section')].map(d => d.querySelectorAll('.gallery').length)"
+        )
+        == [3, 0] * 4
+    )
+    page.js("document.querySelectorAll('#summary a')[2].click()")  # the second model's on the first set
+    opened = page.js("return [...document.querySelectorAll('details.section')].map(d => d.open)")
+    assert [number for number, is_open in enumerate(opened) if is_open] == [4]
+    page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.check()
+
+
+def test_a_summary_has_a_table_for_each_task(show, tmp_path):
+    page = show(classified(tmp_path, GUESSES), retrieved(tmp_path), multilabelled(tmp_path))
+    titles = page.js("return [...document.querySelectorAll('#summary h3')].map(h => h.innerText.split(',')[0])")
+    assert titles == ["zero-shot classification", "zero-shot retrieval", "zero-shot multilabel"]
+    assert page.count("#comparison") == 0  # nothing to compare
+
+
+def test_robustness_is_drawn_for_each_shifted_set(show, tmp_path):
+    results = [*shifted(tmp_path, "a", 2, 1), *shifted(tmp_path, "b", 3, 2), *shifted(tmp_path, "c", 2, 2)]
+    page = show(*results, robustness=robustness(results, "photos", ["a", "b"]))
+    assert page.count("#robustness") == page.count(".pictures svg") == 1
+    assert "baselines' line" in page.js("return document.querySelector('.pictures').textContent")
+    assert "+25.0" in page.text()
+
+
+def test_prompts_by_class_and_classes_of_the_same_prompts_are_told(show, tmp_path):
+    prompts = {name: (f"some {name}", f"this {name}") for name in NAMES}
+    page = show(classified(tmp_path, GUESSES, templates=prompts, same_prompts=(("cat", "dog"),)))
+    codes = page.js("return [...document.querySelectorAll('code')].map(c => c.textContent)")
+    assert codes[:3] == ["cat: some cat", "cat: this cat", "dog: some dog"]
+    assert len(codes) == 12
+    assert "2 classes have the same prompts, and the first gets all guesses: cat, dog" in page.text()
+
+
+def test_pictures_are_readable_in_the_dark(show, tmp_path):
+    page = show(everything(tmp_path))
+    page.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    try:
+        paper, ink, filtered = page.js(
+            "const s = getComputedStyle(document.body), p = getComputedStyle(document.querySelector('svg'));"
+            "return [s.backgroundColor, s.color, p.filter]"
+        )
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (paper, ink)]
+    assert brightness[0] < 100 < 600 < brightness[1]
+    assert "invert" in filtered  # black lines become white ones
