@@ -10,7 +10,7 @@ help:
 	@echo "make demo       train a small CLIP on real handwriting, evaluate it, and write a report"
 	@echo "make test       the tests (a few minutes); make test-long for all of every matrix"
 	@echo "make lint       formatting, lint, types, order of imports"
-	@echo "make bench      speed beside open_clip and transformers (an hour; make bench-quick for five minutes)"
+	@echo "make bench      speed beside open_clip and transformers (under an hour; make bench-quick: minutes)"
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

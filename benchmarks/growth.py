@@ -204,8 +204,9 @@ def communication(num_ranks: int, batch_size: int, width: int, num_parameters: i
     reduced = 2 * (W - 1) / W
     one_side = (W - 1) * b * E * 4  # the features of images, or of texts
     weights = reduced * num_parameters * 4
-    # Texts alone are gathered, and their gradients reduced; each rank's (B,) sums over its images as well.
-    sums = (W - 1) * B * 4 + reduced * W * B * 4
+    # Texts alone are gathered, and their gradients reduced. Of each text's sum over images, the largest summand, the
+    # sum and its gradient are reduced.
+    sums = 3 * reduced * B * 4
     return {
         "miniclip": {
             "features": one_side + reduced * B * E * 4,

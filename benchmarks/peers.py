@@ -6,7 +6,6 @@ open_clip and transformers have to be installed; OpenAI's own package (`clip`) t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -24,7 +23,10 @@ import miniclip
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.weights import from_openai_keys
 
-HAS_OPENAI = importlib.util.find_spec("clip") is not None
+try:
+    import clip.model as openai_model
+except ImportError:  # it is not there, or setuptools is newer than it knows
+    openai_model = None
 
 # 64-pixel images, 6 + 6 blocks of width 256, as in configs/small.yaml.
 SMALL = CLIPConfig(
@@ -45,7 +47,7 @@ _TINY = {
     "RN50": CLIPConfig(
         32,
         "quick_gelu",
-        VisionConfig(kind="resnet", image_size=64, width=8, blocks=(1, 1, 1, 1), head_width=8),
+        VisionConfig(kind="resnet", image_size=64, width=8, blocks=(1, 1, 1, 1)),
         _TINY_TEXT,
     ),
 }
@@ -190,10 +192,8 @@ def _transformers_state(model: Any) -> dict[str, Tensor]:
 
 
 def openais(config: CLIPConfig, folder: Path) -> Any:
-    from clip.model import build_model
-
     tensors = load_file(weights(config, folder))
-    model = build_model(dict(tensors)).float()
+    model = openai_model.build_model(dict(tensors)).float()
     model.load_state_dict(tensors)  # once more, as it was made in half precision
     return model
 
@@ -202,7 +202,7 @@ def takes_part(name: str, config: CLIPConfig) -> bool:
     """Whether a peer has the architecture: transformers has ViTs, OpenAI's package QuickGELU."""
     if name == "transformers":
         return config.vision.kind == "vit"
-    return name != "OpenAI" or (HAS_OPENAI and config.activation == "quick_gelu")
+    return name != "OpenAI" or (openai_model is not None and config.activation == "quick_gelu")
 
 
 @lru_cache(maxsize=4)  # of one architecture, one of each library

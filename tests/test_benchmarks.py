@@ -390,6 +390,26 @@ def test_model_flops_are_of_each_text_at_its_own_length():
     assert gpu.model_flops(config, ["a", "a b c d"]) == short + long
 
 
+def test_what_a_step_sends_for_numbers_worked_out_by_hand():
+    """Two processes with two pairs each, embeddings of three numbers, ten parameters."""
+    import growth
+
+    found = growth.communication(2, batch_size=4, width=3, num_parameters=10)
+    one_side = 2 * 3 * 4  # the other's two texts, of three numbers of four bytes
+    assert found["miniclip"] == {
+        "features": one_side + 4 * 3 * 4,  # and the gradients of all four
+        "sums": 3 * 4 * 4,
+        "weights": 10 * 4,
+        "logits": 3 * (2 * 4 * 3 * 2),
+    }
+    assert found["open_clip"]["features"] == 2 * one_side
+    assert found["open_clip"]["logits"] == 2 * found["miniclip"]["logits"]
+    assert found["open_clip, exact"]["features"] == 4 * one_side
+    few, many = (growth.communication(n, 64 * n, 512, 10**8) for n in (64, 1024))
+    assert many["miniclip"]["features"] < 17 * few["miniclip"]["features"]  # in proportion to the processes
+    assert many["miniclip"]["sums"] < 0.01 * many["miniclip"]["features"]
+
+
 def test_growth_draws_what_it_measures(tmp_path):
     import growth
 
