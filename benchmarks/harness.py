@@ -254,7 +254,7 @@ class Machine:
 
 def this_machine(where: torch.device | None = None, precision: str = "32-true") -> Machine:
     where = where or torch.device("cpu")
-    peak = max((device.peak(where, precision) for _ in range(3)), key=lambda peak: peak.flops)
+    peak = device.peak(where, precision)
     if where.type == "cuda":
         processor = torch.cuda.get_device_name(where)
         name = re.sub(r"\W+", "-", processor).strip("-").lower()

@@ -411,24 +411,25 @@ def test_what_a_step_sends_for_numbers_worked_out_by_hand():
 
 
 def test_growth_draws_what_it_measures(tmp_path):
-    import growth
-
-    only = ["--only", "text", "classes", "shards", "communication"]
-    assert growth.main(["--tiny", *only, "--pictures", str(tmp_path), "--out", str(tmp_path / "growth.json")]) == 0
-    found = json.loads((tmp_path / "growth.json").read_text())
+    found = growth_of(tmp_path, "text", "communication")
     assert [point["x"] for point in found["text"]["open_clip"]] == [8, 77]
-    assert all(
-        point["seconds"] > 0 for what in ("text", "classes", "shards") for c in found[what].values() for point in c
-    )
-    assert {path.stem for path in tmp_path.glob("*.png")} == {f"growth-{name}" for name in only[1:]}
 
 
 @pytest.mark.long
-def test_growth_with_the_batch_and_the_processes(tmp_path):
-    import growth
-
-    out = tmp_path / "growth.json"
-    assert growth.main(["--tiny", "--only", "batch", "ranks", "--pictures", str(tmp_path), "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
+@pytest.mark.timeout(600)  # processes that import every library
+def test_growth_with_all_else(tmp_path):
+    found = growth_of(tmp_path, "batch", "classes", "shards", "ranks")
     assert [point["x"] for point in found["ranks"]["a step of 4 pairs"]] == [1, 2]
     assert len(found["batch"]["miniclip, parts of 2"]) == 1
+
+
+def growth_of(folder: Path, *names: str) -> dict[str, Any]:
+    import growth
+
+    out = folder / "growth.json"
+    assert growth.main(["--tiny", "--only", *names, "--pictures", str(folder), "--out", str(out)]) == 0
+    assert {path.stem for path in folder.glob("*.png")} == {f"growth-{name}" for name in names}
+    found = json.loads(out.read_text())
+    curves = [curve for name in names if name != "communication" for curve in found[name].values()]
+    assert all(point["seconds"] > 0 for curve in curves for point in curve)
+    return found
