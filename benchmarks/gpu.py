@@ -4,7 +4,7 @@
 
 Steps of ViT-B/32 and B/16 in bfloat16 at large batches with captions of real lengths: images a second, model-FLOP
 utilisation, peak memory, and the largest batch that fits; encoding; GradCache up to 32,768 pairs. First, that both
-libraries compute the same in float32. Writes benchmarks/results/GPU.md and .json. `--tiny` goes through all of it on
+libraries compute the same. Writes benchmarks/results/GPU.md and .json. `--tiny` goes through all of it on
 the CPU, with models that take milliseconds.
 """
 
@@ -109,11 +109,11 @@ class Bench:
         return steps.their_step(config, self.folder, texts, parts, **how, compiles=compiles)
 
     def agreement(self) -> bool:
-        """Loss and gradient of both in float32, without TF32."""
+        """Loss and gradient of both, in float64."""
         jobs = {who: self.job(who, MODELS[0], min(32, self.amounts.encoded), half=False) for who in (OURS, THEIRS)}
         found, expected = (jobs[who].result() for who in (OURS, THEIRS))  # type: ignore[misc]
         difference = harness.difference(found, expected)
-        self.rows.append({"case": "loss and gradient in float32", "difference": difference})
+        self.rows.append({"case": "loss and gradient in float64", "difference": difference})
         return difference <= harness.MOST_DIFFERENCE
 
     def steps(self, model: str) -> None:

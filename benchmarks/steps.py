@@ -112,7 +112,11 @@ def our_step(
         optimizer.step()
         wait_for(where)
 
-    return Job(run, result=lambda: _outcome(loss_and_gradient(), dict(module.clip.named_parameters())))
+    def result() -> Any:
+        module.double()
+        return _outcome(loss_and_gradient(), dict(module.clip.named_parameters()))
+
+    return Job(run, result=result)
 
 
 def our_batch(config: CLIPConfig, texts: list[str], where: torch.device = CPU) -> Batch:
@@ -144,10 +148,10 @@ def their_step(
         optimizer.zero_grad()
         if parts == 1:
             with autocast():
-                loss = loss_of(*call(images, tokens))
+                loss = loss_of(*call(images.to(model.logit_scale.dtype), tokens))
             loss.backward()
             return loss.detach()
-        batches = list(zip(images.chunk(parts), tokens.chunk(parts), strict=True))
+        batches = list(zip(images.to(model.logit_scale.dtype).chunk(parts), tokens.chunk(parts), strict=True))
         with torch.no_grad(), autocast():
             known = [call(*batch)[:2] for batch in batches]
         for number, batch in enumerate(batches):
@@ -167,6 +171,7 @@ def their_step(
         wait_for(where)
 
     def result() -> Any:
+        model.double()
         return _outcome(loss_and_gradient(), from_openai_keys(dict(model.named_parameters())))
 
     return Job(run, result=result)
@@ -197,7 +202,10 @@ def _pixels(config: CLIPConfig, count: int) -> Tensor:
 
 
 def _outcome(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss and the whole gradient, but for that of the scale, which open_clip multiplies when it accumulates."""
+    """The loss and the whole gradient, in float64: batch norm over a few images makes percents of float32's last bits.
+
+    The scale's is left out, as open_clip multiplies it when it accumulates.
+    """
     gradients = [parameters[name].grad for name in sorted(parameters) if name != "logit_scale"]
     return {"loss": loss, "gradient": torch.cat([g.flatten() for g in gradients if g is not None])}
 
@@ -233,7 +241,7 @@ def step(
         memory_target=memory_target,
         measures_memory=measures_memory,
         bytes_moved=_BYTES_OF_ADAMW * _num_parameters(config),
-        note="captions as long as those of Conceptual Captions, 11 words on average; loss and gradients are compared"
+        note="captions as long as those of Conceptual Captions, 11 words on average; losses and gradients agree"
         if name == "train-small"
         else "",
     )
