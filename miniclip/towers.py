@@ -27,7 +27,7 @@ from .config import VisionConfig
 _EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
 
 
-def recomputed(function: Callable[..., Any], *inputs: Tensor, within: nn.Module) -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Any, within: nn.Module) -> Any:
     """function(*inputs), whose activations are not kept but computed again for the gradient (Chen et al. 2016).
 
     What was drawn at random is drawn again the same, and the batch norms of `within` count the batch once.
