@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import warnings
@@ -20,10 +21,16 @@ from open_clip.openai import load_openai_model
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
 
 import miniclip
 from miniclip import prompts, tokenizer
 from miniclip.config import CLIPConfig
+from miniclip.datasets import open_images
+from miniclip.embedding import encode_images
+from miniclip.transforms import open_image
+from miniclip.weights import preprocess_for
 
 MODELS = ("small", "ViT-B/32", "ViT-B/16", "RN50")
 _PROGRAM = "import sys; sys.argv[0] = 'miniclip'; from miniclip.cli import main; main()"
@@ -38,6 +45,7 @@ def cases(size: str, folder: Path) -> list[Case]:
         *tokenizers(size, folder),
         *loading(size, folder),
         *starting(),
+        *(evaluation(name, size, folder) for name in ("small", "ViT-B/32")),
     ]
 
 
@@ -273,3 +281,63 @@ def starting() -> list[Case]:
             {OURS: ("-c", _PROGRAM, "eval", "--help"), "open_clip": ("-c", theirs), LIMIT: ("-c", "pass")},
         ),
     ]
+
+
+def evaluation(name: str, size: str, folder: Path) -> Case:
+    """Features of all JPEGs of a folder, read from the disk's cache: what an evaluation takes, and little else.
+
+    The limit is what two processes take that decode and encode a half each, on a core of their own, and never wait for
+    each other: all of the processor's time there is.
+    """
+    config = peers.architecture(name, size)
+    count = {"full": 10_000 if name == "small" else 1000, "quick": 256, "tiny": 6}[size]
+    side, cores = 512, 2
+
+    def ours() -> Job:
+        model = peers.for_inference(OURS, config, folder)
+        data = open_images(samples.photographs(folder, count, side))
+        preprocess = preprocess_for(config)
+        return Job(lambda: encode_images(model.encode_image, preprocess, data, num_workers=cores).features)
+
+    def theirs() -> Job:
+        model = peers.for_inference("open_clip", config, folder)
+        mean, std = config.vision.mean, config.vision.std
+        preprocess = open_clip.image_transform(config.vision.image_size, is_train=False, mean=mean, std=std)
+        data = ImageFolder(samples.photographs(folder, count, side).parent, preprocess)
+
+        @torch.inference_mode()
+        def run() -> Tensor:
+            return torch.cat([model.encode_image(images) for images, _ in DataLoader(data, 64, num_workers=cores)])
+
+        return Job(run)
+
+    def apart() -> Job:
+        paths = sorted(samples.photographs(folder, count, side).iterdir())
+        model, preprocess = peers.for_inference(OURS, config, folder), preprocess_for(config)
+        halves = [paths[number::cores] for number in range(cores)]
+
+        def run() -> None:
+            workers = [multiprocessing.Process(target=_encode_alone, args=(model, preprocess, half)) for half in halves]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+                assert not worker.exitcode
+
+        return Job(run)
+
+    return Case(
+        f"evaluate-{_short(name)}",
+        f"{name} features of {count:,} JPEGs of {side}² in a folder, {cores} workers",
+        {OURS: ours, "open_clip": theirs, LIMIT: apart},
+        is_slow=True,
+        note=f"the limit is {cores} processes that decode and encode their half without waiting for each other",
+    )
+
+
+@torch.inference_mode()
+def _encode_alone(model: Any, preprocess: Callable[[Any], Tensor], paths: Sequence[Path]) -> None:
+    torch.set_num_threads(1)
+    for start in range(0, len(paths), 64):
+        batch = [preprocess(open_image(path.read_bytes(), str(path))) for path in paths[start : start + 64]]
+        model.encode_image(torch.stack(batch))

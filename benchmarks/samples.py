@@ -103,6 +103,21 @@ def photograph(side: int, random: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def photographs(folder: Path, count: int, side: int) -> Path:
+    """A folder of `count` JPEG photographs, in a folder of its own as of one class; made when first asked for."""
+    out = folder / f"photographs-{count}-{side}" / "all"
+    if not out.is_dir():
+        out.mkdir(parents=True)
+        random, data = np.random.default_rng(side), []
+        for number in range(count):
+            if number < 64:  # drawing one takes longer than decoding it
+                buffer = io.BytesIO()
+                photograph(side, random).save(buffer, "JPEG", quality=90, subsampling="4:2:0")
+                data.append(buffer.getvalue())
+            (out / f"{number:05d}.jpg").write_bytes(data[number % len(data)])
+    return out
+
+
 def shards(folder: Path, count: int, side: int) -> Path:
     """`count` JPEG photographs with captions in four tars; made when first asked for."""
     out = folder / f"shards-{count}-{side}"

@@ -294,9 +294,10 @@ def test_a_wrong_gradient_would_be_seen(folder):
     assert harness.difference(ours.result(), theirs.result()) > 1e-3
 
 
-def test_pipelines_and_loading(folder):
-    rows = rows_of(folder, "pipeline", "load")
-    assert set(rows) == {"pipeline-64", "load", "load-archive"}
+def test_pipelines_loading_and_evaluation(folder):
+    rows = rows_of(folder, "pipeline", "load", "evaluate")
+    assert set(rows) == {"pipeline-64", "load", "load-archive", "evaluate-small", "evaluate-b32"}
+    assert all(rows[name]["difference"]["open_clip"] <= 1e-5 for name in ("evaluate-small", "evaluate-b32"))
     assert set(rows["load"]["difference"]) == {"open_clip", "transformers"}
     assert rows["pipeline-64"]["threads"] == 1
 
