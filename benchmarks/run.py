@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about processes that are forked later
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as our commands have it; for all, so that nobody's threads spin
 
 import harness
 import inference
