@@ -4,13 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := runs/digits
 
-.PHONY: help demo test test-long lint bench clean
+.PHONY: help demo test test-long lint bench bench-quick clean
 
 help:
 	@echo "make demo       train a small CLIP on real handwriting, evaluate it, and write a report"
 	@echo "make test       the tests (a few minutes); make test-long for all of every matrix"
 	@echo "make lint       formatting, lint, types, order of imports"
-	@echo "make bench      speed beside open_clip and transformers"
+	@echo "make bench      speed beside open_clip and transformers (under an hour; make bench-quick: minutes)"
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,13 +51,13 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/encode.py
-	$(BIN)/python benchmarks/load.py
-	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/packing.py
-	$(BIN)/python benchmarks/loss.py
-	$(BIN)/python benchmarks/gradcache.py
 	if [ -d $(DEMO)/best ]; then $(BIN)/python benchmarks/finetune.py; fi
+
+bench-quick: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py --quick
 
 clean:
 	rm -rf $(VENV) runs reports .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .processes import gather, place
+from .processes import gather, log_sum_exp, place
 
 
 def clip_loss(
@@ -59,7 +59,7 @@ def clip_loss(
         scale = p.number(logit_scale)
         over_texts, over_images = _LogSumExps.apply(p.images, p.all_texts, scale, p.mask, p.all_mask, p.chunk_size)
         # Of each text over all images: every process has the sum over its own.
-        over_images = p.everywhere(over_images[None]).logsumexp(dim=0)[p.own]  # (b,)
+        over_images = (log_sum_exp(over_images) if across_processes else over_images)[p.own]  # (b,)
         targets = p.texts if p.all_groups is None else _group_means(p.all_texts, p.all_groups, p.all_mask)[p.own]
         agreement = scale * (p.images * targets).sum(dim=-1)  # (b,), with its own text, or on average with its group's
         losses = (over_texts + over_images) / 2 - agreement

@@ -5,15 +5,18 @@ code. Two things are done differently there and come out the same here with less
 
 - Only one token of each tower's output is used (the class token; the end-of-text token), so the last block computes
   queries, hidden layer and norm for that token alone.
-- Text attends only to what stands before it, so columns after the last end-of-text token cannot reach the output.
-  They are cut off before the tower runs (`trim_text`), and a prompt of 10 tokens costs 10, not 77.
+- Text attends only to what stands before it, so what follows the end-of-text token cannot reach the output. It is cut
+  off before the tower runs, and a prompt of 10 tokens costs 10, not 77. On a CPU the texts of a batch are laid one
+  behind the other (`pack_text`), so that none is as long as the longest; elsewhere they stay a rectangle (`trim_text`).
 
-B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution.
+B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution,
+T tokens of all packed texts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +25,15 @@ from torch import Tensor, nn
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .towers import ModifiedResNet, TimmTower, recomputed
 
+# Of packed texts, in the order in which they lie: how many there are of each length, (texts, tokens each).
+Groups = Sequence[tuple[int, int]]
+
 
 class QuickGELU(nn.Module):
-    """The approximation of GELU that OpenAI's models were trained with."""
+    """The approximation of GELU that OpenAI's models were trained with, x * sigmoid(1.702 * x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x).div_(1.702)  # keeps one tensor for the gradient, where the formula would keep two
 
 
 class Attention(nn.Module):
@@ -47,23 +53,40 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
-        """All tokens attend: (B, N, D) -> (B, N, D). With `pool` (B,), only the token at that place: -> (B, 1, D)."""
-        B, N, D = x.shape
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        visible = None
+    def forward(self, x: Tensor, pool: Tensor | None = None, groups: Groups = ()) -> Tensor:
+        """All tokens attend: (B, N, D) -> (B, N, D). With `pool` (B,), only the token at that place: -> (B, 1, D).
+
+        With `groups`, of packed texts: (1, T, D) -> (1, T, D). `pool` is then where each one ends: -> (B, 1, D).
+        """
+        D = x.shape[2]
+        weight, bias, heads = self.in_proj_weight, self.in_proj_bias, (self.heads, D // self.heads)
         if pool is None:
-            qkv = F.linear(x, weight, bias).view(B, N, 3, self.heads, D // self.heads)  # (B, N, 3, H, D/H)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, H, N, D/H)
+            q, k, v = F.linear(x, weight, bias).unflatten(2, (3, *heads)).unbind(2)  # 3 of (B, N, H, D/H)
         else:
-            q = F.linear(_pick(x, pool), weight[:D], bias[:D]).view(B, self.heads, 1, D // self.heads)
-            kv = F.linear(x, weight[D:], bias[D:]).view(B, N, 2, self.heads, D // self.heads)
-            k, v = kv.permute(2, 0, 3, 1, 4)  # 2 of (B, H, N, D/H); q is (B, H, 1, D/H)
-            if self.is_causal:
-                visible = (torch.arange(N, device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
-        is_causal = self.is_causal and pool is None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, N or 1, D)
+            q = F.linear(_pick(x, pool), weight[:D], bias[:D]).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
+            k, v = F.linear(x, weight[D:], bias[D:]).unflatten(2, (2, *heads)).unbind(2)  # 2 of (B, N, H, D/H)
+        is_causal, visible = self.is_causal and pool is None, None
+        if groups:  # the end of a text sees all of it
+            in_groups = zip(*(_by_group(each, groups) for each in (q, k, v)), strict=True)
+            parts = [_attend(q, k, v, is_causal).flatten(0, 1) for q, k, v in in_groups]
+            return self.out_proj(torch.cat(parts).view(*q.shape[:2], D))  # (1, T, D) or (B, 1, D)
+        if self.is_causal and pool is not None:
+            visible = (torch.arange(k.shape[1], device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
+        return self.out_proj(_attend(q, k, v, is_causal, visible))  # (B, N or 1, D)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, visible: Tensor | None = None) -> Tensor:
+    """Queries (B, N or 1, H, D/H), keys and values (B, N, H, D/H) -> (B, N or 1, D)."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _by_group(x: Tensor, groups: Groups) -> list[Tensor]:
+    """Packed (1, T, …), or one token of each text (B, 1, …) -> of each group (texts, tokens or 1, …)."""
+    rows, num_tokens = x.flatten(0, 1), sum(num_texts * length for num_texts, length in groups)
+    sizes = [num_texts * length if len(rows) == num_tokens else num_texts for num_texts, length in groups]
+    return [part.unflatten(0, (num_texts, -1)) for part, (num_texts, _) in zip(rows.split(sizes), groups, strict=True)]
 
 
 class MLP(nn.Module):
@@ -87,9 +110,9 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, groups: Groups = ()) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the token at that place alone: -> (B, 1, D)."""
-        attended = self.attn(self.ln_1(x), pool)
+        attended = self.attn(self.ln_1(x), pool, groups)
         x = attended + (x if pool is None else _pick(x, pool)[:, None])
         return x + self.mlp(self.ln_2(x))
 
@@ -109,11 +132,11 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, ratio, activation, is_causal) for _ in range(config.layers)
         )
 
-    def forward(self, x: Tensor, pool: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, groups: Groups = ()) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the last block's output for that token alone: -> (B, D)."""
         is_recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.resblocks, start=1):
-            inputs = (x,) if pool is None or number < len(self.resblocks) else (x, pool)
+            inputs = (x, None if number < len(self.resblocks) else pool, groups)
             x = recomputed(block, *inputs, within=block) if is_recomputed else block(*inputs)
         return x if pool is None else x[:, 0]
 
@@ -148,7 +171,11 @@ class VisionTransformer(nn.Module):
         (`@ proj` takes them to the shared space).
         """
         B = images.shape[0]
-        x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, D)
+        # Patches that do not overlap are one matrix product, which is faster than a convolution.
+        P = self.conv1.kernel_size[0]
+        patches = images.unflatten(2, (-1, P)).unflatten(4, (-1, P))  # (B, 3, rows, P, columns, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, patches, 3 * P * P)
+        x = F.linear(patches, self.conv1.weight.flatten(1))  # (B, patches, D)
         x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1) + self.positional_embedding  # (B, N, D)
         x = self.ln_pre(x)
         if all_tokens:
@@ -184,17 +211,26 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def forward(self, tokens: Tensor, all_tokens: bool = False) -> Tensor:
-        """Token ids (B, L), L up to the context length -> (B, E).
+    def forward(self, tokens: Tensor, all_tokens: bool = False, groups: Groups = ()) -> Tensor:
+        """Token ids (B, L), L up to the context length, or packed (1, T) with their `groups` -> (B, E).
 
-        With `all_tokens` -> (B, L, D): every token normed but not projected (what diffusion models condition on).
+        With `all_tokens` -> (B, L, D) or (1, T, D): every token normed but not projected (what diffusion models
+        condition on).
         """
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
+        if groups:
+            device = tokens.device
+            places = torch.cat([torch.arange(length, device=device).repeat(texts) for texts, length in groups])  # (T,)
+            positions = F.embedding(places, self.positional_embedding)  # (T, D)
+            lengths = torch.cat([torch.full((texts,), length, device=device) for texts, length in groups])
+            end_of_text = lengths.cumsum(dim=0) - 1  # (B,)
+        else:
+            positions = self.positional_embedding[: tokens.shape[1]]  # (L, D)
+            # The first end token, not the largest id: added tokens may have larger ones, and some pad with it.
+            end_of_text = (tokens == self.eot_token).int().argmax(dim=1)  # (B,)
+        x = self.token_embedding(tokens) + positions  # (B, L, D) or (1, T, D)
         if all_tokens:
-            return self.ln_final(self.transformer(x))
-        # The first end token, not the largest id: added tokens may have larger ones, and some pad with the end token.
-        end_of_text = (tokens == self.eot_token).int().argmax(dim=1)  # (B,)
-        return self.ln_final(self.transformer(x, pool=end_of_text)) @ self.text_projection
+            return self.ln_final(self.transformer(x, groups=groups))
+        return self.ln_final(self.transformer(x, pool=end_of_text, groups=groups)) @ self.text_projection
 
 
 class MissingTower(nn.Module):
@@ -204,7 +240,7 @@ class MissingTower(nn.Module):
         super().__init__()
         self.name, self.input_resolution = name, input_resolution
 
-    def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
+    def forward(self, x: Tensor, all_tokens: bool = False, groups: Groups = ()) -> Tensor:
         raise ValueError(f"this model has no {self.name} tower: it comes from a checkpoint of the other one alone")
 
 
@@ -233,7 +269,8 @@ class CLIP(nn.Module):
             self.text = TextTransformer(config.text, config.embed_dim, config.activation)
         self.context_length = config.text.context_length
         self.vocab_size = config.text.vocab_size
-        self.text_length_multiple = 1  # of the columns that encode_text leaves; compiled graphs want few lengths
+        # Of the columns that encode_text leaves. Above 1 it packs no texts: compiled graphs want few shapes.
+        self.text_length_multiple = 1
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -263,8 +300,9 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (N, L), L up to the context length -> features (N, E), of unit length if `normalize`.
 
-        Ids on the CPU are cut to the longest text and then moved to where the weights are. Ids on a GPU are taken
-        as they come, since to look at them would make it wait; leave them on the CPU, or `trim_text` them there.
+        Ids on the CPU are packed; if the weights are elsewhere, where each length of text would be kernels of its own,
+        they are cut to the longest text and moved. Ids on a GPU are taken as they come, since to look at them would
+        make it wait; leave them on the CPU, or `trim_text` them there.
 
         Raises:
             ValueError: another shape, or (on the CPU) a row without an end-of-text token.
@@ -274,10 +312,14 @@ class CLIP(nn.Module):
                 f"tokens have the shape {tuple(tokens.shape)}; this model takes (N, L) with L at most the context "
                 f"length {self.context_length}"
             )
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            trimmed = trim_text(tokens, self.config.text.eot_token, self.text_length_multiple)
-            tokens = trimmed.to(self.logit_scale.device)
-        features = self.text(tokens)
+        eot_token, device = self.config.text.eot_token, self.logit_scale.device
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            features = self.text(tokens)
+        elif device.type == "cpu" and self.text_length_multiple == 1 and len(tokens):
+            packed, groups, places = pack_text(tokens, eot_token)
+            features = self.text(packed, groups=groups)[places]
+        else:
+            features = self.text(trim_text(tokens, eot_token, self.text_length_multiple).to(device))
         return self._unit(features) if normalize else features
 
     def _unit(self, features: Tensor) -> Tensor:
@@ -307,8 +349,8 @@ def drop_patches(x: Tensor, share: float) -> Tensor:
     return x[torch.arange(B, device=x.device)[:, None], places]
 
 
-def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:
-    """Cuts the columns (N, L) that no row's first end-of-text token can see, down to a multiple if there are so many.
+def text_lengths(tokens: Tensor, eot_token: int) -> Tensor:
+    """Of each row (N, L) the tokens to its first end-of-text token, with that: (N,).
 
     Raises:
         ValueError: a row has no end-of-text token.
@@ -317,9 +359,31 @@ def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tenso
     if not is_end.any(dim=1).all():
         row = int((~is_end.any(dim=1)).nonzero()[0])
         raise ValueError(f"row {row} of the tokens has no end-of-text token ({eot_token}): {tokens[row].tolist()}")
+    return is_end.int().argmax(dim=1) + 1
+
+
+def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, Groups, Tensor]:
+    """Texts (N, L), each to its first end-of-text token, one behind the other by length: (1, T), its groups, and
+    where each text lies among the packed: (N,).
+
+    Raises:
+        ValueError: a row has no end-of-text token.
+    """
+    lengths, order = text_lengths(tokens, eot_token).sort(stable=True)
+    is_seen = torch.arange(tokens.shape[1]) < lengths[:, None]  # (N, L)
+    found, counts = lengths.unique_consecutive(return_counts=True)
+    return tokens[order][is_seen][None], tuple(zip(counts.tolist(), found.tolist(), strict=True)), order.argsort()
+
+
+def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:
+    """Cuts the columns (N, L) that no row's first end-of-text token can see, down to a multiple if there are so many.
+
+    Raises:
+        ValueError: a row has no end-of-text token.
+    """
     if not len(tokens):
         return tokens
-    length = int(is_end.int().argmax(dim=1).max()) + 1
+    length = int(text_lengths(tokens, eot_token).max())
     return tokens[:, : math.ceil(length / length_multiple) * length_multiple].contiguous()
 
 

@@ -62,3 +62,30 @@ class _Gather(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def log_sum_exp(values: Tensor) -> Tensor:
+    """Over the processes, element by element, of tensors of one shape: every process has it. Differentiable.
+
+    Only sums travel, so what each process sends does not grow with their number.
+    """
+    return values if place()[1] == 1 else _LogSumExp.apply(values)
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        most = values.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        most.clamp_(min=torch.finfo(most.dtype).min)  # where no process has any, -inf less -inf would be no number
+        part = (values - most).exp()
+        total = part.clone()
+        dist.all_reduce(total)
+        ctx.save_for_backward(part / total.clamp(min=torch.finfo(total.dtype).tiny))
+        return total.log() + most
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient * ctx.saved_tensors[0]

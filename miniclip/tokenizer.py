@@ -101,23 +101,23 @@ def _encode_piece(piece: str) -> list[int]:
     """Byte-pair encoding of one match of `_PIECES`."""
     if piece in _SPECIAL:
         return [_SPECIAL[piece]]
+    # Most words are in the vocabulary whole, and what is there is what the merges lead to: the tests try all of it.
+    whole = _symbols().get(piece + "</w>") if piece.isascii() else None
+    return _merge(piece) if whole is None else [whole]
+
+
+def _merge(piece: str) -> list[int]:
+    """From bytes up. One place at a time: a merge that the last one made possible was learnt after it."""
     byte_ids, merges = _byte_ids(), _merges()
     ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
     ids[-1] += 256  # the last byte ends the word
     while len(ids) > 1:
-        pairs = list(pairwise(ids))
-        merged = min(merges.get(pair, VOCAB_SIZE) for pair in pairs)
+        found = [merges.get(pair, VOCAB_SIZE) for pair in pairwise(ids)]
+        merged = min(found)
         if merged == VOCAB_SIZE:
             break
-        out, i = [], 0
-        while i < len(ids):
-            if i < len(pairs) and merges.get(pairs[i]) == merged:
-                out.append(merged)
-                i += 2
-            else:
-                out.append(ids[i])
-                i += 1
-        ids = out
+        place = found.index(merged)
+        ids[place : place + 2] = [merged]
     return ids
 
 
@@ -131,7 +131,8 @@ class _Words(dict[str, tuple[int, ...]]):
     def __missing__(self, word: str) -> tuple[int, ...]:
         if len(self) >= _MAX_CACHED_WORDS:
             self.clear()
-        ids = tuple(i for piece in _PIECES.findall(word) for i in _encode_piece(piece))
+        pieces = (word,) if word.isascii() and word.isalpha() else _PIECES.findall(word)
+        ids = tuple(i for piece in pieces for i in _encode_piece(piece))
         self[word] = ids
         return ids
 

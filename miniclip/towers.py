@@ -27,7 +27,7 @@ from .config import VisionConfig
 _EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
 
 
-def recomputed(function: Callable[..., Any], *inputs: Tensor, within: nn.Module) -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Any, within: nn.Module) -> Any:
     """function(*inputs), whose activations are not kept but computed again for the gradient (Chen et al. 2016).
 
     What was drawn at random is drawn again the same, and the batch norms of `within` count the batch once.
@@ -52,6 +52,23 @@ def _running_statistics_held(model: nn.Module) -> Iterator[None]:
             setattr(norm, name, buffer)
 
 
+def normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)). On a CPU and with statistics that stand, by what moves less memory: the image or the weights."""
+    if norm.training or x.device.type != "cpu":
+        return norm(conv(x))
+    has_more_weights = conv.weight.numel() > x.numel()  # as the upper layers have, of a single image
+    if has_more_weights and conv.kernel_size != (1, 1):
+        # Weights are kept in order, and would be copied to channels side by side each time.
+        return norm(conv(x.contiguous())).contiguous(memory_format=torch.channels_last)
+    if has_more_weights:
+        return norm(conv(x))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight, bias = conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
 class Bottleneck(nn.Module):
     """1 × 1, 3 × 3 and 1 × 1 convolutions around a shortcut (He et al. 2015), strides by average pools."""
 
@@ -66,19 +83,22 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outer)
         nn.init.zeros_(self.bn3.weight)  # a block starts as its shortcut alone
-        self.downsample: nn.Module = nn.Identity()
+        shortcut = OrderedDict[str, Any]()
         if stride > 1 or channels != outer:
-            shortcut = OrderedDict[str, nn.Module]()
             shortcut["pool"] = nn.AvgPool2d(stride)
             shortcut["0"] = nn.Conv2d(channels, outer, 1, bias=False)  # OpenAI's names
             shortcut["1"] = nn.BatchNorm2d(outer)
-            self.downsample = nn.Sequential(shortcut)
+        self.downsample: Any = nn.Sequential(shortcut)  # empty for an identity
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 4 * inner, H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = normed(self.conv1, self.bn1, x).relu_()
+        y = self.pool(normed(self.conv2, self.bn2, y).relu_())
+        y = normed(self.conv3, self.bn3, y)
+        if self.downsample:
+            pool, conv, norm = self.downsample
+            x = normed(conv, norm, pool(x))
+        return y.add_(x).relu_()
 
 
 class AttentionPool(nn.Module):
@@ -156,9 +176,9 @@ class ModifiedResNet(nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, 3, R, R) -> (B, D, R / 4, R / 4)."""
-        x = F.relu(self.bn1(self.conv1(x)))  # (B, D / 2, R / 2, R / 2)
-        x = F.relu(self.bn2(self.conv2(x)))
-        return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        x = normed(self.conv1, self.bn1, x).relu_()  # (B, D / 2, R / 2, R / 2)
+        x = normed(self.conv2, self.bn2, x).relu_()
+        return F.avg_pool2d(normed(self.conv3, self.bn3, x).relu_(), 2)
 
 
 class TimmTower(nn.Module):

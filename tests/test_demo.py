@@ -218,7 +218,7 @@ def test_every_command_of_the_readme_runs(folder, tmp_path):
 def test_the_walk_through_the_architecture_is_true():
     names: dict[str, object] = {}
     steps = blocks("docs/architecture.md", "python")
-    assert len(steps) == 8
+    assert len(steps) == 9
     for step in steps:
         exec(compile(step, "docs/architecture.md", "exec"), names)
 

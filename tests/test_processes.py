@@ -15,7 +15,7 @@ from test_training import command, data, metrics
 
 from miniclip.datasets import open_dataset
 from miniclip.evaluate import zero_shot_scores
-from miniclip.processes import collect, share
+from miniclip.processes import collect, log_sum_exp, share
 from miniclip.weights import preprocess_for
 
 __all__ = ["data"]  # a fixture
@@ -31,10 +31,21 @@ def scores_of(folder, batch_size):
     return zero_shot_scores(model, preprocess_for(model.config), open_dataset(folder), batch_size=batch_size)
 
 
+def exponents(world_size):
+    """A row for each process: of all sizes, minus infinity in one, and in all."""
+    rows = torch.randn(world_size, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 300
+    rows[0, 1] = rows[:, 3] = -torch.inf
+    return rows
+
+
 def work(rank, world_size, images, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     found = {"share": share(7), "collected": collect(rank)}
+    values = exponents(world_size)[rank].requires_grad_()
+    sums = log_sum_exp(values)
+    (sums[:3] * (1.0 + rank)).sum().backward()
+    found["sums"], found["gradient"] = sums.detach(), values.grad
     for batch_size in (1, 3, 64):
         scores = scores_of(images, batch_size)
         found[batch_size] = [
@@ -73,6 +84,13 @@ def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(imag
             np.testing.assert_allclose(cosines, expected.cosines, atol=1e-5)
             np.testing.assert_allclose(probabilities, expected.probabilities, atol=1e-5)
             assert each[batch_size, "unreadable"] == list(expected.unreadable)
+    rows = exponents(world_size).requires_grad_()
+    sums = rows.logsumexp(dim=0)
+    (sums[:3] * sum(1.0 + rank for rank in range(world_size))).sum().backward()
+    for rank, each in enumerate(found):
+        torch.testing.assert_close(each["sums"], sums.detach(), rtol=1e-14, atol=0)
+        torch.testing.assert_close(each["gradient"][:3], rows.grad[rank, :3], rtol=1e-12, atol=1e-300)
+        assert each["gradient"][3] == 0
     size = -(-7 // world_size)
     assert [number for each in found for number in each["share"]][:7] == list(range(7))
     assert all(len(each["share"]) == size for each in found)

@@ -38,7 +38,9 @@ def model_and_inputs(kind, dtype):
     random = torch.Generator().manual_seed(1)
     size = model.visual.input_resolution
     images = torch.randn(B, 3, size, size, generator=random, dtype=torch.float64).to(dtype)
-    tokens = miniclip.tokenize([f"picture number {n}" + " of many" * (n % 3) for n in range(B)], context_length=16)
+    # Other lengths, and another number of them, in each process: what is gathered must not depend on that.
+    texts = [f"picture number {n}" + " of many" * (n % 3 if n < B // 2 else 1) for n in range(B)]
+    tokens = miniclip.tokenize(texts, context_length=16)
     return model, images, tokens
 
 

@@ -351,3 +351,11 @@ def test_every_asset_has_its_recorded_checksum():
     assert "bpe_simple_vocab_16e6.txt.gz" in recorded
     for name, checksum in recorded.items():
         assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == checksum, name
+
+
+def test_a_word_of_the_vocabulary_is_what_its_merges_lead_to():
+    """That is why such a word needs none of them."""
+    words = {symbol.removesuffix("</w>"): i for symbol, i in tokenizer._symbols().items() if symbol.endswith("</w>")}
+    words = {word: i for word, i in words.items() if word.isascii() and word}
+    assert len(words) > 33_000
+    assert all(tokenizer._merge(word) == [i] for word, i in words.items())

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet as OpenClipResNet
+from torch import nn
 
 from miniclip.config import OPENAI_MODELS, VisionConfig
 from miniclip.model import CLIP
-from miniclip.towers import AttentionPool, Bottleneck, ModifiedResNet
+from miniclip.towers import AttentionPool, Bottleneck, ModifiedResNet, normed
 
 TINY = {
     "one block a stage": (VisionConfig(kind="resnet", image_size=64, width=4, blocks=(1, 1, 1, 1)), 24),
@@ -163,10 +164,33 @@ def test_the_first_of_all_tokens_is_the_pooled_one():
 # ---- its parts
 
 
+@pytest.mark.parametrize("side", [2, 3, 9])  # fewer numbers than either convolution's weights, than one's, and more
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_and_its_norm_in_one_equal_both_one_after_the_other(kernel, side):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 12, kernel, padding=kernel // 2, bias=False).double()
+    norm = nn.BatchNorm2d(12).double()
+    with torch.no_grad():
+        for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+            tensor.uniform_(0.2, 2)
+    x = torch.randn(2, 8, side, side, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    for is_training in (False, True):
+        results = []
+        norm.train(is_training)
+        for compute in (lambda x: normed(conv, norm, x), lambda x: norm(conv(x))):
+            image = x.clone().requires_grad_()
+            y = compute(image)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+            results.append((y, *torch.autograd.grad((y * weights).sum(), [image, conv.weight, *norm.parameters()])))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @torch.no_grad()
 def test_a_block_starts_as_its_shortcut_alone(stride):
-    block = Bottleneck(16, 4, stride).eval()
+    block = Bottleneck(16, 4, stride)
     assert not block.bn3.weight.any()
     x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(block(x), F.relu(block.downsample(x)))

@@ -1,0 +1,490 @@
+"""Contenders that take turns at the same work: medians with their spread, agreement, memory, and what bounds them.
+
+A case is some work; a contender is a library that does it; a job is that work made ready by one contender. All jobs of
+a case have the same weights, data and threads, run in turns in one process, and have to give the same results, or the
+comparison is void. Peak memory is measured in processes of their own, since what one contender leaves behind would
+serve the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from miniclip import device
+from miniclip.files import write_text
+
+MOST_DIFFERENCE = 1e-5  # of outputs that should be equal, as a share of the largest
+OURS, LIMIT = "miniclip", "limit"
+PEERS = ("open_clip", "transformers", "OpenAI")
+_LIBRARIES = ("torch", "torchvision", "numpy", "pytorch-lightning", "open_clip_torch", "transformers")
+
+
+class Job(NamedTuple):
+    """What a contender has made ready.
+
+    Args:
+        run: what is timed.
+        result: gives what has to agree with the other contenders'; by default what `run` returned last.
+        prepare: called before each run, and not timed.
+    """
+
+    run: Callable[[], Any]
+    result: Callable[[], Any] | None = None
+    prepare: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some work, and who does it.
+
+    Args:
+        name: what the command line calls it.
+        title: what the table calls it.
+        contenders: makes each one's job, by name. Ours is "miniclip"; "limit" is work that none could do without.
+        targets: how many times as fast as a peer, or as the "best" peer, ours should be.
+        memory_target: the most that ours should take of open_clip's peak memory; asks for peak memory to be measured.
+        measures_memory: asks for it without a target.
+        bytes_moved: of a run, that memory has to move besides the matrix products' operands, such as an optimiser's.
+        is_slow: no round is spent on warming up, and there are few.
+        threads: instead of those of all other cases.
+        note: what a reader has to know beside the figures.
+    """
+
+    name: str
+    title: str
+    contenders: Mapping[str, Callable[[], Job]]
+    targets: Mapping[str, float] = field(default_factory=dict)
+    memory_target: float | None = None
+    measures_memory: bool = False
+    bytes_moved: float = 0
+    is_slow: bool = False
+    threads: int | None = None
+    note: str = ""
+
+
+class Patience(NamedTuple):
+    """How long to measure: at least so many rounds, and on until so many seconds have passed, but no more rounds."""
+
+    rounds: int
+    seconds: float = 0.0
+    most_rounds: int = 50
+    slow_rounds: int = 2
+
+
+@dataclass
+class Timing:
+    """Seconds of each run: by the wall's clock, and of all processors together, children included."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu)
+
+    @property
+    def spread(self) -> float:
+        """Half of the range."""
+        return (max(self.wall) - min(self.wall)) / 2
+
+
+def race(
+    jobs: Mapping[str, Job], patience: Patience, is_slow: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> tuple[dict[str, Timing], dict[str, Any], int]:
+    """Runs the jobs in turns, each round begun by the next one: times, results, and ours' sums and products.
+
+    The first round is not timed, unless rounds are slow, of which counting takes next to nothing.
+    """
+    names = list(jobs)
+    times = {name: Timing() for name in names}
+    outputs: dict[str, Any] = {}
+    flops, begin, turn = 0, time.perf_counter(), 0
+    least, most = (patience.slow_rounds,) * 2 if is_slow else (patience.rounds, patience.most_rounds)
+    while turn < least or (turn < most and time.perf_counter() - begin < patience.seconds):
+        is_warm_up = turn == 0 and not is_slow and not outputs
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            tell(f"{name}, {'warming up' if is_warm_up else f'round {turn + 1}'}")
+            job = jobs[name]
+            if job.prepare is not None:
+                job.prepare()
+            wall, cpu = time.perf_counter(), _processor_seconds()
+            if name == OURS and name not in outputs:
+                flops, outputs[name] = count_flops(job.run)
+            else:
+                outputs[name] = job.run()
+            if not is_warm_up:
+                times[name].wall.append(time.perf_counter() - wall)
+                times[name].cpu.append(_processor_seconds() - cpu)
+        if is_warm_up:
+            begin = time.perf_counter()
+        else:
+            turn += 1
+    return times, {name: job.result() if job.result else outputs[name] for name, job in jobs.items()}, flops
+
+
+def _processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system
+
+
+def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
+    """Multiplications and additions of a run's matrix products, attention on the CPU among them, and what it gave."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten = torch.ops.aten
+    on_cpu = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        output = run()
+    return int(counter.get_total_flops()), output
+
+
+def difference(found: Any, reference: Any) -> float:
+    """The largest difference of tensors, or of dicts of them, as a share of the reference's largest number.
+
+    Anything else is equal, which is 0, or not, which is infinite.
+    """
+    if isinstance(reference, Mapping):
+        if not isinstance(found, Mapping) or found.keys() != reference.keys():
+            return math.inf
+        return max((difference(found[name], value) for name, value in reference.items()), default=0.0)
+    if not isinstance(reference, torch.Tensor):
+        return 0.0 if found == reference else math.inf
+    if found.shape != reference.shape:
+        return math.inf
+    if not reference.is_floating_point():
+        return 0.0 if torch.equal(found.long(), reference.long()) else math.inf
+    share = ((found - reference).abs().max() / reference.abs().max()).item()
+    return share if math.isfinite(share) else math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def resident_mb(peak: bool = False) -> float:
+    """10^6 bytes of this process in memory, now or at most since the last `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"Vm{'HWM' if peak else 'RSS'}:\s+(\d+)", status)[1]) * 1024 / 1e6  # type: ignore[index]
+
+
+def forget_peak() -> None:
+    """Gives back what is free, and begins to watch the peak anew (Linux)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not of every C library
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_alone(case: Case, contender: str) -> float:
+    """MB that a contender takes at its peak, its weights and optimiser included, above what imports take.
+
+    To be called in a process that has imported everything and done nothing.
+    """
+    forget_peak()
+    before = resident_mb()
+    job = case.contenders[contender]()
+    for _ in range(1 if case.is_slow else 2):
+        if job.prepare is not None:
+            job.prepare()
+        forget_peak()  # of the last run, so that making the model and the first allocations do not count
+        job.run()
+    return resident_mb(peak=True) - before
+
+
+def _memory(case: Case, alone: Sequence[str]) -> dict[str, float]:
+    """Of each contender, by a command that calls `memory_alone` and prints what it gives."""
+    found = {}
+    for name in case.contenders:
+        if name != LIMIT:
+            done = subprocess.run([*alone, case.name, name], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{name} alone failed:\n{done.stderr[-2000:]}")
+            found[name] = float(done.stdout.split()[-1])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """flops: at most, a second, by `source`. bandwidth: bytes a second that a copy reads and writes."""
+
+    name: str
+    processor: str
+    flops: float
+    source: str
+    bandwidth: float
+
+
+def this_machine(where: torch.device | None = None, precision: str = "32-true") -> Machine:
+    where = where or torch.device("cpu")
+    peak = device.peak(where, precision)
+    if where.type == "cuda":
+        processor = torch.cuda.get_device_name(where)
+        name = re.sub(r"\W+", "-", processor).strip("-").lower()
+    else:
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+        processor = model[1] if model else platform.processor() or platform.machine()
+        name = f"cpu-{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}-cores"
+    return Machine(name, processor, peak.flops, peak.source, bandwidth(where))
+
+
+def bandwidth(where: torch.device, megabytes: int = 256) -> float:
+    """The best of some copies of more than caches hold, bytes read and written a second."""
+    source = torch.ones(megabytes * 250_000, device=where)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        best = max(best, 2 * source.numel() * 4 / (time.perf_counter() - begin))
+    return best
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A case, measured
+
+
+def measure(
+    case: Case,
+    machine: Machine,
+    patience: Patience,
+    alone: Sequence[str] | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """A row of the results. `alone` begins the command that measures the memory of a case's contender."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(case.threads or threads)
+        tell("made ready")
+        jobs = {name: make() for name, make in case.contenders.items()}
+        times, results, flops = race(jobs, patience, case.is_slow, tell)
+        used = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
+    compared = {name: difference(results[OURS], results[name]) for name in jobs if name in PEERS}
+    row: dict[str, Any] = {
+        "title": case.title,
+        "seconds": {name: t.median for name, t in times.items()},
+        "spread": {name: t.spread for name, t in times.items()},
+        "cpu_seconds": {name: t.cpu_median for name, t in times.items()},
+        "rounds": len(times[OURS].wall),
+        "times_as_fast": {name: times[name].median / times[OURS].median for name in compared},
+        "times_as_fast_cpu": {name: times[name].cpu_median / times[OURS].cpu_median for name in compared},
+        "difference": compared if results[OURS] is not None else {},
+        "agrees": all(value <= MOST_DIFFERENCE for value in compared.values()),
+        "flops": flops,
+        "limit_seconds": _limit(case, times, flops, machine),
+        "targets": dict(case.targets),
+        "memory_target": case.memory_target,
+        "memory_mb": {},
+        "note": case.note,
+        "threads": used,
+        "date": date.today().isoformat(),
+    }
+    if alone is not None and (case.measures_memory or case.memory_target):
+        tell("memory")
+        row["memory_mb"] = _memory(case, alone)
+    row["reached"] = _reached(row)
+    return row
+
+
+def _limit(case: Case, times: Mapping[str, Timing], flops: int, machine: Machine) -> float | None:
+    """Seconds that the machine needs at least: of the work that none can do without, or of its sums and copies."""
+    if LIMIT in times:
+        return times[LIMIT].median
+    seconds = flops / machine.flops + case.bytes_moved / machine.bandwidth
+    return seconds or None
+
+
+def _reached(row: Mapping[str, Any]) -> bool | None:
+    """Whether the targets are met; None if there are none that could be."""
+    found = dict(row["times_as_fast"])
+    if found:
+        found["best"] = min(found.values())
+    met = [found[name] >= target for name, target in row["targets"].items() if name in found]
+    memory = row["memory_mb"]
+    if row["memory_target"] and {OURS, "open_clip"} <= memory.keys():
+        met.append(memory[OURS] <= row["memory_target"] * memory["open_clip"])
+    return all(met) if met else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def run(
+    cases: Sequence[Case],
+    machine: Machine,
+    patience: Patience,
+    out: Path | None,
+    size: str,
+    alone: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Measures cases and writes each one's row as soon as there is one; whether all worked, and agreed."""
+    console = console or Console()
+    all_well = True
+    for number, case in enumerate(cases, start=1):
+        head = f"[{number}/{len(cases)}] {case.name}"
+        with console.status(head) as status:
+            begin = time.perf_counter()
+            try:
+                row = measure(case, machine, patience, alone, partial(_tell, status, head))
+            except Exception:  # the other cases are still worth their figures
+                console.print(f"{head}: [red]failed[/red]")
+                console.print_exception(max_frames=4)
+                all_well = False
+                continue
+        console.print(f"{head}, {time.perf_counter() - begin:.0f} s: {summary(row)}", highlight=False)
+        if not row["agrees"]:
+            apart = ", ".join(f"{name} by {value:.1e}" for name, value in row["difference"].items())
+            console.print(f"  [red]outputs differ[/red] from {apart}; at most {MOST_DIFFERENCE:g} is allowed")
+            all_well = False
+        if out is not None:
+            write(out, machine, size, {case.name: row})
+    return all_well
+
+
+def _tell(status: Any, head: str, doing: str) -> None:
+    status.update(f"{head}: {doing}")
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """A line for the terminal."""
+    parts = [f"{_time(row['seconds'][OURS])} ± {_time(row['spread'][OURS])}"]
+    for name, ratio in row["times_as_fast"].items():
+        parts.append(f"{ratio:.2f} × as fast as {name} ({row['times_as_fast_cpu'][name]:.2f} by processor time)")
+    memory = row["memory_mb"]
+    if {OURS, "open_clip"} <= memory.keys():
+        parts.append(f"{memory[OURS]:.0f} MB, {memory[OURS] / memory['open_clip']:.2f} of open_clip's")
+    if row["reached"] is not None:
+        parts.append("target reached" if row["reached"] else "below the target")
+    return "; ".join(parts)
+
+
+def write(out: Path, machine: Machine, size: str, rows: Mapping[str, Any]) -> None:
+    """`out`.json and `out`.md, with these rows new and any others in it as they were."""
+    path = out.with_suffix(".json")
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    facts = {"machine": asdict(machine), "versions": versions(), "size": size}
+    document = {**facts, "rows": {**known.get("rows", {}), **rows}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_text(out.with_suffix(".md"), _page(document))
+
+
+def _page(document: Mapping[str, Any]) -> str:
+    machine, rows = document["machine"], document["rows"]
+    head = [
+        "case",
+        OURS,
+        *PEERS,
+        "× open_clip",
+        "× best peer",
+        "by CPU time",
+        "target",
+        "limit",
+        "peak MB",
+        "differ by",
+    ]
+    lines = [head, ["---"] * len(head), *(_cells(row) for row in rows.values())]
+    days = sorted({row["date"] for row in rows.values()})
+    threads = sorted({row["threads"] for row in rows.values()})
+    product = f"{machine['flops'] / 1e9:.0f} GFLOP/s ({machine['source']})"
+    text = [
+        f"# {machine['name']}",
+        f"`python benchmarks/run.py{'' if document['size'] == 'full' else ' --' + document['size']}`, "
+        f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; {machine['processor']}; "
+        f"{' or '.join(map(str, threads))} threads; "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        + ".",
+        f"Matrix products reach {product}, copies {machine['bandwidth'] / 1e9:.1f} GB/s.",
+        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+        "Each time is the median of rounds that the contenders take in turns, ± half of its range. A ratio above 1 "
+        'means that miniclip is faster; "by CPU time" is the ratio to open_clip of what all processors worked, which '
+        "other work on the machine hardly touches. The limit is what the matrix products, and the bytes that have to "
+        "be moved, take at the rates above, or work that no contender can do without, in per cent of miniclip's time. "
+        "Peak memory is above what imports take: miniclip's, open_clip's, and their ratio. Outputs may differ by "
+        f"{MOST_DIFFERENCE:g} of the largest number; – stands where there is nothing to compare, as where crops are "
+        "drawn at random. Targets in bold are not reached. docs/speed.md says how all this is measured and what bounds "
+        "each case.",
+    ]
+    notes = [f"- {row['title']}: {row['note']}" for row in rows.values() if row["note"]]
+    return "\n\n".join([*text, *(["\n".join(notes)] if notes else [])]) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    seconds, ratios, memory = row["seconds"], row["times_as_fast"], row["memory_mb"]
+    times = [f"{_time(seconds[n])} ± {_time(row['spread'][n])}" if n in seconds else "–" for n in (OURS, *PEERS)]
+    wanted = [f"{target:g} × {name}" for name, target in row["targets"].items()]
+    if row["memory_target"]:
+        wanted.append(f"{row['memory_target']:g} of its memory")
+    target = ", ".join(wanted) or "–"
+    limit = row["limit_seconds"]
+    peak = [f"{memory[name]:.0f}" for name in (OURS, "open_clip") if name in memory]
+    if len(peak) == 2:
+        peak.append(f"{memory[OURS] / memory['open_clip']:.2f}")
+    cpu = row["times_as_fast_cpu"].get("open_clip")
+    return [
+        row["title"],
+        *times,
+        f"{ratios['open_clip']:.2f}" if "open_clip" in ratios else "–",
+        f"{min(ratios.values()):.2f}" if ratios else "–",
+        "–" if cpu is None else f"{cpu:.2f}",
+        f"**{target}**" if row["reached"] is False else target,
+        "–" if limit is None else f"{limit / seconds[OURS]:.0%}",
+        " / ".join(peak) or "–",
+        f"{max(row['difference'].values()):.0e}" if row["difference"] else "–",
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{0 if seconds >= 0.1 else 1}f} ms"

@@ -1,0 +1,343 @@
+"""Cases of trained models: images, texts, classifiers, tokenizers, loading and starting."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import peers
+import samples
+import torch
+import transformers
+from harness import LIMIT, OURS, PEERS, Case, Job
+from open_clip.openai import load_openai_model
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.zero_shot_classifier import build_zero_shot_classifier
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+import miniclip
+from miniclip import prompts, tokenizer
+from miniclip.config import CLIPConfig
+from miniclip.datasets import open_images
+from miniclip.embedding import encode_images
+from miniclip.transforms import open_image
+from miniclip.weights import preprocess_for
+
+MODELS = ("small", "ViT-B/32", "ViT-B/16", "RN50")
+_PROGRAM = "import sys; sys.argv[0] = 'miniclip'; from miniclip.cli import main; main()"
+
+
+def cases(size: str, folder: Path) -> list[Case]:
+    """size: "full", "quick" or "tiny". folder: where what they read is made when first needed."""
+    return [
+        *(images(name, batch, size, folder) for name in MODELS for batch in (1, 32)),
+        *texts(size, folder),
+        classifier(size, folder),
+        *tokenizers(size, folder),
+        *loading(size, folder),
+        *starting(),
+        *(evaluation(name, size, folder) for name in ("small", "ViT-B/32")),
+    ]
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("ViT-").replace("/", "").lower()
+
+
+def _contenders(config: CLIPConfig, make: Callable[[str], Job]) -> Mapping[str, Callable[[], Job]]:
+    """Everyone who has the architecture."""
+    return {name: partial(make, name) for name in (OURS, *PEERS) if peers.takes_part(name, config)}
+
+
+def images(name: str, batch: int, size: str, folder: Path) -> Case:
+    config = peers.architecture(name, size)
+    count = {"full": batch, "quick": min(batch, 8), "tiny": min(batch, 2)}[size]
+    side = config.vision.image_size
+
+    def make(contender: str) -> Job:
+        model = peers.for_inference(contender, config, folder)
+        pixels = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+        if contender == "transformers":
+            return Job(torch.inference_mode()(lambda: model.get_image_features(pixel_values=pixels).pooler_output))
+        return Job(torch.inference_mode()(lambda: model.encode_image(pixels)))
+
+    targets = {"best": 1.05 if batch > 1 else 1.1} if name in ("ViT-B/32", "RN50") else {}
+    return Case(f"image-{_short(name)}-{batch}", f"{name} image, batch {count}", _contenders(config, make), targets)
+
+
+def texts(size: str, folder: Path) -> list[Case]:
+    config = peers.architecture("ViT-B/32", size)
+    count = {"full": 64, "quick": 16, "tiny": 4}[size]
+
+    def make(kind: Callable[[int], list[str]], contender: str) -> Job:
+        model = peers.for_inference(contender, config, folder)
+        tokens = miniclip.tokenize(kind(count))
+        if contender == "transformers":  # its own tokenizer pads to the longest
+            longest = int((tokens == tokenizer.END_OF_TEXT).int().argmax(dim=1).max()) + 1
+            ids = tokens[:, :longest].long()
+            return Job(torch.inference_mode()(lambda: model.get_text_features(input_ids=ids).pooler_output))
+        return Job(torch.inference_mode()(lambda: model.encode_text(tokens)))
+
+    kinds = (
+        ("equal", "prompts of 13 tokens each", samples.prompts_of_length, {"open_clip": 7.0, "transformers": 1.05}),
+        ("prompts", "shuffled prompts of 6 to 18 tokens", samples.template_prompts, {"transformers": 1.3}),
+        ("captions", "captions", samples.captions, {}),
+    )
+    return [
+        Case(f"text-{name}", f"ViT-B/32 text, {count} {what}", _contenders(config, partial(make, kind)), targets)
+        for name, what, kind, targets in kinds
+    ]
+
+
+def classifier(size: str, folder: Path) -> Case:
+    config = peers.architecture("ViT-B/32", size)
+    count = {"full": 50, "quick": 2, "tiny": 2}[size]
+    classnames = prompts.imagenet_classnames()[:count]
+    templates = prompts.template_set("imagenet80")[: 4 if size == "tiny" else 80]
+
+    def ours() -> Job:
+        model = peers.for_inference(OURS, config, folder)
+        return Job(lambda: miniclip.zero_shot_classifier(model, classnames, templates))
+
+    def theirs() -> Job:
+        model = peers.for_inference("open_clip", config, folder)
+        with_braces = [partial(prompts.fill, template) for template in templates]
+        return Job(partial(build_zero_shot_classifier, model, SimpleTokenizer(), classnames, with_braces))
+
+    return Case(
+        "classifier",
+        f"ViT-B/32 classifier, {count} classes of ImageNet × {len(templates)} templates",
+        {OURS: ours, "open_clip": theirs},
+        targets={"open_clip": 7.0},
+        is_slow=True,
+    )
+
+
+def tokenizers(size: str, folder: Path) -> list[Case]:
+    count = {"full": 5000, "quick": 1000, "tiny": 20}[size]
+    kinds = {"captions": samples.captions, "ASCII": samples.web_texts, "Unicode": samples.unicode_texts}
+    found = []
+    for kind, draw in kinds.items():
+        for is_cold in (False, True):
+
+            def ours(draw: Callable[[int], list[str]] = draw, is_cold: bool = is_cold) -> Job:
+                lines = draw(count)
+                tokenizer.tokenize("The vocabulary is read.")
+                return Job(lambda: miniclip.tokenize(lines), prepare=tokenizer._words.clear if is_cold else None)
+
+            def theirs(draw: Callable[[int], list[str]] = draw, is_cold: bool = is_cold) -> Job:
+                lines, their_tokenizer = draw(count), SimpleTokenizer()
+                known = dict(their_tokenizer.cache)
+
+                def forget() -> None:
+                    their_tokenizer.cache = dict(known)
+
+                return Job(lambda: their_tokenizer(lines), prepare=forget if is_cold else None)
+
+            def shortest(draw: Callable[[int], list[str]] = draw) -> Job:
+                lines = draw(count)
+                return Job(lambda: [hash(word) for line in lines for word in line.lower().split()] and None)
+
+            state = "cold" if is_cold else "warm"
+            targets = {"open_clip": 3.0 if is_cold else 8.0} if kind == "captions" else {}
+            found.append(
+                Case(
+                    f"tokenizer-{kind.lower()}-{state}",
+                    f"tokenizer, {count:,} texts, {kind}, {state} cache",
+                    {OURS: ours, "open_clip": theirs, LIMIT: shortest},
+                    targets,
+                    note="the limit is lower-casing, splitting and hashing the words in Python"
+                    if kind == "captions" and not is_cold
+                    else "",
+                )
+            )
+    return found
+
+
+def loading(size: str, folder: Path) -> list[Case]:
+    """B/32 from the disk (its cache, in truth), into float32."""
+    config = peers.architecture("ViT-B/32", size)
+    side = config.vision.image_size
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def features(model: Any) -> Tensor:
+        with torch.inference_mode():
+            if isinstance(model, transformers.CLIPModel):
+                return model.get_image_features(pixel_values=pixels).pooler_output
+            return model.eval().encode_image(pixels)
+
+    def job(load: Callable[[], Any]) -> Job:
+        loaded: list[Any] = []
+
+        def run() -> None:
+            loaded.append(load())
+
+        return Job(run, result=lambda: features(loaded[-1]), prepare=loaded.clear)
+
+    def ours() -> Job:
+        native = folder / "native"
+        if not native.is_dir():
+            miniclip.save(peers.for_inference(OURS, config, folder), native)
+        return job(lambda: miniclip.load(str(native), device="cpu")[0])
+
+    def theirs() -> Job:
+        path, name = peers.weights(config, folder), peers.model_name(config, folder)
+        return job(lambda: open_clip.create_model(name, pretrained=str(path)))
+
+    def with_transformers() -> Job:
+        saved = folder / "transformers"
+        if not saved.is_dir():
+            peers.for_inference("transformers", config, folder).save_pretrained(saved)
+        return job(lambda: transformers.CLIPModel.from_pretrained(saved))
+
+    def read_all() -> Job:
+        path = peers.weights(config, folder)
+        return Job(lambda: len(path.read_bytes()) and None)
+
+    def archive() -> Path:
+        path = folder / "archive.pt"
+        if not path.is_file():
+            traced = {"encode_image": (pixels,), "encode_text": (torch.zeros(1, 77, dtype=torch.int),)}
+            model = peers.openclips(config, folder).eval()
+            model.attn_mask = model.__dict__["_buffers"].pop("attn_mask")  # OpenAI's archives hold none
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch would rather have another format
+                model = torch.jit.trace_module(model, traced, check_trace=False)
+            for tensor in [*model.parameters(), *model.buffers()]:
+                tensor.data = tensor.data.half()
+            model.save(str(path))
+        return path
+
+    def ours_of_archive() -> Job:
+        path = str(archive())
+        return job(lambda: miniclip.load(path, device="cpu")[0])
+
+    def theirs_of_archive() -> Job:
+        path = str(archive())
+        return job(lambda: load_openai_model(path, precision="fp32", device="cpu"))
+
+    return [
+        Case(
+            "load",
+            "load ViT-B/32, local safetensors",
+            {OURS: ours, "open_clip": theirs, "transformers": with_transformers, LIMIT: read_all},
+            targets={"open_clip": 2.0},
+            measures_memory=size != "tiny",
+            note="miniclip maps the file, so its time and memory grow with what is read of the weights; "
+            "the limit is reading all bytes from the system's cache",
+        ),
+        Case(
+            "load-archive",
+            "load ViT-B/32, OpenAI's archive",
+            {OURS: ours_of_archive, "open_clip": theirs_of_archive},
+            measures_memory=size == "full",
+        ),
+    ]
+
+
+def starting() -> list[Case]:
+    """Processes that begin and end."""
+
+    def process(*command: str) -> Job:
+        def run() -> None:
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+        return Job(run)
+
+    def case(name: str, title: str, commands: Mapping[str, Sequence[str]]) -> Case:
+        contenders = {who: partial(process, *command) for who, command in commands.items()}
+        return Case(name, title, contenders, is_slow=True)
+
+    ours = "import miniclip; miniclip.load, miniclip.tokenize, miniclip.zero_shot_classifier"
+    theirs = "import open_clip"
+    return [
+        case(
+            "import",
+            "import; the limit is torch's",
+            {
+                OURS: ("-c", ours),
+                "open_clip": ("-c", theirs),
+                "transformers": ("-c", "from transformers import CLIPModel, CLIPProcessor"),
+                LIMIT: ("-c", "import torch"),
+            },
+        ),
+        case(
+            "help",
+            "`miniclip --help`, beside `import open_clip`",
+            {OURS: ("-c", _PROGRAM, "--help"), "open_clip": ("-c", theirs), LIMIT: ("-c", "pass")},
+        ),
+        case(
+            "help-eval",
+            "`miniclip eval --help`, beside `import open_clip`",
+            {OURS: ("-c", _PROGRAM, "eval", "--help"), "open_clip": ("-c", theirs), LIMIT: ("-c", "pass")},
+        ),
+    ]
+
+
+def evaluation(name: str, size: str, folder: Path) -> Case:
+    """Features of all JPEGs of a folder, read from the disk's cache: what an evaluation takes, and little else.
+
+    The limit is what two processes take that decode and encode a half each, on a core of their own, and never wait for
+    each other: all of the processor's time there is.
+    """
+    config = peers.architecture(name, size)
+    count = {"full": 10_000 if name == "small" else 1000, "quick": 256, "tiny": 6}[size]
+    side, cores = 512, 2
+
+    def ours() -> Job:
+        model = peers.for_inference(OURS, config, folder)
+        data = open_images(samples.photographs(folder, count, side))
+        preprocess = preprocess_for(config)
+        return Job(lambda: encode_images(model.encode_image, preprocess, data, num_workers=cores).features)
+
+    def theirs() -> Job:
+        model = peers.for_inference("open_clip", config, folder)
+        mean, std = config.vision.mean, config.vision.std
+        preprocess = open_clip.image_transform(config.vision.image_size, is_train=False, mean=mean, std=std)
+        data = ImageFolder(samples.photographs(folder, count, side).parent, preprocess)
+
+        @torch.inference_mode()
+        def run() -> Tensor:
+            return torch.cat([model.encode_image(images) for images, _ in DataLoader(data, 64, num_workers=cores)])
+
+        return Job(run)
+
+    def apart() -> Job:
+        paths = sorted(samples.photographs(folder, count, side).iterdir())
+        model, preprocess = peers.for_inference(OURS, config, folder), preprocess_for(config)
+        halves = [paths[number::cores] for number in range(cores)]
+
+        def run() -> None:
+            workers = [multiprocessing.Process(target=_encode_alone, args=(model, preprocess, half)) for half in halves]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+                assert not worker.exitcode
+
+        return Job(run)
+
+    return Case(
+        f"evaluate-{_short(name)}",
+        f"{name} features of {count:,} JPEGs of {side}² in a folder, {cores} workers",
+        {OURS: ours, "open_clip": theirs, LIMIT: apart},
+        is_slow=True,
+        note=f"the limit is {cores} processes that decode and encode their half without waiting for each other",
+    )
+
+
+@torch.inference_mode()
+def _encode_alone(model: Any, preprocess: Callable[[Any], Tensor], paths: Sequence[Path]) -> None:
+    torch.set_num_threads(1)
+    for start in range(0, len(paths), 64):
+        batch = [preprocess(open_image(path.read_bytes(), str(path))) for path in paths[start : start + 64]]
+        model.encode_image(torch.stack(batch))

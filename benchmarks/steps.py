@@ -1,0 +1,462 @@
+"""Cases of training: steps, losses, GradCache, the input pipeline, and whole epochs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import open_clip_train.data
+import peers
+import samples
+import torch
+import torch.nn.functional as F
+from harness import LIMIT, OURS, Case, Job
+from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.transform import image_transform
+from open_clip_train.scheduler import cosine_lr
+from open_clip_train.train import train_one_epoch
+from torch import Tensor
+from webdataset.tariterators import tar_file_expander
+
+import miniclip
+from miniclip import trainer
+from miniclip.config import CLIPConfig
+from miniclip.data import Batch, PairDataModule, _Sample, collate
+from miniclip.optim import OptimizerConfig, make_optimizer
+from miniclip.tokenizer import encode_for_model
+from miniclip.training import CLIPTraining
+from miniclip.transforms import decode_rgb, normalize
+from miniclip.weights import from_openai_keys
+
+CPU = torch.device("cpu")
+ADAMW = OptimizerConfig(lr=1e-9)  # so small a rate that the weights of all contenders stay alike
+_BYTES_OF_ADAMW = 28  # a parameter: reads it, its gradient and two averages, writes it and the averages, 4 bytes each
+
+
+def cases(size: str, folder: Path) -> list[Case]:
+    """size: "full", "quick" or "tiny". folder: where what they read is made when first needed."""
+    counts = {"full": (64, 32, 16), "quick": (32, 8, 4), "tiny": (4, 4, 4)}[size]
+    is_full = size == "full"  # each memory is a process, which first imports for seconds
+    small, b32, rn50 = (peers.architecture(name, size) for name in ("small", "ViT-B/32", "RN50"))
+    return [
+        step(
+            "train-small",
+            "training step, small ViT",
+            small,
+            counts[0],
+            folder,
+            2.0,
+            memory_target=0.75 if size != "tiny" else None,
+        ),
+        step(
+            "train-b32", "training step, ViT-B/32", b32, counts[1], folder, 1.7, memory_target=0.75 if is_full else None
+        ),
+        step("train-rn50", "training step, RN50", rn50, counts[2], folder, measures_memory=is_full),
+        step(
+            "train-small-checkpointed",
+            "training step, small ViT, activation checkpointing",
+            small,
+            counts[0],
+            folder,
+            measures_memory=is_full,
+            checkpoints=True,
+        ),
+        step(
+            "train-small-dropout", "training step, small ViT, half the patches", small, counts[0], folder, dropout=0.5
+        ),
+        *losses(size),
+        gradcache(size, small, folder),
+        *(pipeline(side, size, folder) for side in ((512, 256) if size != "tiny" else (64,))),
+        epochs(size, small, folder),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def our_step(
+    config: CLIPConfig,
+    folder: Path,
+    texts: list[str],
+    micro_batch_size: int | None = None,
+    where: torch.device = CPU,
+    precision: torch.dtype = torch.float32,
+    **options: Any,
+) -> Job:
+    module = CLIPTraining(config, ADAMW, micro_batch_size=micro_batch_size, **options)
+    module.clip.load_state_dict(peers.state(config, folder))
+    module.train().to(where)
+    optimizer = make_optimizer(module.clip, ADAMW)
+    batch = our_batch(config, texts, where)
+
+    def loss_and_gradient() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(where.type, torch.bfloat16, enabled=precision != torch.float32):
+            scale = module.clip.logit_scale.exp()
+            loss = miniclip.clip_loss(*module.features(batch), scale, chunk_size=min(1024, len(texts)))
+        loss.backward()
+        return loss.detach()
+
+    def run() -> None:
+        loss_and_gradient()
+        optimizer.step()
+        wait_for(where)
+
+    def result() -> Any:
+        module.double()
+        return _outcome(loss_and_gradient(), dict(module.clip.named_parameters()))
+
+    return Job(run, result=result)
+
+
+def our_batch(config: CLIPConfig, texts: list[str], where: torch.device = CPU) -> Batch:
+    pixels = _pixels(config, len(texts))
+    batch = collate([_Sample(image, encode_for_model(text), "") for image, text in zip(pixels, texts, strict=True)])
+    return batch._replace(images=batch.images.to(where), tokens=batch.tokens.to(where))
+
+
+def their_step(
+    config: CLIPConfig,
+    folder: Path,
+    texts: list[str],
+    parts: int = 1,
+    where: torch.device = CPU,
+    precision: torch.dtype = torch.float32,
+    checkpoints: bool = False,
+    dropout: float = 0.0,
+    compiles: bool = False,
+) -> Job:
+    """open_clip's, as its train_one_epoch makes it, `parts` being --accum-freq."""
+    model = peers.openclips(config, folder, force_patch_dropout=dropout or None).train().to(where)
+    model.set_grad_checkpointing(checkpoints)
+    images = normalize(_pixels(config, len(texts)), config.vision.mean, config.vision.std).to(where)
+    tokens = open_clip.get_tokenizer("ViT-B-32")(texts).to(where)
+    optimizer, loss_of, call = their_optimizer(model), ClipLoss(), torch.compile(model) if compiles else model
+    autocast = partial(torch.autocast, where.type, torch.bfloat16, enabled=precision != torch.float32)
+
+    def loss_and_gradient() -> Tensor:
+        optimizer.zero_grad()
+        if parts == 1:
+            with autocast():
+                loss = loss_of(*call(images.to(model.logit_scale.dtype), tokens))
+            loss.backward()
+            return loss.detach()
+        batches = list(zip(images.to(model.logit_scale.dtype).chunk(parts), tokens.chunk(parts), strict=True))
+        with torch.no_grad(), autocast():
+            known = [call(*batch)[:2] for batch in batches]
+        for number, batch in enumerate(batches):
+            with autocast():
+                *features, scale = call(*batch)
+                whole = [
+                    torch.cat([one[side] if n != number else features[side] for n, one in enumerate(known)])
+                    for side in (0, 1)
+                ]
+                loss = loss_of(*whole, scale)
+            loss.backward()
+        return loss.detach()
+
+    def run() -> None:
+        loss_and_gradient()
+        optimizer.step()
+        wait_for(where)
+
+    def result() -> Any:
+        model.double()
+        return _outcome(loss_and_gradient(), from_openai_keys(dict(model.named_parameters())))
+
+    return Job(run, result=result)
+
+
+def wait_for(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def their_optimizer(model: Any, config: OptimizerConfig = ADAMW) -> torch.optim.Optimizer:
+    """open_clip's groups with the same AdamW as ours, one kernel for all, which its trainer would not ask for."""
+    decays = {name: p.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias")) for name, p in _named(model)}
+    groups = [
+        {"params": [p for name, p in _named(model) if not decays[name]], "weight_decay": 0.0},
+        {"params": [p for name, p in _named(model) if decays[name]], "weight_decay": config.weight_decay},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _named(model: Any) -> list[tuple[str, Tensor]]:
+    return list(model.named_parameters())
+
+
+def _pixels(config: CLIPConfig, count: int) -> Tensor:
+    side = config.vision.image_size
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _outcome(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loss and the whole gradient, in float64: batch norm over a few images makes percents of float32's last bits.
+
+    The scale's is left out, as open_clip multiplies it when it accumulates.
+    """
+    gradients = [parameters[name].grad for name in sorted(parameters) if name != "logit_scale"]
+    return {"loss": loss, "gradient": torch.cat([g.flatten() for g in gradients if g is not None])}
+
+
+def step(
+    name: str,
+    title: str,
+    config: CLIPConfig,
+    count: int,
+    folder: Path,
+    target: float | None = None,
+    memory_target: float | None = None,
+    measures_memory: bool = False,
+    checkpoints: bool = False,
+    dropout: float = 0.0,
+) -> Case:
+    texts = samples.captions(count)
+
+    def drawn(job: Job) -> Job:
+        return job._replace(result=lambda: None) if dropout else job  # each draws its own patches
+
+    def ours() -> Job:
+        return drawn(our_step(config, folder, texts, checkpoint_activations=checkpoints, patch_dropout=dropout))
+
+    def theirs() -> Job:
+        return drawn(their_step(config, folder, texts, checkpoints=checkpoints, dropout=dropout))
+
+    return Case(
+        name,
+        f"{title}, batch {count}",
+        {OURS: ours, "open_clip": theirs},
+        targets={"open_clip": target} if target else {},
+        memory_target=memory_target,
+        measures_memory=measures_memory,
+        bytes_moved=_BYTES_OF_ADAMW * _num_parameters(config),
+        note="captions as long as those of Conceptual Captions, 11 words on average; losses and gradients agree"
+        if name == "train-small"
+        else "",
+    )
+
+
+def _num_parameters(config: CLIPConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in miniclip.CLIP(config).parameters())
+
+
+def gradcache(size: str, config: CLIPConfig, folder: Path) -> Case:
+    count, micro = {"full": (512, 64), "quick": (64, 16), "tiny": (8, 2)}[size]
+    texts = samples.captions(count)
+    return Case(
+        "gradcache",
+        f"training step, small ViT, batch {count} in parts of {micro}",
+        {
+            OURS: partial(our_step, config, folder, texts, micro),
+            "open_clip": partial(their_step, config, folder, texts, count // micro),
+        },
+        measures_memory=size == "full",
+        bytes_moved=_BYTES_OF_ADAMW * _num_parameters(config),
+        is_slow=True,
+        note="open_clip's --accum-freq; its gradient of the scale, which is not compared, is as many times too large "
+        "as there are parts",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss alone
+
+
+def losses(size: str) -> list[Case]:
+    count, width = {"full": (16384, 512), "quick": (2048, 512), "tiny": (16, 8)}[size]
+
+    def features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        random = torch.Generator().manual_seed(0)
+        images, texts = (F.normalize(torch.randn(count, width, generator=random), dim=-1) for _ in range(2))
+        return images, texts, torch.tensor(30.0), torch.tensor(-10.0)
+
+    def job(loss: Callable[..., Tensor]) -> Job:
+        inputs = [tensor.requires_grad_() for tensor in features()]
+
+        def run() -> dict[str, Tensor]:
+            for tensor in inputs:
+                tensor.grad = None
+            value = loss(*inputs)
+            value.backward()
+            gradients = {str(n): tensor.grad for n, tensor in enumerate(inputs) if tensor.grad is not None}
+            return {"loss": value.detach(), **gradients}
+
+        return Job(run)
+
+    chunk = min(512, count // 4)
+    sides: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "clip": (
+            lambda i, t, s, b, **more: miniclip.clip_loss(i, t, s, **more),
+            lambda i, t, s, b: ClipLoss()(i, t, s),
+        ),
+        "siglip": (lambda i, t, s, b, **more: miniclip.siglip_loss(i, t, s, b, **more), SigLipLoss()),
+    }
+    found = []
+    for name, (ours, theirs) in sides.items():
+        for chunk_size in (chunk, None):
+            how = f"in slices of {chunk_size}" if chunk_size else "the whole matrix at once"
+            found.append(
+                Case(
+                    f"loss-{name}" if chunk_size else f"loss-{name}-whole",
+                    f"{name} loss, {count:,} pairs of width {width}, {how}",
+                    {
+                        OURS: partial(job, partial(ours, chunk_size=chunk_size)),
+                        "open_clip": partial(job, theirs),
+                    },
+                    measures_memory=size == "full",
+                    is_slow=size == "full",
+                )
+            )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_clips_data(shards: Path, count: int, batch_size: int, image_size: int, workers: int) -> Any:
+    names = sorted(path.stem for path in shards.glob("*.tar"))
+    settings = SimpleNamespace(
+        train_data=str(shards / f"{{{names[0]}..{names[-1]}}}.tar"),
+        train_num_samples=count,
+        train_data_upsampling_factors=None,
+        batch_size=batch_size,
+        workers=workers,
+        world_size=1,
+        seed=0,
+    )
+    # webdataset from 0.2.100 on marks the end of each tar, which open_clip, written for 0.2.86, does not expect.
+    open_clip_train.data.tar_file_expander = partial(tar_file_expander, eof_value=None)
+    transform = image_transform(image_size, is_train=True)
+    return open_clip_train.data.get_wds_dataset(
+        settings, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32")
+    )
+
+
+def pipeline(side: int, size: str, folder: Path) -> Case:
+    """From shards to batches of 224 pixels in this process with one thread, as each library feeds its trainer."""
+    count, batch_size, image_size = {"full": (256, 64, 224), "quick": (64, 32, 224), "tiny": (8, 4, 32)}[size]
+
+    def loader() -> Any:
+        shards = samples.shards(folder, count, side)
+        data = PairDataModule(str(shards), batch_size=batch_size, num_workers=0, image_size=image_size)
+        data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)  # all of it that is asked for
+        data.setup("fit")
+        return data.train_dataloader()
+
+    def ours() -> Job:
+        batches = loader()
+        mean, std = peers.SMALL.vision.mean, peers.SMALL.vision.std
+
+        def normalised(batch: Batch) -> int:
+            return len(normalize(batch.images, mean, std))
+
+        return Job(lambda: sum(map(normalised, batches)))
+
+    def theirs() -> Job:
+        batches = open_clips_data(samples.shards(folder, count, side), count, batch_size, image_size, 0).dataloader
+        return Job(lambda: sum(len(images) for images, _ in batches))
+
+    def decoding() -> Job:
+        """At the least size from which a crop of nine tenths can be resized."""
+        shards = loader().dataset.shards
+        shrink = next(s for s in (4, 2, 1) if 0.9 * side >= s * image_size or s == 1)
+        encoded = [shards[number].image for number in range(count)]
+        return Job(lambda: [decode_rgb(image, shrink) for image in encoded] and None)
+
+    return Case(
+        f"pipeline-{side}",
+        f"input pipeline, {count} JPEGs of {side}² to normalised batches of {image_size}², one core",
+        {OURS: ours, "open_clip": theirs, LIMIT: decoding},
+        targets={"open_clip": 3.0} if side == 512 else {},
+        threads=1,
+        note="open_clip's default augmentation on both sides, each drawing its own crops; miniclip's trainer "
+        "normalises on the device, here it is done on the core as well; the limit is decoding alone",
+    )
+
+
+def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
+    """Each library's own trainer from shards to a checkpoint, two workers, the same AdamW in one kernel."""
+    count, batch_size, side = {"full": (1024, 64, 256), "quick": (256, 32, 256), "tiny": (8, 4, 64)}[size]
+    rate = OptimizerConfig(lr=5e-4)
+
+    def ours() -> Job:
+        shards = samples.shards(folder, count, side)
+        vision, text = asdict(config.vision), asdict(config.text)
+        flags = [f"--model.clip.{name}={getattr(config, name)}" for name in ("embed_dim", "activation")]
+        flags += [
+            f"--model.clip.vision.{name}={vision[name]}" for name in ("image_size", "patch_size", "width", "layers")
+        ]
+        flags += [f"--model.clip.text.{name}={text[name]}" for name in ("width", "layers")]
+        flags += [f"--model.optimizer.lr={rate.lr}", f"--data.train={shards}", f"--data.batch_size={batch_size}"]
+        flags += ["--data.num_workers=2", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+        flags += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=10"]
+
+        def run() -> int:
+            with tempfile.TemporaryDirectory(dir=folder) as place, _silence():
+                trainer.main(["fit", *flags, f"--trainer.default_root_dir={place}/run"])
+            return count
+
+        return Job(run)
+
+    def theirs() -> Job:
+        shards = samples.shards(folder, count, side)
+        path = folder / "open_clip-epoch.pt"
+
+        def run() -> int:
+            model = peers.openclips(config, folder)
+            model.output_dict = True  # as its trainer asks of its factory
+            data = open_clips_data(shards, count, batch_size, config.vision.image_size, 2)
+            num_steps = data.dataloader.num_batches
+            optimizer = their_optimizer(model, rate)
+            settings = SimpleNamespace(
+                device="cpu",
+                precision="fp32",
+                distill=False,
+                accum_freq=1,
+                skip_scheduler=False,
+                horovod=False,
+                grad_clip_norm=None,
+                log_every_n_steps=10,
+                batch_size=batch_size,
+                world_size=1,
+                rank=0,
+                wandb=False,
+            )
+            schedule = cosine_lr(optimizer, rate.lr, num_steps // 10, num_steps)
+            with _silence():
+                train_one_epoch(model, {"train": data}, ClipLoss(), 0, optimizer, None, schedule, None, settings)
+            torch.save({"epoch": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+            return data.dataloader.num_samples
+
+        return Job(run)
+
+    return Case(
+        "epoch",
+        f"an epoch, small ViT, {count:,} JPEGs of {side}² in shards, batch {batch_size}, two workers",
+        {OURS: ours, "open_clip": theirs},
+        targets={"open_clip": 2.0},
+        note="open_clip's get_wds_dataset, train_one_epoch and ClipLoss; building the model, starting the workers and "
+        "writing the checkpoint are in both",
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Any:
+    """What trainers say goes nowhere."""
+    with open(os.devnull, "w") as nowhere, warnings.catch_warnings(), peers.no_log():
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
