@@ -206,9 +206,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     if options.standard:
         standard = trials[options.data.index(options.standard)].data.name
         robustness = results.robustness(found, standard, options.baselines)
-    for table in report.tables(found, robustness):
-        console().print(table)
-    _tell(found)
+    # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
     results.write_json(out / results.RESULTS_FILE, found, robustness)
     results.write_csv(out / results.TABLE_FILE, found)
     results.write_benchmark(out / results.BENCHMARK_FOLDER, found)
@@ -217,6 +215,9 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     except ValueError as error:  # all else is worth having
         print(f"no predictions were written: {error}", file=sys.stderr)
     report.write_html(out / "report.html", found, robustness)
+    for table in report.tables(found, robustness):
+        console().print(table)
+    _tell(found)
     print(f"report: {out / 'report.html'}")
 
 
@@ -230,10 +231,20 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise ValueError("--validation is for what is learnt from --train or --train-split")
     if options.false_acceptance is not None and not options.outside:
         raise ValueError("--false-acceptance is a share of the images of --outside, which is missing")
+    if options.false_acceptance is not None and not 0 <= options.false_acceptance < 1:
+        raise ValueError(f"--false-acceptance is {options.false_acceptance}; it is a share, from 0 to below 1")
+    for name in ("model", "data"):
+        given = getattr(options, name)
+        if twice := [each for number, each in enumerate(given) if each in given[:number]]:
+            raise ValueError(f"--{name} has {twice[0]} twice; once will do")
+    if options.outside in options.data:
+        raise ValueError(f"--outside {options.outside} is one of --data; it must hold images of none of the classes")
     if options.download and not any(source.startswith("torchvision:") for source in options.data):
         raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {options.data[0]} is none")
     if options.standard and options.standard not in options.data:
         raise ValueError(f"--standard {options.standard} is none of --data: {', '.join(options.data)}")
+    if options.standard and len(options.data) < 2:
+        raise ValueError(f"--standard {options.standard} is the only set of --data; robustness needs shifted ones, too")
     if options.baselines and not options.standard:
         raise ValueError("--baselines are for the table of robustness, which needs --standard")
     if unknown := [name for name in options.baselines if name not in options.model]:
@@ -293,6 +304,8 @@ def _trials(options: argparse.Namespace) -> list[suite.Trial]:
         )
     if options.templates and all(isinstance(trial.data, CaptionedImages) for trial in trials):
         raise ValueError("--templates are for classes, and all sets of --data have captions instead")
+    if options.standard:
+        labelled(trials[options.data.index(options.standard)].data)
     return [_renamed(trial, trials, source) for trial, source in zip(trials, options.data, strict=True)]
 
 

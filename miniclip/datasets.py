@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,6 +73,7 @@ _PAPERS_NAMES = {
 _NAMED_BY_TORCHVISION = ("Caltech101", "OxfordIIITPet")  # the first has one class less than the paper's
 _SPLITS = ("test", "val", "validation", "valid", "train")  # the one to evaluate on comes first
 _SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
+_UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 _NUMBERS = "the labels, which are numbers"
 
 
@@ -474,6 +476,7 @@ def _read_class_folders(source: Path, split: str | None) -> _Found:
             "are in a table (.csv, .tsv, .jsonl, .parquet), name that"
         )
     images = {path: image_files(path) for path in classes}
+    _warn_of_unread(folder)
     if not any(images.values()):
         raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them")
     _refuse_other_level(folder, images)
@@ -487,6 +490,18 @@ def _read_class_folders(source: Path, split: str | None) -> _Found:
         labels_from="the names of the folders",
         beside=_beside_folder(folder, source),
     )
+
+
+def _warn_of_unread(folder: Path) -> None:
+    """Telephones' pictures would be missing from the scores without a word."""
+    unread = [path for path in folder.rglob("*") if path.suffix.lower() in _UNREAD_SUFFIXES]
+    if unread:
+        kinds = ", ".join(sorted({path.suffix.lower() for path in unread}))
+        warnings.warn(
+            f"{folder} has {len(unread)} pictures of kinds that are not read ({kinds}), the first of them "
+            f"{min(unread).relative_to(folder)}; they are left out. As .jpg or .png they would count",
+            stacklevel=2,
+        )
 
 
 def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None:
@@ -539,7 +554,8 @@ def _read_labelled_table(path: Path, columns: _Columns) -> _Found:
         labels.append(_label_in(label, f"{path}: {which}"))
     class_names = _schema_names(rows, label_column)
     outside = [image for image in images if image is not None and not isinstance(image, bytes)]
-    identity = None if outside else _told(path, "")  # a table that holds its images
+    # A table that holds its images, perhaps several columns of them.
+    identity = None if outside else f"{image_column} {_told(path, '')}"
     return _Found(
         path.stem,
         images if isinstance(images, _OfEachProcess) else tuple(images),
@@ -609,7 +625,8 @@ def _read_datasets(source: str, split: str | None, columns: _Columns) -> _Found:
         classnames=_readable(label_feature.names) if label_feature else None,
         classnames_from=f"column {label_column!r}, a ClassLabel" if label_feature else "",
         beside={} if source.startswith(HUB_PREFIX) else _beside_folder(Path(source)),
-        identity=f"datasets {source} {split} {loaded._fingerprint}",  # of the library's own, by how the data were made
+        # The library's own fingerprint is of how the data were made.
+        identity=f"datasets {source} {split} {image_column} {loaded._fingerprint}",
     )
 
 
@@ -990,7 +1007,11 @@ def _groups(found: _Found, group_column: str | None, source: str) -> tuple[str, 
     if group_column not in found.metadata:
         has = f"its columns are {', '.join(found.metadata)}" if found.metadata else "it has none"
         raise ValueError(f"{source} has no column {group_column!r}; {has}")
-    return tuple(map(str, found.metadata[group_column]))
+    # An image without a value stands alone: those of unknown scenes are not of one scene.
+    return tuple(
+        f"none, {number}" if _is_blank(value) else str(value)
+        for number, value in enumerate(found.metadata[group_column])
+    )
 
 
 def _some(values: Sequence[str], most: int = 10) -> str:

@@ -13,8 +13,9 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -55,6 +56,8 @@ class Encoder(Protocol):
 class FeatureCache:
     """Tensors by what they were computed from. A text of facts is its name; nothing in it is ever out of date.
 
+    What can't be written is told and not kept: it is worth less than the run that it would save time of.
+
     Args:
         folder: where; else `features` below MINICLIP_CACHE, or below `miniclip` in XDG_CACHE_HOME or ~/.cache.
         limit_bytes: what was not used for longest is deleted so that all together has no more than this.
@@ -85,10 +88,11 @@ class FeatureCache:
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Takes the place of its parts."""
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        self._make_room(len(data))
-        with atomic_write(self._path(key)) as file:
-            file.write(data)
-        shutil.rmtree(self._parts(key), ignore_errors=True)
+        with self._as_far_as_possible():
+            self._make_room(len(data))
+            with atomic_write(self._path(key)) as file:
+                file.write(data)
+            shutil.rmtree(self._parts(key), ignore_errors=True)
 
     def read_parts(self, key: str) -> Iterator[dict[str, Tensor]]:
         """What `write_part` left, of runs that came to no end."""
@@ -97,8 +101,19 @@ class FeatureCache:
                 yield tensors
 
     def write_part(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        with atomic_write(self._parts(key) / f"{uuid.uuid4().hex}.safetensors") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        with self._as_far_as_possible(), atomic_write(self._parts(key) / f"{uuid.uuid4().hex}.safetensors") as file:
+            file.write(data)
+
+    @contextmanager
+    def _as_far_as_possible(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or error
+            warnings.warn(
+                f"features can't be kept in {self.folder}: {why}; another run computes them anew", stacklevel=4
+            )
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -126,7 +141,7 @@ class FeatureCache:
 def _read(path: Path) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
-    except (FileNotFoundError, SafetensorError):  # damaged by what is not ours: it is computed anew
+    except (OSError, SafetensorError):  # not there, another user's, or damaged by what is not ours: computed anew
         return None
 
 

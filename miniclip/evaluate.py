@@ -171,10 +171,9 @@ def classify(
         num_guesses: K, or C if there are fewer classes.
 
     Raises:
-        ValueError: the classifier is not finite.
+        ValueError: the classifier is not finite, has no direction for a class, or another width than the images.
     """
-    if not torch.isfinite(classifier).all():
-        raise ValueError(f"the model gives features that are not finite, for the prompts of {data.name}")
+    _check_classifier(images, data, classifier)
     guesses = min(num_guesses, len(data.classnames))
     # One column for all that are equal, so that their cosines are, to the last bit.
     columns, column = classifier.cpu().float().unique(dim=1, return_inverse=True)
@@ -190,6 +189,23 @@ def classify(
     ranked, cosines, probabilities = (np.concatenate(column) for column in zip(*parts, strict=True))
     labels = np.array(data.labels)[images.numbers]
     return Scores(data, images.numbers, labels, ranked, cosines, probabilities, images.unreadable)
+
+
+def _check_classifier(images: ImageFeatures, data: LabelledImages | MultilabelImages, classifier: Tensor) -> None:
+    if not torch.isfinite(classifier).all():
+        raise ValueError(f"the model gives features that are not finite, for the prompts of {data.name}")
+    is_zero = ~classifier.any(dim=0).cpu().numpy()
+    if is_zero.any():
+        name = data.classnames[int(is_zero.argmax())]
+        raise ValueError(
+            f"the model gives features that are zero, for the prompts of {name!r} in {data.name}; "
+            "a cosine needs a direction"
+        )
+    widths = images.features.shape[1], classifier.shape[0]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"the model gives {widths[0]} numbers for an image and {widths[1]} for a text; they must be equal"
+        )
 
 
 @dataclass(frozen=True)
@@ -286,7 +302,12 @@ class MultilabelScores:
 
 
 def score_labels(images: ImageFeatures, data: MultilabelImages, classifier: Tensor) -> MultilabelScores:
-    """Cosines of every image with every class; `classifier` (E, C) has unit columns."""
+    """Cosines of every image with every class; `classifier` (E, C) has unit columns.
+
+    Raises:
+        ValueError: as `classify`.
+    """
+    _check_classifier(images, data, classifier)
     cosines = (images.unit @ classifier.cpu().float()).numpy()
     return MultilabelScores(data, images.numbers, data.labels[images.numbers], cosines, images.unreadable)
 

@@ -459,9 +459,10 @@ def _open_transformers(name: str, device: torch.device) -> Model:
 def from_object(obj: Any, name: str) -> Model:
     """Any object with the five things: encode_image, encode_text, tokenize, preprocess, logit_scale.
 
-    Images, and tokens that are tensors, come to its functions on the device of its `logit_scale`, which may also be a
-    number. Features may be NumPy's. Its code can't be recognised, so neither can the object, unless it has a
-    `fingerprint`: a text that changes whenever what it makes of images or texts does.
+    A module of torch's is put into evaluation mode. Images, and tokens that are tensors, come to its functions on the
+    device of its `logit_scale`, which may also be a number. Features may be NumPy's. Its code can't be recognised, so
+    neither can the object, unless it has a `fingerprint`: a text that changes whenever what it makes of images or texts
+    does.
 
     Raises:
         ValueError: one of the five is missing or of no use; it is named.
@@ -481,6 +482,8 @@ def from_object(obj: Any, name: str) -> Model:
     if identity is not None and not isinstance(identity, str):
         raise ValueError(f"fingerprint of {name} is {identity!r}; it must be a text")
     pooled = getattr(obj, "encode_pooled", None)
+    if isinstance(obj, nn.Module):
+        obj.eval()
 
     def checked(encode: Callable[[Any], Any], what: str) -> Callable[[Any], Tensor]:
         @torch.no_grad()

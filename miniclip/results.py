@@ -43,6 +43,7 @@ RESULTS_FILE, TABLE_FILE, PREDICTIONS_FOLDER, BENCHMARK_FOLDER = (
 )
 _SCHEMA = 2
 _MOST_CONFUSION_CLASSES = 200  # beyond, JSON keeps the confused pairs alone
+_MOST_BYTES = 60  # of each part of a file's name, which has three and may have 255
 
 
 def metric_values(result: Result) -> dict[str, float]:
@@ -306,11 +307,12 @@ def _in_one_line(found: re.Match[str]) -> str:
 
 
 def _file_names(results: Sequence[Result]) -> list[str]:
-    """Without an ending; those that would be the same get a number."""
+    """Without an ending; those that would be the same get a number. Of long parts, as paths are, the end tells most."""
     names: list[str] = []
     for result in results:
         parts = [result.data.name, result.model, prompts_label(result)]
-        name = "_".join(re.sub(r"[^\w.@-]+", "-", part).strip("-.") for part in parts if part)
+        short = [re.sub(r"[^\w.@-]+", "-", part).encode()[-_MOST_BYTES:].decode("utf-8", "ignore") for part in parts]
+        name = "_".join(part.strip("-.") for part in short if part)
         same, number = name, 2
         while name in names:
             name, number = f"{same}_{number}", number + 1
@@ -601,7 +603,8 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
     if not changes:
         sets = [", ".join(dict.fromkeys(f"{r['dataset']} ({r['task']})" for r in each)) for each in (one, two)]
         raise ValueError(
-            f"{first} and {second} have no results to compare: the first has {sets[0]}, the second {sets[1]}"
+            f"{first} and {second} have no results to compare: the first has {sets[0]}, the second {sets[1]}; images "
+            "of several labels each are not right or wrong, so there is nothing to compare of them"
         )
     return changes
 

@@ -257,6 +257,31 @@ def test_a_group_column_says_what_belongs_together(tmp_path):
     assert open_dataset(source, group_column="hand").groups == ("7", "7", "9")
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_image_without_a_group_stands_alone(tmp_path, kind):
+    """Those of unknown scenes are not of one scene, which would make the interval too wide."""
+    table = tmp_path / f"birds.{kind}"
+    if kind == "csv":
+        table.write_text("image,label,scene\na.png,kea,x\nb.png,kea,\nc.png,owl,\nd.png,owl,x\n")
+    else:
+        scenes = ('"x"', "null", "NaN", '"x"')
+        table.write_text(
+            "".join(f'{{"image": "{n}.png", "label": "kea", "scene": {s}}}\n' for n, s in enumerate(scenes))
+        )
+    a, b, c, d = open_dataset(table, group_column="scene").groups
+    assert a == d == "x"
+    assert len({a, b, c}) == 3
+
+
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path):
+    folder = class_folders(tmp_path, "cat", "dog")
+    for name in ("cat/IMG_0001.HEIC", "dog/IMG_0002.heic", "dog/logo.svg", "dog/notes.txt"):
+        (folder / name).write_bytes(b"whatever")
+    with pytest.warns(UserWarning, match=r"has 3 pictures of kinds that are not read \(\.heic, \.svg\).* cat/IMG_0001"):
+        data = open_dataset(folder)
+    assert len(data) == 4
+
+
 def test_an_unknown_group_column_is_named_with_those_there_are(tmp_path):
     source = lines(tmp_path / "data.csv", "filepath,label,hand", "a.png,x,7")
     with pytest.raises(ValueError, match=r"has no column 'writer'; its columns are filepath, label, hand"):

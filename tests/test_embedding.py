@@ -10,7 +10,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
@@ -167,6 +169,17 @@ def test_a_damaged_file_of_the_cache_is_computed_anew(data, cache):
         assert again.seen == NUM_IMAGES
 
 
+def test_a_cache_that_can_not_be_written_costs_a_warning_and_no_features(data, tmp_path):
+    expected = Counting().encode(data)
+    (tmp_path / "file").write_text("in the way")
+    cache = FeatureCache(tmp_path / "file" / "cache")
+    with pytest.warns(UserWarning, match=r"features can't be kept in .*file/cache: Not a directory"):
+        assert_same(Counting().encode(data, cache=cache, key="k" * 64), expected)
+    # What stopped the run is what is told, not that its part could not be kept.
+    with pytest.warns(UserWarning, match="features can't be kept"), pytest.raises(KeyboardInterrupt):
+        Counting(4).encode(data, batch_size=2, cache=cache, key="k" * 64)
+
+
 def test_features_without_a_direction_are_an_error(data):
     preprocess = preprocess_for(tiny_clip().config)
     for factor, says in ((float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "zero")):
@@ -223,6 +236,27 @@ def test_shards_are_known_by_their_content_wherever_they_lie(tmp_path):
     write_pairs(tmp_path / "others", 6)
     pack_folder(tmp_path / "others", tmp_path / "more")
     assert open_dataset(tmp_path / "more", task="retrieval").fingerprint() != first
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+def test_columns_of_images_in_one_file_are_told_apart(tmp_path, kind):
+    columns = {
+        side: [(write_picture(tmp_path / side / f"{n}.png", first + n)).read_bytes() for n in range(3)]
+        for first, side in enumerate(("left", "right"))
+    }
+    content = datasets.Dataset.from_dict({**columns, "label": ["a", "b", "a"]})
+    source = tmp_path / "set"
+    if kind == "parquet":
+        source = tmp_path / "set.parquet"
+        pyarrow.parquet.write_table(content.data.table, source)
+    else:
+        content.save_to_disk(source)
+    left, right = (open_dataset(source, label_column="label", image_column=side) for side in ("left", "right"))
+    assert left.images[1] == columns["left"][1]
+    assert right.images[1] == columns["right"][1]
+    assert left.fingerprint() != right.fingerprint()
+    again = open_dataset(source, label_column="label", image_column="left")
+    assert again.fingerprint() == left.fingerprint()
 
 
 def test_the_least_recently_used_goes_when_room_is_needed(tmp_path):

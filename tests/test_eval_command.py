@@ -233,6 +233,21 @@ def test_any_number_of_processes_gives_the_results_of_one(models, sets, tmp_path
             np.testing.assert_allclose(several["samples"][name], one["samples"][name], atol=1e-5)
 
 
+def test_who_reads_the_tables_no_further_gets_all_files(models, sets, tmp_path):
+    """As with `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = ["--model", models[0], "--data", sets / "photos", "--workers", 0, "--out", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *command(*args)], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+    for name in ("results.json", "results.csv", "report.html"):
+        assert (tmp_path / name).is_file()
+    assert len(list((tmp_path / "predictions").iterdir())) == 1
+
+
 STOPPED = """
 import sys
 from miniclip import embedding
@@ -285,6 +300,11 @@ MISTAKES = [
     (["--train", "a", "--train-split", "b"], "give one of them"),
     (["--validation", "a"], "--validation is for what is learnt"),
     (["--false-acceptance", "0.1"], "of --outside, which is missing"),
+    (["--outside", "streets", "--false-acceptance", "5"], "--false-acceptance is 5.0; it is a share"),
+    (["--outside", "PHOTOS"], "is one of --data; it must hold images of none of the classes"),
+    (["--data", "PHOTOS", "PHOTOS"], "photos twice; once will do"),
+    (["--model", "m", "m"], "--model has m twice"),
+    (["--standard", "PHOTOS"], "is the only set of --data; robustness needs shifted ones, too"),
     (["--standard", "other"], "--standard other is none of --data"),
     (["--baselines", "m"], "needs --standard"),
     (["--subgroups", "age"], "has no column 'age'"),
@@ -296,6 +316,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("more", "message"), MISTAKES, ids=[" ".join(more) for more, _ in MISTAKES])
 def test_a_mistake_is_answered_in_words_before_any_work(models, sets, tmp_path, capsys, more, message):
     args = ["--model", models[0], "--data", str(sets / "photos")] if more else []
+    more = [str(sets / "photos") if each == "PHOTOS" else each for each in more]
     said = fails(capsys, ["eval", *args, *more, "--out", str(tmp_path / "out")])
     assert message in said
     assert "Traceback" not in said

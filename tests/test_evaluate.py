@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip import tokenizer
-from miniclip.datasets import LabelledImages
+from miniclip.datasets import LabelledImages, MultilabelImages
 from miniclip.embedding import ImageFeatures, encode_texts
 from miniclip.evaluate import (
     Scores,
     classify,
     measure,
+    score_labels,
     zero_shot_classifier,
     zero_shot_scores,
 )
@@ -379,6 +380,24 @@ def test_columns_that_are_equal_give_equal_cosines_wherever_they_stand():
     scores = classify(images, images.data, torch.cat([columns, columns], dim=1), 10.0, num_guesses=6)
     assert (scores.ranked[:, ::2] + 61 == scores.ranked[:, 1::2]).all()
     np.testing.assert_array_equal(scores.cosines[:, ::2], scores.cosines[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    ("classifier", "says"),
+    [
+        ([[1.0, 0.0], [0.0, 0.0]], "features that are zero, for the prompts of 'class 1' in by hand"),
+        ([[1.0, math.nan], [0.0, 1.0]], "features that are not finite, for the prompts of by hand"),
+        ([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], "2 numbers for an image and 3 for a text"),
+    ],
+)
+def test_a_classifier_that_gives_no_cosines_is_refused(classifier, says):
+    images = features_of([[1.0, 0.0], [0.0, 2.0]], (0, 1), 2)
+    with pytest.raises(ValueError, match=says):
+        classify(images, images.data, torch.tensor(classifier), 1.0)
+    data = images.data
+    several = MultilabelImages("by hand", data.images, np.eye(2, dtype=bool), data.classnames, ("{}",), data.groups)
+    with pytest.raises(ValueError, match=says):
+        score_labels(images, several, torch.tensor(classifier))
 
 
 def test_more_guesses_than_were_kept_cannot_be_told():

@@ -394,6 +394,20 @@ def test_an_object_with_the_five_things_is_a_model():
     assert fingerprints(found) == (None, None)
 
 
+def test_a_module_of_torchs_forgets_that_it_was_training():
+    class Training(Own, torch.nn.Module):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.dropout = torch.nn.Dropout(0.9)
+
+        def encode_image(self, images):
+            return self.dropout(images.flatten(1))
+
+    found = from_object(Training().train(), "own")
+    images = batch(found)
+    assert torch.equal(found.encode_image(images), images.flatten(1))
+
+
 def test_the_fingerprint_that_an_object_names_counts_with_its_preprocessing_and_tokenizer():
     plain, again, other = (fingerprints(from_object(Own(fingerprint=text), "own")) for text in ("v1", "v1", "v2"))
     assert plain == again

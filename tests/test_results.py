@@ -226,6 +226,24 @@ def test_results_of_one_name_get_files_of_their_own(tmp_path):
     assert len(set(write_predictions(tmp_path / "out", results))) == 2
 
 
+def test_long_names_are_cut_to_what_a_file_may_be_called(tmp_path):
+    """As paths are, of models and of data that are told apart by their source; the ends tell them apart."""
+    folder = "/data/" + "ä" * 200
+    results = [
+        classified(
+            tmp_path, GUESSES, name=f"{folder}/{name}", model=f"{folder}/{model}", templates_from=f"{folder}.txt"
+        )
+        for name in ("val", "test")
+        for model in ("one", "two")
+    ]
+    write_benchmark(tmp_path / "records", results)
+    assert len(list((tmp_path / "records").iterdir())) == 4
+    paths = write_predictions(tmp_path / "out", results)
+    assert [["val" in path.name, "two" in path.name] for path in paths] == [
+        [name, model] for name in (True, False) for model in (False, True)
+    ]
+
+
 def test_predictions_have_a_row_for_each_image_with_its_metadata(tmp_path):
     metadata = {
         "age": [1, "two", None, 4, 5, 6, 0],  # of several types
