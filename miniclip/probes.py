@@ -480,14 +480,17 @@ def tip_adapter(
             raise ValueError(f"{name} are {tuple(values)}; there must be some, none below 0")
     W = _checked_classifier(splits, classifier)
     alphas, betas = sorted(alphas), sorted(betas)
-    K, V = _unit(splits.train.features), np.eye(len(splits.classnames), dtype=np.float32)[splits.train.labels]
+    # Training images class by class, so that the product with V is a sum over neighbours.
+    order = np.argsort(splits.train.labels, kind="stable")
+    K = _unit(splits.train.features[order])
+    first = np.cumsum(splits.num_examples) - splits.num_examples  # of each class
     right = np.zeros((len(alphas), len(betas)), dtype=np.int64)
     for start in range(0, len(splits.validation), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         f, labels = _unit(splits.validation.features[chunk]), splits.validation.labels[chunk]
         prompts, distances = logit_scale * f @ W, 1 - f @ K.T  # (m, C), (m, N)
         for j, beta in enumerate(betas):
-            examples = np.exp(-beta * distances) @ V  # (m, C)
+            examples = np.add.reduceat(np.exp(-beta * distances), first, axis=1)  # (m, C)
             for i, alpha in enumerate(alphas):
                 right[i, j] += ((prompts + alpha * examples).argmax(axis=1) == labels).sum()
     i, j = divmod(int(right.argmax()), len(betas))  # the first of equals
@@ -495,7 +498,8 @@ def tip_adapter(
     scores = []
     for start in range(0, len(splits.test), _CHUNK):
         f = _unit(splits.test.features[start : start + _CHUNK])
-        scores.append(logit_scale * f @ W + alpha * np.exp(-beta * (1 - f @ K.T)) @ V)
+        examples = np.add.reduceat(np.exp(-beta * (1 - f @ K.T)), first, axis=1)
+        scores.append(logit_scale * f @ W + alpha * examples)
     outcome = Outcome(np.concatenate(scores), splits.test)
     return TipAdapter(outcome, alpha, beta, float(right[i, j] / len(splits.validation)))
 
