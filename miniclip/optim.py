@@ -263,9 +263,20 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices.to(dtype)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is now at most 1
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    # Every step multiplies from the left by a polynomial of x @ x.mT. Where x is much wider than high, it is cheaper to
+    # multiply those, and x once by their product; bfloat16 is too coarse for that.
+    if dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
+        gram, product = x @ x.mT, None
+        for step in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ gram @ factor if step + 1 < steps else gram
+        x = x if product is None else product @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
