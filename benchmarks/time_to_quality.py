@@ -8,11 +8,12 @@ same shards, towers, augmentation and captions, by step the same batches where t
 same evaluation. open_clip's side is its CLIP, ClipLoss, training loop (`open_clip_train.train`), AdamW with its groups
 and betas, and its cosine schedule with a warm-up. Ours is the recipe of the configuration named in SETS.
 
-Rate, warm-up and batch are chosen for open_clip on seed 0 by validation alone (its grid stands in SETS); the best then
-runs with every seed, and ours after each. Only these last runs look at the test split. Time is that of training:
-batches and the scores between are left out on both sides. As a busy machine slows one run more than another, a step's
-cost is also measured with both sides taking turns. It is reached where the validation curve, straight between
-two evaluations, first comes to open_clip's best. A run that is there already is not made again.
+Rate and warm-up of open_clip are chosen on seed 0 by validation (the grid stands in SETS); the best then runs with
+every seed, and ours after each. Ours has come as far as open_clip's best score where its validation curve, straight
+between two evaluations, first does. Test scores are of the best weights and of those that came that far, and nothing is
+chosen by them. Time is that of training, without batches and evaluations on both sides; as a busy machine slows one run
+more than another, a step's cost is also measured with both sides taking turns. A run that is there already is not made
+again.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ SETS = {
         grid=((64, 1e-3, 0.1), (64, 2e-3, 0.1), (64, 5e-4, 0.1), (64, 1e-3, 0.3)),
         grid_steps=400,
         steps=400,
-        our_steps=100,
+        our_steps=120,
     ),
 }
 
@@ -551,7 +552,7 @@ def _row(seed: int, side: str, point: Point, val: float, tests: dict[str, dict[s
 
 
 def draw_curves(comparisons: list[Comparison], path: Path) -> None:
-    """Validation over processor seconds, a panel for each set, every seed a line."""
+    """Validation over processor seconds, as steps times a step's cost; a panel for each set, every seed a line."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -559,11 +560,12 @@ def draw_curves(comparisons: list[Comparison], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(comparisons), figsize=(5.5 * len(comparisons), 4), squeeze=False)
     for axis, comparison in zip(axes[0], comparisons, strict=True):
-        for number, (_, theirs, ours) in enumerate(comparison.rows):
-            for run, colour, name in ((theirs, "tab:orange", "open_clip"), (ours, "tab:blue", "miniclip")):
-                label = name if number == 0 else None
-                seconds = [point.cpu_s for point in run.points]
-                axis.plot(seconds, [point.val for point in run.points], color=colour, label=label, lw=1.5, marker=".")
+        costs = comparison.costs[comparison.bench.clip.text.context_length]
+        for number, (_, *runs) in enumerate(comparison.rows):
+            for run, cost, colour, name in zip(runs, costs, ("C1", "C0"), ("open_clip", "miniclip"), strict=True):
+                seconds, scores = [cost * point.step for point in run.points], [point.val for point in run.points]
+                label = None if number else name
+                axis.plot(seconds, scores, color=colour, label=label, linewidth=1.5, marker=".")
         axis.set(xscale="log", xlabel="processor seconds of training, one thread", ylim=(0, 100))
         axis.set(ylabel="validation, top-1 in %", title=comparison.bench.name)
         axis.grid(alpha=0.3)
