@@ -40,7 +40,7 @@ def train(work: Path, seed: int, steps: int, **optimizer: str | float) -> dict[s
         config = run / "config.yaml"
         run.mkdir(parents=True, exist_ok=True)
         lines = (ROOT / "configs/digits.yaml").read_text().splitlines(keepends=True)
-        config.write_text("".join(line for line in lines if not line.startswith(("  optimizer:", "monitor:", "name:"))))
+        config.write_text("".join(line for line in lines if not line.startswith(("  optimizer:", "monitor", "name:"))))
         overrides = {
             "seed_everything": seed,
             "data.train": data / "shards/train",

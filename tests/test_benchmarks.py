@@ -302,6 +302,7 @@ def test_pipelines_loading_and_evaluation(folder):
     assert rows["pipeline-64"]["threads"] == 1
 
 
+@pytest.mark.long
 def test_an_epoch_of_both_trainers(folder):
     rows = rows_of(folder, "epoch")
     assert rows["epoch"]["difference"] == {"open_clip": 0.0}  # as many samples

@@ -267,9 +267,9 @@ def test_a_template_without_a_place_is_refused_by_name(template):
         fill(template, "cat")
 
 
-def test_the_template_sets_are_simple_imagenet80_and_imagenet7():
-    assert TEMPLATE_SETS == ("simple", "imagenet80", "imagenet7")
-    assert [len(template_set(name)) for name in TEMPLATE_SETS] == [1, 80, 7]
+def test_the_template_sets_begin_with_simple_imagenet80_and_imagenet7():
+    assert TEMPLATE_SETS[:3] == ("simple", "imagenet80", "imagenet7")
+    assert [len(template_set(name)) for name in TEMPLATE_SETS[:3]] == [1, 80, 7]
     assert fill(template_set("simple")[0], "cat") == "a photo of a cat."
 
 

@@ -76,8 +76,11 @@ def test_the_demo_learns_within_60_steps(folder, monkeypatch):
     steps = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--name=short"]
     trainer.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *steps])
     scores = torch.load("runs/short/checkpoints/best.ckpt", weights_only=True)["callbacks"]
-    assert scores["BestCheckpoint"]["monitor"] == "val/zero_shot_acc1"
-    assert scores["BestCheckpoint"]["score"] > 0.25  # of 80 classes, so chance is 0.0125
+    assert scores["BestCheckpoint"]["monitor"] == "val/loss"
+    assert scores["BestCheckpoint"]["score"] < 3  # of 179 pairs, so chance is 5.2
+    with open("runs/short/logs/version_0/metrics.csv", newline="") as file:
+        accuracies = [float(row["val/zero_shot_acc1"]) for row in csv.DictReader(file) if row["val/zero_shot_acc1"]]
+    assert accuracies[-1] > 0.25  # of 80 classes, so chance is 0.0125
 
 
 @pytest.mark.long

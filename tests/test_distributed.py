@@ -107,7 +107,7 @@ def work(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.long)])
 def results(request):
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)

@@ -434,7 +434,7 @@ class Die(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_where_a_process_is_killed_the_others_end_and_say_so(data, tmp_path, rank):
     run, out, noted = tmp_path / "run", tmp_path / "out", tmp_path / "noted"
     die = callbacks(Die(rank, 3, str(noted)), Pids(str(tmp_path)))
@@ -493,8 +493,20 @@ class Dropout(Callback):
         pl_module.clip.visual.ln_post.register_forward_hook(noise)
 
 
-@pytest.mark.parametrize("length", ["--trainer.max_epochs=3", "--trainer.max_steps=9"])
-@pytest.mark.parametrize("stop", [3, 5, 9])
+@pytest.mark.parametrize(
+    ("stop", "length"),
+    [
+        (5, "--trainer.max_epochs=3"),
+        *(
+            pytest.param(stop, length, marks=pytest.mark.long)
+            for stop, length in (
+                (3, "--trainer.max_epochs=3"),
+                (9, "--trainer.max_epochs=3"),
+                *((stop, "--trainer.max_steps=9") for stop in (3, 5, 9)),
+            )
+        ),
+    ],
+)
 def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(data, tmp_path, stop, length):
     """Within an epoch, at the end of one, and at the very end."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"

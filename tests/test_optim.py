@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -757,7 +758,9 @@ def test_a_mistake_is_told_before_anything_is_removed(data, tmp_path, capsys, mo
     "flags",
     [
         ["timm", "--model.optimizer.timm_name=lion", '--model.optimizer.options={"betas": [0.9, 0.98]}'],
-        ["timm", "--model.optimizer.timm_name=adopt", "--model.optimizer.options.eps=1e-6"],
+        pytest.param(
+            ["timm", "--model.optimizer.timm_name=adopt", "--model.optimizer.options.eps=1e-6"], marks=pytest.mark.long
+        ),
         ["muon", "--model.optimizer.layer_decay=0.8", "--model.optimizer.schedule=constant"],
     ],
     ids=["lion", "adopt", "muon by layers"],
@@ -803,8 +806,13 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["adamw", "muon", "timm"])
+CLIPPED = [("muon", "float32"), ("adamw", "float16 with a scaler")]
+OTHERS_CLIPPED = [each for each in itertools.product(["adamw", "muon", "timm"], PRECISIONS) if each not in CLIPPED]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [*CLIPPED, *(pytest.param(*each, marks=pytest.mark.long) for each in OTHERS_CLIPPED)]
+)
 def test_gradients_are_clipped_to_the_norm_asked_for(data, tmp_path, kind, precision):
     flags = [f"--model.optimizer.kind={kind}", *(["--model.optimizer.timm_name=lion"] if kind == "timm" else [])]
     flags += [WATCH, PRECISIONS[precision], "--model.optimizer.lr=0.001"]

@@ -144,7 +144,7 @@ def test_best_is_where_the_monitor_was_highest_and_last_is_the_end(data, tmp_pat
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bits(data, tmp_path, number):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     trainer.main(arguments(data, straight, "--model.optimizer.kind=muon", steps=40))
