@@ -353,6 +353,7 @@ def test_the_largest_batch_is_found_whatever_it_is():
                 assert all(n <= most for n in asked)
 
 
+@pytest.mark.long
 def test_the_gpus_benchmark_goes_through_on_a_cpu(tmp_path, capsys):
     import gpu
 

@@ -216,6 +216,7 @@ def test_batch_norm_of_a_locked_tower_neither_counts_nor_normalises_by_the_batch
     torch.testing.assert_close(module._encode_images(batch.images)[:1], alone)
 
 
+@pytest.mark.long
 def test_two_processes_with_a_locked_tower_train_as_one(data, start, tmp_path):  # noqa: F811
     more = ["--trainer.precision=64-true", "--data.captions.order=first", f"--model.start_from={start}"]
     more += ["--model.locked=image", f"--model.teacher={start}", "--data.num_workers=0"]

@@ -266,6 +266,7 @@ class TerminateAll(Callback):
             subprocess.run(["kill", "-TERM", str(os.getpid()), *workers], check=True)
 
 
+@pytest.mark.long
 def test_a_sigterm_for_every_process_of_the_job_leaves_a_checkpoint_and_no_process(data, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     process = launch(arguments(data, run, "--data.num_workers=2", callbacks(TerminateAll())), out)
@@ -298,6 +299,7 @@ SLURM = {
 }
 
 
+@pytest.mark.long  # test_nodes has it of the script in examples/
 def test_slurms_signal_has_the_job_requeued_and_the_same_command_goes_on_to_the_same_bits(data, tmp_path):
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()

@@ -129,7 +129,7 @@ def work(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3))])
 def results(request):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +182,8 @@ def train(data, run, strategy, *more):
     return subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
 
 
-@pytest.mark.parametrize("kind", ["muon", pytest.param("adamw", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_a_run_goes_on_under_another_strategy(data, tmp_path, kind):
     """Alone, then shared out, then with all weights in both processes: still one run."""
     common = ["--data.captions.order=first", f"--model.optimizer.kind={kind}", "--trainer.gradient_clip_val=0.5"]

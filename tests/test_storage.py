@@ -600,6 +600,7 @@ def test_what_another_process_is_fetching_is_not_deleted(serve, cache):
 # ---- fork
 
 
+@pytest.mark.long
 def test_forked_workers_fetch_after_their_parent_did_and_it_goes_on_after_them(serve, tmp_path):
     server = serve({"/a.tar": CONTENT})
     for number in range(3):
