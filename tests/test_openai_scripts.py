@@ -47,7 +47,7 @@ def test_the_zero_shot_example(path, tmp_path):
     text_features /= text_features.norm(dim=-1, keepdim=True)
     similarity = (100.0 * image_features @ text_features.T).softmax(dim=-1)
     values, indices = similarity[0].topk(5)
-    assert values.sum() <= 1
+    assert values.double().sum() <= 1 + 5 * torch.finfo(torch.float32).eps  # five numbers, each rounded
     assert len({classes[i] for i in indices}) == 5
 
 
