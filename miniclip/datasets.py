@@ -119,6 +119,14 @@ class EvaluationSet:
             raise ValueError(f"{self.key(number)} can't be read: {error.strerror or error}") from error
         return open_image(image, self.key(number))
 
+    def column(self, name: str) -> Sequence[Any]:
+        """N values of the metadata.
+
+        Raises:
+            ValueError: there is no such column; tells those that are there.
+        """
+        return _column_of(self.metadata, name, self.name)
+
     def fingerprint(self) -> str:
         """Stands for the images and their order: the same as long as none changes.
 
@@ -127,6 +135,13 @@ class EvaluationSet:
         if self.identity is not None:
             return _digest([self.identity])
         return _digest(_told(self.images[number], self.key(number)) for number in range(len(self)))
+
+
+def _column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> Sequence[Any]:
+    if name not in metadata:
+        has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
+        raise ValueError(f"{source} has no column {name!r}; {has}")
+    return metadata[name]
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -1004,14 +1019,9 @@ def _prompts_by_class(path: Path, names: tuple[str, ...]) -> dict[str, tuple[str
 def _groups(found: _Found, group_column: str | None, source: str) -> tuple[str, ...]:
     if group_column is None:
         return tuple(map(str, range(len(found.images))))
-    if group_column not in found.metadata:
-        has = f"its columns are {', '.join(found.metadata)}" if found.metadata else "it has none"
-        raise ValueError(f"{source} has no column {group_column!r}; {has}")
+    values = _column_of(found.metadata, group_column, source)
     # An image without a value stands alone: those of unknown scenes are not of one scene.
-    return tuple(
-        f"none, {number}" if _is_blank(value) else str(value)
-        for number, value in enumerate(found.metadata[group_column])
-    )
+    return tuple(f"none, {number}" if _is_blank(value) else str(value) for number, value in enumerate(values))
 
 
 def _some(values: Sequence[str], most: int = 10) -> str:

@@ -268,11 +268,7 @@ def subgroups(scores: Scores, column: str) -> Subgroups:
     Raises:
         ValueError: there is no such column.
     """
-    metadata = scores.data.metadata
-    if column not in metadata:
-        has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
-        raise ValueError(f"{scores.data.name} has no column {column!r}; {has}")
-    values = metadata[column]
+    values = scores.data.column(column)
     return subgroup_accuracy(scores.is_right, [values[number] for number in scores.numbers], scores.groups)
 
 

@@ -79,9 +79,7 @@ class Trial:
             if value and not isinstance(data, LabelledImages):
                 raise ValueError(f"{name} needs a set of one label for each image, and {data.name} is not one")
         for column in self.subgroup_columns:
-            if column not in data.metadata:
-                has = f"its columns are {', '.join(data.metadata)}" if data.metadata else "it has none"
-                raise ValueError(f"{data.name} has no column {column!r}; {has}")
+            data.column(column)
         for other in (self.train, self.validation):
             if other is not None:
                 _number_alike(other, data)
@@ -180,24 +178,20 @@ def evaluate(
     images = work.images(data)
     results = []
     for variant, classifier in zip(variants, classifiers, strict=True):
-        shared["same_prompts"] = _same_columns(classifier, variant.classnames)
+        more: dict[str, Any] = {"same_prompts": _same_columns(classifier, variant.classnames)}
+        scores: Scores | MultilabelScores
         if isinstance(variant, MultilabelImages):
             scores = score_labels(images, variant, classifier)
-            results.append(Result(model.name, scores, scores.metrics, time.perf_counter() - begin, **shared))
-            begin = time.perf_counter()
-            continue
-        first = variant is data
-        own = classify(images, variant, classifier, work.logit_scale, max(5, *ks))
-        if first:
-            shared |= {
-                "subgroups": {column: subgroups(own, column) for column in trial.subgroup_columns},
-                "outside": _outside(work, trial, own, classifier),
-                "probes": None if trial.train is None else _probe(work, trial, images, classifier),
-            }
-        seconds = time.perf_counter() - begin
-        results.append(Result(model.name, own, measure(own, ks), seconds, **shared))
+            metrics: Metrics | Multilabel = scores.metrics
+        else:
+            scores = classify(images, variant, classifier, work.logit_scale, max(5, *ks))
+            metrics = measure(scores, ks)
+            if variant is data:
+                more["subgroups"] = {column: subgroups(scores, column) for column in trial.subgroup_columns}
+                more["outside"] = _outside(work, trial, scores, classifier)
+                more["probes"] = None if trial.train is None else _probe(work, trial, images, classifier)
+        results.append(Result(model.name, scores, metrics, time.perf_counter() - begin, **shared, **more))
         begin = time.perf_counter()
-        shared = {key: value for key, value in shared.items() if key in ("library", "logit_scale")}
     return results
 
 
