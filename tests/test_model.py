@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.model import CLIP, Attention, TextTransformer, VisionTransformer, trim_text
+from miniclip.model import CLIP, MLP, Attention, TextTransformer, VisionTransformer, trim_text
 from miniclip.tokenizer import tokenize
 from miniclip.weights import from_openai_keys
 
@@ -134,6 +134,52 @@ def test_either_activation_equals_open_clip(activation):
     tokens[tokens == EOT] = 49  # open_clip pools at the largest id
     assert_equal(ours.encode_image(images), theirs.encode_image(images))
     assert_equal(ours.encode_text(tokens), theirs.encode_text(tokens))
+
+
+def mlp_and_input():
+    mlp = randomise(MLP(16, 64, "quick_gelu").double(), 0).eval()
+    return mlp, torch.randn(3, 5, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def formula(mlp, x):
+    hidden = F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)
+    return F.linear(hidden * torch.sigmoid(1.702 * hidden), mlp.c_proj.weight, mlp.c_proj.bias)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_quick_gelu_is_its_formula_whether_or_not_its_factors_go_into_the_products(is_training, with_grad):
+    mlp, x = mlp_and_input()
+    with torch.set_grad_enabled(with_grad):
+        found = mlp.train(is_training)(x)
+    torch.testing.assert_close(found.detach(), formula(mlp, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_on_a_layer_of_the_mlp_sees_what_it_gives():
+    mlp, x = mlp_and_input()
+    seen = []
+    mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        mlp(x)
+        torch.testing.assert_close(seen[0], F.linear(x, mlp.c_fc.weight, mlp.c_fc.bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", ["c_fc", "c_proj"])
+def test_a_module_in_the_place_of_a_layer_of_the_mlp_is_called(layer):
+    class Negated(nn.Linear):
+        def forward(self, x):
+            return -super().forward(x)
+
+    mlp, x = mlp_and_input()
+    weights = getattr(mlp, layer).state_dict()
+    setattr(mlp, layer, Negated(*((16, 64) if layer == "c_fc" else (64, 16))).double())
+    getattr(mlp, layer).load_state_dict(weights)
+    with torch.no_grad():
+        found = mlp(x)
+        for tensor in getattr(mlp, layer).parameters():
+            tensor.neg_()
+        torch.testing.assert_close(found, formula(mlp, x), rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
