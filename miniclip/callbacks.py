@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,14 +184,23 @@ class StepCost:
                 self._clip.visual.patch_dropout = clip.visual.patch_dropout  # in training alone
                 self._clip.visual.train()
             self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
-        self._text: dict[int, int] = {}
+        # Products grow with the length of the text and attention with its square, so three lengths tell all others.
+        counts = []
+        for length in range(1, min(3, clip.context_length) + 1):
+            tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+            counts.append(self._passes["text"] * forward_flops(self._clip.text, tokens))
+        self._text = [counts[0]]  # at length 1, and its differences (Newton's forward interpolation)
+        while len(counts) > 1:
+            counts = [after - before for before, after in pairwise(counts)]
+            self._text.append(counts[0])
 
     def flops(self, num_texts: dict[int, int]) -> int:
         """Of so many texts of each length in tokens, padding included, with an image each."""
-        for length in num_texts.keys() - self._text.keys():
-            tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
-            self._text[length] = self._passes["text"] * forward_flops(self._clip.text, tokens)
-        return sum(number * (self._image + self._text[length]) for length, number in num_texts.items())
+        total = 0
+        for length, number in num_texts.items():
+            text = sum(math.comb(length - 1, order) * difference for order, difference in enumerate(self._text))
+            total += number * (self._image + text)
+        return total
 
 
 class RunProgress(ProgressBar):

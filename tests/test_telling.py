@@ -210,6 +210,19 @@ def test_the_cost_of_a_step_by_hand():
     assert StepCost(clip).flops({7: 3, 12: 2}) == expected - 2 * 5 * image
 
 
+@pytest.mark.parametrize("context_length", [2, 16])
+def test_the_cost_of_every_length_of_text_is_what_the_tower_takes(context_length):
+    clip = tiny_clip(text=TextConfig(context_length=context_length, width=16, layers=3, head_width=8))
+    with torch.device("meta"):
+        tower = type(clip)(clip.config).eval().text
+    cost = StepCost(clip)
+    for length in range(1, context_length + 1):
+        tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+        assert cost.flops({length: 2}) - cost.flops({1: 2}) == 6 * (
+            forward_flops(tower, tokens) - forward_flops(tower, tokens[:, :1])
+        )
+
+
 def test_a_locked_trunk_of_timms_costs_its_forward_pass_alone():
     vision = VisionConfig(kind="timm", image_size=32, timm_model="test_resnet", timm_projection="linear")
     clip = tiny_clip(vision=vision)
