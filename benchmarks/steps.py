@@ -38,7 +38,7 @@ from miniclip.transforms import decode_rgb, normalize
 from miniclip.weights import from_openai_keys
 
 CPU = torch.device("cpu")
-ADAMW = OptimizerConfig(lr=1e-30)  # the work of a step, and all contenders keep the same weights to the last bit
+ADAMW = OptimizerConfig(lr=1e-9)  # so small a rate that the weights of all contenders stay alike
 _BYTES_OF_ADAMW = 28  # a parameter: reads it, its gradient and two averages, writes it and the averages, 4 bytes each
 
 
@@ -113,6 +113,7 @@ def our_step(
         wait_for(where)
 
     def result() -> Any:
+        module.clip.load_state_dict(peers.state(config, folder))
         module.double()
         return _outcome(loss_and_gradient(), dict(module.clip.named_parameters()))
 
@@ -171,6 +172,7 @@ def their_step(
         wait_for(where)
 
     def result() -> Any:
+        model.load_state_dict(peers.openclips(config, folder).state_dict())
         model.double()
         return _outcome(loss_and_gradient(), from_openai_keys(dict(model.named_parameters())))
 
@@ -202,8 +204,10 @@ def _pixels(config: CLIPConfig, count: int) -> Tensor:
 
 
 def _outcome(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss and the whole gradient, in float64: batch norm over a few images makes percents of float32's last bits.
+    """The loss and the whole gradient of the weights that all began with, in float64.
 
+    Batch norm over a few images makes percents of float32's last bits; and after steps whose last bits differ, a block
+    that started at 0 has other signs, so that ReLU, which still sees zeros, lets other gradients through.
     The scale's is left out, as open_clip multiplies it when it accumulates.
     """
     gradients = [parameters[name].grad for name in sorted(parameters) if name != "logit_scale"]
