@@ -72,7 +72,8 @@ class Attention(nn.Module):
         if groups:  # the end of a text sees all of it
             in_groups = zip(*(_by_group(each, groups) for each in (q, k, v)), strict=True)
             parts = [_attend(q, k, v, is_causal).flatten(0, 1) for q, k, v in in_groups]
-            return self.out_proj(torch.cat(parts).view(*q.shape[:2], D))  # (1, T, D) or (B, 1, D)
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)  # which would copy a single one, too
+            return self.out_proj(y.view(*q.shape[:2], D))  # (1, T, D) or (B, 1, D)
         if self.is_causal and pool is not None:
             visible = (torch.arange(k.shape[1], device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
         return self.out_proj(_attend(q, k, v, is_causal, visible))  # (B, N or 1, D)

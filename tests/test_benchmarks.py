@@ -60,6 +60,17 @@ def test_contenders_take_turns_and_each_round_begins_with_another(is_slow, warm_
     assert {len(timing.wall) for timing in times.values()} == {3}
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_run_whose_products_are_counted_is_not_timed(is_slow):
+    a = torch.ones(8, 8)
+    counting = []
+    job = Job(lambda: counting.append(bool(torch.utils._python_dispatch._len_torch_dispatch_stack())) or a @ a)
+    times, _, flops = harness.race({OURS: job}, Patience(rounds=3, most_rounds=3, slow_rounds=3), is_slow)
+    assert flops == 2 * 8**3
+    assert counting == ([False] * 3 + [True] if is_slow else [True] + [False] * 3)
+    assert len(times[OURS].wall) == 3
+
+
 def test_rounds_go_on_until_the_seconds_have_passed():
     times, _, _ = harness.race({OURS: Job(lambda: sum(range(1000)))}, Patience(rounds=1, seconds=0.05, most_rounds=20))
     assert len(times[OURS].wall) == 20
