@@ -82,7 +82,7 @@ class Set:
     grid: tuple[tuple[int, float, float], ...]
     samples: int
     our_steps: int
-    our_batch: int = 64
+    our_batch: int = 128
     rounds: int = 9
     options: tuple[str, ...] = ()
 
@@ -94,7 +94,7 @@ SETS = {
         tests=("digits", "unseen"),
         grid=((64, 1e-3, 0.1), (64, 5e-4, 0.1), (64, 2.5e-4, 0.1), (64, 5e-4, 0.02), (64, 5e-4, 0.3)),
         samples=64_000,
-        our_steps=250,
+        our_steps=200,
     ),
     "scenes": Set(
         ROOT / "benchmarks/scenes.py",
@@ -102,7 +102,7 @@ SETS = {
         tests=("scenes", "unseen"),
         grid=((64, 1e-3, 0.1), (64, 5e-4, 0.1), (64, 2e-3, 0.1), (64, 1e-3, 0.02), (64, 1e-3, 0.3)),
         samples=64_000,
-        our_steps=250,
+        our_steps=200,
     ),
 }
 
