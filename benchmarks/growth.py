@@ -41,6 +41,7 @@ from miniclip.training import CLIPTraining
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # (chosen before)
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 ROOT = Path(__file__).parents[1]
 SEARCHED_IMAGES = 64
@@ -235,17 +236,26 @@ MEASURED: dict[str, tuple[Callable[[str, Path], Curves], str]] = {
 
 def draw(curves: Curves, label: str, title: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, points in curves.items():
-        xs = [point.x for point in points]
-        left.plot(xs, [point.seconds for point in points], "o-", label=name)
-        right.plot(xs, [max(point.memory_mb, 0.1) for point in points], "o-", label=name)
     ticks = sorted({point.x for points in curves.values() for point in points})
-    for axes, what in ((left, "s"), (right, "peak memory, MB")):
+    for axes, what, floor in ((left, "seconds", 0.0), (right, "peak memory, MB", 0.1)):
+        values = []
+        for name, points in curves.items():
+            ys = [max((point.seconds, point.memory_mb)[axes is right], floor) for point in points]
+            axes.plot([point.x for point in points], ys, "o-", label=name)
+            values += ys
         axes.set_xscale("log", base=2 if max(ticks) < 1000 else 10)
-        axes.set_yscale("log")
+        if max(values) > 5 * min(values):
+            axes.set_yscale("log")
+            is_short = max(values) < 500 * min(values)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_short else (1,), numticks=20))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(0, 1.15 * max(values))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
         if max(ticks) < 1000:
-            axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.minorticks_off()
+            axes.xaxis.set_major_locator(FixedLocator(ticks))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.set_xlabel(label)
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)

@@ -2,8 +2,8 @@
 
 A case is some work; a contender is a library that does it; a job is that work made ready by one contender. All jobs of
 a case have the same weights, data and threads, run in turns in one process, and have to give the same results, or the
-comparison is void. Peak memory is measured in processes of their own, since what one contender leaves behind would
-serve the next.
+comparison is void. Peak memory and whole epochs are measured in processes of their own, since what one contender leaves
+behind would serve, or burden, the next.
 """
 
 from __future__ import annotations
@@ -47,11 +47,21 @@ class Job(NamedTuple):
         run: what is timed.
         result: gives what has to agree with the other contenders'; by default what `run` returned last.
         prepare: called before each run, and not timed.
+        counted: does the same where the products of `run` can't be counted, as it is another process.
     """
 
     run: Callable[[], Any]
     result: Callable[[], Any] | None = None
     prepare: Callable[[], Any] | None = None
+    counted: Callable[[], Any] | None = None
+
+
+class Taken(NamedTuple):
+    """What a run returns that timed itself, as one in another process, which first imports and makes ready."""
+
+    wall: float
+    cpu: float
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class Case:
         measures_memory: asks for it without a target.
         bytes_moved: of a run, that memory has to move besides the matrix products' operands, such as an optimiser's.
         is_slow: no round is spent on warming up, and there are few.
+        is_alone: each run is in a process of its own, as a trainer's are. Workers are forked from it, and then every
+            page that earlier runs have left in memory is copied when it is next written.
         threads: instead of those of all other cases.
         note: what a reader has to know beside the figures.
     """
@@ -79,6 +91,7 @@ class Case:
     measures_memory: bool = False
     bytes_moved: float = 0
     is_slow: bool = False
+    is_alone: bool = False
     threads: int | None = None
     note: str = ""
 
@@ -119,7 +132,7 @@ def race(
     """Runs the jobs in turns, each round begun by the next one: times, results, and ours' sums and products.
 
     The first round is not timed, unless rounds are slow; then ours runs once more at the end for the counting, which
-    takes time of its own.
+    takes time of its own, and only if nothing else tells the limit.
     """
     names = list(jobs)
     times = {name: Timing() for name in names}
@@ -138,18 +151,23 @@ def race(
                 flops, outputs[name] = count_flops(job.run)
             else:
                 outputs[name] = job.run()
+            took = Taken(time.perf_counter() - wall, _processor_seconds() - cpu, outputs[name])
+            if isinstance(took.output, Taken):
+                took = took.output
+                outputs[name] = took.output
             if not is_warm_up:
-                times[name].wall.append(time.perf_counter() - wall)
-                times[name].cpu.append(_processor_seconds() - cpu)
+                times[name].wall.append(took.wall)
+                times[name].cpu.append(took.cpu)
         if is_warm_up:
             begin = time.perf_counter()
         else:
             turn += 1
-    if is_slow and OURS in jobs:
+    if is_slow and OURS in jobs and LIMIT not in jobs:
         tell(f"{OURS}, counted")
-        if (prepare := jobs[OURS].prepare) is not None:
-            prepare()
-        flops, _ = count_flops(jobs[OURS].run)
+        job = jobs[OURS]
+        if job.prepare is not None:
+            job.prepare()
+        flops, _ = count_flops(job.counted or job.run)
     return times, {name: job.result() if job.result else outputs[name] for name, job in jobs.items()}, flops
 
 
@@ -198,7 +216,7 @@ def difference(found: Any, reference: Any) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory
+# A process of its own
 
 
 def resident_mb(peak: bool = False) -> float:
@@ -231,16 +249,38 @@ def memory_alone(case: Case, contender: str) -> float:
     return resident_mb(peak=True) - before
 
 
-def _memory(case: Case, alone: Sequence[str]) -> dict[str, float]:
-    """Of each contender, by a command that calls `memory_alone` and prints what it gives."""
-    found = {}
-    for name in case.contenders:
-        if name != LIMIT:
-            done = subprocess.run([*alone, case.name, name], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{name} alone failed:\n{done.stderr[-2000:]}")
-            found[name] = float(done.stdout.split()[-1])
-    return found
+def time_alone(case: Case, contender: str) -> Taken:
+    """What a contender takes in a process that has imported everything and done nothing."""
+    job = case.contenders[contender]()
+    if job.prepare is not None:
+        job.prepare()
+    wall, cpu = time.perf_counter(), _processor_seconds()
+    output = job.run()
+    return Taken(time.perf_counter() - wall, _processor_seconds() - cpu, output)
+
+
+ALONE: dict[str, Callable[[Case, str], Any]] = {"memory": memory_alone, "time": time_alone}
+
+
+def _alone(command: Sequence[str], what: str, case: str, contender: str) -> Any:
+    """What `ALONE[what]` gives in a process of its own, whose command prints it as JSON."""
+    done = subprocess.run([*command, what, case, contender], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{contender} alone failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _jobs(case: Case, alone: Sequence[str] | None) -> dict[str, Job]:
+    """Each contender's, made ready; or where it is to be alone and there is a command for that, by that."""
+    if not case.is_alone or alone is None:
+        return {name: make() for name, make in case.contenders.items()}
+
+    def job(name: str) -> Job:
+        return Job(
+            lambda: Taken(*_alone(alone, "time", case.name, name)), counted=lambda: case.contenders[name]().run()
+        )
+
+    return {name: job(name) for name in case.contenders}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,12 +345,12 @@ def measure(
     alone: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """A row of the results. `alone` begins the command that measures the memory of a case's contender."""
+    """A row of the results. `alone` begins the command that runs a case's contender in a process of its own."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(case.threads or threads)
         tell("made ready")
-        jobs = {name: make() for name, make in case.contenders.items()}
+        jobs = _jobs(case, alone)
         times, results, flops = race(jobs, patience, case.is_slow, tell)
         used = torch.get_num_threads()
     finally:
@@ -337,7 +377,8 @@ def measure(
     }
     if alone is not None and (case.measures_memory or case.memory_target):
         tell("memory")
-        row["memory_mb"] = _memory(case, alone)
+        names = [name for name in case.contenders if name != LIMIT]
+        row["memory_mb"] = {name: _alone(alone, "memory", case.name, name) for name in names}
     row["reached"] = _reached(row)
     return row
 

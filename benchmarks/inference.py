@@ -44,7 +44,7 @@ def cases(size: str, folder: Path) -> list[Case]:
         classifier(size, folder),
         *tokenizers(size, folder),
         *loading(size, folder),
-        *starting(),
+        *starting(size),
         *(evaluation(name, size, folder) for name in ("small", "ViT-B/32")),
     ]
 
@@ -60,7 +60,7 @@ def _contenders(config: CLIPConfig, make: Callable[[str], Job]) -> Mapping[str, 
 
 def images(name: str, batch: int, size: str, folder: Path) -> Case:
     config = peers.architecture(name, size)
-    count = {"full": batch, "quick": min(batch, 8), "tiny": min(batch, 2)}[size]
+    count = {"full": batch, "quick": min(batch, 4), "tiny": min(batch, 2)}[size]
     side = config.vision.image_size
 
     def make(contender: str) -> Job:
@@ -227,7 +227,7 @@ def loading(size: str, folder: Path) -> list[Case]:
             "load ViT-B/32, local safetensors",
             {OURS: ours, "open_clip": theirs, "transformers": with_transformers},
             targets={"open_clip": 2.0},
-            measures_memory=size != "tiny",
+            measures_memory=size == "full",
             note="miniclip maps the file, so its time and memory grow with what is read of the weights",
         ),
         Case(
@@ -239,8 +239,8 @@ def loading(size: str, folder: Path) -> list[Case]:
     ]
 
 
-def starting() -> list[Case]:
-    """Processes that begin and end."""
+def starting(size: str) -> list[Case]:
+    """Processes that begin and end; for a quick look, one help is enough."""
 
     def process(*command: str) -> Job:
         def run() -> None:
@@ -254,7 +254,7 @@ def starting() -> list[Case]:
 
     ours = "import miniclip; miniclip.load, miniclip.tokenize, miniclip.zero_shot_classifier"
     theirs = "import open_clip"
-    return [
+    found = [
         case(
             "import",
             "import; the limit is torch's",
@@ -276,6 +276,7 @@ def starting() -> list[Case]:
             {OURS: ("-c", _PROGRAM, "eval", "--help"), "open_clip": ("-c", theirs), LIMIT: ("-c", "pass")},
         ),
     ]
+    return found[:2] if size == "quick" else found
 
 
 def evaluation(name: str, size: str, folder: Path) -> Case:
@@ -285,7 +286,8 @@ def evaluation(name: str, size: str, folder: Path) -> Case:
     each other: all of the processor's time there is.
     """
     config = peers.architecture(name, size)
-    count = {"full": 10_000 if name == "small" else 1000, "quick": 256, "tiny": 6}[size]
+    is_small = name == "small"
+    count = {"full": 10_000 if is_small else 1000, "quick": 128 if is_small else 64, "tiny": 6}[size]
     side, cores = 512, 2
 
     def ours() -> Job:
