@@ -104,6 +104,7 @@ def finetune(model: Path, data: Path, new: Path, out: Path, *settings: str) -> N
         "--trainer.check_val_every_n_epoch=5",
         "--trainer.log_every_n_steps=1",
         f"--trainer.callbacks=[{json.dumps(callback)}]",
+        "--name=null",  # the file's
         f"--trainer.default_root_dir={out}",
         "--trainer.accelerator=cpu",
         *settings,

@@ -348,7 +348,7 @@ def _folder(config: Any) -> Path:
     if folder is not None:
         raise ValueError(
             f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
-            f"trainer.default_root_dir is {folder!r}; leave one of them out"
+            f"trainer.default_root_dir is {folder!r}; leave one of them out (a name in a file by --name null)"
         )
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")

@@ -179,6 +179,14 @@ def test_the_kept_configuration_alone_goes_on_with_a_named_run(data, tmp_path, m
     assert step_of(tmp_path / "runs/mine") == 3
 
 
+def test_the_name_in_a_file_gives_way_to_another_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("named.yaml").write_text("name: mine\n")
+    trainer.main([*arguments(data, tmp_path / "elsewhere", steps=1), "--config=named.yaml", "--name=null"])
+    assert step_of(tmp_path / "elsewhere") == 1
+    assert not Path("runs").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The best checkpoint, and the last validation
 
