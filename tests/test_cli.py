@@ -1,4 +1,5 @@
 import csv
+import ctypes
 import json
 import subprocess
 import sys
@@ -171,3 +172,23 @@ def test_the_installed_command_is_the_same(tmp_path):
     installed = Path(sys.executable).with_name("miniclip")
     assert run(str(installed), "--version").stdout == f"miniclip {miniclip.__version__}\n"
     assert "usage: miniclip train" in run(str(installed), "train", "fit", "--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+def test_training_takes_the_same_memory_again_without_new_pages():
+    program = """
+from miniclip import cli
+try:
+    cli.main(["train", "--help"])
+except SystemExit:
+    pass
+import resource, torch
+pages = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(pages[1], pages[2])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert all(int(count) < 100 for count in done.stdout.split()[-2:]), done.stdout[-200:]  # 9,800 of 4 KB each else
