@@ -41,7 +41,7 @@ from miniclip.training import CLIPTraining
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # (chosen before)
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 ROOT = Path(__file__).parents[1]
 SEARCHED_IMAGES = 64
@@ -237,10 +237,11 @@ MEASURED: dict[str, tuple[Callable[[str, Path], Curves], str]] = {
 def draw(curves: Curves, label: str, title: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     ticks = sorted({point.x for points in curves.values() for point in points})
-    for axes, what, floor in ((left, "seconds", 0.0), (right, "peak memory, MB", 0.1)):
+    shown = ((left, "seconds", "seconds", 0.0), (right, "memory_mb", "peak memory, MB", 0.1))
+    for axes, field, what, floor in shown:
         values = []
         for name, points in curves.items():
-            ys = [max((point.seconds, point.memory_mb)[axes is right], floor) for point in points]
+            ys = [max(getattr(point, field), floor) for point in points]
             axes.plot([point.x for point in points], ys, "o-", label=name)
             values += ys
         axes.set_xscale("log", base=2 if max(ticks) < 1000 else 10)
@@ -253,8 +254,8 @@ def draw(curves: Curves, label: str, title: str, path: Path) -> None:
             axes.set_ylim(0, 1.15 * max(values))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
         if max(ticks) < 1000:
-            axes.xaxis.set_major_locator(FixedLocator(ticks))
-            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(ticks)
+            axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.set_xlabel(label)
         axes.set_ylabel(what)
