@@ -2,8 +2,8 @@
 
 A case is some work; a contender is a library that does it; a job is that work made ready by one contender. All jobs of
 a case have the same weights, data and threads, run in turns in one process, and have to give the same results, or the
-comparison is void. Peak memory and whole epochs are measured in processes of their own, since what one contender leaves
-behind would serve, or burden, the next.
+comparison is void. Peak memory is measured in processes of their own, since what one contender leaves behind would
+serve the next.
 """
 
 from __future__ import annotations
@@ -47,21 +47,13 @@ class Job(NamedTuple):
         run: what is timed.
         result: gives what has to agree with the other contenders'; by default what `run` returned last.
         prepare: called before each run, and not timed.
-        counted: does the same where the products of `run` can't be counted, as it is another process.
+        counted: does the same where the products of `run` can't be counted, as a process of its own makes them.
     """
 
     run: Callable[[], Any]
     result: Callable[[], Any] | None = None
     prepare: Callable[[], Any] | None = None
     counted: Callable[[], Any] | None = None
-
-
-class Taken(NamedTuple):
-    """What a run returns that timed itself, as one in another process, which first imports and makes ready."""
-
-    wall: float
-    cpu: float
-    output: Any
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,6 @@ class Case:
         measures_memory: asks for it without a target.
         bytes_moved: of a run, that memory has to move besides the matrix products' operands, such as an optimiser's.
         is_slow: no round is spent on warming up, and there are few.
-        is_alone: each run is in a process of its own, as a trainer's are. Workers are forked from it, and then every
-            page that earlier runs have left in memory is copied when it is next written.
         threads: instead of those of all other cases.
         note: what a reader has to know beside the figures.
     """
@@ -91,7 +81,6 @@ class Case:
     measures_memory: bool = False
     bytes_moved: float = 0
     is_slow: bool = False
-    is_alone: bool = False
     threads: int | None = None
     note: str = ""
 
@@ -151,13 +140,9 @@ def race(
                 flops, outputs[name] = count_flops(job.run)
             else:
                 outputs[name] = job.run()
-            took = Taken(time.perf_counter() - wall, _processor_seconds() - cpu, outputs[name])
-            if isinstance(took.output, Taken):
-                took = took.output
-                outputs[name] = took.output
             if not is_warm_up:
-                times[name].wall.append(took.wall)
-                times[name].cpu.append(took.cpu)
+                times[name].wall.append(time.perf_counter() - wall)
+                times[name].cpu.append(_processor_seconds() - cpu)
         if is_warm_up:
             begin = time.perf_counter()
         else:
@@ -216,7 +201,7 @@ def difference(found: Any, reference: Any) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A process of its own
+# Memory
 
 
 def resident_mb(peak: bool = False) -> float:
@@ -249,38 +234,16 @@ def memory_alone(case: Case, contender: str) -> float:
     return resident_mb(peak=True) - before
 
 
-def time_alone(case: Case, contender: str) -> Taken:
-    """What a contender takes in a process that has imported everything and done nothing."""
-    job = case.contenders[contender]()
-    if job.prepare is not None:
-        job.prepare()
-    wall, cpu = time.perf_counter(), _processor_seconds()
-    output = job.run()
-    return Taken(time.perf_counter() - wall, _processor_seconds() - cpu, output)
-
-
-ALONE: dict[str, Callable[[Case, str], Any]] = {"memory": memory_alone, "time": time_alone}
-
-
-def _alone(command: Sequence[str], what: str, case: str, contender: str) -> Any:
-    """What `ALONE[what]` gives in a process of its own, whose command prints it as JSON."""
-    done = subprocess.run([*command, what, case, contender], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{contender} alone failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _jobs(case: Case, alone: Sequence[str] | None) -> dict[str, Job]:
-    """Each contender's, made ready; or where it is to be alone and there is a command for that, by that."""
-    if not case.is_alone or alone is None:
-        return {name: make() for name, make in case.contenders.items()}
-
-    def job(name: str) -> Job:
-        return Job(
-            lambda: Taken(*_alone(alone, "time", case.name, name)), counted=lambda: case.contenders[name]().run()
-        )
-
-    return {name: job(name) for name in case.contenders}
+def _memory(case: Case, alone: Sequence[str]) -> dict[str, float]:
+    """Of each contender, by a command that calls `memory_alone` and prints what it gives."""
+    found = {}
+    for name in case.contenders:
+        if name != LIMIT:
+            done = subprocess.run([*alone, case.name, name], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{name} alone failed:\n{done.stderr[-2000:]}")
+            found[name] = float(done.stdout.split()[-1])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,12 +308,12 @@ def measure(
     alone: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """A row of the results. `alone` begins the command that runs a case's contender in a process of its own."""
+    """A row of the results. `alone` begins the command that measures the memory of a case's contender."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(case.threads or threads)
         tell("made ready")
-        jobs = _jobs(case, alone)
+        jobs = {name: make() for name, make in case.contenders.items()}
         times, results, flops = race(jobs, patience, case.is_slow, tell)
         used = torch.get_num_threads()
     finally:
@@ -377,8 +340,7 @@ def measure(
     }
     if alone is not None and (case.measures_memory or case.memory_target):
         tell("memory")
-        names = [name for name in case.contenders if name != LIMIT]
-        row["memory_mb"] = {name: _alone(alone, "memory", case.name, name) for name in names}
+        row["memory_mb"] = _memory(case, alone)
     row["reached"] = _reached(row)
     return row
 

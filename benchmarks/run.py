@@ -12,7 +12,6 @@ cases:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of each contender; by default what torch takes")
     parser.add_argument("--out", type=Path, help="where to write, without suffix; by default by machine and size")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--alone", nargs=3, metavar=("WHAT", "CASE", "CONTENDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -74,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--threads is {options.threads}; it must be at least 1")
         torch.set_num_threads(options.threads)
     if options.alone:
-        what, name, contender = options.alone
+        name, contender = options.alone
         (case,) = [case for case in cases(options.size, options.folder) if case.name == name]
-        print(json.dumps(harness.ALONE[what](case, contender)))
+        print(harness.memory_alone(case, contender))
         return 0
     with tempfile.TemporaryDirectory() as place:
         folder = options.folder or Path(place)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import json
 import os
+import re
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,8 +27,6 @@ import torch.nn.functional as F
 from harness import LIMIT, OURS, Case, Job
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.transform import image_transform
-from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from webdataset.tariterators import tar_file_expander
 
@@ -37,6 +40,7 @@ from miniclip.training import CLIPTraining
 from miniclip.transforms import decode_rgb, normalize
 from miniclip.weights import from_openai_keys
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ADAMW = OptimizerConfig(lr=1e-9)  # so small a rate that the weights of all contenders stay alike
 _BYTES_OF_ADAMW = 28  # a parameter: reads it, its gradient and two averages, writes it and the averages, 4 bytes each
@@ -331,9 +335,8 @@ def losses(size: str) -> list[Case]:
 
 
 def open_clips_data(shards: Path, count: int, batch_size: int, image_size: int, workers: int) -> Any:
-    names = sorted(path.stem for path in shards.glob("*.tar"))
     settings = SimpleNamespace(
-        train_data=str(shards / f"{{{names[0]}..{names[-1]}}}.tar"),
+        train_data=_braces(shards),
         train_num_samples=count,
         train_data_upsampling_factors=None,
         batch_size=batch_size,
@@ -347,6 +350,12 @@ def open_clips_data(shards: Path, count: int, batch_size: int, image_size: int, 
     return open_clip_train.data.get_wds_dataset(
         settings, transform, is_train=True, tokenizer=open_clip.get_tokenizer("ViT-B-32")
     )
+
+
+def _braces(shards: Path) -> str:
+    """All shards of a folder, as open_clip is told of them."""
+    names = sorted(path.stem for path in shards.glob("*.tar"))
+    return str(shards / f"{{{names[0]}..{names[-1]}}}.tar")
 
 
 def pipeline(side: int, size: str, folder: Path) -> Case:
@@ -391,59 +400,62 @@ def pipeline(side: int, size: str, folder: Path) -> Case:
     )
 
 
+_OPEN_CLIPS_TRAINER = """
+import sys
+from functools import partial
+import open_clip
+import open_clip_train.data
+import torch
+from open_clip_train.main import main
+from webdataset.tariterators import tar_file_expander
+
+torch.optim.AdamW = partial(torch.optim.AdamW, fused=True)  # one kernel, as ours is
+# webdataset from 0.2.100 on marks the end of each tar, which open_clip, written for 0.2.86, does not expect.
+open_clip_train.data.tar_file_expander = partial(tar_file_expander, eof_value=None)
+open_clip.add_model_config(sys.argv[1])
+main(sys.argv[2:])
+"""
+
+
 def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
-    """Each library's own trainer from shards to a checkpoint, two workers, the same AdamW in one kernel."""
+    """Each library's own command, from its start to the end of its process: shards to a checkpoint, two workers."""
     count, batch_size, side = {"full": (4096, 64, 256), "quick": (128, 32, 256), "tiny": (8, 4, 64)}[size]
-    rate = OptimizerConfig(lr=5e-4)
+    num_steps, rate = count // batch_size, 5e-4
+    interval = min(8, num_steps)
 
     def ours() -> Job:
-        shards = samples.shards(folder, count, side)
-        vision, text = asdict(config.vision), asdict(config.text)
-        flags = [f"--model.clip.{name}={getattr(config, name)}" for name in ("embed_dim", "activation")]
-        flags += [
-            f"--model.clip.vision.{name}={vision[name]}" for name in ("image_size", "patch_size", "width", "layers")
-        ]
-        flags += [f"--model.clip.text.{name}={text[name]}" for name in ("width", "layers")]
-        flags += [f"--model.optimizer.lr={rate.lr}", f"--data.train={shards}", f"--data.batch_size={batch_size}"]
-        flags += ["--data.num_workers=2", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
-        flags += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=10"]
+        data = {"train": str(samples.shards(folder, count, side)), "batch_size": batch_size, "num_workers": 2}
+        training = {"max_epochs": 1, "log_every_n_steps": interval, "enable_progress_bar": False, "accelerator": "cpu"}
+        model = {"clip": asdict(config), "optimizer": {"lr": rate}}
+        settings = folder / "epoch.yaml"
+        settings.write_text(json.dumps({"model": model, "data": data, "trainer": training}))  # YAML knows JSON
+        flags = ["fit", f"--config={settings}", "--trainer.default_root_dir"]
 
         def run() -> int:
-            with tempfile.TemporaryDirectory(dir=folder) as place, _silence():
-                trainer.main(["fit", *flags, f"--trainer.default_root_dir={place}/run"])
-            return count
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                _process(ROOT / "train.py", *flags, place)
+                (table,) = Path(place).glob("logs/*/metrics.csv")
+                with table.open() as file:
+                    return int(float([row["train/samples"] for row in csv.DictReader(file)][-1]))
 
-        return Job(run)
+        def counted() -> None:
+            with tempfile.TemporaryDirectory(dir=folder) as place, _silence():
+                trainer.main([*flags, place])
+
+        return Job(run, counted=counted)
 
     def theirs() -> Job:
         shards = samples.shards(folder, count, side)
-        path = folder / "open_clip-epoch.pt"
+        name = peers.model_name(config, folder)
+        command = ["-c", _OPEN_CLIPS_TRAINER, folder / "open_clip", f"--model={name}", f"--lr={rate}"]
+        command += [f"--train-data={_braces(shards)}", f"--train-num-samples={count}", "--dataset-type=webdataset"]
+        command += [f"--batch-size={batch_size}", "--workers=2", "--epochs=1", "--precision=fp32"]
+        command += [f"--warmup={num_steps // 10}", f"--log-every-n-steps={interval}", "--name=run"]
 
         def run() -> int:
-            model = peers.openclips(config, folder)
-            model.output_dict = True  # as its trainer asks of its factory
-            data = open_clips_data(shards, count, batch_size, config.vision.image_size, 2)
-            num_steps = data.dataloader.num_batches
-            optimizer = their_optimizer(model, rate)
-            settings = SimpleNamespace(
-                device="cpu",
-                precision="fp32",
-                distill=False,
-                accum_freq=1,
-                skip_scheduler=False,
-                horovod=False,
-                grad_clip_norm=None,
-                log_every_n_steps=10,
-                batch_size=batch_size,
-                world_size=1,
-                rank=0,
-                wandb=False,
-            )
-            schedule = cosine_lr(optimizer, rate.lr, num_steps // 10, num_steps)
-            with _silence():
-                train_one_epoch(model, {"train": data}, ClipLoss(), 0, optimizer, None, schedule, None, settings)
-            torch.save({"epoch": 1, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-            return data.dataloader.num_samples
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                _process(*command, f"--logs={place}")
+                return int(re.findall(r"\[ *(\d+)/", Path(place, "run/out.log").read_text())[-1])
 
         return Job(run)
 
@@ -453,10 +465,17 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
         {OURS: ours, "open_clip": theirs},
         targets={"open_clip": 2.0},
         is_slow=True,
-        is_alone=size == "full",  # whose imports take as long as a quick one
-        note="open_clip's get_wds_dataset, train_one_epoch and ClipLoss; building the model, starting the workers and "
-        "writing the checkpoint are in both",
+        note="`miniclip train fit` and `python -m open_clip_train.main`, imports and checkpoints included; open_clip's "
+        "AdamW is one kernel here, and takes four times as long as it comes",
     )
+
+
+def _process(*arguments: str | Path) -> None:
+    """Python with as many threads as here; what it says is shown if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"a command failed:\n{done.stderr[-2000:]}")
 
 
 @contextlib.contextmanager

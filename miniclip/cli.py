@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
 from .files import user_errors
-from .terminal import Help, add_encoding, console, progress_bar
+from .terminal import Help, add_encoding, console, lasting_imports, progress_bar
 
 if TYPE_CHECKING:
     from .sources import Pairs
@@ -55,24 +53,10 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def keep_memory() -> None:
-    """Has freed memory kept, in large pages, for the next step's tensors; to be called before torch is imported.
-
-    Given back and taken again, every page of it is cleared and mapped anew, which took an eighth of a step on a CPU.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-
-
 def train(argv: list[str]) -> None:
     """`miniclip train fit --config RUN.yaml [--any.field value]`"""
-    keep_memory()
-    from .trainer import main as train_main
-
+    with lasting_imports():
+        from .trainer import main as train_main
     train_main(argv)
 
 
@@ -252,8 +236,9 @@ def check(argv: list[str]) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from .check import advice, examine, tables, time_pipeline, write_html
-    from .shards import Shards, is_shards
+    with lasting_imports():
+        from .check import advice, examine, tables, time_pipeline, write_html
+        from .shards import Shards, is_shards
 
     packed = is_shards(options.data)
     if options.speed and not packed:
@@ -377,8 +362,9 @@ def _interpolate(options: argparse.Namespace) -> None:
     if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
         raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
 
-    from . import finetune, weights
-    from .datasets import labelled, open_dataset
+    with lasting_imports():
+        from . import finetune, weights
+        from .datasets import labelled, open_dataset
 
     new, old = ([labelled(open_dataset(source)) for source in sources] for sources in (options.data, options.retain))
     start, _ = weights.load(options.start, device=options.device)
@@ -449,7 +435,8 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
     options = parser.parse_args(argv)
     with user_errors():
-        from .convert import convert as convert_checkpoint
+        with lasting_imports():
+            from .convert import convert as convert_checkpoint
 
         said = convert_checkpoint(
             options.source, options.out, options.to, overwrite=options.overwrite, activation=options.activation
@@ -464,7 +451,8 @@ def info(argv: list[str]) -> None:
     parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="for a bare state dict that can't tell")
     options = parser.parse_args(argv)
     with user_errors():
-        from .convert import inspect
+        with lasting_imports():
+            from .convert import inspect
 
         facts = inspect(options.source, activation=options.activation)
         config = facts.config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import user_errors
-from .terminal import Help, add_encoding, console, plain_warnings, progress_bar, some
+from .terminal import Help, add_encoding, console, lasting_imports, plain_warnings, progress_bar, some
 
 if TYPE_CHECKING:
     from . import suite
@@ -138,8 +138,9 @@ def _joined(device: str | None) -> Iterator[str | None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device
         return
-    import torch
-    import torch.distributed as dist
+    with lasting_imports():
+        import torch
+        import torch.distributed as dist
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     is_gpu = device != "cpu" and torch.cuda.is_available()
@@ -155,8 +156,9 @@ def _joined(device: str | None) -> Iterator[str | None]:
 
 
 def _compare(first: str, second: str) -> None:
-    from .report import comparison_tables
-    from .results import compare_runs
+    with lasting_imports():
+        from .report import comparison_tables
+        from .results import compare_runs
 
     for table in comparison_tables(compare_runs(first, second)):
         console().print(table)
@@ -174,10 +176,11 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
-    from . import report, results, suite
-    from .embedding import FeatureCache
-    from .models import open_model
-    from .processes import place
+    with lasting_imports():
+        from . import report, results, suite
+        from .embedding import FeatureCache
+        from .models import open_model
+        from .processes import place
 
     _refuse_contradictions(options)
     trials = _trials(options)

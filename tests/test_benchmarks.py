@@ -78,35 +78,6 @@ def test_what_limits_a_slow_case_otherwise_spares_counting():
     assert sorted(runs) == sorted([OURS, LIMIT])
 
 
-def test_a_case_in_processes_of_its_own_has_the_times_that_they_tell():
-    a = torch.ones(8, 8)
-    told = "import json, sys; what, case, who = sys.argv[1:]; print('hm'); print(json.dumps([len(who), 0.5, case]))"
-    contenders = {OURS: lambda: Job(lambda: [a @ a]), "open_clip": lambda: pytest.fail("it is not made here")}
-    alone = case(contenders=contenders, is_alone=True, is_slow=True)
-    row = harness.measure(alone, MACHINE, ONCE, [sys.executable, "-c", told])
-    assert row["seconds"] == {OURS: 8.0, "open_clip": 9.0}
-    assert row["cpu_seconds"] == {OURS: 0.5, "open_clip": 0.5}
-    assert row["agrees"]
-    assert row["flops"] == 2 * 8**3
-
-
-def test_a_process_of_its_own_that_fails_says_why():
-    broken = [sys.executable, "-c", "raise SystemExit('no shards')"]
-    with pytest.raises(RuntimeError, match="miniclip alone failed:\nno shards"):
-        harness.measure(case(is_alone=True, is_slow=True), MACHINE, ONCE, broken)
-
-
-def test_a_run_alone_is_made_ready_before_it_is_timed():
-    seen = []
-    taken = harness.time_alone(
-        case(contenders={OURS: lambda: Job(lambda: seen.append("run") or 7, prepare=lambda: seen.append("ready"))}),
-        OURS,
-    )
-    assert seen == ["ready", "run"]
-    assert taken.output == 7
-    assert 0 < taken.wall < 1
-
-
 def test_rounds_go_on_until_the_seconds_have_passed():
     times, _, _ = harness.race({OURS: Job(lambda: sum(range(1000)))}, Patience(rounds=1, seconds=0.05, most_rounds=20))
     assert len(times[OURS].wall) == 20
@@ -365,8 +336,7 @@ def test_imports_and_commands(folder):
 @pytest.mark.long
 def test_memory_of_a_contender_in_a_process_of_its_own(folder):
     rows_of(folder, "load")  # makes what is loaded
-    command = [sys.executable, ROOT / "benchmarks/run.py", "--tiny", "--folder", folder, "--alone"]
-    command += ["memory", "load", OURS]
+    command = [sys.executable, ROOT / "benchmarks/run.py", "--tiny", "--folder", folder, "--alone", "load", OURS]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     assert 0 < float(done.stdout.split()[-1]) < 200
 
