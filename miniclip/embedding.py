@@ -161,14 +161,16 @@ def encode_texts(
     tokenize: Callable[[list[str]], Any],
     progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Unit features (T, E) of texts; each text once, and long ones apart from short ones, as they set the cost.
+    """Unit features (T, E) of texts, each text once.
+
+    Long ones are apart from short ones, which they would set the cost of, and those that begin alike are together.
 
     Where there are several processes, all call this with the same texts, and each encodes a share of the batches.
 
     Args:
         progress: called with the number of different texts done.
     """
-    unique = sorted(dict.fromkeys(texts), key=len)
+    unique = sorted(dict.fromkeys(texts), key=lambda text: (len(text) // 8, text))
     batches = [unique[start : start + _PROMPTS_PER_BATCH] for start in range(0, len(unique), _PROMPTS_PER_BATCH)]
     own = share(len(batches))
     parts = []

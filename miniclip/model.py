@@ -7,17 +7,20 @@ code. Two things are done differently there and come out the same here with less
   queries, hidden layer and norm for that token alone.
 - Text attends only to what stands before it, so what follows the end-of-text token cannot reach the output. It is cut
   off before the tower runs, and a prompt of 10 tokens costs 10, not 77. On a CPU the texts of a batch are laid one
-  behind the other (`pack_text`), so that none is as long as the longest; elsewhere they stay a rectangle (`trim_text`).
+  behind the other (`pack_text`), so that none is as long as the longest, and what several begin with is computed once;
+  elsewhere they stay a rectangle (`trim_text`).
 
 B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution,
-T tokens of all packed texts.
+T tokens of all packed texts, U of them that differ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +28,24 @@ from torch import Tensor, nn
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .towers import ModifiedResNet, TimmTower, recomputed
 
-# Of packed texts, in the order in which they lie: how many there are of each length, (texts, tokens each).
-Groups = Sequence[tuple[int, int]]
+
+class Packing(NamedTuple):
+    """How texts lie in (1, U, D): one behind the other by length, or with what they have in common at their beginning
+    there once, as a token is made of itself and of those before it alone.
+
+    Args:
+        groups: how many texts there are of each length, (texts, tokens each).
+        places: (U,) of each token in its text.
+        ends: (B,) where among the U each text ends.
+        spread: (T,) where among the U each token of all texts is; None where each is there for itself.
+        unique: (U,) where among the T each of the U is first; None likewise.
+    """
+
+    groups: Sequence[tuple[int, int]]
+    places: Tensor
+    ends: Tensor
+    spread: Tensor | None = None
+    unique: Tensor | None = None
 
 
 class QuickGELU(nn.Module):
@@ -56,27 +75,34 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, groups: Groups = ()) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """All tokens attend: (B, N, D) -> (B, N, D). With `pool` (B,), only the token at that place: -> (B, 1, D).
 
-        With `groups`, of packed texts: (1, T, D) -> (1, T, D). `pool` is then where each one ends: -> (B, 1, D).
+        With `packing`, of packed texts: (1, U, D) -> (1, U, D). `pool` is then where each one ends: -> (B, 1, D).
         """
         D = x.shape[2]
         weight, bias, heads = self.in_proj_weight, self.in_proj_bias, (self.heads, D // self.heads)
         if pool is None:
-            q, k, v = F.linear(x, weight, bias).unflatten(2, (3, *heads)).unbind(2)  # 3 of (B, N, H, D/H)
+            q, k, v = _spread(F.linear(x, weight, bias), packing).unflatten(2, (3, *heads)).unbind(2)  # (B, N, H, D/H)
         else:
             q = F.linear(_pick(x, pool), weight[:D], bias[:D]).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
-            k, v = F.linear(x, weight[D:], bias[D:]).unflatten(2, (2, *heads)).unbind(2)  # 2 of (B, N, H, D/H)
+            k, v = _spread(F.linear(x, weight[D:], bias[D:]), packing).unflatten(2, (2, *heads)).unbind(2)
         is_causal, visible = self.is_causal and pool is None, None
-        if groups:  # the end of a text sees all of it
-            in_groups = zip(*(_by_group(each, groups) for each in (q, k, v)), strict=True)
+        if packing is not None:  # the end of a text sees all of it
+            in_groups = zip(*(_by_group(each, packing.groups) for each in (q, k, v)), strict=True)
             parts = [_attend(q, k, v, is_causal).flatten(0, 1) for q, k, v in in_groups]
             y = parts[0] if len(parts) == 1 else torch.cat(parts)  # which would copy a single one, too
-            return self.out_proj(y.view(*q.shape[:2], D))  # (1, T, D) or (B, 1, D)
+            if pool is None and packing.unique is not None:
+                y = y.index_select(0, packing.unique)
+            return self.out_proj(y[None] if pool is None else y[:, None])  # (1, U, D) or (B, 1, D)
         if self.is_causal and pool is not None:
             visible = (torch.arange(k.shape[1], device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
         return self.out_proj(_attend(q, k, v, is_causal, visible))  # (B, N or 1, D)
+
+
+def _spread(x: Tensor, packing: Packing | None) -> Tensor:
+    """The tokens that differ (1, U, D) -> all tokens of all texts (1, T, D); anything that is not packed as it is."""
+    return x if packing is None or packing.spread is None else x.index_select(1, packing.spread)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, visible: Tensor | None = None) -> Tensor:
@@ -86,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, visible: Tensor | 
     return y.transpose(1, 2).flatten(2)
 
 
-def _by_group(x: Tensor, groups: Groups) -> list[Tensor]:
+def _by_group(x: Tensor, groups: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Packed (1, T, …), or one token of each text (B, 1, …) -> of each group (texts, tokens or 1, …)."""
     rows, num_tokens = x.flatten(0, 1), sum(num_texts * length for num_texts, length in groups)
     sizes = [num_texts * length if len(rows) == num_tokens else num_texts for num_texts, length in groups]
@@ -127,9 +153,9 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, groups: Groups = ()) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the token at that place alone: -> (B, 1, D)."""
-        attended = self.attn(self.ln_1(x), pool, groups)
+        attended = self.attn(self.ln_1(x), pool, packing)
         x = attended + (x if pool is None else _pick(x, pool)[:, None])
         return x + self.mlp(self.ln_2(x))
 
@@ -149,11 +175,11 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, ratio, activation, is_causal) for _ in range(config.layers)
         )
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, groups: Groups = ()) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the last block's output for that token alone: -> (B, D)."""
         is_recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.resblocks, start=1):
-            inputs = (x, None if number < len(self.resblocks) else pool, groups)
+            inputs = (x, None if number < len(self.resblocks) else pool, packing)
             x = recomputed(block, *inputs, within=block) if is_recomputed else block(*inputs)
         return x if pool is None else x[:, 0]
 
@@ -230,26 +256,25 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def forward(self, tokens: Tensor, all_tokens: bool = False, groups: Groups = ()) -> Tensor:
-        """Token ids (B, L), L up to the context length, or packed (1, T) with their `groups` -> (B, E).
+    def forward(self, tokens: Tensor, all_tokens: bool = False, packing: Packing | None = None) -> Tensor:
+        """Token ids (B, L), L up to the context length, or packed (1, U) with their `packing` -> (B, E).
 
         With `all_tokens` -> (B, L, D) or (1, T, D): every token normed but not projected (what diffusion models
         condition on).
         """
-        if groups:
-            device = tokens.device
-            places = torch.cat([torch.arange(length, device=device).repeat(texts) for texts, length in groups])  # (T,)
-            positions = F.embedding(places, self.positional_embedding)  # (T, D)
-            lengths = torch.cat([torch.full((texts,), length, device=device) for texts, length in groups])
-            end_of_text = lengths.cumsum(dim=0) - 1  # (B,)
+        if packing is not None:
+            positions, end_of_text = (
+                F.embedding(packing.places, self.positional_embedding),
+                packing.ends,
+            )  # (U, D), (B,)
         else:
             positions = self.positional_embedding[: tokens.shape[1]]  # (L, D)
             # The first end token, not the largest id: added tokens may have larger ones, and some pad with it.
             end_of_text = (tokens == self.eot_token).int().argmax(dim=1)  # (B,)
-        x = self.token_embedding(tokens) + positions  # (B, L, D) or (1, T, D)
+        x = self.token_embedding(tokens) + positions  # (B, L, D) or (1, U, D)
         if all_tokens:
-            return self.ln_final(self.transformer(x, groups=groups))
-        return self.ln_final(self.transformer(x, pool=end_of_text, groups=groups)) @ self.text_projection
+            return _spread(self.ln_final(self.transformer(x, packing=packing)), packing)
+        return self.ln_final(self.transformer(x, pool=end_of_text, packing=packing)) @ self.text_projection
 
 
 class MissingTower(nn.Module):
@@ -259,7 +284,7 @@ class MissingTower(nn.Module):
         super().__init__()
         self.name, self.input_resolution = name, input_resolution
 
-    def forward(self, x: Tensor, all_tokens: bool = False, groups: Groups = ()) -> Tensor:
+    def forward(self, x: Tensor, all_tokens: bool = False, packing: Packing | None = None) -> Tensor:
         raise ValueError(f"this model has no {self.name} tower: it comes from a checkpoint of the other one alone")
 
 
@@ -335,8 +360,8 @@ class CLIP(nn.Module):
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             features = self.text(tokens)
         elif device.type == "cpu" and self.text_length_multiple == 1 and len(tokens):
-            packed, groups, places = pack_text(tokens, eot_token)
-            features = self.text(packed, groups=groups)[places]
+            packed, packing, places = pack_text(tokens, eot_token)
+            features = self.text(packed, packing=packing)[places]
         else:
             features = self.text(trim_text(tokens, eot_token, self.text_length_multiple).to(device))
         return self._unit(features) if normalize else features
@@ -381,17 +406,43 @@ def text_lengths(tokens: Tensor, eot_token: int) -> Tensor:
     return is_end.int().argmax(dim=1) + 1
 
 
-def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, Groups, Tensor]:
-    """Texts (N, L), each to its first end-of-text token, one behind the other by length: (1, T), its groups, and
-    where each text lies among the packed: (N,).
+def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, Packing, Tensor]:
+    """Texts (N, L), each to its first end-of-text token: the tokens that differ (1, U), how they are packed, and where
+    each text is in the packing (N,).
 
     Raises:
         ValueError: a row has no end-of-text token.
     """
     lengths, order = text_lengths(tokens, eot_token).sort(stable=True)
+    tokens = tokens[order]
     is_seen = torch.arange(tokens.shape[1]) < lengths[:, None]  # (N, L)
+    packed, places, ends = tokens[is_seen], is_seen.nonzero()[:, 1], lengths.cumsum(dim=0) - 1  # (T,), (T,), (N,)
     found, counts = lengths.unique_consecutive(return_counts=True)
-    return tokens[order][is_seen][None], tuple(zip(counts.tolist(), found.tolist(), strict=True)), order.argsort()
+    groups = tuple(zip(counts.tolist(), found.tolist(), strict=True))
+    if len(tokens) > 1:
+        beginnings = _beginnings(tokens.numpy())[is_seen.numpy()]  # (T,)
+        unique, spread = (
+            torch.from_numpy(n) for n in np.unique(beginnings, return_index=True, return_inverse=True)[1:]
+        )
+        if len(unique) <= _MOST_UNIQUE * len(packed):
+            packing = Packing(groups, places[unique], spread[ends], spread, unique)
+            return packed[unique][None], packing, order.argsort()
+    return packed[None], Packing(groups, places, ends), order.argsort()
+
+
+_MOST_UNIQUE = 7 / 8  # of all tokens; where fewer are shared, spreading them costs as much as it saves (docs/log.md)
+
+
+def _beginnings(tokens: np.ndarray) -> np.ndarray:
+    """Numbers (N, L), the same where texts (N, L) are the same up to there."""
+    N, L = tokens.shape
+    order = np.lexsort(tokens.T[::-1])  # alphabetical, so that texts that begin alike are neighbours
+    is_new = np.ones((N, L), dtype=bool)
+    is_new[1:] = np.logical_or.accumulate(tokens[order[1:]] != tokens[order[:-1]], axis=1)
+    row = np.maximum.accumulate(np.where(is_new, np.arange(N)[:, None], 0), axis=0)  # that was the first to begin so
+    numbers = np.empty((N, L), dtype=np.int64)
+    numbers[order] = row * L + np.arange(L)
+    return numbers
 
 
 def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:
