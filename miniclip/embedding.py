@@ -36,6 +36,7 @@ from .files import atomic_write
 from .processes import collect, place, share
 
 _PROMPTS_PER_BATCH = 256
+_SAME_LENGTH = 8  # characters by which texts may differ to count as of one length
 _SECONDS_BETWEEN_PARTS = 10.0  # as much work as a break may cost
 _SCHEMA = "1"  # of the files in the cache; another number leaves the old ones alone
 
@@ -163,14 +164,15 @@ def encode_texts(
 ) -> Tensor:
     """Unit features (T, E) of texts, each text once.
 
-    Long ones are apart from short ones, which they would set the cost of, and those that begin alike are together.
+    Texts of about one length are together, as the longest of a batch sets its cost on a GPU, and of those the ones that
+    begin alike, as what they share is computed once on a CPU.
 
     Where there are several processes, all call this with the same texts, and each encodes a share of the batches.
 
     Args:
         progress: called with the number of different texts done.
     """
-    unique = sorted(dict.fromkeys(texts), key=lambda text: (len(text) // 8, text))
+    unique = sorted(dict.fromkeys(texts), key=lambda text: (len(text) // _SAME_LENGTH, text))
     batches = [unique[start : start + _PROMPTS_PER_BATCH] for start in range(0, len(unique), _PROMPTS_PER_BATCH)]
     own = share(len(batches))
     parts = []

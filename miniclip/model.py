@@ -11,7 +11,7 @@ code. Two things are done differently there and come out the same here with less
   elsewhere they stay a rectangle (`trim_text`).
 
 B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution,
-T tokens of all packed texts, U of them that differ.
+T tokens of all packed texts, U different beginnings of texts among them (a token with all before it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,20 +28,21 @@ from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .towers import ModifiedResNet, TimmTower, recomputed
 
 
-class Packing(NamedTuple):
-    """How texts lie in (1, U, D): one behind the other by length, or with what they have in common at their beginning
-    there once, as a token is made of itself and of those before it alone.
+class TextLayout(NamedTuple):
+    """How packed texts lie in (1, U, D): one behind the other by length, but a beginning that several share only once.
+
+    A token is made of itself and of those before it, so it is the same, in every block, in all texts that begin alike.
 
     Args:
         groups: how many texts there are of each length, (texts, tokens each).
-        places: (U,) of each token in its text.
+        positions: (U,) of each token in its text.
         ends: (B,) where among the U each text ends.
-        spread: (T,) where among the U each token of all texts is; None where each is there for itself.
+        spread: (T,) where among the U each token of all texts is; None where so little is shared that U = T.
         unique: (U,) where among the T each of the U is first; None likewise.
     """
 
     groups: Sequence[tuple[int, int]]
-    places: Tensor
+    positions: Tensor
     ends: Tensor
     spread: Tensor | None = None
     unique: Tensor | None = None
@@ -75,34 +75,37 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, layout: TextLayout | None = None) -> Tensor:
         """All tokens attend: (B, N, D) -> (B, N, D). With `pool` (B,), only the token at that place: -> (B, 1, D).
 
-        With `packing`, of packed texts: (1, U, D) -> (1, U, D). `pool` is then where each one ends: -> (B, 1, D).
+        With `layout`, of packed texts: (1, U, D) -> (1, U, D). `pool` is then where each one ends: -> (B, 1, D).
         """
         D = x.shape[2]
         weight, bias, heads = self.in_proj_weight, self.in_proj_bias, (self.heads, D // self.heads)
         if pool is None:
-            q, k, v = _spread(F.linear(x, weight, bias), packing).unflatten(2, (3, *heads)).unbind(2)  # (B, N, H, D/H)
+            q, k, v = _spread(F.linear(x, weight, bias), layout).unflatten(2, (3, *heads)).unbind(2)  # (B, N, H, D/H)
         else:
             q = F.linear(_pick(x, pool), weight[:D], bias[:D]).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
-            k, v = _spread(F.linear(x, weight[D:], bias[D:]), packing).unflatten(2, (2, *heads)).unbind(2)
+            k, v = _spread(F.linear(x, weight[D:], bias[D:]), layout).unflatten(2, (2, *heads)).unbind(2)
         is_causal, visible = self.is_causal and pool is None, None
-        if packing is not None:  # the end of a text sees all of it
-            in_groups = zip(*(_by_group(each, packing.groups) for each in (q, k, v)), strict=True)
+        if layout is not None:  # the end of a text sees all of it
+            in_groups = zip(*(_by_group(each, layout.groups) for each in (q, k, v)), strict=True)
             parts = [_attend(q, k, v, is_causal).flatten(0, 1) for q, k, v in in_groups]
             y = parts[0] if len(parts) == 1 else torch.cat(parts)  # which would copy a single one, too
-            if pool is None and packing.unique is not None:
-                y = y.index_select(0, packing.unique)
+            if pool is None and layout.unique is not None:
+                y = y.index_select(0, layout.unique)  # (U, D)
             return self.out_proj(y[None] if pool is None else y[:, None])  # (1, U, D) or (B, 1, D)
         if self.is_causal and pool is not None:
             visible = (torch.arange(k.shape[1], device=x.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
         return self.out_proj(_attend(q, k, v, is_causal, visible))  # (B, N or 1, D)
 
 
-def _spread(x: Tensor, packing: Packing | None) -> Tensor:
-    """The tokens that differ (1, U, D) -> all tokens of all texts (1, T, D); anything that is not packed as it is."""
-    return x if packing is None or packing.spread is None else x.index_select(1, packing.spread)
+def _spread(x: Tensor, layout: TextLayout | None) -> Tensor:
+    """Packed texts, shared beginnings once (1, U, D) -> all tokens of all texts (1, T, D); anything else as it is."""
+    if layout is None or layout.spread is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # for the gradient, a sum over all texts that share it
+    return wide.index_select(1, layout.spread).to(x.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, visible: Tensor | None = None) -> Tensor:
@@ -153,9 +156,9 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, layout: TextLayout | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the token at that place alone: -> (B, 1, D)."""
-        attended = self.attn(self.ln_1(x), pool, packing)
+        attended = self.attn(self.ln_1(x), pool, layout)
         x = attended + (x if pool is None else _pick(x, pool)[:, None])
         return x + self.mlp(self.ln_2(x))
 
@@ -175,11 +178,11 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, ratio, activation, is_causal) for _ in range(config.layers)
         )
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, layout: TextLayout | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the last block's output for that token alone: -> (B, D)."""
         is_recomputed = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.resblocks, start=1):
-            inputs = (x, None if number < len(self.resblocks) else pool, packing)
+            inputs = (x, None if number < len(self.resblocks) else pool, layout)
             x = recomputed(block, *inputs, within=block) if is_recomputed else block(*inputs)
         return x if pool is None else x[:, 0]
 
@@ -256,25 +259,23 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def forward(self, tokens: Tensor, all_tokens: bool = False, packing: Packing | None = None) -> Tensor:
-        """Token ids (B, L), L up to the context length, or packed (1, U) with their `packing` -> (B, E).
+    def forward(self, tokens: Tensor, all_tokens: bool = False, layout: TextLayout | None = None) -> Tensor:
+        """Token ids (B, L), L up to the context length, or packed (1, U) with their `layout` -> (B, E).
 
         With `all_tokens` -> (B, L, D) or (1, T, D): every token normed but not projected (what diffusion models
         condition on).
         """
-        if packing is not None:
-            positions, end_of_text = (
-                F.embedding(packing.places, self.positional_embedding),
-                packing.ends,
-            )  # (U, D), (B,)
+        if layout is not None:
+            positions = F.embedding(layout.positions, self.positional_embedding)  # (U, D)
+            end_of_text = layout.ends  # (B,)
         else:
             positions = self.positional_embedding[: tokens.shape[1]]  # (L, D)
             # The first end token, not the largest id: added tokens may have larger ones, and some pad with it.
             end_of_text = (tokens == self.eot_token).int().argmax(dim=1)  # (B,)
         x = self.token_embedding(tokens) + positions  # (B, L, D) or (1, U, D)
         if all_tokens:
-            return _spread(self.ln_final(self.transformer(x, packing=packing)), packing)
-        return self.ln_final(self.transformer(x, pool=end_of_text, packing=packing)) @ self.text_projection
+            return _spread(self.ln_final(self.transformer(x, layout=layout)), layout)
+        return self.ln_final(self.transformer(x, pool=end_of_text, layout=layout)) @ self.text_projection
 
 
 class MissingTower(nn.Module):
@@ -284,7 +285,7 @@ class MissingTower(nn.Module):
         super().__init__()
         self.name, self.input_resolution = name, input_resolution
 
-    def forward(self, x: Tensor, all_tokens: bool = False, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, all_tokens: bool = False, layout: TextLayout | None = None) -> Tensor:
         raise ValueError(f"this model has no {self.name} tower: it comes from a checkpoint of the other one alone")
 
 
@@ -360,8 +361,8 @@ class CLIP(nn.Module):
         if tokens.device.type != "cpu" or torch.compiler.is_compiling():
             features = self.text(tokens)
         elif device.type == "cpu" and self.text_length_multiple == 1 and len(tokens):
-            packed, packing, places = pack_text(tokens, eot_token)
-            features = self.text(packed, packing=packing)[places]
+            packed, layout, places = pack_text(tokens, eot_token)
+            features = self.text(packed, layout=layout)[places]
         else:
             features = self.text(trim_text(tokens, eot_token, self.text_length_multiple).to(device))
         return self._unit(features) if normalize else features
@@ -406,43 +407,43 @@ def text_lengths(tokens: Tensor, eot_token: int) -> Tensor:
     return is_end.int().argmax(dim=1) + 1
 
 
-def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, Packing, Tensor]:
-    """Texts (N, L), each to its first end-of-text token: the tokens that differ (1, U), how they are packed, and where
-    each text is in the packing (N,).
+def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, TextLayout, Tensor]:
+    """Texts (N, L), N at least 1, each to its first end-of-text token, without padding.
+
+    Returns:
+        The tokens (1, U), in which a beginning that several texts share is there once, if that is worth it; how they
+        lie; and where each of the N texts is among those of the layout (N,).
 
     Raises:
         ValueError: a row has no end-of-text token.
     """
     lengths, order = text_lengths(tokens, eot_token).sort(stable=True)
-    tokens = tokens[order]
+    tokens = tokens[order, : int(lengths[-1])]
     is_seen = torch.arange(tokens.shape[1]) < lengths[:, None]  # (N, L)
-    packed, places, ends = tokens[is_seen], is_seen.nonzero()[:, 1], lengths.cumsum(dim=0) - 1  # (T,), (T,), (N,)
+    packed, positions, ends = tokens[is_seen], is_seen.nonzero()[:, 1], lengths.cumsum(dim=0) - 1  # (T,), (T,), (N,)
     found, counts = lengths.unique_consecutive(return_counts=True)
     groups = tuple(zip(counts.tolist(), found.tolist(), strict=True))
-    if len(tokens) > 1:
-        beginnings = _beginnings(tokens.numpy())[is_seen.numpy()]  # (T,)
-        unique, spread = (
-            torch.from_numpy(n) for n in np.unique(beginnings, return_index=True, return_inverse=True)[1:]
-        )
-        if len(unique) <= _MOST_UNIQUE * len(packed):
-            packing = Packing(groups, places[unique], spread[ends], spread, unique)
-            return packed[unique][None], packing, order.argsort()
-    return packed[None], Packing(groups, places, ends), order.argsort()
+    layout = TextLayout(groups, positions, ends)
+    numbers, spread = _beginnings(tokens)[is_seen].unique(return_inverse=True)  # (U,), (T,)
+    if len(numbers) <= _MOST_UNIQUE * len(packed):
+        unique = torch.full_like(numbers, len(packed)).scatter_reduce_(0, spread, torch.arange(len(packed)), "amin")
+        packed, layout = packed[unique], TextLayout(groups, positions[unique], spread[ends], spread, unique)
+    return packed[None], layout, order.argsort()
 
 
-_MOST_UNIQUE = 7 / 8  # of all tokens; where fewer are shared, spreading them costs as much as it saves (docs/log.md)
+_MOST_UNIQUE = 7 / 8  # U / T; where less is shared, spreading it costs as much as it saves (docs/log.md)
 
 
-def _beginnings(tokens: np.ndarray) -> np.ndarray:
+def _beginnings(tokens: Tensor) -> Tensor:
     """Numbers (N, L), the same where texts (N, L) are the same up to there."""
-    N, L = tokens.shape
-    order = np.lexsort(tokens.T[::-1])  # alphabetical, so that texts that begin alike are neighbours
-    is_new = np.ones((N, L), dtype=bool)
-    is_new[1:] = np.logical_or.accumulate(tokens[order[1:]] != tokens[order[:-1]], axis=1)
-    row = np.maximum.accumulate(np.where(is_new, np.arange(N)[:, None], 0), axis=0)  # that was the first to begin so
-    numbers = np.empty((N, L), dtype=np.int64)
-    numbers[order] = row * L + np.arange(L)
-    return numbers
+    rows, which = tokens.unique(
+        dim=0, return_inverse=True
+    )  # alphabetical, so that those that begin alike are neighbours
+    N, L = rows.shape
+    is_new = torch.ones(N, L, dtype=torch.bool)
+    is_new[1:] = (rows[1:] != rows[:-1]).cumsum(dim=1) > 0
+    first = torch.where(is_new, torch.arange(N)[:, None], 0).cummax(dim=0).values  # the row that was first to begin so
+    return (first * L + torch.arange(L))[which]
 
 
 def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:

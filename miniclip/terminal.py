@@ -27,17 +27,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Imports within it come a third sooner, and the process ends a second sooner.
+    """Imports within it take a fifth less, and the process ends up to a second sooner.
 
-    What is imported stays, so the collector of garbage is not to look through it: not while it grows, not in workers,
-    where looking copies the pages that they share, and not at the end (as the documentation of gc.freeze has it).
+    What is imported stays, so the collector of garbage is not to look through it: not while it grows, not at the end,
+    and not in workers, where looking copies the pages that they share (https://docs.python.org/3/library/gc.html
+    recommends freezing before a fork). It leaves everything alone that is there by then: this is for commands.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

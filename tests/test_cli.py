@@ -181,10 +181,32 @@ def test_the_collector_leaves_imports_alone_and_goes_on_after_them():
             assert not gc.isenabled()
             import miniclip.nothing  # noqa: F401
 
+    with pytest.raises(ModuleNotFoundError):
+        broken()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.disable()
     try:
-        with pytest.raises(ModuleNotFoundError):
-            broken()
-        assert gc.isenabled()
-        assert gc.get_freeze_count() > 0
+        with lasting_imports():
+            pass
+        assert not gc.isenabled()
     finally:
-        gc.unfreeze()
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "command", ["train --help", "info nothing", "check nothing", "eval --model nothing --data nothing"]
+)
+def test_commands_import_without_the_collector(command):
+    program = f"""
+import gc
+from miniclip import cli
+try:
+    cli.main({command.split()})
+except SystemExit:
+    print(gc.get_freeze_count(), gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    count, is_enabled = done.stdout.split()[-2:]
+    assert int(count) > 50_000
+    assert is_enabled == "True"

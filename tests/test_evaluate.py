@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from miniclip.evaluate import (
     zero_shot_classifier,
     zero_shot_scores,
 )
-from miniclip.prompts import fill
+from miniclip.model import pack_text, trim_text
+from miniclip.prompts import fill, imagenet_classnames, template_set
 from miniclip.weights import preprocess_for
 
 NAMES = ("tabby cat", "dog", "a big tiger", "{odd} name%")
@@ -107,6 +109,24 @@ def test_encode_texts_keeps_the_order_of_the_texts():
         with torch.no_grad():
             alone = model.encode_text(tokenizer.tokenize(text, context_length=16), normalize=True)[0]
         torch.testing.assert_close(feature, alone, rtol=0, atol=1e-6)
+
+
+def test_texts_of_about_one_length_that_begin_alike_are_encoded_together():
+    names, templates = imagenet_classnames()[:60], template_set("imagenet80")[:40]
+    texts = [fill(template, name) for name in names for template in templates]
+    batches: list[torch.Tensor] = []
+    model = SimpleNamespace(encode_text=lambda tokens: batches.append(tokens) or torch.ones(len(tokens), 2))
+    encode_texts(model, texts, tokenizer.tokenize)
+
+    def kept(batches: list[torch.Tensor]) -> int:
+        return sum(pack_text(batch, tokenizer.END_OF_TEXT)[0].shape[1] for batch in batches)
+
+    by_length = tokenizer.tokenize(sorted(dict.fromkeys(texts), key=len)).split(len(batches[0]))
+    assert kept(batches) < kept(by_length)
+    padded, least = (
+        sum(trim_text(batch, tokenizer.END_OF_TEXT).numel() for batch in each) for each in (batches, by_length)
+    )
+    assert padded < 1.1 * least
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 # Texts of a batch, packed, against the rectangle that they were before: the long way.
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import tiny_clip, tiny_config
@@ -43,26 +45,26 @@ def gradients(model: CLIP, features: Tensor) -> dict[str, Tensor]:
 def test_packed_texts_lie_one_behind_the_other_by_length():
     end = END_OF_TEXT
     tokens = torch.tensor([[1, 2, end, 0], [3, end, end, 4], [5, 6, end, end], [7, 8, 9, end]])
-    packed, packing, places = pack_text(tokens, END_OF_TEXT)
+    packed, layout, places = pack_text(tokens, END_OF_TEXT)
     assert packed.tolist() == [[3, end, 1, 2, end, 5, 6, end, 7, 8, 9, end]]
-    assert packing.groups == ((1, 2), (2, 3), (1, 4))
-    assert packing.places.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
-    assert packing.ends.tolist() == [1, 4, 7, 11]
-    assert packing.spread is None
-    assert packing.unique is None
+    assert layout.groups == ((1, 2), (2, 3), (1, 4))
+    assert layout.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
+    assert layout.ends.tolist() == [1, 4, 7, 11]
+    assert layout.spread is None
+    assert layout.unique is None
     assert places.tolist() == [1, 0, 2, 3]
 
 
 def test_what_texts_begin_with_alike_is_there_once():
     end = END_OF_TEXT
     tokens = torch.tensor([[1, 2, 3, end, 9], [1, end, 7, 7, 7], [1, 2, end, end, 5], [1, 2, 3, end, 4]])
-    packed, packing, places = pack_text(tokens, END_OF_TEXT)
+    packed, layout, places = pack_text(tokens, END_OF_TEXT)
     assert packed.tolist() == [[1, 2, 3, end, end, end]]  # 1, 12, 123 and its end, 12's end, 1's end
-    assert packing.groups == ((1, 2), (1, 3), (2, 4))
-    assert packing.places.tolist() == [0, 1, 2, 3, 2, 1]
-    assert packing.spread.tolist() == [0, 5, 0, 1, 4, 0, 1, 2, 3, 0, 1, 2, 3]
-    assert packing.unique.tolist() == [0, 3, 7, 8, 4, 1]
-    assert packing.ends.tolist() == [5, 4, 3, 3]
+    assert layout.groups == ((1, 2), (1, 3), (2, 4))
+    assert layout.positions.tolist() == [0, 1, 2, 3, 2, 1]
+    assert layout.spread.tolist() == [0, 5, 0, 1, 4, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert layout.unique.tolist() == [0, 3, 7, 8, 4, 1]
+    assert layout.ends.tolist() == [5, 4, 3, 3]
     assert places.tolist() == [2, 0, 1, 3]
 
 
@@ -79,13 +81,13 @@ def test_whatever_texts_share_each_is_put_together_again(seed):
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 17, (12,), generator=random).tolist()
     tokens = texts(lengths, words=1 + seed % 4)
-    packed, packing, places = pack_text(tokens, END_OF_TEXT)
-    spread = packed[0] if packing.spread is None else packed[0, packing.spread]
-    texts_there = spread.split([length for count, length in packing.groups for _ in range(count)])
+    packed, layout, places = pack_text(tokens, END_OF_TEXT)
+    spread = packed[0] if layout.spread is None else packed[0, layout.spread]
+    texts_there = spread.split([length for count, length in layout.groups for _ in range(count)])
     for row, place, length in zip(tokens, places.tolist(), lengths, strict=True):
         assert texts_there[place].tolist() == row[:length].tolist()
-        assert packed[0, packing.ends[place]] == END_OF_TEXT
-    if packing.spread is not None:
+        assert packed[0, layout.ends[place]] == END_OF_TEXT
+    if layout.spread is not None:
         assert packed.shape[1] == len(beginnings(tokens, lengths))
 
 
@@ -103,7 +105,7 @@ def test_packed_texts_have_the_features_and_gradients_of_padded_ones(lengths, wo
 
 
 @pytest.mark.parametrize("words", [MANY, FEW])
-def test_no_token_is_computed_that_the_end_of_its_text_can_not_see_or_that_was_computed_for_another_text(words):
+def test_blocks_but_the_last_compute_what_the_ends_can_see_and_each_beginning_once(words):
     model, rows, tokens = tiny_clip(), [], texts(LENGTHS, words)
     for block in model.text.transformer.resblocks:
         block.mlp.register_forward_hook(lambda *all_: rows.append(all_[-1].shape[:2].numel()))
@@ -116,8 +118,8 @@ def test_no_token_is_computed_that_the_end_of_its_text_can_not_see_or_that_was_c
 @torch.no_grad()
 def test_all_tokens_of_packed_texts_are_those_of_padded_ones(words):
     model, tokens = tiny_clip().double(), texts(LENGTHS, words)
-    packed, packing, places = pack_text(tokens, END_OF_TEXT)
-    states = model.text(packed, all_tokens=True, packing=packing)[0].split(sorted(LENGTHS))
+    packed, layout, places = pack_text(tokens, END_OF_TEXT)
+    states = model.text(packed, all_tokens=True, layout=layout)[0].split(sorted(LENGTHS))
     for row, place, length in zip(model.text(tokens, all_tokens=True), places.tolist(), LENGTHS, strict=True):
         torch.testing.assert_close(states[place], row[:length], rtol=1e-11, atol=1e-13)
 
@@ -170,3 +172,40 @@ def test_a_text_without_an_end_is_refused_and_named_before_it_is_packed():
 def test_a_tower_that_is_missing_says_so():
     with pytest.raises(ValueError, match="has no text tower"):
         miniclip.CLIP(tiny_config(towers="image")).encode_text(texts([3, 9]))
+
+
+def test_the_gradient_of_a_shared_beginning_is_summed_in_full_precision_under_autocast():
+    tokens = texts([10] * 512)
+    tokens[:, :8] = tokens[0, :8]
+    exact = gradients(model := tiny_clip().double(), rectangular(model, tokens))
+
+    def error(encode: Callable[[CLIP], Tensor]) -> float:
+        model = tiny_clip()
+        with torch.autocast("cpu", torch.bfloat16):
+            features = encode(model)
+        found = gradients(model, features)
+        return max(float((found[name] - each).norm() / each.norm()) for name, each in exact.items())
+
+    packed, padded = error(lambda model: model.encode_text(tokens)), error(lambda model: rectangular(model, tokens))
+    assert 0 < packed < 1.5 * padded
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokens: tokens.int(),
+        lambda tokens: tokens.T.contiguous().T,
+        lambda tokens: torch.stack([tokens, tokens], dim=2)[:, :, 0],
+    ],
+    ids=["int32", "by columns", "strided"],
+)
+@torch.no_grad()
+def test_tokens_may_lie_in_memory_as_they_like(change):
+    model, tokens = tiny_clip(), texts(LENGTHS, FEW)
+    assert torch.equal(model.encode_text(change(tokens)), model.encode_text(tokens))
+
+
+def test_features_of_packed_texts_can_be_differentiated_by_functions():
+    model, tokens = tiny_clip(), texts(LENGTHS, FEW)
+    gradient = torch.func.grad(lambda factor: (model.encode_text(tokens) * factor).sum())(torch.tensor(2.0))
+    torch.testing.assert_close(gradient, model.encode_text(tokens).sum())
