@@ -263,7 +263,11 @@ class Machine:
 
 def this_machine(where: torch.device | None = None, precision: str = "32-true") -> Machine:
     where = where or torch.device("cpu")
-    peak = device.peak(where, precision)
+    moments = []  # the best of which is the machine's own; in the others somebody else was at it
+    for _ in range(5 if where.type == "cpu" else 1):
+        time.sleep(0.2)
+        moments.append((device.peak(where, precision), bandwidth(where)))
+    peak = max((peak for peak, _ in moments), key=lambda peak: peak.flops)
     if where.type == "cuda":
         processor = torch.cuda.get_device_name(where)
         name = re.sub(r"\W+", "-", processor).strip("-").lower()
@@ -272,7 +276,7 @@ def this_machine(where: torch.device | None = None, precision: str = "32-true") 
         model = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
         processor = model[1] if model else platform.processor() or platform.machine()
         name = f"cpu-{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}-cores"
-    return Machine(name, processor, peak.flops, peak.source, bandwidth(where))
+    return Machine(name, processor, peak.flops, peak.source, max(copies for _, copies in moments))
 
 
 def bandwidth(where: torch.device, megabytes: int = 256) -> float:
