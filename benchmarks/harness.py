@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -236,14 +237,21 @@ def memory_alone(case: Case, contender: str) -> float:
 
 def _memory(case: Case, alone: Sequence[str]) -> dict[str, float]:
     """Of each contender, by a command that calls `memory_alone` and prints what it gives."""
-    found = {}
-    for name in case.contenders:
-        if name != LIMIT:
-            done = subprocess.run([*alone, case.name, name], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{name} alone failed:\n{done.stderr[-2000:]}")
-            found[name] = float(done.stdout.split()[-1])
-    return found
+    names = [name for name in case.contenders if name != LIMIT]
+    return {name: float(process(*alone, case.name, name).split()[-1]) for name in names}
+
+
+def process(*command: str | Path) -> str:
+    """What a process prints that has as many threads as this one.
+
+    Raises:
+        RuntimeError: it fails; with the end of what it said.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(map(str, command))[-200:]} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

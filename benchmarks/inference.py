@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import peers
 import samples
 import torch
 import transformers
-from harness import LIMIT, OURS, PEERS, Case, Job
+from harness import LIMIT, OURS, PEERS, Case, Job, process
 from open_clip.openai import load_openai_model
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
@@ -253,14 +252,14 @@ def loading(size: str, folder: Path) -> list[Case]:
 def starting(size: str) -> list[Case]:
     """Processes that begin and end; for a quick look, one help is enough."""
 
-    def process(*command: str) -> Job:
+    def start(*command: str) -> Job:
         def run() -> None:
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            process(sys.executable, *command)
 
         return Job(run)
 
     def case(name: str, title: str, commands: Mapping[str, Sequence[str]]) -> Case:
-        contenders = {who: partial(process, *command) for who, command in commands.items()}
+        contenders = {who: partial(start, *command) for who, command in commands.items()}
         return Case(name, title, contenders, is_slow=True)
 
     ours = "import miniclip; miniclip.load, miniclip.tokenize, miniclip.zero_shot_classifier"

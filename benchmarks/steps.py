@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -24,7 +23,7 @@ import peers
 import samples
 import torch
 import torch.nn.functional as F
-from harness import LIMIT, OURS, Case, Job
+from harness import LIMIT, OURS, Case, Job, process
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.transform import image_transform
 from torch import Tensor
@@ -433,7 +432,7 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
 
         def run() -> int:
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                _process(ROOT / "train.py", *flags, place)
+                process(sys.executable, ROOT / "train.py", *flags, place)
                 (table,) = Path(place).glob("logs/*/metrics.csv")
                 with table.open() as file:
                     return int(float([row["train/samples"] for row in csv.DictReader(file)][-1]))
@@ -447,14 +446,14 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
     def theirs() -> Job:
         shards = samples.shards(folder, count, side)
         name = peers.model_name(config, folder)
-        command = ["-c", _OPEN_CLIPS_TRAINER, folder / "open_clip", f"--model={name}", f"--lr={rate}"]
+        command = [sys.executable, "-c", _OPEN_CLIPS_TRAINER, folder / "open_clip", f"--model={name}", f"--lr={rate}"]
         command += [f"--train-data={_braces(shards)}", f"--train-num-samples={count}", "--dataset-type=webdataset"]
         command += [f"--batch-size={batch_size}", "--workers=2", "--epochs=1", "--precision=fp32"]
         command += [f"--warmup={num_steps // 10}", f"--log-every-n-steps={interval}", "--name=run"]
 
         def run() -> int:
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                _process(*command, f"--logs={place}")
+                process(*command, f"--logs={place}")
                 return int(re.findall(r"\[ *(\d+)/", Path(place, "run/out.log").read_text())[-1])
 
         return Job(run)
@@ -468,14 +467,6 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
         note="`miniclip train fit` and open_clip_train.main, imports and checkpoints included; open_clip has AdamW "
         "in one kernel, and by default would take 80 ms more a step",
     )
-
-
-def _process(*arguments: str | Path) -> None:
-    """Python with as many threads as here; what it says is shown if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"a command failed:\n{done.stderr[-2000:]}")
 
 
 @contextlib.contextmanager

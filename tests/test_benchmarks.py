@@ -78,6 +78,12 @@ def test_what_limits_a_slow_case_otherwise_spares_counting():
     assert sorted(runs) == sorted([OURS, LIMIT])
 
 
+def test_a_process_of_its_own_that_fails_says_why():
+    broken = [sys.executable, "-c", "raise SystemExit('no shards')"]
+    with pytest.raises(RuntimeError, match="case miniclip failed:\nno shards"):
+        harness.measure(case(measures_memory=True), MACHINE, ONCE, broken)
+
+
 def test_rounds_go_on_until_the_seconds_have_passed():
     times, _, _ = harness.race({OURS: Job(lambda: sum(range(1000)))}, Patience(rounds=1, seconds=0.05, most_rounds=20))
     assert len(times[OURS].wall) == 20
