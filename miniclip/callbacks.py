@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -26,12 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from . import device, weights
 from .convert import forward_flops
 from .curves import PAGE_FILE, RUN_FILE, write_page
-from .data import Batch, TrainLoader
+from .data import Batch, PairLoader
 from .datasets import labelled, open_dataset
 from .evaluate import zero_shot_scores
 from .files import write_text
 from .model import CLIP, VisionTransformer
 from .results import versions
+from .terminal import Watch, where_is
 from .towers import TimmTower
 from .training import CLIPTraining, is_logged
 
@@ -154,7 +156,7 @@ class RunMetrics(Callback):
     @staticmethod
     def _loader_waited(trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader
-        return loader.waited_s if isinstance(loader, TrainLoader) else 0.0
+        return loader.waited_s if isinstance(loader, PairLoader) else 0.0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pause_began = time.perf_counter()
@@ -162,6 +164,57 @@ class RunMetrics(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._paused += time.perf_counter() - self._pause_began
+
+
+class Stalls(Callback):
+    """Where a process ends nothing for long - no step, no batch of a validation - it says since when, and where it is.
+
+    Of several processes each speaks for itself: the one whose place differs is the one that the others wait for.
+    """
+
+    silence_s = 120.0
+
+    def __init__(self) -> None:
+        self._watch = Watch(self._tell, self.silence_s)
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """From here on: a hook would be too late, as processes that do not find each other come to none."""
+        self._trainer, self._thread = trainer, threading.get_ident()
+        self._ended("the start")
+        self._watch.__enter__()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended("what comes before the first step")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._ended(f"step {trainer.global_step}")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._ended(f"batch {batch_idx + 1} of the validation at step {trainer.global_step}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ended(f"the validation at step {trainer.global_step}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._watch.__exit__()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._watch.__exit__()
+
+    def _ended(self, what: str) -> None:
+        self._last = what
+        self._watch.begin()
+
+    def _tell(self, seconds: float) -> None:
+        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        who = f" in process {rank} of {world_size}" if world_size > 1 else ""
+        print(
+            f"Nothing has ended for {seconds:.0f} s{who} since {self._last}. It is at\n{where_is(self._thread)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class StepCost:

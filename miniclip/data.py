@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -34,6 +33,7 @@ from .processes import share
 from .shards import Shards, pack_into_cache
 from .sources import texts_in
 from .storage import Cache, is_url
+from .terminal import Watch
 from .tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .transforms import Augmentation, Preprocess, open_image
 
@@ -180,7 +180,6 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}, which {world_size} ranks can't share evenly")
         self.order, self.batch_size, self.step, self.rank, self.world_size = order, batch_size, step, rank, world_size
-        self.pending: deque[list[tuple[int, int]]] = deque()  # batches asked for that have not come yet
 
     def __len__(self) -> int:
         return self.order.num_samples // self.batch_size
@@ -188,11 +187,9 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // self.world_size
         first = self.step()
-        self.pending.clear()
         for n in range(first, (first // len(self) + 1) * len(self)):
             start = n * self.batch_size + self.rank * share
-            self.pending.append(self.order.slice(start, start + share))
-            yield self.pending[-1]
+            yield self.order.slice(start, start + share)
 
 
 @dataclass(frozen=True)
@@ -344,51 +341,63 @@ def _hash(ids: list[int]) -> int:
     return int.from_bytes(hashlib.blake2b(np.array(ids, dtype=np.int32).tobytes(), digest_size=8).digest(), signed=True)
 
 
-class TrainLoader(DataLoader[_Sample]):
-    """A loader that measures how long training waits for it, and says what for if that is long.
+class _Pending(Sampler[list[tuple[int, int]]]):
+    """Batches, and which of them were asked for and have not come yet."""
+
+    def __init__(self, batches: Sampler[list[tuple[int, int]]] | Sequence[list[tuple[int, int]]]) -> None:
+        self.batches = batches
+        self.pending: deque[list[tuple[int, int]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.pending.clear()
+        for batch in self.batches:
+            self.pending.append(batch)
+            yield batch
+
+
+class PairLoader(DataLoader[_Sample]):
+    """A loader that measures how long it is waited for, and says what it waits for itself if that is long.
 
     It also tells Lightning that it can be resumed: its position is the trainer's step, which the sampler asks for.
+
+    Args:
+        batches: of each the samples, as (epoch, sample).
     """
 
     waited_s = 0.0
     silence_s = 60.0  # without a batch, after which the shards that are waited for are named
 
+    def __init__(
+        self,
+        dataset: PairDataset,
+        batches: Sampler[list[tuple[int, int]]] | Sequence[list[tuple[int, int]]],
+        **options: Any,
+    ) -> None:
+        self._asked = _Pending(batches)
+        super().__init__(dataset, batch_sampler=self._asked, **options)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
-        while True:
-            begin = time.perf_counter()
-            with self._watched():
+        with Watch(self._name_the_silent, self.silence_s) as watch:
+            watch.begin()
+            batches = super().__iter__()
+            while True:
+                begin = time.perf_counter()
+                watch.begin()
                 batch = next(batches, None)
-            self.waited_s += time.perf_counter() - begin
-            if batch is None:
-                return
-            self._pending().popleft()
-            yield batch
-
-    def _pending(self) -> deque[list[tuple[int, int]]]:
-        assert isinstance(self.batch_sampler, BatchSampler)
-        return self.batch_sampler.pending
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Speaks up at every `silence_s` of waiting."""
-        is_here = threading.Event()
-
-        def watch() -> None:
-            begin = time.perf_counter()
-            while not is_here.wait(self.silence_s):
-                self._name_the_silent(time.perf_counter() - begin)
-
-        threading.Thread(target=watch, daemon=True).start()
-        try:
-            yield
-        finally:
-            is_here.set()
+                watch.end()
+                self.waited_s += time.perf_counter() - begin
+                if batch is None:
+                    return
+                self._asked.pending.popleft()
+                yield batch
 
     def _name_the_silent(self, seconds: float) -> None:
         assert isinstance(self.dataset, PairDataset)
-        shards = self.dataset.shards
-        next_batch = self._pending()[0] if self._pending() else []  # not a walk through it: workers are asked for more
+        shards, pending = self.dataset.shards, self._asked.pending
+        next_batch = pending[0] if pending else []
         names = {shards.entries[shards.locate(sample)[0]].location for _, sample in next_batch}
         likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first
         what = ", ".join(likely[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -539,8 +548,8 @@ class PairDataModule(pl.LightningDataModule):
             return max(self._resumed_step, trainer.global_step)
 
         sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
-        return TrainLoader(
-            self._dataset(self.train_shards, self.augmentation, self.captions), batch_sampler=sampler, **self._options()
+        return PairLoader(
+            self._dataset(self.train_shards, self.augmentation, self.captions), sampler, **self._options()
         )
 
     def val_dataloader(self) -> DataLoader[_Sample] | list[DataLoader[_Sample]]:
@@ -551,7 +560,7 @@ class PairDataModule(pl.LightningDataModule):
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in numbers[i : i + step]] for i in range(0, len(numbers), step)]
         first = replace(self.captions, order="first")
-        return DataLoader(self._dataset(self.val_shards, None, first), batch_sampler=batches, **self._options())
+        return PairLoader(self._dataset(self.val_shards, None, first), batches, **self._options())
 
     def held_out(self) -> list[int]:
         """Which of the held-out pairs a validation takes. Not the first ones: sets often lie sorted."""

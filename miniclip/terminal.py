@@ -6,7 +6,9 @@ import argparse
 import gc
 import os
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,3 +93,48 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task(what, total=total, rate="")
         begin = time.perf_counter()
         yield lambda done: bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - begin):.0f}/s")
+
+
+class Watch:
+    """Speaks up where something takes long: at `silence_s`, at twice as long, at four times, until it has come.
+
+    Its thread lives within the `with`; what is waited for begins at `begin` and has come at `end`.
+
+    Args:
+        tell: called with the seconds so far, in a thread of its own.
+    """
+
+    def __init__(self, tell: Callable[[float], None], silence_s: float) -> None:
+        self._tell, self._silence_s = tell, silence_s
+        self._began: float | None = None
+        self._is_over = threading.Event()
+
+    def begin(self) -> None:
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        self._began = None
+
+    def __enter__(self) -> Watch:
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_over.set()
+
+    def _look(self) -> None:
+        watched, told_at = None, self._silence_s
+        while not self._is_over.wait(min(1.0, self._silence_s / 2)):
+            if (began := self._began) is None:
+                continue
+            if began != watched:
+                watched, told_at = began, self._silence_s
+            if (seconds := time.monotonic() - began) >= told_at:
+                self._tell(seconds)
+                told_at *= 2
+
+
+def where_is(thread: int, most: int = 8) -> str:
+    """The innermost calls of a thread, one a line, the last one being where it is."""
+    stack = traceback.extract_stack(sys._current_frames()[thread])[-most:]
+    return "\n".join(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in stack)

@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from . import weights
-from .callbacks import RunMetrics, RunProgress, RunReport, ZeroShotEvaluation
+from .callbacks import RunMetrics, RunProgress, RunReport, Stalls, ZeroShotEvaluation
 from .check import brief
 from .checkpointing import (
     AtomicCheckpointIO,
@@ -243,11 +243,18 @@ class TrainingCLI(LightningCLI):
                 if part.is_dir():
                     shutil.rmtree(part)
                 part.unlink(missing_ok=True)
+        self._stalls.start(self.trainer)
+
+    def before_validate(self) -> None:
+        self._stalls.start(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
         trainer, run = settings.trainer, self.run_folder
-        callbacks: list[Callback] = [RunMetrics()] if self.subcommand == "fit" else []
+        self._stalls = Stalls()
+        callbacks: list[Callback] = [self._stalls]
+        if self.subcommand == "fit":
+            callbacks.append(RunMetrics())
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":

@@ -733,14 +733,17 @@ def test_what_is_not_packed_is_packed_into_the_cache_once_and_again_when_it_chan
     assert f"Packing {source}" in capsys.readouterr().out
 
 
-def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("part", "num_batches"), [("train", 5), ("val", 6)])  # a validation has the rest, too
+def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, monkeypatch, part, num_batches):
     """Its tars are pipes, which can't be opened until somebody opens the other end."""
     folder = tmp_path / "shards"
     shutil.copytree(shelf, folder)
     for path in folder.glob("*.tar"):
         path.unlink()
         os.mkfifo(path)
-    loader = module(folder).train_dataloader()
+    data = module(folder)
+    data.val_shards = data.train_shards
+    loader = getattr(data, f"{part}_dataloader")()
     loader.silence_s = 0.05
     is_told_twice = threading.Event()
 
@@ -760,7 +763,7 @@ def test_a_source_that_delivers_nothing_is_named(shelf, tmp_path, monkeypatch):
             threading.Thread(target=path.write_bytes, args=[b""], daemon=True).start()
 
     threading.Thread(target=open_once_it_was_told_twice, daemon=True).start()
-    assert len(list(loader)) == 5
+    assert len(list(loader)) == num_batches
     first = said.getvalue().splitlines()[0]
     assert first.startswith("No batch has come for 0 s. The next one needs ")
     assert str(folder / "0000") in first

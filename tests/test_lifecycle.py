@@ -29,6 +29,7 @@ from pytorch_lightning import Callback
 
 import miniclip
 from miniclip import trainer
+from miniclip.callbacks import Stalls
 from miniclip.data import PairDataModule
 
 ROOT = Path(__file__).parents[1]
@@ -465,6 +466,34 @@ def test_where_a_process_is_killed_the_others_end_and_say_so(data, tmp_path, ran
     assert "last.ckpt is the last checkpoint. To go on:\n" in said
     # The kill may have come between these two's file operations, but what is there is whole.
     assert step_of(run) == 2
+
+
+class Standstill(Callback):
+    """Process 1 is stopped when two steps are done."""
+
+    def __init__(self) -> None:
+        Stalls.silence_s = 0.5
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_waits_for_another_says_so_and_where_it_is(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stalls, "silence_s", Stalls.silence_s)  # which the callback sets here as well
+    out = tmp_path / "out"
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", callbacks(Standstill(), Pids(str(tmp_path)))]
+    process = launch(arguments(data, tmp_path / "run", *options), out)
+    try:
+        waits = re.compile(r" in process 0 of 2 since step 2\. It is at\n( .*\n)* .*distributed_c10d\.py")
+        end = time.monotonic() + 200
+        while not waits.search(out.read_text()):
+            assert time.monotonic() < end, out.read_text()
+        os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGCONT)
+        assert process.wait(200) == 0, out.read_text()
+    finally:
+        process.kill()
+    assert "Trained model:" in out.read_text()
 
 
 class Pids(Callback):

@@ -40,6 +40,16 @@ def alone(data, run):
     subprocess.run([sys.executable, ROOT / "train.py", "fit", *settings(data, run)], check=True, capture_output=True)
 
 
+def ended(process):
+    """What it said, all of it if it does not end: processes that wait say where they are."""
+    try:
+        return process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        raise AssertionError(f"{process.args[0]} does not end:\n{out}") from None
+
+
 def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
     alone(data, tmp_path / "one")
     port = str(free_port())
@@ -51,10 +61,11 @@ def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         for rank in range(2)
     ]
-    said = [node.communicate(timeout=240)[0] for node in nodes]
+    said = [ended(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
     assert "Trained model:" in said[0]
     assert "Trained model:" not in said[1]
@@ -108,15 +119,22 @@ def test_two_nodes_under_slurm_are_requeued_and_train_the_weights_of_one(data, t
     stop = '--trainer.callbacks=[{"class_path": "test_nodes.Requeue"}]'
 
     def run(*more):
-        return subprocess.run(
-            [*script, *more], cwd=ROOT, env=job, capture_output=True, text=True, timeout=240, check=False
+        process = subprocess.Popen(
+            [*script, *more],
+            cwd=ROOT,
+            env=job,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
+        return ended(process), process.returncode
 
-    first = run(stop)
-    assert first.returncode == 128 + signal.SIGUSR1, first.stdout + first.stderr
+    said, status = run(stop)
+    assert status == 128 + signal.SIGUSR1, said
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    again = run()
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "goes on from step 3 of 5" in again.stdout
+    said, status = run()
+    assert status == 0, said
+    assert "goes on from step 3 of 5" in said
     alone(data, tmp_path / "one")
     assert_same_weights(tmp_path / "one", tmp_path / "two")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import json
 import math
 import os
 import re
 import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,7 @@ from test_training import StopAt, arguments, command, data, fails, metrics  # no
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniclip import cli, device, trainer
-from miniclip.callbacks import RunMetrics, StepCost
+from miniclip.callbacks import RunMetrics, Stalls, StepCost
 from miniclip.config import TextConfig, VisionConfig
 from miniclip.convert import forward_flops
 from miniclip.curves import Run, differences, numbers, observations, read_run, write_page
@@ -31,6 +35,7 @@ from miniclip.optim import OptimizerConfig, learning_rate_factor
 from miniclip.report import run_curves
 from miniclip.shards import Packing, pack
 from miniclip.sources import read_pairs
+from miniclip.terminal import Watch
 from miniclip.training import CLIPTraining
 
 SGD = {"kind": "timm", "timm_name": "sgd", "lr": 0.01, "warmup": 0.0}
@@ -324,6 +329,50 @@ def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_
     (row,) = rows(tmp_path / "run")
     assert row["train/lr"] == pytest.approx(0.01)
     assert "train/lr_muon" not in row
+
+
+class Waits(Callback):
+    """For something, in the second step, until it is told that it does; then it is there."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        if trainer.global_step == 1:
+            while self.words not in sys.stderr.getvalue():  # type: ignore[attr-defined]
+                threading.Event().wait(0.01)
+
+
+def test_a_step_that_does_not_end_is_told_with_the_place_it_is_at(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Stalls, "silence_s", 0.1)
+    monkeypatch.setattr(sys, "stderr", said := io.StringIO())
+    words, before = " since step 1. It is at", set(threading.enumerate())
+    trainer.main(arguments(data, tmp_path / "run", with_callback(Waits, words=words), steps=2))
+    lines = said.getvalue().splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.endswith(words)]
+    places = itertools.takewhile(lambda line: line.startswith("  "), lines[at + 1 :])
+    assert any(re.search(r"test_telling\.py:\d+ on_train_batch_start$", place) for place in places)
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == "watch":
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def test_what_takes_long_is_told_at_once_as_long_twice_as_long_and_four_times():
+    told: list[float] = []
+    is_enough = threading.Event()
+
+    def tell(seconds: float) -> None:
+        told.append(seconds)
+        if len(told) == 3:
+            is_enough.set()
+
+    with Watch(tell, silence_s=0.1) as watch:
+        watch.begin()
+        watch.end()
+        watch.begin()
+        assert is_enough.wait(60)
+    assert all(seconds >= 0.1 * 2**n for n, seconds in enumerate(told))
 
 
 def test_a_run_that_fails_has_a_page_that_says_so(data, tmp_path, capsys):  # noqa: F811
