@@ -211,7 +211,8 @@ class Stalls(Callback):
         rank, world_size = self._trainer.global_rank, self._trainer.world_size
         who = f" in process {rank} of {world_size}" if world_size > 1 else ""
         print(
-            f"Nothing has ended for {seconds:.0f} s{who} since {self._last}. It is at\n{where_is(self._thread)}",
+            f"Nothing has ended for {seconds:.0f} s{who} since {self._last}. It is at\n{where_is(self._thread)}\n",
+            end="",  # in one piece, as others may speak at the same time
             file=sys.stderr,
             flush=True,
         )

@@ -396,7 +396,7 @@ class PairLoader(DataLoader[_Sample]):
 
     def _name_the_silent(self, seconds: float) -> None:
         assert isinstance(self.dataset, PairDataset)
-        shards, pending = self.dataset.shards, self._asked.pending
+        shards, pending = self.dataset.shards, list(self._asked.pending)  # which changes meanwhile
         next_batch = pending[0] if pending else []
         names = {shards.entries[shards.locate(sample)[0]].location for _, sample in next_batch}
         likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first

@@ -1,10 +1,12 @@
 # Several machines, by torchrun and by SLURM: the scripts of examples/, with machines that are processes of this one.
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from pytorch_lightning import Callback
@@ -40,35 +42,46 @@ def alone(data, run):
     subprocess.run([sys.executable, ROOT / "train.py", "fit", *settings(data, run)], check=True, capture_output=True)
 
 
-def ended(process):
-    """What it said, all of it if it does not end: processes that wait say where they are."""
+def launch(out, *command, **more):
+    """Real processes, in a session of their own; what they say goes to a file."""
+    with open(out, "wb") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(**more),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def assert_ended(outs, processes, status):
+    """Shows what all of them said if one does not end: processes that wait say where they are."""
+    end = time.monotonic() + 240
     try:
-        return process.communicate(timeout=240)[0]
+        for process in processes:
+            process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, _ = process.communicate()
-        raise AssertionError(f"{process.args[0]} does not end:\n{out}") from None
+        for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun passes the first on to sessions of its own
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(10)
+    said = "\n".join(out.read_text() for out in outs)
+    assert [process.returncode for process in processes] == [status] * len(processes), said
 
 
 def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
     alone(data, tmp_path / "one")
-    port = str(free_port())
+    port, outs = str(free_port()), [tmp_path / f"said{rank}" for rank in range(2)]
+    given = settings(data, tmp_path / "two")
     nodes = [
-        subprocess.Popen(
-            [ROOT / "examples/torchrun.sh", "2", str(rank), "127.0.0.1", *settings(data, tmp_path / "two")],
-            cwd=ROOT,
-            env=environment(MASTER_PORT=port, DEVICES="1"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(2)
+        launch(out, ROOT / "examples/torchrun.sh", "2", str(rank), "127.0.0.1", *given, MASTER_PORT=port, DEVICES="1")
+        for rank, out in enumerate(outs)
     ]
-    said = [ended(node) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
-    assert "Trained model:" in said[0]
-    assert "Trained model:" not in said[1]
+    assert_ended(outs, nodes, 0)
+    assert "Trained model:" in outs[0].read_text()
+    assert "Trained model:" not in outs[1].read_text()
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
@@ -102,39 +115,29 @@ def test_two_nodes_under_slurm_are_requeued_and_train_the_weights_of_one(data, t
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    job = environment(
-        SLURM_JOB_ID="4711",
-        SLURM_JOB_NAME="miniclip",
-        SLURM_NTASKS="2",
-        SLURM_NTASKS_PER_NODE="1",
-        SLURM_NNODES="2",
-        SLURM_JOB_NUM_NODES="2",
-        SLURM_NODELIST="localhost",
-        SLURM_JOB_NODELIST="localhost",
-        MASTER_PORT=str(free_port()),
-        PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-    )
-    job["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{job['PATH']}"
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "miniclip",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_JOB_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
     script = [ROOT / "examples/slurm.sh", *settings(data, tmp_path / "two")]
     stop = '--trainer.callbacks=[{"class_path": "test_nodes.Requeue"}]'
 
-    def run(*more):
-        process = subprocess.Popen(
-            [*script, *more],
-            cwd=ROOT,
-            env=job,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        return ended(process), process.returncode
+    def run(status, *more):
+        out = tmp_path / "said"
+        assert_ended([out], [launch(out, *script, *more, **job)], status)
+        return out.read_text()
 
-    said, status = run(stop)
-    assert status == 128 + signal.SIGUSR1, said
+    run(128 + signal.SIGUSR1, stop)
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    said, status = run()
-    assert status == 0, said
-    assert "goes on from step 3 of 5" in said
+    assert "goes on from step 3 of 5" in run(0)
     alone(data, tmp_path / "one")
     assert_same_weights(tmp_path / "one", tmp_path / "two")

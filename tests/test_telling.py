@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -331,27 +330,24 @@ def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_
     assert "train/lr_muon" not in row
 
 
-class Waits(Callback):
-    """For something, in the second step, until it is told that it does; then it is there."""
+WAITS = re.compile(r" since step 1\. It is at\n( .*\n)* .*test_telling\.py:\d+ on_train_batch_start\n")
 
-    def __init__(self, words: str) -> None:
-        self.words = words
+
+class Waits(Callback):
+    """In the second step, for it to be told that it does."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
         if trainer.global_step == 1:
-            while self.words not in sys.stderr.getvalue():  # type: ignore[attr-defined]
-                threading.Event().wait(0.01)
+            while not WAITS.search(sys.stderr.getvalue()):  # type: ignore[attr-defined]
+                pass
 
 
 def test_a_step_that_does_not_end_is_told_with_the_place_it_is_at(data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Stalls, "silence_s", 0.1)
     monkeypatch.setattr(sys, "stderr", said := io.StringIO())
-    words, before = " since step 1. It is at", set(threading.enumerate())
-    trainer.main(arguments(data, tmp_path / "run", with_callback(Waits, words=words), steps=2))
-    lines = said.getvalue().splitlines()
-    (at,) = [n for n, line in enumerate(lines) if line.endswith(words)]
-    places = itertools.takewhile(lambda line: line.startswith("  "), lines[at + 1 :])
-    assert any(re.search(r"test_telling\.py:\d+ on_train_batch_start$", place) for place in places)
+    before = set(threading.enumerate())
+    trainer.main(arguments(data, tmp_path / "run", with_callback(Waits), steps=2))
+    assert WAITS.search(said.getvalue())
     for thread in set(threading.enumerate()) - before:
         if thread.name == "watch":
             thread.join(60)
@@ -369,10 +365,43 @@ def test_what_takes_long_is_told_at_once_as_long_twice_as_long_and_four_times():
 
     with Watch(tell, silence_s=0.1) as watch:
         watch.begin()
-        watch.end()
-        watch.begin()
         assert is_enough.wait(60)
-    assert all(seconds >= 0.1 * 2**n for n, seconds in enumerate(told))
+    assert told[0] >= 0.1
+    assert told[1] >= 2 * told[0]
+    assert told[2] >= 2 * told[1]
+
+
+def test_a_watch_is_silent_about_what_has_come_and_waits_twice_as_long_as_anything_has_taken():
+    told, looks = [], threading.Semaphore(0)
+
+    class Observed(Watch):
+        """Lets it be known when its thread has looked."""
+
+        @property
+        def _began(self) -> float | None:
+            looks.release()
+            return self.since
+
+        @_began.setter
+        def _began(self, since: float | None) -> None:
+            self.since = since
+
+    def look(times: int) -> None:
+        while looks.acquire(blocking=False):
+            pass
+        for _ in range(times):
+            assert looks.acquire(timeout=60)
+
+    with Observed(told.append, silence_s=0.02) as watch:
+        watch.begin()
+        watch.end()
+        watch.since = None
+        look(10)
+        assert not told
+        watch._longest = 1000.0
+        watch.begin()
+        look(10)
+        assert not told
 
 
 def test_a_run_that_fails_has_a_page_that_says_so(data, tmp_path, capsys):  # noqa: F811
