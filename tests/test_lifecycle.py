@@ -492,9 +492,10 @@ def test_a_process_that_waits_for_another_says_so_and_where_it_is(data, tmp_path
         os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGCONT)
         assert process.wait(200) == 0, out.read_text()
     finally:
-        for pid in [process.pid, *(int(path.read_text()) for path in tmp_path.glob("*.pid"))]:
-            if process.returncode is None:
-                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        for path in tmp_path.glob("*.pid"):
+            if is_alive(int(path.read_text())):
+                os.kill(int(path.read_text()), signal.SIGKILL)
     assert "Trained model:" in out.read_text()
 
 

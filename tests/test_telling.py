@@ -395,7 +395,6 @@ def test_a_watch_is_silent_about_what_has_come_and_waits_twice_as_long_as_anythi
     with Observed(told.append, silence_s=0.02) as watch:
         watch.begin()
         watch.end()
-        watch.since = None
         look(10)
         assert not told
         watch._longest = 1000.0
