@@ -28,7 +28,7 @@ from miniclip import prompts, tokenizer
 from miniclip.config import CLIPConfig
 from miniclip.datasets import open_images
 from miniclip.embedding import encode_images
-from miniclip.transforms import open_image
+from miniclip.images import open_image
 from miniclip.weights import preprocess_for
 
 MODELS = ("small", "ViT-B/32", "ViT-B/16", "RN50")

@@ -33,10 +33,10 @@ import miniclip
 from miniclip import trainer
 from miniclip.config import CLIPConfig
 from miniclip.data import Batch, PairDataModule, _Sample, collate
+from miniclip.images import decode_rgb, normalize
 from miniclip.optim import OptimizerConfig, make_optimizer
 from miniclip.tokenizer import encode_for_model
 from miniclip.training import CLIPTraining
-from miniclip.transforms import decode_rgb, normalize
 from miniclip.weights import from_openai_keys
 
 ROOT = Path(__file__).parents[1]

@@ -49,12 +49,12 @@ from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.data import Batch, CaptionChoice, PairDataset, SampleOrder, collate
 from miniclip.datasets import open_dataset
 from miniclip.evaluate import zero_shot_classifier
+from miniclip.images import Augmentation, Preprocess, normalize
 from miniclip.metrics import recall_at_1
 from miniclip.optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from miniclip.shards import Shards, pack
 from miniclip.sources import read_pairs
 from miniclip.training import MAX_LOGIT_SCALE, CLIPTraining, move_average
-from miniclip.transforms import Augmentation, Preprocess, normalize
 from miniclip.weights import from_openai_keys
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -32,9 +32,10 @@ from .datasets import labelled, open_dataset
 from .evaluate import zero_shot_scores
 from .files import write_text
 from .model import CLIP, VisionTransformer
+from .recompute import drop_patches_in_training
 from .results import versions
 from .terminal import Watch, where_is
-from .towers import TimmTower
+from .timm_tower import TimmTower
 from .training import CLIPTraining, is_logged
 
 _MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
@@ -111,7 +112,7 @@ class RunMetrics(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CLIPTraining)
-        self._cost = StepCost(pl_module.clip)
+        self._cost = StepCost(pl_module.clip, pl_module.patch_dropout)
         self.peak: device.Peak | None = None
         if trainer.is_global_zero:  # now, as nothing else uses the device yet
             self.peak = device.peak(trainer.strategy.root_device, str(trainer.precision))
@@ -225,7 +226,7 @@ class StepCost:
     as micro-batches do, does not count: it is a price of memory, and no part of the model.
     """
 
-    def __init__(self, clip: CLIP) -> None:
+    def __init__(self, clip: CLIP, patch_dropout: float = 0.0) -> None:
         image = clip.visual.trunk if isinstance(clip.visual, TimmTower) else clip.visual  # beside which a head is small
         self._passes = {
             name: 3 if any(p.requires_grad for p in tower.parameters()) else 1
@@ -234,8 +235,8 @@ class StepCost:
         with torch.device("meta"):
             self._clip = CLIP(clip.config).eval()
             side = self._clip.visual.input_resolution
-            if isinstance(clip.visual, VisionTransformer) and isinstance(self._clip.visual, VisionTransformer):
-                self._clip.visual.patch_dropout = clip.visual.patch_dropout  # in training alone
+            if patch_dropout and isinstance(self._clip.visual, VisionTransformer):
+                drop_patches_in_training(self._clip.visual.transformer, patch_dropout)
                 self._clip.visual.train()
             self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
         # Products grow with the length of the text and attention with its square, so three lengths tell all others.

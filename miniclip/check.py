@@ -28,11 +28,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from .files import write_text
+from .images import Augmentation, open_image
 from .shards import Shards
 from .sources import Pair
 from .storage import is_url, read_bytes
 from .tokenizer import encode, encode_for_model
-from .transforms import Augmentation, open_image
 
 if TYPE_CHECKING:
     from .data import CaptionChoice  # which imports Lightning

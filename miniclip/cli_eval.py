@@ -205,20 +205,20 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
             )
     if not is_first:
         return
-    robustness = None
+    shifts = None
     if options.standard:
         standard = trials[options.data.index(options.standard)].data.name
-        robustness = results.robustness(found, standard, options.baselines)
+        shifts = results.robustness(found, standard, options.baselines)
     # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
-    results.write_json(out / results.RESULTS_FILE, found, robustness)
+    results.write_json(out / results.RESULTS_FILE, found, shifts)
     results.write_csv(out / results.TABLE_FILE, found)
     results.write_benchmark(out / results.BENCHMARK_FOLDER, found)
     try:
         results.write_predictions(out / results.PREDICTIONS_FOLDER, found)
     except ValueError as error:  # all else is worth having
         print(f"no predictions were written: {error}", file=sys.stderr)
-    report.write_html(out / "report.html", found, robustness)
-    for table in report.tables(found, robustness):
+    report.write_html(out / "report.html", found, shifts)
+    for table in report.tables(found, shifts):
         console().print(table)
     _tell(found)
     print(f"report: {out / 'report.html'}")

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Preprocessing
+from .images import Augmentation, Preprocess, open_image
 from .processes import share
 from .shards import Shards, pack_into_cache
 from .sources import texts_in
 from .storage import Cache, is_url
 from .terminal import Watch
 from .tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
-from .transforms import Augmentation, Preprocess, open_image
 
 
 class Batch(NamedTuple):

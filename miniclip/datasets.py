@@ -37,6 +37,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
+from .images import open_image
 from .prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, lines_of, read_lines, template_set
 from .shards import INDEX_FILE, Shards, index_shards, is_shards, open_pairs, tar_locations
 from .sources import (
@@ -52,7 +53,6 @@ from .sources import (
     read_table,
 )
 from .storage import Cache, check_scheme, exists, is_url, join, read_bytes
-from .transforms import open_image
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")
 TASKS = ("classification", "multilabel", "retrieval")

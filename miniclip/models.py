@@ -44,7 +44,7 @@ from . import __version__, tokenizer, weights
 from .device import find_device
 from .fetch import HUB_PREFIX
 from .model import CLIP, MissingTower, VisionTransformer
-from .towers import ModifiedResNet
+from .resnet import ModifiedResNet
 
 OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX = "openclip:", "transformers:", "python:"
 _FOLDER_PREFIX = "local-dir:"  # open_clip's own, beside the hub's

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .model import CLIP, Attention, ResidualAttentionBlock, Transformer
+from .resnet import Bottleneck
 from .sharding import like, whole
-from .towers import Bottleneck, TimmTower
+from .timm_tower import TimmTower
 
 OptimizerKind = Literal["adamw", "muon", "timm"]
 Schedule = Literal["cosine", "linear", "constant"]

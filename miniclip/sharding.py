@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from .model import CLIP, ResidualAttentionBlock
-from .towers import Bottleneck
+from .resnet import Bottleneck
 
 
 def shard(model: CLIP, mesh: DeviceMesh) -> None:

@@ -35,9 +35,9 @@ import numpy as np
 from PIL import Image
 
 from .files import atomic_write, write_text
+from .images import jpeg_size, open_image
 from .sources import HUB_PREFIX, IMAGE_SUFFIXES, Pair, Pairs, captions_in, fingerprint, image_files, read_pairs
 from .storage import Cache, check_scheme, exists, expand, is_url, join, read_bytes
-from .transforms import jpeg_size, open_image
 
 SCHEMA_VERSION = 2
 INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"

@@ -342,7 +342,7 @@ def _probe(work: _Work, trial: Trial, images: ImageFeatures, classifier: Tensor)
         progress(1)
         neighbours = probes.nearest_neighbours(splits, num_neighbours)
         progress(2)
-        tip_adapter = probes.tip_adapter(splits, columns, logit_scale=work.logit_scale)
+        adapter = probes.tip_adapter(splits, columns, logit_scale=work.logit_scale)
         progress(3)
         curve = probes.shot_curve(
             splits,
@@ -353,4 +353,4 @@ def _probe(work: _Work, trial: Trial, images: ImageFeatures, classifier: Tensor)
             logit_scale=work.logit_scale,
             progress=lambda done: progress(3 + done),
         )
-    return Probes(trial.train.name, splits, is_pooled, linear, neighbours, num_neighbours, tip_adapter, curve)
+    return Probes(trial.train.name, splits, is_pooled, linear, neighbours, num_neighbours, adapter, curve)

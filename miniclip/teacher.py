@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tokenizer, weights
-from .transforms import normalize
+from .images import normalize
 
 
 class Teacher:

@@ -24,16 +24,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from . import tokenizer, weights
 from .config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
 from .data import Batch, PairDataModule
+from .distillation import distillation_loss
 from .files import write_text
-from .loss import clip_loss, distillation_loss, siglip_chance, siglip_loss
+from .images import normalize
+from .loss import clip_loss, siglip_chance, siglip_loss
 from .metrics import recall_at_1
-from .model import CLIP, Transformer, VisionTransformer
+from .model import CLIP, VisionTransformer
 from .optim import OptimizerConfig, learning_rate_factor, make_optimizer, parameter_groups, warmup_steps
 from .processes import collect, gather
+from .recompute import drop_patches_in_training, recompute_blocks, recomputed
 from .sharding import local, shard, whole
 from .teacher import Teacher
-from .towers import ModifiedResNet, TimmTower, recomputed
-from .transforms import normalize
+from .timm_tower import TimmTower
 
 LossKind = Literal["clip", "siglip"]
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
@@ -167,13 +169,11 @@ class CLIPTraining(pl.LightningModule):
 
     def _prepare_towers(self, checkpoint_activations: bool, patch_dropout: float, is_compiled: bool) -> None:
         if checkpoint_activations:
-            for module in self.clip.modules():
-                if isinstance(module, Transformer | ModifiedResNet):
-                    module.checkpoint_activations = True
-                elif isinstance(module, TimmTower):
-                    module.checkpoint_blocks()
-        if isinstance(self.clip.visual, VisionTransformer):
-            self.clip.visual.patch_dropout = patch_dropout
+            recompute_blocks(self.clip)
+        self.patch_dropout = patch_dropout
+        if patch_dropout:
+            assert isinstance(self.clip.visual, VisionTransformer)
+            drop_patches_in_training(self.clip.visual.transformer, patch_dropout)
         if is_compiled:  # in place, so that parameters keep their names
             self.clip.visual.compile()
             self.clip.text.compile()

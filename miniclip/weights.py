@@ -53,8 +53,8 @@ from .config import (
 from .device import find_device
 from .fetch import HUB_PREFIX, fetch_hub, fetch_openai
 from .files import atomic_write, write_text
+from .images import Preprocess
 from .model import CLIP
-from .transforms import Preprocess
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OPENCLIP_CONFIG_FILE = "open_clip_config.json"

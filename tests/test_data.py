@@ -25,10 +25,10 @@ from PIL import Image
 
 from miniclip import tokenizer
 from miniclip.data import Batch, BatchSampler, CaptionChoice, Mixture, PairDataModule, PairDataset, SampleOrder
+from miniclip.images import Augmentation, Preprocess
 from miniclip.shards import Packing, Shards, index_shards, pack
 from miniclip.sources import read_pairs
 from miniclip.tokenizer import END_OF_TEXT, START_OF_TEXT
-from miniclip.transforms import Augmentation, Preprocess
 
 LAYOUTS = [
     [7],

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.loss import clip_loss, distillation_loss, siglip_loss
+from miniclip.distillation import distillation_loss
+from miniclip.loss import clip_loss, siglip_loss
 from miniclip.processes import gather
 
 LOSSES = ("clip", "siglip", "distillation")

@@ -26,7 +26,7 @@ from miniclip.evaluate import (
     zero_shot_classifier,
     zero_shot_scores,
 )
-from miniclip.model import pack_text, trim_text
+from miniclip.fast.packed_texts import pack_text, trim_text
 from miniclip.prompts import fill, imagenet_classnames, template_set
 from miniclip.weights import preprocess_for
 

@@ -24,13 +24,14 @@ from miniclip.config import TextConfig, VisionConfig
 from miniclip.curves import read_run
 from miniclip.data import Batch
 from miniclip.datasets import open_dataset
-from miniclip.loss import clip_loss, distillation_loss
+from miniclip.distillation import distillation_loss
+from miniclip.images import normalize
+from miniclip.loss import clip_loss
 from miniclip.optim import OptimizerConfig, make_optimizer
 from miniclip.shards import pack
 from miniclip.sources import read_pairs
 from miniclip.teacher import Teacher
 from miniclip.training import CLIPTraining
-from miniclip.transforms import normalize
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from miniclip.config import OPENAI_MEAN, OPENAI_STD
-from miniclip.transforms import Preprocess, open_image
+from miniclip.images import Preprocess, open_image
 
 MODES = ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"]
 SIZES = [

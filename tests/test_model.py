@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.model import CLIP, MLP, Attention, TextTransformer, VisionTransformer, trim_text
+from miniclip.fast.packed_texts import trim_text
+from miniclip.model import CLIP, MLP, Attention, TextTransformer, VisionTransformer
 from miniclip.tokenizer import tokenize
 from miniclip.weights import from_openai_keys
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import miniclip
 from miniclip.data import Batch
-from miniclip.model import CLIP, pack_text, trim_text
+from miniclip.fast.packed_texts import pack_text, trim_text
+from miniclip.model import CLIP
 from miniclip.tokenizer import END_OF_TEXT
 from miniclip.training import CLIPTraining
 
@@ -119,7 +120,7 @@ def test_blocks_but_the_last_compute_what_the_ends_can_see_and_each_beginning_on
 def test_all_tokens_of_packed_texts_are_those_of_padded_ones(words):
     model, tokens = tiny_clip().double(), texts(LENGTHS, words)
     packed, layout, places = pack_text(tokens, END_OF_TEXT)
-    states = model.text(packed, all_tokens=True, layout=layout)[0].split(sorted(LENGTHS))
+    states = layout.all_tokens(model.text(packed, all_tokens=True, layout=layout))[0].split(sorted(LENGTHS))
     for row, place, length in zip(model.text(tokens, all_tokens=True), places.tolist(), LENGTHS, strict=True):
         torch.testing.assert_close(states[place], row[:length], rtol=1e-11, atol=1e-13)
 

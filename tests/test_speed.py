@@ -22,10 +22,12 @@ import miniclip
 from miniclip import trainer
 from miniclip.config import VisionConfig
 from miniclip.data import Batch, PairDataModule, _Sample, collate
-from miniclip.model import MLP, drop_patches, trim_text
+from miniclip.fast.packed_texts import trim_text
+from miniclip.model import MLP
 from miniclip.optim import OptimizerConfig, make_optimizer
+from miniclip.recompute import drop_patches
+from miniclip.resnet import Bottleneck
 from miniclip.tokenizer import END_OF_TEXT
-from miniclip.towers import Bottleneck
 from miniclip.training import CLIPTraining
 
 VIT = tiny_config().vision

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from miniclip.transforms import Preprocess, normalize
+from miniclip.images import Preprocess, normalize
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

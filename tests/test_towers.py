@@ -10,8 +10,9 @@ from open_clip.modified_resnet import ModifiedResNet as OpenClipResNet
 from torch import nn
 
 from miniclip.config import OPENAI_MODELS, VisionConfig
+from miniclip.fast.folded import normed
 from miniclip.model import CLIP
-from miniclip.towers import AttentionPool, Bottleneck, ModifiedResNet, normed
+from miniclip.resnet import AttentionPool, Bottleneck, ModifiedResNet
 
 TINY = {
     "one block a stage": (VisionConfig(kind="resnet", image_size=64, width=4, blocks=(1, 1, 1, 1)), 24),
@@ -129,7 +130,7 @@ def test_names_and_shapes_are_open_clips():
 def pool_and_features(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pool = AttentionPool(num_places=9, channels=32, heads=4, embed_dim=12).double()
+        pool = AttentionPool(num_positions=9, channels=32, heads=4, embed_dim=12).double()
         for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
             torch.nn.init.normal_(projection.bias)
         return pool, torch.randn(3, 32, 3, 3, dtype=torch.float64)

@@ -14,7 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from torchvision.transforms.v2 import functional
 
 from miniclip.config import OPENAI_MEAN, OPENAI_STD
-from miniclip.transforms import Augmentation, Preprocess, decode_rgb, jpeg_size, normalize, open_image
+from miniclip.images import Augmentation, Preprocess, decode_rgb, jpeg_size, normalize, open_image
 
 
 def openai_transform(size):

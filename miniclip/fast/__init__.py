@@ -1,0 +1,6 @@
+"""The same numbers for less work.
+
+Each file is one fast path and is tested equal to its long form in `model.py`, `resnet.py` or `loss.py`; the book is
+complete without this folder. Read `plain.py` first: it says when a fast path may act at all. Nothing here imports the
+book, Lightning, or a file format.
+"""

@@ -1,0 +1,155 @@
+"""Texts without padding: laid one behind the other, with a prefix that several texts share computed once.
+
+A causal token depends on itself and the tokens before it, so it is the same, in every block, in all texts with the
+same prefix. Where `model.Rectangle` pads the texts of a batch to (B, L), `pack_text` lays them into (1, U): U tokens of
+the T that the texts have in all. Norms, projections and MLPs work token by token and never notice. Attention spreads
+the U over the T, goes through the texts by length, and picks the U out again.
+
+B texts, L columns, T tokens of all texts, U distinct prefixes among them, H heads, D width, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MOST_UNIQUE = 7 / 8  # U / T; above it, spreading costs as much as sharing saves (docs/log.md)
+
+
+class PackedTexts(NamedTuple):
+    """Where packed texts lie in (1, U, D), and how they attend; what `model.Rectangle` is for padded texts.
+
+    Args:
+        groups: how many texts there are of each length, (texts, tokens each).
+        positions: (U,) of each token in its text.
+        ends: (B,) index among the U of each text's end-of-text token.
+        spread: (T,) index among the U of each token of all texts; None where U = T.
+        unique: (U,) index among the T of the first token with each prefix; None likewise.
+    """
+
+    groups: Sequence[tuple[int, int]]
+    positions: Tensor
+    ends: Tensor
+    spread: Tensor | None = None
+    unique: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, pool: Tensor | None = None) -> Tensor:
+        """As `model.attend`: (1, U, H, D/H) -> (1, U, D), or with `pool` queries (B, 1, H, D/H) -> (B, 1, D)."""
+        k, v = self.all_tokens(k), self.all_tokens(v)  # (1, T, H, D/H)
+        q = self.all_tokens(q) if pool is None else q
+        by_length = zip(*(self._by_length(each) for each in (q, k, v)), strict=True)
+        # An end-of-text token sees all of its text, so pooled queries need no mask.
+        parts = [_attend(q, k, v, is_causal and pool is None) for q, k, v in by_length]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)  # (T or B, D); cat would copy a single part, too
+        if pool is not None:
+            return y[:, None]
+        return (y if self.unique is None else y.index_select(0, self.unique))[None]
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """(1, U, …) -> (1, T, …)."""
+        if self.spread is None:
+            return x
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # its gradient is a sum over texts
+        return wide.index_select(1, self.spread).to(x.dtype)
+
+    def _by_length(self, x: Tensor) -> list[Tensor]:
+        """(1, T, …), or one token of each text (B, 1, …) -> for each length (texts, tokens or 1, …)."""
+        rows, num_tokens = x.flatten(0, 1), sum(texts * length for texts, length in self.groups)
+        sizes = [texts * length if len(rows) == num_tokens else texts for texts, length in self.groups]
+        return [part.unflatten(0, (texts, -1)) for part, (texts, _) in zip(rows.split(sizes), self.groups, strict=True)]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    """Texts of one length, (texts, tokens, H, D/H) -> (texts * tokens, D)."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def encode(tower: Callable[..., Tensor], tokens: Tensor, eot_token: int, device: torch.device, multiple: int) -> Tensor:
+    """tower(tokens.to(device)), without its padding: (B, L) -> (B, E).
+
+    Ids on the CPU are packed for a tower on the CPU. For a tower elsewhere, where each length would need kernels of
+    its own, they are cut to the longest text and moved. Ids that are on a GPU go in as they are, since looking at
+    them would make the host wait.
+
+    Args:
+        multiple: the columns left are a multiple of it, if there are so many. Above 1 nothing is packed: compiled
+            graphs want few shapes.
+
+    Raises:
+        ValueError: a row of ids on the CPU has no end-of-text token.
+    """
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+        return tower(tokens)
+    if device.type == "cpu" and multiple == 1 and len(tokens):
+        packed, layout, rows = pack_text(tokens, eot_token)
+        return tower(packed, layout=layout)[rows]
+    return tower(trim_text(tokens, eot_token, multiple).to(device))
+
+
+def text_lengths(tokens: Tensor, eot_token: int) -> Tensor:
+    """How many tokens each row (B, L) has up to and including its first end-of-text token: (B,).
+
+    Raises:
+        ValueError: a row has no end-of-text token.
+    """
+    is_end = tokens == eot_token
+    if not is_end.any(dim=1).all():
+        row = int((~is_end.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} of the tokens has no end-of-text token ({eot_token}): {tokens[row].tolist()}")
+    return is_end.int().argmax(dim=1) + 1
+
+
+def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, PackedTexts, Tensor]:
+    """Packs texts (B, L), B at least 1, each up to its first end-of-text token.
+
+    Returns:
+        The tokens (1, U), with each shared prefix once if enough is shared; their layout; and the index (B,) of each
+        text among those of the layout, which are sorted by length.
+
+    Raises:
+        ValueError: a row has no end-of-text token.
+    """
+    lengths, order = text_lengths(tokens, eot_token).sort(stable=True)
+    tokens = tokens[order, : int(lengths[-1])]
+    is_seen = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, L)
+    packed, positions, ends = tokens[is_seen], is_seen.nonzero()[:, 1], lengths.cumsum(dim=0) - 1  # (T,), (T,), (B,)
+    found, counts = lengths.unique_consecutive(return_counts=True)
+    groups = tuple(zip(counts.tolist(), found.tolist(), strict=True))
+    layout = PackedTexts(groups, positions, ends)
+    indices, spread = _prefixes(tokens)[is_seen].unique(return_inverse=True)  # (U,), (T,)
+    if len(indices) <= _MOST_UNIQUE * len(packed):
+        unique = torch.full_like(indices, len(packed)).scatter_reduce_(0, spread, torch.arange(len(packed)), "amin")
+        packed, layout = packed[unique], PackedTexts(groups, positions[unique], spread[ends], spread, unique)
+    return packed[None], layout, order.argsort()
+
+
+def _prefixes(tokens: Tensor) -> Tensor:
+    """Indices (B, L) that are equal where texts (B, L) are equal up to that column."""
+    # unique sorts the rows, so texts with a common prefix become neighbours.
+    rows, which = tokens.unique(dim=0, return_inverse=True)
+    N, L = rows.shape
+    is_new = torch.ones(N, L, dtype=torch.bool)
+    is_new[1:] = (rows[1:] != rows[:-1]).cumsum(dim=1) > 0
+    first = torch.where(is_new, torch.arange(N)[:, None], 0).cummax(dim=0).values  # the first row with this prefix
+    return (first * L + torch.arange(L))[which]
+
+
+def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:
+    """Cuts the columns of (B, L) that no row's first end-of-text token can see; exact, as attention is causal.
+
+    Args:
+        length_multiple: the columns left are a multiple of it, if there are so many.
+
+    Raises:
+        ValueError: a row has no end-of-text token.
+    """
+    if not len(tokens):
+        return tokens
+    length = int(text_lengths(tokens, eot_token).max())
+    return tokens[:, : math.ceil(length / length_multiple) * length_multiple].contiguous()

@@ -1,0 +1,214 @@
+"""The losses' logits, slice by slice, so that memory is O(B * chunk) and not O(B²), with the gradients by hand.
+
+B pairs, of which b are this process's own (all of them, with one process), E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..processes import gather, place
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """This process's pairs, in the precision of the loss, and what they are contrasted with.
+
+    images, texts: (b, E). all_texts: (B, E). mask, groups: (b,); all_mask, all_groups: (B,). own: this process's of B.
+    num_pairs: those in the loss, a process, on average; a sum over the own divided by it is a mean over all, once
+    processes are averaged. everywhere: `gather`, or nothing.
+    """
+
+    images: Tensor
+    texts: Tensor
+    all_texts: Tensor
+    mask: Tensor | None
+    all_mask: Tensor | None
+    groups: Tensor | None
+    all_groups: Tensor | None
+    own: slice
+    num_pairs: Tensor | int
+    chunk_size: int
+    everywhere: Callable[[Tensor], Tensor]
+
+    def number(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=self.images.dtype, device=self.images.device)
+
+
+def gather_pairs(
+    image_features: Tensor,
+    text_features: Tensor,
+    chunk_size: int | None,
+    mask: Tensor | None,
+    groups: Tensor | None,
+    across_processes: bool,
+) -> Contrast:
+    """The arguments that the losses have in common, checked, and with those of the other processes."""
+    if image_features.shape != text_features.shape or image_features.ndim != 2 or not len(image_features):
+        raise ValueError(
+            f"image features {tuple(image_features.shape)} and text features {tuple(text_features.shape)} "
+            "must have the same shape (B, E), with B at least 1"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for no chunks")
+    is_empty = mask is not None and not across_processes and not mask.any()  # of all processes, the number below tells
+    for name, value in (("mask", mask), ("groups", groups)):
+        if value is not None and (value.shape != image_features.shape[:1] or is_empty):
+            kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
+            raise ValueError(f"{name} of shape {tuple(value.shape)}{kept}; it must be (B,) and keep one")
+    rank, world_size = place() if across_processes else (0, 1)
+    everywhere = gather if world_size > 1 else (lambda rows: rows)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
+    texts, b = text_features.to(dtype), len(text_features)
+    all_mask = None if mask is None else everywhere(mask)
+    return Contrast(
+        images=image_features.to(dtype),
+        texts=texts,
+        all_texts=everywhere(texts),
+        mask=mask,
+        all_mask=all_mask,
+        groups=groups,
+        all_groups=None if groups is None else everywhere(groups),
+        own=slice(rank * b, (rank + 1) * b),
+        num_pairs=b if all_mask is None else all_mask.sum().to(dtype) / world_size,
+        chunk_size=chunk_size or b,
+        everywhere=everywhere,
+    )
+
+
+def group_means(features: Tensor, groups: Tensor, healthy: Tensor | None) -> Tensor:
+    """(B, E): for each row the mean of its group's healthy rows."""
+    _, numbers = groups.unique(return_inverse=True)  # (B,)
+    weights = torch.ones_like(features[:, 0]) if healthy is None else healthy.to(features.dtype)
+    sums = torch.zeros_like(features).index_add(0, numbers, features * weights[:, None])
+    counts = torch.zeros_like(weights).index_add(0, numbers, weights).clamp(min=1)
+    return (sums / counts[:, None])[numbers]
+
+
+class LogSumExps(torch.autograd.Function):
+    """Log-sum-exp of logits over the texts, for each image, and over the images, for each text; slice by slice.
+
+    With one slice the logits are kept for the gradient, with more they are computed once more. All slices use the same
+    memory: what is given back and asked for again many times leaves holes in a heap.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(b, E), (B, E) -> (b,), (B,)."""
+        ctx.chunk_size, ctx.masks = chunk_size, (image_mask, text_mask)
+        over_texts = torch.empty_like(images[:, 0])  # (b,)
+        over_images = torch.full_like(texts[:, 0], -torch.inf)  # (B,)
+        logits, scratch = _slice_of_logits(images, texts, chunk_size), _slice_of_logits(images, texts, chunk_size)
+        for rows in slices(len(images), chunk_size):
+            part = _logits(images, texts, scale, rows, logits)  # (chunk, B)
+            over_texts[rows] = _log_sum_exp(part, text_mask, 1, scratch)
+            of_part = _log_sum_exp(part, image_mask if image_mask is None else image_mask[rows], 0, scratch)
+            over_images = torch.logaddexp(over_images, of_part)
+        kept = [logits] if chunk_size >= len(images) else []
+        ctx.save_for_backward(images, texts, scale, over_texts, over_images, *kept)
+        return over_texts, over_images
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, texts, scale, over_texts, over_images, *kept = ctx.saved_tensors
+        image_mask, text_mask = ctx.masks
+        image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
+        by_row, by_column = (_slice_of_logits(images, texts, ctx.chunk_size) for _ in range(2))
+        for rows in slices(len(images), ctx.chunk_size):
+            n = len(images[rows])
+            logits = kept[0] if kept else _logits(images, texts, scale, rows, by_column)  # (chunk, B)
+            # The gradient of a log-sum-exp is the softmax.
+            gradient = torch.sub(logits, over_texts[rows, None], out=by_row[:n]).exp_().mul_(row_gradient[rows, None])
+            if text_mask is not None:
+                gradient.masked_fill_(~text_mask, 0)
+            of_columns = torch.sub(logits, over_images, out=by_column[:n]).exp_().mul_(column_gradient)
+            if image_mask is not None:
+                of_columns.masked_fill_(~image_mask[rows, None], 0)
+            gradient += of_columns
+            torch.mm(gradient, texts, out=image_gradient[rows])
+            text_gradient.addmm_(gradient.T, images[rows])
+        scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
+        return image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, None, None, None
+
+
+class SigmoidLosses(torch.autograd.Function):
+    """The sum of -log sigmoid(z * logit), slice by slice.
+
+    No logit's loss depends on another logit, so its gradient is found as soon as it is, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, p: Contrast) -> Tensor:
+        """(b, E), (B, E) -> a scalar."""
+        is_training = any(ctx.needs_input_grad)
+        loss, bias_gradient = torch.zeros_like(scale), torch.zeros_like(bias)
+        image_gradient, text_gradient = torch.empty_like(images), torch.zeros_like(texts)
+        memory = _slice_of_logits(images, texts, p.chunk_size)
+        for rows in slices(len(images), p.chunk_size):
+            # -z * logit: how far an image and a text are on the wrong side.
+            logits = _logits(images, texts, scale, rows, memory).add_(bias)  # (chunk, B)
+            wrong = _negate_pairs(logits, rows, p)
+            if p.mask is not None and p.all_mask is not None:
+                wrong.masked_fill_(~(p.mask[rows, None] & p.all_mask), -torch.inf)
+            # -log sigmoid(-x) is softplus(x), which is x to the last bit of float64 from 40 on.
+            loss += F.softplus(wrong, threshold=40).sum()
+            if is_training:
+                gradient = _negate_pairs(wrong.sigmoid_(), rows, p)
+                bias_gradient += gradient.sum()
+                torch.mm(gradient, texts, out=image_gradient[rows])
+                text_gradient.addmm_(gradient.T, images[rows])
+        if is_training:
+            scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
+            ctx.save_for_backward(image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, bias_gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(gradient * found for found in ctx.saved_tensors), None)
+
+
+def _negate_pairs(matrix: Tensor, rows: slice, p: Contrast) -> Tensor:
+    """Some rows of a (b, B) matrix, in place, with the other sign where image and text fit."""
+    if p.groups is None or p.all_groups is None:
+        matrix.diagonal(p.own.start + rows.start).neg_()
+        return matrix
+    return matrix.mul_(torch.where(p.groups[rows, None] == p.all_groups, -1.0, 1.0))
+
+
+def slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _slice_of_logits(images: Tensor, texts: Tensor, chunk_size: int) -> Tensor:
+    return images.new_empty(min(chunk_size, len(images)), len(texts))
+
+
+def _logits(images: Tensor, texts: Tensor, scale: Tensor, rows: slice, out: Tensor) -> Tensor:
+    """(chunk, B), in the memory of `out`."""
+    some = scale * images[rows]
+    return torch.mm(some, texts.T, out=out[: len(some)])
+
+
+def _log_sum_exp(logits: Tensor, mask: Tensor | None, side: int, scratch: Tensor) -> Tensor:
+    """Along a side of (n, B), of what the mask says yes to there; computed in the memory of `scratch`."""
+    x = scratch[: len(logits)].copy_(logits)
+    if mask is not None:  # the least number, not -inf, as inf - inf is no number
+        x.masked_fill_(~mask.unsqueeze(1 - side), torch.finfo(x.dtype).min)
+    most = x.amax(dim=side, keepdim=True)
+    return x.sub_(most).exp_().sum(dim=side).log_() + most.squeeze(side)

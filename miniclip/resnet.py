@@ -1,0 +1,127 @@
+"""CLIP's other image tower: a residual network with three changes (paper section 2.4; OpenAI's `ModifiedResNet`).
+
+- The stem is three convolutions and an average pool, not one and a maximum pool (ResNet-D, He et al. 2018).
+- Strides are an average pool before a convolution of stride 1, so that shifting the picture shifts the features
+  (Zhang 2019).
+- The features are pooled by attention, whose query is the mean of all positions.
+
+B batch, C channels, H, W height and width of a feature map, N = 1 + H * W tokens, R resolution, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import VisionConfig
+from .fast import folded
+
+_EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
+
+
+class Bottleneck(nn.Module):
+    """1 × 1, 3 × 3 and 1 × 1 convolutions around a shortcut (He et al. 2015), strides by average pools."""
+
+    def __init__(self, channels: int, inner: int, stride: int) -> None:
+        super().__init__()
+        outer = inner * _EXPANSION
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outer)
+        nn.init.zeros_(self.bn3.weight)  # a block starts as its shortcut alone
+        shortcut = OrderedDict[str, Any]()
+        if stride > 1 or channels != outer:
+            shortcut["pool"] = nn.AvgPool2d(stride)
+            shortcut["0"] = nn.Conv2d(channels, outer, 1, bias=False)  # OpenAI's names
+            shortcut["1"] = nn.BatchNorm2d(outer)
+        self.downsample: Any = nn.Sequential(shortcut)  # empty for an identity
+
+    def forward(self, x: Tensor) -> Tensor:  # folded.normed(conv, bn, x) is bn(conv(x))
+        """(B, C, H, W) -> (B, 4 * inner, H / stride, W / stride)."""
+        y = folded.normed(self.conv1, self.bn1, x).relu_()
+        y = self.pool(folded.normed(self.conv2, self.bn2, y).relu_())
+        y = folded.normed(self.conv3, self.bn3, y)
+        if self.downsample:
+            pool, conv, norm = self.downsample
+            x = folded.normed(conv, norm, pool(x))
+        return y.add_(x).relu_()
+
+
+class AttentionPool(nn.Module):
+    """Attention over all positions, with their mean as its only query."""
+
+    def __init__(self, num_positions: int, channels: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        scale = channels**-0.5
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1 + num_positions, channels), std=scale))
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, embed_dim)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=scale)
+
+    def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, E), or with `all_tokens` every token as the query: -> (B, N, E)."""
+        x = x.flatten(2).transpose(1, 2)  # (B, H * W, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, N, C)
+        q = self._split(self.q_proj(x if all_tokens else x[:, :1]))  # (B, heads, 1 or N, C / heads)
+        k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))  # (B, heads, N, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, 1 or N, C)
+        y = self.c_proj(y)
+        return y if all_tokens else y[:, 0]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class ModifiedResNet(nn.Module):
+    """The image tower of OpenAI's RN50 to RN50x64."""
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        D = config.width
+        self.input_resolution = config.image_size
+        self.conv1 = nn.Conv2d(3, D // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(D // 2)
+        self.conv2 = nn.Conv2d(D // 2, D // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(D // 2)
+        self.conv3 = nn.Conv2d(D // 2, D, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(D)
+        channels = D
+        stages = []
+        for stage, num_blocks in enumerate(config.blocks):
+            inner = D * 2**stage
+            blocks = []
+            for block in range(num_blocks):
+                blocks.append(Bottleneck(channels, inner, stride=2 if stage and not block else 1))
+                channels = inner * _EXPANSION
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.attnpool = AttentionPool(config.num_patches, channels, config.heads, embed_dim)
+
+    def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
+        """Normalised images (B, 3, R, R) -> (B, E).
+
+        With `all_tokens` -> (B, 1 + (R / 32)^2, E): the mean's token, then the positions row by row, projected.
+        """
+        # Convolutions are fastest on channels-last memory, and their outputs keep the order of their inputs.
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, D, R / 4, R / 4)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+        return self.attnpool(x, all_tokens)  # from (B, 32 * D, R / 32, R / 32)
+
+    def stem(self, x: Tensor) -> Tensor:
+        """(B, 3, R, R) -> (B, D, R / 4, R / 4)."""
+        x = folded.normed(self.conv1, self.bn1, x).relu_()  # (B, D / 2, R / 2, R / 2)
+        x = folded.normed(self.conv2, self.bn2, x).relu_()
+        return F.avg_pool2d(folded.normed(self.conv3, self.bn3, x).relu_(), 2)

@@ -1,0 +1,106 @@
+"""Any image model of timm's as the image tower, with a projection to the shared space.
+
+B batch, E embedding, R resolution.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import VisionConfig
+
+
+class TimmTower(nn.Module):
+    """An image model of timm's with a projection, laid out as in OpenCLIP's checkpoints."""
+
+    trunk: Any  # timm's models have no common type
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        try:
+            import timm  # half a second, and an extra: only this tower needs it
+            from timm.layers.mlp import Mlp
+        except ImportError as error:
+            raise ValueError(
+                f"the image tower {config.timm_model!r} needs timm: pip install 'miniclip[timm]'"
+            ) from error
+        self.input_resolution = config.image_size
+        pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        try:
+            self.trunk = timm.create_model(config.timm_model, num_classes=_num_classes(config, embed_dim), **pool)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"timm has no model {config.timm_model!r} with {pool or 'its own pooling'}: {error}"
+            ) from error
+        # Some models have a layer more between what they call features and their classifier.
+        width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
+        bias = config.timm_projection_bias
+        layers = OrderedDict[str, nn.Module]()
+        if config.timm_projection == "linear":
+            layers["proj"] = nn.Linear(width, embed_dim, bias=bias)
+        elif config.timm_projection == "mlp":
+            layers["mlp"] = Mlp(width, 2 * embed_dim, embed_dim, bias=(True, bias))
+        elif config.timm_projection == "none" and width != embed_dim:
+            raise ValueError(
+                f"{config.timm_model} gives {width} channels and embed_dim is {embed_dim}; it needs a projection"
+            )
+        self.head = nn.Sequential(layers)
+
+    def load_trunk(self, config: VisionConfig, embed_dim: int, file: str | None = None) -> None:
+        """Takes over weights of timm's: those that it has for the model, downloaded once, or a file with its names.
+
+        Raises:
+            ValueError: there are none, they do not fit, or `config` normalises images otherwise than they need.
+        """
+        import timm
+
+        what = f"weights of timm's for {config.timm_model!r}" + (f" in {file}" if file else "")
+        pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        try:
+            trunk: Any = timm.create_model(
+                config.timm_model,
+                pretrained=True,
+                pretrained_cfg_overlay={"file": file} if file else None,
+                num_classes=_num_classes(config, embed_dim),
+                **pool,
+            )
+        except Exception as error:  # of downloads and damaged files anything
+            raise ValueError(f"no {what}: {error}") from error
+        for name in ("mean", "std"):
+            theirs, ours = tuple(trunk.pretrained_cfg[name]), getattr(config, name)
+            if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
+                raise ValueError(
+                    f"{what} need images of {name} {theirs}; set model.clip.vision.{name}, which is {ours}"
+                )
+        self.trunk.load_state_dict(trunk.state_dict())
+
+    def checkpoint_blocks(self) -> None:
+        """From now on timm's blocks keep their inputs alone for the gradient, in training.
+
+        Raises:
+            ValueError: timm can't do that for this model, or not without counting a batch twice in its batch norms.
+        """
+        name = type(self.trunk).__name__
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trunk.modules()):
+            raise ValueError(
+                f"model.checkpoint_activations: timm's {name} has batch norms, which would count each batch twice; "
+                "model.micro_batch_size saves memory without that"
+            )
+        try:
+            self.trunk.set_grad_checkpointing()
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"model.checkpoint_activations: timm can't do that for {name}; model.micro_batch_size saves memory, too"
+            ) from error
+
+    def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
+        """Normalised images (B, 3, R, R) -> (B, E), or with `all_tokens` what the model gives before pooling."""
+        return self.trunk.forward_features(images) if all_tokens else self.head(self.trunk(images))
+
+
+def _num_classes(config: VisionConfig, embed_dim: int) -> int:
+    """Of timm's own classifier, which may serve as the projection."""
+    return embed_dim if config.timm_projection == "classifier" else 0
