@@ -1,8 +1,8 @@
-"""Zero-shot scores: `python eval_zeroshot.py --model M --data D …`. The work is in miniclip/suite.py."""
+"""Zero-shot scores: `python eval_zeroshot.py --model M --data D …`. The work is in miniclip/evaluation/suite.py."""
 
 import sys
 
-from miniclip.cli import main
+from miniclip.commands.main import main
 
 if __name__ == "__main__":
     main(["eval", *sys.argv[1:]])

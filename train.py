@@ -1,8 +1,8 @@
-"""Trains a CLIP: `python train.py fit --config configs/digits.yaml`. The work is in miniclip/trainer.py."""
+"""Trains a CLIP: `python train.py fit --config configs/digits.yaml`. The work is in miniclip/commands/train.py."""
 
 import sys
 
-from miniclip.cli import main
+from miniclip.commands.main import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -87,7 +87,7 @@ def run(*command: str) -> None:
 
 def finetune(model: Path, data: Path, new: Path, out: Path, *settings: str) -> None:
     callback = {
-        "class_path": "miniclip.callbacks.ZeroShotEvaluation",
+        "class_path": "miniclip.training.zero_shot.ZeroShotEvaluation",
         "init_args": {"data": str(new / "parcel-val.csv"), "others": {"old": str(data / "val.csv")}},
     }
     command = [
@@ -114,8 +114,8 @@ def finetune(model: Path, data: Path, new: Path, out: Path, *settings: str) -> N
 
 def score(model: Path, tables: dict[str, Path]) -> dict[str, float]:
     from miniclip import load
-    from miniclip.datasets import open_dataset
-    from miniclip.evaluate import measure, zero_shot_scores
+    from miniclip.evaluation.datasets.open import open_dataset
+    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
 
     loaded, preprocess = load(model, device="cpu")
     return {
@@ -148,7 +148,7 @@ def main() -> None:
     for name in ("preset", "naive"):
         sources = [str(model), str(work / name / "best"), "--out", str(work / f"{name}-wise")]
         sets = ["--data", str(new / "parcel-val.csv"), "--retain", str(data / "val.csv"), "--may-lose", "1"]
-        run("-m", "miniclip.cli", "interpolate", *sources, *sets)
+        run("-m", "miniclip", "interpolate", *sources, *sets)
     tables = {"parcel (new)": new / "parcel-test.csv"}
     tables |= {f"{name} (old)": data / f"{name}.csv" for name in ("digits", "inks", "unseen")}
     print(f"\n| held-out zero-shot top-1, % | {' | '.join(tables)} |\n|---{'|---' * len(tables)}|")

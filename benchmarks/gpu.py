@@ -32,9 +32,9 @@ from rich.console import Console
 
 import miniclip
 from miniclip import tokenizer
+from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig
-from miniclip.convert import forward_flops
-from miniclip.files import write_text
+from miniclip.weights.convert import forward_flops
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("ViT-B/32", "ViT-B/16")

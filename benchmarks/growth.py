@@ -34,10 +34,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import miniclip
 from miniclip import tokenizer
-from miniclip.data import Batch, SampleOrder
-from miniclip.files import write_text
-from miniclip.shards import Shards
-from miniclip.training import CLIPTraining
+from miniclip.common.files import write_text
+from miniclip.data.order import SampleOrder
+from miniclip.data.pairs import Batch
+from miniclip.data.shards import Shards
+from miniclip.training.step import CLIPTraining
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # (chosen before)

@@ -32,8 +32,8 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from miniclip import device
-from miniclip.files import write_text
+from miniclip.common.files import write_text
+from miniclip.training import measuring as device
 
 MOST_DIFFERENCE = 1e-5  # of outputs that should be equal, as a share of the largest
 OURS, LIMIT = "miniclip", "limit"

@@ -24,15 +24,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import miniclip
-from miniclip import prompts, tokenizer
+from miniclip import tokenizer
 from miniclip.config import CLIPConfig
-from miniclip.datasets import open_images
-from miniclip.embedding import encode_images
+from miniclip.evaluation import prompts
+from miniclip.evaluation.datasets.open import open_images
+from miniclip.evaluation.features import encode_images
 from miniclip.images import open_image
-from miniclip.weights import preprocess_for
+from miniclip.weights.load import preprocess_for
 
 MODELS = ("small", "ViT-B/32", "ViT-B/16", "RN50")
-_PROGRAM = "import sys; sys.argv[0] = 'miniclip'; from miniclip.cli import main; main()"
+_PROGRAM = "import sys; sys.argv[0] = 'miniclip'; from miniclip.commands.main import main; main()"
 
 
 def cases(size: str, folder: Path) -> list[Case]:

@@ -26,7 +26,7 @@ TABLES = ("val", "digits", "unseen")
 def make_data(folder: Path, seed: int) -> None:
     if not (folder / "shards/train/index.json").is_file():
         subprocess.run([sys.executable, ROOT / "examples/digits.py", folder / "data", "--seed", str(seed)], check=True)
-        command = [sys.executable, "-c", "from miniclip.cli import main; main()", "shards"]
+        command = [sys.executable, "-c", "from miniclip.commands.main import main; main()", "shards"]
         subprocess.run([*command, folder / "data/train", folder / "shards/train"], check=True)
 
 
@@ -61,8 +61,8 @@ def train(work: Path, seed: int, steps: int, **optimizer: str | float) -> dict[s
 
 def score(model_folder: Path, data: Path) -> dict[str, float]:
     import miniclip
-    from miniclip.datasets import open_dataset
-    from miniclip.evaluate import zero_shot_scores
+    from miniclip.evaluation.datasets.open import open_dataset
+    from miniclip.evaluation.zero_shot import zero_shot_scores
 
     model, preprocess = miniclip.load(model_folder, device="cpu")
     results = {}

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from miniclip.shards import Packing, pack
-from miniclip.sources import read_pairs
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.sources import read_pairs
 
 SIDE, SMALL = 512, 256
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import miniclip
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.weights import from_openai_keys
+from miniclip.weights.layouts import from_openai_keys
 
 try:
     import clip.model as openai_model

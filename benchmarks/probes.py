@@ -14,7 +14,8 @@ import warnings
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from miniclip.probes import Labelled, linear_probe, make_splits
+from miniclip.evaluation.probes import linear_probe
+from miniclip.evaluation.splits import Labelled, make_splits
 
 
 def draw(count: int, centres: np.ndarray, seed: int) -> Labelled:

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from miniclip import prompts, tokenizer
-from miniclip.shards import Packing, pack
-from miniclip.sources import read_pairs
+from miniclip import tokenizer
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.sources import read_pairs
+from miniclip.evaluation import prompts
 
 # Conceptual Captions' have 10.3 tokens on average with a standard deviation of 4.5 and a median of 9 (Sharma et al.
 # 2018, table 2); a log-normal distribution of that mean and deviation has the median 9.4. Here the mean is 11 words.

@@ -30,14 +30,16 @@ from torch import Tensor
 from webdataset.tariterators import tar_file_expander
 
 import miniclip
-from miniclip import trainer
+from miniclip.commands import train as trainer
 from miniclip.config import CLIPConfig
-from miniclip.data import Batch, PairDataModule, _Sample, collate
-from miniclip.images import decode_rgb, normalize
-from miniclip.optim import OptimizerConfig, make_optimizer
+from miniclip.data.augmentation import decode_rgb
+from miniclip.data.module import PairDataModule
+from miniclip.data.pairs import Batch, Sample, collate
+from miniclip.images import normalize
 from miniclip.tokenizer import encode_for_model
-from miniclip.training import CLIPTraining
-from miniclip.weights import from_openai_keys
+from miniclip.training.optimizer import OptimizerConfig, make_optimizer
+from miniclip.training.step import CLIPTraining
+from miniclip.weights.layouts import from_openai_keys
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -125,7 +127,7 @@ def our_step(
 
 def our_batch(config: CLIPConfig, texts: list[str], where: torch.device = CPU) -> Batch:
     pixels = _pixels(config, len(texts))
-    batch = collate([_Sample(image, encode_for_model(text), "") for image, text in zip(pixels, texts, strict=True)])
+    batch = collate([Sample(image, encode_for_model(text), "") for image, text in zip(pixels, texts, strict=True)])
     return batch._replace(images=batch.images.to(where), tokens=batch.tokens.to(where))
 
 

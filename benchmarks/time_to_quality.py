@@ -46,16 +46,19 @@ from torch import Tensor
 
 import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
-from miniclip.data import Batch, CaptionChoice, PairDataset, SampleOrder, collate
-from miniclip.datasets import open_dataset
-from miniclip.evaluate import zero_shot_classifier
-from miniclip.images import Augmentation, Preprocess, normalize
-from miniclip.metrics import recall_at_1
-from miniclip.optim import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
-from miniclip.shards import Shards, pack
-from miniclip.sources import read_pairs
-from miniclip.training import MAX_LOGIT_SCALE, CLIPTraining, move_average
-from miniclip.weights import from_openai_keys
+from miniclip.data.augmentation import Augmentation
+from miniclip.data.order import SampleOrder
+from miniclip.data.pack import pack
+from miniclip.data.pairs import Batch, CaptionChoice, PairDataset, collate
+from miniclip.data.shards import Shards
+from miniclip.data.sources import read_pairs
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.measures.ranking import recall_at_1
+from miniclip.evaluation.zero_shot import zero_shot_classifier
+from miniclip.images import Preprocess, normalize
+from miniclip.training.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
+from miniclip.training.step import MAX_LOGIT_SCALE, CLIPTraining, move_average
+from miniclip.weights.layouts import from_openai_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = 12  # of a run

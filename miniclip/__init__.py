@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .config import CLIPConfig as CLIPConfig
     from .config import TextConfig as TextConfig
     from .config import VisionConfig as VisionConfig
-    from .evaluate import zero_shot_classifier as zero_shot_classifier
+    from .evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
     from .loss import clip_loss as clip_loss
     from .loss import siglip_loss as siglip_loss
     from .model import CLIP as CLIP
     from .tokenizer import tokenize as tokenize
-    from .weights import available_models as available_models
-    from .weights import load as load
-    from .weights import save as save
+    from .weights.load import load as load
+    from .weights.load import save as save
+    from .weights.read import available_models as available_models
 
 __version__ = "0.1.0"
 
@@ -32,13 +32,13 @@ _HOME = {
     "CLIPConfig": "config",
     "TextConfig": "config",
     "VisionConfig": "config",
-    "available_models": "weights",
+    "available_models": "weights.read",
     "clip_loss": "loss",
-    "load": "weights",
-    "save": "weights",
+    "load": "weights.load",
+    "save": "weights.load",
     "siglip_loss": "loss",
     "tokenize": "tokenizer",
-    "zero_shot_classifier": "evaluate",
+    "zero_shot_classifier": "evaluation.zero_shot",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -30,8 +30,8 @@ import math
 import torch
 from torch import Tensor
 
+from .common.processes import log_sum_exp
 from .fast.sliced_loss import LogSumExps, SigmoidLosses, gather_pairs, group_means
-from .processes import log_sum_exp
 
 
 def clip_loss(

@@ -168,9 +168,10 @@ class VisionTransformer(nn.Module):
 class TextLayout(Protocol):
     """Where the tokens of a batch stand in their texts, where the texts end, and how the tokens attend."""
 
-    positions: Tensor
-    ends: Tensor
-
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def ends(self) -> Tensor: ...
     @property
     def attend(self) -> Attend: ...
 
@@ -222,11 +223,11 @@ class TextTransformer(nn.Module):
         With `all_tokens` -> (B, L, D): every token normed but not projected (what diffusion models condition on).
         `layout` says where the tokens are if they do not lie in rows, as `fast.packed_texts` lays them.
         """
-        layout = layout or Rectangle.of(tokens, self.eot_token)
-        x = self.token_embedding(tokens) + F.embedding(layout.positions, self.positional_embedding)  # (B, L, D)
+        texts: TextLayout = layout or Rectangle.of(tokens, self.eot_token)
+        x = self.token_embedding(tokens) + F.embedding(texts.positions, self.positional_embedding)  # (B, L, D)
         if all_tokens:
-            return self.ln_final(self.transformer(x, attend=layout.attend))
-        return self.ln_final(self.transformer(x, layout.ends, layout.attend)) @ self.text_projection
+            return self.ln_final(self.transformer(x, attend=texts.attend))
+        return self.ln_final(self.transformer(x, texts.ends, texts.attend)) @ self.text_projection
 
 
 class MissingTower(nn.Module):

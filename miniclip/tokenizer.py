@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import html
-import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -19,8 +18,8 @@ import numpy as np
 import regex
 import torch
 
+from .common.files import ASSETS
 from .config import TextConfig
-from .prompts import ASSETS
 
 CONTEXT_LENGTH = 77
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
@@ -77,11 +76,11 @@ def _read_merges() -> tuple[dict[tuple[int, int], int], dict[str, int]]:
     return merges, symbols
 
 
-def _merges() -> dict[tuple[int, int], int]:
+def learnt_merges() -> dict[tuple[int, int], int]:
     return _read_merges()[0]
 
 
-def _symbols() -> dict[str, int]:
+def symbol_ids() -> dict[str, int]:
     return _read_merges()[1]
 
 
@@ -92,7 +91,7 @@ def _token_bytes() -> tuple[bytes, ...]:
     for byte, index in enumerate(_byte_ids()):
         by_id[index] = bytes([byte])
         by_id[256 + index] = bytes([byte]) + b" "
-    for (left, right), _ in sorted(_merges().items(), key=lambda item: item[1]):
+    for (left, right), _ in sorted(learnt_merges().items(), key=lambda item: item[1]):
         by_id.append(by_id[left] + by_id[right])
     return (*by_id, *(name.encode() for name in _SPECIAL))
 
@@ -102,13 +101,13 @@ def _encode_piece(piece: str) -> list[int]:
     if piece in _SPECIAL:
         return [_SPECIAL[piece]]
     # Most words are in the vocabulary whole, and what is there is what the merges lead to: the tests try all of it.
-    whole = _symbols().get(piece + "</w>") if piece.isascii() else None
+    whole = symbol_ids().get(piece + "</w>") if piece.isascii() else None
     return _merge(piece) if whole is None else [whole]
 
 
 def _merge(piece: str) -> list[int]:
     """From bytes up. One place at a time: a merge that the last one made possible was learnt after it."""
-    byte_ids, merges = _byte_ids(), _merges()
+    byte_ids, merges = _byte_ids(), learnt_merges()
     ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
     ids[-1] += 256  # the last byte ends the word
     while len(ids) > 1:
@@ -167,24 +166,6 @@ def decode(tokens: Iterable[int]) -> str:
         if not 0 <= i < len(table):
             raise ValueError(f"{i} is no token id; ids are 0 to {len(table) - 1}")
     return b"".join(table[i] for i in ids).decode("utf-8", errors="replace")
-
-
-def vocabulary_files(context_length: int = CONTEXT_LENGTH) -> dict[str, str]:
-    """This tokenizer as the files that Hugging Face's `CLIPTokenizer` reads: their names and contents."""
-    symbols = _symbols()
-    names = {index: symbol for symbol, index in symbols.items()}
-    merges = [f"{names[left]} {names[right]}" for (left, right) in _merges()]
-    special = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
-    vocabulary = dict(sorted((symbols | special).items(), key=lambda item: item[1]))
-    start, end = special
-    roles = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **roles}
-    return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(roles, indent=2) + "\n",
-    }
 
 
 def encode_for_model(text: str, context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> list[int]:

@@ -16,9 +16,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.shard_index import Packed
+from miniclip.data.sources import read_pairs
 from miniclip.model import CLIP
-from miniclip.shards import Packed, Packing, pack
-from miniclip.sources import read_pairs
 
 
 def tiny_config(**changes: Any) -> CLIPConfig:

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from helpers import write_picture
 
-from miniclip import probes
-from miniclip.datasets import CaptionedImages, LabelledImages, MultilabelImages
-from miniclip.embedding import ImageFeatures
-from miniclip.evaluate import MultilabelScores, Outside, Scores, measure, retrieve, subgroups
-from miniclip.metrics import apply_threshold, calibrate_threshold, separation
-from miniclip.suite import Probes, Result
+from miniclip.evaluation import probes
+from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages
+from miniclip.evaluation.features import ImageFeatures
+from miniclip.evaluation.measures.thresholds import apply_threshold, calibrate_threshold, separation
+from miniclip.evaluation.none_of_these import Outside
+from miniclip.evaluation.retrieval import retrieve
+from miniclip.evaluation.splits import Labelled, make_splits
+from miniclip.evaluation.suite import Probes, Result
+from miniclip.evaluation.zero_shot import MultilabelScores, Scores, measure, subgroups
 
 NAMES = ("cat", "dog", "kea", "owl", "tench", "zebra")
 # cat: 2 of 3 right, dog: 0 of 2, kea: right; owl, tench and zebra have no images
@@ -106,12 +109,12 @@ def learnt(num_classes: int = 3) -> Probes:
     """Of features that lie along one axis for each class, so that all that is learnt is right."""
     random = np.random.default_rng(0)
 
-    def some(count: int) -> probes.Labelled:
+    def some(count: int) -> Labelled:
         labels = np.repeat(np.arange(num_classes), count)
         noise = random.normal(0, 0.01, (len(labels), num_classes))
-        return probes.Labelled((np.eye(num_classes)[labels] + noise).astype(np.float32), labels)
+        return Labelled((np.eye(num_classes)[labels] + noise).astype(np.float32), labels)
 
-    splits = probes.make_splits(some(4), some(2), NAMES[:num_classes], some(2))
+    splits = make_splits(some(4), some(2), NAMES[:num_classes], some(2))
     columns = np.roll(np.eye(num_classes, dtype=np.float32), 1, axis=1)  # prompts that are always wrong
     linear = probes.linear_probe(splits)
     neighbours = probes.nearest_neighbours(splits, 3)

@@ -22,21 +22,13 @@ from rich.console import Console
 from test_cli import fails, run
 from test_report import Browser, browser  # noqa: F401 (a fixture)
 
-from miniclip.check import (
-    Findings,
-    advice,
-    brief,
-    examine,
-    false_negatives,
-    rows,
-    sample_numbers,
-    tables,
-    time_pipeline,
-    write_html,
-)
+from miniclip.commands.check import time_pipeline
+from miniclip.data.open_pairs import is_shards, shard_pairs
+from miniclip.data.preflight import Findings, advice, brief, examine, false_negatives, sample_numbers
+from miniclip.data.shards import Shards
+from miniclip.data.sources import Pair, read_pairs
 from miniclip.loss import clip_loss
-from miniclip.shards import Shards, is_shards, shard_pairs
-from miniclip.sources import Pair, read_pairs
+from miniclip.reports.preflight_page import rows, tables, write_html
 
 # Short sides 60, of which no two are alike, and captions that are all different.
 GOOD = ("a red fox runs", "two boats at sea", "an old oak", "night over the town", "bread and butter")
@@ -474,7 +466,7 @@ def test_a_page_of_any_amount_of_findings_holds(show, tmp_path):
 
 
 def command(*args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "-m", "miniclip.cli", "check", *map(str, args), code=code)
+    return run(sys.executable, "-m", "miniclip", "check", *map(str, args), code=code)
 
 
 def test_the_command_looks_at_a_folder_and_writes_a_page(tmp_path):
@@ -536,7 +528,7 @@ def test_shards_are_told_from_what_is_not_packed(tmp_path):
 
 
 def test_help_teaches_without_waiting_for_torch():
-    code = "import sys; from miniclip.cli import main\ntry: main(['check', '--help'])\n"
+    code = "import sys; from miniclip.commands.main import main\ntry: main(['check', '--help'])\n"
     done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules)")
     assert done.stdout.endswith("False\n")
     assert "miniclip check shards --speed --workers 4" in done.stdout

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import miniclip
-from miniclip import cli
-from miniclip.terminal import lasting_imports
+from miniclip.commands import main as cli
+from miniclip.commands.terminal import lasting_imports
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def photos(tmp_path) -> Path:
 
 @pytest.mark.parametrize("verb", [[], ["shards"], ["eval"]])
 def test_help_teaches_without_waiting_for_torch(verb):
-    code = f"import sys; from miniclip.cli import main\ntry: main({[*verb, '--help']})\n"
+    code = f"import sys; from miniclip.commands.main import main\ntry: main({[*verb, '--help']})\n"
     done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules)")
     assert done.stdout.endswith("False\n")
     expected = {"shards": "rejected.csv", "eval": "TABLE.classnames.txt"}.get("".join(verb), "miniclip VERB --help")
@@ -200,7 +200,7 @@ def test_the_collector_leaves_imports_alone_and_goes_on_after_them():
 def test_commands_import_without_the_collector(command):
     program = f"""
 import gc
-from miniclip import cli
+from miniclip.commands import main as cli
 try:
     cli.main({command.split()})
 except SystemExit:

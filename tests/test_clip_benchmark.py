@@ -26,12 +26,13 @@ from test_evaluation_sets import lines, tar
 from test_model import randomise
 
 import miniclip
-from miniclip import cli
-from miniclip.convert import convert
-from miniclip.datasets import CaptionedImages, LabelledImages, MultilabelImages, open_dataset
-from miniclip.embedding import encode_texts
-from miniclip.evaluate import zero_shot_classifier
-from miniclip.metrics import retrieval
+from miniclip.commands import main as cli
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages
+from miniclip.evaluation.features import encode_texts
+from miniclip.evaluation.measures.ranking import retrieval
+from miniclip.evaluation.zero_shot import zero_shot_classifier
+from miniclip.weights.convert import convert
 
 BENCHMARK = Path(sys.prefix) / "clip_benchmark"  # `make test` puts it there, with what it needs other versions of
 RECALL_AT = (1, 5, 10)

@@ -12,7 +12,7 @@ from open_clip import zero_shot_metadata
 
 import miniclip
 from miniclip.config import OPENAI_MEAN, OPENAI_MODELS, OPENAI_STD, CLIPConfig, TextConfig, VisionConfig
-from miniclip.prompts import TEMPLATE_SETS, fill, imagenet_classnames, read_lines, template_set
+from miniclip.evaluation.prompts import TEMPLATE_SETS, fill, imagenet_classnames, read_lines, template_set
 
 ROOT = Path(miniclip.__file__).parents[1]
 

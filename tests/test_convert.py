@@ -26,11 +26,12 @@ from transformers import CLIPModel as HFModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import miniclip
-from miniclip.cli import main
+from miniclip.commands.main import main
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.convert import FORMATS, convert, inspect
 from miniclip.model import CLIP
-from miniclip.weights import load, read_checkpoint, save
+from miniclip.weights.convert import FORMATS, convert, inspect
+from miniclip.weights.load import load, save
+from miniclip.weights.read import read_checkpoint
 
 ROUND_TRIPS = {"vit": ("hf", "openclip", "native", "openai"), "resnet": ("openclip", "native", "openai")}
 FULL_VOCABULARY = CLIPConfig(24, "quick_gelu", TINY_VIT.vision, TextConfig(width=64, layers=1))

@@ -24,10 +24,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from miniclip import tokenizer
-from miniclip.data import Batch, BatchSampler, CaptionChoice, Mixture, PairDataModule, PairDataset, SampleOrder
-from miniclip.images import Augmentation, Preprocess
-from miniclip.shards import Packing, Shards, index_shards, pack
-from miniclip.sources import read_pairs
+from miniclip.data.augmentation import Augmentation
+from miniclip.data.module import PairDataModule
+from miniclip.data.order import BatchSampler, Mixture, SampleOrder
+from miniclip.data.pack import pack
+from miniclip.data.pairs import Batch, CaptionChoice, PairDataset
+from miniclip.data.sample_files import Packing
+from miniclip.data.shard_index import index_shards
+from miniclip.data.shards import Shards
+from miniclip.data.sources import read_pairs
+from miniclip.images import Preprocess
 from miniclip.tokenizer import END_OF_TEXT, START_OF_TEXT
 
 LAYOUTS = [

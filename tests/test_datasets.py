@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 from helpers import write_picture
 
-from miniclip.datasets import LABEL_COLUMNS, open_dataset
-from miniclip.prompts import CLASSNAME_SETS, TEMPLATE_SETS, classname_set, fill, imagenet_classnames, template_set
-from miniclip.sources import IMAGE_COLUMNS
+from miniclip.data.sources import IMAGE_COLUMNS
+from miniclip.evaluation.datasets.folders_and_tables import LABEL_COLUMNS
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.prompts import (
+    CLASSNAME_SETS,
+    TEMPLATE_SETS,
+    classname_set,
+    fill,
+    imagenet_classnames,
+    template_set,
+)
 
 
 def class_folders(root: Path, *names: str, images: int = 2) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniclip import trainer
-from miniclip.shards import pack
-from miniclip.sources import read_pairs
+from miniclip.commands import train as trainer
+from miniclip.data.pack import pack
+from miniclip.data.sources import read_pairs
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -86,9 +86,9 @@ def test_the_demo_learns_within_60_steps(folder, monkeypatch):
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_three_seeds_of_the_demo_reach_its_scores(tmp_path):
-    from miniclip import weights
-    from miniclip.datasets import open_dataset
-    from miniclip.evaluate import measure, zero_shot_scores
+    from miniclip.evaluation.datasets.open import open_dataset
+    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
+    from miniclip.weights import load as weights
 
     scores = {"digits": [], "unseen": []}
     for seed in range(3):

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from miniclip.distillation import distillation_loss
+from miniclip.common.processes import gather
 from miniclip.loss import clip_loss, siglip_loss
-from miniclip.processes import gather
+from miniclip.training.distillation import distillation_loss
 
 LOSSES = ("clip", "siglip", "distillation")
 B, E = 12, 5  # twelve can be shared by 1, 2 and 3

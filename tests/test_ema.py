@@ -11,9 +11,9 @@ from pytorch_lightning import Callback
 from test_training import arguments, command, metrics, state
 
 import miniclip
-from miniclip import trainer
+from miniclip.commands import train as trainer
 from miniclip.config import VisionConfig
-from miniclip.training import CLIPTraining, move_average
+from miniclip.training.step import CLIPTraining, move_average
 
 data = test_training.data
 EMA = "--model.ema_decay=0.6"
@@ -69,7 +69,7 @@ def test_training_itself_goes_on_as_without_an_average(data, tmp_path):
 
 def test_validation_scores_the_average_and_best_holds_it(data, tmp_path):
     zero_shot = (
-        '--trainer.callbacks=[{"class_path": "miniclip.callbacks.ZeroShotEvaluation", '
+        '--trainer.callbacks=[{"class_path": "miniclip.training.zero_shot.ZeroShotEvaluation", '
         f'"init_args": {{"data": "{data / "val.csv"}"}}}}]'
     )
     run = tmp_path / "run"

@@ -21,10 +21,11 @@ from helpers import pack_folder, tiny_clip, write_pairs, write_picture
 from PIL import Image
 from torch import Tensor
 
-from miniclip import embedding
-from miniclip.datasets import EvaluationSet, open_dataset
-from miniclip.embedding import FeatureCache, ImageFeatures, encode_images, encode_texts, own_tokenize
-from miniclip.weights import preprocess_for
+from miniclip.evaluation import features as embedding
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.datasets.sets import EvaluationSet
+from miniclip.evaluation.features import FeatureCache, ImageFeatures, encode_images, encode_texts, own_tokenize
+from miniclip.weights.load import preprocess_for
 
 NUM_IMAGES = 11
 
@@ -116,7 +117,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from test_embedding import Counting, cached
-from miniclip import embedding
+from miniclip.evaluation import features as embedding
 embedding._SECONDS_BETWEEN_PARTS = 0.0
 class Killed(Counting):
     def __call__(self, images):

@@ -18,7 +18,7 @@ from helpers import tiny_clip, write_pairs, write_picture
 from test_cli import fails
 
 import miniclip
-from miniclip import cli
+from miniclip.commands import main as cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -250,7 +250,7 @@ def test_who_reads_the_tables_no_further_gets_all_files(models, sets, tmp_path):
 
 STOPPED = """
 import sys
-from miniclip import embedding
+from miniclip.evaluation import features as embedding
 from miniclip.model import CLIP
 embedding._SECONDS_BETWEEN_PARTS = 0.0
 encode, seen = CLIP.encode_image, 0
@@ -262,7 +262,7 @@ def stop(self, images, normalize=False):
     seen += len(images)
     return encode(self, images, normalize)
 CLIP.encode_image = stop
-from miniclip.cli import main
+from miniclip.commands.main import main
 main(["eval", *sys.argv[2:]])
 """
 

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from miniclip import tokenizer
-from miniclip.datasets import LabelledImages, MultilabelImages
-from miniclip.embedding import ImageFeatures, encode_texts
-from miniclip.evaluate import (
+from miniclip.evaluation.datasets.sets import LabelledImages, MultilabelImages
+from miniclip.evaluation.features import ImageFeatures, encode_texts
+from miniclip.evaluation.prompts import fill, imagenet_classnames, template_set
+from miniclip.evaluation.zero_shot import (
     Scores,
     classify,
     measure,
@@ -27,8 +28,7 @@ from miniclip.evaluate import (
     zero_shot_scores,
 )
 from miniclip.fast.packed_texts import pack_text, trim_text
-from miniclip.prompts import fill, imagenet_classnames, template_set
-from miniclip.weights import preprocess_for
+from miniclip.weights.load import preprocess_for
 
 NAMES = ("tabby cat", "dog", "a big tiger", "{odd} name%")
 TEMPLATES = ("a photo of a {}.", "{c}", "art of the {c}, {c}!")

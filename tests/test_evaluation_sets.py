@@ -17,10 +17,13 @@ import webdataset
 from helpers import Served, picture, tiny_clip, write_pairs, write_picture
 from torch.utils.data import ConcatDataset, DataLoader
 
-from miniclip import cli, storage, tokenizer
-from miniclip.datasets import CaptionedImages, LabelledImages, MultilabelImages, labelled, open_dataset
-from miniclip.evaluate import zero_shot_classifier
-from miniclip.shards import index_shards
+from miniclip import tokenizer
+from miniclip.commands import main as cli
+from miniclip.common import storage
+from miniclip.data.shard_index import index_shards
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
+from miniclip.evaluation.zero_shot import zero_shot_classifier
 
 NAMES = ("barn owl", "crane", "kea")
 LABELS = (2, 0, 1, 1, 0, 2, 2)
@@ -593,7 +596,7 @@ def test_a_set_that_torchvision_lacks_is_told(tmp_path, source, message):
 def test_every_name_is_one_of_torchvisions():
     from torchvision import datasets
 
-    from miniclip.datasets import TORCHVISION_SETS
+    from miniclip.evaluation.datasets.torchvision_sets import TORCHVISION_SETS
 
     assert all(issubclass(getattr(datasets, name), datasets.VisionDataset) for name in TORCHVISION_SETS)
 

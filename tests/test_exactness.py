@@ -37,7 +37,9 @@ from pytorch_lightning import Callback
 from torch.multiprocessing import start_processes
 
 from miniclip import tokenizer
-from miniclip.data import Batch, BatchSampler, PairDataModule, SampleOrder
+from miniclip.data.module import PairDataModule
+from miniclip.data.order import BatchSampler, SampleOrder
+from miniclip.data.pairs import Batch
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,17 +15,20 @@ from helpers import write_pairs
 from PIL import Image
 from test_storage import Server
 
-from miniclip import storage
-from miniclip.data import PairDataModule
-from miniclip.shards import Packing, Shards, index_shards, pack
-from miniclip.sources import read_pairs
+from miniclip.common import storage
+from miniclip.data.module import PairDataModule
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.shard_index import index_shards
+from miniclip.data.shards import Shards
+from miniclip.data.sources import read_pairs
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     """Short waits and small pieces, for forked workers too; a cache of its own; and no proxy between here and here."""
     monkeypatch.setattr(storage, "_WAITS_S", (0.001,) * 5)
-    monkeypatch.setattr(storage, "_PIECE_BYTES", 4000)
+    monkeypatch.setattr(storage, "PIECE_BYTES", 4000)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
 
@@ -103,7 +106,7 @@ def test_a_shard_that_vanished_from_the_server_leaves_holes_with_its_name(shelf)
 
 
 def test_an_epoch_from_s3_is_each_sample_once(shelf, s3, tmp_path):
-    filesystem = storage._filesystem("s3://pairs")
+    filesystem = storage.filesystem("s3://pairs")
     filesystem.mkdir("pairs")
     for name, data in content(shelf).items():
         filesystem.pipe_file(f"pairs{name}", data)

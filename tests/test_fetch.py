@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from test_formats import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
 
-from miniclip import fetch
-from miniclip.fetch import cache_folder, download, fetch_hub
-from miniclip.weights import load
+from miniclip.weights import download as fetch
+from miniclip.weights.download import cache_folder, download, fetch_hub
+from miniclip.weights.load import load
 
 CONTENT = random.Random(0).randbytes(3_000_000)
 CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
@@ -331,7 +331,7 @@ def test_the_checksums_are_those_that_open_clip_knows():
 
 OFFLINE = """
 import sys
-from miniclip.weights import load
+from miniclip.weights.load import load
 try:
     load(sys.argv[1], device="cpu", download_root=sys.argv[2])
     print("loaded")

@@ -19,19 +19,20 @@ from test_demo import digits
 from test_training import COLOURS, ROOT, arguments, data, fails, metrics, random_batch, state  # noqa: F401 (a fixture)
 
 import miniclip
-from miniclip import cli, finetune, trainer
+from miniclip.commands import main as cli
+from miniclip.commands import train as trainer
 from miniclip.config import TextConfig, VisionConfig
-from miniclip.curves import read_run
-from miniclip.data import Batch
-from miniclip.datasets import open_dataset
-from miniclip.distillation import distillation_loss
+from miniclip.data.pack import pack
+from miniclip.data.pairs import Batch
+from miniclip.data.sources import read_pairs
+from miniclip.evaluation import interpolation as finetune
+from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.images import normalize
 from miniclip.loss import clip_loss
-from miniclip.optim import OptimizerConfig, make_optimizer
-from miniclip.shards import pack
-from miniclip.sources import read_pairs
-from miniclip.teacher import Teacher
-from miniclip.training import CLIPTraining
+from miniclip.reports.runs import read_run
+from miniclip.training.distillation import Teacher, distillation_loss
+from miniclip.training.optimizer import OptimizerConfig, make_optimizer
+from miniclip.training.step import CLIPTraining
 
 
 @pytest.fixture
@@ -333,7 +334,7 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
     assert "chosen on the very images" in said
     values = json.loads((out / "interpolation.json").read_text())
     assert [point["alpha"] for point in values["points"]] == [0, 0.25, 0.5, 1]
-    from miniclip.evaluate import measure, zero_shot_scores
+    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
 
     for end, point in ((0, values["points"][0]), (1, values["points"][-1])):
         model, preprocess = miniclip.load(tmp_path / f"model{end}", device="cpu")
@@ -380,14 +381,14 @@ def test_mistakes_with_the_verb_are_answered_in_words(sets, tmp_path, capsys, mo
 
 def test_fine_tuning_tells_the_scores_before_and_after_on_new_and_old(data, start, sets, tmp_path, capsys):  # noqa: F811
     callback = {
-        "class_path": "miniclip.callbacks.ZeroShotEvaluation",
+        "class_path": "miniclip.training.zero_shot.ZeroShotEvaluation",
         "init_args": {"data": str(sets[0]), "others": {"old": str(sets[1])}},
     }
     run = tmp_path / "run"
     more = [f"--model.start_from={start}", f"--trainer.callbacks=[{json.dumps(callback)}]"]
     trainer.main(without_model(data, run, *more, "--monitor=val/zero_shot_acc1", steps=3))
     said = capsys.readouterr().out
-    from miniclip.evaluate import measure, zero_shot_scores
+    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
 
     def score(path: Path, source: Path) -> float:
         return measure(zero_shot_scores(*miniclip.load(path, device="cpu"), open_dataset(source))).acc1

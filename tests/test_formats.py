@@ -30,10 +30,11 @@ from transformers import (
 from transformers import CLIPConfig as HFConfig
 from transformers import CLIPModel as HFModel
 
-from miniclip import weights
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.convert import convert, inspect
-from miniclip.weights import load, read_checkpoint, save
+from miniclip.weights import torchscript
+from miniclip.weights.convert import convert, inspect
+from miniclip.weights.load import load, save
+from miniclip.weights.read import read_checkpoint
 
 OpenClip = open_clip.model.CLIP
 
@@ -409,7 +410,7 @@ OPENAI_NAMES_AT_OPENCLIP = {
 
 @pytest.mark.parametrize("name", OPENAI_MODELS)
 def test_openclips_own_configuration_of_an_openai_model_is_read_as_ours(name):
-    from miniclip.weights import config_from_openclip
+    from miniclip.weights.layouts import config_from_openclip
 
     settings = open_clip.get_model_config(OPENAI_NAMES_AT_OPENCLIP[name])
     assert config_from_openclip({"model_cfg": settings}, "x") == OPENAI_MODELS[name]
@@ -818,7 +819,7 @@ def tensor_code(kind="HalfStorage", key="0", count=4, offset=0, size=(2, 2), str
 
 def test_the_handmade_archives_are_read_when_nothing_is_wrong_with_them(tmp_path):
     """Else the tests below would prove nothing."""
-    from miniclip.weights import read_torchscript
+    from miniclip.weights.torchscript import read_torchscript
 
     content = torch.tensor([[1, 2], [3, 4]], dtype=torch.float16)
     records = {"data.pkl": stub_module(weight=tensor_code()), "data/0": content.numpy().tobytes()}
@@ -857,7 +858,7 @@ def run_limited(code, *arguments, gigabytes=8):
     script = f"""
         import resource, sys
         import torch
-        from miniclip.weights import load
+        from miniclip.weights.load import load
         resource.setrlimit(resource.RLIMIT_AS, ({gigabytes} << 30, {gigabytes} << 30))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         {code}
@@ -952,7 +953,7 @@ def test_a_refused_file_does_not_change_how_the_next_one_is_read(tmp_path):
     try:
         found = read_checkpoint(good).tensors
     finally:  # else the tests after this one would fail, too
-        stub = getattr(weights, "_Stub", None)
+        stub = getattr(torchscript, "_Stub", None)
         if "__setstate__" in vars(stub or object):
             del stub.__setstate__
     assert found.keys() == expected.keys()

@@ -28,9 +28,9 @@ from helpers import pack_folder, write_pairs
 from pytorch_lightning import Callback
 
 import miniclip
-from miniclip import trainer
-from miniclip.callbacks import Stalls
-from miniclip.data import PairDataModule
+from miniclip.commands import train as trainer
+from miniclip.data.module import PairDataModule
+from miniclip.training.progress import Stalls
 
 ROOT = Path(__file__).parents[1]
 TINY = [

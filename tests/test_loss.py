@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from helpers import LargestTensor
 from open_clip.loss import ClipLoss
 
+from miniclip.common.processes import gather
 from miniclip.loss import clip_loss
-from miniclip.processes import gather
 
 B, E = 7, 5
 CHUNKS = [1, 3, B - 1, B, B + 5]

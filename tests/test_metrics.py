@@ -15,20 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
-from miniclip import metrics
-from miniclip.metrics import (
-    apply_threshold,
+from miniclip.evaluation.measures import ranking as metrics
+from miniclip.evaluation.measures.classification import (
     average_precision,
-    bootstrap_interval,
-    calibrate_threshold,
     calibration,
-    compare,
     confusion_matrix,
-    effective_robustness,
-    fit_robustness,
     is_among_guesses,
     macro_f1,
-    mcnemar,
     mean_per_class_recall,
     most_confused,
     multilabel,
@@ -36,12 +29,18 @@ from miniclip.metrics import (
     per_class_f1,
     per_class_precision,
     per_class_recall,
-    recall_at_1,
-    retrieval,
-    separation,
     subgroup_accuracy,
+)
+from miniclip.evaluation.measures.ranking import recall_at_1, retrieval
+from miniclip.evaluation.measures.statistics import (
+    bootstrap_interval,
+    compare,
+    effective_robustness,
+    fit_robustness,
+    mcnemar,
     wilson_interval,
 )
+from miniclip.evaluation.measures.thresholds import apply_threshold, calibrate_threshold, separation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Intervals

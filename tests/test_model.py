@@ -14,7 +14,7 @@ from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.fast.packed_texts import trim_text
 from miniclip.model import CLIP, MLP, Attention, TextTransformer, VisionTransformer
 from miniclip.tokenizer import tokenize
-from miniclip.weights import from_openai_keys
+from miniclip.weights.layouts import from_openai_keys
 
 EOT = 40
 TINY = CLIPConfig(

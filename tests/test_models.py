@@ -27,12 +27,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from miniclip import models, tokenizer, weights
+from miniclip import tokenizer
 from miniclip.config import VisionConfig
-from miniclip.convert import convert
-from miniclip.evaluate import zero_shot_classifier
+from miniclip.evaluation import encoder
+from miniclip.evaluation.encoder import Model, from_clip, from_object
+from miniclip.evaluation.fingerprints import _HASHED_AT_ONCE, digest_module, probe_pictures
+from miniclip.evaluation.other_libraries import from_openclip, from_transformers, open_model
+from miniclip.evaluation.zero_shot import zero_shot_classifier
 from miniclip.model import CLIP
-from miniclip.models import Model, from_clip, from_object, from_openclip, from_transformers, open_model
+from miniclip.weights import load as weights
+from miniclip.weights.convert import convert
 
 TEXTS = ["a photo of a cat.", "An OWL &amp; its nest", "two dogs"]
 
@@ -74,7 +78,7 @@ def test_our_models_open_by_any_name_that_load_takes(tmp_path):
     assert torch.equal(found.tokenize(TEXTS), tokenizer.tokenize(TEXTS, 16))
     with torch.no_grad():  # as it does; with gradients other last bits are right, too
         expected = model.encode_image(images), model.encode_text(tokenizer.tokenize(TEXTS, 16))
-        assert torch.equal(found.encode_pooled(images), models.pooled_features(model, images))
+        assert torch.equal(found.encode_pooled(images), encoder.pooled_features(model, images))
     assert torch.equal(found.encode_image(images), expected[0])
     assert torch.equal(found.encode_text(found.tokenize(TEXTS)), expected[1])
     assert found.logit_scale == model.logit_scale
@@ -423,7 +427,7 @@ def test_the_fingerprint_that_an_object_names_counts_with_its_preprocessing_and_
     assert fingerprints(random) == (None, plain[1])
 
 
-@pytest.mark.parametrize("lacking", models.FIVE_THINGS)
+@pytest.mark.parametrize("lacking", encoder.FIVE_THINGS)
 def test_an_object_that_lacks_one_of_the_five_is_told_which(lacking):
     with pytest.raises(ValueError, match=f"mine is a Own without {lacking}; needed are encode_image, encode_text"):
         from_object(Own(**{lacking: None}), "mine")
@@ -675,7 +679,7 @@ def test_fingerprints_are_the_same_from_another_place_and_in_another_process(tmp
     (tmp_path / "mine").rename(tmp_path_there)
     names[0] = str(tmp_path_there)
     code = f"""
-        from miniclip.models import open_model
+        from miniclip.evaluation.other_libraries import open_model
         for name in {names!r}:
             model = open_model(name, "cpu")
             print("found", model.image_fingerprint(), model.text_fingerprint())
@@ -690,26 +694,26 @@ def test_large_tensors_and_all_kinds_of_numbers_are_hashed_whole():
     class Kinds(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("large", torch.zeros((models._HASHED_AT_ONCE // 4) + 3))
+            self.register_buffer("large", torch.zeros((_HASHED_AT_ONCE // 4) + 3))
             self.register_buffer("brain", torch.zeros(3, 2, dtype=torch.bfloat16).t())
             self.register_buffer("whole", torch.zeros((), dtype=torch.int64))
             self.register_buffer("none", torch.zeros(0))
             self.register_buffer("truth", torch.zeros(4, dtype=torch.bool), persistent=False)
 
     module = Kinds()
-    seen = {models.digest_module(module)}
+    seen = {digest_module(module)}
     for tensor, place in [("large", 0), ("large", -1), ("brain", (1, 2)), ("truth", 3)]:
         getattr(module, tensor)[place] = 1
-        seen.add(models.digest_module(module))
+        seen.add(digest_module(module))
     module.whole.fill_(1)
-    seen.add(models.digest_module(module))
+    seen.add(digest_module(module))
     assert len(seen) == 6
 
 
 def test_the_pictures_of_the_fingerprint_are_of_every_kind_and_always_the_same():
-    first, second = ([image.tobytes() for image in models._pictures()] for _ in range(2))
+    first, second = ([image.tobytes() for image in probe_pictures()] for _ in range(2))
     assert first == second
-    assert [image.mode for image in models._pictures()] == ["RGB", "RGB", "RGB", "L", "RGBA", "P"]
+    assert [image.mode for image in probe_pictures()] == ["RGB", "RGB", "RGB", "L", "RGBA", "P"]
 
 
 # ---- mistakes

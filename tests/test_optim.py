@@ -16,15 +16,14 @@ from helpers import tiny_clip, tiny_config
 from pytorch_lightning import Callback
 from test_training import arguments
 
-from miniclip import trainer
+from miniclip.commands import train as trainer
 from miniclip.config import TextConfig, VisionConfig
-from miniclip.optim import (
-    Muon,
+from miniclip.training.muon import Muon, orthogonalize
+from miniclip.training.optimizer import (
     OptimizerConfig,
     block_matrices,
     learning_rate_factor,
     make_optimizer,
-    orthogonalize,
     parameter_groups,
     rate_scales,
     warmup_steps,

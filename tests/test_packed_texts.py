@@ -8,11 +8,11 @@ from helpers import tiny_clip, tiny_config
 from torch import Tensor
 
 import miniclip
-from miniclip.data import Batch
+from miniclip.data.pairs import Batch
 from miniclip.fast.packed_texts import pack_text, trim_text
 from miniclip.model import CLIP
 from miniclip.tokenizer import END_OF_TEXT
-from miniclip.training import CLIPTraining
+from miniclip.training.step import CLIPTraining
 
 LENGTHS = [9, 3, 16, 3, 2, 9, 9, 1]
 

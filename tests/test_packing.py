@@ -32,9 +32,13 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from miniclip import cli
-from miniclip.shards import Packed, Packing, Shards, pack, shard_pairs
-from miniclip.sources import Pair, read_pairs
+from miniclip.commands import main as cli
+from miniclip.data.open_pairs import shard_pairs
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.shard_index import Packed
+from miniclip.data.shards import Shards
+from miniclip.data.sources import Pair, read_pairs
 
 
 def png(seed: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -431,7 +435,7 @@ def waiting_source(folder: Path, count: int, at: int) -> tuple[Path, Path]:
 @pytest.mark.timeout(90)
 def test_a_command_that_was_killed_goes_on_when_it_is_repeated(tmp_path):
     source, pipe = waiting_source(tmp_path / "src", 8, at=5)
-    command = [sys.executable, "-m", "miniclip.cli", "shards", str(source), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "miniclip", "shards", str(source), str(tmp_path / "out")]
     command += ["--samples-per-shard", "2", "--resize", "16"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     with open(pipe, "w"):  # opens when the command reads it, which is in its third chunk

@@ -17,25 +17,20 @@ from open_clip.modified_resnet import ModifiedResNet as OpenClipResNet
 from PIL import Image
 
 from miniclip.config import VisionConfig
-from miniclip.metrics import bootstrap_interval
-from miniclip.model import CLIP
-from miniclip.models import pooled_features
-from miniclip.probes import (
+from miniclip.evaluation.encoder import pooled_features
+from miniclip.evaluation.measures.statistics import bootstrap_interval
+from miniclip.evaluation.probes import (
     METHODS,
-    Labelled,
     ShotCurve,
-    Splits,
-    draw_validation,
     linear_probe,
-    make_splits,
     nearest_neighbours,
-    plot_shots,
-    same_features,
     shot_curve,
     tip_adapter,
-    write_picture,
     zero_shot,
 )
+from miniclip.evaluation.splits import Labelled, Splits, draw_validation, make_splits, same_features
+from miniclip.model import CLIP
+from miniclip.reports.pictures import plot_shots, write_picture
 
 NAMES = ("cat", "dog", "owl", "fox")
 

@@ -13,12 +13,14 @@ import torch.multiprocessing as multiprocessing
 from helpers import tiny_clip, write_picture
 from test_training import command, data, metrics
 
-from miniclip.datasets import open_dataset
-from miniclip.evaluate import zero_shot_scores
-from miniclip.processes import collect, log_sum_exp, share
-from miniclip.weights import preprocess_for
+from miniclip.common.processes import collect, log_sum_exp, share
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.zero_shot import zero_shot_scores
+from miniclip.weights.load import preprocess_for
 
 __all__ = ["data"]  # a fixture
+
+ZERO_SHOT = "miniclip.training.zero_shot.ZeroShotEvaluation"
 
 
 def test_one_process_has_all_of_it():
@@ -98,7 +100,7 @@ def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(imag
 
 def test_validation_shared_out_over_three_processes_scores_as_one(data, tmp_path):
     """Sixteen held-out pairs and three processes: it does not come out even."""
-    zero_shot = [{"class_path": "miniclip.callbacks.ZeroShotEvaluation", "init_args": {"data": str(data / "val.csv")}}]
+    zero_shot = [{"class_path": ZERO_SHOT, "init_args": {"data": str(data / "val.csv")}}]
     logged = []
     for devices, strategy in ((1, "auto"), (3, "ddp")):
         more = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--data.captions.order=first"]

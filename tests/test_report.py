@@ -19,12 +19,16 @@ from rich.console import Console
 from rich.table import Table
 from sample_results import GUESSES, NAMES, classified, everything, multilabelled, retrieved
 
-from miniclip.datasets import CaptionedImages
-from miniclip.embedding import ImageFeatures
-from miniclip.evaluate import retrieve
-from miniclip.report import comparison_tables, read_curves, tables, write_html
-from miniclip.results import compare_runs, robustness, write_json
-from miniclip.suite import Result
+from miniclip.evaluation.datasets.sets import CaptionedImages
+from miniclip.evaluation.features import ImageFeatures
+from miniclip.evaluation.retrieval import retrieve
+from miniclip.evaluation.robustness import robustness
+from miniclip.evaluation.suite import Result
+from miniclip.reports.comparison import compare_runs
+from miniclip.reports.page import write_html
+from miniclip.reports.results import write_json
+from miniclip.reports.runs import read_curves
+from miniclip.reports.tables import comparison_tables, tables
 
 # What training logs: a row of its own for validation.
 FULL_LOG = (

@@ -17,20 +17,19 @@ import pytest
 from sample_results import GUESSES, NAMES, classified, everything, multilabelled, retrieved
 
 import miniclip
-from miniclip.results import (
+from miniclip.evaluation.robustness import robustness
+from miniclip.evaluation.suite import Result
+from miniclip.reports.comparison import compare_runs, read
+from miniclip.reports.results import (
     as_dict,
     benchmark_records,
-    compare_runs,
     confused_pairs,
     metric_values,
-    read,
-    robustness,
     write_benchmark,
     write_csv,
     write_json,
     write_predictions,
 )
-from miniclip.suite import Result
 
 
 def written(path: Path, *results: Result) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 import miniclip
 from miniclip.loss import clip_loss
-from miniclip.optim import OptimizerConfig, make_optimizer
-from miniclip.sharding import local, shard, whole
+from miniclip.training.fsdp import local, shard, whole
+from miniclip.training.optimizer import OptimizerConfig, make_optimizer
 
 __all__ = ["data"]  # a fixture
 
 RESNET = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
+
+ZERO_SHOT = "miniclip.training.zero_shot.ZeroShotEvaluation"
 
 
 def model_and_inputs(kind, dtype):
@@ -209,7 +211,10 @@ def test_fine_tuning_with_shared_out_weights_is_that_of_one_process(data, tmp_pa
     """Scores before the first step, by the weights and by their average, and a locked tower."""
     start = tmp_path / "start"
     miniclip.save(tiny_clip(1, init_logit_bias=-2.5), start)
-    zero_shot = {"class_path": "miniclip.callbacks.ZeroShotEvaluation", "init_args": {"data": str(data / "val.csv")}}
+    zero_shot = {
+        "class_path": "miniclip.training.zero_shot.ZeroShotEvaluation",
+        "init_args": {"data": str(data / "val.csv")},
+    }
     more = [f"--model.start_from={start}", "--model.locked=text", "--model.loss=siglip", "--model.ema_decay=0.9"]
     more += ["--data.captions.order=first", f"--trainer.callbacks={json.dumps([zero_shot])}"]
     more += ["--monitor=val/zero_shot_acc1", "--model.clip.init_logit_bias=-2.5"]

@@ -28,9 +28,12 @@ from helpers import (
 )
 from PIL import Image
 
-from miniclip import cli
-from miniclip.shards import SCHEMA_VERSION, Packed, Packing, Shards, index_shard, index_shards, pack
-from miniclip.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, Pair, read_pairs
+from miniclip.commands import main as cli
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.shard_index import SCHEMA_VERSION, Packed, index_shard, index_shards
+from miniclip.data.shards import Shards
+from miniclip.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, Pair, read_pairs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder as source

@@ -17,14 +17,15 @@ from test_convert import assert_same_bits, refused, target
 from test_training import arguments, data, fails, metrics, state  # noqa: F401 (data is a fixture)
 
 import miniclip
-from miniclip import trainer
-from miniclip.cli import main
+from miniclip.commands import train as trainer
+from miniclip.commands.main import main
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
-from miniclip.convert import convert
 from miniclip.loss import siglip_chance, siglip_loss
 from miniclip.model import CLIP
-from miniclip.training import CLIPTraining
-from miniclip.weights import load, read_checkpoint, save
+from miniclip.training.step import CLIPTraining
+from miniclip.weights.convert import convert
+from miniclip.weights.load import load, save
+from miniclip.weights.read import read_checkpoint
 
 B, E = 7, 5
 CHUNKS = [1, 3, B - 1, B, B + 5]

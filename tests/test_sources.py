@@ -25,9 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from miniclip import cli
-from miniclip.shards import Shards, pack
-from miniclip.sources import Pairs, fingerprint, read_pairs
+from miniclip.commands import main as cli
+from miniclip.data.pack import pack
+from miniclip.data.shards import Shards
+from miniclip.data.sources import Pairs, fingerprint, read_pairs
 
 SENTENCES = [["ein Käfer, rot"], ["zwei Katzen", "two cats"], ["三匹の犬"], ["vier"], ["fünf", "five", "cinq"]]
 

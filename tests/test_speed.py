@@ -19,16 +19,17 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 
 import miniclip
-from miniclip import trainer
+from miniclip.commands import train as trainer
 from miniclip.config import VisionConfig
-from miniclip.data import Batch, PairDataModule, _Sample, collate
+from miniclip.data.module import PairDataModule
+from miniclip.data.pairs import Batch, Sample, collate
 from miniclip.fast.packed_texts import trim_text
 from miniclip.model import MLP
-from miniclip.optim import OptimizerConfig, make_optimizer
-from miniclip.recompute import drop_patches
 from miniclip.resnet import Bottleneck
 from miniclip.tokenizer import END_OF_TEXT
-from miniclip.training import CLIPTraining
+from miniclip.training.optimizer import OptimizerConfig, make_optimizer
+from miniclip.training.recompute import drop_patches
+from miniclip.training.step import CLIPTraining
 
 VIT = tiny_config().vision
 RESNET = VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 2, 1, 1), head_width=8)
@@ -385,8 +386,8 @@ def test_torchs_own_compiler_trains_to_the_same_losses(pairs, tmp_path, vision):
     assert losses["true"] != losses["false"]  # or nothing was compiled
 
 
-def sample(length: int) -> _Sample:
-    return _Sample(torch.zeros(3, 2, 2, dtype=torch.uint8), [1] * (length - 1) + [END_OF_TEXT], "key")
+def sample(length: int) -> Sample:
+    return Sample(torch.zeros(3, 2, 2, dtype=torch.uint8), [1] * (length - 1) + [END_OF_TEXT], "key")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from miniclip import storage
-from miniclip.storage import Cache, check_scheme, exists, expand, is_url, join, list_folder, read_bytes
+from miniclip.common import storage
+from miniclip.common.cache import Cache
+from miniclip.common.storage import check_scheme, exists, expand, is_url, join, list_folder, read_bytes
 
 CONTENT = random.Random(0).randbytes(1_000_003)
 CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
@@ -100,7 +101,7 @@ class Server:
 def _quick(monkeypatch):
     """Short waits and small pieces, for forked children too; and no proxy between here and here."""
     monkeypatch.setattr(storage, "_WAITS_S", (0.001,) * 5)
-    monkeypatch.setattr(storage, "_PIECE_BYTES", PIECE)
+    monkeypatch.setattr(storage, "PIECE_BYTES", PIECE)
     monkeypatch.setenv("no_proxy", "*")
 
 
@@ -263,8 +264,9 @@ def test_local_use_needs_no_package_of_the_extra(tmp_path):
         import sys
         for name in ("fsspec", "aiohttp", "s3fs"):
             sys.modules[name] = None  # as if it were not installed
-        from miniclip import storage
-        assert storage.read_bytes(__file__) and storage.exists(__file__) and storage.Cache().open(__file__).read()
+        from miniclip.common import storage
+        from miniclip.common.cache import Cache
+        assert storage.read_bytes(__file__) and storage.exists(__file__) and Cache().open(__file__).read()
         for url in ("http://127.0.0.1:9/a", "s3://bucket/a"):
             try:
                 storage.read_bytes(url)

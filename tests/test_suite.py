@@ -12,13 +12,18 @@ import torch.nn.functional as F
 from helpers import tiny_clip, write_picture
 from PIL import Image
 
-from miniclip import metrics, probes, tokenizer
-from miniclip.datasets import CaptionedImages, EvaluationSet, LabelledImages, MultilabelImages, with_templates
-from miniclip.embedding import FeatureCache
-from miniclip.evaluate import measure, zero_shot_classifier, zero_shot_scores
-from miniclip.models import from_clip
-from miniclip.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, Trial, evaluate
-from miniclip.weights import preprocess_for
+from miniclip import tokenizer
+from miniclip.evaluation import probes
+from miniclip.evaluation.datasets.open import with_templates
+from miniclip.evaluation.datasets.sets import CaptionedImages, EvaluationSet, LabelledImages, MultilabelImages
+from miniclip.evaluation.encoder import from_clip
+from miniclip.evaluation.features import FeatureCache
+from miniclip.evaluation.measures import thresholds
+from miniclip.evaluation.measures.classification import multilabel
+from miniclip.evaluation.splits import Labelled, make_splits
+from miniclip.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, Trial, evaluate
+from miniclip.evaluation.zero_shot import measure, zero_shot_classifier, zero_shot_scores
+from miniclip.weights.load import preprocess_for
 
 NAMES = ("cat", "dog", "kea")
 
@@ -128,7 +133,7 @@ def test_none_of_these_is_chosen_on_one_half_and_tried_on_the_other(tmp_path):
         images = torch.stack([preprocess(Image.open(path)) for path in paths])
         best = (watched.clip.encode_image(images, normalize=True) @ classifier).amax(dim=1).numpy()
     assert all(np.abs(best - cosine).min() < 1e-6 for cosine in found.outside)
-    assert found.separation == metrics.separation(found.inside, found.outside)
+    assert found.separation == thresholds.separation(found.inside, found.outside)
     accepted = (found.outside >= found.acceptance.threshold.cosine).mean()
     assert found.acceptance.accepted_outside == accepted
 
@@ -151,7 +156,7 @@ def test_several_labels_are_ranked_by_cosine(tmp_path):
     for result in (first, second):
         cosines = features @ zero_shot_classifier(watched.clip, NAMES, result.data.templates)
         np.testing.assert_allclose(result.scores.cosines, cosines, atol=1e-6)
-        assert result.metrics.mean_average_precision == metrics.multilabel(cosines, labels).mean_average_precision
+        assert result.metrics.mean_average_precision == multilabel(cosines, labels).mean_average_precision
 
 
 def test_captions_of_images_that_can_be_read_are_found(tmp_path):
@@ -192,13 +197,13 @@ def test_probes_are_those_of_the_features(tmp_path, has_pooled):
     assert found is not None
     assert (found.train, found.is_pooled, watched.images) == ("train", has_pooled, 39)
 
-    def features(data: LabelledImages, encode) -> probes.Labelled:
+    def features(data: LabelledImages, encode) -> Labelled:
         with torch.no_grad():
             pixels = torch.stack([watched.model.preprocess(Image.open(path)) for path in data.images])
-            return probes.Labelled(encode(pixels).numpy(), np.array(data.labels), np.array(data.groups))
+            return Labelled(encode(pixels).numpy(), np.array(data.labels), np.array(data.groups))
 
     sides = [features(data, watched.clip.encode_image) for data in (train, test)]
-    splits = probes.make_splits(*sides, NAMES)
+    splits = make_splits(*sides, NAMES)
     classifier = zero_shot_classifier(watched.clip, NAMES, test.templates).numpy()
     for outcome in (found.neighbours, probes.nearest_neighbours(splits, 20)):
         np.testing.assert_allclose(outcome.scores, probes.nearest_neighbours(splits, 20).scores, atol=1e-5)

@@ -24,18 +24,22 @@ from test_report import CHROMIUM, WIDTHS, Browser, browser, log  # noqa: F401 (a
 from test_training import StopAt, arguments, command, data, fails, metrics  # noqa: F401 (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miniclip import cli, device, trainer
-from miniclip.callbacks import RunMetrics, Stalls, StepCost
+from miniclip.commands import main as cli
+from miniclip.commands import train as trainer
+from miniclip.common.watch import Watch
 from miniclip.config import TextConfig, VisionConfig
-from miniclip.convert import forward_flops
-from miniclip.curves import Run, differences, numbers, observations, read_run, write_page
-from miniclip.data import PairDataModule
-from miniclip.optim import OptimizerConfig, learning_rate_factor
-from miniclip.report import run_curves
-from miniclip.shards import Packing, pack
-from miniclip.sources import read_pairs
-from miniclip.terminal import Watch
-from miniclip.training import CLIPTraining
+from miniclip.data.module import PairDataModule
+from miniclip.data.pack import pack
+from miniclip.data.sample_files import Packing
+from miniclip.data.sources import read_pairs
+from miniclip.reports.run_page import differences, numbers, observations, write_page
+from miniclip.reports.runs import Run, read_run, run_curves
+from miniclip.training import measuring as device
+from miniclip.training.measuring import RunMetrics, StepCost
+from miniclip.training.optimizer import OptimizerConfig, learning_rate_factor
+from miniclip.training.progress import Stalls
+from miniclip.training.step import CLIPTraining
+from miniclip.weights.convert import forward_flops
 
 SGD = {"kind": "timm", "timm_name": "sgd", "lr": 0.01, "warmup": 0.0}
 EVERY_STEP = {

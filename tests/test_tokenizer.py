@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
 from miniclip import tokenizer
-from miniclip.prompts import ASSETS, fill, imagenet_classnames, template_set
+from miniclip.common.files import ASSETS
+from miniclip.evaluation.prompts import fill, imagenet_classnames, template_set
 from miniclip.tokenizer import TextTooLongError, clean, decode, encode, encode_for_model, tokenize
 
 START, END = 49406, 49407
@@ -355,7 +356,7 @@ def test_every_asset_has_its_recorded_checksum():
 
 def test_a_word_of_the_vocabulary_is_what_its_merges_lead_to():
     """That is why such a word needs none of them."""
-    words = {symbol.removesuffix("</w>"): i for symbol, i in tokenizer._symbols().items() if symbol.endswith("</w>")}
+    words = {symbol.removesuffix("</w>"): i for symbol, i in tokenizer.symbol_ids().items() if symbol.endswith("</w>")}
     words = {word: i for word, i in words.items() if word.isascii() and word}
     assert len(words) > 33_000
     assert all(tokenizer._merge(word) == [i] for word, i in words.items())

@@ -15,11 +15,13 @@ from PIL import Image
 from pytorch_lightning import Callback
 
 import miniclip
-from miniclip import trainer
-from miniclip.data import Batch
-from miniclip.shards import Packing, pack
-from miniclip.sources import read_pairs
-from miniclip.training import CLIPTraining, in_batch_accuracy
+from miniclip.commands import train as trainer
+from miniclip.data.pack import pack
+from miniclip.data.pairs import Batch
+from miniclip.data.sample_files import Packing
+from miniclip.data.sources import read_pairs
+from miniclip.training.measuring import in_batch_accuracy
+from miniclip.training.step import CLIPTraining
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
@@ -99,7 +101,7 @@ def fails(capsys, args: list[str]) -> str:
 
 def test_a_clip_learns_to_name_colours_it_was_only_told_of_in_captions(data, tmp_path):
     zero_shot = (
-        '--trainer.callbacks=[{"class_path": "miniclip.callbacks.ZeroShotEvaluation", '
+        '--trainer.callbacks=[{"class_path": "miniclip.training.zero_shot.ZeroShotEvaluation", '
         f'"init_args": {{"data": "{data / "val.csv"}"}}}}]'
     )
     run = tmp_path / "run"
@@ -269,7 +271,7 @@ MISTAKES = [
     (["--trainer.max_steps=-1"], "the run has no end"),
     (["--trainer.accumulate_grad_batches=2"], "Raise data.batch_size instead"),
     (["--model.clip.text.vocab_size=50000"], "the tokenizer's ids need 49408"),
-    (["--monitor=val/zero_shot_acc1"], "the callback miniclip.callbacks.ZeroShotEvaluation"),
+    (["--monitor=val/zero_shot_acc1"], "the callback miniclip.training.zero_shot.ZeroShotEvaluation"),
     (["--save_every_n_steps=0"], "save_every_n_steps is 0"),
     (["--save_every_minutes=0"], "save_every_minutes is 0.0; it must be above 0"),
     (["--monitor=val/loss"], "the lowest is best; add --monitor_mode min"),

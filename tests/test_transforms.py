@@ -14,7 +14,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from torchvision.transforms.v2 import functional
 
 from miniclip.config import OPENAI_MEAN, OPENAI_STD
-from miniclip.images import Augmentation, Preprocess, decode_rgb, jpeg_size, normalize, open_image
+from miniclip.data.augmentation import Augmentation, decode_rgb, jpeg_size
+from miniclip.images import Preprocess, normalize, open_image
 
 
 def openai_transform(size):

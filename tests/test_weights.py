@@ -14,10 +14,12 @@ import pytest
 import torch
 from helpers import picture, tiny_clip, tiny_config
 
+from miniclip.common.files import atomic_write, write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
-from miniclip.files import atomic_write, write_text
 from miniclip.model import CLIP
-from miniclip.weights import CONFIG_FILE, LIGHTNING_CONFIG_KEY, WEIGHTS_FILE, from_openai_keys, load, load_tensors, save
+from miniclip.weights.layouts import from_openai_keys
+from miniclip.weights.load import load, load_tensors, save
+from miniclip.weights.read import CONFIG_FILE, LIGHTNING_CONFIG_KEY, WEIGHTS_FILE
 
 ODD = CLIPConfig(
     embed_dim=6,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..processes import gather, place
+from ..common.processes import gather, place
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,99 @@
+"""`miniclip check`: a quick look at pairs before training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..common.files import user_errors
+from .shards import add_reading_options, pairs_asked_for
+from .terminal import Help, console, lasting_imports, progress_bar
+
+
+def main(argv: list[str]) -> None:
+    """`miniclip check DATA`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip check",
+        formatter_class=Help,
+        description="Looks at a random sample of image-text pairs and tells what training on them would meet: what\n"
+        "can't be read, sizes of images, lengths of captions, captions and images that occur twice and what that\n"
+        "does to the loss, and how many images/s a worker can feed.\n\n"
+        "DATA is shards (a folder, a pattern as 'data/{00000..00009}.tar', a URL), or anything that `miniclip shards`\n"
+        "packs: a folder, a table, captions of COCO's, a data set of Hugging Face's.",
+        epilog="Nothing is written but the page of --out. The exit status is 1 if no sample can be used.\n\n"
+        "examples:\n"
+        "  miniclip check photos --out check.html\n"
+        "  miniclip check shards --all --batch-size 1024 --needed 900\n"
+        "  miniclip check shards --speed --workers 4",
+    )
+    parser.add_argument("data", metavar="DATA", help="shards, or what can be packed into them")
+    parser.add_argument("--out", metavar="HTML", help="a page of all that is found, with some samples to look at")
+    parser.add_argument("--overwrite", action="store_true", help="replace that page")
+    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="how many to look at")
+    parser.add_argument("--all", action="store_true", help="look at every pair")
+    parser.add_argument("--seed", type=int, default=0, help="decides which are looked at")
+    plan = parser.add_argument_group("the training that is planned")
+    plan.add_argument("--batch-size", type=int, default=256, metavar="B", help="pairs contrasted with each other")
+    plan.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of the model's input")
+    plan.add_argument("--context-length", type=int, default=77, metavar="TOKENS", help="most tokens of a text")
+    plan.add_argument("--needed", type=float, metavar="IMAGES_PER_S", help="what the model consumes; tells the workers")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
+        "--speed", action="store_true", help="time the input pipeline by itself, stage by stage (shards)"
+    )
+    speed.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that look; processes for --speed"
+    )
+    add_reading_options(parser, "reading what is not packed yet")
+    options = parser.parse_args(argv)
+    with user_errors():
+        if options.out and Path(options.out).exists() and not options.overwrite:
+            raise ValueError(f"{options.out} exists already; pass --overwrite to replace it, or name another --out")
+        _check(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    with lasting_imports():
+        from ..data.open_pairs import is_shards
+        from ..data.pipeline_speed import time_pipeline
+        from ..data.preflight import advice, examine
+        from ..data.shards import Shards
+        from ..reports.preflight_page import tables, write_html
+
+    packed = is_shards(options.data)
+    if options.speed and not packed:
+        raise ValueError(f"--speed times how shards are read, and {options.data} is not packed yet (`miniclip shards`)")
+    pairs = pairs_asked_for(options.data, options)
+    samples = None if options.all else options.samples
+    with progress_bar("looking", min(len(pairs), samples or len(pairs))) as progress:
+        findings = examine(
+            pairs,
+            source=options.data,
+            samples=samples,
+            image_size=options.image_size,
+            context_length=options.context_length,
+            batch_size=options.batch_size,
+            needed=options.needed,
+            seed=options.seed,
+            workers=options.workers,
+            progress=progress,
+        )
+    pipeline = None
+    if options.speed:
+        pipeline = time_pipeline(
+            Shards(options.data),
+            image_size=options.image_size,
+            context_length=options.context_length,
+            workers=options.workers,
+            seed=options.seed,
+        )
+    for table in tables(findings, pipeline):
+        console().print(table)
+    for sentence in advice(findings):
+        print(f"- {sentence}.")
+    if options.out:
+        write_html(options.out, findings, pipeline)
+        print(f"page: {options.out}")
+    if not findings.num_usable:
+        raise SystemExit(1)

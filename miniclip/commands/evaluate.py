@@ -1,0 +1,354 @@
+"""`miniclip eval`: options -> evaluation/suite.py -> tables, files and a page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.files import user_errors
+from ..common.wording import some
+from .terminal import Help, add_encoding, console, lasting_imports, plain_warnings, progress_bar
+
+if TYPE_CHECKING:
+    from ..evaluation.datasets.sets import EvaluationSet
+    from ..evaluation.suite import Result, Trial
+
+
+def main(argv: list[str]) -> None:
+    """`miniclip eval --model M … --data D …`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip eval",
+        formatter_class=Help,
+        description="Scores CLIP models without training them: each class becomes prompts, and an image goes to the\n"
+        "nearest; images with captions are found by them, and the other way round. Every model is scored on every\n"
+        "set.\n\n"
+        "MODEL is a folder that training wrote, or whatever else miniclip loads (ViT-B/32, a checkpoint of OpenAI's,\n"
+        "OpenCLIP's or Hugging Face's); or, with its own preprocessing and tokenizer,\n"
+        "  openclip:ARCHITECTURE/TAG    a model of open_clip's; the tag may be a file of weights\n"
+        "  transformers:owner/name      a model of transformers', by name or folder\n"
+        "  python:FILE.py:FUNCTION      your own: what the function returns has encode_image, encode_text, tokenize,\n"
+        "                               preprocess, logit_scale. Your code is run.\n\n"
+        "DATA is\n"
+        "  my_photos                    a folder with one sub-folder of images for each class\n"
+        "  my.csv, .tsv, .jsonl, .parquet\n"
+        "                               a table with a column of images (paths are relative to the table) and one of\n"
+        "                               labels: names, numbers, or lists of several\n"
+        "  shards, 'shards/{0..9}.tar'  webdataset's tars with a .cls for each image, here or at a URL; with .npy\n"
+        "                               (several labels) or .txt (captions)\n"
+        "  hf-hub:owner/name            a set of CLIP_benchmark's (hf-hub:clip-benchmark/wds_…), or of Hugging Face's\n"
+        "                               `datasets` with a column of type ClassLabel; or the folder of either\n"
+        "  torchvision:CIFAR10          a classification set of torchvision's, in the folder --root\n"
+        "  with --task retrieval        whatever can be trained on: images with captions\n\n"
+        "Class names and prompts that lie with the data are used: classnames.txt and templates.txt (or, for prompts\n"
+        "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
+        "used is printed, and is in results.json.",
+        epilog="OUT gets report.html (open it in a browser), results.json (all numbers), results.csv (a row for each\n"
+        "score), predictions/*.parquet (a row for each image), clip_benchmark/*.json (for `clip_benchmark build`).\n\n"
+        "examples:\n"
+        "  miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80\n"
+        "  miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars\n"
+        "  miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer\n"
+        "  miniclip eval --model ViT-B/32 --data photos --train more_photos --outside street_scenes\n"
+        "  miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download\n"
+        "  torchrun --nproc_per_node 8 eval_zeroshot.py --model ViT-L/14 --data imagenet/val --classnames imagenet\n"
+        "  miniclip eval --compare reports/before reports/after",
+    )
+    parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="one or several models, as above")
+    parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="one or several sets, as above")
+    parser.add_argument("--out", help="folder for the results; default: reports/MODEL")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="instead: what changed between two results.json (or their folders), and whether by more than chance",
+    )
+    read = parser.add_argument_group("reading the data")
+    read.add_argument(
+        "--task", choices=("classification", "multilabel", "retrieval"), help="default: what the data are for"
+    )
+    read.add_argument("--split", metavar="NAME", help="part of sets that have several; default: test, else validation")
+    read.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
+    read.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
+    read.add_argument("--group-column", metavar="NAME", help="column that tells which images are not independent")
+    read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
+    read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
+    ask = parser.add_argument_group("what to ask")
+    ask.add_argument("--classnames", help='"imagenet", "mnist", …, or a file with one name a line, in label order')
+    ask.add_argument(
+        "--templates",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help='"simple", "imagenet7", "imagenet80", "cifar10", …, a file with one a line, or a .json of {class: '
+        "[prompts]}; several "
+        "are compared, at the cost of one look at the images",
+    )
+    ask.add_argument(
+        "--topk", type=int, nargs="+", default=[1, 5], metavar="K", help="accuracies among the first K guesses"
+    )
+    ask.add_argument(
+        "--subgroups", nargs="+", default=[], metavar="COLUMN", help="columns to score by value: for whom is it good?"
+    )
+    ask.add_argument(
+        "--outside", metavar="DATA", help='images of none of the classes, to choose a threshold for "none of these"'
+    )
+    ask.add_argument(
+        "--false-acceptance",
+        type=float,
+        metavar="SHARE",
+        help="of those that may pass, 0 to 1; default: what balances both mistakes",
+    )
+    ask.add_argument(
+        "--standard",
+        metavar="DATA",
+        help="the one of the sets that the others are shifts of: a table of robustness",
+    )
+    ask.add_argument(
+        "--baselines", nargs="+", default=[], metavar="MODEL", help="of the models; their line is what to expect"
+    )
+    learn = parser.add_argument_group("learning from features: linear probe, neighbours, Tip-Adapter, few shots")
+    learn.add_argument("--train", nargs="+", default=[], metavar="DATA", help="labelled images, for each set of --data")
+    learn.add_argument("--train-split", metavar="NAME", help="instead: this part of the sets of --data")
+    learn.add_argument(
+        "--validation", nargs="+", default=[], metavar="DATA", help="to choose by; default: from --train"
+    )
+    learn.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class; default: 1 2 4 8 16")
+    learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="that draw the shots")
+    add_encoding(parser)
+    parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features")
+    options = parser.parse_args(argv)
+    with user_errors(), plain_warnings(), _joined(options.device) as device:
+        if options.compare:
+            _compare(*options.compare)
+        else:
+            _evaluate(options, device)
+
+
+@contextmanager
+def _joined(device: str | None) -> Iterator[str | None]:
+    """Joins the processes that torchrun started, if there are several; the first alone prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    with lasting_imports():
+        import torch
+        import torch.distributed as dist
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    is_gpu = device != "cpu" and torch.cuda.is_available()
+    if is_gpu:
+        torch.cuda.set_device(local_rank)
+    # What is exchanged goes through the host's memory; who is done first waits as long as the others need.
+    dist.init_process_group("gloo", timeout=timedelta(days=2))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
+            yield f"cuda:{local_rank}" if is_gpu else device
+    finally:
+        dist.destroy_process_group()
+
+
+def _compare(first: str, second: str) -> None:
+    with lasting_imports():
+        from ..reports.comparison import compare_runs
+        from ..reports.tables import comparison_tables
+
+    for table in comparison_tables(compare_runs(first, second)):
+        console().print(table)
+
+
+def _evaluate(options: argparse.Namespace, device: str | None) -> None:
+    if not options.model or not options.data:
+        raise ValueError("--model and --data are needed, at least one of each (or --compare A B)")
+    called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
+    out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
+    if (out / "results.json").exists() and not options.overwrite:
+        raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
+    for name in ("batch_size", "topk", "shots"):
+        for value in values if isinstance(values := getattr(options, name), list) else [values]:
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+    with lasting_imports():
+        from ..common.processes import place
+        from ..evaluation.features import FeatureCache
+        from ..evaluation.other_libraries import open_model
+        from ..evaluation.robustness import robustness
+        from ..evaluation.suite import evaluate
+        from ..reports.page import write_html
+        from ..reports.results import (
+            BENCHMARK_FOLDER,
+            PREDICTIONS_FOLDER,
+            RESULTS_FILE,
+            TABLE_FILE,
+            write_benchmark,
+            write_csv,
+            write_json,
+            write_predictions,
+        )
+        from ..reports.tables import tables
+
+    _refuse_contradictions(options)
+    trials = _trials(options)
+    cache = None if options.no_cache else FeatureCache(options.cache)
+    for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
+        model = open_model(name, device)
+    is_first = place()[0] == 0
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
+    found: list[Result] = []
+    for name in options.model:
+        model = model if name == options.model[0] else open_model(name, device)
+        for trial in trials:
+            found += evaluate(
+                model,
+                trial,
+                ks=options.topk,
+                batch_size=options.batch_size,
+                num_workers=options.workers,
+                cache=cache,
+                progress=progress_bar if is_first else None,
+            )
+    if not is_first:
+        return
+    shifts = None
+    if options.standard:
+        standard = trials[options.data.index(options.standard)].data.name
+        shifts = robustness(found, standard, options.baselines)
+    # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
+    write_json(out / RESULTS_FILE, found, shifts)
+    write_csv(out / TABLE_FILE, found)
+    write_benchmark(out / BENCHMARK_FOLDER, found)
+    try:
+        write_predictions(out / PREDICTIONS_FOLDER, found)
+    except ValueError as error:  # all else is worth having
+        print(f"no predictions were written: {error}", file=sys.stderr)
+    write_html(out / "report.html", found, shifts)
+    for table in tables(found, shifts):
+        console().print(table)
+    _tell(found)
+    print(f"report: {out / 'report.html'}")
+
+
+def _refuse_contradictions(options: argparse.Namespace) -> None:
+    if options.train and options.train_split:
+        raise ValueError("--train names other data, and --train-split a part of the same; give one of them")
+    for name in ("train", "validation"):
+        if getattr(options, name) and len(getattr(options, name)) != len(options.data):
+            raise ValueError(f"--{name} has {len(getattr(options, name))} sets and --data {len(options.data)}")
+    if options.validation and not (options.train or options.train_split):
+        raise ValueError("--validation is for what is learnt from --train or --train-split")
+    if options.false_acceptance is not None and not options.outside:
+        raise ValueError("--false-acceptance is a share of the images of --outside, which is missing")
+    if options.false_acceptance is not None and not 0 <= options.false_acceptance < 1:
+        raise ValueError(f"--false-acceptance is {options.false_acceptance}; it is a share, from 0 to below 1")
+    for name in ("model", "data"):
+        given = getattr(options, name)
+        if twice := [each for number, each in enumerate(given) if each in given[:number]]:
+            raise ValueError(f"--{name} has {twice[0]} twice; once will do")
+    if options.outside in options.data:
+        raise ValueError(f"--outside {options.outside} is one of --data; it must hold images of none of the classes")
+    if options.download and not any(source.startswith("torchvision:") for source in options.data):
+        raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {options.data[0]} is none")
+    if options.standard and options.standard not in options.data:
+        raise ValueError(f"--standard {options.standard} is none of --data: {', '.join(options.data)}")
+    if options.standard and len(options.data) < 2:
+        raise ValueError(f"--standard {options.standard} is the only set of --data; robustness needs shifted ones, too")
+    if options.baselines and not options.standard:
+        raise ValueError("--baselines are for the table of robustness, which needs --standard")
+    if unknown := [name for name in options.baselines if name not in options.model]:
+        raise ValueError(f"the baseline {unknown[0]} is none of --model: {', '.join(options.model)}")
+
+
+def _trials(options: argparse.Namespace) -> list[Trial]:
+    """The data sets, each with what is asked of it."""
+    from ..evaluation.datasets.open import open_dataset, open_images, with_templates
+    from ..evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
+    from ..evaluation.suite import Trial
+
+    def opened(source: str, split: str | None = options.split, beside: str | None = None) -> EvaluationSet:
+        """The columns asked for are those of --data; what goes `beside` one of them may be of another kind."""
+        is_alike = beside is None or Path(source).suffix.lower() == Path(beside).suffix.lower()
+        columns = (options.group_column, options.label_column, options.image_column) if is_alike else (None,) * 3
+        return open_dataset(
+            source,
+            options.classnames,
+            None,
+            columns[0],
+            split,
+            columns[1],
+            columns[2],
+            Path(options.root).expanduser(),
+            options.download and source.startswith("torchvision:"),
+            options.task,
+        )
+
+    outside = open_images(options.outside) if options.outside else None
+    trials = []
+    for number, source in enumerate(options.data):
+        data = opened(source)
+        train = options.train[number] if options.train else source if options.train_split else None
+        variants: tuple[EvaluationSet, ...] = (data,)
+        if options.templates and isinstance(data, LabelledImages | MultilabelImages):
+            variants = tuple(with_templates(data, each) for each in dict.fromkeys(options.templates))
+        trials.append(
+            Trial(
+                variants[0],
+                variants[1:],
+                tuple(options.subgroups),
+                outside,
+                options.false_acceptance,
+                None if train is None else labelled(opened(train, options.train_split or options.split, source)),
+                labelled(opened(options.validation[number], beside=source)) if options.validation else None,
+                tuple(sorted(set(options.shots))) if options.shots else None,
+                tuple(options.seeds),
+            )
+        )
+    if options.templates and all(isinstance(trial.data, CaptionedImages) for trial in trials):
+        raise ValueError("--templates are for classes, and all sets of --data have captions instead")
+    if options.standard:
+        labelled(trials[options.data.index(options.standard)].data)
+    return [_renamed(trial, trials, source) for trial, source in zip(trials, options.data, strict=True)]
+
+
+def _renamed(trial: Trial, trials: list[Trial], source: str) -> Trial:
+    """Called by its source if another has its name, as results are told apart by it."""
+    if sum(other.data.name == trial.data.name for other in trials) == 1:
+        return trial
+    variants = tuple(replace(each, name=source) for each in trial.variants)
+    return replace(trial, data=replace(trial.data, name=source), variants=variants)
+
+
+def _tell(found: list[Result]) -> None:
+    """What was left out, and what was asked, of each set once."""
+    from ..reports.tables import wordings
+
+    seen = set()
+    for result in found:
+        data, problems = result.data, result.scores.unreadable
+        if data.name not in seen:
+            for problem in problems[:10]:
+                print(f"left out: {problem}", file=sys.stderr)
+            if problems[10:]:
+                print(f"left out: {len(problems) - 10} more, see results.json", file=sys.stderr)
+        names = getattr(data, "classnames", ())
+        if names and (data.name, data.templates_from) not in seen:
+            prompts = f"{some(wordings(data.templates))} ({data.templates_from})"
+            print(f"{data.name}: classes {some(names)} (from {data.classnames_from}); prompts {prompts}")
+            seen.add((data.name, data.templates_from))
+            if data.name not in seen and all(name.isdigit() for name in names):
+                print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
+            for same in result.same_prompts[:5]:
+                print(
+                    f"{data.name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
+                    file=sys.stderr,
+                )
+        seen.add(data.name)

@@ -1,0 +1,110 @@
+"""`miniclip interpolate`: models between a fine-tuned one and its start, with their scores."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..common.files import user_errors
+from .terminal import Help, add_encoding, console, lasting_imports, progress_bar
+
+
+def main(argv: list[str]) -> None:
+    """`miniclip interpolate START FINETUNED --data NEW --retain OLD --out DIR`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip interpolate",
+        formatter_class=Help,
+        description="Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): less is forgotten\n"
+        "than at the end of fine-tuning, and often nothing of the new task is lost. Scores of the start, the end and\n"
+        "the models between on the new task and on what is to be retained are printed and drawn.",
+        epilog="OUT gets the model (config.json, model.safetensors), interpolation.json and interpolation.png.\n\n"
+        "examples:\n"
+        "  miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain old.csv --may-lose 1 --out wise\n"
+        "  miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half",
+    )
+    parser.add_argument("start", metavar="START", help="the model that fine-tuning began with")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="the model that it ended with")
+    parser.add_argument("--data", nargs="+", default=[], metavar="NEW", help="labelled images of the new task")
+    parser.add_argument("--retain", nargs="+", default=[], metavar="OLD", help="labelled images of what it knew before")
+    parser.add_argument(
+        "--alphas", type=_shares, default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", metavar="LIST", help="are scored"
+    )
+    parser.add_argument("--alpha", type=float, help="is saved; default: where the mean of new and old is highest")
+    parser.add_argument(
+        "--may-lose",
+        type=float,
+        metavar="POINTS",
+        help="instead: highest on new, old losing at most so many points",
+    )
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
+    add_encoding(parser)
+    options = parser.parse_args(argv)
+    with user_errors():
+        _interpolate(options)
+
+
+def _interpolate(options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    if (out / "config.json").exists() and not options.overwrite:
+        raise ValueError(f"{out} already holds a model; pass --overwrite to replace it, or name another --out")
+    if bool(options.data) != bool(options.retain) or not (options.data or options.alpha is not None):
+        raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
+        raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
+
+    with lasting_imports():
+        from ..evaluation.datasets.open import open_dataset
+        from ..evaluation.datasets.sets import labelled
+        from ..evaluation.interpolation import best, interpolate, sweep
+        from ..reports.interpolation import table, write_json, write_picture
+        from ..weights.load import load, save
+
+    new, old = ([labelled(open_dataset(source)) for source in sources] for sources in (options.data, options.retain))
+    start, _ = load(options.start, device=options.device)
+    finetuned, _ = load(options.finetuned, device=options.device)
+    model = None if options.alpha is None else interpolate(start, finetuned, options.alpha)
+    alpha = options.alpha
+    if new:
+        alphas = sorted({0.0, 1.0, *options.alphas, *([] if alpha is None else [alpha])})
+        with progress_bar("scoring", len(alphas)) as progress:
+            points = sweep(
+                start,
+                finetuned,
+                new,
+                old,
+                alphas,
+                batch_size=options.batch_size,
+                num_workers=options.workers,
+                progress=progress,
+            )
+        if alpha is None:
+            alpha = best(points, None if options.may_lose is None else options.may_lose / 100).alpha
+            model = interpolate(start, finetuned, alpha)
+        names = [data.name for data in new], [data.name for data in old]
+        console().print(table(points, *names, alpha))
+        if options.alpha is None:
+            print(
+                f"alpha {alpha:g} was chosen on the very images that it is scored on here, so its score is a bit too "
+                "good; choose it on others than those that you report."
+            )
+        write_json(out / "interpolation.json", options.start, options.finetuned, points, *names, alpha)
+        picture = out / "interpolation.png"
+        write_picture(picture, points, " and ".join(names[0]), " and ".join(names[1]), alpha)
+        print(f"picture: {picture}")
+    assert model is not None
+    save(model, out, overwrite=options.overwrite)
+    print(f"model of alpha {alpha:g}: {out}; miniclip.load reads it")
+
+
+def _shares(text: str) -> list[float]:
+    """Numbers from 0 to 1, parted by commas."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; write 0,0.25,0.5,1") from error
+    if not all(0 <= number <= 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} are not all from 0, the start, to 1, the fine-tuned model")
+    return numbers

@@ -1,0 +1,150 @@
+"""`miniclip shards`: pairs -> shards, or an index for tars from elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.files import user_errors
+from .terminal import Help, progress_bar
+
+if TYPE_CHECKING:
+    from ..data.sources import Pairs
+
+
+def main(argv: list[str]) -> None:
+    """`miniclip shards SRC OUT`"""
+    parser = argparse.ArgumentParser(
+        prog="miniclip shards",
+        formatter_class=Help,
+        description="Packs image-text pairs into shards, which training reads.\n\n"
+        "SRC is one of\n"
+        "  a folder           images, each with a .txt of the same name beside it, one caption a line\n"
+        "  a table            .csv, .tsv, .jsonl or .parquet with a column of image paths and one of captions\n"
+        "  captions of COCO's captions_train2017.json and the like; --images names the folder of the images\n"
+        "  a data set         of Hugging Face's datasets: its folder, or hf-hub:owner/name\n"
+        "  shards             to shard them anew: resize, filter, hold out",
+        epilog="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which says what was left out and why.\n"
+        "Until all is done it is called OUT.partial; after a break the same command goes on where it was.\n\n"
+        "examples:\n"
+        "  miniclip shards photos shards --resize 256 --val-fraction 0.01\n"
+        "  miniclip shards pairs.csv shards --caption-column title --images /data/photos\n"
+        "  miniclip shards 'laion/{00000..00099}.tar' --index-only",
+    )
+    parser.add_argument("source", metavar="SRC", help="what to pack")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
+    add_reading_options(parser, "reading")
+    write = parser.add_argument_group("writing")
+    write.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images to this short side")
+    write.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images, 1 to 95")
+    write.add_argument("--min-side", type=int, metavar="PIXELS", help="reject images with a shorter side")
+    write.add_argument("--max-aspect", type=float, metavar="RATIO", help="reject images longer than this to 1")
+    write.add_argument("--val-fraction", type=float, default=0.0, metavar="SHARE", help="hold out, into OUT/val")
+    write.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="pairs in one tar")
+    write.add_argument("--max-shard-size", type=_size, default="1GB", metavar="SIZE", help="as 500MB or 1GB")
+    write.add_argument("--part", type=_part, default="1/1", metavar="I/N", help="for job arrays: every N-th shard")
+    write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
+    write.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    write.add_argument("--index-only", action="store_true", help="SRC holds tars already; write the index they lack")
+    options = parser.parse_args(argv)
+    with user_errors():
+        if options.index_only:
+            _index(options)
+        elif options.out is None:
+            raise ValueError("OUT is missing: the folder to write")
+        else:
+            _pack(options)
+
+
+def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:
+    """The options that `pairs_asked_for` reads."""
+    read = parser.add_argument_group(title)
+    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
+    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
+    read.add_argument(
+        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
+    )
+    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+
+
+def pairs_asked_for(source: str, options: argparse.Namespace) -> Pairs:
+    """Tells what was recognised, too."""
+    from ..data.open_pairs import open_pairs
+
+    pairs = open_pairs(
+        source,
+        images=options.images,
+        image_column=options.image_column,
+        caption_columns=options.caption_column,
+        split=options.split,
+    )
+    print(f"{source}: {pairs.found}", file=sys.stderr)
+    return pairs
+
+
+def _index(options: argparse.Namespace) -> None:
+    from ..data.shard_index import index_shards, tar_locations
+
+    with progress_bar("indexing", len(tar_locations(options.source))) as progress:
+        done = index_shards(options.source, options.out, options.overwrite, progress)
+    print(
+        f"{options.out or options.source}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB"
+    )
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from ..data.pack import pack
+    from ..data.sample_files import Packing
+    from ..data.shard_index import REJECTED_FILE
+
+    pairs = pairs_asked_for(options.source, options)
+    packing = Packing(
+        samples_per_shard=options.samples_per_shard,
+        max_shard_bytes=options.max_shard_size,
+        resize=options.resize,
+        quality=options.quality,
+        min_side=options.min_side,
+        max_aspect=options.max_aspect,
+        val_fraction=options.val_fraction,
+    )
+    with progress_bar("packing", -(-len(pairs) // max(1, options.part[1]))) as progress:
+        packed = pack(
+            pairs,
+            options.out,
+            source=options.source,
+            packing=packing,
+            part=options.part,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    if packed.missing:
+        print(
+            f"part {options.part[0]} of {options.part[1]} is done; {options.out} comes when {packed.missing} more are"
+        )
+        return
+    held_out = f" and {packed.held_out} held out" if packed.held_out else ""
+    print(
+        f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB; "
+        f"{packed.rejected} rejected" + (f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected else "")
+    )
+
+
+def _size(text: str) -> int:
+    """Bytes from 500MB, 1GB or a plain number."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    unit = text[-2:].upper()
+    try:
+        return int(float(text[:-2]) * units[unit]) if unit in units else int(text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 1GB") from error
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/8 for the first of eight")
+    return int(number), int(count)

@@ -1,0 +1,311 @@
+"""The LightningDataModule: shards in, exact loaders for training and validation out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ..common.cache import Cache
+from ..common.processes import share
+from ..common.storage import is_url
+from ..common.watch import Watch
+from ..config import Preprocessing
+from .augmentation import Augmentation
+from .open_pairs import pack_into_cache
+from .order import BatchSampler, Mixture, SampleOrder
+from .pairs import CaptionChoice, PairDataset, Sample, collate
+from .shards import Shards
+
+
+class _Pending(Sampler[list[tuple[int, int]]]):
+    """Batches, and which of them were asked for and have not come yet."""
+
+    def __init__(self, batches: Sampler[list[tuple[int, int]]] | Sequence[list[tuple[int, int]]]) -> None:
+        self.batches = batches
+        self.pending: deque[list[tuple[int, int]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self.pending.clear()
+        for batch in self.batches:
+            self.pending.append(batch)
+            yield batch
+
+
+class PairLoader(DataLoader[Sample]):
+    """A loader that measures how long it is waited for, and says what it waits for itself if that is long.
+
+    It also tells Lightning that it can be resumed: its position is the trainer's step, which the sampler asks for.
+
+    Args:
+        batches: of each the samples, as (epoch, sample).
+    """
+
+    waited_s = 0.0
+    silence_s = 60.0  # without a batch, after which the shards that are waited for are named
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        batches: Sampler[list[tuple[int, int]]] | Sequence[list[tuple[int, int]]],
+        **options: Any,
+    ) -> None:
+        self._asked = _Pending(batches)
+        super().__init__(dataset, batch_sampler=self._asked, **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with Watch(self._name_the_silent, self.silence_s) as watch:
+            watch.begin()
+            batches = super().__iter__()
+            while True:
+                begin = time.perf_counter()
+                watch.begin()
+                batch = next(batches, None)
+                watch.end()
+                self.waited_s += time.perf_counter() - begin
+                if batch is None:
+                    return
+                self._asked.pending.popleft()
+                yield batch
+
+    def _name_the_silent(self, seconds: float) -> None:
+        assert isinstance(self.dataset, PairDataset)
+        shards, pending = self.dataset.shards, list(self._asked.pending)  # which changes meanwhile
+        next_batch = pending[0] if pending else []
+        names = {shards.entries[shards.locate(sample)[0]].location for _, sample in next_batch}
+        likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first
+        what = ", ".join(likely[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        print(f"No batch has come for {seconds:.0f} s. The next one needs {what or 'no shard'}.", file=sys.stderr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal's group, and SLURM's signals every one of the job; the trainer alone
+    decides what they mean.
+
+    In a group of their own the workers do not hear Ctrl-C. They end with the trainer, which they look after, or by a
+    SIGTERM of the trainer's own.
+    """
+    del worker
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent it; not on macOS, which has no SLURM either
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+class PairDataModule(pl.LightningDataModule):
+    """Image-text pairs for Lightning's trainer.
+
+    Args:
+        train: shards: a folder (`miniclip shards SRC OUT` makes one), here or at a URL, or a pattern of tars in one; or
+            a list of them. A folder of images and texts, or a table, is packed into the cache first.
+        val: the same, never trained on; or none.
+        weights: of the sources in `train`, which are then mixed in these proportions; by default each sample of each
+            source comes once an epoch.
+        batch_size: pairs that are contrasted with each other, over all ranks.
+        num_workers: processes that decode, on each rank.
+        augmentation: what is done to training images.
+        captions: which text of several is taken in training; validation takes the first.
+        image_size: side of the model's input, pixels; set from the model.
+        context_length: most tokens of a text; longer ones are cut and counted; set from the model.
+        preprocess: how held-out images are made square; set from the model.
+        seed: of order, augmentation and captions; set from `seed_everything`.
+        cache_gb: the most that remote shards may take on this machine's disk, 10^9 bytes.
+        val_pairs: the most held-out pairs that a validation takes, so that it does not grow with them: the same ones,
+            drawn once, in every validation of every run. None takes all.
+        text_length_multiple: texts of a batch are padded to a multiple of so many tokens; set from `model.compile`.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        weights: list[float] | None = None,
+        batch_size: int = 256,
+        num_workers: int = 2,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        captions: CaptionChoice = CaptionChoice(),  # noqa: B008 (frozen)
+        image_size: int = 224,
+        context_length: int = 77,
+        preprocess: Preprocessing = "openai",
+        seed: int = 0,
+        cache_gb: float = 50.0,
+        val_pairs: int | None = 5000,
+        text_length_multiple: int = 1,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise ValueError(f"data.batch_size is {batch_size}; a pair needs at least one other to be told from")
+        self.train = [train] if isinstance(train, str) else list(train)
+        self.val = [val] if isinstance(val, str) else list(val or [])
+        if not self.train:
+            raise ValueError("data.train is empty; it needs shards to train on")
+        if weights is not None and len(weights) != len(self.train):
+            raise ValueError(f"data.weights has {len(weights)} numbers and data.train {len(self.train)} sources")
+        if not all(weight > 0 and math.isfinite(weight) for weight in weights or ()):
+            raise ValueError(f"data.weights is {weights}; they must be numbers above 0")
+        if val_pairs is not None and val_pairs < 2:
+            raise ValueError(f"data.val_pairs is {val_pairs}; a pair needs at least one other to be told from")
+        self.val_pairs = val_pairs
+        if text_length_multiple < 1:
+            raise ValueError(f"data.text_length_multiple is {text_length_multiple}; it must be at least 1")
+        self._locations: dict[str, str] = {}
+        self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
+        self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
+        self.augmentation, self.captions, self.seed = augmentation, captions, seed
+        self.image_size, self.context_length = image_size, context_length
+        self.preprocess, self.text_length_multiple = preprocess, text_length_multiple
+        self.train_shards: Shards | None = None
+        self.val_shards: Shards | None = None
+        self._resumed_step = 0
+
+    def prepare_data(self) -> None:
+        """Called once on each machine, before `setup` everywhere."""
+        for source in (*self.train, *self.val):
+            if source not in self._locations:
+                self._locations[source] = pack_into_cache(source)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.train_shards is None:
+            self.prepare_data()  # tells this process where; one of them packs, if need be
+            self.train_shards = Shards([self._locations[source] for source in self.train], self.cache)
+        if self.val and self.val_shards is None:
+            self.prepare_data()
+            self.val_shards = Shards([self._locations[source] for source in self.val], self.cache)
+
+    def order(self) -> SampleOrder | Mixture:
+        """The sequence that training goes through."""
+        assert self.train_shards is not None
+        counts, sizes = self.train_shards.counts, self.train_shards.num_shards
+        if self.weights is None:
+            return SampleOrder(counts, self.seed)
+        parts = np.split(counts, np.cumsum(sizes)[:-1])
+        return Mixture([SampleOrder(part, self.seed + n) for n, part in enumerate(parts)], self.weights, self.seed)
+
+    def describe(self) -> str:
+        """What an epoch is, for the log."""
+        assert self.train_shards is not None
+        order = self.order()
+        epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
+        if self.val_shards is not None and len(held_out := self.held_out()) < len(self.val_shards):
+            epoch = f"validation is on {len(held_out):,} of {len(self.val_shards):,} held-out pairs; {epoch}"
+        if isinstance(order, SampleOrder):
+            return f"{epoch}: each once"
+        parts = [
+            f"{source} {share:.1%} ({share * order.num_samples / part.num_samples:.2f} times each of its "
+            f"{part.num_samples:,})"
+            for source, share, part in zip(self.train, order.shares, order.orders, strict=True)
+        ]
+        return f"{epoch}: {', '.join(parts)}"
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        assert self.trainer is not None
+        assert self.train_shards is not None
+        trainer = self.trainer
+        order = self.order()
+
+        def step() -> int:
+            # Lightning may ask for the first batches before it has restored its own count.
+            return max(self._resumed_step, trainer.global_step)
+
+        sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
+        return PairLoader(
+            self._dataset(self.train_shards, self.augmentation, self.captions), sampler, **self._options()
+        )
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
+        if self.val_shards is None:
+            return []
+        held_out = self.held_out()
+        numbers = [held_out[place] for place in share(len(held_out))]
+        step = min(self.batch_size, 256)
+        batches = [[(0, n) for n in numbers[i : i + step]] for i in range(0, len(numbers), step)]
+        first = replace(self.captions, order="first")
+        return PairLoader(self._dataset(self.val_shards, None, first), batches, **self._options())
+
+    def held_out(self) -> list[int]:
+        """Which of the held-out pairs a validation takes. Not the first ones: sets often lie sorted."""
+        assert self.val_shards is not None
+        count, most = len(self.val_shards), self.val_pairs
+        if most is None or count <= most:
+            return list(range(count))
+        return sorted(np.random.default_rng(0).choice(count, most, replace=False).tolist())
+
+    def _dataset(self, shards: Shards, augmentation: Augmentation | None, captions: CaptionChoice) -> PairDataset:
+        return PairDataset(
+            shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": partial(
+                collate, length_multiple=self.text_length_multiple, context_length=self.context_length
+            ),
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": _leave_signals_to_the_trainer,
+            "generator": torch.Generator().manual_seed(
+                self.seed
+            ),  # a loader that begins leaves torch's own state alone
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {**self._sequence(), "step": self.trainer.global_step}
+
+    def _sequence(self) -> dict[str, Any]:
+        """What the sequence of batches depends on."""
+        assert self.train_shards is not None
+        shards = hashlib.sha256("".join(entry.sha256 for entry in self.train_shards.entries).encode())
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "samples": len(self.train_shards),
+            "weights": self.weights,
+            "shards": shards.hexdigest()[:16],
+            "captions": str(self.captions),
+            "augmentation": str(self.augmentation),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose step would be another place in another sequence of batches."""
+        if self.train_shards is None:
+            return
+        for name, value in self._sequence().items():
+            if state_dict.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {state_dict.get(name)}, this run has {value}; go on with "
+                    "the same, or begin a run in another folder"
+                )
+        self._resumed_step = state_dict["step"]

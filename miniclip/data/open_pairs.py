@@ -1,0 +1,95 @@
+"""Whatever people name as pairs -> pairs: a source, or shards; and shards packed into the cache on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..common.cache import Cache
+from ..common.storage import is_url
+from .pack import locked, pack, read_packed
+from .shard_index import INDEX_FILE, REJECTED_FILE
+from .shards import Shards
+from .sources import HUB_PREFIX, IMAGE_SUFFIXES, Pair, Pairs, fingerprint, image_files, read_pairs
+
+
+def shard_pairs(source: str) -> Pairs:
+    """The samples of shards as pairs, to be sharded anew."""
+    shards = Shards(source)
+    names = [f"{entry.name}:{key}" for s, entry in enumerate(shards.entries) for key in shards.keys(s)]
+
+    def read(number: int) -> Pair:
+        try:
+            record, extra = shards[number], shards.info(number)
+        except ValueError as error:
+            return Pair(names[number], problem=str(error))
+        facts = {name: value for name, value in extra.items() if name not in ("width", "height")}
+        return Pair(names[number], record.image, record.captions, None if record.image else "no image", facts)
+
+    return Pairs(names, read, f"{len(names)} samples of {len(shards.entries)} shards")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on what is not packed yet
+
+
+def is_shards(source: str) -> bool:
+    """Whether this is a folder, pattern or URL of shards, rather than a source for `read_pairs`."""
+    path = Path(source)
+    if source.startswith(HUB_PREFIX) or path.is_file():
+        return source.endswith(".tar")
+    if (
+        source.endswith(".tar")
+        or is_url(source)
+        or any((path / name / INDEX_FILE).is_file() for name in (".", "train"))
+    ):
+        return True
+    return any(path.glob("*.tar")) and not any(image.suffix.lower() in IMAGE_SUFFIXES for image in path.iterdir())
+
+
+def open_pairs(
+    source: str,
+    *,
+    images: str | None = None,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] = (),
+    split: str = "train",
+) -> Pairs:
+    """The pairs of shards, or of anything that `read_pairs` reads.
+
+    Raises:
+        ValueError: as `Shards` and `read_pairs`.
+    """
+    if not is_shards(source):
+        return read_pairs(
+            source, images=images, image_column=image_column, caption_columns=caption_columns, split=split
+        )
+    if images or image_column or caption_columns:
+        raise ValueError(f"--images, --image-column and --caption-column are for tables; {source} is shards")
+    return shard_pairs(source)
+
+
+def pack_into_cache(source: str) -> str:
+    """Where the shards of a source are. What is not packed yet is, into the cache, once and when it has changed.
+
+    Raises:
+        ValueError: as `read_pairs` and `pack`.
+    """
+    path = Path(source)
+    if is_shards(source) or not (path.is_file() or (path.is_dir() and image_files(path))):
+        return source  # or nothing, which `Shards` tells
+    try:
+        pairs = read_pairs(source)
+        name = hashlib.sha256(f"{path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
+        out = Cache().folder.with_name("packed") / f"{path.stem}-{name}"
+        with locked(Path(f"{out}.lock"), f"another process is packing {out}", patience_s=24 * 3600):
+            if not out.exists():
+                print(f"Packing {source} into {out}, once: {pairs.found}", flush=True)
+                pack(pairs, out, source=source)
+    except ValueError as error:
+        raise ValueError(f"{error} (to pack it otherwise: `miniclip shards {source} OUT`)") from error
+    packed = read_packed(out)
+    listed = f", listed in {out / REJECTED_FILE}" if packed.rejected else ""
+    print(f"{source}: {packed.kept} pairs packed in {out}; {packed.rejected} rejected{listed}", flush=True)
+    return str(out)

@@ -1,0 +1,320 @@
+"""Pairs -> shards: webdataset tars of image and text, each with an index of where its samples lie.
+
+    OUT/00000.tar    000000000.jpg  000000000.txt  000000000.json   000000001.jpg …   (img2dataset's layout)
+    OUT/00000.npz    the key of each sample, and offset and size of its members in the tar
+    OUT/index.json   the shards with their counts, sizes and checksums
+    OUT/rejected.csv what was left out, and why
+
+`.txt` holds the captions, one a line. `data.shards.Shards` reads any sample at random."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+import tarfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..common.files import atomic_write, write_text
+from .sample_files import Packing, Rejection, prepare
+from .shard_index import INDEX_FILE, PLAN_FILE, REJECTED_FILE, SCHEMA_VERSION, Packed, Tar, report_progress, write_index
+from .sources import IMAGE_SUFFIXES, Pair, Pairs, fingerprint
+
+_END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
+_AT_A_TIME = 8  # pairs that a thread prepares in a row
+
+
+def pack(
+    pairs: Sequence[Pair],
+    out: str | Path,
+    *,
+    source: str,
+    packing: Packing = Packing(),  # noqa: B008 (frozen)
+    part: tuple[int, int] = (1, 1),
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Packed:
+    """Writes pairs as shards. The folder appears under its name only when it is complete.
+
+    Until then it is OUT.partial. Every `samples_per_shard` pairs are a chunk, which is packed on its own, so that a
+    repeated call leaves finished chunks as they are, and the parts of a job array can pack different ones.
+
+    Args:
+        pairs: of `sources.read_pairs`.
+        out: the folder to write; with a `val_fraction` it gets the folders train and val.
+        source: where the pairs came from, for messages and the index.
+        part: (i, n) packs every n-th chunk, from the i-th on; the last part to end puts all together.
+        workers: threads that read, decode and encode; by default one a core.
+        overwrite: replace `out` if it is there, and what another packing began.
+        progress: called with the number of pairs done, now and then.
+
+    Raises:
+        ValueError: `out` exists, no pair can be used, another process is at it, or an argument out of its range.
+    """
+    out = Path(out)
+    number, count = part
+    if not 1 <= number <= count:
+        raise ValueError(f"part is {number}/{count}; it goes from 1/{count} to {count}/{count}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    if not len(pairs):
+        what = f"no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name beside it"
+        raise ValueError(f"no pairs found in {source}: it holds {what if Path(source).is_dir() else 'no rows'}")
+    here = str(Path(source).resolve()) if Path(source).exists() else source  # photos is photos/
+    plan = {"schema": SCHEMA_VERSION, "source": here, "pairs": len(pairs), "fingerprint": fingerprint(pairs)}
+    plan |= {"found": pairs.found if isinstance(pairs, Pairs) else ""} | asdict(packing)
+    work = out.with_name(f"{out.name}.partial")
+    lock = out.with_name(f".{out.name}.lock")
+    busy = f"another process is packing {out}"
+    with locked(lock, busy, patience_s=600):
+        if count > 1 and _is_of(out, plan):
+            return read_packed(out)  # another part has finished
+        _refuse_to_replace(out, overwrite)
+        if _is_of(work, plan):  # only its name was missing
+            _publish(out, work)
+            return read_packed(out)
+        _begin(out, work, plan, overwrite, busy)
+    chunks = [
+        _Chunk(work, n, range(start, min(start + packing.samples_per_shard, len(pairs))))
+        for n, start in enumerate(range(0, len(pairs), packing.samples_per_shard))
+    ]
+    done = 0
+    for chunk in chunks[number - 1 :: count]:
+        with locked(chunk.lock, busy):
+            if not chunk.is_done:
+                chunk.write(pairs, packing, workers or os.cpu_count() or 1, partial(report_progress, progress, done))
+        done += len(chunk.numbers)
+        report_progress(progress, done, 0)
+    with locked(lock, busy, patience_s=600):
+        if (work / PLAN_FILE).is_file():
+            if missing := sum(not chunk.is_done for chunk in chunks):
+                return Packed(0, 0, 0, 0, 0, missing)
+            _finish(out, work, plan, chunks)
+        elif not out.exists():
+            raise ValueError(f"none of the {len(pairs)} pairs in {source} can be used, as another part has found")
+        return read_packed(out)
+
+
+@contextmanager
+def locked(path: Path, otherwise: str, patience_s: float = 0) -> Iterator[None]:
+    """Holds a lock file, which is removed afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience_s
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have removed it meanwhile; what is locked then is no longer the file of that name.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file)):
+                    break
+        except BlockingIOError as error:
+            if time.monotonic() >= end:
+                os.close(file)
+                raise ValueError(f"{otherwise} (it holds {path})") from error
+            time.sleep(0.05)
+        os.close(file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _is_of(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether a folder is what a plan makes."""
+    for path in (out / INDEX_FILE, out / "train" / INDEX_FILE):
+        if path.is_file():
+            index = json.loads(path.read_text(encoding="utf-8"))
+            return all(index.get(key) == value for key, value in plan.items())
+    return False
+
+
+def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another folder")
+    if out.exists() and not any((out / name / INDEX_FILE).is_file() for name in (".", "train")):
+        raise ValueError(f"{out} is not a folder of shards (it has no {INDEX_FILE}), so it is not overwritten")
+    if others := _not_ours(out):
+        raise ValueError(f"{out} holds what packing did not write, so it is not overwritten: {', '.join(others[:5])}")
+
+
+def _not_ours(out: Path) -> list[str]:
+    """The files of a folder that `pack` did not make."""
+    ours = {out / REJECTED_FILE}
+    for folder in (out, out / "train", out / "val"):
+        if (folder / INDEX_FILE).is_file():
+            index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            if isinstance(index, dict) and "fingerprint" in index:  # an index alone was made for others' shards
+                shards = index.get("shards", [])
+                ours |= {folder / INDEX_FILE} | {folder / str(s.get(k)) for s in shards for k in ("file", "offsets")}
+    found = [path for path in sorted(out.rglob("*")) if not path.is_dir()] if out.exists() else []
+    return [str(path.relative_to(out)) for path in found if path not in ours]
+
+
+def _begin(out: Path, work: Path, plan: dict[str, Any], overwrite: bool, busy: str) -> None:
+    """Makes the folder to work in, or finds the one that the same packing has begun."""
+    path = work / PLAN_FILE
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        different = [
+            f"{key} was {begun.get(key)!r} and is {plan[key]!r}" for key in plan if begun.get(key) != plan[key]
+        ]
+        if not different:
+            return
+        for chunk_lock in work.glob("*.lock"):
+            with locked(chunk_lock, busy):
+                pass
+        if not overwrite:
+            raise ValueError(
+                f"{work} holds the beginning of another packing: {', '.join(different)}. Repeat that one to go on with "
+                "it, or pass --overwrite to begin anew"
+            )
+        shutil.rmtree(work)
+    elif work.exists() and any(not path.match(".*.tmp") for path in work.iterdir()):
+        raise ValueError(f"{work} is in the way: it is no packing that was begun (it has no {PLAN_FILE})")
+    write_text(path, json.dumps(plan, indent=1) + "\n")
+
+
+class _Chunk:
+    """Some consecutive pairs, which become one shard, or more if they are large, and as many held out.
+
+    Args:
+        numbers: of the pairs; they are also the samples' keys.
+    """
+
+    def __init__(self, work: Path, number: int, numbers: range) -> None:
+        self.work, self.number, self.numbers = work, number, numbers
+        self.result = work / f"chunk-{number:05d}.json"  # written last: a chunk without it is not done
+        self.lock = work / f"chunk-{number:05d}.lock"
+
+    @property
+    def is_done(self) -> bool:
+        return self.result.is_file()
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.result.read_text(encoding="utf-8"))
+
+    def write(self, pairs: Sequence[Pair], packing: Packing, workers: int, progress: Callable[[int], None]) -> None:
+        rejected: list[tuple[str, str, str]] = []
+        shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+        tars: dict[str, Tar] = {}
+
+        def close(side: str) -> None:
+            shards[side].append(tars.pop(side).close())
+
+        for number, result in _in_order(self.numbers, lambda n: prepare(pairs, n, packing), workers):
+            if isinstance(result, Rejection):
+                rejected.append((f"{number:09d}", result.source, result.reason))
+            else:
+                side = "val" if result.is_held_out else "train"
+                if side in tars and tars[side].size + result.size + _END_BYTES > packing.max_shard_bytes:
+                    close(side)
+                if side not in tars:
+                    tars[side] = Tar(self.work / f"chunk-{self.number:05d}-{side}-{len(shards[side])}.tar")
+                tars[side].write(f"{number:09d}", result.members)
+            if (number + 1) % 64 == 0:
+                progress(number + 1 - self.numbers.start)
+        for side in list(tars):
+            close(side)
+        write_text(self.result, json.dumps({"shards": shards, "rejected": rejected}))
+
+
+def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> Iterator[tuple[int, Any]]:
+    """The function's value for each number, in order, computed ahead by threads, a few numbers at a time.
+
+    Threads, as reading, decoding and encoding images let go of the interpreter's lock.
+    """
+
+    is_over = threading.Event()
+
+    def compute(some: range) -> list[Any]:
+        return [function(number) for number in some if not is_over.is_set()]
+
+    waiting: deque[tuple[range, Future[list[Any]]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for start in range(0, len(numbers), _AT_A_TIME):
+            some = numbers[start : start + _AT_A_TIME]
+            waiting.append((some, pool.submit(compute, some)))
+            if len(waiting) > 3 * workers:
+                done, future = waiting.popleft()
+                yield from zip(done, future.result(), strict=True)
+        for done, future in waiting:
+            yield from zip(done, future.result(), strict=True)
+    finally:
+        is_over.set()  # Ctrl-C waits for one image of each thread, and not for all that they have been given
+        pool.shutdown(cancel_futures=True)
+
+
+def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk]) -> None:
+    """Gives the chunks' shards their numbers, writes the index, and the folder gets its name.
+
+    Each step can be done again by a process that comes after one that was killed here.
+    """
+    results = [chunk.read() for chunk in chunks]
+    rejected = [tuple(row) for result in results for row in result["rejected"]]
+    shards = {side: [entry for result in results for entry in result["shards"][side]] for side in ("train", "val")}
+    counts = {side: sum(entry["samples"] for entry in entries) for side, entries in shards.items()}
+    if not sum(counts.values()):
+        shutil.rmtree(work)
+        examples = "".join(f"\n  {name}: {reason}" for _, name, reason in rejected[:5])
+        raise ValueError(f"none of the {plan['pairs']} pairs in {plan['source']} can be used:{examples}")
+    assert sum(counts.values()) + len(rejected) == plan["pairs"]
+    if plan["val_fraction"] and not all(counts.values()):
+        empty = min(counts, key=lambda side: counts[side])
+        shutil.rmtree(work)
+        raise ValueError(
+            f"of {sum(counts.values())} pairs none fell to the side {empty!r} with val_fraction "
+            f"{plan['val_fraction']}; another fraction, or more pairs, would help"
+        )
+    with atomic_write(work / REJECTED_FILE) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        csv.writer(text).writerows([("key", "source", "reason"), *rejected])
+        text.detach()
+    for side in ("val", "train") if plan["val_fraction"] else ("train",):  # train's index tells that all is there
+        folder = work / side if plan["val_fraction"] else work
+        folder.mkdir(exist_ok=True)
+        entries = []
+        for number, entry in enumerate(shards[side]):
+            for suffix in (".tar", ".npz"):
+                before = (work / entry["file"]).with_suffix(suffix)
+                if before.exists():
+                    os.replace(before, folder / f"{number:05d}{suffix}")
+            entries.append({**entry, "file": f"{number:05d}.tar", "offsets": f"{number:05d}.npz"})
+        write_index(folder, entries, {**plan, "rejected": len(rejected)})
+    _publish(out, work)
+
+
+def _publish(out: Path, work: Path) -> None:
+    """Removes from a complete folder what only the packing needed, and gives it its name."""
+    for pattern in ("chunk-*", ".*.tmp", "*/.*.tmp", PLAN_FILE):
+        for path in work.glob(pattern):
+            path.unlink(missing_ok=True)
+    old = out.with_name(f".{out.name}.old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(out, old)  # kept until the new one has its name
+    os.rename(work, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_packed(out: Path) -> Packed:
+    folders = [out / "train", out / "val"] if (out / "train").is_dir() else [out]
+    indexes = [json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")) for folder in folders]
+    entries = [entry for index in indexes for entry in index["shards"]]
+    kept, held_out = [index["samples"] for index in indexes] + [0] * (2 - len(indexes))
+    return Packed(kept, indexes[0]["rejected"], len(entries), sum(entry["bytes"] for entry in entries), held_out)

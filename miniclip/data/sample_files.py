@@ -1,0 +1,160 @@
+"""One pair -> the files of its sample in a shard: image checked and perhaps resized, captions, metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..common.storage import read_bytes
+from ..images import open_image
+from .augmentation import jpeg_size
+from .sources import Pair, Pairs, captions_in
+
+# What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How pairs become shards. A packing that was interrupted goes on only as it was begun.
+
+    Args:
+        samples_per_shard: pairs that go into one tar. Rejected ones leave it smaller.
+        max_shard_bytes: a tar that would be larger is continued in another.
+        resize: shrink images whose short side is longer than this many pixels; keeps the aspect.
+        quality: JPEG quality of shrunk images, 1 to 95.
+        min_side: reject images whose short side is shorter, pixels.
+        max_aspect: reject images whose long side is more times their short side.
+        val_fraction: share of the pairs to hold out. The image's bytes decide, so copies stay on one side.
+    """
+
+    samples_per_shard: int = 10_000
+    max_shard_bytes: int = 10**9
+    resize: int | None = None
+    quality: int = 95
+    min_side: int | None = None
+    max_aspect: float | None = None
+    val_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_shard", "max_shard_bytes", "resize", "min_side", "max_aspect"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"quality is {self.quality}; JPEG quality goes from 1 to 95")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; it is a share, from 0 to less than 1")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    members: dict[str, bytes]  # by suffix
+    is_held_out: bool
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.members.values())) + 3 * 1024
+
+
+@dataclass(frozen=True)
+class Rejection:
+    source: str
+    reason: str
+
+
+def prepare(pairs: Sequence[Pair], number: int, packing: Packing) -> _Prepared | Rejection:
+    """The files of one sample, or why there are none."""
+    name = pairs.names[number] if isinstance(pairs, Pairs) else f"pair {number}"
+    try:
+        pair = pairs[number]
+        name = pair.source
+        return _members(pair, packing)
+    except (OSError, ValueError) as error:
+        return Rejection(name, str(error))
+
+
+def _members(pair: Pair, packing: Packing) -> _Prepared:
+    if pair.problem:
+        raise ValueError(pair.problem)
+    captions = [line for caption in pair.captions for line in captions_in(caption)]
+    if not captions:
+        raise ValueError("every caption is empty")
+    original = _read_image(pair)
+    name = pair.image.name if isinstance(pair.image, Path) else pair.source
+    suffix, data, (width, height) = _stored_image(original, name, packing)
+    facts = {"source": pair.source, **pair.extra, "width": width, "height": height}
+    members = {
+        suffix: data,
+        "txt": "\n".join(captions).encode("utf-8"),
+        # A file name need not be UTF-8; what is not becomes an escape, which JSON reads back.
+        "json": json.dumps(facts, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
+    }
+    place = int.from_bytes(hashlib.sha256(original).digest()[:8]) / 2**64 if packing.val_fraction else 1.0
+    return _Prepared(members, place < packing.val_fraction)
+
+
+def _stored_image(original: bytes, name: str, packing: Packing) -> tuple[str, bytes, tuple[int, int]]:
+    """An image's suffix, bytes and (W, H) as they go into the tar.
+
+    All of it is decoded only where it must be: else packing would be no faster than that.
+    """
+    is_kept = packing.resize is None and _is_whole(original)
+    if is_kept and (size := jpeg_size(original)):
+        _filter((size[1], size[0]), packing)
+        return "jpg", original, (size[1], size[0])
+    image = open_image(original, name, is_whole=is_kept)
+    _filter(image.size, packing)
+    scale = packing.resize / min(image.size) if packing.resize else 1.0
+    is_animated = getattr(image, "is_animated", False) and image.format == "WEBP"  # not every decoder reads those
+    suffix = None if is_animated else _KEPT_FORMATS.get(image.format or "")
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        return "jpg", _encode(image, "JPEG", quality=packing.quality), size
+    if suffix is None:
+        return "png", _encode(open_image(original, name).convert("RGB"), "PNG"), image.size
+    return suffix, original, image.size
+
+
+def _filter(size: tuple[int, int], packing: Packing) -> None:
+    short, long = min(size), max(size)
+    if packing.min_side and short < packing.min_side:
+        raise ValueError(f"its short side is {short} pixels, less than {packing.min_side}")
+    if packing.max_aspect and long > packing.max_aspect * short:
+        raise ValueError(f"its sides are {size[0]} x {size[1]}, more than {packing.max_aspect:g} to 1")
+
+
+def _read_image(pair: Pair) -> bytes:
+    assert pair.image is not None
+    if isinstance(pair.image, bytes):
+        return pair.image
+    return pair.image.read_bytes() if isinstance(pair.image, Path) else read_bytes(pair.image)
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether a JPEG has its end marker, which one that is cut short has not; and a PNG the right checksums."""
+    if data.startswith(b"\xff\xd8"):
+        return data.rstrip(b"\0").endswith(b"\xff\xd9")
+    if not data.startswith(b"\x89PNG"):
+        return False
+    try:
+        Image.open(io.BytesIO(data)).verify()
+    except Exception:  # a damaged file can raise anything; decoding it will tell what is wrong
+        return False
+    return True
+
+
+def _encode(image: Image.Image, file_format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()

@@ -1,0 +1,139 @@
+"""Class names and templates of a set: from the data, from files, or built in; and labels as numbers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, read_lines, template_set
+from .sets import Found
+
+NUMBER_WORDS = "the labels, which are numbers"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class names, prompts and groups
+
+
+def settle_names(found: Found, classnames: str | Path | None, source: str) -> Found:
+    """The class names that count: those asked for, those beside the data, or the data's own."""
+    names, names_from = found.classnames, found.classnames_from
+    if classnames is not None:
+        is_built_in = str(classnames) in CLASSNAME_SETS
+        names = classname_set(str(classnames)) if is_built_in else tuple(read_lines(classnames))
+        names_from = f"the built-in {str(classnames)!r}" if is_built_in else str(classnames)
+    elif beside := next((path for path in found.beside.get("classnames", ()) if path.is_file()), None):
+        names, names_from = tuple(read_lines(beside)), str(beside)
+    if names is not None and found.classnames is not None and len(names) != len(found.classnames):
+        raise ValueError(
+            f"{source} has {len(found.classnames)} classes ({found.classnames_from}), and there are {len(names)} "
+            f"class names in {names_from}"
+        )
+    return replace(found, classnames=names, classnames_from=names_from)
+
+
+def settle_templates(found: Found, templates: str | Path | None, names: tuple[str, ...]) -> tuple[Prompts, str]:
+    """The wordings that count, and where they came from."""
+    if templates is None:
+        templates = next((path for path in found.beside.get("templates", ()) if path.is_file()), None)
+    if templates is None and found.templates is not None:
+        return _checked(found.templates, found.templates_from), found.templates_from
+    templates = "simple" if templates is None else templates
+    if str(templates) in TEMPLATE_SETS:
+        return template_set(str(templates)), f"the built-in set {str(templates)!r}"
+    path = Path(templates)
+    if not path.is_file():
+        raise ValueError(f"templates {str(templates)!r} is no file and none of the sets {', '.join(TEMPLATE_SETS)}")
+    if path.suffix.lower() != ".json":
+        return _checked(tuple(read_lines(path)), str(path)), str(path)
+    return _prompts_by_class(path, names), str(path)
+
+
+def _checked(templates: Any, where: str) -> Any:
+    for template in templates:
+        try:
+            fill(template, "")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return templates
+
+
+def _prompts_by_class(path: Path, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """A .json of {class name: [its prompts]}, as CuPL's (Pratt et al. 2023), for the classes of the data."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; it must map each class name to a list of its prompts")
+    by_spoken = {}
+    for name, prompts in values.items():
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise ValueError(f"{path}: {name!r} must have a list of prompts, texts that are not empty")
+        by_spoken[_spoken(name)] = tuple(prompts)
+    missing = [name for name in names if _spoken(name) not in by_spoken]
+    if missing:
+        raise ValueError(
+            f"{path} has prompts for {len(values)} classes and the data have {len(names)}; without any are "
+            f"{_with_near(missing, list(values))}"
+        )
+    return {name: by_spoken[_spoken(name)] for name in names}
+
+
+def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
+    """The first few names, each with the known ones that look like it."""
+    spoken = {_spoken(name): name for name in known}
+    parts = []
+    for name in names[:5]:
+        near = [spoken[each] for each in difflib.get_close_matches(_spoken(name), spoken, n=2)]
+        parts.append(repr(name) + (f" (near {' and '.join(map(repr, near))})" if near else ""))
+    return ", ".join(parts) + (f" and {len(names) - 5} more" if names[5:] else "")
+
+
+def _spoken(name: str) -> str:
+    """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
+    return name.replace("_", " ").casefold()
+
+
+def number_labels(
+    raw: Sequence[str], names: tuple[str, ...] | None, source: str
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Labels as numbers, and the class names in that order.
+
+    Labels are numbers already, or names: of the list if there is one, else sorted. An underscore in a label's name
+    is read as the space that folder names often lack.
+    """
+    spoken_names = None if names is None else tuple(_spoken(name) for name in names)
+    are_numbers = all(label.isascii() and label.isdigit() for label in raw)
+    if are_numbers and names is not None:
+        labels = tuple(int(label) for label in raw)
+        if max(labels, default=0) >= len(names):
+            raise ValueError(f"{source} has labels up to {max(labels)}, but there are {len(names)} class names")
+        return labels, names
+    found = sorted(set(raw), key=lambda label: (int(label), label)) if are_numbers else sorted(set(raw))
+    if not found:
+        raise ValueError(f"{source} has no label for any image")
+    spoken = {label: _spoken(label) for label in found}
+    if names is None or spoken_names is None:
+        place = {label: number for number, label in enumerate(found)}
+        return tuple(place[label] for label in raw), tuple(label.replace("_", " ") for label in found)
+    unknown = [label for label in found if spoken[label] not in spoken_names]
+    if not unknown:
+        if len(set(spoken_names)) < len(spoken_names):
+            raise ValueError(f"the class names hold duplicates, so {source} must give labels as numbers")
+        place = {name: number for number, name in enumerate(spoken_names)}
+        return tuple(place[spoken[label]] for label in raw), names
+    # Keys of their own, such as WordNet's n01440764: the names are in the keys' order.
+    if len(unknown) == len(found) == len(names) and all(re.fullmatch(r"[A-Za-z]?\d+", label) for label in found):
+        place = {label: number for number, label in enumerate(found)}
+        return tuple(place[label] for label in raw), names
+    hint = ". -1 marks images without a label: choose another split" if "-1" in unknown else ""
+    raise ValueError(
+        f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "
+        f"{_with_near(unknown, names)}{hint}"
+    )

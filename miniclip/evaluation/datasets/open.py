@@ -1,0 +1,154 @@
+"""What can be evaluated on: images with a label, with several labels, or with captions.
+
+| source                                                | labels, or captions                                     |
+|-------------------------------------------------------|---------------------------------------------------------|
+| a folder per class: DATA/tabby_cat/1.jpg              | the names of the folders                                |
+| `.csv`, `.tsv`, `.jsonl`, `.parquet`                  | a column of names or numbers; of lists: several labels  |
+| shards (webdataset's tars): a folder, a pattern, a URL| `.cls`; `.npy`, several labels; `.txt`, captions        |
+| CLIP_benchmark's sets: a folder, a URL, `hf-hub:`     | the same; `dataset_type.txt` tells which                |
+| Hugging Face's `datasets`: a folder, `hf-hub:`        | a column of type ClassLabel, or the one that is named   |
+| `torchvision:CIFAR10`                                 | torchvision's                                           |
+| with task="retrieval", whatever can be trained on     | captions, as `miniclip shards` finds them               |
+
+Names and prompts that belong to the data lie with it and are used unless others are asked for: `classnames.txt` (one a
+line, in label order) and `templates.txt` or `templates.json` in the folder, or `DATA.classnames.txt` and so on beside
+the table. Each set says where its names and prompts came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.storage import is_url
+from ...data.open_pairs import is_shards
+from ...data.sources import HUB_PREFIX, TABLE_SUFFIXES, image_files, is_datasets_folder
+from .folders_and_tables import is_blank, read_class_folders, read_datasets, read_labelled_table, read_pairs
+from .names import NUMBER_WORDS, number_labels, settle_names, settle_templates
+from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of
+from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars
+from .torchvision_sets import TORCHVISION_PREFIX, read_torchvision
+
+
+def open_dataset(
+    source: str | Path,
+    classnames: str | Path | None = None,
+    templates: str | Path | None = None,
+    group_column: str | None = None,
+    split: str | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    root: str | Path = "data",
+    download: bool = False,
+    task: str | None = None,
+) -> EvaluationSet:
+    """Opens any source of the table above.
+
+    Args:
+        classnames: built-in ones ("imagenet", or another of `prompts.CLASSNAME_SETS`), or a file of one name a line, in
+            label order; by default the data's own.
+        templates: a built-in set (of `prompts.TEMPLATE_SETS`), a file of one a line, or a .json of
+            {class name: [its prompts]}; by default the data's own, else "simple".
+        group_column: the column (or entry of shards' `.json`) that tells which images belong together.
+        split: the part to evaluate on, of data that have several; by default "test", else the one for validation.
+        label_column, image_column: of a table or a `datasets` set; by default found by their names and types.
+        root: where torchvision's sets are.
+        download: let torchvision fetch what is not there.
+        task: "classification", "multilabel" or "retrieval"; by default what the data are for. "retrieval" reads what
+            could be trained on: pairs in folders and tables.
+
+    Raises:
+        ValueError: no such data, nothing in it, or names that do not match the labels.
+    """
+    source = str(source)
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    if download and not source.startswith(TORCHVISION_PREFIX):
+        raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {source} is none")
+    columns = Columns(label_column, image_column, group_column)
+    found = _read(source, split, columns, Path(root), download, task)
+    if not len(found.images):
+        raise ValueError(f"{source} holds no images")
+    if task not in (None, found.task):
+        raise ValueError(f"{source} is made for {found.task}, and {task} was asked for")
+    groups = _groups(found, group_column, source)
+    shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata, "identity": found.identity}
+    if found.task == "retrieval":
+        if classnames or templates:
+            raise ValueError(f"{source} has captions, not classes; class names and templates are not for it")
+        return CaptionedImages(found.name, found.images, found.captions, groups, **shared)
+    found = settle_names(found, classnames, source)
+    if found.task == "multilabel":
+        flat, names = number_labels([x for each in found.labels for x in each], found.classnames, source)
+        hot = np.zeros((len(found.labels), len(names)), dtype=bool)
+        hot[np.repeat(np.arange(len(hot)), [len(each) for each in found.labels]), flat] = True
+        labels: Any = hot
+    else:
+        labels, names = number_labels([str(label) for label in found.labels], found.classnames, source)
+    if not found.classnames_from:
+        are_numbers = all(name.isdigit() for name in names)
+        shared["classnames_from"] = NUMBER_WORDS if are_numbers else found.labels_from
+    else:
+        shared["classnames_from"] = found.classnames_from
+    prompts, shared["templates_from"] = settle_templates(found, templates, names)
+    kind = MultilabelImages if found.task == "multilabel" else LabelledImages
+    return kind(found.name, found.images, labels, names, prompts, groups, **shared)
+
+
+def open_images(source: str | Path) -> EvaluationSet:
+    """Images whose labels don't matter: a folder of them, however deep, or any source of the table above."""
+    path = Path(source)
+    is_plain = path.is_dir() and not is_shards(str(source)) and not is_datasets_folder(path)
+    if is_plain and not any(path.glob(f"*/{NUM_SHARDS_FILE}")):
+        if images := image_files(path):
+            return EvaluationSet(path.resolve().name, tuple(images))
+        raise ValueError(f"{source} holds no images")
+    return open_dataset(source)
+
+
+def with_templates(data: LabelledImages | MultilabelImages, templates: str | Path) -> Any:
+    """The same images with other prompts; `templates` as in `open_dataset`."""
+    found = Found(data.name, data.images)
+    prompts, templates_from = settle_templates(found, templates, data.classnames)
+    return replace(data, templates=prompts, templates_from=templates_from)
+
+
+def _read(source: str, split: str | None, columns: Columns, root: Path, download: bool, task: str | None) -> Found:
+    if source.startswith(TORCHVISION_PREFIX):
+        columns.refuse(source, "a set of torchvision's", "label", "image", "group")
+        return read_torchvision(source, root, split, download)
+    location, path = hub_location(source), Path(source)
+    if source.startswith(HUB_PREFIX):
+        try:
+            is_tars = bool(benchmark_splits(location, split))
+        except ValueError:  # the hub tells so, and the library below tells why, or has a token for it
+            is_tars = False
+    else:
+        is_tars = is_url(location) or is_shards(location) or (path.is_dir() and any(path.glob(f"*/{NUM_SHARDS_FILE}")))
+    if not is_tars and (source.startswith(HUB_PREFIX) or is_datasets_folder(path)):
+        return read_pairs(source, split, columns) if task == "retrieval" else read_datasets(source, split, columns)
+    if is_tars:
+        columns.refuse(source, "a set of shards", "label", "image")
+        return read_tars(location, split, task)
+    if task == "retrieval" and path.exists():
+        return read_pairs(source, split, columns)
+    if path.is_dir():
+        columns.refuse(source, "a folder", "label", "image", "group")
+        return read_class_folders(path, split)
+    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+        if split:
+            raise ValueError(f"{source} is a table and has no split {split!r}")
+        return read_labelled_table(path, columns)
+    what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)})"
+    raise ValueError(f"data {source!r} is {what if path.exists() else 'not there'}")
+
+
+def _groups(found: Found, group_column: str | None, source: str) -> tuple[str, ...]:
+    if group_column is None:
+        return tuple(map(str, range(len(found.images))))
+    values = column_of(found.metadata, group_column, source)
+    # An image without a value stands alone: those of unknown scenes are not of one scene.
+    return tuple(f"none, {number}" if is_blank(value) else str(value) for number, value in enumerate(values))

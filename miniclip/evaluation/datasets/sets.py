@@ -1,0 +1,223 @@
+"""What a set to evaluate on is: images with one label, several labels, or captions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...common.storage import is_url, read_bytes
+from ...images import open_image
+from ..prompts import Prompts
+
+TASKS = ("classification", "multilabel", "retrieval")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """N images, wherever they are. Safe to read from in other processes.
+
+    Args:
+        name: for reports.
+        images: N times a path, a URL, bytes, or a picture; may read them only when it is asked for one.
+        keys: what the user knows each image by; by default its path.
+        metadata: what else is known of the images, N values under each name, for scores of parts of them.
+        identity: what these images can be told by from others, or from these after a change, without reading them.
+    """
+
+    name: str
+    images: Sequence[Any]
+    keys: Sequence[str] | None = field(default=None, kw_only=True)
+    metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
+    identity: str | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, number: int) -> str:
+        return str(self.images[number]) if self.keys is None else self.keys[number]
+
+    def open(self, number: int) -> Image.Image:
+        """The decoded image.
+
+        Raises:
+            ValueError: it can't be read; names its source.
+        """
+        try:
+            image = self.images[number]
+            if isinstance(image, Image.Image):
+                return image
+            if image is None:
+                raise ValueError(f"{self.key(number)} has no image")
+            if not isinstance(image, bytes):
+                image = image.read_bytes() if isinstance(image, Path) else read_bytes(image)
+        except OSError as error:
+            raise ValueError(f"{self.key(number)} can't be read: {error.strerror or error}") from error
+        return open_image(image, self.key(number))
+
+    def column(self, name: str) -> Sequence[Any]:
+        """N values of the metadata.
+
+        Raises:
+            ValueError: there is no such column; tells those that are there.
+        """
+        return column_of(self.metadata, name, self.name)
+
+    def fingerprint(self) -> str:
+        """Stands for the images and their order: the same as long as none changes.
+
+        Files are known by path, size and time, URLs by their address, and what is in memory by its bytes.
+        """
+        if self.identity is not None:
+            return digest_lines([self.identity])
+        return digest_lines(image_identity(self.images[number], self.key(number)) for number in range(len(self)))
+
+
+def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> Sequence[Any]:
+    if name not in metadata:
+        has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
+        raise ValueError(f"{source} has no column {name!r}; {has}")
+    return metadata[name]
+
+
+def digest_lines(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def image_identity(image: Any, key: str) -> str:
+    """What an image can be told by."""
+    if isinstance(image, Image.Image):
+        return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    if image is None or (isinstance(image, str) and is_url(image)):
+        return f"{image} {key}"
+    try:
+        facts = Path(image).stat()
+    except OSError:
+        return f"{image} is missing"
+    return f"{Path(image).resolve()} {facts.st_size} {facts.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class LabelledImages(EvaluationSet):
+    """N images of C classes, each of one.
+
+    Args:
+        labels: N numbers, 0 to C - 1.
+        classnames: C names, as they go into the prompts.
+        templates: the prompts' wordings, for all classes or by class.
+        groups: N values; images of one value are not independent of each other (views of one scene, scans of one
+            hand) and are drawn together when an interval is resampled. By default every image for itself.
+        classnames_from, templates_from: where those came from, for who reads the scores.
+    """
+
+    labels: tuple[int, ...]
+    classnames: tuple[str, ...]
+    templates: Prompts
+    groups: tuple[str, ...]
+    classnames_from: str = field(default="", kw_only=True)
+    templates_from: str = field(default="", kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class MultilabelImages(EvaluationSet):
+    """N images of C classes, each of any number of them.
+
+    Args:
+        labels: (N, C) booleans.
+        classnames, templates, groups, classnames_from, templates_from: as those of `LabelledImages`.
+    """
+
+    labels: np.ndarray
+    classnames: tuple[str, ...]
+    templates: Prompts
+    groups: tuple[str, ...]
+    classnames_from: str = field(default="", kw_only=True)
+    templates_from: str = field(default="", kw_only=True)
+
+
+@dataclass(frozen=True)
+class CaptionedImages(EvaluationSet):
+    """N images, each with at least one caption, to be found by them and the other way round.
+
+    Args:
+        captions: N times the texts of an image.
+        groups: as those of `LabelledImages`.
+    """
+
+    captions: tuple[tuple[str, ...], ...]
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds, before class names and prompts are settled.
+
+    Args:
+        labels: N names or numbers, as texts; lists of them for several labels each.
+        labels_from: what the class names are called after if there are no others.
+        classnames: the source's own, which numbers are places in.
+        beside: files that may hold names and prompts, in the order in which they count.
+    """
+
+    name: str
+    images: Sequence[Any]
+    keys: Sequence[str] | None = None
+    metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    labels: Sequence[str] | Sequence[list[str]] = ()
+    labels_from: str = ""
+    captions: tuple[tuple[str, ...], ...] = ()
+    classnames: tuple[str, ...] | None = None
+    classnames_from: str = ""
+    templates: Prompts | None = None
+    templates_from: str = ""
+    beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    identity: str | None = None
+
+    @property
+    def task(self) -> str:
+        if self.captions:
+            return "retrieval"
+        return "multilabel" if isinstance(self.labels[0], list) else "classification"
+
+
+def labelled(data: EvaluationSet) -> LabelledImages:
+    """The same, for who needs one label for each image.
+
+    Raises:
+        ValueError: the set is of another kind.
+    """
+    if isinstance(data, LabelledImages):
+        return data
+    kind = "captions, for retrieval" if isinstance(data, CaptionedImages) else "several labels for each image"
+    raise ValueError(f"{data.name} has {kind}; zero-shot classification needs one label for each image")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that were asked for."""
+
+    label: str | None
+    image: str | None
+    group: str | None
+
+    def refuse(self, source: str, what: str, *names: str) -> None:
+        """Raises ValueError if one of `names` is asked for, of a source that has no columns."""
+        for name in names:
+            if getattr(self, name):
+                article = "an" if name == "image" else "a"
+                raise ValueError(f"{source} is {what} and has no columns; {article} {name} column needs a table")
+
+    def check(self, columns: Sequence[str], source: str) -> None:
+        for name in (self.label, self.image, self.group):
+            if name is not None and name not in columns:
+                raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(columns)}")

@@ -1,0 +1,189 @@
+"""Sets in webdataset's tars: CLIP_benchmark's, and shards of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from filelock import FileLock
+
+from ...common.cache import Cache
+from ...common.storage import check_scheme, exists, is_url, join, read_bytes
+from ...data.shard_index import INDEX_FILE, index_shards, tar_locations
+from ...data.shards import Shards
+from ...data.sources import HUB_PREFIX, captions_in
+from ..prompts import lines_of
+from .folders_and_tables import SPLIT_NAMES, FromEach, all_captioned, choose_split, image_of_record, in_split, label_in
+from .sets import TASKS, Found, digest_lines
+
+NUM_SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards, and CLIP_benchmark's way to lay them out
+
+
+def hub_location(source: str) -> str:
+    """The address that a data set on Hugging Face's hub has its files at; any other source as it is."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if source.startswith(HUB_PREFIX):
+        return f"{hub}/datasets/{source.removeprefix(HUB_PREFIX)}/resolve/main"
+    page = re.fullmatch(re.escape(hub) + r"/datasets/([\w.-]+/[\w.-]+)(/tree/main)?/?", source)
+    return f"{hub}/datasets/{page[1]}/resolve/main" if page else source.rstrip("/")
+
+
+def benchmark_splits(location: str, split: str | None) -> list[str]:
+    """The splits of a set of CLIP_benchmark's, none if it is no such set."""
+    names = dict.fromkeys([*([split] if split else []), *SPLIT_NAMES])
+    return [name for name in names if exists(join(location, f"{name}/{NUM_SHARDS_FILE}"))]
+
+
+def read_tars(source: str, split: str | None, task: str | None) -> Found:
+    """Shards with labels or captions, and what lies beside them."""
+    check_scheme(source)
+    name = _name_of(source)
+    if source.endswith(".tar"):
+        if split:
+            raise ValueError(f"{source} names tars, so --split {split} can't be followed")
+        folder = source.rpartition("/")[0] or "."
+        shards = Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else _indexed(source)
+        return _read_shards(shards, name, source, task, [folder])
+    splits = benchmark_splits(source, split)
+    if not splits:
+        part = join(source, split) if split else source
+        if is_url(source) and not exists(join(part, INDEX_FILE)):
+            raise ValueError(
+                f"{source} is no set to evaluate on: there is neither {INDEX_FILE} (shards) nor "
+                f"{split or 'test'}/{NUM_SHARDS_FILE} (CLIP_benchmark's sets). Name a pattern of tars as "
+                f"{source}/{{0..9}}.tar, or look whether the address is right"
+            )
+        if not is_url(source):
+            in_split(Path(source), split)
+        is_indexed = exists(join(part, INDEX_FILE)) or not any(Path(part).glob("*.tar"))
+        shards = Shards(part, needs_captions=False) if is_indexed else _indexed(part)
+        return _read_shards(shards, name, source, task, [part, source])
+    chosen = choose_split(splits, split, source)
+    text = read_bytes(join(source, f"{chosen}/{NUM_SHARDS_FILE}")).decode("utf-8", "replace").strip()
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"{source}/{chosen}/{NUM_SHARDS_FILE} holds {text[:50]!r}; it must be the number of shards")
+    kind = (_text_at(source, "dataset_type.txt") or "classification").strip()
+    if kind not in TASKS:
+        raise ValueError(f"{source}/dataset_type.txt holds {kind[:50]!r}; known are {', '.join(TASKS)}")
+    shards = _indexed(f"{join(source, chosen)}/{{0..{int(text) - 1}}}.tar")
+    return _read_shards(shards, name, source, task or kind, [source], "zeroshot_classification_templates.txt")
+
+
+def _name_of(source: str) -> str:
+    if not is_url(source):
+        path = Path(source)
+        return (path.resolve().parent if source.endswith(".tar") else path.resolve()).name
+    parts = [part for part in urlsplit(source).path.split("/") if part and not part.endswith(".tar")]
+    while parts and parts[-1] in ("main", "resolve"):
+        parts.pop()
+    return parts[-1] if parts else urlsplit(source).netloc
+
+
+def _text_at(folder: str, name: str) -> str | None:
+    """A text that may lie in a folder, here or remote."""
+    location = join(folder, name)
+    return read_bytes(location).decode("utf-8-sig", "replace") if exists(location) else None
+
+
+def _indexed(source: str) -> Shards:
+    """Shards that have no index: one is made in the cache, anew when they have changed. What is theirs stays as it is.
+
+    Raises:
+        ValueError: a tar is not there, or damaged.
+    """
+    digest = hashlib.sha256()
+    for tar in tar_locations(source):
+        digest.update(tar.encode() if is_url(tar) else str(Path(tar).resolve()).encode())
+        if not is_url(tar):
+            facts = Path(tar).stat()
+            digest.update(f" {facts.st_size} {facts.st_mtime_ns}\0".encode())
+    out = Cache().folder.with_name("indexes") / digest.hexdigest()[:32]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.with_name(f"{out.name}.lock")):
+        if not (out / INDEX_FILE).is_file():
+            index_shards(source, out, overwrite=True)  # the rest of one that was interrupted may be there
+    return Shards(out, needs_captions=False)
+
+
+def _read_shards(
+    shards: Shards, name: str, source: str, task: str | None, folders: Sequence[str], templates: str = "templates.txt"
+) -> Found:
+    keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
+    members = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+    present = [kind for kind, member in members.items() if any(shards.read(n, member) for n in _probes(len(shards)))]
+    if not present:
+        raise ValueError(f"{source} has neither labels (.cls, .npy) nor captions (.txt) beside its images")
+    task = task or present[0]
+    if task not in present:
+        raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
+    identity = digest_lines(entry.sha256 for entry in shards.entries)
+    found = Found(name, FromEach(shards, image_of_record), keys, _shard_metadata(shards), identity=identity)
+    if task == "retrieval":
+        texts = (shards.read(n, "txt").decode("utf-8", "replace") for n in range(len(shards)))
+        return replace(found, captions=all_captioned(tuple(tuple(captions_in(t)) for t in texts), keys, source))
+    names = next((text for folder in folders if (text := _text_at(folder, "classnames.txt")) is not None), None)
+    classnames = None if names is None else tuple(lines_of(names, f"{source}/classnames.txt"))
+    wordings = next((text for folder in folders if (text := _text_at(folder, templates)) is not None), None)
+    labels: list[Any]
+    if task == "classification":
+        labels = [label_in(shards.read(n, "cls").decode("utf-8", "replace"), key) for n, key in enumerate(keys)]
+    else:
+        labels = [_hot_labels(shards.read(n, "npy"), classnames, key) for n, key in enumerate(keys)]
+    return replace(
+        found,
+        labels=labels,
+        labels_from=f".{members[task]} of the shards",
+        classnames=classnames,
+        classnames_from="" if classnames is None else "classnames.txt of the data",
+        templates=None if wordings is None else tuple(lines_of(wordings, f"{source}/{templates}")),
+        templates_from=f"{templates} of the data",
+    )
+
+
+def _probes(count: int) -> list[int]:
+    """Some numbers below `count`, spread evenly."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, 10))})
+
+
+def _shard_metadata(shards: Shards) -> dict[str, list[Any]]:
+    """What the samples' `.json` say, where they have one."""
+    if not any(shards.read(n, "json") for n in _probes(len(shards))):
+        return {}
+    facts = [shards.info(number) for number in range(len(shards))]
+    names = dict.fromkeys(
+        name
+        for each in facts
+        for name, value in each.items()
+        if value is None or isinstance(value, str | int | float | bool)
+    )
+    names.pop("cls", None)
+    return {name: [each.get(name) for each in facts] for name in names}
+
+
+def _hot_labels(data: bytes, classnames: tuple[str, ...] | None, key: str) -> list[str]:
+    """The numbers of the classes that an array of zeros and ones has ones for."""
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{key}: its .npy can't be read: {error or 'it is empty'}") from error
+    if classnames is None:
+        raise ValueError(f"{key} has several labels; a set of those needs a classnames.txt")
+    is_number = values.dtype.kind in "biuf"
+    if not is_number or values.shape != (len(classnames),) or not np.isin(values, (0, 1)).all():
+        raise ValueError(
+            f"{key}: its .npy has the shape {values.shape} and begins with {values.ravel()[:5].tolist()}; it must hold "
+            f"a 0 or a 1 for each of the {len(classnames)} class names"
+        )
+    return [str(number) for number in np.flatnonzero(values)]

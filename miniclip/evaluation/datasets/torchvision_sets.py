@@ -1,0 +1,104 @@
+"""Sets that torchvision knows, with its names and splits."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from ..prompts import CLASSNAME_SETS, classname_set, template_set
+from .folders_and_tables import FromEach, image_of_item, readable_sources
+from .sets import Found
+
+TORCHVISION_PREFIX = "torchvision:"
+TORCHVISION_SETS = (
+    "CIFAR10", "CIFAR100", "Caltech101", "Caltech256", "Country211", "DTD", "EuroSAT", "FER2013", "FGVCAircraft",
+    "FashionMNIST", "Flowers102", "Food101", "GTSRB", "ImageNet", "Imagenette", "KMNIST", "MNIST", "OxfordIIITPet",
+    "PCAM", "RenderedSST2", "STL10", "SUN397", "SVHN", "StanfordCars", "USPS",
+)  # fmt: skip
+# What the built-in prompts, and names where torchvision has none in words, are called: those of the paper.
+_PAPERS_NAMES = {
+    "CIFAR10": "cifar10", "CIFAR100": "cifar100", "Caltech101": "caltech101", "Country211": "country211", "DTD": "dtd",
+    "EuroSAT": "eurosat", "FER2013": "fer2013", "FGVCAircraft": "fgvc_aircraft", "Flowers102": "flowers",
+    "Food101": "food101", "GTSRB": "gtsrb", "ImageNet": "imagenet", "MNIST": "mnist", "OxfordIIITPet": "pets",
+    "PCAM": "pcam", "RenderedSST2": "renderedsst2", "STL10": "stl10", "SUN397": "sun397", "SVHN": "svhn",
+    "StanfordCars": "cars",
+}  # fmt: skip
+_NAMED_BY_TORCHVISION = ("Caltech101", "OxfordIIITPet")  # the first has one class less than the paper's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's
+
+
+def read_torchvision(source: str, root: Path, split: str | None, download: bool) -> Found:
+    """A classification set of torchvision's.
+
+    Some of those files are pickles (CIFAR's); torchvision compares them with its checksums before it opens them.
+    """
+    name = source.removeprefix(TORCHVISION_PREFIX)
+    if name not in TORCHVISION_SETS:
+        near = difflib.get_close_matches(name.lower(), [known.lower() for known in TORCHVISION_SETS], n=1)
+        meant = [f" (is {known} meant?)" for known in TORCHVISION_SETS if [known.lower()] == near]
+        raise ValueError(
+            f"torchvision has no classification set {name!r}{''.join(meant)}; there are {', '.join(TORCHVISION_SETS)}"
+        )
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
+    parameters = inspect.signature(kind).parameters
+    options: dict[str, Any] = {}
+    if "split" in parameters:
+        split = split or ("val" if name in ("ImageNet", "Imagenette") else "test")
+        options["split"] = split
+    elif "train" in parameters:
+        split = split or "test"
+        if split not in ("train", "test"):
+            raise ValueError(f"torchvision's {name} has no split {split!r}; valid are train, test")
+        options["train"] = split == "train"
+    elif split:
+        raise ValueError(f"torchvision's {name} comes in one piece, so --split {split} can't be followed")
+    if "download" in parameters:
+        options["download"] = download
+    elif download:
+        raise ValueError(f"torchvision can't download {name}; put its files into {root}")
+    try:
+        data = kind(root, **options)
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        hint = "" if download or "download" not in parameters else "; --download lets torchvision fetch it there"
+        raise ValueError(
+            f"torchvision's {name} can't be had from {root} ({' '.join(str(error).split())}). --root names the folder "
+            f"that it is in{hint}"
+        ) from error
+    own = next((found for a in ("classes", "categories") if (found := getattr(data, a, None)) is not None), None)
+    classnames, names_from = None, "torchvision"
+    built_in = _PAPERS_NAMES.get(name)
+    if built_in in CLASSNAME_SETS and name not in _NAMED_BY_TORCHVISION:
+        classnames, names_from = classname_set(built_in), f"the built-in {built_in!r}"
+    elif own is not None:  # of several names for a class, the first
+        classnames = readable_sources(each if isinstance(each, str) else each[0] for each in own)
+    place = f"{name}/{split}" if split else name
+    wordings = "imagenet80" if name == "ImageNet" else built_in
+    return Found(
+        name,
+        FromEach(data, image_of_item),
+        [f"{place}/{number}" for number in range(len(data))],
+        labels=[str(label) for label in _torchvision_labels(data)],
+        labels_from="torchvision",
+        classnames=classnames,
+        classnames_from="" if classnames is None else names_from,
+        templates=template_set(wordings) if wordings else None,
+        templates_from=f"the built-in set {wordings!r}" if wordings else "",
+        identity=f"{place} of {len(data)} in {root.resolve()}",  # its sets never change
+    )
+
+
+def _torchvision_labels(data: Any) -> list[int]:
+    """Its names for them differ; where it has none, each image is opened to learn its label."""
+    for attribute in ("targets", "labels", "_labels", "y"):
+        if (labels := getattr(data, attribute, None)) is not None:
+            return [int(label) for label in labels]
+    if (samples := getattr(data, "_samples", None)) is not None:
+        return [int(label) for _, label in samples]
+    return [int(data[number][1]) for number in range(len(data))]

@@ -1,0 +1,231 @@
+"""Any library's CLIP as evaluation sees it: the five things of a model, and what it can be recognised by.
+
+Ours, open_clip's and transformers' models come with the preprocessing and the tokenizer that they were trained with;
+anything else is an object with the same five things. `open_model` reads what a command line names:
+
+| name                                               | what it is                                                |
+|----------------------------------------------------|-----------------------------------------------------------|
+| openclip:ViT-B-32/laion2b_s34b_b79k                | a model of open_clip's and one of its tags                |
+| openclip:ViT-B-32/FILE                             | … and a file of weights; an absolute path has two slashes |
+| openclip:hf-hub:owner/name, openclip:local-dir:DIR | a repository or folder with an open_clip_config.json      |
+| transformers:owner/name, transformers:DIR          | a model with get_image_features, get_text_features        |
+| python:FILE.py:FUNCTION, python:MODULE:FUNCTION    | what your own function returns; runs your code            |
+| anything else                                      | whatever `miniclip.load` takes                            |
+
+B batch, R resolution, L text tokens, E embedding, D width of an image tower.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import __version__, tokenizer
+from ..model import CLIP, MissingTower, VisionTransformer
+from ..resnet import ModifiedResNet
+from .fingerprints import PROBE_TEXTS, digest_arrays, digest_module, probe_outputs, probe_pictures, tensors_of
+
+FIVE_THINGS = ("encode_image", "encode_text", "tokenize", "preprocess", "logit_scale")
+
+Preprocessor = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What evaluation knows of a model: five things, its name, and what it can be recognised by.
+
+    Args:
+        name: as reports call it.
+        encode_image: (B, 3, R, R) on the CPU, as `preprocess` gives them, stacked -> (B, E) on the model's device.
+        encode_text: what `tokenize` gives -> (B, E) on the model's device.
+        tokenize: texts to whatever `encode_text` takes.
+        preprocess: an image to (3, R, R); can be pickled, for worker processes.
+        logit_scale: the stored logarithm, as OpenAI's. Its device is the model's.
+        encode_pooled: as `encode_image`, features before the projection (B, D), where the library gives them.
+        library: its name and version, for reports.
+        image_module, text_module: hold the tensors that encode images, and those that encode texts.
+        identity: what an object without such modules calls its state; see `from_object`.
+    """
+
+    name: str
+    encode_image: Callable[[Tensor], Tensor]
+    encode_text: Callable[[Any], Tensor]
+    tokenize: Callable[[list[str]], Any]
+    preprocess: Preprocessor
+    logit_scale: Tensor
+    encode_pooled: Callable[[Tensor], Tensor] | None = None
+    library: str = ""
+    image_module: nn.Module | None = None
+    text_module: nn.Module | None = None
+    identity: str | None = None
+
+    def image_fingerprint(self) -> str | None:
+        """Equal for models that make the same features of the same picture: a digest of the image tower's tensors and
+        architecture, of the library's version, and of what `preprocess` makes of a few pictures. Computed once.
+
+        None if there is nothing to recognise the model by, or `preprocess` gives something else each time.
+        """
+        return self._image_fingerprint
+
+    def text_fingerprint(self) -> str | None:
+        """Likewise of the text tower, and of what `tokenize` makes of a few texts."""
+        return self._text_fingerprint
+
+    @cached_property
+    def _image_fingerprint(self) -> str | None:
+        return self._fingerprint(self.image_module, self.preprocess, probe_pictures())
+
+    @cached_property
+    def _text_fingerprint(self) -> str | None:
+        return self._fingerprint(self.text_module, self.tokenize, [[text] for text in PROBE_TEXTS])
+
+    def _fingerprint(
+        self, module: nn.Module | None, function: Callable[[Any], Any], probes: Sequence[Any]
+    ) -> str | None:
+        if module is not None and next(tensors_of(module), None) is not None:
+            tower = digest_module(module)
+        elif self.identity is not None:
+            tower = self.identity
+        else:
+            return None
+        seen = probe_outputs(function, probes)
+        return None if seen is None else digest_arrays(self.library, tower, seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+
+
+def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Model:
+    """A model of ours; it is put into evaluation mode.
+
+    Longer texts than it can read are cut, and a warning says how many. A model that reads other token ids than CLIP's
+    refuses texts.
+    """
+    model.eval()
+    return Model(
+        name=name,
+        encode_image=torch.no_grad()(lambda images: model.encode_image(images.to(model.logit_scale.device))),
+        encode_text=torch.no_grad()(model.encode_text),
+        tokenize=_OurTokenize(model, name),
+        preprocess=preprocess,
+        logit_scale=model.logit_scale,
+        encode_pooled=lambda images: pooled_features(model, images.to(model.logit_scale.device)),
+        library=f"miniclip {__version__}",
+        image_module=model.visual,
+        text_module=model.text,
+    )
+
+
+class _OurTokenize:
+    def __init__(self, model: CLIP, name: str) -> None:
+        self.text, self.name = model.config.text, name
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        tokenizer.refuse_other_ids(self.text, self.name, "CLIP's")
+        length = self.text.context_length
+        tokens = tokenizer.tokenize(texts, length, truncate=True)
+        full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
+        cut = [text for text in full if len(tokenizer.encode(text)) + 2 > length]
+        if cut:
+            warnings.warn(
+                f"{self.name} reads {length} tokens; {len(cut)} of {len(texts)} texts are longer and were cut, "
+                f"the first: {cut[0][:200]!r}",
+                stacklevel=2,
+            )
+        return tokens
+
+
+@torch.no_grad()
+def pooled_features(model: CLIP, images: Tensor) -> Tensor:
+    """What the image tower gives before it is projected to the space of texts, as the paper's probes take it
+    (appendix A.3): normalised images (B, 3, R, R) -> (B, D).
+
+    Of a vision transformer the normed class token, of timm's models what their pooling gives. CLIP's ResNet has no
+    projection but the last layer of its attention pool, so its features are those of `encode_image`, also in the paper.
+
+    Raises:
+        ValueError: as `encode_image`.
+    """
+    model.check_images(images)
+    tower, images = model.visual, images.to(model.dtype)
+    if isinstance(tower, VisionTransformer):
+        return tower(images, all_tokens=True)[:, 0]
+    if isinstance(tower, ModifiedResNet | MissingTower):
+        return tower(images)
+    return tower.trunk.forward_head(tower.trunk.forward_features(images), pre_logits=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anything else
+
+
+def from_object(obj: Any, name: str) -> Model:
+    """Any object with the five things: encode_image, encode_text, tokenize, preprocess, logit_scale.
+
+    A module of torch's is put into evaluation mode. Images, and tokens that are tensors, come to its functions on the
+    device of its `logit_scale`, which may also be a number. Features may be NumPy's. Its code can't be recognised, so
+    neither can the object, unless it has a `fingerprint`: a text that changes whenever what it makes of images or texts
+    does.
+
+    Raises:
+        ValueError: one of the five is missing or of no use; it is named.
+    """
+    missing = [attribute for attribute in FIVE_THINGS if getattr(obj, attribute, None) is None]
+    if missing:
+        raise ValueError(f"{name} is a {type(obj).__name__} without {', '.join(missing)}; needed are {_listed()}")
+    for attribute in FIVE_THINGS[:-1]:
+        if not callable(getattr(obj, attribute)):
+            raise ValueError(f"{attribute} of {name} is {getattr(obj, attribute)!r}; it must be a function")
+    try:
+        scale = as_number(torch.as_tensor(obj.logit_scale))
+        float(scale)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"logit_scale of {name} is {obj.logit_scale!r}; it must be one number, a logarithm") from error
+    identity = getattr(obj, "fingerprint", None)
+    if identity is not None and not isinstance(identity, str):
+        raise ValueError(f"fingerprint of {name} is {identity!r}; it must be a text")
+    pooled = getattr(obj, "encode_pooled", None)
+    if isinstance(obj, nn.Module):
+        obj.eval()
+
+    def checked(encode: Callable[[Any], Any], what: str) -> Callable[[Any], Tensor]:
+        @torch.no_grad()
+        def encode_on_device(batch: Any) -> Tensor:
+            features = encode(batch.to(scale.device) if isinstance(batch, Tensor) else batch)
+            if isinstance(features, np.ndarray):
+                features = torch.from_numpy(features)
+            if not isinstance(features, Tensor) or features.ndim != 2:
+                shape = f" of shape {tuple(features.shape)}" if isinstance(features, Tensor) else ""
+                raise ValueError(f"{what} of {name} gives a {type(features).__name__}{shape}; (B, E) is needed")
+            return features.to(scale.device)
+
+        return encode_on_device
+
+    return Model(
+        name=name,
+        encode_image=checked(obj.encode_image, "encode_image"),
+        encode_text=checked(obj.encode_text, "encode_text"),
+        tokenize=obj.tokenize,
+        preprocess=obj.preprocess,
+        logit_scale=scale,
+        encode_pooled=checked(pooled, "encode_pooled") if pooled is not None else None,
+        library=str(getattr(obj, "library", "")),
+        identity=identity,
+    )
+
+
+def as_number(scale: Tensor) -> Tensor:
+    return scale if scale.ndim == 0 else scale.reshape(())  # some are kept as one number in a list
+
+
+def _listed() -> str:
+    return f"{', '.join(FIVE_THINGS[:-1])} and {FIVE_THINGS[-1]}"

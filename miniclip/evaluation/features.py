@@ -1,0 +1,342 @@
+"""Features of images and texts, each computed once: shared out over processes, kept in a cache, resumed after a break.
+
+Whatever is scored is scored from these: other prompts, other measures and probes cost no second look at the images.
+
+N images, T texts, E embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import tokenizer
+from ..common.files import atomic_write
+from ..common.processes import collect, place, share
+from .datasets.sets import EvaluationSet
+
+_PROMPTS_PER_BATCH = 256
+_SAME_LENGTH = 8  # characters by which texts may differ to count as of one length
+_SECONDS_BETWEEN_PARTS = 10.0  # as much work as a break may cost
+_SCHEMA = "1"  # of the files in the cache; another number leaves the old ones alone
+
+
+class Encoder(Protocol):
+    """The part of a model that evaluation uses; with `tokenize` and `preprocess` it is the five things of a model."""
+
+    logit_scale: Tensor
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_text(self, tokens: Tensor) -> Tensor: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+class FeatureCache:
+    """Tensors by what they were computed from. A text of facts is its name; nothing in it is ever out of date.
+
+    What can't be written is told and not kept: it is worth less than the run that it would save time of.
+
+    Args:
+        folder: where; else `features` below MINICLIP_CACHE, or below `miniclip` in XDG_CACHE_HOME or ~/.cache.
+        limit_bytes: what was not used for longest is deleted so that all together has no more than this.
+    """
+
+    def __init__(self, folder: str | Path | None = None, limit_bytes: int = 20 * 10**9) -> None:
+        if folder is None:
+            user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "miniclip"
+            folder = Path(os.environ.get("MINICLIP_CACHE") or user_cache) / "features"
+        self.folder, self.limit_bytes = Path(folder).expanduser(), limit_bytes
+
+    @staticmethod
+    def key(*facts: Any) -> str | None:
+        """The name of what these make; None if one of them is not known, so that nothing is kept."""
+        if None in facts:
+            return None
+        return hashlib.sha256(json.dumps([_SCHEMA, *facts], ensure_ascii=False).encode()).hexdigest()
+
+    def read(self, key: str) -> dict[str, Tensor] | None:
+        """What was written whole; None if there is none."""
+        path = self._path(key)
+        tensors = _read(path)
+        if tensors is not None:
+            with suppress(OSError):  # someone else's, or on a disk that can only be read
+                os.utime(path)
+        return tensors
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the place of its parts."""
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        with self._as_far_as_possible():
+            self._make_room(len(data))
+            with atomic_write(self._path(key)) as file:
+                file.write(data)
+            shutil.rmtree(self._parts(key), ignore_errors=True)
+
+    def read_parts(self, key: str) -> Iterator[dict[str, Tensor]]:
+        """What `write_part` left, of runs that came to no end."""
+        for path in sorted(self._parts(key).glob("*.safetensors")):
+            if (tensors := _read(path)) is not None:
+                yield tensors
+
+    def write_part(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        with self._as_far_as_possible(), atomic_write(self._parts(key) / f"{uuid.uuid4().hex}.safetensors") as file:
+            file.write(data)
+
+    @contextmanager
+    def _as_far_as_possible(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or error
+            warnings.warn(
+                f"features can't be kept in {self.folder}: {why}; another run computes them anew", stacklevel=4
+            )
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _parts(self, key: str) -> Path:
+        return self.folder / f"{key}.parts"
+
+    def _make_room(self, size: int) -> None:
+        held: list[tuple[int, int, Path]] = []
+        for path in self.folder.glob("[0-9a-f]" * 64 + ".*"):
+            with suppress(FileNotFoundError):  # another process was faster
+                files = list(path.iterdir()) if path.is_dir() else [path]
+                held.append((path.stat().st_mtime_ns, sum(each.stat().st_size for each in files), path))
+        total = sum(bytes_there for _, bytes_there, _ in held) + size
+        for _, bytes_there, path in sorted(held):
+            if total <= self.limit_bytes:
+                break
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            total -= bytes_there
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):  # not there, another user's, or damaged by what is not ours: computed anew
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+
+def own_tokenize(model: Any) -> Callable[[list[str]], Tensor]:
+    """CLIP's tokenizer for the model's context length."""
+    return partial(tokenizer.tokenize, context_length=getattr(model, "context_length", tokenizer.CONTEXT_LENGTH))
+
+
+@torch.no_grad()  # what is sliced over processes can't do without autograd's bookkeeping
+def encode_texts(
+    model: Any,
+    texts: Sequence[str],
+    tokenize: Callable[[list[str]], Any],
+    progress: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Unit features (T, E) of texts, each text once.
+
+    Texts of about one length are together, as the longest of a batch sets its cost on a GPU, and of those the ones that
+    begin alike, as what they share is computed once on a CPU.
+
+    Where there are several processes, all call this with the same texts, and each encodes a share of the batches.
+
+    Args:
+        progress: called with the number of different texts done.
+    """
+    unique = sorted(dict.fromkeys(texts), key=lambda text: (len(text) // _SAME_LENGTH, text))
+    batches = [unique[start : start + _PROMPTS_PER_BATCH] for start in range(0, len(unique), _PROMPTS_PER_BATCH)]
+    own = share(len(batches))
+    parts = []
+    for number in own:
+        features = model.encode_text(tokenize(batches[number]))
+        parts.append(F.normalize(features.float(), dim=-1))
+        if progress:
+            progress(round(len(parts) * len(unique) / len(own)))
+    if place()[1] > 1:
+        device = parts[0].device
+        parts = [part.to(device) for each in collect([part.cpu() for part in parts]) for part in each][: len(batches)]
+    number_of = {text: number for number, text in enumerate(unique)}
+    return torch.cat(parts)[[number_of[text] for text in texts]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a model made of the images of a data set.
+
+    Args:
+        numbers: (N,) which of the data's images could be read, in order.
+        features: (N, E) of those, as the model gives them, in float32 on the CPU.
+        unreadable: why the other images could not be read.
+    """
+
+    data: EvaluationSet
+    numbers: np.ndarray
+    features: Tensor
+    unreadable: tuple[str, ...]
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """(N, E) of length 1."""
+        return F.normalize(self.features, dim=-1)
+
+
+class _Images(Dataset[Tensor | str]):
+    def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], numbers: list[int]) -> None:
+        self.data, self.preprocess, self.numbers = data, preprocess, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> Tensor | str:
+        try:
+            return self.preprocess(self.data.open(self.numbers[place]))
+        except ValueError as error:
+            return str(error)
+
+
+@torch.no_grad()  # as above
+def encode_images(
+    encode: Callable[[Tensor], Tensor],
+    preprocess: Callable[[Image.Image], Tensor],
+    data: EvaluationSet,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    cache: FeatureCache | None = None,
+    key: str | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> ImageFeatures:
+    """Features of every image that can be read; each process encodes a share, where there are several.
+
+    Args:
+        encode: (B, 3, R, R) on `device` -> (B, E).
+        preprocess: PIL image to (3, R, R).
+        num_workers: processes that decode; no more than there are batches, and none for a single one.
+        cache: with `key`, which stands for model, preprocessing and images, nothing is computed twice: what a run
+            that was stopped has done counts, whatever its processes and batches were.
+        progress: called with the number of images done, of all processes'.
+
+    Returns:
+        The same in every process, and the same whatever their number and the batch size, but for rounding.
+
+    Raises:
+        ValueError: not one image could be read, or the features are zero or not finite.
+    """
+    kept = _Kept(cache, key, data) if cache is not None and key is not None and place()[0] == 0 else None
+    known: np.ndarray = collect(kept.numbers if kept else np.zeros(0, dtype=np.int64))[0]
+    missing = np.setdiff1d(np.arange(len(data)), known)
+    if progress and len(known):
+        progress(len(known))
+    numbers = [int(missing[number]) for number in share(len(missing))]
+    num_batches = -(-len(numbers) // batch_size)
+    num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
+    loader = DataLoader(_Images(data, preprocess, numbers), batch_size, num_workers=num_workers, collate_fn=list)
+    blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
+    parts: list[Tensor] = []
+    problems: list[str] = []  # of each image, empty for those that could be read
+    unsaved, saved_at = 0, time.monotonic()  # the first of `parts`, counted in batches, that no file has
+
+    def save_part() -> None:
+        if cache is not None and key is not None and parts[unsaved:]:
+            first = unsaved * batch_size
+            done = [place for place in range(first, len(problems)) if not problems[place]]
+            rows = torch.cat(parts[unsaved:])[[place - first for place in done]]
+            cache.write_part(key, {"numbers": torch.tensor([numbers[place] for place in done]), "features": rows})
+
+    try:
+        for batch in loader if numbers else ():
+            if blank is None:
+                readable = [image for image in batch if isinstance(image, Tensor)]
+                blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
+            images = torch.stack([blank if isinstance(image, str) else image for image in batch])
+            features = encode(images.to(device)).float().cpu()  # (b, E)
+            _refuse_without_direction(features[[isinstance(image, Tensor) for image in batch]], data.name)
+            parts.append(features)
+            problems += [image if isinstance(image, str) else "" for image in batch]
+            if progress:
+                progress(len(known) + round(len(problems) * len(missing) / len(numbers)))
+            if time.monotonic() - saved_at > _SECONDS_BETWEEN_PARTS:
+                save_part()
+                unsaved, saved_at = len(parts), time.monotonic()
+    except BaseException:  # Ctrl-C, too
+        save_part()
+        raise
+    shares = collect((torch.cat(parts) if parts else None, problems))
+    problems = [problem for _, each in shares for problem in each][: len(missing)]
+    is_healthy = np.array([not problem for problem in problems], dtype=bool)
+    unreadable = tuple(problem for problem in problems if problem)
+    if not len(known) and not is_healthy.any():
+        raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
+    new = [part for part, _ in shares if part is not None]
+    found = [torch.cat(new)[: len(missing)][torch.from_numpy(is_healthy)]] if new else []
+    if len(known):
+        found = [collect(kept.features if kept else None)[0], *found]  # type: ignore[list-item]
+    numbers_found = np.concatenate([known, missing[is_healthy]])
+    order = np.argsort(numbers_found)
+    rows = torch.cat(found)[torch.from_numpy(order)]
+    if kept and not kept.is_whole(len(numbers_found)):
+        kept.write(numbers_found[order], rows)
+    return ImageFeatures(data, numbers_found[order], rows, unreadable)
+
+
+def _refuse_without_direction(features: Tensor, name: str) -> None:
+    if not torch.isfinite(features).all():
+        raise ValueError(f"the model gives features that are not finite, for images of {name}")
+    if not features.any(dim=1).all():
+        raise ValueError(f"the model gives features that are zero, for images of {name}; a cosine needs a direction")
+
+
+class _Kept:
+    """What the cache has of a data set: a whole run, the parts of some that were stopped, or nothing."""
+
+    def __init__(self, cache: FeatureCache, key: str, data: EvaluationSet) -> None:
+        self.cache, self.key = cache, key
+        whole = cache.read(key)
+        tensors = [*([] if whole is None else [whole]), *cache.read_parts(key)]
+        tensors = [each for each in tensors if each["numbers"].numel()]
+        self._num_whole = 0 if whole is None else len(whole["numbers"])
+        numbers = np.concatenate([np.zeros(0, dtype=np.int64), *(each["numbers"].numpy() for each in tensors)])
+        self.numbers, first = np.unique(numbers, return_index=True)
+        self.features = torch.cat([each["features"] for each in tensors])[torch.from_numpy(first)] if tensors else None
+        assert not len(self.numbers) or self.numbers[-1] < len(data)
+
+    def is_whole(self, num_images: int) -> bool:
+        """Whether the file of a whole run has so many."""
+        return self._num_whole == num_images
+
+    def write(self, numbers: np.ndarray, features: Tensor) -> None:
+        self.cache.write(self.key, {"numbers": torch.from_numpy(numbers), "features": features})

@@ -1,0 +1,106 @@
+"""After fine-tuning: weights between the start and the end (WiSE-FT, Wortsman et al. 2021,
+https://arxiv.org/abs/2109.01903).
+
+A model that was fine-tuned on one task has forgotten some of the others. The straight line between its weights and
+those that it started from passes through models that are good at both, often better at the new task than its end. Any
+of them costs what one model costs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import differences
+from ..model import CLIP
+from ..weights.load import preprocess_for
+from .datasets.sets import LabelledImages
+from .zero_shot import zero_shot_scores
+
+
+def interpolate(start: CLIP, finetuned: CLIP, alpha: float) -> CLIP:
+    """A new model of the weights (1 - alpha) * start + alpha * finetuned.
+
+    Args:
+        alpha: 0 gives the start, 1 the fine-tuned model, both bit for bit.
+
+    Raises:
+        ValueError: two architectures (names what differs), or alpha outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it must be from 0, the start, to 1, the fine-tuned model")
+    if start.config != finetuned.config:
+        lines = differences(
+            start.config.to_dict(), finetuned.config.to_dict(), "config", ("the start has", "the fine-tuned model")
+        )
+        raise ValueError("only models of one architecture can be interpolated, and these differ:\n" + "\n".join(lines))
+    model = copy.deepcopy(finetuned)
+    ends = start.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():  # batch norm's counts are no weights
+                tensor.copy_(torch.lerp(ends[name].to(tensor), tensor, alpha))
+    return model
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model on the way: its top-1 on each new task, and on each old one, as shares of 1."""
+
+    alpha: float
+    new: tuple[float, ...]
+    old: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Of the new tasks' mean and the old tasks' mean."""
+        return (sum(self.new) / len(self.new) + sum(self.old) / len(self.old)) / 2
+
+
+def sweep(
+    start: CLIP,
+    finetuned: CLIP,
+    new: Sequence[LabelledImages],
+    old: Sequence[LabelledImages],
+    alphas: Sequence[float],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> list[Point]:
+    """Zero-shot scores of the models at `alphas`, in rising order and with both ends.
+
+    Raises:
+        ValueError: as `interpolate` and `zero_shot_scores`.
+    """
+    preprocess = preprocess_for(start.config)
+    points: list[Point] = []
+    for alpha in sorted({0.0, 1.0, *alphas}):
+        model = interpolate(start, finetuned, alpha).eval()
+        accuracies = []
+        for data in (*new, *old):
+            scores = zero_shot_scores(model, preprocess, data, batch_size=batch_size, num_workers=num_workers)
+            accuracies.append(float((scores.ranked[:, 0] == scores.labels).mean()))
+        points.append(Point(alpha, tuple(accuracies[: len(new)]), tuple(accuracies[len(new) :])))
+        if progress:
+            progress(len(points))
+    return points
+
+
+def best(points: Sequence[Point], may_lose: float | None = None) -> Point:
+    """Of the highest mean of new and old; of equals the one nearest to the start, which changes least.
+
+    Args:
+        may_lose: instead, the highest on the new tasks of those whose mean on the old ones is at most this much (a
+            share of 1) below the start's.
+    """
+    if may_lose is None:
+        return max(points, key=lambda point: (point.mean, -point.alpha))
+    (start,) = (point for point in points if point.alpha == 0)
+    # What rounding does to a mean is no loss.
+    allowed = [point for point in points if sum(point.old) >= sum(start.old) - len(start.old) * (may_lose + 1e-9)]
+    return max(allowed, key=lambda point: (sum(point.new), -point.alpha))

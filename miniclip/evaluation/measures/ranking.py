@@ -1,0 +1,207 @@
+"""Retrieval in bounded memory. A tie counts against the model, so equal scores for all pairs find nothing.
+
+I images, T texts, E embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...common.processes import collect, place
+from .statistics import as_rows, check_k
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+_NUM_ROWS, _NUM_COLUMNS = 2048, 4096  # of a block of cosines: 64 MiB
+# Cosines of equal features differ in float64 by some 1e-16 with their place in a block; those of different ones, as
+# models give them, hardly ever by as little as this.
+_SAME = 1e-11
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One direction of retrieval.
+
+    Args:
+        num_candidates: how many each query chooses among. Among more it is harder: compare only equal numbers.
+        queries: (Q,) numbers of the texts or images that ask. An image without a text does not: it has nothing to find.
+        ranks: (Q,) the place, from 1, of the best of its own. `bootstrap_interval(ranks <= K)` is recall's interval.
+        recall: by K, the share of queries that find one of their own among the first K.
+        median_rank, mean_rank: of ranks.
+        mean_average_precision: by K: of each query, the precision at each of its own among the first K, summed and
+            divided by how many could be there (its own, or K if fewer).
+    """
+
+    num_candidates: int
+    queries: np.ndarray
+    ranks: np.ndarray
+    recall: dict[int, float]
+    median_rank: float
+    mean_rank: float
+    mean_average_precision: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Both directions, by what is found: `images` by their texts, `texts` by their images.
+
+    `images.recall[K]` is CLIP_benchmark's image_retrieval_recall@K, `texts.recall[K]` its text_retrieval_recall@K. It
+    differs for ties alone, and by counting an image without texts as one that finds nothing.
+    """
+
+    images: Ranking
+    texts: Ranking
+
+
+def retrieval(
+    image_features: Tensor | np.ndarray,
+    text_features: Tensor | np.ndarray,
+    image_of_text: Tensor | np.ndarray | Sequence[int],
+    ks: Sequence[int] = (1, 5, 10),
+) -> Retrieval:
+    """Images by texts and texts by images, exact, over blocks of the matrix of cosines and never the whole.
+
+    The cosines are taken in float64, so that ties are ties in every block, process and device. A text that is equal to
+    one of another image ties with it, and finds nothing at rank 1.
+
+    Where there are several processes, all call this with the same features, and each takes a part of the images.
+
+    Args:
+        image_features: (I, E), of any length but 0. Where they are, all is computed.
+        text_features: (T, E), likewise.
+        image_of_text: (T,) the image that each text belongs to; images have any number of texts.
+
+    Raises:
+        ValueError: features that have no direction (NaN, infinite or 0), or that do not belong together.
+    """
+    for k in ks:
+        check_k(k)
+    images, texts = torch.as_tensor(image_features), torch.as_tensor(text_features)
+    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
+        shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
+        raise ValueError(f"image and text features have shapes {shapes}; they are (I, E) and (T, E) with one E")
+    if not len(images) or not len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} texts; retrieval needs at least one of each")
+    owner = np.asarray(image_of_text.cpu() if isinstance(image_of_text, Tensor) else image_of_text)
+    if owner.shape != (len(texts),) or owner.dtype.kind not in "iu":
+        found = f"shape {owner.shape} and type {owner.dtype}"
+        raise ValueError(f"image_of_text is a whole number for each of {len(texts)} texts; it has {found}")
+    if owner.min() < 0 or owner.max() >= len(images):
+        wrong = owner[(owner < 0) | (owner >= len(images))][0]
+        raise ValueError(f"image_of_text says image {wrong}; with {len(images)} images they are 0 to {len(images) - 1}")
+    better_images, better_texts = _count_better(images, texts, owner.astype(np.int64))
+    return Retrieval(
+        _ranking(better_images, np.arange(len(texts)), len(images), ks), _ranking(better_texts, owner, len(texts), ks)
+    )
+
+
+def _ranking(better: np.ndarray, query: np.ndarray, num_candidates: int, ks: Sequence[int]) -> Ranking:
+    """Of each pair of a query and its own (T,): how many of others are as good or better, and which query it is."""
+    order = np.lexsort((better, query))
+    queries, first, sizes = np.unique(query[order], return_index=True, return_counts=True)
+    number = np.arange(len(order)) - np.repeat(first, sizes) + 1  # of its own, the best is 1
+    places = better[order] + number  # among all
+    ranks = places[first]
+    precision = {}
+    for k in ks:
+        summed = np.add.reduceat(np.where(places <= k, number / places, 0.0), first)
+        precision[k] = float((summed / np.minimum(sizes, k)).mean())
+    return Ranking(
+        num_candidates,
+        queries,
+        ranks,
+        {k: float((ranks <= k).mean()) for k in ks},
+        float(np.median(ranks)),
+        float(ranks.mean()),
+        precision,
+    )
+
+
+@torch.inference_mode()
+def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each text: other images at least as near to it as its own, and other images' texts as near to its image.
+
+    Images are taken by falling number of texts, and texts in the order of their images. So the images that have an
+    n-th text are the first rows of a block, and a block's own pairs are neighbours.
+    """
+    device = torch.device("cpu") if images.device.type == "mps" else images.device  # which knows no float64
+    image_norms, text_norms = _norms(images, "image"), _norms(texts, "text")
+
+    def unit(features: Tensor, norms: Tensor, rows: np.ndarray) -> Tensor:
+        chosen = torch.from_numpy(rows)
+        return features[chosen.to(features.device)].to(device).double() / norms[chosen, None].to(device)
+
+    num_texts = np.bincount(owner, minlength=len(images))
+    image_order = np.argsort(-num_texts, kind="stable")
+    rows = np.empty_like(image_order)  # of images, in that order
+    rows[image_order] = np.arange(len(images))
+    text_order = np.argsort(rows[owner], kind="stable")
+    ends = np.cumsum(num_texts[image_order])  # of the texts of each row
+    starts = ends - num_texts[image_order]
+
+    own = torch.empty(len(texts), dtype=torch.float64, device=device)  # cosines of texts with their images, in order
+    for start in range(0, len(texts), _NUM_ROWS):
+        chosen = text_order[start : start + _NUM_ROWS]
+        pair = unit(images, image_norms, owner[chosen]), unit(texts, text_norms, chosen)
+        own[start : start + _NUM_ROWS] = (pair[0] * pair[1]).sum(dim=1) - _SAME
+
+    rank, world_size = place()
+    num_rows = min(_NUM_ROWS, -(-len(images) // world_size))
+    better = torch.zeros(2, len(texts), dtype=torch.int64, device=device)
+    for top in range(rank * num_rows, len(images), world_size * num_rows):
+        chosen = image_order[top : top + num_rows]
+        block_images = unit(images, image_norms, chosen)
+        first_texts = torch.from_numpy(starts[top : top + num_rows]).to(device)
+        own_texts = range(int(starts[top]), int(ends[top + len(chosen) - 1]))
+        for left in range(0, len(texts), _NUM_COLUMNS):
+            columns = slice(left, min(left + _NUM_COLUMNS, len(texts)))
+            cosines = block_images @ unit(texts, text_norms, text_order[columns]).T  # (n, m)
+            low, high = max(own_texts.start, columns.start), min(own_texts.stop, columns.stop)
+            if low < high:
+                pairs = rows[owner[text_order[low:high]]] - top, np.arange(low, high) - left
+                cosines[torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)] = -torch.inf
+            better[0, columns] += _count(cosines >= own[columns], dim=0)
+            for number in range(int(num_texts[chosen[0]])):
+                having = int((num_texts[chosen] > number).sum())
+                numbered = first_texts[:having] + number
+                better[1, numbered] += _count(cosines[:having] >= own[numbered, None], dim=1)
+    counts = np.empty((2, len(texts)), dtype=np.int64)
+    counts[:, text_order] = sum(collect(better.cpu().numpy()))
+    return counts[0], counts[1]
+
+
+def _count(is_true: Tensor, dim: int) -> Tensor:
+    if is_true.device.type == "cpu":  # NumPy counts bytes four times as fast, and counting is most of the work
+        return torch.from_numpy(np.asarray(np.count_nonzero(is_true.numpy(), axis=dim)))
+    return is_true.sum(dim=dim)
+
+
+def _norms(features: Tensor, what: str) -> Tensor:
+    norms = torch.cat([part.cpu().double().norm(dim=1) for part in features.split(_NUM_ROWS)])
+    for is_bad, why in ((~torch.isfinite(norms), "not finite (NaN or infinite)"), (norms == 0, "zero")):
+        if is_bad.any():
+            raise ValueError(f"{what} features: {as_rows(is_bad.numpy())} {why}; a cosine needs a direction")
+    return norms
+
+
+def recall_at_1(queries: Tensor, keys: Tensor, chunk_size: int = 1024) -> float:
+    """Share of queries (N, E) that are nearer to their own key (same row) than to any other; a tie is a miss.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(queries):
+        raise ValueError("retrieval needs at least one pair, and there is none")
+    hits = 0
+    for start in range(0, len(queries), chunk_size):
+        cosines = queries[start : start + chunk_size] @ keys.T  # (n, N)
+        rows = torch.arange(len(cosines), device=cosines.device)
+        own = cosines[rows, start + rows].clone()
+        cosines[rows, start + rows] = -torch.inf
+        hits += int((own > cosines.max(dim=1).values).sum())
+    return hits / len(queries)

@@ -1,0 +1,255 @@
+"""Intervals and tests: bootstrap, Wilson, McNemar, robustness fits; and arrays checked on their way in.
+
+N images, C classes, K guesses, G groups of images that are resampled together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_NUM_RESAMPLES = 2000
+_Z = 1.959963984540054  # 95 % of a normal distribution lie within as many standard deviations
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may come in
+
+
+def as_column(values: Any, what: str, length: int | None = None) -> np.ndarray:
+    """(N,), of the given length, not empty, and finite."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{what} are one number each, of shape (N,); these have shape {array.shape}")
+    if not len(array):
+        raise ValueError(f"there are no {what}, and a measure needs at least one")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} are numbers; these are of type {array.dtype}")
+    if length is not None and len(array) != length:
+        raise ValueError(f"{len(array)} {what} for {length} images; there is one for each")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{what}: {as_rows(~np.isfinite(array))} not finite (NaN or infinite)")
+    return array
+
+
+def as_matrix(values: Any, what: str) -> np.ndarray:
+    """(N, C), not empty, and finite."""
+    array = np.asarray(values)
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{what} have shape (N, C) with at least one row and column; these have {array.shape}")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} are numbers; these are of type {array.dtype}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{what}: {as_rows(~np.isfinite(array).all(axis=1))} not finite (NaN or infinite)")
+    return array
+
+
+def as_rows(is_bad: np.ndarray) -> str:
+    numbers = np.flatnonzero(is_bad)
+    first = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+    return f"{len(numbers)} of {len(is_bad)} rows (numbers {first}) are"
+
+
+def as_classes(values: Any, what: str, num_classes: int, length: int | None = None) -> np.ndarray:
+    """(N,) numbers of classes."""
+    array = as_column(values, what, length)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what} are whole numbers, the places of classes; these are of type {array.dtype}")
+    if array.min() < 0 or array.max() >= num_classes:
+        wrong = array[(array < 0) | (array >= num_classes)][0]
+        raise ValueError(f"{what} are from 0 to {num_classes - 1}, as there are {num_classes} classes; one is {wrong}")
+    return array
+
+
+def as_truths(values: Any, what: str, length: int | None = None) -> np.ndarray:
+    """(N,) yes or no."""
+    array = as_column(values, what, length)
+    if array.dtype != bool and not np.isin(array, (0, 1)).all():
+        wrong = array[~np.isin(array, (0, 1))][0]
+        raise ValueError(f"{what} are True or False, or 1 or 0, for each image; one is {wrong}")
+    return array.astype(bool)
+
+
+def group_sizes(groups: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each image's group (N,), and the sizes of groups (G,); without groups, every image is its own."""
+    if groups is None:
+        return np.arange(length), np.ones(length, dtype=np.int64)
+    if len(groups) != length:
+        raise ValueError(f"{len(groups)} groups for {length} images; there is one for each")
+    groups = np.asarray(groups)
+    is_missing = np.array([group is None or group != group for group in groups])
+    if is_missing.any():
+        raise ValueError(f"groups: {as_rows(is_missing)} None or NaN; an image that stands alone is a group of its own")
+    _, group = np.unique(groups, return_inverse=True)
+    return group, np.bincount(group)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def bootstrap_interval(values: np.ndarray, groups: np.ndarray | None = None, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean, drawing whole groups with replacement (Efron's percentile bootstrap).
+
+    With few groups, or with values that are all the same, it is too narrow: `wilson_interval` is for those.
+
+    Args:
+        values: (N,) any number of each image.
+        groups: (N,) which values belong together; by default each stands alone.
+
+    Raises:
+        ValueError: there are no values, some are not finite, or groups are fewer or more.
+    """
+    values = as_column(values, "values").astype(np.float64)
+    group, sizes = group_sizes(groups, len(values))
+    sums = np.bincount(group, weights=values)
+    random = np.random.default_rng(seed)
+    means = np.empty(_NUM_RESAMPLES)
+    for i in range(_NUM_RESAMPLES):
+        drawn = random.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilson_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The 95 % interval of a share, sound for few images and for shares of 0 and 1 (Wilson 1927).
+
+    Images of a group are not so many independent ones: they count as the number of images that, if independent, would
+    spread as much as the groups do (Kish's design effect, as Dean and Pagano 2015 put it into Wilson's interval). Where
+    nothing spreads, as all are right or all wrong, a group counts as one image.
+
+    Args:
+        correct: (N,) of true and false.
+        groups: (N,) which images belong together; by default each stands alone.
+    """
+    correct = as_truths(correct, "values of a share")
+    group, sizes = group_sizes(groups, len(correct))
+    N, G = len(correct), len(sizes)
+    share = float(correct.mean())
+    effective: float = N
+    if G < N:
+        spread = ((np.bincount(group, weights=correct) - share * sizes) ** 2).sum() * G / max(G - 1, 1) / N**2
+        if G == 1 or share in (0, 1):
+            effective = N**2 / float((sizes.astype(np.float64) ** 2).sum())
+        elif spread > 0:
+            effective = min(N, share * (1 - share) / spread)
+    wide = 1 + _Z**2 / effective
+    middle = (share + _Z**2 / (2 * effective)) / wide
+    half = _Z / wide * math.sqrt(share * (1 - share) / effective + _Z**2 / (4 * effective**2))
+    # At 0 and 1 the interval ends there, which rounding misses by a hair.
+    return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
+
+
+def check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k is {k}; top-k needs at least 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two models, and one model on two sets
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second model against the first, on the same images.
+
+    Args:
+        difference: the second's accuracy less the first's.
+        interval: its 95 % interval, groups of images resampled for both models at once.
+        p_value: McNemar's, exact: how likely a split of the images on which they differ would be that is as uneven as
+            this one, were they equally good. Takes images as independent; where groups are large, trust the interval.
+        gained, lost: numbers of the images that only the second, and only the first, has right.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    gained: np.ndarray
+    lost: np.ndarray
+
+
+def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None) -> Comparison:
+    """Two models by whether each image was right (N,), in the same order; `groups` (N,) as in `bootstrap_interval`."""
+    first = as_truths(first, "right and wrong guesses of the first model")
+    second = as_truths(second, "right and wrong guesses of the second model", len(first))
+    differences = second.astype(np.int64) - first
+    gained, lost = np.flatnonzero(differences > 0), np.flatnonzero(differences < 0)
+    return Comparison(
+        float(differences.mean()),
+        bootstrap_interval(differences, groups),
+        mcnemar(len(gained), len(lost)),
+        gained,
+        lost,
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The exact two-sided p-value that a fair coin falls as unevenly as `gained` against `lost` (McNemar 1947)."""
+    if gained < 0 or lost < 0:
+        raise ValueError(f"{gained} images gained and {lost} lost; there are at least 0 of each")
+    flips = gained + lost
+    term = total = 1  # ways for the rarer side to come up never
+    for k in range(min(gained, lost)):
+        term = term * (flips - k) // (k + 1)
+        total += term
+    return min(1.0, 2 * total / 2**flips)  # whole numbers of any size, so nothing is rounded before the division
+
+
+@dataclass(frozen=True)
+class RobustnessFit:
+    """What accuracy on a shifted set comes, in other models, with an accuracy on the standard set.
+
+    logit(shifted) = slope · logit(standard) + intercept.
+
+    Args:
+        r2: the share of the variance of logit(shifted) that the line explains; NaN if they are all the same.
+    """
+
+    slope: float
+    intercept: float
+    num_models: int
+    r2: float
+
+    def expected(self, standard: Any) -> np.ndarray:
+        """The shifted accuracy to expect of accuracies on the standard set, of any shape."""
+        return 1 / (1 + np.exp(-(self.slope * _logit(standard, "standard") + self.intercept)))
+
+
+def fit_robustness(standard: np.ndarray, shifted: np.ndarray) -> RobustnessFit:
+    """The line of baseline models' accuracies (M,) on a standard and a shifted set (Taori et al. 2020, section 2).
+
+    Raises:
+        ValueError: fewer than two different models, or an accuracy that is not between 0 and 1.
+    """
+    x, y = _logit(standard, "standard"), _logit(shifted, "shifted")
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"accuracies of baselines have shapes {x.shape} and {y.shape}; both are (models,)")
+    if len(np.unique(x)) < 2:
+        raise ValueError(f"{len(x)} baselines of {len(np.unique(x))} different standard accuracies; a line needs two")
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    intercept = float(y.mean() - slope * x.mean())
+    spread = float(((y - y.mean()) ** 2).sum())
+    r2 = 1 - float(((y - slope * x - intercept) ** 2).sum()) / spread if spread else math.nan
+    return RobustnessFit(slope, intercept, len(x), r2)
+
+
+def effective_robustness(fit: RobustnessFit, standard: Any, shifted: Any) -> np.ndarray:
+    """Shifted accuracy beyond what the baselines' line gives for the standard accuracy (Taori et al. 2020).
+
+    Shares of 1, of any shape; above 0, the model loses less than its accuracy would lead one to expect.
+    """
+    shifted = np.asarray(shifted, dtype=np.float64)
+    is_share = (shifted >= 0) & (shifted <= 1)
+    if not is_share.all():
+        raise ValueError(f"a shifted accuracy of {shifted[~is_share].flat[0]}; it is a share, from 0 to 1")
+    return shifted - fit.expected(standard)
+
+
+def _logit(accuracy: Any, what: str) -> np.ndarray:
+    accuracy = np.asarray(accuracy, dtype=np.float64)
+    is_good = (accuracy > 0) & (accuracy < 1)
+    if not is_good.all():
+        raise ValueError(f"a {what} accuracy of {accuracy[~is_good].flat[0]}; shares between 0 and 1 have a logit")
+    return np.log(accuracy / (1 - accuracy))

@@ -1,0 +1,167 @@
+"""Two runs of an evaluation, compared result by result, with the significance of each change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.measures.statistics import Comparison, compare
+from ..evaluation.suite import CLASSIFICATION
+from .results import RESULTS_FILE, SCHEMA
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs compared
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of two runs on the same images.
+
+    Args:
+        metric: what was right or wrong of each image: top-1, or rank 1 of a retrieval.
+        comparison: the second less the first, with its interval and p-value.
+        gained, lost: keys of images that only the second, and only the first, has right.
+        by_class: (class, images, share first, share second), the largest changes first.
+    """
+
+    dataset: str
+    task: str
+    prompts: tuple[str, str]
+    models: tuple[str, str]
+    metric: str
+    num_images: int
+    shares: tuple[float, float]
+    comparison: Comparison
+    gained: tuple[str, ...]
+    lost: tuple[str, ...]
+    by_class: tuple[tuple[str, int, float, float], ...] = ()
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: no such file, or not one of ours.
+    """
+    path = Path(path)
+    path = path / RESULTS_FILE if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no file {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} is not a results.json that this version wrote (schema {schema!r}, not {SCHEMA})")
+    return found
+
+
+def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
+    """What changed from one results.json to another, on data sets that both have.
+
+    Results are matched by data set and task; if a file has several of those (models, prompts), by model and prompts
+    as well.
+
+    Raises:
+        ValueError: nothing in common, or the same data set with other images.
+    """
+    one, two = (read(path)["results"] for path in (first, second))
+    changes = []
+    for a in one:
+        b = _match(a, one, two)
+        if b is not None:
+            changes += _changes(a, b, str(first), str(second))
+    if not changes:
+        sets = [", ".join(dict.fromkeys(f"{r['dataset']} ({r['task']})" for r in each)) for each in (one, two)]
+        raise ValueError(
+            f"{first} and {second} have no results to compare: the first has {sets[0]}, the second {sets[1]}; images "
+            "of several labels each are not right or wrong, so there is nothing to compare of them"
+        )
+    return changes
+
+
+def _match(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the second run, what stands for a result of the first."""
+
+    def alike(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+        return [each for each in results if all(each.get(name) == a.get(name) for name in names)]
+
+    same = ["dataset", "task"]
+    if len(alike(one, *same)) > 1 or len(alike(two, *same)) > 1:
+        for more in (["model", "templates"], ["templates"], ["model"]):
+            if len(alike(one, *same, *more)) == 1 and len(alike(two, *same, *more)) == 1:
+                return alike(two, *same, *more)[0]
+        return None
+    return next(iter(alike(two, *same)), None)
+
+
+def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> list[Change]:
+    if "samples" not in a or "samples" not in b:
+        return []
+    told = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), (a["model"], b["model"]))
+    x, y = a["samples"], b["samples"]
+    if a["task"] != CLASSIFICATION:
+        _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
+        if x["image_of_text"] != y["image_of_text"]:
+            raise ValueError(f"{a['dataset']} has other captions in {second} than in {first}")
+        found, groups = [], np.array(x["groups"])
+        for name, rows in (("image", x["image_of_text"]), ("text", sorted(set(x["image_of_text"])))):
+            right = [np.array(each[f"ranks_of_{name}s"]) == 1 for each in (x, y)]
+            keys = [x["keys"][row] for row in rows]
+            found.append(_change(told, f"{name}_retrieval_recall@1", right, keys, groups[rows]))
+        return found
+    _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
+    names = [[each["classnames"][label] for label in each["samples"]["labels"]] for each in (a, b)]
+    if x["labels"] != y["labels"] and names[0] != names[1]:
+        raise ValueError(f"{a['dataset']} has other labels in {second} than in {first}")
+    right = [np.array(each["labels"]) == np.array(each["guesses"]) for each in (x, y)]
+    labels = np.array(x["labels"])
+    by_class = [
+        (a["classnames"][c], int((labels == c).sum()), *(float(each[labels == c].mean()) for each in right))
+        for c in np.unique(labels)
+    ]
+    by_class.sort(key=lambda row: -abs(row[3] - row[2]) * row[1])
+    return [_change(told, "acc1", right, x["keys"], np.array(x["groups"]), tuple(by_class))]
+
+
+def _label(result: dict[str, Any]) -> str:
+    return str(result.get("templates_from", ""))
+
+
+def _refuse_others(first_keys: list[str], second_keys: list[str], dataset: str, first: str, second: str) -> None:
+    if first_keys != second_keys:
+        common = len(set(first_keys) & set(second_keys))
+        raise ValueError(
+            f"{dataset} has {len(first_keys)} images in {first} and {len(second_keys)} in {second}, {common} of them "
+            "the same; only the same images in the same order can be compared"
+        )
+
+
+def _change(
+    told: Any,
+    metric: str,
+    right: list[np.ndarray],
+    keys: list[str],
+    groups: np.ndarray,
+    by_class: tuple[Any, ...] = (),
+) -> Change:
+    found = compare(right[0], right[1], groups)
+    dataset, task, prompts, models = told
+    return Change(
+        dataset,
+        task,
+        prompts,
+        models,
+        metric,
+        len(keys),
+        (float(right[0].mean()), float(right[1].mean())),
+        found,
+        tuple(keys[row] for row in found.gained),
+        tuple(keys[row] for row in found.lost),
+        by_class,
+    )

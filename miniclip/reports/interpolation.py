@@ -1,0 +1,67 @@
+"""Scores of the models between a fine-tuned one and its start: a table, a picture, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ..common.files import atomic_write, write_text
+from ..evaluation.interpolation import Point
+from .tables import percent
+
+
+def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chosen: float) -> Table:
+    out = Table(title="weights between start (alpha 0) and fine-tuned (alpha 1): zero-shot top-1 %")
+    for column in ("alpha", *(f"new: {name}" for name in new), *(f"old: {name}" for name in old), "mean", ""):
+        out.add_column(column, justify="right")
+    for point in points:
+        note = "saved" if point.alpha == chosen else ""
+        shares = map(percent, (*point.new, *point.old, point.mean))
+        out.add_row(f"{point.alpha:g}", *shares, note)
+    return out
+
+
+def write_picture(path: Path, points: Sequence[Point], new: str, old: str, chosen: float) -> None:
+    """Accuracy on the new tasks over that on the old ones, a dot for each model (as the paper's figure 1)."""
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    x = [100 * sum(point.old) / len(point.old) for point in points]
+    y = [100 * sum(point.new) / len(point.new) for point in points]
+    axes.plot(x, y, "-o", color="tab:blue", markersize=4)
+    for point, a, b in zip(points, x, y, strict=True):
+        is_chosen = point.alpha == chosen
+        if is_chosen:
+            axes.plot([a], [b], "o", color="tab:orange", markersize=9, label=f"saved, α = {chosen:g}")
+        if is_chosen or point.alpha in (0, 1):
+            axes.annotate(f"α = {point.alpha:g}", (a, b), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(xlabel=f"{old}, top-1 %", ylabel=f"{new}, top-1 %")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+
+
+def write_json(
+    path: Path, start: str, finetuned: str, points: Sequence[Point], new: Any, old: Any, alpha: float
+) -> None:
+    values = {
+        "schema": 1,
+        "start": start,
+        "finetuned": finetuned,
+        "saved_alpha": alpha,
+        "points": [
+            {
+                "alpha": point.alpha,
+                "new": dict(zip(new, point.new, strict=True)),
+                "old": dict(zip(old, point.old, strict=True)),
+                "mean": point.mean,
+            }
+            for point in points
+        ],
+    }
+    write_text(path, json.dumps(values, indent=2) + "\n")

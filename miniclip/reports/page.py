@@ -1,0 +1,190 @@
+"""Results -> one HTML page that opens from disk without a network."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+
+from ..common.files import write_text
+from ..evaluation.measures.classification import Multilabel
+from ..evaluation.prompts import Prompts
+from ..evaluation.retrieval import RetrievalScores
+from ..evaluation.robustness import Robustness
+from ..evaluation.suite import Result
+from ..evaluation.zero_shot import Metrics, MultilabelScores
+from .page_parts import page_template, svg
+from .pictures import (
+    MOST_LABELS,
+    Thumbnails,
+    classified,
+    most_mistaken,
+    multilabelled,
+    plot_calibration,
+    plot_confusion,
+    plot_outside,
+    plot_robustness,
+    plot_scores,
+    plot_shots,
+    plot_training,
+    retrieved,
+)
+from .results import confused_pairs, versions
+from .runs import read_curves
+from .tables import NO_VALUE, percent, probe_grid, prompts_cell, robustness_grid, score_grids, score_rows, subgroup_grid
+
+_MOST_OPEN = 4  # results; of more, the page opens their sections when asked to
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def _section(result: Result, heading: str, is_short: bool, thumbnail: Thumbnails) -> dict[str, Any]:
+    """What the page shows of a result.
+
+    Args:
+        is_short: another section shows the same images with other prompts, in full.
+    """
+    data = result.data
+    section: dict[str, Any] = {
+        "heading": heading,
+        "task": result.task,
+        "is_short": is_short,
+        "scores": _section_scores(result),
+        "num_images": result.num_images,
+        "seconds": result.seconds,
+        "unreadable": () if is_short else result.scores.unreadable,
+        "classnames": getattr(data, "classnames", ()),
+        "classnames_from": getattr(data, "classnames_from", ""),
+        "templates": _examples(data.templates) if hasattr(data, "templates") else (),
+        "templates_from": getattr(data, "templates_from", ""),
+        "same_prompts": result.same_prompts,
+        "confused": confused_pairs(result) if isinstance(result.metrics, Metrics) else (),
+        "galleries": (),
+        "queries": (),
+        "per_class": (),
+        "confusions": (),
+        "subgroups": {},
+    }
+    if is_short:
+        return section
+    if isinstance(result.scores, RetrievalScores):
+        return section | {"queries": retrieved(result.scores, thumbnail)}
+    if isinstance(result.scores, MultilabelScores):
+        return section | {"galleries": multilabelled(result.scores, thumbnail), "per_class": _bars(result)}
+    metrics = result.metrics
+    assert isinstance(metrics, Metrics)
+    confusion, calibration = metrics.confusion, metrics.calibration
+    confusions = [("", plot_confusion(confusion, data.classnames))]
+    if len(data.classnames) > MOST_LABELS and len(chosen := most_mistaken(confusion)):
+        title = f"Of these the {len(chosen)} classes most often mistaken for each other:"
+        confusions.append((title, plot_confusion(confusion, data.classnames, chosen)))
+    confidence = float(np.nansum(calibration.confidence * calibration.images) / calibration.images.sum())
+    return section | {
+        "confusions": confusions,
+        "per_class": _bars(result),
+        "galleries": classified(result.scores, thumbnail),
+        "calibration": {
+            "picture": plot_calibration(calibration),
+            "error": calibration.error,
+            "confidence": confidence,
+            "accuracy": metrics.acc1,
+        },
+        "subgroups": {column: subgroup_grid(result, column) for column in result.subgroups},
+        "outside": result.outside
+        and {
+            "picture": plot_outside(result.outside, data.name),
+            "sentence": str(result.outside.acceptance),
+            "separation": result.outside.separation,
+            "name": result.outside.name,
+        },
+        "probes": result.probes
+        and {
+            "picture": svg(plot_shots(result.probes.curve)),
+            "grid": probe_grid([result]),
+            "train": result.probes.train,
+        },
+    }
+
+
+def _section_scores(result: Result) -> str:
+    """In words, for the line below the heading."""
+    lines = []
+    for row in score_rows(result):
+        parts: list[str] = []
+        for name, cell in row.items():
+            if name == "95 % interval":
+                parts[-1] += f" ({cell})"
+            elif (name.endswith(" %") or name == "median rank") and cell != NO_VALUE:
+                parts.append(f"{name.removesuffix(' %')} {cell}")
+        lines.append((f"{row['find']}: " if "find" in row else "") + ", ".join(parts))
+    return "; ".join(lines)
+
+
+def _examples(prompts: Prompts) -> tuple[str, ...]:
+    """The templates; of prompts by class each with its class."""
+    if not isinstance(prompts, Mapping):
+        return tuple(map(str, prompts))
+    return tuple(f"{name}: {prompt}" for name, each in prompts.items() for prompt in each)
+
+
+def _bars(result: Result) -> list[dict[str, Any]]:
+    """Of each class that has images its recall, or its average precision; the worst first."""
+    metrics, names = result.metrics, result.data.classnames
+    if isinstance(metrics, Metrics):
+        table = metrics.per_class
+        images, shares, ends = table.images, table.recall, table.recall_intervals
+    else:
+        assert isinstance(metrics, Multilabel)
+        images, shares, ends = metrics.positives, metrics.per_class, np.full((len(names), 2), np.nan)
+    bars = [
+        {"name": name, "images": int(n), "share": float(share), "interval": None if np.isnan(end).any() else end}
+        for name, n, share, end in zip(names, images, shares, ends, strict=True)
+        if n
+    ]
+    return sorted(bars, key=lambda bar: bar["share"])
+
+
+def write_html(path: str | Path, results: Sequence[Result], robustness: Robustness | None = None) -> None:
+    """One self-contained page: scores, training curves, and for each result what was right and wrong, and why.
+
+    Of further sets of prompts for the same images there are scores alone.
+
+    Raises:
+        ValueError: an image of a gallery can't be read any more.
+    """
+    models = list(dict.fromkeys(result.model for result in results))
+    sets = list(dict.fromkeys(result.data.name for result in results))
+    title = models[0] if len(models) == 1 else f"{len(models)} models on {', '.join(sets[:3])}"
+    if len(models) > 1 and sets[3:]:
+        title += f" and {len(sets) - 3} more"
+    thumbnail, sections = Thumbnails(), []
+    seen: set[tuple[str, str]] = set()
+    with rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        for result in results:
+            asked = result.model, result.data.name
+            parts = [result.data.name, *([result.model] if len(models) > 1 else [])]
+            if sum(asked == (other.model, other.data.name) for other in results) > 1:
+                parts.append(f"prompts {prompts_cell(result)}")
+            sections.append(_section(result, ", ".join(parts), asked in seen, thumbnail))
+            seen.add(asked)
+        page = page_template("report.html", percent=percent).render(
+            title=title,
+            models=models,
+            libraries=dict.fromkeys((result.model, result.library) for result in results if result.library),
+            created=datetime.datetime.now().strftime("%Y-%m-%d %H:%M"),
+            seconds=sum(result.seconds for result in results),
+            versions=versions(),
+            summary=score_grids(results, [f"data-{number}" for number in range(1, len(results) + 1)]),
+            comparison=plot_scores(results),
+            training=plot_training(read_curves(models[0])) if len(models) == 1 else [],
+            sections=sections,
+            is_open=len(results) <= _MOST_OPEN,
+            robustness=robustness and {"grid": robustness_grid(robustness), "pictures": plot_robustness(robustness)},
+        )
+    write_text(path, page)

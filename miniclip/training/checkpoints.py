@@ -1,0 +1,273 @@
+"""What a run keeps, so that it can be killed anywhere and gone on with.
+
+Everything that one of several processes decides (a signal came, it is time to save, the disk is full) is decided by
+all of them alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
+
+from ..common.files import atomic_write
+from ..common.processes import collect
+from ..weights.read import read_torch_file
+from .stopping import StopSignals, requeue, slurm, what_is_kept
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints appear whole under their name or not at all, and are read without running code.
+
+    Lightning's own writer goes through the system's temporary folder, from where a move to another file system is
+    not atomic. A disk that is full ends nothing here: `failure` says why the last one could not be written.
+    """
+
+    failure: OSError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.failure = None
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except OSError as error:
+            self.failure = error
+        except RuntimeError as error:  # what torch makes of an OSError
+            if not isinstance(error.__context__, OSError):
+                raise
+            self.failure = error.__context__
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise ValueError(f"no checkpoint {path} to resume from")
+        return read_torch_file(Path(path))
+
+
+def save(trainer: pl.Trainer, path: Path) -> str | None:
+    """Writes a checkpoint; called by all processes. Tells all of them why, if that was not possible."""
+    trainer.save_checkpoint(path)
+    failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
+    return trainer.strategy.broadcast(str(failure) if failure else None)
+
+
+class ForgivingCSVLogger(CSVLogger):
+    """A disk that is full does not end a run for its log: the lines are kept, and written when there is room."""
+
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:
+            print(f"warning: the log could not be written ({error})", file=sys.stderr)
+
+
+class RandomStates(Checkpoint):
+    """Every process's random states travel in the checkpoint, for whatever draws from them in a step (dropout).
+
+    Order, augmentation and captions do not need it: they are functions of the seed and the step.
+    """
+
+    KEY = "random_states"
+
+    def __init__(self) -> None:
+        self._loaded: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[self.KEY] = collect(_random_state(trainer.strategy.root_device))
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get(self.KEY, [])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # As late as can be, as what was set up until now may have drawn. Another number of processes draws anew.
+        if len(self._loaded) == trainer.world_size:
+            _set_random_state(self._loaded[trainer.global_rank], trainer.strategy.root_device)
+        self._loaded = []
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (others' code draws from it)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [str(name), torch.tensor(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+class BestCheckpoint(Checkpoint):
+    """Keeps `best.ckpt`: where a logged metric was best, of all validations.
+
+    The last step has its validation, too, so that the weights that a run ends with get their chance.
+
+    Args:
+        monitor: name of any metric that is logged by the time a validation ends.
+        mode: whether "max" or "min" is best.
+    """
+
+    def __init__(self, path: Path, monitor: str, mode: Literal["max", "min"]) -> None:
+        self.path, self.monitor, self.mode = path, monitor, mode
+        self.score: float | None = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            # So Lightning is told that a validation is due, whatever epoch or step of it this is.
+            trainer.check_val_every_n_epoch, trainer.should_stop = None, True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"monitor is {self.monitor!r}, which nothing logs; logged are "
+                f"{', '.join(sorted(trainer.callback_metrics))}"
+            )
+        score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
+        if math.isnan(score) or (self.score is not None and not self._is_better(score, self.score)):
+            return
+        before, self.score = self.score, score  # the checkpoint itself has to know it
+        if failure := save(trainer, self.path):
+            self.score = before
+            if trainer.is_global_zero:
+                print(
+                    f"warning: {self.path} could not be written ({failure}), though {self.monitor} is best at step "
+                    f"{trainer.global_step}. What was there before is kept",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def _is_better(self, score: float, than: float) -> bool:
+        return score > than if self.mode == "max" else score < than
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "mode": self.mode, "score": self.score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A score of something else, or without its checkpoint (a run that goes on in a new folder), means nothing here.
+        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode) and self.path.is_file():
+            self.score = state_dict["score"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: every so many steps or minutes, at the end, and when a signal asks the run to stop.
+
+    A disk that is full costs a warning, and the next attempt is at the next time to save; at the end and at a signal,
+    which have no next time, it is an error. What was there before is kept.
+
+    Args:
+        every_n_steps, every_minutes: whichever comes first.
+        resume_command: what the user types to go on.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, every_minutes: float, resume_command: str) -> None:
+        self.path, self.resume_command = path, resume_command
+        self.every_n_steps, self.every_s = every_n_steps, 60 * every_minutes
+        self.signals = StopSignals(self._what_is_kept)
+        self._resumed_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.signals.install(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_step = int(checkpoint["global_step"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step, total, run = self._resumed_step, int(trainer.estimated_stepping_batches), trainer.default_root_dir
+        if step > total:
+            raise ValueError(f"the checkpoint is of step {step}, past the end of this run of {total} steps")
+        told = f"new, {total} steps"
+        if step:
+            told = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
+        if trainer.is_global_zero:
+            print(f"Run {run}: {told}", flush=True)
+            for left_over in self.path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it saved
+                left_over.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        loop = trainer.fit_loop
+        # A validation that is due at this step belongs to it: a run resumed from before would not make up for it.
+        assert loop._data_fetcher is not None
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._end_of_step(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._end_of_step(trainer)
+
+    def _end_of_step(self, trainer: pl.Trainer) -> None:
+        number, is_time = self._agreed(trainer)
+        if number:
+            self._stop(trainer, number)
+        elif is_time or trainer.global_step % self.every_n_steps == 0:
+            failure = self._save(trainer)
+            if failure and trainer.is_global_zero:
+                print(
+                    f"warning: {failure}. Training goes on and will try again; make room", file=sys.stderr, flush=True
+                )
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, bool]:
+        """The signal that any process has had, and whether rank 0's clock says that it is time to save."""
+        is_time = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every_s
+        if trainer.world_size == 1:
+            return self.signals.received, is_time
+        own = torch.tensor([self.signals.received, int(is_time)], device=trainer.strategy.root_device)
+        number, any_time = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        return int(number), bool(any_time)
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        if trainer.training:
+            trainer._logger_connector.update_train_step_metrics()  # the step's row, else written after this hook
+        if failure := self._save(trainer):
+            raise ValueError(f"{failure}. {self._what_is_kept()}")
+        if trainer.is_global_zero:
+            print(f"Saved {self.path} at step {trainer.global_step}. To go on:\n  {self.resume_command}", flush=True)
+            environment = slurm(trainer)
+            if environment is not None and number == environment.requeue_signal:
+                print(requeue(), flush=True)
+        trainer.strategy.barrier()
+        # The others' status is not asked for, and Lightning ends those that are left where it is not 0.
+        raise SystemExit(128 + number if trainer.is_global_zero else 0)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if failure := self._save(trainer):
+            raise ValueError(f"{failure}. {self._what_is_kept()}")
+
+    def _save(self, trainer: pl.Trainer) -> str | None:
+        """Deaf to signals meanwhile, so that even the impatient find a checkpoint. Returns why it failed."""
+        with self.signals.ignored():
+            failure = save(trainer, self.path)
+        self._saved_at = time.monotonic()
+        return f"{self.path} of step {trainer.global_step} could not be written ({failure})" if failure else None
+
+    def _what_is_kept(self) -> str:
+        return what_is_kept(self.path, self.resume_command)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.signals.restore()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.signals.restore()

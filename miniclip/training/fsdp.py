@@ -1,0 +1,118 @@
+"""Weights, gradients and optimiser state shared out over the processes (Zhao et al. 2023, arXiv 2304.11277; FSDP2).
+
+Under DDP every process holds all of them. Here each holds a slice of every parameter, and gathers the whole weights of
+a block only while it runs. Gradients, and the weights after a step, are the same. `--trainer.strategy fsdp2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from ..model import CLIP, ResidualAttentionBlock
+from ..resnet import Bottleneck
+
+
+def shard(model: CLIP, mesh: DeviceMesh) -> None:
+    """Slices every parameter of the towers over the processes of a mesh, block by block; in place.
+
+    The temperature is a single number and stays whole everywhere.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):  # all slices are to be of the same weights
+        there = tensor.detach().to(mesh.device_type)  # NCCL takes nothing that lies on the host
+        dist.broadcast(there, 0, group=mesh.get_group())
+        tensor.data.copy_(there)
+    for tower in (model.visual, model.text):
+        for module in tower.modules():
+            if isinstance(module, ResidualAttentionBlock | Bottleneck):
+                fully_shard(module, mesh=mesh)
+        fully_shard(tower, mesh=mesh)
+    for name, parameter in list(model.named_parameters(recurse=False)):
+        whole = DTensor.from_local(parameter.data.to(mesh.device_type), mesh, [Replicate()], run_check=False)
+        replicated = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        if parameter.requires_grad:
+            replicated.register_post_accumulate_grad_hook(_reduce)
+        setattr(model, name, replicated)
+
+
+def _reduce(parameter: Tensor) -> None:
+    """Makes of each process's gradient of a replicated parameter their mean."""
+    assert isinstance(parameter.grad, DTensor)
+    parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
+
+
+def local(parameter: Tensor) -> Tensor:
+    """A replicated parameter as a plain tensor, for computing; the gradient's mean over the processes reaches it."""
+    return parameter.to_local(grad_placements=[Partial("avg")]) if isinstance(parameter, DTensor) else parameter
+
+
+def whole(tensor: Any) -> Any:
+    """All of a sliced tensor; every process must ask. What is not sliced, as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every process has whole, sliced as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    everywhere = DTensor.from_local(tensor.to(parameter.device), parameter.device_mesh, [Replicate()], run_check=False)
+    return everywhere.redistribute(placements=parameter.placements)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's strategy, over all processes, whose checkpoints are those of every other strategy.
+
+    Lightning's own come as a folder of slices, or as one file in which the optimiser's state has other numbers than
+    without it. These are one file that any strategy, with any number of processes, goes on from.
+    """
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._save_distributed_checkpoint = False
+        super().setup_environment()
+
+    lightning_restore_optimizer = True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return tree_map(_gathered, self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return tree_map(_gathered, Strategy.optimizer_state(self, optimizer))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        sliced = {name: like(v, own[name]) if name in own else v for name, v in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(sliced, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: {
+                    name: like(v, parameters[number]) if v.shape == parameters[number].shape and name != "step" else v
+                    for name, v in values.items()
+                }
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def _gathered(tensor: Any) -> Any:
+    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description=FSDP2Strategy.__doc__)

@@ -1,0 +1,244 @@
+"""What a run's steps cost and how well they go: speed, share of the device's peak, memory, in-batch accuracy."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+
+from ..data.module import PairLoader
+from ..data.pairs import Batch
+from ..model import CLIP, VisionTransformer
+from ..timm_tower import TimmTower
+from ..weights.convert import forward_flops
+from .recompute import drop_patches_in_training
+from .step import CLIPTraining
+
+_MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
+
+
+class RunMetrics(Callback):
+    """Logs, at every step that is logged, what the steps since the last one took and went through.
+
+    Between those steps it only adds up numbers that the host has at hand; no GPU is waited for.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CLIPTraining)
+        self._cost = StepCost(pl_module.clip, pl_module.patch_dropout)
+        self.peak: Peak | None = None
+        if trainer.is_global_zero:  # now, as nothing else uses the device yet
+            self.peak = peak(trainer.strategy.root_device, str(trainer.precision))
+        self._samples = self._rejected = self._truncated = 0
+        self.problems: list[str] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        num_texts, num_tokens = batch.tokens.shape
+        self._num_texts[num_tokens] += num_texts
+        self._rejected += len(batch.problems)
+        self._truncated += batch.num_truncated
+        self.problems += batch.problems[: _MOST_REASONS - len(self.problems)]
+        if not is_logged(trainer, trainer.global_step):
+            return
+        seconds = time.perf_counter() - self._mark - self._paused
+        waited = self._loader_waited(trainer) - self._waited
+        num_images = sum(self._num_texts.values()) * trainer.world_size
+        flops = self._cost.flops(self._num_texts) / seconds * trainer.world_size
+        measured = {
+            "images_per_s": num_images / seconds,
+            "data_wait": waited / seconds,
+            "tflops": flops / 1e12,
+            "memory_gb": memory_gb(trainer.strategy.root_device),
+            "samples": trainer.global_step * num_texts * trainer.world_size,
+        }
+        if self.peak is not None:
+            measured["mfu"] = flops / (self.peak.flops * trainer.world_size)
+        pl_module.log_dict({f"train/{name}": value for name, value in measured.items()})
+        counts = {"train/rejected": float(self._rejected), "train/truncated": float(self._truncated)}
+        pl_module.log_dict(counts, sync_dist=trainer.world_size > 1, reduce_fx="sum")
+        self._restart(trainer)
+
+    def _restart(self, trainer: pl.Trainer) -> None:
+        self._mark, self._paused, self._waited = time.perf_counter(), 0.0, self._loader_waited(trainer)
+        self._num_texts: Counter[int] = Counter()  # by their length in tokens
+
+    @staticmethod
+    def _loader_waited(trainer: pl.Trainer) -> float:
+        loader = trainer.train_dataloader
+        return loader.waited_s if isinstance(loader, PairLoader) else 0.0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._paused += time.perf_counter() - self._pause_began
+
+
+class StepCost:
+    """Floating-point operations that the towers take, forward and backward, as the architecture alone decides.
+
+    A backward pass counts twice the forward one, and is left out for a tower that is not trained. Encoding once more,
+    as micro-batches do, does not count: it is a price of memory, and no part of the model.
+    """
+
+    def __init__(self, clip: CLIP, patch_dropout: float = 0.0) -> None:
+        image = clip.visual.trunk if isinstance(clip.visual, TimmTower) else clip.visual  # beside which a head is small
+        self._passes = {
+            name: 3 if any(p.requires_grad for p in tower.parameters()) else 1
+            for name, tower in (("image", image), ("text", clip.text))
+        }
+        with torch.device("meta"):
+            self._clip = CLIP(clip.config).eval()
+            side = self._clip.visual.input_resolution
+            if patch_dropout and isinstance(self._clip.visual, VisionTransformer):
+                drop_patches_in_training(self._clip.visual.transformer, patch_dropout)
+                self._clip.visual.train()
+            self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
+        # Products grow with the length of the text and attention with its square, so three lengths tell all others.
+        counts = []
+        for length in range(1, min(3, clip.context_length) + 1):
+            tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
+            counts.append(self._passes["text"] * forward_flops(self._clip.text, tokens))
+        self._text = [counts[0]]  # at length 1, and its differences (Newton's forward interpolation)
+        while len(counts) > 1:
+            counts = [after - before for before, after in pairwise(counts)]
+            self._text.append(counts[0])
+
+    def flops(self, num_texts: dict[int, int]) -> int:
+        """Of so many texts of each length in tokens, padding included, with an image each."""
+        total = 0
+        for length, number in num_texts.items():
+            text = sum(math.comb(length - 1, order) * difference for order, difference in enumerate(self._text))
+            total += number * (self._image + text)
+        return total
+
+
+# 10^12 multiplications and additions a second by NVIDIA's data sheets and architecture papers: dense (without the
+# sparsity that doubles most printed figures), products summed in fp32. The longest name that fits counts.
+_DATA_SHEETS: dict[str, dict[str, float]] = {
+    "V100": {"fp32": 15.7, "fp16": 125},
+    "V100 PCIE": {"fp32": 14, "fp16": 112},
+    "T4": {"fp32": 8.1, "fp16": 65},
+    "A10": {"fp32": 31.2, "tf32": 62.5, "fp16": 125, "bf16": 125},
+    "A30": {"fp32": 10.3, "tf32": 82, "fp16": 165, "bf16": 165},
+    "A40": {"fp32": 37.4, "tf32": 74.8, "fp16": 149.7, "bf16": 149.7},
+    "A100": {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312},
+    "L4": {"fp32": 30.3, "tf32": 60, "fp16": 121, "bf16": 121},
+    "L40S": {"fp32": 91.6, "tf32": 183, "fp16": 362, "bf16": 362},
+    "H100": {"fp32": 66.9, "tf32": 494.7, "fp16": 989.4, "bf16": 989.4},
+    "H100 PCIE": {"fp32": 51.2, "tf32": 378, "fp16": 756, "bf16": 756},
+    "H100 NVL": {"fp32": 60, "tf32": 417.5, "fp16": 835.5, "bf16": 835.5},
+    "H200": {"fp32": 66.9, "tf32": 494.7, "fp16": 989.4, "bf16": 989.4},
+    "H200 NVL": {"fp32": 60, "tf32": 417.5, "fp16": 835.5, "bf16": 835.5},
+    "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "fp16": 71, "bf16": 71},
+    "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "fp16": 165.2, "bf16": 165.2},
+}
+_OTHER_CHIPS = {"LAPTOP", "MAX", "TI", "D", "SUPER", "MIG"}  # or a part of the chip
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
+DTYPES["bf16"] = torch.bfloat16
+
+
+class Peak(NamedTuple):
+    """The most floating-point operations a second, and where that number is from."""
+
+    flops: float
+    source: str
+
+
+def peak(device: torch.device, precision: str) -> Peak:
+    """Of a device when training in one of Lightning's precisions ("bf16-mixed", "32-true", …)."""
+    arithmetic = _arithmetic(device, precision)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    printed = data_sheet_flops(name, arithmetic)
+    if printed is not None:
+        return Peak(printed, f"{name}, {arithmetic}, dense, by its data sheet")
+    return Peak(_measure(device, DTYPES[arithmetic]), f"{name}, {arithmetic}, measured by a matrix product")
+
+
+def _arithmetic(device: torch.device, precision: str) -> str:
+    bits = {"16": "fp16", "bf16": "bf16", "transformer": "bf16", "64": "fp64"}.get(precision.split("-")[0], "fp32")
+    is_tf32 = bits == "fp32" and torch.get_float32_matmul_precision() != "highest" and device.type == "cuda"
+    return "tf32" if is_tf32 and torch.cuda.get_device_capability(device) >= (8, 0) else bits
+
+
+def data_sheet_flops(name: str, arithmetic: str) -> float | None:
+    """Of an NVIDIA GPU by the name that its driver tells; None if it is not in the table."""
+    words = re.split(r"[\s\-_]+", name.upper())
+    fitting = [known for known in _DATA_SHEETS if set(known.split()) <= set(words)]
+    if not fitting or _OTHER_CHIPS & set(words):
+        return None
+    printed = _DATA_SHEETS[max(fitting, key=lambda known: len(known.split()))].get(arithmetic)
+    return None if printed is None else printed * 1e12
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of growing square products, until one takes a hundredth of a second."""
+    best, side, seconds = 0.0, 256, 0.0
+    while seconds < 0.01 and side <= 16384:
+        a = torch.ones(side, side, device=device, dtype=dtype)
+        for _ in range(3):
+            _wait_for(device)
+            begin = time.perf_counter()
+            a @ a
+            _wait_for(device)
+            seconds = time.perf_counter() - begin
+            best = max(best, 2 * side**3 / seconds)
+        side *= 2
+    return best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory_gb(device: torch.device) -> float:
+    """10^9 bytes: the most that tensors took on a GPU so far, else what this process holds of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac, 1024 of them elsewhere
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+_ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
+
+
+def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
+    """Whether the step that ends with so many done is written to the log, and is the last or every `of_those`-th."""
+    every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
+
+
+@torch.no_grad()
+def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Share of images whose own text is the nearest in the batch, and of texts whose own image is."""
+    if mask is not None:
+        image_features, text_features = image_features[mask], text_features[mask]
+    some = slice(0, _ACCURACY_PAIRS)
+    rows = torch.arange(len(image_features[some]), device=image_features.device)
+    by_image = (image_features[some] @ text_features.T).argmax(dim=1) == rows
+    by_text = (text_features[some] @ image_features.T).argmax(dim=1) == rows
+    return by_image.float().mean(), by_text.float().mean()

@@ -1,0 +1,100 @@
+"""Muon: momentum whose matrices are made orthogonal before each step (Jordan et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fsdp import like, whole
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups with a `momentum` take orthogonalised steps (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/).
+
+    Momentum over a matrix's gradient is replaced by the nearest matrix whose singular values are all about 1, so that
+    rare directions move as much as frequent ones. Queries, keys and values share one parameter and are orthogonalised
+    each on its own. Matrices of one shape go through the iteration together. On a CPU it runs in float32:
+    bfloat16, which torch's and timm's Muon use everywhere, is several times slower there.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # torch's fused AdamW would undo the gradients' scale of mixed precision by itself, and leave Muon's gradients
+        # scaled and overflows unnoticed. Without this flag the scaler does both before it calls `step`.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        held = []
+        for group in self.param_groups:
+            if group["momentum"] is not None:
+                held += [(p, p.grad) for p in group["params"] if p.grad is not None]
+                self._muon_step(group)
+        for parameter, _ in held:
+            parameter.grad = None  # AdamW passes over parameters without a gradient
+        super().step()
+        for parameter, gradient in held:
+            parameter.grad = gradient
+        return loss
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        momentum, decay, parts = group["momentum"], group["lr"] * group["weight_decay"], group["parts"]
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW expects every state that it reads back to have one
+                state["momentum_buffer"] = torch.zeros_like(p)
+            state["step"] += 1
+            average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(average, momentum)  # Nesterov
+            p.mul_(1 - decay)
+            by_shape.setdefault((p.shape[0] // parts, p.shape[1]), []).append((p, whole(update)))
+        for (rows, columns), pairs in by_shape.items():
+            steps = orthogonalize(torch.cat([update.view(parts, rows, columns) for _, update in pairs]))
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            for (p, _), step in zip(pairs, steps.split(parts), strict=True):
+                p.sub_(like(step.flatten(0, 1).to(p.dtype), p), alpha=rate)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrices of orthonormal rows or columns, roughly: singular values end between about 0.7 and 1.2.
+
+    A quintic Newton-Schulz iteration whose coefficients are chosen for a steep start rather than for convergence
+    (Jordan et al. 2024).
+
+    Args:
+        matrices: (n, rows, columns).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    dtype = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.to(dtype)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is now at most 1
+    # Every step multiplies from the left by a polynomial of x @ x.mT. Where x is much wider than high, it is cheaper to
+    # multiply those, and x once by their product; bfloat16 is too coarse for that.
+    if dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
+        gram, product = x @ x.mT, None
+        for step in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ gram @ factor if step + 1 < steps else gram
+        x = x if product is None else product @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)

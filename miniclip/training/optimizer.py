@@ -1,0 +1,262 @@
+"""How the parameters move: parameter groups, the optimisers, and the schedule of the learning rate."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..model import CLIP, Attention, ResidualAttentionBlock, Transformer
+from ..resnet import Bottleneck
+from ..timm_tower import TimmTower
+from .muon import Muon
+
+OptimizerKind = Literal["adamw", "muon", "timm"]
+Schedule = Literal["cosine", "linear", "constant"]
+WarmupUnit = Literal["share", "steps", "samples", "epochs"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, or any optimiser of timm's.
+
+    The defaults of AdamW are the paper's for ViT (tables 18 and 19).
+
+    Args:
+        kind: "adamw"; "muon", which learns far faster on small models from scratch; or "timm", see `timm_name`.
+        lr: peak learning rate of AdamW, or of timm's optimiser.
+        betas, eps: of AdamW.
+        weight_decay: of AdamW or timm's; applied to weights, never to gains, biases, and the logit scale.
+        muon_lr: peak learning rate of Muon: the size of an update's singular values.
+        muon_weight_decay: of Muon.
+        muon_momentum: of Muon (Nesterov).
+        warmup: how long the rates rise from 0, in `warmup_unit`.
+        warmup_unit: "share" of the run, "steps", "samples" or "epochs".
+        schedule: how they fall afterwards, to the end of the run: along a "cosine", "linear", or "constant", which
+            holds them and falls, linearly, in the last `cooldown` alone.
+        cooldown: share of the run, of a constant schedule (with it, a trapezoid; Zhai et al. 2021).
+        final_lr: where the rates end, as a share of the peak.
+        layer_decay: factor on the rates from each layer to the one below it (BEiT, Bao et al. 2021): fine-tuning moves
+            the lower ones less. Projections, what is above the blocks, and the logit scale have the full rate.
+        image_lr_scale, text_lr_scale: factor on the rates of a whole tower.
+        timm_name: of kind "timm", the optimiser's name there; `lookahead_` may stand before it.
+        options: what that optimiser takes besides, by name.
+    """
+
+    kind: OptimizerKind = "adamw"
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    muon_lr: float = 0.03
+    muon_weight_decay: float = 0.1
+    muon_momentum: float = 0.9
+    warmup: float = 0.1
+    warmup_unit: WarmupUnit = "share"
+    schedule: Schedule = "cosine"
+    cooldown: float = 0.0
+    final_lr: float = 0.0
+    layer_decay: float = 1.0
+    image_lr_scale: float = 1.0
+    text_lr_scale: float = 1.0
+    timm_name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", OptimizerKind), ("schedule", Schedule), ("warmup_unit", WarmupUnit)):
+            self._require(name, getattr(self, name) in get_args(choices), f"valid are {', '.join(get_args(choices))}")
+        if self.warmup_unit == "share":
+            self._require("warmup", 0 <= self.warmup < 1, "it is a share of the run, 0 to below 1 (see warmup_unit)")
+        self._require("warmup", 0 <= self.warmup < math.inf, "it must be 0 or more")
+        for name in ("lr", "muon_lr", "image_lr_scale", "text_lr_scale"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "it must be above 0")
+        for name in ("weight_decay", "muon_weight_decay"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "it must be 0 or more")
+        for name in ("cooldown", "final_lr"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "it is a share, 0 to 1")
+        self._require("muon_momentum", 0 <= self.muon_momentum < 1, "it must be from 0 to below 1")
+        self._require("layer_decay", 0 < self.layer_decay <= 1, "it must be above 0 and at most 1")
+        is_constant = self.schedule == "constant"
+        self._require("cooldown", is_constant or not self.cooldown, f"a {self.schedule} schedule falls all along")
+        self._require("final_lr", not is_constant or self.cooldown or not self.final_lr, "without cooldown none falls")
+        self._require(
+            "timm_name", (self.kind == "timm") == bool(self.timm_name), f"and kind {self.kind}: it names one of timm's"
+        )
+        self._require(
+            "options", self.kind == "timm" or not self.options, f"they are of kind timm, and kind is {self.kind}"
+        )
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.kind == "timm":  # what is wrong shows now, and not once a run has been prepared
+            _timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], self)
+
+    def _require(self, name: str, is_right: object, otherwise: str) -> None:
+        if not is_right:
+            raise ValueError(f"OptimizerConfig.{name} is {getattr(self, name)!r}; {otherwise}")
+
+
+def parameter_groups(model: CLIP, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group, each with its own rate and decay.
+
+    Gains, biases and the logit scale (all that has fewer than two dimensions) do not decay (paper section 2.5).
+    """
+    matrices = {id(p) for p in block_matrices(model)} if config.kind == "muon" else set()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    muon = [p for p in trainable if id(p) in matrices]
+    rest = [p for p in trainable if id(p) not in matrices]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [{"lr": config.lr, "momentum": None, **group} for group in groups]
+    stacked = {id(module.in_proj_weight) for module in model.modules() if isinstance(module, Attention)}
+    settings = {"lr": config.muon_lr, "weight_decay": config.muon_weight_decay, "momentum": config.muon_momentum}
+    # `parts`: matrices that lie one below the other in a parameter; queries, keys and values do.
+    groups.append({"params": [p for p in muon if id(p) in stacked], "parts": 3, **settings})
+    groups.append({"params": [p for p in muon if id(p) not in stacked], "parts": 1, **settings})
+    scales = rate_scales(model, config)
+    return [part for group in groups for part in _by_rate(group, scales)]
+
+
+def _by_rate(group: dict[str, Any], scales: dict[int, float]) -> Iterator[dict[str, Any]]:
+    """A group for each rate that its parameters have, the highest first."""
+    for scale in sorted({scales[id(p)] for p in group["params"]}, reverse=True):
+        params = [p for p in group["params"] if scales[id(p)] == scale]
+        yield {**group, "params": params, "lr": group["lr"] * scale}
+
+
+def block_matrices(model: CLIP) -> Iterator[Tensor]:
+    """The two-dimensional parameters inside the transformers' blocks."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            yield from (p for p in module.parameters() if p.ndim == 2)
+
+
+def rate_scales(model: CLIP, config: OptimizerConfig) -> dict[int, float]:
+    """id of each parameter -> factor on its learning rate: its tower's, times the decay once for each layer above."""
+    scales = {id(parameter): 1.0 for parameter in model.parameters()}
+    for tower, scale in ((model.visual, config.image_lr_scale), (model.text, config.text_lr_scale)):
+        above = layers_above(tower) if config.layer_decay != 1 else {}
+        for name, parameter in tower.named_parameters():
+            scales[id(parameter)] = scale * config.layer_decay ** above.get(name, 0)
+    return scales
+
+
+def layers_above(tower: nn.Module) -> dict[str, int]:
+    """Name of each parameter of a tower -> how many layers are above it.
+
+    A layer is a block (of a ResNet a bottleneck), or all that is below the first; pooling, the last norm and the
+    projection have none above. What the layers of timm's models are, timm says.
+
+    Raises:
+        ValueError: an image tower of timm's whose layers it does not know.
+    """
+    if isinstance(tower, TimmTower):
+        return _layers_above_in_timms(tower)
+    blocks = [(name, m) for name, m in tower.named_modules() if isinstance(m, ResidualAttentionBlock | Bottleneck)]
+    above = {}
+    for name, _ in tower.named_parameters():
+        if name.startswith(_TOP):
+            above[name] = 0
+        else:
+            inside = [n for n, (block, _) in enumerate(blocks) if name.startswith(f"{block}.")]
+            above[name] = len(blocks) - inside[0] if inside else len(blocks) + 1
+    return above
+
+
+_TOP = ("ln_post.", "proj", "ln_final.", "text_projection", "attnpool.")
+
+
+def _layers_above_in_timms(tower: TimmTower) -> dict[str, int]:
+    from timm.models import group_parameters  # the tower was built with timm, so it is there
+
+    trunk = tower.trunk
+    if not hasattr(trunk, "group_matcher"):
+        raise ValueError(
+            f"OptimizerConfig.layer_decay needs to know the layers of {type(trunk).__name__}, and timm does not tell "
+            "them; set it to 1"
+        )
+    # What is part of no layer, as a classifier is, is above them all; our projection is a part of this.
+    whole = nn.Module()
+    for name, parameter in trunk.named_parameters(recurse=False):
+        whole.register_parameter(name, parameter)
+    for name, module in [*trunk.named_children(), ("projection", nn.Linear(1, 1, bias=False))]:
+        whole.add_module(name, module)
+    layer = group_parameters(whole, trunk.group_matcher(coarse=False), reverse=True)
+    top = layer.pop("projection.weight")
+    above = {f"trunk.{name}": top - number for name, number in layer.items()}
+    return above | {f"head.{name}": 0 for name, _ in tower.head.named_parameters()}
+
+
+def make_optimizer(model: CLIP, config: OptimizerConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config)
+    if config.kind == "timm":
+        return _timm_optimizer(groups, config)
+    # One kernel for all parameters, which torch has for these devices; of another it refuses to step.
+    is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=is_fused or None)
+
+
+def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """timm's optimiser `timm_name` for these groups, whose rates and decays are ours.
+
+    Raises:
+        ValueError: timm is not there or does not know the name, or the optimiser refuses its options.
+    """
+    name = config.timm_name
+    try:
+        timm_optim: Any = importlib.import_module("timm.optim")  # an extra, and half a second
+    except ImportError as error:
+        raise ValueError(f"the optimiser {name!r} needs timm: pip install 'miniclip[timm]'") from error
+    plain, known = name.removeprefix("lookahead_"), timm_optim.list_optimizers()
+    if plain not in known:
+        near = difflib.get_close_matches(plain, known, n=5, cutoff=0.5)
+        did_you_mean = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(known)}"
+        raise ValueError(f"OptimizerConfig.timm_name is {name!r}, which timm does not have; {did_you_mean}")
+    if timm_optim.get_optimizer_info(plain).second_order:
+        raise ValueError(f"OptimizerConfig.timm_name is {name!r}, which needs second derivatives; training has none")
+    if doubled := sorted({"lr", "weight_decay"} & config.options.keys()):
+        raise ValueError(f"OptimizerConfig.options has {doubled[0]!r}; set OptimizerConfig.{doubled[0]} instead")
+    # Groups of ours say that none of them is Muon's by an empty momentum, which would be taken for timm's own.
+    groups = [{key: value for key, value in group.items() if key != "momentum"} for group in groups]
+    try:
+        return timm_optim.create_optimizer_v2(groups, name, lr=config.lr, **config.options)
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"timm's optimiser {name!r} refuses options {config.options}: {error}") from error
+
+
+def warmup_steps(config: OptimizerConfig, total_steps: int, batch_size: int, steps_per_epoch: int) -> int:
+    """The steps in which the rates of a run rise.
+
+    Raises:
+        ValueError: the rates would still rise, or would have to fall already, when the run ends.
+    """
+    per_unit = {"share": total_steps, "steps": 1, "samples": 1 / batch_size, "epochs": steps_per_epoch}
+    steps = round(config.warmup * per_unit[config.warmup_unit])
+    said = f"OptimizerConfig.warmup is {config.warmup:g} ({config.warmup_unit}), which is {steps} steps"
+    if steps >= max(1, total_steps):
+        raise ValueError(f"{said}, and the run has {total_steps}: the learning rate would never get to its peak")
+    if steps + round(config.cooldown * total_steps) > total_steps:
+        raise ValueError(f"{said}, and cooldown {config.cooldown} of {total_steps} begins before they are over")
+    return steps
+
+
+def learning_rate_factor(
+    step: int, total_steps: int, warmup_steps: int, schedule: Schedule = "cosine", cooldown: float = 0, final: float = 0
+) -> float:
+    """Factor on the learning rate at a step: up linearly over the warm-up, held if constant, and down to `final`.
+
+    Args:
+        cooldown: share of the run in which a constant schedule falls, linearly.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    begin = total_steps - round(cooldown * total_steps) if schedule == "constant" else warmup_steps
+    fallen = (min(step, total_steps) - begin) / max(1, total_steps - begin)
+    left = 1 - max(0.0, fallen) if schedule != "cosine" else 0.5 * (1 + math.cos(math.pi * min(1.0, fallen)))
+    return final + (1 - final) * left

@@ -1,0 +1,95 @@
+"""Less memory or less work in training, put on the towers from outside: recomputed activations, dropped patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..model import CLIP, ResidualAttentionBlock, Transformer
+from ..resnet import Bottleneck, ModifiedResNet
+from ..timm_tower import TimmTower
+
+
+def recomputed(function: Callable[..., Any], *inputs: Any, within: nn.Module) -> Any:
+    """function(*inputs), whose activations are not kept but computed again for the gradient (Chen et al. 2016).
+
+    What was drawn at random is drawn again the same, and the batch norms of `within` count the batch once.
+    """
+    if torch.compiler.is_compiling():  # the compiler repeats no update of a buffer, and takes no contexts
+        return checkpoint(function, *inputs, use_reentrant=False)
+    contexts = lambda: (nullcontext(), _running_statistics_held(within))  # noqa: E731 (first time, second time)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _running_statistics_held(model: nn.Module) -> Iterator[None]:
+    """Batch norms count into copies that are thrown away; to do without the counting would be another computation."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    held = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in held:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in held:
+            setattr(norm, name, buffer)
+
+
+def recompute_blocks(model: CLIP) -> None:
+    """From now on, in training, the towers' blocks keep only their inputs and compute the rest again for the gradient.
+
+    Raises:
+        ValueError: from `TimmTower.checkpoint_blocks`.
+    """
+    for module in model.modules():
+        if isinstance(module, ResidualAttentionBlock | Bottleneck):
+            module.forward = MethodType(_recomputed_forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, ModifiedResNet):
+            module.stem = MethodType(_recomputed_stem, module)  # type: ignore[method-assign]
+        elif isinstance(module, TimmTower):
+            module.checkpoint_blocks()
+
+
+def _recomputed_forward(block: nn.Module, *inputs: Any) -> Any:
+    return _recomputed_in_training(block, type(block).forward, *inputs)
+
+
+def _recomputed_stem(tower: ModifiedResNet, images: Tensor) -> Tensor:
+    return _recomputed_in_training(tower, ModifiedResNet.stem, images)
+
+
+def _recomputed_in_training(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
+    if module.training and torch.is_grad_enabled():
+        return recomputed(function, module, *inputs, within=module)
+    return function(module, *inputs)
+
+
+def drop_patches_in_training(transformer: Transformer, share: float) -> None:
+    """From now on, in training, an image tower's transformer gets a random share of the patches less."""
+
+    def drop(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
+        is_pooled = options.get("pool") is not None  # whoever asks for all tokens gets all
+        if module.training and is_pooled:
+            return (drop_patches(inputs[0], share),), options
+        return None
+
+    transformer.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+def drop_patches(x: Tensor, share: float) -> Tensor:
+    """Leaves out a random share of each image's patches (Li et al. 2022, section 3.1): (B, N, D) -> (B, 1 + kept, D).
+
+    The class token, at place 0, stays. Places are drawn by torch's generator of the device, which never waits for it.
+    """
+    B, N, _ = x.shape
+    kept = max(1, round((N - 1) * (1 - share)))
+    order = torch.rand(B, N - 1, device=x.device).argsort(dim=1)
+    places = F.pad(1 + order[:, :kept], (1, 0))  # (B, 1 + kept)
+    return x[torch.arange(B, device=x.device)[:, None], places]
