@@ -24,3 +24,8 @@ def cut_short(text: str, most: int = 200) -> str:
 
 def some(values: Sequence[str], most: int = 10) -> str:
     return ", ".join(map(repr, values[:most])) + (f" and {len(values) - most} more" if values[most:] else "")
+
+
+def some_names(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

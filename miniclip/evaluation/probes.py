@@ -30,11 +30,6 @@ _ALPHAS = (0.0, *(float(alpha) for alpha in np.geomspace(0.1, 100, 19)))
 _BETAS = tuple(float(beta) for beta in np.geomspace(0.1, 100, 19))
 
 
-def some_names(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a classifier says
 

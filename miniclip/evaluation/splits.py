@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .probes import some_names
+from ..common.wording import some_names
 
 ROWS_OF_PROBES = 1024  # test images at a time, against all training images
 _SAME = 1e-4  # features that differ by a smaller share of their length are one picture's; batches round differently

@@ -24,7 +24,6 @@ from ..model import CLIP, VisionTransformer
 from ..timm_tower import TimmTower
 from ..weights.convert import forward_flops
 from .recompute import drop_patches_in_training
-from .step import CLIPTraining
 
 _MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
 
@@ -36,6 +35,8 @@ class RunMetrics(Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from .step import CLIPTraining
+
         assert isinstance(pl_module, CLIPTraining)
         self._cost = StepCost(pl_module.clip, pl_module.patch_dropout)
         self.peak: Peak | None = None

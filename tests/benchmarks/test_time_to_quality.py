@@ -15,7 +15,7 @@ import torch
 
 from miniclip.images import Preprocess, normalize
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scenes  # noqa: E402
 import time_to_quality  # noqa: E402

@@ -126,7 +126,7 @@ def test_two_nodes_under_slurm_are_requeued_and_train_the_weights_of_one(data, t
         "SLURM_JOB_NODELIST": "localhost",
         "MASTER_PORT": str(free_port()),
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     script = [ROOT / "examples/slurm.sh", *settings(data, tmp_path / "two")]
     stop = '--trainer.callbacks=[{"class_path": "test_nodes.Requeue"}]'

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def train(data, run, strategy, *more):
     more = [*more, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--trainer.precision=64-true"]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     args = command(data, run, *more, steps=6)
     return subprocess.run(args, capture_output=True, text=True, check=False, env=environment)

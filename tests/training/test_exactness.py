@@ -41,7 +41,7 @@ from miniclip.data.module import PairDataModule
 from miniclip.data.order import BatchSampler, SampleOrder
 from miniclip.data.pairs import Batch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # More workers than this machine has cores.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -327,7 +327,7 @@ def start_training(
     }
     config = record.with_suffix(".json")  # JSON is YAML
     config.write_text(json.dumps(settings))
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(sys.path)
     with open(record.with_suffix(".log"), "wb") as log:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(config), *more],

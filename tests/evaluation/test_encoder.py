@@ -525,7 +525,7 @@ def test_a_file_that_is_no_module_of_its_name_is_refused(tmp_path, monkeypatch, 
 
 
 def test_the_example_of_the_documentation_tells_colours(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     example = re.search(r"```python\n(# colours\.py\n.*?)```", text, re.DOTALL).group(1)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)

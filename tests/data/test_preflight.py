@@ -22,8 +22,8 @@ from rich.console import Console
 from test_cli import fails, run
 from test_report import Browser, browser  # noqa: F401 (a fixture)
 
-from miniclip.commands.check import time_pipeline
 from miniclip.data.open_pairs import is_shards, shard_pairs
+from miniclip.data.pipeline_speed import time_pipeline
 from miniclip.data.preflight import Findings, advice, brief, examine, false_negatives, sample_numbers
 from miniclip.data.shards import Shards
 from miniclip.data.sources import Pair, read_pairs

@@ -116,7 +116,7 @@ def test_a_stopped_run_is_gone_on_with_under_another_batch_size(data, cache, sto
 KILLED = """
 import os, signal, sys
 import torch
-from test_embedding import Counting, cached
+from test_features import Counting, cached
 from miniclip.evaluation import features as embedding
 embedding._SECONDS_BETWEEN_PARTS = 0.0
 class Killed(Counting):
@@ -136,7 +136,10 @@ def test_a_killed_run_loses_what_no_part_has_and_no_more(tmp_path):
     folder = tmp_path / "images"
     for n in range(NUM_IMAGES):
         write_picture(folder / f"class {n % 2}" / f"{n}.png", n)
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "cache")]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -32,7 +32,7 @@ from miniclip.commands import train as trainer
 from miniclip.data.module import PairDataModule
 from miniclip.training.progress import Stalls
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = [
     *test_training.TINY,
     "--model.clip.vision.layers=1",
@@ -286,7 +286,7 @@ def test_a_sigterm_for_every_process_of_the_job_leaves_a_checkpoint_and_no_proce
 
 def launch(args: list[str], out: Path, **environment: str) -> subprocess.Popen[bytes]:
     """A real process; what it says goes to a file."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(sys.path)
     with open(out, "wb") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *args],

@@ -275,7 +275,7 @@ def test_local_use_needs_no_package_of_the_extra(tmp_path):
     """
     script = tmp_path / "script.py"
     script.write_text(code)
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("pip install 'miniclip[remote]'") == 2
 

@@ -23,7 +23,7 @@ from miniclip.data.sources import read_pairs
 from miniclip.training.measuring import in_batch_accuracy
 from miniclip.training.step import CLIPTraining
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
 TINY = [
     "--model.clip.embed_dim=16",

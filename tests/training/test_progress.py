@@ -334,7 +334,7 @@ def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_
     assert "train/lr_muon" not in row
 
 
-WAITS = re.compile(r" since step 1\. It is at\n( .*\n)* .*test_telling\.py:\d+ on_train_batch_start\n")
+WAITS = re.compile(r" since step 1\. It is at\n( .*\n)* .*test_progress\.py:\d+ on_train_batch_start\n")
 
 
 class Waits(Callback):

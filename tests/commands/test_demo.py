@@ -15,7 +15,7 @@ from miniclip.commands import train as trainer
 from miniclip.data.pack import pack
 from miniclip.data.sources import read_pairs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import digits  # noqa: E402
 

@@ -20,7 +20,7 @@ from test_cli import fails
 import miniclip
 from miniclip.commands import main as cli
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

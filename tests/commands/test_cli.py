@@ -14,7 +14,7 @@ import miniclip
 from miniclip.commands import main as cli
 from miniclip.commands.terminal import lasting_imports
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
