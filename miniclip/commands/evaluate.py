@@ -178,7 +178,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
     with lasting_imports():
-        from ..common.processes import place
+        from ..common.processes import rank_and_world_size
         from ..evaluation.features import FeatureCache
         from ..evaluation.other_libraries import open_model
         from ..evaluation.robustness import robustness
@@ -201,7 +201,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     cache = None if options.no_cache else FeatureCache(options.cache)
     for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
         model = open_model(name, device)
-    is_first = place()[0] == 0
+    is_first = rank_and_world_size()[0] == 0
     if is_first:
         out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
     found: list[Result] = []

@@ -1,6 +1,6 @@
-"""Processes that work together: what each has of all, and what they have between them. With one process, everything.
+"""Processes that work together: ranks, the indices each takes, and what is gathered from all.
 
-Shares are equal, so that all take the same number of steps: processes that hold slices of the weights encode together.
+Every rank takes the same number of items, because ranks that hold slices of the weights have to encode in step.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def share(count: int) -> list[int]:
-    """This process's part of the numbers 0 to count - 1, in order; the last one repeated if it doesn't come out even.
+def own_indices(count: int) -> list[int]:
+    """This rank's part of the indices 0 to count - 1, in order; the last index is repeated to make all parts equal.
 
-    `collect`ed, joined in the order of the processes and cut to `count`, the results are those of one process.
+    Results gathered by `all_gather_objects`, joined in the order of ranks and cut to `count` are those of one process.
     """
-    rank, world_size = place()
+    rank, world_size = rank_and_world_size()
     size = -(-count // world_size)
-    return [min(number, count - 1) for number in range(rank * size, (rank + 1) * size)]
+    return [min(index, count - 1) for index in range(rank * size, (rank + 1) * size)]
 
 
-def collect(value: T) -> list[T]:
-    """What every process has, in the order of their ranks. Tensors and arrays go through the host's memory."""
-    _, world_size = place()
+def all_gather_objects(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks. Tensors and arrays go through the host's memory."""
+    _, world_size = rank_and_world_size()
     if world_size == 1:
         return [value]
     values: list[T] = [value] * world_size
@@ -42,11 +42,11 @@ def collect(value: T) -> list[T]:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of every process, in the order of their ranks: (b, …) -> (B, …). As they are, with one process.
+    """The rows of every rank, in the order of ranks: (b, …) -> (B, …). One process gets its own rows back.
 
-    Differentiable: the gradient of a row is the sum over all processes.
+    Differentiable: the gradient of a row is the sum over all ranks.
     """
-    return rows if place()[1] == 1 else _Gather.apply(rows)
+    return rows if rank_and_world_size()[1] == 1 else _Gather.apply(rows)
 
 
 class _Gather(torch.autograd.Function):
@@ -65,11 +65,11 @@ class _Gather(torch.autograd.Function):
 
 
 def log_sum_exp(values: Tensor) -> Tensor:
-    """Over the processes, element by element, of tensors of one shape: every process has it. Differentiable.
+    """log-sum-exp over the ranks, element by element, of tensors of one shape; every rank gets it. Differentiable.
 
-    Only sums travel, so what each process sends does not grow with their number.
+    Only sums travel, so what each rank sends does not grow with their number.
     """
-    return values if place()[1] == 1 else _LogSumExp.apply(values)
+    return values if rank_and_world_size()[1] == 1 else _LogSumExp.apply(values)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor) -> Tensor:
         most = values.clone()
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        most.clamp_(min=torch.finfo(most.dtype).min)  # where no process has any, -inf less -inf would be no number
+        most.clamp_(min=torch.finfo(most.dtype).min)  # if it is -inf on every rank, -inf - -inf would be NaN
         part = (values - most).exp()
         total = part.clone()
         dist.all_reduce(total)

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ..common.cache import Cache
-from ..common.processes import share
+from ..common.processes import own_indices
 from ..common.storage import is_url
 from ..common.watch import Watch
 from ..config import Preprocessing
@@ -247,7 +247,7 @@ class PairDataModule(pl.LightningDataModule):
         if self.val_shards is None:
             return []
         held_out = self.held_out()
-        numbers = [held_out[place] for place in share(len(held_out))]
+        numbers = [held_out[index] for index in own_indices(len(held_out))]
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in numbers[i : i + step]] for i in range(0, len(numbers), step)]
         first = replace(self.captions, order="first")

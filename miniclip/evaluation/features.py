@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import tokenizer
 from ..common.files import atomic_write
-from ..common.processes import collect, place, share
+from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from .datasets.sets import EvaluationSet
 
 _PROMPTS_PER_BATCH = 256
@@ -174,16 +174,18 @@ def encode_texts(
     """
     unique = sorted(dict.fromkeys(texts), key=lambda text: (len(text) // _SAME_LENGTH, text))
     batches = [unique[start : start + _PROMPTS_PER_BATCH] for start in range(0, len(unique), _PROMPTS_PER_BATCH)]
-    own = share(len(batches))
+    own = own_indices(len(batches))
     parts = []
     for number in own:
         features = model.encode_text(tokenize(batches[number]))
         parts.append(F.normalize(features.float(), dim=-1))
         if progress:
             progress(round(len(parts) * len(unique) / len(own)))
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         device = parts[0].device
-        parts = [part.to(device) for each in collect([part.cpu() for part in parts]) for part in each][: len(batches)]
+        parts = [part.to(device) for each in all_gather_objects([part.cpu() for part in parts]) for part in each][
+            : len(batches)
+        ]
     number_of = {text: number for number, text in enumerate(unique)}
     return torch.cat(parts)[[number_of[text] for text in texts]]
 
@@ -256,12 +258,12 @@ def encode_images(
     Raises:
         ValueError: not one image could be read, or the features are zero or not finite.
     """
-    kept = _Kept(cache, key, data) if cache is not None and key is not None and place()[0] == 0 else None
-    known: np.ndarray = collect(kept.numbers if kept else np.zeros(0, dtype=np.int64))[0]
+    kept = _Kept(cache, key, data) if cache is not None and key is not None and rank_and_world_size()[0] == 0 else None
+    known: np.ndarray = all_gather_objects(kept.numbers if kept else np.zeros(0, dtype=np.int64))[0]
     missing = np.setdiff1d(np.arange(len(data)), known)
     if progress and len(known):
         progress(len(known))
-    numbers = [int(missing[number]) for number in share(len(missing))]
+    numbers = [int(missing[number]) for number in own_indices(len(missing))]
     num_batches = -(-len(numbers) // batch_size)
     num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
     loader = DataLoader(_Images(data, preprocess, numbers), batch_size, num_workers=num_workers, collate_fn=list)
@@ -295,7 +297,7 @@ def encode_images(
     except BaseException:  # Ctrl-C, too
         save_part()
         raise
-    shares = collect((torch.cat(parts) if parts else None, problems))
+    shares = all_gather_objects((torch.cat(parts) if parts else None, problems))
     problems = [problem for _, each in shares for problem in each][: len(missing)]
     is_healthy = np.array([not problem for problem in problems], dtype=bool)
     unreadable = tuple(problem for problem in problems if problem)
@@ -304,7 +306,7 @@ def encode_images(
     new = [part for part, _ in shares if part is not None]
     found = [torch.cat(new)[: len(missing)][torch.from_numpy(is_healthy)]] if new else []
     if len(known):
-        found = [collect(kept.features if kept else None)[0], *found]  # type: ignore[list-item]
+        found = [all_gather_objects(kept.features if kept else None)[0], *found]  # type: ignore[list-item]
     numbers_found = np.concatenate([known, missing[is_healthy]])
     order = np.argsort(numbers_found)
     rows = torch.cat(found)[torch.from_numpy(order)]

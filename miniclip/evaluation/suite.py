@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..common.processes import collect, place
+from ..common.processes import all_gather_objects, rank_and_world_size
 from .datasets.sets import CaptionedImages, EvaluationSet, LabelledImages, MultilabelImages
 from .encoder import Model
 from .features import FeatureCache, ImageFeatures, encode_images, encode_texts
@@ -267,8 +267,8 @@ class _Work:
         key = None if self.cache is None else FeatureCache.key(what, self.model.text_fingerprint(), texts)
         if self.cache is None or key is None:
             return compute().cpu()
-        is_first = place()[0] == 0
-        tensors = collect(self.cache.read(key) if is_first else None)[0]
+        is_first = rank_and_world_size()[0] == 0
+        tensors = all_gather_objects(self.cache.read(key) if is_first else None)[0]
         if tensors is not None:
             return tensors["features"]
         features = compute().cpu()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.processes import gather, place
+from ..common.processes import gather, rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def gather_pairs(
         if value is not None and (value.shape != image_features.shape[:1] or is_empty):
             kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
             raise ValueError(f"{name} of shape {tuple(value.shape)}{kept}; it must be (B,) and keep one")
-    rank, world_size = place() if across_processes else (0, 1)
+    rank, world_size = rank_and_world_size() if across_processes else (0, 1)
     everywhere = gather if world_size > 1 else (lambda rows: rows)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     texts, b = text_features.to(dtype), len(text_features)

@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
 from ..common.files import atomic_write
-from ..common.processes import collect
+from ..common.processes import all_gather_objects
 from ..weights.read import read_torch_file
 from .stopping import StopSignals, requeue, slurm, what_is_kept
 
@@ -83,7 +83,7 @@ class RandomStates(Checkpoint):
         self._loaded: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[self.KEY] = collect(_random_state(trainer.strategy.root_device))
+        checkpoint[self.KEY] = all_gather_objects(_random_state(trainer.strategy.root_device))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(self.KEY, [])

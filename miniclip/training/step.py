@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import tokenizer
 from ..common.files import write_text
-from ..common.processes import collect, gather
+from ..common.processes import all_gather_objects, gather
 from ..config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
 from ..data.module import PairDataModule
 from ..data.pairs import Batch
@@ -323,7 +323,7 @@ class CLIPTraining(pl.LightningModule):
     def _stop_as_not_finite(self, norm: float, optimizer: torch.optim.Optimizer) -> NoReturn:
         """Leaves what is known of the batch in the run's folder."""
         assert self._step is not None
-        parts = collect((self._step.loss.item(), self._step.describe(self.trainer.global_rank)))
+        parts = all_gather_objects((self._step.loss.item(), self._step.describe(self.trainer.global_rank)))
         samples = [sample for _, share in parts for sample in share]
         # A mean over processes, and not finite where any of theirs is not.
         loss, step = sum(loss for loss, _ in parts) / len(parts), self.global_step + 1
@@ -392,7 +392,7 @@ class CLIPTraining(pl.LightningModule):
         own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
         self._validation.clear()
         count = len(self.trainer.datamodule.held_out())  # type: ignore[attr-defined]
-        images, texts, healthy = (torch.cat(column)[:count] for column in zip(*collect(own), strict=True))
+        images, texts, healthy = (torch.cat(column)[:count] for column in zip(*all_gather_objects(own), strict=True))
         images, texts = images[healthy], texts[healthy]
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")

@@ -13,7 +13,7 @@ import torch.multiprocessing as multiprocessing
 from helpers import tiny_clip, write_picture
 from test_training import command, data, metrics
 
-from miniclip.common.processes import collect, log_sum_exp, share
+from miniclip.common.processes import all_gather_objects, log_sum_exp, own_indices
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.zero_shot import zero_shot_scores
 from miniclip.weights.load import preprocess_for
@@ -24,8 +24,8 @@ ZERO_SHOT = "miniclip.training.zero_shot.ZeroShotEvaluation"
 
 
 def test_one_process_has_all_of_it():
-    assert share(5) == [0, 1, 2, 3, 4]
-    assert collect("all") == ["all"]
+    assert own_indices(5) == [0, 1, 2, 3, 4]
+    assert all_gather_objects("all") == ["all"]
 
 
 def scores_of(folder, batch_size):
@@ -43,7 +43,7 @@ def exponents(world_size):
 def work(rank, world_size, images, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
-    found = {"share": share(7), "collected": collect(rank)}
+    found = {"share": own_indices(7), "collected": all_gather_objects(rank)}
     values = exponents(world_size)[rank].requires_grad_()
     sums = log_sum_exp(values)
     (sums[:3] * (1.0 + rank)).sum().backward()

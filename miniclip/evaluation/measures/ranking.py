@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...common.processes import collect, place
+from ...common.processes import all_gather_objects, rank_and_world_size
 from .statistics import as_rows, check_k
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.
         pair = unit(images, image_norms, owner[chosen]), unit(texts, text_norms, chosen)
         own[start : start + _NUM_ROWS] = (pair[0] * pair[1]).sum(dim=1) - _SAME
 
-    rank, world_size = place()
+    rank, world_size = rank_and_world_size()
     num_rows = min(_NUM_ROWS, -(-len(images) // world_size))
     better = torch.zeros(2, len(texts), dtype=torch.int64, device=device)
     for top in range(rank * num_rows, len(images), world_size * num_rows):
@@ -171,7 +171,7 @@ def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.
                 numbered = first_texts[:having] + number
                 better[1, numbered] += _count(cosines[:having] >= own[numbered, None], dim=1)
     counts = np.empty((2, len(texts)), dtype=np.int64)
-    counts[:, text_order] = sum(collect(better.cpu().numpy()))
+    counts[:, text_order] = sum(all_gather_objects(better.cpu().numpy()))
     return counts[0], counts[1]
 
 
