@@ -341,8 +341,9 @@ def _tell(found: list[Result]) -> None:
                 print(f"left out: {len(problems) - 10} more, see results.json", file=sys.stderr)
         names = getattr(data, "classnames", ())
         if names and (data.name, data.templates_from) not in seen:
-            prompts = f"{some(wordings(data.templates))} ({data.templates_from})"
-            print(f"{data.name}: classes {some(names)} (from {data.classnames_from}); prompts {prompts}")
+            classes, prompts = (some([repr(each) for each in texts], 10) for texts in (names, wordings(data.templates)))
+            origins = f"(from {data.classnames_from})", f"({data.templates_from})"
+            print(f"{data.name}: classes {classes} {origins[0]}; prompts {prompts} {origins[1]}")
             seen.add((data.name, data.templates_from))
             if data.name not in seen and all(name.isdigit() for name in names):
                 print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)

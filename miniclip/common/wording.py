@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Saying it
-
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if share == 0 or share >= 0.001 else "less than 0.1 %"
+    """The number alone, for a column or an axis that says %."""
+    return f"{100 * share:.1f}"
+
+
+def portion(share: float) -> str:
+    return f"{percent(share)} %" if share == 0 or share >= 0.001 else "less than 0.1 %"
 
 
 def share_of(are: np.ndarray) -> float:
@@ -22,10 +24,6 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def some(values: Sequence[str], most: int = 10) -> str:
-    return ", ".join(map(repr, values[:most])) + (f" and {len(values) - most} more" if values[most:] else "")
-
-
-def some_names(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -24,6 +24,7 @@ from ..common.cache import Cache
 from ..common.processes import own_indices
 from ..common.storage import is_url
 from ..common.watch import Watch
+from ..common.wording import some
 from ..config import Preprocessing
 from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
@@ -91,7 +92,7 @@ class PairLoader(DataLoader[Sample]):
         next_batch = pending[0] if pending else []
         names = {shards.entries[shards.locate(sample)[0]].location for _, sample in next_batch}
         likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first
-        what = ", ".join(likely[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        what = some(likely)
         print(f"No batch has come for {seconds:.0f} s. The next one needs {what or 'no shard'}.", file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from ..common.storage import is_url, read_bytes
-from ..common.thumbnail import jpeg_thumbnail
-from ..common.wording import cut_short, percent, share_of
+from ..common.thumbnail import thumbnail
+from ..common.wording import cut_short, portion, share_of
 from ..images import open_image
 from ..tokenizer import encode
 from .augmentation import Augmentation
@@ -35,6 +35,7 @@ from .sources import Pair
 if TYPE_CHECKING:
     from .pairs import CaptionChoice
 _CONTACTS, _TOP_CAPTIONS = 24, 10
+_CONTACT_BOX = (256, 128)  # pixels
 _CHUNK = 64  # pairs that are read, then decoded
 _TIMED_IMAGES, _TIMED_S, _BRIEF_S = 128, 2.0, 1.0
 _NOTABLE = 0.01  # a share from which something is worth a sentence
@@ -200,9 +201,9 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> _L
         header = Image.open(io.BytesIO(data))  # what it was before 16 bits became 8
         is_16_bits = header.mode.startswith("I") or (header.format == "PNG" and data[24] == 16)
         mode = header.mode + (", 16 bit" if is_16_bits else "")
-        thumbnail = jpeg_thumbnail(image) if with_thumbnail else ""
+        picture = thumbnail(image, _CONTACT_BOX) if with_thumbnail else ""
         digest, blank = hashlib.sha256(data).digest(), len(lines) - len(captions)
-        facts = (image.size, header.format or "?", mode, _is_rotated(header), digest, len(data), thumbnail)
+        facts = (image.size, header.format or "?", mode, _is_rotated(header), digest, len(data), picture)
         return _Look(pair.source, "", "", captions, blank, *facts)
     except Exception as error:  # a damaged picture can raise anything
         return _Look(pair.source, _say(error), _kind(_say(error), pair))
@@ -409,18 +410,18 @@ def what_spoils(f: Findings, are_captions_shared: bool = False) -> list[str]:
     num_bad, num_others = f.num_sampled - f.num_usable, f.false_negatives * (f.batch_size - 1)
     cut, small = share_of(f.token_counts > f.context_length), share_of(f.short_sides < f.image_size / 2)
     out = [
-        f"{num_bad:,} of {f.num_sampled:,} samples ({percent(num_bad / f.num_sampled)}) can't be used; "
+        f"{num_bad:,} of {f.num_sampled:,} samples ({portion(num_bad / f.num_sampled)}) can't be used; "
         f"{problem.num_samples:,} like this one: {cut_short(problem.examples[0])}: {cut_short(problem.reason, 300)}"
         for problem in f.problems[:1]
     ]
     if cut >= _NOTABLE:
         out.append(
-            f"{percent(cut)} of the captions are longer than {f.context_length} tokens: their ends are cut off and "
+            f"{portion(cut)} of the captions are longer than {f.context_length} tokens: their ends are cut off and "
             "never read. Put what matters first, shorten them, or raise the context length"
         )
     if f.lowest_loss >= _NOTABLE_LOSS * math.log(f.batch_size) and not are_captions_shared:
         out.append(
-            f"{percent(f.num_repeated / len(f.token_counts))} of the captions occur with more than one image: in a "
+            f"{portion(f.num_repeated / len(f.token_counts))} of the captions occur with more than one image: in a "
             f"batch of {f.batch_size:,} a pair meets {num_others:.2g} others with its own caption, "
             f"is told to differ from them, and the loss can't fall below {f.lowest_loss:.2f} (chance is "
             f"{math.log(f.batch_size):.2f}). Train with model.positives=caption, which lets them belong together; or "
@@ -428,12 +429,12 @@ def what_spoils(f: Findings, are_captions_shared: bool = False) -> list[str]:
         )
     if f.template_share >= _TEMPLATE and f.template_texts > 1:
         out.append(
-            f"{percent(f.template_share)} of the captions are {cut_short(f.template, 80)!r} but for digits and "
+            f"{portion(f.template_share)} of the captions are {cut_short(f.template, 80)!r} but for digits and "
             f"punctuation ({f.template_texts:,} texts): little tells them apart. Describe what is to be seen"
         )
     if small >= _NOTABLE:
         out.append(
-            f"{percent(small)} of the images have a short side under {f.image_size / 2:g} pixels, less than half of "
+            f"{portion(small)} of the images have a short side under {f.image_size / 2:g} pixels, less than half of "
             f"the {f.image_size} that the model sees: they are blown up. Use larger ones, or a smaller image size"
         )
     return out
@@ -451,12 +452,12 @@ def advice(f: Findings) -> list[str]:
         out.append(f"Blank captions: {f.num_blank:,}; `miniclip shards` leaves such lines out")
     if copied >= _NOTABLE:
         out.append(
-            f"{percent(copied)} of the images have a copy in the sample; in all the data it is as many or more. Put "
+            f"{portion(copied)} of the images have a copy in the sample; in all the data it is as many or more. Put "
             "the captions of an image together, as lines of one .txt or as rows with one path"
         )
     if turned >= _NOTABLE:
         out.append(
-            f"{percent(turned)} of the images are turned by an EXIF tag, which neither packing nor training heeds: "
+            f"{portion(turned)} of the images are turned by an EXIF tag, which neither packing nor training heeds: "
             "the model sees them as they are stored. Turn the files themselves"
         )
     if not f.workers:

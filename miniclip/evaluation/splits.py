@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..common.wording import some_names
+from ..common.wording import some
 
 ROWS_OF_PROBES = 1024  # test images at a time, against all training images
 _SAME = 1e-4  # features that differ by a smaller share of their length are one picture's; batches round differently
@@ -79,7 +79,7 @@ class Splits:
             _check(name, getattr(self, name), len(self.classnames), width)
         missing = [self.classnames[c] for c in np.flatnonzero(self.num_examples == 0)]
         if missing:
-            raise ValueError(f"no training images of {some_names(missing)}; every class needs at least one")
+            raise ValueError(f"no training images of {some(missing)}; every class needs at least one")
 
     @cached_property
     def num_examples(self) -> np.ndarray:
@@ -104,7 +104,7 @@ class Splits:
         few = np.flatnonzero(self.num_examples < k)
         if len(few):
             counts = [f"{self.classnames[c]} ({self.num_examples[c]})" for c in few[np.argsort(self.num_examples[few])]]
-            raise ValueError(f"{k} shots are more than the training images of {some_names(counts)}")
+            raise ValueError(f"{k} shots are more than the training images of {some(counts)}")
         order = np.random.default_rng(seed).permutation(len(self.train))
         order = order[np.argsort(self.train.labels[order], kind="stable")]  # class by class, shuffled within
         starts = np.cumsum(self.num_examples) - self.num_examples

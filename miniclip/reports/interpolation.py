@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..common.files import atomic_write, write_text
+from ..common.wording import percent
 from ..evaluation.interpolation import Point
-from .tables import percent
 
 
 def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chosen: float) -> Table:

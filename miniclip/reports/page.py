@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 
 from ..common.files import write_text
+from ..common.wording import percent, some
 from ..evaluation.measures.classification import Multilabel
 from ..evaluation.prompts import Prompts
 from ..evaluation.retrieval import RetrievalScores
@@ -35,7 +36,7 @@ from .pictures import (
 )
 from .results import confused_pairs, versions
 from .runs import read_curves
-from .tables import NO_VALUE, percent, probe_grid, prompts_cell, robustness_grid, score_grids, score_rows, subgroup_grid
+from .tables import NO_VALUE, probe_grid, prompts_cell, robustness_grid, score_grids, score_rows, subgroup_grid
 
 _MOST_OPEN = 4  # results; of more, the page opens their sections when asked to
 
@@ -160,9 +161,7 @@ def write_html(path: str | Path, results: Sequence[Result], robustness: Robustne
     """
     models = list(dict.fromkeys(result.model for result in results))
     sets = list(dict.fromkeys(result.data.name for result in results))
-    title = models[0] if len(models) == 1 else f"{len(models)} models on {', '.join(sets[:3])}"
-    if len(models) > 1 and sets[3:]:
-        title += f" and {len(sets) - 3} more"
+    title = models[0] if len(models) == 1 else f"{len(models)} models on {some(sets, 3)}"
     thumbnail, sections = Thumbnails(), []
     seen: set[tuple[str, str]] = set()
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $

@@ -4,17 +4,16 @@ N images, C classes, K guesses."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..common.files import atomic_write
+from ..common.thumbnail import thumbnail
+from ..common.wording import percent
 from ..evaluation.measures.classification import Calibration, most_confused
 from ..evaluation.none_of_these import Outside
 from ..evaluation.probes import ShotCurve
@@ -25,7 +24,7 @@ from ..evaluation.zero_shot import MultilabelScores, Scores
 from .page_parts import bare_axes, short_label, svg
 from .results import intervals, metric_values
 from .runs import Curves
-from .tables import percent, prompts_cell
+from .tables import prompts_cell
 
 _COLOURS = ("tab:blue", "tab:green", "tab:orange")
 
@@ -58,7 +57,7 @@ def write_picture(path: str | Path, curve: ShotCurve, title: str = "") -> None:
         plot_shots(curve, title).savefig(file, format=kind, dpi=150, bbox_inches="tight")
 
 
-_THUMBNAIL = 112  # pixels
+_THUMBNAIL_BOX = (112, 112)  # pixels
 _GALLERY = 24  # images of a kind
 _QUERIES = 8  # of retrieval, of a kind
 _FOUND = 5  # shown of each
@@ -244,20 +243,8 @@ class Thumbnails:
     def __call__(self, data: Any, number: int) -> str:
         key = id(data.images), int(number)
         if key not in self._made:
-            self._made[key] = _thumbnail(data.open(int(number)))
+            self._made[key] = thumbnail(data.open(int(number)), _THUMBNAIL_BOX)
         return self._made[key]
-
-
-def _thumbnail(image: Image.Image) -> str:
-    image = image.convert("RGB")
-    factor = _THUMBNAIL / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    # A small picture is shown with its pixels, not blurred into something nobody saw.
-    image = image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if factor > 1 else "JPEG")
-    kind = "png" if factor > 1 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _spread(rows: np.ndarray, most: int) -> np.ndarray:

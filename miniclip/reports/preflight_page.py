@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.files import write_text
-from ..common.wording import cut_short, percent, share_of
+from ..common.wording import cut_short, portion, share_of
 from ..data.preflight import Findings, Pipeline, advice, what_spoils
 
 
@@ -26,7 +26,7 @@ def _spread(values: np.ndarray, digits: int = 0) -> str:
 
 
 def _kinds(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {percent(count / sum(counts.values()))}" for name, count in counts.items())
+    return ", ".join(f"{name} {portion(count / sum(counts.values()))}" for name, count in counts.items())
 
 
 def rows(f: Findings, pipeline: Pipeline | None = None) -> dict[str, list[tuple[str, str]]]:
@@ -34,12 +34,12 @@ def rows(f: Findings, pipeline: Pipeline | None = None) -> dict[str, list[tuple[
     N, M = f.num_usable, len(f.token_counts)
     cut, small = share_of(f.token_counts > f.context_length), share_of(f.short_sides < f.image_size)
     num_bad, num_others = f.num_sampled - N, f.batch_size - 1
-    wording = f"{percent(f.template_share)}: {cut_short(f.template)!r}, different texts: {f.template_texts:,}"
+    wording = f"{portion(f.template_share)}: {cut_short(f.template)!r}, different texts: {f.template_texts:,}"
     out = {
         "pairs": [
             ("in all", f"{f.num_pairs:,}"),
             ("looked at", f"{f.num_sampled:,}" + ("" if f.num_sampled == f.num_pairs else ", chosen at random")),
-            ("can't be used", f"{num_bad:,} ({percent(num_bad / f.num_sampled)})"),
+            ("can't be used", f"{num_bad:,} ({portion(num_bad / f.num_sampled)})"),
         ],
         "what can't be used": [
             (f"{problem.num_samples:,}", f"{problem.kind}\n{cut_short(', '.join(problem.examples), 300)}")
@@ -47,19 +47,19 @@ def rows(f: Findings, pipeline: Pipeline | None = None) -> dict[str, list[tuple[
         ],
         f"images ({N:,})": [
             ("short side, pixels", _spread(f.short_sides)),
-            (f"below {f.image_size} pixels", percent(small)),
+            (f"below {f.image_size} pixels", portion(small)),
             ("long side / short side", _spread(f.aspects, 2)),
             ("formats", _kinds(f.formats)),
             ("pixels", _kinds(f.modes)),
-            ("turned by an EXIF tag", percent(f.num_rotated / max(N, 1))),
-            ("with a copy, byte for byte", percent(f.num_copies / max(N, 1))),
+            ("turned by an EXIF tag", portion(f.num_rotated / max(N, 1))),
+            ("with a copy, byte for byte", portion(f.num_copies / max(N, 1))),
         ],
         f"captions ({M:,})": [
             ("of an image", _spread(f.captions_per_image)),
             ("tokens, start and end included", _spread(f.token_counts)),
-            (f"cut at {f.context_length} tokens", percent(cut)),
+            (f"cut at {f.context_length} tokens", portion(cut)),
             ("blank", f"{f.num_blank:,}"),
-            ("that another image has, too", percent(f.num_repeated / max(M, 1))),
+            ("that another image has, too", portion(f.num_repeated / max(M, 1))),
             ("most frequent wording", wording),
         ],
         "most frequent captions": [(f"{count:,} images", cut_short(text)) for text, count in f.top_captions],
@@ -79,7 +79,7 @@ def rows(f: Findings, pipeline: Pipeline | None = None) -> dict[str, list[tuple[
     if pipeline:
         total, n = sum(pipeline.seconds.values()), pipeline.num_images
         out[f"input pipeline ({n:,} samples)"] = [
-            *((stage, f"{1e3 * s / n:.3f} ms an image, {percent(s / total)}") for stage, s in pipeline.seconds.items()),
+            *((stage, f"{1e3 * s / n:.3f} ms an image, {portion(s / total)}") for stage, s in pipeline.seconds.items()),
             ("all in one process", f"{pipeline.alone_images_per_s:,.0f} images/s"),
             (f"DataLoader, workers: {pipeline.workers}", f"{pipeline.loader_images_per_s:,.0f} images/s"),
         ]

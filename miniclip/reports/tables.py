@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
+from ..common.wording import percent
 from ..evaluation.measures.classification import Multilabel, Subgroups
 from ..evaluation.measures.ranking import Ranking
 from ..evaluation.probes import METHODS
@@ -28,10 +29,6 @@ _TEXTS = (
     "data", "model", "prompts", "find", "value", "images of none", "learnt from", "method", "chosen", "remark",
     "metric", "change", "class", "images gained", "images lost",
 )  # fmt: skip  # columns of words, which may be broken anywhere
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def _interval(ends: tuple[float, float]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...common.wording import some
 from ...data.open_pairs import open_pairs
 from ...data.sources import (
     HUB_PREFIX,
@@ -114,7 +115,7 @@ def in_split(folder: Path, split: str | None) -> Path:
         return folder
     found = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     if split not in found:
-        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {_some(found)}")
+        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(found)}")
     return folder / split
 
 
@@ -135,7 +136,7 @@ def read_class_folders(source: Path, split: str | None) -> Found:
     _refuse_other_level(folder, images)
     empty = [path.name for path in classes if not images[path]]
     if empty:
-        raise ValueError(f"{folder} has class folders without images: {_some(empty)}")
+        raise ValueError(f"{folder} has class folders without images: {some(empty)}")
     return Found(
         source.resolve().name,
         tuple(path for each in images.values() for path in each),
@@ -171,7 +172,7 @@ def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None
         (only,) = images
         inner = sorted({path.relative_to(only).parts[0] for path in images[only]})
         raise ValueError(
-            f"{folder} has one class folder, {only.name!r}, which holds no image but the folders {_some(inner)}. "
+            f"{folder} has one class folder, {only.name!r}, which holds no image but the folders {some(inner)}. "
             f"If those are the classes, name {only}"
         )
 
@@ -343,9 +344,5 @@ def all_captioned(
         raise ValueError(f"{source} holds no images with captions")
     bare = [key for key, texts in zip(keys, captions, strict=True) if not texts]
     if bare:
-        raise ValueError(f"{source}: {len(bare)} of {len(captions)} images have no caption: {_some(bare)}")
+        raise ValueError(f"{source}: {len(bare)} of {len(captions)} images have no caption: {some(bare)}")
     return captions
-
-
-def _some(values: Sequence[str], most: int = 10) -> str:
-    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if values[most:] else "")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...common.wording import some
 from ..prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, read_lines, template_set
 from .sets import Found
 
@@ -92,7 +93,7 @@ def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
     for name in names[:5]:
         near = [spoken[each] for each in difflib.get_close_matches(_spoken(name), spoken, n=2)]
         parts.append(repr(name) + (f" (near {' and '.join(map(repr, near))})" if near else ""))
-    return ", ".join(parts) + (f" and {len(names) - 5} more" if names[5:] else "")
+    return some([*parts, *names[5:]])
 
 
 def _spoken(name: str) -> str:
