@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .common.version import __version__ as __version__
     from .config import CLIPConfig as CLIPConfig
     from .config import TextConfig as TextConfig
     from .config import VisionConfig as VisionConfig
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from .weights.load import save as save
     from .weights.read import available_models as available_models
 
-__version__ = "0.1.0"
-
 _HOME = {
+    "__version__": "common.version",
     "CLIP": "model",
     "CLIPConfig": "config",
     "TextConfig": "config",
@@ -40,7 +40,7 @@ _HOME = {
     "tokenize": "tokenizer",
     "zero_shot_classifier": "evaluation.zero_shot",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

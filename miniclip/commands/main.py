@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from .. import __version__
+from ..common.version import __version__
 from .terminal import Help, lasting_imports
 
 # verb: the file here that has its `main`, and what it does

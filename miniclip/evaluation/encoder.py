@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import __version__, tokenizer
+from .. import tokenizer
+from ..common.version import __version__
 from ..model import CLIP, MissingTower, VisionTransformer
 from ..resnet import ModifiedResNet
 from .fingerprints import PROBE_TEXTS, digest_arrays, digest_module, probe_outputs, probe_pictures, tensors_of

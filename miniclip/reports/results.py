@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..common.files import as_plain, atomic_write, write_text
+from ..common.version import __version__
 from ..evaluation.measures.classification import Multilabel, Subgroups, most_confused
 from ..evaluation.prompts import Prompts
 from ..evaluation.retrieval import RetrievalScores
