@@ -1,4 +1,4 @@
-"""`miniclip check`: a quick look at pairs before training."""
+"""`miniclip check DATA`: a quick look at pairs before training."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import argparse
 import os
 from pathlib import Path
 
-from ..common.files import user_errors
 from .shards import add_reading_options, pairs_asked_for
-from .terminal import Help, console, lasting_imports, progress_bar
+from .terminal import console, lasting_imports, new_parser, progress_bar
 
 
-def main(argv: list[str]) -> None:
-    """`miniclip check DATA`"""
-    parser = argparse.ArgumentParser(
-        prog="miniclip check",
-        formatter_class=Help,
-        description="Looks at a random sample of image-text pairs and tells what training on them would meet: what\n"
-        "can't be read, sizes of images, lengths of captions, captions and images that occur twice and what that\n"
-        "does to the loss, and how many images/s a worker can feed.\n\n"
+def parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "check",
+        "Looks at a random sample of image-text pairs and reports what training on them would meet: what can't be\n"
+        "read, sizes of images, lengths of captions, captions and images that occur twice and what that does to the\n"
+        "loss, and how many images/s a worker can feed.\n\n"
         "DATA is shards (a folder, a pattern as 'data/{00000..00009}.tar', a URL), or anything that `miniclip shards`\n"
         "packs: a folder, a table, captions of COCO's, a data set of Hugging Face's.",
-        epilog="Nothing is written but the page of --out. The exit status is 1 if no sample can be used.\n\n"
-        "examples:\n"
-        "  miniclip check photos --out check.html\n"
-        "  miniclip check shards --all --batch-size 1024 --needed 900\n"
-        "  miniclip check shards --speed --workers 4",
+        notes="Nothing is written but the page of --out. The exit status is 1 if no sample can be used.",
+        examples="""
+miniclip check photos --out check.html
+miniclip check shards --all --batch-size 1024 --needed 900
+miniclip check shards --speed --workers 4""",
     )
     parser.add_argument("data", metavar="DATA", help="shards, or what can be packed into them")
     parser.add_argument("--out", metavar="HTML", help="a page of all that is found, with some samples to look at")
@@ -46,14 +43,12 @@ def main(argv: list[str]) -> None:
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that look; processes for --speed"
     )
     add_reading_options(parser, "reading what is not packed yet")
-    options = parser.parse_args(argv)
-    with user_errors():
-        if options.out and Path(options.out).exists() and not options.overwrite:
-            raise ValueError(f"{options.out} exists already; pass --overwrite to replace it, or name another --out")
-        _check(options)
+    return parser
 
 
-def _check(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
+    if options.out and Path(options.out).exists() and not options.overwrite:
+        raise ValueError(f"{options.out} exists already; pass --overwrite to replace it, or name another --out")
     with lasting_imports():
         from ..data.open_pairs import is_shards
         from ..data.pipeline_speed import time_pipeline

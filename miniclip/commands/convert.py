@@ -1,32 +1,40 @@
-"""`miniclip convert`: a checkpoint -> another library's layout, verified."""
+"""`miniclip convert SRC DST --to FORMAT`: a checkpoint -> another library's layout, verified."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..common.files import user_errors
-from .terminal import CHECKPOINTS, Help, lasting_imports
+from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
 
-def main(argv: list[str]) -> None:
-    """`miniclip convert SRC DST --to FORMAT`"""
-    parser = argparse.ArgumentParser(
-        prog="miniclip convert",
-        formatter_class=Help,
-        description="Writes a checkpoint as another library loads it, then loads it back (with that library, too,\n"
-        "where it is installed) and compares embeddings before it says done.\n\n" + CHECKPOINTS,
+def parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "convert",
+        "Writes a checkpoint in another library's layout, then loads it back (with that library, too, where it is\n"
+        "installed) and compares embeddings before it reports success.\n\n" + CHECKPOINTS,
+        examples="""
+miniclip convert ViT-B/32 clip --to hf
+miniclip convert runs/digits/best digits.pt --to openai
+miniclip convert epoch_32.pt clip --to native --activation gelu""",
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint")
     parser.add_argument("out", metavar="DST", help="a file for openai, a folder for the others")
     parser.add_argument("--to", required=True, choices=("native", "openai", "openclip", "hf"), help="the layout")
-    parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="for a bare state dict that can't tell")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
-    options = parser.parse_args(argv)
-    with user_errors():
-        with lasting_imports():
-            from ..weights.convert import convert
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    add_unknowns(parser)
+    return parser
 
-        said = convert(
-            options.source, options.out, options.to, overwrite=options.overwrite, activation=options.activation
-        )
-        print(f"{options.out}: {said}")
+
+def add_unknowns(parser: argparse.ArgumentParser) -> None:
+    """What a bare state dict may leave open."""
+    parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="of a state dict without a configuration")
+
+
+def run(options: argparse.Namespace) -> None:
+    with lasting_imports():
+        from ..weights.convert import convert
+
+    report = convert(
+        options.source, options.out, options.to, overwrite=options.overwrite, activation=options.activation
+    )
+    print(f"{options.out}: {report}")

@@ -12,21 +12,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.files import user_errors
 from ..common.wording import some
-from .terminal import Help, add_encoding, console, lasting_imports, plain_warnings, progress_bar
+from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
     from ..evaluation.suite import Result, Trial
 
 
-def main(argv: list[str]) -> None:
-    """`miniclip eval --model M … --data D …`"""
-    parser = argparse.ArgumentParser(
-        prog="miniclip eval",
-        formatter_class=Help,
-        description="Scores CLIP models without training them: each class becomes prompts, and an image goes to the\n"
+def parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "eval",
+        "Scores CLIP models without training them: each class becomes prompts, and an image goes to the\n"
         "nearest; images with captions are found by them, and the other way round. Every model is scored on every\n"
         "set.\n\n"
         "MODEL is a folder that training wrote, or whatever else miniclip loads (ViT-B/32, a checkpoint of OpenAI's,\n"
@@ -49,16 +46,16 @@ def main(argv: list[str]) -> None:
         "Class names and prompts that lie with the data are used: classnames.txt and templates.txt (or, for prompts\n"
         "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
         "used is printed, and is in results.json.",
-        epilog="OUT gets report.html (open it in a browser), results.json (all numbers), results.csv (a row for each\n"
-        "score), predictions/*.parquet (a row for each image), clip_benchmark/*.json (for `clip_benchmark build`).\n\n"
-        "examples:\n"
-        "  miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80\n"
-        "  miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars\n"
-        "  miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer\n"
-        "  miniclip eval --model ViT-B/32 --data photos --train more_photos --outside street_scenes\n"
-        "  miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download\n"
-        "  torchrun --nproc_per_node 8 eval_zeroshot.py --model ViT-L/14 --data imagenet/val --classnames imagenet\n"
-        "  miniclip eval --compare reports/before reports/after",
+        notes="OUT gets report.html (open it in a browser), results.json (all numbers), results.csv (a row for each\n"
+        "score), predictions/*.parquet (a row for each image), clip_benchmark/*.json (for `clip_benchmark build`).",
+        examples="""
+miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80
+miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars
+miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer
+miniclip eval --model ViT-B/32 --data photos --train more_photos --outside street_scenes
+miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download
+torchrun --nproc_per_node 8 eval_zeroshot.py --model ViT-L/14 --data imagenet/val --classnames imagenet
+miniclip eval --compare reports/before reports/after""",
     )
     parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="one or several models, as above")
     parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="one or several sets, as above")
@@ -125,8 +122,11 @@ def main(argv: list[str]) -> None:
     add_encoding(parser)
     parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
     parser.add_argument("--no-cache", action="store_true", help="keep no features")
-    options = parser.parse_args(argv)
-    with user_errors(), plain_warnings(), _joined(options.device) as device:
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    with _joined(options.device) as device:
         if options.compare:
             _compare(*options.compare)
         else:

@@ -1,26 +1,23 @@
-"""`miniclip interpolate`: models between a fine-tuned one and its start, with their scores."""
+"""`miniclip interpolate START FINETUNED`: models between a fine-tuned one and its start, with their scores."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ..common.files import user_errors
-from .terminal import Help, add_encoding, console, lasting_imports, progress_bar
+from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar
 
 
-def main(argv: list[str]) -> None:
-    """`miniclip interpolate START FINETUNED --data NEW --retain OLD --out DIR`"""
-    parser = argparse.ArgumentParser(
-        prog="miniclip interpolate",
-        formatter_class=Help,
-        description="Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): less is forgotten\n"
-        "than at the end of fine-tuning, and often nothing of the new task is lost. Scores of the start, the end and\n"
-        "the models between on the new task and on what is to be retained are printed and drawn.",
-        epilog="OUT gets the model (config.json, model.safetensors), interpolation.json and interpolation.png.\n\n"
-        "examples:\n"
-        "  miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain old.csv --may-lose 1 --out wise\n"
-        "  miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half",
+def parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "interpolate",
+        "Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): less is forgotten than at the\n"
+        "end of fine-tuning, and often nothing of the new task is lost. Scores of the start, the end and the models\n"
+        "between on the new task and on what is to be retained are printed and drawn.",
+        notes="OUT gets the model (config.json, model.safetensors), interpolation.json and interpolation.png.",
+        examples="""
+miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain old.csv --may-lose 1 --out wise
+miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
     )
     parser.add_argument("start", metavar="START", help="the model that fine-tuning began with")
     parser.add_argument("finetuned", metavar="FINETUNED", help="the model that it ended with")
@@ -39,12 +36,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
     add_encoding(parser)
-    options = parser.parse_args(argv)
-    with user_errors():
-        _interpolate(options)
+    return parser
 
 
-def _interpolate(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if (out / "config.json").exists() and not options.overwrite:
         raise ValueError(f"{out} already holds a model; pass --overwrite to replace it, or name another --out")

@@ -7,10 +7,12 @@ import importlib
 import os
 import sys
 
+from ..common.files import user_errors
 from ..common.version import __version__
-from .terminal import Help, lasting_imports
+from .terminal import Help, lasting_imports, new_parser, plain_warnings
 
-# verb: the file here that has its `main`, and what it does
+# verb: its file here, and what it does. A file has `parser()`, and `run(options)` for what that parser reads; the file
+# of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
 VERBS = {
     "shards": ("shards", "a folder or table of images and texts -> shards"),
     "check": ("check", "what training on some pairs would meet, before it starts"),
@@ -30,17 +32,46 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="miniclip",
         description="CLIP from scratch: pack pairs into shards, train on them, classify with words.",
-        epilog="miniclip VERB --help tells more. `train` and `eval` are the scripts train.py and eval_zeroshot.py.",
+        epilog="`miniclip VERB --help` explains a verb. train.py and eval_zeroshot.py run `train` and `eval`.\n"
+        "\n"
+        "examples:\n"
+        "  miniclip shards photos shards\n"
+        "  miniclip train fit --config configs/digits.yaml\n"
+        "  miniclip eval --model runs/digits/best --data my_photos",
         formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (_, purpose) in VERBS.items():
         verbs.add_parser(verb, help=purpose, add_help=False)
-    file, _ = VERBS[parser.parse_known_args(argv[:1])[0].verb]
+    verb = parser.parse_known_args(argv[:1])[0].verb
+    if verb == "train" and argv[1:2] in ([], ["-h"], ["--help"]):
+        _train_parser().parse_args(["--help"])
     with lasting_imports():
-        run = importlib.import_module(f".{file}", __package__).main
-    run(argv[1:])
+        module = importlib.import_module(f".{VERBS[verb][0]}", __package__)
+    if verb == "train":
+        module.main(argv[1:])
+        return
+    options = module.parser().parse_args(argv[1:])
+    with user_errors(), plain_warnings():
+        module.run(options)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    """For `miniclip train --help` alone, which need not wait for torch."""
+    parser = new_parser(
+        "train",
+        "Trains a CLIP on shards of image-text pairs. Settings come from YAML files (--config) and from flags of the\n"
+        "same names, which win. `miniclip train fit --help` lists them all.",
+        notes="The run's folder, runs/NAME, gets checkpoints, logs, a page, and best/, which miniclip.load reads.",
+        examples="""
+miniclip train fit --config configs/digits.yaml
+miniclip train fit --config configs/digits.yaml --name other --data.batch_size 512 --model.optimizer.lr 5e-4
+miniclip train fit --config configs/digits.yaml --name other --ckpt_path last
+miniclip train fit --config configs/digits.yaml --print_config""",
+    )
+    parser.add_argument("command", metavar="fit | validate", help="train, or score a checkpoint on the validation set")
+    return parser
 
 
 def share_cores() -> None:

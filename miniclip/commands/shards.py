@@ -1,4 +1,4 @@
-"""`miniclip shards`: pairs -> shards, or an index for tars from elsewhere."""
+"""`miniclip shards SRC OUT`: pairs -> shards, or an index for tars from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,31 +8,28 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.files import user_errors
-from .terminal import Help, progress_bar
+from .terminal import new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ..data.sources import Pairs
 
 
-def main(argv: list[str]) -> None:
-    """`miniclip shards SRC OUT`"""
-    parser = argparse.ArgumentParser(
-        prog="miniclip shards",
-        formatter_class=Help,
-        description="Packs image-text pairs into shards, which training reads.\n\n"
+def parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "shards",
+        "Packs image-text pairs into shards, which training reads.\n\n"
         "SRC is one of\n"
         "  a folder           images, each with a .txt of the same name beside it, one caption a line\n"
         "  a table            .csv, .tsv, .jsonl or .parquet with a column of image paths and one of captions\n"
         "  captions of COCO's captions_train2017.json and the like; --images names the folder of the images\n"
         "  a data set         of Hugging Face's datasets: its folder, or hf-hub:owner/name\n"
         "  shards             to shard them anew: resize, filter, hold out",
-        epilog="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which says what was left out and why.\n"
-        "Until all is done it is called OUT.partial; after a break the same command goes on where it was.\n\n"
-        "examples:\n"
-        "  miniclip shards photos shards --resize 256 --val-fraction 0.01\n"
-        "  miniclip shards pairs.csv shards --caption-column title --images /data/photos\n"
-        "  miniclip shards 'laion/{00000..00099}.tar' --index-only",
+        notes="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which names what was left out and why.\n"
+        "Until all is done it is called OUT.partial; after a break the same command goes on where it was.",
+        examples="""
+miniclip shards photos shards --resize 256 --val-fraction 0.01
+miniclip shards pairs.csv shards --caption-column title --images /data/photos
+miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     )
     parser.add_argument("source", metavar="SRC", help="what to pack")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
@@ -49,14 +46,16 @@ def main(argv: list[str]) -> None:
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     write.add_argument("--index-only", action="store_true", help="SRC holds tars already; write the index they lack")
-    options = parser.parse_args(argv)
-    with user_errors():
-        if options.index_only:
-            _index(options)
-        elif options.out is None:
-            raise ValueError("OUT is missing: the folder to write")
-        else:
-            _pack(options)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.index_only:
+        _index(options)
+    elif options.out is None:
+        raise ValueError("OUT is missing: the folder to write")
+    else:
+        _pack(options)
 
 
 def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:

@@ -1,4 +1,4 @@
-"""What the commands have in common: help, options of encoding, tables and bars in the terminal. No torch here."""
+"""What the verbs have in common: a parser, options of encoding, tables and bars in the terminal. No torch here."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
+
+
+def new_parser(verb: str, description: str, *, examples: str, notes: str = "") -> argparse.ArgumentParser:
+    """The parser of `miniclip VERB`; its help ends with notes and with commands to copy, one a line."""
+    lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
+    return argparse.ArgumentParser(
+        prog=f"miniclip {verb}",
+        formatter_class=Help,
+        description=description,
+        epilog=f"{notes}\n\nexamples:{lines}".strip(),
+    )
 
 
 @contextmanager

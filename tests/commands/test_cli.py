@@ -51,13 +51,39 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", [[], ["shards"], ["eval"]])
-def test_help_teaches_without_waiting_for_torch(verb):
-    code = f"import sys; from miniclip.commands.main import main\ntry: main({[*verb, '--help']})\n"
-    done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules)")
-    assert done.stdout.endswith("False\n")
-    expected = {"shards": "rejected.csv", "eval": "TABLE.classnames.txt"}.get("".join(verb), "miniclip VERB --help")
-    assert expected in done.stdout
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+def test_help_shows_examples_without_waiting_for_torch(verb):
+    code = f"import sys; from miniclip.commands.main import main\ntry: main({[*verb.split(), '--help']})\n"
+    done = run(sys.executable, "-c", code + "except SystemExit as ended: print(ended.code, 'torch' in sys.modules)")
+    assert done.stdout.endswith("0 False\n")
+    assert "examples:\n  miniclip " in done.stdout
+    expected = {"shards": "rejected.csv", "eval": "TABLE.classnames.txt", "train": "fit --help", "": "VERB --help"}
+    assert expected.get(verb, f"miniclip {verb}") in done.stdout
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
+def test_a_mistake_ends_every_verb_with_code_2_and_one_line(verb, tmp_path, capsys):
+    arguments = {
+        "shards": ["nowhere", "out"],
+        "check": ["nowhere"],
+        "eval": ["--model", "nowhere", "--data", "nowhere"],
+        "interpolate": ["nowhere", "nowhere", "--alpha", "0.5", "--out", str(tmp_path / "out")],
+        "report": ["nowhere"],
+        "convert": ["nowhere", str(tmp_path / "out"), "--to", "native"],
+        "info": ["nowhere"],
+    }[verb]
+    said = fails(capsys, [verb, *arguments])
+    assert "nowhere" in said
+    assert "Traceback" not in said
+
+
+def test_python_dash_m_miniclip_is_the_command(tmp_path):
+    done = run(sys.executable, "-m", "miniclip", "--version", cwd=tmp_path)
+    assert done.stdout == f"miniclip {miniclip.__version__}\n"
+    assert (
+        "error: no checkpoint at 'nowhere'"
+        in run(sys.executable, "-m", "miniclip", "info", "nowhere", cwd=tmp_path, code=2).stderr
+    )
 
 
 def test_version_and_unknown_verbs(capsys):
@@ -195,7 +221,7 @@ def test_the_collector_leaves_imports_alone_and_goes_on_after_them():
 
 
 @pytest.mark.parametrize(
-    "command", ["train --help", "info nothing", "check nothing", "eval --model nothing --data nothing"]
+    "command", ["train fit --help", "info nothing", "check nothing", "eval --model nothing --data nothing"]
 )
 def test_commands_import_without_the_collector(command):
     program = f"""
