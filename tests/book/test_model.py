@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from random_weights import randomise
 from torch import nn
 
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
@@ -23,23 +24,6 @@ TINY = CLIPConfig(
     vision=VisionConfig(image_size=24, patch_size=8, width=24, layers=3, head_width=8),
     text=TextConfig(context_length=77, vocab_size=50, eot_token=EOT, width=16, layers=3, head_width=8),
 )
-
-
-def randomise(module, seed):
-    """Draws every parameter: matrices that keep the scale of their input, biases and gains far from 0 and 1."""
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(module.named_parameters()):
-            parameter.normal_(generator=random)
-            if name.endswith(("proj", "projection")):
-                parameter.mul_(parameter.shape[0] ** -0.5)
-            elif parameter.ndim >= 2 and "embedding" not in name:
-                parameter.mul_((parameter.numel() // parameter.shape[0]) ** -0.5)
-            elif parameter.ndim == 1 and name.endswith("weight"):
-                parameter.mul_(0.3).add_(1)
-            elif parameter.ndim <= 1:
-                parameter.mul_(0.2)
-    return module
 
 
 def tiny(seed=0, config=TINY):

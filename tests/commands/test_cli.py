@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import fails, run
 from PIL import Image
 
 import miniclip
@@ -15,19 +16,6 @@ from miniclip.commands import main as cli
 from miniclip.commands.terminal import lasting_imports
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*command: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def fails(capsys, args: list[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(args)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture

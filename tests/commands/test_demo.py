@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import digits
 import pytest
 import torch
 
@@ -16,8 +17,6 @@ from miniclip.data.pack import pack
 from miniclip.data.sources import read_pairs
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-import digits  # noqa: E402
 
 
 @pytest.fixture(scope="module")

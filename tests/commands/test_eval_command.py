@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import fails
 from helpers import tiny_clip, write_pairs, write_picture
-from test_cli import fails
 
 import miniclip
 from miniclip.commands import main as cli

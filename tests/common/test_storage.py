@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import hashlib
-import http.server
 import multiprocessing
 import os
 import random
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from servers import Server
 
 from miniclip.common import storage
 from miniclip.common.cache import Cache
@@ -25,76 +25,6 @@ CONTENT = random.Random(0).randbytes(1_000_003)
 CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
 PIECE = 100_000
 FORK = multiprocessing.get_context("fork")
-
-
-class Server:
-    """Serves `files` by path. `fault` maps a request's number to a status, or after how many bytes to hang up."""
-
-    def __init__(self, files, has_range=True, fault=lambda number: None, before=lambda path, start: None):
-        self.files, self.has_range, self.fault, self.before = files, has_range, fault, before
-        self.gets, self.heads, self.connections = [], [], 0
-        lock = threading.Lock()
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def setup(handler):  # noqa: N805
-                with lock:
-                    self.connections += 1
-                super().setup()
-
-            def do_HEAD(handler):  # noqa: N805
-                with lock:
-                    self.heads.append(handler.path)
-                    fault = self.fault(len(self.heads) - 1)
-                self.answer(handler, fault, None, has_body=False)
-
-            def do_GET(handler):  # noqa: N805
-                with lock:
-                    asked = handler.headers.get("Range")
-                    self.gets.append((handler.path, asked))
-                    fault = self.fault(len(self.gets) - 1)
-                self.answer(handler, fault, asked, has_body=True)
-
-            def log_message(handler, *_):  # noqa: N805
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.block_on_close = False
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def answer(self, handler, fault, asked, has_body):
-        content = self.files.get(handler.path.partition("?")[0])
-        start, end = 0, len(content or b"") - 1
-        if asked and self.has_range:
-            found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
-            start, end = int(found[1]), min(int(found[2]), end)
-        self.before(handler.path, start)
-        status = fault if fault in (403, 429, 500, 503) else 404 if content is None else 200
-        if status == 200 and asked and self.has_range:
-            status = 206 if start <= end else 416
-        body = content[start : end + 1] if status in (200, 206) else b"no"
-        handler.send_response(status)
-        handler.send_header("Content-Length", str(len(body)))
-        if handler.path.endswith("/"):
-            handler.send_header("Content-Type", "text/html")
-        if status == 206:
-            handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
-        handler.end_headers()
-        if has_body:
-            is_cut = fault is not None and status in (200, 206)
-            with contextlib.suppress(ConnectionError):
-                handler.wfile.write(body[:fault] if is_cut else body)
-            handler.close_connection = handler.close_connection or is_cut
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture(autouse=True)

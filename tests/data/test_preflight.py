@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import Browser
+from command_line import fails, run
 from helpers import pack_folder, picture, write_pairs, write_picture
 from PIL import Image
 from rich.console import Console
-from test_cli import fails, run
-from test_report import Browser, browser  # noqa: F401 (a fixture)
 
 from miniclip.data.open_pairs import is_shards, shard_pairs
 from miniclip.data.pipeline_speed import time_pipeline
@@ -413,7 +413,7 @@ def test_a_glance_never_raises_and_fetches_nothing(tmp_path):
 
 
 @pytest.fixture
-def show(browser, tmp_path):  # noqa: F811
+def show(browser, tmp_path):
     def write_and_open(findings: Findings, pipeline=None) -> Browser:
         write_html(tmp_path / "check.html", findings, pipeline)
         for width in (390, 1280):

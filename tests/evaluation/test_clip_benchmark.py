@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from helpers import tiny_clip
 from PIL import Image
+from random_weights import randomise
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
-from test_evaluation_sets import lines, tar
-from test_model import randomise
+from written_sets import lines, tar
 
 import miniclip
 from miniclip.commands import main as cli

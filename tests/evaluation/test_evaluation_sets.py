@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import webdataset
 from helpers import Served, picture, tiny_clip, write_pairs, write_picture
 from torch.utils.data import ConcatDataset, DataLoader
+from written_sets import lines, tar
 
 from miniclip import tokenizer
 from miniclip.commands import main as cli
@@ -43,19 +43,6 @@ def png(seed: int) -> bytes:
     buffer = io.BytesIO()
     picture(seed).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path), encoder=False) as writer:
-        for key, members in samples.items():
-            writer.write({"__key__": key, **members})
-
-
-def lines(path: Path, *content: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(content) + "\n", encoding="utf-8")
-    return path
 
 
 def benchmark_set(root: Path, members: dict[str, list[bytes]], split: str = "test", shards: int = 2, **texts: str):

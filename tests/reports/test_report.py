@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from browser import WIDTHS, Browser, log
 from helpers import write_picture
 from rich.console import Console
 from rich.table import Table
@@ -216,16 +215,6 @@ def test_square_brackets_in_names_are_printed_as_they_are(tmp_path, name):
     assert f"runs/{name}/best" in printed(*tables([classified(tmp_path, GUESSES, model=f"runs/{name}/best")]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves
-
-
-def log(run: Path, version: str, *lines: str) -> None:
-    path = run / "logs" / version / "metrics.csv"
-    path.parent.mkdir(parents=True)
-    path.write_text("\n".join(lines) + "\n")
-
-
 def test_curves_of_a_resumed_run_are_one_and_the_later_log_counts(tmp_path):
     log(tmp_path, "version_0", "epoch,step,train/loss,val/loss", "0,10,5.0,", "0,10,,4.5", "0,20,4.0,", "0,30,9.0,")
     log(tmp_path, "version_2", "step,val/loss,train/loss", "20,,3.5", "30,3.0,3.25")
@@ -308,76 +297,6 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
         write_html(tmp_path / "report.html", [broken])
     assert (tmp_path / "report.html").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page, in a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-WIDTHS = (1200, 390)
-
-
-class Browser:
-    def __init__(self, driver) -> None:
-        self.driver = driver
-
-    def open(self, path: Path, width: int) -> None:
-        self.driver.get("about:blank")
-        self.driver.get_log("browser")
-        self.driver.get_log("performance")
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get(path.as_uri())
-        assert self.js("return window.innerWidth") == width
-
-    def js(self, script: str):
-        return self.driver.execute_script(script)
-
-    def text(self, css: str = "body") -> str:
-        return self.js(f"return document.querySelector({css!r}).innerText")
-
-    def count(self, css: str) -> int:
-        return self.js(f"return document.querySelectorAll({css!r}).length")
-
-    def cells(self) -> list[list[str]]:
-        script = (
-            "return [...document.querySelectorAll('#summary tr')].map(r => [...r.cells].map(c => c.innerText.trim()))"
-        )
-        return self.js(script)
-
-    def requests(self) -> list[str]:
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-
-    def check(self) -> None:
-        """What holds for every page."""
-        assert [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
-        assert {url.split(":")[0] for url in self.requests()} <= {"file", "data"}
-        widest = "return [document.documentElement.scrollWidth, window.innerWidth]"
-        content, window = self.js(widest)
-        assert content <= window, f"the page is {content} pixels wide in a window of {window}"
-        broken = "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.alt)"
-        assert self.js(broken) == []
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM or not CHROMEDRIVER:
-        pytest.skip("no chromium with its driver on this machine")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-    try:
-        yield Browser(driver)
-    finally:
-        driver.quit()
 
 
 @pytest.fixture

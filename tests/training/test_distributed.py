@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from batches import CASES, B, E, assert_near, options
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,17 +19,6 @@ from miniclip.loss import clip_loss, siglip_loss
 from miniclip.training.distillation import distillation_loss
 
 LOSSES = ("clip", "siglip", "distillation")
-B, E = 12, 5  # twelve can be shared by 1, 2 and 3
-
-CASES = {
-    "plain": {},
-    "chunks": {"chunk_size": 3},
-    "holes": {"mask": [True, False, True, True, True, True, False, True, True, True, False, True]},
-    "holes in one process alone": {"mask": [False] * 4 + [True] * 8},
-    "holes and chunks": {"mask": [True, False] * 6, "chunk_size": 2},
-    "groups": {"groups": [0, 1, 2, 0, 4, 5, 1, 7, 8, 0, 10, 11]},
-    "groups, holes and chunks": {"groups": [0, 1, 2, 3] * 3, "mask": [True, True, False] * 4, "chunk_size": 1},
-}
 
 
 class Towers(nn.Module):
@@ -61,11 +51,6 @@ RUNS = [
 def inputs(dtype):
     random = torch.Generator().manual_seed(1)
     return [torch.randn(B, width, generator=random, dtype=torch.float64).to(dtype) for width in (7, 6)]
-
-
-def options(case, rows=slice(None)):
-    made = {name: torch.tensor(value)[rows] for name, value in CASES[case].items() if name != "chunk_size"}
-    return made | {name: value for name, value in CASES[case].items() if name == "chunk_size"}
 
 
 def alone(loss_name, case, dtype):
@@ -113,13 +98,6 @@ def results(request):
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
         yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
-
-
-def assert_near(found, expected, dtype):
-    limit = 1e-12 if dtype == torch.float64 else 1e-5
-    for name, value in expected.items():
-        difference = (found[name] - value).norm() / value.norm().clamp(min=1e-3)
-        assert difference <= limit, (name, float(difference))
 
 
 @pytest.mark.parametrize("loss_name, case, dtype", RUNS, ids=str)

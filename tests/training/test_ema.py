@@ -4,18 +4,17 @@ import os
 import subprocess
 
 import pytest
-import test_training
+import runs
 import torch
 from helpers import tiny_clip
 from pytorch_lightning import Callback
-from test_training import arguments, command, metrics, state
+from runs import arguments, command, metrics, state
 
 import miniclip
 from miniclip.commands import train as trainer
 from miniclip.config import VisionConfig
 from miniclip.training.step import CLIPTraining, move_average
 
-data = test_training.data
 EMA = "--model.ema_decay=0.6"
 
 
@@ -105,14 +104,14 @@ def test_a_run_resumes_to_the_same_average_bit_for_bit(data, tmp_path, stop):
     """An epoch is three steps and ends with a validation."""
     flags = [EMA, "--model.optimizer.kind=muon"]
     trainer.main(arguments(data, tmp_path / "whole", *flags, steps=7))
-    stopper = f'--trainer.callbacks=[{{"class_path": "test_training.StopAt", "init_args": {{"step": {stop}}}}}]'
+    stopper = f'--trainer.callbacks=[{{"class_path": "runs.StopAt", "init_args": {{"step": {stop}}}}}]'
     with pytest.raises(SystemExit):
         trainer.main(arguments(data, tmp_path / "broken", *flags, stopper, steps=7))
     trainer.main(arguments(data, tmp_path / "broken", *flags, "--ckpt_path=last", steps=7))
     expected, found = state(tmp_path / "whole"), state(tmp_path / "broken")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert test_training.validations(tmp_path / "whole") == test_training.validations(tmp_path / "broken")
+    assert runs.validations(tmp_path / "whole") == runs.validations(tmp_path / "broken")
 
 
 @pytest.mark.long
@@ -153,14 +152,14 @@ def test_weights_loaded_after_the_module_was_made_are_where_the_average_begins(d
 
 def test_an_average_can_neither_be_left_nor_begun_by_resuming(data, tmp_path, capsys):
     trainer.main(arguments(data, tmp_path / "with", EMA, steps=2))
-    said = test_training.fails(capsys, arguments(data, tmp_path / "with", "--ckpt_path=last", steps=4))
+    said = runs.fails(capsys, arguments(data, tmp_path / "with", "--ckpt_path=last", steps=4))
     assert "the checkpoint holds an average of the weights, and model.ema_decay is None; set it as" in said
     trainer.main(arguments(data, tmp_path / "without", steps=2))
-    said = test_training.fails(capsys, arguments(data, tmp_path / "without", "--ckpt_path=last", EMA, steps=4))
+    said = runs.fails(capsys, arguments(data, tmp_path / "without", "--ckpt_path=last", EMA, steps=4))
     assert "the checkpoint holds no average of the weights, and model.ema_decay is 0.6; it can be set" in said
 
 
 @pytest.mark.parametrize("decay", [0, 1, 1.5, -0.1])
 def test_a_decay_that_is_none_is_refused(data, tmp_path, capsys, decay):
-    said = test_training.fails(capsys, arguments(data, tmp_path / "run", f"--model.ema_decay={decay}"))
+    said = runs.fails(capsys, arguments(data, tmp_path / "run", f"--model.ema_decay={decay}"))
     assert f"model.ema_decay is {float(decay)}; it must be above 0 and below 1" in said

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import write_pairs
 from PIL import Image
-from test_storage import Server
+from servers import Server
 
 from miniclip.common import storage
 from miniclip.data.module import PairDataModule

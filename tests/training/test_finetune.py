@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import digits
 import numpy as np
 import pytest
 import timm
@@ -15,8 +16,7 @@ from helpers import tiny_clip, tiny_config
 from open_clip.loss import DistillClipLoss
 from PIL import Image
 from pytorch_lightning import Callback
-from test_demo import digits
-from test_training import COLOURS, ROOT, arguments, data, fails, metrics, random_batch, state  # noqa: F401 (a fixture)
+from runs import COLOURS, ROOT, arguments, fails, metrics, random_batch, state
 
 import miniclip
 from miniclip.commands import main as cli
@@ -45,7 +45,7 @@ def start(tmp_path) -> Path:
     return tmp_path / "start"
 
 
-def without_model(data: Path, run: Path, *more: str, steps: int = 3) -> list[str]:  # noqa: F811
+def without_model(data: Path, run: Path, *more: str, steps: int = 3) -> list[str]:
     own = [a for a in arguments(data, run, steps=steps) if not a.startswith("--model.clip.")]
     return [*own, *more]
 
@@ -68,7 +68,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 # start_from
 
 
-def test_a_run_takes_architecture_and_weights_from_where_it_starts(data, start, tmp_path):  # noqa: F811
+def test_a_run_takes_architecture_and_weights_from_where_it_starts(data, start, tmp_path):
     run = tmp_path / "run"
     # A rate of next to nothing, so that what comes out is what went in.
     look = '--trainer.callbacks=[{"class_path": "test_finetune.Look"}]'
@@ -96,7 +96,7 @@ def test_weights_of_half_precision_become_float32(start):
         (["--model.clip.vision.layers=3"], "model.clip.vision.layers: the checkpoint has 2, this run 3"),
     ],
 )
-def test_an_architecture_that_is_asked_for_beside_must_be_the_same(data, start, tmp_path, capsys, given, line):  # noqa: F811
+def test_an_architecture_that_is_asked_for_beside_must_be_the_same(data, start, tmp_path, capsys, given, line):
     said = fails(capsys, without_model(data, tmp_path / "run", f"--model.start_from={start}", *given))
     assert line in said
     assert said.count("the checkpoint has") == 1
@@ -104,13 +104,13 @@ def test_an_architecture_that_is_asked_for_beside_must_be_the_same(data, start, 
     assert not (tmp_path / "run").exists()
 
 
-def test_parts_of_the_same_architecture_may_be_given(data, start, tmp_path):  # noqa: F811
+def test_parts_of_the_same_architecture_may_be_given(data, start, tmp_path):
     run = tmp_path / "run"
     trainer.main(without_model(data, run, f"--model.start_from={start}", "--model.clip.vision.image_size=24", steps=1))
     assert miniclip.load(run / "best", device="cpu")[0].config.vision.image_size == 24
 
 
-def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):  # noqa: F811
+def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     go = f"--model.start_from={start}"
     trainer.main(without_model(data, straight, go, steps=4))
@@ -136,7 +136,7 @@ def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):
         (["--model.teacher={start}", "--model.distillation=0"], "model.distillation is 0"),
     ],
 )
-def test_a_mistake_is_answered_in_words(data, start, tmp_path, capsys, more, message):  # noqa: F811
+def test_a_mistake_is_answered_in_words(data, start, tmp_path, capsys, more, message):
     said = fails(capsys, without_model(data, tmp_path / "run", *(part.format(start=start) for part in more)))
     assert message in said
     assert "Traceback" not in said
@@ -219,7 +219,7 @@ def test_batch_norm_of_a_locked_tower_neither_counts_nor_normalises_by_the_batch
 
 
 @pytest.mark.long
-def test_two_processes_with_a_locked_tower_train_as_one(data, start, tmp_path):  # noqa: F811
+def test_two_processes_with_a_locked_tower_train_as_one(data, start, tmp_path):
     more = ["--trainer.precision=64-true", "--data.captions.order=first", f"--model.start_from={start}"]
     more += ["--model.locked=image", f"--model.teacher={start}", "--data.num_workers=0"]
     trainer.main(without_model(data, tmp_path / "run1", *more))
@@ -379,7 +379,7 @@ def test_mistakes_with_the_verb_are_answered_in_words(sets, tmp_path, capsys, mo
 # Scores before and after
 
 
-def test_fine_tuning_tells_the_scores_before_and_after_on_new_and_old(data, start, sets, tmp_path, capsys):  # noqa: F811
+def test_fine_tuning_tells_the_scores_before_and_after_on_new_and_old(data, start, sets, tmp_path, capsys):
     callback = {
         "class_path": "miniclip.training.zero_shot.ZeroShotEvaluation",
         "init_args": {"data": str(sets[0]), "others": {"old": str(sets[1])}},
@@ -502,14 +502,14 @@ def test_a_teacher_of_other_size_context_and_normalisation_sees_the_same_pairs(s
         torch.testing.assert_close(part, whole)
 
 
-def test_a_teacher_is_in_no_checkpoint_no_optimiser_and_no_list_of_parameters(data, start, tmp_path):  # noqa: F811
+def test_a_teacher_is_in_no_checkpoint_no_optimiser_and_no_list_of_parameters(data, start, tmp_path):
     with_teacher, without = CLIPTraining(tiny_config(), teacher=str(start)), CLIPTraining(tiny_config())
     assert list(with_teacher.state_dict()) == list(without.state_dict())
     assert len(list(with_teacher.parameters())) == len(list(without.parameters()))
     assert len(list(with_teacher.modules())) == len(list(without.modules()))
 
 
-def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data, start, tmp_path):  # noqa: F811
+def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data, start, tmp_path):
     runs = {}
     stopper = '[{"class_path": "test_training.StopAt", "init_args": {"step": 2}}]'
     for name in ("straight", "broken"):
@@ -527,7 +527,7 @@ def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data,
     assert any(not torch.equal(state(undistilled)[name], tensor) for name, tensor in state(runs["straight"]).items())
 
 
-def test_the_loss_is_shared_between_contrast_and_teacher(data, start, tmp_path):  # noqa: F811
+def test_the_loss_is_shared_between_contrast_and_teacher(data, start, tmp_path):
     more = [f"--model.teacher={start}", "--model.distillation=1", "--model.optimizer.lr=1e-12"]
     more.append("--trainer.precision=64-true")
     trainer.main(arguments(data, tmp_path / "run", *more, steps=1))

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from batches import B, assert_near, options
 from helpers import tiny_clip
-from test_distributed import B, assert_near, options
-from test_training import command, data, state
+from runs import command, state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +23,6 @@ import miniclip
 from miniclip.loss import clip_loss
 from miniclip.training.fsdp import local, shard, whole
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
-
-__all__ = ["data"]  # a fixture
 
 RESNET = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_training
+import runs
 import torch
 from helpers import pack_folder, write_pairs
 from pytorch_lightning import Callback
@@ -34,7 +34,7 @@ from miniclip.training.progress import Stalls
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    *test_training.TINY,
+    *runs.TINY,
     "--model.clip.vision.layers=1",
     "--model.clip.text.layers=1",
     "--data.num_workers=0",

@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 
 from pytorch_lightning import Callback
-from test_training import ROOT, arguments, data, state
-
-__all__ = ["data"]  # a fixture
+from runs import ROOT, arguments, state
 
 
 def free_port() -> int:

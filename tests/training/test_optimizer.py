@@ -10,11 +10,11 @@ import sys
 from itertools import pairwise
 
 import pytest
-import test_training
+import runs
 import torch
 from helpers import tiny_clip, tiny_config
 from pytorch_lightning import Callback
-from test_training import arguments
+from runs import arguments
 
 from miniclip.commands import train as trainer
 from miniclip.config import TextConfig, VisionConfig
@@ -689,8 +689,6 @@ def test_an_overflow_in_mixed_precision_leaves_the_weights_alone(config):
 
 # ---- a run by the command line
 
-data = test_training.data
-
 
 def rates(run_folder):
     """The rates that each group ended with, and what the schedule began with."""
@@ -747,7 +745,7 @@ def test_a_mistake_is_told_before_anything_is_removed(data, tmp_path, capsys, mo
     run_folder = tmp_path / "run"
     (run_folder / "best").mkdir(parents=True)
     (run_folder / "best/kept").write_text("")
-    said = test_training.fails(capsys, [*arguments(data, run_folder, "--overwrite=true"), *more])
+    said = runs.fails(capsys, [*arguments(data, run_folder, "--overwrite=true"), *more])
     assert message in said
     assert "Traceback" not in said
     assert (run_folder / "best/kept").exists()
@@ -768,11 +766,11 @@ def test_a_run_of_any_optimiser_resumes_to_the_same_bits(data, tmp_path, flags):
     flags = [f"--model.optimizer.kind={flags[0]}", *flags[1:], "--model.optimizer.lr=0.001"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     trainer.main(arguments(data, whole, *flags, steps=6))
-    stop = f'[{{"class_path": "{test_training.__name__}.StopAt", "init_args": {{"step": 3}}}}]'
+    stop = f'[{{"class_path": "{runs.__name__}.StopAt", "init_args": {{"step": 3}}}}]'
     with pytest.raises(SystemExit):
         trainer.main(arguments(data, broken, *flags, f"--trainer.callbacks={stop}", steps=6))
     trainer.main(arguments(data, broken, *flags, "--ckpt_path=last", steps=6))
-    expected, found = test_training.state(whole), test_training.state(broken)
+    expected, found = runs.state(whole), runs.state(broken)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -821,4 +819,4 @@ def test_gradients_are_clipped_to_the_norm_asked_for(data, tmp_path, kind, preci
     assert all(0.1 < norm < 100 for norm in plain.values())  # a loss scaled by 1024 gives far more
     trainer.main(arguments(data, tmp_path / "run", *flags, "--trainer.gradient_clip_val=0.1", steps=3))
     assert list(GradientNorms.seen.values()) == pytest.approx([0.1] * 3, rel=1e-4)
-    assert all(tensor.isfinite().all() for tensor in test_training.state(tmp_path / "run").values())
+    assert all(tensor.isfinite().all() for tensor in runs.state(tmp_path / "run").values())

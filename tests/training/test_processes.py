@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from helpers import tiny_clip, write_picture
-from test_training import command, data, metrics
+from runs import command, metrics
 
 from miniclip.common.processes import all_gather_objects, log_sum_exp, own_indices
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.zero_shot import zero_shot_scores
 from miniclip.weights.load import preprocess_for
-
-__all__ = ["data"]  # a fixture
 
 ZERO_SHOT = "miniclip.training.zero_shot.ZeroShotEvaluation"
 

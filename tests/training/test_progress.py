@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from browser import WIDTHS, log
 from helpers import tiny_clip, tiny_config
 from pytorch_lightning import Callback
 from pytorch_lightning.plugins import MixedPrecision
-from test_report import CHROMIUM, WIDTHS, Browser, browser, log  # noqa: F401 (a fixture)
-from test_training import StopAt, arguments, command, data, fails, metrics  # noqa: F401 (a fixture)
+from runs import StopAt, arguments, command, fails, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniclip.commands import main as cli
@@ -76,7 +76,7 @@ class NormsTheLongWay(Callback):
         self.out.write_text(json.dumps(self.norms))
 
 
-def test_every_logged_step_has_every_metric_and_those_with_an_oracle_are_right(data, tmp_path):  # noqa: F811
+def test_every_logged_step_has_every_metric_and_those_with_an_oracle_are_right(data, tmp_path):
     more = ["--model.optimizer.kind=muon", "--model.optimizer.muon_lr=0.05", "--trainer.gradient_clip_val=0.001"]
     norms = tmp_path / "norms.json"
     trainer.main(arguments(data, tmp_path / "run", *more, with_callback(NormsTheLongWay, out=str(norms)), steps=6))
@@ -108,7 +108,7 @@ def fit(folder: Path, callbacks: list[Callback], module: CLIPTraining | None = N
     return made
 
 
-def test_gradient_norms_are_those_of_unscaled_gradients(data):  # noqa: F811
+def test_gradient_norms_are_those_of_unscaled_gradients(data):
     """Half precision scales the loss, here by 1024, so that small gradients do not become zero."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024)
     half = fit(data, [], log_every_n_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
@@ -145,7 +145,7 @@ class WatchedTraining(CLIPTraining):
         self.asked.append(operations.count)
 
 
-def test_what_is_told_costs_the_device_nothing_at_steps_that_are_not_logged(data):  # noqa: F811
+def test_what_is_told_costs_the_device_nothing_at_steps_that_are_not_logged(data):
     module = WatchedTraining(tiny_config())
     module.asked = []
     fit(data, [WatchedMetrics()], module, log_every_n_steps=2)
@@ -154,7 +154,7 @@ def test_what_is_told_costs_the_device_nothing_at_steps_that_are_not_logged(data
     assert min(of_gradients[1::2] + at_the_end[1::2]) > 0
 
 
-def spoilt(data: Path, folder: Path) -> Path:  # noqa: F811
+def spoilt(data: Path, folder: Path) -> Path:
     """The training pairs again, of which one can't be read and one has a caption of 30 words."""
     copy = folder / "pairs"
     copy.mkdir()
@@ -169,7 +169,7 @@ def spoilt(data: Path, folder: Path) -> Path:  # noqa: F811
     return folder / "shards"
 
 
-def test_two_processes_tell_what_one_does(data, tmp_path):  # noqa: F811
+def test_two_processes_tell_what_one_does(data, tmp_path):
     shards = spoilt(data, tmp_path)
     found = {}
     for devices in (1, 2):
@@ -273,7 +273,7 @@ def test_the_peak_of_a_cpu_is_measured_in_the_arithmetic_of_training(precision, 
 # However it ends
 
 
-def test_a_run_that_sigterm_stops_has_all_its_rows_and_a_page_and_a_resumed_one_is_joined(data, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_sigterm_stops_has_all_its_rows_and_a_page_and_a_resumed_one_is_joined(data, tmp_path, capsys):
     run = tmp_path / "run"
     args = command(data, run, steps=30)
     process = subprocess.Popen(
@@ -307,7 +307,7 @@ def test_a_run_that_sigterm_stops_has_all_its_rows_and_a_page_and_a_resumed_one_
 
 
 @pytest.mark.parametrize("stop", [3, 4, 7])
-def test_rows_stay_at_the_same_steps_after_a_resumption(data, tmp_path, stop):  # noqa: F811
+def test_rows_stay_at_the_same_steps_after_a_resumption(data, tmp_path, stop):
     """An epoch is three steps: one is stopped at its end, one amid one after a row and one before."""
     run = tmp_path / "run"
     more = ["--trainer.log_every_n_steps=2", "--data.val=null"]
@@ -318,7 +318,7 @@ def test_rows_stay_at_the_same_steps_after_a_resumption(data, tmp_path, stop):  
     assert [(row["step"], row["train/samples"]) for row in found] == [(n - 1, 12 * n) for n in (2, 4, 6, 8, 10, 12)]
 
 
-def test_rows_stay_at_the_same_steps_when_a_finished_run_is_made_longer(data, tmp_path):  # noqa: F811
+def test_rows_stay_at_the_same_steps_when_a_finished_run_is_made_longer(data, tmp_path):
     run = tmp_path / "run"
     more = ["--trainer.log_every_n_steps=2", "--data.val=null"]
     trainer.main(arguments(data, run, *more, steps=3))
@@ -327,7 +327,7 @@ def test_rows_stay_at_the_same_steps_when_a_finished_run_is_made_longer(data, tm
     assert [(row["step"], row["train/samples"]) for row in found] == [(n - 1, 12 * n) for n in (2, 3, 4, 6, 8)]
 
 
-def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_path):  # noqa: F811
+def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_path):
     trainer.main(arguments(data, tmp_path / "run", f"--model.optimizer={json.dumps(SGD)}", "--data.val=null", steps=1))
     (row,) = rows(tmp_path / "run")
     assert row["train/lr"] == pytest.approx(0.01)
@@ -346,7 +346,7 @@ class Waits(Callback):
                 pass
 
 
-def test_a_step_that_does_not_end_is_told_with_the_place_it_is_at(data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_step_that_does_not_end_is_told_with_the_place_it_is_at(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Stalls, "silence_s", 0.1)
     monkeypatch.setattr(sys, "stderr", said := io.StringIO())
     before = set(threading.enumerate())
@@ -407,14 +407,14 @@ def test_a_watch_is_silent_about_what_has_come_and_waits_twice_as_long_as_anythi
         assert not told
 
 
-def test_a_run_that_fails_has_a_page_that_says_so(data, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_fails_has_a_page_that_says_so(data, tmp_path, capsys):
     fails(capsys, arguments(data, tmp_path / "run", "--model.optimizer.lr=1e30", steps=20))
     record = read_run(tmp_path / "run").record
     assert re.fullmatch(r"failed: the loss at step \d+ is nan.*", record["status"])
     assert "the weights were not touched" in (tmp_path / "run/report.html").read_text()
 
 
-def test_the_table_is_written_beside_any_other_log(data, tmp_path):  # noqa: F811
+def test_the_table_is_written_beside_any_other_log(data, tmp_path):
     run = tmp_path / "run"
     more = ["--trainer.logger=TensorBoardLogger", f"--trainer.logger.save_dir={tmp_path / 'board'}"]
     trainer.main(arguments(data, run, *more, "--trainer.enable_progress_bar=false", steps=3))
@@ -424,7 +424,7 @@ def test_the_table_is_written_beside_any_other_log(data, tmp_path):  # noqa: F81
     assert (run / "logs/version_0/config.yaml").is_file()
 
 
-def test_without_a_log_there_is_no_page_and_overwriting_removes_an_old_one(data, tmp_path, capsys):  # noqa: F811
+def test_without_a_log_there_is_no_page_and_overwriting_removes_an_old_one(data, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "report.html").write_text("of another run")
@@ -433,7 +433,7 @@ def test_without_a_log_there_is_no_page_and_overwriting_removes_an_old_one(data,
     assert "Report" not in capsys.readouterr().out
 
 
-def test_rejected_samples_are_counted_over_resumptions_and_listed_on_the_page(data, tmp_path):  # noqa: F811
+def test_rejected_samples_are_counted_over_resumptions_and_listed_on_the_page(data, tmp_path):
     run, more = tmp_path / "run", [f"--data.train={spoilt(data, tmp_path)}", "--model.max_rejected=0.5"]
     with pytest.raises(SystemExit):  # an epoch is three steps and a third
         trainer.main(arguments(data, run, *more, with_callback(StopAt, step=4), steps=8))
@@ -533,7 +533,7 @@ def test_a_mistake_in_asking_for_a_page_is_answered_in_words(tmp_path, capsys, a
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:  # noqa: F811
+def finished(data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "first"
     more = ["--trainer.val_check_interval=10", "--model.optimizer.kind=muon", "--trainer.check_val_every_n_epoch=null"]
     trainer.main(arguments(data, run, *more, steps=70))
@@ -541,7 +541,7 @@ def finished(data, tmp_path_factory) -> Path:  # noqa: F811
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_of_a_run_shows_its_numbers_curves_and_settings(browser, finished, width):  # noqa: F811
+def test_the_page_of_a_run_shows_its_numbers_curves_and_settings(browser, finished, width):
     browser.open(finished / "report.html", width)
     browser.check()
     run = read_run(finished)
@@ -561,7 +561,7 @@ def test_the_page_of_a_run_shows_its_numbers_curves_and_settings(browser, finish
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_of_two_runs_lays_their_curves_over_each_other(browser, finished, tmp_path, width):  # noqa: F811
+def test_the_page_of_two_runs_lays_their_curves_over_each_other(browser, finished, tmp_path, width):
     other = tmp_path / "second"
     log(other, "version_0", "step,train/loss,train/chance,other/x", "0,2.5,2.48,1", "9,2.2,2.48,1")
     (other / "logs/version_0/config.yaml").write_text("model: {optimizer: {kind: adamw}}\n")

@@ -11,10 +11,10 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conversions import assert_same_bits, refused, target
 from helpers import LargestTensor, tiny_clip, tiny_config
 from open_clip.loss import SigLipLoss
-from test_convert import assert_same_bits, refused, target
-from test_training import arguments, data, fails, metrics, state  # noqa: F401 (data is a fixture)
+from runs import arguments, fails, metrics, state
 
 import miniclip
 from miniclip.commands import train as trainer
@@ -350,7 +350,7 @@ def test_info_tells_the_loss_that_a_model_was_made_for(tmp_path, capsys):
 # ---- training
 
 
-def test_a_run_with_the_sigmoid_loss_learns_resumes_and_scores(data, tmp_path):  # noqa: F811
+def test_a_run_with_the_sigmoid_loss_learns_resumes_and_scores(data, tmp_path):
     # From -10 a batch of 12 first brings everything together, to get its pairs above 0; -ln 12 is where they are rare.
     flags = [*FLAGS, "--model.clip.init_logit_bias=-2.5", "--model.positives=caption"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -375,7 +375,7 @@ def test_a_run_with_the_sigmoid_loss_learns_resumes_and_scores(data, tmp_path): 
     assert_same_bits(state(broken), state(straight))
 
 
-def test_validation_has_the_same_loss(data, tmp_path):  # noqa: F811
+def test_validation_has_the_same_loss(data, tmp_path):
     trainer.main(arguments(data, tmp_path / "run", *FLAGS, steps=3))
     (found,) = [float(row["val/loss"]) for row in metrics(tmp_path / "run") if row["val/loss"]]
     model, preprocess = miniclip.load(tmp_path / "run/checkpoints/last.ckpt", device="cpu")
@@ -390,7 +390,7 @@ def test_validation_has_the_same_loss(data, tmp_path):  # noqa: F811
     assert found == pytest.approx(expected.item(), rel=1e-3)  # resized by other code
 
 
-def test_a_loss_and_a_bias_that_do_not_belong_together_are_refused(data, tmp_path, capsys):  # noqa: F811
+def test_a_loss_and_a_bias_that_do_not_belong_together_are_refused(data, tmp_path, capsys):
     said = fails(capsys, arguments(data, tmp_path / "run", "--model.loss=siglip"))
     assert "set model.clip.init_logit_bias and init_logit_scale; the paper's are -10 and 2.3026" in said
     said = fails(capsys, arguments(data, tmp_path / "run", *FLAGS[1:]))

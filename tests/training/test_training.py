@@ -1,11 +1,9 @@
-import csv
 import dataclasses
 import math
 import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,90 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_lightning import Callback
+from runs import COLOURS, StopAt, arguments, command, fails, metrics, random_batch, state, validations
 
 import miniclip
 from miniclip.commands import train as trainer
 from miniclip.data.pack import pack
 from miniclip.data.pairs import Batch
-from miniclip.data.sample_files import Packing
 from miniclip.data.sources import read_pairs
 from miniclip.training.measuring import in_batch_accuracy
 from miniclip.training.step import CLIPTraining
-
-ROOT = Path(__file__).parents[2]
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
-TINY = [
-    "--model.clip.embed_dim=16",
-    "--model.clip.vision.image_size=16",
-    "--model.clip.vision.patch_size=8",
-    "--model.clip.vision.width=16",
-    "--model.clip.vision.layers=2",
-    "--model.clip.vision.head_width=8",
-    "--model.clip.text.width=16",
-    "--model.clip.text.layers=2",
-    "--model.clip.text.head_width=8",
-    "--model.clip.text.context_length=16",
-    "--model.optimizer.lr=0.01",
-    "--data.batch_size=12",
-    "--data.num_workers=1",
-    "--trainer.accelerator=cpu",
-    "--trainer.log_every_n_steps=1",
-]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """Plain pictures of four colours with captions: shards/train (40 pairs), shards/val (16), labels in val.csv."""
-    folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    rows = [("filepath", "label")]
-    for part, each in (("train", 10), ("val", 4)):
-        (folder / part).mkdir()
-        for colour, rgb in COLOURS.items():
-            for number in range(each):
-                pixels = np.array(rgb) + random.normal(0, 12, size=(20, 20, 3))
-                name = f"{colour}{number}"
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / part / f"{name}.png")
-                words = ["a {} square", "something {}"] if number % 2 else ["a picture of {}", "{} paint"]
-                (folder / part / f"{name}.txt").write_text("\n".join(word.format(colour) for word in words))
-                if part == "val":
-                    rows.append((f"val/{name}.png", colour))
-        pack(read_pairs(folder / part), folder / "shards" / part, source=part, packing=Packing(samples_per_shard=15))
-    with open(folder / "val.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return folder
-
-
-def arguments(data: Path, run: Path, *more: str, steps: int = 10) -> list[str]:
-    return [
-        "fit",
-        *TINY,
-        f"--data.train={data / 'shards/train'}",
-        f"--data.val={data / 'shards/val'}",
-        f"--trainer.default_root_dir={run}",
-        f"--trainer.max_steps={steps}",
-        *more,
-    ]
-
-
-def command(data: Path, run: Path, *more: str, steps: int = 10) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *arguments(data, run, *more, steps=steps)]
-
-
-def state(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-
-
-def metrics(run: Path, version: int = 0) -> list[dict[str, str]]:
-    with open(run / f"logs/version_{version}/metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def fails(capsys, args: list[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        trainer.main(args)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_a_clip_learns_to_name_colours_it_was_only_told_of_in_captions(data, tmp_path):
@@ -173,22 +96,6 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
     subprocess.run([*args, "--ckpt_path=last"], check=True, capture_output=True, env=environment)
     expected, found = state(straight), state(broken)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-class StopAt(Callback):
-    """Sends this process the signal that Ctrl-C sends, while the given step is trained."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *args) -> None:
-        if trainer.global_step == self.step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def validations(run: Path) -> dict[int, str]:
-    rows = [row for log in sorted(run.glob("logs/*/metrics.csv")) for row in metrics(run, int(log.parent.name[8:]))]
-    return {int(row["step"]): row["val/loss"] for row in rows if row.get("val/loss")}
 
 
 EPOCHS, STEPS = "--trainer.max_epochs=3", "--trainer.max_steps=9"
@@ -395,17 +302,6 @@ def test_the_resume_command_repeats_what_was_typed():
     typed = ["/bin/miniclip", "train", "fit", "--overwrite", "--config", "run.yaml"]
     assert trainer.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
     assert trainer.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Micro-batches
-
-
-def random_batch(number: int, resolution: int, seed: int = 0) -> Batch:
-    random = torch.Generator().manual_seed(seed)
-    texts = [" ".join(["red", "round", "thing"][: 1 + n % 3]) + f" {n}" for n in range(number)]
-    images = torch.randint(0, 256, (number, 3, resolution, resolution), dtype=torch.uint8, generator=random)
-    return Batch(images, miniclip.tokenize(texts).long(), None, texts, [], 0, torch.arange(number))
 
 
 def loss_and_gradients(module: CLIPTraining, batch: Batch) -> dict[str, torch.Tensor]:

@@ -11,8 +11,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from helpers import picture, tiny_clip
-from test_formats import (
+from conversions import archive, assert_same_bits, refused, target
+from foreign_models import (
     TINY,
     TINY_RESNET,
     TINY_VIT,
@@ -21,6 +21,7 @@ from test_formats import (
     write_archive,
     write_openai_state_dict,
 )
+from helpers import picture, tiny_clip
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 from transformers import CLIPModel as HFModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -37,30 +38,10 @@ ROUND_TRIPS = {"vit": ("hf", "openclip", "native", "openai"), "resnet": ("opencl
 FULL_VOCABULARY = CLIPConfig(24, "quick_gelu", TINY_VIT.vision, TextConfig(width=64, layers=1))
 
 
-def target(folder, to, number=0):
-    return folder / f"{number}-{to}{'.pt' if to == 'openai' else ''}"
-
-
-def archive(folder, kind="vit", halved=lambda *_: True):
-    return write_archive(openclip_model(TINY[kind], seed=1), TINY[kind], folder / "model.pt", halved)
-
-
-@pytest.fixture
-def source(tmp_path):
-    return archive(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def full_vocabulary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     return write_archive(openclip_model(FULL_VOCABULARY, seed=2), FULL_VOCABULARY, folder / "model.pt")
-
-
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert tensor.dtype == expected[name].dtype, name
-        assert torch.equal(tensor, expected[name]), name
 
 
 # ---- there and back
@@ -135,18 +116,6 @@ def test_a_bare_state_dict_is_converted_when_its_activation_is_given(tmp_path, c
     assert not (tmp_path / "out").exists()
     main([*arguments, "--activation", "gelu"])
     assert read_checkpoint(tmp_path / "out").config.activation == "gelu"
-
-
-# ---- what can't be written
-
-
-def refused(source, out, to, *words, **options):
-    before = sorted(out.parent.rglob("*"))
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        convert(source, out, to, **options)
-    for word in words:
-        assert word in str(caught.value), caught.value
-    assert sorted(out.parent.rglob("*")) == before
 
 
 def test_a_resnet_is_refused_for_hugging_face(tmp_path):

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_formats import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
+from foreign_models import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
 
 from miniclip.weights import download as fetch
 from miniclip.weights.download import cache_folder, download, fetch_hub
