@@ -36,7 +36,7 @@ from miniclip.evaluation.other_libraries import from_openclip, from_transformers
 from miniclip.evaluation.zero_shot import zero_shot_classifier
 from miniclip.model import CLIP
 from miniclip.weights import load as weights
-from miniclip.weights.convert import convert
+from miniclip.weights.convert import convert, vocabulary_files
 
 TEXTS = ["a photo of a cat.", "An OWL &amp; its nest", "two dogs"]
 
@@ -257,7 +257,7 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def hf_clip(folder: Path) -> tuple[transformers.PreTrainedModel, transformers.ProcessorMixin]:
     end = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406, "pad_token_id": 49407}
     config = transformers.CLIPConfig(text_config=TEXT | end, vision_config=VISION, projection_dim=20)
-    for name, content in tokenizer.vocabulary_files(16).items():
+    for name, content in vocabulary_files(16).items():
         (folder / name).write_text(content)
     words = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})

@@ -227,7 +227,7 @@ def with_nan(row: int) -> Labelled:
     [
         (
             {"train": blobs(24, 0).take(np.flatnonzero(blobs(24, 0).labels % 2))},
-            "no training images of cat, owl: nothing",
+            "no training images of cat, owl; every class needs",
         ),
         ({"classnames": ("cat",)}, "there is only one: cat"),
         ({"classnames": ()}, "there is only one: –"),

@@ -227,7 +227,7 @@ def test_a_part_of_something_else_is_got_rid_of(serve, path, rubbish):
 
 def test_processes_that_want_the_same_file_at_once_fetch_it_once(serve, path):
     server = serve()
-    code = "import sys; from pathlib import Path; from miniclip.fetch import download; "
+    code = "import sys; from pathlib import Path; from miniclip.weights.download import download; "
     code += "print(download(sys.argv[1], Path(sys.argv[2]), sys.argv[3]).read_bytes()[:4])"
     command = [sys.executable, "-c", code, f"{server.url}/model.pt", str(path), CHECKSUM]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

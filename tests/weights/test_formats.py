@@ -872,7 +872,7 @@ def test_modules_that_hold_each_other_twice_are_refused_in_time(tmp_path):
     command = "signal.alarm(4); load(sys.argv[1], device='cpu')"
     try:
         result = subprocess.run(
-            [sys.executable, "-c", f"import signal, sys; from miniclip.weights import load; {command}", path],
+            [sys.executable, "-c", f"import signal, sys; from miniclip.weights.load import load; {command}", path],
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
     finally:
