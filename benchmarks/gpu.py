@@ -1,81 +1,156 @@
 """Training and encoding on a CUDA GPU beside open_clip: one command for a machine that has one.
 
-    python benchmarks/gpu.py [--compile] [--tiny]
+    python benchmarks/gpu.py [--compile] [--seconds 300] [--only PART ...] [--tiny]
 
-Steps of ViT-B/32 and B/16 in bfloat16 at large batches with captions of real lengths: images a second, model-FLOP
-utilisation, peak memory, and the largest batch that fits; encoding; GradCache up to 32,768 pairs. First, that both
-libraries compute the same. Writes benchmarks/results/GPU.md and .json. `--tiny` goes through all of it on
-the CPU, with models that take milliseconds.
+First, that both libraries compute the same there as on the CPU: features, loss and gradient in several precisions.
+Then steps of ViT-B/32 and B/16 in bfloat16 at large batches with captions of real lengths: images a second, model-FLOP
+utilisation and peak memory; encoding; GradCache up to 32,768 pairs; the loss alone; the optimisers; the largest batch
+that fits. Writes benchmarks/results/GPU.md and .json after each part. No part may take more than its time, and with
+`--seconds` those for which none is left are left out. `--tiny` goes through all of it on the CPU, with models that take
+milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import dataclasses
 import gc
 import json
+import math
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import peers
 import samples
 import steps
 import torch
-from harness import OURS, Job
+import torch.nn.functional as F
+from harness import OURS, Job, Timing
+from open_clip.loss import ClipLoss
 from rich.console import Console
+from torch import Tensor
 
 import miniclip
 from miniclip import tokenizer
 from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig
+from miniclip.fast.packed_texts import trim_text
+from miniclip.images import normalize
+from miniclip.training.optimizer import OptimizerConfig, make_optimizer
 from miniclip.weights.convert import forward_flops
+from miniclip.weights.layouts import from_openai_keys
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("ViT-B/32", "ViT-B/16")
 THEIRS = "open_clip"
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """batches: of a step, by model. encoded: pairs encoded at once. cached: batches of GradCache, in parts of `part`.
-    step, most: the search for the largest batch goes in multiples of `step` and no further than `most`."""
+    """agreed: pairs that both have to agree on, by model. batches: of a step, by model. encoded: pairs encoded at once.
+    cached: batches of GradCache, in parts of `part`. contrasted: pairs of the loss alone. step, most: the search for
+    the largest batch goes in multiples of `step` and no further than `most`."""
 
+    agreed: dict[str, int]
     batches: dict[str, int]
     encoded: int
     cached: tuple[int, ...]
     part: int
+    contrasted: int
     step: int
     most: int
     patience: harness.Patience
 
 
 FULL = Amounts(
-    {"ViT-B/32": 1024, "ViT-B/16": 256},
+    {"ViT-B/32": 8, "RN50": 8, "ViT-B/16": 4},
+    {"ViT-B/32": 1024, "ViT-B/16": 512},
     1024,
-    (2048, 8192, 32_768),
+    (8192, 32_768),
     1024,
-    256,
+    32_768,
+    1024,
     65_536,
-    harness.Patience(rounds=5, seconds=5),
+    harness.Patience(rounds=2, seconds=3),
 )
-TINY = Amounts(dict.fromkeys(MODELS, 4), 4, (4, 8), 2, 2, 4, harness.Patience(rounds=1, most_rounds=1))
+TINY = Amounts(
+    dict.fromkeys(("ViT-B/32", "RN50", "ViT-B/16"), 4),
+    dict.fromkeys(MODELS, 4),
+    4,
+    (4, 8),
+    2,
+    8,
+    2,
+    4,
+    harness.Patience(rounds=1, most_rounds=1),
+)
+
+
+class Way(NamedTuple):
+    """How something is computed: by whom, where, and in what precision ("bf16": autocast over float32)."""
+
+    who: str
+    where: torch.device
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.who}, {self.where.type}, {self.precision}"
+
+
+class OutOfTimeError(Exception):
+    """A part has had its time."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """
+    Raises:
+        OutOfTimeError: the block takes longer.
+    """
+
+    def stop(*_: Any) -> None:
+        raise OutOfTimeError(f"more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def model_flops(config: CLIPConfig, texts: list[str]) -> int:
     """What towers have to compute for one pass forward over as many images and these texts, each of its own length."""
+    lengths = Counter(len(tokenizer.encode_for_model(text)) for text in texts)
+    return _image_flops(config) * len(texts) + sum(_text_flops(config, n) * count for n, count in lengths.items())
+
+
+@cache
+def _image_flops(config: CLIPConfig) -> int:
     with torch.device("meta"):
-        model = miniclip.CLIP(config).eval()
         side = config.vision.image_size
-        images = forward_flops(model.visual, torch.zeros(1, 3, side, side)) * len(texts)
-        lengths = Counter(len(tokenizer.encode_for_model(text)) for text in texts)
-        each = {length: forward_flops(model.text, torch.zeros(1, length, dtype=torch.long)) for length in lengths}
-    return images + sum(each[length] * count for length, count in lengths.items())
+        return forward_flops(miniclip.CLIP(config).eval().visual, torch.zeros(1, 3, side, side))
+
+
+@cache
+def _text_flops(config: CLIPConfig, length: int) -> int:
+    with torch.device("meta"):
+        tower = miniclip.CLIP(dataclasses.replace(config, towers="text")).eval().text
+        return forward_flops(tower, torch.zeros(1, length, dtype=torch.long))
 
 
 def largest(fits: Callable[[int], bool], step: int, most: int) -> int:
@@ -90,49 +165,97 @@ def largest(fits: Callable[[int], bool], step: int, most: int) -> int:
     return low * step
 
 
+def outcome(way: Way, model: Any, config: CLIPConfig, count: int) -> dict[str, Tensor]:
+    """Features of both towers, loss, and the gradient of all weights but the scale, of the same random pairs.
+
+    The model is one of its library's, in float32 on the CPU, and is left as it is.
+    """
+    matrices = {"tf32": "high"}.get(way.precision, "highest")
+    dtype = torch.float64 if way.precision == "fp64" else torch.float32
+    texts, before = samples.captions(count), (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    images = normalize(steps.pixels(config, count), config.vision.mean, config.vision.std).to(way.where, dtype)
+    model = copy.deepcopy(model).train().to(way.where, dtype)
+    try:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = matrices == "high"  # convolutions have a switch of their own, on by default
+        with torch.autocast(way.where.type, torch.bfloat16, enabled=way.precision == "bf16"):
+            if way.who == OURS:
+                tokens = miniclip.tokenize(texts)
+                if way.where.type != "cpu":  # as batches come, which the host has cut to the longest text
+                    tokens = trim_text(tokens, config.text.eot_token).to(way.where)
+                of_images = model.encode_image(images, normalize=True)
+                of_texts = model.encode_text(tokens, normalize=True)
+                loss = miniclip.clip_loss(of_images, of_texts, model.logit_scale.exp(), chunk_size=max(1, count // 2))
+            else:
+                tokens = peers.open_clip.get_tokenizer("ViT-B-32")(texts).to(way.where)
+                of_images, of_texts, scale = model(images, tokens)
+                loss = ClipLoss()(of_images, of_texts, scale)
+        loss.backward()
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    parameters = dict(model.named_parameters())
+    parameters = parameters if way.who == OURS else from_openai_keys(parameters)
+    gradients = [parameters[name].grad for name in sorted(parameters) if name != "logit_scale"]
+    found = {
+        "image features": of_images,
+        "text features": of_texts,
+        "loss": loss,
+        "gradient": torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]),
+    }
+    return {name: tensor.detach().to(CPU, torch.float64) for name, tensor in found.items()}
+
+
 class Bench:
     """The device, what is measured on it, and where models' weights lie."""
 
-    def __init__(self, where: torch.device, amounts: Amounts, size: str, folder: Path, compiles: bool) -> None:
-        self.where, self.amounts, self.size, self.folder, self.compiles = where, amounts, size, folder, compiles
+    def __init__(self, where: torch.device, amounts: Amounts, size: str, folder: Path) -> None:
+        self.where, self.amounts, self.size, self.folder = where, amounts, size, folder
         self.machine = harness.this_machine(where, "bf16-mixed")
         self.rows: list[dict[str, Any]] = []
+        self.known: list[dict[str, Any]] = []  # of an earlier run
+        self.facts = _facts(where)
 
-    def job(self, who: str, model: str, count: int, parts: int = 1, half: bool = True) -> Job:
+    def job(self, who: str, model: str, count: int, parts: int = 1, compiles: bool = False) -> Job:
         """A training step."""
         config, texts = peers.architecture(model, self.size), samples.captions(count)
-        how = {"where": self.where, "precision": torch.bfloat16 if half else torch.float32}
-        compiles = self.compiles and half
+        how = {"where": self.where, "precision": torch.bfloat16}
         if who == OURS:
             micro = count // parts if parts > 1 else None
             return steps.our_step(config, self.folder, texts, micro, **how, compile=compiles)
         return steps.their_step(config, self.folder, texts, parts, **how, compiles=compiles)
 
-    def agreement(self) -> bool:
-        """Loss and gradient of both, in float64."""
-        jobs = {who: self.job(who, MODELS[0], min(32, self.amounts.encoded), half=False) for who in (OURS, THEIRS)}
-        found, expected = (jobs[who].result() for who in (OURS, THEIRS))  # type: ignore[misc]
-        difference = harness.difference(found, expected)
-        self.rows.append({"case": "loss and gradient in float64", "difference": difference})
-        return difference <= harness.MOST_DIFFERENCE
+    def agreement(self, model: str) -> bool:
+        """Both, there and on the CPU, in several precisions, beside ours in float64 on the CPU."""
+        config, count = peers.architecture(model, self.size), self.amounts.agreed[model]
+        models = {OURS: peers.ours(config, self.folder), THEIRS: peers.openclips(config, self.folder)}
+        reference = outcome(Way(OURS, CPU, "fp64"), models[OURS], config, count)
+        ways = [Way(OURS, CPU, "fp32"), Way(THEIRS, CPU, "fp64")]
+        if self.where.type != "cpu":
+            ways += [Way(who, self.where, p) for who in (OURS, THEIRS) for p in ("fp64", "fp32", "tf32", "bf16")]
+        row: dict[str, Any] = {"case": f"{model}, {count} pairs", "differences": {}}
+        self.rows.append(row)
+        for way in ways:
+            found = outcome(way, models[way.who], config, count)
+            row["differences"][str(way)] = {name: harness.difference(found[name], reference[name]) for name in found}
+            self._free()
+        exact = [parts for name, parts in row["differences"].items() if name.endswith("fp64")]
+        return all(value <= harness.MOST_DIFFERENCE for parts in exact for value in parts.values())
 
-    def steps(self, model: str) -> None:
+    def steps(self, model: str, compiles: bool = False) -> None:
         count = self.amounts.batches[model]
         flops = 3 * model_flops(peers.architecture(model, self.size), samples.captions(count))  # twice that backward
-        made = {who: self.job(who, model, count) for who in (OURS, THEIRS)}
-        self._race(f"{model} training step, batch {count:,}", made, count, flops)
-        del made
-        for who in (OURS, THEIRS):
-            self.rows[-1][who]["peak_mb"] = self._peak_mb(who, model, count)
-            self.rows[-1][who]["largest_batch"] = largest(
-                lambda batch, who=who: self._fits(who, model, batch), self.amounts.step, self.amounts.most
-            )
+        case = f"{model} training step, batch {count:,}{', compiled' if compiles else ''}"
+        self._race(
+            case, {w: partial(self.job, w, model, count, compiles=compiles) for w in (OURS, THEIRS)}, count, flops
+        )
 
     def encoding(self, model: str) -> None:
         config, count = peers.architecture(model, self.size), self.amounts.encoded
         side, texts = config.vision.image_size, samples.captions(count)
         tokens = miniclip.tokenize(texts)
-        images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(self.where)
+        random = torch.Generator(self.where).manual_seed(0)
+        images = torch.randn(count, 3, side, side, generator=random, device=self.where)
         towers = {OURS: peers.ours(config, self.folder), THEIRS: peers.openclips(config, self.folder)}
         for tower in towers.values():
             tower.eval().to(self.where)
@@ -148,50 +271,122 @@ class Bench:
 
             return Job(run)
 
-        flops = model_flops(config, texts)
-        with torch.device("meta"):
-            pixels = torch.zeros(1, 3, side, side)
-            of_images = forward_flops(miniclip.CLIP(config).eval().visual, pixels) * count
-        for what, amount in (("images", of_images), ("captions", flops - of_images)):
-            made = {who: job(who, what == "images") for who in towers}
+        of_images = _image_flops(config) * count
+        for what, amount in (("images", of_images), ("captions", model_flops(config, texts) - of_images)):
+            made = {who: partial(job, who, what == "images") for who in towers}
             self._race(f"{model} encoding, {count:,} {what}", made, count, amount)
 
     def gradcache(self, count: int) -> None:
         parts = count // self.amounts.part
         flops = 3 * model_flops(peers.architecture(MODELS[0], self.size), samples.captions(count))
-        made = {OURS: self.job(OURS, MODELS[0], count, parts)}
-        self._race(f"{MODELS[0]} GradCache, batch {count:,} in parts of {self.amounts.part:,}", made, count, flops)
-        del made
-        self.rows[-1][OURS]["peak_mb"] = self._peak_mb(OURS, MODELS[0], count, parts)
+        case = f"{MODELS[0]} GradCache, batch {count:,} in parts of {self.amounts.part:,}"
+        self._race(case, {OURS: partial(self.job, OURS, MODELS[0], count, parts)}, count, flops)
 
-    def _race(self, case: str, jobs: dict[str, Job], count: int, flops: int) -> None:
-        times, _, _ = harness.race({who: Job(job.run) for who, job in jobs.items()}, self.amounts.patience)
+    def loss(self) -> None:
+        """With its gradient, of features in float32, whose products are in TF32 on both sides."""
+        count, width = self.amounts.contrasted, 512
+
+        def job(who: str) -> Job:
+            random = torch.Generator(self.where).manual_seed(0)
+            drawn = [torch.randn(count, width, generator=random, device=self.where) for _ in range(2)]
+            sides = [F.normalize(side, dim=-1).requires_grad_() for side in drawn]
+            scale = torch.tensor(30.0, device=self.where, requires_grad=True)
+
+            def run() -> None:
+                for tensor in (*sides, scale):
+                    tensor.grad = None
+                chunk = min(1024, count)
+                loss = miniclip.clip_loss(*sides, scale, chunk_size=chunk) if who == OURS else ClipLoss()(*sides, scale)
+                loss.backward()
+                steps.wait_for(self.where)
+
+            return Job(run)
+
+        case = f"loss alone, {count:,} pairs"
+        self._race(case, {who: partial(job, who) for who in (OURS, THEIRS)}, count, 3 * 2 * count**2 * width)
+
+    def optimizers(self) -> None:
+        """A step of each optimiser alone, and as a share of the training step that was measured with AdamW."""
+        model = MODELS[0]
+        config = peers.architecture(model, self.size)
+        row: dict[str, Any] = {"case": f"{model} optimiser alone", "optimizers": {}}
+        rows = self.known + self.rows
+        whole = next((r[OURS]["seconds"] for r in rows if r["case"].startswith(f"{model} training step")), math.nan)
+        for kind in ("adamw", "muon"):
+            clip = peers.ours(config, self.folder).to(self.where)
+            optimizer = make_optimizer(clip, OptimizerConfig(kind=kind))
+            for parameter in clip.parameters():
+                parameter.grad = torch.randn_like(parameter) * 1e-3
+            step = optimizer.step
+
+            def run(step: Callable[[], Any] = step) -> None:
+                step()
+                steps.wait_for(self.where)
+
+            row["optimizers"][kind] = {"seconds": self._times({kind: Job(run)})[kind].median}
+        plain = row["optimizers"]["adamw"]["seconds"]
+        for facts in row["optimizers"].values():
+            facts["share"] = facts["seconds"] / (whole - plain + facts["seconds"])
+        self.rows.append(row)
+
+    def largest_batch(self, model: str) -> None:
+        row: dict[str, Any] = {"case": f"{model} largest batch"}
+        self.rows.append(row)
+        for who in (OURS, THEIRS):
+            row.setdefault(who, {})["largest_batch"] = largest(
+                lambda batch, who=who: self._fits(who, model, batch), self.amounts.step, self.amounts.most
+            )
+
+    def _race(self, case: str, makers: dict[str, Callable[[], Job]], count: int, flops: int) -> None:
+        """Each one's memory is measured while the others do not exist yet or stand still, above what there was."""
         row: dict[str, Any] = {"case": case}
-        for who, timing in times.items():
+        jobs, peaks = {}, {}
+        for who, make in makers.items():
+            self._free()
+            before = self._memory_mb()
+            jobs[who] = make()
+            for _ in range(2):  # the optimiser's state is made in the first; and kernels are, or are compiled
+                jobs[who].run()
+            peaks[who] = self._memory_mb(peak=True) - before
+        for who, timing in self._times(jobs).items():
             row[who] = {
                 "seconds": timing.median,
                 "spread": timing.spread,
                 "per_second": count / timing.median,
                 "utilisation": flops / timing.median / self.machine.flops,
+                "peak_mb": peaks[who],
             }
         self.rows.append(row)
 
+    def _times(self, jobs: dict[str, Job]) -> dict[str, Timing]:
+        """Without counting the first run's products, as `harness.race` does: compiled towers can't be counted."""
+        patience, times = self.amounts.patience, {who: Timing() for who in jobs}
+        for job in jobs.values():
+            job.run()
+        begin, turn, names = time.perf_counter(), 0, list(jobs)
+        while turn < patience.rounds or (
+            turn < patience.most_rounds and time.perf_counter() - begin < patience.seconds
+        ):
+            for who in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                jobs[who].run()
+                times[who].wall.append(time.perf_counter() - start)
+            turn += 1
+        return times
+
     def _free(self) -> None:
+        gc.collect()
         if self.where.type == "cuda":
-            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.where)
         else:
             harness.forget_peak()
 
-    def _peak_mb(self, who: str, model: str, count: int, parts: int = 1) -> float:
-        self._free()
-        job = self.job(who, model, count, parts)
-        job.run()
-        job.run()
+    def _memory_mb(self, peak: bool = False) -> float:
         if self.where.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.where) / 1e6
-        return harness.resident_mb(peak=True)
+            used = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+            return used(self.where) / 1e6
+        return harness.resident_mb(peak)
 
     def _fits(self, who: str, model: str, count: int) -> bool:
         self._free()
@@ -204,74 +399,151 @@ class Bench:
         return True
 
     def write(self, out: Path) -> None:
-        facts = {"machine": dataclasses.asdict(self.machine), "versions": harness.versions(), "size": self.size}
-        document = {**facts, "date": date.today().isoformat(), "compiled": self.compiles, "rows": self.rows}
+        facts = {"machine": dataclasses.asdict(self.machine), **self.facts, "size": self.size}
+        known = [row for row in self.known if row["case"] not in {row["case"] for row in self.rows}]
+        document = {**facts, "date": date.today().isoformat(), "rows": known + self.rows}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out.with_suffix(".json"), json.dumps(document, indent=1) + "\n")
         write_text(out.with_suffix(".md"), page(document))
 
 
+def _facts(where: torch.device) -> dict[str, Any]:
+    """Versions, and what a large product of random bfloat16 matrices reaches a second."""
+    versions = harness.versions()
+    if where.type == "cuda":
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError):
+            versions["driver"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        versions["CUDA"] = str(torch.version.cuda)
+    side, best = (8192 if where.type == "cuda" else 256), math.inf
+    a, b = (torch.randn(side, side, device=where, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        steps.wait_for(where)
+        begin = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        steps.wait_for(where)
+        best = min(best, (time.perf_counter() - begin) / 4)
+    return {"versions": versions, "product": 2 * side**3 / best}
+
+
 def page(document: dict[str, Any]) -> str:
     machine = document["machine"]
-    head = ["case", "a second", THEIRS, "ratio", "utilisation", THEIRS, "peak MB", THEIRS, "largest batch", THEIRS]
-    lines = [head, ["---"] * len(head)]
-    agreement = ""
+    head = ["case", "ms", THEIRS, "ratio", "a second", THEIRS, "utilisation", THEIRS, "peak MB", THEIRS]
+    head += ["largest batch", THEIRS]
+    times, agreement, others = [head, ["---"] * len(head)], [], []
     for row in document["rows"]:
-        if "difference" in row:
-            agreement = f"{row['case']} differ by {row['difference']:.0e} of the largest number."
-            continue
-        ours, theirs = row[OURS], row.get(THEIRS, {})
-        cells = [row["case"]]
-        for name, form in (
-            ("per_second", "{:,.0f}"),
-            ("utilisation", "{:.1%}"),
-            ("peak_mb", "{:,.0f}"),
-            ("largest_batch", "{:,}"),
-        ):
-            cells += [form.format(side[name]) if name in side else "–" for side in (ours, theirs)]
-        cells.insert(3, f"{theirs['seconds'] / ours['seconds']:.2f}" if theirs else "–")
-        lines.append(cells)
+        if "differences" in row:
+            for way, parts in row["differences"].items():
+                if not agreement:
+                    agreement = [["pairs", "computed by", *parts], ["---"] * (2 + len(parts))]
+                agreement.append([row["case"], way, *(f"{value:.0e}" for value in parts.values())])
+        elif "optimizers" in row:
+            for kind, facts in row["optimizers"].items():
+                others.append(f"{kind} alone takes {facts['seconds'] * 1e3:.1f} ms, {facts['share']:.1%} of a step")
+        else:
+            times.append(_cells(row))
     parts = [
         f"# {machine['processor']}",
-        f"`python benchmarks/gpu.py{' --compile' if document['compiled'] else ''}`, {document['date']}; "
+        f"`python benchmarks/gpu.py --compile`, {document['date']}; "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
         + ".",
-        "\n".join("| " + " | ".join(line) + " |" for line in lines),
-        f"bfloat16 under autocast, AdamW in one kernel on both sides. Utilisation is of {machine['flops'] / 1e12:.0f} "
-        f"TFLOP/s ({machine['source']}), of what the towers have to compute: each text at its own length, backward "
-        f"twice forward, nothing that is computed again. {agreement[:1].upper()}{agreement[1:]}",
+        _table(times),
+        f"bfloat16 under autocast, AdamW in one kernel on both sides, float32's products in TF32. Utilisation is of "
+        f"{machine['flops'] / 1e12:.0f} TFLOP/s ({machine['source']}; a product of 8,192 × 8,192 reaches "
+        f"{document['product'] / 1e12:.0f}), of what the towers have to compute: each text at its own length, backward "
+        f"twice forward, nothing that is computed again; of the loss alone, its three products. Peak memory is "
+        f"what tensors took, weights, gradients and the optimiser's state included. {'; '.join(others)}",
     ]
+    if agreement:
+        parts += [
+            _table(agreement),
+            "Differences from miniclip in float64 on the CPU, as a share of the largest number; bf16 is autocast.",
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    ours, theirs = row[OURS], row.get(THEIRS, {})
+    cells = [row["case"]]
+    for name, form, factor in (
+        ("seconds", "{:,.1f}", 1e3),
+        ("per_second", "{:,.0f}", 1),
+        ("utilisation", "{:.1%}", 1),
+        ("peak_mb", "{:,.0f}", 1),
+        ("largest_batch", "{:,}", 1),
+    ):
+        cells += [form.format(side[name] * factor) if name in side else "–" for side in (ours, theirs)]
+    is_raced = "seconds" in ours and "seconds" in theirs
+    cells.insert(3, f"{theirs['seconds'] / ours['seconds']:.2f}" if is_raced else "–")
+    return cells
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="all of it on the CPU, at tiny size")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for both sides' towers")
+    parser.add_argument("--compile", action="store_true", help="steps with torch.compile for both sides' towers, too")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="at most, for all parts together")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts whose names begin so; other rows stay")
     parser.add_argument("--out", type=Path, help="where to write, without suffix; by default by the GPU's name")
     options = parser.parse_args(argv)
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU on this machine; --tiny goes through all of it on the CPU")
     where = torch.device("cpu" if options.tiny else "cuda")
-    console = Console(file=sys.stdout)
+    console, begin, is_well = Console(file=sys.stdout, width=200), time.perf_counter(), True
+    before = torch.get_float32_matmul_precision()
     with tempfile.TemporaryDirectory() as place:
         amounts, size = (TINY, "tiny") if options.tiny else (FULL, "full")
-        bench = Bench(where, amounts, size, Path(place), options.compile)
+        bench = Bench(where, amounts, size, Path(place))
         out = options.out or (Path(place) if options.tiny else RESULTS) / bench.machine.name
-        parts: list[tuple[str, Callable[[], Any]]] = [("agreement", bench.agreement)]
-        for model in MODELS:
-            parts.append((f"{model} steps", lambda model=model: bench.steps(model)))
-            parts.append((f"{model} encoding", lambda model=model: bench.encoding(model)))
-        parts += [(f"GradCache {count:,}", lambda count=count: bench.gradcache(count)) for count in amounts.cached]
-        for name, part in parts:
-            with console.status(name):
-                is_well = part()
-            console.print(f"{name}: {json.dumps(bench.rows[-1])}", highlight=False)
-            bench.write(out)
-            if is_well is False:
-                console.print("[red]outputs differ[/red]; the comparison would be void")
-                return 1
-    return 0
+        if options.only and out.with_suffix(".json").is_file():
+            bench.known = json.loads(out.with_suffix(".json").read_text())["rows"]
+        try:
+            torch.set_float32_matmul_precision("high")  # as both trainers do
+            for name, seconds, part in _parts(bench, options.compile):
+                left = options.seconds - (time.perf_counter() - begin)
+                if not name.startswith(tuple(options.only or [""])) or left < 5:
+                    continue
+                started = time.perf_counter()
+                try:
+                    with at_most(min(seconds, left)):
+                        agrees = part()
+                except Exception as error:  # the other parts are still worth their figures
+                    is_well = False
+                    console.print(f"[red]{name} failed[/red]: {type(error).__name__}: {error}", highlight=False)
+                    if not isinstance(error, OutOfTimeError):
+                        console.print_exception(max_frames=6)
+                    continue
+                finally:
+                    bench.write(out)
+                took = time.perf_counter() - started
+                console.print(f"{name}, {took:.0f} s: {json.dumps(bench.rows[-1])}", highlight=False)
+                if agrees is False:
+                    console.print("[red]outputs differ[/red]; the comparison would be void")
+                    return 1
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return 0 if is_well else 1
+
+
+def _parts(bench: Bench, compiles: bool) -> list[tuple[str, float, Callable[[], Any]]]:
+    """Names, seconds that each may take, and the parts; what is worth most comes first."""
+    amounts = bench.amounts
+    parts: list[tuple[str, float, Callable[[], Any]]] = []
+    parts += [(f"agreement {model}", 60, partial(bench.agreement, model)) for model in amounts.agreed]
+    parts += [(f"steps {model}", 45, partial(bench.steps, model)) for model in MODELS]
+    parts += [("optimizers", 20, bench.optimizers)]
+    parts += [(f"encoding {model}", 30, partial(bench.encoding, model)) for model in MODELS]
+    parts += [(f"gradcache {count}", 45, partial(bench.gradcache, count)) for count in amounts.cached]
+    parts += [("loss", 20, bench.loss)]
+    if compiles:
+        parts += [(f"compiled {model}", 150, partial(bench.steps, model, compiles=True)) for model in MODELS]
+    parts += [(f"largest {model}", 120, partial(bench.largest_batch, model)) for model in MODELS]
+    return parts
 
 
 if __name__ == "__main__":

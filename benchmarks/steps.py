@@ -126,9 +126,9 @@ def our_step(
 
 
 def our_batch(config: CLIPConfig, texts: list[str], where: torch.device = CPU) -> Batch:
-    pixels = _pixels(config, len(texts))
-    batch = collate([Sample(image, encode_for_model(text), "") for image, text in zip(pixels, texts, strict=True)])
-    return batch._replace(images=batch.images.to(where), tokens=batch.tokens.to(where))
+    no_image = torch.empty(3, 0, 0, dtype=torch.uint8)  # the pixels are drawn where they are needed
+    batch = collate([Sample(no_image, encode_for_model(text), "") for text in texts])
+    return batch._replace(images=pixels(config, len(texts), where), tokens=batch.tokens.to(where))
 
 
 def their_step(
@@ -145,7 +145,7 @@ def their_step(
     """open_clip's, as its train_one_epoch makes it, `parts` being --accum-freq."""
     model = peers.openclips(config, folder, force_patch_dropout=dropout or None).train().to(where)
     model.set_grad_checkpointing(checkpoints)
-    images = normalize(_pixels(config, len(texts)), config.vision.mean, config.vision.std).to(where)
+    images = normalize(pixels(config, len(texts), where), config.vision.mean, config.vision.std)
     tokens = open_clip.get_tokenizer("ViT-B-32")(texts).to(where)
     optimizer, loss_of, call = their_optimizer(model), ClipLoss(), torch.compile(model) if compiles else model
     autocast = partial(torch.autocast, where.type, torch.bfloat16, enabled=precision != torch.float32)
@@ -203,9 +203,10 @@ def _named(model: Any) -> list[tuple[str, Tensor]]:
     return list(model.named_parameters())
 
 
-def _pixels(config: CLIPConfig, count: int) -> Tensor:
-    side = config.vision.image_size
-    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def pixels(config: CLIPConfig, count: int, where: torch.device = CPU) -> Tensor:
+    """Noise, the same in every run on a kind of device."""
+    side, random = config.vision.image_size, torch.Generator(where).manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=where, generator=random)
 
 
 def _outcome(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
