@@ -31,10 +31,12 @@ from ..data.order import BatchSampler
 from ..data.preflight import brief
 from ..reports.runs import PAGE_FILE, read_run
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, ForgivingCSVLogger, LastCheckpoint, RandomStates
-from ..training.finite import NON_FINITE
-from ..training.measuring import RunMetrics
+from ..training.finite import NON_FINITE, StopIfNotFinite
+from ..training.measuring import RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
-from ..training.resume import refuse_another_architecture
+from ..training.rejected import RejectedSamples
+from ..training.resume import Resumption
+from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, what_is_kept
 from ..training.zero_shot import ZeroShotEvaluation
@@ -251,9 +253,9 @@ class TrainingCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         trainer, run = settings.trainer, self.run_folder
         self._stalls = Stalls()
-        callbacks: list[Callback] = [self._stalls]
+        callbacks: list[Callback] = [self._stalls, RejectedSamples()]
         if self.subcommand == "fit":
-            callbacks.append(RunMetrics())
+            callbacks += [Resumption(), StopIfNotFinite(), StepMetrics(), RunMetrics()]
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":

@@ -1,6 +1,10 @@
 """Training under Lightning, with the book's towers and loss inside.
 
-Read `step.py` (what one step does), `optimizer.py` and `muon.py` (how it moves the weights), then what stands around
-it: `measuring.py`, `finite.py`, `checkpoints.py`, `resume.py`, `stopping.py`, `progress.py`. How a step is computed,
-with the same result, is changed by `recompute.py` and `fsdp.py`. The command line is in `commands/train.py`, not here.
+1. `step.py`: one step of training, and the validation between steps. `start.py`: the weights that a run starts from.
+2. `optimizer.py`, `muon.py`: how the weights move.
+3. `distillation.py`, `recompute.py`, `fsdp.py`: a teacher, less memory, weights sliced over processes.
+4. Callbacks around the step: `measuring.py` and `rejected.py` (what is logged), `finite.py` and `resume.py` (what is
+   refused), `checkpoints.py` and `stopping.py` (what is kept), `zero_shot.py` and `progress.py` (what is shown).
+
+`lightning_private.py` names Lightning's private members. The command line is `commands/train.py`; it never enters here.
 """

@@ -24,6 +24,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from ..common.files import atomic_write
 from ..common.processes import all_gather_objects
 from ..weights.read import read_torch_file
+from . import lightning_private
 from .stopping import StopSignals, requeue, slurm, what_is_kept
 
 
@@ -208,10 +209,8 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        loop = trainer.fit_loop
         # A validation that is due at this step belongs to it: a run resumed from before would not make up for it.
-        assert loop._data_fetcher is not None
-        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        if not lightning_private.is_validation_due(trainer):
             self._end_of_step(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,7 +239,7 @@ class LastCheckpoint(Checkpoint):
 
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         if trainer.training:
-            trainer._logger_connector.update_train_step_metrics()  # the step's row, else written after this hook
+            lightning_private.write_step_metrics(trainer)
         if failure := self._save(trainer):
             raise ValueError(f"{failure}. {self._what_is_kept()}")
         if trainer.is_global_zero:

@@ -1,32 +1,74 @@
-"""What stops a run whose loss or gradient is not finite, and the batch that it leaves behind."""
+"""Stops a run whose loss or gradient is not finite, before the weights are touched."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NoReturn
 
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from pytorch_lightning.callbacks import Callback
 
 from .. import tokenizer
-from ..data.pairs import Batch
+from ..common.files import write_text
+from ..common.processes import all_gather_objects
+from .fsdp import local, whole
+from .step import CLIPTraining, StepResult
 
-NON_FINITE = "non_finite.json"  # in the run's folder: the batch that a run stopped at
+NON_FINITE = "non_finite.json"  # in the run's folder: the batch at which the run stopped
 
 
-class Step(NamedTuple):
-    """What is held of a step until it is known to be sound."""
+class StopIfNotFinite(Callback):
+    """Stops all processes alike if the loss or the gradient is not finite, and writes the batch to the run's folder."""
 
-    batch: Batch
-    loss: Tensor
-    image_features: Tensor  # (b, E)
-    text_features: Tensor  # (b, E)
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Loss and gradient are one question, because each answer has to wait for the device."""
+        assert isinstance(pl_module, CLIPTraining)
+        assert pl_module.result is not None
+        loss = norm = pl_module.result.loss
+        # A gradient that overflows in half precision is for the gradient scaler, which skips the step.
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norm = whole(torch.nn.utils.get_total_norm(gradients))
+        is_not_finite = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        if bool(trainer.strategy.reduce(is_not_finite.int(), reduce_op="max")):
+            _stop(trainer, pl_module, pl_module.result, float(norm), optimizer.param_groups[0]["lr"])
 
-    def describe(self, rank: int) -> list[dict[str, Any]]:
-        is_finite = torch.isfinite(self.image_features).all(dim=1) & torch.isfinite(self.text_features).all(dim=1)
-        rows = zip(self.batch.keys, self.batch.tokens.tolist(), is_finite.tolist(), strict=True)
-        return [
-            {"key": key, "rank": rank, "caption": _caption(tokens), "is_finite": finite} for key, tokens, finite in rows
-        ]
+
+def _stop(trainer: pl.Trainer, module: CLIPTraining, result: StepResult, norm: float, lr: float) -> NoReturn:
+    parts = all_gather_objects((result.loss.item(), _samples(result, trainer.global_rank)))
+    samples = [sample for _, part in parts for sample in part]
+    loss, step = sum(loss for loss, _ in parts) / len(parts), trainer.global_step + 1
+    scale = local(module.clip.logit_scale).exp().item()
+    facts = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "lr": lr, "logit_scale": str(scale)}
+    path = Path(trainer.default_root_dir) / NON_FINITE
+    if trainer.is_global_zero:
+        write_text(path, json.dumps({**facts, "samples": samples}, indent=1, ensure_ascii=False))
+    trainer.strategy.barrier()
+    bad = [sample["key"] for sample in samples if not sample["is_finite"]]
+    if not bad:
+        where = "The features are finite"
+    elif len(bad) == len(samples):
+        where = "No features are finite, so the weights are probably at fault"
+    else:
+        where = f"Only the features of {', '.join(bad[:8])}{', …' if len(bad) > 8 else ''} are not finite: look at them"
+    raise ValueError(
+        f"the loss at step {step} is {loss} (norm of the gradient: {norm}); the weights were not touched, and the last "
+        f"checkpoint is as it was. {where}. {path} lists the batch. Resume from the last checkpoint with a lower rate "
+        f"(this step's was {lr:.3g}), a longer model.optimizer.warmup, --trainer.gradient_clip_val 1, or in bf16-mixed "
+        "or 32-true precision if it is 16-mixed"
+    )
+
+
+def _samples(result: StepResult, rank: int) -> list[dict[str, Any]]:
+    is_finite = torch.isfinite(result.image_features).all(dim=1) & torch.isfinite(result.text_features).all(dim=1)
+    rows = zip(result.batch.keys, result.batch.tokens.tolist(), is_finite.tolist(), strict=True)
+    return [
+        {"key": key, "rank": rank, "caption": _caption(tokens), "is_finite": finite} for key, tokens, finite in rows
+    ]
 
 
 def _caption(tokens: list[int]) -> str:

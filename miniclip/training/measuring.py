@@ -18,14 +18,106 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from ..common.processes import gather
 from ..data.module import PairLoader
 from ..data.pairs import Batch
-from ..model import CLIP, VisionTransformer
+from ..loss import siglip_chance
+from ..model import CLIP
 from ..timm_tower import TimmTower
 from ..weights.convert import forward_flops
+from .fsdp import local, whole
 from .recompute import drop_patches_in_training
+from .step import CLIPTraining, StepResult
 
 _MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
+
+
+def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
+    """Whether the step that ends with so many done is written to the log, and is the last or every `of_those`-th."""
+    every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
+
+
+class StepMetrics(Callback):
+    """Logs what each logged step learns: loss beside its chance level, in-batch accuracy, gradient norms, rates.
+
+    At steps that are not logged it computes nothing.
+    """
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(pl_module, CLIPTraining)
+        if is_logged(trainer, trainer.global_step + 1):
+            assert pl_module.result is not None
+            # The loss of a process is its part of the whole; the mean over the processes is the whole.
+            pl_module.log_dict(_learning(pl_module, pl_module.result), sync_dist=trainer.world_size > 1)
+            pl_module.log_dict(_gradient_norms(pl_module.clip))
+            pl_module.log_dict(_rates(optimizer))
+
+
+def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | float]:
+    images, texts = gather(result.image_features), gather(result.text_features)
+    mask = None if result.mask is None else gather(result.mask)
+    of_images, of_texts = in_batch_accuracy(images, texts, mask)
+    values: dict[str, Tensor | float] = {
+        "loss": result.loss,
+        "chance": _chance(module, result),
+        "accuracy": (of_images + of_texts) / 2,
+        "accuracy_image_to_text": of_images,
+        "accuracy_text_to_image": of_texts,
+        "logit_scale": local(module.clip.logit_scale).detach().exp(),
+    }
+    if module.clip.logit_bias is not None:
+        values["logit_bias"] = local(module.clip.logit_bias).detach()
+    if result.distillation is not None:
+        values["distillation"] = result.distillation
+    return {f"train/{name}": value for name, value in values.items()}
+
+
+def _chance(module: CLIPTraining, result: StepResult) -> float:
+    """The loss of features that say nothing, over the pairs of all processes."""
+    num_pairs = len(result.image_features) * module.trainer.world_size
+    if module.loss == "clip":
+        return math.log(num_pairs)
+    if result.groups is None:
+        return siglip_chance(num_pairs)
+    groups = gather(result.groups) if result.mask is None else gather(result.groups)[gather(result.mask)]
+    return siglip_chance(len(groups), groups)
+
+
+def _gradient_norms(clip: CLIP) -> dict[str, Tensor]:
+    """Norm of each tower's gradient: unscaled, the mean over the processes, and not clipped yet."""
+    norms = {}
+    for name, tower in (("image", clip.visual), ("text", clip.text)):
+        gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+        if gradients:
+            norms[f"train/grad_norm_{name}"] = whole(torch.nn.utils.get_total_norm(gradients))
+    return norms
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate, and Muon's own; the highest where groups differ."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        name = "train/lr_muon" if "parts" in group else "train/lr"
+        rates[name] = max(group["lr"], rates.get(name, 0.0))
+    return rates
+
+
+_ACCURACY_PAIRS = 1024  # the most pairs that in-batch accuracy is measured on
+
+
+@torch.no_grad()
+def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Share of images whose own text is the nearest in the batch, and of texts whose own image is."""
+    if mask is not None:
+        image_features, text_features = image_features[mask], text_features[mask]
+    some = slice(0, _ACCURACY_PAIRS)
+    rows = torch.arange(len(image_features[some]), device=image_features.device)
+    by_image = (image_features[some] @ text_features.T).argmax(dim=1) == rows
+    by_text = (text_features[some] @ image_features.T).argmax(dim=1) == rows
+    return by_image.float().mean(), by_text.float().mean()
 
 
 class RunMetrics(Callback):
@@ -35,8 +127,6 @@ class RunMetrics(Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from .step import CLIPTraining
-
         assert isinstance(pl_module, CLIPTraining)
         self._cost = StepCost(pl_module.clip, pl_module.patch_dropout)
         self.peak: Peak | None = None
@@ -109,8 +199,8 @@ class StepCost:
         with torch.device("meta"):
             self._clip = CLIP(clip.config).eval()
             side = self._clip.visual.input_resolution
-            if patch_dropout and isinstance(self._clip.visual, VisionTransformer):
-                drop_patches_in_training(self._clip.visual.transformer, patch_dropout)
+            if patch_dropout:
+                drop_patches_in_training(self._clip, patch_dropout)
                 self._clip.visual.train()
             self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
         # Products grow with the length of the text and attention with its square, so three lengths tell all others.
@@ -222,24 +312,3 @@ def memory_gb(device: torch.device) -> float:
         return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac, 1024 of them elsewhere
     return most * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-_ACCURACY_PAIRS = 1024  # in-batch accuracy is measured on at most so many
-
-
-def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
-    """Whether the step that ends with so many done is written to the log, and is the last or every `of_those`-th."""
-    every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
-    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
-
-
-@torch.no_grad()
-def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Share of images whose own text is the nearest in the batch, and of texts whose own image is."""
-    if mask is not None:
-        image_features, text_features = image_features[mask], text_features[mask]
-    some = slice(0, _ACCURACY_PAIRS)
-    rows = torch.arange(len(image_features[some]), device=image_features.device)
-    by_image = (image_features[some] @ text_features.T).argmax(dim=1) == rows
-    by_text = (text_features[some] @ image_features.T).argmax(dim=1) == rows
-    return by_image.float().mean(), by_text.float().mean()

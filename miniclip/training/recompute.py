@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..model import CLIP, ResidualAttentionBlock, Transformer
+from ..model import CLIP, ResidualAttentionBlock, VisionTransformer
 from ..resnet import Bottleneck, ModifiedResNet
 from ..timm_tower import TimmTower
 
@@ -71,8 +71,27 @@ def _recomputed_in_training(module: nn.Module, function: Callable[..., Any], *in
     return function(module, *inputs)
 
 
-def drop_patches_in_training(transformer: Transformer, share: float) -> None:
-    """From now on, in training, an image tower's transformer gets a random share of the patches less."""
+def encode_in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, within: nn.Module | None) -> Tensor:
+    """Encodes micro-batches of `size` inputs, each recomputed for its gradient: (B, …) -> (B, E).
+
+    With the loss over all B features behind it this is GradCache (Gao et al. 2021): exact gradients of the whole
+    batch, with the activations of one micro-batch in memory.
+
+    Args:
+        within: the model that `encode` runs; None if nothing in it is trained, so that no activations are kept anyway.
+    """
+    parts = inputs.split(size)
+    if within is None:
+        return torch.cat([encode(part) for part in parts])
+    return torch.cat([recomputed(encode, part, within=within) for part in parts])
+
+
+def drop_patches_in_training(model: CLIP, share: float) -> None:
+    """From now on, in training, the transformer of a ViT image tower sees a random part of the patches.
+
+    Args:
+        share: of the patches that are left out.
+    """
 
     def drop(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
         is_pooled = options.get("pool") is not None  # whoever asks for all tokens gets all
@@ -80,7 +99,8 @@ def drop_patches_in_training(transformer: Transformer, share: float) -> None:
             return (drop_patches(inputs[0], share),), options
         return None
 
-    transformer.register_forward_pre_hook(drop, with_kwargs=True)
+    assert isinstance(model.visual, VisionTransformer)
+    model.visual.transformer.register_forward_pre_hook(drop, with_kwargs=True)
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:

@@ -18,6 +18,8 @@ import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback
 
+from . import lightning_private
+
 
 class StopSignals:
     """Notes that Ctrl-C, SIGTERM or, under SLURM, the signal for requeuing asks the run to stop.
@@ -34,8 +36,7 @@ class StopSignals:
     def install(self, trainer: pl.Trainer) -> None:
         # Lightning's own handlers leave without a checkpoint on SIGTERM, broadcast in the middle of anything, and
         # under SLURM save a checkpoint wherever the step is.
-        connector = trainer._signal_connector
-        setattr(connector, "register_signal_handlers", lambda: None)  # noqa: B010
+        lightning_private.install_no_signal_handlers(trainer)
         numbers = [signal.SIGINT, signal.SIGTERM]
         if (environment := slurm(trainer)) is not None and environment.requeue_signal is not None:
             numbers.append(environment.requeue_signal)
@@ -68,7 +69,7 @@ class StopSignals:
 
 def slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:
     """SLURM, where it has started this run and is to be asked to start it again."""
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = lightning_private.cluster_environment(trainer)
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
 
 

@@ -186,7 +186,7 @@ def test_a_locked_tower_keeps_nothing_for_the_gradient(start):
     module = CLIPTraining(start_from=str(start), locked="image")
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        features = module._encode_images(random_batch(3, 24).images)
+        features = module.encode_images(random_batch(3, 24).images)
     assert not saved
     assert not features.requires_grad
 
@@ -214,8 +214,8 @@ def test_batch_norm_of_a_locked_tower_neither_counts_nor_normalises_by_the_batch
     assert before
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
     batch = short_batch(4, 32)
-    alone = module._encode_images(batch.images[:1])
-    torch.testing.assert_close(module._encode_images(batch.images)[:1], alone)
+    alone = module.encode_images(batch.images[:1])
+    torch.testing.assert_close(module.encode_images(batch.images)[:1], alone)
 
 
 @pytest.mark.long

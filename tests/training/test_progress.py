@@ -35,7 +35,7 @@ from miniclip.data.sources import read_pairs
 from miniclip.reports.run_page import differences, numbers, observations, write_page
 from miniclip.reports.runs import Run, read_run, run_curves
 from miniclip.training import measuring as device
-from miniclip.training.measuring import RunMetrics, StepCost
+from miniclip.training.measuring import RunMetrics, StepCost, StepMetrics
 from miniclip.training.optimizer import OptimizerConfig, learning_rate_factor
 from miniclip.training.progress import Stalls
 from miniclip.training.step import CLIPTraining
@@ -111,8 +111,8 @@ def fit(folder: Path, callbacks: list[Callback], module: CLIPTraining | None = N
 def test_gradient_norms_are_those_of_unscaled_gradients(data):
     """Half precision scales the loss, here by 1024, so that small gradients do not become zero."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024)
-    half = fit(data, [], log_every_n_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    full = fit(data, [], log_every_n_steps=1)
+    half = fit(data, [StepMetrics()], log_every_n_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    full = fit(data, [StepMetrics()], log_every_n_steps=1)
     for name in ("train/grad_norm_image", "train/grad_norm_text"):
         assert float(half.callback_metrics[name]) == pytest.approx(float(full.callback_metrics[name]), rel=0.1)
 
@@ -129,29 +129,32 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class WatchedMetrics(RunMetrics):
-    def on_train_batch_end(self, *everything) -> None:
+class WatchedSteps(StepMetrics):
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def on_before_optimizer_step(self, *everything) -> None:
         with Operations() as operations:
-            super().on_train_batch_end(*everything)
-        everything[1].asked.append(operations.count)
-
-
-class WatchedTraining(CLIPTraining):
-    asked: list[int]
-
-    def _log_gradients_and_rates(self, optimizer) -> None:
-        with Operations() as operations:
-            super()._log_gradients_and_rates(optimizer)
+            super().on_before_optimizer_step(*everything)
         self.asked.append(operations.count)
 
 
-def test_what_is_told_costs_the_device_nothing_at_steps_that_are_not_logged(data):
-    module = WatchedTraining(tiny_config())
-    module.asked = []
-    fit(data, [WatchedMetrics()], module, log_every_n_steps=2)
-    of_gradients, at_the_end = module.asked[::2], module.asked[1::2]
-    assert of_gradients[::2] == at_the_end[::2] == [0, 0]
-    assert min(of_gradients[1::2] + at_the_end[1::2]) > 0
+class WatchedRun(RunMetrics):
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def on_train_batch_end(self, *everything) -> None:
+        with Operations() as operations:
+            super().on_train_batch_end(*everything)
+        self.asked.append(operations.count)
+
+
+def test_measuring_costs_the_device_nothing_at_steps_that_are_not_logged(data):
+    steps, run = WatchedSteps(), WatchedRun()
+    fit(data, [steps, run], log_every_n_steps=2)
+    for asked in (steps.asked, run.asked):
+        assert asked[::2] == [0, 0]
+        assert min(asked[1::2]) > 0
 
 
 def spoilt(data: Path, folder: Path) -> Path:

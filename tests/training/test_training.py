@@ -350,7 +350,7 @@ def test_micro_batches_with_dropout_equal_plain_backpropagation_through_the_same
         torch.manual_seed(5)
         module.zero_grad()
         splits = zip(batch.images.split(3), batch.tokens.split(3), strict=True)
-        parts = [module._encode(images, tokens) for images, tokens in splits]
+        parts = [(module.encode_images(images), module.encode_texts(tokens)) for images, tokens in splits]
         images, texts = (torch.cat(each) for each in zip(*parts, strict=True))
         loss = miniclip.clip_loss(images, texts, module.clip.logit_scale.exp())
         loss.backward()
@@ -369,7 +369,8 @@ def test_batch_norm_counts_each_micro_batch_once():
     loss_and_gradients(module, batch)
     with torch.no_grad():
         for images, tokens in zip(batch.images.split(4), batch.tokens.split(4), strict=True):
-            plain._encode(images, tokens)
+            plain.encode_images(images)
+            plain.encode_texts(tokens)
     assert module.clip.visual.bn1.num_batches_tracked == 2
     for (name, found), expected in zip(module.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)

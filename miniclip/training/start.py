@@ -1,0 +1,115 @@
+"""The model that a run starts from: random weights, a trained CLIP, or weights of timm's; and what contradicts it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from .. import tokenizer
+from ..config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
+from ..model import CLIP
+from ..timm_tower import TimmTower
+from ..weights.load import build
+from ..weights.read import LIGHTNING_AVERAGE_PREFIX, LIGHTNING_CONFIG_KEY, locate, read_checkpoint
+
+LossKind = Literal["clip", "siglip"]
+Locked = Literal["none", "image", "text"]
+
+
+def starting_model(
+    clip: CLIPConfig, start_from: str | None, image_weights: str | None, locked: Locked, loss: LossKind, dropout: float
+) -> CLIP:
+    """The arguments are those of `CLIPTraining`.
+
+    Raises:
+        ValueError: two sources for the same weights, another architecture than the weights', a locked tower of random
+            weights, or `refuse_what_contradicts`.
+    """
+    if start_from is not None and image_weights is not None:
+        raise ValueError(
+            f"model.start_from is {start_from!r} and model.image_weights {image_weights!r}; the first holds both "
+            "towers' weights already, so give one of the two"
+        )
+    start = None if start_from is None else read_checkpoint(locate(start_from))
+    if start is not None:
+        if clip not in (CLIPConfig(), start.config):
+            refuse_another_architecture(start.config, clip, f"model.start_from {start_from!r}")
+        clip = start.config
+    refuse_what_contradicts(clip, loss, dropout)
+    if (locked == "image" and not (start or image_weights)) or (locked == "text" and not start):
+        raise ValueError(
+            f"model.locked is {locked!r}, and that tower's weights are random; give model.start_from"
+            + (", or model.image_weights for an image tower of timm's" if locked == "image" else "")
+        )
+    model = CLIP(clip) if start is None else build(start, str(start_from))
+    if image_weights is not None:
+        if not isinstance(model.visual, TimmTower):
+            raise ValueError(
+                f"model.image_weights is for towers of timm's, and model.clip.vision.kind is {clip.vision.kind!r}"
+            )
+        model.visual.load_trunk(clip.vision, clip.embed_dim, None if image_weights == "timm" else image_weights)
+    return model
+
+
+def locked_part(model: CLIP, locked: Locked) -> nn.Module | None:
+    """What is not trained: a tower, or timm's trunk without the projection behind it."""
+    if locked == "none":
+        return None
+    if locked == "text":
+        return model.text
+    return model.visual.trunk if isinstance(model.visual, TimmTower) else model.visual
+
+
+def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source: str) -> None:
+    """
+    Raises:
+        ValueError: the run's architecture is not the checkpoint's; names what differs.
+    """
+    lines = differences(checkpoint.to_dict(), run.to_dict(), "model.clip", ("the checkpoint has", "this run"))
+    if lines:
+        raise ValueError(f"{source} holds another architecture than this run:\n" + "\n".join(lines))
+
+
+def refuse_other_weights(checkpoint: dict[str, Any], clip: CLIPConfig, ema_decay: float | None) -> None:
+    """
+    Raises:
+        ValueError: a run's own checkpoint holds another architecture, or an average of the weights where the run has
+            none, or none where it has one.
+    """
+    refuse_another_architecture(CLIPConfig.from_json(checkpoint[LIGHTNING_CONFIG_KEY]), clip, "the checkpoint")
+    is_averaged = any(name.startswith(LIGHTNING_AVERAGE_PREFIX) for name in checkpoint["state_dict"])
+    if is_averaged != (ema_decay is not None):
+        raise ValueError(
+            f"the checkpoint holds {'an' if is_averaged else 'no'} average of the weights, and model.ema_decay is "
+            f"{ema_decay}; {'set it as its run did' if is_averaged else 'it can be set for a new run only'}"
+        )
+
+
+def refuse_what_contradicts(clip: CLIPConfig, loss: LossKind, patch_dropout: float) -> None:
+    """
+    Raises:
+        ValueError: the architecture cannot be trained, or not with this loss or patch dropout.
+    """
+    if clip.towers != "both":
+        raise ValueError(f"model.clip.towers is {clip.towers!r}; both towers are needed to train them together")
+    tokenizer.refuse_other_ids(clip.text, "model.clip.text", "the tokenizer's")
+    if not 0 <= patch_dropout < 1:
+        raise ValueError(f"model.patch_dropout is {patch_dropout}; it is a share, 0 to below 1")
+    if patch_dropout and clip.vision.kind != "vit":
+        raise ValueError(
+            f"model.patch_dropout is {patch_dropout} and model.clip.vision.kind {clip.vision.kind!r}; only a "
+            "'vit' can do without some of its patches"
+        )
+    if loss not in get_args(LossKind):
+        raise ValueError(f"model.loss is {loss!r}; valid are {', '.join(get_args(LossKind))}")
+    if loss == "siglip" and clip.init_logit_bias is None:
+        raise ValueError(
+            "model.loss is 'siglip', which needs a bias: set model.clip.init_logit_bias and init_logit_scale; "
+            f"the paper's are {SIGLIP_LOGIT_BIAS:g} and {SIGLIP_LOGIT_SCALE:.4f}, which is ln 10"
+        )
+    if loss == "clip" and clip.init_logit_bias is not None:
+        raise ValueError(
+            f"model.clip.init_logit_bias is {clip.init_logit_bias:g}, and a bias changes nothing in the loss "
+            "'clip': leave it out, or set model.loss=siglip"
+        )
