@@ -49,7 +49,7 @@ from miniclip.config import CLIPConfig
 from miniclip.fast.packed_texts import trim_text
 from miniclip.images import normalize
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
-from miniclip.weights.convert import forward_flops
+from miniclip.weights.facts import forward_flops
 from miniclip.weights.layouts import from_openai_keys
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,7 +9,7 @@ from .convert import add_unknowns
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
 if TYPE_CHECKING:
-    from ..weights.convert import Facts
+    from ..weights.facts import Facts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ miniclip info epoch_32.pt --activation gelu""",
 
 def run(options: argparse.Namespace) -> None:
     with lasting_imports():
-        from ..weights.convert import inspect
+        from ..weights.facts import inspect
 
     for name, value in rows(inspect(options.source, activation=options.activation)).items():
         print(f"{name:>14}  {value}")

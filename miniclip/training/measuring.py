@@ -24,7 +24,7 @@ from ..data.pairs import Batch
 from ..loss import siglip_chance
 from ..model import CLIP
 from ..timm_tower import TimmTower
-from ..weights.convert import forward_flops
+from ..weights.facts import forward_flops
 from .fsdp import local, whole
 from .recompute import drop_patches_in_training
 from .step import CLIPTraining, StepResult

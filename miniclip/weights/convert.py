@@ -1,4 +1,4 @@
-"""Checkpoints from one library's layout to another's, and what a checkpoint is made of.
+"""Checkpoints from one library's layout to another's.
 
 A conversion is believed only after it was loaded back and gave the same embeddings: by our own reader, and by the other
 library where it is installed.
@@ -6,35 +6,22 @@ library where it is installed.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from ..common.files import atomic_write, write_text
-from ..config import CLIPConfig, VisionConfig
-from ..model import CLIP, MissingTower
-from ..tokenizer import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, learnt_merges, symbol_ids
-from .layouts import Tensors, to_hf_keys, to_openai_keys
+from ..config import CLIPConfig
+from ..model import CLIP
 from .load import build
-from .read import (
-    CONFIG_FILE,
-    OPENCLIP_CONFIG_FILE,
-    WEIGHTS_FILE,
-    Checkpoint,
-    locate,
-    read_checkpoint,
-    write_safetensors,
-)
+from .read import CONFIG_FILE, OPENCLIP_CONFIG_FILE, locate, read_checkpoint
+from .write import WRITERS, require
 
-FORMATS = ("native", "openai", "openclip", "hf")
-_PIXELS = {"interpolation": "bicubic", "resize_mode": "shortest"}
+FORMATS = tuple(WRITERS)
 
 
 def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = False, **options: Any) -> str:
@@ -62,14 +49,13 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
         if not is_model or out.resolve() in found_at.resolve().parents:
             raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
     checkpoint = read_checkpoint(found_at, **options)
-    _require(to == "native" or checkpoint.config.towers == "both", f"it has the {checkpoint.config.towers} tower alone")
+    require(to == "native" or checkpoint.config.towers == "both", f"it has the {checkpoint.config.towers} tower alone")
     taken = replace(checkpoint, tensors=dict(checkpoint.tensors))
     expected = _embeddings(build(taken, str(source)))
-    write = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}[to]
     # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
     temporary, old = (out.with_name(f".{out.stem}.{os.getpid()}.{what}{out.suffix}") for what in ("tmp", "old"))
     try:
-        write(checkpoint, temporary)
+        WRITERS[to](checkpoint, temporary)
         compared = {"miniclip": _embeddings(build(read_checkpoint(temporary), str(temporary)))}
         compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
         said = []
@@ -143,177 +129,3 @@ def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str
         # transformers 5 wraps the features; 4 gives them as they are.
         return {"transformers": [getattr(f, "pooler_output", f) for f in features]}
     return {}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def _plain(tensors: Tensors) -> Tensors:
-    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _write_native(checkpoint: Checkpoint, out: Path) -> None:
-    write_safetensors(out / WEIGHTS_FILE, _plain(checkpoint.tensors))
-    write_text(out / CONFIG_FILE, checkpoint.config.to_json())
-
-
-def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
-    config = checkpoint.config
-    _require(config.vision.kind != "timm", "OpenAI's code has no towers of timm's")
-    _require(config.init_logit_bias is None, "OpenAI's code has no bias of the logits, which the sigmoid loss needs")
-    _require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
-    _require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
-    _require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
-    sizes = (config.vision.image_size, config.text.context_length, config.text.vocab_size)
-    tensors = to_openai_keys(_plain(checkpoint.tensors))
-    names = ("input_resolution", "context_length", "vocab_size")
-    tensors |= {name: torch.tensor(size) for name, size in zip(names, sizes, strict=True)}
-    with atomic_write(out) as file:
-        torch.save(tensors, file)
-
-
-def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
-    config = checkpoint.config
-    vision, text = config.vision, config.text
-    tower: dict[str, Any] = {"image_size": vision.image_size}
-    if vision.kind == "timm":
-        projection = "" if vision.timm_projection == "classifier" else vision.timm_projection
-        tower |= {"timm_model_name": vision.timm_model, "timm_model_pretrained": False, "timm_pool": vision.timm_pool}
-        tower |= {"timm_proj": projection, "timm_proj_bias": vision.timm_projection_bias}
-    elif vision.kind == "resnet":
-        tower |= {"layers": list(vision.blocks), "width": vision.width, "head_width": vision.head_width}
-    else:
-        tower |= {"layers": vision.layers, "width": vision.width, "head_width": vision.head_width}
-        tower |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio}
-    words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
-             "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_ratio}  # fmt: skip
-    model = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu", "vision_cfg": tower}
-    model |= {"init_logit_scale": config.init_logit_scale}
-    if config.init_logit_bias is not None:
-        model |= {"init_logit_bias": config.init_logit_bias}
-    pixels = {"mean": vision.mean, "std": vision.std, **_PIXELS}
-    write_safetensors(out / "open_clip_model.safetensors", _plain(to_openai_keys(checkpoint.tensors)))
-    settings = {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
-    write_text(out / OPENCLIP_CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-
-
-def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
-    config = checkpoint.config
-    _require(config.vision.kind == "vit", "Hugging Face's CLIPModel has a ViT as its image tower and no other")
-    _require(config.init_logit_bias is None, "Hugging Face's CLIPModel has no bias, which the sigmoid loss needs")
-
-    def tower(section: Any) -> dict[str, Any]:
-        return {
-            "hidden_size": section.width,
-            "num_hidden_layers": section.layers,
-            "num_attention_heads": section.heads,
-            "intermediate_size": int(section.width * section.mlp_ratio),
-            "hidden_act": config.activation,
-            "layer_norm_eps": 1e-5,
-            "projection_dim": config.embed_dim,
-        }
-
-    vision, text = config.vision, config.text
-    images = {**tower(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
-    ends = {"bos_token_id": START_OF_TEXT, "eos_token_id": text.eot_token, "pad_token_id": text.eot_token}
-    words = {**tower(text), "vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ends}
-    values = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
-              "logit_scale_init_value": config.init_logit_scale,
-              "text_config": words, "vision_config": images}  # fmt: skip
-    write_safetensors(out / WEIGHTS_FILE, _plain(to_hf_keys(checkpoint.tensors)))
-    write_text(out / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
-    write_text(out / "preprocessor_config.json", json.dumps(_hf_pixels(vision), indent=2) + "\n")
-    if text.eot_token == END_OF_TEXT:
-        for name, content in vocabulary_files(text.context_length).items():
-            write_text(out / name, content)
-
-
-def _hf_pixels(vision: VisionConfig) -> dict[str, Any]:
-    side = vision.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(vision.mean), "image_std": list(vision.std),
-        "do_convert_rgb": True,
-    }  # fmt: skip
-
-
-def _has_heads_of_64(config: CLIPConfig) -> bool:
-    return config.vision.head_width == config.text.head_width == 64
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(f"this model can't be written in that format: {otherwise}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is in a checkpoint
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What `miniclip info` tells.
-
-    Args:
-        image_parameters, text_parameters: of the towers.
-        image_gflops, text_gflops: 10^9 multiplications and additions for one image, and for a text of full length.
-        dtypes: of the file's tensors.
-        problems: tensors that are missing, unexpected, or of another shape than the architecture's; empty if it loads.
-    """
-
-    format: str
-    config: CLIPConfig
-    image_parameters: int
-    text_parameters: int
-    image_gflops: float
-    text_gflops: float
-    dtypes: tuple[str, ...]
-    problems: str
-
-
-def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
-    """Multiplications and additions of the matrix products that a tower takes for some inputs, both on meta."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        if not isinstance(tower, MissingTower):
-            tower(inputs)
-    return int(counter.get_total_flops())
-
-
-def inspect(source: str | Path, **options: Any) -> Facts:
-    """Everything about a checkpoint that can be known without using it."""
-    checkpoint = read_checkpoint(locate(source), **options)
-    with torch.device("meta"):
-        model = CLIP(checkpoint.config).eval()
-        images = torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution)
-        tokens = torch.zeros(1, checkpoint.config.text.context_length, dtype=torch.long)
-    flops = [forward_flops(tower, inputs) / 1e9 for tower, inputs in ((model.visual, images), (model.text, tokens))]
-    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
-    try:
-        build(checkpoint, str(source))
-        problems = ""
-    except ValueError as error:
-        problems = str(error)
-    sizes = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)]
-    return Facts(checkpoint.format, checkpoint.config, sizes[0], sizes[1], flops[0], flops[1], dtypes, problems)
-
-
-def vocabulary_files(context_length: int = CONTEXT_LENGTH) -> dict[str, str]:
-    """This tokenizer as the files that Hugging Face's `CLIPTokenizer` reads: their names and contents."""
-    symbols = symbol_ids()
-    names = {index: symbol for symbol, index in symbols.items()}
-    merges = [f"{names[left]} {names[right]}" for (left, right) in learnt_merges()]
-    special = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
-    vocabulary = dict(sorted((symbols | special).items(), key=lambda item: item[1]))
-    start, end = special
-    roles = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **roles}
-    return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(roles, indent=2) + "\n",
-    }

@@ -126,24 +126,10 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
         tensor = tensors.pop(name)  # so that its part of the file leaves memory as the converted one comes
         # One layout in memory, so that the bits of a result do not depend on the format that the weights came in.
         converted[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-    _assign(model, converted)
-    return model
-
-
-def load_tensors(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Puts tensors into a model, all of them or none.
-
-    Raises:
-        ValueError: a name or shape that does not fit; lists both sides.
-    """
-    _compare(model, tensors, source)
-    _assign(model, tensors)
-
-
-def _assign(model: CLIP, tensors: Mapping[str, Tensor]) -> None:
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(converted, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    return model
 
 
 def _compare(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> None:

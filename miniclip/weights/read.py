@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..common.files import atomic_write
 from ..config import OPENAI_MODELS, Activation, CLIPConfig
+from .architecture import config_from_hf, config_from_openclip, infer_config
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
-from .layouts import Tensors, config_from_hf, config_from_openclip, from_hf_keys, from_openai_keys, infer_config, is_hf
+from .layouts import Tensors, from_hf_keys, from_openai_keys, is_hf
 from .torchscript import is_torchscript, read_torchscript
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

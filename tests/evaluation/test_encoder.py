@@ -36,7 +36,8 @@ from miniclip.evaluation.other_libraries import from_openclip, from_transformers
 from miniclip.evaluation.zero_shot import zero_shot_classifier
 from miniclip.model import CLIP
 from miniclip.weights import load as weights
-from miniclip.weights.convert import convert, vocabulary_files
+from miniclip.weights.convert import convert
+from miniclip.weights.write import vocabulary_files
 
 TEXTS = ["a photo of a cat.", "An OWL &amp; its nest", "two dogs"]
 

@@ -39,7 +39,7 @@ from miniclip.training.measuring import RunMetrics, StepCost, StepMetrics
 from miniclip.training.optimizer import OptimizerConfig, learning_rate_factor
 from miniclip.training.progress import Stalls
 from miniclip.training.step import CLIPTraining
-from miniclip.weights.convert import forward_flops
+from miniclip.weights.facts import forward_flops
 
 SGD = {"kind": "timm", "timm_name": "sgd", "lr": 0.01, "warmup": 0.0}
 EVERY_STEP = {

@@ -30,7 +30,8 @@ import miniclip
 from miniclip.commands.main import main
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
-from miniclip.weights.convert import FORMATS, convert, inspect
+from miniclip.weights.convert import FORMATS, convert
+from miniclip.weights.facts import inspect
 from miniclip.weights.load import load, save
 from miniclip.weights.read import read_checkpoint
 

@@ -48,7 +48,8 @@ from transformers import (
 
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.weights import torchscript
-from miniclip.weights.convert import convert, inspect
+from miniclip.weights.convert import convert
+from miniclip.weights.facts import inspect
 from miniclip.weights.load import load, save
 from miniclip.weights.read import read_checkpoint
 
@@ -275,7 +276,7 @@ OPENAI_NAMES_AT_OPENCLIP = {
 
 @pytest.mark.parametrize("name", OPENAI_MODELS)
 def test_openclips_own_configuration_of_an_openai_model_is_read_as_ours(name):
-    from miniclip.weights.layouts import config_from_openclip
+    from miniclip.weights.architecture import config_from_openclip
 
     settings = open_clip.get_model_config(OPENAI_NAMES_AT_OPENCLIP[name])
     assert config_from_openclip({"model_cfg": settings}, "x") == OPENAI_MODELS[name]

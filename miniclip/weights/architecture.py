@@ -1,0 +1,225 @@
+"""The architecture of a checkpoint: from its tensors' shapes, or from another library's configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+from torch import Tensor
+
+from ..config import (
+    SIGLIP_LOGIT_BIAS,
+    SIGLIP_LOGIT_SCALE,
+    Activation,
+    CLIPConfig,
+    TextConfig,
+    TimmProjection,
+    Towers,
+    VisionConfig,
+)
+
+
+def infer_config(tensors: Mapping[str, Tensor], activation: Activation, source: str) -> CLIPConfig:
+    """The architecture that tensors (by our names) belong to. Heads are 64 channels wide, as in all of OpenAI's.
+
+    Raises:
+        ValueError: a tensor that tells the architecture is missing.
+    """
+
+    def shape(name: str, sides: int) -> tuple[int, ...]:
+        if name not in tensors or tensors[name].ndim != sides:
+            raise ValueError(f"{source} has no tensor {name} of {sides} sides, so it is no CLIP that can be read")
+        return tuple(tensors[name].shape)
+
+    def count(pattern: str) -> int:
+        return len({match[1] for key in tensors if (match := re.match(pattern, key))})
+
+    if any(key.startswith("visual.trunk.") for key in tensors):
+        raise ValueError(f"{source} has an image tower of timm's, which its tensors don't tell apart from others")
+    context_length, width = shape("text.positional_embedding", 2)
+    vocab_size, _ = shape("text.token_embedding.weight", 2)
+    _, embed_dim = shape("text.text_projection", 2)
+    text = TextConfig(
+        context_length=context_length,
+        vocab_size=vocab_size,
+        eot_token=vocab_size - 1,
+        width=width,
+        layers=count(r"text\.transformer\.resblocks\.(\d+)\."),
+        mlp_ratio=shape("text.transformer.resblocks.0.mlp.c_fc.weight", 2)[0] / width,
+    )
+    if "visual.proj" in tensors:
+        width, _, patch_size, _ = shape("visual.conv1.weight", 4)
+        side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
+        vision = VisionConfig(
+            image_size=patch_size * side,
+            patch_size=patch_size,
+            width=width,
+            layers=count(r"visual\.transformer\.resblocks\.(\d+)\."),
+            mlp_ratio=shape("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0] / width,
+        )
+    else:
+        side = round((shape("visual.attnpool.positional_embedding", 2)[0] - 1) ** 0.5)
+        vision = VisionConfig(
+            kind="resnet",
+            image_size=32 * side,
+            width=shape("visual.layer1.0.conv1.weight", 4)[0],
+            blocks=tuple(count(rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)),  # type: ignore[arg-type]
+        )
+    config = CLIPConfig(embed_dim, activation, vision, text)
+    if "logit_bias" not in tensors:
+        return config
+    # Trained scale and bias do not tell where they began; the paper's, then.
+    return replace(config, init_logit_scale=SIGLIP_LOGIT_SCALE, init_logit_bias=SIGLIP_LOGIT_BIAS)
+
+
+def _refuse_unknown(values: Mapping[str, Any], supported: Mapping[str, Any], source: str) -> None:
+    """A setting that is neither read nor at the one value that our towers have must not be passed over."""
+    for key, value in values.items():
+        if key not in supported:
+            raise ValueError(f"{source} has the setting {key!r}: {value!r}, which is not supported")
+        expected = supported[key]
+        if expected is not _ANY and value != expected:
+            raise ValueError(f"{source} has {key!r}: {value!r}; only {expected!r} is supported")
+
+
+_ANY = object()
+_OPENCLIP_MODEL = dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"), _ANY) | {
+    "multimodal_cfg": None, "output_dict": _ANY, "init_logit_scale": _ANY, "init_logit_bias": _ANY,
+    "cast_dtype": _ANY, "nonscalar_logit_scale": False,
+}  # fmt: skip
+_OPENCLIP_VISION = dict.fromkeys(("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"), _ANY) | {
+    "ls_init_value": None, "patch_dropout": _ANY, "attentional_pool": False, "no_ln_pre": False,
+    "pos_embed_type": "learnable", "final_ln_after_pool": False, "pool_type": "tok", "output_tokens": _ANY,
+    "act_kwargs": None, "norm_kwargs": None, "global_average_pool": False, "input_patchnorm": False,
+    "timm_model_name": _ANY, "timm_model_pretrained": _ANY, "timm_pool": _ANY, "timm_proj": _ANY,
+    "timm_proj_bias": _ANY, "timm_drop": _ANY, "timm_drop_path": _ANY,
+}  # fmt: skip
+_OPENCLIP_TEXT = dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), _ANY) | {
+    "hf_model_name": None, "hf_tokenizer_name": None, "ls_init_value": None, "embed_cls": False, "pad_id": _ANY,
+    "no_causal_mask": False, "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False,
+    "output_tokens": _ANY, "act_kwargs": None, "norm_kwargs": None, "tokenizer_kwargs": None, "proj_type": "linear",
+}  # fmt: skip
+_OPENCLIP_PREPROCESS = {"mean": _ANY, "std": _ANY, "size": _ANY, "mode": "RGB", "interpolation": "bicubic",
+                        "resize_mode": "shortest", "fill_color": _ANY}  # fmt: skip
+
+
+def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
+    """The architecture of an `open_clip_config.json`.
+
+    Raises:
+        ValueError: a setting that our towers do not have.
+    """
+    model = values.get("model_cfg")
+    if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
+        raise ValueError(f"{source} has no model_cfg with a vision_cfg")
+    vision, text, pixels = model["vision_cfg"], model.get("text_cfg", {}), values.get("preprocess_cfg", {})
+    for section, supported, name in (
+        (model, _OPENCLIP_MODEL, "model_cfg"),
+        (vision, _OPENCLIP_VISION, "vision_cfg"),
+        (text, _OPENCLIP_TEXT, "text_cfg"),
+        (pixels, _OPENCLIP_PREPROCESS, "preprocess_cfg"),
+    ):
+        _refuse_unknown(section, supported, f"{source}, {name}")
+    shared: dict[str, Any] = {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
+    shared |= {"image_size": vision.get("image_size", 224)}
+    layers, width = vision.get("layers", 12), vision.get("width", 768)
+    if vision.get("timm_model_name"):
+        tower = _timm_from_openclip(vision, shared, source)
+    elif isinstance(layers, list | tuple):
+        shared |= {"head_width": vision.get("head_width", 64)}
+        tower = VisionConfig(kind="resnet", blocks=tuple(layers), width=width, **shared)
+    else:
+        shared |= {"head_width": vision.get("head_width", 64)}
+        patch_size, mlp_ratio = vision.get("patch_size", 16), vision.get("mlp_ratio", 4.0)
+        tower = VisionConfig(layers=layers, width=width, patch_size=patch_size, mlp_ratio=mlp_ratio, **shared)
+    vocab_size, width = text.get("vocab_size", 49408), text.get("width", 512)
+    words = TextConfig(
+        context_length=text.get("context_length", 77),
+        vocab_size=vocab_size,
+        eot_token=vocab_size - 1,
+        width=width,
+        layers=text.get("layers", 12),
+        head_width=width // text.get("heads", 8),
+        mlp_ratio=text.get("mlp_ratio", 4.0),
+    )
+    start = {name: model[name] for name in ("init_logit_scale", "init_logit_bias") if name in model}
+    return CLIPConfig(model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu", tower, words, **start)
+
+
+_TIMM_PROJECTIONS: dict[str, TimmProjection] = {"linear": "linear", "mlp": "mlp", "none": "none", "": "classifier"}
+
+
+def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], source: str) -> VisionConfig:
+    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    if pool in ("abs_attn", "rot_attn") or projection not in _TIMM_PROJECTIONS:
+        raise ValueError(
+            f"{source} has timm_pool {pool!r} and timm_proj {projection!r}, which are not supported together"
+        )
+    return VisionConfig(
+        kind="timm",
+        timm_model=vision["timm_model_name"],
+        timm_pool=pool,
+        timm_projection=_TIMM_PROJECTIONS[projection],
+        timm_projection_bias=vision.get("timm_proj_bias", False),
+        **shared,
+    )
+
+
+_HF_TOWERS: dict[str, Towers] = {"clip": "both", "clip_vision_model": "image", "clip_text_model": "text"}
+
+
+def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> CLIPConfig:
+    """The architecture of a Hugging Face CLIP's `config.json`; what it leaves out is as in transformers.
+
+    Args:
+        pixels: its `preprocessor_config.json`, if it has one.
+
+    Raises:
+        ValueError: another kind of model, or a setting that our towers do not have.
+    """
+    if values.get("model_type") not in _HF_TOWERS:
+        raise ValueError(
+            f"{source} is of a model of type {values.get('model_type')!r}; valid are {', '.join(_HF_TOWERS)}"
+        )
+    towers = _HF_TOWERS[values["model_type"]]
+    if towers != "both":  # the file of one tower is what stands in a section in the file of both
+        values = {f"{'vision' if towers == 'image' else 'text'}_config": values} | dict(values)
+    # Old files hold the towers' settings twice; transformers lets the newer one, `*_config`, win.
+    vision, text = (
+        values.get(f"{name}_config") or values.get(f"{name}_config_dict") or {} for name in ("vision", "text")
+    )
+    there = [section for section, absent in ((vision, "text"), (text, "image")) if towers != absent]
+    activations = {section.get("hidden_act", "quick_gelu") for section in there}
+    if len(activations) > 1 or not activations <= set(get_args(Activation)):
+        raise ValueError(f"{source} has the activations {sorted(activations)}; one of quick_gelu and gelu for both")
+    for section in (vision, text):
+        if section.get("layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"{source} has layer_norm_eps {section['layer_norm_eps']}; only 1e-05 is supported")
+
+    def tower(section: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
+        width = section.get("hidden_size", width)
+        return {
+            "width": width,
+            "layers": section.get("num_hidden_layers", 12),
+            "head_width": width // section.get("num_attention_heads", heads),
+            "mlp_ratio": section.get("intermediate_size", 4 * width) / width,
+        }
+
+    vocab_size = text.get("vocab_size", 49408)
+    end = text.get("eos_token_id", 49407)
+    words = TextConfig(
+        context_length=text.get("max_position_embeddings", 77),
+        vocab_size=vocab_size,
+        # Files from before 2023 say 2, which transformers itself takes to mean "the largest id".
+        eot_token=vocab_size - 1 if end == 2 else end,
+        **tower(text, 512, 8),
+    )
+    images: dict[str, Any] = {}
+    if pixels:
+        images = {"mean": pixels.get("image_mean", VisionConfig.mean), "std": pixels.get("image_std", VisionConfig.std)}
+        images["preprocess"] = "hf"
+    image_size, patch_size = vision.get("image_size", 224), vision.get("patch_size", 32)
+    seen = VisionConfig(image_size=image_size, patch_size=patch_size, **tower(vision, 768, 12), **images)
+    return CLIPConfig(values.get("projection_dim", 512), activations.pop(), seen, words, towers)

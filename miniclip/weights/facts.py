@@ -1,0 +1,63 @@
+"""What a checkpoint is made of, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import CLIPConfig
+from ..model import CLIP, MissingTower
+from .load import build
+from .read import locate, read_checkpoint
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `miniclip info` tells.
+
+    Args:
+        image_parameters, text_parameters: of the towers.
+        image_gflops, text_gflops: 10^9 multiplications and additions for one image, and for a text of full length.
+        dtypes: of the file's tensors.
+        problems: tensors that are missing, unexpected, or of another shape than the architecture's; empty if it loads.
+    """
+
+    format: str
+    config: CLIPConfig
+    image_parameters: int
+    text_parameters: int
+    image_gflops: float
+    text_gflops: float
+    dtypes: tuple[str, ...]
+    problems: str
+
+
+def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
+    """Multiplications and additions of the matrix products that a tower takes for some inputs, both on meta."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        if not isinstance(tower, MissingTower):
+            tower(inputs)
+    return int(counter.get_total_flops())
+
+
+def inspect(source: str | Path, **options: Any) -> Facts:
+    """Everything about a checkpoint that can be known without using it."""
+    checkpoint = read_checkpoint(locate(source), **options)
+    with torch.device("meta"):
+        model = CLIP(checkpoint.config).eval()
+        images = torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution)
+        tokens = torch.zeros(1, checkpoint.config.text.context_length, dtype=torch.long)
+    flops = [forward_flops(tower, inputs) / 1e9 for tower, inputs in ((model.visual, images), (model.text, tokens))]
+    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
+    try:
+        build(checkpoint, str(source))
+        problems = ""
+    except ValueError as error:
+        problems = str(error)
+    sizes = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)]
+    return Facts(checkpoint.format, checkpoint.config, sizes[0], sizes[1], flops[0], flops[1], dtypes, problems)

@@ -1,0 +1,139 @@
+"""A checkpoint in another library's layout: what `convert` writes before it verifies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.files import atomic_write, write_text
+from ..config import CLIPConfig, VisionConfig
+from ..tokenizer import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, learnt_merges, symbol_ids
+from .layouts import Tensors, to_hf_keys, to_openai_keys
+from .read import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, Checkpoint, write_safetensors
+
+_PIXELS = {"interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _write_native(checkpoint: Checkpoint, out: Path) -> None:
+    write_safetensors(out / WEIGHTS_FILE, _plain(checkpoint.tensors))
+    write_text(out / CONFIG_FILE, checkpoint.config.to_json())
+
+
+def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
+    config = checkpoint.config
+    require(config.vision.kind != "timm", "OpenAI's code has no towers of timm's")
+    require(config.init_logit_bias is None, "OpenAI's code has no bias of the logits, which the sigmoid loss needs")
+    require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
+    require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
+    require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
+    sizes = (config.vision.image_size, config.text.context_length, config.text.vocab_size)
+    tensors = to_openai_keys(_plain(checkpoint.tensors))
+    names = ("input_resolution", "context_length", "vocab_size")
+    tensors |= {name: torch.tensor(size) for name, size in zip(names, sizes, strict=True)}
+    with atomic_write(out) as file:
+        torch.save(tensors, file)
+
+
+def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
+    config = checkpoint.config
+    vision, text = config.vision, config.text
+    tower: dict[str, Any] = {"image_size": vision.image_size}
+    if vision.kind == "timm":
+        projection = "" if vision.timm_projection == "classifier" else vision.timm_projection
+        tower |= {"timm_model_name": vision.timm_model, "timm_model_pretrained": False, "timm_pool": vision.timm_pool}
+        tower |= {"timm_proj": projection, "timm_proj_bias": vision.timm_projection_bias}
+    elif vision.kind == "resnet":
+        tower |= {"layers": list(vision.blocks), "width": vision.width, "head_width": vision.head_width}
+    else:
+        tower |= {"layers": vision.layers, "width": vision.width, "head_width": vision.head_width}
+        tower |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio}
+    words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
+             "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_ratio}  # fmt: skip
+    model = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu", "vision_cfg": tower}
+    model |= {"init_logit_scale": config.init_logit_scale}
+    if config.init_logit_bias is not None:
+        model |= {"init_logit_bias": config.init_logit_bias}
+    pixels = {"mean": vision.mean, "std": vision.std, **_PIXELS}
+    write_safetensors(out / "open_clip_model.safetensors", _plain(to_openai_keys(checkpoint.tensors)))
+    settings = {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
+    write_text(out / OPENCLIP_CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
+    config = checkpoint.config
+    require(config.vision.kind == "vit", "Hugging Face's CLIPModel has a ViT as its image tower and no other")
+    require(config.init_logit_bias is None, "Hugging Face's CLIPModel has no bias, which the sigmoid loss needs")
+
+    def tower(section: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": section.width,
+            "num_hidden_layers": section.layers,
+            "num_attention_heads": section.heads,
+            "intermediate_size": int(section.width * section.mlp_ratio),
+            "hidden_act": config.activation,
+            "layer_norm_eps": 1e-5,
+            "projection_dim": config.embed_dim,
+        }
+
+    vision, text = config.vision, config.text
+    images = {**tower(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
+    ends = {"bos_token_id": START_OF_TEXT, "eos_token_id": text.eot_token, "pad_token_id": text.eot_token}
+    words = {**tower(text), "vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ends}
+    values = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
+              "logit_scale_init_value": config.init_logit_scale,
+              "text_config": words, "vision_config": images}  # fmt: skip
+    write_safetensors(out / WEIGHTS_FILE, _plain(to_hf_keys(checkpoint.tensors)))
+    write_text(out / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+    write_text(out / "preprocessor_config.json", json.dumps(_hf_pixels(vision), indent=2) + "\n")
+    if text.eot_token == END_OF_TEXT:
+        for name, content in vocabulary_files(text.context_length).items():
+            write_text(out / name, content)
+
+
+def _hf_pixels(vision: VisionConfig) -> dict[str, Any]:
+    side = vision.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(vision.mean), "image_std": list(vision.std),
+        "do_convert_rgb": True,
+    }  # fmt: skip
+
+
+def _has_heads_of_64(config: CLIPConfig) -> bool:
+    return config.vision.head_width == config.text.head_width == 64
+
+
+def require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(f"this model can't be written in that format: {otherwise}")
+
+
+def vocabulary_files(context_length: int = CONTEXT_LENGTH) -> dict[str, str]:
+    """This tokenizer as the files that Hugging Face's `CLIPTokenizer` reads: their names and contents."""
+    symbols = symbol_ids()
+    names = {index: symbol for symbol, index in symbols.items()}
+    merges = [f"{names[left]} {names[right]}" for (left, right) in learnt_merges()]
+    special = {"<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
+    vocabulary = dict(sorted((symbols | special).items(), key=lambda item: item[1]))
+    start, end = special
+    roles = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True, **roles}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(roles, indent=2) + "\n",
+    }
+
+
+WRITERS = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}
