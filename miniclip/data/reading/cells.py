@@ -1,0 +1,186 @@
+"""A text file or a table's cell -> captions, or a picture."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import codecs
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...common.storage import is_url
+from .scan import holds_picture
+
+CAPTION_FIELDS = ("caption", "captions", "title", "text", "texts", "description", "sentences", "alt_text", "txt")
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", re.S)
+_BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decode_text(data: bytes, name: object) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        ValueError: another encoding, which nothing in the file names.
+    """
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
+
+
+def captions_in(text: str) -> list[str]:
+    """The captions of a text file, one a line. Only line feeds and carriage returns end a line; runs of spaces, and
+    other separators such as U+2028, become one space."""
+    return [line for line in map(one_line, re.split(r"\r\n|\r|\n", text)) if line]
+
+
+def one_line(text: str) -> str:
+    """A caption without line breaks, with single spaces."""
+    return " ".join(text.split())
+
+
+def texts_in(value: Any) -> list[str]:
+    """The captions of a cell: a text is one caption, whatever its paragraphs; a list holds several. Blank ones are none.
+
+    Raises:
+        ValueError: a mapping without a known field, of which nothing says which part is the caption.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return []
+    if isinstance(value, list | tuple | np.ndarray):
+        return [text for part in value for text in texts_in(part)]
+    if isinstance(value, Mapping):  # COCO's, and the hub's copies of it: {"raw": …}
+        known = [name for name in ("raw", *CAPTION_FIELDS) if name in value]
+        if known or not value:
+            return [text for name in known[:1] for text in texts_in(value[name])]
+        fields = ", ".join(map(repr, value))
+        raise ValueError(f"its caption is a mapping of {fields}; which of them is the caption can't be known")
+    text = str(value)
+    if _WRITTEN_LIST.fullmatch(text.strip()):  # a list that went through a CSV, with NumPy's spaces or Python's commas
+        return [part for found in re.findall(_STRING, text, re.S) for part in [one_line(_unquoted(found))] if part]
+    return [text] if (text := one_line(text)) else []
+
+
+def captions_of_facts(facts: Any) -> list[str]:
+    """The captions in a sample's `.json`: in the first field of a known name that holds any."""
+    if isinstance(facts, Mapping):
+        for name in CAPTION_FIELDS:
+            if texts := texts_in(facts.get(name)):
+                return texts
+    return []
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return text[1:-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def picture_in(cell: Any) -> bytes | str:
+    """The picture of a cell: its bytes (stored, in base64, or made from an array of pixels), else its path or URL.
+
+    Raises:
+        ValueError: no picture, or several, or a value of another kind.
+    """
+    if isinstance(cell, Mapping):  # as Hugging Face's data sets store images
+        if cell.get("bytes"):
+            return picture_in(cell["bytes"])
+        if "path" not in cell and "bytes" not in cell:
+            raise ValueError(f"a mapping of {', '.join(map(repr, cell))} is in the place of an image")
+        cell = cell.get("path")
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        raise ValueError("no image in this row")
+    if isinstance(cell, bytes | bytearray | memoryview):
+        return bytes(cell) if holds_picture(bytes(cell[:32])) else from_base64(bytes(cell)) or bytes(cell)
+    if isinstance(cell, list | tuple | np.ndarray):
+        return _picture_of_list(cell)
+    if not isinstance(cell, str | int | np.integer) or isinstance(cell, bool):
+        raise ValueError(f"a value of type {type(cell).__name__} is in the place of an image")
+    text = str(cell).strip()
+    if not text:
+        raise ValueError("no image in this row")
+    if not is_url(text) and (data := from_base64(text)):
+        return data
+    return text
+
+
+def from_base64(text: str | bytes) -> bytes | None:
+    """The picture that a text holds in base64, as Chinese-CLIP's and LLaVA's tables do; None if it holds none."""
+    if len(text) < 64:
+        return None
+    try:
+        written = text.decode("ascii") if isinstance(text, bytes) else text
+        # A picture's first bytes are looked at before all of a long text.
+        head = re.sub(r"\s", "", written[: written.find(",") + 65 if written.startswith("data:") else 64])
+        head = head[head.find(",") + 1 :].translate(str.maketrans("-_", "+/"))
+        if not holds_picture(base64.b64decode(head[: len(head) // 4 * 4])[:32]):
+            return None
+        found = _BASE64.fullmatch(written)
+        letters = re.sub(r"\s", "", found[1]).translate(str.maketrans("-_", "+/")) if found else ""
+        return base64.b64decode(letters + "=" * (-len(letters) % 4)) if found else None
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        return None
+
+
+def _picture_of_list(cell: Sequence[Any] | np.ndarray) -> bytes | str:
+    is_pixels = isinstance(cell, np.ndarray) and cell.ndim > 1
+    if not is_pixels and len(cell) and isinstance(cell[0], list | tuple | np.ndarray):
+        is_pixels = True
+    if is_pixels:
+        return _png(cell)
+    if len(cell) == 1:
+        return picture_in(cell[0])
+    if not len(cell):
+        raise ValueError("no image in this row: an empty list")
+    kind = type(cell[0]).__name__
+    if isinstance(cell[0], int | float | np.number):
+        raise ValueError(f"a list of {len(cell)} numbers is in the place of an image; pixels need rows and columns")
+    raise ValueError(f"a list of {len(cell)} images ({kind}) is in one row; which one the caption means can't be known")
+
+
+def _png(cell: Any) -> bytes:
+    try:
+        pixels = np.array([list(row) for row in cell] if not isinstance(cell, np.ndarray) else cell.tolist())
+    except ValueError as error:
+        raise ValueError("a list of lists of unequal lengths is in the place of an image") from error
+    shape = " x ".join(map(str, pixels.shape))
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    is_shape = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (3, 4))
+    if not is_shape or pixels.dtype.kind not in "iub" or not pixels.size or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(
+            f"an array of {shape} values ({pixels.dtype}) is in the place of an image; pixels are whole numbers from 0 "
+            "to 255 in H x W, H x W x 3 or 3 x H x W"
+        )
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def is_binary(value: Any) -> bool:
+    """Whether a cell holds bytes, perhaps within a mapping or a list."""
+    parts: Iterable[Any] = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return isinstance(value, bytes) or any(is_binary(part) for part in parts)

@@ -1,0 +1,202 @@
+"""A folder of pictures and texts -> pairs. Every file below it belongs to a pair, is rejected, or is left out by reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from ...common.wording import some_names
+from .cells import captions_in, captions_of_facts, decode_text
+from .pair import Pair, Pairs
+from .paths import find_file
+from .rows import pairs_of_rows
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, same_name, scan
+from .tables import read_table
+
+# Folders that only say what lies in them: images/a.jpg and captions/a.txt are a pair.
+_ROLES = frozenset(
+    {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpg", "jpgs", "jpeg", "jpegs", "png"}
+    | {"text", "texts", "txt", "txts", "caption", "captions", "label", "labels", "annotation", "annotations"}
+)
+
+
+def read_folder(folder: Path, split: str = "train") -> Pairs:
+    """The pairs of pictures with a text of the same name: beside them (a.txt, a.caption, a.jpg.txt, a.json), or in
+    folders of their own (images/a.jpg, texts/a.txt); or those that a `metadata.jsonl` (or .csv, .parquet) names.
+
+    Raises:
+        ValueError: neither pictures nor texts, or pictures without texts beside a table that may have them.
+    """
+    files = scan(folder)
+    metadata = [path for path in files.others if path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES]
+    for home in (folder, folder / split):
+        if here := [path for path in metadata if path.parent == home]:
+            return _read_imagefolder(files, here[0], split)
+    if not files.images and not files.texts:
+        raise ValueError(f"no pairs found in {folder}: it holds {_what_lies_in(files)}")
+    return _pairs_by_name(files)
+
+
+def same_sample(path: PurePath | str) -> str:
+    """Equal for the picture and the text of a pair, wherever they lie: the path without suffix and roles of folders."""
+    path = PurePath(path)
+    parts = [part for part in path.parent.parts if part.lower() not in _ROLES]
+    return same_name("/".join((*parts, path.stem)))
+
+
+def preference(path: PurePath | str) -> tuple[int, str]:
+    """Orders pictures of one name: photographs come first, as masks are stored without loss (.png)."""
+    suffix = PurePath(path).suffix.lower()
+    return (IMAGE_SUFFIXES.index(suffix) if suffix in IMAGE_SUFFIXES else len(IMAGE_SUFFIXES), str(path))
+
+
+def _pairs_by_name(files: Scan) -> Pairs:
+    folder = files.folder
+    text_of, is_beside = _match(files)
+    by_text: dict[Path, list[Path]] = defaultdict(list)
+    for image, text in text_of.items():
+        by_text[text].append(image)
+    taken_for: dict[Path, Path] = {}  # pictures that lose their text to another of the same name
+    for text, claimants in by_text.items():
+        first, *others = sorted(claimants, key=lambda path: (path.stem != text.stem, preference(path)))
+        taken_for |= dict.fromkeys(others, first)
+    used = set(text_of.values())
+    alone = [text for text in files.texts if text not in used and not _has_namesake(text, used)]
+    alone_set = set(alone)
+    left_out = [
+        LeftOut(str(text.relative_to(folder)), "another text for a picture that has one")
+        for text in files.texts
+        if text not in used and text not in alone_set
+    ]
+    left_out += files.left_out
+    left_out += files.unread(path for path in files.others if path not in used)
+    if not used and files.images and (tables := [path for path in files.others if _may_be_table(path)]):
+        where = files.images[0].parent
+        raise ValueError(
+            f"{folder} holds {len(files.images)} images without a text beside them, and "
+            f"{some_names([str(path.relative_to(folder)) for path in tables], 3)}. If that has their captions, name it: "
+            f"miniclip shards {tables[0]} OUT --images {where}"
+        )
+    names = [str(path.relative_to(folder)) for path in (*files.images, *alone)]
+    elsewhere = _by_stem(files)
+
+    def read(index: int) -> Pair:
+        name = names[index]
+        if index >= len(files.images):
+            text = alone[index - len(files.images)]
+            hint = _hint(elsewhere, text)
+            return Pair(name, problem=f"no image: there is no {text.stem}.jpg, .png, … beside it{hint}")
+        image = files.images[index]
+        if image in taken_for:
+            return Pair(name, problem=f"{taken_for[image].name} has the same name and is taken for their text")
+        if image not in text_of:
+            hint = _hint(elsewhere, image)
+            return Pair(name, problem=f"no captions: there is no {image.stem}.txt beside it{hint}")
+        text = text_of[image]
+        try:
+            return Pair(name, image, tuple(_captions_of(text)))
+        except FileNotFoundError:
+            return Pair(name, problem=f"no captions: there is no {text.name} beside it")
+        except OSError as error:
+            return Pair(name, problem=f"{text.name} can't be read: {error}")
+        except ValueError as error:
+            return Pair(name, problem=str(error))
+
+    forms = Counter((text.suffix.lower(), text in is_beside) for text in text_of.values())
+    found = " and ".join(
+        f"the {suffix} {'beside each' if beside else 'in folders of their own'}" for suffix, beside in sorted(forms)
+    )
+    read_from = [file for image in files.images for file in (image, text_of.get(image, image.with_suffix(".txt")))]
+    found = f"{len(files.images)} images, captions from {found or 'the .txt beside each'}"
+    return Pairs(names, read, found, [*read_from, *alone], left_out)
+
+
+def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
+    """The text of each picture, and which of the texts lie beside theirs."""
+    captions = [*files.texts, *(path for path in files.others if path.suffix.lower() == ".json")]
+    by_name: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    for path in captions:
+        by_name[path.parent, same_name(path.stem)].append(path)
+    text_of: dict[Path, Path] = {}
+    for image in files.images:
+        for stem in (image.name, image.stem):
+            if texts := by_name.get((image.parent, same_name(stem))):
+                text_of[image] = min(texts, key=lambda path: (path.stem != stem, _text_rank(path)))
+                break
+    used = set(text_of.values())
+    images_of, texts_of = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
+    for image in files.images:
+        if image not in text_of:
+            images_of[same_sample(image.relative_to(files.folder))].append(image)
+    for text in captions if images_of else ():
+        if text not in used:
+            texts_of[same_sample(text.relative_to(files.folder))].append(text)
+    for key, images in images_of.items():
+        if len(images) == len(texts_of.get(key, ())) == 1:
+            text_of[images[0]] = texts_of[key][0]
+    return text_of, used
+
+
+def _text_rank(path: Path) -> int:
+    suffix = path.suffix.lower()
+    return TEXT_SUFFIXES.index(suffix) if suffix in TEXT_SUFFIXES else len(TEXT_SUFFIXES)
+
+
+def _has_namesake(text: Path, used: set[Path]) -> bool:
+    return any(text.with_suffix(suffix) in used for suffix in (*TEXT_SUFFIXES, ".json"))
+
+
+def _captions_of(path: Path) -> list[str]:
+    text = decode_text(path.read_bytes(), path.name)
+    if path.suffix.lower() != ".json":
+        return captions_in(text)
+    try:
+        captions = captions_of_facts(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON with a caption: {error}") from error
+    if not captions:
+        raise ValueError(f"no captions: there is no {path.stem}.txt beside it, and {path.name} has no caption")
+    return captions
+
+
+def _by_stem(files: Scan) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in (*files.images, *files.texts, *files.others):
+        found[same_name(path.stem).casefold()].append(path)
+    return found
+
+
+def _hint(elsewhere: dict[str, list[Path]], path: Path) -> str:
+    """A file of the same name that may be meant, though it is of another kind or in another place."""
+    others = [each for each in elsewhere.get(same_name(path.stem).casefold(), ()) if each != path]
+    return f"; {others[0].name} lies in {others[0].parent}" if others else ""
+
+
+def _may_be_table(path: Path) -> bool:
+    return path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".gz", ".xlsx")
+
+
+def _read_imagefolder(files: Scan, metadata: Path, split: str) -> Pairs:
+    """A folder of pictures with a table of theirs, as Hugging Face's `imagefolder` has it."""
+    columns, rows = read_table(metadata, split)
+    pairs = pairs_of_rows(metadata, columns, rows, folder=metadata.parent)
+    named = {find_file(metadata.parent, name) for name in pairs.names}
+    rest = [path for path in (*files.images, *files.texts) if path not in named]
+    left_out = [
+        LeftOut(str(path.relative_to(files.folder)), f"a file that {metadata.name} does not name") for path in rest
+    ]
+    left_out += [*files.unread(path for path in files.others if path != metadata), *files.left_out]
+    found = f"{pairs.found}, as {metadata.name} says"
+    return Pairs(pairs.names, pairs.read, found, pairs.files, [*pairs.left_out, *left_out])
+
+
+def _what_lies_in(files: Scan) -> str:
+    wanted = f"no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name beside it"
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in files.others)
+    if not kinds:
+        return wanted
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(5))
+    examples: Sequence[str] = [str(path.relative_to(files.folder)) for path in files.others]
+    return f"{wanted}, but {len(files.others)} other files ({listed}): {some_names(examples, 3)}"

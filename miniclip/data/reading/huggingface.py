@@ -1,0 +1,91 @@
+"""Data sets of Hugging Face's `datasets`: a folder that the library saved, or one of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from ...common.storage import is_url
+from .cells import picture_in, texts_in
+from .pair import Pair, Pairs
+from .paths import is_file
+from .rows import choose_columns, extra_of
+
+HUB_PREFIX = "hf-hub:"
+_DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
+
+
+def is_datasets_folder(path: Path) -> bool:
+    """Whether Hugging Face's `datasets` wrote this folder."""
+    return any((path / name).is_file() for name in _DATASETS_FILES)
+
+
+def load_datasets(source: str) -> Any:
+    """A set of Hugging Face's `datasets`, or a mapping from splits to sets: of the hub, or a folder it was saved to.
+
+    Raises:
+        ValueError: it can't be read, or the library is missing.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"reading {source} needs Hugging Face's datasets: pip install 'miniclip[datasets]'") from error
+    try:
+        if source.startswith(HUB_PREFIX):
+            return datasets.load_dataset(source.removeprefix(HUB_PREFIX))
+        return datasets.load_from_disk(source)
+    except Exception as error:  # the library raises whatever its many parts raise
+        raise ValueError(f"{source} can't be read as a data set: {type(error).__name__}: {error}") from error
+
+
+def undecoded(loaded: Any, column: str) -> Any:
+    """The set with a column's images as the bytes that are stored, those in lists too."""
+    import datasets
+
+    feature = loaded.features[column]
+    if isinstance(feature, datasets.Image):
+        return loaded.cast_column(column, datasets.Image(decode=False))
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    return loaded
+
+
+def read_datasets(source: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> Pairs:
+    """The pairs of a data set, one a row.
+
+    Raises:
+        ValueError: it can't be read, or has no such split or columns.
+    """
+    loaded = load_datasets(source)
+    import datasets
+
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"{source} has no split {split!r}; valid are {', '.join(loaded)}")
+        loaded = loaded[split]
+    columns = list(loaded.column_names)
+    if image_column is None:
+        image_column = next((c for c in columns if isinstance(loaded.features[c], datasets.Image)), None)
+    column, texts = choose_columns(source, columns, image_column, caption_columns)
+    loaded = undecoded(loaded, column)
+    names = [f"row {index}" for index in range(len(loaded))]
+    lock = Lock()  # its formatting is not made for threads
+
+    def read(index: int) -> Pair:
+        with lock:
+            row = loaded[index]
+        extra = extra_of(row, (column, *texts))
+        try:
+            image = picture_in(row[column])
+            captions = tuple(text for caption in texts for text in texts_in(row[caption]))
+        except ValueError as error:
+            return Pair(names[index], problem=str(error), extra=extra)
+        if isinstance(image, bytes) or is_url(image):
+            return Pair(names[index], image, captions, None, extra)
+        problem = None if is_file(Path(image)) else f"no image file {image}"
+        return Pair(names[index], Path(image), captions, problem, extra)
+
+    found = f"{len(names)} images from column {column!r}, captions from {', '.join(map(repr, texts))}"
+    return Pairs(names, read, found)

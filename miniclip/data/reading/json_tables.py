@@ -1,0 +1,157 @@
+"""Captions in one JSON file, in any of the shapes that they are handed out in -> columns and rows.
+
+| shape                                                      | as in                             |
+|------------------------------------------------------------|-----------------------------------|
+| images and annotations with image_id and caption           | COCO's captions                   |
+| images, each with sentences of raw texts, perhaps a split  | Karpathy's splits                 |
+| a list of records; or a mapping that holds one such list   | ALBEF's, BLIP's, LLaVA's files    |
+| one record a line                                          | JSON Lines that are called .json  |
+| {file: caption}, {file: [captions]}, {file: record}        | own scripts                       |
+| {column: [values]}, {column: {index: value}}, split        | pandas' to_json                   |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .cells import CAPTION_FIELDS
+from .scan import LeftOut
+
+Records = list[dict[str, Any]]
+_IN_TRAINING = ("train", "restval")  # Karpathy's rest of the validation set is trained on
+
+
+def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str], Records, list[LeftOut]]:
+    """Columns, rows, and what is left out.
+
+    Raises:
+        ValueError: no JSON, or none of the shapes above.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        values = _lines(text)
+        if values is None:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    left_out: list[LeftOut] = []
+    rows: Records | None = None
+    if isinstance(values, Mapping):
+        images, annotations = values.get("images"), values.get("annotations")
+        if _are_records(images) and any("sentences" in image for image in images):
+            rows, left_out = _karpathys(images, split)
+        elif _are_records(images) and isinstance(annotations, list):
+            rows, left_out = _cocos(path, images, annotations)
+        else:
+            rows = _of_mapping(values)
+    elif _are_records(values):
+        rows = [dict(row) for row in values]
+    if not rows:
+        raise ValueError(f"{path} holds {_what_it_is(values)}; {_SHAPES}")
+    return list(dict.fromkeys(name for row in rows for name in row)), rows, left_out
+
+
+_SHAPES = (
+    "captions in JSON are a list of records ([{\"image\": …, \"caption\": …}, …]), a mapping {file: caption}, columns, "
+    "COCO's (images with id and file_name, annotations with image_id and caption) or Karpathy's (images with filename "
+    "and sentences)"
+)  # fmt: skip
+
+
+def _lines(text: str) -> Records | None:
+    rows = []
+    for line in text.split("\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                return None
+    return rows if _are_records(rows) else None
+
+
+def _are_records(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, dict) for value in values)
+
+
+def _what_it_is(values: Any) -> str:
+    if isinstance(values, Mapping):
+        keys = ", ".join(repr(str(key)[:40]) for key in list(values)[:6])
+        return f"a mapping of {keys}{', …' if len(values) > 6 else ''}" if values else "an empty mapping"
+    if isinstance(values, list):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values[:100]}))
+        return f"a list of {kinds}" if values else "an empty list"
+    return f"a value of type {type(values).__name__}"
+
+
+def _of_mapping(values: Mapping[str, Any]) -> Records | None:
+    lists = {name: value for name, value in values.items() if isinstance(value, list)}
+    if {"columns", "data"} <= set(values) and all(isinstance(row, list) for row in values["data"]):  # pandas' split
+        return [dict(zip(values["columns"], row, strict=False)) for row in values["data"]]
+    if values and len(lists) == len(values) and _are_columns(lists):
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    records = [value for value in lists.values() if _are_records(value)]
+    if len(records) == 1:
+        return [dict(row) for row in records[0]]
+    mappings = [value for value in values.values() if isinstance(value, Mapping)]
+    if mappings and len(mappings) == len(values):
+        if any(name.lower() in CAPTION_FIELDS for name in values):  # {column: {index: value}}
+            indices = dict.fromkeys(index for column in mappings for index in column)
+            return [{name: column.get(index) for name, column in values.items()} for index in indices]
+        return [{"file": name, **record} for name, record in values.items()]
+    if values and all(isinstance(value, str) or _are_texts(value) for value in values.values()):
+        return [{"file": name, "captions": value} for name, value in values.items()]
+    return None
+
+
+def _are_columns(lists: Mapping[str, list[Any]]) -> bool:
+    """Lists of one length are columns if one is called so; {file: [captions]} has lists as well."""
+    return len({len(each) for each in lists.values()}) == 1 and any(name.lower() in CAPTION_FIELDS for name in lists)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _cocos(path: Path, images: Records, annotations: list[Any]) -> tuple[Records, list[LeftOut]]:
+    """COCO's captions as rows of file name and captions."""
+    captions: dict[str, list[Any]] = {str(image.get("id")): [] for image in images}
+    left_out = []
+    try:
+        for annotation in annotations:
+            image_id = str(annotation["image_id"])
+            if image_id in captions:
+                captions[image_id].append(annotation["caption"])
+            else:
+                name = f"annotation {annotation.get('id', '')} of image {image_id}: {annotation['caption']!s:.80}"
+                left_out.append(LeftOut(name, "a caption of an image that is not listed"))
+        rows = [
+            {"file_name": image["file_name"], "captions": captions[str(image.get("id"))], "id": image.get("id")}
+            for image in images
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        held = ", ".join(map(str, annotations[0])) if _are_records(annotations) else "nothing"
+        raise ValueError(
+            f"{path} holds no captions as COCO's do (images with id and file_name, annotations with image_id and "
+            f"caption): its annotations hold {held}, and {error} is missing"
+        ) from error
+    return rows, left_out
+
+
+def _karpathys(images: Records, split: str | None) -> tuple[Records, list[LeftOut]]:
+    """Karpathy's splits of Flickr8k, Flickr30k and COCO; images of another split are left out."""
+    rows, left_out = [], []
+    splits = {str(image["split"]) for image in images if "split" in image}
+    wanted = _IN_TRAINING if split == "train" else (split,)
+    for image in images:
+        folder, name = image.get("filepath", ""), image.get("filename", image.get("file_name", ""))
+        file = f"{folder}/{name}" if folder else name
+        if split and splits & set(wanted) and image.get("split") not in wanted:
+            left_out.append(LeftOut(str(file), f"an image of another split ({image.get('split')})"))
+            continue
+        captions = [text.get("raw", text.get("caption")) if isinstance(text, Mapping) else text
+                    for text in image.get("sentences", [])]  # fmt: skip
+        others = {key: value for key, value in image.items() if key not in ("sentences", "sentids", "tokens")}
+        rows.append({"file_name": file, "captions": captions, **others})
+    return rows, left_out

@@ -1,0 +1,95 @@
+"""Rows of Parquet files, a group of them in memory at a time: images may lie in them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+_LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
+
+
+class ParquetRows(Sequence[dict[str, Any]]):
+    """Rows of Parquet files of the same columns, one file after the other.
+
+    Raises:
+        ValueError: pyarrow is missing, a file is damaged, or the columns of two files differ.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        try:
+            from pyarrow import ArrowException, parquet
+        except ImportError as error:
+            raise ValueError(f"reading {paths[0]} needs pyarrow: pip install 'miniclip[datasets]'") from error
+        self.paths, self.errors = list(paths), ArrowException
+        self.files = []
+        for path in paths:
+            try:
+                self.files.append(parquet.ParquetFile(path))
+            except (ArrowException, OSError) as error:
+                raise ValueError(f"{path} is no Parquet file, or a damaged one: {error}") from error
+        self.file = self.files[0]
+        self.columns = list(self.file.schema_arrow.names)
+        for path, file in zip(paths, self.files, strict=True):
+            if set(file.schema_arrow.names) != set(self.columns):
+                raise ValueError(
+                    f"{path} has the columns {', '.join(file.schema_arrow.names)}, and {paths[0]} has "
+                    f"{', '.join(self.columns)}; files that are read together must have the same"
+                )
+        self.groups = [
+            (file_index, group, file.metadata.row_group(group).num_rows)
+            for file_index, file in enumerate(self.files)
+            for group in range(file.num_row_groups)
+        ]
+        self.ends = list(accumulate(count for _, _, count in self.groups))
+        self._lock = Lock()
+        self._group = lru_cache(maxsize=2)(lambda file_index, group: self.files[file_index].read_row_group(group))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect_right(self.ends, index)
+        file_index, group, count = self.groups[place]
+        try:
+            with self._lock:
+                table = self._group(file_index, group)
+                return table.slice(index - (self.ends[place] - count), 1).to_pylist()[0]
+        except (self.errors, OSError) as error:
+            raise ValueError(f"{self.paths[file_index]} is damaged in its row group {group}: {error}") from error
+
+    def column(self, name: str) -> list[Any]:
+        """A column's values; None in place of images that lie in it: their bytes, base64 or pixels."""
+        return [value for file in self.files for value in self._column_of(file, name)]
+
+    def _column_of(self, file: Any, name: str) -> list[Any]:
+        leaves = [leaf for leaf in range(len(file.schema)) if (file.schema.column(leaf).path + ".").startswith(name + ".")]
+        kind, depth = file.schema_arrow.field(name).type, 0
+        while hasattr(kind, "value_type") and kind.num_fields == 1:
+            kind, depth = kind.value_type, depth + 1
+        if depth > 1 or any(_holds_pictures(file, leaf) for leaf in leaves):
+            return [None] * file.metadata.num_rows
+        has_bytes = any(file.schema.column(leaf).path == f"{name}.bytes" for leaf in leaves)
+        return file.read([f"{name}.path" if has_bytes else name]).column(0).to_pylist()
+
+
+def _holds_pictures(file: Any, leaf: int) -> bool:
+    """Whether a column of bytes has any, or one of texts has such long ones that they are pictures in base64."""
+    schema = file.schema.column(leaf)
+    if schema.physical_type != "BYTE_ARRAY":
+        return False
+    is_binary = schema.logical_type.type == "NONE"
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number).column(leaf)
+        facts = group.statistics
+        if is_binary and (facts is None or not facts.has_null_count or facts.null_count < group.num_values):
+            return True
+        if group.total_uncompressed_size > _LONG_TEXT_BYTES * max(1, group.num_values):
+            return True
+    return False

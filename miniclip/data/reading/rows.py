@@ -1,0 +1,178 @@
+"""Rows of a table -> pairs: which columns hold images and captions, and which rows are of one image."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.storage import is_url
+from .cells import from_base64, is_binary, picture_in, texts_in
+from .pair import Pair, Pairs
+from .paths import find_file, is_file, is_windows_path
+from .scan import LeftOut, same_name
+from .tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+
+_NUMBERED_CAPTION = re.compile(r"((?:caption|title|text|sentence|description|comment)s?)[_ ]?\d+")
+_NUMBERED_IMAGE = re.compile(r"(.*\.\w+)#\d+")  # Flickr's 1000268201.jpg#0
+_PROBED = 100
+
+
+def pairs_of_rows(
+    source: Path,
+    columns: list[str],
+    rows: Sequence[dict[str, Any]],
+    *,
+    folder: Path,
+    images: str | Path | None = None,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] = (),
+    left_out: Sequence[LeftOut] = (),
+) -> Pairs:
+    """Rows of one image are one pair with several captions.
+
+    Args:
+        source: the table, for messages and the fingerprint.
+        folder: the folder that paths are relative to, unless `images` names another.
+        left_out: what is left out already.
+
+    Raises:
+        ValueError: columns that are not there, or none of the first images is.
+    """
+    column, text_columns = choose_columns(source, columns, image_column, caption_columns)
+    folder = folder if images is None else Path(images)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder of images {folder}")
+    cells = rows.column(column) if hasattr(rows, "column") else [row.get(column) for row in rows]
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    if texts and all(_NUMBERED_IMAGE.fullmatch(text) for text in texts):
+        cells = [cell.rpartition("#")[0] if isinstance(cell, str) else cell for cell in cells]
+    rows_of: dict[str, list[int]] = {}
+    names: list[str] = []
+    for row, cell in enumerate(cells):
+        name = _name_of(cell, row)
+        key = name if is_url(name) else os.path.normpath(same_name(name.strip()))
+        if key not in rows_of:
+            names.append(name)
+        rows_of.setdefault(key, []).append(row)
+    groups = list(rows_of.values())
+    without = _rows_without_caption(rows, groups, text_columns) if len(rows) > len(names) else []
+    left_out = [*left_out, *(_row_left_out(row, rows[row]) for row in without)]
+    skipped = set(without)
+
+    def read(index: int) -> Pair:
+        chosen = [rows[row] for row in groups[index] if row not in skipped]
+        extra = extra_of(chosen[0], (column, *text_columns))
+        try:
+            cell = cells[groups[index][0]]
+            image = picture_in(chosen[0].get(column) if cell is None or not isinstance(cell, str) else cell)
+            captions = tuple(text for row in chosen for each in text_columns for text in texts_in(row.get(each)))
+        except ValueError as error:
+            return Pair(names[index], problem=str(error), extra=extra)
+        if isinstance(image, bytes) or is_url(image):
+            return Pair(names[index], image, captions, None, extra)
+        path = find_file(folder, image)
+        return Pair(names[index], path, captions, _absence(path, image, images), extra)
+
+    probed = [read(index) for index in range(min(_PROBED, len(names)))]
+    if len(probed) > 1 and all(pair.problem for pair in probed):
+        raise ValueError(
+            f"none of the first {len(probed)} images of {source} is there, {names[0][:200]!r} to begin with: "
+            f"{probed[0].problem}"
+        )
+    found = f"{len(names)} images from column {column!r}" + (f" in {images}" if images is not None else "")
+    found += f", captions from {', '.join(map(repr, text_columns))}"
+    if len(rows) > len(names):
+        found += f" ({len(rows)} rows: those of one image are put together)"
+    files = getattr(rows, "paths", [source])
+    return Pairs(names, read, found, [*files, *(folder / name for name in names if not is_url(name))], left_out)
+
+
+def choose_columns(
+    source: str | Path, columns: list[str], image: str | None, captions: Sequence[str]
+) -> tuple[str, list[str]]:
+    """The column of images and those of captions: as named, or known by their names.
+
+    Raises:
+        ValueError: a column that was named is not there, or none is known.
+    """
+    by_name = {column.strip(): column for column in columns}
+    for name in (*([image] if image else []), *captions):
+        if name.strip() not in by_name:
+            raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
+    image = by_name[image.strip()] if image else find_column(columns, IMAGE_COLUMNS, "the image paths", source)
+    if captions:
+        return image, [by_name[name.strip()] for name in captions]
+    matches = {column: _NUMBERED_CAPTION.fullmatch(column.strip().lower()) for column in columns}
+    stems = {found[1] for found in matches.values() if found}
+    numbered = [column for column, found in matches.items() if found or column.strip().lower() in stems]
+    return image, numbered or [find_column(columns, CAPTION_COLUMNS, "the captions", source)]
+
+
+def extra_of(row: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
+    """The other values of a row, as far as JSON has them."""
+    others = {key: value for key, value in row.items() if key not in used and not is_binary(value)}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in others.items()}
+
+
+def _rows_without_caption(
+    rows: Sequence[dict[str, Any]], groups: list[list[int]], text_columns: list[str]
+) -> list[int]:
+    """Rows without a caption of images that have one in another row: nothing else would tell of them."""
+    by_column = {each: rows.column(each) if hasattr(rows, "column") else None for each in text_columns}
+
+    def has_caption(row: int) -> bool:
+        for each, values in by_column.items():
+            cell = values[row] if values is not None else rows[row].get(each)
+            if isinstance(cell, str) and cell.strip():
+                return True
+            try:
+                if texts_in(cell):
+                    return True
+            except ValueError:
+                return True
+        return False
+
+    return [
+        row
+        for group in groups
+        if len(group) > 1
+        for bare in [[row for row in group if not has_caption(row)]]
+        if len(bare) < len(group)
+        for row in bare
+    ]
+
+
+def _row_left_out(row: int, values: Mapping[str, Any]) -> LeftOut:
+    held = ", ".join(str(value) for value in values.values() if value not in (None, "") and not is_binary(value))
+    return LeftOut(f"row {row} ({held[:100]})", "a row without a caption, of an image that has others")
+
+
+def _name_of(cell: Any, row: int) -> str:
+    """The name by which the user knows a row's image: its path, its URL, or its row if it lies in the table."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("path") if not cell.get("bytes") else None
+    if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
+        return str(cell)
+    is_name = isinstance(cell, str) and cell.strip() and not from_base64(cell)
+    return cell if is_name else f"row {row}"
+
+
+def _absence(path: Path, text: str, images: str | Path | None) -> str | None:
+    if is_file(path):
+        return None
+    remedy = "paths are relative to the table's folder; --images names another"
+    if images is not None:
+        remedy = f"paths are relative to {images}, as --images says"
+    if is_windows_path(text):
+        return f"no image file {text}, which is a path of Windows ({remedy})"
+    try:
+        what = "a folder and no image file" if path.is_dir() else "no image file"
+    except (OSError, ValueError):
+        what = "no image file"
+    return f"{path} is {what} ({remedy})" if what.startswith("a ") else f"{what} {path} ({remedy})"

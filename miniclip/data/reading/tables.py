@@ -1,0 +1,224 @@
+"""Tables: a CSV, TSV, JSON Lines, JSON or Parquet file -> the names of its columns and its rows."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...common.storage import expand, is_url
+from .cells import decode_text
+from .json_tables import read_json
+from .parquet import ParquetRows
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut
+
+IMAGE_COLUMNS = (
+    "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
+    "image_url", "images",
+)  # fmt: skip
+CAPTION_COLUMNS = (
+    "caption", "captions", "title", "text", "texts", "description", "sentences", "alt_text", "txt", "comment",
+)  # fmt: skip
+_SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
+_OTHER_FILES = {
+    ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
+    "as CSV", ".numbers": "a spreadsheet; save it as CSV", ".pkl": "a pickle, which can run programs; write it as "
+    "Parquet or CSV", ".pickle": "a pickle, which can run programs; write it as Parquet or CSV", ".feather": "a "
+    "Feather file; write it as Parquet", ".arrow": "an Arrow file; write it as Parquet, or name its folder",
+    ".h5": "an HDF5 file; write its images into a folder and its texts into a CSV", ".zip": "an archive; unpack it",
+    ".tgz": "a compressed archive; unpack it", ".db": "a data base; export a CSV", ".sqlite": "a data base; export a "
+    "CSV", ".lmdb": "a data base; write its images into a folder and its texts into a CSV",
+}  # fmt: skip
+_IMAGE_CELL = re.compile(
+    rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I
+)
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows in memory, and what of their file is none."""
+
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequence[dict[str, Any]]]:
+    """Column names and rows of a CSV, TSV, JSON, JSON Lines or Parquet file, perhaps compressed by gzip; or of the
+    Parquet files of a folder or a pattern, one after the other.
+
+    Args:
+        split: rows of another split are left out of a JSON file whose rows name theirs, as Karpathy's do.
+
+    Raises:
+        ValueError: an empty file, one that is not what its suffix says, or a row that does not fit the columns.
+    """
+    if is_parquet(path):
+        rows = ParquetRows(parquet_files(path, split))
+        return rows.columns, rows
+    data = _unzipped(path)
+    suffix = table_suffix(path)
+    if suffix in _OTHER_FILES or (suffix not in (*TABLE_SUFFIXES, ".txt", ".json") and b"\0" in data[:1000]):
+        raise ValueError(f"{path} is {_OTHER_FILES.get(suffix, 'no text; save it as CSV')}")
+    text = decode_text(data, path)
+    if suffix == ".json":
+        columns, records, left_out = read_json(path, text, split)
+    elif suffix in (".jsonl", ".ndjson"):
+        columns, records, left_out = *_parse_json_lines(path, text), []
+    else:
+        columns, records, left_out = *_parse_csv(path, text), []
+    rows_in_memory = Rows(records)
+    rows_in_memory.left_out = tuple(left_out)
+    return columns, rows_in_memory
+
+
+def table_suffix(path: Path) -> str:
+    """The suffix of a table in lower case, without the .gz of a compressed one."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether this is a Parquet file, or a pattern of some, or a folder that holds such files and no pictures."""
+    return path.suffix.lower() == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+
+
+def is_pattern(source: str) -> bool:
+    """Whether a source stands for several files: data/train-*.parquet, data/part-{00..07}.parquet."""
+    return not is_url(source) and not Path(source).exists() and any(sign in source for sign in "*?[{")
+
+
+def parquet_files(path: Path, split: str | None = None) -> list[Path]:
+    """The files that a Parquet file, a folder of them or a pattern stands for, sorted; those of one split where their
+    names tell it, as `train-00000-of-00002.parquet` or a folder `train/` does.
+
+    Raises:
+        ValueError: none, or none of that split.
+    """
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    else:
+        found = sorted(
+            {Path(name) for each in expand(str(path)) for name in (glob.glob(each, recursive=True) or [each])}
+        )
+        if missing := [file for file in found if not file.is_file()]:
+            raise ValueError(f"there is no file {missing[0]}")
+    splits = {file: _split_of(file, path) for file in found}
+    names = sorted({name for name in splits.values() if name})
+    if len(names) > 1 and split and path.is_dir():
+        if split not in names:
+            raise ValueError(f"{path} has no split {split!r}; valid are {', '.join(names)}")
+        return [file for file in found if splits[file] in (split, "")]
+    return found
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    pattern = r"(train|test|validation|valid|val|dev)(?=[-_.\d]|$)"
+    for part in (file.stem, *reversed(file.relative_to(folder).parts[:-1] if folder.is_dir() else ())):
+        if found := re.match(pattern, part.lower()):
+            return found[1]
+    return ""
+
+
+def _unzipped(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not data.startswith(b"\x1f\x8b"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is compressed by gzip, and damaged: {error}") from error
+
+
+def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """A separator other than the suffix's is found out, from Excel's `sep=;` or from the first line."""
+    named = re.match(r"sep=(.)\r?\n", text)
+    text = text[named.end() :] if named else text
+    header = text.split("\n", 1)[0].strip("\r\n ")
+    if not header.strip():
+        what = "begins with a blank line" if text.strip() else "is empty"
+        raise ValueError(f"{path} {what}; its first line must name the columns")
+    expected = "\t" if table_suffix(path) == ".tsv" else ","
+    separator = named[1] if named else expected
+    if not named and (expected not in header or "\t" in header):
+        separator = "\t" if "\t" in header else max(_SEPARATORS, key=header.count)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=separator == "|"
+    )
+    rows = []
+    try:
+        first = next(reader)
+        is_row = any(_IMAGE_CELL.fullmatch(cell) for cell in first)
+        columns = _columns_without_header(path, first) if is_row else [name.strip() for name in first]
+        if twice := {name for name in columns if name and columns.count(name) > 1}:
+            raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
+        for cells in [first] if is_row else []:
+            rows.append(dict(zip(columns, cells, strict=True)))
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) > len(columns):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more cells than the {len(columns)} columns "
+                    f"({', '.join(columns)}); texts that hold {separator!r} must stand in double quotes"
+                )
+            cells += [""] * (len(columns) - len(cells))
+            rows.append({name: cell for name, cell in zip(columns, cells, strict=True) if name})
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
+    return columns, rows
+
+
+def _columns_without_header(path: Path, first: list[str]) -> list[str]:
+    """Flickr8k's and Conceptual Captions' tables name no columns: an image and a caption, in either order."""
+    if len(first) == 2:
+        return ["image", "caption"] if _IMAGE_CELL.fullmatch(first[0]) else ["caption", "image"]
+    raise ValueError(
+        f"{path} has no header: its first line holds an image ({', '.join(first)[:100]}); put a line above it that "
+        "names the columns, such as image,caption"
+    )
+
+
+def _parse_json_lines(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    rows, columns = [], dict[str, None]()
+    for number, line in enumerate(text.split("\n"), start=1):  # a text in JSON may hold the other ends of lines
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} holds {type(row).__name__}; each must be a mapping: {{…}}")
+        rows.append(row)
+        columns |= dict.fromkeys(row)
+    if not columns:
+        raise ValueError(f"{path} is empty; each line must be a mapping of column names to values: {{…}}")
+    return list(columns), rows
+
+
+def find_column(columns: Iterable[str], known: tuple[str, ...], what: str, source: str | Path) -> str:
+    """The first of the columns whose name, in lower case, is known to hold `what`.
+
+    Raises:
+        ValueError: none is.
+    """
+    columns = list(columns)
+    for name in known:
+        for column in columns:
+            if column.strip().lower() == name:
+                return column
+    hint = ""
+    if len(columns) == 1:
+        separators = ", ".join(_SEPARATORS.values())
+        hint = f". If that is several columns in one: they may be separated by {separators}"
+    raise ValueError(
+        f"{source} has no column for {what}: its columns are {', '.join(map(repr, columns))}; "
+        f"one must be called {', '.join(known[:-1])} or {known[-1]}, or be named to the command{hint}"
+    )
