@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .terminal import new_parser, progress_bar
 
 if TYPE_CHECKING:
-    from ..data.sources import Pairs
+    from ..data.reading.pair import Pairs
 
 
 def parser() -> argparse.ArgumentParser:

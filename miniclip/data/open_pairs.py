@@ -9,9 +9,12 @@ from pathlib import Path
 from ..common.cache import Cache
 from ..common.storage import is_url
 from .pack import locked, pack, read_packed
+from .reading.huggingface import HUB_PREFIX
+from .reading.pair import Pair, Pairs, fingerprint
+from .reading.scan import IMAGE_SUFFIXES, image_files
 from .shard_index import INDEX_FILE, REJECTED_FILE
 from .shards import Shards
-from .sources import HUB_PREFIX, IMAGE_SUFFIXES, Pair, Pairs, fingerprint, image_files, read_pairs
+from .sources import read_pairs
 
 
 def shard_pairs(source: str) -> Pairs:

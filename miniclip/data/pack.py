@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import atomic_write, write_text
+from .reading.pair import Pair, Pairs, fingerprint
+from .reading.scan import IMAGE_SUFFIXES
 from .sample_files import Packing, Rejection, prepare
 from .shard_index import INDEX_FILE, PLAN_FILE, REJECTED_FILE, SCHEMA_VERSION, Packed, Tar, report_progress, write_index
-from .sources import IMAGE_SUFFIXES, Pair, Pairs, fingerprint
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
 _AT_A_TIME = 8  # pairs that a thread prepares in a row

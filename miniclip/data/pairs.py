@@ -19,8 +19,8 @@ from ..config import Preprocessing
 from ..images import Preprocess, open_image
 from ..tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .augmentation import Augmentation
+from .reading.cells import texts_in
 from .shards import Shards
-from .sources import texts_in
 
 
 class Batch(NamedTuple):

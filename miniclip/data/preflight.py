@@ -29,8 +29,8 @@ from ..common.wording import cut_short, portion, share_of
 from ..images import open_image
 from ..tokenizer import encode
 from .augmentation import Augmentation
+from .reading.pair import Pair
 from .shards import Shards
-from .sources import Pair
 
 if TYPE_CHECKING:
     from .pairs import CaptionChoice

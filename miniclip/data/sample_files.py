@@ -14,7 +14,8 @@ from PIL import Image
 from ..common.storage import read_bytes
 from ..images import open_image
 from .augmentation import jpeg_size
-from .sources import Pair, Pairs, captions_in
+from .reading.cells import captions_in
+from .reading.pair import Pair, Pairs
 
 # What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -21,7 +21,7 @@ import numpy as np
 from ..common.cache import Cache
 from ..common.files import atomic_write, write_text
 from ..common.storage import check_scheme, expand, is_url
-from .sources import IMAGE_SUFFIXES
+from .reading.scan import IMAGE_SUFFIXES
 
 SCHEMA_VERSION = 2
 INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"

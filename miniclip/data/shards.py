@@ -19,8 +19,8 @@ import numpy as np
 
 from ..common.cache import Cache
 from ..common.storage import check_scheme, exists, expand, is_url, join, read_bytes
+from .reading.cells import captions_in
 from .shard_index import INDEX_FILE, SCHEMA_VERSION, tar_locations
-from .sources import captions_in
 
 _OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
 

@@ -1,12 +1,12 @@
 """What people have -> a sequence of pairs, each image with its captions.
 
-| source                                        | images                              | captions                        |
-|-----------------------------------------------|-------------------------------------|---------------------------------|
-| a folder, sub-folders and all                 | its image files                     | the `.txt` of the same name     |
-| `.csv`, `.tsv`, `.jsonl`, `.parquet`, `.json` | a column of paths, URLs or pictures | one column or several           |
-| a folder or a pattern of Parquet files        | the same                            | the same                        |
-| COCO's or Karpathy's captions, a `.json`      | `file_name`                         | `annotations`, `sentences`      |
-| a set of Hugging Face's `datasets`            | the column of images                | one column or several           |
+| source                                        | images                              | captions                   |
+|-----------------------------------------------|-------------------------------------|----------------------------|
+| a folder, sub-folders and all                 | its image files                     | the `.txt` of the same name|
+| `.csv`, `.tsv`, `.jsonl`, `.parquet`, `.json` | a column of paths, URLs or pictures | one column or several      |
+| a folder or a pattern of Parquet files        | the same                            | the same                   |
+| COCO's or Karpathy's captions, a `.json`      | `file_name`                         | `annotations`, `sentences` |
+| a set of Hugging Face's `datasets`            | the column of images                | one column or several      |
 
 Only names and tables are read at once: `pairs[i]` reads the rest, wherever it is called. How each kind is read is in
 `reading/`."""
@@ -19,6 +19,7 @@ from pathlib import Path
 from .reading.folders import read_folder
 from .reading.huggingface import HUB_PREFIX, is_datasets_folder, read_datasets
 from .reading.pair import Pairs
+from .reading.parquet import ParquetRows
 from .reading.rows import pairs_of_rows
 from .reading.scan import image_files, scan
 from .reading.tables import is_parquet, is_pattern, parquet_files, read_table
@@ -58,10 +59,9 @@ def read_pairs(
         return read_folder(path, split)
     columns, rows = read_table(path, split)
     left_out = list(getattr(rows, "left_out", ()))
-    if path.is_dir():
-        files = scan(path)
-        others = [file for file in (*files.texts, *files.others) if file not in rows.paths]
-        left_out += [*files.left_out, *files.unread(others)]
+    if isinstance(rows, ParquetRows) and path.is_dir():
+        below = scan(path)
+        left_out += [*below.left_out, *below.unread(set(below.texts + below.others) - set(rows.paths))]
     folder = path if path.is_dir() else path.parent
     while not folder.is_dir():  # a pattern may hold folders
         folder = folder.parent

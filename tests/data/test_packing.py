@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import io
 import itertools
 import json
@@ -35,10 +37,11 @@ from hypothesis import strategies as st
 from miniclip.commands import main as cli
 from miniclip.data.open_pairs import shard_pairs
 from miniclip.data.pack import pack
+from miniclip.data.reading.pair import Pair
 from miniclip.data.sample_files import Packing
 from miniclip.data.shard_index import Packed
 from miniclip.data.shards import Shards
-from miniclip.data.sources import Pair, read_pairs
+from miniclip.data.sources import read_pairs
 
 
 def png(seed: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -423,38 +426,55 @@ def test_killed_after_any_number_of_pairs_the_result_is_the_same(tmp_path, kille
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "wanted"]
 
 
-def waiting_source(folder: Path, count: int, at: int) -> tuple[Path, Path]:
-    """Pairs, one of whose texts is a pipe: whoever reads it waits for someone to write."""
-    source = write_pairs(folder, count)
-    pipe = source / f"{at:04d}.txt"
-    pipe.unlink()
-    os.mkfifo(pipe)
-    return source, pipe
+class SlowServer:
+    """One picture at a URL. Whoever asks for it waits until `answer` is set; `asked` tells that someone has."""
+
+    def __init__(self, picture: bytes) -> None:
+        asked, answer = self.asked, self.answer = threading.Event(), threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.set()
+                answer.wait(60)
+                with contextlib.suppress(OSError):  # who asked may have been killed
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(picture)))
+                    self.end_headers()
+                    self.wfile.write(picture)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.http.server_port}/picture.png"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.mark.timeout(90)
-def test_a_command_that_was_killed_goes_on_when_it_is_repeated(tmp_path):
-    source, pipe = waiting_source(tmp_path / "src", 8, at=5)
+def test_a_command_that_was_killed_goes_on_when_it_is_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    pictures = write_pairs(tmp_path / "src", 8)
+    server = SlowServer((pictures / "0005.png").read_bytes())
+    images = [server.url if number == 5 else f"src/{number:04d}.png" for number in range(8)]
+    source = table(tmp_path / "pairs.csv", "image,caption", *(f"{image},words {n}" for n, image in enumerate(images)))
     command = [sys.executable, "-m", "miniclip", "shards", str(source), str(tmp_path / "out")]
     command += ["--samples-per-shard", "2", "--resize", "16"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    with open(pipe, "w"):  # opens when the command reads it, which is in its third chunk
-        process.kill()
-        process.wait()
+    assert server.asked.wait(60)  # in its third chunk
+    process.kill()
+    process.wait()
     finished = {path.name: path.stat() for path in (tmp_path / "out.partial").glob("chunk-0000[01]*.tar")}
     assert sorted(finished) == ["chunk-00000-train-0.tar", "chunk-00001-train-0.tar"]
-    writer = threading.Thread(target=pipe.write_text, args=["picture 5, caption 0\n"], daemon=True)
-    writer.start()
+    server.answer.set()
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "8 pairs in 4 shards" in done.stdout
     for number, stat in enumerate(finished[name] for name in sorted(finished)):
         assert (tmp_path / "out" / f"{number:05d}.tar").stat().st_ino == stat.st_ino
-    pipe.unlink()
-    pipe.write_text("picture 5, caption 0\n")
     pack_folder(source, tmp_path / "wanted", samples_per_shard=2, resize=16, max_shard_bytes=10**9)
-    found, wanted = (everything_below(tmp_path / name) for name in ("out", "wanted"))
-    found.pop("index.json"), wanted.pop("index.json")  # which tell the pipe and the file apart
-    assert found == wanted
+    assert everything_below(tmp_path / "out") == everything_below(tmp_path / "wanted")
+    server.http.shutdown()
 
 
 def begin(out: Path, pairs, source="here", **fields) -> None:

@@ -25,8 +25,9 @@ from rich.console import Console
 from miniclip.data.open_pairs import is_shards, shard_pairs
 from miniclip.data.pipeline_speed import time_pipeline
 from miniclip.data.preflight import Findings, advice, brief, examine, false_negatives, sample_numbers
+from miniclip.data.reading.pair import Pair
 from miniclip.data.shards import Shards
-from miniclip.data.sources import Pair, read_pairs
+from miniclip.data.sources import read_pairs
 from miniclip.loss import clip_loss
 from miniclip.reports.preflight_page import rows, tables, write_html
 

@@ -30,10 +30,12 @@ from PIL import Image
 
 from miniclip.commands import main as cli
 from miniclip.data.pack import pack
+from miniclip.data.reading.pair import Pair
+from miniclip.data.reading.tables import CAPTION_COLUMNS, IMAGE_COLUMNS
 from miniclip.data.sample_files import Packing
 from miniclip.data.shard_index import SCHEMA_VERSION, Packed, index_shard, index_shards
 from miniclip.data.shards import Shards
-from miniclip.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, Pair, read_pairs
+from miniclip.data.sources import read_pairs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A folder as source
@@ -96,11 +98,14 @@ def test_a_png_that_is_called_jpg_is_stored_under_what_it_is(tmp_path):
     assert all_members(tmp_path / "out")["000000000.png"] == path.read_bytes()
 
 
-def test_one_text_serves_two_images_of_the_same_name(tmp_path):
+def test_a_text_belongs_to_the_photograph_and_not_to_a_mask_of_the_same_name(tmp_path):
     write_picture(tmp_path / "src" / "a.png", 1)
-    write_picture(tmp_path / "src" / "a.jpg", 2)
-    (tmp_path / "src" / "a.txt").write_text("both")
-    assert pack_folder(tmp_path / "src", tmp_path / "out").kept == 2
+    photograph = write_picture(tmp_path / "src" / "a.jpg", 2).read_bytes()
+    (tmp_path / "src" / "a.txt").write_text("a red thing")
+    packed = pack_folder(tmp_path / "src", tmp_path / "out")
+    assert (packed.kept, packed.rejected) == (1, 1)
+    assert Shards(tmp_path / "out")[0].image == photograph
+    assert "a.jpg has the same name" in rejections(tmp_path / "out")["a.png"]
 
 
 def test_the_json_of_a_sample_tells_its_source_and_stored_size(tmp_path):
@@ -159,11 +164,11 @@ def test_paths_may_be_absolute_or_relative_to_the_table(tmp_path, monkeypatch):
     assert pack_folder(source, tmp_path / "out").kept == 2
 
 
-def test_quoted_captions_hold_separators_quotes_and_one_caption_a_line(tmp_path):
+def test_a_quoted_cell_is_one_caption_with_separators_quotes_and_paragraphs(tmp_path):
     write_picture(tmp_path / "a.png")
     source = table(tmp_path / "pairs.csv", "filepath,title", 'a.png,"a ""red"", round', "", 'ball, or two"')
     pack_folder(source, tmp_path / "out")
-    assert Shards(tmp_path / "out")[0].captions == ('a "red", round', "ball, or two")
+    assert Shards(tmp_path / "out")[0].captions == ('a "red", round ball, or two',)
 
 
 def test_further_columns_end_up_in_the_json(tmp_path):
@@ -249,11 +254,13 @@ def test_a_table_that_is_not_utf8_is_named(tmp_path):
     "name, says",
     [
         ("nowhere", "no folder or file .*nowhere"),
-        ("notes.xlsx", r"notes\.xlsx is no folder, no table \(\.csv, \.tsv, \.jsonl, .*\.parquet\) and no captions"),
+        ("notes.xlsx", r"notes\.xlsx is an Excel file; save it as CSV"),
+        ("notes.bin", r"notes\.bin is no text"),
     ],
 )
 def test_a_source_that_is_none_is_named(tmp_path, name, says):
     (tmp_path / "notes.xlsx").write_bytes(b"PK")
+    (tmp_path / "notes.bin").write_bytes(b"\0\1\2")
     with pytest.raises(ValueError, match=says):
         read_pairs(tmp_path / name)
 
@@ -360,7 +367,7 @@ def test_a_path_in_a_table_that_is_no_file_is_rejected_alone(tmp_path, name):
     assert (packed.kept, packed.rejected) == (1, 1)
     (found,) = rejections(tmp_path / "out").items()
     assert found[0] == (name or "row 1")
-    assert "no image file" in found[1]
+    assert ("no image file" if name else "no image in this row") in found[1]
 
 
 def test_a_picture_that_vanishes_after_listing_is_rejected_alone(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import write_picture
 
-from miniclip.data.sources import IMAGE_COLUMNS
+from miniclip.data.reading.tables import IMAGE_COLUMNS
 from miniclip.evaluation.datasets.folders_and_tables import LABEL_COLUMNS
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.prompts import (

@@ -56,7 +56,7 @@ def one_line(text: str) -> str:
 
 
 def texts_in(value: Any) -> list[str]:
-    """The captions of a cell: a text is one caption, whatever its paragraphs; a list holds several. Blank ones are none.
+    """The captions of a cell: a text is one, paragraphs and all; a list holds several. Blank ones are none.
 
     Raises:
         ValueError: a mapping without a known field, of which nothing says which part is the caption.

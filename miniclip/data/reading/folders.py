@@ -1,4 +1,4 @@
-"""A folder of pictures and texts -> pairs. Every file below it belongs to a pair, is rejected, or is left out by reason."""
+"""A folder of pictures and texts -> pairs. Every file belongs to a pair, is rejected, or is left out by reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from ...common.wording import some_names
+from ...common.wording import some
 from .cells import captions_in, captions_of_facts, decode_text
 from .pair import Pair, Pairs
 from .paths import find_file
@@ -76,8 +76,8 @@ def _pairs_by_name(files: Scan) -> Pairs:
         where = files.images[0].parent
         raise ValueError(
             f"{folder} holds {len(files.images)} images without a text beside them, and "
-            f"{some_names([str(path.relative_to(folder)) for path in tables], 3)}. If that has their captions, name it: "
-            f"miniclip shards {tables[0]} OUT --images {where}"
+            f"{some([str(path.relative_to(folder)) for path in tables], 3)}. If that has their captions, name "
+            f"it: miniclip shards {tables[0]} OUT --images {where}"
         )
     names = [str(path.relative_to(folder)) for path in (*files.images, *alone)]
     elsewhere = _by_stem(files)
@@ -199,4 +199,4 @@ def _what_lies_in(files: Scan) -> str:
         return wanted
     listed = ", ".join(f"{count} {suffix}" for suffix, count in kinds.most_common(5))
     examples: Sequence[str] = [str(path.relative_to(files.folder)) for path in files.others]
-    return f"{wanted}, but {len(files.others)} other files ({listed}): {some_names(examples, 3)}"
+    return f"{wanted}, but {len(files.others)} other files ({listed}): {some(examples, 3)}"

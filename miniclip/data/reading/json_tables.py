@@ -35,11 +35,12 @@ def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str
     except (ValueError, RecursionError) as error:
         values = _lines(text)
         if values is None:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+            raise ValueError(f"{path} is not JSON ({error}); {_SHAPES}") from error
     left_out: list[LeftOut] = []
     rows: Records | None = None
     if isinstance(values, Mapping):
-        images, annotations = values.get("images"), values.get("annotations")
+        images: Any = values.get("images")
+        annotations = values.get("annotations")
         if _are_records(images) and any("sentences" in image for image in images):
             rows, left_out = _karpathys(images, split)
         elif _are_records(images) and isinstance(annotations, list):
@@ -100,7 +101,7 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
             indices = dict.fromkeys(index for column in mappings for index in column)
             return [{name: column.get(index) for name, column in values.items()} for index in indices]
         return [{"file": name, **record} for name, record in values.items()]
-    if values and all(isinstance(value, str) or _are_texts(value) for value in values.values()):
+    if any(values.values()) and all(isinstance(value, str) or _are_texts(value) for value in values.values()):
         return [{"file": name, "captions": value} for name, value in values.items()]
     return None
 

@@ -69,14 +69,14 @@ class ParquetRows(Sequence[dict[str, Any]]):
         return [value for file in self.files for value in self._column_of(file, name)]
 
     def _column_of(self, file: Any, name: str) -> list[Any]:
-        leaves = [leaf for leaf in range(len(file.schema)) if (file.schema.column(leaf).path + ".").startswith(name + ".")]
+        paths = [file.schema.column(leaf).path for leaf in range(len(file.schema))]
+        leaves = [leaf for leaf, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
         kind, depth = file.schema_arrow.field(name).type, 0
         while hasattr(kind, "value_type") and kind.num_fields == 1:
             kind, depth = kind.value_type, depth + 1
         if depth > 1 or any(_holds_pictures(file, leaf) for leaf in leaves):
             return [None] * file.metadata.num_rows
-        has_bytes = any(file.schema.column(leaf).path == f"{name}.bytes" for leaf in leaves)
-        return file.read([f"{name}.path" if has_bytes else name]).column(0).to_pylist()
+        return file.read([f"{name}.path" if f"{name}.bytes" in paths else name]).column(0).to_pylist()
 
 
 def _holds_pictures(file: Any, leaf: int) -> bool:

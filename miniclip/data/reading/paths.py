@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
+from ...common.storage import is_url
+from .cells import picture_in
 from .scan import IMAGE_SUFFIXES, same_name
 
 
@@ -28,6 +30,16 @@ def find_file(folder: Path, text: str) -> Path:
         if found := _look_up(path):
             return found
     return spellings[0]
+
+
+def image_in(cell: Any, folder: Path) -> Path | str | bytes:
+    """The picture of a table's cell: its bytes, its URL, or its file, relative to `folder`.
+
+    Raises:
+        ValueError: no picture, or several, or a value of another kind.
+    """
+    image = picture_in(cell)
+    return image if isinstance(image, bytes) or is_url(image) else find_file(folder, image)
 
 
 def is_file(path: Path) -> bool:
@@ -95,7 +107,7 @@ def _listing(folder: Path, changed: int) -> dict[str, tuple[str, ...]]:
     """The names in a folder by their normal form in lower case."""
     del changed  # a folder that has changed is listed anew
     found: dict[str, tuple[str, ...]] = {}
-    for name in os.listdir(folder):
+    for name in [path.name for path in folder.iterdir()]:
         key = same_name(name).casefold()
         found[key] = (*found.get(key, ()), name)
     return found

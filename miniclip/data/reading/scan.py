@@ -11,9 +11,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from ...common.wording import some_names
+from ...common.wording import some
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jpg_large", ".webp", ".png", ".apng",
@@ -26,11 +25,11 @@ _UNREAD_PICTURES = (
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
 )  # fmt: skip
 _LEFTOVER_NAMES = frozenset(
-    {
-        "__macosx", ".ds_store", "icon\r", ".localized", ".apdisk", ".appledouble", ".appledb", ".appledesktop",  # macOS
-        "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler",  # Windows
+    {  # of macOS, Windows, network storage, and others
+        "__macosx", ".ds_store", "icon\r", ".localized", ".apdisk", ".appledouble", ".appledb", ".appledesktop",
+        "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler",
         "system volume information", "picasa.ini", ".picasa.ini",
-        "@eadir", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "@tmp", ".@__thumb",  # network storage
+        "@eadir", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "@tmp", ".@__thumb",
         "lost+found", "__pycache__",
     }
 )  # fmt: skip
@@ -42,7 +41,8 @@ _LEFTOVER_PATTERN = re.compile(
 LEFTOVER = "left behind by a system or a program"
 
 
-class LeftOut(NamedTuple):
+@dataclass(frozen=True, order=True)
+class LeftOut:
     """What lies in a source and is not taken.
 
     Args:
@@ -80,7 +80,7 @@ class Scan:
 
     def unread(self, paths: Iterable[Path]) -> list[LeftOut]:
         """Files that are not taken, with what their suffix says."""
-        return [LeftOut(str(path.relative_to(self.folder)), unread_reason(path.name)) for path in paths]
+        return [LeftOut(str(path.relative_to(self.folder)), unread_reason(path.name)) for path in sorted(paths)]
 
 
 def scan(folder: Path) -> Scan:
@@ -101,7 +101,8 @@ def scan(folder: Path) -> Scan:
             left_out.append(LeftOut(f"{path.relative_to(folder)}{'' if count is None else '/'}", reason, count or 1))
         else:
             found[_kind_of(path)].append(path)
-    return Scan(folder, *(tuple(sorted(found[kind])) for kind in found), tuple(sorted(left_out)))
+    images, texts, others = (tuple(sorted(found[kind])) for kind in ("images", "texts", "others"))
+    return Scan(folder, images, texts, others, tuple(sorted(left_out)))
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -152,8 +153,7 @@ def summary(left_out: Iterable[LeftOut], what: str = "file") -> str:
         return ""
     order = sorted(by_reason, key=lambda reason: -counts[reason])
     parts = [
-        f"{reason}: {counts[reason]:,} ({some_names([each.source for each in by_reason[reason]], 2)})"
-        for reason in order
+        f"{reason}: {counts[reason]:,} ({some([each.source for each in by_reason[reason]], 2)})" for reason in order
     ]
     return f"{total:,} {what}{'s' if total > 1 else ''} left out: {'; '.join(parts)}"
 

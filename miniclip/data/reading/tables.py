@@ -36,9 +36,7 @@ _OTHER_FILES = {
     ".tgz": "a compressed archive; unpack it", ".db": "a data base; export a CSV", ".sqlite": "a data base; export a "
     "CSV", ".lmdb": "a data base; write its images into a folder and its texts into a CSV",
 }  # fmt: skip
-_IMAGE_CELL = re.compile(
-    rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I
-)
+_IMAGE_CELL = re.compile(rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I)
 
 
 class Rows(list[dict[str, Any]]):
@@ -104,7 +102,7 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         found = sorted(file for file in path.rglob("*.parquet") if file.is_file())
     else:
         found = sorted(
-            {Path(name) for each in expand(str(path)) for name in (glob.glob(each, recursive=True) or [each])}
+            {Path(name) for each in expand(str(path)) for name in (glob.glob(each, recursive=True) or [each])}  # noqa: PTH207
         )
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
@@ -158,8 +156,7 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
         columns = _columns_without_header(path, first) if is_row else [name.strip() for name in first]
         if twice := {name for name in columns if name and columns.count(name) > 1}:
             raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
-        for cells in [first] if is_row else []:
-            rows.append(dict(zip(columns, cells, strict=True)))
+        rows += [dict(zip(columns, first, strict=True))] if is_row else []
         for cells in reader:
             if not cells:
                 continue

@@ -16,17 +16,11 @@ import numpy as np
 
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
-from ...data.sources import (
-    HUB_PREFIX,
-    IMAGE_COLUMNS,
-    captions_in,
-    find_column,
-    image_files,
-    image_in,
-    is_datasets_folder,
-    load_datasets,
-    read_table,
-)
+from ...data.reading.cells import captions_in
+from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets
+from ...data.reading.paths import image_in
+from ...data.reading.scan import image_files
+from ...data.reading.tables import IMAGE_COLUMNS, find_column, read_table
 from .sets import Columns, Found, image_identity
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")

@@ -25,7 +25,8 @@ import numpy as np
 
 from ...common.storage import is_url
 from ...data.open_pairs import is_shards
-from ...data.sources import HUB_PREFIX, TABLE_SUFFIXES, image_files, is_datasets_folder
+from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
+from ...data.reading.scan import TABLE_SUFFIXES, image_files
 from .folders_and_tables import is_blank, read_class_folders, read_datasets, read_labelled_table, read_pairs
 from .names import NUMBER_WORDS, number_labels, settle_names, settle_templates
 from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of

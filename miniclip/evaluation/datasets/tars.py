@@ -17,9 +17,10 @@ from filelock import FileLock
 
 from ...common.cache import Cache
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
+from ...data.reading.cells import captions_in
+from ...data.reading.huggingface import HUB_PREFIX
 from ...data.shard_index import INDEX_FILE, index_shards, tar_locations
 from ...data.shards import Shards
-from ...data.sources import HUB_PREFIX, captions_in
 from ..prompts import lines_of
 from .folders_and_tables import SPLIT_NAMES, FromEach, all_captioned, choose_split, image_of_record, in_split, label_in
 from .sets import TASKS, Found, digest_lines
