@@ -44,10 +44,16 @@ def decode_text(data: bytes, name: object) -> str:
         raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
 
 
+def lines_in(text: str) -> list[str]:
+    """The lines of a text file, blank ones too. Only line feeds and carriage returns end one: U+2028, form feeds and
+    others are spaces within a caption."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    return [one_line(line) for line in (lines if lines[-1] else lines[:-1])]
+
+
 def captions_in(text: str) -> list[str]:
-    """The captions of a text file, one a line. Only line feeds and carriage returns end a line; runs of spaces, and
-    other separators such as U+2028, become one space."""
-    return [line for line in map(one_line, re.split(r"\r\n|\r|\n", text)) if line]
+    """The captions of a text file, one a line that is not blank."""
+    return [line for line in lines_in(text) if line]
 
 
 def one_line(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from ...common.wording import some
-from .cells import captions_in, captions_of_facts, decode_text
+from .cells import captions_of_facts, decode_text, lines_in
 from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
@@ -151,7 +151,7 @@ def _has_namesake(text: Path, used: set[Path]) -> bool:
 def _captions_of(path: Path) -> list[str]:
     text = decode_text(path.read_bytes(), path.name)
     if path.suffix.lower() != ".json":
-        return captions_in(text)
+        return lines_in(text)
     try:
         captions = captions_of_facts(json.loads(text))
     except (ValueError, RecursionError) as error:
