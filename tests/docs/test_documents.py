@@ -1,0 +1,86 @@
+"""What the documents show is true: their commands and code run, their links lead somewhere."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_every_command_of_the_readme_runs(folder, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(folder, work)
+    for name in ("configs", "train.py", "eval_zeroshot.py"):
+        (work / name).symlink_to(ROOT / name)
+    source = work / "runs/digits/data"
+    shutil.copytree(source / "val", work / "my_pairs")
+    for digit in ("three", "seven"):
+        (work / "my_photos" / digit).mkdir(parents=True)
+        for path in sorted((source / "test").glob(f"*_{digit}_*.png"))[:3]:
+            shutil.copy(path, work / "my_photos" / digit)
+    shutil.copy(path, work / "picture.png")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def shell(command: str) -> None:
+        done = subprocess.run(
+            command, shell=True, cwd=work, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, command + done.stdout + done.stderr
+
+    shell("python train.py fit --config configs/digits.yaml --trainer.max_steps 2 --trainer.val_check_interval 2")
+    commands = [line for block in blocks("README.md", "bash") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line.split("  #")[0] for line in commands if line]
+    ran = 0
+    for command in commands:
+        if command.startswith(("make ", "pip install")):  # the environment that runs these tests is what they make
+            continue
+        shell(command + (" --trainer.max_steps 2 --data.batch_size 16" if " fit " in command else ""))
+        ran += 1
+    assert ran == 6
+    (example,) = blocks("README.md", "python")
+    (work / "example.py").write_text(example)
+    shell("python example.py")
+    assert (work / "runs/photos/report.html").is_file()
+    assert (work / "runs/mine/best/config.json").is_file()
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/speed.md"])
+def test_the_code_of_a_page_is_true(document):
+    names: dict[str, object] = {}
+    steps = blocks(document, "python")
+    assert steps
+    for step in steps:
+        exec(compile(step, document, "exec"), names)
+
+
+def anchors(document: Path) -> set[str]:
+    """The names by which a link reaches the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_file_and_heading_that_a_document_links_to_is_there():
+    for document in DOCUMENTS:
+        for target, _, heading in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", document.read_text()):
+            page = document.parent / target if target else document
+            assert page.exists(), f"{document.name} links to {target}"
+            assert not heading or heading in anchors(page), f"{document.name} links to {target}#{heading}"
+
+
+def test_each_experiment_of_the_log_opens_with_its_question_and_answer():
+    entries = re.split(r"^## ", (ROOT / "docs/log.md").read_text(), flags=re.MULTILINE)[1:]
+    assert entries
+    for entry in entries:
+        title, _, first, *_ = entry.splitlines()
+        assert re.match(r"\d{4}-\d\d-\d\d: ", title)
+        assert re.match(r"\*[A-Z][^→]*\? → ", first), title
