@@ -50,9 +50,10 @@ def run(options: argparse.Namespace) -> None:
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise ValueError(f"{options.out} exists already; pass --overwrite to replace it, or name another --out")
     with lasting_imports():
+        from ..data.advice import advice
         from ..data.open_pairs import is_shards
         from ..data.pipeline_speed import time_pipeline
-        from ..data.preflight import advice, examine
+        from ..data.preflight import examine
         from ..data.shards import Shards
         from ..reports.preflight_page import tables, write_html
 

@@ -146,14 +146,19 @@ def exists(location: str) -> bool:
     return True
 
 
-def read_bytes(location: str) -> bytes:
-    """All of a small file, local or remote; never cached.
+def read_bytes(source: str | Path | bytes) -> bytes:
+    """All of a small file at a path or a URL, never cached; bytes are returned as they are.
 
     Raises:
-        ValueError: the scheme is refused, or the file can't be read.
+        ValueError: the scheme of a URL is refused, or the file can't be read.
+        OSError: the file of a `Path` can't be read.
     """
-    path = local_path(location)
-    return patiently(location, path.read_bytes) if path else read_range(location)
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Path):
+        return source.read_bytes()
+    path = local_path(source)
+    return patiently(source, path.read_bytes) if path else read_range(source)
 
 
 def list_folder(location: str) -> list[str]:

@@ -10,22 +10,22 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
 import shutil
 import tarfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..common.files import atomic_write, write_text
 from .reading.pair import Pair, Pairs, fingerprint
@@ -111,28 +111,22 @@ def pack(
 
 @contextmanager
 def locked(path: Path, otherwise: str, patience_s: float = 0) -> Iterator[None]:
-    """Holds a lock file, which is removed afterwards."""
+    """Holds a lock file, which is removed afterwards.
+
+    Raises:
+        ValueError: another process holds it for longer than `patience_s`; `otherwise` says what that means.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + patience_s
-    while True:
-        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it may have removed it meanwhile; what is locked then is no longer the file of that name.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(path.stat(), os.fstat(file)):
-                    break
-        except BlockingIOError as error:
-            if time.monotonic() >= end:
-                os.close(file)
-                raise ValueError(f"{otherwise} (it holds {path})") from error
-            time.sleep(0.05)
-        os.close(file)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=patience_s)
+    except Timeout as error:
+        raise ValueError(f"{otherwise} (it holds {path})") from error
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
+        path.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
+        lock.release()
 
 
 def _is_of(out: Path, plan: dict[str, Any]) -> bool:

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from ..tokenizer import encode_for_model
 from .augmentation import Augmentation
+from .findings import Pipeline
 from .pairs import CaptionChoice, PairDataset, collate
-from .preflight import Pipeline, one_thread, sample_numbers
+from .preflight import one_thread, sample_indices
 from .shards import Shards
 
 
@@ -39,7 +40,7 @@ def time_pipeline(
         seconds[stage] = time.perf_counter() - begin
         return out
 
-    places = [(0, number) for number in sample_numbers(len(shards), samples, seed)]
+    places = [(0, number) for number in sample_indices(len(shards), samples, seed)]
     with one_thread():
         done = clock("", dataset.__getitem__, places[:1])  # imports, and the tokenizer's tables
         done = clock("all", dataset.__getitem__, places)

@@ -90,7 +90,8 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
     captions = [line for caption in pair.captions for line in captions_in(caption)]
     if not captions:
         raise ValueError("every caption is empty")
-    original = _read_image(pair)
+    assert pair.image is not None
+    original = read_bytes(pair.image)
     name = pair.image.name if isinstance(pair.image, Path) else pair.source
     suffix, data, (width, height) = _stored_image(original, name, packing)
     facts = {"source": pair.source, **pair.extra, "width": width, "height": height}
@@ -133,13 +134,6 @@ def _filter(size: tuple[int, int], packing: Packing) -> None:
         raise ValueError(f"its short side is {short} pixels, less than {packing.min_side}")
     if packing.max_aspect and long > packing.max_aspect * short:
         raise ValueError(f"its sides are {size[0]} x {size[1]}, more than {packing.max_aspect:g} to 1")
-
-
-def _read_image(pair: Pair) -> bytes:
-    assert pair.image is not None
-    if isinstance(pair.image, bytes):
-        return pair.image
-    return pair.image.read_bytes() if isinstance(pair.image, Path) else read_bytes(pair.image)
 
 
 def _is_whole(data: bytes) -> bool:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..common.files import write_text
 from ..common.wording import cut_short, portion, share_of
-from ..data.preflight import Findings, Pipeline, advice, what_spoils
+from ..data.advice import advice, what_spoils
+from ..data.findings import Findings, Pipeline
 
 
 def _spread(values: np.ndarray, digits: int = 0) -> str:

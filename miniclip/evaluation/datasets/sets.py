@@ -54,8 +54,7 @@ class EvaluationSet:
                 return image
             if image is None:
                 raise ValueError(f"{self.key(number)} has no image")
-            if not isinstance(image, bytes):
-                image = image.read_bytes() if isinstance(image, Path) else read_bytes(image)
+            image = read_bytes(image)
         except OSError as error:
             raise ValueError(f"{self.key(number)} can't be read: {error.strerror or error}") from error
         return open_image(image, self.key(number))
