@@ -115,11 +115,11 @@ def finetune(model: Path, data: Path, new: Path, out: Path, *settings: str) -> N
 def score(model: Path, tables: dict[str, Path]) -> dict[str, float]:
     from miniclip import load
     from miniclip.evaluation.datasets.open import open_dataset
-    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
+    from miniclip.evaluation.zero_shot import zero_shot_scores
 
     loaded, preprocess = load(model, device="cpu")
     return {
-        name: measure(zero_shot_scores(loaded, preprocess, open_dataset(table))).acc1 for name, table in tables.items()
+        name: zero_shot_scores(loaded, preprocess, open_dataset(table)).metrics.acc1 for name, table in tables.items()
     }
 
 

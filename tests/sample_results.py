@@ -15,11 +15,12 @@ from miniclip.evaluation import probes
 from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages
 from miniclip.evaluation.features import ImageFeatures
 from miniclip.evaluation.measures.thresholds import apply_threshold, calibrate_threshold, separation
+from miniclip.evaluation.multilabel import MultilabelScores
 from miniclip.evaluation.none_of_these import Outside
 from miniclip.evaluation.retrieval import retrieve
 from miniclip.evaluation.splits import Labelled, make_splits
-from miniclip.evaluation.suite import Probes, Result
-from miniclip.evaluation.zero_shot import MultilabelScores, Scores, measure, subgroups
+from miniclip.evaluation.suite import Result
+from miniclip.evaluation.zero_shot import ClassificationScores
 
 NAMES = ("cat", "dog", "kea", "owl", "tench", "zebra")
 # cat: 2 of 3 right, dog: 0 of 2, kea: right; owl, tench and zebra have no images
@@ -39,6 +40,7 @@ def classified(
     size: tuple[int, int] = (24, 20),
     picture_name: str = "{}.png",
     metadata: dict[str, list[Any]] | None = None,
+    same_prompts: tuple[tuple[str, ...], ...] = (),
     **options: Any,
 ) -> Result:
     """Of given (label, first guess); the other guesses follow in turn."""
@@ -65,12 +67,14 @@ def classified(
         cosines[:, 1] += np.linspace(0, 0.04, N)  # first and second come together from image to image
     first = np.linspace(0.9, 0.5, N)  # how sure it is falls
     probabilities = np.column_stack([first, *[(1 - first) / 8] * (K - 1)])
-    scores = Scores(data, np.arange(N), np.array(labels), ranked, cosines, probabilities, unreadable)
+    scores = ClassificationScores(
+        data, np.arange(N), np.array(labels), ranked, cosines, probabilities, unreadable, same_prompts=same_prompts
+    )
     options = {
         "library": "miniclip 0",
-        "subgroups": {each: subgroups(scores, each) for each in data.metadata},
+        "subgroups": {each: scores.subgroups(each) for each in data.metadata},
     } | options
-    return Result(model, scores, measure(scores), 1.25, **options)
+    return Result(model, scores, 1.25, **options)
 
 
 def retrieved(folder: Path, *, model: str = "runs/x/best", name: str = "scenes", flip: bool = False) -> Result:
@@ -83,7 +87,7 @@ def retrieved(folder: Path, *, model: str = "runs/x/best", name: str = "scenes",
     second = [0.6, 0.8, 0.0] if flip else [0.8, 0.6, 0.0]
     texts = torch.tensor([[1.0, 0.0, 0.0], second, [0.0, 0.0, 1.0], [0.6, 0.64, 0.48]])
     found = retrieve(images, data, texts)
-    return Result(model, found, found.metrics, 0.5, library="miniclip 0")
+    return Result(model, found, 0.5, library="miniclip 0")
 
 
 def multilabelled(folder: Path, *, name: str = "many") -> Result:
@@ -93,7 +97,7 @@ def multilabelled(folder: Path, *, name: str = "many") -> Result:
     cosines = np.array([[0.3, 0.2, 0.1], [0.1, 0.3, 0.2], [0.2, 0.1, 0.3], [0.1, 0.2, 0.3]])
     data = MultilabelImages(name, paths, labels, NAMES[:3], ("a {}",), ("0", "1", "2", "3"))
     scores = MultilabelScores(data, np.arange(4), labels, cosines, ())
-    return Result("runs/x/best", scores, scores.metrics, 0.5)
+    return Result("runs/x/best", scores, 0.5)
 
 
 def outside() -> Outside:
@@ -105,7 +109,7 @@ def outside() -> Outside:
 
 
 @functools.cache
-def learnt(num_classes: int = 3) -> Probes:
+def learnt(num_classes: int = 3) -> probes.Probes:
     """Of features that lie along one axis for each class, so that all that is learnt is right."""
     random = np.random.default_rng(0)
 
@@ -120,7 +124,7 @@ def learnt(num_classes: int = 3) -> Probes:
     neighbours = probes.nearest_neighbours(splits, 3)
     tip_adapter = probes.tip_adapter(splits, columns)
     curve = probes.shot_curve(splits, columns, shots=(1, 2), seeds=(0, 1))
-    return Probes("more pets", splits, True, linear, neighbours, 3, tip_adapter, curve)
+    return probes.Probes("more pets", splits, True, linear, neighbours, 3, tip_adapter, curve)
 
 
 def everything(folder: Path) -> Result:

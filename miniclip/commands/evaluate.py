@@ -17,7 +17,7 @@ from .terminal import add_encoding, console, lasting_imports, new_parser, progre
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
-    from ..evaluation.suite import Result, Trial
+    from ..evaluation.suite import Result, Task
 
 
 def parser() -> argparse.ArgumentParser:
@@ -197,7 +197,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         from ..reports.tables import tables
 
     _refuse_contradictions(options)
-    trials = _trials(options)
+    tasks = _tasks(options)
     cache = None if options.no_cache else FeatureCache(options.cache)
     for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
         model = open_model(name, device)
@@ -207,10 +207,10 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     found: list[Result] = []
     for name in options.model:
         model = model if name == options.model[0] else open_model(name, device)
-        for trial in trials:
+        for task in tasks:
             found += evaluate(
                 model,
-                trial,
+                task,
                 ks=options.topk,
                 batch_size=options.batch_size,
                 num_workers=options.workers,
@@ -221,7 +221,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         return
     shifts = None
     if options.standard:
-        standard = trials[options.data.index(options.standard)].data.name
+        standard = tasks[options.data.index(options.standard)].data.name
         shifts = robustness(found, standard, options.baselines)
     # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
     write_json(out / RESULTS_FILE, found, shifts)
@@ -268,11 +268,11 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise ValueError(f"the baseline {unknown[0]} is none of --model: {', '.join(options.model)}")
 
 
-def _trials(options: argparse.Namespace) -> list[Trial]:
+def _tasks(options: argparse.Namespace) -> list[Task]:
     """The data sets, each with what is asked of it."""
     from ..evaluation.datasets.open import open_dataset, open_images, with_templates
-    from ..evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
-    from ..evaluation.suite import Trial
+    from ..evaluation.datasets.sets import labelled
+    from ..evaluation.suite import Task
 
     def opened(source: str, split: str | None = options.split, beside: str | None = None) -> EvaluationSet:
         """The columns asked for are those of --data; what goes `beside` one of them may be of another kind."""
@@ -292,15 +292,15 @@ def _trials(options: argparse.Namespace) -> list[Trial]:
         )
 
     outside = open_images(options.outside) if options.outside else None
-    trials = []
+    tasks = []
     for number, source in enumerate(options.data):
         data = opened(source)
         train = options.train[number] if options.train else source if options.train_split else None
         variants: tuple[EvaluationSet, ...] = (data,)
-        if options.templates and isinstance(data, LabelledImages | MultilabelImages):
+        if options.templates and data.has_classes:
             variants = tuple(with_templates(data, each) for each in dict.fromkeys(options.templates))
-        trials.append(
-            Trial(
+        tasks.append(
+            Task(
                 variants[0],
                 variants[1:],
                 tuple(options.subgroups),
@@ -312,19 +312,19 @@ def _trials(options: argparse.Namespace) -> list[Trial]:
                 tuple(options.seeds),
             )
         )
-    if options.templates and all(isinstance(trial.data, CaptionedImages) for trial in trials):
+    if options.templates and not any(task.data.has_classes for task in tasks):
         raise ValueError("--templates are for classes, and all sets of --data have captions instead")
     if options.standard:
-        labelled(trials[options.data.index(options.standard)].data)
-    return [_renamed(trial, trials, source) for trial, source in zip(trials, options.data, strict=True)]
+        labelled(tasks[options.data.index(options.standard)].data)
+    return [_renamed(task, tasks, source) for task, source in zip(tasks, options.data, strict=True)]
 
 
-def _renamed(trial: Trial, trials: list[Trial], source: str) -> Trial:
+def _renamed(task: Task, tasks: list[Task], source: str) -> Task:
     """Called by its source if another has its name, as results are told apart by it."""
-    if sum(other.data.name == trial.data.name for other in trials) == 1:
-        return trial
-    variants = tuple(replace(each, name=source) for each in trial.variants)
-    return replace(trial, data=replace(trial.data, name=source), variants=variants)
+    if sum(other.data.name == task.data.name for other in tasks) == 1:
+        return task
+    variants = tuple(replace(each, name=source) for each in task.variants)
+    return replace(task, data=replace(task.data, name=source), variants=variants)
 
 
 def _tell(found: list[Result]) -> None:
@@ -333,13 +333,13 @@ def _tell(found: list[Result]) -> None:
 
     seen = set()
     for result in found:
-        data, problems = result.data, result.scores.unreadable
+        data, scores = result.data, result.scores
         if data.name not in seen:
-            for problem in problems[:10]:
+            for problem in scores.unreadable[:10]:
                 print(f"left out: {problem}", file=sys.stderr)
-            if problems[10:]:
-                print(f"left out: {len(problems) - 10} more, see results.json", file=sys.stderr)
-        names = getattr(data, "classnames", ())
+            if scores.unreadable[10:]:
+                print(f"left out: {len(scores.unreadable) - 10} more, see results.json", file=sys.stderr)
+        names = scores.classnames
         if names and (data.name, data.templates_from) not in seen:
             classes, prompts = (some([repr(each) for each in texts], 10) for texts in (names, wordings(data.templates)))
             origins = f"(from {data.classnames_from})", f"({data.templates_from})"
@@ -347,7 +347,7 @@ def _tell(found: list[Result]) -> None:
             seen.add((data.name, data.templates_from))
             if data.name not in seen and all(name.isdigit() for name in names):
                 print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
-            for same in result.same_prompts[:5]:
+            for same in scores.same_prompts[:5]:
                 print(
                     f"{data.name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
                     file=sys.stderr,

@@ -40,7 +40,7 @@ Preprocessor = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class Encoder:
     """What evaluation knows of a model: five things, its name, and what it can be recognised by.
 
     Args:
@@ -105,14 +105,14 @@ class Model:
 # Ours
 
 
-def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Model:
+def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
     """A model of ours; it is put into evaluation mode.
 
     Longer texts than it can read are cut, and a warning says how many. A model that reads other token ids than CLIP's
     refuses texts.
     """
     model.eval()
-    return Model(
+    return Encoder(
         name=name,
         encode_image=torch.no_grad()(lambda images: model.encode_image(images.to(model.logit_scale.device))),
         encode_text=torch.no_grad()(model.encode_text),
@@ -169,7 +169,7 @@ def pooled_features(model: CLIP, images: Tensor) -> Tensor:
 # Anything else
 
 
-def from_object(obj: Any, name: str) -> Model:
+def from_object(obj: Any, name: str) -> Encoder:
     """Any object with the five things: encode_image, encode_text, tokenize, preprocess, logit_scale.
 
     A module of torch's is put into evaluation mode. Images, and tokens that are tensors, come to its functions on the
@@ -211,7 +211,7 @@ def from_object(obj: Any, name: str) -> Model:
 
         return encode_on_device
 
-    return Model(
+    return Encoder(
         name=name,
         encode_image=checked(obj.encode_image, "encode_image"),
         encode_text=checked(obj.encode_text, "encode_text"),

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+import unicodedata
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,20 +35,12 @@ from .. import tokenizer
 from ..common.files import atomic_write
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from .datasets.sets import EvaluationSet
+from .fingerprints import digest_value
 
 _PROMPTS_PER_BATCH = 256
 _SAME_LENGTH = 8  # characters by which texts may differ to count as of one length
 _SECONDS_BETWEEN_PARTS = 10.0  # as much work as a break may cost
-_SCHEMA = "1"  # of the files in the cache; another number leaves the old ones alone
-
-
-class Encoder(Protocol):
-    """The part of a model that evaluation uses; with `tokenize` and `preprocess` it is the five things of a model."""
-
-    logit_scale: Tensor
-
-    def encode_image(self, images: Tensor) -> Tensor: ...
-    def encode_text(self, tokens: Tensor) -> Tensor: ...
+_SCHEMA = "2"  # of the files in the cache; another number leaves the old ones alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,15 +157,16 @@ def encode_texts(
 ) -> Tensor:
     """Unit features (T, E) of texts, each text once.
 
-    Texts of about one length are together, as the longest of a batch sets its cost on a GPU, and of those the ones that
-    begin alike, as what they share is computed once on a CPU.
+    Texts of equal tokens have equal features, bit for bit. Texts of about one length are together, as the longest of a
+    batch sets its cost on a GPU, and of those the ones with a common prefix, which a CPU computes once.
 
-    Where there are several processes, all call this with the same texts, and each encodes a share of the batches.
+    Where there are several processes, all call this with the same texts, and each encodes its part of the batches.
 
     Args:
         progress: called with the number of different texts done.
     """
-    unique = sorted(dict.fromkeys(texts), key=lambda text: (len(text) // _SAME_LENGTH, text))
+    stands_for = _representatives(texts, tokenize)
+    unique = sorted(set(stands_for.values()), key=lambda text: (len(text) // _SAME_LENGTH, text))
     batches = [unique[start : start + _PROMPTS_PER_BATCH] for start in range(0, len(unique), _PROMPTS_PER_BATCH)]
     own = own_indices(len(batches))
     parts = []
@@ -186,8 +180,22 @@ def encode_texts(
         parts = [part.to(device) for each in all_gather_objects([part.cpu() for part in parts]) for part in each][
             : len(batches)
         ]
-    number_of = {text: number for number, text in enumerate(unique)}
-    return torch.cat(parts)[[number_of[text] for text in texts]]
+    row = {text: position for position, text in enumerate(unique)}
+    return torch.cat(parts)[[row[stands_for[text]] for text in texts]]
+
+
+def _representatives(texts: Sequence[str], tokenize: Callable[[list[str]], Any]) -> dict[str, str]:
+    """Each text, and the first of those with the same tokens. Only texts that look alike are compared."""
+    alike: dict[str, list[str]] = {}
+    for text in dict.fromkeys(texts):
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", text).casefold().split()), []).append(text)
+    found = {}
+    for group in alike.values():
+        first: dict[str | None, str] = {}
+        for text in group:
+            tokens = digest_value(tokenize([text])) if len(group) > 1 else None
+            found[text] = text if tokens is None else first.setdefault(tokens, text)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,13 +207,13 @@ class ImageFeatures:
     """What a model made of the images of a data set.
 
     Args:
-        numbers: (N,) which of the data's images could be read, in order.
+        indices: (N,) which of the data's images could be read, in order.
         features: (N, E) of those, as the model gives them, in float32 on the CPU.
         unreadable: why the other images could not be read.
     """
 
     data: EvaluationSet
-    numbers: np.ndarray
+    indices: np.ndarray
     features: Tensor
     unreadable: tuple[str, ...]
 
@@ -216,15 +224,15 @@ class ImageFeatures:
 
 
 class _Images(Dataset[Tensor | str]):
-    def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], numbers: list[int]) -> None:
-        self.data, self.preprocess, self.numbers = data, preprocess, numbers
+    def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], indices: list[int]) -> None:
+        self.data, self.preprocess, self.indices = data, preprocess, indices
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
-    def __getitem__(self, place: int) -> Tensor | str:
+    def __getitem__(self, position: int) -> Tensor | str:
         try:
-            return self.preprocess(self.data.open(self.numbers[place]))
+            return self.preprocess(self.data.open(self.indices[position]))
         except ValueError as error:
             return str(error)
 
@@ -259,14 +267,14 @@ def encode_images(
         ValueError: not one image could be read, or the features are zero or not finite.
     """
     kept = _Kept(cache, key, data) if cache is not None and key is not None and rank_and_world_size()[0] == 0 else None
-    known: np.ndarray = all_gather_objects(kept.numbers if kept else np.zeros(0, dtype=np.int64))[0]
+    known: np.ndarray = all_gather_objects(kept.indices if kept else np.zeros(0, dtype=np.int64))[0]
     missing = np.setdiff1d(np.arange(len(data)), known)
     if progress and len(known):
         progress(len(known))
-    numbers = [int(missing[number]) for number in own_indices(len(missing))]
-    num_batches = -(-len(numbers) // batch_size)
+    indices = [int(missing[position]) for position in own_indices(len(missing))]
+    num_batches = -(-len(indices) // batch_size)
     num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
-    loader = DataLoader(_Images(data, preprocess, numbers), batch_size, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(_Images(data, preprocess, indices), batch_size, num_workers=num_workers, collate_fn=list)
     blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
     parts: list[Tensor] = []
     problems: list[str] = []  # of each image, empty for those that could be read
@@ -275,12 +283,12 @@ def encode_images(
     def save_part() -> None:
         if cache is not None and key is not None and parts[unsaved:]:
             first = unsaved * batch_size
-            done = [place for place in range(first, len(problems)) if not problems[place]]
-            rows = torch.cat(parts[unsaved:])[[place - first for place in done]]
-            cache.write_part(key, {"numbers": torch.tensor([numbers[place] for place in done]), "features": rows})
+            done = [position for position in range(first, len(problems)) if not problems[position]]
+            rows = torch.cat(parts[unsaved:])[[position - first for position in done]]
+            cache.write_part(key, {"indices": torch.tensor([indices[position] for position in done]), "features": rows})
 
     try:
-        for batch in loader if numbers else ():
+        for batch in loader if indices else ():
             if blank is None:
                 readable = [image for image in batch if isinstance(image, Tensor)]
                 blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
@@ -290,7 +298,7 @@ def encode_images(
             parts.append(features)
             problems += [image if isinstance(image, str) else "" for image in batch]
             if progress:
-                progress(len(known) + round(len(problems) * len(missing) / len(numbers)))
+                progress(len(known) + round(len(problems) * len(missing) / len(indices)))
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_PARTS:
                 save_part()
                 unsaved, saved_at = len(parts), time.monotonic()
@@ -307,12 +315,12 @@ def encode_images(
     found = [torch.cat(new)[: len(missing)][torch.from_numpy(is_healthy)]] if new else []
     if len(known):
         found = [all_gather_objects(kept.features if kept else None)[0], *found]  # type: ignore[list-item]
-    numbers_found = np.concatenate([known, missing[is_healthy]])
-    order = np.argsort(numbers_found)
+    indices_found = np.concatenate([known, missing[is_healthy]])
+    order = np.argsort(indices_found)
     rows = torch.cat(found)[torch.from_numpy(order)]
-    if kept and not kept.is_whole(len(numbers_found)):
-        kept.write(numbers_found[order], rows)
-    return ImageFeatures(data, numbers_found[order], rows, unreadable)
+    if kept and not kept.is_whole(len(indices_found)):
+        kept.write(indices_found[order], rows)
+    return ImageFeatures(data, indices_found[order], rows, unreadable)
 
 
 def _refuse_without_direction(features: Tensor, name: str) -> None:
@@ -329,16 +337,16 @@ class _Kept:
         self.cache, self.key = cache, key
         whole = cache.read(key)
         tensors = [*([] if whole is None else [whole]), *cache.read_parts(key)]
-        tensors = [each for each in tensors if each["numbers"].numel()]
-        self._num_whole = 0 if whole is None else len(whole["numbers"])
-        numbers = np.concatenate([np.zeros(0, dtype=np.int64), *(each["numbers"].numpy() for each in tensors)])
-        self.numbers, first = np.unique(numbers, return_index=True)
+        tensors = [each for each in tensors if each["indices"].numel()]
+        self._num_whole = 0 if whole is None else len(whole["indices"])
+        indices = np.concatenate([np.zeros(0, dtype=np.int64), *(each["indices"].numpy() for each in tensors)])
+        self.indices, first = np.unique(indices, return_index=True)
         self.features = torch.cat([each["features"] for each in tensors])[torch.from_numpy(first)] if tensors else None
-        assert not len(self.numbers) or self.numbers[-1] < len(data)
+        assert not len(self.indices) or self.indices[-1] < len(data)
 
     def is_whole(self, num_images: int) -> bool:
         """Whether the file of a whole run has so many."""
         return self._num_whole == num_images
 
-    def write(self, numbers: np.ndarray, features: Tensor) -> None:
-        self.cache.write(self.key, {"numbers": torch.from_numpy(numbers), "features": features})
+    def write(self, indices: np.ndarray, features: Tensor) -> None:
+        self.cache.write(self.key, {"indices": torch.from_numpy(indices), "features": features})

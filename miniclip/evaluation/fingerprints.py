@@ -65,14 +65,14 @@ def probe_outputs(function: Callable[[Any], Any], probes: Sequence[Any]) -> str 
             parts = []
             for probe in probes:
                 try:
-                    parts.append(_value(function(probe)))
+                    parts.append(digest_value(function(probe)))
                 except Exception as error:
                     parts.append(type(error).__name__)
             digests.append(None if None in parts else digest_arrays(*map(str, parts)))
     return digests[0] if digests[0] == digests[1] else None
 
 
-def _value(value: Any) -> str | None:
+def digest_value(value: Any) -> str | None:
     """A text that tells a value from others: tensors, arrays, numbers, texts, and mappings and sequences of them."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
@@ -83,7 +83,7 @@ def _value(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = [item for key in sorted(value, key=str) for item in (str(key), value[key])]
     if isinstance(value, list | tuple):
-        parts = [_value(item) for item in value]
+        parts = [digest_value(item) for item in value]
         return None if None in parts else digest_arrays(type(value).__name__, *map(str, parts))
     return None
 

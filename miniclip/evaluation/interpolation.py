@@ -84,7 +84,7 @@ def sweep(
         accuracies = []
         for data in (*new, *old):
             scores = zero_shot_scores(model, preprocess, data, batch_size=batch_size, num_workers=num_workers)
-            accuracies.append(float((scores.ranked[:, 0] == scores.labels).mean()))
+            accuracies.append(float(scores.is_right.mean()))
         points.append(Point(alpha, tuple(accuracies[: len(new)]), tuple(accuracies[len(new) :])))
         if progress:
             progress(len(points))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from .features import ImageFeatures
 from .measures.thresholds import Acceptance, Separation, apply_threshold, calibrate_threshold, separation
-from .zero_shot import ROWS_AT_ONCE, Scores
-
-# ---------------------------------------------------------------------------------------------------------------------
-# "None of these"
+from .zero_shot import ClassificationScores, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,28 @@ class Outside:
     separation: Separation
     acceptance: Acceptance
 
+    def as_dict(self) -> dict[str, Any]:
+        separation, acceptance, threshold = self.separation, self.acceptance, self.acceptance.threshold
+        return {
+            "outside": self.name,
+            "cosine": threshold.cosine,
+            "rule": threshold.rule,
+            "chosen_on": {"images_inside": threshold.num_inside, "images_outside": threshold.num_outside},
+            "tried_on": {"images_inside": acceptance.num_inside, "images_outside": acceptance.num_outside},
+            "accepted_inside": acceptance.accepted_inside,
+            "accepted_outside": acceptance.accepted_outside,
+            "interval_95_inside": list(acceptance.interval_inside),
+            "interval_95_outside": list(acceptance.interval_outside),
+            "balanced_accuracy": acceptance.balanced_accuracy,
+            "auroc": separation.auroc,
+            "aupr_inside": separation.aupr_inside,
+            "aupr_outside": separation.aupr_outside,
+            "fpr_at_95_tpr": separation.fpr_at_95_tpr,
+        }
+
 
 def none_of_these(
-    scores: Scores,
+    scores: ClassificationScores,
     others: ImageFeatures,
     groups: Sequence[str],
     classifier: Tensor,
@@ -52,11 +69,11 @@ def none_of_these(
     Raises:
         ValueError: fewer than two groups of either.
     """
-    best = np.concatenate(
-        [(rows @ classifier.cpu().float()).amax(dim=1).numpy() for rows in others.unit.split(ROWS_AT_ONCE)]
-    )
+    classifier = classifier.cpu().float()
+    blocks = others.unit.split(rows_at_once(classifier.shape[1]))
+    best = np.concatenate([(rows @ classifier).amax(dim=1).numpy() for rows in blocks])
     inside, outside = scores.cosines[:, 0], best
-    groups_inside, groups_outside = scores.groups, np.array(groups)[others.numbers]
+    groups_inside, groups_outside = scores.groups, np.array(groups)[others.indices]
     chosen_inside = _half(groups_inside, scores.data.name, seed)
     chosen_outside = _half(groups_outside, others.data.name, seed)
     threshold = calibrate_threshold(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..common.device import find_device
 from ..weights.download import HUB_PREFIX
 from ..weights.load import load
-from .encoder import Model, Preprocessor, as_number, from_clip, from_object
+from .encoder import Encoder, Preprocessor, as_number, from_clip, from_object
 from .fingerprints import PASSING_STATE, is_plain_value
 
 OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX = "openclip:", "transformers:", "python:"
@@ -31,7 +31,7 @@ _ATTENDS_TO_PADDING = ("siglip", "siglip2")
 _SCALES = ("logit_scale", "logit_bias", "temperature")  # belong to neither tower
 
 
-def open_model(name: str, device: str | torch.device | None = None) -> Model:
+def open_model(name: str, device: str | torch.device | None = None) -> Encoder:
     """The model that a command line names, as in the table above.
 
     Args:
@@ -60,7 +60,7 @@ def open_model(name: str, device: str | torch.device | None = None) -> Model:
 # open_clip's
 
 
-def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list[str]], Tensor], name: str) -> Model:
+def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list[str]], Tensor], name: str) -> Encoder:
     """A model of open_clip's (CLIP, CustomTextCLIP, CoCa), which is put into evaluation mode.
 
     Args:
@@ -83,7 +83,7 @@ def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list
     # CLIP has the parts of its text tower beside `visual`, CustomTextCLIP and CoCa a tower in `text`. CoCa's decoder
     # writes captions and encodes nothing.
     text_module = model.text if hasattr(model, "text") else _part(model, lambda part: part != "visual")
-    return Model(
+    return Encoder(
         name=name,
         encode_image=torch.no_grad()(lambda images: model.encode_image(images_on_device(images))),
         encode_text=torch.no_grad()(lambda tokens: model.encode_text(tokens.to(model.logit_scale.device))),
@@ -114,7 +114,7 @@ def _without_projection(visual: Any) -> Any:
     return None
 
 
-def _open_openclip(name: str, device: torch.device) -> Model:
+def _open_openclip(name: str, device: torch.device) -> Encoder:
     with _library("open_clip", "open_clip_torch"):
         import open_clip
     architecture, pretrained = name.removeprefix(OPENCLIP_PREFIX), None
@@ -171,7 +171,7 @@ def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str
 # transformers'
 
 
-def from_transformers(model: Any, processor: Any, name: str) -> Model:
+def from_transformers(model: Any, processor: Any, name: str) -> Encoder:
     """A model of transformers' that has get_image_features and get_text_features; it is put into evaluation mode.
 
     Args:
@@ -199,7 +199,7 @@ def from_transformers(model: Any, processor: Any, name: str) -> Model:
     def encode_pooled(images: Tensor) -> Tensor:
         return _features(model.vision_model(**_image_inputs(images.to(model.device), model.dtype)), name)
 
-    return Model(
+    return Encoder(
         name=name,
         encode_image=torch.no_grad()(encode_image),
         encode_text=torch.no_grad()(encode_text),
@@ -278,7 +278,7 @@ def _logit_scale(model: Any, name: str) -> Tensor:
     raise ValueError(f"{name} is a {type(model).__name__} and has no logit_scale; a CLIP-like one has")
 
 
-def _open_transformers(name: str, device: torch.device) -> Model:
+def _open_transformers(name: str, device: torch.device) -> Encoder:
     with _library("transformers", "transformers"):
         from transformers import AutoModel, AutoProcessor
     where = name.removeprefix(TRANSFORMERS_PREFIX)
@@ -299,7 +299,7 @@ def _open_transformers(name: str, device: torch.device) -> Model:
     return from_transformers(model.to(device), processor, name)
 
 
-def _open_python(name: str, device: torch.device) -> Model:
+def _open_python(name: str, device: torch.device) -> Encoder:
     place, _, attribute = name.removeprefix(PYTHON_PREFIX).rpartition(":")
     if not place or not attribute:
         raise ValueError(f"model {name!r} is not python:FILE.py:FUNCTION or python:MODULE:FUNCTION")

@@ -419,3 +419,62 @@ def shot_curve(
             if progress:
                 progress(done)
     return ShotCurve(zero, chosen, left_out, tuple(seeds), accuracies)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What was learnt from labelled images, scored on the same images as the prompts.
+
+    Args:
+        train: name of the set that was learnt from.
+        splits: the features, in the space of the texts.
+        is_pooled: the linear probe had the features before their projection, as the paper's.
+    """
+
+    train: str
+    splits: Splits
+    is_pooled: bool
+    linear: LinearProbe
+    neighbours: Outcome
+    num_neighbours: int
+    tip_adapter: TipAdapter
+    curve: ShotCurve
+
+    def values(self) -> dict[str, dict[str, float]]:
+        """The numbers of each task; the linear probe's names are CLIP_benchmark's."""
+        linear, tip = self.linear.outcome, self.tip_adapter
+        return {
+            "linear_probe": {
+                "lp_acc1": linear.accuracy,
+                "lp_mean_per_class_recall": float(np.nanmean(linear.per_class)),
+                "C": self.linear.C,
+            },
+            "nearest_neighbours": {"acc1": self.neighbours.accuracy, "neighbours": self.num_neighbours},
+            "tip_adapter": {"acc1": tip.outcome.accuracy, "alpha": tip.alpha, "beta": tip.beta},
+        }
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """By the same tasks."""
+        return {
+            "linear_probe": self.linear.outcome,
+            "nearest_neighbours": self.neighbours,
+            "tip_adapter": self.tip_adapter.outcome,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        outcomes = self.outcomes()
+        return {
+            "train": self.train,
+            "num_train": len(self.splits.train),
+            "num_validation": len(self.splits.validation),
+            "num_leaked": self.splits.num_leaked,
+            "linear_probe_features": "before the projection" if self.is_pooled else "after the projection",
+            **{
+                task: {**values, "interval_95": list(outcomes[task].interval)} for task, values in self.values().items()
+            },
+            "shot_curve": self.curve.as_dict(),
+        }

@@ -11,7 +11,6 @@ import numpy as np
 from ..common.files import as_plain
 from .measures.statistics import RobustnessFit, effective_robustness, fit_robustness
 from .suite import Result
-from .zero_shot import Metrics
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Robustness: a family of shifted sets
@@ -81,8 +80,8 @@ def robustness(results: Sequence[Result], standard: str, baselines: Sequence[str
     """
     accuracy: dict[tuple[str, str], float] = {}
     for result in results:
-        if isinstance(result.metrics, Metrics):
-            accuracy.setdefault((result.model, result.data.name), result.metrics.acc1)
+        if (acc1 := result.scores.values().get("acc1")) is not None:
+            accuracy.setdefault((result.model, result.data.name), acc1)
     models = list(dict.fromkeys(model for model, _ in accuracy))
     sets = list(dict.fromkeys(name for _, name in accuracy))
     if standard not in sets:

@@ -7,7 +7,7 @@ probe is computed from those features.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,45 +16,25 @@ import numpy as np
 from torch import Tensor
 
 from ..common.processes import all_gather_objects, rank_and_world_size
-from .datasets.sets import CaptionedImages, EvaluationSet, LabelledImages, MultilabelImages
-from .encoder import Model
+from .datasets.sets import EvaluationSet, LabelledImages
+from .encoder import Encoder
 from .features import FeatureCache, ImageFeatures, encode_images, encode_texts
-from .measures.classification import Multilabel, Subgroups
-from .measures.ranking import Retrieval
+from .measures.classification import Subgroups
+from .multilabel import score_labels
 from .none_of_these import Outside, none_of_these
-from .probes import (
-    SHOTS,
-    LinearProbe,
-    Outcome,
-    ShotCurve,
-    TipAdapter,
-    linear_probe,
-    nearest_neighbours,
-    shot_curve,
-    tip_adapter,
-)
+from .probes import SHOTS, Probes, linear_probe, nearest_neighbours, shot_curve, tip_adapter
 from .prompts import class_prompts
-from .retrieval import RetrievalScores, retrieve
+from .retrieval import retrieve
+from .scores import Scores
 from .splits import Labelled, Splits, make_splits
-from .zero_shot import (
-    Metrics,
-    MultilabelScores,
-    Scores,
-    classify,
-    measure,
-    score_labels,
-    subgroups,
-    zero_shot_classifier,
-)
+from .zero_shot import ClassificationScores, classify, zero_shot_classifier
 
-# What is being done and how often, to a bar that is told how often it was done.
+# From what is computed and how many there are, to a bar that is called with the number done.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
-
-CLASSIFICATION, MULTILABEL, RETRIEVAL = "zeroshot_classification", "zeroshot_multilabel", "zeroshot_retrieval"
 
 
 @dataclass(frozen=True)
-class Trial:
+class Task:
     """A data set, and what goes with it.
 
     Args:
@@ -81,38 +61,18 @@ class Trial:
 
     def __post_init__(self) -> None:
         """Refuses, before hours of work, what can't be done with such data."""
-        data = self.data
-        if isinstance(data, LabelledImages | MultilabelImages) and len(data.classnames) < 2:
+        data: Any = self.data
+        if data.has_classes and len(data.classnames) < 2:
             raise ValueError(f"{data.name} has one class, {data.classnames[0]!r}; there is nothing to tell apart")
         needs = {"subgroups": self.subgroup_columns, "outside": self.outside, "train": self.train}
         for name, value in needs.items():
-            if value and not isinstance(data, LabelledImages):
+            if value and data.task != "classification":
                 raise ValueError(f"{name} needs a set of one label for each image, and {data.name} is not one")
         for column in self.subgroup_columns:
             data.column(column)
         for other in (self.train, self.validation):
             if other is not None:
-                _number_alike(other, data)
-
-
-@dataclass(frozen=True)
-class Probes:
-    """What was learnt from labelled images, scored on the same images as the prompts.
-
-    Args:
-        train: name of the set that was learnt from.
-        splits: the features, in the space of the texts.
-        is_pooled: the linear probe had the features before their projection, as the paper's.
-    """
-
-    train: str
-    splits: Splits
-    is_pooled: bool
-    linear: LinearProbe
-    neighbours: Outcome
-    num_neighbours: int
-    tip_adapter: TipAdapter
-    curve: ShotCurve
+                _with_classes_of(data, other)
 
 
 @dataclass(frozen=True)
@@ -122,21 +82,17 @@ class Result:
     Args:
         model, library: names.
         scores: of each image, with the data.
-        metrics: what they come to.
         seconds: it took, with the features that others use as well.
-        same_prompts: classes that can't be told apart, as their prompts are the same; the first gets the guess.
     """
 
     model: str
-    scores: Scores | MultilabelScores | RetrievalScores
-    metrics: Metrics | Multilabel | Retrieval
+    scores: Scores
     seconds: float
     library: str = field(default="", kw_only=True)
     logit_scale: float = field(default=1.0, kw_only=True)
     subgroups: Mapping[str, Subgroups] = field(default_factory=dict, kw_only=True)
     outside: Outside | None = field(default=None, kw_only=True)
     probes: Probes | None = field(default=None, kw_only=True)
-    same_prompts: tuple[tuple[str, ...], ...] = field(default=(), kw_only=True)
 
     @property
     def data(self) -> Any:
@@ -144,18 +100,12 @@ class Result:
 
     @property
     def task(self) -> str:
-        if isinstance(self.scores, Scores):
-            return CLASSIFICATION
-        return MULTILABEL if isinstance(self.scores, MultilabelScores) else RETRIEVAL
-
-    @property
-    def num_images(self) -> int:
-        return len(self.data) - len(self.scores.unreadable)
+        return self.scores.task
 
 
 def evaluate(
-    model: Model,
-    trial: Trial,
+    model: Encoder,
+    task: Task,
     *,
     ks: Sequence[int] = (1, 5),
     batch_size: int = 64,
@@ -174,35 +124,48 @@ def evaluate(
     Raises:
         ValueError: as `encode_images`, `zero_shot_classifier`, and the functions of probes.py.
     """
-    begin = time.perf_counter()
-    work = _Work(model, batch_size, num_workers, cache, progress or _silent)
-    data = trial.data
-    shared: dict[str, Any] = {"library": model.library, "logit_scale": work.logit_scale}
-    # Texts first: a prompt that is too long is told before the images are read.
-    if isinstance(data, CaptionedImages):
-        texts = work.texts([text for each in data.captions for text in each], f"{data.name}, captions")
-        found = retrieve(work.images(data), data, texts)
-        return [Result(model.name, found, found.metrics, time.perf_counter() - begin, **shared)]
-    variants = (data, *trial.variants)
-    classifiers = [work.classifier(variant) for variant in variants]
-    images = work.images(data)
-    results = []
-    for variant, classifier in zip(variants, classifiers, strict=True):
-        more: dict[str, Any] = {"same_prompts": _same_columns(classifier, variant.classnames)}
-        scores: Scores | MultilabelScores
-        if isinstance(variant, MultilabelImages):
-            scores = score_labels(images, variant, classifier)
-            metrics: Metrics | Multilabel = scores.metrics
-        else:
-            scores = classify(images, variant, classifier, work.logit_scale, max(5, *ks))
-            metrics = measure(scores, ks)
-            if variant is data:
-                more["subgroups"] = {column: subgroups(scores, column) for column in trial.subgroup_columns}
-                more["outside"] = _outside(work, trial, scores, classifier)
-                more["probes"] = None if trial.train is None else _probe(work, trial, images, classifier)
-        results.append(Result(model.name, scores, metrics, time.perf_counter() - begin, **shared, **more))
+    encoder = CachedEncoder(model, batch_size, num_workers, cache, progress or _silent)
+    evaluate_task = {"classification": _classify, "multilabel": _score_labels, "retrieval": _retrieve}[task.data.task]
+    results, begin = [], time.perf_counter()
+    for scores, more in evaluate_task(encoder, task, tuple(ks)):
+        seconds = time.perf_counter() - begin
+        shared: dict[str, Any] = {"library": model.library, "logit_scale": encoder.logit_scale}
+        results.append(Result(model.name, scores, seconds, **shared, **more))
         begin = time.perf_counter()
     return results
+
+
+# The scores of each set of prompts, and what goes with them. Texts are encoded first: a prompt that is too long is
+# reported before the images are read.
+_Answers = Iterator[tuple[Scores, dict[str, Any]]]
+
+
+def _classify(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answers:
+    variants = (task.data, *task.variants)
+    classifiers = [encoder.classifier(variant) for variant in variants]
+    images = encoder.images(task.data)
+    for variant, classifier in zip(variants, classifiers, strict=True):
+        scores = classify(images, variant, classifier, encoder.logit_scale, ks)
+        more: dict[str, Any] = {}
+        if variant is task.data:
+            more["subgroups"] = {column: scores.subgroups(column) for column in task.subgroup_columns}
+            more["outside"] = _outside(encoder, task, scores, classifier)
+            more["probes"] = None if task.train is None else _probe(encoder, task, images, classifier)
+        yield scores, more
+
+
+def _score_labels(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answers:
+    variants = (task.data, *task.variants)
+    classifiers = [encoder.classifier(variant) for variant in variants]
+    images = encoder.images(task.data)
+    for variant, classifier in zip(variants, classifiers, strict=True):
+        yield score_labels(images, variant, classifier), {}
+
+
+def _retrieve(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answers:
+    data: Any = task.data
+    texts = encoder.texts([text for each in data.captions for text in each], f"{data.name}, captions")
+    yield retrieve(encoder.images(data), data, texts), {}
 
 
 def _silent(what: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
@@ -210,10 +173,10 @@ def _silent(what: str, total: int) -> AbstractContextManager[Callable[[int], Any
 
 
 @dataclass(frozen=True)
-class _Work:
-    """A model at work: features that are kept, and bars for those that are not."""
+class CachedEncoder:
+    """A model whose features are kept in a cache; a bar shows the progress of those that are computed."""
 
-    model: Model
+    model: Encoder
     batch_size: int
     num_workers: int
     cache: FeatureCache | None
@@ -277,39 +240,30 @@ class _Work:
         return features
 
 
-def _same_columns(classifier: Tensor, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Names of the classes that have one and the same column."""
-    _, column = classifier.cpu().unique(dim=1, return_inverse=True)
-    alike: dict[int, list[str]] = {}
-    for name, number in zip(names, column.tolist(), strict=True):
-        alike.setdefault(number, []).append(name)
-    return tuple(tuple(each) for each in alike.values() if len(each) > 1)
-
-
-def _outside(work: _Work, trial: Trial, scores: Scores, classifier: Tensor) -> Outside | None:
-    if trial.outside is None:
+def _outside(encoder: CachedEncoder, task: Task, scores: ClassificationScores, classifier: Tensor) -> Outside | None:
+    if task.outside is None:
         return None
-    others = work.images(trial.outside)
-    groups = getattr(trial.outside, "groups", tuple(map(str, range(len(trial.outside)))))
-    return none_of_these(scores, others, groups, classifier, false_acceptance=trial.false_acceptance)
+    others = encoder.images(task.outside)
+    groups = getattr(task.outside, "groups", tuple(map(str, range(len(task.outside)))))
+    return none_of_these(scores, others, groups, classifier, false_acceptance=task.false_acceptance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Probes
 
 
-def _number_alike(other: Any, data: Any) -> LabelledImages:
-    """With labels that are places among the names of `data`.
+def _with_classes_of(data: Any, other: Any) -> LabelledImages:
+    """`other`, with labels that are indices of the class names of `data`.
 
     Raises:
         ValueError: the classes are others.
     """
-    place = {name.casefold(): number for number, name in enumerate(data.classnames)}
+    index = {name.casefold(): c for c, name in enumerate(data.classnames)}
     names = [name.casefold() for name in other.classnames]
     if other.classnames == data.classnames:
         return other
-    if len(place) < len(data.classnames) or set(names) != set(place):
-        own, theirs = set(place) - set(names), set(names) - set(place)
+    if len(index) < len(data.classnames) or set(names) != set(index):
+        own, theirs = set(index) - set(names), set(names) - set(index)
         only = "; ".join(
             f"only {where} has {', '.join(map(repr, sorted(some)[:5]))}"
             for where, some in ((data.name, own), (other.name, theirs))
@@ -319,48 +273,47 @@ def _number_alike(other: Any, data: Any) -> LabelledImages:
             f"{other.name} has {len(other.classnames)} classes and {data.name} {len(data.classnames)}, and they must "
             f"be the same{': ' + only if only else ''}"
         )
-    labels = tuple(place[names[label]] for label in other.labels)
+    labels = tuple(index[names[label]] for label in other.labels)
     return replace(other, labels=labels, classnames=data.classnames)
 
 
 def _labelled(images: ImageFeatures, data: LabelledImages) -> Labelled:
-    labels = np.array(_number_alike(images.data, data).labels)
+    labels = np.array(_with_classes_of(data, images.data).labels)
     groups = np.array(images.data.groups)  # type: ignore[attr-defined]
-    return Labelled(images.features.numpy(), labels[images.numbers], groups[images.numbers])
+    return Labelled(images.features.numpy(), labels[images.indices], groups[images.indices])
 
 
-def _splits(work: _Work, trial: Trial, is_pooled: bool, test: ImageFeatures | None) -> Splits:
-    data = trial.data
-    assert isinstance(data, LabelledImages)
-    assert trial.train is not None
-    test = test or work.images(data, is_pooled)
-    train = _labelled(work.images(trial.train, is_pooled), data)
-    validation = None if trial.validation is None else _labelled(work.images(trial.validation, is_pooled), data)
+def _splits(encoder: CachedEncoder, task: Task, is_pooled: bool, test: ImageFeatures | None) -> Splits:
+    data: Any = task.data
+    assert task.train is not None
+    test = test or encoder.images(data, is_pooled)
+    train = _labelled(encoder.images(task.train, is_pooled), data)
+    validation = None if task.validation is None else _labelled(encoder.images(task.validation, is_pooled), data)
     return make_splits(train, _labelled(test, data), data.classnames, validation)
 
 
-def _probe(work: _Work, trial: Trial, images: ImageFeatures, classifier: Tensor) -> Probes:
-    assert trial.train is not None
-    splits = _splits(work, trial, False, images)
-    is_pooled = work.model.encode_pooled is not None
-    pooled = _splits(work, trial, True, None) if is_pooled else None
+def _probe(encoder: CachedEncoder, task: Task, images: ImageFeatures, classifier: Tensor) -> Probes:
+    assert task.train is not None
+    splits = _splits(encoder, task, False, images)
+    is_pooled = encoder.model.encode_pooled is not None
+    pooled = _splits(encoder, task, True, None) if is_pooled else None
     columns = classifier.numpy()
     num_neighbours = min(20, len(splits.labelled))
-    shots = [k for k in (trial.shots or SHOTS) if trial.shots or k <= splits.num_examples.min()]
-    with work.progress(f"{trial.data.name}, probes", 3 + len(shots) * len(trial.seeds)) as progress:
+    shots = [k for k in (task.shots or SHOTS) if task.shots or k <= splits.num_examples.min()]
+    with encoder.progress(f"{task.data.name}, probes", 3 + len(shots) * len(task.seeds)) as progress:
         linear = linear_probe(splits if pooled is None else pooled)
         progress(1)
         neighbours = nearest_neighbours(splits, num_neighbours)
         progress(2)
-        adapter = tip_adapter(splits, columns, logit_scale=work.logit_scale)
+        adapter = tip_adapter(splits, columns, logit_scale=encoder.logit_scale)
         progress(3)
         curve = shot_curve(
             splits,
             columns,
             pooled=pooled,
-            shots=trial.shots,
-            seeds=trial.seeds,
-            logit_scale=work.logit_scale,
+            shots=task.shots,
+            seeds=task.seeds,
+            logit_scale=encoder.logit_scale,
             progress=lambda done: progress(3 + done),
         )
-    return Probes(trial.train.name, splits, is_pooled, linear, neighbours, num_neighbours, adapter, curve)
+    return Probes(task.train.name, splits, is_pooled, linear, neighbours, num_neighbours, adapter, curve)

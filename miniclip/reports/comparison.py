@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.measures.statistics import Comparison, compare
-from ..evaluation.suite import CLASSIFICATION
+from ..evaluation.zero_shot import ClassificationScores
 from .results import RESULTS_FILE, SCHEMA
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         return []
     told = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), (a["model"], b["model"]))
     x, y = a["samples"], b["samples"]
-    if a["task"] != CLASSIFICATION:
+    if a["task"] != ClassificationScores.task:
         _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
         if x["image_of_text"] != y["image_of_text"]:
             raise ValueError(f"{a['dataset']} has other captions in {second} than in {first}")

@@ -12,19 +12,16 @@ from matplotlib import rc_context
 
 from ..common.files import write_text
 from ..common.wording import percent, some
-from ..evaluation.measures.classification import Multilabel
+from ..evaluation.measures.classification import Confusion, most_confused
 from ..evaluation.prompts import Prompts
-from ..evaluation.retrieval import RetrievalScores
 from ..evaluation.robustness import Robustness
 from ..evaluation.suite import Result
-from ..evaluation.zero_shot import Metrics, MultilabelScores
+from .galleries import Thumbnails, galleries, queries
 from .page_parts import page_template, svg
 from .pictures import (
+    MOST_DRAWN,
     MOST_LABELS,
-    Thumbnails,
-    classified,
     most_mistaken,
-    multilabelled,
     plot_calibration,
     plot_confusion,
     plot_outside,
@@ -32,9 +29,8 @@ from .pictures import (
     plot_scores,
     plot_shots,
     plot_training,
-    retrieved,
 )
-from .results import confused_pairs, versions
+from .results import versions
 from .runs import read_curves
 from .tables import NO_VALUE, probe_grid, prompts_cell, robustness_grid, score_grids, score_rows, subgroup_grid
 
@@ -45,56 +41,45 @@ _MOST_OPEN = 4  # results; of more, the page opens their sections when asked to
 # The page
 
 
-def _section(result: Result, heading: str, is_short: bool, thumbnail: Thumbnails) -> dict[str, Any]:
+def _section(result: Result, heading: str, is_short: bool, thumbnails: Thumbnails) -> dict[str, Any]:
     """What the page shows of a result.
 
     Args:
         is_short: another section shows the same images with other prompts, in full.
     """
-    data = result.data
+    scores, data = result.scores, result.data
+    confusion, calibration = scores.confusion, scores.calibration
     section: dict[str, Any] = {
         "heading": heading,
-        "task": result.task,
         "is_short": is_short,
         "scores": _section_scores(result),
-        "num_images": result.num_images,
+        "num_images": scores.num_images,
         "seconds": result.seconds,
-        "unreadable": () if is_short else result.scores.unreadable,
-        "classnames": getattr(data, "classnames", ()),
+        "unreadable": () if is_short else scores.unreadable,
+        "classnames": scores.classnames,
         "classnames_from": getattr(data, "classnames_from", ""),
-        "templates": _examples(data.templates) if hasattr(data, "templates") else (),
+        "templates": _examples(scores.prompts),
         "templates_from": getattr(data, "templates_from", ""),
-        "same_prompts": result.same_prompts,
-        "confused": confused_pairs(result) if isinstance(result.metrics, Metrics) else (),
-        "galleries": (),
-        "queries": (),
-        "per_class": (),
-        "confusions": (),
-        "subgroups": {},
+        "same_prompts": scores.same_prompts,
+        "confused": []
+        if confusion is None
+        else [(scores.classnames[c], scores.classnames[guess], count) for c, guess, count in most_confused(confusion)],
     }
     if is_short:
         return section
-    if isinstance(result.scores, RetrievalScores):
-        return section | {"queries": retrieved(result.scores, thumbnail)}
-    if isinstance(result.scores, MultilabelScores):
-        return section | {"galleries": multilabelled(result.scores, thumbnail), "per_class": _bars(result)}
-    metrics = result.metrics
-    assert isinstance(metrics, Metrics)
-    confusion, calibration = metrics.confusion, metrics.calibration
-    confusions = [("", plot_confusion(confusion, data.classnames))]
-    if len(data.classnames) > MOST_LABELS and len(chosen := most_mistaken(confusion)):
-        title = f"Of these the {len(chosen)} classes most often mistaken for each other:"
-        confusions.append((title, plot_confusion(confusion, data.classnames, chosen)))
-    confidence = float(np.nansum(calibration.confidence * calibration.images) / calibration.images.sum())
     return section | {
-        "confusions": confusions,
-        "per_class": _bars(result),
-        "galleries": classified(result.scores, thumbnail),
-        "calibration": {
+        "confusions": [] if confusion is None else _confusions(confusion, scores.classnames),
+        "bars_title": scores.bars_title,
+        "bars": scores.bars(),
+        "galleries": galleries(scores, thumbnails),
+        "gallery_note": scores.gallery_note,
+        "queries": queries(scores, thumbnails),
+        "calibration": calibration
+        and {
             "picture": plot_calibration(calibration),
             "error": calibration.error,
-            "confidence": confidence,
-            "accuracy": metrics.acc1,
+            "confidence": _mean(calibration.confidence, calibration.images),
+            "accuracy": _mean(calibration.accuracy, calibration.images),
         },
         "subgroups": {column: subgroup_grid(result, column) for column in result.subgroups},
         "outside": result.outside
@@ -111,6 +96,19 @@ def _section(result: Result, heading: str, is_short: bool, thumbnail: Thumbnails
             "train": result.probes.train,
         },
     }
+
+
+def _confusions(confusion: Confusion, names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """All classes, as long as each has a pixel; of many classes also those that are mistaken most often."""
+    found = [("", plot_confusion(confusion, names))] if len(names) <= MOST_DRAWN else []
+    if len(names) > MOST_LABELS and len(chosen := most_mistaken(confusion)):
+        title = f"The {len(chosen)} classes most often mistaken for each other:"
+        found.append((title, plot_confusion(confusion, names, chosen)))
+    return found
+
+
+def _mean(of_bins: np.ndarray, images: np.ndarray) -> float:
+    return float(np.nansum(of_bins * images) / images.sum())
 
 
 def _section_scores(result: Result) -> str:
@@ -134,23 +132,6 @@ def _examples(prompts: Prompts) -> tuple[str, ...]:
     return tuple(f"{name}: {prompt}" for name, each in prompts.items() for prompt in each)
 
 
-def _bars(result: Result) -> list[dict[str, Any]]:
-    """Of each class that has images its recall, or its average precision; the worst first."""
-    metrics, names = result.metrics, result.data.classnames
-    if isinstance(metrics, Metrics):
-        table = metrics.per_class
-        images, shares, ends = table.images, table.recall, table.recall_intervals
-    else:
-        assert isinstance(metrics, Multilabel)
-        images, shares, ends = metrics.positives, metrics.per_class, np.full((len(names), 2), np.nan)
-    bars = [
-        {"name": name, "images": int(n), "share": float(share), "interval": None if np.isnan(end).any() else end}
-        for name, n, share, end in zip(names, images, shares, ends, strict=True)
-        if n
-    ]
-    return sorted(bars, key=lambda bar: bar["share"])
-
-
 def write_html(path: str | Path, results: Sequence[Result], robustness: Robustness | None = None) -> None:
     """One self-contained page: scores, training curves, and for each result what was right and wrong, and why.
 
@@ -162,7 +143,7 @@ def write_html(path: str | Path, results: Sequence[Result], robustness: Robustne
     models = list(dict.fromkeys(result.model for result in results))
     sets = list(dict.fromkeys(result.data.name for result in results))
     title = models[0] if len(models) == 1 else f"{len(models)} models on {some(sets, 3)}"
-    thumbnail, sections = Thumbnails(), []
+    thumbnails, sections = Thumbnails(), []
     seen: set[tuple[str, str]] = set()
     with rc_context({"text.parse_math": False}):  # a $ in a name is a $
         for result in results:
@@ -170,7 +151,7 @@ def write_html(path: str | Path, results: Sequence[Result], robustness: Robustne
             parts = [result.data.name, *([result.model] if len(models) > 1 else [])]
             if sum(asked == (other.model, other.data.name) for other in results) > 1:
                 parts.append(f"prompts {prompts_cell(result)}")
-            sections.append(_section(result, ", ".join(parts), asked in seen, thumbnail))
+            sections.append(_section(result, ", ".join(parts), asked in seen, thumbnails))
             seen.add(asked)
         page = page_template("report.html", percent=percent).render(
             title=title,

@@ -1,4 +1,4 @@
-"""The pictures of the evaluation's page: plots as SVG, thumbnails and galleries.
+"""The plots of the evaluation's page, as SVG.
 
 N images, C classes, K guesses."""
 
@@ -6,23 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from ..common.files import atomic_write
-from ..common.thumbnail import thumbnail
-from ..common.wording import percent
-from ..evaluation.measures.classification import Calibration, most_confused
+from ..evaluation.measures.classification import Calibration, Confusion, most_confused
 from ..evaluation.none_of_these import Outside
 from ..evaluation.probes import ShotCurve
-from ..evaluation.retrieval import RetrievalScores
 from ..evaluation.robustness import Robustness
-from ..evaluation.suite import CLASSIFICATION, MULTILABEL, Result
-from ..evaluation.zero_shot import MultilabelScores, Scores
+from ..evaluation.suite import Result
 from .page_parts import bare_axes, short_label, svg
-from .results import intervals, metric_values
 from .runs import Curves
 from .tables import prompts_cell
 
@@ -57,11 +51,8 @@ def write_picture(path: str | Path, curve: ShotCurve, title: str = "") -> None:
         plot_shots(curve, title).savefig(file, format=kind, dpi=150, bbox_inches="tight")
 
 
-_THUMBNAIL_BOX = (112, 112)  # pixels
-_GALLERY = 24  # images of a kind
-_QUERIES = 8  # of retrieval, of a kind
-_FOUND = 5  # shown of each
 MOST_LABELS = 45  # classes that still have their name on an axis
+MOST_DRAWN = 1000  # classes that still have a pixel each in a picture of all
 _MOST_MISTAKEN = 30  # of more classes, those drawn large
 _MOST_BARS = 120
 
@@ -95,20 +86,16 @@ def plot_training(curves: Curves) -> list[str]:
 
 def plot_scores(results: Sequence[Result]) -> str:
     """Bars of several models or sets of prompts, by data set; nothing for one of each, or for too many."""
-    headlines = {
-        CLASSIFICATION: {"acc1": "top-1"},
-        MULTILABEL: {"mean_average_precision": "mAP"},
-    }
-    retrieval = {f"{name}_retrieval_recall@1": f"{name}s, R@1" for name in ("image", "text")}
     bars: dict[str, dict[str, tuple[float, tuple[float, float] | None]]] = {}
     are_models_many = len({result.model for result in results}) > 1
     prompts = {(prompts_cell(result)) for result in results} - {""}
     for result in results:
         parts = [result.model] if are_models_many or not prompts_cell(result) else []
         parts += [prompts_cell(result)] if len(prompts) > 1 and prompts_cell(result) else []
-        for name, label in headlines.get(result.task, retrieval).items():
+        values, intervals = result.scores.values(), result.scores.intervals()
+        for name, label in result.scores.headlines.items():
             group = bars.setdefault(f"{short_label(result.data.name)}\n{label}", {})
-            group[", ".join(parts)] = metric_values(result)[name], intervals(result).get(name)
+            group[", ".join(parts)] = values[name], intervals.get(name)
     num_bars = sum(map(len, bars.values()))
     if max(map(len, bars.values())) < 2 or num_bars > _MOST_BARS:
         return ""
@@ -133,17 +120,16 @@ def plot_scores(results: Sequence[Result]) -> str:
     return svg(figure)
 
 
-def plot_confusion(confusion: np.ndarray, names: Sequence[str], chosen: np.ndarray | None = None) -> str:
+def plot_confusion(confusion: Confusion, names: Sequence[str], chosen: np.ndarray | None = None) -> str:
     """Rows are shares of a true class; classes without images are left out of the rows.
 
     Args:
         chosen: the classes to draw; by default all.
     """
-    totals = confusion.sum(axis=1)
     columns = np.arange(len(names)) if chosen is None else chosen
-    rows = columns[totals[columns] > 0]
-    counts = confusion[np.ix_(rows, columns)]
-    shares = counts / totals[rows, None]
+    has_images = confusion.images[columns] > 0
+    rows, counts = columns[has_images], confusion.matrix(columns)[has_images]
+    shares = counts / confusion.images[rows, None]
     side = min(9.0, 2.4 + 0.22 * len(columns))
     figure = Figure(figsize=(side + 0.8, max(2.0, 0.9 + (side - 0.9) * len(rows) / len(columns))))
     axes = figure.subplots()
@@ -165,7 +151,7 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], chosen: np.ndarr
     return svg(figure)
 
 
-def most_mistaken(confusion: np.ndarray) -> np.ndarray:
+def most_mistaken(confusion: Confusion) -> np.ndarray:
     """Some classes, in their order: those of the most frequent mistakes."""
     chosen: dict[int, None] = {}
     for row, column, _ in most_confused(confusion, _MOST_MISTAKEN**2):
@@ -228,142 +214,3 @@ def plot_robustness(found: Robustness) -> list[str]:
         axes.legend(frameon=False, fontsize=7, loc="upper left")
         pictures.append(svg(figure))
     return pictures
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Galleries
-
-
-class Thumbnails:
-    """Small pictures of images, each read once for all models and prompts."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, int], str] = {}
-
-    def __call__(self, data: Any, number: int) -> str:
-        key = id(data.images), int(number)
-        if key not in self._made:
-            self._made[key] = thumbnail(data.open(int(number)), _THUMBNAIL_BOX)
-        return self._made[key]
-
-
-def _spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """Some of them, evenly."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
-
-
-def _picture(data: Any, number: int, thumbnail: Thumbnails) -> dict[str, Any]:
-    return {"picture": thumbnail(data, number), "name": data.key(number).rpartition("/")[2]}
-
-
-def classified(scores: Scores, thumbnail: Thumbnails) -> list[dict[str, Any]]:
-    """Galleries of images that were wrong (the surest first, as they tell most), unsure, and right."""
-    is_right, data = scores.is_right, scores.data
-    surest_first = np.argsort(-scores.probabilities[:, 0], kind="stable")
-    wrong = surest_first[~is_right[surest_first]]
-    right = np.flatnonzero(is_right)
-    unsure = np.zeros(0, dtype=np.int64)
-    if scores.ranked.shape[1] > 1:
-        margins = scores.cosines[:, 0] - scores.cosines[:, 1]
-        unsure = np.argsort(margins, kind="stable")[: max(1, len(margins) // 4)]
-    kinds = {
-        "wrong": (f"Wrong, surest first ({min(_GALLERY, len(wrong))} of {len(wrong)})", wrong[:_GALLERY]),
-        "unsure": ("Unsure: first and second guess closest together", unsure[:_GALLERY]),
-        "right": (f"Right ({min(_GALLERY, len(right))} of {len(right)})", _spread(right, _GALLERY)),
-    }
-    galleries = []
-    for kind, (title, rows) in kinds.items():
-        figures = []
-        for row in rows:
-            guesses = [
-                {
-                    "name": data.classnames[c],
-                    "value": percent(p),
-                    "share": float(p),
-                    "is_right": c == scores.labels[row],
-                }
-                for c, p in zip(scores.ranked[row, :3], scores.probabilities[row, :3], strict=True)
-            ]
-            label = data.classnames[scores.labels[row]]
-            is_wrong = not is_right[row]
-            figures.append(
-                _picture(data, scores.numbers[row], thumbnail)
-                | {"label": label, "guesses": guesses, "is_wrong": is_wrong}
-            )
-        galleries.append({"kind": kind, "title": title, "figures": figures})
-    return galleries
-
-
-def multilabelled(scores: MultilabelScores, thumbnail: Thumbnails) -> list[dict[str, Any]]:
-    """Galleries of the images whose labels come latest among their guesses, and of some others."""
-    data = scores.data
-    order = np.argsort(-scores.cosines, axis=1, kind="stable")
-    is_own = np.take_along_axis(scores.labels, order, axis=1)
-    places = np.arange(1, is_own.shape[1] + 1)
-    num_own = is_own.sum(axis=1)
-    # Of each image, the precision at its labels; without labels there is nothing to find.
-    precision = (is_own * is_own.cumsum(axis=1) / places).sum(axis=1) / np.maximum(num_own, 1)
-    worst = np.argsort(np.where(num_own > 0, precision, np.inf), kind="stable")
-    worst = worst[(num_own > 0)[worst] & (precision < 1)[worst]][: _GALLERY // 2]
-    others = _spread(np.setdiff1d(np.arange(len(precision)), worst), _GALLERY // 2)
-    galleries = []
-    for kind, title, rows in (("wrong", "Labels found last", worst), ("right", "Others", others)):
-        figures = []
-        for row in rows:
-            top = order[row, : min(6, max(3, num_own[row]))]
-            most = max(float(scores.cosines[row, top[0]]), 1e-9)
-            guesses = [
-                {
-                    "name": data.classnames[c],
-                    "value": f"{cosine:.3f}",
-                    "share": min(max(float(cosine) / most, 0), 1),
-                    "is_right": scores.labels[row, c],
-                }
-                for c, cosine in ((c, scores.cosines[row, c]) for c in top)
-            ]
-            own = [data.classnames[c] for c in np.flatnonzero(scores.labels[row])]
-            figures.append(
-                _picture(data, scores.numbers[row], thumbnail)
-                | {"label": ", ".join(own) or "none of them", "guesses": guesses, "is_wrong": kind == "wrong"}
-            )
-        galleries.append({"kind": kind, "title": title, "figures": figures})
-    return galleries
-
-
-def retrieved(scores: RetrievalScores, thumbnail: Thumbnails) -> list[dict[str, Any]]:
-    """For captions the images found first, and for images the captions: where it failed most, then where it did not."""
-    data, owner, numbers = scores.data, scores.image_of_text, scores.images.numbers
-    images, texts = scores.images.unit, scores.texts
-
-    def found(similar: np.ndarray, is_own: np.ndarray) -> np.ndarray:
-        """The first, a tie counting against its own; and its own best, if it is not among them."""
-        order = np.lexsort((is_own, -similar))
-        first = order[:_FOUND]
-        return first if is_own[first].any() else np.append(first, order[is_own[order]][0])
-
-    parts = []
-    for what, ranking in (("image", scores.metrics.images), ("text", scores.metrics.texts)):
-        worst = np.argsort(-ranking.ranks, kind="stable")
-        worst = worst[ranking.ranks[worst] > 1][:_QUERIES]
-        best = _spread(np.flatnonzero(ranking.ranks == 1), _QUERIES // 2)
-        queries = []
-        for place in (*worst, *best):
-            query = int(ranking.queries[place])
-            if what == "image":
-                similar, is_own = (images @ texts[query]).numpy(), np.arange(len(images)) == owner[query]
-                candidates = [
-                    _picture(data, numbers[row], thumbnail) | {"is_own": bool(is_own[row])}
-                    for row in found(similar, is_own)
-                ]
-                asked: dict[str, Any] = {"text": scores.captions[query]}
-            else:
-                similar, is_own = (texts @ images[query]).numpy(), owner == query
-                candidates = [
-                    {"text": scores.captions[row], "is_own": bool(is_own[row])} for row in found(similar, is_own)
-                ]
-                asked = _picture(data, numbers[query], thumbnail)
-            rank = int(ranking.ranks[place])
-            queries.append(asked | {"rank": rank, "found": candidates, "is_cut": len(candidates) > _FOUND})
-        title = "Images found by captions" if what == "image" else "Captions found by images"
-        parts.append({"kind": what, "title": f"{title}, worst first", "queries": queries})
-    return parts

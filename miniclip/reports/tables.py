@@ -11,14 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.wording import percent
-from ..evaluation.measures.classification import Multilabel, Subgroups
-from ..evaluation.measures.ranking import Ranking
+from ..evaluation.measures.classification import Subgroups
 from ..evaluation.probes import METHODS
 from ..evaluation.prompts import Prompts
-from ..evaluation.retrieval import RetrievalScores
 from ..evaluation.robustness import Robustness
-from ..evaluation.suite import CLASSIFICATION, MULTILABEL, Result
-from ..evaluation.zero_shot import Metrics
+from ..evaluation.scores import Cell
+from ..evaluation.suite import Result
 from .comparison import Change
 from .results import prompts_label
 
@@ -53,10 +51,10 @@ def _num_prompts(prompts: Prompts) -> str:
 
 
 def prompts_cell(result: Result) -> str:
-    """Their name, and how many there are for each class; nothing for retrieval."""
-    if isinstance(result.scores, RetrievalScores):
+    """Their name, and how many there are for each class; nothing without classes."""
+    if not result.scores.prompts:
         return ""
-    label, count = prompts_label(result), _num_prompts(result.data.templates)
+    label, count = prompts_label(result), _num_prompts(result.scores.prompts)
     return f"{label} ({count})" if label else count
 
 
@@ -160,65 +158,25 @@ def score_grids(results: Sequence[Result], links: Sequence[str] = ()) -> list[Gr
             rows += own
             places += [links[number]] * len(own) if links else []
         title = task.replace("zeroshot_", "zero-shot ")
-        main = {CLASSIFICATION: "top-1 %", MULTILABEL: "mAP %"}.get(task, "R@1 %")
+        main = results[numbers[0]].scores.main_column
         grids.append(_grid(title, rows, ("model", "prompts"), main=main, links=places))
     return grids
 
 
 def score_rows(result: Result) -> list[dict[str, str]]:
-    """One; of retrieval one for each direction."""
-    data, metrics, num_images = result.data, result.metrics, str(result.num_images)
-    if result.scores.unreadable:
-        num_images += f" of {len(data)}"
-    shared = {"data": data.name, "model": result.model}
-    if isinstance(metrics, Metrics):
-        C = len(data.classnames)
-        return [
-            {
-                **shared,
-                "prompts": prompts_cell(result),
-                "images": num_images,
-                "classes": str(C),
-                "top-1 %": percent(metrics.acc1),
-                "95 % interval": _interval(metrics.interval),
-                **{f"top-{k} %": percent(v) if k < C else NO_VALUE for k, v in metrics.top_k.items() if k > 1},
-                "mean per class %": percent(metrics.mean_per_class_recall),
-                "macro F1 %": percent(metrics.macro_f1),
-                "ECE %": percent(metrics.calibration.error),
-            }
-        ]
-    if isinstance(metrics, Multilabel):
-        return [
-            {
-                **shared,
-                "prompts": prompts_cell(result),
-                "images": num_images,
-                "classes": str(len(data.classnames)),
-                "without images": str(len(metrics.left_out)) if metrics.left_out else NO_VALUE,
-                "mAP %": percent(metrics.mean_average_precision),
-            }
-        ]
-    assert isinstance(result.scores, RetrievalScores)
-    num_texts = str(len(result.scores.captions))
-    found = {
-        "images by text": (metrics.images, result.scores.interval_images),
-        "texts by image": (metrics.texts, result.scores.interval_texts),
-    }
-    return [
-        {**shared, "images": num_images, "texts": num_texts, "find": what, **_ranking_cells(ranking, interval)}
-        for what, (ranking, interval) in found.items()
-    ]
+    """A row, or several, as the kind of scores has it."""
+    scores = result.scores
+    shared = {"data": result.data.name, "model": result.model, "prompts": prompts_cell(result)}
+    shared["images"] = f"{scores.num_images} of {len(result.data)}" if scores.unreadable else str(scores.num_images)
+    return [shared | {name: _cell(name, value) for name, value in row.items()} for row in scores.rows()]
 
 
-def _ranking_cells(ranking: Ranking, interval: tuple[float, float]) -> dict[str, str]:
-    cells = {}
-    for k, share in ranking.recall.items():
-        cells[f"R@{k} %"] = percent(share)
-        if k == 1:
-            cells["95 % interval"] = _interval(interval)
-    cells["median rank"] = f"{ranking.median_rank:g}"
-    most = max(ranking.mean_average_precision)
-    return cells | {f"mAP@{most} %": percent(ranking.mean_average_precision[most])}
+def _cell(column: str, value: Cell) -> str:
+    if value is None:
+        return NO_VALUE
+    if isinstance(value, tuple):
+        return _interval(value)
+    return percent(value) if isinstance(value, float) and column.endswith("%") else str(value)
 
 
 def subgroup_grid(result: Result, column: str) -> Grid:
@@ -277,16 +235,14 @@ def _outside_grid(results: Sequence[Result]) -> Grid:
 def probe_grid(results: Sequence[Result]) -> Grid:
     rows, notes = [], []
     for result in results:
-        probes, metrics = result.probes, result.metrics
+        probes, scores = result.probes, result.scores
         assert probes is not None
-        assert isinstance(metrics, Metrics)
         linear, tip = probes.linear, probes.tip_adapter
         chosen = (f"C {linear.C:.3g}", f"k {probes.num_neighbours}", f"α {tip.alpha:.3g}, β {tip.beta:.3g}")
-        outcomes = (linear.outcome, probes.neighbours, tip.outcome)
-        found = [("zero-shot", "", metrics.acc1, metrics.interval, "")]
+        found = [("zero-shot", "", scores.values()["acc1"], scores.intervals()["acc1"], "")]
         found += [
             (method, choice, outcome.accuracy, outcome.interval, probes.curve.verdict(method))
-            for method, choice, outcome in zip(METHODS, chosen, outcomes, strict=True)
+            for method, choice, outcome in zip(METHODS, chosen, probes.outcomes().values(), strict=True)
         ]
         rows += [
             {

@@ -49,7 +49,7 @@ class ZeroShotEvaluation(Callback):
         for name, dataset in self.datasets.items():
             with torch.compiler.set_stance("force_eager"):  # as in all of validation, before the first step as well
                 scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
-            accuracies[name] = float((scores.ranked[:, 0] == scores.labels).mean())
+            accuracies[name] = float(scores.is_right.mean())
         return accuracies
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

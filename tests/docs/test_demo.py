@@ -74,7 +74,7 @@ def test_the_demo_learns_within_60_steps(folder, monkeypatch):
 @pytest.mark.timeout(1500)
 def test_three_seeds_of_the_demo_reach_its_scores(tmp_path):
     from miniclip.evaluation.datasets.open import open_dataset
-    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
+    from miniclip.evaluation.zero_shot import zero_shot_scores
     from miniclip.weights import load as weights
 
     scores = {"digits": [], "unseen": []}
@@ -89,7 +89,7 @@ def test_three_seeds_of_the_demo_reach_its_scores(tmp_path):
         model, preprocess = weights.load(work / "runs/digits/best")
         for name, accuracies in scores.items():
             data = open_dataset(work / f"runs/digits/data/{name}.csv", group_column="scan")
-            metrics = measure(zero_shot_scores(model, preprocess, data))
+            metrics = zero_shot_scores(model, preprocess, data).metrics
             print(seed, name, metrics.acc1, metrics.interval)
             accuracies.append(metrics.acc1)
     assert min(scores["digits"]) >= 0.93

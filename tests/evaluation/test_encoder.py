@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from miniclip import tokenizer
 from miniclip.config import VisionConfig
 from miniclip.evaluation import encoder
-from miniclip.evaluation.encoder import Model, from_clip, from_object
+from miniclip.evaluation.encoder import Encoder, from_clip, from_object
 from miniclip.evaluation.fingerprints import _HASHED_AT_ONCE, digest_module, probe_pictures
 from miniclip.evaluation.other_libraries import from_openclip, from_transformers, open_model
 from miniclip.evaluation.zero_shot import zero_shot_classifier
@@ -53,15 +53,15 @@ def pictures() -> list[Image.Image]:
     return [picture(0, (60, 40)), picture(1, (33, 71)), picture(2, (40, 40))]
 
 
-def batch(model: Model) -> torch.Tensor:
+def batch(model: Encoder) -> torch.Tensor:
     return torch.stack([model.preprocess(image) for image in pictures()])
 
 
-def fingerprints(model: Model) -> tuple[str | None, str | None]:
+def fingerprints(model: Encoder) -> tuple[str | None, str | None]:
     return replace(model).image_fingerprint(), replace(model).text_fingerprint()  # a copy has computed nothing yet
 
 
-def ours(model: CLIP | None = None, name: str = "mine") -> Model:
+def ours(model: CLIP | None = None, name: str = "mine") -> Encoder:
     model = model or tiny_clip()
     return from_clip(model, weights.preprocess_for(model.config), name)
 
@@ -551,14 +551,14 @@ def test_what_a_users_own_module_lacks_is_pythons_error(tmp_path, monkeypatch):
 # ---- what a model is recognised by
 
 
-def openclip_of(name: str, model: torch.nn.Module | None = None) -> Model:
+def openclip_of(name: str, model: torch.nn.Module | None = None) -> Encoder:
     model = model or openclip_twin(name)
     size = ARCHITECTURES[name]["vision_cfg"]["image_size"]
     preprocess = open_clip.image_transform(size, is_train=False)
     return from_openclip(model, preprocess, open_clip.get_tokenizer(name), "theirs")
 
 
-def make(kind: str, tmp_path: Path) -> tuple[Model, torch.nn.Module, str, str]:
+def make(kind: str, tmp_path: Path) -> tuple[Encoder, torch.nn.Module, str, str]:
     """A model, its module, and a tensor of each tower."""
     if kind == "ours":
         clip = tiny_clip()

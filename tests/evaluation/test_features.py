@@ -58,7 +58,7 @@ def cache(tmp_path: Path) -> FeatureCache:
 
 
 def assert_same(found: ImageFeatures, expected: ImageFeatures) -> None:
-    np.testing.assert_array_equal(found.numbers, expected.numbers)
+    np.testing.assert_array_equal(found.indices, expected.indices)
     assert found.unreadable == expected.unreadable
     torch.testing.assert_close(found.features, expected.features, rtol=0, atol=1e-6)
 
@@ -75,7 +75,7 @@ def test_features_are_what_the_model_gives_image_after_image(data):
         expected = torch.cat([model.encode_image(preprocess(Image.open(path))[None]) for path in data.images])
     torch.testing.assert_close(found.features, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.unit.norm(dim=1), torch.ones(NUM_IMAGES))
-    assert found.numbers.tolist() == list(range(NUM_IMAGES))
+    assert found.indices.tolist() == list(range(NUM_IMAGES))
 
 
 def test_a_second_run_encodes_nothing_and_is_the_same_to_the_bit(data, cache):
@@ -84,7 +84,7 @@ def test_a_second_run_encodes_nothing_and_is_the_same_to_the_bit(data, cache):
     found = second.encode(data, batch_size=3, cache=cache, key="k" * 64, progress=done.append)
     assert (first.seen, second.seen, done) == (NUM_IMAGES, 0, [NUM_IMAGES])
     assert torch.equal(found.features, expected.features)
-    np.testing.assert_array_equal(found.numbers, expected.numbers)
+    np.testing.assert_array_equal(found.indices, expected.indices)
 
 
 @pytest.mark.parametrize("options", [{}, {"key": "k" * 64}, {"cache": True}], ids=["neither", "key", "cache"])
@@ -154,7 +154,7 @@ def test_unreadable_images_are_tried_again_and_count_once_they_are_mended(data, 
     data.images[3].write_bytes(b"no picture")
     first, second, third = Counting(), Counting(), Counting()
     found = first.encode(data, cache=cache, key="k" * 64)
-    assert 3 not in found.numbers
+    assert 3 not in found.indices
     assert len(found.unreadable) == 1
     assert "3.png" in found.unreadable[0]
     assert_same(second.encode(data, cache=cache, key="k" * 64), found)
@@ -300,7 +300,7 @@ def work(rank: int, world_size: int, folder: str, cache: str, out: str) -> None:
     images = cached(model, folder, cache)
     done: list[int] = []
     texts = encode_texts(model.model, TEXTS, own_tokenize(model.model), done.append)
-    torch.save((model.seen, images.features, torch.from_numpy(images.numbers), texts, done), f"{out}/{rank}.pt")
+    torch.save((model.seen, images.features, torch.from_numpy(images.indices), texts, done), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -321,10 +321,10 @@ def test_what_one_process_began_any_number_ends(tmp_path, monkeypatch, world_siz
     monkeypatch.setattr(embedding, "_PROMPTS_PER_BATCH", 8)
     texts = encode_texts(alone.model, TEXTS, own_tokenize(alone.model))
     each = -(-(NUM_IMAGES + 1 - 4) // world_size)
-    for seen, features, numbers, found_texts, done in found:
+    for seen, features, indices, found_texts, done in found:
         assert seen == each
         torch.testing.assert_close(features, expected.features, rtol=0, atol=1e-6)
-        assert numbers.tolist() == expected.numbers.tolist()
+        assert indices.tolist() == expected.indices.tolist()
         torch.testing.assert_close(found_texts, texts, rtol=0, atol=1e-6)
         assert done[-1] == 40
     again = Counting()

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from miniclip.evaluation.measures import ranking as metrics
 from miniclip.evaluation.measures.classification import (
+    Confusion,
     average_precision,
     calibration,
-    confusion_matrix,
     is_among_guesses,
     macro_f1,
     mean_per_class_recall,
@@ -198,7 +198,7 @@ def test_one_class_or_one_image_is_enough():
     assert is_among_guesses(np.array([[0]]), np.array([0])).tolist() == [True]
     table = per_class([0], [0], 1)
     assert (table.recall.tolist(), table.precision.tolist(), table.f1.tolist()) == ([1], [1], [1])
-    assert macro_f1(confusion_matrix([0, 0], [0, 0], 1)) == 1
+    assert macro_f1(Confusion.of([0, 0], [0, 0], 1)) == 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -236,13 +236,13 @@ def test_the_table_by_class_by_hand():
     assert tuple(table.recall_intervals[0]) == wilson_interval([1, 1, 0])
     assert tuple(table.recall_intervals[3]) == wilson_interval([0])
     assert np.isnan(table.recall_intervals[2]).all()
-    confusion = confusion_matrix(TRUE, GUESSED, 4)
+    confusion = Confusion.of(TRUE, GUESSED, 4)
     assert confusion.tolist() == [[2, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     assert mean_per_class_recall(confusion) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert macro_f1(confusion) == pytest.approx((4 / 7 + 2 / 3 + 0) / 3)
     assert most_confused(confusion) == [(3, 0, 1), (1, 0, 1), (0, 2, 1)]
     assert most_confused(confusion, most=1) == [(3, 0, 1)]
-    assert most_confused(np.diag([3, 2])) == []
+    assert most_confused(Confusion.of([0, 0, 0, 1, 1], [0, 0, 0, 1, 1], 2)) == []
 
 
 def test_the_intervals_by_class_know_of_groups():
@@ -259,9 +259,9 @@ def test_measures_by_class_agree_with_scikit_learn(num_classes, num_images):
 
     random = np.random.default_rng(num_classes)
     labels, guesses = random.integers(num_classes, size=(2, num_images))
-    confusion, present = confusion_matrix(labels, guesses, num_classes), np.unique(labels)
+    confusion, present = Confusion.of(labels, guesses, num_classes), np.unique(labels)
     every = range(num_classes)
-    np.testing.assert_array_equal(confusion, theirs.confusion_matrix(labels, guesses, labels=every))
+    np.testing.assert_array_equal(confusion.matrix(), theirs.confusion_matrix(labels, guesses, labels=every))
     options = {"labels": every, "average": None, "zero_division": np.nan}
     np.testing.assert_allclose(per_class_recall(confusion), theirs.recall_score(labels, guesses, **options))
     np.testing.assert_allclose(per_class_precision(confusion), theirs.precision_score(labels, guesses, **options))
@@ -279,11 +279,11 @@ def test_no_measure_by_class_warns():
 
 def test_classes_without_any_image_have_no_mean():
     with pytest.raises(ValueError, match="not one of 3 classes has an image"):
-        mean_per_class_recall(np.zeros((3, 3), dtype=int))
+        mean_per_class_recall(Confusion(3, *np.zeros((3, 0), dtype=int)))
     with pytest.raises(ValueError, match="there are no labels"):
-        confusion_matrix([], [], 3)
+        Confusion.of([], [], 3)
     with pytest.raises(ValueError, match="1 guesses for 2 images"):
-        confusion_matrix([0, 1], [0], 3)
+        Confusion.of([0, 1], [0], 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

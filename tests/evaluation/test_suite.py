@@ -21,8 +21,8 @@ from miniclip.evaluation.features import FeatureCache
 from miniclip.evaluation.measures import thresholds
 from miniclip.evaluation.measures.classification import multilabel
 from miniclip.evaluation.splits import Labelled, make_splits
-from miniclip.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL, Trial, evaluate
-from miniclip.evaluation.zero_shot import measure, zero_shot_classifier, zero_shot_scores
+from miniclip.evaluation.suite import Task, evaluate
+from miniclip.evaluation.zero_shot import zero_shot_classifier, zero_shot_scores
 from miniclip.weights.load import preprocess_for
 
 NAMES = ("cat", "dog", "kea")
@@ -66,43 +66,43 @@ def test_every_set_of_prompts_is_scored_at_the_cost_of_one_look_at_the_images(tm
     data = labelled(tmp_path)
     variants = tuple(with_templates(data, each) for each in ("simple", "imagenet7"))
     watched = Watched()
-    results = evaluate(watched.model, Trial(data, variants), ks=(1, 2))
+    results = evaluate(watched.model, Task(data, variants), ks=(1, 2))
     assert watched.images == len(data)
-    assert [result.task for result in results] == [CLASSIFICATION] * 3
+    assert [result.task for result in results] == ["zeroshot_classification"] * 3
     assert [len(result.data.templates) for result in results] == [1, 1, 7]
     for result, variant in zip(results, (data, *variants), strict=True):
         expected = zero_shot_scores(watched.clip, watched.model.preprocess, variant)
-        for name in ("numbers", "labels", "ranked"):
+        for name in ("indices", "labels", "ranked"):
             np.testing.assert_array_equal(getattr(result.scores, name), getattr(expected, name))
         np.testing.assert_allclose(result.scores.probabilities, expected.probabilities, atol=1e-6)
-        assert result.metrics.acc1 == measure(expected).acc1
-        assert set(result.metrics.top_k) == {1, 2, 5}
-        assert (result.model, result.num_images) == ("tiny", 12)
+        assert result.scores.metrics.acc1 == expected.metrics.acc1
+        assert set(result.scores.metrics.top_k) == {1, 2, 5}
+        assert (result.model, result.scores.num_images) == ("tiny", 12)
 
 
 def test_with_a_cache_a_second_run_encodes_nothing_and_says_the_same(tmp_path):
     data, cache = labelled(tmp_path / "images"), FeatureCache(tmp_path / "cache")
     first, second, changed = Watched(), Watched(), Watched()
-    (expected,) = evaluate(first.model, Trial(data), cache=cache)
-    (found,) = evaluate(second.model, Trial(data), cache=cache)
+    (expected,) = evaluate(first.model, Task(data), cache=cache)
+    (found,) = evaluate(second.model, Task(data), cache=cache)
     assert (first.images, first.texts, second.images, second.texts) == (12, 3, 0, 0)
     np.testing.assert_array_equal(found.scores.probabilities, expected.scores.probabilities)
     with torch.no_grad():
         next(changed.clip.visual.parameters()).mul_(1.5)
-    evaluate(changed.model, Trial(data), cache=cache)
+    evaluate(changed.model, Task(data), cache=cache)
     assert (changed.images, changed.texts) == (12, 0)  # the texts' tower is the same
     other_words = Watched()
-    evaluate(other_words.model, Trial(replace(data, templates=("the {}",))), cache=cache)
+    evaluate(other_words.model, Task(replace(data, templates=("the {}",))), cache=cache)
     assert (other_words.images, other_words.texts) == (0, 3)
     write_picture(data.images[0], 99)
-    evaluate(other_words.model, Trial(data), cache=cache)
+    evaluate(other_words.model, Task(data), cache=cache)
     assert other_words.images == 12
 
 
 def test_classes_of_the_same_prompts_are_told_and_the_first_gets_the_guess(tmp_path):
     data = replace(labelled(tmp_path), classnames=("cat", "dog", "cat"))
-    (result,) = evaluate(Watched().model, Trial(data))
-    assert result.same_prompts == (("cat", "cat"),)
+    (result,) = evaluate(Watched().model, Task(data))
+    assert result.scores.same_prompts == (("cat", "cat"),)
     assert 2 not in result.scores.ranked[:, 0]
     cats = np.isin(result.scores.ranked[:, 0], (0,))
     np.testing.assert_array_equal(result.scores.ranked[cats, 1], 2)  # as near, and after it
@@ -111,18 +111,18 @@ def test_classes_of_the_same_prompts_are_told_and_the_first_gets_the_guess(tmp_p
 
 def test_subgroups_are_scored_by_the_values_of_a_column(tmp_path):
     data = labelled(tmp_path, metadata={"light": ["day", "night"] * 6, "camera": ["a"] * 12})
-    (result,) = evaluate(Watched().model, Trial(data, subgroup_columns=("light", "camera")))
+    (result,) = evaluate(Watched().model, Task(data, subgroup_columns=("light", "camera")))
     right = result.scores.is_right
     found = {each.value: (each.num_images, each.accuracy) for each in result.subgroups["light"].subgroups}
     assert found == {"day": (6, right[::2].mean()), "night": (6, right[1::2].mean())}
-    assert result.subgroups["camera"].subgroups[0].accuracy == result.metrics.acc1
+    assert result.subgroups["camera"].subgroups[0].accuracy == result.scores.metrics.acc1
 
 
 def test_none_of_these_is_chosen_on_one_half_and_tried_on_the_other(tmp_path):
     data = labelled(tmp_path / "inside", 20)
     paths = tuple(write_picture(tmp_path / "outside" / f"{n}.png", 100 + n, mode="L") for n in range(14))
     watched = Watched()
-    (result,) = evaluate(watched.model, Trial(data, outside=EvaluationSet("noise", paths), false_acceptance=0.2))
+    (result,) = evaluate(watched.model, Task(data, outside=EvaluationSet("noise", paths), false_acceptance=0.2))
     found = result.outside
     assert found is not None
     assert (found.name, len(found.inside), len(found.outside)) == ("noise", 10, 7)
@@ -148,15 +148,15 @@ def test_several_labels_are_ranked_by_cosine(tmp_path):
     labels[0] = True
     data = MultilabelImages("tags", plain.images, labels, NAMES, plain.templates, plain.groups)
     watched = Watched()
-    first, second = evaluate(watched.model, Trial(data, (with_templates(data, "imagenet7"),)))
-    assert (first.task, watched.images) == (MULTILABEL, 12)
+    first, second = evaluate(watched.model, Task(data, (with_templates(data, "imagenet7"),)))
+    assert (first.task, watched.images) == ("zeroshot_multilabel", 12)
     with torch.no_grad():
         pixels = torch.stack([watched.model.preprocess(Image.open(path)) for path in plain.images])
         features = watched.clip.encode_image(pixels, normalize=True)
     for result in (first, second):
         cosines = features @ zero_shot_classifier(watched.clip, NAMES, result.data.templates)
         np.testing.assert_allclose(result.scores.cosines, cosines, atol=1e-6)
-        assert result.metrics.mean_average_precision == multilabel(cosines, labels).mean_average_precision
+        assert result.scores.metrics.mean_average_precision == multilabel(cosines, labels).mean_average_precision
 
 
 def test_captions_of_images_that_can_be_read_are_found(tmp_path):
@@ -165,8 +165,8 @@ def test_captions_of_images_that_can_be_read_are_found(tmp_path):
     captions = tuple(tuple(f"picture {n}, caption {line}" for line in range(1 + n % 3)) for n in range(7))
     data = CaptionedImages("captioned", paths, captions, tuple(map(str, range(7))))
     watched = Watched()
-    (result,) = evaluate(watched.model, Trial(data))
-    assert (result.task, result.num_images, watched.images) == (RETRIEVAL, 6, 7)
+    (result,) = evaluate(watched.model, Task(data))
+    assert (result.task, result.scores.num_images, watched.images) == ("zeroshot_retrieval", 6, 7)
     kept = [n for n in range(7) if n != 2]
     texts = [text for n in kept for text in captions[n]]
     assert list(result.scores.captions) == texts
@@ -177,10 +177,10 @@ def test_captions_of_images_that_can_be_read_are_found(tmp_path):
     owner = np.repeat(np.arange(6), [len(captions[n]) for n in kept])
     np.testing.assert_array_equal(result.scores.image_of_text, owner)
     ranks = [1 + (np.delete(column, own) >= column[own]).sum() for column, own in zip(cosines.T, owner, strict=True)]
-    np.testing.assert_array_equal(result.metrics.images.ranks, ranks)
+    np.testing.assert_array_equal(result.scores.metrics.images.ranks, ranks)
     for row, each in enumerate(cosines):
         best = each[owner == row].max()
-        assert result.metrics.texts.ranks[row] == 1 + (each[owner != row] >= best).sum()
+        assert result.scores.metrics.texts.ranks[row] == 1 + (each[owner != row] >= best).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_probes_are_those_of_the_features(tmp_path, has_pooled):
     train = labelled(tmp_path / "train", 30, first=100, name="train")
     test = labelled(tmp_path / "test", 9)
     watched = Watched(has_pooled)
-    (result,) = evaluate(watched.model, Trial(test, train=train, shots=(1, 2), seeds=(0, 1)))
+    (result,) = evaluate(watched.model, Task(test, train=train, shots=(1, 2), seeds=(0, 1)))
     found = result.probes
     assert found is not None
     assert (found.train, found.is_pooled, watched.images) == ("train", has_pooled, 39)
@@ -211,7 +211,7 @@ def test_probes_are_those_of_the_features(tmp_path, has_pooled):
         found.tip_adapter.outcome.accuracy
         == probes.tip_adapter(splits, classifier, logit_scale=result.logit_scale).outcome.accuracy
     )
-    assert found.curve.zero_shot == result.metrics.acc1
+    assert found.curve.zero_shot == result.scores.metrics.acc1
     assert found.curve.shots == (1, 2)
     width = found.linear.weight.shape[0]
     assert width == (watched.clip.config.vision.width if has_pooled else watched.clip.config.embed_dim)
@@ -222,7 +222,7 @@ def test_training_classes_in_another_order_are_the_same_classes(tmp_path):
     train = labelled(tmp_path / "train", 15, first=50, name="train")
     turned = replace(train, classnames=NAMES[::-1], labels=tuple(2 - label for label in train.labels))
     found = [
-        evaluate(Watched().model, Trial(test, train=each, shots=(1,), seeds=(0,)))[0].probes for each in (train, turned)
+        evaluate(Watched().model, Task(test, train=each, shots=(1,), seeds=(0,)))[0].probes for each in (train, turned)
     ]
     np.testing.assert_array_equal(found[0].linear.outcome.scores, found[1].linear.outcome.scores)
 
@@ -233,30 +233,30 @@ def test_training_classes_in_another_order_are_the_same_classes(tmp_path):
 
 def test_one_class_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pets has one class, 'cat'; there is nothing to tell apart"):
-        Trial(replace(labelled(tmp_path, 2), labels=(0, 0), classnames=("cat",)))
+        Task(replace(labelled(tmp_path, 2), labels=(0, 0), classnames=("cat",)))
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     with pytest.raises(ValueError, match="pets has no column 'age'; its columns are light"):
-        Trial(labelled(tmp_path, 2, metadata={"light": ["day", "night"]}), subgroup_columns=("age",))
+        Task(labelled(tmp_path, 2, metadata={"light": ["day", "night"]}), subgroup_columns=("age",))
 
 
 def test_other_classes_to_learn_from_are_refused_with_both(tmp_path):
     data = labelled(tmp_path)
     train = replace(data, name="train", classnames=("cat", "dog", "owl"))
     with pytest.raises(ValueError, match="the same: only pets has 'kea'; only train has 'owl'"):
-        Trial(data, train=train)
+        Task(data, train=train)
 
 
 def test_captions_have_no_subgroups_and_nothing_to_learn(tmp_path):
     path = write_picture(tmp_path / "0.png")
     data = CaptionedImages("captioned", (path,), (("a",),), ("0",))
     with pytest.raises(ValueError, match="train needs a set of one label for each image, and captioned is not one"):
-        Trial(data, train=labelled(tmp_path))
+        Task(data, train=labelled(tmp_path))
 
 
 def test_prompts_that_are_cut_are_told_and_so_are_classes_that_they_make_alike(tmp_path):
     data = replace(labelled(tmp_path), templates=("very " * 20 + "{}",))
     with pytest.warns(UserWarning, match="tiny reads 16 tokens; 3 of 3 texts are longer and were cut"):
-        (result,) = evaluate(Watched().model, Trial(data))
-    assert result.same_prompts == (NAMES,)
+        (result,) = evaluate(Watched().model, Task(data))
+    assert result.scores.same_prompts == (NAMES,)

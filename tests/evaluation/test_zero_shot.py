@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,11 @@ from torch import Tensor
 from miniclip import tokenizer
 from miniclip.evaluation.datasets.sets import LabelledImages, MultilabelImages
 from miniclip.evaluation.features import ImageFeatures, encode_texts
+from miniclip.evaluation.multilabel import score_labels
 from miniclip.evaluation.prompts import fill, imagenet_classnames, template_set
 from miniclip.evaluation.zero_shot import (
-    Scores,
+    ClassificationScores,
     classify,
-    measure,
-    score_labels,
     zero_shot_classifier,
     zero_shot_scores,
 )
@@ -196,14 +196,14 @@ def pictures(folder: Path, rows=PICTURES, groups=None, classes: int = 7) -> Labe
     )
 
 
-def scores_of(data: LabelledImages, **options) -> Scores:
+def scores_of(data: LabelledImages, **options) -> ClassificationScores:
     model = ByHand()
     return zero_shot_scores(model, model.preprocess, data, tokenize=model.tokenize, **options)
 
 
 def test_scores_are_cosines_in_falling_order_with_their_softmax(tmp_path):
     scores = scores_of(pictures(tmp_path))
-    assert scores.numbers.tolist() == [0, 1, 2, 3, 4]
+    assert scores.indices.tolist() == [0, 1, 2, 3, 4]
     assert scores.labels.tolist() == [0, 0, 1, 2, 3]
     assert scores.unreadable == ()
     assert scores.ranked.shape == scores.cosines.shape == scores.probabilities.shape == (5, 5)
@@ -218,7 +218,7 @@ def test_scores_are_cosines_in_falling_order_with_their_softmax(tmp_path):
 
 
 def test_measures_are_those_worked_out_by_hand(tmp_path):
-    metrics = measure(scores_of(pictures(tmp_path)))
+    metrics = scores_of(pictures(tmp_path)).metrics
     assert metrics.num_images == 5
     assert metrics.acc1 == pytest.approx(3 / 5)
     assert metrics.acc5 == pytest.approx(4 / 5)
@@ -226,7 +226,7 @@ def test_measures_are_those_worked_out_by_hand(tmp_path):
     assert metrics.mean_per_class_recall == pytest.approx((0.5 + 1 + 0 + 1) / 4)
     expected = np.zeros((7, 7), dtype=int)
     expected[0, 0] = expected[0, 1] = expected[1, 1] = expected[2, 0] = expected[3, 3] = 1
-    np.testing.assert_array_equal(metrics.confusion, expected)
+    np.testing.assert_array_equal(metrics.confusion.matrix(), expected)
     assert 0 <= metrics.interval[0] <= 0.6 <= metrics.interval[1] <= 1
 
 
@@ -234,7 +234,7 @@ def test_classes_without_images_raise_no_warning(tmp_path):
     scores = scores_of(pictures(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        measure(scores)
+        assert scores.metrics
 
 
 @pytest.mark.parametrize("classes", [1, 2, 4])
@@ -253,8 +253,8 @@ def test_fewer_than_five_classes_give_as_many_guesses(tmp_path, classes):
     scores = zero_shot_scores(model, model.preprocess, data, tokenize=model.tokenize)
     assert scores.ranked.shape == (2, classes)
     np.testing.assert_allclose(scores.probabilities.sum(axis=1), 1, rtol=1e-5)
-    metrics = measure(scores)
-    assert (metrics.acc1, metrics.acc5, metrics.confusion.shape) == (1.0, 1.0, (classes, classes))
+    metrics = scores.metrics
+    assert (metrics.acc1, metrics.acc5, metrics.confusion.matrix().shape) == (1.0, 1.0, (classes, classes))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_batch_size_and_workers_change_no_score(tmp_path, options):
     data = pictures(tmp_path)
     (tmp_path / "2.png").write_text("no picture")
     expected, found = scores_of(data), scores_of(data, **options)
-    for name in ("numbers", "labels", "ranked", "unreadable"):
+    for name in ("indices", "labels", "ranked", "unreadable"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     for name in ("cosines", "probabilities"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-6)
@@ -276,12 +276,12 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, num_workers):
     (tmp_path / "0.png").write_text("no picture")
     (tmp_path / "3.png").unlink()
     scores = scores_of(data, batch_size=1, num_workers=num_workers)
-    assert scores.numbers.tolist() == [1, 2, 4]
+    assert scores.indices.tolist() == [1, 2, 4]
     assert scores.labels.tolist() == [0, 1, 3]
     assert len(scores.unreadable) == 2
     assert str(tmp_path / "0.png") in scores.unreadable[0]
     assert str(tmp_path / "3.png") in scores.unreadable[1]
-    metrics = measure(scores)
+    metrics = scores.metrics
     assert (metrics.num_images, metrics.acc1) == (3, pytest.approx(2 / 3))
     assert np.isnan(metrics.per_class.recall[2])
 
@@ -345,7 +345,8 @@ def test_measures_agree_with_scikit_learn(num_classes, num_images):
     data = LabelledImages("random", tuple(map(Path, everyone)), tuple(labels.tolist()), names, ("{}",), everyone)
     cosines = np.take_along_axis(logits, ranked, axis=1)
     probabilities = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), ranked, axis=1)
-    ours = measure(Scores(data, np.arange(num_images), labels, ranked, cosines, probabilities, ()))
+    scores = ClassificationScores(data, np.arange(num_images), labels, ranked, cosines, probabilities, ())
+    ours = scores.metrics
     every_class = range(num_classes)
     assert ours.acc1 == pytest.approx(theirs.accuracy_score(labels, ranked[:, 0]))
     if num_classes > 5:
@@ -355,7 +356,8 @@ def test_measures_agree_with_scikit_learn(num_classes, num_images):
         assert ours.mean_per_class_recall == pytest.approx(theirs.balanced_accuracy_score(labels, ranked[:, 0]))
         recalls = theirs.recall_score(labels, ranked[:, 0], labels=every_class, average=None, zero_division=np.nan)
     np.testing.assert_allclose(ours.per_class.recall, recalls)
-    np.testing.assert_array_equal(ours.confusion, theirs.confusion_matrix(labels, ranked[:, 0], labels=every_class))
+    expected = theirs.confusion_matrix(labels, ranked[:, 0], labels=every_class)
+    np.testing.assert_array_equal(ours.confusion.matrix(), expected)
 
 
 def test_groups_of_unreadable_images_do_not_shift_those_of_the_others(tmp_path):
@@ -363,7 +365,7 @@ def test_groups_of_unreadable_images_do_not_shift_those_of_the_others(tmp_path):
     rows = [(1, [9, 0, 0, 0, 0, 0, 0]), *[(0, [9, 0, 0, 0, 0, 0, 0])] * 4, *[(1, [9, 0, 0, 0, 0, 0, 0])] * 4]
     data = pictures(tmp_path, rows, tuple("baaaabbbb"))
     (tmp_path / "0.png").write_text("no picture")
-    assert measure(scores_of(data)).interval == (0.0, 1.0)
+    assert scores_of(data).metrics.interval == (0.0, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,13 +384,10 @@ def test_of_equal_cosines_the_first_class_is_guessed_first():
     half = 0.5**0.5
     classifier = torch.tensor([[1, 0, 1, 0, half], [0, 1, 0, 1, half]], dtype=torch.float32)
     images = features_of([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0], [-1.0, -1.0]], (2, 3, 4, 4), 5)
-    scores = classify(images, images.data, classifier, 1.0)
+    scores = classify(images, images.data, classifier, 1.0, (1, 2, 3))
     assert scores.ranked.tolist() == [[0, 2, 4, 1, 3], [1, 3, 4, 0, 2], [4, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
     np.testing.assert_allclose(scores.cosines[0], [1, 1, half, 0, 0], atol=1e-6)
-    few = classify(images, images.data, classifier, 1.0, num_guesses=1)
-    assert few.ranked.tolist() == [[0], [1], [4], [0]]
-    metrics = measure(scores, (1, 2, 3))
-    assert metrics.top_k == {1: 0.25, 2: 0.75, 3: 0.75, 5: 1.0}
+    assert scores.metrics.top_k == {1: 0.25, 2: 0.75, 3: 0.75, 5: 1.0}
 
 
 def test_columns_that_are_equal_give_equal_cosines_wherever_they_stand():
@@ -397,7 +396,7 @@ def test_columns_that_are_equal_give_equal_cosines_wherever_they_stand():
         torch.manual_seed(0)
         columns = F.normalize(torch.randn(33, 61), dim=0)
         images = features_of(torch.randn(50, 33).tolist(), (0,) * 50, 122)
-    scores = classify(images, images.data, torch.cat([columns, columns], dim=1), 10.0, num_guesses=6)
+    scores = classify(images, images.data, torch.cat([columns, columns], dim=1), 10.0, (1, 6))
     assert (scores.ranked[:, ::2] + 61 == scores.ranked[:, 1::2]).all()
     np.testing.assert_array_equal(scores.cosines[:, ::2], scores.cosines[:, 1::2])
 
@@ -422,6 +421,6 @@ def test_a_classifier_that_gives_no_cosines_is_refused(classifier, says):
 
 def test_more_guesses_than_were_kept_cannot_be_told():
     images = features_of([[1.0, 0.0]], (0,), 8)
-    scores = classify(images, images.data, F.normalize(torch.ones(2, 8), dim=0), 1.0, num_guesses=5)
+    scores = classify(images, images.data, F.normalize(torch.ones(2, 8), dim=0), 1.0)
     with pytest.raises(ValueError, match="top-6 can't be told from 5 guesses"):
-        measure(scores, (6,))
+        assert replace(scores, ks=(6,)).metrics

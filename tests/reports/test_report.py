@@ -59,7 +59,7 @@ def test_the_table_has_a_row_of_numbers_for_each_data_set(tmp_path):
     second = classified(tmp_path, [(0, 0)] * 4, name="easy", templates_from="the built-in set 'simple'")
     (table,) = tables([first, second])
     assert table.title == "zero-shot classification, runs/x/best, prompts simple (1)"
-    low, high = (f"{100 * bound:.1f}" for bound in first.metrics.interval)
+    low, high = (f"{100 * bound:.1f}" for bound in first.scores.metrics.interval)
     # Said with 0.9, 0.82, 0.74, 0.66, 0.58 and 0.5, of which the first two and the last are right: off by 2.76 in all
     assert cells(table)[1:] == [
         ["pets", "6 of 7", "6", "50.0", f"{low} – {high}", "83.3", "55.6", "52.4", "46.0"],
@@ -318,7 +318,7 @@ def show(browser, tmp_path) -> Callable[..., Browser]:
 def test_the_summary_shows_the_measured_numbers(show, tmp_path, width):
     first = classified(tmp_path / "1", GUESSES)
     page = show(first, classified(tmp_path / "2", [(0, 0)] * 3, name="easy"), width=width)
-    low, high = (f"{100 * bound:.1f}" for bound in first.metrics.interval)
+    low, high = (f"{100 * bound:.1f}" for bound in first.scores.metrics.interval)
     columns = ["data", "images", "classes", "top-1 %", "95 % interval", "top-5 %"]
     assert page.cells() == [
         [*columns, "mean per class %", "macro F1 %", "ECE %"],
@@ -489,7 +489,7 @@ def test_unsure_images_are_those_whose_first_two_guesses_are_closest(show, tmp_p
 def test_intervals_of_classes_are_drawn(show, tmp_path):
     one = classified(tmp_path, GUESSES)
     page = show(one)
-    low, high = (f"{100 * end:.1f}" for end in one.metrics.per_class.recall_intervals[1])  # dog, the worst
+    low, high = (f"{100 * end:.1f}" for end in one.scores.metrics.per_class.recall_intervals[1])  # dog, the worst
     assert page.js("return document.querySelector('.bar i').title") == f"95 % interval {low} – {high}"
 
 
@@ -535,7 +535,7 @@ def test_the_own_image_is_shown_however_late_it_was_found(show, tmp_path):
     texts = features.clone()
     texts[7] = features[0]  # the last one's caption is nearest to the first image
     scores = retrieve(ImageFeatures(data, np.arange(8), features, ()), data, texts)
-    page = show(Result("m", scores, scores.metrics, 1.0))
+    page = show(Result("m", scores, 1.0))
     worst = page.js("return [...document.querySelector('.image .found').querySelectorAll('img')].map(i => i.alt)")
     assert worst == ["0.png", "1.png", "2.png", "3.png", "4.png", "7.png"]
     assert "its own at place 8" in page.text(".image .query")

@@ -24,7 +24,6 @@ from miniclip.reports.results import (
     as_dict,
     benchmark_records,
     confused_pairs,
-    metric_values,
     write_benchmark,
     write_csv,
     write_json,
@@ -70,7 +69,7 @@ def test_the_dictionary_holds_every_number_and_what_it_takes_to_measure_it_again
         "acc5": pytest.approx(5 / 6),  # of six classes the one before the first guess is missing: cat, after dog
         "mean_per_class_recall": pytest.approx((2 / 3 + 0 + 1) / 3),
         "macro_f1": pytest.approx((2 * 2 / (3 + 4) + 0 + 1) / 3),
-        "calibration_error": pytest.approx(one.metrics.calibration.error),
+        "calibration_error": pytest.approx(one.scores.metrics.calibration.error),
     }
     low, high = told["intervals_95"]["acc1"]
     assert 0 <= low < 0.5 < high <= 1
@@ -187,7 +186,7 @@ def test_csv_has_a_row_for_each_result_and_every_number_of_any(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["dataset"], row["task"]) for row in rows] == [(each.data.name, each.task) for each in results]
     for row, result in zip(rows, results, strict=True):
-        for name, value in metric_values(result).items():
+        for name, value in result.scores.values().items():
             assert float(row[name]) == value
     assert [row["classes"] for row in rows] == ["6", "3", ""]
     assert rows[1]["acc1"] == rows[2]["acc1"] == ""

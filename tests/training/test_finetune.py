@@ -334,12 +334,12 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
     assert "chosen on the very images" in said
     values = json.loads((out / "interpolation.json").read_text())
     assert [point["alpha"] for point in values["points"]] == [0, 0.25, 0.5, 1]
-    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
+    from miniclip.evaluation.zero_shot import zero_shot_scores
 
     for end, point in ((0, values["points"][0]), (1, values["points"][-1])):
         model, preprocess = miniclip.load(tmp_path / f"model{end}", device="cpu")
         for side, source in zip(("new", "old"), sets, strict=True):
-            expected = measure(zero_shot_scores(model, preprocess, open_dataset(source))).acc1
+            expected = zero_shot_scores(model, preprocess, open_dataset(source)).metrics.acc1
             assert point[side] == {source.name: expected}
     alpha = values["saved_alpha"]
     expected = finetune.interpolate(tiny_clip(0), tiny_clip(1), alpha).state_dict()
@@ -388,10 +388,10 @@ def test_fine_tuning_tells_the_scores_before_and_after_on_new_and_old(data, star
     more = [f"--model.start_from={start}", f"--trainer.callbacks=[{json.dumps(callback)}]"]
     trainer.main(without_model(data, run, *more, "--monitor=val/zero_shot_acc1", steps=3))
     said = capsys.readouterr().out
-    from miniclip.evaluation.zero_shot import measure, zero_shot_scores
+    from miniclip.evaluation.zero_shot import zero_shot_scores
 
     def score(path: Path, source: Path) -> float:
-        return measure(zero_shot_scores(*miniclip.load(path, device="cpu"), open_dataset(source))).acc1
+        return zero_shot_scores(*miniclip.load(path, device="cpu"), open_dataset(source)).metrics.acc1
 
     before = [score(start, source) for source in sets]
     after = [score(run / "checkpoints/last.ckpt", source) for source in sets]

@@ -50,7 +50,7 @@ def work(rank, world_size, images, folder):
         scores = scores_of(images, batch_size)
         found[batch_size] = [
             torch.from_numpy(a)
-            for a in (scores.numbers, scores.labels, scores.ranked, scores.cosines, scores.probabilities)
+            for a in (scores.indices, scores.labels, scores.ranked, scores.cosines, scores.probabilities)
         ]
         found[batch_size, "unreadable"] = list(scores.unreadable)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -73,12 +73,12 @@ def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(imag
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (world_size, images, folder), nprocs=world_size)
         found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
-    assert len(expected.numbers) == 8
+    assert len(expected.indices) == 8
     for each in found:
         assert each["collected"] == list(range(world_size))
         for batch_size in (1, 3, 64):
             numbers, labels, ranked, cosines, probabilities = (t.numpy() for t in each[batch_size])
-            np.testing.assert_array_equal(numbers, expected.numbers)
+            np.testing.assert_array_equal(numbers, expected.indices)
             np.testing.assert_array_equal(labels, expected.labels)
             np.testing.assert_array_equal(ranked, expected.ranked)
             np.testing.assert_allclose(cosines, expected.cosines, atol=1e-5)

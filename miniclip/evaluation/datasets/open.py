@@ -110,8 +110,8 @@ def open_images(source: str | Path) -> EvaluationSet:
     return open_dataset(source)
 
 
-def with_templates(data: LabelledImages | MultilabelImages, templates: str | Path) -> Any:
-    """The same images with other prompts; `templates` as in `open_dataset`."""
+def with_templates(data: Any, templates: str | Path) -> Any:
+    """The same images (labelled, or with several labels) with other prompts; `templates` as in `open_dataset`."""
     found = Found(data.name, data.images)
     prompts, templates_from = settle_templates(found, templates, data.classnames)
     return replace(data, templates=prompts, templates_from=templates_from)

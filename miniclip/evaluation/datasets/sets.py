@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -27,8 +27,12 @@ class EvaluationSet:
         images: N times a path, a URL, bytes, or a picture; may read them only when it is asked for one.
         keys: what the user knows each image by; by default its path.
         metadata: what else is known of the images, N values under each name, for scores of parts of them.
-        identity: what these images can be told by from others, or from these after a change, without reading them.
+        identity: changes whenever an image does, and can be computed without reading them.
+        task: what the images are for, one of `TASKS`; none for bare images. `has_classes`: prompts describe classes.
     """
+
+    task: ClassVar[str] = ""
+    has_classes: ClassVar[bool] = False
 
     name: str
     images: Sequence[Any]
@@ -111,7 +115,7 @@ class LabelledImages(EvaluationSet):
     """N images of C classes, each of one.
 
     Args:
-        labels: N numbers, 0 to C - 1.
+        labels: N indices of classes, 0 to C - 1.
         classnames: C names, as they go into the prompts.
         templates: the prompts' wordings, for all classes or by class.
         groups: N values; images of one value are not independent of each other (views of one scene, scans of one
@@ -125,6 +129,9 @@ class LabelledImages(EvaluationSet):
     groups: tuple[str, ...]
     classnames_from: str = field(default="", kw_only=True)
     templates_from: str = field(default="", kw_only=True)
+
+    task = "classification"
+    has_classes = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +150,9 @@ class MultilabelImages(EvaluationSet):
     classnames_from: str = field(default="", kw_only=True)
     templates_from: str = field(default="", kw_only=True)
 
+    task = "multilabel"
+    has_classes = True
+
 
 @dataclass(frozen=True)
 class CaptionedImages(EvaluationSet):
@@ -155,6 +165,8 @@ class CaptionedImages(EvaluationSet):
 
     captions: tuple[tuple[str, ...], ...]
     groups: tuple[str, ...]
+
+    task = "retrieval"
 
 
 @dataclass(frozen=True)
@@ -197,8 +209,8 @@ def labelled(data: EvaluationSet) -> LabelledImages:
     """
     if isinstance(data, LabelledImages):
         return data
-    kind = "captions, for retrieval" if isinstance(data, CaptionedImages) else "several labels for each image"
-    raise ValueError(f"{data.name} has {kind}; zero-shot classification needs one label for each image")
+    has = "several labels for each image" if data.has_classes else "captions, for retrieval"
+    raise ValueError(f"{data.name} has {has}; zero-shot classification needs one label for each image")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ...common.files import as_plain
 from .statistics import as_classes, as_column, as_matrix, as_truths, check_k, group_sizes, wilson_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -29,40 +31,83 @@ def is_among_guesses(ranked: np.ndarray, labels: np.ndarray, k: int = 1) -> np.n
     return (ranked[:, :k] == as_column(labels, "labels", len(ranked))[:, None]).any(axis=1)
 
 
-def confusion_matrix(labels: np.ndarray, guesses: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C, C) images by true class (row) and first guess (column)."""
-    labels = as_classes(labels, "labels", num_classes)
-    guesses = as_classes(guesses, "guesses", num_classes, len(labels))
-    places = labels.astype(np.int64) * num_classes + guesses
-    return np.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
+@dataclass(frozen=True)
+class Confusion:
+    """How often each class is taken for each: only pairs that occur, so it grows with the images, not with C².
+
+    Args:
+        labels, guesses, counts: (P,) true class, first guess, and the number of images with both; sorted by class.
+    """
+
+    num_classes: int
+    labels: np.ndarray
+    guesses: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, labels: np.ndarray, guesses: np.ndarray, num_classes: int) -> Confusion:
+        """Of true classes (N,) and first guesses (N,)."""
+        labels = as_classes(labels, "labels", num_classes)
+        guesses = as_classes(guesses, "guesses", num_classes, len(labels))
+        pairs, counts = np.unique(labels.astype(np.int64) * num_classes + guesses, return_counts=True)
+        return cls(num_classes, pairs // num_classes, pairs % num_classes, counts)
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """(C,) images of each class."""
+        return self._per_class(self.labels, self.counts)
+
+    @cached_property
+    def guessed(self) -> np.ndarray:
+        """(C,) images guessed to be of each class."""
+        return self._per_class(self.guesses, self.counts)
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """(C,) images of each class that were guessed to be of it."""
+        return self._per_class(self.labels, self.counts * (self.labels == self.guesses))
+
+    def _per_class(self, classes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        found = np.zeros(self.num_classes, dtype=np.int64)
+        np.add.at(found, classes, counts)
+        return found
+
+    def matrix(self, classes: np.ndarray | None = None) -> np.ndarray:
+        """(n, n) images by true class (row) and first guess (column), of some classes or of all."""
+        classes = np.arange(self.num_classes) if classes is None else np.asarray(classes)
+        position = np.full(self.num_classes, -1)
+        position[classes] = np.arange(len(classes))
+        rows, columns = position[self.labels], position[self.guesses]
+        is_inside = (rows >= 0) & (columns >= 0)
+        dense = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        dense[rows[is_inside], columns[is_inside]] = self.counts[is_inside]
+        return dense
 
 
-def most_confused(confusion: np.ndarray, most: int = 10) -> list[tuple[int, int, int]]:
+def most_confused(confusion: Confusion, most: int = 10) -> list[tuple[int, int, int]]:
     """(true class, guessed class, images), the most frequent mistakes first; of equally many, the later class first."""
-    mistakes = confusion.copy()
-    np.fill_diagonal(mistakes, 0)
-    order = np.argsort(mistakes, axis=None, kind="stable")[::-1][:most]
-    pairs = [divmod(int(place), len(mistakes)) for place in order]
-    return [(row, column, int(mistakes[row, column])) for row, column in pairs if mistakes[row, column]]
+    mistakes = np.flatnonzero(confusion.labels != confusion.guesses)
+    order = mistakes[np.argsort(confusion.counts[mistakes], kind="stable")[::-1][:most]]
+    return [(int(confusion.labels[i]), int(confusion.guesses[i]), int(confusion.counts[i])) for i in order]
 
 
-def per_class_recall(confusion: np.ndarray) -> np.ndarray:
+def per_class_recall(confusion: Confusion) -> np.ndarray:
     """(C,) share of a class's images that got it; NaN for a class without images."""
-    return _shares(confusion.diagonal(), confusion.sum(axis=1))
+    return _shares(confusion.right, confusion.images)
 
 
-def per_class_precision(confusion: np.ndarray) -> np.ndarray:
+def per_class_precision(confusion: Confusion) -> np.ndarray:
     """(C,) share of the images guessed to be of a class that are; NaN for a class that nothing was guessed to be."""
-    return _shares(confusion.diagonal(), confusion.sum(axis=0))
+    return _shares(confusion.right, confusion.guessed)
 
 
-def per_class_f1(confusion: np.ndarray) -> np.ndarray:
+def per_class_f1(confusion: Confusion) -> np.ndarray:
     """(C,) harmonic mean of recall and precision, 0 if nothing was right; NaN for a class without images."""
-    images, guessed = confusion.sum(axis=1), confusion.sum(axis=0)
-    return np.where(images > 0, _shares(2 * confusion.diagonal(), images + guessed), np.nan)
+    f1 = _shares(2 * confusion.right, confusion.images + confusion.guessed)
+    return np.where(confusion.images > 0, f1, np.nan)
 
 
-def mean_per_class_recall(confusion: np.ndarray) -> float:
+def mean_per_class_recall(confusion: Confusion) -> float:
     """The mean of recall over classes that have images, rare ones as much as common: also called balanced accuracy.
 
     As scikit-learn's `balanced_accuracy_score`, which CLIP_benchmark reports under our name.
@@ -70,7 +115,7 @@ def mean_per_class_recall(confusion: np.ndarray) -> float:
     return _mean_of_classes(per_class_recall(confusion))
 
 
-def macro_f1(confusion: np.ndarray) -> float:
+def macro_f1(confusion: Confusion) -> float:
     """The mean of F1 over classes that have images.
 
     scikit-learn's `f1_score(average="macro")` counts a class without images as 0 if it was ever guessed, and gives
@@ -108,11 +153,26 @@ class PerClass:
     f1: np.ndarray
     recall_intervals: np.ndarray
 
+    def as_dicts(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each class, for JSON."""
+        return [
+            {
+                "class": name,
+                "images": int(self.images[c]),
+                "guessed": int(self.guessed[c]),
+                "recall": as_plain(self.recall[c]),
+                "precision": as_plain(self.precision[c]),
+                "f1": as_plain(self.f1[c]),
+                "recall_interval_95": [as_plain(end) for end in self.recall_intervals[c]],
+            }
+            for c, name in enumerate(names)
+        ]
+
 
 def per_class(labels: np.ndarray, guesses: np.ndarray, num_classes: int, groups: np.ndarray | None = None) -> PerClass:
     """The table by class of true classes (N,) and first guesses (N,); `groups` (N,) as in `wilson_interval`."""
     labels, guesses = np.asarray(labels), np.asarray(guesses)
-    confusion = confusion_matrix(labels, guesses, num_classes)
+    confusion = Confusion.of(labels, guesses, num_classes)
     group, _ = group_sizes(groups, len(labels))
     intervals = np.full((num_classes, 2), np.nan)
     order = np.argsort(labels, kind="stable")
@@ -120,8 +180,8 @@ def per_class(labels: np.ndarray, guesses: np.ndarray, num_classes: int, groups:
         c = labels[rows[0]]
         intervals[c] = wilson_interval(guesses[rows] == c, group[rows])
     return PerClass(
-        confusion.sum(axis=1),
-        confusion.sum(axis=0),
+        confusion.images,
+        confusion.guessed,
         per_class_recall(confusion),
         per_class_precision(confusion),
         per_class_f1(confusion),
@@ -213,6 +273,16 @@ class Calibration:
     confidence: np.ndarray
     accuracy: np.ndarray
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "error": self.error,
+            "largest_error": self.largest_error,
+            "edges": self.edges.tolist(),
+            "images": self.images.tolist(),
+            "confidence": [as_plain(value) for value in self.confidence],
+            "accuracy": [as_plain(value) for value in self.accuracy],
+        }
+
 
 def calibration(
     confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15, is_adaptive: bool = False
@@ -282,6 +352,24 @@ class Subgroups:
     gap: float | None
     best: Subgroup | None
     worst: Subgroup | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "gap": self.gap,
+            "best": None if self.best is None else self.best.value,
+            "worst": None if self.worst is None else self.worst.value,
+            "subgroups": [
+                {
+                    "value": None if each.value is None else str(each.value),
+                    "images": each.num_images,
+                    "groups": each.num_groups,
+                    "acc1": each.accuracy,
+                    "interval_95": list(each.interval),
+                    "is_too_small": each.is_too_small,
+                }
+                for each in self.subgroups
+            ],
+        }
 
 
 def subgroup_accuracy(

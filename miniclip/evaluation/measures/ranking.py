@@ -4,7 +4,7 @@ I images, T texts, E embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from ...common.processes import all_gather_objects, rank_and_world_size
 from .statistics import as_rows, check_k
+from .ties import SAME
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Retrieval
 
 _NUM_ROWS, _NUM_COLUMNS = 2048, 4096  # of a block of cosines: 64 MiB
-# Cosines of equal features differ in float64 by some 1e-16 with their place in a block; those of different ones, as
-# models give them, hardly ever by as little as this.
-_SAME = 1e-11
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,12 @@ def retrieval(
     text_features: Tensor | np.ndarray,
     image_of_text: Tensor | np.ndarray | Sequence[int],
     ks: Sequence[int] = (1, 5, 10),
+    captions: Sequence[Hashable] | None = None,
 ) -> Retrieval:
     """Images by texts and texts by images, exact, over blocks of the matrix of cosines and never the whole.
 
-    The cosines are taken in float64, so that ties are ties in every block, process and device. A text that is equal to
-    one of another image ties with it, and finds nothing at rank 1.
+    Cosines closer than `ties.SAME` are equal, and equal ones count against the model. An image of the same caption is
+    a right answer to it, and so is the same caption of another image.
 
     Where there are several processes, all call this with the same features, and each takes a part of the images.
 
@@ -75,6 +74,7 @@ def retrieval(
         image_features: (I, E), of any length but 0. Where they are, all is computed.
         text_features: (T, E), likewise.
         image_of_text: (T,) the image that each text belongs to; images have any number of texts.
+        captions: T values, equal for texts that are the same; by default every text is another.
 
     Raises:
         ValueError: features that have no direction (NaN, infinite or 0), or that do not belong together.
@@ -94,26 +94,47 @@ def retrieval(
     if owner.min() < 0 or owner.max() >= len(images):
         wrong = owner[(owner < 0) | (owner >= len(images))][0]
         raise ValueError(f"image_of_text says image {wrong}; with {len(images)} images they are 0 to {len(images) - 1}")
-    better_images, better_texts = _count_better(images, texts, owner.astype(np.int64))
-    return Retrieval(
-        _ranking(better_images, np.arange(len(texts)), len(images), ks), _ranking(better_texts, owner, len(texts), ks)
-    )
+    owner = owner.astype(np.int64)
+    caption = _numbered(captions, len(texts))
+    better_images, better_texts = _count_better(images, texts, owner, caption)
+    # A caption asks once for all texts that are it, and finds the images that have it.
+    _, pairs = np.unique(np.stack([caption, owner]), axis=1, return_index=True)
+    by_caption = _ranking(better_images[pairs], caption[pairs], len(images), ks, caption)
+    return Retrieval(by_caption, _ranking(better_texts, owner, len(texts), ks))
 
 
-def _ranking(better: np.ndarray, query: np.ndarray, num_candidates: int, ks: Sequence[int]) -> Ranking:
-    """Of each pair of a query and its own (T,): how many of others are as good or better, and which query it is."""
+def _numbered(captions: Sequence[Hashable] | None, num_texts: int) -> np.ndarray:
+    """(T,) equal numbers for equal captions."""
+    if captions is None:
+        return np.arange(num_texts)
+    if len(captions) != num_texts:
+        raise ValueError(f"{len(captions)} captions for {num_texts} text features; there is one for each")
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(caption, len(number)) for caption in captions], dtype=np.int64)
+
+
+def _ranking(
+    better: np.ndarray, query: np.ndarray, num_candidates: int, ks: Sequence[int], asked: np.ndarray | None = None
+) -> Ranking:
+    """
+    Args:
+        better: (P,) for each pair of a query and one of its own, how many wrong candidates are as good or better.
+        query: (P,) which query that is.
+        asked: (Q,) the query that each text asks; by default every query is asked once.
+    """
     order = np.lexsort((better, query))
     queries, first, sizes = np.unique(query[order], return_index=True, return_counts=True)
     number = np.arange(len(order)) - np.repeat(first, sizes) + 1  # of its own, the best is 1
     places = better[order] + number  # among all
-    ranks = places[first]
+    asking = np.arange(len(queries)) if asked is None else np.searchsorted(queries, asked)
+    ranks = places[first][asking]
     precision = {}
     for k in ks:
         summed = np.add.reduceat(np.where(places <= k, number / places, 0.0), first)
-        precision[k] = float((summed / np.minimum(sizes, k)).mean())
+        precision[k] = float((summed / np.minimum(sizes, k))[asking].mean())
     return Ranking(
         num_candidates,
-        queries,
+        queries if asked is None else np.arange(len(asked)),
         ranks,
         {k: float((ranks <= k).mean()) for k in ks},
         float(np.median(ranks)),
@@ -123,8 +144,10 @@ def _ranking(better: np.ndarray, query: np.ndarray, num_candidates: int, ks: Seq
 
 
 @torch.inference_mode()
-def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each text: other images at least as near to it as its own, and other images' texts as near to its image.
+def _count_better(
+    images: Tensor, texts: Tensor, owner: np.ndarray, caption: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each text: wrong images at least as near to it as its own, and wrong texts as near to its image.
 
     Images are taken by falling number of texts, and texts in the order of their images. So the images that have an
     n-th text are the first rows of a block, and a block's own pairs are neighbours.
@@ -148,8 +171,9 @@ def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.
     for start in range(0, len(texts), _NUM_ROWS):
         chosen = text_order[start : start + _NUM_ROWS]
         pair = unit(images, image_norms, owner[chosen]), unit(texts, text_norms, chosen)
-        own[start : start + _NUM_ROWS] = (pair[0] * pair[1]).sum(dim=1) - _SAME
+        own[start : start + _NUM_ROWS] = (pair[0] * pair[1]).sum(dim=1) - SAME
 
+    others = _SharedCaptions(owner, caption)
     rank, world_size = rank_and_world_size()
     num_rows = min(_NUM_ROWS, -(-len(images) // world_size))
     better = torch.zeros(2, len(texts), dtype=torch.int64, device=device)
@@ -165,6 +189,8 @@ def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.
             if low < high:
                 pairs = rows[owner[text_order[low:high]]] - top, np.arange(low, high) - left
                 cosines[torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)] = -torch.inf
+            pairs = others.between(chosen, text_order[columns])
+            cosines[torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)] = -torch.inf
             better[0, columns] += _count(cosines >= own[columns], dim=0)
             for number in range(int(num_texts[chosen[0]])):
                 having = int((num_texts[chosen] > number).sum())
@@ -173,6 +199,37 @@ def _count_better(images: Tensor, texts: Tensor, owner: np.ndarray) -> tuple[np.
     counts = np.empty((2, len(texts)), dtype=np.int64)
     counts[:, text_order] = sum(all_gather_objects(better.cpu().numpy()))
     return counts[0], counts[1]
+
+
+class _SharedCaptions:
+    """Which images and texts belong together because another image has the same caption."""
+
+    def __init__(self, owner: np.ndarray, caption: np.ndarray) -> None:
+        owners = np.unique(np.stack([caption, owner]), axis=1)  # (2, P), sorted by caption
+        is_shared = np.bincount(owners[0])[owners[0]] > 1
+        self.captions, images = owners[:, is_shared]
+        order = np.argsort(images, kind="stable")
+        self.images, self.caption_of_image = images[order], self.captions[order]
+        self.caption_of_text = np.where(np.isin(caption, self.captions), caption, -1)
+
+    def between(self, images: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of `images` and of `texts`, pair by pair."""
+        if not len(self.images):
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        first = np.searchsorted(self.images, images, side="left")
+        sizes = np.searchsorted(self.images, images, side="right") - first
+        rows, captions = np.repeat(np.arange(len(images)), sizes), self.caption_of_image[_ranges(first, sizes)]
+        order = np.argsort(self.caption_of_text[texts], kind="stable")
+        sorted_captions = self.caption_of_text[texts][order]
+        first = np.searchsorted(sorted_captions, captions, side="left")
+        sizes = np.searchsorted(sorted_captions, captions, side="right") - first
+        return np.repeat(rows, sizes), order[_ranges(first, sizes)]
+
+
+def _ranges(first: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, … (sizes[0] of them), then those from first[1], and so on."""
+    ends = np.cumsum(sizes)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - sizes), sizes)
 
 
 def _count(is_true: Tensor, dim: int) -> Tensor:
