@@ -177,9 +177,8 @@ def encode_texts(
             progress(round(len(parts) * len(unique) / len(own)))
     if rank_and_world_size()[1] > 1:
         device = parts[0].device
-        parts = [part.to(device) for each in all_gather_objects([part.cpu() for part in parts]) for part in each][
-            : len(batches)
-        ]
+        of_all = all_gather_objects([part.cpu() for part in parts])
+        parts = [part.to(device) for each in of_all for part in each][: len(batches)]
     row = {text: position for position, text in enumerate(unique)}
     return torch.cat(parts)[[row[stands_for[text]] for text in texts]]
 

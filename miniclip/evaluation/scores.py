@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .measures.classification import Calibration, Confusion
+from .measures.classification import Calibration, Confusion, most_confused
 from .prompts import Prompts
 
 # A cell of a table: a text, a count, a share of 1 (in columns that end in %), its interval, or nothing.
@@ -81,6 +81,11 @@ class Scores(ABC):
     @property
     def confusion(self) -> Confusion | None:
         return None
+
+    def confused_pairs(self, most: int = 10) -> list[tuple[str, str, int]]:
+        """(true class, guessed class, images), the most frequent mistakes first."""
+        pairs = [] if self.confusion is None else most_confused(self.confusion, most)
+        return [(self.classnames[true], self.classnames[guess], count) for true, guess, count in pairs]
 
     @property
     def calibration(self) -> Calibration | None:

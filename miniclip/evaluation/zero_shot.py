@@ -31,7 +31,6 @@ from .measures.classification import (
     is_among_guesses,
     macro_f1,
     mean_per_class_recall,
-    most_confused,
     per_class,
     subgroup_accuracy,
 )
@@ -380,11 +379,6 @@ class ClassificationScores(ClassScores):
                 "group": self.groups.tolist(),
             }
         )
-
-    def confused_pairs(self, most: int = 10) -> list[tuple[str, str, int]]:
-        """(true class, guessed class, images), the most frequent mistakes first."""
-        names = self.classnames
-        return [(names[row], names[column], n) for row, column, n in most_confused(self.metrics.confusion, most)]
 
     @property
     def confusion(self) -> Confusion:

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 
 from ..common.files import write_text
 from ..common.wording import percent, some
-from ..evaluation.measures.classification import Confusion, most_confused
+from ..evaluation.measures.classification import Confusion
 from ..evaluation.prompts import Prompts
 from ..evaluation.robustness import Robustness
 from ..evaluation.suite import Result
@@ -61,9 +61,7 @@ def _section(result: Result, heading: str, is_short: bool, thumbnails: Thumbnail
         "templates": _examples(scores.prompts),
         "templates_from": getattr(data, "templates_from", ""),
         "same_prompts": scores.same_prompts,
-        "confused": []
-        if confusion is None
-        else [(scores.classnames[c], scores.classnames[guess], count) for c, guess, count in most_confused(confusion)],
+        "confused": scores.confused_pairs(),
     }
     if is_short:
         return section
@@ -102,7 +100,7 @@ def _confusions(confusion: Confusion, names: tuple[str, ...]) -> list[tuple[str,
     """All classes, as long as each has a pixel; of many classes also those that are mistaken most often."""
     found = [("", plot_confusion(confusion, names))] if len(names) <= MOST_DRAWN else []
     if len(names) > MOST_LABELS and len(chosen := most_mistaken(confusion)):
-        title = f"The {len(chosen)} classes most often mistaken for each other:"
+        title = f"Of all, the {len(chosen)} classes most often mistaken for each other:"
         found.append((title, plot_confusion(confusion, names, chosen)))
     return found
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..common.files import atomic_write, write_text
+from ..common.version import __version__
 from ..evaluation.robustness import Robustness
 from ..evaluation.suite import Result
 

@@ -237,7 +237,7 @@ def test_the_table_by_class_by_hand():
     assert tuple(table.recall_intervals[3]) == wilson_interval([0])
     assert np.isnan(table.recall_intervals[2]).all()
     confusion = Confusion.of(TRUE, GUESSED, 4)
-    assert confusion.tolist() == [[2, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert confusion.matrix().tolist() == [[2, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     assert mean_per_class_recall(confusion) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert macro_f1(confusion) == pytest.approx((4 / 7 + 2 / 3 + 0) / 3)
     assert most_confused(confusion) == [(3, 0, 1), (1, 0, 1), (0, 2, 1)]

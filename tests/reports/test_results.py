@@ -23,7 +23,6 @@ from miniclip.reports.comparison import compare_runs, read
 from miniclip.reports.results import (
     as_dict,
     benchmark_records,
-    confused_pairs,
     write_benchmark,
     write_csv,
     write_json,
@@ -165,14 +164,14 @@ def test_very_many_classes_keep_the_confused_pairs_and_drop_the_matrix(tmp_path)
 
 def test_the_most_frequent_mistakes_come_first_and_right_guesses_are_none(tmp_path):
     guesses = [(0, 0)] * 9 + [(0, 1)] * 2 + [(2, 3)] * 5 + [(1, 0)] + [(4, 5)] * 3
-    assert confused_pairs(classified(tmp_path, guesses)) == [
+    assert classified(tmp_path, guesses).scores.confused_pairs() == [
         ("kea", "owl", 5),
         ("tench", "zebra", 3),
         ("cat", "dog", 2),
         ("dog", "cat", 1),
     ]
-    assert confused_pairs(classified(tmp_path, guesses), most=1) == [("kea", "owl", 5)]
-    assert confused_pairs(classified(tmp_path, [(0, 0), (1, 1)])) == []
+    assert classified(tmp_path, guesses).scores.confused_pairs(most=1) == [("kea", "owl", 5)]
+    assert classified(tmp_path, [(0, 0), (1, 1)]).scores.confused_pairs() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
