@@ -19,9 +19,11 @@ from .config import Preprocessing
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 pixels (..., 3, H, W) to float32 of zero mean and unit deviation over CLIP's training images."""
-    shape = (3, 1, 1)
-    out = images.to(torch.float32, copy=True)
-    return out.div_(255).sub_(out.new_tensor(mean).view(shape)).div_(out.new_tensor(std).view(shape))
+    out = images.to(torch.float32, copy=True).div_(255)
+    # Python's numbers travel with the kernels; tensors of them would be copied to the device, which a GPU waits for.
+    for channel, channel_mean, channel_std in zip(range(out.shape[-3]), mean, std, strict=True):
+        out[..., channel, :, :].sub_(channel_mean).div_(channel_std)
+    return out
 
 
 class Preprocess:

@@ -10,6 +10,9 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from torchvision.transforms.v2 import functional
 
@@ -140,6 +143,29 @@ def test_normalising_leaves_the_pixels_alone(dtype):
     pixels = torch.full((2, 3, 4, 4), 7, dtype=dtype)
     normalize(pixels, OPENAI_MEAN, OPENAI_STD)
     assert pixels.eq(7).all()
+
+
+def test_normalising_copies_nothing_to_the_device():
+    """A copy from the host's memory would make the host wait for the GPU."""
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            devices.update(leaf.device.type for leaf in tree_leaves((args, kwargs, output)) if torch.is_tensor(leaf))
+            return output
+
+    with FakeTensorMode():
+        pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8, device="cuda")
+        with Watch():
+            normalize(pixels, OPENAI_MEAN, OPENAI_STD)
+    assert devices == {"cuda"}
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_every_channel_needs_a_mean(channels):
+    with pytest.raises(ValueError, match="argument 2 is"):
+        normalize(torch.zeros(2, channels, 4, 4, dtype=torch.uint8), OPENAI_MEAN, OPENAI_STD)
 
 
 def test_the_representation_names_what_the_pixels_went_through():
