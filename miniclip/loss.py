@@ -68,7 +68,7 @@ def clip_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         p = gather_pairs(image_features, text_features, chunk_size, mask, groups, across_processes)
         scale = p.number(logit_scale)
-        over_texts, over_images = LogSumExps.apply(p.images, p.all_texts, scale, p.mask, p.all_mask, p.chunk_size)
+        over_texts, over_images = LogSumExps.apply(p.images, p.all_texts, scale, p)
         # Of each text over all images: every process has the sum over its own.
         over_images = (log_sum_exp(over_images) if across_processes else over_images)[p.own]  # (b,)
         targets = p.texts if p.all_groups is None else group_means(p.all_texts, p.all_groups, p.all_mask)[p.own]

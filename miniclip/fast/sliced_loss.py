@@ -57,7 +57,9 @@ def gather_pairs(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for no chunks")
-    is_empty = mask is not None and not across_processes and not mask.any()  # of all processes, the number below tells
+    # A compiled graph has no values to look at, and across processes `num_pairs` counts all of them.
+    is_alone = not across_processes and not torch.compiler.is_compiling()
+    is_empty = mask is not None and is_alone and not mask.any()
     for name, value in (("mask", mask), ("groups", groups)):
         if value is not None and (value.shape != image_features.shape[:1] or is_empty):
             kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
@@ -99,16 +101,9 @@ class LogSumExps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        images: Tensor,
-        texts: Tensor,
-        scale: Tensor,
-        image_mask: Tensor | None,
-        text_mask: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, p: Contrast) -> tuple[Tensor, Tensor]:
         """(b, E), (B, E) -> (b,), (B,)."""
+        image_mask, text_mask, chunk_size = p.mask, p.all_mask, p.chunk_size
         ctx.chunk_size, ctx.masks = chunk_size, (image_mask, text_mask)
         over_texts = torch.empty_like(images[:, 0])  # (b,)
         over_images = torch.full_like(texts[:, 0], -torch.inf)  # (B,)
@@ -143,7 +138,7 @@ class LogSumExps(torch.autograd.Function):
             torch.mm(gradient, texts, out=image_gradient[rows])
             text_gradient.addmm_(gradient.T, images[rows])
         scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
-        return image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, None, None, None
+        return image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, None
 
 
 class SigmoidLosses(torch.autograd.Function):

@@ -1,6 +1,7 @@
 # Oracles: fractions worked out by hand, open_clip's ClipLoss, and torch's cross-entropy.
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from helpers import LargestTensor
 from open_clip.loss import ClipLoss
 
 from miniclip.common.processes import gather
-from miniclip.loss import clip_loss
+from miniclip.loss import clip_loss, siglip_loss
 
 B, E = 7, 5
 CHUNKS = [1, 3, B - 1, B, B + 5]
@@ -309,3 +310,14 @@ def test_slices_hold_no_more_than_their_share_of_the_logits():
     with LargestTensor() as largest:
         clip_loss(*features, 10.0, chunk_size=16).backward()
     assert largest.numel == 16 * 256
+
+
+# ---- compiled
+
+
+@pytest.mark.parametrize("loss", [clip_loss, partial(siglip_loss, logit_bias=-3.0)], ids=["clip", "siglip"])
+def test_a_compiled_loss_is_one_graph_with_the_same_value_and_gradients(loss):
+    options = {"chunk_size": 3, "mask": torch.arange(B) != 2, "groups": torch.arange(B) // 2}
+    expected = value_and_gradients(loss, *random_features(), **options)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_all_close(value_and_gradients(compiled, *random_features(), **options), expected, tolerance=1e-14)
