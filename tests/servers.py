@@ -7,33 +7,34 @@ import http.server
 import re
 import threading
 
+PIECE = 100_000
+
 
 class Server:
-    """Serves `files` by path. `fault` maps a request's number to a status, or after how many bytes to hang up."""
+    """Serves `files` by path, in pieces, each after a call of `before` with its first byte.
+
+    `fault` maps a request's number to a status, or after how many bytes to hang up.
+    """
 
     def __init__(self, files, has_range=True, fault=lambda number: None, before=lambda path, start: None):
         self.files, self.has_range, self.fault, self.before = files, has_range, fault, before
-        self.gets, self.heads, self.connections = [], [], 0
+        self.gets, self.heads, self.headers, self.has_head = [], [], [], True
         lock = threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def setup(handler):  # noqa: N805
-                with lock:
-                    self.connections += 1
-                super().setup()
-
             def do_HEAD(handler):  # noqa: N805
                 with lock:
                     self.heads.append(handler.path)
-                    fault = self.fault(len(self.heads) - 1)
+                    fault = self.fault(len(self.heads) - 1) if self.has_head else 501
                 self.answer(handler, fault, None, has_body=False)
 
             def do_GET(handler):  # noqa: N805
                 with lock:
                     asked = handler.headers.get("Range")
                     self.gets.append((handler.path, asked))
+                    self.headers.append(handler.headers)
                     fault = self.fault(len(self.gets) - 1)
                 self.answer(handler, fault, asked, has_body=True)
 
@@ -49,24 +50,24 @@ class Server:
         content = self.files.get(handler.path.partition("?")[0])
         start, end = 0, len(content or b"") - 1
         if asked and self.has_range:
-            found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
-            start, end = int(found[1]), min(int(found[2]), end)
-        self.before(handler.path, start)
-        status = fault if fault in (403, 429, 500, 503) else 404 if content is None else 200
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
+            start, end = int(found[1]), min(int(found[2] or end), end)
+        status = fault if fault in (403, 429, 500, 501, 503) else 404 if content is None else 200
         if status == 200 and asked and self.has_range:
             status = 206 if start <= end else 416
         body = content[start : end + 1] if status in (200, 206) else b"no"
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(body)))
-        if handler.path.endswith("/"):
-            handler.send_header("Content-Type", "text/html")
         if status == 206:
             handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
         handler.end_headers()
         if has_body:
             is_cut = fault is not None and status in (200, 206)
+            body = body[:fault] if is_cut else body
             with contextlib.suppress(ConnectionError):
-                handler.wfile.write(body[:fault] if is_cut else body)
+                for first in range(0, len(body), PIECE):
+                    self.before(handler.path, start + first)
+                    handler.wfile.write(body[first : first + PIECE])
             handler.close_connection = handler.close_connection or is_cut
 
     def __enter__(self):

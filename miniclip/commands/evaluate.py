@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.files import expand_home
 from ..common.wording import some
 from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar
 
@@ -286,7 +287,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
             split,
             columns[1],
             columns[2],
-            Path(options.root).expanduser(),
+            expand_home(options.root),
             options.download and source.startswith("torchvision:"),
             options.task,
         )

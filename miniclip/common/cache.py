@@ -5,38 +5,37 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
-from .storage import PIECE_BYTES, filesystem, local_path, patiently, read_range
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
+from .files import cache_folder, locked, remove, sync
+from .storage import PIECE_BYTES, local_path, patiently, read_blocks, size_of
 
 
 class Cache:
-    """Remote files kept on the local disk, each fetched once per machine whatever the number of processes.
+    """Remote files kept on the local disk, each fetched once per machine, however many processes want it.
 
     Args:
-        folder: where; else `shards` below MINICLIP_CACHE, or below `miniclip` in XDG_CACHE_HOME or ~/.cache.
-        limit_bytes: the files least recently opened are deleted so that all together have no more than this. Those
+        folder: where; by default `cache_folder("shards")`.
+        limit_bytes: the files least recently opened are deleted so that all together have no more than this. Files
             still on their way come on top.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = 50 * 10**9) -> None:
-        if folder is None:
-            user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "miniclip"
-            folder = Path(os.environ.get("MINICLIP_CACHE") or user_cache).expanduser() / "shards"
-        self.folder, self.limit_bytes = folder, limit_bytes
+        self._folder, self.limit_bytes = folder, limit_bytes
+
+    @property
+    def folder(self) -> Path:
+        return self._folder or cache_folder("shards")  # asked for late: who reads local files needs no home folder
 
     def open(self, url: str, size: int | None = None, sha256: str | None = None) -> IO[bytes]:
-        """The file, open for reading, so that its deletion by another process does no harm. Local ones as they are.
+        """The file, open for reading, so that its deletion by another process does no harm. Local files are opened
+        where they lie.
 
-        What the cache has is taken to be what the URL has, unless `size` or `sha256` say otherwise.
+        The cached file is taken to be what the URL has, unless `size` or `sha256` differ.
 
         Raises:
             ValueError: the scheme is refused, the file can't be had, is not what was expected, or exceeds the bound.
@@ -49,13 +48,13 @@ class Cache:
             if file := self._reopen(path, size):
                 return file
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(_beside(path, ".lock")):  # another process may be faster
+            with locked(_beside(path, ".lock"), f"another process is fetching {url}"):
                 return self._reopen(path, size) or self._fetch(url, path, size, sha256)
         except OSError as error:
             raise ValueError(f"{url} can't be kept in {self.folder}: {error}") from error
 
     def verified(self, url: str, sha256: str) -> None:
-        """Tells the checksum of a file that was fetched without one, so that who knows it finds the file."""
+        """Records the checksum of a file that was fetched without one, so that who knows it finds the file."""
         with suppress(FileNotFoundError):
             os.replace(self._path(url, None), self._path(url, sha256))
 
@@ -75,85 +74,120 @@ class Cache:
             file.close()
             return None
         with suppress(OSError):  # someone else's, or on a disk that can only be read
-            os.utime(file.fileno())
+            os.utime(path)
         return file
 
     def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None) -> IO[bytes]:
-        if size is None:
-            size = patiently(url, lambda: filesystem(url).info(url)).get("size")
-        partial, folder_lock = _beside(path, ".part"), self.folder / "folder.lock"
+        size = size_of(url) if size is None else size
+        partial = _beside(path, ".part")
+        folder_lock = self.folder / "folder.lock", f"another process makes room in {self.folder}"
         if size is not None:
-            with FileLock(folder_lock):
+            with locked(*folder_lock):
                 self._make_room(url, path, size)
-        if sha256 is None:  # only a checksum can tell that what a broken process left belongs to the rest
+        if sha256 is None:  # without a checksum, what a broken process left may belong to another file
             partial.unlink(missing_ok=True)
-        problem = _download(url, partial, size, sha256) and _download(url, partial, size, sha256)
+        problem = download(url, partial, size, sha256) and download(url, partial, size, sha256)
         if problem:
             raise ValueError(f"{url} has {problem}; it was fetched twice and thrown away")
-        with FileLock(folder_lock):
+        with locked(*folder_lock):
             self._make_room(url, path, partial.stat().st_size)  # others may have come meanwhile
             os.replace(partial, path)
             return open(path, "rb")
 
     def _make_room(self, url: str, path: Path, size: int) -> None:
-        """Deletes what was not used for longest until `size` bytes more fit; the folder's lock has to be held."""
+        """Deletes what was not used for longest; the folder's lock has to be held."""
+        partial = _beside(path, ".part")
         if size > self.limit_bytes:
-            _beside(path, ".part").unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise ValueError(f"{url} has {size:,} bytes; the cache holds at most limit_bytes={self.limit_bytes:,}")
-        others: list[tuple[int, int, Path]] = []
-        # By our own pattern, as the folder may hold what isn't ours.
-        for other in self.folder.glob("*-" + "[0-9a-f]" * 32 + ".cached*"):
-            if other.suffix != ".lock" and other not in (path, _beside(path, ".part")):
-                with suppress(FileNotFoundError):  # a partial that was just thrown away
-                    facts = other.stat()
-                    others.append((facts.st_mtime_ns, facts.st_size, other))
-        held = sum(bytes_there for _, bytes_there, _ in others)
-        for _, bytes_there, other in sorted(others):
-            if held + size <= self.limit_bytes:
-                break
-            if other.suffix == ".part":
-                try:
-                    with FileLock(_beside(other.with_suffix(""), ".lock"), blocking=False):
-                        other.unlink(missing_ok=True)  # its process is gone
-                except Timeout:
-                    continue
-            else:
-                other.unlink()
-            held -= bytes_there
+        # By a pattern of its own, as the folder may hold other people's files.
+        names = "*-" + "[0-9a-f]" * 32 + ".cached*"
+        others = (other for other in self.folder.glob(names) if other not in (path, partial))
+        make_room((other for other in others if ".lock" not in other.name), self.limit_bytes - size, _delete)
+
+
+def _delete(path: Path) -> None:
+    if path.suffix != ".part":
+        path.unlink()
+        return
+    with locked(_beside(path.with_suffix(""), ".lock"), "another process is fetching it", patience_s=0):
+        path.unlink(missing_ok=True)  # its process is gone
 
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _download(url: str, partial: Path, size: int | None, sha256: str | None) -> str | None:
-    """Appends what the file lacks. Returns what is wrong with the result, which is then deleted."""
+def make_room(paths: Iterable[Path], limit_bytes: int, delete: Callable[[Path], None] = remove) -> None:
+    """Deletes files and folders, those not used for longest first, until the rest has at most `limit_bytes`.
+
+    What `delete` refuses with a ValueError or an OSError stays.
+    """
+    held: list[tuple[int, int, Path]] = []
+    for path in paths:
+        with suppress(OSError):  # another process was faster
+            files = list(path.iterdir()) if path.is_dir() else [path]
+            held.append((path.stat().st_mtime_ns, sum(file.stat().st_size for file in files), path))
+    total = sum(size for _, size, _ in held)
+    for _, size, path in sorted(held):
+        if total <= limit_bytes:
+            break
+        with suppress(ValueError, OSError):
+            delete(path)
+            total -= size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file
+
+
+def download(
+    url: str,
+    partial: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> str | None:
+    """Appends to a file what it lacks of a remote one. A connection that breaks goes on where it broke.
+
+    Args:
+        progress: called with the bytes that are there, and those of the whole file where the store says so.
+
+    Returns:
+        What is wrong with the result, which is then deleted: its size, or its checksum. None if it is sound.
+
+    Raises:
+        ValueError: it can't be had. What has come is kept.
+    """
+
+    def go_on() -> bool:
+        """Whether the file is complete now; False if the connection broke, but had brought a good piece."""
+        begin = file.tell()
+        try:
+            for position, total, block in read_blocks(url, begin, size):
+                if position != file.tell():
+                    file.truncate(position)  # the server knows no ranges
+                file.write(block)
+                file.flush()  # for who goes on after us; and a process forked now must not inherit what isn't written
+                if progress:
+                    progress(file.tell(), total)
+        except Exception:
+            if file.tell() - begin < PIECE_BYTES:
+                raise
+            return False
+        return True
+
     with open(partial, "ab") as file:
-        start = file.tell()
-        if size is None:
-            file.truncate(0)
-            file.write(read_range(url))
-        while size is not None and start < size:
-            is_last = start + PIECE_BYTES >= size
-            # One byte more than there should be shows a file that is longer.
-            end = size + 1 if is_last else start + PIECE_BYTES
-            data = read_range(url, start, end, least_bytes=min(end, size) - start)
-            if len(data) > end - start:  # the server knows no ranges: this is all of the file
-                file.truncate(0)
-                file.write(data)
-                break
-            file.write(data)
-            file.flush()  # for one who goes on after us; and a process forked here must not inherit what isn't written
-            start += len(data)
-        file.flush()
-        os.fsync(file.fileno())
+        while not patiently(url, go_on):
+            pass
+        sync(file)
     problem = None
     found_bytes = partial.stat().st_size
     if size is not None and found_bytes != size:
         problem = f"{'at least ' if found_bytes > size else ''}{found_bytes:,} bytes, {size:,} are expected"
     elif sha256 is not None:
-        with open(partial, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        with open(partial, "rb") as whole:
+            found = hashlib.file_digest(whole, "sha256").hexdigest()
         problem = None if found == sha256.lower() else f"the checksum {found}, {sha256} is expected"
     if problem:
         partial.unlink()

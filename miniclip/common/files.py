@@ -1,14 +1,25 @@
-"""What every command needs: files that are written whole or not at all, and errors that a person can read."""
+"""Files that appear whole or not at all, locks, the user's folders, and errors that a person can read."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+import filelock
+
+# What network disks, FUSE and old NFS answer where they have no such call.
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole or not at all
 
 
 @contextmanager
@@ -20,26 +31,149 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process's id, which is the same in two containers.
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, has to survive a power cut
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """As UTF-8; of names of files the bytes that are none as \\udc.., which JSON reads back."""
+    """Writes UTF-8. Bytes of file names that are not UTF-8 become \\udc.., which JSON reads back."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def sync(file: IO[bytes]) -> None:
+    """Flushes a file to the disk; on a file system that knows no fsync, as far as it goes."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes new names survive a power cut, where the system can open a folder and the disk can sync one."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, or a folder with all that it holds; absent ones are fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def swap_in(new: Path, path: Path) -> None:
+    """Gives a complete file or folder its name. What had it is kept until then, and comes back if that fails."""
+    old = path.with_name(f".{path.name}.old")
+    try:
+        if path.exists():
+            remove(old)
+            os.rename(path, old)
+        os.rename(new, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+    remove(old)
+    sync_folder(path.parent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+@contextmanager
+def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
+    """Holds a lock file, which is removed afterwards.
+
+    The lock is the system's own where the disk has one, and ends with its process. Where a disk has none, the file's
+    existence is the lock, and the file that a process killed on another machine left has to be deleted by hand.
+
+    Args:
+        busy: the beginning of the error if another process holds the lock.
+        patience_s: how long to wait for it; -1 is for ever, and says so after a minute.
+
+    Raises:
+        ValueError: it is held, and `patience_s` is over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _acquired(filelock.FileLock(path), busy, patience_s)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
+            raise
+        path.unlink(missing_ok=True)  # an empty file that nobody holds
+        lock = _acquired(filelock.SoftFileLock(path.with_name(f"{path.name}.held")), busy, patience_s)
+    try:
+        yield
+    finally:
+        if isinstance(lock, filelock.UnixFileLock):
+            path.unlink(missing_ok=True)  # while it is held; one who waits for it sees that it is gone and begins anew
+        lock.release()
+
+
+def _acquired(lock: filelock.BaseFileLock, busy: str, patience_s: float) -> filelock.BaseFileLock:
+    notice_s = 60.0
+    try:
+        if patience_s >= 0:
+            lock.acquire(timeout=patience_s, poll_interval=0.05)
+            return lock
+        with suppress(filelock.Timeout):
+            lock.acquire(timeout=notice_s, poll_interval=0.05)
+            return lock
+        print(f"Waiting: {busy} (it holds {lock.lock_file})", file=sys.stderr, flush=True)
+        lock.acquire(poll_interval=0.5)
+    except filelock.Timeout as error:
+        raise ValueError(f"{busy} (it holds {lock.lock_file})") from error
+    return lock
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The user's folders
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path whose `~` is the user's home.
+
+    Raises:
+        ValueError: there is none, as where HOME is not set and the user has no name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} needs a home folder, and there is none (HOME is not set, and the user has no entry in the "
+            "system's list); set HOME, or MINICLIP_CACHE for what is kept between runs"
+        ) from error
+
+
+def user_cache() -> Path:
+    """The folder in which each program keeps what it can fetch or compute again: XDG_CACHE_HOME, else ~/.cache."""
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def cache_folder(name: str) -> Path:
+    """Where one kind of thing is kept between runs: below MINICLIP_CACHE, else below `miniclip` in the user's cache."""
+    named = os.environ.get("MINICLIP_CACHE")
+    return (expand_home(named) if named else user_cache() / "miniclip") / name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
 
 
 @contextmanager

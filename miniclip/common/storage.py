@@ -5,29 +5,33 @@ program: the schemes are a closed list."""
 
 from __future__ import annotations
 
+import base64
 import functools
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 SCHEMES = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "oss")
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 16 * 2**20  # asked for at once; after so many, a connection that broke counts as progress
+_BLOCK_BYTES = 2**20
 _WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the tries of one request, of which there is one more
-_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 15, 30
+_TIMEOUT_S = 30  # of a connection, and between two answers
 _MOST_NAMES = 1_000_000
+_MOST_BYTES = 2**30  # of a file that is read into memory
 
 # `scheme://`, fsspec's chains (`scheme::`), and the forms that other libraries hand to a shell (`pipe:`, `file+pipe:`).
 _URL = re.compile(r"([a-z][\w.+-]*)(?:://|::)|((?:[\w.-]+\+)*(?:pipe|shell|exec|cmd|popen)(?:\+[\w.-]+)*):", re.I)
-# Waiting times must not move the generators that augmentation draws from, and not be equal in forked workers.
+# A generator of its own: retries must not advance the seeded ones, and forked workers must not wait in step.
 _jitter = random.SystemRandom()
-# What libraries of the network raise has no common base; these are mistakes of the caller's, or won't change. (A
-# certificate that isn't trusted is a ValueError.)
+# Errors of the network have no common base class. These are the caller's mistakes, or won't change.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, LookupError,
           AttributeError, ImportError, NotImplementedError)  # fmt: skip
 T = TypeVar("T")
@@ -138,12 +142,21 @@ def exists(location: str) -> bool:
     if path:
         return path.exists()
     try:
-        patiently(location, lambda: filesystem(location).info(location))
+        size_of(location)
     except ValueError as error:
         if _is_absent(error.__cause__):
             return False
         raise
     return True
+
+
+def size_of(url: str) -> int | None:
+    """The bytes of a remote file; None if the store does not say.
+
+    Raises:
+        ValueError: it can't be had.
+    """
+    return patiently(url, lambda: _web_size(url) if _is_http(url) else filesystem(url).info(url).get("size"))
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
@@ -158,23 +171,122 @@ def read_bytes(source: str | Path | bytes) -> bytes:
     if isinstance(source, Path):
         return source.read_bytes()
     path = local_path(source)
-    return patiently(source, path.read_bytes) if path else read_range(source)
+    return patiently(source, path.read_bytes) if path else patiently(source, lambda: _read_whole(source))
 
 
-def list_folder(location: str) -> list[str]:
-    """The names of the files directly in a folder, sorted. Over http, those that the server's page links to.
+def _read_whole(url: str) -> bytes:
+    data = bytearray()
+    for *_, block in read_blocks(url):
+        data += block
+        if len(data) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes, too many to hold in memory")
+    return bytes(data)
 
-    Raises:
-        ValueError: the scheme is refused, or the folder can't be listed.
+
+def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[tuple[int, int | None, bytes]]:
+    """A remote file from byte `start` on: (position of the block, bytes of the file if the store says so, block).
+
+    The first position is 0 if the server knows no ranges. Errors are the store's own: `patiently` is for the caller.
+
+    Args:
+        size: the bytes it should have. One more is asked for, which shows a file that is longer.
     """
-    path = local_path(location)
-    if path:
-        return patiently(location, lambda: sorted(entry.name for entry in path.iterdir() if entry.is_file()))
-    entries = patiently(location, lambda: filesystem(location).ls(location, detail=True))
-    files = [entry["name"].rpartition("/") for entry in entries if entry["type"] == "file"]
-    if _is_http(location):  # all that a page links to: other folders too, and itself in other orders (`?C=M;O=A`)
-        files = [parts for parts in files if parts[0] == location.rstrip("/") and not re.search("[?#]", parts[2])]
-    return sorted({name for _, _, name in files if name})
+    if _is_http(url):
+        yield from _web_blocks(url, start, None if size is None else size + 1)
+        return
+    if size is None:
+        size = int(filesystem(url).info(url)["size"])
+    while start < size:
+        end = size + 1 if start + PIECE_BYTES >= size else start + PIECE_BYTES
+        data: bytes = filesystem(url).cat_file(url, start=start, end=end)
+        if len(data) < min(end, size) - start:
+            raise ConnectionError(
+                f"{len(data)} bytes came from byte {start} on, {min(end, size) - start} were expected"
+            )
+        yield start, size, data
+        start += len(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# http: the standard library's, which needs no package and nothing to be mended after a fork
+
+
+@functools.cache
+def _web() -> urllib.request.OpenerDirector:
+    """http and https alone, also after a redirect; the environment's proxies."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def _web_open(url: str, bytes_range: str | None = None, method: str = "GET") -> Any:
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    path, query = (quote(part, safe="/%:@!$&'()*+,;=~?-._") for part in (parts.path, parts.query))
+    request = urllib.request.Request(urlunsplit((parts.scheme, host, path or "/", query, "")), method=method)
+    if bytes_range:
+        request.add_header("Range", bytes_range)
+    if user:  # never sent on to where a redirect leads
+        token = base64.b64encode(unquote(user).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return _web().open(request, timeout=_TIMEOUT_S)
+
+
+def _web_size(url: str) -> int | None:
+    try:
+        with _web_open(url, method="HEAD") as answer:
+            return _total(answer)
+    except urllib.error.HTTPError as error:
+        if error.code not in (403, 405, 501):  # signed URLs and small servers know GET alone
+            raise
+    try:
+        with _web_open(url, "bytes=0-0") as answer:
+            return _total(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # it has no first byte
+            return 0
+        raise
+
+
+def _web_blocks(url: str, start: int, end: int | None) -> Iterator[tuple[int, int | None, bytes]]:
+    try:
+        answer = _web_open(url, f"bytes={start}-" if start else None)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is missing
+            return
+        raise
+    with answer:
+        total = _total(answer)
+        position = start if answer.status == 206 else 0
+        block = b""
+        while True:
+            yield position, total, block
+            position += len(block)
+            most = _BLOCK_BYTES if end is None else min(_BLOCK_BYTES, end - position)
+            if most <= 0 or not (block := answer.read(most)):
+                break
+    if total is not None and position < (total if end is None else min(total, end)):
+        raise ConnectionError(f"the connection ended after {position} of {total} bytes")
+
+
+def _total(answer: Any) -> int | None:
+    """The bytes of the file that an answer is all or part of."""
+    of_all = (answer.headers["Content-Range"] or "").rpartition("/")[2]
+    text = of_all if answer.status == 206 else answer.headers["Content-Length"]
+    return int(text) if text and text.isdecimal() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other stores
 
 
 def filesystem(url: str) -> Any:
@@ -193,30 +305,21 @@ def _filesystem_of(scheme: str, pid: int) -> Any:
         import fsspec
 
         _mend_fork()
-        # Ours alone, not the one fsspec shares; and a listing kept in memory would hide what has been written since.
+        # A file system of this process alone. A listing kept in memory would hide what has been written since.
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if scheme in ("http", "https"):
-            import aiohttp
-
-            options["client_kwargs"] = {
-                "timeout": aiohttp.ClientTimeout(None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S),
-                # A server that compresses on the way would make ranges and lengths those of something else.
-                "headers": {"Accept-Encoding": "identity"},
-                "trust_env": True,  # proxies
-            }
         if scheme in ("s3", "s3a"):
             # botocore tries five times, s3fs five times that, and each may wait for a minute: with the tries made here
             # that would be hours. Only those here are left.
             options["config_kwargs"] = {
-                "connect_timeout": _CONNECT_TIMEOUT_S,
-                "read_timeout": _READ_TIMEOUT_S,
+                "connect_timeout": _TIMEOUT_S,
+                "read_timeout": _TIMEOUT_S,
                 "retries": {"total_max_attempts": 1},
             }
         filesystem = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         raise ValueError(
             f"{scheme}:// needs a package that is missing ({error}); pip install 'miniclip[remote]' brings those "
-            "of http, s3 and hf"
+            "of s3 and hf"
         ) from error
     if scheme in ("s3", "s3a"):
         filesystem.retries = 1  # s3fs's own
@@ -228,30 +331,26 @@ def _mend_fork() -> None:
     """fsspec gives a forked child a new loop but (2026.9) forgets its lock, which may have been held at the fork."""
     from fsspec.asyn import reset_lock
 
-    os.register_at_fork(after_in_child=reset_lock)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=reset_lock)
 
 
-def read_range(url: str, start: int | None = None, end: int | None = None, least_bytes: int = 0) -> bytes:
-    """The bytes that the store gives for a range, which are too many if it knows no ranges or the file is longer."""
-
-    def once() -> bytes:
-        data: bytes = filesystem(url).cat_file(url, start=start, end=end)
-        if len(data) < least_bytes:
-            raise ConnectionError(f"{len(data)} bytes came from byte {start} on, {least_bytes} were expected")
-        return data
-
-    return patiently(url, once)
+# ---------------------------------------------------------------------------------------------------------------------
+# Patience
 
 
 def patiently(url: str, action: Callable[[], T]) -> T:
-    """Tries again, after longer and longer waits, whatever may go better the next time; else a ValueError."""
+    """The action's value; what may go better the next time is tried six times, with longer and longer waits.
+
+    Raises:
+        ValueError: it failed for good; names the URL, the number of tries and the last error.
+    """
     for tries, wait in enumerate((*_WAITS_S, None), start=1):
         try:
             return action()
         except Exception as error:
             if wait is None or not _is_worth_a_retry(error):
-                told = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-                reason = f"{type(told).__name__}: {told}"
+                reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{url} can't be read ({tries} tr{'y' if tries == 1 else 'ies'}): {reason}") from error
             time.sleep(wait * _jitter.uniform(0.5, 1.0))
     raise AssertionError("the last try returns or raises")
@@ -263,18 +362,19 @@ def _is_worth_a_retry(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in (408, 425, 429) or status >= 500
-    if isinstance(error, FileNotFoundError) and error.__cause__:  # fsspec's http calls every failure that
-        error = error.__cause__
+    reason = getattr(error, "reason", None)  # urllib wraps the socket's errors; a certificate's is a ValueError
+    if isinstance(reason, Exception):
+        error = reason
     return not isinstance(error, _FINAL) and "Credential" not in type(error).__name__  # botocore's, for one
 
 
 def _is_absent(error: BaseException | None) -> bool:
     status = _status(error)
-    return status in (404, 410) if status else isinstance(error, FileNotFoundError) and error.__cause__ is None
+    return status in (404, 410) if status else isinstance(error, FileNotFoundError)
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of aiohttp, botocore or httpx."""
+    """The HTTP status behind an error of urllib, botocore, aiohttp or httpx."""
     for each in (error, getattr(error, "__cause__", None)):
         answer = getattr(each, "response", None)
         if isinstance(answer, dict):

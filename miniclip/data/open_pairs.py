@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..common.cache import Cache
+from ..common.files import cache_folder, locked
 from ..common.storage import is_url
-from .pack import locked, pack, read_packed
+from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES, image_files
@@ -85,8 +85,8 @@ def pack_into_cache(source: str) -> str:
     try:
         pairs = read_pairs(source)
         name = hashlib.sha256(f"{path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
-        out = Cache().folder.with_name("packed") / f"{path.stem}-{name}"
-        with locked(Path(f"{out}.lock"), f"another process is packing {out}", patience_s=24 * 3600):
+        out = cache_folder("packed") / f"{path.stem}-{name}"
+        with locked(Path(f"{out}.lock"), f"another process is packing {out}"):
             if not out.exists():
                 print(f"Packing {source} into {out}, once: {pairs.found}", flush=True)
                 pack(pairs, out, source=source)

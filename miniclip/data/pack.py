@@ -19,15 +19,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ..common.files import atomic_write, write_text
+from ..common.files import atomic_write, locked, swap_in, write_text
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES
 from .sample_files import Packing, Rejection, prepare
@@ -94,7 +91,7 @@ def pack(
     ]
     done = 0
     for chunk in chunks[number - 1 :: count]:
-        with locked(chunk.lock, busy):
+        with locked(chunk.lock, busy, patience_s=0):
             if not chunk.is_done:
                 chunk.write(pairs, packing, workers or os.cpu_count() or 1, partial(report_progress, progress, done))
         done += len(chunk.numbers)
@@ -107,26 +104,6 @@ def pack(
         elif not out.exists():
             raise ValueError(f"none of the {len(pairs)} pairs in {source} can be used, as another part has found")
         return read_packed(out)
-
-
-@contextmanager
-def locked(path: Path, otherwise: str, patience_s: float = 0) -> Iterator[None]:
-    """Holds a lock file, which is removed afterwards.
-
-    Raises:
-        ValueError: another process holds it for longer than `patience_s`; `otherwise` says what that means.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=patience_s)
-    except Timeout as error:
-        raise ValueError(f"{otherwise} (it holds {path})") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # a process that waits for it notices, and makes a new one
-        lock.release()
 
 
 def _is_of(out: Path, plan: dict[str, Any]) -> bool:
@@ -171,7 +148,7 @@ def _begin(out: Path, work: Path, plan: dict[str, Any], overwrite: bool, busy: s
         if not different:
             return
         for chunk_lock in work.glob("*.lock"):
-            with locked(chunk_lock, busy):
+            with locked(chunk_lock, busy, patience_s=0):
                 pass
         if not overwrite:
             raise ValueError(
@@ -299,12 +276,7 @@ def _publish(out: Path, work: Path) -> None:
     for pattern in ("chunk-*", ".*.tmp", "*/.*.tmp", PLAN_FILE):
         for path in work.glob(pattern):
             path.unlink(missing_ok=True)
-    old = out.with_name(f".{out.name}.old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(out, old)  # kept until the new one has its name
-    os.rename(work, out)
-    shutil.rmtree(old, ignore_errors=True)
+    swap_in(work, out)
 
 
 def read_packed(out: Path) -> Packed:

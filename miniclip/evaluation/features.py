@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import tokenizer
-from ..common.files import atomic_write
+from ..common.cache import make_room
+from ..common.files import atomic_write, cache_folder, expand_home
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from .datasets.sets import EvaluationSet
 from .fingerprints import digest_value
@@ -53,15 +54,13 @@ class FeatureCache:
     What can't be written is told and not kept: it is worth less than the run that it would save time of.
 
     Args:
-        folder: where; else `features` below MINICLIP_CACHE, or below `miniclip` in XDG_CACHE_HOME or ~/.cache.
+        folder: where; by default `cache_folder("features")`.
         limit_bytes: what was not used for longest is deleted so that all together has no more than this.
     """
 
     def __init__(self, folder: str | Path | None = None, limit_bytes: int = 20 * 10**9) -> None:
-        if folder is None:
-            user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "miniclip"
-            folder = Path(os.environ.get("MINICLIP_CACHE") or user_cache) / "features"
-        self.folder, self.limit_bytes = Path(folder).expanduser(), limit_bytes
+        self.folder = cache_folder("features") if folder is None else expand_home(folder)
+        self.limit_bytes = limit_bytes
 
     @staticmethod
     def key(*facts: Any) -> str | None:
@@ -83,7 +82,7 @@ class FeatureCache:
         """Takes the place of its parts."""
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         with self._as_far_as_possible():
-            self._make_room(len(data))
+            make_room(self.folder.glob("[0-9a-f]" * 64 + ".*"), self.limit_bytes - len(data))
             with atomic_write(self._path(key)) as file:
                 file.write(data)
             shutil.rmtree(self._parts(key), ignore_errors=True)
@@ -114,22 +113,6 @@ class FeatureCache:
 
     def _parts(self, key: str) -> Path:
         return self.folder / f"{key}.parts"
-
-    def _make_room(self, size: int) -> None:
-        held: list[tuple[int, int, Path]] = []
-        for path in self.folder.glob("[0-9a-f]" * 64 + ".*"):
-            with suppress(FileNotFoundError):  # another process was faster
-                files = list(path.iterdir()) if path.is_dir() else [path]
-                held.append((path.stat().st_mtime_ns, sum(each.stat().st_size for each in files), path))
-        total = sum(bytes_there for _, bytes_there, _ in held) + size
-        for _, bytes_there, path in sorted(held):
-            if total <= self.limit_bytes:
-                break
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-            total -= bytes_there
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

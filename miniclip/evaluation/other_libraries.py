@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..common.device import find_device
+from ..common.files import expand_home
 from ..weights.download import HUB_PREFIX
 from ..weights.load import load
 from .encoder import Encoder, Preprocessor, as_number, from_clip, from_object
@@ -282,7 +283,7 @@ def _open_transformers(name: str, device: torch.device) -> Encoder:
     with _library("transformers", "transformers"):
         from transformers import AutoModel, AutoProcessor
     where = name.removeprefix(TRANSFORMERS_PREFIX)
-    folder = Path(where).expanduser()
+    folder = expand_home(where)
     if folder.is_dir():
         where = str(folder)
     if folder.is_dir() or where.count("/") != 1 or where.startswith(("/", ".", "~")):
@@ -303,7 +304,7 @@ def _open_python(name: str, device: torch.device) -> Encoder:
     place, _, attribute = name.removeprefix(PYTHON_PREFIX).rpartition(":")
     if not place or not attribute:
         raise ValueError(f"model {name!r} is not python:FILE.py:FUNCTION or python:MODULE:FUNCTION")
-    module = _import_file(name, Path(place).expanduser()) if place.endswith(".py") else _import_module(name, place)
+    module = _import_file(name, expand_home(place)) if place.endswith(".py") else _import_module(name, place)
     function = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)

@@ -6,8 +6,7 @@ library where it is installed.
 
 from __future__ import annotations
 
-import os
-import shutil
+import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.files import remove, swap_in
 from ..config import CLIPConfig
 from ..model import CLIP
 from .load import build
@@ -53,7 +53,7 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
     taken = replace(checkpoint, tensors=dict(checkpoint.tensors))
     expected = _embeddings(build(taken, str(source)))
     # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
-    temporary, old = (out.with_name(f".{out.stem}.{os.getpid()}.{what}{out.suffix}") for what in ("tmp", "old"))
+    temporary = out.with_name(f".{out.stem}.{secrets.token_hex(8)}.tmp{out.suffix}")
     try:
         WRITERS[to](checkpoint, temporary)
         compared = {"miniclip": _embeddings(build(read_checkpoint(temporary), str(temporary)))}
@@ -64,22 +64,10 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
             if not all(difference <= 1e-5 for difference in differences):  # a comparison with NaN is False, too
                 raise ValueError(f"{name} gives other embeddings from the converted file, by {differences}")
             said.append(f"same embeddings by {name} (to {max(differences):.0e})")
-        if out.exists():
-            os.rename(out, old)  # kept until the new one has its name
-        os.rename(temporary, out)
+        swap_in(temporary, out)
     finally:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        _remove(old)
-        _remove(temporary)
+        remove(temporary)
     return ", ".join(said)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@ once, and only then gets its name. So what has its name is whole, and is not has
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-import time
-import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from ..common import cache
+from ..common.files import expand_home, locked, user_cache
 
 # The published addresses (OpenAI's clip/clip.py): the folder is the file's SHA-256.
 OPENAI_BASE_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -29,16 +29,11 @@ OPENAI_FILES = {
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
 }
 HUB_PREFIX = "hf-hub:"
-_BLOCK_BYTES = 1 << 20
-_MOST_TRIES = 6
-_TIMEOUT_S = 30
 
 
-def cache_folder(download_root: str | Path | None = None) -> Path:
+def openai_folder(download_root: str | Path | None = None) -> Path:
     """Where OpenAI's files are kept: `download_root`, else `clip` below the user's cache (XDG_CACHE_HOME, ~/.cache)."""
-    if download_root is not None:
-        return Path(download_root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip"
+    return user_cache() / "clip" if download_root is None else expand_home(download_root)
 
 
 def fetch_openai(name: str, download_root: str | Path | None = None) -> Path:
@@ -48,7 +43,7 @@ def fetch_openai(name: str, download_root: str | Path | None = None) -> Path:
         ValueError: it can't be had; says which file to put where.
     """
     checksum, file = OPENAI_FILES[name].split("/")
-    return download(f"{OPENAI_BASE_URL}/{checksum}/{file}", cache_folder(download_root) / file, checksum)
+    return download(f"{OPENAI_BASE_URL}/{checksum}/{file}", openai_folder(download_root) / file, checksum)
 
 
 def fetch_hub(name: str, download_root: str | Path | None = None) -> Path:
@@ -80,7 +75,7 @@ def fetch_hub(name: str, download_root: str | Path | None = None) -> Path:
 
 
 def download(url: str, path: Path, sha256: str) -> Path:
-    """Fetches a file once, whatever the number of processes that want it.
+    """Fetches a file once, however many processes want it.
 
     Raises:
         ValueError: the connection keeps failing (what has come is kept for the next try), or the checksum is wrong.
@@ -89,53 +84,29 @@ def download(url: str, path: Path, sha256: str) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path.with_name(f".{path.name}.lock"), f"another process is fetching {url}"):
         if path.is_file():  # another process was faster
             return path
-        for attempt in range(_MOST_TRIES):
-            try:
-                _continue(url, partial)
-                break
-            except (OSError, urllib.error.URLError) as error:
-                is_final = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
-                if is_final or attempt == _MOST_TRIES - 1:
-                    raise ValueError(
-                        f"{url} can't be fetched: {error}. Without a network, put that file at {path}"
-                    ) from error
-                time.sleep(min(8.0, 0.25 * 2**attempt))
-        with open(partial, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            partial.unlink()
-            raise ValueError(f"{url} came with the checksum {found}, and {sha256} is expected; it was thrown away")
+        try:
+            with _progress_bar(path.name) as progress:
+                problem = cache.download(url, partial, sha256=sha256, progress=progress)
+        except ValueError as error:
+            if not partial.stat().st_size:
+                partial.unlink()
+            raise ValueError(f"{error}. Without a network, put that file at {path}") from error
+        if problem:
+            raise ValueError(f"{url} has {problem}; it was thrown away")
         os.replace(partial, path)
     return path
 
 
-def _continue(url: str, partial: Path) -> None:
-    """Appends what is missing of a file; raises ConnectionError if the connection ends before the file does."""
+@contextmanager
+def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar of bytes and remaining time on a terminal, and nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    have = partial.stat().st_size if partial.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
-            return
-        raise
-    with answer, open(partial, "ab" if answer.status == 206 else "wb") as file:
-        have = have if answer.status == 206 else 0
-        total = have + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
-        columns = (TextColumn(url.rsplit("/", 1)[-1]), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                   TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("", total=total, completed=have)
-            while block := answer.read(_BLOCK_BYTES):
-                file.write(block)
-                bar.update(task, advance=len(block))
-        file.flush()
-        os.fsync(file.fileno())
-    if total is not None and partial.stat().st_size < total:
-        raise ConnectionError(f"the connection ended after {partial.stat().st_size} of {total} bytes")
+    columns = TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

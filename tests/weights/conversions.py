@@ -21,11 +21,6 @@ def archive(folder, kind="vit", halved=lambda *_: True):
     return write_archive(openclip_model(TINY[kind], seed=1), TINY[kind], folder / "model.pt", halved)
 
 
-@pytest.fixture
-def source(tmp_path):
-    return archive(tmp_path)
-
-
 def assert_same_bits(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from foreign_models import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
 
+from miniclip.common import storage
 from miniclip.weights import download as fetch
-from miniclip.weights.download import cache_folder, download, fetch_hub
+from miniclip.weights.download import download, fetch_hub, openai_folder
 from miniclip.weights.load import load
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -151,7 +152,7 @@ def test_a_file_that_is_not_there_is_told_at_once_with_what_to_put_where(serve, 
 
 
 def test_a_server_that_keeps_failing_is_given_up_in_words(serve, path, monkeypatch):
-    monkeypatch.setattr(fetch, "_MOST_TRIES", 2)
+    monkeypatch.setattr(storage, "_WAITS_S", (0.001,))
     server = serve(faults=["500"] * 9)
     with pytest.raises(ValueError, match="500") as caught:
         download(f"{server.url}/model.pt", path, CHECKSUM)
@@ -160,10 +161,10 @@ def test_a_server_that_keeps_failing_is_given_up_in_words(serve, path, monkeypat
 
 
 def test_a_server_that_is_not_there_is_told_in_words(path, monkeypatch):
-    monkeypatch.setattr(fetch, "_MOST_TRIES", 1)
+    monkeypatch.setattr(storage, "_WAITS_S", ())
     with Server() as server:
         url = f"{server.url}/model.pt"
-    with pytest.raises(ValueError, match="can't be fetched") as caught:
+    with pytest.raises(ValueError, match="can't be read") as caught:
         download(url, path, CHECKSUM)
     assert str(path) in str(caught.value)
 
@@ -177,7 +178,7 @@ def test_another_content_than_expected_is_thrown_away(serve, path):
 
 
 def test_what_had_come_is_kept_for_the_next_try(serve, path, monkeypatch):
-    monkeypatch.setattr(fetch, "_MOST_TRIES", 1)
+    monkeypatch.setattr(storage, "_WAITS_S", ())
     server = serve(faults=[1_234_567])
     with pytest.raises(ValueError, match="1234567 of 3000000"):
         download(f"{server.url}/model.pt", path, CHECKSUM)
@@ -195,7 +196,7 @@ def test_what_had_come_is_kept_when_a_person_interrupts(serve, path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch.time, "sleep", interrupt)
+        patch.setattr(storage.time, "sleep", interrupt)
         with pytest.raises(KeyboardInterrupt):
             download(f"{server.url}/model.pt", path, CHECKSUM)
     download(f"{server.url}/model.pt", path, CHECKSUM)
@@ -263,13 +264,13 @@ def test_a_download_says_nothing_on_standard_output(serve, path, capsys):
 def test_downloads_are_kept_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "clip"
+    assert openai_folder() == tmp_path / ".cache" / "clip"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert cache_folder() == tmp_path / ".cache" / "clip"
+    assert openai_folder() == tmp_path / ".cache" / "clip"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
-    assert cache_folder() == tmp_path / "elsewhere" / "clip"
-    assert cache_folder(tmp_path / "here") == tmp_path / "here"
-    assert cache_folder("~/there") == tmp_path / "there"
+    assert openai_folder() == tmp_path / "elsewhere" / "clip"
+    assert openai_folder(tmp_path / "here") == tmp_path / "here"
+    assert openai_folder("~/there") == tmp_path / "there"
 
 
 # ---- OpenAI's names

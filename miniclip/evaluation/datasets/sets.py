@@ -58,10 +58,10 @@ class EvaluationSet:
                 return image
             if image is None:
                 raise ValueError(f"{self.key(number)} has no image")
-            image = read_bytes(image)
+            data = read_bytes(image)
         except OSError as error:
             raise ValueError(f"{self.key(number)} can't be read: {error.strerror or error}") from error
-        return open_image(image, self.key(number))
+        return open_image(data, self.key(number))
 
     def column(self, name: str) -> Sequence[Any]:
         """N values of the metadata.

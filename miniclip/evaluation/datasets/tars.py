@@ -13,9 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from filelock import FileLock
 
-from ...common.cache import Cache
+from ...common.files import cache_folder, locked
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
 from ...data.reading.cells import captions_in
 from ...data.reading.huggingface import HUB_PREFIX
@@ -110,9 +109,8 @@ def _indexed(source: str) -> Shards:
         if not is_url(tar):
             facts = Path(tar).stat()
             digest.update(f" {facts.st_size} {facts.st_mtime_ns}\0".encode())
-    out = Cache().folder.with_name("indexes") / digest.hexdigest()[:32]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f"{out.name}.lock")):
+    out = cache_folder("indexes") / digest.hexdigest()[:32]
+    with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {source}"):
         if not (out / INDEX_FILE).is_file():
             index_shards(source, out, overwrite=True)  # the rest of one that was interrupted may be there
     return Shards(out, needs_captions=False)
