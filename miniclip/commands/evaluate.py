@@ -129,7 +129,7 @@ miniclip eval --compare reports/before reports/after""",
 def run(options: argparse.Namespace) -> None:
     with _joined(options.device) as device:
         if options.compare:
-            _compare(*options.compare)
+            _print_comparison(*options.compare)
         else:
             _evaluate(options, device)
 
@@ -157,7 +157,7 @@ def _joined(device: str | None) -> Iterator[str | None]:
         dist.destroy_process_group()
 
 
-def _compare(first: str, second: str) -> None:
+def _print_comparison(first: str, second: str) -> None:
     with lasting_imports():
         from ..reports.comparison import compare_runs
         from ..reports.tables import comparison_tables

@@ -24,7 +24,11 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
     parser.add_argument("--data", nargs="+", default=[], metavar="NEW", help="labelled images of the new task")
     parser.add_argument("--retain", nargs="+", default=[], metavar="OLD", help="labelled images of what it knew before")
     parser.add_argument(
-        "--alphas", type=_shares, default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", metavar="LIST", help="are scored"
+        "--alphas",
+        type=_mixing_shares,
+        default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
+        metavar="LIST",
+        help="are scored",
     )
     parser.add_argument("--alpha", type=float, help="is saved; default: where the mean of new and old is highest")
     parser.add_argument(
@@ -94,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"model of alpha {alpha:g}: {out}; miniclip.load reads it")
 
 
-def _shares(text: str) -> list[float]:
+def _mixing_shares(text: str) -> list[float]:
     """Numbers from 0 to 1, parted by commas."""
     try:
         numbers = [float(number) for number in text.split(",")]

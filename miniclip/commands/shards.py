@@ -42,7 +42,9 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     write.add_argument("--val-fraction", type=float, default=0.0, metavar="SHARE", help="hold out, into OUT/val")
     write.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="pairs in one tar")
     write.add_argument("--max-shard-size", type=_size, default="1GB", metavar="SIZE", help="as 500MB or 1GB")
-    write.add_argument("--part", type=_part, default="1/1", metavar="I/N", help="for job arrays: every N-th shard")
+    write.add_argument(
+        "--part", type=_part_of_array, default="1/1", metavar="I/N", help="for job arrays: every N-th shard"
+    )
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     write.add_argument("--index-only", action="store_true", help="SRC holds tars already; write the index they lack")
@@ -142,7 +144,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 1GB") from error
 
 
-def _part(text: str) -> tuple[int, int]:
+def _part_of_array(text: str) -> tuple[int, int]:
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/8 for the first of eight")

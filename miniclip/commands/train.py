@@ -122,7 +122,7 @@ class TrainingCLI(LightningCLI):
         if source is None or (resumed is not None and not resumed.is_file()):
             return
         start = read_checkpoint(locate(source)).config
-        self._parser(self.config.subcommand).set_defaults(_flat(start.to_dict(), "model.clip"))
+        self._parser(self.config.subcommand).set_defaults(_dotted_settings(start.to_dict(), "model.clip"))
         super().parse_arguments(parser, args)
         settings = self.config[self.config.subcommand]
         asked = CLIPConfig.from_dict(settings.model.clip.as_dict(), "model.clip")
@@ -371,11 +371,11 @@ def _resumed(settings: Any) -> Path | None:
     return Path(settings.ckpt_path) if settings.ckpt_path else None
 
 
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _dotted_settings(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Nested values by dotted names."""
     out: dict[str, Any] = {}
     for name, value in values.items():
-        out |= _flat(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
+        out |= _dotted_settings(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
     return out
 
 

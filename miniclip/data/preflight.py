@@ -81,7 +81,7 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         facts = (image.size, header.format or "?", mode, _is_rotated(header), digest, len(data), picture)
         return Look(pair.source, "", "", captions, blank, *facts)
     except Exception as error:  # a damaged picture can raise anything
-        return Look(pair.source, _message(error), _kind(_message(error), pair))
+        return Look(pair.source, _message(error), _reason_kind(_message(error), pair))
 
 
 def _is_rotated(image: Image.Image) -> bool:
@@ -91,7 +91,7 @@ def _is_rotated(image: Image.Image) -> bool:
         return False
 
 
-def _kind(reason: str, pair: Pair) -> str:
+def _reason_kind(reason: str, pair: Pair) -> str:
     """The reason without the sample's own names and numbers, so that equal ones can be counted."""
     known = [pair.source, pair.source.rpartition(":")[2], pair.image if isinstance(pair.image, Path | str) else ""]
     names = {part for name in map(str, known) for part in (name, Path(name).name, Path(name).stem + ".")} - {"", "."}

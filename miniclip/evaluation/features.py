@@ -72,7 +72,7 @@ class FeatureCache:
     def read(self, key: str) -> dict[str, Tensor] | None:
         """What was written whole; None if there is none."""
         path = self._path(key)
-        tensors = _read(path)
+        tensors = _read_kept(path)
         if tensors is not None:
             with suppress(OSError):  # someone else's, or on a disk that can only be read
                 os.utime(path)
@@ -90,7 +90,7 @@ class FeatureCache:
     def read_parts(self, key: str) -> Iterator[dict[str, Tensor]]:
         """What `write_part` left, of runs that came to no end."""
         for path in sorted(self._parts(key).glob("*.safetensors")):
-            if (tensors := _read(path)) is not None:
+            if (tensors := _read_kept(path)) is not None:
                 yield tensors
 
     def write_part(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -115,7 +115,7 @@ class FeatureCache:
         return self.folder / f"{key}.parts"
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def _read_kept(path: Path) -> dict[str, Tensor] | None:
     try:
         return load_file(path)
     except (OSError, SafetensorError):  # not there, another user's, or damaged by what is not ours: computed anew

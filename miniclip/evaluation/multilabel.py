@@ -19,7 +19,7 @@ from .measures.classification import Multilabel, multilabel
 from .scores import Bar, Cell, ClassScores, Example, Gallery, Guess, spread, worst_first
 from .zero_shot import check_classifier, different_columns, same_names
 
-_GALLERY = 12  # examples of a kind
+_MULTILABEL_GALLERY = 12  # examples of a kind
 
 
 def score_labels(images: ImageFeatures, data: MultilabelImages, classifier: Tensor) -> MultilabelScores:
@@ -109,8 +109,8 @@ class MultilabelScores(ClassScores):
         ranks = np.arange(1, is_own.shape[1] + 1)
         precision = (is_own * is_own.cumsum(axis=1) / ranks).sum(axis=1) / np.maximum(num_own, 1)
         worst = np.argsort(np.where(num_own > 0, precision, np.inf), kind="stable")
-        worst = worst[(num_own > 0)[worst] & (precision < 1)[worst]][:_GALLERY]
-        others = spread(np.setdiff1d(np.arange(len(precision)), worst), _GALLERY)
+        worst = worst[(num_own > 0)[worst] & (precision < 1)[worst]][:_MULTILABEL_GALLERY]
+        others = spread(np.setdiff1d(np.arange(len(precision)), worst), _MULTILABEL_GALLERY)
         return [
             Gallery(kind, title, [self._example(row, order[row], kind == "wrong") for row in rows])
             for kind, title, rows in (("wrong", "Labels found last", worst), ("right", "Others", others))

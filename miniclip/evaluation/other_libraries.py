@@ -125,7 +125,7 @@ def _open_openclip(name: str, device: torch.device) -> Encoder:
     elif not architecture.startswith(HUB_PREFIX):
         architecture, _, pretrained = architecture.partition("/")
         options = _openclip_weights(name, architecture, pretrained)
-    with _told("open_clip", name), warnings.catch_warnings():
+    with _library_errors("open_clip", name), warnings.catch_warnings():
         if options:  # the activation is the tag's
             warnings.filterwarnings("ignore", "QuickGELU mismatch")
         model, preprocess = open_clip.create_model_from_pretrained(architecture, pretrained, device=device, **options)
@@ -288,7 +288,7 @@ def _open_transformers(name: str, device: torch.device) -> Encoder:
         where = str(folder)
     if folder.is_dir() or where.count("/") != 1 or where.startswith(("/", ".", "~")):
         _check_folder(name, where, "config.json")
-    with _told("transformers", name):
+    with _library_errors("transformers", name):
         # Whatever the file's precision, the same on every device; and never code from the repository.
         model, loaded = AutoModel.from_pretrained(
             where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
@@ -356,7 +356,7 @@ def _library(module: str, package: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told(library: str, name: str) -> Iterator[None]:
+def _library_errors(library: str, name: str) -> Iterator[None]:
     """A library's own error, whichever of many kinds, as one that names what was given."""
     try:
         yield

@@ -150,7 +150,7 @@ def _classify(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answe
         if variant is task.data:
             more["subgroups"] = {column: scores.subgroups(column) for column in task.subgroup_columns}
             more["outside"] = _outside(encoder, task, scores, classifier)
-            more["probes"] = None if task.train is None else _probe(encoder, task, images, classifier)
+            more["probes"] = None if task.train is None else _probe_images(encoder, task, images, classifier)
         yield scores, more
 
 
@@ -292,7 +292,7 @@ def _splits(encoder: CachedEncoder, task: Task, is_pooled: bool, test: ImageFeat
     return make_splits(train, _labelled(test, data), data.classnames, validation)
 
 
-def _probe(encoder: CachedEncoder, task: Task, images: ImageFeatures, classifier: Tensor) -> Probes:
+def _probe_images(encoder: CachedEncoder, task: Task, images: ImageFeatures, classifier: Tensor) -> Probes:
     assert task.train is not None
     splits = _splits(encoder, task, False, images)
     is_pooled = encoder.model.encode_pooled is not None

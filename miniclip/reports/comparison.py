@@ -73,7 +73,7 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
     one, two = (read(path)["results"] for path in (first, second))
     changes = []
     for a in one:
-        b = _match(a, one, two)
+        b = _counterpart(a, one, two)
         if b is not None:
             changes += _changes(a, b, str(first), str(second))
     if not changes:
@@ -85,7 +85,7 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
     return changes
 
 
-def _match(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _counterpart(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Of the second run, what stands for a result of the first."""
 
     def alike(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:

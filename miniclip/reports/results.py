@@ -26,7 +26,7 @@ RESULTS_FILE, TABLE_FILE, PREDICTIONS_FOLDER, BENCHMARK_FOLDER = (
     "clip_benchmark",
 )
 SCHEMA = 2
-_MOST_BYTES = 60  # of each part of a file's name, which has three and may have 255
+_MOST_NAME_BYTES = 60  # of each part of a file's name, which has three and may have 255
 
 
 def prompts_label(result: Result) -> str:
@@ -95,7 +95,9 @@ def _file_names(results: Sequence[Result]) -> list[str]:
     names: list[str] = []
     for result in results:
         parts = [result.data.name, result.model, prompts_label(result)]
-        short = [re.sub(r"[^\w.@-]+", "-", part).encode()[-_MOST_BYTES:].decode("utf-8", "ignore") for part in parts]
+        short = [
+            re.sub(r"[^\w.@-]+", "-", part).encode()[-_MOST_NAME_BYTES:].decode("utf-8", "ignore") for part in parts
+        ]
         name = "_".join(part.strip("-.") for part in short if part)
         same, number = name, 2
         while name in names:

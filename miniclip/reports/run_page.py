@@ -21,7 +21,7 @@ from ..common.files import write_text
 from .page_parts import page_template, svg
 from .runs import Run, read_run
 
-_COLOURS = ("#3b78b5", "#d0672f", "#2f8f6b", "#8a63b5", "#b1882a", "#c2477f", "#5a6673", "#2b9aa8")
+_RUN_COLOURS = ("#3b78b5", "#d0672f", "#2f8f6b", "#8a63b5", "#b1882a", "#c2477f", "#5a6673", "#2b9aa8")
 _MOST_POINTS = 300  # of a line; with more, a point is the mean of several
 _MOST_REASONS = 20
 
@@ -127,7 +127,7 @@ def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
     for number, run in enumerate(runs):
         for place, name in enumerate(metrics):
             if run.values(name):
-                colour = _COLOURS[(number if len(runs) > 1 else place) % len(_COLOURS)]
+                colour = _RUN_COLOURS[(number if len(runs) > 1 else place) % len(_RUN_COLOURS)]
                 dashes = (0, (4, 1.5)) if chart.is_relative and place else "solid"  # they may lie upon each other
                 _draw(axes, chart, run, name, {"color": colour, "linestyle": dashes})
     _limit(chart, runs, axes)
@@ -141,8 +141,8 @@ def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
 
 
 def _draw(axes: Any, chart: _Chart, run: Run, name: str, look: dict[str, Any]) -> None:
-    steps, values = _points(run.curves[name])
-    x, y, label = _samples(run, steps), values * chart.factor, chart.metrics[name]
+    steps, values = _plotted_points(run.curves[name])
+    x, y, label = _samples_after(run, steps), values * chart.factor, chart.metrics[name]
     if chart.is_relative:
         y, label = 100 * values / (values.max() or 1.0), f"{label}, peak {values.max():.2g}"
     if len(steps) > 60 and chart.is_smoothed:
@@ -151,13 +151,13 @@ def _draw(axes: Any, chart: _Chart, run: Run, name: str, look: dict[str, Any]) -
     few = {"marker": "o", "markersize": 3} if len(steps) <= 30 else {}
     axes.plot(x, y, **look, **few, linewidth=1.5, label=label)
     if (best := run.best()) and best[0] == name:
-        at, score = _samples(run, np.array([best[1] - 1])), [best[2] * chart.factor]
+        at, score = _samples_after(run, np.array([best[1] - 1])), [best[2] * chart.factor]
         axes.plot(at, score, "o", color=look["color"], markersize=8, markerfacecolor="none", markeredgewidth=1.3)
 
 
 def _dress(axes: Any, chart: _Chart, runs: Sequence[Run]) -> None:
     """Axes that are quiet, and the same along x in all pictures of a page."""
-    furthest = max(_samples(run, np.array([points[-1][0]]))[0] for run in runs for points in run.curves.values())
+    furthest = max(_samples_after(run, np.array([points[-1][0]]))[0] for run in runs for points in run.curves.values())
     axes.set_xlim(0, 1.02 * furthest)
     if chart.is_log:
         axes.set_yscale("log")
@@ -191,7 +191,7 @@ def _limit(chart: _Chart, runs: Sequence[Run], axes: Any) -> None:
             axes.annotate(f"{label} {value:.3g}", **place, ha="right", va="bottom", fontsize=8, color=grey)
 
 
-def _points(curve: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+def _plotted_points(curve: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values, with no more points than a picture can show."""
     points = np.array([point for point in curve if math.isfinite(point[1])], dtype=float).reshape(-1, 2)
     if len(points) > _MOST_POINTS:
@@ -199,7 +199,7 @@ def _points(curve: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     return points[:, 0], points[:, 1]
 
 
-def _samples(run: Run, steps: np.ndarray) -> np.ndarray:
+def _samples_after(run: Run, steps: np.ndarray) -> np.ndarray:
     """How many samples were seen when these steps, which count from 0, were done."""
     return (steps + 1) * (run.batch_size or 1)
 
@@ -238,12 +238,12 @@ def numbers(run: Run) -> list[Number]:
         told.append(Number("in-batch accuracy", f"{100 * accuracy:.1f} %", "at the end"))
     if (samples := _samples_seen(run)) is not None:
         epochs = f"{samples / record['epoch_samples']:.3g} epochs" if record.get("epoch_samples") else ""
-        told.append(Number("samples seen", _count(samples), epochs))
+        told.append(Number("samples seen", _in_millions(samples), epochs))
     if record:
         resumed = f"in {len(run.starts)} parts" if len(run.starts) > 1 else ""
         told.append(Number("duration", _duration(sum(start["seconds"] for start in run.starts)), resumed))
     if (speed := run.middle("train/images_per_s")) is not None:
-        told.append(Number("images/s", _count(speed), "median"))
+        told.append(Number("images/s", _in_millions(speed), "median"))
     if (mfu := run.middle("train/mfu")) is not None:
         tflops = run.middle("train/tflops") or 0.0
         told.append(
@@ -254,9 +254,9 @@ def numbers(run: Run) -> list[Number]:
     if memory := run.values("train/memory_gb"):
         told.append(Number("memory", f"{max(memory):.3g} GB", "at most"))
     if (rejected := run.last("train/rejected")) is not None:
-        told.append(Number("rejected", _count(rejected), "samples left out"))
+        told.append(Number("rejected", _in_millions(rejected), "samples left out"))
     if (cut := run.last("train/truncated")) is not None:
-        told.append(Number("captions cut", _count(cut), "to the context length"))
+        told.append(Number("captions cut", _in_millions(cut), "to the context length"))
     return told
 
 
@@ -308,7 +308,7 @@ def _score(value: float) -> str:
     return f"{100 * value:.1f} %" if 0 <= value <= 1 else f"{value:.4g}"
 
 
-def _count(number: float) -> str:
+def _in_millions(number: float) -> str:
     return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.3g} M"
 
 
@@ -346,7 +346,7 @@ def write_page(out: str | Path, folders: Sequence[str | Path]) -> None:
     runs = [read_run(folder) for folder in folders]
     labels = _labels([run.name for run in runs])
     shown = [
-        _Shown(label, run, _COLOURS[number % len(_COLOURS)], numbers(run))
+        _Shown(label, run, _RUN_COLOURS[number % len(_RUN_COLOURS)], numbers(run))
         for number, (label, run) in enumerate(zip(labels, runs, strict=True))
     ]
     page = page_template("training.html").render(

@@ -29,7 +29,7 @@ from .fsdp import local, whole
 from .recompute import drop_patches_in_training
 from .step import CLIPTraining, StepResult
 
-_MOST_REASONS = 100  # rejected samples of which a run's record keeps the reason
+_MOST_KEPT_REASONS = 100  # rejected samples of which a run's record keeps the reason
 
 
 def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
@@ -145,7 +145,7 @@ class RunMetrics(Callback):
         self._num_texts[num_tokens] += num_texts
         self._rejected += len(batch.problems)
         self._truncated += batch.num_truncated
-        self.problems += batch.problems[: _MOST_REASONS - len(self.problems)]
+        self.problems += batch.problems[: _MOST_KEPT_REASONS - len(self.problems)]
         if not is_logged(trainer, trainer.global_step):
             return
         seconds = time.perf_counter() - self._mark - self._paused

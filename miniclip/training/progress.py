@@ -111,7 +111,7 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if is_logged(trainer, step) and self.is_enabled:
-            told = _told({name: float(value) for name, value in trainer.callback_metrics.items()})
+            told = _metrics_line({name: float(value) for name, value in trainer.callback_metrics.items()})
             if self._bar:
                 self._bar.update(self._task, told=told)
             elif is_logged(trainer, step, of_those=5):
@@ -153,7 +153,7 @@ def scores_line(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-def _told(metrics: dict[str, float]) -> str:
+def _metrics_line(metrics: dict[str, float]) -> str:
     """The important ones as one line, about 100 characters."""
     names = ("loss", "chance", "accuracy", "images_per_s", "mfu", "data_wait")
     loss, chance, accuracy, images_per_s, mfu, wait = (metrics.get(f"train/{name}", math.nan) for name in names)

@@ -70,7 +70,7 @@ def open_dataset(
     if download and not source.startswith(TORCHVISION_PREFIX):
         raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {source} is none")
     columns = Columns(label_column, image_column, group_column)
-    found = _read(source, split, columns, Path(root), download, task)
+    found = _read_source(source, split, columns, Path(root), download, task)
     if not len(found.images):
         raise ValueError(f"{source} holds no images")
     if task not in (None, found.task):
@@ -117,7 +117,9 @@ def with_templates(data: Any, templates: str | Path) -> Any:
     return replace(data, templates=prompts, templates_from=templates_from)
 
 
-def _read(source: str, split: str | None, columns: Columns, root: Path, download: bool, task: str | None) -> Found:
+def _read_source(
+    source: str, split: str | None, columns: Columns, root: Path, download: bool, task: str | None
+) -> Found:
     if source.startswith(TORCHVISION_PREFIX):
         columns.refuse(source, "a set of torchvision's", "label", "image", "group")
         return read_torchvision(source, root, split, download)

@@ -49,7 +49,7 @@ def benchmark_splits(location: str, split: str | None) -> list[str]:
 def read_tars(source: str, split: str | None, task: str | None) -> Found:
     """Shards with labels or captions, and what lies beside them."""
     check_scheme(source)
-    name = _name_of(source)
+    name = _set_name(source)
     if source.endswith(".tar"):
         if split:
             raise ValueError(f"{source} names tars, so --split {split} can't be followed")
@@ -81,7 +81,7 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
     return _read_shards(shards, name, source, task or kind, [source], "zeroshot_classification_templates.txt")
 
 
-def _name_of(source: str) -> str:
+def _set_name(source: str) -> str:
     if not is_url(source):
         path = Path(source)
         return (path.resolve().parent if source.endswith(".tar") else path.resolve()).name
