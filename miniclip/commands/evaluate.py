@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "Scores CLIP models without training them: each class becomes prompts, and an image goes to the\n"
         "nearest; images with captions are found by them, and the other way round. Every model is scored on every\n"
         "set.\n\n"
-        "MODEL is a folder that training wrote, or whatever else miniclip loads (ViT-B/32, a checkpoint of OpenAI's,\n"
+        "MODEL is a folder that training wrote, or another that miniclip loads (ViT-B/32, a checkpoint of OpenAI's,\n"
         "OpenCLIP's or Hugging Face's); or, with its own preprocessing and tokenizer,\n"
         "  openclip:ARCHITECTURE/TAG    a model of open_clip's; the tag may be a file of weights\n"
         "  transformers:owner/name      a model of transformers', by name or folder\n"
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "  hf-hub:owner/name            a set of CLIP_benchmark's (hf-hub:clip-benchmark/wds_…), or of Hugging Face's\n"
         "                               `datasets` with a column of type ClassLabel; or the folder of either\n"
         "  torchvision:CIFAR10          a classification set of torchvision's, in the folder --root\n"
-        "  with --task retrieval        whatever can be trained on: images with captions\n\n"
+        "  with --task retrieval        any source that training reads: images with captions\n\n"
         "Class names and prompts that lie with the data are used: classnames.txt and templates.txt (or, for prompts\n"
         "by class, templates.json) in the folder, TABLE.classnames.txt and TABLE.templates.txt by the table. What was\n"
         "used is printed, and is in results.json.",
@@ -75,7 +75,7 @@ miniclip eval --compare reports/before reports/after""",
     read.add_argument("--split", metavar="NAME", help="part of sets that have several; default: test, else validation")
     read.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
     read.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
-    read.add_argument("--group-column", metavar="NAME", help="column that tells which images are not independent")
+    read.add_argument("--group-column", metavar="NAME", help="images of one value are not independent")
     read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
     read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     ask = parser.add_argument_group("what to ask")
@@ -321,7 +321,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def _renamed(task: Task, tasks: list[Task], source: str) -> Task:
-    """Called by its source if another has its name, as results are told apart by it."""
+    """Called by its source if another set has its name, since results are distinguished by it."""
     if sum(other.data.name == task.data.name for other in tasks) == 1:
         return task
     variants = tuple(replace(each, name=source) for each in task.variants)

@@ -1,4 +1,4 @@
-"""Any library's CLIP as evaluation sees it: the five things of a model, and what it can be recognised by.
+"""Any library's CLIP as evaluation sees it: five things, and what the model can be recognised by.
 
 Ours, open_clip's and transformers' models come with the preprocessing and the tokenizer that they were trained with;
 anything else is an object with the same five things. `open_model` reads what a command line names:
@@ -10,7 +10,7 @@ anything else is an object with the same five things. `open_model` reads what a 
 | openclip:hf-hub:owner/name, openclip:local-dir:DIR | a repository or folder with an open_clip_config.json      |
 | transformers:owner/name, transformers:DIR          | a model with get_image_features, get_text_features        |
 | python:FILE.py:FUNCTION, python:MODULE:FUNCTION    | what your own function returns; runs your code            |
-| anything else                                      | whatever `miniclip.load` takes                            |
+| anything else                                      | a name or path that `miniclip.load` takes                 |
 
 B batch, R resolution, L text tokens, E embedding, D width of an image tower.
 """
@@ -41,13 +41,13 @@ Preprocessor = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """What evaluation knows of a model: five things, its name, and what it can be recognised by.
+    """A model of any library: five things, its name, and what it can be recognised by.
 
     Args:
         name: as reports call it.
         encode_image: (B, 3, R, R) on the CPU, as `preprocess` gives them, stacked -> (B, E) on the model's device.
         encode_text: what `tokenize` gives -> (B, E) on the model's device.
-        tokenize: texts to whatever `encode_text` takes.
+        tokenize: texts to what `encode_text` takes.
         preprocess: an image to (3, R, R); can be pickled, for worker processes.
         logit_scale: the stored logarithm, as OpenAI's. Its device is the model's.
         encode_pooled: as `encode_image`, features before the projection (B, D), where the library gives them.
@@ -106,7 +106,7 @@ class Encoder:
 
 
 def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
-    """A model of ours; it is put into evaluation mode.
+    """One of miniclip's models, put into evaluation mode.
 
     Longer texts than it can read are cut, and a warning says how many. A model that reads other token ids than CLIP's
     refuses texts.
@@ -147,11 +147,11 @@ class _OurTokenize:
 
 @torch.no_grad()
 def pooled_features(model: CLIP, images: Tensor) -> Tensor:
-    """What the image tower gives before it is projected to the space of texts, as the paper's probes take it
-    (appendix A.3): normalised images (B, 3, R, R) -> (B, D).
+    """Image features before the projection to the space of texts, as the paper's probes use them (appendix A.3):
+    normalised images (B, 3, R, R) -> (B, D).
 
-    Of a vision transformer the normed class token, of timm's models what their pooling gives. CLIP's ResNet has no
-    projection but the last layer of its attention pool, so its features are those of `encode_image`, also in the paper.
+    A vision transformer gives the normed class token, timm's models their pooled features. CLIP's ResNet has no
+    projection but the last layer of its attention pool, so its features are those of `encode_image`, as in the paper.
 
     Raises:
         ValueError: as `encode_image`.

@@ -1,6 +1,6 @@
-"""Features of images and texts, each computed once: shared out over processes, kept in a cache, resumed after a break.
+"""Features of images and texts, each computed once: split over processes, kept in a cache, resumed after a break.
 
-Whatever is scored is scored from these: other prompts, other measures and probes cost no second look at the images.
+All scores are computed from these, so other prompts, measures and probes need no second look at the images.
 
 N images, T texts, E embedding.
 """
@@ -49,9 +49,9 @@ _SCHEMA = "2"  # of the files in the cache; another number leaves the old ones a
 
 
 class FeatureCache:
-    """Tensors by what they were computed from. A text of facts is its name; nothing in it is ever out of date.
+    """Tensors by what they were computed from: the facts are the key, so nothing in it is ever out of date.
 
-    What can't be written is told and not kept: it is worth less than the run that it would save time of.
+    A failed write is a warning: no cache is worth failing a run for.
 
     Args:
         folder: where; by default `cache_folder("features")`.
@@ -64,13 +64,13 @@ class FeatureCache:
 
     @staticmethod
     def key(*facts: Any) -> str | None:
-        """The name of what these make; None if one of them is not known, so that nothing is kept."""
+        """The key of what is computed from these; None if one is unknown, so that nothing is kept."""
         if None in facts:
             return None
         return hashlib.sha256(json.dumps([_SCHEMA, *facts], ensure_ascii=False).encode()).hexdigest()
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """What was written whole; None if there is none."""
+        """What was written as a whole; None if there is none."""
         path = self._path(key)
         tensors = _read_kept(path)
         if tensors is not None:
@@ -79,7 +79,7 @@ class FeatureCache:
         return tensors
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the place of its parts."""
+        """Replaces the parts."""
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         with self._as_far_as_possible():
             make_room(self.folder.glob("[0-9a-f]" * 64 + ".*"), self.limit_bytes - len(data))
@@ -88,7 +88,7 @@ class FeatureCache:
             shutil.rmtree(self._parts(key), ignore_errors=True)
 
     def read_parts(self, key: str) -> Iterator[dict[str, Tensor]]:
-        """What `write_part` left, of runs that came to no end."""
+        """The parts that interrupted runs left."""
         for path in sorted(self._parts(key).glob("*.safetensors")):
             if (tensors := _read_kept(path)) is not None:
                 yield tensors
@@ -186,7 +186,7 @@ def _representatives(texts: Sequence[str], tokenize: Callable[[list[str]], Any])
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a model made of the images of a data set.
+    """A model's features of the images of a data set.
 
     Args:
         indices: (N,) which of the data's images could be read, in order.
@@ -239,11 +239,11 @@ def encode_images(
         preprocess: PIL image to (3, R, R).
         num_workers: processes that decode; no more than there are batches, and none for a single one.
         cache: with `key`, which stands for model, preprocessing and images, nothing is computed twice: what a run
-            that was stopped has done counts, whatever its processes and batches were.
+            that was stopped has done counts, with any number of processes and any batch size.
         progress: called with the number of images done, of all processes'.
 
     Returns:
-        The same in every process, and the same whatever their number and the batch size, but for rounding.
+        The same in every process, for any number of processes and any batch size, but for rounding.
 
     Raises:
         ValueError: not one image could be read, or the features are zero or not finite.

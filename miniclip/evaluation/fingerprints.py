@@ -57,7 +57,7 @@ def probe_pictures() -> list[Image.Image]:
 
 def probe_outputs(function: Callable[[Any], Any], probes: Sequence[Any]) -> str | None:
     """A digest of what `function` makes of each probe; None if that is not the same twice, or nothing of which bytes
-    can be taken. What it refuses, it refuses alike each time."""
+    can be taken. A refusal counts as an output."""
     digests = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,7 +73,7 @@ def probe_outputs(function: Callable[[Any], Any], probes: Sequence[Any]) -> str 
 
 
 def digest_value(value: Any) -> str | None:
-    """A text that tells a value from others: tensors, arrays, numbers, texts, and mappings and sequences of them."""
+    """A text that differs for different values: tensors, arrays, numbers, texts, mappings and sequences of them."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
@@ -89,8 +89,8 @@ def digest_value(value: Any) -> str | None:
 
 
 def digest_module(module: nn.Module) -> str:
-    """Of what a module computes: its tensors (names, shapes, types, bytes), and of its parts the classes and whatever
-    numbers, words and configurations they keep (heads, strides, the kind of pooling), which no tensor tells."""
+    """A digest of what a module computes: its tensors (names, shapes, types, bytes), and its parts' classes, numbers,
+    words and configurations (heads, strides, the kind of pooling), which no tensor shows."""
     tensors = [(name, tensor, part) for name, tensor in tensors_of(module) for part in _pieces(tensor)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing a large buffer lets other threads run
         digests = list(threads.map(lambda item: hashlib.blake2b(_bytes(item[2]), digest_size=32).hexdigest(), tensors))
@@ -144,7 +144,7 @@ def is_plain_value(value: Any) -> bool:
 
 
 def digest_arrays(*parts: str) -> str:
-    """Of texts, told apart by their lengths."""
+    """A digest of texts, with their lengths, so that no two lists of texts have the same."""
     whole = hashlib.blake2b(digest_size=32)
     for part in parts:
         encoded = part.encode("utf-8", "surrogatepass")

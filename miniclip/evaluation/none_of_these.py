@@ -16,7 +16,7 @@ from .zero_shot import ClassificationScores, rows_at_once
 
 @dataclass(frozen=True)
 class Outside:
-    """How well the best cosine tells images of the classes from images of none of them.
+    """How well the best cosine separates images of the classes from images of none of them.
 
     Args:
         name: of the images of none.
@@ -63,7 +63,8 @@ def none_of_these(
 
     Args:
         scores: of images of the classes.
-        others: features of images of none of them, `groups` (all of the data's) telling which belong together.
+        others: features of images of none of them.
+        groups: a value for each image of the others' data set; those of one value belong together.
         false_acceptance: as in `calibrate_threshold`.
 
     Raises:

@@ -134,10 +134,10 @@ def _open_openclip(name: str, device: torch.device) -> Encoder:
 
 
 def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str, bool]:
-    """What open_clip must be told beside the names of a model and its weights.
+    """The options of open_clip beside the names of a model and its weights.
 
-    A tag may know whether its weights were trained with QuickGELU. open_clip goes by the architecture's name, so that
-    OpenAI's weights in "ViT-B-32" lose points for nothing but a warning; here the tag decides.
+    A tag may know whether its weights were trained with QuickGELU. open_clip takes the activation from the
+    architecture's name, so OpenAI's weights in "ViT-B-32" lose points with a mere warning; here the tag decides.
     """
     import open_clip
 
@@ -301,15 +301,21 @@ def _open_transformers(name: str, device: torch.device) -> Encoder:
 
 
 def _open_python(name: str, device: torch.device) -> Encoder:
-    place, _, attribute = name.removeprefix(PYTHON_PREFIX).rpartition(":")
-    if not place or not attribute:
+    module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).rpartition(":")
+    if not module_name or not attribute:
         raise ValueError(f"model {name!r} is not python:FILE.py:FUNCTION or python:MODULE:FUNCTION")
-    module = _import_file(name, expand_home(place)) if place.endswith(".py") else _import_module(name, place)
+    module = (
+        _import_file(name, expand_home(module_name))
+        if module_name.endswith(".py")
+        else _import_module(name, module_name)
+    )
     function = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         what = "has no" if function is None else f"has {function!r}, which is no function, as"
-        raise ValueError(f"model {name!r}: {place} {what} {attribute}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(
+            f"model {name!r}: {module_name} {what} {attribute}" + (f"; did you mean {near[0]}?" if near else "")
+        )
     takes_device = "device" in inspect.signature(function).parameters
     return from_object(function(device=device) if takes_device else function(), name)
 
@@ -361,8 +367,8 @@ def _library_errors(library: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{library} can't load {name!r}: {said[:600]}") from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{library} can't load {name!r}: {message[:600]}") from error
 
 
 def _check_folder(name: str, folder: str, needed: str) -> None:

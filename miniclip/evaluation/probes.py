@@ -31,12 +31,12 @@ _BETAS = tuple(float(beta) for beta in np.geomspace(0.1, 100, 19))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a classifier says
+# What a classifier answers
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a classifier said of each test image.
+    """A classifier's scores of each test image.
 
     Args:
         scores: (M, C), the highest is its guess (of equals the first).
@@ -70,7 +70,7 @@ class Outcome:
 
 
 def zero_shot(splits: Splits, classifier: np.ndarray) -> Outcome:
-    """What the prompts alone say: cosines with the columns of `classifier` (E, C).
+    """The prompts alone: cosines with the columns of `classifier` (E, C).
 
     Raises:
         ValueError: a classifier of another shape, or columns that are not of unit length.
@@ -142,26 +142,26 @@ def linear_probe(splits: Splits, *, refit: bool = True, max_iter: int = 1000) ->
     Raises:
         ValueError: scikit-learn is not installed.
     """
-    found: dict[int, SweepPoint] = {}  # by place on the grid
+    found: dict[int, SweepPoint] = {}  # by position on the grid
     labels, features = splits.validation.labels, splits.validation.features
     last, step = (_MOST_C - _LEAST_C) * _STEPS_PER_DECADE, _FIRST_STEP
-    places = set(range(0, last + 1, step))
+    positions = set(range(0, last + 1, step))
     while True:
-        for place in sorted(places - found.keys()):
-            C = 10.0 ** (_LEAST_C + place / _STEPS_PER_DECADE)
+        for position in sorted(positions - found.keys()):
+            C = 10.0 ** (_LEAST_C + position / _STEPS_PER_DECADE)
             weight, bias, num_iterations, is_converged = _fit(splits.train, C, max_iter)
             scores = features @ weight + bias
             accuracy = float((scores.argmax(axis=1) == labels).mean())
-            found[place] = SweepPoint(C, accuracy, _log_loss(scores, labels), num_iterations, is_converged)
-        peak = max(found, key=lambda place: (found[place].accuracy, -found[place].log_loss, -place))
+            found[position] = SweepPoint(C, accuracy, _log_loss(scores, labels), num_iterations, is_converged)
+        peak = max(found, key=lambda position: (found[position].accuracy, -found[position].log_loss, -position))
         if step == 1:
             break
         step //= 2
-        places = {peak - step, peak + step} & set(range(last + 1))
+        positions = {peak - step, peak + step} & set(range(last + 1))
     C = found[peak].C
     weight, bias, num_iterations, is_converged = _fit(splits.labelled if refit else splits.train, C, max_iter)
     outcome = Outcome(splits.test.features @ weight + bias, splits.test)
-    sweep = tuple(found[place] for place in sorted(found))
+    sweep = tuple(found[position] for position in sorted(found))
     return LinearProbe(outcome, C, sweep, num_iterations, is_converged, weight, bias)
 
 
@@ -399,7 +399,7 @@ def shot_curve(
     chosen = tuple(k for k in wanted if k not in left_out)
     if not chosen or not len(seeds):
         raise ValueError(f"a curve of {len(chosen)} numbers of shots and {len(seeds)} seeds; it needs one of each")
-    splits.shots(chosen[-1], seeds[0])  # too many are told before the work
+    splits.shots(chosen[-1], seeds[0])  # refuses too many before the work
     zero = zero_shot(splits, classifier).accuracy
     accuracies = {method: np.empty((len(chosen), len(seeds))) for method in METHODS}
     done = 0

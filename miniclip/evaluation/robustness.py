@@ -71,9 +71,9 @@ def robustness(results: Sequence[Result], standard: str, baselines: Sequence[str
     """One model after another on a standard set and its shifted relatives (Taori et al. 2020).
 
     Args:
-        results: of classification; of several sets of prompts the first counts.
+        results: of classification; the first of several sets of prompts counts.
         standard: name of the data set that the others are shifts of.
-        baselines: names of the models whose line tells what accuracy to expect under a shift.
+        baselines: names of the models whose line gives the accuracy to expect under a shift.
 
     Raises:
         ValueError: the standard set or a baseline is not among the results, or nothing else is.

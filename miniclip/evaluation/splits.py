@@ -73,7 +73,7 @@ class Splits:
 
     def __post_init__(self) -> None:
         if len(self.classnames) < 2:
-            raise ValueError(f"a probe tells classes apart, and there is only one: {', '.join(self.classnames) or '–'}")
+            raise ValueError(f"a probe separates classes, and there is only one: {', '.join(self.classnames) or '–'}")
         width = np.shape(self.train.features)[-1]
         for name in ("train", "validation", "test"):
             _check(name, getattr(self, name), len(self.classnames), width)
@@ -97,7 +97,7 @@ class Splits:
         """The same with `k` training images of each class, drawn by `seed`; more shots contain the fewer.
 
         Raises:
-            ValueError: a class has fewer; tells which.
+            ValueError: a class has fewer; names it.
         """
         if k < 1:
             raise ValueError(f"shots are {k}; at least one image of each class is needed")
@@ -143,8 +143,8 @@ def make_splits(
 def _warn_of(leaked: np.ndarray, name: str, where: str) -> None:
     if leaked.any():
         warnings.warn(
-            f"{leaked.sum()} of {len(leaked)} {name} images are {where} as well, by their features (the first is "
-            f"number {leaked.argmax()}, from 0): scores of what was learnt will be too high",
+            f"{leaked.sum()} of {len(leaked)} {name} images are {where} as well, by their features (the first has "
+            f"the index {leaked.argmax()}): scores of what was learnt will be too high",
             stacklevel=3,
         )
 
@@ -165,27 +165,27 @@ def draw_validation(labels: np.ndarray, groups: np.ndarray | None, share: float 
     quota = np.maximum(1, np.round(share * remaining)).astype(np.int64)
     drawn = np.zeros(len(labels), dtype=bool)
 
-    def draw(number: int) -> bool:
+    def draw(index: int) -> bool:
         """Unless a class would lose its last images."""
-        present, counts = classes[number]
+        present, counts = classes[index]
         if (remaining[present] == counts).any():
             return False
         remaining[present] -= counts
         quota[present] -= counts
-        drawn[members[number]] = True
+        drawn[members[index]] = True
         return True
 
     order = np.random.default_rng(seed).permutation(len(members))
-    for number in order:
-        present, counts = classes[number]
+    for index in order:
+        present, counts = classes[index]
         if (counts <= quota[present]).all():
-            draw(number)
+            draw(index)
     # Where all of a class's groups are larger than its share, the smallest that can be spared.
-    smallest_first = sorted(order, key=lambda number: len(members[number]))
+    smallest_first = sorted(order, key=lambda index: len(members[index]))
     without = set(labels) - set(labels[drawn])
-    for number in smallest_first if without else ():
-        if without.intersection(classes[number][0]) and draw(number):
-            without.difference_update(classes[number][0])
+    for index in smallest_first if without else ():
+        if without.intersection(classes[index][0]) and draw(index):
+            without.difference_update(classes[index][0])
     if not drawn.any():
         raise ValueError(
             f"none of {len(labels)} training images can be held out: every class has images of one group only; give a "
@@ -216,7 +216,7 @@ def _check(name: str, split: Labelled, C: int, width: int) -> None:
         if values is not None and np.shape(values) != (len(features),):
             raise ValueError(f"{name} has {len(features)} features and {what} of the shape {np.shape(values)}")
     if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name} labels are {labels.dtype}; they must be integers, the places of {C} class names")
+        raise ValueError(f"{name} labels are {labels.dtype}; they must be integers, the indices of {C} class names")
     if labels.min() < 0 or labels.max() >= C:
         raise ValueError(f"{name} labels are from {labels.min()} to {labels.max()}; {C} classes are 0 to {C - 1}")
     broken = np.flatnonzero(~np.isfinite(features).all(axis=1))

@@ -124,7 +124,7 @@ def zero_shot_scores(
         progress: called with the number of images done, of all processes'.
 
     Returns:
-        The same in every process, and the same whatever their number and the batch size.
+        The same in every process, for any number of processes and any batch size.
 
     Raises:
         ValueError: not one image could be read, or the features are not finite.

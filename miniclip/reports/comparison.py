@@ -86,7 +86,7 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
 
 
 def _counterpart(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the second run, what stands for a result of the first."""
+    """The second run's result that corresponds to one of the first's."""
 
     def alike(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
         return [each for each in results if all(each.get(name) == a.get(name) for name in names)]
@@ -103,7 +103,7 @@ def _counterpart(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[st
 def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> list[Change]:
     if "samples" not in a or "samples" not in b:
         return []
-    told = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), (a["model"], b["model"]))
+    which = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), (a["model"], b["model"]))
     x, y = a["samples"], b["samples"]
     if a["task"] != ClassificationScores.task:
         _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
@@ -113,7 +113,7 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         for name, rows in (("image", x["image_of_text"]), ("text", sorted(set(x["image_of_text"])))):
             right = [np.array(each[f"ranks_of_{name}s"]) == 1 for each in (x, y)]
             keys = [x["keys"][row] for row in rows]
-            found.append(_change(told, f"{name}_retrieval_recall@1", right, keys, groups[rows]))
+            found.append(_change(which, f"{name}_retrieval_recall@1", right, keys, groups[rows]))
         return found
     _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
     names = [[each["classnames"][label] for label in each["samples"]["labels"]] for each in (a, b)]
@@ -126,7 +126,7 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         for c in np.unique(labels)
     ]
     by_class.sort(key=lambda row: -abs(row[3] - row[2]) * row[1])
-    return [_change(told, "acc1", right, x["keys"], np.array(x["groups"]), tuple(by_class))]
+    return [_change(which, "acc1", right, x["keys"], np.array(x["groups"]), tuple(by_class))]
 
 
 def _label(result: dict[str, Any]) -> str:
@@ -143,7 +143,7 @@ def _refuse_others(first_keys: list[str], second_keys: list[str], dataset: str, 
 
 
 def _change(
-    told: Any,
+    which: tuple[Any, ...],
     metric: str,
     right: list[np.ndarray],
     keys: list[str],
@@ -151,7 +151,7 @@ def _change(
     by_class: tuple[Any, ...] = (),
 ) -> Change:
     found = compare(right[0], right[1], groups)
-    dataset, task, prompts, models = told
+    dataset, task, prompts, models = which
     return Change(
         dataset,
         task,

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from ..common.files import atomic_write, write_text
 from ..common.wording import percent
 from ..evaluation.interpolation import Point
+from .page_parts import bare_axes
 
 
 def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chosen: float) -> Table:
@@ -28,8 +28,7 @@ def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chose
 
 def write_picture(path: Path, points: Sequence[Point], new: str, old: str, chosen: float) -> None:
     """Accuracy on the new tasks over that on the old ones, a dot for each model (as the paper's figure 1)."""
-    figure = Figure(figsize=(5, 4))
-    axes = figure.subplots()
+    figure, axes = bare_axes(5, 4)
     x = [100 * sum(point.old) / len(point.old) for point in points]
     y = [100 * sum(point.new) / len(point.new) for point in points]
     axes.plot(x, y, "-o", color="tab:blue", markersize=4)
@@ -41,7 +40,6 @@ def write_picture(path: Path, points: Sequence[Point], new: str, old: str, chose
             axes.annotate(f"α = {point.alpha:g}", (a, b), textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(xlabel=f"{old}, top-1 %", ylabel=f"{new}, top-1 %")
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
 

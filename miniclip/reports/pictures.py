@@ -25,8 +25,7 @@ _COLOURS = ("tab:blue", "tab:green", "tab:orange")
 
 def plot_shots(curve: ShotCurve, title: str = "") -> Figure:
     """Accuracy over the images of each class, on a logarithmic axis; zero-shot is a star one step before the first."""
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
+    figure, axes = bare_axes(6, 4)
     x = np.log2(curve.shots)
     zero = x[0] - 1
     axes.axhline(100 * curve.zero_shot, color="grey", linestyle=":", linewidth=1)
@@ -40,7 +39,6 @@ def plot_shots(curve: ShotCurve, title: str = "") -> Figure:
     if title:
         axes.set_title(title, fontsize=10, parse_math=False)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -101,16 +99,16 @@ def plot_scores(results: Sequence[Result]) -> str:
         return ""
     series = list(dict.fromkeys(name for group in bars.values() for name in group))
     figure, axes = bare_axes(6.5, 0.9 + 0.2 * num_bars + 0.15 * len(bars))
-    place, ticks = 0.0, []
+    y, ticks = 0.0, []
     for group in bars.values():
-        ticks.append(place + (len(group) - 1) / 2)
+        ticks.append(y + (len(group) - 1) / 2)
         for name, (share, interval) in group.items():
             colour = f"C{series.index(name) % 10}"
-            axes.barh(place, 100 * share, height=0.85, color=colour)
+            axes.barh(y, 100 * share, height=0.85, color=colour)
             if interval is not None:
-                axes.plot([100 * end for end in interval], [place, place], color="black", linewidth=1.2)
-            place += 1
-        place += 0.8
+                axes.plot([100 * end for end in interval], [y, y], color="black", linewidth=1.2)
+            y += 1
+        y += 0.8
     for name in series:
         axes.barh(0, 0, color=f"C{series.index(name) % 10}", label=short_label(name, 60))
     axes.set_yticks(ticks, bars)

@@ -91,7 +91,7 @@ def _in_one_line(found: re.Match[str]) -> str:
 
 
 def _file_names(results: Sequence[Result]) -> list[str]:
-    """Without an ending; those that would be the same get a number. Of long parts, as paths are, the end tells most."""
+    """Without an ending; equal names get a number. Long parts, as paths are, keep their end, which differs most."""
     names: list[str] = []
     for result in results:
         parts = [result.data.name, result.model, prompts_label(result)]

@@ -60,10 +60,10 @@ class _Chart(NamedTuple):
                 metrics={name: label},
                 title=f"{self.title}: {label}" if several else self.title,
                 unit="" if self.is_relative else self.unit,
-                limit=None if place else self.limit,
+                limit=None if position else self.limit,
                 is_relative=False,
             )
-            for place, (name, label) in enumerate(self.metrics.items())
+            for position, (name, label) in enumerate(self.metrics.items())
         ]
 
 
@@ -99,7 +99,7 @@ _CHARTS = (
 
 
 def _charts(runs: Sequence[Run]) -> list[_Chart]:
-    """Those that have something to show; every score of validation has its place in one."""
+    """Those that have something to show; every validation score is in one."""
     names = {name for run in runs for name in run.curves if name.startswith("val/") and name != "val/loss"}
     labels = {name: _score_name(name) for name in sorted(names)}
     shares = {name for name in names if all(0 <= value <= 1 for run in runs for value in run.values(name))}
@@ -109,7 +109,7 @@ def _charts(runs: Sequence[Run]) -> list[_Chart]:
         _Chart(f"Held out: {labels[name]}", {name: labels[name]}, is_smoothed=False) for name in sorted(names - shares)
     ]
     charts = [_CHARTS[0], _CHARTS[1], *scores, *_CHARTS[2:]]
-    if len(runs) > 1:  # a metric each, or nobody could tell the lines apart
+    if len(runs) > 1:  # a metric each, or the lines could not be distinguished
         charts = [each for chart in charts for each in chart.of_each_metric()]
     return [chart for chart in charts if any(run.values(name) for run in runs for name in chart.metrics)]
 
@@ -120,15 +120,15 @@ def _score_name(metric: str) -> str:
 
 
 def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
-    """Metrics by colour, or runs, whose colours the page tells, where there are several."""
+    """Colours stand for metrics, or, with several runs, for runs; the page has their legend."""
     figure = Figure(figsize=(3.7, 2.55), layout="constrained")
     axes = figure.subplots()
     metrics = [name for name in chart.metrics if any(run.values(name) for run in runs)]
     for number, run in enumerate(runs):
-        for place, name in enumerate(metrics):
+        for position, name in enumerate(metrics):
             if run.values(name):
-                colour = _RUN_COLOURS[(number if len(runs) > 1 else place) % len(_RUN_COLOURS)]
-                dashes = (0, (4, 1.5)) if chart.is_relative and place else "solid"  # they may lie upon each other
+                colour = _RUN_COLOURS[(number if len(runs) > 1 else position) % len(_RUN_COLOURS)]
+                dashes = (0, (4, 1.5)) if chart.is_relative and position else "solid"  # they may lie upon each other
                 _draw(axes, chart, run, name, {"color": colour, "linestyle": dashes})
     _limit(chart, runs, axes)
     _dress(axes, chart, runs)
@@ -187,8 +187,8 @@ def _limit(chart: _Chart, runs: Sequence[Run], axes: Any) -> None:
     for value in sorted(values):
         if isinstance(limit, str) or highest > 0.6 * value:  # a limit that is far away would flatten the curve
             axes.axhline(value, color="#7d8791", linestyle=":", linewidth=1.2)
-            place, grey = {"xy": (1, value), "xycoords": ("axes fraction", "data")}, "#66707c"
-            axes.annotate(f"{label} {value:.3g}", **place, ha="right", va="bottom", fontsize=8, color=grey)
+            anchor, grey = {"xy": (1, value), "xycoords": ("axes fraction", "data")}, "#66707c"
+            axes.annotate(f"{label} {value:.3g}", **anchor, ha="right", va="bottom", fontsize=8, color=grey)
 
 
 def _plotted_points(curve: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -224,40 +224,42 @@ class Number(NamedTuple):
 
 
 def numbers(run: Run) -> list[Number]:
-    """What a run comes to, the most important first."""
-    record, told = run.record, []
+    """The numbers of a run, the most important first."""
+    record, found = run.record, []
     if best := run.best():
         name, step, value = best
-        told.append(Number("best score", _score(value), f"{_score_name(name)}, step {step:,}"))
+        found.append(Number("best score", _score(value), f"{_score_name(name)}, step {step:,}"))
     if (loss := run.last("train/loss")) is not None:
         chance = run.last("train/chance")
-        told.append(Number("loss at the end", f"{loss:.3f}", f"chance {chance:.2f}" if chance else ""))
+        found.append(Number("loss at the end", f"{loss:.3f}", f"chance {chance:.2f}" if chance else ""))
     if run.values("val/loss"):
-        told.append(Number("held-out loss", f"{run.last('val/loss'):.3f}", f"lowest {min(run.values('val/loss')):.3f}"))
+        found.append(
+            Number("held-out loss", f"{run.last('val/loss'):.3f}", f"lowest {min(run.values('val/loss')):.3f}")
+        )
     if (accuracy := run.last("train/accuracy")) is not None:
-        told.append(Number("in-batch accuracy", f"{100 * accuracy:.1f} %", "at the end"))
+        found.append(Number("in-batch accuracy", f"{100 * accuracy:.1f} %", "at the end"))
     if (samples := _samples_seen(run)) is not None:
         epochs = f"{samples / record['epoch_samples']:.3g} epochs" if record.get("epoch_samples") else ""
-        told.append(Number("samples seen", _in_millions(samples), epochs))
+        found.append(Number("samples seen", _in_millions(samples), epochs))
     if record:
         resumed = f"in {len(run.starts)} parts" if len(run.starts) > 1 else ""
-        told.append(Number("duration", _duration(sum(start["seconds"] for start in run.starts)), resumed))
+        found.append(Number("duration", _duration(sum(start["seconds"] for start in run.starts)), resumed))
     if (speed := run.middle("train/images_per_s")) is not None:
-        told.append(Number("images/s", _in_millions(speed), "median"))
+        found.append(Number("images/s", _in_millions(speed), "median"))
     if (mfu := run.middle("train/mfu")) is not None:
         tflops = run.middle("train/tflops") or 0.0
-        told.append(
+        found.append(
             Number("utilisation (MFU)", f"{100 * mfu:.1f} %", f"{_flops(tflops)} of {_flops(record_peak(run))}")
         )
     if (wait := run.middle("train/data_wait")) is not None:
-        told.append(Number("waiting for data", f"{100 * wait:.1f} %", "median"))
+        found.append(Number("waiting for data", f"{100 * wait:.1f} %", "median"))
     if memory := run.values("train/memory_gb"):
-        told.append(Number("memory", f"{max(memory):.3g} GB", "at most"))
+        found.append(Number("memory", f"{max(memory):.3g} GB", "at most"))
     if (rejected := run.last("train/rejected")) is not None:
-        told.append(Number("rejected", _in_millions(rejected), "samples left out"))
+        found.append(Number("rejected", _in_millions(rejected), "samples left out"))
     if (cut := run.last("train/truncated")) is not None:
-        told.append(Number("captions cut", _in_millions(cut), "to the context length"))
-    return told
+        found.append(Number("captions cut", _in_millions(cut), "to the context length"))
+    return found
 
 
 def record_peak(run: Run) -> float:
@@ -273,35 +275,35 @@ def _samples_seen(run: Run) -> float | None:
 
 def observations(run: Run) -> list[str]:
     """What stands out, and what may be done about it; empty if all is well."""
-    said = []
+    lines = []
     loss, chance, best = run.last("train/loss"), run.last("train/chance"), run.best()
     if loss is not None and chance and loss > 0.97 * chance:
-        said.append(
+        lines.append(
             f"The loss ended at its chance level, {chance:.2f}: nothing was learnt. The rate is far too high or low, "
             "or captions do not belong to their images"
         )
     if best and (last := run.last(best[0])) is not None and last < 0.9 * best[2]:
-        said.append(
+        lines.append(
             f"{_score_name(best[0])} was best at step {best[1]:,}, {_score(best[2])}, and fell to {_score(last)}: "
             "later training fitted the training pairs alone. The best model is the one that is kept; a shorter run "
             "would do, more data would do better"
         )
     if (run.last("train/logit_scale") or 0) > 99.5:
-        said.append("The logit scale reached the highest that is allowed, 100: the model is as sure as it may be")
+        lines.append("The logit scale reached the highest that is allowed, 100: the model is as sure as it may be")
     if (wait := run.middle("train/data_wait") or 0) > 0.1:
-        said.append(
+        lines.append(
             f"Training waited for data {100 * wait:.0f} % of the time: raise data.num_workers, or shrink the images in "
             "the shards"
         )
     samples = run.last("train/samples") or math.inf
     if rejected := run.last("train/rejected"):
-        said.append(f"{rejected:,.0f} samples ({100 * rejected / samples:.2g} %) could not be read and were left out")
+        lines.append(f"{rejected:,.0f} samples ({100 * rejected / samples:.2g} %) could not be read and were left out")
     if (cut := run.last("train/truncated") or 0) > 0.01 * samples:
-        said.append(f"{100 * cut / samples:.2g} % of the captions were cut: model.clip.text.context_length is short")
+        lines.append(f"{100 * cut / samples:.2g} % of the captions were cut: model.clip.text.context_length is short")
     norms = [value for name in run.curves if "grad_norm" in name for _, value in run.curves[name]]
     if infinite := sum(not math.isfinite(value) for value in norms):
-        said.append(f"{infinite} of {len(norms)} logged gradient norms are not finite: overflows of half precision")
-    return said
+        lines.append(f"{infinite} of {len(norms)} logged gradient norms are not finite: overflows of half precision")
+    return lines
 
 
 def _score(value: float) -> str:
@@ -364,7 +366,7 @@ def write_page(out: str | Path, folders: Sequence[str | Path]) -> None:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The last part of each path, or all of it where that does not tell them apart."""
+    """The last part of each path, or the whole path where two end alike."""
     last = [Path(name).name for name in names]
     return last if len(set(last)) == len(last) else list(names)
 

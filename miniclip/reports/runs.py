@@ -51,7 +51,7 @@ class Run:
     def best(self) -> tuple[str, int, float] | None:
         """The metric that chooses the best checkpoint, its best value, and how many steps were done by then.
 
-        A score before the first step is nobody's choice: there is no checkpoint of it.
+        Scores from before the first step are ignored: no checkpoint belongs to them.
         """
         name = self.record.get("monitor", "val/retrieval_r1")
         points = [(step, value) for step, value in self.curves.get(name, []) if step >= 0 and math.isfinite(value)]
@@ -77,7 +77,7 @@ def read_run(folder: str | Path) -> Run:
         if (log / RUN_FILE).is_file():
             start = json.loads((log / RUN_FILE).read_text(encoding="utf-8"))
             table = log / "metrics.csv"
-            if start["status"] == "running" and table.is_file():  # going on, or killed: told by its last row
+            if start["status"] == "running" and table.is_file():  # going on, or killed: its last row dates it
                 began = datetime.datetime.fromisoformat(start["began"]).timestamp()
                 start["seconds"] = max(0.0, table.stat().st_mtime - began)
             starts.append(start)
@@ -108,7 +108,7 @@ def logs_of(run: Path) -> list[Path]:
 
 
 def run_curves(run: Path) -> Curves:
-    """The curves in a run's folder. What was trained once more after a resumption counts as it was the last time."""
+    """The curves in a run's folder. A step that was trained twice counts as it was the last time."""
     curves: dict[str, dict[int, float]] = {}
     for log in logs_of(run):
         rows = _rows(log / "metrics.csv")

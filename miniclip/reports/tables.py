@@ -38,7 +38,7 @@ def _points(difference: float) -> str:
 
 
 def wordings(prompts: Prompts) -> tuple[str, ...]:
-    """The templates as texts; of prompts by class those of all classes, one after the other."""
+    """The templates as texts; for prompts by class, those of all classes one after the other."""
     if isinstance(prompts, Mapping):
         return tuple(prompt for each in prompts.values() for prompt in each)
     return tuple(map(str, prompts))
@@ -70,7 +70,7 @@ class Grid:
         rows: a cell for each column.
         main: the column to look at first.
         notes: sentences below it.
-        links: a place on the page for each row, or none.
+        links: an anchor on the page for each row, or none.
     """
 
     title: str
@@ -128,7 +128,7 @@ def _printable(grid: Grid) -> Table:
 
 
 def tables(results: Sequence[Result], robustness: Robustness | None = None) -> list[Table]:
-    """Of each task one, then those of subgroups, of images of no class, of probes, and of shifted sets."""
+    """One for each task, then those of subgroups, of images of no class, of probes, and of shifted sets."""
     grids = score_grids(results)
     for result in results:
         grids += [subgroup_grid(result, column) for column in result.subgroups]
@@ -144,7 +144,7 @@ def tables(results: Sequence[Result], robustness: Robustness | None = None) -> l
 def score_grids(results: Sequence[Result], links: Sequence[str] = ()) -> list[Grid]:
     """
     Args:
-        links: a place on the page for each result.
+        links: an anchor on the page for each result.
     """
     sets = [result.data.name for result in results]
     by_task: dict[str, list[int]] = {}
@@ -152,14 +152,14 @@ def score_grids(results: Sequence[Result], links: Sequence[str] = ()) -> list[Gr
         by_task.setdefault(results[number].task, []).append(number)
     grids = []
     for task, numbers in by_task.items():
-        rows, places = [], []
+        rows, anchors = [], []
         for number in numbers:
             own = score_rows(results[number])
             rows += own
-            places += [links[number]] * len(own) if links else []
+            anchors += [links[number]] * len(own) if links else []
         title = task.replace("zeroshot_", "zero-shot ")
         main = results[numbers[0]].scores.main_column
-        grids.append(_grid(title, rows, ("model", "prompts"), main=main, links=places))
+        grids.append(_grid(title, rows, ("model", "prompts"), main=main, links=anchors))
     return grids
 
 
@@ -200,7 +200,7 @@ def subgroup_grid(result: Result, column: str) -> Grid:
 
 def _gap(found: Subgroups) -> str:
     if found.gap is None or found.best is None or found.worst is None:
-        return "No gap is told: fewer than two values have enough independent images."
+        return "No gap is reported: fewer than two values have enough independent images."
     low, high = found.best.interval[0], found.worst.interval[1]
     overlap = "do not overlap" if low > high else "overlap, so chance may have made it"
     return (
@@ -340,10 +340,10 @@ def _change_grid(changes: Sequence[Change]) -> Grid:
         for change in changes
     ]
     N = len(changes)
-    notes = [f"One comparison, told by p < {_SIGNIFICANT}."]
+    notes = [f"One comparison, judged by p < {_SIGNIFICANT}."]
     if N > 1:
         notes = [
-            f"{N} comparisons, each told by p < {_SIGNIFICANT}: were nothing different, about {_SIGNIFICANT * N:.2g} "
+            f"{N} comparisons, each judged by p < {_SIGNIFICANT}: were nothing different, about {_SIGNIFICANT * N:.2g} "
             "of so many would seem to be."
         ]
     return _grid("what changed", rows, ("model", "prompts"), main="difference", notes=notes)

@@ -187,7 +187,7 @@ def test_images_on_two_sides_are_counted_whatever_rounding_did_to_them():
     features[[3, 17]] = train.features[[50, 2]]
     features[8] = train.features[30] * np.float32(1 + 1e-6)
     features[9] = train.features[31] * np.float32(1.01)  # another picture, as far as one can tell
-    with pytest.warns(UserWarning, match=r"3 of 40 test images are in train or validation as well.*number 3, from 0"):
+    with pytest.warns(UserWarning, match=r"3 of 40 test images are in train or validation as well.*index 3"):
         splits = make_splits(train, Labelled(features, test.labels), NAMES)
     assert splits.num_leaked == 3
     assert np.flatnonzero(same_features(features, train.features)).tolist() == [3, 8, 17]
@@ -247,7 +247,7 @@ def with_nan(row: int) -> Labelled:
         ({"test": Labelled(np.ones((2, 12)), [0, 4])}, "test labels are from 0 to 4; 4 classes are 0 to 3"),
         ({"test": Labelled(np.ones((2, 12)), [-1, 1])}, "test labels are from -1 to 1"),
         ({"test": Labelled(np.ones((2, 12)), [0.0, 1.0])}, "test labels are float64; they must be integers"),
-        ({"test": Labelled(np.ones((2, 12)), ["a", "b"])}, "they must be integers, the places of 4 class names"),
+        ({"test": Labelled(np.ones((2, 12)), ["a", "b"])}, "they must be integers, the indices of 4 class names"),
     ],
 )
 def test_what_does_not_fit_is_told(changes, says):

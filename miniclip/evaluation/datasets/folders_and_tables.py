@@ -29,7 +29,7 @@ _UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", "
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Images that are read when they are asked for, in whatever process
+# Images that are read when they are asked for, in any process
 
 
 class _OfEachProcess(Sequence[Any]):
@@ -45,10 +45,10 @@ class _OfEachProcess(Sequence[Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
-    def __getitem__(self, number: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), self.open_it())
-        return self._opened[1][number]
+        return self._opened[1][index]
 
 
 class FromEach(Sequence[Any]):
@@ -60,8 +60,8 @@ class FromEach(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, number: Any) -> Any:
-        return self.function(self.entries[number])
+    def __getitem__(self, index: Any) -> Any:
+        return self.function(self.entries[index])
 
 
 def image_of_record(record: Any) -> bytes:
@@ -319,7 +319,7 @@ def readable_sources(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
-    """Images with captions, from whatever can be trained on."""
+    """Images with captions, from any source that training reads."""
     columns.refuse(source, "a source of pairs", "label", "group")
     if split and not (source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))):
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")

@@ -22,7 +22,7 @@ NUMBER_WORDS = "the labels, which are numbers"
 
 
 def settle_names(found: Found, classnames: str | Path | None, source: str) -> Found:
-    """The class names that count: those asked for, those beside the data, or the data's own."""
+    """The class names to use: those asked for, else those beside the data, else the data's own."""
     names, names_from = found.classnames, found.classnames_from
     if classnames is not None:
         is_built_in = str(classnames) in CLASSNAME_SETS
@@ -39,7 +39,7 @@ def settle_names(found: Found, classnames: str | Path | None, source: str) -> Fo
 
 
 def settle_templates(found: Found, templates: str | Path | None, names: tuple[str, ...]) -> tuple[Prompts, str]:
-    """The wordings that count, and where they came from."""
+    """The templates to use, and where they came from."""
     if templates is None:
         templates = next((path for path in found.beside.get("templates", ()) if path.is_file()), None)
     if templates is None and found.templates is not None:
@@ -104,9 +104,9 @@ def _spoken(name: str) -> str:
 def number_labels(
     raw: Sequence[str], names: tuple[str, ...] | None, source: str
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Labels as numbers, and the class names in that order.
+    """Labels as indices, and the class names in that order.
 
-    Labels are numbers already, or names: of the list if there is one, else sorted. An underscore in a label's name
+    Labels are indices already, or names: of the list if there is one, else sorted. An underscore in a label's name
     is read as the space that folder names often lack.
     """
     spoken_names = None if names is None else tuple(_spoken(name) for name in names)
@@ -121,18 +121,18 @@ def number_labels(
         raise ValueError(f"{source} has no label for any image")
     spoken = {label: _spoken(label) for label in found}
     if names is None or spoken_names is None:
-        place = {label: number for number, label in enumerate(found)}
-        return tuple(place[label] for label in raw), tuple(label.replace("_", " ") for label in found)
+        index = {label: c for c, label in enumerate(found)}
+        return tuple(index[label] for label in raw), tuple(label.replace("_", " ") for label in found)
     unknown = [label for label in found if spoken[label] not in spoken_names]
     if not unknown:
         if len(set(spoken_names)) < len(spoken_names):
             raise ValueError(f"the class names hold duplicates, so {source} must give labels as numbers")
-        place = {name: number for number, name in enumerate(spoken_names)}
-        return tuple(place[spoken[label]] for label in raw), names
+        index = {name: c for c, name in enumerate(spoken_names)}
+        return tuple(index[spoken[label]] for label in raw), names
     # Keys of their own, such as WordNet's n01440764: the names are in the keys' order.
     if len(unknown) == len(found) == len(names) and all(re.fullmatch(r"[A-Za-z]?\d+", label) for label in found):
-        place = {label: number for number, label in enumerate(found)}
-        return tuple(place[label] for label in raw), names
+        index = {label: c for c, label in enumerate(found)}
+        return tuple(index[label] for label in raw), names
     hint = ". -1 marks images without a label: choose another split" if "-1" in unknown else ""
     raise ValueError(
         f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "

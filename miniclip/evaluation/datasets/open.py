@@ -5,10 +5,10 @@
 | a folder per class: DATA/tabby_cat/1.jpg              | the names of the folders                                |
 | `.csv`, `.tsv`, `.jsonl`, `.parquet`                  | a column of names or numbers; of lists: several labels  |
 | shards (webdataset's tars): a folder, a pattern, a URL| `.cls`; `.npy`, several labels; `.txt`, captions        |
-| CLIP_benchmark's sets: a folder, a URL, `hf-hub:`     | the same; `dataset_type.txt` tells which                |
+| CLIP_benchmark's sets: a folder, a URL, `hf-hub:`     | the same; `dataset_type.txt` says which                 |
 | Hugging Face's `datasets`: a folder, `hf-hub:`        | a column of type ClassLabel, or the one that is named   |
 | `torchvision:CIFAR10`                                 | torchvision's                                           |
-| with task="retrieval", whatever can be trained on     | captions, as `miniclip shards` finds them               |
+| with task="retrieval", any source of training         | captions, as `miniclip shards` finds them               |
 
 Names and prompts that belong to the data lie with it and are used unless others are asked for: `classnames.txt` (one a
 line, in label order) and `templates.txt` or `templates.json` in the folder, or `DATA.classnames.txt` and so on beside
@@ -53,7 +53,7 @@ def open_dataset(
             label order; by default the data's own.
         templates: a built-in set (of `prompts.TEMPLATE_SETS`), a file of one a line, or a .json of
             {class name: [its prompts]}; by default the data's own, else "simple".
-        group_column: the column (or entry of shards' `.json`) that tells which images belong together.
+        group_column: the column (or entry of shards' `.json`) whose equal values mark images that belong together.
         split: the part to evaluate on, of data that have several; by default "test", else the one for validation.
         label_column, image_column: of a table or a `datasets` set; by default found by their names and types.
         root: where torchvision's sets are.
@@ -127,7 +127,7 @@ def _read_source(
     if source.startswith(HUB_PREFIX):
         try:
             is_tars = bool(benchmark_splits(location, split))
-        except ValueError:  # the hub tells so, and the library below tells why, or has a token for it
+        except ValueError:  # not on the hub; the library below reports why, or has a token for it
             is_tars = False
     else:
         is_tars = is_url(location) or is_shards(location) or (path.is_dir() and any(path.glob(f"*/{NUM_SHARDS_FILE}")))

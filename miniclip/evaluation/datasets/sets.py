@@ -43,31 +43,31 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.images)
 
-    def key(self, number: int) -> str:
-        return str(self.images[number]) if self.keys is None else self.keys[number]
+    def key(self, index: int) -> str:
+        return str(self.images[index]) if self.keys is None else self.keys[index]
 
-    def open(self, number: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image:
         """The decoded image.
 
         Raises:
             ValueError: it can't be read; names its source.
         """
         try:
-            image = self.images[number]
+            image = self.images[index]
             if isinstance(image, Image.Image):
                 return image
             if image is None:
-                raise ValueError(f"{self.key(number)} has no image")
+                raise ValueError(f"{self.key(index)} has no image")
             data = read_bytes(image)
         except OSError as error:
-            raise ValueError(f"{self.key(number)} can't be read: {error.strerror or error}") from error
-        return open_image(data, self.key(number))
+            raise ValueError(f"{self.key(index)} can't be read: {error.strerror or error}") from error
+        return open_image(data, self.key(index))
 
     def column(self, name: str) -> Sequence[Any]:
         """N values of the metadata.
 
         Raises:
-            ValueError: there is no such column; tells those that are there.
+            ValueError: there is no such column; names those that are there.
         """
         return column_of(self.metadata, name, self.name)
 
@@ -78,7 +78,7 @@ class EvaluationSet:
         """
         if self.identity is not None:
             return digest_lines([self.identity])
-        return digest_lines(image_identity(self.images[number], self.key(number)) for number in range(len(self)))
+        return digest_lines(image_identity(self.images[index], self.key(index)) for index in range(len(self)))
 
 
 def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> Sequence[Any]:
@@ -96,7 +96,7 @@ def digest_lines(texts: Iterable[str]) -> str:
 
 
 def image_identity(image: Any, key: str) -> str:
-    """What an image can be told by."""
+    """A text that changes whenever the image does."""
     if isinstance(image, Image.Image):
         return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
     if isinstance(image, bytes):
@@ -174,9 +174,9 @@ class Found:
     """What a source holds, before class names and prompts are settled.
 
     Args:
-        labels: N names or numbers, as texts; lists of them for several labels each.
-        labels_from: what the class names are called after if there are no others.
-        classnames: the source's own, which numbers are places in.
+        labels: N names or indices, as texts; lists of them for several labels each.
+        labels_from: where the labels are read, which the class names are taken from if there are no others.
+        classnames: the source's own, in the order of its labels.
         beside: files that may hold names and prompts, in the order in which they count.
     """
 

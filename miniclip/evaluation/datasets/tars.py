@@ -152,12 +152,12 @@ def _read_shards(
 
 
 def _probes(count: int) -> list[int]:
-    """Some numbers below `count`, spread evenly."""
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, 10))})
+    """Some indices below `count`, spread evenly."""
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(count, 10))})
 
 
 def _shard_metadata(shards: Shards) -> dict[str, list[Any]]:
-    """What the samples' `.json` say, where they have one."""
+    """The entries of the samples' `.json`, where they have one."""
     if not any(shards.read(n, "json") for n in _probes(len(shards))):
         return {}
     facts = [shards.info(number) for number in range(len(shards))]
@@ -172,7 +172,7 @@ def _shard_metadata(shards: Shards) -> dict[str, list[Any]]:
 
 
 def _hot_labels(data: bytes, classnames: tuple[str, ...] | None, key: str) -> list[str]:
-    """The numbers of the classes that an array of zeros and ones has ones for."""
+    """The indices of the classes that an array of zeros and ones has ones for."""
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -78,19 +78,19 @@ def read_torchvision(source: str, root: Path, split: str | None, download: bool)
         classnames, names_from = classname_set(built_in), f"the built-in {built_in!r}"
     elif own is not None:  # of several names for a class, the first
         classnames = readable_sources(each if isinstance(each, str) else each[0] for each in own)
-    place = f"{name}/{split}" if split else name
+    part = f"{name}/{split}" if split else name
     wordings = "imagenet80" if name == "ImageNet" else built_in
     return Found(
         name,
         FromEach(data, image_of_item),
-        [f"{place}/{number}" for number in range(len(data))],
+        [f"{part}/{index}" for index in range(len(data))],
         labels=[str(label) for label in _torchvision_labels(data)],
         labels_from="torchvision",
         classnames=classnames,
         classnames_from="" if classnames is None else names_from,
         templates=template_set(wordings) if wordings else None,
         templates_from=f"the built-in set {wordings!r}" if wordings else "",
-        identity=f"{place} of {len(data)} in {root.resolve()}",  # its sets never change
+        identity=f"{part} of {len(data)} in {root.resolve()}",  # its sets never change
     )
 
 
@@ -101,4 +101,4 @@ def _torchvision_labels(data: Any) -> list[int]:
             return [int(label) for label in labels]
     if (samples := getattr(data, "_samples", None)) is not None:
         return [int(label) for _, label in samples]
-    return [int(data[number][1]) for number in range(len(data))]
+    return [int(data[index][1]) for index in range(len(data))]

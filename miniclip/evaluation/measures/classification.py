@@ -1,7 +1,7 @@
-"""Scores in, numbers with their meaning out: classification and its subgroups.
+"""Measures of classification and of its subgroups.
 
-Pure functions of arrays; they know no model, no file and no name of a class: a class is its index, so two classes of
-one name stay two. What is undefined is NaN and left out of means, never 0.
+Pure functions of arrays, without models, files or names: a class is its index, so two classes of one name stay two.
+A value that is undefined is NaN and left out of means, never 0.
 
 N images, C classes, K guesses, G groups of images that are resampled together."""
 
@@ -251,7 +251,7 @@ def multilabel(cosines: np.ndarray, is_positive: np.ndarray) -> Multilabel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Calibration: is what is said with 80 % right in 80 % of cases?
+# Calibration: are guesses of probability 80 % right in 80 % of cases?
 
 
 @dataclass(frozen=True)

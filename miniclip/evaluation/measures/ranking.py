@@ -27,8 +27,8 @@ class Ranking:
 
     Args:
         num_candidates: how many each query chooses among. Among more it is harder: compare only equal numbers.
-        queries: (Q,) numbers of the texts or images that ask. An image without a text does not: it has nothing to find.
-        ranks: (Q,) the place, from 1, of the best of its own. `bootstrap_interval(ranks <= K)` is recall's interval.
+        queries: (Q,) indices of the texts or images that ask. An image without a text does not: it has nothing to find.
+        ranks: (Q,) the rank, from 1, of the best of its own. `bootstrap_interval(ranks <= K)` is recall's interval.
         recall: by K, the share of queries that find one of their own among the first K.
         median_rank, mean_rank: of ranks.
         mean_average_precision: by K: of each query, the precision at each of its own among the first K, summed and
@@ -125,12 +125,12 @@ def _ranking(
     order = np.lexsort((better, query))
     queries, first, sizes = np.unique(query[order], return_index=True, return_counts=True)
     number = np.arange(len(order)) - np.repeat(first, sizes) + 1  # of its own, the best is 1
-    places = better[order] + number  # among all
+    ranks_of_own = better[order] + number  # among all
     asking = np.arange(len(queries)) if asked is None else np.searchsorted(queries, asked)
-    ranks = places[first][asking]
+    ranks = ranks_of_own[first][asking]
     precision = {}
     for k in ks:
-        summed = np.add.reduceat(np.where(places <= k, number / places, 0.0), first)
+        summed = np.add.reduceat(np.where(ranks_of_own <= k, number / ranks_of_own, 0.0), first)
         precision[k] = float((summed / np.minimum(sizes, k))[asking].mean())
     return Ranking(
         num_candidates,

@@ -52,10 +52,10 @@ def as_rows(is_bad: np.ndarray) -> str:
 
 
 def as_classes(values: Any, what: str, num_classes: int, length: int | None = None) -> np.ndarray:
-    """(N,) numbers of classes."""
+    """(N,) indices of classes."""
     array = as_column(values, what, length)
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{what} are whole numbers, the places of classes; these are of type {array.dtype}")
+        raise ValueError(f"{what} are whole numbers, the indices of classes; these are of type {array.dtype}")
     if array.min() < 0 or array.max() >= num_classes:
         wrong = array[(array < 0) | (array >= num_classes)][0]
         raise ValueError(f"{what} are from 0 to {num_classes - 1}, as there are {num_classes} classes; one is {wrong}")
@@ -160,7 +160,7 @@ class Comparison:
         interval: its 95 % interval, groups of images resampled for both models at once.
         p_value: McNemar's, exact: how likely a split of the images on which they differ would be that is as uneven as
             this one, were they equally good. Takes images as independent; where groups are large, trust the interval.
-        gained, lost: numbers of the images that only the second, and only the first, has right.
+        gained, lost: indices of the images that only the second, and only the first, has right.
     """
 
     difference: float
@@ -199,7 +199,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 @dataclass(frozen=True)
 class RobustnessFit:
-    """What accuracy on a shifted set comes, in other models, with an accuracy on the standard set.
+    """The accuracy on a shifted set that goes with an accuracy on the standard set, in the baseline models.
 
     logit(shifted) = slope · logit(standard) + intercept.
 

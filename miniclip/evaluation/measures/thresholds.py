@@ -17,7 +17,7 @@ from .statistics import as_column, wilson_interval
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a score tells images of the listed classes (inside) from others (outside), whatever the threshold.
+    """How well a score separates images of the listed classes (inside) from others (outside), at any threshold.
 
     Args:
         auroc: the chance that an inside image scores above an outside one, a tie counting half.
@@ -35,7 +35,7 @@ class Separation:
 def separation(inside: np.ndarray, outside: np.ndarray) -> Separation:
     """Of best cosines of inside images (N,) and of outside images (M,).
 
-    Cosines of right and of wrong guesses do as well: then it is how well the cosine tells mistakes.
+    Cosines of right and of wrong guesses can be given instead: then it is how well the cosine reveals mistakes.
     """
     inside, outside = _best_cosines(inside, outside)
     below = np.searchsorted(outside, inside, side="left") + np.searchsorted(outside, inside, side="right")
@@ -80,7 +80,7 @@ def calibrate_threshold(
     Args:
         inside: (N,) best cosines of images of the listed classes.
         outside: (M,) best cosines of images of none.
-        split: what these images are called where the threshold is told of.
+        split: what these images are called where the threshold is reported.
         false_acceptance: the largest share of outside images to accept, from 0 to below 1; the lowest threshold that
             keeps to it is taken. By default the one of the best balanced accuracy, the highest of equally good ones.
     """
