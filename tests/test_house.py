@@ -1,6 +1,7 @@
-# Where everything lives: what holds for every folder and every name of the package.
+"""Where everything lives: what holds for every folder and every name of the package."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -36,8 +37,13 @@ def test_a_private_name_means_one_thing_in_the_whole_package():
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_folder_has_a_door_sign_and_passes_nothing_on(folder):
     module = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
-    assert ast.get_docstring(module)
+    sign = ast.get_docstring(module)
+    assert sign
     assert len(module.body) == 1
+    files = re.findall(r"`(\w+\.py)`", sign)
+    assert files, "a sign says what to read first"
+    for name in files:
+        assert (folder / name).is_file() or (folder.parent / name).is_file(), name
 
 
 @pytest.mark.parametrize("folder", [ROOT, *FOLDERS], ids=lambda path: path.relative_to(ROOT.parent).as_posix())

@@ -1,7 +1,5 @@
 """`make house` counts what it says it counts, here and in a package small enough to count by hand."""
 
-import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,16 +73,3 @@ def test_the_house_prints_its_own_figures():
     assert int(rows["lines of model.py"]) > 100
     assert int(rows["knobs"].split()[0]) > 100
     assert int(rows["files at the door"]) < 15
-
-
-FOLDERS = sorted(path.parent for path in (ROOT / "miniclip").rglob("__init__.py") if path.parent.name != "miniclip")
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_each_folder_opens_with_its_sign_and_exports_nothing(folder):
-    sign = (folder / "__init__.py").read_text()
-    assert house.code_lines(sign) == 0
-    named = re.findall(r"`(\w+)\.py`", ast.get_docstring(ast.parse(sign)))
-    assert named, "a sign says what to read first"
-    for name in named:
-        assert (folder / f"{name}.py").is_file() or (folder.parent / f"{name}.py").is_file(), name
