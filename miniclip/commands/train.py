@@ -1,7 +1,4 @@
-"""The command line of training: a YAML file and flags -> a run (LightningCLI).
-
-`train.py` and `miniclip train` both come here.
-"""
+"""`miniclip train` and `train.py`: YAML files and flags -> a run (LightningCLI)."""
 
 from __future__ import annotations
 
@@ -9,10 +6,11 @@ import difflib
 import logging
 import math
 import re
-import shlex
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -23,6 +21,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger
 
 from ..common.files import user_errors
 from ..config import CLIPConfig
@@ -30,8 +29,9 @@ from ..data.module import PairDataModule
 from ..data.order import BatchSampler
 from ..data.preflight import brief
 from ..reports.runs import PAGE_FILE, read_run
+from ..training import lightning_private
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, ForgivingCSVLogger, LastCheckpoint, RandomStates
-from ..training.finite import NON_FINITE, StopIfNotFinite
+from ..training.finite import StopIfNotFinite
 from ..training.measuring import RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
 from ..training.rejected import RejectedSamples
@@ -39,15 +39,13 @@ from ..training.resume import Resumption
 from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, what_is_kept
-from ..training.zero_shot import ZeroShotEvaluation
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
-
-_WITHOUT_MASTERS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+from . import run_settings
 
 
 class _Parser(LightningArgumentParser):
-    """Says what is wrong and what may have been meant, without a page of usage before it."""
+    """Prints what is wrong and what may have been meant, without a page of usage before it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex
@@ -58,15 +56,27 @@ class _Parser(LightningArgumentParser):
             name = (unknown[1] or unknown[2]).removeprefix("fit.")
             near = difflib.get_close_matches(name, valid, n=1)
             message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif unusable := re.search(r"Problem with given class_path '([^']+)':\s*([^\n]*)", message):
+            message = f"class_path {unusable[1]!r} cannot be used: {unusable[2]}{_did_you_mean(unusable[1])}"
         print(f"error: {message}\n({_program()} fit --help lists every key)", file=sys.stderr)
         raise SystemExit(2)
 
 
-class TrainingCLI(LightningCLI):
-    """Lightning's command line, with the callbacks, logs and checkpoints that every run has.
+def _did_you_mean(class_path: str) -> str:
+    """The path of the callback or logger with the name that a class path ends with, or with a similar one."""
+    classes: list[type] = [Callback, Logger]
+    for known in classes:  # grows meanwhile
+        classes += known.__subclasses__()
+    paths = {known.__name__: f"{known.__module__}.{known.__name__}" for known in classes}
+    near = difflib.get_close_matches(class_path.split(".")[-1], paths, n=1)
+    return f"; did you mean {paths[near[0]]!r}?" if near else ""
 
-    A run is a folder, `runs/NAME` or `trainer.default_root_dir`: `checkpoints/last.ckpt` and `best.ckpt`, `logs/`, and
-    at the end `best/`, which `miniclip.load` reads.
+
+class TrainingCLI(LightningCLI):
+    """Lightning's command line, with the callbacks, logs and checkpoints of every run.
+
+    A run is a folder, `runs/NAME` or `trainer.default_root_dir`, with `checkpoints/last.ckpt` and `best.ckpt`, `logs/`,
+    and at the end `best/`, which `miniclip.load` reads.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -83,41 +93,46 @@ class TrainingCLI(LightningCLI):
             "--monitor",
             type=str | None,
             default=None,
-            help="The best checkpoint is where this logged metric is best; by default val/zero_shot_acc1 if labelled "
-            "images are given, else val/retrieval_r1.",
+            help="The logged metric that chooses the best checkpoint; by default val/zero_shot_acc1 if labelled images "
+            "are given, else val/retrieval_r1.",
         )
         parser.add_argument(
-            "--monitor_mode", type=Literal["max", "min"], default="max", help="Whether high or low is best."
+            "--monitor_mode",
+            type=Literal["max", "min"],
+            default="max",
+            help="Whether the highest or the lowest is best.",
         )
-        parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written,")
-        parser.add_argument("--save_every_minutes", type=float, default=10.0, help="or so often, if that is sooner.")
+        parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written.")
+        parser.add_argument(
+            "--save_every_minutes", type=float, default=10.0, help="Minutes after which it is written sooner."
+        )
         parser.add_argument(
             "--overwrite",
             nargs="?",
             const=True,
             type=bool,
             default=False,
-            help="Begin anew where a run exists already.",
+            help="Removes the run that is in the folder already.",
         )
         parser.add_argument(
             "--max_samples",
             type=PositiveInt | None,
             default=None,
-            help="The run's length in samples, in place of trainer.max_steps: as many batches as hold them.",
+            help="The run's length in samples instead of steps: the batches that hold so many.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """A run that starts from a trained model has its architecture, and so have the data.
+        """A run that starts from a trained model takes its architecture.
 
-        What that is becomes the default of model.clip and all is parsed once more, so that links follow, and what then
-        differs was asked for.
+        The architecture becomes model.clip's default and everything is parsed again, so that the links to the data's
+        settings follow. A difference that remains was asked for, and is refused.
         """
         super().parse_arguments(parser, args)
         settings = self.config[self.config.subcommand]
         model = settings.model
         if model.start_from is None and model.image_weights is None:
             return
-        resumed = _resumed(settings)
+        resumed = run_settings.checkpoint_to_resume(settings)
         source = model.start_from if resumed is None else str(resumed)
         if source is None or (resumed is not None and not resumed.is_file()):
             return
@@ -127,7 +142,7 @@ class TrainingCLI(LightningCLI):
         settings = self.config[self.config.subcommand]
         asked = CLIPConfig.from_dict(settings.model.clip.as_dict(), "model.clip")
         refuse_another_architecture(start, asked, f"model.start_from {source!r}" if resumed is None else source)
-        if resumed is not None:  # the checkpoint has all that the run started with
+        if resumed is not None:  # the checkpoint holds the weights that the run started from
             settings.model.start_from, settings.model.image_weights = source, None
 
     @staticmethod
@@ -136,7 +151,7 @@ class TrainingCLI(LightningCLI):
         return {name: options[name] for name in ("fit", "validate")}
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning looks for hyper-parameters in the checkpoint; ours holds none, the configuration is the YAML."""
+        """Does nothing: Lightning would look for hyper-parameters in the checkpoint, which holds none."""
 
     @property
     def run_folder(self) -> Path:
@@ -144,89 +159,49 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        run = _folder(config)
-        # The configuration that the run keeps has the folder alone.
+        run = run_settings.folder(config)
+        # The configuration that is saved with the run has the folder and no name.
         config.trainer.default_root_dir, config.name = str(run), None
-        holds_a_run = any(_checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
+        holds_a_run = run_settings.holds_a_run(run)
         if config.ckpt_path == "last":
-            last = _checkpoints(run) / "last.ckpt"
-            # One command for the first time and for every time after (a job that SLURM requeues).
-            begins = self.subcommand == "fit" and not last.is_file() and (config.overwrite or not holds_a_run)
-            config.ckpt_path = None if begins else str(last)
+            last = run_settings.checkpoints(run) / "last.ckpt"
+            # A job that SLURM requeues has the same command for its first start and for every later one.
+            is_new = self.subcommand == "fit" and not last.is_file() and (config.overwrite or not holds_a_run)
+            config.ckpt_path = None if is_new else str(last)
         if config.ckpt_path and not Path(config.ckpt_path).is_file():
-            also = f", though {run} holds a run; begin anew by --overwrite true" if holds_a_run else ""
+            also = f", though {run} holds a run; --overwrite true starts it anew" if holds_a_run else ""
             raise ValueError(f"no checkpoint {config.ckpt_path} to resume from{also}")
         if self.subcommand == "fit":
-            self._refuse_what_would_mislead(config)
+            run_settings.refuse_what_would_mislead(config)
             if _is_rank_zero() and holds_a_run and not self._goes_on() and not config.overwrite:
                 raise ValueError(
-                    f"{run} already holds a run. Go on with it by --ckpt_path last, begin anew by --overwrite true, "
-                    "or name another by --name"
+                    f"{run} already holds a run. --ckpt_path last resumes it, --overwrite true starts it anew, and "
+                    "--name names another"
                 )
         elif not config.ckpt_path and not config.model.start_from:
             raise ValueError(
-                "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL: without it a model of random "
-                "weights is scored"
+                "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL; without one it would score "
+                "random weights"
             )
         elif config.data.val is None:
-            raise ValueError("validate has nothing to score on: set data.val")
+            raise ValueError("validate has nothing to score: set data.val")
 
     def _goes_on(self) -> bool:
         """Whether the run is resumed in its own folder."""
         checkpoint = self.config[self.subcommand].ckpt_path
-        return bool(checkpoint) and Path(checkpoint).resolve().is_relative_to(_checkpoints(self.run_folder).resolve())
-
-    @staticmethod
-    def _refuse_what_would_mislead(config: Any) -> None:
-        trainer = config.trainer
-        if trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and config.max_samples is None:
-            raise ValueError(
-                "the run has no end: set trainer.max_steps, trainer.max_epochs or max_samples; the schedule needs it"
-            )
-        if trainer.max_steps != -1 and config.max_samples is not None:
-            raise ValueError(
-                f"max_samples is {config.max_samples} and trainer.max_steps {trainer.max_steps}; the run's length is "
-                "one of the two (--trainer.max_steps=-1 takes the latter back)"
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts pairs of "
-                "a batch, which accumulating over batches does not do. Raise data.batch_size instead"
-            )
-        # Any value: of 1, one batch to Lightning, and 1.0, all of them, either may arrive as the other.
-        if trainer.limit_train_batches is not None or trainer.overfit_batches:
-            raise ValueError(
-                "epochs are exact, so part of one can't be had; trainer.max_steps makes a run shorter, and "
-                "trainer.limit_train_batches is left out"
-            )
-        if trainer.limit_val_batches is not None:
-            raise ValueError(
-                f"trainer.limit_val_batches is {trainer.limit_val_batches}; scores are over all held-out pairs, of "
-                "which data.val_pairs sets the number, so leave it out. Without data.val there is no validation"
-            )
-        if str(trainer.precision) in _WITHOUT_MASTERS:
-            mixed = "bf16-mixed" if str(trainer.precision).startswith("bf16") else "16-mixed"
-            raise ValueError(
-                f"trainer.precision is {trainer.precision}, which keeps the weights themselves in half precision, "
-                f"where small steps are lost to rounding. {mixed} is as fast and keeps them in float32"
-            )
-        if config.save_every_n_steps < 1:
-            raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
-        if not config.save_every_minutes > 0:
-            raise ValueError(f"save_every_minutes is {config.save_every_minutes}; it must be above 0")
-        if config.monitor == "val/loss" and config.monitor_mode == "max":
-            raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
-        if config.monitor and config.data.val is None:
-            raise ValueError(f"monitor is {config.monitor!r}, which is looked at in validations; set data.val for them")
+        return bool(checkpoint) and Path(checkpoint).resolve().is_relative_to(
+            run_settings.checkpoints(self.run_folder).resolve()
+        )
 
     def before_fit(self) -> None:
-        """Removes what is to be overwritten, once everything that could still be wrong has been looked at."""
+        """Checks everything that needs the data, and then removes the run that is to be overwritten."""
         data = self.datamodule
         data.prepare_data()  # safe in several processes at once: one packs, the others wait
         data.setup("fit")
         steps_per_epoch = len(BatchSampler(data.order(), data.batch_size, step=lambda: 0))
         ends = self.trainer.max_steps, (self.trainer.max_epochs or -1) * steps_per_epoch
         self.model.warmup_steps(min(end for end in ends if end >= 0), data)
+        run_settings.refuse_validations(self.trainer, steps_per_epoch, bool(data.val))
         if _is_rank_zero():
             print(data.describe(), flush=True)
             for warning in brief(
@@ -240,7 +215,7 @@ class TrainingCLI(LightningCLI):
             ):
                 print(f"warning: {warning}", file=sys.stderr)
         if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():
-            for part in _results(self.run_folder):
+            for part in run_settings.results(self.run_folder):
                 if part.is_dir():
                     shutil.rmtree(part)
                 part.unlink(missing_ok=True)
@@ -251,6 +226,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
+        run_settings.refuse_callbacks(settings.trainer.callbacks)
         trainer, run = settings.trainer, self.run_folder
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
@@ -261,66 +237,65 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             if settings.max_samples is not None:
                 trainer.max_steps = math.ceil(settings.max_samples / settings.data.batch_size)
-            last, best = (_checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
-            go_on = resume_command(sys.argv, _python())
-            callbacks.append(LostProcesses(lambda: what_is_kept(last, go_on)))
-            typed = command_line(sys.argv, _python())
-            callbacks.append(RunReport(run, typed, self._monitor(settings), settings.monitor_mode))
-            # The last checkpoint of a step comes after all else that the step leaves, and knows of it.
+            last, best = (run_settings.checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
+            python = run_settings.interpreter()
+            typed = run_settings.command_line(sys.argv, python)
+            resume_command = run_settings.resume_command(sys.argv, python)
+            monitor, mode = run_settings.monitor(settings), settings.monitor_mode
+            callbacks.append(LostProcesses(lambda: what_is_kept(last, resume_command)))
+            callbacks.append(RunReport(run, typed, monitor, mode))
+            # last.ckpt is written after everything else that a step leaves, and so knows of it.
             callbacks.append(RandomStates())
-            callbacks.append(BestCheckpoint(best, self._monitor(settings), settings.monitor_mode))
-            callbacks.append(LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, go_on))
+            callbacks.append(BestCheckpoint(best, monitor, mode))
+            callbacks.append(
+                LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, resume_command)
+            )
         logger = trainer.logger
-        if logger is not False:  # the report is made from the table, whatever other logs there are
+        if logger is not False:  # the report needs the table beside any other log
             others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
             logger = [ForgivingCSVLogger(run, name="logs"), *others]
-        return super().instantiate_trainer(
-            callbacks=[*(trainer.callbacks or []), *callbacks],
+        made: pl.Trainer = super().instantiate_trainer(
+            callbacks=[*run_settings.callback_list(trainer.callbacks), *callbacks],
             logger=logger,
             plugins=[*(trainer.plugins or []), AtomicCheckpointIO()],
             enable_model_summary=False,
-            num_sanity_val_steps=0,  # a score over part of the held-out pairs would be misread
-            use_distributed_sampler=False,  # ours is exact
-            inference_mode=False,  # sliced weights can't be gathered in it, and the next step would meet what it left
+            num_sanity_val_steps=0,  # it would score a part of the held-out pairs
+            use_distributed_sampler=False,  # the data module's own is exact
+            inference_mode=False,  # FSDP2 cannot gather weights in it, nor train after it
             **kwargs,
         )
-
-    @staticmethod
-    def _monitor(settings: Any) -> str:
-        zero_shot = "val/zero_shot_acc1"
-        labelled = any(isinstance(callback, ZeroShotEvaluation) for callback in settings.trainer.callbacks or [])
-        if settings.monitor == zero_shot and not labelled:
+        if lightning_private.forks_or_spawns(made):
             raise ValueError(
-                f"monitor is {zero_shot}, which the callback miniclip.training.zero_shot.ZeroShotEvaluation logs; "
-                "add it to trainer.callbacks, or monitor val/retrieval_r1"
+                f"trainer.strategy {trainer.strategy!r} starts processes by fork or spawn, which would begin without "
+                "this command's state; use --trainer.strategy ddp"
             )
-        return settings.monitor or (zero_shot if labelled else "val/retrieval_r1")
+        return made
 
     @rank_zero_only
     def after_fit(self) -> None:
-        checkpoints = _checkpoints(self.run_folder)
+        checkpoints = run_settings.checkpoints(self.run_folder)
         found = [path for name in ("best.ckpt", "last.ckpt") if (path := checkpoints / name).is_file()]
-        if not found:  # a finished run of another folder was resumed: this one has nothing of its own
+        settings = self.config.fit
+        if not found and settings.ckpt_path is None:
+            raise ValueError(
+                f"the run ended before its first step, so {self.run_folder} holds no model; trainer.max_time is "
+                f"{settings.trainer.max_time}"
+            )
+        if not found:  # a finished run of another folder was resumed, so this folder has nothing of its own
             return
         source = found[0]
         model, _ = load(source, device="cpu")
         save(model, self.run_folder / "best", overwrite=True)
-        said = f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it."
+        message = f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it."
         if (page := self.run_folder / PAGE_FILE).is_file():
             best = read_run(self.run_folder).best()
             score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
-            said = f"{score}{said} Report: {page}"
-        print(said)
+            message = f"{score}{message} Report: {page}"
+        print(message)
 
 
 def _text_length_multiple(is_compiled: bool) -> int:
     return COMPILED_LENGTH_MULTIPLE if is_compiled else 1
-
-
-def _python() -> str:
-    """This interpreter as one would type it: a virtual environment below this folder need not be activated."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 
 
 def _program() -> str:
@@ -332,75 +307,40 @@ def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def resume_command(argv: list[str], python: str) -> str:
-    """What to type to go on with the run that `argv` began, by the interpreter `python`."""
-    command = [argument for argument in argv if not argument.startswith(("--overwrite=", "--ckpt_path="))]
-    for flag in ("--ckpt_path", "--overwrite"):
-        if flag in command:
-            place = command.index(flag)
-            has_value = not command[place + 1 : place + 2] or not command[place + 1].startswith("--")
-            del command[place : place + 1 + has_value]
-    return command_line([*command, "--ckpt_path", "last"], python)
-
-
-def command_line(argv: list[str], python: str) -> str:
-    """What was typed, for `python` as the interpreter."""
-    return shlex.join([*([python] if argv[0].endswith(".py") else []), *argv])
-
-
-def _folder(config: Any) -> Path:
-    """The run's, which its name tells, or `trainer.default_root_dir`."""
-    folder = config.trainer.default_root_dir
-    if config.get("name") is None:
-        return Path(folder or "runs/run")
-    if folder is not None:
-        raise ValueError(
-            f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
-            f"trainer.default_root_dir is {folder!r}; leave one of them out (a name in a file by --name null)"
-        )
-    if not re.fullmatch(r"\w[\w.-]*", config.name):
-        raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")
-    return Path("runs", config.name)
-
-
-def _resumed(settings: Any) -> Path | None:
-    """The checkpoint that a run goes on from."""
-    if settings.ckpt_path == "last":
-        last = _checkpoints(_folder(settings)) / "last.ckpt"
-        return last if last.is_file() else None
-    return Path(settings.ckpt_path) if settings.ckpt_path else None
-
-
 def _dotted_settings(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested values by dotted names."""
+    """Nested values -> values by dotted name."""
     out: dict[str, Any] = {}
     for name, value in values.items():
         out |= _dotted_settings(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
     return out
 
 
-def _checkpoints(run: Path) -> Path:
-    return run / "checkpoints"
-
-
-def _results(run: Path) -> tuple[Path, ...]:
-    """What a run leaves in its folder, and what beginning it anew removes."""
-    return _checkpoints(run), run / "best", run / "logs", run / PAGE_FILE, run / NON_FINITE
+@contextmanager
+def _early_stopping_in_words() -> Iterator[None]:
+    """Lightning's EarlyStopping raises a RuntimeError for a metric that nothing logs; a user can cause that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise ValueError(str(error).replace("`", "'")) from error
+        raise
 
 
 def main(args: list[str] | None = None) -> None:
-    """Trains as the flags and the YAML file of `--config` say."""
+    """Trains with the settings of the YAML files (`--config`) and the flags."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect elsewhere
-    for name in ("pytorch_lightning", "lightning_fabric"):  # what they would tell, RunProgress tells
+    for name in ("pytorch_lightning", "lightning_fabric"):  # RunProgress prints what matters of theirs
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a run that is resumed
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's, of torch's newest
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own, with the newest torch
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
-    warnings.filterwarnings("ignore", message=".*need to be provided during `Trainer`.*")  # those of fit, to validate
+    warnings.filterwarnings(
+        "ignore", message=".*need to be provided during `Trainer`.*"
+    )  # fit's callbacks, in validate
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
-    with user_errors(MisconfigurationException):
+    with user_errors(MisconfigurationException), _early_stopping_in_words():
         TrainingCLI(
             CLIPTraining,
             PairDataModule,

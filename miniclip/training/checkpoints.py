@@ -1,7 +1,7 @@
-"""What a run keeps, so that it can be killed anywhere and gone on with.
+"""What a run keeps, so that it can be killed anywhere and resumed.
 
-Everything that one of several processes decides (a signal came, it is time to save, the disk is full) is decided by
-all of them alike.
+When one of several processes has something to decide (a signal came, it is time to save, the disk is full), all of
+them decide the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .stopping import StopSignals, requeue, slurm, what_is_kept
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints appear whole under their name or not at all, and are read without running code.
 
-    Lightning's own writer goes through the system's temporary folder, from where a move to another file system is
-    not atomic. A disk that is full ends nothing here: `failure` says why the last one could not be written.
+    Lightning's own writer goes through the system's temporary folder, and a move from there to another file system is
+    not atomic. A full disk raises nothing here: `failure` is the reason why the last checkpoint was not written.
     """
 
     failure: OSError | None = None
@@ -56,14 +56,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save(trainer: pl.Trainer, path: Path) -> str | None:
-    """Writes a checkpoint; called by all processes. Tells all of them why, if that was not possible."""
+    """Writes a checkpoint; called by all processes. Returns to all of them why it failed, or None."""
     trainer.save_checkpoint(path)
     failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
     return trainer.strategy.broadcast(str(failure) if failure else None)
 
 
 class ForgivingCSVLogger(CSVLogger):
-    """A disk that is full does not end a run for its log: the lines are kept, and written when there is room."""
+    """A full disk does not end a run for its log: the rows are kept, and written when there is room."""
 
     def save(self) -> None:
         try:
@@ -73,9 +73,9 @@ class ForgivingCSVLogger(CSVLogger):
 
 
 class RandomStates(Checkpoint):
-    """Every process's random states travel in the checkpoint, for whatever draws from them in a step (dropout).
+    """Keeps every process's random states in the checkpoint, for code that draws from them outside of a step.
 
-    Order, augmentation and captions do not need it: they are functions of the seed and the step.
+    Order, augmentation and captions do not need them: they are functions of the seed and the step.
     """
 
     KEY = "random_states"
@@ -90,14 +90,14 @@ class RandomStates(Checkpoint):
         self._loaded = checkpoint.get(self.KEY, [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # As late as can be, as what was set up until now may have drawn. Another number of processes draws anew.
+        # As late as possible, because the set-up may have drawn numbers. Another number of processes draws anew.
         if len(self._loaded) == trainer.world_size:
             _set_random_state(self._loaded[trainer.global_rank], trainer.strategy.root_device)
         self._loaded = []
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (others' code draws from it)
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (libraries draw from it)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -117,9 +117,9 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class BestCheckpoint(Checkpoint):
-    """Keeps `best.ckpt`: where a logged metric was best, of all validations.
+    """Keeps `best.ckpt`: the checkpoint of the validation whose logged metric was best.
 
-    The last step has its validation, too, so that the weights that a run ends with get their chance.
+    The last step is validated, too, so that the final weights are among the candidates.
 
     Args:
         monitor: name of any metric that is logged by the time a validation ends.
@@ -129,15 +129,24 @@ class BestCheckpoint(Checkpoint):
     def __init__(self, path: Path, monitor: str, mode: Literal["max", "min"]) -> None:
         self.path, self.monitor, self.mode = path, monitor, mode
         self.score: float | None = None
+        self._validated_step = -1
+        self._is_next_last = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.global_step >= trainer.estimated_stepping_batches:
-            # So Lightning is told that a validation is due, whatever epoch or step of it this is.
-            trainer.check_val_every_n_epoch, trainer.should_stop = None, True
+        is_end = trainer.global_step >= trainer.estimated_stepping_batches
+        if is_end or self._is_next_last or lightning_private.stops_early(trainer):
+            lightning_private.end_with_validation(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Another callback stopped the run after the epoch's last batch: one more step follows, with a validation.
+        stops = trainer.enable_validation and lightning_private.stops_early(trainer)
+        if stops and self._validated_step != trainer.global_step:
+            trainer.should_stop, self._is_next_last = False, True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._validated_step = trainer.global_step
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
                 f"monitor is {self.monitor!r}, which nothing logs; logged are "
@@ -146,13 +155,13 @@ class BestCheckpoint(Checkpoint):
         score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         if math.isnan(score) or (self.score is not None and not self._is_better(score, self.score)):
             return
-        before, self.score = self.score, score  # the checkpoint itself has to know it
+        before, self.score = self.score, score  # before saving, because the checkpoint holds the score
         if failure := save(trainer, self.path):
             self.score = before
             if trainer.is_global_zero:
                 print(
                     f"warning: {self.path} could not be written ({failure}), though {self.monitor} is best at step "
-                    f"{trainer.global_step}. What was there before is kept",
+                    f"{trainer.global_step}. The earlier one is kept",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -164,20 +173,20 @@ class BestCheckpoint(Checkpoint):
         return {"monitor": self.monitor, "mode": self.mode, "score": self.score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A score of something else, or without its checkpoint (a run that goes on in a new folder), means nothing here.
+        # Another metric's score, or one without its checkpoint (a run resumed in a new folder), means nothing here.
         if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode) and self.path.is_file():
             self.score = state_dict["score"]
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: every so many steps or minutes, at the end, and when a signal asks the run to stop.
+    """Keeps `last.ckpt`: written every so many steps or minutes, at the end, and when a signal asks the run to stop.
 
-    A disk that is full costs a warning, and the next attempt is at the next time to save; at the end and at a signal,
-    which have no next time, it is an error. What was there before is kept.
+    On a full disk the earlier checkpoint is kept. The run prints a warning and tries again at the next time to save;
+    at the end and at a signal there is no next time, so the failure is an error.
 
     Args:
         every_n_steps, every_minutes: whichever comes first.
-        resume_command: what the user types to go on.
+        resume_command: what the user types to resume the run.
     """
 
     def __init__(self, path: Path, every_n_steps: int, every_minutes: float, resume_command: str) -> None:
@@ -197,11 +206,11 @@ class LastCheckpoint(Checkpoint):
         step, total, run = self._resumed_step, int(trainer.estimated_stepping_batches), trainer.default_root_dir
         if step > total:
             raise ValueError(f"the checkpoint is of step {step}, past the end of this run of {total} steps")
-        told = f"new, {total} steps"
+        state = f"new, {total} steps"
         if step:
-            told = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
+            state = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
         if trainer.is_global_zero:
-            print(f"Run {run}: {told}", flush=True)
+            print(f"Run {run}: {state}", flush=True)
             for left_over in self.path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it saved
                 left_over.unlink(missing_ok=True)
 
@@ -209,7 +218,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        # A validation that is due at this step belongs to it: a run resumed from before would not make up for it.
+        # A validation that is due at this step comes first: a run resumed from before it would not make up for it.
         if not lightning_private.is_validation_due(trainer):
             self._end_of_step(trainer)
 
@@ -225,11 +234,13 @@ class LastCheckpoint(Checkpoint):
             failure = self._save(trainer)
             if failure and trainer.is_global_zero:
                 print(
-                    f"warning: {failure}. Training goes on and will try again; make room", file=sys.stderr, flush=True
+                    f"warning: {failure}. Training goes on and tries again later; make room",
+                    file=sys.stderr,
+                    flush=True,
                 )
 
     def _agreed(self, trainer: pl.Trainer) -> tuple[int, bool]:
-        """The signal that any process has had, and whether rank 0's clock says that it is time to save."""
+        """The signal that any process has received, and whether it is time to save by rank 0's clock."""
         is_time = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every_s
         if trainer.world_size == 1:
             return self.signals.received, is_time
@@ -248,7 +259,7 @@ class LastCheckpoint(Checkpoint):
             if environment is not None and number == environment.requeue_signal:
                 print(requeue(), flush=True)
         trainer.strategy.barrier()
-        # The others' status is not asked for, and Lightning ends those that are left where it is not 0.
+        # Lightning kills the remaining processes if one ends with another status than 0; only rank 0's is looked at.
         raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -256,7 +267,7 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"{failure}. {self._what_is_kept()}")
 
     def _save(self, trainer: pl.Trainer) -> str | None:
-        """Deaf to signals meanwhile, so that even the impatient find a checkpoint. Returns why it failed."""
+        """Ignores signals meanwhile, so that an impatient Ctrl-C cannot cost the checkpoint. Returns why it failed."""
         with self.signals.ignored():
             failure = save(trainer, self.path)
         self._saved_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Learning from a teacher: the larger CLIP, and the loss that compares a student's choices with its."""
+"""Distillation: a larger CLIP as the teacher, and the loss that pulls the student's choices towards the teacher's."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def distillation_loss(
     mask: Tensor | None = None,
     across_processes: bool = False,
 ) -> Tensor:
-    """How far a student's choices among the batch are from a teacher's: cross-entropy of one softmax to the other.
+    """Cross-entropy of the student's softmax over the batch to the teacher's, from images to texts and back.
 
-    For each image the teacher says how likely each text of the batch is, for each text each image; the student is to
-    say the same ("affinity mimicking" of TinyCLIP, Wu et al. 2023, section 3.1, https://arxiv.org/abs/2309.12314;
-    "contrastive relational distillation" of CLIP-KD, Yang et al. 2024, https://arxiv.org/abs/2307.12732). The least
-    value is the teacher's own entropy, and there the gradient is zero. Computed in at least float32.
+    The teacher gives each image a distribution over the batch's texts and each text one over its images; the student
+    learns them ("affinity mimicking" of TinyCLIP, Wu et al. 2023, section 3.1, https://arxiv.org/abs/2309.12314;
+    "contrastive relational distillation" of CLIP-KD, Yang et al. 2024, https://arxiv.org/abs/2307.12732). The minimum
+    is the teacher's own entropy, where the gradient is zero. Computed in at least float32.
 
     Args:
-        image_features, text_features: (b, E), of unit length, the student's.
-        teacher_image_features, teacher_text_features: (b, F), of unit length, of the same pairs; they get no gradient.
+        image_features, text_features: the student's, (b, E), of unit length.
+        teacher_image_features, teacher_text_features: the teacher's of the same pairs, (b, F), of unit length; they
+            get no gradient.
         logit_scale, teacher_logit_scale: inverse temperatures, already exponentiated.
         chunk_size: rows of the (b, B) logits that are in memory at a time, by default all.
         mask, across_processes: as in `clip_loss`.
@@ -55,16 +56,16 @@ def distillation_loss(
         t = gather_pairs(taught_images, taught_texts, chunk_size, mask, None, across_processes)
         scales = s.number(logit_scale), s.number(teacher_logit_scale).detach()
         losses = torch.zeros_like(s.images[:, 0])  # (b,)
-        for mine, others, taught, taught_others in (
+        for own, others, taught, taught_others in (
             (s.images, s.all_texts, t.images, t.all_texts),
             (s.texts, s.everywhere(s.images), t.texts, s.everywhere(t.images)),
         ):
             parts = []
             for rows in slices(len(losses), s.chunk_size):
-                inputs = (mine[rows], others, taught[rows], taught_others, *scales, s.all_mask)
+                inputs = (own[rows], others, taught[rows], taught_others, *scales, s.all_mask)
                 if s.chunk_size >= len(losses):
                     parts.append(_cross_entropy(*inputs))
-                else:  # logits are computed again for the gradient
+                else:  # the logits are recomputed for the gradient
                     parts.append(checkpoint(_cross_entropy, *inputs, use_reentrant=False, preserve_rng_state=False))
             losses = losses + torch.cat(parts) / 2
         return losses.mean() if s.mask is None else losses.where(s.mask, 0).sum() / s.num_pairs
@@ -80,34 +81,32 @@ def _cross_entropy(
     healthy: Tensor | None,
 ) -> Tensor:
     """(n, E), (B, E) of the student and (n, F), (B, F) of the teacher -> (n,)."""
-    wanted = _masked((teacher_scale * teachers_own) @ teachers_others.T, healthy, 1).softmax(dim=1)  # (n, B)
-    found = _masked((scale * own) @ others.T, healthy, 1).log_softmax(dim=1)
-    return -torch.linalg.vecdot(wanted, found)
+    targets = _masked((teacher_scale * teachers_own) @ teachers_others.T, healthy).softmax(dim=1)  # (n, B)
+    log_probabilities = _masked((scale * own) @ others.T, healthy).log_softmax(dim=1)
+    return -torch.linalg.vecdot(targets, log_probabilities)
 
 
-def _masked(logits: Tensor, mask: Tensor | None, side: int) -> Tensor:
-    """The least number where the mask says no along a side; not -inf, as inf - inf is no number."""
-    if mask is None:
-        return logits
-    return logits.masked_fill(~mask.unsqueeze(1 - side), torch.finfo(logits.dtype).min)
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, B) logits, with the least number in the masked columns; not -inf, because inf - inf is NaN."""
+    return logits if mask is None else logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
 
 
 class Teacher:
-    """A frozen CLIP that says what it makes of the student's own batches.
+    """A frozen CLIP that encodes the student's batches.
 
-    It is not a module, so no optimiser, no checkpoint and no process group of the student's sees it.
+    The teacher is not a module, so the student's optimiser, checkpoints and process group do not see it.
 
-    - It looks at the very crop that the student looks at, of the student's size. Where its own size is another, that is
-      resized on the device (bilinear, antialiased); a teacher of more pixels therefore sees an enlarged picture and is
-      a little worse than it could be. To let it see more, raise the student's size.
-    - It normalises with its own mean and deviation.
-    - Where its context is shorter than the student's, longer texts are cut for it, the end token last.
+    - It sees the same crop as the student, resized on the device to its own resolution (bilinear, antialiased). A
+      teacher of higher resolution therefore sees an enlarged picture and is a little worse than it could be; a higher
+      resolution of the student lets it see more.
+    - It normalises pixels with its own mean and standard deviation.
+    - If its context is shorter than the student's, longer texts are cut for it, with the end token last.
 
     Args:
         name: anything that `miniclip.load` takes.
 
     Raises:
-        ValueError: as `miniclip.load`; or a tower is missing, or it reads other token ids than CLIP's.
+        ValueError: as `miniclip.load`; or a tower is missing, or its token ids are not CLIP's.
     """
 
     def __init__(self, name: str) -> None:
@@ -142,7 +141,7 @@ class Teacher:
         return image_features, text_features
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """(b, 3, R, R) uint8 -> normalised, of the teacher's resolution."""
+        """(b, 3, R, R) uint8 -> normalised pixels of the teacher's resolution."""
         vision = self.model.config.vision
         if images.shape[-1] != vision.image_size:
             images = F.interpolate(images.float(), size=vision.image_size, mode="bilinear", antialias=True)

@@ -1,7 +1,7 @@
-"""Weights, gradients and optimiser state shared out over the processes (Zhao et al. 2023, arXiv 2304.11277; FSDP2).
+"""FSDP2: weights, gradients and optimiser state sliced over the processes (Zhao et al. 2023, arXiv 2304.11277).
 
-Under DDP every process holds all of them. Here each holds a slice of every parameter, and gathers the whole weights of
-a block only while it runs. Gradients, and the weights after a step, are the same. `--trainer.strategy fsdp2`.
+Under DDP every process holds all of them. Here each process holds a slice of every parameter, and gathers a block's
+whole weights only while the block runs. The steps are the same. `--trainer.strategy fsdp2` selects it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..resnet import Bottleneck
 
 
 def shard(model: CLIP, mesh: DeviceMesh) -> None:
-    """Slices every parameter of the towers over the processes of a mesh, block by block; in place.
+    """Slices every parameter of the towers over the processes of a mesh, block by block, in place.
 
-    The temperature is a single number and stays whole everywhere.
+    The temperature is a single number and stays whole in every process.
     """
-    for tensor in (*model.parameters(), *model.buffers()):  # all slices are to be of the same weights
-        there = tensor.detach().to(mesh.device_type)  # NCCL takes nothing that lies on the host
-        dist.broadcast(there, 0, group=mesh.get_group())
-        tensor.data.copy_(there)
+    for tensor in (*model.parameters(), *model.buffers()):  # every process slices rank 0's weights
+        on_device = tensor.detach().to(mesh.device_type)  # NCCL takes no tensor on the host
+        dist.broadcast(on_device, 0, group=mesh.get_group())
+        tensor.data.copy_(on_device)
     for tower in (model.visual, model.text):
         for module in tower.modules():
             if isinstance(module, ResidualAttentionBlock | Bottleneck):
@@ -45,23 +45,23 @@ def shard(model: CLIP, mesh: DeviceMesh) -> None:
 
 
 def _reduce(parameter: Tensor) -> None:
-    """Makes of each process's gradient of a replicated parameter their mean."""
+    """Replaces each process's gradient of a replicated parameter by their mean."""
     assert isinstance(parameter.grad, DTensor)
     parameter.grad = parameter.grad.redistribute(placements=[Replicate()])
 
 
 def local(parameter: Tensor) -> Tensor:
-    """A replicated parameter as a plain tensor, for computing; the gradient's mean over the processes reaches it."""
+    """A replicated parameter as a plain tensor for computation; its gradient becomes the mean over the processes."""
     return parameter.to_local(grad_placements=[Partial("avg")]) if isinstance(parameter, DTensor) else parameter
 
 
 def whole(tensor: Any) -> Any:
-    """All of a sliced tensor; every process must ask. What is not sliced, as it is."""
+    """A sliced tensor gathered, which every process must call; any other value unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that every process has whole, sliced as the parameter is."""
+    """Slices a tensor that every process holds whole the way the parameter is sliced."""
     if not isinstance(parameter, DTensor):
         return tensor
     everywhere = DTensor.from_local(tensor.to(parameter.device), parameter.device_mesh, [Replicate()], run_check=False)
@@ -69,10 +69,10 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's strategy, over all processes, whose checkpoints are those of every other strategy.
+    """Lightning's strategy over all processes, with the checkpoints of every other strategy.
 
-    Lightning's own come as a folder of slices, or as one file in which the optimiser's state has other numbers than
-    without it. These are one file that any strategy, with any number of processes, goes on from.
+    Lightning writes a folder of slices, or one file whose optimiser state is keyed differently from other strategies'.
+    This one writes a file that any strategy, with any number of processes, resumes from.
     """
 
     def setup_environment(self) -> None:

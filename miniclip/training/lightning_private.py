@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 
 def set_logged_step(trainer: pl.Trainer, step: int) -> None:
@@ -22,6 +23,17 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def stops_early(trainer: pl.Trainer) -> bool:
+    """Whether something asked the run to stop (early stopping, max_time) and min_epochs and min_steps let it."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def end_with_validation(trainer: pl.Trainer) -> None:
+    """Makes the current step the last one, and a validation due at it, at any step of any epoch."""
+    trainer.should_stop, trainer.check_val_every_n_epoch = True, None
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
+
 def write_step_metrics(trainer: pl.Trainer) -> None:
     """Writes the step's row now, which Lightning writes only after the callbacks' hooks."""
     trainer._logger_connector.update_train_step_metrics()
@@ -29,6 +41,11 @@ def write_step_metrics(trainer: pl.Trainer) -> None:
 
 def install_no_signal_handlers(trainer: pl.Trainer) -> None:
     setattr(trainer._signal_connector, "register_signal_handlers", lambda: None)  # noqa: B010
+
+
+def forks_or_spawns(trainer: pl.Trainer) -> bool:
+    """Whether the strategy starts its processes by fork or spawn, as ddp_spawn and ddp_notebook do."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def cluster_environment(trainer: pl.Trainer) -> Any:

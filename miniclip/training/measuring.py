@@ -1,4 +1,4 @@
-"""What a run's steps cost and how well they go: speed, share of the device's peak, memory, in-batch accuracy."""
+"""What a run's steps learn and cost: loss, in-batch accuracy, gradients; speed, share of the device's peak, memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from .fsdp import local, whole
 from .recompute import drop_patches_in_training
 from .step import CLIPTraining, StepResult
 
-_MOST_KEPT_REASONS = 100  # rejected samples of which a run's record keeps the reason
+_MOST_KEPT_REASONS = 100  # rejected samples whose reason the run's record keeps
 
 
 def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
-    """Whether the step that ends with so many done is written to the log, and is the last or every `of_those`-th."""
+    """Whether the step that completes `steps` steps is logged, and is the last or every `of_those`-th of those."""
     every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
     return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
 
@@ -121,16 +121,16 @@ def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tenso
 
 
 class RunMetrics(Callback):
-    """Logs, at every step that is logged, what the steps since the last one took and went through.
+    """Logs at each logged step the speed, memory and rejected samples of the steps since the one before.
 
-    Between those steps it only adds up numbers that the host has at hand; no GPU is waited for.
+    At the other steps it only adds up numbers that the host knows, without waiting for a GPU.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CLIPTraining)
         self._cost = StepCost(pl_module.clip, pl_module.patch_dropout)
         self.peak: Peak | None = None
-        if trainer.is_global_zero:  # now, as nothing else uses the device yet
+        if trainer.is_global_zero:  # now, because nothing else uses the device yet
             self.peak = peak(trainer.strategy.root_device, str(trainer.precision))
         self._samples = self._rejected = self._truncated = 0
         self.problems: list[str] = []
@@ -168,7 +168,7 @@ class RunMetrics(Callback):
 
     def _restart(self, trainer: pl.Trainer) -> None:
         self._mark, self._paused, self._waited = time.perf_counter(), 0.0, self._loader_waited(trainer)
-        self._num_texts: Counter[int] = Counter()  # by their length in tokens
+        self._num_texts: Counter[int] = Counter()  # by length in tokens
 
     @staticmethod
     def _loader_waited(trainer: pl.Trainer) -> float:
@@ -184,14 +184,14 @@ class RunMetrics(Callback):
 
 
 class StepCost:
-    """Floating-point operations that the towers take, forward and backward, as the architecture alone decides.
+    """Floating-point operations of the towers, forward and backward, computed from the architecture.
 
-    A backward pass counts twice the forward one, and is left out for a tower that is not trained. Encoding once more,
-    as micro-batches do, does not count: it is a price of memory, and no part of the model.
+    A backward pass counts as two forward ones, and as none for a tower that is not trained. Recomputation, such as that
+    of micro-batches, does not count: it saves memory and is not part of the model.
     """
 
     def __init__(self, clip: CLIP, patch_dropout: float = 0.0) -> None:
-        image = clip.visual.trunk if isinstance(clip.visual, TimmTower) else clip.visual  # beside which a head is small
+        image = clip.visual.trunk if isinstance(clip.visual, TimmTower) else clip.visual  # the head is small
         self._passes = {
             name: 3 if any(p.requires_grad for p in tower.parameters()) else 1
             for name, tower in (("image", image), ("text", clip.text))
@@ -203,27 +203,27 @@ class StepCost:
                 drop_patches_in_training(self._clip, patch_dropout)
                 self._clip.visual.train()
             self._image = self._passes["image"] * forward_flops(self._clip.visual, torch.zeros(1, 3, side, side))
-        # Products grow with the length of the text and attention with its square, so three lengths tell all others.
+        # The count is a quadratic of the text's length (attention is the square), so three lengths give all others.
         counts = []
         for length in range(1, min(3, clip.context_length) + 1):
             tokens = torch.zeros(1, length, dtype=torch.long, device="meta")
             counts.append(self._passes["text"] * forward_flops(self._clip.text, tokens))
-        self._text = [counts[0]]  # at length 1, and its differences (Newton's forward interpolation)
+        self._text = [counts[0]]  # at length 1, then its differences (Newton's forward interpolation)
         while len(counts) > 1:
             counts = [after - before for before, after in pairwise(counts)]
             self._text.append(counts[0])
 
     def flops(self, num_texts: dict[int, int]) -> int:
-        """Of so many texts of each length in tokens, padding included, with an image each."""
+        """num_texts: how many texts have each length in tokens, padding included; each has an image."""
         total = 0
-        for length, number in num_texts.items():
+        for length, count in num_texts.items():
             text = sum(math.comb(length - 1, order) * difference for order, difference in enumerate(self._text))
-            total += number * (self._image + text)
+            total += count * (self._image + text)
         return total
 
 
-# 10^12 multiplications and additions a second by NVIDIA's data sheets and architecture papers: dense (without the
-# sparsity that doubles most printed figures), products summed in fp32. The longest name that fits counts.
+# 10^12 operations a second by NVIDIA's data sheets and architecture papers: dense (without the sparsity that doubles
+# most printed figures), accumulated in fp32. Of several names that match, the longest counts.
 _DATA_SHEETS: dict[str, dict[str, float]] = {
     "V100": {"fp32": 15.7, "fp16": 125},
     "V100 PCIE": {"fp32": 14, "fp16": 112},
@@ -242,20 +242,20 @@ _DATA_SHEETS: dict[str, dict[str, float]] = {
     "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "fp16": 71, "bf16": 71},
     "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "fp16": 165.2, "bf16": 165.2},
 }
-_OTHER_CHIPS = {"LAPTOP", "MAX", "TI", "D", "SUPER", "MIG"}  # or a part of the chip
+_OTHER_CHIPS = {"LAPTOP", "MAX", "TI", "D", "SUPER", "MIG"}  # other chips, or a part of one
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
 DTYPES["bf16"] = torch.bfloat16
 
 
 class Peak(NamedTuple):
-    """The most floating-point operations a second, and where that number is from."""
+    """The most floating-point operations a second, and the source of that number."""
 
     flops: float
     source: str
 
 
 def peak(device: torch.device, precision: str) -> Peak:
-    """Of a device when training in one of Lightning's precisions ("bf16-mixed", "32-true", …)."""
+    """The device's peak in one of Lightning's precisions ("bf16-mixed", "32-true", …)."""
     arithmetic = _arithmetic(device, precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     printed = data_sheet_flops(name, arithmetic)
@@ -271,17 +271,17 @@ def _arithmetic(device: torch.device, precision: str) -> str:
 
 
 def data_sheet_flops(name: str, arithmetic: str) -> float | None:
-    """Of an NVIDIA GPU by the name that its driver tells; None if it is not in the table."""
+    """The peak of an NVIDIA GPU by its driver's name; None if it is not in the table."""
     words = re.split(r"[\s\-_]+", name.upper())
-    fitting = [known for known in _DATA_SHEETS if set(known.split()) <= set(words)]
-    if not fitting or _OTHER_CHIPS & set(words):
+    matches = [known for known in _DATA_SHEETS if set(known.split()) <= set(words)]
+    if not matches or _OTHER_CHIPS & set(words):
         return None
-    printed = _DATA_SHEETS[max(fitting, key=lambda known: len(known.split()))].get(arithmetic)
+    printed = _DATA_SHEETS[max(matches, key=lambda known: len(known.split()))].get(arithmetic)
     return None if printed is None else printed * 1e12
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of growing square products, until one takes a hundredth of a second."""
+    """The best rate over square matrix products of growing size, until one takes a hundredth of a second."""
     best, side, seconds = 0.0, 256, 0.0
     while seconds < 0.01 and side <= 16384:
         a = torch.ones(side, side, device=device, dtype=dtype)
@@ -304,7 +304,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def memory_gb(device: torch.device) -> float:
-    """10^9 bytes: the most that tensors took on a GPU so far, else what this process holds of the machine's memory."""
+    """In 10^9 bytes: the peak of tensors on a GPU so far, else this process's share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     statm = Path("/proc/self/statm")

@@ -16,16 +16,16 @@ class Muon(torch.optim.AdamW):
     """AdamW, but groups with a `momentum` take orthogonalised steps (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon/).
 
-    Momentum over a matrix's gradient is replaced by the nearest matrix whose singular values are all about 1, so that
-    rare directions move as much as frequent ones. Queries, keys and values share one parameter and are orthogonalised
-    each on its own. Matrices of one shape go through the iteration together. On a CPU it runs in float32:
+    The momentum of a matrix is replaced by the nearest matrix whose singular values are all about 1, so that rare
+    directions move as much as frequent ones. Queries, keys and values share one parameter and are orthogonalised
+    separately. Matrices of one shape go through the iteration together. On a CPU the iteration runs in float32:
     bfloat16, which torch's and timm's Muon use everywhere, is several times slower there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # torch's fused AdamW would undo the gradients' scale of mixed precision by itself, and leave Muon's gradients
-        # scaled and overflows unnoticed. Without this flag the scaler does both before it calls `step`.
+        # torch's fused AdamW would unscale only its own gradients in mixed precision, and Muon's would stay scaled.
+        # Without this flag the gradient scaler unscales all of them and looks for overflows before it calls `step`.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ class Muon(torch.optim.AdamW):
                 held += [(p, p.grad) for p in group["params"] if p.grad is not None]
                 self._muon_step(group)
         for parameter, _ in held:
-            parameter.grad = None  # AdamW passes over parameters without a gradient
+            parameter.grad = None  # AdamW skips parameters without a gradient
         super().step()
         for parameter, gradient in held:
             parameter.grad = gradient
@@ -54,7 +54,7 @@ class Muon(torch.optim.AdamW):
                 continue
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros(())  # AdamW expects every state that it reads back to have one
+                state["step"] = torch.zeros(())  # AdamW expects it in every state that it loads
                 state["momentum_buffer"] = torch.zeros_like(p)
             state["step"] += 1
             average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
@@ -69,10 +69,10 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices of orthonormal rows or columns, roughly: singular values end between about 0.7 and 1.2.
+    """Roughly the nearest matrices of orthonormal rows or columns: singular values end between about 0.7 and 1.2.
 
-    A quintic Newton-Schulz iteration whose coefficients are chosen for a steep start rather than for convergence
-    (Jordan et al. 2024).
+    A quintic Newton-Schulz iteration with coefficients chosen for a steep start rather than for convergence (Jordan et
+    al. 2024).
 
     Args:
         matrices: (n, rows, columns).
@@ -83,8 +83,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices.to(dtype)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest singular value is now at most 1
-    # Every step multiplies from the left by a polynomial of x @ x.mT. Where x is much wider than high, it is cheaper to
-    # multiply those, and x once by their product; bfloat16 is too coarse for that.
+    # Every step multiplies x from the left by a polynomial of x @ x.mT. For a wide x it is cheaper to multiply the
+    # polynomials first, and x once by their product; bfloat16 is too coarse for that.
     if dtype == torch.float32 and 2 * x.shape[1] <= x.shape[2]:
         gram, product = x @ x.mT, None
         for step in range(steps):

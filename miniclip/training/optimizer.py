@@ -1,4 +1,4 @@
-"""How the parameters move: parameter groups, the optimisers, and the schedule of the learning rate."""
+"""How the parameters move: parameter groups, optimisers, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ WarmupUnit = Literal["share", "steps", "samples", "epochs"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, or any optimiser of timm's.
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest, or any of timm's optimisers.
 
-    The defaults of AdamW are the paper's for ViT (tables 18 and 19).
+    AdamW's defaults are the paper's for ViT (tables 18 and 19).
 
     Args:
         kind: "adamw"; "muon", which learns far faster on small models from scratch; or "timm", see `timm_name`.
-        lr: peak learning rate of AdamW, or of timm's optimiser.
-        betas, eps: of AdamW.
-        weight_decay: of AdamW or timm's; applied to weights, never to gains, biases, and the logit scale.
-        muon_lr: peak learning rate of Muon: the size of an update's singular values.
-        muon_weight_decay: of Muon.
-        muon_momentum: of Muon (Nesterov).
-        warmup: how long the rates rise from 0, in `warmup_unit`.
+        lr: AdamW's peak learning rate, or that of timm's optimiser.
+        betas, eps: AdamW's.
+        weight_decay: AdamW's or timm's; applied to weights, never to gains, biases, and the logit scale.
+        muon_lr: Muon's peak learning rate: the size of an update's singular values.
+        muon_weight_decay: Muon's.
+        muon_momentum: Muon's (Nesterov).
+        warmup: how long the learning rates rise from 0, in `warmup_unit`.
         warmup_unit: "share" of the run, "steps", "samples" or "epochs".
-        schedule: how they fall afterwards, to the end of the run: along a "cosine", "linear", or "constant", which
-            holds them and falls, linearly, in the last `cooldown` alone.
-        cooldown: share of the run, of a constant schedule (with it, a trapezoid; Zhai et al. 2021).
-        final_lr: where the rates end, as a share of the peak.
-        layer_decay: factor on the rates from each layer to the one below it (BEiT, Bao et al. 2021): fine-tuning moves
-            the lower ones less. Projections, what is above the blocks, and the logit scale have the full rate.
+        schedule: how the rates fall from the warm-up to the end of the run: "cosine", "linear", or "constant", which
+            holds them until the last `cooldown` of the run and then falls linearly.
+        cooldown: share of the run in which a constant schedule falls (a trapezoid; Zhai et al. 2021).
+        final_lr: the rates at the end, as a share of the peak.
+        layer_decay: factor on the rates from each layer to the one below it (BEiT, Bao et al. 2021), so that
+            fine-tuning moves lower layers less. Projections, everything above the blocks, and the logit scale have
+            the full rate.
         image_lr_scale, text_lr_scale: factor on the rates of a whole tower.
-        timm_name: of kind "timm", the optimiser's name there; `lookahead_` may stand before it.
-        options: what that optimiser takes besides, by name.
+        timm_name: timm's name of the optimiser, for kind "timm"; the prefix `lookahead_` is allowed.
+        options: further arguments of timm's optimiser, by name.
     """
 
     kind: OptimizerKind = "adamw"
@@ -83,16 +84,22 @@ class OptimizerConfig:
         self._require("muon_momentum", 0 <= self.muon_momentum < 1, "it must be from 0 to below 1")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "it must be above 0 and at most 1")
         is_constant = self.schedule == "constant"
-        self._require("cooldown", is_constant or not self.cooldown, f"a {self.schedule} schedule falls all along")
-        self._require("final_lr", not is_constant or self.cooldown or not self.final_lr, "without cooldown none falls")
+        self._require("cooldown", is_constant or not self.cooldown, f"a {self.schedule} schedule has none")
         self._require(
-            "timm_name", (self.kind == "timm") == bool(self.timm_name), f"and kind {self.kind}: it names one of timm's"
+            "final_lr",
+            not is_constant or self.cooldown or not self.final_lr,
+            "a constant schedule needs a cooldown to fall",
         )
         self._require(
-            "options", self.kind == "timm" or not self.options, f"they are of kind timm, and kind is {self.kind}"
+            "timm_name",
+            (self.kind == "timm") == bool(self.timm_name),
+            f"kind is {self.kind}; kind timm, and no other, needs a name",
+        )
+        self._require(
+            "options", self.kind == "timm" or not self.options, f"only kind timm has options, and kind is {self.kind}"
         )
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.kind == "timm":  # what is wrong shows now, and not once a run has been prepared
+        if self.kind == "timm":  # mistakes show now, before a run is prepared
             _timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], self)
 
     def _require(self, name: str, is_right: object, otherwise: str) -> None:
@@ -116,7 +123,7 @@ def parameter_groups(model: CLIP, config: OptimizerConfig) -> list[dict[str, Any
     groups = [{"lr": config.lr, "momentum": None, **group} for group in groups]
     stacked = {id(module.in_proj_weight) for module in model.modules() if isinstance(module, Attention)}
     settings = {"lr": config.muon_lr, "weight_decay": config.muon_weight_decay, "momentum": config.muon_momentum}
-    # `parts`: matrices that lie one below the other in a parameter; queries, keys and values do.
+    # `parts`: how many matrices are stacked in a parameter, as queries, keys and values are.
     groups.append({"params": [p for p in muon if id(p) in stacked], "parts": 3, **settings})
     groups.append({"params": [p for p in muon if id(p) not in stacked], "parts": 1, **settings})
     scales = rate_scales(model, config)
@@ -124,7 +131,7 @@ def parameter_groups(model: CLIP, config: OptimizerConfig) -> list[dict[str, Any
 
 
 def _by_rate(group: dict[str, Any], scales: dict[int, float]) -> Iterator[dict[str, Any]]:
-    """A group for each rate that its parameters have, the highest first."""
+    """Splits a group by the learning rates of its parameters, the highest first."""
     for scale in sorted({scales[id(p)] for p in group["params"]}, reverse=True):
         params = [p for p in group["params"] if scales[id(p)] == scale]
         yield {**group, "params": params, "lr": group["lr"] * scale}
@@ -138,7 +145,7 @@ def block_matrices(model: CLIP) -> Iterator[Tensor]:
 
 
 def rate_scales(model: CLIP, config: OptimizerConfig) -> dict[int, float]:
-    """id of each parameter -> factor on its learning rate: its tower's, times the decay once for each layer above."""
+    """id of each parameter -> factor on its rate: the tower's, times the decay to the power of the layers above it."""
     scales = {id(parameter): 1.0 for parameter in model.parameters()}
     for tower, scale in ((model.visual, config.image_lr_scale), (model.text, config.text_lr_scale)):
         above = layers_above(tower) if config.layer_decay != 1 else {}
@@ -148,13 +155,13 @@ def rate_scales(model: CLIP, config: OptimizerConfig) -> dict[int, float]:
 
 
 def layers_above(tower: nn.Module) -> dict[str, int]:
-    """Name of each parameter of a tower -> how many layers are above it.
+    """Name of each parameter of a tower -> the number of layers above it.
 
-    A layer is a block (of a ResNet a bottleneck), or all that is below the first; pooling, the last norm and the
-    projection have none above. What the layers of timm's models are, timm says.
+    A layer is a block (in a ResNet a bottleneck), or everything below the first block. Pooling, the last norm and the
+    projection have no layer above. timm knows the layers of its own models.
 
     Raises:
-        ValueError: an image tower of timm's whose layers it does not know.
+        ValueError: timm does not know the layers of its image tower.
     """
     if isinstance(tower, TimmTower):
         return _layers_above_in_timms(tower)
@@ -164,7 +171,7 @@ def layers_above(tower: nn.Module) -> dict[str, int]:
         if name.startswith(_TOP):
             above[name] = 0
         else:
-            inside = [n for n, (block, _) in enumerate(blocks) if name.startswith(f"{block}.")]
+            inside = [i for i, (block, _) in enumerate(blocks) if name.startswith(f"{block}.")]
             above[name] = len(blocks) - inside[0] if inside else len(blocks) + 1
     return above
 
@@ -178,10 +185,10 @@ def _layers_above_in_timms(tower: TimmTower) -> dict[str, int]:
     trunk = tower.trunk
     if not hasattr(trunk, "group_matcher"):
         raise ValueError(
-            f"OptimizerConfig.layer_decay needs to know the layers of {type(trunk).__name__}, and timm does not tell "
-            "them; set it to 1"
+            f"OptimizerConfig.layer_decay needs the layers of {type(trunk).__name__}, which timm does not define; set "
+            "it to 1"
         )
-    # What is part of no layer, as a classifier is, is above them all; our projection is a part of this.
+    # timm puts modules of no layer, such as a classifier, above all layers; the projection takes its place here.
     whole = nn.Module()
     for name, parameter in trunk.named_parameters(recurse=False):
         whole.register_parameter(name, parameter)
@@ -189,7 +196,7 @@ def _layers_above_in_timms(tower: TimmTower) -> dict[str, int]:
         whole.add_module(name, module)
     layer = group_parameters(whole, trunk.group_matcher(coarse=False), reverse=True)
     top = layer.pop("projection.weight")
-    above = {f"trunk.{name}": top - number for name, number in layer.items()}
+    above = {f"trunk.{name}": top - index for name, index in layer.items()}
     return above | {f"head.{name}": 0 for name, _ in tower.head.named_parameters()}
 
 
@@ -197,16 +204,16 @@ def make_optimizer(model: CLIP, config: OptimizerConfig) -> torch.optim.Optimize
     groups = parameter_groups(model, config)
     if config.kind == "timm":
         return _timm_optimizer(groups, config)
-    # One kernel for all parameters, which torch has for these devices; of another it refuses to step.
+    # One kernel for all parameters; torch has it for these devices and refuses to step on any other.
     is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=is_fused or None)
 
 
 def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """timm's optimiser `timm_name` for these groups, whose rates and decays are ours.
+    """timm's optimiser `timm_name`, with the groups' own rates and decays.
 
     Raises:
-        ValueError: timm is not there or does not know the name, or the optimiser refuses its options.
+        ValueError: timm is not installed or does not know the name, or the optimiser refuses its options.
     """
     name = config.timm_name
     try:
@@ -222,7 +229,7 @@ def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
         raise ValueError(f"OptimizerConfig.timm_name is {name!r}, which needs second derivatives; training has none")
     if doubled := sorted({"lr", "weight_decay"} & config.options.keys()):
         raise ValueError(f"OptimizerConfig.options has {doubled[0]!r}; set OptimizerConfig.{doubled[0]} instead")
-    # Groups of ours say that none of them is Muon's by an empty momentum, which would be taken for timm's own.
+    # `momentum: None` marks a group as not Muon's; timm would take it for its own momentum.
     groups = [{key: value for key, value in group.items() if key != "momentum"} for group in groups]
     try:
         return timm_optim.create_optimizer_v2(groups, name, lr=config.lr, **config.options)
@@ -231,28 +238,28 @@ def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int, batch_size: int, steps_per_epoch: int) -> int:
-    """The steps in which the rates of a run rise.
+    """The number of steps in which the learning rates rise.
 
     Raises:
-        ValueError: the rates would still rise, or would have to fall already, when the run ends.
+        ValueError: the run, or the part before the cooldown, is not longer than the warm-up.
     """
     per_unit = {"share": total_steps, "steps": 1, "samples": 1 / batch_size, "epochs": steps_per_epoch}
     steps = round(config.warmup * per_unit[config.warmup_unit])
-    said = f"OptimizerConfig.warmup is {config.warmup:g} ({config.warmup_unit}), which is {steps} steps"
+    warmup = f"OptimizerConfig.warmup is {config.warmup:g} ({config.warmup_unit}), which is {steps} steps"
     if steps >= max(1, total_steps):
-        raise ValueError(f"{said}, and the run has {total_steps}: the learning rate would never get to its peak")
+        raise ValueError(f"{warmup}, and the run has {total_steps}: the learning rate would never reach its peak")
     if steps + round(config.cooldown * total_steps) > total_steps:
-        raise ValueError(f"{said}, and cooldown {config.cooldown} of {total_steps} begins before they are over")
+        raise ValueError(f"{warmup}, and cooldown {config.cooldown} of {total_steps} begins before they are over")
     return steps
 
 
 def learning_rate_factor(
     step: int, total_steps: int, warmup_steps: int, schedule: Schedule = "cosine", cooldown: float = 0, final: float = 0
 ) -> float:
-    """Factor on the learning rate at a step: up linearly over the warm-up, held if constant, and down to `final`.
+    """Factor on the learning rate at a step: rises linearly in the warm-up, holds if constant, and falls to `final`.
 
     Args:
-        cooldown: share of the run in which a constant schedule falls, linearly.
+        cooldown: share of the run in which a constant schedule falls linearly.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,4 +1,4 @@
-"""What a run prints while it goes (bar, lines, stalls), and the page that it writes."""
+"""What a run prints (bar, lines, stalls), and the page that it writes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from .measuring import RunMetrics, is_logged
 
 
 class Stalls(Callback):
-    """Where a process ends nothing for long - no step, no batch of a validation - it says since when, and where it is.
+    """Prints since when a process has finished nothing (no step, no validation batch), and where its code is.
 
-    Of several processes each speaks for itself: the one whose place differs is the one that the others wait for.
+    Every process prints its own stack: the one that differs is the one that the others wait for.
     """
 
     silence_s = 120.0
@@ -41,7 +41,7 @@ class Stalls(Callback):
         self._watch = Watch(self._tell, self.silence_s)
 
     def start(self, trainer: pl.Trainer) -> None:
-        """From here on: a hook would be too late, as processes that do not find each other come to none."""
+        """Called before any hook, because processes that do not find each other never reach one."""
         self._trainer, self._thread = trainer, threading.get_ident()
         self._ended("the start")
         self._watch.__enter__()
@@ -75,7 +75,7 @@ class Stalls(Callback):
         who = f" in process {rank} of {world_size}" if world_size > 1 else ""
         print(
             f"Nothing has ended for {seconds:.0f} s{who} since {self._last}. It is at\n{where_is(self._thread)}\n",
-            end="",  # in one piece, as others may speak at the same time
+            end="",  # one write, because other processes may print at the same time
             file=sys.stderr,
             flush=True,
         )
@@ -84,7 +84,8 @@ class Stalls(Callback):
 class RunProgress(ProgressBar):
     """One bar for the whole run: loss beside its chance level, accuracy, speed, and the share of time without data.
 
-    Where the output is no terminal, a line at every fifth step that is logged. What it tells comes from `RunMetrics`.
+    Without a terminal it prints a line at every fifth logged step. Its numbers are those of the callbacks in
+    `measuring.py`.
     """
 
     def __init__(self) -> None:
@@ -102,20 +103,20 @@ class RunProgress(ProgressBar):
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[summary]}"),
             )
             self._bar = Progress(*columns, console=self._console, transient=False)
-            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step, told="")
+            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step, summary="")
             self._bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if is_logged(trainer, step) and self.is_enabled:
-            told = _metrics_line({name: float(value) for name, value in trainer.callback_metrics.items()})
+            summary = _metrics_line({name: float(value) for name, value in trainer.callback_metrics.items()})
             if self._bar:
-                self._bar.update(self._task, told=told)
+                self._bar.update(self._task, summary=summary)
             elif is_logged(trainer, step, of_those=5):
-                print(f"step {step}/{self._total}  {told}", flush=True)
+                print(f"step {step}/{self._total}  {summary}", flush=True)
         if self._bar:
             self._bar.update(self._task, completed=step)
 
@@ -135,7 +136,7 @@ class RunProgress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    # Lightning's switches (trainer.enable_progress_bar, quiet ranks) arrive here.
+    # Lightning switches the bar off on all ranks but 0.
     _is_on = True
 
     @property
@@ -154,7 +155,7 @@ def scores_line(scores: dict[str, float]) -> str:
 
 
 def _metrics_line(metrics: dict[str, float]) -> str:
-    """The important ones as one line, about 100 characters."""
+    """The important metrics in one line of about 100 characters."""
     names = ("loss", "chance", "accuracy", "images_per_s", "mfu", "data_wait")
     loss, chance, accuracy, images_per_s, mfu, wait = (metrics.get(f"train/{name}", math.nan) for name in names)
     return (
@@ -164,14 +165,14 @@ def _metrics_line(metrics: dict[str, float]) -> str:
 
 
 class RunReport(Callback):
-    """Writes the page of a run, `report.html` in its folder, however the run ends.
+    """Writes a run's page, `report.html` in its folder, at every kind of end.
 
-    Beside the log stands what the page needs to know, `run.json`, from the start on, so that `miniclip report` can make
-    it at any time. Without a log there is no page.
+    `run.json`, written beside the log at the start, holds what the page needs, so that `miniclip report` can make the
+    page at any time. Without a log there is no page.
 
     Args:
         run: the run's folder.
-        command: what was typed to start it.
+        command: the command line that started it.
         monitor, monitor_mode: the metric that chooses the best checkpoint, and whether "max" or "min" is best.
     """
 
@@ -192,7 +193,7 @@ class RunReport(Callback):
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if not hasattr(self, "_began"):
-            return  # there is nothing to tell
+            return  # training has not started
         if isinstance(exception, SystemExit) and isinstance(exception.code, int) and exception.code > 128:
             status = f"stopped by {signal.Signals(exception.code - 128).name}"
         elif isinstance(exception, KeyboardInterrupt):
@@ -205,9 +206,9 @@ class RunReport(Callback):
         try:
             if self._write(trainer, status):
                 write_page(self.run / PAGE_FILE, [self.run])
-                if status != "finished":  # then the trained model is told with it
+                if status != "finished":  # a finished run prints it with the trained model
                     print(f"Report: {self.run / PAGE_FILE}", flush=True)
-        except Exception as error:  # the run's own end, or error, matters more than a page of it
+        except Exception as error:  # the run's own end, or error, matters more than its page
             print(f"warning: no page of the run could be written: {error}", file=sys.stderr)
 
     def _write(self, trainer: pl.Trainer, status: str) -> bool:

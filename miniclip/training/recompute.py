@@ -1,4 +1,4 @@
-"""Less memory or less work in training, put on the towers from outside: recomputed activations, dropped patches."""
+"""Less memory or work in training, added to the towers from outside: recomputation, micro-batches, patch dropout."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..timm_tower import TimmTower
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any, within: nn.Module) -> Any:
-    """function(*inputs), whose activations are not kept but computed again for the gradient (Chen et al. 2016).
+    """function(*inputs), with activations recomputed for the gradient instead of kept (Chen et al. 2016).
 
-    What was drawn at random is drawn again the same, and the batch norms of `within` count the batch once.
+    The recomputation draws the same random numbers, and the batch norms in `within` count the batch once.
     """
-    if torch.compiler.is_compiling():  # the compiler repeats no update of a buffer, and takes no contexts
+    if torch.compiler.is_compiling():  # the compiler updates buffers once, and takes no contexts
         return checkpoint(function, *inputs, use_reentrant=False)
     contexts = lambda: (nullcontext(), _running_statistics_held(within))  # noqa: E731 (first time, second time)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
@@ -30,7 +30,7 @@ def recomputed(function: Callable[..., Any], *inputs: Any, within: nn.Module) ->
 
 @contextmanager
 def _running_statistics_held(model: nn.Module) -> Iterator[None]:
-    """Batch norms count into copies that are thrown away; to do without the counting would be another computation."""
+    """Lets batch norms count into copies that are thrown away; switching the counting off would change their output."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     held = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
     for norm, name, buffer in held:
@@ -43,7 +43,7 @@ def _running_statistics_held(model: nn.Module) -> Iterator[None]:
 
 
 def recompute_blocks(model: CLIP) -> None:
-    """From now on, in training, the towers' blocks keep only their inputs and compute the rest again for the gradient.
+    """From now on, in training, the towers' blocks keep only their inputs and recompute the rest for the gradient.
 
     Raises:
         ValueError: from `TimmTower.checkpoint_blocks`.
@@ -94,7 +94,7 @@ def drop_patches_in_training(model: CLIP, share: float) -> None:
     """
 
     def drop(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
-        is_pooled = options.get("pool") is not None  # whoever asks for all tokens gets all
+        is_pooled = options.get("pool") is not None  # a caller that wants all tokens gets all
         if module.training and is_pooled:
             return (drop_patches(inputs[0], share),), options
         return None
@@ -104,12 +104,12 @@ def drop_patches_in_training(model: CLIP, share: float) -> None:
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:
-    """Leaves out a random share of each image's patches (Li et al. 2022, section 3.1): (B, N, D) -> (B, 1 + kept, D).
+    """Drops a random share of each image's patches (Li et al. 2022, section 3.1): (B, N, D) -> (B, 1 + kept, D).
 
-    The class token, at place 0, stays. Places are drawn by torch's generator of the device, which never waits for it.
+    The class token, at index 0, stays. The device's own generator draws the indices, so the host does not wait.
     """
     B, N, _ = x.shape
     kept = max(1, round((N - 1) * (1 - share)))
     order = torch.rand(B, N - 1, device=x.device).argsort(dim=1)
-    places = F.pad(1 + order[:, :kept], (1, 0))  # (B, 1 + kept)
-    return x[torch.arange(B, device=x.device)[:, None], places]
+    indices = F.pad(1 + order[:, :kept], (1, 0))  # (B, 1 + kept)
+    return x[torch.arange(B, device=x.device)[:, None], indices]

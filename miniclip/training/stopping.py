@@ -1,4 +1,4 @@
-"""How a run stops: signals, SLURM's requeue, and what is reported when a worker process has died."""
+"""How a run stops: signals, SLURM's requeue, and the death of one of several processes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from . import lightning_private
 class StopSignals:
     """Notes that Ctrl-C, SIGTERM or, under SLURM, the signal for requeuing asks the run to stop.
 
-    An exception thrown wherever a signal happens to arrive could leave a half-made optimiser step behind; so the
-    step it came in is finished, and whoever asks for `received` then acts. A second Ctrl-C stops at once.
+    An exception at an arbitrary line could leave half an optimiser step behind. So the current step is finished, and
+    `LastCheckpoint` then looks at `received`. A second Ctrl-C stops at once.
     """
 
     def __init__(self, on_second: Callable[[], str]) -> None:
@@ -34,8 +34,8 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def install(self, trainer: pl.Trainer) -> None:
-        # Lightning's own handlers leave without a checkpoint on SIGTERM, broadcast in the middle of anything, and
-        # under SLURM save a checkpoint wherever the step is.
+        # Lightning's handlers exit without a checkpoint on SIGTERM, broadcast at an arbitrary line, and under SLURM
+        # save a checkpoint in the middle of a step.
         lightning_private.install_no_signal_handlers(trainer)
         numbers = [signal.SIGINT, signal.SIGTERM]
         if (environment := slurm(trainer)) is not None and environment.requeue_signal is not None:
@@ -68,13 +68,13 @@ class StopSignals:
 
 
 def slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:
-    """SLURM, where it has started this run and is to be asked to start it again."""
+    """SLURM's environment, if SLURM started this run and requeues it."""
     environment = lightning_private.cluster_environment(trainer)
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
 
 
 def requeue() -> str:
-    """Has SLURM start this job again; says what came of it."""
+    """Asks SLURM to start this job again; returns a sentence about the outcome."""
     job = os.environ.get("SLURM_JOB_ID", "")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -93,13 +93,13 @@ def what_is_kept(last: Path, resume_command: str) -> str:
 
 
 class LostProcesses(Callback):
-    """Where one of several processes dies, the others end, and say what happened, instead of waiting for it.
+    """When one of several processes dies, the others print what happened and end, instead of waiting for it.
 
     There are three ways to notice: the connection breaks (gloo); Lightning's observer sees a process end that rank 0
-    began, and kills the rest (NCCL would wait); and those that rank 0 began look whether it is still there.
+    started, and kills the rest (NCCL would wait); and the processes that rank 0 started check that it is still alive.
 
     Args:
-        what_is_kept: says what there is to go on from.
+        what_is_kept: returns a sentence about the checkpoint to resume from.
     """
 
     _OBSERVER = logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script")
@@ -109,8 +109,8 @@ class LostProcesses(Callback):
         self.what_is_kept = what_is_kept
         self._is_over = threading.Event()
         self._handler = logging.Handler()
-        self._handler.emit = lambda record: self._tell()  # type: ignore[method-assign]
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # before the processes meet, which can take a while
+        self._handler.emit = lambda record: self._report()  # type: ignore[method-assign]
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # before the processes connect, which can take a while
             threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -120,28 +120,28 @@ class LostProcesses(Callback):
     def _watch(self, parent: int) -> None:
         while not self._is_over.wait(1.0):
             if os.getppid() != parent:
-                self._tell()
-                os._exit(1)  # from within a collective, nothing gentler gets through
+                self._report()
+                os._exit(1)  # nothing gentler interrupts a collective
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if not self._is_over.is_set():
             self._is_over.set()
             print(
                 "error: another process of this run is gone: it was killed (by hand, or for its memory), or ended with "
-                f"an error that is told above. {self.what_is_kept()}",
+                f"an error that is printed above. {self.what_is_kept()}",
                 file=sys.stderr,
                 flush=True,
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.world_size > 1 and isinstance(exception, RuntimeError) and self._BROKEN.search(str(exception)):
-            self._tell()
-            raise SystemExit(1) from exception  # past a tear-down that would wait for the one that is gone
-        self._let_go()
+            self._report()
+            raise SystemExit(1) from exception  # skips a tear-down that would wait for the dead process
+        self._end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._let_go()
+        self._end()
 
-    def _let_go(self) -> None:
+    def _end(self) -> None:
         self._is_over.set()
         self._OBSERVER.removeHandler(self._handler)

@@ -1,4 +1,4 @@
-"""The callback that scores a run on labelled images by prompts, at each validation."""
+"""The callback that scores a run by zero-shot classification of labelled images, at each validation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .progress import scores_line
 
 
 class ZeroShotEvaluation(Callback):
-    """Logs `val/zero_shot_acc1` at each validation: the score that a run is about, where labels are at hand.
+    """Logs the zero-shot accuracy on labelled images, `val/zero_shot_acc1`, at each validation.
 
-    A run that starts from a trained model is scored before its first step, too, and ends with before and after.
+    A run that starts from a trained model is scored before its first step, too, and prints both scores at its end.
 
     Args:
         data: labelled images, as `miniclip eval --data` takes them.
-        templates: name of a template set or a file; by default the data's own.
+        templates: name of a template set, or a file; by default the data's own.
         batch_size: images per step.
-        others: more of them by names of your own, logged as `val/zero_shot_acc1_NAME`: what a fine-tuned model should
-            not forget. Their prompts are their own.
+        others: NAME -> more labelled images with their own prompts, logged as `val/zero_shot_acc1_NAME`: what a
+            fine-tuned model should not forget.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ZeroShotEvaluation(Callback):
         preprocess = preprocess_for(model.config)
         accuracies = {}
         for name, dataset in self.datasets.items():
-            with torch.compiler.set_stance("force_eager"):  # as in all of validation, before the first step as well
+            with torch.compiler.set_stance("force_eager"):  # as in validation, also before the first step
                 scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
             accuracies[name] = float(scores.is_right.mean())
         return accuracies
@@ -60,7 +60,7 @@ class ZeroShotEvaluation(Callback):
         pl_module.train()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(self.before, step=-1)  # that of the first step is 0
+                logger.log_metrics(self.before, step=-1)  # the first step is 0
             print(f"before training: {scores_line(self.before)}", flush=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

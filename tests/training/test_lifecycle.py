@@ -357,7 +357,7 @@ def test_one_sample_that_gives_nan_stops_the_run_before_the_weights_are_touched(
     process = launch(arguments(data, run, callbacks(Poison(key)), *more), out)
     assert process.wait(200) not in (0, None)
     said = out.read_text()
-    assert f"Features are not finite for {key} alone" in said, said
+    assert f"Only the features of {key} are not finite" in said, said
     assert "Traceback" not in said
     facts = json.loads((run / "non_finite.json").read_text())
     assert facts["loss"] == "nan"
@@ -402,7 +402,7 @@ def test_a_disk_that_is_full_for_a_while_costs_warnings_and_nothing_else(data, t
     trainer.main(arguments(data, run, full, "--save_every_n_steps=1"))
     said = capsys.readouterr().err
     assert re.search(r"warning: \S+last.ckpt of step 3 could not be written \(.*File too large\)", said)
-    assert "best at step 3. What was there before is kept" in said or step_of(run, "best") != 3
+    assert "best at step 3. The earlier one is kept" in said or step_of(run, "best") != 3
     assert [int(step) for step in noted.read_text().split()] == [0, 1, 2, 2, 2, 5]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     trainer.main(arguments(data, tmp_path / "straight"))

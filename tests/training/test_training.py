@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import math
 import os
 import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from pytorch_lightning import Callback
 from runs import COLOURS, StopAt, arguments, command, fails, metrics, random_batch, state, validations
 
 import miniclip
+from miniclip.commands import run_settings
 from miniclip.commands import train as trainer
 from miniclip.data.pack import pack
 from miniclip.data.pairs import Batch
@@ -166,6 +169,10 @@ class training_shards:  # noqa: N801 (a word of the test's language)
         return int(self.arrays["image"][number][0])
 
 
+def callback(class_path: str, **options: Any) -> str:
+    return "--trainer.callbacks=" + json.dumps([{"class_path": class_path, "init_args": options}])
+
+
 MISTAKES = [
     (["--data.batchsize=3"], "unknown key 'data.batchsize'; did you mean 'data.batch_size'?"),
     (["--model.clip.vision.widht=32"], "did you mean 'model.clip.vision.width'?"),
@@ -183,18 +190,40 @@ MISTAKES = [
     (["--save_every_minutes=0"], "save_every_minutes is 0.0; it must be above 0"),
     (["--monitor=val/loss"], "the lowest is best; add --monitor_mode min"),
     (["--monitor=val/loss", "--monitor_mode=lowest"], "lowest"),
-    (["--data.val=null", "--monitor=train/loss"], "monitor is 'train/loss', which is looked at in validations"),
+    (["--data.val=null", "--monitor=train/loss"], "monitor is 'train/loss', which is read at validations"),
     (["--data.val_pairs=1"], "data.val_pairs is 1"),
     (["--name=mine"], "the run's folder is given twice: name 'mine' means runs/mine"),
-    (["--trainer.limit_train_batches=2"], "trainer.max_steps makes a run shorter"),
-    (["--trainer.limit_train_batches=1"], "trainer.max_steps makes a run shorter"),
-    (["--trainer.limit_val_batches=1"], "all held-out pairs, of which data.val_pairs sets the number"),
+    (["--trainer.limit_train_batches=2"], "use trainer.max_steps for a shorter run"),
+    (["--trainer.limit_train_batches=1"], "use trainer.max_steps for a shorter run"),
+    (["--trainer.overfit_batches=1"], "trainer.overfit_batches is not supported"),
+    (["--trainer.limit_val_batches=1"], "a validation scores all held-out pairs, or data.val_pairs of them"),
     (
         ["--model.clip.vision.layer=3"],
         "unknown key 'model.clip.vision.layer'; did you mean 'model.clip.vision.layers'?",
     ),
     (["--model.optimizer.warmup=1.5"], "warmup is 1.5; it is a share of the run"),
     (["--config=nowhere.yaml"], "nowhere.yaml"),
+    (["--trainer.max_steps=0"], "trainer.max_steps is 0; a run has at least one step"),
+    (["--trainer.fast_dev_run=true"], "for a trial run use --trainer.max_steps 2"),
+    (["--trainer.barebones=true"], "trainer.barebones is true"),
+    (["--trainer.enable_checkpointing=false"], "raise save_every_n_steps and save_every_minutes"),
+    (["--trainer.num_sanity_val_steps=2"], "trainer.num_sanity_val_steps is 2"),
+    (["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; it must be above 0"),
+    (["--trainer.check_val_every_n_epoch=-1"], "trainer.check_val_every_n_epoch is -1; it must be above 0"),
+    (["--trainer.val_check_interval=4"], "trainer.val_check_interval is 4 and an epoch has 3 steps"),
+    (["--trainer.strategy=ddp_spawn"], "use --trainer.strategy ddp"),
+    (["--trainer.strategy=ddp_notebook"], "use --trainer.strategy ddp"),
+    ([callback("StochasticWeightAveraging", swa_lrs=0.1)], "set model.ema_decay"),
+    ([callback("GradientAccumulationScheduler", scheduling={0: 2})], "raise data.batch_size instead"),
+    (["--data.val=null", callback("EarlyStopping", monitor="val/loss")], "EarlyStopping monitors 'val/loss'"),
+    (
+        [callback("miniclip.callbacks.ZeroShotEvaluation", data="labels.csv")],
+        "did you mean 'miniclip.training.zero_shot.ZeroShotEvaluation'?",
+    ),
+    (
+        [callback("miniclip.training.ZeroShotEvaluation", data="labels.csv")],
+        "did you mean 'miniclip.training.zero_shot.ZeroShotEvaluation'?",
+    ),
 ]
 
 
@@ -298,10 +327,10 @@ def test_features_are_of_unit_length_and_pixels_are_normalised_once():
 def test_the_resume_command_repeats_what_was_typed():
     typed = ["train.py", "fit", "--config", "my run.yaml", "--overwrite", "true", "--ckpt_path=last", "--data.seed=8"]
     expected = ".venv/bin/python train.py fit --config 'my run.yaml' --data.seed=8 --ckpt_path last"
-    assert trainer.resume_command(typed, ".venv/bin/python") == expected
+    assert run_settings.resume_command(typed, ".venv/bin/python") == expected
     typed = ["/bin/miniclip", "train", "fit", "--overwrite", "--config", "run.yaml"]
-    assert trainer.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
-    assert trainer.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
+    assert run_settings.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
+    assert run_settings.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
 
 
 def loss_and_gradients(module: CLIPTraining, batch: Batch) -> dict[str, torch.Tensor]:

@@ -1,0 +1,233 @@
+"""The settings of a training run: its folder, the command that resumes it, and the combinations that are refused."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+from ..reports.runs import PAGE_FILE
+from ..training.finite import NON_FINITE
+from ..training.zero_shot import ZeroShotEvaluation
+
+_HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+_REFUSED_CALLBACKS: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "it replaces the schedule and averages after the last validation; set model.ema_decay",
+    WeightAveraging: "the average would be neither validated nor saved as best/; set model.ema_decay",
+    GradientAccumulationScheduler: "the loss contrasts the pairs of one batch; raise data.batch_size instead",
+    BatchSizeFinder: "the batch size changes the loss; set data.batch_size, and model.micro_batch_size for the memory",
+    LearningRateFinder: "it takes steps before the run, which are not in its log; set model.optimizer.lr",
+}
+
+
+def refuse_what_would_mislead(config: Any) -> None:
+    """
+    Args:
+        config: the settings of `fit`.
+
+    Raises:
+        ValueError: a run under these settings would not be what it seems.
+    """
+    trainer = config.trainer
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and config.max_samples is None:
+        raise ValueError(
+            "the run has no end: set trainer.max_steps, trainer.max_epochs or max_samples; the schedule needs it"
+        )
+    if trainer.max_steps == 0 or trainer.max_epochs == 0:
+        name = "max_steps" if trainer.max_steps == 0 else "max_epochs"
+        raise ValueError(f"trainer.{name} is 0; a run has at least one step (`validate` scores without training)")
+    if trainer.max_steps != -1 and config.max_samples is not None:
+        raise ValueError(
+            f"max_samples is {config.max_samples} and trainer.max_steps {trainer.max_steps}; only one of the two sets "
+            "the run's length (--trainer.max_steps=-1 unsets it)"
+        )
+    if trainer.fast_dev_run:
+        raise ValueError(
+            f"trainer.fast_dev_run is {trainer.fast_dev_run}, which writes no log and scores a part of the held-out "
+            "pairs; for a trial run use --trainer.max_steps 2 and a small data.val_pairs"
+        )
+    if trainer.barebones:
+        raise ValueError("trainer.barebones is true, which switches off the log and the checkpoints; leave it out")
+    if trainer.enable_checkpointing is False:
+        raise ValueError(
+            "trainer.enable_checkpointing is false, and a run needs its checkpoints to be resumed and to leave best/; "
+            "raise save_every_n_steps and save_every_minutes to write fewer"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts the pairs of "
+            "one batch, and accumulating over batches does not do that. Raise data.batch_size instead"
+        )
+    # Any value, because the parser turns 1 (one batch) into 1.0 (all of them) and back.
+    if trainer.limit_train_batches is not None or trainer.overfit_batches:
+        name = "limit_train_batches" if trainer.limit_train_batches is not None else "overfit_batches"
+        raise ValueError(
+            f"trainer.{name} is not supported, because an epoch is every sample once; use trainer.max_steps for a "
+            "shorter run"
+        )
+    if trainer.limit_val_batches is not None:
+        raise ValueError(
+            f"trainer.limit_val_batches is {trainer.limit_val_batches}; a validation scores all held-out pairs, or "
+            "data.val_pairs of them. Without data.val there is no validation"
+        )
+    if trainer.num_sanity_val_steps:
+        raise ValueError(
+            f"trainer.num_sanity_val_steps is {trainer.num_sanity_val_steps}; a validation scores all held-out pairs, "
+            "so leave it out"
+        )
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"trainer.{name} is {value}; it must be above 0. Without data.val there is no validation")
+    if str(trainer.precision) in _HALF_WEIGHTS:
+        mixed = "bf16-mixed" if str(trainer.precision).startswith("bf16") else "16-mixed"
+        raise ValueError(
+            f"trainer.precision is {trainer.precision}, which keeps the weights themselves in half precision, where "
+            f"small steps are lost to rounding. {mixed} is as fast and keeps them in float32"
+        )
+    if config.save_every_n_steps < 1:
+        raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
+    if not config.save_every_minutes > 0:
+        raise ValueError(f"save_every_minutes is {config.save_every_minutes}; it must be above 0")
+    if config.monitor == "val/loss" and config.monitor_mode == "max":
+        raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
+    if config.monitor and config.data.val is None:
+        raise ValueError(f"monitor is {config.monitor!r}, which is read at validations; set data.val for them")
+
+
+def refuse_callbacks(callbacks: Callback | list[Callback] | None) -> None:
+    """
+    Raises:
+        ValueError: a callback of Lightning's that changes what a step or a run is.
+    """
+    for callback in callback_list(callbacks):
+        for kind, why in _REFUSED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"trainer.callbacks has {type(callback).__name__}, which is not supported: {why}")
+
+
+def refuse_validations(trainer: pl.Trainer, steps_per_epoch: int, has_val: bool) -> None:
+    """
+    Raises:
+        ValueError: validations would not come when they should, or something waits for their scores in vain.
+    """
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if has_val and every is not None and isinstance(interval, int) and interval > steps_per_epoch:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval} and an epoch has {steps_per_epoch} steps; set "
+            "trainer.check_val_every_n_epoch to null to count steps over epochs, or lower the interval"
+        )
+    if trainer.world_size > 1 and not isinstance(interval, int | float | None):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval!r}, a time, and the clocks of {trainer.world_size} processes "
+            "differ; give a number of steps"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val") and not has_val:
+            raise ValueError(
+                f"EarlyStopping monitors {callback.monitor!r}, which is logged by validations; set data.val for them"
+            )
+
+
+def monitor(settings: Any) -> str:
+    """The metric that chooses the best checkpoint.
+
+    Raises:
+        ValueError: it is the zero-shot score, and no callback logs it.
+    """
+    zero_shot = "val/zero_shot_acc1"
+    is_logged = any(isinstance(each, ZeroShotEvaluation) for each in callback_list(settings.trainer.callbacks))
+    if settings.monitor == zero_shot and not is_logged:
+        raise ValueError(
+            f"monitor is {zero_shot}, which the callback miniclip.training.zero_shot.ZeroShotEvaluation logs; add it "
+            "to trainer.callbacks, or monitor val/retrieval_r1"
+        )
+    return settings.monitor or (zero_shot if is_logged else "val/retrieval_r1")
+
+
+def callback_list(callbacks: Callback | list[Callback] | None) -> list[Callback]:
+    """trainer.callbacks, which may be one, several or none."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def folder(config: Any) -> Path:
+    """The run's folder: runs/NAME, or trainer.default_root_dir.
+
+    Raises:
+        ValueError: both are given, or the name cannot be a folder's.
+    """
+    path = config.trainer.default_root_dir
+    if config.get("name") is None:
+        return Path(path or "runs/run")
+    if path is not None:
+        raise ValueError(
+            f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
+            f"trainer.default_root_dir is {path!r}; leave one of them out (a name in a file by --name null)"
+        )
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")
+    return Path("runs", config.name)
+
+
+def checkpoints(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def holds_a_run(run: Path) -> bool:
+    return any(checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
+
+
+def results(run: Path) -> tuple[Path, ...]:
+    """The files and folders of a run, which --overwrite removes."""
+    return checkpoints(run), run / "best", run / "logs", run / PAGE_FILE, run / NON_FINITE
+
+
+def checkpoint_to_resume(settings: Any) -> Path | None:
+    """The checkpoint that the settings name, if there is to be one."""
+    if settings.ckpt_path == "last":
+        last = checkpoints(folder(settings)) / "last.ckpt"
+        return last if last.is_file() else None
+    return Path(settings.ckpt_path) if settings.ckpt_path else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands to type
+
+
+def interpreter() -> str:
+    """This Python as one would type it: a virtual environment below the working folder need not be activated."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+
+
+def resume_command(argv: list[str], python: str) -> str:
+    """The command that resumes the run that `argv` started with the interpreter `python`."""
+    command = [argument for argument in argv if not argument.startswith(("--overwrite=", "--ckpt_path="))]
+    for flag in ("--ckpt_path", "--overwrite"):
+        if flag in command:
+            index = command.index(flag)
+            has_value = not command[index + 1 : index + 2] or not command[index + 1].startswith("--")
+            del command[index : index + 1 + has_value]
+    return command_line([*command, "--ckpt_path", "last"], python)
+
+
+def command_line(argv: list[str], python: str) -> str:
+    """The command line that was typed, with `python` as the interpreter."""
+    return shlex.join([*([python] if argv[0].endswith(".py") else []), *argv])

@@ -1,0 +1,52 @@
+"""Whatever ends a run, its last step is validated."""
+
+import json
+
+import pytest
+import torch
+from runs import arguments, fails, validations
+
+from miniclip.commands import train as trainer
+
+
+def early_stopping(**options: object) -> str:
+    each = {"class_path": "EarlyStopping", "init_args": {"monitor": "train/loss", "stopping_threshold": 99, **options}}
+    return f"--trainer.callbacks={json.dumps([each])}"
+
+
+RARELY = "--trainer.check_val_every_n_epoch=5"
+ENDINGS = {
+    "max_steps amid an epoch": ["--trainer.max_steps=4", RARELY],
+    "min_epochs that max_steps does not reach": ["--trainer.max_steps=4", "--trainer.min_epochs=3", RARELY],
+    "min_steps that max_epochs does not reach": ["--trainer.max_epochs=1", "--trainer.min_steps=50", RARELY],
+    "max_time": ["--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01", RARELY],
+    "early stopping at the end of an epoch": [
+        "--trainer.max_steps=90",
+        RARELY,
+        early_stopping(check_on_train_epoch_end=True),
+    ],
+    "early stopping at a validation": ["--trainer.max_steps=90", "--trainer.val_check_interval=2", early_stopping()],
+}
+STEPS = {"max_steps amid an epoch": 4, "early stopping at the end of an epoch": 4}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_last_step_is_validated(data, tmp_path, ending):
+    run = tmp_path / "run"
+    trainer.main([*arguments(data, run), "--trainer.max_steps=-1", *ENDINGS[ending]])
+    steps = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert max(validations(run)) == steps - 1
+    assert steps == STEPS.get(ending, steps)
+
+
+def test_a_run_that_ends_before_its_first_step_says_so(data, tmp_path, capsys):
+    message = fails(capsys, arguments(data, tmp_path / "run", "--trainer.max_time=00:00:00:00"))
+    assert "trainer.max_time" in message
+    assert "before its first step" in message
+
+
+def test_early_stopping_on_a_metric_that_nothing_logs_is_an_error_that_names_those_that_are(data, tmp_path, capsys):
+    message = fails(capsys, [*arguments(data, tmp_path / "run", steps=6), early_stopping(monitor="val_loss")])
+    assert "'val_loss'" in message
+    assert "'val/loss'" in message
+    assert "Traceback" not in message
