@@ -6,8 +6,11 @@ H, W are the height and width of a picture, R the side of the model's square inp
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -85,6 +88,35 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+# The formats that are read, with Pillow's plugins. The list is closed, because other plugins run programs (Ghostscript
+# for PostScript, whatever the file's name is) or parse in Python what nobody trains on.
+FORMATS = {
+    "JPEG": "Jpeg", "PNG": "Png", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "DIB": "Bmp", "TIFF": "Tiff",
+    "PPM": "Ppm", "AVIF": "Avif", "JPEG2000": "Jpeg2K",
+}  # fmt: skip
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS as far as this Pillow has them; no other plugin is imported."""
+    for plugin in dict.fromkeys(FORMATS.values()):
+        with suppress(ImportError):
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def read_header(data: bytes) -> Image.Image:
+    """A picture of one of FORMATS, not decoded yet. Errors are Pillow's, which can be of any kind."""
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+def run_no_program() -> None:
+    """Keeps Pillow from starting Ghostscript in this process, for libraries that open pictures by themselves."""
+    from PIL import EpsImagePlugin  # a plugin that reading by FORMATS never imports
+
+    EpsImagePlugin.gs_binary = False
+
+
 def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
     """Decodes a picture completely, so that a truncated one is noticed here.
 
@@ -93,15 +125,17 @@ def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
         is_whole: nothing is missing, as the caller knows; only the header is read, and the rest when it is needed.
 
     Raises:
-        ValueError: the bytes are no picture, or only part of one, or so large a one that it must be an attack
-            (Pillow's limit on decompression).
+        ValueError: the bytes are no picture of one of FORMATS, or only part of one, or so large a one that it must be
+            an attack (Pillow's limit on decompression).
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = read_header(data)
         if not is_whole or image.mode.startswith("I"):
             image.load()
     except UnidentifiedImageError as error:
-        raise ValueError(f"{source} is not an image that can be read ({len(data)} bytes)") from error
+        raise ValueError(
+            f"{source} is not an image that can be read ({len(data)} bytes); allowed are {', '.join(_formats())}"
+        ) from error
     except Exception as error:  # a damaged picture can raise anything
         raise ValueError(f"{source} is an unreadable image: {error}") from error
     return _to_8_bits(image) if image.mode.startswith("I") else image

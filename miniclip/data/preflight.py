@@ -6,7 +6,6 @@ here, `advice.py` puts it into sentences."""
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import re
@@ -24,7 +23,7 @@ from PIL import Image
 
 from ..common.storage import is_url, read_bytes
 from ..common.thumbnail import thumbnail
-from ..images import open_image
+from ..images import open_image, read_header
 from .advice import what_spoils
 from .augmentation import Augmentation
 from .findings import Contact, Findings, Look, count
@@ -73,7 +72,7 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         if not captions:
             raise ValueError("every caption is empty" if lines else "it has no caption")
         image = open_image(data, "it")
-        header = Image.open(io.BytesIO(data))  # its mode before 16 bits became 8
+        header = read_header(data)  # its mode before 16 bits became 8
         is_16_bits = header.mode.startswith("I") or (header.format == "PNG" and data[24] == 16)
         mode = header.mode + (", 16 bit" if is_16_bits else "")
         picture = thumbnail(image, _CONTACT_BOX) if with_thumbnail else ""

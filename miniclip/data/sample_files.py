@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..common.storage import read_bytes
-from ..images import open_image
+from ..images import open_image, read_header
 from .augmentation import jpeg_size
 from .reading.cells import captions_in
 from .reading.pair import Pair, Pairs
@@ -143,7 +143,7 @@ def _is_whole(data: bytes) -> bool:
     if not data.startswith(b"\x89PNG"):
         return False
     try:
-        Image.open(io.BytesIO(data)).verify()
+        read_header(data).verify()
     except Exception:  # a damaged file can raise anything; decoding it will tell what is wrong
         return False
     return True

@@ -247,7 +247,7 @@ def test_spoilt_samples_are_grouped_by_reason_with_their_names(tmp_path):
     assert groups.pop("no captions: there is no … beside it") == (3, lonely)
     assert groups.pop("every caption is empty") == (1, ("blank.jpg",))
     assert groups.pop("it has no caption") == (1, ("none.jpg",))
-    assert groups.pop("it is not an image that can be read (… bytes)") == (1, ("words 1.jpg",))
+    assert groups.pop(next(kind for kind in groups if "not an image" in kind)) == (1, ("words 1.jpg",))
     assert groups.pop("no image: there is no …, .png, … beside it") == (1, ("text 1.txt",))
     truncated = next(kind for kind in groups if "truncated" in kind)
     assert groups.pop(truncated) == (2, ("cut a.jpg", "cut b.jpg"))
@@ -263,8 +263,8 @@ def test_spoilt_samples_are_grouped_by_reason_with_their_names(tmp_path):
 def test_a_source_where_nothing_can_be_used_has_findings_advice_and_a_page(tmp_path):
     found = look([Pair(str(n), b"x", ("a",)) for n in range(3)], image_size=224)
     assert (found.num_usable, found.lowest_loss) == (0, 0)
-    assert advice(found) == ["3 of 3 samples (100.0 %) can't be used; 3 like this one: 0: it is not an image that can "
-                             "be read (1 bytes)"]  # fmt: skip
+    (sentence,) = advice(found)
+    assert sentence.startswith("3 of 3 samples (100.0 %) can't be used; 3 like this one: 0: it is not an image")
     assert "3 (100.0 %)" in printed(found)
     write_html(tmp_path / "check.html", found)
     assert "<svg" not in (tmp_path / "check.html").read_text(encoding="utf-8")

@@ -68,10 +68,6 @@ def image_of_record(record: Any) -> bytes:
     return record.image
 
 
-def image_of_item(item: Any) -> Any:
-    return item[0]
-
-
 def _image_of_row(folder: Path, column: str, row: Mapping[str, Any]) -> Any:
     cell = row.get(column)
     return None if is_blank(cell) else image_in(cell, folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...images import run_no_program
 from ..prompts import CLASSNAME_SETS, classname_set, template_set
-from .folders_and_tables import FromEach, image_of_item, readable_sources
+from .folders_and_tables import readable_sources
 from .sets import Found
 
 TORCHVISION_PREFIX = "torchvision:"
@@ -82,7 +84,7 @@ def read_torchvision(source: str, root: Path, split: str | None, download: bool)
     wordings = "imagenet80" if name == "ImageNet" else built_in
     return Found(
         name,
-        FromEach(data, image_of_item),
+        _Pictures(data),
         [f"{part}/{index}" for index in range(len(data))],
         labels=[str(label) for label in _torchvision_labels(data)],
         labels_from="torchvision",
@@ -92,6 +94,20 @@ def read_torchvision(source: str, root: Path, split: str | None, download: bool)
         templates_from=f"the built-in set {wordings!r}" if wordings else "",
         identity=f"{part} of {len(data)} in {root.resolve()}",  # its sets never change
     )
+
+
+class _Pictures(Sequence[Any]):
+    """The pictures of a set, which torchvision itself opens."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: Any) -> Any:
+        run_no_program()  # here, as workers call it too
+        return self.data[number][0]
 
 
 def _torchvision_labels(data: Any) -> list[int]:

@@ -1,0 +1,97 @@
+# Which pictures are opened. A closed list, whatever a file is called: Pillow's other plugins are never asked.
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import write_pairs
+from PIL import Image, features
+
+from miniclip.images import FORMATS, open_image
+
+POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 32 32
+0 0 32 32 rectfill
+%%EOF
+"""
+OTHERS = ["DDS", "EPS", "ICNS", "ICO", "IM", "MSP", "PCX", "PDF", "SGI", "SPIDER", "TGA", "XBM"]
+
+
+def written(kind, mode="RGB"):
+    buffer = io.BytesIO()
+    Image.new(mode, (32, 32)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "AVIF" or features.check("avif")])
+def test_a_format_of_the_list_is_opened(kind):
+    assert open_image(written(kind), "it").size == (32, 32)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_any_other_format_is_refused_with_the_list(kind):
+    mode = {"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB")
+    with pytest.raises(ValueError, match=r"^cat\.jpg is not an image.*allowed are JPEG, PNG, "):
+        open_image(written(kind, mode), "cat.jpg")
+
+
+@pytest.fixture
+def ghostscript(tmp_path):
+    """An environment whose `gs` leaves a trace; and the trace."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho ran >> {tmp_path / 'trace'}\n")
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}, tmp_path / "trace"
+
+
+def test_the_trace_of_a_program_that_opens_pictures_is_seen(tmp_path, ghostscript):
+    environment, trace = ghostscript
+    (tmp_path / "a.jpg").write_bytes(POSTSCRIPT)
+    code = "import sys; from PIL import Image; Image.open(sys.argv[1]).load()"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.jpg"], env=environment, capture_output=True)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["shards {folder} {out}", "check {folder} --image-size 32", "shards {table} {out}"], ids=str
+)
+def test_postscript_called_jpg_starts_no_program(tmp_path, ghostscript, words):
+    environment, trace = ghostscript
+    folder = write_pairs(tmp_path / "pairs", 3)
+    for suffix in ("jpg", "tif"):
+        (folder / f"bad {suffix}.{suffix}").write_bytes(POSTSCRIPT)
+        (folder / f"bad {suffix}.txt").write_text("a black square")
+    table = folder / "table.csv"
+    table.write_text("file,caption\n0000.png,one\nbad jpg.jpg,two\n")
+    words = words.format(folder=folder, out=tmp_path / "out", table=table)
+    run = subprocess.run(
+        [sys.executable, "-m", "miniclip", *words.split()], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "rejected" in run.stdout or "can't be used" in run.stdout
+    assert not trace.exists()
+
+
+def test_postscript_in_torchvisions_files_starts_no_program(tmp_path, ghostscript):
+    environment, trace = ghostscript
+    for label in range(2):
+        folder = tmp_path / "eurosat" / "2750" / f"kind {label}"
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(POSTSCRIPT)
+    code = """if True:
+        import sys
+        from miniclip.evaluation.datasets.open import open_dataset
+        data = open_dataset("torchvision:EuroSAT", root=sys.argv[1])
+        for number in range(len(data)):
+            try:
+                data.open(number)
+            except (ValueError, OSError) as error:
+                print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 2
+    assert not trace.exists()
