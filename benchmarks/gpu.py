@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import gc
 import json
@@ -29,33 +28,30 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
+import machine
 import peers
 import samples
 import steps
 import torch
 import torch.nn.functional as F
-from harness import OURS, Job, Timing
+from agreement import CPU, Way, outcome
+from gpu_page import page
+from harness import OURS, THEIRS, Job, Timing
 from open_clip.loss import ClipLoss
 from rich.console import Console
-from torch import Tensor
 
 import miniclip
 from miniclip import tokenizer
 from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig
-from miniclip.fast.packed_texts import trim_text
-from miniclip.images import normalize
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
 from miniclip.weights.facts import forward_flops
-from miniclip.weights.layouts import from_openai_keys
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("ViT-B/32", "ViT-B/16")
-THEIRS = "open_clip"
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +93,6 @@ TINY = Amounts(
     4,
     harness.Patience(rounds=1, most_rounds=1),
 )
-
-
-class Way(NamedTuple):
-    """How something is computed: by whom, where, and in what precision ("bf16": autocast over float32)."""
-
-    who: str
-    where: torch.device
-    precision: str
-
-    def __str__(self) -> str:
-        return f"{self.who}, {self.where.type}, {self.precision}"
 
 
 class OutOfTimeError(Exception):
@@ -165,53 +150,12 @@ def largest(fits: Callable[[int], bool], step: int, most: int) -> int:
     return low * step
 
 
-def outcome(way: Way, model: Any, config: CLIPConfig, count: int) -> dict[str, Tensor]:
-    """Features of both towers, loss, and the gradient of all weights but the scale, of the same random pairs.
-
-    The model is one of its library's, in float32 on the CPU, and is left as it is.
-    """
-    matrices = {"tf32": "high"}.get(way.precision, "highest")
-    dtype = torch.float64 if way.precision == "fp64" else torch.float32
-    texts, before = samples.captions(count), (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-    images = normalize(steps.pixels(config, count), config.vision.mean, config.vision.std).to(way.where, dtype)
-    model = copy.deepcopy(model).train().to(way.where, dtype)
-    try:
-        torch.set_float32_matmul_precision(matrices)
-        torch.backends.cudnn.allow_tf32 = matrices == "high"  # convolutions have a switch of their own, on by default
-        with torch.autocast(way.where.type, torch.bfloat16, enabled=way.precision == "bf16"):
-            if way.who == OURS:
-                tokens = miniclip.tokenize(texts)
-                if way.where.type != "cpu":  # as batches come, which the host has cut to the longest text
-                    tokens = trim_text(tokens, config.text.eot_token).to(way.where)
-                of_images = model.encode_image(images, normalize=True)
-                of_texts = model.encode_text(tokens, normalize=True)
-                loss = miniclip.clip_loss(of_images, of_texts, model.logit_scale.exp(), chunk_size=max(1, count // 2))
-            else:
-                tokens = peers.open_clip.get_tokenizer("ViT-B-32")(texts).to(way.where)
-                of_images, of_texts, scale = model(images, tokens)
-                loss = ClipLoss()(of_images, of_texts, scale)
-        loss.backward()
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    parameters = dict(model.named_parameters())
-    parameters = parameters if way.who == OURS else from_openai_keys(parameters)
-    gradients = [parameters[name].grad for name in sorted(parameters) if name != "logit_scale"]
-    found = {
-        "image features": of_images,
-        "text features": of_texts,
-        "loss": loss,
-        "gradient": torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]),
-    }
-    return {name: tensor.detach().to(CPU, torch.float64) for name, tensor in found.items()}
-
-
 class Bench:
     """The device, what is measured on it, and where models' weights lie."""
 
     def __init__(self, where: torch.device, amounts: Amounts, size: str, folder: Path) -> None:
         self.where, self.amounts, self.size, self.folder = where, amounts, size, folder
-        self.machine = harness.this_machine(where, "bf16-mixed")
+        self.machine = machine.this_machine(where, "bf16-mixed")
         self.rows: list[dict[str, Any]] = []
         self.known: list[dict[str, Any]] = []  # of an earlier run
         self.facts = _facts(where)
@@ -380,13 +324,13 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.where)
         else:
-            harness.forget_peak()
+            machine.forget_peak()
 
     def _memory_mb(self, peak: bool = False) -> float:
         if self.where.type == "cuda":
             used = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
             return used(self.where) / 1e6
-        return harness.resident_mb(peak)
+        return machine.resident_mb(peak)
 
     def _fits(self, who: str, model: str, count: int) -> bool:
         self._free()
@@ -409,7 +353,7 @@ class Bench:
 
 def _facts(where: torch.device) -> dict[str, Any]:
     """Versions, and what a large product of random bfloat16 matrices reaches a second."""
-    versions = harness.versions()
+    versions = machine.versions()
     if where.type == "cuda":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError):
@@ -425,62 +369,6 @@ def _facts(where: torch.device) -> dict[str, Any]:
         steps.wait_for(where)
         best = min(best, (time.perf_counter() - begin) / 4)
     return {"versions": versions, "product": 2 * side**3 / best}
-
-
-def page(document: dict[str, Any]) -> str:
-    machine = document["machine"]
-    head = ["case", "ms", THEIRS, "ratio", "a second", THEIRS, "utilisation", THEIRS, "peak MB", THEIRS]
-    head += ["largest batch", THEIRS]
-    times, agreement, others = [head, ["---"] * len(head)], [], []
-    for row in document["rows"]:
-        if "differences" in row:
-            for way, parts in row["differences"].items():
-                if not agreement:
-                    agreement = [["pairs", "computed by", *parts], ["---"] * (2 + len(parts))]
-                agreement.append([row["case"], way, *(f"{value:.0e}" for value in parts.values())])
-        elif "optimizers" in row:
-            for kind, facts in row["optimizers"].items():
-                others.append(f"{kind} alone takes {facts['seconds'] * 1e3:.1f} ms, {facts['share']:.1%} of a step")
-        else:
-            times.append(_cells(row))
-    parts = [
-        f"# {machine['processor']}",
-        f"`python benchmarks/gpu.py --compile`, {document['date']}; "
-        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-        + ".",
-        _table(times),
-        f"bfloat16 under autocast, AdamW in one kernel on both sides, float32's products in TF32. Utilisation is of "
-        f"{machine['flops'] / 1e12:.0f} TFLOP/s ({machine['source']}; a product of 8,192 × 8,192 reaches "
-        f"{document['product'] / 1e12:.0f}), of what the towers have to compute: each text at its own length, backward "
-        f"twice forward, nothing that is computed again; of the loss alone, its three products. Peak memory is "
-        f"what tensors took, weights, gradients and the optimiser's state included. {'; '.join(others)}",
-    ]
-    if agreement:
-        parts += [
-            _table(agreement),
-            "Differences from miniclip in float64 on the CPU, as a share of the largest number; bf16 is autocast.",
-        ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    ours, theirs = row[OURS], row.get(THEIRS, {})
-    cells = [row["case"]]
-    for name, form, factor in (
-        ("seconds", "{:,.1f}", 1e3),
-        ("per_second", "{:,.0f}", 1),
-        ("utilisation", "{:.1%}", 1),
-        ("peak_mb", "{:,.0f}", 1),
-        ("largest_batch", "{:,}", 1),
-    ):
-        cells += [form.format(side[name] * factor) if name in side else "–" for side in (ours, theirs)]
-    is_raced = "seconds" in ours and "seconds" in theirs
-    cells.insert(3, f"{theirs['seconds'] / ours['seconds']:.2f}" if is_raced else "–")
-    return cells
-
-
-def _table(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import harness
 import matplotlib as mpl
 import peers
 import samples
@@ -28,6 +27,7 @@ import steps
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from machine import forget_peak, resident_mb, this_machine, versions
 from rich.progress import Progress
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,13 +60,13 @@ Curves = dict[str, list[Point]]
 def cost(run: Callable[[], Any], rounds: int = 3) -> tuple[float, float]:
     """Median seconds and the peak of memory above what there was, after a run that is not counted."""
     run()
-    harness.forget_peak()
-    before, times = harness.resident_mb(), []
+    forget_peak()
+    before, times = resident_mb(), []
     for _ in range(rounds):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times), max(0.0, harness.resident_mb(peak=True) - before)
+    return statistics.median(times), max(0.0, resident_mb(peak=True) - before)
 
 
 def curve(xs: Sequence[int], make: Callable[[int], Callable[[], Any]]) -> list[Point]:
@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs/pictures")
     parser.add_argument("--out", type=Path, help="the JSON; by default benchmarks/results/MACHINE-growth.json")
     options = parser.parse_args(argv)
-    machine = harness.this_machine()
+    machine = this_machine()
     out = options.out or ROOT / f"benchmarks/results/{machine.name}-growth.json"
     found: dict[str, Any] = {}
     with Progress() as bar, tempfile.TemporaryDirectory() as place:
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
                 draw(curves, label, (measured.__doc__ or "").strip().split("\n")[0], path)
             bar.advance(task)
     known = json.loads(out.read_text()) if out.is_file() else {}
-    facts = {"size": options.size, "threads": torch.get_num_threads(), "versions": harness.versions()}
+    facts = {"size": options.size, "threads": torch.get_num_threads(), "versions": versions()}
     write_text(out, json.dumps({**known, **facts, **found}, indent=1) + "\n")
     print(f"written: {out} and {options.pictures}/growth-*.png")
     return 0

@@ -8,20 +8,14 @@ serve the next.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
 import shlex
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
@@ -29,16 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from machine import Machine, forget_peak, resident_mb, versions
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from miniclip.common.files import write_text
-from miniclip.training import measuring as device
 
 MOST_DIFFERENCE = 1e-5  # of outputs that should be equal, as a share of the largest
-OURS, LIMIT = "miniclip", "limit"
-PEERS = ("open_clip", "transformers", "OpenAI")
-_LIBRARIES = ("torch", "torchvision", "numpy", "pytorch-lightning", "open_clip_torch", "transformers")
+OURS, THEIRS, LIMIT = "miniclip", "open_clip", "limit"
+PEERS = (THEIRS, "transformers", "OpenAI")
 
 
 class Job(NamedTuple):
@@ -205,20 +198,6 @@ def difference(found: Any, reference: Any) -> float:
 # Memory
 
 
-def resident_mb(peak: bool = False) -> float:
-    """10^6 bytes of this process in memory, now or at most since the last `forget_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"Vm{'HWM' if peak else 'RSS'}:\s+(\d+)", status)[1]) * 1024 / 1e6  # type: ignore[index]
-
-
-def forget_peak() -> None:
-    """Gives back what is free, and begins to watch the peak anew (Linux)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # not of every C library
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def memory_alone(case: Case, contender: str) -> float:
     """MB that a contender takes at its peak, its weights and optimiser included, above what imports take.
 
@@ -252,61 +231,6 @@ def process(*command: str | Path) -> str:
     if done.returncode:
         raise RuntimeError(f"{shlex.join(map(str, command))[-200:]} failed:\n{done.stderr[-2000:]}")
     return done.stdout
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
-
-
-@dataclass(frozen=True)
-class Machine:
-    """flops: at most, a second, by `source`. bandwidth: bytes a second that a copy reads and writes."""
-
-    name: str
-    processor: str
-    flops: float
-    source: str
-    bandwidth: float
-
-
-def this_machine(where: torch.device | None = None, precision: str = "32-true") -> Machine:
-    where = where or torch.device("cpu")
-    moments = []  # the best of which is the machine's own; in the others somebody else was at it
-    for _ in range(5 if where.type == "cpu" else 1):
-        time.sleep(0.2)
-        moments.append((device.peak(where, precision), bandwidth(where)))
-    peak = max((peak for peak, _ in moments), key=lambda peak: peak.flops)
-    if where.type == "cuda":
-        processor = torch.cuda.get_device_name(where)
-        name = re.sub(r"\W+", "-", processor).strip("-").lower()
-    else:
-        info = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-        processor = model[1] if model else platform.processor() or platform.machine()
-        name = f"cpu-{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}-cores"
-    return Machine(name, processor, peak.flops, peak.source, max(copies for _, copies in moments))
-
-
-def bandwidth(where: torch.device, megabytes: int = 256) -> float:
-    """The best of some copies of more than caches hold, bytes read and written a second."""
-    source = torch.ones(megabytes * 250_000, device=where)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(5):
-        begin = time.perf_counter()
-        target.copy_(source)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        best = max(best, 2 * source.numel() * 4 / (time.perf_counter() - begin))
-    return best
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

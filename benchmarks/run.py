@@ -25,6 +25,7 @@ import inference
 import steps
 import torch
 import transformers
+from machine import this_machine
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             wanted = chosen(cases(options.size, folder), options.cases)
         except ValueError as error:
             parser.error(str(error))
-        machine = harness.this_machine()
+        machine = this_machine()
         out = options.out
         if out is None and options.size != "tiny":
             out = RESULTS / (machine.name + ("" if options.size == "full" else f"-{options.size}"))

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
 import samples  # noqa: E402
-from harness import LIMIT, OURS, Case, Job, Machine, Patience, Timing  # noqa: E402
+from harness import LIMIT, OURS, Case, Job, Patience, Timing  # noqa: E402
+from machine import Machine  # noqa: E402
 
 ONCE = Patience(rounds=1, slow_rounds=1, most_rounds=1)
 MACHINE = Machine("here", "a processor", flops=1e9, source="by hand", bandwidth=1e8)

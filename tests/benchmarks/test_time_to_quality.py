@@ -18,8 +18,10 @@ from miniclip.images import Preprocess, normalize
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scenes  # noqa: E402
+import sides  # noqa: E402
 import time_to_quality  # noqa: E402
-from time_to_quality import TINY, Batches, Bench, Clock, Point, Stretch, best, reached, stretches  # noqa: E402
+from sides import Batches, Clock, Point, Stretch, stretches  # noqa: E402
+from time_to_quality import TINY, Bench, best, reached  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_evaluations_share_a_run_out():
     assert stretches(2) == [(0, 1), (1, 1)]
     for steps in (5, 100, 401):
         parts = stretches(steps)
-        assert len(parts) == min(steps, time_to_quality.EVALUATIONS)
+        assert len(parts) == min(steps, sides.EVALUATIONS)
         assert [first + count for first, count in parts] == [*(first for first, _ in parts[1:]), steps]
 
 
@@ -118,18 +120,16 @@ def test_the_examination_of_open_clips_weights_is_that_of_open_clip(tiny, monkey
     """Its own encoders on its own preprocessing of the same files find the same classes."""
     bench, _ = tiny
     made = []
-    plain = time_to_quality.open_clip.model.CLIP
-    monkeypatch.setattr(
-        time_to_quality.open_clip.model, "CLIP", lambda *a, **k: made.append(plain(*a, **k)) or made[-1]
-    )
+    plain = sides.open_clip.model.CLIP
+    monkeypatch.setattr(sides.open_clip.model, "CLIP", lambda *a, **k: made.append(plain(*a, **k)) or made[-1])
     folder = bench.work / "seed0"
-    exam = time_to_quality.Examination(folder / "data/val.csv", Preprocess(32, *_mean_and_std(bench)))
-    course = time_to_quality.Course(exam)
+    exam = sides.Examination(folder / "data/val.csv", Preprocess(32, *_mean_and_std(bench)))
+    course = sides.Course(exam)
     batches = Batches(folder, bench.clip, bench.augmentation, 16, 0)
-    time_to_quality.train(time_to_quality.open_clip_side(bench.clip, batches, 2, 1e-3, 0.5, 0), course, 2, 16)
+    sides.train(sides.open_clip_side(bench.clip, batches, 2, 1e-3, 0.5, 0), course, 2, 16)
     model = made[0].eval()
     texts = [f"a {name}" for name in (folder / "data/val.classnames.txt").read_text().splitlines()]
-    tokens = time_to_quality.open_clip.SimpleTokenizer(context_length=32)(texts)
+    tokens = sides.open_clip.SimpleTokenizer(context_length=32)(texts)
     with torch.no_grad():
         cosines = model.encode_image(exam.images, normalize=True) @ model.encode_text(tokens, normalize=True).T
     names = {text.removeprefix("a "): n for n, text in enumerate(texts)}
