@@ -202,8 +202,8 @@ def _logits(images: Tensor, texts: Tensor, scale: Tensor, rows: slice, out: Tens
 
 def _log_sum_exp(logits: Tensor, mask: Tensor | None, side: int, scratch: Tensor) -> Tensor:
     """Along a side of (n, B), of what the mask says yes to there; computed in the memory of `scratch`."""
-    x = scratch[: len(logits)].copy_(logits)
+    scratch = scratch[: len(logits)]
     if mask is not None:  # the least number, not -inf, as inf - inf is no number
-        x.masked_fill_(~mask.unsqueeze(1 - side), torch.finfo(x.dtype).min)
-    most = x.amax(dim=side, keepdim=True)
-    return x.sub_(most).exp_().sum(dim=side).log_() + most.squeeze(side)
+        logits = scratch.copy_(logits).masked_fill_(~mask.unsqueeze(1 - side), torch.finfo(logits.dtype).min)
+    most = logits.amax(dim=side, keepdim=True)
+    return torch.sub(logits, most, out=scratch).exp_().sum(dim=side).log_() + most.squeeze(side)
