@@ -74,6 +74,7 @@ def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:
 def pairs_asked_for(source: str, options: argparse.Namespace) -> Pairs:
     """Tells what was recognised, too."""
     from ..data.open_pairs import open_pairs
+    from ..data.reading.scan import summary
 
     pairs = open_pairs(
         source,
@@ -83,17 +84,29 @@ def pairs_asked_for(source: str, options: argparse.Namespace) -> Pairs:
         split=options.split,
     )
     print(f"{source}: {pairs.found}", file=sys.stderr)
+    if left_out := summary(pairs.left_out):
+        print(left_out, file=sys.stderr)
     return pairs
 
 
 def _index(options: argparse.Namespace) -> None:
-    from ..data.shard_index import index_shards, tar_locations
+    from ..data.shard_index import REJECTED_FILE, index_shards, tar_locations
 
     with progress_bar("indexing", len(tar_locations(options.source))) as progress:
         done = index_shards(options.source, options.out, options.overwrite, progress)
-    print(
-        f"{options.out or options.source}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB"
-    )
+    folder = options.out or options.source
+    if done.damaged:
+        total, are = done.shards + len(done.damaged), "is" if len(done.damaged) == 1 else "are"
+        print(
+            f"{len(done.damaged)} of {total} tars {are} damaged and not in the index:\n  "
+            + "\n  ".join(done.damaged)
+            + "\nOnce they are replaced, the same command adds them.",
+            file=sys.stderr,
+        )
+    where = Path(options.out or tar_locations(options.source)[0])
+    where = (where if options.out else where.parent) / REJECTED_FILE
+    left_out = f"; {done.left_out:,} members left out, see {where}" if done.left_out else ""
+    print(f"{folder}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB{left_out}")
 
 
 def _pack(options: argparse.Namespace) -> None:
@@ -128,9 +141,11 @@ def _pack(options: argparse.Namespace) -> None:
         )
         return
     held_out = f" and {packed.held_out} held out" if packed.held_out else ""
+    left_out = f", {packed.left_out} left out" if packed.left_out else ""
+    listed = f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected or packed.left_out else ""
     print(
         f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB; "
-        f"{packed.rejected} rejected" + (f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected else "")
+        f"{packed.rejected} rejected{left_out}{listed}"
     )
 
 

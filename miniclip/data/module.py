@@ -30,6 +30,8 @@ from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
 from .order import BatchSampler, Mixture, SampleOrder
 from .pairs import CaptionChoice, PairDataset, Sample, collate
+from .reading.scan import summary
+from .shard_index import REJECTED_FILE
 from .shards import Shards
 
 
@@ -218,6 +220,8 @@ class PairDataModule(pl.LightningDataModule):
         assert self.train_shards is not None
         order = self.order()
         epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
+        if left_out := summary(self.train_shards.left_out):
+            epoch = f"{left_out}, as {REJECTED_FILE} beside the shards lists; {epoch}"
         if self.val_shards is not None and len(held_out := self.held_out()) < len(self.val_shards):
             epoch = f"validation is on {len(held_out):,} of {len(self.val_shards):,} held-out pairs; {epoch}"
         if isinstance(order, SampleOrder):

@@ -22,15 +22,16 @@ def shard_pairs(source: str) -> Pairs:
     shards = Shards(source)
     names = [f"{entry.name}:{key}" for s, entry in enumerate(shards.entries) for key in shards.keys(s)]
 
-    def read(number: int) -> Pair:
+    def read(index: int) -> Pair:
         try:
-            record, extra = shards[number], shards.info(number)
+            record, extra = shards[index], shards.info(index)
         except ValueError as error:
-            return Pair(names[number], problem=str(error))
+            return Pair(names[index], problem=str(error))
         facts = {name: value for name, value in extra.items() if name not in ("width", "height")}
-        return Pair(names[number], record.image, record.captions, None if record.image else "no image", facts)
+        return Pair(names[index], record.image, record.captions, None if record.image else "no image", facts)
 
-    return Pairs(names, read, f"{len(names)} samples of {len(shards.entries)} shards")
+    found = f"{len(names)} samples of {len(shards.entries)} shards"
+    return Pairs(names, read, found, left_out=shards.left_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +94,7 @@ def pack_into_cache(source: str) -> str:
     except ValueError as error:
         raise ValueError(f"{error} (to pack it otherwise: `miniclip shards {source} OUT`)") from error
     packed = read_packed(out)
-    listed = f", listed in {out / REJECTED_FILE}" if packed.rejected else ""
-    print(f"{source}: {packed.kept} pairs packed in {out}; {packed.rejected} rejected{listed}", flush=True)
+    listed = f", listed in {out / REJECTED_FILE}" if packed.rejected or packed.left_out else ""
+    left_out = f", {packed.left_out} left out" if packed.left_out else ""
+    print(f"{source}: {packed.kept} pairs packed in {out}; {packed.rejected} rejected{left_out}{listed}", flush=True)
     return str(out)

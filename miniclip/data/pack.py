@@ -9,14 +9,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
 import tarfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -24,11 +22,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.files import atomic_write, locked, swap_in, write_text
+from ..common.files import locked, swap_in, write_text
 from .reading.pair import Pair, Pairs, fingerprint
-from .reading.scan import IMAGE_SUFFIXES
+from .reading.scan import IMAGE_SUFFIXES, LeftOut
 from .sample_files import Packing, Rejection, prepare
-from .shard_index import INDEX_FILE, PLAN_FILE, REJECTED_FILE, SCHEMA_VERSION, Packed, Tar, report_progress, write_index
+from .shard_index import (
+    INDEX_FILE,
+    PLAN_FILE,
+    REJECTED_FILE,
+    SCHEMA_VERSION,
+    Packed,
+    Tar,
+    report_progress,
+    rows_left_out,
+    write_index,
+    write_rejected,
+)
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
 _AT_A_TIME = 8  # pairs that a thread prepares in a row
@@ -100,7 +109,7 @@ def pack(
         if (work / PLAN_FILE).is_file():
             if missing := sum(not chunk.is_done for chunk in chunks):
                 return Packed(0, 0, 0, 0, 0, missing)
-            _finish(out, work, plan, chunks)
+            _finish(out, work, plan, chunks, pairs.left_out if isinstance(pairs, Pairs) else ())
         elif not out.exists():
             raise ValueError(f"none of the {len(pairs)} pairs in {source} can be used, as another part has found")
         return read_packed(out)
@@ -232,7 +241,7 @@ def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk]) -> None:
+def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk], left_out: Sequence[LeftOut]) -> None:
     """Gives the chunks' shards their numbers, writes the index, and the folder gets its name.
 
     Each step can be done again by a process that comes after one that was killed here.
@@ -253,10 +262,10 @@ def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk]) -
             f"of {sum(counts.values())} pairs none fell to the side {empty!r} with val_fraction "
             f"{plan['val_fraction']}; another fraction, or more pairs, would help"
         )
-    with atomic_write(work / REJECTED_FILE) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
-        csv.writer(text).writerows([("key", "source", "reason"), *rejected])
-        text.detach()
+    write_rejected(work, [*rejected, *rows_left_out(left_out)])
+    reasons = Counter[str]()
+    for each in left_out:
+        reasons[each.reason] += each.count
     for side in ("val", "train") if plan["val_fraction"] else ("train",):  # train's index tells that all is there
         folder = work / side if plan["val_fraction"] else work
         folder.mkdir(exist_ok=True)
@@ -267,7 +276,7 @@ def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk]) -
                 if before.exists():
                     os.replace(before, folder / f"{number:05d}{suffix}")
             entries.append({**entry, "file": f"{number:05d}.tar", "offsets": f"{number:05d}.npz"})
-        write_index(folder, entries, {**plan, "rejected": len(rejected)})
+        write_index(folder, entries, {**plan, "rejected": len(rejected)}, reasons)
     _publish(out, work)
 
 
@@ -284,4 +293,5 @@ def read_packed(out: Path) -> Packed:
     indexes = [json.loads((folder / INDEX_FILE).read_text(encoding="utf-8")) for folder in folders]
     entries = [entry for index in indexes for entry in index["shards"]]
     kept, held_out = [index["samples"] for index in indexes] + [0] * (2 - len(indexes))
-    return Packed(kept, indexes[0]["rejected"], len(entries), sum(entry["bytes"] for entry in entries), held_out)
+    size, left_out = sum(entry["bytes"] for entry in entries), sum(indexes[0].get("left_out", {}).values())
+    return Packed(kept, indexes[0]["rejected"], len(entries), size, held_out, left_out=left_out)

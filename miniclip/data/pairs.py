@@ -128,7 +128,6 @@ class PairDataset(Dataset[Sample]):
         preprocess: Preprocessing = "openai",
     ) -> None:
         self.shards, self.image_size, self.context_length = shards, image_size, context_length
-        self.is_one_source = len(shards.num_shards) == 1  # else the names of shards do not tell them apart
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         # Only its crop is used: pixels stay uint8.
         self.preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1), preprocess)
@@ -137,17 +136,16 @@ class PairDataset(Dataset[Sample]):
         return len(self.shards)
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
-        """place: (epoch, sample)."""
-        epoch, number = place
-        random = np.random.default_rng([self.seed, epoch, number])
-        key = f"sample {number}"
+        """place: (epoch, index of the sample)."""
+        epoch, index = place
+        random = np.random.default_rng([self.seed, epoch, index])
+        key = f"sample {index}"
         try:
-            record = self.shards[number]
-            entry = self.shards.entries[self.shards.locate(number)[0]]
-            key = f"{entry.name if self.is_one_source else entry.location}:{record.key}"
+            key = self.shards.name(index)
+            record = self.shards[index]
             if not record.image:
                 raise ValueError("it has no image")
-            caption = self.captions.choose(record.captions, lambda: self.shards.info(number), random)
+            caption = self.captions.choose(record.captions, lambda: self.shards.info(index), random)
             if self.augmentation:
                 image = self.augmentation.decode(record.image, self.image_size, random)
             else:

@@ -206,8 +206,8 @@ def brief(
     there: set[str] = set()
 
     def read(index: int) -> Pair:
+        name = shards.name(index)
         record = shards[index]
-        name = f"{shards.entries[shards.locate(index)[0]].name}:{record.key}"
         texts = captions.texts(record.captions, lambda: shards.info(index)) if captions else {"txt": record.captions}
         there.update(name for name, found in texts.items() if found)
         lines = tuple(line for found in texts.values() for line in found)

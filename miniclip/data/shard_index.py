@@ -1,16 +1,20 @@
-"""The index of a shard: where each sample's members lie in its tar.
+"""The index of shards: where each sample's members lie in its tar.
 
-OUT/00000.npz    the key of each sample, and offset and size of its members in the tar
-OUT/index.json   the shards with their counts, sizes and checksums"""
+OUT/00000.npz    the key of each sample, and offset, size and CRC-32 of its members in the tar
+OUT/index.json   the shards with their counts, sizes and checksums, and what was left out, by reason
+OUT/rejected.csv what was left out, one a line; for tars from elsewhere only where something was"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import tarfile
+import zlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,21 +25,27 @@ import numpy as np
 from ..common.cache import Cache
 from ..common.files import atomic_write, write_text
 from ..common.storage import check_scheme, expand, is_url
-from .reading.scan import IMAGE_SUFFIXES
+from .reading.scan import LeftOut
+from .tar_members import KINDS, Member, kind_of, read_samples
 
 SCHEMA_VERSION = 2
 INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"
-_MEMBERS = ("image", "txt", "json", "cls", "npy")
+_PARTIAL_FILE = "index.partial.jsonl"  # the tars that are indexed so far
 _BUFFER_BYTES = 4 << 20
+
+
+Extents = dict[str, tuple[int, int, int]]  # offset, size and CRC-32 of a sample's members, by kind
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` did: kept, held out and rejected add up to the pairs it was given, once no chunk is missing.
+    """The result of `pack`: kept, held out and rejected add up to the pairs it was given, once no chunk is missing.
 
     Args:
         kept, held_out: samples in the shards; held out are those of `val_fraction`.
         missing: chunks that other parts have not packed yet; until then the folder has not got its name.
+        left_out: files, rows and members of the source that belong to no pair.
+        damaged: tars that could not be indexed, each with the reason.
     """
 
     kept: int
@@ -44,6 +54,8 @@ class Packed:
     size_bytes: int
     held_out: int = 0
     missing: int = 0
+    left_out: int = 0
+    damaged: tuple[str, ...] = ()
 
 
 def report_progress(progress: Callable[[int], None] | None, before: int, done: int) -> None:
@@ -52,22 +64,23 @@ def report_progress(progress: Callable[[int], None] | None, before: int, done: i
 
 
 class Tar:
-    """A tar that is being written: hashed by a thread on its way to the disk, its members' places noted."""
+    """A tar that is being written: hashed by a thread on its way to the disk, its members' offsets noted."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, 0
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed below)
         self.buffer = bytearray()
-        self.places: dict[str, dict[str, tuple[int, int]]] = {}
+        self.samples: list[tuple[str, Extents]] = []
         self.digest, self.hashing = hashlib.sha256(), ThreadPoolExecutor(1)
         self.hashed: deque[Future[None]] = deque()
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
-        self.places[key] = {}
+        extents: Extents = {}
+        self.samples.append((key, extents))
         for suffix, data in members.items():
             header = tarfile.TarInfo(f"{key}.{suffix}")  # of time 0, so that the same pairs give the same bytes
             header.size = len(data)
-            self.places[key][_kind(suffix)] = (self.size + tarfile.BLOCKSIZE, len(data))
+            extents[str(kind_of(suffix))] = (self.size + tarfile.BLOCKSIZE, len(data), zlib.crc32(data))
             self._append(header.tobuf(tarfile.USTAR_FORMAT), data, b"\0" * (-len(data) % tarfile.BLOCKSIZE))
 
     def _append(self, *parts: bytes) -> None:
@@ -94,79 +107,76 @@ class Tar:
         os.fsync(self.file.fileno())
         self.file.close()
         self.hashing.shutdown()
-        return _index_entry(self.path, self.places, self.path.with_suffix(".npz"), self.digest.hexdigest())
+        return _index_entry(self.path, self.samples, self.path.with_suffix(".npz"), self.digest.hexdigest())
 
 
-def write_index(folder: Path, entries: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+def write_index(folder: Path, entries: list[dict[str, Any]], facts: dict[str, Any], left_out: Counter[str]) -> None:
+    """Writes `index.json` from the shards' entries.
+
+    Args:
+        facts: further keys of it.
+        left_out: how many files, rows or members were left out, by reason.
+    """
     samples = sum(entry["samples"] for entry in entries)
     members = Counter[str]()
     for entry in entries:
         members.update(entry.pop("members"))
-    index = {**facts, "schema": SCHEMA_VERSION, "samples": samples, "members": members, "shards": entries}
+    told = {"left_out": dict(left_out)} if left_out else {}
+    index = {**facts, **told, "schema": SCHEMA_VERSION, "samples": samples, "members": members, "shards": entries}
     write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
+def write_rejected(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Writes `rejected.csv`: key, source and reason of each pair that was rejected, and of what belongs to no pair."""
+    with atomic_write(folder / REJECTED_FILE) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        csv.writer(text).writerows([("key", "source", "reason"), *rows])
+        text.detach()
+
+
+def rows_left_out(left_out: Iterable[LeftOut]) -> list[tuple[str, str, str]]:
+    """The lines of `rejected.csv` for what belongs to no pair, which has no key."""
+    return [
+        ("", each.source, each.reason + (f", {each.count:,} of them" if each.count > 1 else "")) for each in left_out
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Indexing
+# Tars from elsewhere
 
 
-def index_shard(path: Path, offsets: Path) -> dict[str, Any]:
-    """Writes the `.npz` that belongs to a tar, and returns the tar's entry for `index.json`.
+def index_shard(path: Path, offsets: Path) -> tuple[dict[str, Any], list[LeftOut]]:
+    """Writes the `.npz` that belongs to a tar; returns the tar's entry for `index.json`, and what is left out of it.
 
     Raises:
-        ValueError: it is no tar, or one that is cut short.
+        ValueError: it is no tar, or one that is damaged or cut short.
     """
-    places: dict[str, dict[str, tuple[int, int]]] = {}
-    size = path.stat().st_size
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                end = member.offset_data + member.size
-                if end > size:
-                    raise ValueError(f"{path} is cut short: {member.name} should end at byte {end}")
-                folder, slash, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")  # as webdataset does: up to the name's first dot
-                places.setdefault(folder + slash + key, {})[_kind(suffix)] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is no tar, or a damaged or compressed one: {error}") from error
-    with open(path, "rb") as tar_file:
-        tar_file.seek(end + -end % tarfile.BLOCKSIZE)
-        if tar_file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise ValueError(f"{path} is cut short: it lacks the zeros at its end")
-        tar_file.seek(0)
-        checksum = hashlib.file_digest(tar_file, "sha256").hexdigest()
-    return _index_entry(path, places, offsets, checksum)
+    samples, left_out = read_samples(path)
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+
+        def extent(member: Member) -> tuple[int, int, int]:
+            file.seek(member.offset)
+            return member.offset, member.size, zlib.crc32(file.read(member.size))
+
+        found = [(key, {kind: extent(member) for kind, member in sample.items()}) for key, sample in samples]
+    return _index_entry(path, found, offsets, checksum), left_out
 
 
-def _kind(suffix: str) -> str:
-    """What a member is, by its suffix."""
-    return "image" if f".{suffix.lower()}" in IMAGE_SUFFIXES else suffix.lower()
-
-
-def _index_entry(
-    path: Path, places: dict[str, dict[str, tuple[int, int]]], offsets: Path, checksum: str
-) -> dict[str, Any]:
-    """Writes the `.npz`; `places` has offset and size of each member, by key and kind."""
-    # A tar from elsewhere may hold notes, or a Mac's ._files; a sample has an image or a text.
-    places = {
-        key: members
-        for key, members in places.items()
-        if key.rpartition("/")[2] and ("image" in members or "txt" in members)
-    }
-    found = Counter(kind for members in places.values() for kind in members)
-    columns = {
-        kind: np.array([members.get(kind, (0, 0)) for members in places.values()], dtype=np.int64).reshape(-1, 2)
-        for kind in _MEMBERS
-        if kind in found or kind in ("image", "txt")
-    }
+def _index_entry(path: Path, samples: list[tuple[str, Extents]], offsets: Path, checksum: str) -> dict[str, Any]:
+    """Writes the `.npz` of a tar's samples, and returns the tar's entry for `index.json`."""
+    found = Counter(kind for _, extents in samples for kind in extents)
+    columns: dict[str, np.ndarray] = {}
+    for kind in KINDS:
+        if kind in found or kind in ("image", "txt"):
+            rows = [extents.get(kind, (0, 0, 0)) for _, extents in samples]
+            columns[kind] = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+            columns[f"{kind}_crc32"] = np.array([row[2] for row in rows], dtype=np.uint32)
     with atomic_write(offsets) as file:
-        np.savez(file, allow_pickle=False, key=np.array(list(places), dtype=np.str_), **columns)
+        np.savez(file, allow_pickle=False, key=np.array([key for key, _ in samples], dtype=np.str_), **columns)
     return {
         "file": path.name,
-        "samples": len(places),
+        "samples": len(samples),
         "bytes": path.stat().st_size,
         "sha256": checksum,
         "offsets": offsets.name,
@@ -180,43 +190,127 @@ def index_shards(
 ) -> Packed:
     """Writes the index that shards from elsewhere (img2dataset's, say) lack.
 
+    Damaged tars are left out and named. A repeated call goes on where one was interrupted, and adds the damaged tars
+    of an earlier one that have been replaced.
+
     Args:
         source: a folder of tars, or tars themselves: "data/{00000..00099}.tar", "https://…/{0..9}.tar". Remote ones are
             fetched into the cache, where training finds them again.
         out: the folder for the index, which then stands for the shards; by default theirs.
 
     Raises:
-        ValueError: no tars there, one that is damaged, an index that is there already, or remote tars and no `out`.
+        ValueError: no tars there, none that is whole, an index that is there already, or remote tars and no `out`.
     """
     tars = tar_locations(source)
     if out is None and is_url(tars[0]):
         raise ValueError(f"{source} is remote; name a folder OUT here for its index, which then stands for the shards")
     folder = Path(tars[0]).parent if out is None else Path(out)
-    for name in (INDEX_FILE, *(f"{number:05d}.npz" for number in range(len(tars)))):
+    known = {} if overwrite else _known_entries(folder)
+    names = _offset_names(tars)
+    for name in (*([] if known else [INDEX_FILE]), *(names[tar] for tar in tars if tar not in known)):
         if (folder / name).exists() and not overwrite:
             raise ValueError(f"{folder / name} exists already; pass --overwrite to write it anew")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX_FILE).unlink(missing_ok=True)  # an old one must not be taken for that of the new offsets
-    cache = Cache()
-    entries = []
-    for number, location in enumerate(tars):
-        offsets = folder / f"{number:05d}.npz"
-        if is_url(location):
-            with cache.open(location) as file:
-                entry = index_shard(Path(file.name), offsets)
-            cache.verified(location, entry["sha256"])
-        else:
-            entry = index_shard(Path(location), offsets)
-        is_beside = out is None or Path(location).parent.resolve() == folder.resolve()
+    if not known:
+        for name in (INDEX_FILE, _PARTIAL_FILE):  # an old index must not be taken for that of the new offsets
+            (folder / name).unlink(missing_ok=True)
+    cache, damaged = Cache(), dict[str, str]()
+    found: dict[str, dict[str, Any]] = {}
+    with open(folder / _PARTIAL_FILE, "a", encoding="utf-8") as partial:
+        for number, location in enumerate(tars):
+            stamp = _stamp(location)
+            if location in known and known[location]["stamp"] == stamp:
+                found[location] = known[location]
+            else:
+                try:
+                    found[location] = {**_indexed(location, folder / names[location], cache), "stamp": stamp}
+                except (ValueError, OSError) as error:
+                    damaged[location] = str(error)
+                else:
+                    partial.write(json.dumps({"tar": location, **found[location]}) + "\n")
+                    partial.flush()
+            report_progress(progress, number + 1, 0)
+    if not found:
+        (folder / _PARTIAL_FILE).unlink()
+        raise ValueError(f"none of the {len(tars)} tars in {source} can be indexed: {'; '.join(damaged.values())}")
+    return _write_found(folder, source, found, damaged, is_beside=out is None)
+
+
+def _indexed(location: str, offsets: Path, cache: Cache) -> dict[str, Any]:
+    if not is_url(location):
+        entry, left_out = index_shard(Path(location), offsets)
+    else:
+        with cache.open(location) as file:
+            entry, left_out = index_shard(Path(file.name), offsets)
+        cache.verified(location, entry["sha256"])
+    name = location.rpartition("/")[2]
+    return {"entry": entry, "left_out": [(f"{name}:{each.source}", each.reason, each.count) for each in left_out]}
+
+
+def _write_found(
+    folder: Path, source: str, found: dict[str, dict[str, Any]], damaged: dict[str, str], is_beside: bool
+) -> Packed:
+    entries, left_out = [], []
+    for location, indexed in found.items():
+        beside = is_beside or Path(location).parent.resolve() == folder.resolve()
         here = location if is_url(location) else str(Path(location).resolve())
-        entries.append({**entry, "file": Path(location).name if is_beside and not is_url(location) else here})
-        report_progress(progress, number + 1, 0)
-    write_index(folder, entries, {"source": source})
-    return Packed(sum(e["samples"] for e in entries), 0, len(entries), sum(e["bytes"] for e in entries))
+        file = Path(location).name if beside and not is_url(location) else here
+        entries.append({**indexed["entry"], "file": file, "stamp": indexed["stamp"]})
+        left_out += [LeftOut(*each) for each in indexed["left_out"]]
+    counts = Counter[str]()
+    for each in left_out:
+        counts[each.reason] += each.count
+    if damaged or left_out:
+        rows = [("", location.rpartition("/")[2], reason) for location, reason in damaged.items()]
+        write_rejected(folder, rows + rows_left_out(left_out))
+    else:
+        (folder / REJECTED_FILE).unlink(missing_ok=True)
+    facts = {"source": source} | ({"damaged": damaged} if damaged else {})
+    samples, size = sum(entry["samples"] for entry in entries), sum(entry["bytes"] for entry in entries)
+    write_index(folder, entries, facts, counts)
+    if not damaged:  # else it tells the next call what is indexed
+        (folder / _PARTIAL_FILE).unlink()
+    return Packed(samples, 0, len(entries), size, left_out=counts.total(), damaged=tuple(damaged.values()))
+
+
+def _known_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier call has indexed that was interrupted, or that met damaged tars, by the tars' locations."""
+    known: dict[str, dict[str, Any]] = {}
+    try:
+        lines = (folder / _PARTIAL_FILE).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return {}
+    for line in lines:
+        try:
+            indexed = json.loads(line)
+            entry = indexed["entry"]
+            offsets = (folder / entry["offsets"]).read_bytes()
+            if hashlib.sha256(offsets).hexdigest() == entry["offsets_sha256"]:
+                known[indexed.pop("tar")] = indexed
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # the last line of a call that was killed, or offsets that are gone
+    return known
+
+
+def _stamp(location: str) -> list[int] | None:
+    """Size and time of a local tar, which change when it is replaced."""
+    if is_url(location):
+        return None
+    facts = Path(location).stat()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _offset_names(tars: list[str]) -> dict[str, str]:
+    """The `.npz` of each tar: of its name, or of its number where several have one name."""
+    stems = Counter(Path(tar).stem for tar in tars)
+    return {
+        tar: f"{Path(tar).stem}.npz" if stems[Path(tar).stem] == 1 else f"{number:05d}-{Path(tar).stem}.npz"
+        for number, tar in enumerate(tars)
+    }
 
 
 def tar_locations(source: str) -> list[str]:
-    """The tars that a folder or a pattern stands for.
+    """The tars that a folder or a pattern stands for, sorted.
 
     Raises:
         ValueError: none.

@@ -9,8 +9,10 @@ import os
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,14 +21,11 @@ import numpy as np
 
 from ..common.cache import Cache
 from ..common.storage import check_scheme, exists, expand, is_url, join, read_bytes
-from .reading.cells import captions_in
+from .reading.cells import captions_in, captions_of_facts, decode_text
+from .reading.scan import LeftOut
 from .shard_index import INDEX_FILE, SCHEMA_VERSION, tar_locations
 
 _OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,9 @@ class Shards:
             "data/{00000..00009}.tar"; or several of either, whose samples are numbered one after the other.
         needs_captions: refuse shards that have none, as those of labelled images; for training they are of no use.
 
+    Attributes:
+        left_out: what was left out when the shards were packed or indexed, by reason.
+
     Raises:
         ValueError: no index, one that this version can't read, or shards without captions.
     """
@@ -89,9 +91,11 @@ class Shards:
         self.cache = cache or Cache()
         self.entries: list[ShardEntry] = []
         self.num_shards: list[int] = []  # of each source
+        self.left_out: list[LeftOut] = []
         for source in [sources] if isinstance(sources, str | Path) else sources:
-            entries = _open_source(str(source), needs_captions)
+            entries, left_out = _open_source(str(source), needs_captions)
             self.entries += entries
+            self.left_out += left_out
             self.num_shards.append(len(entries))
         self.counts = np.array([entry.samples for entry in self.entries], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
@@ -109,45 +113,60 @@ class Shards:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """The shard of a sample, and its place there."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, number - int(self._ends[shard] - self.counts[shard])
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard of a sample, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard] - self.counts[shard])
 
-    def __getitem__(self, number: int) -> Record:
-        """The sample's bytes and captions.
+    def __getitem__(self, index: int) -> Record:
+        """The sample's bytes and captions: the lines of its text, or without one, a caption field of its `.json`.
 
         Raises:
-            ValueError: the tar is shorter than its index says, or has been taken away.
+            ValueError: the tar is not what was indexed, or has been taken away; or the text is not UTF-8.
         """
-        shard, place = self.locate(number)
+        shard, row = self.locate(index)
         file, offsets = self._shard(shard)
-        key = str(offsets["key"][place])
-        image, text = (self._read(file, key, *offsets[kind][place]) for kind in ("image", "txt"))
-        return Record(key, image, tuple(captions_in(text.decode("utf-8", errors="replace"))))
+        image, text = (self._member(file, offsets, row, kind) for kind in ("image", "txt"))
+        key = str(offsets["key"][row])
+        captions = captions_in(decode_text(text, f"the text of {key}"))
+        if not text and "json" in offsets:
+            with suppress(ValueError):  # JSON that is damaged, or has no captions
+                captions = captions_of_facts(json.loads(self._member(file, offsets, row, "json") or "{}"))
+        return Record(key, image, tuple(captions))
 
-    def info(self, number: int) -> dict[str, Any]:
-        """What the sample's `.json` says, and its `.cls`; empty if it has neither.
+    def name(self, index: int) -> str:
+        """The name by which the user knows a sample: its tar and its key, as "00000.tar:000000012".
+
+        Raises:
+            ValueError: the shard can't be opened.
+        """
+        shard, row = self.locate(index)
+        entry = self.entries[shard]
+        # The names of tars alone do not tell those of several sources apart.
+        return f"{entry.name if len(self.num_shards) == 1 else entry.location}:{self._shard(shard)[1]['key'][row]}"
+
+    def info(self, index: int) -> dict[str, Any]:
+        """The facts of the sample's `.json` and its `.cls`; empty if it has neither.
 
         Raises:
             ValueError: as for the sample itself, or it is not JSON.
         """
-        found = {kind: self.read(number, kind) for kind in ("json", "cls")}
+        found = {kind: self.read(index, kind) for kind in ("json", "cls")}
         values = json.loads(found["json"]) if found["json"] else {}
         facts = values if isinstance(values, dict) else {}
         return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found["cls"] else facts
 
-    def read(self, number: int, kind: str) -> bytes:
+    def read(self, index: int, kind: str) -> bytes:
         """One member of a sample, by its suffix ("cls", "json", "npy", "txt") or "image"; empty if it has none.
 
         Raises:
             ValueError: as for the sample itself.
         """
-        shard, place = self.locate(number)
+        shard, row = self.locate(index)
         file, offsets = self._shard(shard)
-        return self._read(file, str(offsets["key"][place]), *offsets[kind][place]) if kind in offsets else b""
+        return self._member(file, offsets, row, kind)
 
     def keys(self, shard: int) -> list[str]:
         """The keys of a shard's samples, in order; the tar itself is not touched."""
@@ -171,6 +190,7 @@ class Shards:
                     file = self.cache.open(entry.location, entry.bytes, entry.sha256)
                 else:
                     file = open(entry.location, "rb")  # noqa: SIM115 (closed when 64 others are in use)
+                    _refuse_longer(file, entry)
             except OSError as error:
                 raise ValueError(f"shard {entry.location} can't be read: {error}") from error
             self._open[shard] = (file, offsets)
@@ -197,21 +217,40 @@ class Shards:
         return offsets
 
     @staticmethod
-    def _read(file: IO[bytes], key: str, offset: int, size: int) -> bytes:
+    def _member(file: IO[bytes], offsets: dict[str, np.ndarray], row: int, kind: str) -> bytes:
+        """One member; empty if there is none. It is checked against the index, as files are edited and replaced."""
+        offset, size = (int(each) for each in offsets[kind][row]) if kind in offsets else (0, 0)
         if not size:
             return b""
-        header = tarfile.BLOCKSIZE
+        key, header = offsets["key"][row], tarfile.BLOCKSIZE
         # No shared position: safe across forked workers.
-        data = os.pread(file.fileno(), int(size) + header, int(offset) - header)
+        data = os.pread(file.fileno(), size + header, offset - header)
         if len(data) != size + header:
             raise ValueError(f"{file.name} is cut short: sample {key} should end at byte {offset + size}")
-        told = data[124:136].strip(b"\0 ")  # the size in the member's header, in octal digits
-        if set(told) - set(b"01234567") or int(told or b"0", 8) != size:
+        digits = data[124:136].strip(b"\0 ")  # the size in the member's header, octal
+        if set(digits) - set(b"01234567") or int(digits or b"0", 8) != size:
             raise ValueError(f"{file.name} is another file than when it was indexed: sample {key} is not where it was")
+        checksums = offsets.get(f"{kind}_crc32")
+        if checksums is not None and zlib.crc32(memoryview(data)[header:]) != checksums[row]:
+            raise ValueError(
+                f"{file.name} is another file than when it was indexed: the {kind} of sample {key} has another "
+                "checksum; index the shards anew"
+            )
         return data[header:]
 
 
-def _open_source(source: str, needs_captions: bool) -> list[ShardEntry]:
+def _refuse_longer(file: IO[bytes], entry: ShardEntry) -> None:
+    """What was appended to a tar would be lost; one that was cut short tells so by its samples."""
+    size = os.fstat(file.fileno()).st_size
+    if size > entry.bytes:
+        file.close()
+        raise ValueError(
+            f"{entry.location} has {size:,} bytes, and had {entry.bytes:,} when it was indexed: something was added "
+            f"to it. `miniclip shards {entry.folder} --index-only --overwrite` indexes it anew"
+        )
+
+
+def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], list[LeftOut]]:
     """The shards of a folder with an index, or those of them that a pattern names."""
     check_scheme(source)
     names: list[str] | None = None
@@ -244,6 +283,8 @@ def _open_source(source: str, needs_captions: bool) -> list[ShardEntry]:
             for entry in listed
         ]
         members = Counter[str](index["members"] if version == SCHEMA_VERSION else {"txt": 1})
+        left_out = [LeftOut(folder, reason, int(count)) for reason, count in index.get("left_out", {}).items()]
+        left_out += [LeftOut(name, "a damaged tar") for name in index.get("damaged", {})]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}; write the shards again") from error
     if version != SCHEMA_VERSION:
@@ -266,7 +307,7 @@ def _open_source(source: str, needs_captions: bool) -> list[ShardEntry]:
         if missing := [name for name in names if name not in by_name]:
             raise ValueError(f"{path} lists no {', '.join(missing[:5])}; it has {len(by_name)} shards")
         entries = [by_name[name] for name in names]
-    return entries
+    return entries, left_out
 
 
 def _no_index(source: str, folder: str) -> str:

@@ -808,7 +808,7 @@ def test_offsets_that_were_replaced_are_refused(tmp_path):
     tar_of(tmp_path / "a.tar", {"0.txt": b"x" * 3000, "1.jpg": jpeg(), "1.txt": b"words"})
     index_shards(str(tmp_path), overwrite=True)
     (tmp_path / "index.json").write_bytes(index)
-    with pytest.raises(ValueError, match=r"00000\.npz is damaged or gone \(it is not the one that index\.json"):
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or gone \(it is not the one that index\.json"):
         Shards(tmp_path)[0]
 
 
@@ -823,7 +823,7 @@ def test_overwriting_never_deletes_what_packing_did_not_write(tmp_path):
     tar_of(tmp_path / "raw" / "a.tar", {"1.jpg": jpeg(), "1.txt": b"words"})
     index_shards(str(tmp_path / "raw"))
     source = write_pairs(tmp_path / "pairs", 2)
-    with pytest.raises(ValueError, match=r"raw holds what packing did not write, .*: 00000\.npz, a\.tar"):
+    with pytest.raises(ValueError, match=r"raw holds what packing did not write, .*: a\.npz, a\.tar"):
         pack_folder(source, tmp_path / "raw", overwrite=True)
     pack_folder(source, tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("a year's work")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -29,6 +30,7 @@ from helpers import (
 from PIL import Image
 
 from miniclip.commands import main as cli
+from miniclip.data import shard_index
 from miniclip.data.pack import pack
 from miniclip.data.reading.pair import Pair
 from miniclip.data.reading.tables import CAPTION_COLUMNS, IMAGE_COLUMNS
@@ -708,7 +710,8 @@ def test_a_tar_from_elsewhere_can_be_indexed(tmp_path):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    entry = index_shard(tmp_path / "00000.tar", tmp_path / "offsets.npz")
+    entry, left_out = index_shard(tmp_path / "00000.tar", tmp_path / "offsets.npz")
+    assert not left_out
     assert entry["members"] == {"json": 2, "image": 2, "txt": 2}
     index_shards(str(tmp_path))
     assert {record.key: record.image for record in Shards(tmp_path)} == images
@@ -986,12 +989,36 @@ def damaged(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["gzipped", "no tar", "empty file", "in an image", "in a header", "after a header"])
-def test_a_damaged_tar_is_named_and_leaves_no_index(tmp_path, how):
+def test_a_damaged_tar_is_named_and_the_others_are_indexed(tmp_path, how, monkeypatch, capsys):
     folder = write_foreign(tmp_path / "laion", members=("txt", "json"))
+    whole = (folder / "00001.tar").read_bytes()
     damaged(folder, how)
-    with pytest.raises(ValueError, match=r"00001\.tar is (cut short|no tar, or a damaged or compressed one)"):
-        index_shards(str(folder))
-    assert not (folder / "index.json").exists()
+    cli.main(["shards", str(folder), "--index-only"])
+    said = capsys.readouterr()
+    assert "3 samples in 1 shards" in said.out
+    assert re.search(r"1 of 2 tars is damaged[^\n]*\n.*00001\.tar is (cut short|no tar, or a damaged)", said.err)
+    assert rejections(folder).keys() == {"00001.tar"}
+    assert len(Shards(folder)) == 3
+    first = (folder / "00000.npz").stat()
+    (folder / "00001.tar").write_bytes(whole)
+    indexed = list[Path]()
+    index = shard_index.index_shard
+    monkeypatch.setattr(shard_index, "index_shard", lambda path, offsets: indexed.append(path) or index(path, offsets))
+    assert index_shards(str(folder)).kept == 6
+    assert indexed == [folder / "00001.tar"]  # what was hashed is not hashed again
+    assert (folder / "00000.npz").stat() == first
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".tar") == [
+        "00000.npz", "00001.npz", "index.json"
+    ]  # fmt: skip
+    check_foreign(Shards(folder))
+
+
+def test_where_every_tar_is_damaged_there_is_no_index(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(b"<html>404</html>" * 100)
+    with pytest.raises(ValueError, match=r"none of the 2 tars in .*: .*a\.tar is no tar.*b\.tar is no tar"):
+        index_shards(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]
 
 
 def test_a_tar_without_members_is_a_shard_without_samples(tmp_path):

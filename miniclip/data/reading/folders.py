@@ -39,11 +39,14 @@ def read_folder(folder: Path, split: str = "train") -> Pairs:
     return _pairs_by_name(files)
 
 
-def same_sample(path: PurePath | str) -> str:
-    """Equal for the picture and the text of a pair, wherever they lie: the path without suffix and roles of folders."""
-    path = PurePath(path)
-    parts = [part for part in path.parent.parts if part.lower() not in _ROLES]
-    return same_name("/".join((*parts, path.stem)))
+def same_sample(key: PurePath | str) -> str:
+    """Equal for the picture and the text of a pair in folders of their own: the path without the folders' roles.
+
+    Args:
+        key: the path without its suffix.
+    """
+    *folders, name = PurePath(key).parts
+    return same_name("/".join((*(folder for folder in folders if folder.lower() not in _ROLES), name)))
 
 
 def preference(path: PurePath | str) -> tuple[int, str]:
@@ -129,10 +132,10 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
     images_of, texts_of = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
     for image in files.images:
         if image not in text_of:
-            images_of[same_sample(image.relative_to(files.folder))].append(image)
+            images_of[same_sample(image.relative_to(files.folder).with_suffix(""))].append(image)
     for text in captions if images_of else ():
         if text not in used:
-            texts_of[same_sample(text.relative_to(files.folder))].append(text)
+            texts_of[same_sample(text.relative_to(files.folder).with_suffix(""))].append(text)
     for key, images in images_of.items():
         if len(images) == len(texts_of.get(key, ())) == 1:
             text_of[images[0]] = texts_of[key][0]

@@ -1,0 +1,245 @@
+"""The members of a tar that somebody else wrote -> samples; each member belongs to one, or is left out by reason.
+
+A member's key is its name up to the first dot, as in webdataset, and what follows is its kind. Further than webdataset
+goes: names with dots of their own (`photo.v2.jpg`, `photo.v2.txt`), links, keys that come again, tars joined together,
+and pictures and texts in folders of their own."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from .reading.folders import preference, same_sample
+from .reading.scan import (
+    IMAGE_SUFFIXES,
+    LEFTOVER,
+    TEXT_SUFFIXES,
+    LeftOut,
+    holds_picture,
+    is_leftover,
+    is_skipped_folder,
+)
+
+KINDS = ("image", "txt", "json", "cls", "npy")
+
+
+class Member(NamedTuple):
+    """A file in a tar: where its content begins, and its size in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+Sample = tuple[str, dict[str, Member]]  # its key, and its members by kind
+
+
+def kind_of(suffix: str) -> str | None:
+    """The kind of a member by the suffix of its name, without the dot; None for one that is not known."""
+    suffix = f".{suffix.lower()}"
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    return "txt" if suffix in TEXT_SUFFIXES else suffix[1:] if suffix[1:] in KINDS else None
+
+
+def read_samples(path: Path) -> tuple[list[Sample], list[LeftOut]]:
+    """The samples of a tar in their order, and what is left out of them.
+
+    Raises:
+        ValueError: no tar, or one that is damaged or cut short.
+    """
+    left_out: list[LeftOut] = []
+    with open(path, "rb") as file:
+        members: list[Member] = []
+        for member in _members(path, file, left_out):
+            if reason := _skipped(member.name):
+                left_out.append(LeftOut(member.name, reason))
+            else:
+                members.append(member)
+        samples = _samples(file, members, left_out)
+    return _joined(samples), _by_kind(left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Members
+
+
+def _members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Iterator[Member]:
+    """Files and links to files; `cat a.tar b.tar` makes a file of two tars, whose members come one after the other."""
+    size = os.fstat(file.fileno()).st_size
+    known: dict[str, Member] = {}
+    links: list[tuple[str, str]] = []
+    start = 0
+    while start < size or not start:
+        try:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    if info.size < 0:
+                        raise ValueError(f"{path} is damaged: {info.name} has a size of {info.size} bytes")
+                    if info.isreg() and info.offset_data + info.size > size:
+                        raise ValueError(
+                            f"{path} is cut short: {info.name} should end at byte {info.offset_data + info.size}"
+                        )
+                    if info.issym():
+                        links.append((info.name, posixpath.join(posixpath.dirname(info.name), info.linkname)))
+                    elif info.islnk():  # to a member that came before
+                        if target := known.get(posixpath.normpath(info.linkname)):
+                            member = target._replace(name=info.name)
+                            known[posixpath.normpath(info.name)] = member
+                            yield member
+                        else:
+                            left_out.append(LeftOut(info.name, "a link to nothing"))
+                    elif info.issparse() or not (info.isreg() or info.isdir()):
+                        left_out.append(LeftOut(info.name, "no regular file"))
+                    elif info.isreg():
+                        member = Member(info.name, info.offset_data, info.size)
+                        known[posixpath.normpath(info.name)] = member
+                        yield member
+                end = tar.offset
+        except (tarfile.TarError, EOFError) as error:
+            if not start:
+                raise ValueError(f"{path} is no tar, or a damaged or compressed one: {error}") from error
+            left_out.append(LeftOut(f"from byte {start} on", "bytes after the tar's end that are no tar"))
+            break
+        start = _next_tar(path, file, end)
+    for name, target_name in links:  # a symbolic link may come before its target
+        if target := known.get(posixpath.normpath(target_name)):
+            yield target._replace(name=name)
+        else:
+            left_out.append(LeftOut(name, "a link to nothing"))
+
+
+def _next_tar(path: Path, file: IO[bytes], end: int) -> int:
+    """Where bytes other than zeros follow the zeros at a tar's end; the file's size if none do."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        what = f"is damaged at byte {end}" if len(block) == tarfile.BLOCKSIZE else "is cut short"
+        raise ValueError(f"{path} {what}: it lacks the zeros at its end")
+    while block and not block.strip(b"\0"):
+        end += len(block)
+        block = file.read(1 << 20)
+    return end + (len(block) - len(block.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+
+
+def _skipped(name: str) -> str:
+    """Why a member is passed over, whatever it holds; empty if it is not."""
+    *folders, last = [part for part in name.split("/") if part not in ("", ".", "..")] or [""]
+    if is_leftover(last) or any(is_leftover(folder) for folder in folders):
+        return LEFTOVER
+    if any(is_skipped_folder(folder) for folder in folders):
+        return "in a hidden folder"
+    return "a hidden file" if last.startswith(".") else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def _samples(file: IO[bytes], members: Iterable[Member], left_out: list[LeftOut]) -> list[Sample]:
+    groups: dict[tuple[str, int], list[tuple[str, Member]]] = defaultdict(list)
+    times = Counter[str]()
+    for member in members:
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        groups[folder + slash + stem, times[member.name]].append((suffix, member))
+        times[member.name] += 1
+    samples = []
+    for (key, repetition), group in groups.items():
+        for sample_key, parts in _parted(key, group, left_out):
+            sample = _sample(file, parts, left_out)
+            if "image" in sample or ("txt" in sample and not repetition):
+                samples.append((sample_key, sample))
+            else:
+                reason = "a member that comes again without a picture" if repetition else "a member of no pair"
+                left_out += [LeftOut(member.name, reason) for member in sample.values()]
+    return samples
+
+
+def _parted(
+    key: str, group: list[tuple[str, Member]], left_out: list[LeftOut]
+) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
+    """A group of one key, and those whose names have a dot of their own and are samples by themselves."""
+    plain = [(suffix, member) for suffix, member in group if "." not in suffix]
+    dotted: dict[str, list[tuple[str, Member]]] = defaultdict(list)
+    for suffix, member in group:
+        if "." in suffix:
+            stem, _, last = suffix.rpartition(".")
+            dotted[f"{key}.{stem}"].append((last, member))
+    has_pair = {kind_of(suffix) for suffix, _ in plain} & {"image", "txt"}
+    if plain:
+        yield key, plain
+    for longer_key, parts in dotted.items():
+        if not has_pair or {"image", "txt"} <= {kind_of(suffix) for suffix, _ in parts}:
+            yield longer_key, parts
+        else:
+            left_out += [LeftOut(member.name, f"another member of a sample ({_ending(member)})") for _, member in parts]
+
+
+def _sample(file: IO[bytes], parts: list[tuple[str, Member]], left_out: list[LeftOut]) -> dict[str, Member]:
+    """One member of each kind; a photograph before a mask, and a .txt before other texts."""
+    by_kind: dict[str | None, list[Member]] = defaultdict(list)
+    for suffix, member in parts:
+        by_kind[kind_of(suffix)].append(member)
+    unknown = by_kind.pop(None, [])
+    if "image" not in by_kind:
+        pictures = [member for member in unknown if holds_picture(_head(file, member))]
+        unknown = [member for member in unknown if member not in pictures]
+        if pictures:
+            by_kind["image"] = pictures
+    sample = {}
+    for kind, found in by_kind.items():
+        first, *others = sorted(found, key=lambda member: _rank(member.name))
+        sample[str(kind)] = first
+        what = {"image": "picture", "txt": "text"}.get(str(kind), "member")
+        left_out += [LeftOut(member.name, f"another {what} of a sample ({_ending(member)})") for member in others]
+    left_out += [LeftOut(member.name, f"a member of a kind that is not read ({_ending(member)})") for member in unknown]
+    return sample
+
+
+def _rank(name: str) -> tuple[int, str]:
+    suffix = PurePosixPath(name).suffix.lower()
+    return (TEXT_SUFFIXES.index(suffix), name) if suffix in TEXT_SUFFIXES else preference(name)
+
+
+def _head(file: IO[bytes], member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(min(member.size, 32))
+
+
+def _joined(samples: list[Sample]) -> list[Sample]:
+    """Pictures and texts that lie in folders of their own (images/a.jpg, texts/a.txt), put together."""
+    texts = defaultdict[str, list[Sample]](list)
+    images = defaultdict[str, list[Sample]](list)
+    for sample in samples:
+        if "image" not in sample[1]:
+            texts[same_sample(sample[0])].append(sample)
+    for sample in samples if texts else ():
+        if "txt" not in sample[1]:
+            images[same_sample(sample[0])].append(sample)
+    used = set[int]()
+    for key, found in images.items():
+        if len(found) == len(texts[key]) == 1:
+            used.add(id(texts[key][0]))
+            for kind, member in texts[key][0][1].items():
+                found[0][1].setdefault(kind, member)
+    return [sample for sample in samples if id(sample) not in used]
+
+
+def _ending(member: Member) -> str:
+    _, dot, suffix = member.name.rpartition("/")[2].partition(".")
+    return dot + suffix or "no suffix"
+
+
+def _by_kind(left_out: list[LeftOut]) -> list[LeftOut]:
+    """Members of a kind that each sample may have are counted, not listed one by one."""
+    many = Counter(each.reason for each in left_out if each.reason.startswith("a member of a kind"))
+    examples = {each.reason: each.source for each in reversed(left_out)}
+    counted = [LeftOut(examples[reason], reason, count) for reason, count in many.items()]
+    return [each for each in left_out if each.reason not in many] + counted
