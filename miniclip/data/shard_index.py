@@ -186,7 +186,11 @@ def _index_entry(path: Path, samples: list[tuple[str, Extents]], offsets: Path, 
 
 
 def index_shards(
-    source: str, out: str | Path | None = None, overwrite: bool = False, progress: Callable[[int], None] | None = None
+    source: str,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+    needs_all: bool = False,
 ) -> Packed:
     """Writes the index that shards from elsewhere (img2dataset's, say) lack.
 
@@ -197,6 +201,7 @@ def index_shards(
         source: a folder of tars, or tars themselves: "data/{00000..00099}.tar", "https://…/{0..9}.tar". Remote ones are
             fetched into the cache, where training finds them again.
         out: the folder for the index, which then stands for the shards; by default theirs.
+        needs_all: raise if a tar is damaged, and write no index.
 
     Raises:
         ValueError: no tars there, none that is whole, an index that is there already, or remote tars and no `out`.
@@ -223,20 +228,23 @@ def index_shards(
                 found[location] = known[location]
             else:
                 try:
-                    found[location] = {**_indexed(location, folder / names[location], cache), "stamp": stamp}
+                    found[location] = {**_index_location(location, folder / names[location], cache), "stamp": stamp}
                 except (ValueError, OSError) as error:
                     damaged[location] = str(error)
                 else:
                     partial.write(json.dumps({"tar": location, **found[location]}) + "\n")
                     partial.flush()
             report_progress(progress, number + 1, 0)
-    if not found:
+    if not found or (damaged and needs_all):
         (folder / _PARTIAL_FILE).unlink()
-        raise ValueError(f"none of the {len(tars)} tars in {source} can be indexed: {'; '.join(damaged.values())}")
+        how_many = f"{len(damaged)} of the {len(tars)} tars in {source} can't be indexed"
+        raise ValueError(
+            f"{how_many if found else f'no tar in {source} can be indexed'}: {'; '.join(damaged.values())}"
+        )
     return _write_found(folder, source, found, damaged, is_beside=out is None)
 
 
-def _indexed(location: str, offsets: Path, cache: Cache) -> dict[str, Any]:
+def _index_location(location: str, offsets: Path, cache: Cache) -> dict[str, Any]:
     if not is_url(location):
         entry, left_out = index_shard(Path(location), offsets)
     else:

@@ -56,20 +56,20 @@ def read_samples(path: Path) -> tuple[list[Sample], list[LeftOut]]:
     left_out: list[LeftOut] = []
     with open(path, "rb") as file:
         members: list[Member] = []
-        for member in _members(path, file, left_out):
+        for member in _walk_members(path, file, left_out):
             if reason := _skipped(member.name):
                 left_out.append(LeftOut(member.name, reason))
             else:
                 members.append(member)
-        samples = _samples(file, members, left_out)
-    return _joined(samples), _by_kind(left_out)
+        samples = _group_samples(file, members, left_out)
+    return _join_halves(samples), _by_kind(left_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Members
 
 
-def _members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Iterator[Member]:
+def _walk_members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Iterator[Member]:
     """Files and links to files; `cat a.tar b.tar` makes a file of two tars, whose members come one after the other."""
     size = os.fstat(file.fileno()).st_size
     known: dict[str, Member] = {}
@@ -142,7 +142,7 @@ def _skipped(name: str) -> str:
 # Samples
 
 
-def _samples(file: IO[bytes], members: Iterable[Member], left_out: list[LeftOut]) -> list[Sample]:
+def _group_samples(file: IO[bytes], members: Iterable[Member], left_out: list[LeftOut]) -> list[Sample]:
     groups: dict[tuple[str, int], list[tuple[str, Member]]] = defaultdict(list)
     times = Counter[str]()
     for member in members:
@@ -213,7 +213,7 @@ def _head(file: IO[bytes], member: Member) -> bytes:
     return file.read(min(member.size, 32))
 
 
-def _joined(samples: list[Sample]) -> list[Sample]:
+def _join_halves(samples: list[Sample]) -> list[Sample]:
     """Pictures and texts that lie in folders of their own (images/a.jpg, texts/a.txt), put together."""
     texts = defaultdict[str, list[Sample]](list)
     images = defaultdict[str, list[Sample]](list)

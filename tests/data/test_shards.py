@@ -1016,7 +1016,7 @@ def test_a_damaged_tar_is_named_and_the_others_are_indexed(tmp_path, how, monkey
 def test_where_every_tar_is_damaged_there_is_no_index(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.tar").write_bytes(b"<html>404</html>" * 100)
-    with pytest.raises(ValueError, match=r"none of the 2 tars in .*: .*a\.tar is no tar.*b\.tar is no tar"):
+    with pytest.raises(ValueError, match=r"no tar in .* can be indexed: .*a\.tar is no tar.*b\.tar is no tar"):
         index_shards(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]
 

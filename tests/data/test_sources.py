@@ -257,7 +257,7 @@ def test_images_are_fetched_from_their_urls_and_those_that_are_not_there_are_rej
         lines = [f"{url},caption {n}" for n, url in enumerate(urls)]
         pairs = read_pairs(table(tmp_path / "t.csv", "URL,TEXT", *lines))
         assert server.gets == []  # names and tables only, so far
-        shards = check(pairs, tmp_path / "out", {urls[1]: "FileNotFoundError", urls[3]: "unreadable image"})
+        shards = check(pairs, tmp_path / "out", {urls[1]: "404", urls[3]: "unreadable image"})
     assert [record.image for record in shards] == [jpeg(0), jpeg(1), jpeg(4)]
     assert [record.captions for record in shards] == [("caption 0",), ("caption 2",), ("caption 4",)]
 
