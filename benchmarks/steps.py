@@ -367,7 +367,10 @@ def pipeline(side: int, size: str, folder: Path) -> Case:
     def loader() -> Any:
         shards = samples.shards(folder, count, side)
         data = PairDataModule(str(shards), batch_size=batch_size, num_workers=0, image_size=image_size)
-        data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1)  # all of it that is asked for
+        here = SimpleNamespace(root_device=torch.device("cpu"))
+        data.trainer = SimpleNamespace(
+            global_step=0, global_rank=0, world_size=1, strategy=here
+        )  # all that it asks for
         data.setup("fit")
         return data.train_dataloader()
 

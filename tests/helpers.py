@@ -8,6 +8,7 @@ import http.server
 import tarfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,9 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.http.shutdown()
         self.http.server_close()
+
+
+def trainer_at(step: int, rank: int = 0, world_size: int = 1) -> SimpleNamespace:
+    """All that a data module asks of its trainer."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(global_step=step, global_rank=rank, world_size=world_size, strategy=strategy)

@@ -272,12 +272,13 @@ class PairDataModule(pl.LightningDataModule):
         )
 
     def _options(self) -> dict[str, Any]:
+        assert self.trainer is not None
         return {
             "num_workers": self.num_workers,
             "collate_fn": partial(
                 collate, length_multiple=self.text_length_multiple, context_length=self.context_length
             ),
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.trainer.strategy.root_device.type == "cuda",
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_trainer,
             "generator": torch.Generator().manual_seed(

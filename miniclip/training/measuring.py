@@ -21,6 +21,7 @@ from torch import Tensor
 from ..common.processes import gather
 from ..data.module import PairLoader
 from ..data.pairs import Batch
+from ..evaluation.measures.ranking import finds_own
 from ..loss import siglip_chance
 from ..model import CLIP
 from ..timm_tower import TimmTower
@@ -58,8 +59,8 @@ class StepMetrics(Callback):
 
 def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | float]:
     images, texts = gather(result.image_features), gather(result.text_features)
-    mask = None if result.mask is None else gather(result.mask)
-    of_images, of_texts = in_batch_accuracy(images, texts, mask)
+    mask, captions = None if result.mask is None else gather(result.mask), gather(result.batch.caption_ids)
+    of_images, of_texts = in_batch_accuracy(images, texts, mask, captions)
     values: dict[str, Tensor | float] = {
         "loss": result.loss,
         "chance": _chance(module, result),
@@ -109,14 +110,22 @@ _ACCURACY_PAIRS = 1024  # the most pairs that in-batch accuracy is measured on
 
 
 @torch.no_grad()
-def in_batch_accuracy(image_features: Tensor, text_features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Share of images whose own text is the nearest in the batch, and of texts whose own image is."""
+def in_batch_accuracy(
+    image_features: Tensor, text_features: Tensor, mask: Tensor | None, captions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Share of images whose nearest text in the batch is their own caption, and of texts whose nearest image has it.
+
+    A tie with another caption is a miss, so rounding decides nothing.
+
+    Args:
+        captions: (B,) equal for equal captions; by default all differ.
+    """
     if mask is not None:
         image_features, text_features = image_features[mask], text_features[mask]
+        captions = None if captions is None else captions[mask]
     some = slice(0, _ACCURACY_PAIRS)
-    rows = torch.arange(len(image_features[some]), device=image_features.device)
-    by_image = (image_features[some] @ text_features.T).argmax(dim=1) == rows
-    by_text = (text_features[some] @ image_features.T).argmax(dim=1) == rows
+    by_image = finds_own(image_features, text_features, some, captions)
+    by_text = finds_own(text_features, image_features, some, captions)
     return by_image.float().mean(), by_text.float().mean()
 
 
@@ -132,6 +141,7 @@ class RunMetrics(Callback):
         self.peak: Peak | None = None
         if trainer.is_global_zero:  # now, because nothing else uses the device yet
             self.peak = peak(trainer.strategy.root_device, str(trainer.precision))
+            _forget_memory(trainer.strategy.root_device)
         self._samples = self._rejected = self._truncated = 0
         self.problems: list[str] = []
 
@@ -301,6 +311,13 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def _forget_memory(device: torch.device) -> None:
+    """The product that measures a peak is not a part of the run's memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -131,7 +131,7 @@ class CLIPTraining(pl.LightningModule):
             self.clip.text.compile()
             self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
         self.result: StepResult | None = None  # of the current step, until the weights have moved
-        self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._validation: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._while_validating = ExitStack()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -229,20 +229,22 @@ class CLIPTraining(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         image_features, text_features = self.features(batch)
         healthy = torch.ones(len(batch.keys), dtype=torch.bool) if batch.mask is None else batch.mask
-        self._validation.append((image_features.float().cpu(), text_features.float().cpu(), healthy.cpu()))
+        features = image_features.float().cpu(), text_features.float().cpu()
+        self._validation.append((*features, batch.caption_ids.cpu(), healthy.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Scores the whole set at once, so that batch size and number of processes do not change the scores."""
         own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
         self._validation.clear()
         count = len(self.trainer.datamodule.held_out())  # type: ignore[attr-defined]
-        images, texts, healthy = (torch.cat(column)[:count] for column in zip(*all_gather_objects(own), strict=True))
-        images, texts = images[healthy], texts[healthy]
+        *columns, healthy = (torch.cat(column)[:count] for column in zip(*all_gather_objects(own), strict=True))
+        images, texts, captions = (column[healthy] for column in columns)
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
         loss = self.contrast(self.scored)(images, texts, local(self.scored.logit_scale).exp(), chunk_size=_LOSS_CHUNK)
-        recall = (recall_at_1(images, texts) + recall_at_1(texts, images)) / 2
-        self.log_dict({"val/loss": loss, "val/retrieval_r1": recall}, sync_dist=True)
+        recall = (recall_at_1(images, texts, groups=captions) + recall_at_1(texts, images, groups=captions)) / 2
+        # As numbers, which Lightning moves to the device: NCCL takes no tensor on the host.
+        self.log_dict({"val/loss": float(loss), "val/retrieval_r1": recall}, sync_dist=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Setting up
@@ -282,6 +284,17 @@ class CLIPTraining(pl.LightningModule):
         if (part := locked_part(self.clip, self.locked)) is not None:
             part.eval()
         return self
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """
+        Raises:
+            ValueError: always. Lightning's reads a pickle and builds the default architecture.
+        """
+        raise ValueError(
+            f"CLIPTraining.load_from_checkpoint cannot read {str(checkpoint_path)!r}: miniclip.load reads its model, "
+            "and `miniclip train fit … --ckpt_path FILE` resumes its run; neither runs code from the file"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()

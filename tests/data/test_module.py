@@ -10,7 +10,6 @@ import shutil
 import sys
 import tarfile
 import threading
-import types
 from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import pack_folder, picture, write_pairs, write_picture
+from helpers import pack_folder, picture, trainer_at, write_pairs, write_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -229,7 +228,7 @@ def caption(number: int, line: int) -> str:
 def module(folder: Path | list[str], step: int = 0, rank: int = 0, world_size: int = 1, **options) -> PairDataModule:
     options = {"batch_size": 4, "num_workers": 0, "image_size": 16, "context_length": 16, **options}
     out = PairDataModule(folder if isinstance(folder, list) else str(folder), **options)
-    out.trainer = types.SimpleNamespace(global_step=step, global_rank=rank, world_size=world_size)
+    out.trainer = trainer_at(step, rank, world_size)
     out.prepare_data()
     out.setup("fit")
     return out

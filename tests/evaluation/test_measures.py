@@ -714,6 +714,15 @@ def test_a_tie_is_a_miss_so_that_a_collapsed_model_scores_nothing():
     assert recall_at_1(twice, twice) == 0.5
 
 
+def test_any_key_of_the_same_caption_is_right_and_another_captions_is_not():
+    queries = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+    keys = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])
+    # Keys 0 and 1 have one caption and tie with key 2, which has another. Nearest to queries 2 and 3 is key 3.
+    assert recall_at_1(queries, keys, groups=torch.tensor([0, 0, 1, 2])) == 0.25
+    assert recall_at_1(queries, keys, groups=torch.tensor([0, 0, 0, 2])) == 0.75
+    assert recall_at_1(queries, keys, groups=torch.tensor([5, 5, 5, 5])) == 1.0
+
+
 def test_a_single_pair_is_always_found():
     assert recall_at_1(torch.eye(3)[:1], torch.eye(3)[1:2]) == 1.0
 

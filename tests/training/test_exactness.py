@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-import types
 import zlib
 from collections.abc import Iterator
 from datetime import timedelta
@@ -32,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import pack_folder, write_pairs
+from helpers import pack_folder, trainer_at, write_pairs
 from pytorch_lightning import Callback
 from torch.multiprocessing import start_processes
 
@@ -50,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def module(folder: Path, rank: int = 0, world_size: int = 1, **options: Any) -> PairDataModule:
     """Under what the trainer tells of itself, at step 0."""
     out = PairDataModule(str(folder), **{"image_size": 8, "context_length": 16, **options})
-    out.trainer = types.SimpleNamespace(global_step=0, global_rank=rank, world_size=world_size)
+    out.trainer = trainer_at(0, rank, world_size)
     out.setup("fit")
     return out
 

@@ -6,12 +6,11 @@ import io
 import random
 import struct
 import tarfile
-import types
 import zlib
 
 import numpy as np
 import pytest
-from helpers import write_pairs
+from helpers import trainer_at, write_pairs
 from PIL import Image
 from servers import Server
 
@@ -37,7 +36,7 @@ def trained_keys(source, num_workers, num_batches, **options) -> tuple[list[str]
     """The keys of healthy samples in the order of training, and the problems of the others."""
     settings = {"batch_size": 10, "image_size": 16, "context_length": 16, **options}
     data = PairDataModule(source, num_workers=num_workers, **settings)
-    data.trainer = types.SimpleNamespace(global_step=0, global_rank=0, world_size=1)
+    data.trainer = trainer_at(0)
     data.setup("fit")
     keys, problems = [], []
     while data.trainer.global_step < num_batches:

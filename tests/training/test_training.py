@@ -21,6 +21,7 @@ from miniclip.commands import train as trainer
 from miniclip.data.pack import pack
 from miniclip.data.pairs import Batch
 from miniclip.data.sources import read_pairs
+from miniclip.evaluation.measures.ranking import recall_at_1
 from miniclip.training.measuring import in_batch_accuracy
 from miniclip.training.step import CLIPTraining
 
@@ -304,6 +305,50 @@ def test_in_batch_accuracy_by_hand():
     assert [share.item() for share in in_batch_accuracy(images, texts, mask)] == [1.0, 1.0]
     texts[0] = torch.tensor([2.5, 2, 0, 0])  # the nearest of image 1, too, while its own nearest is still image 0
     assert [share.item() for share in in_batch_accuracy(images, texts, mask)] == pytest.approx([2 / 3, 1.0])
+
+
+def test_rounding_decides_no_accuracy_and_equal_captions_are_right():
+    """Ten pictures, four captions: the last bits of features, which differ from machine to machine, change nothing."""
+    random = torch.Generator().manual_seed(0)
+    captions = torch.tensor([0, 1, 0, 2, 3, 3, 1, 0, 2, 0])
+    words = torch.nn.functional.normalize(torch.randn(4, 8, generator=random), dim=1)
+    images = torch.nn.functional.normalize(words[captions] + 0.3 * torch.randn(10, 8, generator=random), dim=1)
+    images[4] = images[0]  # the same picture with another caption
+    by_image = ((images @ words.T).argmax(dim=1) == captions).float().mean()
+    found = set()
+    for _ in range(20):
+        texts = words[captions] + 1e-7 * torch.randn(10, 8, generator=random)
+        pictures = images + 1e-7 * torch.randn(10, 8, generator=random)
+        of_images, of_texts = in_batch_accuracy(pictures, texts, None, captions)
+        assert of_images == by_image
+        recall = recall_at_1(pictures, texts, groups=captions)
+        assert recall == pytest.approx(float(by_image))
+        found.add(float(of_texts))
+    assert len(found) == 1
+
+
+def test_what_a_validation_logs_over_processes_is_numbers_and_no_tensors_of_the_host(data, tmp_path, monkeypatch):
+    """NCCL moves only what lies on a GPU; Lightning puts numbers there, and leaves tensors where they are."""
+    logged: dict[str, Any] = {}
+    log_dict = CLIPTraining.log_dict
+
+    def noting(self: CLIPTraining, values: dict[str, Any], **options: Any) -> None:
+        logged.update(values if options.get("sync_dist") else {})
+        log_dict(self, values, **options)
+
+    monkeypatch.setattr(CLIPTraining, "log_dict", noting)
+    zero_shot = callback("miniclip.training.zero_shot.ZeroShotEvaluation", data=str(data / "val.csv"))
+    trainer.main(arguments(data, tmp_path / "run", zero_shot, steps=1))
+    assert {"val/loss", "val/retrieval_r1", "val/zero_shot_acc1"} <= logged.keys()
+    assert all(isinstance(value, float) for name, value in logged.items() if name.startswith("val/"))
+
+
+def test_a_checkpoint_is_read_by_miniclip_and_not_by_lightnings_own_loader(data, tmp_path):
+    trainer.main(arguments(data, tmp_path / "run", steps=1))
+    path = tmp_path / "run/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match=r"last\.ckpt.*miniclip\.load.*--ckpt_path"):
+        CLIPTraining.load_from_checkpoint(path)
+    miniclip.load(path, device="cpu")
 
 
 def test_features_are_of_unit_length_and_pixels_are_normalised_once():

@@ -246,19 +246,25 @@ def _norms(features: Tensor, what: str) -> Tensor:
     return norms
 
 
-def recall_at_1(queries: Tensor, keys: Tensor, chunk_size: int = 1024) -> float:
-    """Share of queries (N, E) that are nearer to their own key (same row) than to any other; a tie is a miss.
+def recall_at_1(queries: Tensor, keys: Tensor, chunk_size: int = 1024, groups: Tensor | None = None) -> float:
+    """Share of queries (N, E) whose nearest key is their own (same row); a tie with another key is a miss.
+
+    Args:
+        groups: (N,) equal where pairs have the same caption; then any key of the query's group is its own.
 
     Raises:
         ValueError: there are none.
     """
     if not len(queries):
         raise ValueError("retrieval needs at least one pair, and there is none")
-    hits = 0
-    for start in range(0, len(queries), chunk_size):
-        cosines = queries[start : start + chunk_size] @ keys.T  # (n, N)
-        rows = torch.arange(len(cosines), device=cosines.device)
-        own = cosines[rows, start + rows].clone()
-        cosines[rows, start + rows] = -torch.inf
-        hits += int((own > cosines.max(dim=1).values).sum())
-    return hits / len(queries)
+    parts = range(0, len(queries), chunk_size)
+    return sum(int(finds_own(queries, keys, slice(i, i + chunk_size), groups).sum()) for i in parts) / len(queries)
+
+
+def finds_own(queries: Tensor, keys: Tensor, rows: slice, groups: Tensor | None = None) -> Tensor:
+    """Which of some rows of the queries find their own key first, as in `recall_at_1`: (N, E), (N, E) -> (n,) bool."""
+    groups = torch.arange(len(keys), device=keys.device) if groups is None else groups
+    cosines = queries[rows] @ keys.T  # (n, N)
+    is_own = groups[rows, None] == groups
+    own = cosines.masked_fill(~is_own, -torch.inf).amax(dim=1)
+    return own > cosines.masked_fill(is_own, -torch.inf).amax(dim=1) + SAME
