@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Way(NamedTuple):
-    """How something is computed: by whom, where, and in what precision ("bf16": autocast over float32)."""
+    """A library, a device and a precision ("bf16" is autocast over float32)."""
 
     who: str
     where: torch.device
@@ -34,9 +34,9 @@ class Way(NamedTuple):
 
 
 def outcome(way: Way, model: Any, config: CLIPConfig, count: int) -> dict[str, Tensor]:
-    """Features of both towers, loss, and the gradient of all weights but the scale, of the same random pairs.
+    """Both towers' features of random pairs, their loss, and its gradient over all weights but the scale.
 
-    The model is one of its library's, in float32 on the CPU, and is left as it is.
+    `model` is a float32 model of the library `way.who` on the CPU; a copy of it does the work.
     """
     matrices = {"tf32": "high"}.get(way.precision, "highest")
     dtype = torch.float64 if way.precision == "fp64" else torch.float32
@@ -45,11 +45,11 @@ def outcome(way: Way, model: Any, config: CLIPConfig, count: int) -> dict[str, T
     model = copy.deepcopy(model).train().to(way.where, dtype)
     try:
         torch.set_float32_matmul_precision(matrices)
-        torch.backends.cudnn.allow_tf32 = matrices == "high"  # convolutions have a switch of their own, on by default
+        torch.backends.cudnn.allow_tf32 = matrices == "high"  # convolutions have their own switch, on by default
         with torch.autocast(way.where.type, torch.bfloat16, enabled=way.precision == "bf16"):
             if way.who == OURS:
                 tokens = miniclip.tokenize(texts)
-                if way.where.type != "cpu":  # as batches come, which the host has cut to the longest text
+                if way.where.type != "cpu":  # the host cuts batches to their longest text
                     tokens = trim_text(tokens, config.text.eot_token).to(way.where)
                 of_images = model.encode_image(images, normalize=True)
                 of_texts = model.encode_text(tokens, normalize=True)

@@ -1,16 +1,15 @@
-"""Fine-tuning on a small shifted set: what is gained on it, and what is forgotten.
+"""Fine-tuning on a small shifted set: what the model gains on it, and what it forgets.
 
     python benchmarks/finetune.py [--work runs/finetune-benchmark] [--model runs/digits/best] [--data runs/digits/data]
 
 The demo's model knows handwritten digits in coloured ink on white paper (`make demo` first). The new task is the same
-digits pencilled on wrapping paper: brown on brown, slanted, smeared, and captioned in words of their own. Scans keep
-their part of the demo: fine-tuning sees 300 scans that pre-training saw (in ink), models and alphas are chosen by the
-demo's validation scans, and scores are on its test scans, which no training and no choice has seen.
+digits pencilled on wrapping paper: brown on brown, slanted, smeared, and captioned in words of their own. Every scan
+stays in the split that the demo gave it: fine-tuning sees 300 scans that pre-training saw (in ink), the demo's
+validation scans choose models and alphas, and scores are on its test scans, which no training and no choice has seen.
 
-Fine-tuned by the preset of configs/finetune.yaml, and the naive way: AdamW at 5e-4, CLIP's own pre-training rate.
-
-The preset's rate, 1e-5, is meant for OpenAI's towers of width 768. What a step of AdamW does to a layer's output grows
-with its width, so the demo's width of 128 takes 768 / 128 = 6 times that, 6e-5.
+The model is fine-tuned twice: by the preset of configs/finetune.yaml, and naively, by AdamW at 5e-4, CLIP's own
+pre-training rate. The preset's rate, 1e-5, is meant for OpenAI's towers of width 768. The effect of an AdamW step on a
+layer's output grows with the width, so the demo's width of 128 takes 768 / 128 = 6 times that rate, 6e-5.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ EPOCHS, BATCH = 30, 100
 
 
 def pencil(scan: np.ndarray, random: np.random.Generator) -> Image.Image:
-    """A scan, 8 x 8 in 0 to 16, as a number on a parcel."""
+    """A scan (8 x 8, values 0 to 16) as a number pencilled on a parcel."""
     side = int(random.integers(18, 25))
     small = Image.fromarray((scan / 16 * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
     canvas = Image.new("L", (SIZE, SIZE))
@@ -58,7 +57,7 @@ def pencil(scan: np.ndarray, random: np.random.Generator) -> Image.Image:
 
 
 def make(data: Path, out: Path, seed: int = 0) -> None:
-    """Writes out/train (pairs), out/val (pairs), val.csv and test.csv, of the demo's parts of the scans."""
+    """Writes out/train (pairs), out/val (pairs), val.csv and test.csv; the scans keep the demo's splits."""
     scans, labels = load_digits(return_X_y=True)
     random = np.random.default_rng(seed)
     for part in ("train", "val", "test"):

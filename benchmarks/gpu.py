@@ -2,12 +2,12 @@
 
     python benchmarks/gpu.py [--compile] [--seconds 300] [--only PART ...] [--tiny]
 
-First, that both libraries compute the same there as on the CPU: features, loss and gradient in several precisions.
-Then steps of ViT-B/32 and B/16 in bfloat16 at large batches with captions of real lengths: images a second, model-FLOP
-utilisation and peak memory; encoding; GradCache up to 32,768 pairs; the loss alone; the optimisers; the largest batch
-that fits. Writes benchmarks/results/GPU.md and .json after each part. No part may take more than its time, and with
-`--seconds` those for which none is left are left out. `--tiny` goes through all of it on the CPU, with models that take
-milliseconds.
+Agreement comes first: features, loss and gradient of both libraries on the GPU, in several precisions, beside float64
+on the CPU. Then come training steps of ViT-B/32 and B/16 in bfloat16 at large batches with captions of real lengths
+(images a second, model-FLOP utilisation, peak memory), encoding, GradCache up to 32,768 pairs, the loss alone, the
+optimisers, and the largest batch that fits. benchmarks/results/GPU.md and .json are written after each part. Each part
+has a time limit; `--seconds` limits the whole and skips the parts that no longer fit. `--tiny` runs every part on the
+CPU, with models that take milliseconds.
 """
 
 from __future__ import annotations
@@ -56,9 +56,16 @@ MODELS = ("ViT-B/32", "ViT-B/16")
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """agreed: pairs that both have to agree on, by model. batches: of a step, by model. encoded: pairs encoded at once.
-    cached: batches of GradCache, in parts of `part`. contrasted: pairs of the loss alone. step, most: the search for
-    the largest batch goes in multiples of `step` and no further than `most`."""
+    """How much each part computes.
+
+    Args:
+        agreed: model -> pairs on which both libraries have to agree.
+        batches: model -> pairs in a training step.
+        encoded: pairs that are encoded at once.
+        cached: batches of GradCache, encoded `part` pairs at a time.
+        contrasted: pairs of the loss alone.
+        step, most: the search for the largest batch tries multiples of `step` up to `most`.
+    """
 
     agreed: dict[str, int]
     batches: dict[str, int]
@@ -96,7 +103,7 @@ TINY = Amounts(
 
 
 class OutOfTimeError(Exception):
-    """A part has had its time."""
+    """A part has used up its time."""
 
 
 @contextlib.contextmanager
@@ -119,7 +126,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def model_flops(config: CLIPConfig, texts: list[str]) -> int:
-    """What towers have to compute for one pass forward over as many images and these texts, each of its own length."""
+    """Operations of one forward pass over the texts, each at its own length, and over as many images."""
     lengths = Counter(len(tokenizer.encode_for_model(text)) for text in texts)
     return _image_flops(config) * len(texts) + sum(_text_flops(config, n) * count for n, count in lengths.items())
 
@@ -139,7 +146,7 @@ def _text_flops(config: CLIPConfig, length: int) -> int:
 
 
 def largest(fits: Callable[[int], bool], step: int, most: int) -> int:
-    """The largest multiple of `step` up to `most` that fits, by doubling and then halving the gap; 0 if none does."""
+    """The largest multiple of `step` up to `most` that fits, or 0. It doubles until one does not fit, then bisects."""
     low, high, last = 0, 1, most // step  # in steps
     while high <= last and fits(high * step):
         low, high = high, 2 * high
@@ -151,13 +158,13 @@ def largest(fits: Callable[[int], bool], step: int, most: int) -> int:
 
 
 class Bench:
-    """The device, what is measured on it, and where models' weights lie."""
+    """One device and the rows measured on it; `folder` keeps the models' weights."""
 
     def __init__(self, where: torch.device, amounts: Amounts, size: str, folder: Path) -> None:
         self.where, self.amounts, self.size, self.folder = where, amounts, size, folder
         self.machine = machine.this_machine(where, "bf16-mixed")
         self.rows: list[dict[str, Any]] = []
-        self.known: list[dict[str, Any]] = []  # of an earlier run
+        self.known: list[dict[str, Any]] = []  # rows of an earlier run
         self.facts = _facts(where)
 
     def job(self, who: str, model: str, count: int, parts: int = 1, compiles: bool = False) -> Job:
@@ -170,7 +177,7 @@ class Bench:
         return steps.their_step(config, self.folder, texts, parts, **how, compiles=compiles)
 
     def agreement(self, model: str) -> bool:
-        """Both, there and on the CPU, in several precisions, beside ours in float64 on the CPU."""
+        """Both libraries on both devices in several precisions, beside ours in float64 on the CPU."""
         config, count = peers.architecture(model, self.size), self.amounts.agreed[model]
         models = {OURS: peers.ours(config, self.folder), THEIRS: peers.openclips(config, self.folder)}
         reference = outcome(Way(OURS, CPU, "fp64"), models[OURS], config, count)
@@ -188,7 +195,7 @@ class Bench:
 
     def steps(self, model: str, compiles: bool = False) -> None:
         count = self.amounts.batches[model]
-        flops = 3 * model_flops(peers.architecture(model, self.size), samples.captions(count))  # twice that backward
+        flops = 3 * model_flops(peers.architecture(model, self.size), samples.captions(count))  # backward counts twice
         case = f"{model} training step, batch {count:,}{', compiled' if compiles else ''}"
         self._race(
             case, {w: partial(self.job, w, model, count, compiles=compiles) for w in (OURS, THEIRS)}, count, flops
@@ -209,7 +216,7 @@ class Bench:
                 with torch.inference_mode(), torch.autocast(self.where.type, torch.bfloat16):
                     if of_images:
                         towers[who].encode_image(images)
-                    else:  # from the host, where ours looks for the longest
+                    else:  # tokens come from the host, where ours looks for the longest
                         towers[who].encode_text(tokens if who == OURS else tokens.to(self.where))
                 steps.wait_for(self.where)
 
@@ -227,7 +234,7 @@ class Bench:
         self._race(case, {OURS: partial(self.job, OURS, MODELS[0], count, parts)}, count, flops)
 
     def loss(self) -> None:
-        """With its gradient, of features in float32, whose products are in TF32 on both sides."""
+        """The loss and its gradient; features are float32, and both libraries multiply them in TF32."""
         count, width = self.amounts.contrasted, 512
 
         def job(who: str) -> Job:
@@ -250,7 +257,7 @@ class Bench:
         self._race(case, {who: partial(job, who) for who in (OURS, THEIRS)}, count, 3 * 2 * count**2 * width)
 
     def optimizers(self) -> None:
-        """A step of each optimiser alone, and as a share of the training step that was measured with AdamW."""
+        """A step of each optimiser alone, and its share of the training step that `steps` measured with AdamW."""
         model = MODELS[0]
         config = peers.architecture(model, self.size)
         row: dict[str, Any] = {"case": f"{model} optimiser alone", "optimizers": {}}
@@ -282,14 +289,14 @@ class Bench:
             )
 
     def _race(self, case: str, makers: dict[str, Callable[[], Job]], count: int, flops: int) -> None:
-        """Each one's memory is measured while the others do not exist yet or stand still, above what there was."""
+        """Adds a row. Peak memory counts from before a job was made, and is taken before the next job exists."""
         row: dict[str, Any] = {"case": case}
         jobs, peaks = {}, {}
         for who, make in makers.items():
             self._free()
             before = self._memory_mb()
             jobs[who] = make()
-            for _ in range(2):  # the optimiser's state is made in the first; and kernels are, or are compiled
+            for _ in range(2):  # the first makes the optimiser's state and compiles kernels
                 jobs[who].run()
             peaks[who] = self._memory_mb(peak=True) - before
         for who, timing in self._times(jobs).items():
@@ -303,7 +310,7 @@ class Bench:
         self.rows.append(row)
 
     def _times(self, jobs: dict[str, Job]) -> dict[str, Timing]:
-        """Without counting the first run's products, as `harness.race` does: compiled towers can't be counted."""
+        """As `harness.race`, without counting operations, which compiled towers do not allow."""
         patience, times = self.amounts.patience, {who: Timing() for who in jobs}
         for job in jobs.values():
             job.run()
@@ -337,7 +344,7 @@ class Bench:
         try:
             job = self.job(who, model, count)
             job.run()
-            job.run()  # now with the optimiser's state there from the start
+            job.run()  # now the optimiser's state exists from the start
         except torch.OutOfMemoryError:
             return False
         return True
@@ -352,7 +359,7 @@ class Bench:
 
 
 def _facts(where: torch.device) -> dict[str, Any]:
-    """Versions, and what a large product of random bfloat16 matrices reaches a second."""
+    """Versions, and the operations a second of a large product of random bfloat16 matrices."""
     versions = machine.versions()
     if where.type == "cuda":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -391,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.only and out.with_suffix(".json").is_file():
             bench.known = json.loads(out.with_suffix(".json").read_text())["rows"]
         try:
-            torch.set_float32_matmul_precision("high")  # as both trainers do
+            torch.set_float32_matmul_precision("high")  # both trainers set it
             for name, seconds, part in _parts(bench, options.compile):
                 left = options.seconds - (time.perf_counter() - begin)
                 if not name.startswith(tuple(options.only or [""])) or left < 5:
@@ -400,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     with at_most(min(seconds, left)):
                         agrees = part()
-                except Exception as error:  # the other parts are still worth their figures
+                except Exception as error:  # the other parts are still worth measuring
                     is_well = False
                     console.print(f"[red]{name} failed[/red]: {type(error).__name__}: {error}", highlight=False)
                     if not isinstance(error, OutOfTimeError):
@@ -419,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parts(bench: Bench, compiles: bool) -> list[tuple[str, float, Callable[[], Any]]]:
-    """Names, seconds that each may take, and the parts; what is worth most comes first."""
+    """(name, time limit in seconds, part), the most valuable first."""
     amounts = bench.amounts
     parts: list[tuple[str, float, Callable[[], Any]]] = []
     parts += [(f"agreement {model}", 60, partial(bench.agreement, model)) for model in amounts.agreed]

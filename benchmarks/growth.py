@@ -2,8 +2,9 @@
 
     python benchmarks/growth.py [--quick] [--only batch text classes shards ranks communication]
 
-Writes docs/pictures/growth-WHAT.png and benchmarks/results/MACHINE-growth.json. Memory is the process's peak above what
-it has with everything made. What processes send each other is worked out on paper, for 8 to 1,024 GPUs (docs/speed.md).
+Writes docs/pictures/growth-WHAT.png and benchmarks/results/MACHINE-growth.json. Memory is the process's peak above
+what it holds once everything is made. Traffic between processes is computed, not measured, for 8 to 1,024 GPUs
+(docs/speed.md).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from miniclip.data.shards import Shards
 from miniclip.training.step import CLIPTraining
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # (chosen before)
+from matplotlib import pyplot as plt  # after the backend is chosen
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ Curves = dict[str, list[Point]]
 
 
 def cost(run: Callable[[], Any], rounds: int = 3) -> tuple[float, float]:
-    """Median seconds and the peak of memory above what there was, after a run that is not counted."""
+    """Median seconds, and peak memory above the start, after one warm-up run."""
     run()
     forget_peak()
     before, times = resident_mb(), []
@@ -88,7 +89,7 @@ def batch(size: str, folder: Path) -> Curves:
 
 
 def text(size: str, folder: Path) -> Curves:
-    """Encoding 16 texts of some tokens with ViT-B/32's text tower."""
+    """ViT-B/32's text tower encodes 16 texts of one length."""
     config = peers.architecture("ViT-B/32", size)
     xs = {"full": [8, 16, 24, 32, 48, 64, 77], "quick": [8, 32, 77], "tiny": [8, 77]}[size]
 
@@ -103,7 +104,7 @@ def text(size: str, folder: Path) -> Curves:
 
 
 def classes(size: str, folder: Path) -> Curves:
-    """Making a classifier of one prompt a class with the small model, and comparing 64 images with all classes."""
+    """The small model makes a classifier with one prompt a class, and compares 64 images with all classes."""
     config = peers.architecture("small", size)
     model = peers.for_inference("miniclip", config, folder)
     most = {"full": 10_000, "quick": 1000, "tiny": 20}[size]
@@ -124,7 +125,7 @@ def classes(size: str, folder: Path) -> Curves:
 
 
 def shards(size: str, folder: Path) -> Curves:
-    """Opening a data set, and reading 64 of its samples in the order of training; each shard has 16."""
+    """Opens a data set of shards of 16 samples, and reads 64 samples in the order of training."""
     xs = {"full": [1, 10, 100, 1000], "quick": [1, 10, 100], "tiny": [1, 4]}[size]
     packed = samples.shards(folder, 64, 64)
     places = []
@@ -153,7 +154,7 @@ def shards(size: str, folder: Path) -> Curves:
 
 
 class _Step(nn.Module):
-    """A step as one forward pass, which is what DistributedDataParallel wraps."""
+    """A whole step as one forward pass, because DistributedDataParallel wraps forward passes."""
 
     def __init__(self, module: CLIPTraining) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ def _rank(rank: int, world_size: int, global_batch: int, size: str, threads: int
 
 
 def ranks(size: str, folder: Path) -> Curves:
-    """A training step of the small model, its batch shared by the processes of this machine, which share its cores."""
+    """A training step of the small model; the machine's processes share the batch and the cores."""
     count = {"full": 64, "quick": 32, "tiny": 4}[size]
     points = []
     for world_size in (1, 2):
@@ -198,9 +199,9 @@ def ranks(size: str, folder: Path) -> Curves:
 def communication(num_ranks: int, batch_size: int, width: int, num_parameters: int) -> dict[str, dict[str, float]]:
     """Bytes that one rank sends, and as many that it receives, for a step in float32; and its logits' operations.
 
-    By rings, as NCCL's: gathering n bytes of each of W ranks sends (W - 1) n; reducing n sends 2 (W - 1) / W n.
-    batch_size is of all ranks, width of the embedding. open_clip by its default flags, and with --local-loss and
-    --gather-with-grad, the only ones under which its gradients are exact.
+    Collectives are rings, like NCCL's: gathering n bytes from each of W ranks sends (W - 1) n, reducing n bytes sends
+    2 (W - 1) / W n. batch_size counts all ranks; width is the embedding's. open_clip runs with its default flags, and
+    with --local-loss and --gather-with-grad, the only ones that give exact gradients.
     """
     W, B, E, b = num_ranks, batch_size, width, batch_size / num_ranks
     reduced = 2 * (W - 1) / W

@@ -1,9 +1,9 @@
 """Contenders that take turns at the same work: medians with their spread, agreement, memory, and what bounds them.
 
-A case is some work; a contender is a library that does it; a job is that work made ready by one contender. All jobs of
-a case have the same weights, data and threads, run in turns in one process, and have to give the same results, or the
-comparison is void. Peak memory is measured in processes of their own, since what one contender leaves behind would
-serve the next.
+A case is some work; a contender is a library that does it; a job is the work as one contender has prepared it. All jobs
+of a case have the same weights, data and threads, run in turns in one process, and must give the same results, or the
+comparison is void. Each contender's peak memory is measured in a process of its own, because memory that one leaves
+behind would serve the next.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from miniclip.common.files import write_text
 
-MOST_DIFFERENCE = 1e-5  # of outputs that should be equal, as a share of the largest
+MOST_DIFFERENCE = 1e-5  # between outputs that should be equal, as a share of the largest number
 OURS, THEIRS, LIMIT = "miniclip", "open_clip", "limit"
 PEERS = (THEIRS, "transformers", "OpenAI")
 
 
 class Job(NamedTuple):
-    """What a contender has made ready.
+    """Work that a contender has prepared.
 
     Args:
-        run: what is timed.
-        result: gives what has to agree with the other contenders'; by default what `run` returned last.
-        prepare: called before each run, and not timed.
-        counted: does the same where the products of `run` can't be counted, as a process of its own makes them.
+        run: the timed part.
+        result: returns the output that must agree between contenders; by default the last return value of `run`.
+        prepare: runs before each `run`, untimed.
+        counted: the same work in this process, for counting operations where `run` starts a process.
     """
 
     run: Callable[[], Any]
@@ -52,18 +52,18 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Some work, and who does it.
+    """Some work, and the contenders for it.
 
     Args:
-        name: what the command line calls it.
-        title: what the table calls it.
-        contenders: makes each one's job, by name. Ours is "miniclip"; "limit" is work that none could do without.
-        targets: how many times as fast as a peer, or as the "best" peer, ours should be.
-        memory_target: the most that ours should take of open_clip's peak memory; asks for peak memory to be measured.
-        measures_memory: asks for it without a target.
-        bytes_moved: of a run, that memory has to move besides the matrix products' operands, such as an optimiser's.
-        is_slow: no round is spent on warming up, and there are few.
-        threads: instead of those of all other cases.
+        name: its name on the command line.
+        title: its name in the table.
+        contenders: name -> a function that makes the job. Ours is "miniclip"; "limit" is work that nobody can avoid.
+        targets: peer (or "best") -> how many times as fast as it ours should be.
+        memory_target: the largest share of open_clip's peak memory that ours should take; measures peak memory.
+        measures_memory: measures peak memory without a target.
+        bytes_moved: bytes that a run must move besides the operands of matrix products, such as the optimiser's.
+        is_slow: there is no warm-up, and there are few rounds.
+        threads: a number of threads for this case alone.
         note: what a reader has to know beside the figures.
     """
 
@@ -80,7 +80,7 @@ class Case:
 
 
 class Patience(NamedTuple):
-    """How long to measure: at least so many rounds, and on until so many seconds have passed, but no more rounds."""
+    """How long to measure: at least `rounds`, then until `seconds` have passed, but no more than `most_rounds`."""
 
     rounds: int
     seconds: float = 0.0
@@ -90,7 +90,7 @@ class Patience(NamedTuple):
 
 @dataclass
 class Timing:
-    """Seconds of each run: by the wall's clock, and of all processors together, children included."""
+    """Seconds of each run, by the wall clock and by the processors; ended child processes count."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -112,10 +112,10 @@ class Timing:
 def race(
     jobs: Mapping[str, Job], patience: Patience, is_slow: bool = False, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[dict[str, Timing], dict[str, Any], int]:
-    """Runs the jobs in turns, each round begun by the next one: times, results, and ours' sums and products.
+    """Runs the jobs in turns, and returns their times and results, and the operations of ours.
 
-    The first round is not timed, unless rounds are slow; then ours runs once more at the end for the counting, which
-    takes time of its own, and only if nothing else tells the limit.
+    Each round starts with another job. The first round is an untimed warm-up, in which the operations of ours are
+    counted. Slow cases have no warm-up; unless there is a "limit", ours runs once more at the end for the count.
     """
     names = list(jobs)
     times = {name: Timing() for name in names}
@@ -151,13 +151,13 @@ def race(
 
 
 def _processor_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Processor seconds of this process and of its ended children."""
     ended = os.times()
     return time.process_time() + ended.children_user + ended.children_system
 
 
 def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Multiplications and additions of a run's matrix products, attention on the CPU among them, and what it gave."""
+    """Operations of a run's matrix products, including attention on the CPU, and the run's output."""
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -178,7 +178,7 @@ def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
 def difference(found: Any, reference: Any) -> float:
     """The largest difference of tensors, or of dicts of them, as a share of the reference's largest number.
 
-    Anything else is equal, which is 0, or not, which is infinite.
+    For anything else it is 0 if the two are equal, and infinite if not.
     """
     if isinstance(reference, Mapping):
         if not isinstance(found, Mapping) or found.keys() != reference.keys():
@@ -199,9 +199,9 @@ def difference(found: Any, reference: Any) -> float:
 
 
 def memory_alone(case: Case, contender: str) -> float:
-    """MB that a contender takes at its peak, its weights and optimiser included, above what imports take.
+    """A contender's peak memory in MB, with weights and optimiser, above what imports take.
 
-    To be called in a process that has imported everything and done nothing.
+    The process must have imported everything and done nothing else.
     """
     forget_peak()
     before = resident_mb()
@@ -209,22 +209,22 @@ def memory_alone(case: Case, contender: str) -> float:
     for _ in range(1 if case.is_slow else 2):
         if job.prepare is not None:
             job.prepare()
-        forget_peak()  # of the last run, so that making the model and the first allocations do not count
+        forget_peak()  # the peak is the last run's, without making the model and first allocations
         job.run()
     return resident_mb(peak=True) - before
 
 
 def _memory(case: Case, alone: Sequence[str]) -> dict[str, float]:
-    """Of each contender, by a command that calls `memory_alone` and prints what it gives."""
+    """Each contender's peak memory, from a command that prints what `memory_alone` returns."""
     names = [name for name in case.contenders if name != LIMIT]
     return {name: float(process(*alone, case.name, name).split()[-1]) for name in names}
 
 
 def process(*command: str | Path) -> str:
-    """What a process prints that has as many threads as this one.
+    """The output of a process with as many threads as this one.
 
     Raises:
-        RuntimeError: it fails; with the end of what it said.
+        RuntimeError: the process fails; the message ends with its last output.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -244,7 +244,7 @@ def measure(
     alone: Sequence[str] | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """A row of the results. `alone` begins the command that measures the memory of a case's contender."""
+    """A row of the results. `alone` is the command that measures a contender's memory, without case and contender."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(case.threads or threads)
@@ -282,7 +282,7 @@ def measure(
 
 
 def _limit(case: Case, times: Mapping[str, Timing], flops: int, machine: Machine) -> float | None:
-    """Seconds that the machine needs at least: of the work that none can do without, or of its sums and copies."""
+    """The least seconds that the machine needs: measured as "limit", or computed from operations and bytes."""
     if LIMIT in times:
         return times[LIMIT].median
     seconds = flops / machine.flops + case.bytes_moved / machine.bandwidth
@@ -290,7 +290,7 @@ def _limit(case: Case, times: Mapping[str, Timing], flops: int, machine: Machine
 
 
 def _reached(row: Mapping[str, Any]) -> bool | None:
-    """Whether the targets are met; None if there are none that could be."""
+    """Whether the targets are met; None without a target whose peer took part."""
     found = dict(row["times_as_fast"])
     if found:
         found["best"] = min(found.values())
@@ -314,7 +314,7 @@ def run(
     alone: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> bool:
-    """Measures cases and writes each one's row as soon as there is one; whether all worked, and agreed."""
+    """Measures the cases, writes each row at once, and returns whether all cases worked and agreed."""
     console = console or Console()
     all_well = True
     for number, case in enumerate(cases, start=1):
@@ -323,7 +323,7 @@ def run(
             begin = time.perf_counter()
             try:
                 row = measure(case, machine, patience, alone, partial(_tell, status, head))
-            except Exception:  # the other cases are still worth their figures
+            except Exception:  # the other cases are still worth measuring
                 console.print(f"{head}: [red]failed[/red]")
                 console.print_exception(max_frames=4)
                 all_well = False
@@ -356,7 +356,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 
 def write(out: Path, machine: Machine, size: str, rows: Mapping[str, Any]) -> None:
-    """`out`.json and `out`.md, with these rows new and any others in it as they were."""
+    """Writes `out`.json and `out`.md: these rows, and the other rows that were there."""
     path = out.with_suffix(".json")
     known = json.loads(path.read_text()) if path.is_file() else {}
     facts = {"machine": asdict(machine), "versions": versions(), "size": size}

@@ -54,7 +54,7 @@ def _short(name: str) -> str:
 
 
 def _contenders(config: CLIPConfig, make: Callable[[str], Job]) -> Mapping[str, Callable[[], Job]]:
-    """Everyone who has the architecture."""
+    """The libraries that have the architecture."""
     return {name: partial(make, name) for name in (OURS, *PEERS) if peers.takes_part(name, config)}
 
 
@@ -175,7 +175,7 @@ def tokenizers(size: str, folder: Path) -> list[Case]:
 
 
 def loading(size: str, folder: Path) -> list[Case]:
-    """B/32 from the disk (its cache, in truth), into float32."""
+    """Loads ViT-B/32 in float32 from a file that the disk's cache holds."""
     config = peers.architecture("ViT-B/32", size)
     side = config.vision.image_size
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -251,7 +251,7 @@ def loading(size: str, folder: Path) -> list[Case]:
 
 
 def starting(size: str) -> list[Case]:
-    """Processes that begin and end; for a quick look, one help is enough."""
+    """Processes that start and end."""
 
     def start(*command: str) -> Job:
         def run() -> None:
@@ -291,10 +291,10 @@ def starting(size: str) -> list[Case]:
 
 
 def evaluation(name: str, size: str, folder: Path) -> Case:
-    """Features of all JPEGs of a folder, read from the disk's cache: what an evaluation takes, and little else.
+    """Features of all JPEGs of a folder, which the disk's cache holds: most of what an evaluation does.
 
-    The limit is what two processes take that decode and encode a half each, on a core of their own, and never wait for
-    each other: all of the processor's time there is.
+    The limit is two processes that decode and encode one half each on a core of their own, and never wait for each
+    other: the whole processor's time.
     """
     config = peers.architecture(name, size)
     is_small = name == "small"

@@ -22,7 +22,7 @@ _LIBRARIES = ("torch", "torchvision", "numpy", "pytorch-lightning", "open_clip_t
 
 @dataclass(frozen=True)
 class Machine:
-    """flops: at most, a second, by `source`. bandwidth: bytes a second that a copy reads and writes."""
+    """flops: peak operations a second, by `source`. bandwidth: bytes a copy reads and writes a second."""
 
     name: str
     processor: str
@@ -33,7 +33,7 @@ class Machine:
 
 def this_machine(where: torch.device | None = None, precision: str = "32-true") -> Machine:
     where = where or torch.device("cpu")
-    moments = []  # the best of which is the machine's own; in the others somebody else was at it
+    moments = []  # in the best, no other process disturbed
     for _ in range(5 if where.type == "cpu" else 1):
         time.sleep(0.2)
         moments.append((measuring.peak(where, precision), bandwidth(where)))
@@ -50,7 +50,7 @@ def this_machine(where: torch.device | None = None, precision: str = "32-true") 
 
 
 def bandwidth(where: torch.device, megabytes: int = 256) -> float:
-    """The best of some copies of more than caches hold, bytes read and written a second."""
+    """Bytes read and written a second, by the fastest of some copies that are larger than caches."""
     source = torch.ones(megabytes * 250_000, device=where)
     target = torch.empty_like(source)
     best = 0.0
@@ -72,14 +72,14 @@ def versions() -> dict[str, str]:
 
 
 def resident_mb(peak: bool = False) -> float:
-    """10^6 bytes of this process in memory, now or at most since the last `forget_peak`."""
+    """MB (10^6 bytes) of this process in memory: now, or the peak since the last `forget_peak`."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"Vm{'HWM' if peak else 'RSS'}:\s+(\d+)", status)[1]) * 1024 / 1e6  # type: ignore[index]
 
 
 def forget_peak() -> None:
-    """Gives back what is free, and begins to watch the peak anew (Linux)."""
+    """Returns free memory to the system and resets the peak (Linux)."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # not of every C library
+    with suppress(OSError, AttributeError):  # not every C library has it
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

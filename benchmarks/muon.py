@@ -1,13 +1,13 @@
-"""Muon as it comes against AdamW tuned, by the steps that each is given: the demo's data and towers.
+"""Untuned Muon against tuned AdamW at several numbers of steps, on the demo's data and towers.
 
     python benchmarks/muon.py [--seeds 0 1 2] [--work runs/muon]
 
-AdamW's rate and decay are chosen on seed 0 by its validation pairs: every rate in short runs, the best two in runs of
-full length, and the better one with the other decay, too. The best then runs with every seed. Muon is
+The validation pairs of seed 0 choose AdamW's rate and decay: every rate in short runs, the best two in runs of full
+length, and the better one with the other decay, too. The best setting then runs with every seed. Muon is
 `--model.optimizer.kind muon` and nothing else, in a quarter of the steps (with seed 0 in two fifths, too). All else is
-configs/digits.yaml: batches of 256, and a schedule that ends with the run. Both begin from the same weights.
-Scores are of the weights after the last step, top-1 in %: on the validation pairs (chosen by), the test scans' digits,
-and pairs of digit and ink never seen in training. A run that is there already is not made again.
+configs/digits.yaml: batches of 256, and a schedule that ends with the run. Both start from the same weights.
+Scores are top-1 in % of the last step's weights: on the validation pairs (which choose), the test scans' digits, and
+pairs of digit and ink that training never sees. Finished runs are kept and not repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make_data(folder: Path, seed: int) -> None:
 
 
 def train(work: Path, seed: int, steps: int, **optimizer: str | float) -> dict[str, float]:
-    """Scores after a run; `optimizer` overrides the defaults of OptimizerConfig, not the demo's choices."""
+    """Scores after a run; `optimizer` overrides OptimizerConfig's defaults, not the demo's settings."""
     data = work / f"seed{seed}"
     make_data(data, seed)
     run = work / "_".join(["run", str(seed), str(steps), *(f"{name}={value}" for name, value in optimizer.items())])

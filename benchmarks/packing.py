@@ -2,9 +2,9 @@
 
     python benchmarks/packing.py [--images 2000] [--repeats 3]
 
-With `--resize`, the measure is a loop over the same files that opens, shrinks and encodes each with Pillow on as many
-threads and writes nothing. Without, it is reading the same files, which are not in memory, one after the other, and
-writing their bytes to one file that is flushed to the disk. The sides take turns.
+With `--resize`, packing is compared with a loop that opens, shrinks and encodes the same files with Pillow on as many
+threads and writes nothing. Without it, packing is compared with reading the same files one after the other, from the
+disk and not from memory, and writing their bytes to one file that is flushed to the disk. The sides take turns.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def reencode(folder: Path, threads: int) -> None:
 
 
 def write(folder: Path, out: Path) -> None:
-    """The same bytes, read and written one after the other, to the disk."""
+    """Reads the files one after the other and writes the same bytes to the disk."""
     with open(out, "wb") as file:
         for path in sorted(folder.iterdir()):
             file.write(path.read_bytes())
@@ -63,7 +63,7 @@ def write(folder: Path, out: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Takes the files out of the page cache, so that they come from the disk."""
+    """Drops the files from the page cache, so that they are read from the disk."""
     os.sync()
     for path in folder.iterdir():
         file = os.open(path, os.O_RDONLY)

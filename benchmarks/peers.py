@@ -1,6 +1,6 @@
-"""The same CLIP in every library: random weights in a file of OpenAI's layout, from which each builds its own.
+"""The same CLIP in every library, built from one file of random weights in OpenAI's layout.
 
-open_clip and transformers have to be installed; OpenAI's own package (`clip`) takes part where it is importable.
+open_clip and transformers must be installed; OpenAI's own package (`clip`) takes part where it can be imported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from miniclip.weights.layouts import from_openai_keys
 
 try:
     import clip.model as openai_model
-except ImportError:  # it is not there, or setuptools is newer than it knows
+except ImportError:  # it is not installed, or setuptools is too new for it
     openai_model = None
 
 # 64-pixel images, 6 + 6 blocks of width 256, as in configs/small.yaml.
@@ -54,14 +54,14 @@ _TINY = {
 
 
 def architecture(name: str, size: str) -> CLIPConfig:
-    """Of "small" or one of OpenAI's models; at the size "tiny" something like it that takes milliseconds."""
+    """The configuration of "small" or of an OpenAI model; at size "tiny" a similar one that takes milliseconds."""
     if size == "tiny":
         return _TINY[name]
     return SMALL if name == "small" else OPENAI_MODELS[name]
 
 
 def weights(config: CLIPConfig, folder: Path) -> Path:
-    """A file of random weights under OpenAI's names, written when first asked for."""
+    """A file of random weights under OpenAI's names; the first call writes it."""
     path = folder / f"{_name(config)}.safetensors"
     if not path.is_file():
         with torch.random.fork_rng(devices=[]):
@@ -79,7 +79,7 @@ def _name(config: CLIPConfig) -> str:
 
 
 def model_name(config: CLIPConfig, folder: Path) -> str:
-    """What open_clip calls the architecture, which it is told of by a file, as it is of its own."""
+    """open_clip's name for the architecture, which a configuration file registers."""
     name, vision, text = _name(config), config.vision, config.text
     path = folder / "open_clip" / f"{name}.json"
     if name not in open_clip.list_models():
@@ -199,7 +199,7 @@ def openais(config: CLIPConfig, folder: Path) -> Any:
 
 
 def takes_part(name: str, config: CLIPConfig) -> bool:
-    """Whether a peer has the architecture: transformers has ViTs, OpenAI's package QuickGELU."""
+    """Whether a peer has the architecture: transformers has ViTs alone, OpenAI's package QuickGELU alone."""
     if name == "transformers":
         return config.vision.kind == "vit"
     return name != "OpenAI" or (openai_model is not None and config.activation == "quick_gelu")

@@ -2,7 +2,7 @@
 
     python benchmarks/probes.py [--images 10000] [--width 512] [--classes 100]
 
-Features are drawn: a centre for each class and noise around it, made unit. A fifth of the images are the validation's.
+Features are random: a centre for each class plus noise, normalised. A fifth of the images validate.
 """
 
 from __future__ import annotations

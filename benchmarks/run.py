@@ -1,10 +1,10 @@
-"""Everything that is fast or small here, beside open_clip, transformers and OpenAI's own package.
+"""Speed and memory of miniclip beside open_clip, transformers and OpenAI's own package.
 
     python benchmarks/run.py [CASE …] [--quick]
 
-Writes benchmarks/results/MACHINE.md and .json. Cases that are named take the place of their rows there; `--quick` has
-smaller batches and fewer rounds, for a look within five minutes, and writes to MACHINE-quick. Ends with a status other
-than 0 if outputs disagree or a case fails. CASE may be the beginning of several names, such as "image".
+Writes benchmarks/results/MACHINE.md and .json; the cases that run replace their rows there. CASE may be a prefix of
+several names, such as "image". `--quick` has smaller batches and fewer rounds, takes about five minutes, and writes to
+MACHINE-quick. The exit status is not 0 if outputs disagree or a case fails.
 
 cases:
 """
@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about processes that are forked later
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as our commands have it; for all, so that nobody's threads spin
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning about forked processes
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # our commands set it; here it holds for all contenders
 
 import harness
 import inference
@@ -41,10 +41,10 @@ def cases(size: str, folder: Path) -> list[harness.Case]:
 
 
 def chosen(every: list[harness.Case], names: list[str]) -> list[harness.Case]:
-    """Those whose names are given or begin so.
+    """The cases whose names start with one of `names`; all of them without names.
 
     Raises:
-        ValueError: nothing has that name.
+        ValueError: no case has such a name.
     """
     for name in names:
         if not any(case.name.startswith(name) for case in every):

@@ -1,4 +1,4 @@
-"""Captions, prompts and photographs of the kinds that people have, drawn at random and the same in every run."""
+"""Random captions, prompts and photographs like those that people have; every run draws the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEAN_WORDS, DEVIATION_WORDS = 11.0, 4.7
 
 @cache
 def _vocabulary() -> tuple[np.ndarray, np.ndarray]:
-    """English words, and how often each comes: by Zipf's law in the order in which CLIP's merges were learnt."""
+    """English words and their frequencies: Zipf's law, in the order in which CLIP's merges were learnt."""
     found = (tokenizer.decode([number]) for number in range(512, tokenizer.START_OF_TEXT))
     words = ["a", *(word[:-1] for word in found if re.fullmatch(r"[a-z]{2,} ", word))]
     shares = 1 / (np.arange(len(words)) + 2.7)
@@ -31,7 +31,7 @@ def _vocabulary() -> tuple[np.ndarray, np.ndarray]:
 
 
 def captions(count: int, seed: int = 0) -> list[str]:
-    """As long as those of Conceptual Captions; one word in a hundred is new, two joined, as names are."""
+    """Captions as long as Conceptual Captions'; one word in a hundred is new, two words joined, like a name."""
     random = np.random.default_rng(seed)
     words, shares = _vocabulary()
     variance = np.log1p((DEVIATION_WORDS / MEAN_WORDS) ** 2)
@@ -63,7 +63,7 @@ def unicode_texts(count: int) -> list[str]:
 
 
 def template_prompts(count: int) -> list[str]:
-    """ImageNet's names in OpenAI's 80 templates, shuffled, those of 6 to 18 tokens."""
+    """Prompts of 6 to 18 tokens: ImageNet's names in OpenAI's 80 templates, shuffled."""
     random = np.random.default_rng(3)
     names, templates, texts = prompts.imagenet_classnames(), prompts.template_set("imagenet80"), []
     while len(texts) < count:
@@ -74,7 +74,7 @@ def template_prompts(count: int) -> list[str]:
 
 
 def prompts_of_length(count: int, num_tokens: int = 13) -> list[str]:
-    """Template prompts of the same number of tokens."""
+    """Template prompts that all have the same number of tokens."""
     wanted: list[str] = []
     for name in prompts.imagenet_classnames():
         for template in prompts.template_set("imagenet80"):
@@ -88,9 +88,9 @@ def prompts_of_length(count: int, num_tokens: int = 13) -> list[str]:
 
 
 def photograph(side: int, random: np.random.Generator) -> Image.Image:
-    """What matters of a photograph to a decoder: the spectrum, which falls like 1 / f, and pale colours.
+    """Noise that costs a decoder as much as a photograph: its spectrum falls like 1 / f, and its colours are pale.
 
-    With this slope a JPEG of quality 90 has 2 to 3 bits a pixel, as photographs of that size have.
+    With this slope a JPEG of quality 90 has 2 to 3 bits a pixel, like photographs of that size.
     """
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)).clip(1 / side)
     y, x = np.mgrid[:side, :side] / side
@@ -106,7 +106,7 @@ def photograph(side: int, random: np.random.Generator) -> Image.Image:
 
 
 def photographs(folder: Path, count: int, side: int) -> Path:
-    """A folder of `count` JPEG photographs, in a folder of its own as of one class; made when first asked for."""
+    """A folder of one class with `count` JPEG photographs; the first call makes it."""
     out = folder / f"photographs-{count}-{side}" / "all"
     if not out.is_dir():
         out.mkdir(parents=True)
@@ -121,7 +121,7 @@ def photographs(folder: Path, count: int, side: int) -> Path:
 
 
 def shards(folder: Path, count: int, side: int) -> Path:
-    """`count` JPEG photographs with captions in four tars; made when first asked for."""
+    """`count` JPEG photographs with captions in four tars; the first call makes them."""
     out = folder / f"shards-{count}-{side}"
     if not out.is_dir():
         random, source = np.random.default_rng(side), folder / f"pairs-{count}-{side}"

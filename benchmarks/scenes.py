@@ -1,4 +1,4 @@
-"""Makes a set of drawn scenes: 10,080 pairs in 1,280 classes, as a folder of one's own.
+"""Draws a data set of scenes: 10,080 pairs in 1,280 classes, as a folder of pictures and captions.
 
     python benchmarks/scenes.py OUT
 
@@ -7,9 +7,9 @@
     OUT/test/    one of each class, with one caption, for retrieval
     OUT/*.csv    labels: val.csv; of test/, scenes.csv (classes of training) and unseen.csv (the others)
 
-A class is a shape, a colour, a filling and a place: 8 x 8 x 4 x 5. Every eighth never occurs in train/ or val/. Size,
-tilt, shade, paper and light differ from picture to picture and are in no caption. With `--pairs-per-class 1` and
-`--every 20` the set is small enough to try things with.
+A class is a shape, a colour, a filling and a place: 8 x 8 x 4 x 5. Every eighth class is in neither train/ nor val/.
+Size, tilt, shade, paper and light differ from picture to picture, and no caption names them. With `--pairs-per-class 1`
+and `--every 20` the set is small enough for trials.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _FINE = 4  # drawn so many times larger
 
 
 def is_unseen(number: int) -> bool:
-    """Every eighth class, in every shape, colour, filling and place alike."""
+    """True for every eighth class, spread evenly over shapes, colours, fillings and places."""
     shape, colour, filling, place = np.unravel_index(number, (len(SHAPES), len(COLOURS), len(FILLINGS), len(PLACES)))
     return int(shape + 3 * colour + 2 * filling + place) % 8 == 0
 
@@ -117,7 +117,7 @@ def make(out: Path, seed: int = 0, pairs_per_class: int = 9, every: int = 1) -> 
     """Writes the three folders and the three tables.
 
     Args:
-        every: takes every so many-th class alone.
+        every: keeps every `every`-th class alone.
 
     Raises:
         ValueError: `out` exists.

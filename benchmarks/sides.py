@@ -1,4 +1,4 @@
-"""The two trainers that are compared, the batches that both see, and the evaluation that both go through."""
+"""The two trainers that time_to_quality.py compares, the batches that both see, and their common evaluation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EVALUATIONS = 12  # of a run
 
 
 class Batches:
-    """The batches of a run from the shards; number n is the same for both sides."""
+    """The batches of a run, read from shards; both sides see the same batch n."""
 
     def __init__(self, folder: Path, clip: CLIPConfig, augmentation: Augmentation, size: int, seed: int) -> None:
         shards = Shards(folder / "shards")
@@ -53,7 +53,7 @@ class Batches:
 
 
 class Examination:
-    """A table of labelled pictures, decoded once; pictures with a caption beside them are retrieved by it as well."""
+    """Scores a model on a table of labelled pictures: top-1, and retrieval if every picture has a caption beside it."""
 
     def __init__(self, table: Path, preprocess: Any) -> None:
         self.data: Any = open_dataset(str(table))
@@ -79,7 +79,7 @@ class Examination:
 
 
 class Clock:
-    """Processor and wall-clock seconds of what runs while it is on; inside of it, `paused` is left out."""
+    """Adds up processor and wall-clock seconds of `with` blocks; blocks within `paused` do not count."""
 
     def __init__(self) -> None:
         self.cpu_s = self.wall_s = 0.0
@@ -100,7 +100,7 @@ class Clock:
 
 
 class Stretch:
-    """The batches between two evaluations, as open_clip's loop takes them; the clock stands still while one is made."""
+    """The batches between two evaluations, in the form of open_clip's loop; making them stops the clock."""
 
     def __init__(self, batches: Batches, first: int, count: int, clip: CLIPConfig, clock: Clock) -> None:
         self.batches, self.first, self.num_batches, self.clip, self.clock = batches, first, count, clip, clock
@@ -119,7 +119,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Point:
-    """What an evaluation found; val in %."""
+    """An evaluation of a run: when it was, and the validation score in %."""
 
     step: int
     samples: int
@@ -129,7 +129,7 @@ class Point:
 
 
 class Course:
-    """The validation scores of a run, and the weights of two moments: the best, and the first to reach `target`."""
+    """The validation scores of a run, and two sets of weights: the best, and the first to reach `target`."""
 
     def __init__(self, exam: Examination, target: float = math.inf) -> None:
         self.exam, self.target = exam, target
@@ -152,7 +152,7 @@ def stretches(steps: int) -> list[tuple[int, int]]:
 
 
 class Side(NamedTuple):
-    """A trainer. advance: takes the first step's number and how many. scored: the model so far. clock: of training."""
+    """A trainer. advance(first step, steps) trains; scored() is the model so far; clock runs while it trains."""
 
     advance: Callable[[int, int], None]
     scored: Callable[[], miniclip.CLIP]
@@ -179,7 +179,7 @@ def open_clip_side(clip: CLIPConfig, batches: Batches, steps: int, rate: float, 
         ),
         output_dict=True,
     )
-    # As in its main.py: gains, biases and the logit scale do not decay.
+    # Its main.py does not decay gains, biases and the logit scale.
     spared = [p.ndim < 2 or any(part in n for part in ("bn", "ln", "bias")) for n, p in model.named_parameters()]
     parameters = list(model.parameters())
     groups = [
@@ -199,7 +199,7 @@ def open_clip_side(clip: CLIPConfig, batches: Batches, steps: int, rate: float, 
         stretch = Stretch(batches, first, count, clip, clock)
         data = {"train": SimpleNamespace(dataloader=stretch, set_epoch=lambda epoch: None)}
         with clock:
-            # An epoch of its loop is a stretch, so its steps start anew each time.
+            # Each stretch is an epoch of its loop, which counts steps from 0.
             train_one_epoch(
                 model, data, ClipLoss(), 0, optimizer, None, lambda step: schedule(first + step), None, settings
             )
@@ -212,7 +212,7 @@ def open_clip_side(clip: CLIPConfig, batches: Batches, steps: int, rate: float, 
 
 
 def our_side(clip: CLIPConfig, batches: Batches, steps: int, recipe: dict[str, Any], seed: int) -> Side:
-    """Args: recipe: what CLIPTraining takes, `optimizer` among it, as in a configuration."""
+    """recipe: arguments of CLIPTraining, with `optimizer`, as in a configuration."""
     torch.manual_seed(seed)
     config = OptimizerConfig(**recipe.get("optimizer", {}))
     module = CLIPTraining(clip, config, **{name: value for name, value in recipe.items() if name != "optimizer"})
@@ -250,11 +250,11 @@ def train(side: Side, course: Course, steps: int, batch_size: int) -> None:
 
 
 def costs_in_turns(sides: list[Side], rounds: int) -> list[float]:
-    """Processor seconds a step of each, the median; a busy machine slows those that take turns alike."""
+    """Each side's median processor seconds a step. They take turns, so that a busy machine slows both alike."""
     times: list[list[float]] = [[] for _ in sides]
     for n in range(rounds + 1):
         for side, seconds in zip(sides, times, strict=True):
             before = side.clock.cpu_s
             side.advance(n, 1)
             seconds.append(side.clock.cpu_s - before)
-    return [statistics.median(seconds[1:]) for seconds in times]  # the first has what happens once
+    return [statistics.median(seconds[1:]) for seconds in times]  # the first includes one-time costs

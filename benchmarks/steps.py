@@ -43,14 +43,14 @@ from miniclip.weights.layouts import from_openai_keys
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-ADAMW = OptimizerConfig(lr=1e-9)  # so small a rate that the weights of all contenders stay alike
-_BYTES_OF_ADAMW = 28  # a parameter: reads it, its gradient and two averages, writes it and the averages, 4 bytes each
+ADAMW = OptimizerConfig(lr=1e-9)  # a rate so small that all contenders' weights stay alike
+_BYTES_OF_ADAMW = 28  # a parameter: it reads weight, gradient and two averages, and writes weight and averages
 
 
 def cases(size: str, folder: Path) -> list[Case]:
     """size: "full", "quick" or "tiny". folder: where what they read is made when first needed."""
     counts = {"full": (64, 32, 16), "quick": (32, 4, 4), "tiny": (4, 4, 4)}[size]
-    is_full = size == "full"  # each memory is a process, which first imports for seconds
+    is_full = size == "full"  # each measurement of memory is a process with seconds of imports
     small, b32, rn50 = (peers.architecture(name, size) for name in ("small", "ViT-B/32", "RN50"))
     return [
         step(
@@ -142,7 +142,7 @@ def their_step(
     dropout: float = 0.0,
     compiles: bool = False,
 ) -> Job:
-    """open_clip's, as its train_one_epoch makes it, `parts` being --accum-freq."""
+    """A step as open_clip's train_one_epoch makes it; `parts` is --accum-freq."""
     model = peers.openclips(config, folder, force_patch_dropout=dropout or None).train().to(where)
     model.set_grad_checkpointing(checkpoints)
     images = normalize(pixels(config, len(texts), where), config.vision.mean, config.vision.std)
@@ -190,7 +190,7 @@ def wait_for(where: torch.device) -> None:
 
 
 def their_optimizer(model: Any, config: OptimizerConfig = ADAMW) -> torch.optim.Optimizer:
-    """open_clip's groups with the same AdamW as ours, one kernel for all, which its trainer would not ask for."""
+    """open_clip's parameter groups with our AdamW: one kernel, which its own trainer does not ask for."""
     decays = {name: p.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias")) for name, p in _named(model)}
     groups = [
         {"params": [p for name, p in _named(model) if not decays[name]], "weight_decay": 0.0},
@@ -204,17 +204,17 @@ def _named(model: Any) -> list[tuple[str, Tensor]]:
 
 
 def pixels(config: CLIPConfig, count: int, where: torch.device = CPU) -> Tensor:
-    """Noise, the same in every run on a kind of device."""
+    """Random pixels; every run on the same kind of device draws the same."""
     side, random = config.vision.image_size, torch.Generator(where).manual_seed(0)
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=where, generator=random)
 
 
 def _outcome(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss and the whole gradient of the weights that all began with, in float64.
+    """The loss and the whole gradient at the initial weights, in float64.
 
-    Batch norm over a few images makes percents of float32's last bits; and after steps whose last bits differ, a block
-    that started at 0 has other signs, so that ReLU, which still sees zeros, lets other gradients through.
-    The scale's is left out, as open_clip multiplies it when it accumulates.
+    In float32, batch norm over a few images turns last bits into percents. After steps whose last bits differ, a block
+    that started at 0 has other signs, so that ReLU, which still sees zeros, passes other gradients. The gradient of the
+    scale is left out, because open_clip multiplies it when it accumulates.
     """
     gradients = [parameters[name].grad for name in sorted(parameters) if name != "logit_scale"]
     return {"loss": loss, "gradient": torch.cat([g.flatten() for g in gradients if g is not None])}
@@ -355,22 +355,21 @@ def open_clips_data(shards: Path, count: int, batch_size: int, image_size: int, 
 
 
 def _braces(shards: Path) -> str:
-    """All shards of a folder, as open_clip is told of them."""
+    """All shards of a folder as one pattern, for open_clip."""
     names = sorted(path.stem for path in shards.glob("*.tar"))
     return str(shards / f"{{{names[0]}..{names[-1]}}}.tar")
 
 
 def pipeline(side: int, size: str, folder: Path) -> Case:
-    """From shards to batches of 224 pixels in this process with one thread, as each library feeds its trainer."""
+    """From shards to batches of 224 pixels, as each library feeds its trainer: in this process, with one thread."""
     count, batch_size, image_size = {"full": (256, 64, 224), "quick": (64, 32, 224), "tiny": (8, 4, 32)}[size]
 
     def loader() -> Any:
         shards = samples.shards(folder, count, side)
         data = PairDataModule(str(shards), batch_size=batch_size, num_workers=0, image_size=image_size)
-        here = SimpleNamespace(root_device=torch.device("cpu"))
-        data.trainer = SimpleNamespace(
-            global_step=0, global_rank=0, world_size=1, strategy=here
-        )  # all that it asks for
+        place = SimpleNamespace(root_device=CPU)
+        # The parts of a trainer that a batch asks for.
+        data.trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, strategy=place)
         data.setup("fit")
         return data.train_dataloader()
 
@@ -388,7 +387,7 @@ def pipeline(side: int, size: str, folder: Path) -> Case:
         return Job(lambda: sum(len(images) for images, _ in batches))
 
     def decoding() -> Job:
-        """At the least size from which a crop of nine tenths can be resized."""
+        """Decodes at the smallest size from which a crop of nine tenths can be resized."""
         shards = loader().dataset.shards
         shrink = next(s for s in (4, 2, 1) if 0.9 * side >= s * image_size or s == 1)
         encoded = [shards[number].image for number in range(count)]
@@ -423,7 +422,7 @@ main(sys.argv[2:])
 
 
 def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
-    """Each library's own command, from its start to the end of its process: shards to a checkpoint, two workers."""
+    """Each library's own command, the whole process: shards to a checkpoint, with two workers."""
     count, batch_size, side = {"full": (4096, 64, 256), "quick": (128, 32, 256), "tiny": (8, 4, 64)}[size]
     num_steps, rate = count // batch_size, 5e-4
     interval = min(8, num_steps)
@@ -433,7 +432,7 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
         training = {"max_epochs": 1, "log_every_n_steps": interval, "enable_progress_bar": False, "accelerator": "cpu"}
         model = {"clip": asdict(config), "optimizer": {"lr": rate}}
         settings = folder / "epoch.yaml"
-        settings.write_text(json.dumps({"model": model, "data": data, "trainer": training}))  # YAML knows JSON
+        settings.write_text(json.dumps({"model": model, "data": data, "trainer": training}))  # JSON is YAML
         flags = ["fit", f"--config={settings}", "--trainer.default_root_dir"]
 
         def run() -> int:
@@ -477,7 +476,7 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
 
 @contextlib.contextmanager
 def _silence() -> Any:
-    """What trainers say goes nowhere."""
+    """Discards the output of trainers."""
     with open(os.devnull, "w") as nowhere, warnings.catch_warnings(), peers.no_log():
         warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

@@ -2,8 +2,8 @@
 
     python benchmarks/synchronisations.py fit --config configs/digits.yaml … (all that train.py takes)
 
-torch tells of every wait but those that are asked for by name (`torch.cuda.synchronize`). Steps that are logged are
-counted apart. The first step that is watched is the second, and validations are left out.
+torch reports every wait except explicit ones (`torch.cuda.synchronize`). Logged steps are counted apart; the first step
+and validations are not watched.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import miniclip
 from miniclip.commands import train as command
 from miniclip.training.measuring import is_logged
 
-_TOLD = "called a synchronizing CUDA operation"
+_WARNING = "called a synchronizing CUDA operation"
 _PACKAGE = Path(miniclip.__file__).parent
 
 
 class Watch(Callback):
-    """Counts the waits of every step, from its first hook to that of the next, and lists them at the end."""
+    """Counts the waits from the first hook of one step to that of the next, and prints them at the end."""
 
     def __init__(self) -> None:
-        self.waits: dict[bool, Counter[tuple[str, str]]] = {False: Counter(), True: Counter()}  # by whether logged
+        self.waits: dict[bool, Counter[tuple[str, str]]] = {False: Counter(), True: Counter()}  # logged or not
         self.steps: Counter[bool] = Counter()
         self._is_watching = self._is_logged = False
 
@@ -63,13 +63,13 @@ class Watch(Callback):
             torch.cuda.set_sync_debug_mode("warn" if is_on else "default")
         if is_on:
             self._before = warnings.showwarning
-            warnings.filterwarnings("always", message=f".*{_TOLD}.*")
+            warnings.filterwarnings("always", message=f".*{_WARNING}.*")
             warnings.showwarning = self._note
         else:
             warnings.showwarning = self._before
 
     def _note(self, message: Any, *more: Any, **options: Any) -> None:
-        if _TOLD not in str(message):
+        if _WARNING not in str(message):
             self._before(message, *more, **options)
             return
         frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.endswith("warnings.py")]

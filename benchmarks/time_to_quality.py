@@ -1,19 +1,18 @@
-"""How long until open_clip's best score: its trainer and recipe, tuned, against ours, on one thread.
+"""Time to open_clip's best score: its tuned trainer and recipe against ours, on one thread.
 
     python benchmarks/time_to_quality.py [--sets digits scenes] [--seeds 0 1 2] [--work runs/time-to-quality]
-    python benchmarks/time_to_quality.py --tiny    # all of it in seconds, to see that it runs; its numbers say nothing
+    python benchmarks/time_to_quality.py --tiny    # everything in seconds; its numbers mean nothing
 
-Two sets: the demo's (examples/digits.py), and drawn scenes in 1,280 classes (benchmarks/scenes.py). Both sides have the
-same shards, towers, augmentation and captions, by step the same batches where their batches are of one size, and the
-same evaluation. open_clip's side is its CLIP, ClipLoss, training loop (`open_clip_train.train`), AdamW with its groups
-and betas, and its cosine schedule with a warm-up. Ours is the recipe of the configuration named in SETS.
+There are two sets: the demo's (examples/digits.py), and drawn scenes in 1,280 classes (benchmarks/scenes.py). Both
+sides have the same shards, towers, augmentation, captions and evaluation, and at equal batch sizes the same batches.
+open_clip's side is its CLIP, ClipLoss, training loop (`open_clip_train.train`), AdamW with its groups and betas, and
+its cosine schedule with a warm-up. Ours is the recipe of the configuration that SETS names.
 
-Rate and warm-up of open_clip are chosen on seed 0 by validation (the grid stands in SETS), in runs as long
-as the one that counts; the best then runs with every seed, and ours after each. Ours has come as far as open_clip's
-best score where its validation curve, straight between two evaluations, first does. Test scores are of the best weights
-and of those that came that far, and nothing is chosen by them. Time is that of training, without batches and
-evaluations on both sides; as a busy machine slows one run more than another, a step's cost is also measured with both
-sides taking turns. A run that is there already is not made again.
+Validation on seed 0 chooses open_clip's rate and warm-up (SETS has the grid) in runs of full length; the best setting
+then runs with every seed, and ours after each. Ours reaches open_clip's best score where its validation curve, linear
+between evaluations, first does. Test scores are of the best weights and of those that first reach that score; they
+choose nothing. Time is training alone, without batches and evaluations. A busy machine slows one run more than another,
+so a step's cost is also measured with both sides taking turns. Finished runs are kept and not repeated.
 """
 
 from __future__ import annotations
@@ -44,21 +43,22 @@ from miniclip.data.sources import read_pairs
 from miniclip.images import Preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTEXTS = (32, 77)  # at which a step's cost is measured: that of the towers here, and CLIP's own
+CONTEXTS = (32, 77)  # context lengths of the measured steps: these towers' and CLIP's own
 
 
 @dataclass(frozen=True)
 class Set:
-    """A data set, the towers and augmentation of both sides, and what is tried on each.
+    """A data set, and both sides' settings for it.
 
     Args:
         generator: makes the data; takes a folder and `--seed`.
-        config: has the towers, the augmentation and our recipe.
-        tests: tables of the test split that are classified; those with captions are retrieved from as well.
-        grid: of open_clip, each tried on seed 0: (batch size, peak rate, share of the run that is warm-up).
-        samples: of each of open_clip's runs.
-        our_steps, our_batch: of ours.
-        rounds: in which a step's cost is measured.
+        config: a YAML file with the towers, the augmentation and our recipe.
+        tests: tables of the test split; those with captions are tested by retrieval as well.
+        grid: open_clip's settings: (batch size, peak rate, share of the run that is warm-up).
+        samples: the length of open_clip's runs.
+        our_steps, our_batch: the length and batch size of ours.
+        rounds: how often a step's cost is measured.
+        options: further arguments of the generator.
     """
 
     generator: Path
@@ -98,7 +98,7 @@ TINY = {
 
 
 def prepare(folder: Path, data: Set, seed: int) -> None:
-    """Pictures, captions and tables below `folder`/data, and shards of the pairs to train on."""
+    """Makes pictures, captions and tables below `folder`/data, and shards of the training pairs."""
     if (folder / "shards/index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,12 +109,12 @@ def prepare(folder: Path, data: Set, seed: int) -> None:
 
 
 def best(points: list[Point]) -> Point:
-    """Where the validation score is highest; of equal ones the first."""
+    """The first point with the highest validation score."""
     return max(points, key=lambda point: point.val)
 
 
 def reached(points: list[Point], score: float) -> Point | None:
-    """Where the validation curve, straight between its points, first comes to a score; None if it never does."""
+    """Where the validation curve, linear between its points, first reaches a score; None if it never does."""
     before = Point(0, 0, 0.0, 0.0, 0.0)
     for point in points:
         if point.val >= score:
@@ -127,7 +127,7 @@ def reached(points: list[Point], score: float) -> Point | None:
 
 
 def read_config(path: Path) -> tuple[CLIPConfig, Augmentation, dict[str, Any]]:
-    """Towers, augmentation, and what else stands under `model`."""
+    """Towers, augmentation, and the other settings under `model`."""
     settings = yaml.safe_load(path.read_text())
     recipe = settings["model"]
     towers = recipe.pop("clip")
@@ -198,7 +198,7 @@ class Bench:
         )
 
     def costs(self, setting: tuple[int, float, float]) -> dict[int, list[float]]:
-        """Context length -> processor seconds a step, open_clip's and ours, taken in turns."""
+        """Context length -> processor seconds a step of open_clip and of ours, measured in turns."""
         size, rate, warmup = setting
         path = self.work / f"costs_{size}_{self.data.our_batch}.json"
         if not path.is_file():
@@ -216,7 +216,7 @@ class Bench:
         return {int(length): seconds for length, seconds in json.loads(path.read_text()).items()}
 
     def compare(self, seeds: list[int]) -> Comparison:
-        """open_clip's best setting of the grid, chosen on seed 0; then each seed, one side after the other."""
+        """Chooses open_clip's best setting of the grid on seed 0, then runs both sides with each seed."""
         grid = {setting: best(self.open_clip(setting, 0).points) for setting in self.data.grid}
         chosen = max(grid, key=lambda setting: grid[setting].val)
         rows = []
@@ -227,7 +227,7 @@ class Bench:
 
 
 class Comparison(NamedTuple):
-    """What came out for a set. rows: seed, open_clip's run, ours. costs: see `Bench.costs`."""
+    """The results on a set. rows: (seed, open_clip's run, ours). costs: see `Bench.costs`."""
 
     bench: Bench
     grid: dict[tuple[int, float, float], Point]
@@ -269,7 +269,7 @@ class Comparison(NamedTuple):
         return "\n".join(lines)
 
     def ratios(self) -> dict[str, list[float]]:
-        """open_clip's to ours, a seed each, of what it takes to open_clip's best; infinite where ours never does."""
+        """Cost of open_clip's best score, open_clip's divided by ours, for each seed; 0 where ours never reaches it."""
         out: dict[str, list[float]] = {name: [] for name in ("steps", "samples", "processor", "wall-clock")}
         for _, theirs, ours in self.rows:
             goal = best(theirs.points)
@@ -312,7 +312,7 @@ def _row(seed: int, side: str, point: Point, val: float, tests: dict[str, dict[s
 
 
 def draw_curves(comparisons: list[Comparison], path: Path) -> None:
-    """Validation over processor seconds, as steps times a step's cost; a panel for each set, every seed a line."""
+    """Validation over processor seconds (steps times a step's cost): a panel for each set, a line for each seed."""
     import matplotlib
 
     matplotlib.use("agg")
