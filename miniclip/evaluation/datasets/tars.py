@@ -112,7 +112,7 @@ def _indexed(source: str) -> Shards:
     out = cache_folder("indexes") / digest.hexdigest()[:32]
     with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {source}"):
         if not (out / INDEX_FILE).is_file():
-            index_shards(source, out, overwrite=True, needs_all=True)  # the rest of one that was interrupted may be there
+            index_shards(source, out, overwrite=True, needs_all=True)  # replaces an interrupted one
     return Shards(out, needs_captions=False)
 
 
