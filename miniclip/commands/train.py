@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -30,15 +30,17 @@ from ..data.order import BatchSampler
 from ..data.preflight import brief
 from ..reports.runs import PAGE_FILE, read_run
 from ..training import lightning_private
-from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, ForgivingCSVLogger, LastCheckpoint, RandomStates
+from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates
 from ..training.finite import StopIfNotFinite
 from ..training.measuring import RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
 from ..training.rejected import RejectedSamples
 from ..training.resume import Resumption
+from ..training.run_lock import hold
 from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
-from ..training.stopping import LostProcesses, what_is_kept
+from ..training.stopping import LostProcesses, is_lost_data_worker, what_is_kept
+from ..training.table_log import TableLogger
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
@@ -78,6 +80,11 @@ class TrainingCLI(LightningCLI):
     A run is a folder, `runs/NAME` or `trainer.default_root_dir`, with `checkpoints/last.ckpt` and `best.ckpt`, `logs/`,
     and at the end `best/`, which `miniclip.load` reads.
     """
+
+    def __init__(self, *args: Any, until_end: ExitStack, **kwargs: Any) -> None:
+        """until_end: closed when the run has ended."""
+        self._until_end = until_end
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.clip.vision.image_size", "data.image_size")
@@ -162,6 +169,8 @@ class TrainingCLI(LightningCLI):
         run = run_settings.folder(config)
         # The configuration that is saved with the run has the folder and no name.
         config.trainer.default_root_dir, config.name = str(run), None
+        if self.subcommand == "fit" and _is_rank_zero():
+            self._until_end.enter_context(hold(run))
         holds_a_run = run_settings.holds_a_run(run)
         if config.ckpt_path == "last":
             last = run_settings.checkpoints(run) / "last.ckpt"
@@ -253,7 +262,7 @@ class TrainingCLI(LightningCLI):
         logger = trainer.logger
         if logger is not False:  # the report needs the table beside any other log
             others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
-            logger = [ForgivingCSVLogger(run, name="logs"), *others]
+            logger = [TableLogger(run, name="logs"), *others]
         made: pl.Trainer = super().instantiate_trainer(
             callbacks=[*run_settings.callback_list(trainer.callbacks), *callbacks],
             logger=logger,
@@ -316,11 +325,19 @@ def _dotted_settings(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _early_stopping_in_words() -> Iterator[None]:
-    """Lightning's EarlyStopping raises a RuntimeError for a metric that nothing logs; a user can cause that."""
+def _runtime_errors_in_words() -> Iterator[None]:
+    """Ends without a traceback where a user, or the machine, is the cause of a library's RuntimeError."""
     try:
         yield
     except RuntimeError as error:
+        if is_lost_data_worker(error):
+            notes = " ".join(getattr(error, "__notes__", []))
+            print(
+                f"error: a process that reads the data is gone ({error}). It was killed, by hand or for its memory; "
+                f"fewer data.num_workers take less. {notes}",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from error
         if str(error).startswith("Early stopping conditioned on metric"):
             raise ValueError(str(error).replace("`", "'")) from error
         raise
@@ -340,11 +357,12 @@ def main(args: list[str] | None = None) -> None:
     )  # fit's callbacks, in validate
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
-    with user_errors(MisconfigurationException), _early_stopping_in_words():
+    with user_errors(MisconfigurationException), _runtime_errors_in_words(), ExitStack() as until_end:
         TrainingCLI(
             CLIPTraining,
             PairDataModule,
             args=args,
+            until_end=until_end,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},

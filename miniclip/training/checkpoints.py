@@ -17,7 +17,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 
@@ -60,16 +59,6 @@ def save(trainer: pl.Trainer, path: Path) -> str | None:
     trainer.save_checkpoint(path)
     failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
     return trainer.strategy.broadcast(str(failure) if failure else None)
-
-
-class ForgivingCSVLogger(CSVLogger):
-    """A full disk does not end a run for its log: the rows are kept, and written when there is room."""
-
-    def save(self) -> None:
-        try:
-            super().save()
-        except OSError as error:
-            print(f"warning: the log could not be written ({error})", file=sys.stderr)
 
 
 class RandomStates(Checkpoint):

@@ -1,0 +1,115 @@
+"""What a run's folder survives: a second run, a process that is killed, a full disk."""
+
+import csv
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from pytorch_lightning import Callback
+from runs import arguments, command, fails, metrics
+
+from miniclip.commands import train as trainer
+from miniclip.training.table_log import TableLogger
+
+
+def test_a_run_keeps_others_out_of_its_folder_until_it_ends_or_is_killed(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = command(data, run, "--save_every_n_steps=1", steps=100_000)
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("step 5/") for line in process.stdout)
+        for more in ([], ["--ckpt_path=last"], ["--overwrite=true"]):
+            message = fails(capsys, arguments(data, run, *more, steps=100_001))
+            assert (
+                f"{run} is in use by another run, process {process.pid} on {socket.gethostname()}, started 2" in message
+            )
+            assert "--name" in message
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    stopped_at = int(re.search(r"from step (\d+)", resumed(data, run, capsys))[1])
+    assert stopped_at >= 5
+    assert not (run / "running.json").exists()
+    assert not (run / ".lock").exists()
+
+
+def resumed(data, run, capsys) -> str:
+    """The output of a run that is resumed after its process was killed, and is stopped soon."""
+    stop = '--trainer.callbacks=[{"class_path": "test_run_folder.StopNow"}]'
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(arguments(data, run, "--ckpt_path=last", stop, steps=100_000))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    output = capsys.readouterr().out
+    assert re.search(rf"{run}: an earlier run, process \d+ on \S+, started \S+, was cut off", output)
+    return output
+
+
+class StopNow(Callback):
+    def on_train_batch_start(self, *args) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_refused_run_leaves_no_folder(data, tmp_path, capsys):
+    fails(capsys, arguments(data, tmp_path / "run", "--trainer.max_steps=0"))
+    assert not (tmp_path / "run").exists()
+
+
+class KillDataWorkers(Callback):
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == 3:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_killed_data_worker_ends_the_run_with_the_command_that_resumes_it(data, tmp_path, capsys):
+    kill = '--trainer.callbacks=[{"class_path": "test_run_folder.KillDataWorkers"}]'
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(arguments(data, tmp_path / "run", kill, "--save_every_n_steps=1", steps=200))
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert "data.num_workers" in message
+    assert "last.ckpt is the last checkpoint" in message
+    assert "--ckpt_path last" in message
+    assert "Traceback" not in message
+
+
+@pytest.fixture
+def room() -> Iterator[None]:
+    """Whatever a test limits, the next one has its disk back."""
+    yield
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_tears_no_row_of_the_log_and_loses_none(tmp_path, capsys, room):
+    log = TableLogger(tmp_path, name="logs")
+    table = tmp_path / "logs/version_0/metrics.csv"
+    for step in range(2000):
+        log.log_metrics({"train/loss": 1 / (step + 1)}, step)
+    log.save()
+    whole = table.read_bytes()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for room_left, row in ((6, {"train/loss": 0.5}), (6, {"val/loss": 0.25}), (-100, {"val/loss": 0.125})):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room_left, hard))
+        log.log_metrics(row, step := step + 1)
+        log.save()
+        assert table.read_bytes() == whole
+    assert capsys.readouterr().err.count("warning: the log could not be written") == 3
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.log_metrics({"train/loss": 2.0}, step + 1)
+    log.save()
+    rows = metrics(tmp_path)
+    assert [int(row["step"]) for row in rows] == list(range(2004))
+    assert [row["train/loss"] for row in rows[-4:]] == ["0.5", "", "", "2.0"]
+    assert [row["val/loss"] for row in rows[-4:]] == ["", "0.25", "0.125", ""]
+    assert [float(row["train/loss"]) for row in rows[:2000]] == [1 / (step + 1) for step in range(2000)]
+    assert len(list(csv.reader(table.open()))) == 2005
+    assert [path.name for path in table.parent.iterdir()] == ["metrics.csv"]
