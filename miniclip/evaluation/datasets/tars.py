@@ -112,13 +112,7 @@ def _indexed(source: str) -> Shards:
     out = cache_folder("indexes") / digest.hexdigest()[:32]
     with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {source}"):
         if not (out / INDEX_FILE).is_file():
-<<<<<<< HEAD
             index_shards(source, out, overwrite=True, needs_all=True)  # replaces an interrupted one
-=======
-            index_shards(
-                source, out, overwrite=True, needs_all=True
-            )  # the rest of one that was interrupted may be there
->>>>>>> 1550cdf (A run holds its folder, its table survives a full disk, and a killed data worker is an error in words)
     return Shards(out, needs_captions=False)
 
 
