@@ -78,15 +78,10 @@ def read_lines(path: str | Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    return lines_of(text, path)
-
-
-def lines_of(text: str, source: str | Path) -> list[str]:
-    """As `read_lines`, of a text that was read already."""
     lines = [line.strip() for line in text.rstrip().split("\n")]
     for number, line in enumerate(lines, 1):
         if not line:
-            raise ValueError(f"{source} is {'empty' if len(lines) == 1 else f'blank in line {number}'}")
+            raise ValueError(f"{path} is {'empty' if len(lines) == 1 else f'blank in line {number}'}")
     return lines
 
 

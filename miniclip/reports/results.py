@@ -10,6 +10,7 @@ import io
 import json
 import platform
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def as_dict(results: Sequence[Result], robustness: Robustness | None = None) -> 
 
 def _result_as_dict(result: Result) -> dict[str, Any]:
     scores = result.scores
+    left_out: Counter[str] = Counter()
+    for each in result.data.left_out:
+        left_out[each.reason] += each.count
     return {
         "model": result.model,
         "library": result.library,
@@ -65,6 +69,7 @@ def _result_as_dict(result: Result) -> dict[str, Any]:
         "task": result.task,
         "num_images": scores.num_images,
         "unreadable": list(scores.unreadable),
+        "left_out": dict(left_out),
         "metrics": scores.values(),
         "intervals_95": {name: list(interval) for name, interval in scores.intervals().items()},
         "logit_scale": result.logit_scale,

@@ -632,7 +632,7 @@ def test_prompts_by_class_lie_beside_the_data_too(tmp_path):
     "content, message",
     [
         ("{", "is not JSON"),
-        ("[]", "holds list; it must map each class name to a list of its prompts"),
+        ("[]", "holds no templates"),
         ('{"kea": []}', "'kea' must have a list of prompts"),
         ('{"kea": "a bird"}', "'kea' must have a list of prompts"),
         ('{"kea": ["a", " "]}', "'kea' must have a list of prompts"),

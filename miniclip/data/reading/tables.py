@@ -115,6 +115,13 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
     return found
 
 
+def parquet_splits(path: Path) -> list[str]:
+    """The splits that the names of a folder's Parquet files tell of; none for a file or a pattern."""
+    if not path.is_dir():
+        return []
+    return sorted({_split_of(file, path) for file in path.rglob("*.parquet") if file.is_file()} - {""})
+
+
 def _split_of(file: Path, folder: Path) -> str:
     pattern = r"(train|test|validation|valid|val|dev)(?=[-_.\d]|$)"
     for part in (file.stem, *reversed(file.relative_to(folder).parts[:-1] if folder.is_dir() else ())):

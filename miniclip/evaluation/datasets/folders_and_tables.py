@@ -1,4 +1,4 @@
-"""Images with labels or captions from folders, tables, Hugging Face's `datasets`, and pairs."""
+"""Images with labels from tables and Hugging Face's `datasets`, and with captions from any source of pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,15 @@ import numpy as np
 
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
-from ...data.reading.cells import captions_in
-from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets
+from ...data.reading.cells import texts_in
+from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets, undecoded
 from ...data.reading.paths import image_in
-from ...data.reading.scan import image_files
-from ...data.reading.tables import IMAGE_COLUMNS, find_column, read_table
-from .sets import Columns, Found, image_identity
+from ...data.reading.scan import scan
+from ...data.reading.tables import IMAGE_COLUMNS, find_column, parquet_splits, read_table
+from .class_folders import SPLIT_NAMES, beside_folder
+from .sets import Columns, Found, NoImage, image_identity
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")
-SPLIT_NAMES = ("test", "val", "validation", "valid", "train")  # the one to evaluate on comes first
-_UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,8 +67,17 @@ def image_of_record(record: Any) -> bytes:
 
 
 def _image_of_row(folder: Path, column: str, row: Mapping[str, Any]) -> Any:
-    cell = row.get(column)
-    return None if is_blank(cell) else image_in(cell, folder)
+    return _image_of_cell(folder, row.get(column))
+
+
+def _image_of_cell(folder: Path, cell: Any) -> Any:
+    """The image of a table's cell; what is no image is a reason, so that one cell does not stop the others."""
+    if is_blank(cell):
+        return None
+    try:
+        return image_in(cell, folder)
+    except ValueError as error:
+        return NoImage(str(error))
 
 
 def _image_of_pair(pair: Any) -> Any:
@@ -79,8 +86,8 @@ def _image_of_pair(pair: Any) -> Any:
     return pair.image
 
 
-def _parquet_images(path: Path, column: str) -> Sequence[Any]:
-    return FromEach(read_table(path)[1], partial(_image_of_row, path.parent, column))
+def _parquet_images(path: Path, split: str | None, folder: Path, column: str) -> Sequence[Any]:
+    return FromEach(read_table(path, split)[1], partial(_image_of_row, folder, column))
 
 
 def _pair_images(source: str, image_column: str | None, split: str) -> Sequence[Any]:
@@ -97,109 +104,47 @@ def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A folder per class
-
-
-def in_split(folder: Path, split: str | None) -> Path:
-    if split is None:
-        return folder
-    found = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-    if split not in found:
-        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(found)}")
-    return folder / split
-
-
-def read_class_folders(source: Path, split: str | None) -> Found:
-    folder = in_split(source, split)
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not classes:
-        direct = len(image_files(folder))
-        has = f"it holds {direct} images directly" if direct else "it holds neither folders nor images"
-        raise ValueError(
-            f"{folder} has no classes: it must hold one folder of images for each class, and {has}. If their labels "
-            "are in a table (.csv, .tsv, .jsonl, .parquet), name that"
-        )
-    images = {path: image_files(path) for path in classes}
-    _warn_of_unread(folder)
-    if not any(images.values()):
-        raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them")
-    _refuse_other_level(folder, images)
-    empty = [path.name for path in classes if not images[path]]
-    if empty:
-        raise ValueError(f"{folder} has class folders without images: {some(empty)}")
-    return Found(
-        source.resolve().name,
-        tuple(path for each in images.values() for path in each),
-        labels=[path.name for path, each in images.items() for _ in each],
-        labels_from="the names of the folders",
-        beside=_beside_folder(folder, source),
-    )
-
-
-def _warn_of_unread(folder: Path) -> None:
-    """Telephones' pictures would be missing from the scores without a word."""
-    unread = [path for path in folder.rglob("*") if path.suffix.lower() in _UNREAD_SUFFIXES]
-    if unread:
-        kinds = ", ".join(sorted({path.suffix.lower() for path in unread}))
-        warnings.warn(
-            f"{folder} has {len(unread)} pictures of kinds that are not read ({kinds}), the first of them "
-            f"{min(unread).relative_to(folder)}; they are left out. As .jpg or .png they would count",
-            stacklevel=2,
-        )
-
-
-def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None:
-    """A folder that holds the folder per class, or one for each split, is named instead by mistake."""
-    if any(path.parent in images for each in images.values() for path in each):
-        return  # an image lies right in its class folder
-    splits = [path.name for path in images if path.name.lower() in SPLIT_NAMES]
-    if len(splits) == len(images):
-        raise ValueError(
-            f"{folder} holds the splits {', '.join(splits)}, not the classes; choose one with --split, or name "
-            f"{folder / splits[0]}"
-        )
-    if len(images) == 1:
-        (only,) = images
-        inner = sorted({path.relative_to(only).parts[0] for path in images[only]})
-        raise ValueError(
-            f"{folder} has one class folder, {only.name!r}, which holds no image but the folders {some(inner)}. "
-            f"If those are the classes, name {only}"
-        )
-
-
-def _beside_folder(*folders: Path) -> dict[str, list[Path]]:
-    return {
-        "classnames": [folder / "classnames.txt" for folder in folders],
-        "templates": [folder / f"templates.{suffix}" for folder in folders for suffix in ("txt", "json")],
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Tables and Hugging Face's data sets
 
 
-def read_labelled_table(path: Path, columns: Columns) -> Found:
-    names, rows = read_table(path)
+def read_labelled_table(path: Path, columns: Columns, split: str | None = None) -> Found:
+    """A table, or a folder or pattern of Parquet files, of which one split is read."""
+    is_several = not path.is_file()
+    if is_several and (splits := parquet_splits(path)):
+        split = choose_split(splits, split, str(path))
+    elif split:
+        raise ValueError(f"{path} is a table and has no split {split!r}")
+    names, rows = read_table(path, split)
     columns.check(names, str(path))
     image_column = columns.image or find_column(names, IMAGE_COLUMNS, "the image paths", path)
-    label_column = columns.label or find_column(names, LABEL_COLUMNS, "the labels", path)
+    # {file: label} is read as a file and its captions.
+    known = (*LABEL_COLUMNS, *(("captions",) if list(names) == ["file", "captions"] else ()))
+    label_column = columns.label or find_column(names, known, "the labels", path)
     if not len(rows):
         raise ValueError(f"{path} has columns and no rows")
     values = {
         name: _column(rows, name) for name in names if name in (image_column, label_column) or _is_flat(rows, name)
     }
-    images: Sequence[Any] = [None if is_blank(cell) else image_in(cell, path.parent) for cell in values[image_column]]
-    keys = [f"{path.name}: row {n}" if image is None else str(image) for n, image in enumerate(images, start=1)]
-    if path.suffix.lower() == ".parquet":  # whose images may lie in it
-        images = _OfEachProcess(partial(_parquet_images, path, image_column), len(rows))
+    folder = path if path.is_dir() else path.parent
+    while not folder.is_dir():  # a pattern may hold folders
+        folder = folder.parent
+    images: Sequence[Any] = [_image_of_cell(folder, cell) for cell in values[image_column]]
+    is_path = [isinstance(image, str | Path) for image in images]
+    keys = [str(image) if at else f"{path.name}: row {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
+    if hasattr(rows, "files"):  # Parquet, whose images may lie in it
+        images = _OfEachProcess(partial(_parquet_images, path, split, folder, image_column), len(rows))
     labels = []
     for number, (label, image) in enumerate(zip(values[label_column], values[image_column], strict=True), start=1):
-        which = f"row {number}" + (f" ({image})" if isinstance(image, str) else "")
+        which = f"row {number}" + (f" ({image[:100]})" if isinstance(image, str) else "")
         labels.append(label_in(label, f"{path}: {which}"))
     class_names = _schema_names(rows, label_column)
-    outside = [image for image in images if image is not None and not isinstance(image, bytes)]
     # A table that holds its images, perhaps several columns of them.
-    identity = None if outside else f"{image_column} {image_identity(path, '')}"
+    files = getattr(rows, "paths", [path])
+    identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
+    left_out = list(getattr(rows, "left_out", ()))
+    if path.is_dir():
+        below = scan(path)
+        left_out += [*below.left_out, *below.unread({*below.texts, *below.others} - set(files))]
     return Found(
         path.stem,
         images if isinstance(images, _OfEachProcess) else tuple(images),
@@ -210,7 +155,10 @@ def read_labelled_table(path: Path, columns: Columns) -> Found:
         classnames=class_names,
         classnames_from=f"column {label_column!r}, a ClassLabel" if class_names else "",
         identity=identity,
-        beside={
+        left_out=left_out,
+        beside=beside_folder(path)
+        if is_several
+        else {
             "classnames": [path.with_suffix(".classnames.txt")],
             "templates": [path.with_suffix(".templates.txt"), path.with_suffix(".templates.json")],
         },
@@ -252,8 +200,7 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
     of_classes = {c: getattr(features[c], "feature", features[c]) for c in names}
     of_classes = {c: feature for c, feature in of_classes.items() if isinstance(feature, datasets.ClassLabel)}
     label_column = columns.label or _only_class_label(list(of_classes), names, source)
-    if isinstance(features[image_column], datasets.Image):
-        loaded = loaded.cast_column(image_column, datasets.Image(decode=False))  # the bytes as they are
+    loaded = undecoded(loaded, image_column)
     label_feature = of_classes.get(label_column)
     scalar = [c for c in names if isinstance(features[c], datasets.Value | datasets.ClassLabel)]
     raw = loaded.select_columns([label_column])[:][label_column]
@@ -268,7 +215,7 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
         f"column {label_column!r}",
         classnames=readable_sources(label_feature.names) if label_feature else None,
         classnames_from=f"column {label_column!r}, a ClassLabel" if label_feature else "",
-        beside={} if source.startswith(HUB_PREFIX) else _beside_folder(Path(source)),
+        beside={} if source.startswith(HUB_PREFIX) else beside_folder(Path(source)),
         # The library's own fingerprint is of how the data were made.
         identity=f"datasets {source} {split} {image_column} {loaded._fingerprint}",
     )
@@ -292,6 +239,7 @@ def is_blank(cell: Any) -> bool:
 
 
 def label_in(cell: Any, where: str) -> str | list[str]:
+    """A label, or those of a list, also of one that is written as a text, as it goes through a CSV."""
     if isinstance(cell, Mapping | bytes):
         raise ValueError(f"{where} has {str(cell)[:50]} for a label; it must be a name, a number, or a list of those")
     if isinstance(cell, list | tuple | np.ndarray):
@@ -299,6 +247,11 @@ def label_in(cell: Any, where: str) -> str | list[str]:
     text = "" if is_blank(cell) else str(cell).strip()
     if not text:
         raise ValueError(f"{where} has no label")
+    if isinstance(cell, str) and text[0] == "[" and text[-1] == "]":
+        if re.fullmatch(r"\[\s*(\d+([\s,]+\d+)*)?[\s,]*\]", text):
+            return re.findall(r"\d+", text)
+        if (texts := texts_in(text)) != [" ".join(text.split())]:
+            return texts
     return text
 
 
@@ -321,10 +274,11 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     split = split or "test"
     pairs = open_pairs(source, image_column=columns.image, split=split)
-    captions = tuple(tuple(line for text in pair.captions for line in captions_in(text)) for pair in pairs)
+    captions = tuple(pair.captions for pair in pairs)
     images = _OfEachProcess(partial(_pair_images, source, columns.image, split), len(pairs))
     name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
-    return Found(name, images, list(pairs.names), captions=all_captioned(captions, list(pairs.names), source))
+    kept = all_captioned(captions, list(pairs.names), source)
+    return Found(name, images, list(pairs.names), captions=kept, left_out=pairs.left_out)
 
 
 def all_captioned(

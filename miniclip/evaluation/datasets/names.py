@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...common.wording import some
-from ..prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, read_lines, template_set
+from ...data.reading.scan import same_name
+from ..prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, template_set
+from .name_files import read_names, read_text, templates_of
 from .sets import Found
 
 NUMBER_WORDS = "the labels, which are numbers"
@@ -26,10 +27,10 @@ def settle_names(found: Found, classnames: str | Path | None, source: str) -> Fo
     names, names_from = found.classnames, found.classnames_from
     if classnames is not None:
         is_built_in = str(classnames) in CLASSNAME_SETS
-        names = classname_set(str(classnames)) if is_built_in else tuple(read_lines(classnames))
+        names = classname_set(str(classnames)) if is_built_in else read_names(classnames)
         names_from = f"the built-in {str(classnames)!r}" if is_built_in else str(classnames)
     elif beside := next((path for path in found.beside.get("classnames", ()) if path.is_file()), None):
-        names, names_from = tuple(read_lines(beside)), str(beside)
+        names, names_from = read_names(beside), str(beside)
     if names is not None and found.classnames is not None and len(names) != len(found.classnames):
         raise ValueError(
             f"{source} has {len(found.classnames)} classes ({found.classnames_from}), and there are {len(names)} "
@@ -50,9 +51,10 @@ def settle_templates(found: Found, templates: str | Path | None, names: tuple[st
     path = Path(templates)
     if not path.is_file():
         raise ValueError(f"templates {str(templates)!r} is no file and none of the sets {', '.join(TEMPLATE_SETS)}")
-    if path.suffix.lower() != ".json":
-        return _checked(tuple(read_lines(path)), str(path)), str(path)
-    return _prompts_by_class(path, names), str(path)
+    found_there = templates_of(read_text(path), str(path))
+    if isinstance(found_there, dict):
+        return _prompts_by_class(path, found_there, names), str(path)
+    return _checked(found_there, str(path)), str(path)
 
 
 def _checked(templates: Any, where: str) -> Any:
@@ -64,14 +66,8 @@ def _checked(templates: Any, where: str) -> Any:
     return templates
 
 
-def _prompts_by_class(path: Path, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """A .json of {class name: [its prompts]}, as CuPL's (Pratt et al. 2023), for the classes of the data."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}; it must map each class name to a list of its prompts")
+def _prompts_by_class(path: Path, values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """A file of {class name: [its prompts]}, as CuPL's (Pratt et al. 2023), for the classes of the data."""
     by_spoken = {}
     for name, prompts in values.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -98,7 +94,7 @@ def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
 
 def _spoken(name: str) -> str:
     """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
-    return name.replace("_", " ").casefold()
+    return same_name(name.replace("_", " ").casefold())
 
 
 def number_labels(
@@ -109,6 +105,7 @@ def number_labels(
     Labels are indices already, or names: of the list if there is one, else sorted. An underscore in a label's name
     is read as the space that folder names often lack.
     """
+    raw = [same_name(label) for label in raw]
     spoken_names = None if names is None else tuple(_spoken(name) for name in names)
     are_numbers = all(label.isascii() and label.isdigit() for label in raw)
     if are_numbers and names is not None:

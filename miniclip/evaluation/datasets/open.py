@@ -3,7 +3,8 @@
 | source                                                | labels, or captions                                     |
 |-------------------------------------------------------|---------------------------------------------------------|
 | a folder per class: DATA/tabby_cat/1.jpg              | the names of the folders                                |
-| `.csv`, `.tsv`, `.jsonl`, `.parquet`                  | a column of names or numbers; of lists: several labels  |
+| `.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`         | a column of names or numbers; of lists: several labels  |
+| a folder or a pattern of Parquet files                | the same, of one split                                  |
 | shards (webdataset's tars): a folder, a pattern, a URL| `.cls`; `.npy`, several labels; `.txt`, captions        |
 | CLIP_benchmark's sets: a folder, a URL, `hf-hub:`     | the same; `dataset_type.txt` says which                 |
 | Hugging Face's `datasets`: a folder, `hf-hub:`        | a column of type ClassLabel, or the one that is named   |
@@ -17,6 +18,7 @@ the table. Each set says where its names and prompts came from.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ import numpy as np
 from ...common.storage import is_url
 from ...data.open_pairs import is_shards
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
-from ...data.reading.scan import TABLE_SUFFIXES, image_files
-from .folders_and_tables import is_blank, read_class_folders, read_datasets, read_labelled_table, read_pairs
+from ...data.reading.scan import TABLE_SUFFIXES, image_files, scan, summary
+from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
+from .class_folders import left_out_of_bare, read_class_folders
+from .folders_and_tables import is_blank, read_datasets, read_labelled_table, read_pairs
 from .names import NUMBER_WORDS, number_labels, settle_names, settle_templates
 from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of
 from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars
@@ -76,7 +80,10 @@ def open_dataset(
     if task not in (None, found.task):
         raise ValueError(f"{source} is made for {found.task}, and {task} was asked for")
     groups = _groups(found, group_column, source)
-    shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata, "identity": found.identity}
+    if found.left_out:
+        warnings.warn(f"{source}: {summary(found.left_out)}", stacklevel=2)
+    shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata}
+    shared |= {"identity": found.identity, "left_out": tuple(found.left_out)}
     if found.task == "retrieval":
         if classnames or templates:
             raise ValueError(f"{source} has captions, not classes; class names and templates are not for it")
@@ -104,9 +111,13 @@ def open_images(source: str | Path) -> EvaluationSet:
     path = Path(source)
     is_plain = path.is_dir() and not is_shards(str(source)) and not is_datasets_folder(path)
     if is_plain and not any(path.glob(f"*/{NUM_SHARDS_FILE}")):
-        if images := image_files(path):
-            return EvaluationSet(path.resolve().name, tuple(images))
-        raise ValueError(f"{source} holds no images")
+        below = scan(path)
+        left_out = left_out_of_bare(below)
+        if not below.images:
+            raise ValueError(f"{source} holds no images" + (f": {summary(left_out)}" if left_out else ""))
+        if left_out:
+            warnings.warn(f"{source}: {summary(left_out)}", stacklevel=2)
+        return EvaluationSet(path.resolve().name, below.images, left_out=left_out)
     return open_dataset(source)
 
 
@@ -136,16 +147,16 @@ def _read_source(
     if is_tars:
         columns.refuse(source, "a set of shards", "label", "image")
         return read_tars(location, split, task)
-    if task == "retrieval" and path.exists():
+    if task == "retrieval" and (path.exists() or is_pattern(source)):
         return read_pairs(source, split, columns)
-    if path.is_dir():
+    if path.is_dir() and not (is_parquet(path) and not image_files(path)):
         columns.refuse(source, "a folder", "label", "image", "group")
         return read_class_folders(path, split)
-    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-        if split:
-            raise ValueError(f"{source} is a table and has no split {split!r}")
-        return read_labelled_table(path, columns)
-    what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)})"
+    if is_pattern(source) and not (source.endswith(".parquet") and parquet_files(path)):
+        raise ValueError(f"data {source!r} is a pattern; patterns are for tars and Parquet files")
+    if path.is_dir() or is_pattern(source) or (path.is_file() and table_suffix(path) in (*TABLE_SUFFIXES, ".json")):
+        return read_labelled_table(path, columns, split)
+    what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)}, .json)"
     raise ValueError(f"data {source!r} is {what if path.exists() else 'not there'}")
 
 

@@ -12,10 +12,18 @@ import numpy as np
 from PIL import Image
 
 from ...common.storage import is_url, read_bytes
+from ...data.reading.scan import LeftOut
 from ...images import open_image
 from ..prompts import Prompts
 
 TASKS = ("classification", "multilabel", "retrieval")
+
+
+@dataclass(frozen=True)
+class NoImage:
+    """In the place of an image that can't be had; counts as one that can't be read."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class EvaluationSet:
         keys: what the user knows each image by; by default its path.
         metadata: what else is known of the images, N values under each name, for scores of parts of them.
         identity: changes whenever an image does, and can be computed without reading them.
+        left_out: files and rows of the source that are no image of the set, with the reason.
         task: what the images are for, one of `TASKS`; none for bare images. `has_classes`: prompts describe classes.
     """
 
@@ -39,6 +48,7 @@ class EvaluationSet:
     keys: Sequence[str] | None = field(default=None, kw_only=True)
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
     identity: str | None = field(default=None, kw_only=True)
+    left_out: Sequence[LeftOut] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,6 +68,8 @@ class EvaluationSet:
                 return image
             if image is None:
                 raise ValueError(f"{self.key(index)} has no image")
+            if isinstance(image, NoImage):
+                raise ValueError(f"{self.key(index)}: {image.reason}")
             data = read_bytes(image)
         except OSError as error:
             raise ValueError(f"{self.key(index)} can't be read: {error.strerror or error}") from error
@@ -101,7 +113,7 @@ def image_identity(image: Any, key: str) -> str:
         return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
-    if image is None or (isinstance(image, str) and is_url(image)):
+    if image is None or isinstance(image, NoImage) or (isinstance(image, str) and is_url(image)):
         return f"{image} {key}"
     try:
         facts = Path(image).stat()
@@ -193,6 +205,7 @@ class Found:
     templates_from: str = ""
     beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     identity: str | None = None
+    left_out: Sequence[LeftOut] = ()
 
     @property
     def task(self) -> str:

@@ -20,8 +20,9 @@ from ...data.reading.cells import captions_in
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.shard_index import INDEX_FILE, index_shards, tar_locations
 from ...data.shards import Shards
-from ..prompts import lines_of
-from .folders_and_tables import SPLIT_NAMES, FromEach, all_captioned, choose_split, image_of_record, in_split, label_in
+from .class_folders import SPLIT_NAMES, in_split
+from .folders_and_tables import FromEach, all_captioned, choose_split, image_of_record, label_in
+from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
 NUM_SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
@@ -133,7 +134,7 @@ def _read_shards(
         texts = (shards.read(n, "txt").decode("utf-8", "replace") for n in range(len(shards)))
         return replace(found, captions=all_captioned(tuple(tuple(captions_in(t)) for t in texts), keys, source))
     names = next((text for folder in folders if (text := _text_at(folder, "classnames.txt")) is not None), None)
-    classnames = None if names is None else tuple(lines_of(names, f"{source}/classnames.txt"))
+    classnames = None if names is None else names_of(names, f"{source}/classnames.txt")
     wordings = next((text for folder in folders if (text := _text_at(folder, templates)) is not None), None)
     labels: list[Any]
     if task == "classification":
@@ -146,7 +147,7 @@ def _read_shards(
         labels_from=f".{members[task]} of the shards",
         classnames=classnames,
         classnames_from="" if classnames is None else "classnames.txt of the data",
-        templates=None if wordings is None else tuple(lines_of(wordings, f"{source}/{templates}")),
+        templates=None if wordings is None else templates_of(wordings, f"{source}/{templates}"),
         templates_from=f"{templates} of the data",
     )
 

@@ -1,0 +1,107 @@
+"""A folder of images for each class, as torchvision's ImageFolder reads it, linked folders too.
+
+Every file of the folder is an image of a class, holds names or prompts, or is counted in `left_out` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ...common.wording import some
+from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
+from .sets import Found
+
+SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")  # the one to evaluate on comes first
+
+
+def in_split(folder: Path, split: str | None) -> Path:
+    if split is None:
+        return folder
+    found = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not is_skipped_folder(path.name)]
+    if split not in found:
+        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(found)}")
+    return folder / split
+
+
+def read_class_folders(source: Path, split: str | None) -> Found:
+    folder = in_split(source, split)
+    below = scan(folder)
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
+    if not classes:
+        has = f"it holds {len(below.images)} images directly" if below.images else "it holds neither folders nor images"
+        raise ValueError(
+            f"{folder} has no classes: it must hold one folder of images for each class, and {has}. If their labels "
+            "are in a table (.csv, .tsv, .jsonl, .json, .parquet), name that"
+        )
+    images: dict[Path, list[Path]] = {path: [] for path in classes}
+    for path in below.images:
+        if (top := folder / path.relative_to(folder).parts[0]) in images:
+            images[top].append(path)
+    beside = beside_folder(folder, source)
+    left_out = _left_out(below, images, {path for paths in beside.values() for path in paths})
+    if not any(images.values()):
+        holds = f": {summary(left_out)}" if left_out else ""
+        raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them{holds}")
+    _refuse_other_level(folder, images)
+    if empty := [path.name for path in classes if not images[path]]:
+        there = [each for each in left_out if each.source.split("/")[0] in empty]
+        raise ValueError(
+            f"{folder} has class folders without images: {some(empty)}" + (f"; {summary(there)}" if there else "")
+        )
+    return Found(
+        source.resolve().name,
+        tuple(path for each in images.values() for path in each),
+        labels=[path.name for path, each in images.items() for _ in each],
+        labels_from="the names of the folders",
+        beside=beside,
+        left_out=left_out,
+    )
+
+
+def beside_folder(*folders: Path) -> dict[str, list[Path]]:
+    """The files that may hold names and prompts, those that count first."""
+    return {
+        "classnames": [folder / "classnames.txt" for folder in folders],
+        "templates": [folder / f"templates.{suffix}" for folder in folders for suffix in ("txt", "json")],
+    }
+
+
+def left_out_of_bare(below: Scan) -> tuple[LeftOut, ...]:
+    """What is left out of a folder of images whose labels don't matter."""
+    return (*below.left_out, *_texts(below, below.texts), *below.unread(below.others))
+
+
+def _left_out(below: Scan, images: Mapping[Path, list[Path]], used: set[Path]) -> tuple[LeftOut, ...]:
+    taken = {path for each in images.values() for path in each}
+    direct = [
+        LeftOut(str(path.relative_to(below.folder)), "an image beside the class folders, of no class")
+        for path in below.images
+        if path not in taken
+    ]
+    texts = _texts(below, [path for path in below.texts if path not in used])
+    return (*below.left_out, *direct, *texts, *below.unread(set(below.others) - used))
+
+
+def _texts(below: Scan, paths: Iterable[Path]) -> list[LeftOut]:
+    reason = "a text, which classification does not read"
+    return [LeftOut(str(path.relative_to(below.folder)), reason) for path in paths]
+
+
+def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None:
+    """A folder that holds the folder per class, or one for each split, is named instead by mistake."""
+    if any(path.parent in images for each in images.values() for path in each):
+        return  # an image lies right in its class folder
+    splits = [path.name for path in images if path.name.lower() in SPLIT_NAMES]
+    if len(splits) == len(images):
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(splits)}, not the classes; choose one with --split, or name "
+            f"{folder / splits[0]}"
+        )
+    if len(images) == 1:
+        (only,) = images
+        inner = sorted({path.relative_to(only).parts[0] for path in images[only]})
+        raise ValueError(
+            f"{folder} has one class folder, {only.name!r}, which holds no image but the folders {some(inner)}. "
+            f"If those are the classes, name {only}"
+        )

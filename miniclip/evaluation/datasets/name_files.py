@@ -1,0 +1,363 @@
+"""Class names and templates as people keep them in files -> a list in label order, or a refusal.
+
+| file                                     | names                                                         |
+|------------------------------------------|---------------------------------------------------------------|
+| one a line                               | as they stand                                                 |
+| a list, in JSON, Python or YAML          | its texts; `classes = [...]` and lines of a list, too          |
+| a mapping from labels: `{"0": "tench"}`  | by label, from 0; the second of `["n01440764", "tench"]`      |
+| a mapping to labels: `{"tench": 0}`      | likewise; within `id2label`, `label2id`, `names`, `classes`   |
+| numbered lines: `0: tench`               | by label, from 0                                              |
+| WordNet's ids: `n01440764 tench, …`      | the first name of each, if the ids are sorted                 |
+| a table with a header                    | its column of names, in the order of its column of labels     |
+
+Code is read as data and never run. What could be read in two ways is refused: a line that is not a name would shift the
+label of every class after it.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...data.reading.cells import decode_text
+from ...data.reading.scan import same_name
+
+_NAME_COLUMNS = (
+    "name", "names", "classname", "class_name", "classnames", "class", "classes", "label_name", "category",
+    "categories", "text", "title", "description", "template", "templates", "prompt", "prompts",
+)  # fmt: skip
+_LABEL_COLUMNS = (
+    "label", "labels", "id", "index", "idx", "class_id", "class_index", "label_id", "number", "no", "target",
+)  # fmt: skip
+_MAPPINGS = (
+    "id2label", "label2id", "names", "classnames", "class_names", "classes", "labels", "categories", "templates",
+)  # fmt: skip
+_CODE = re.compile(r"(?:#[^\n]*\n\s*)*(?:\w+\s*(?::[^=\n]*)?=\s*)?[\[({]")
+_QUOTED = re.compile(r"""(?:lambda\s+\w+\s*:\s*)?[rfu]{0,2}(['"]).*\1(?:\.format\(\w+\))?\s*,?""", re.I)
+_NUMBERED = re.compile(r"(\d+)\s*([:.,;)=\t|]|\s)\s*(\S.*)")
+_REMEDY = "write one name a line, or a JSON list of them"
+
+Entry = str | Callable[[str], str]
+
+
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """The class names of a file in label order.
+
+    Raises:
+        ValueError: no such file, none of the kinds above, or one that could be read in two ways.
+    """
+    return names_of(read_text(path), str(path))
+
+
+def names_of(text: str, source: str) -> tuple[str, ...]:
+    """As `read_names`, for a text that was read already. The suffix of `source` and the text show the kind."""
+    found = _structure(text, source)
+    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) and "," in found[0]:
+        found = found[0].rstrip(",").split(",")  # one class is none to tell apart
+    return _checked(found, source, "class names")
+
+
+def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str]]:
+    """Templates for all classes; or, of a mapping, the prompts of each class.
+
+    Raises:
+        ValueError: as `read_names`.
+    """
+    found = _structure(text, source)
+    if isinstance(found, Mapping):
+        inner = next((found[name] for name in ("templates", "prompts") if name in found and len(found) == 1), None)
+        if not isinstance(inner, Sequence):
+            return {str(name): prompts for name, prompts in found.items()}
+        found = inner
+    return _checked(found, source, "templates")
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: no such file, or not text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
+    return decode_text(path.read_bytes(), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a text holds: a list, a mapping, or rows
+
+
+def _structure(text: str, source: str) -> Any:
+    """A list of names, a mapping, or a list of records."""
+    suffix = Path(source).suffix.lower()
+    if not text.strip():
+        raise ValueError(f"{source} is empty")
+    if suffix in (".json", ".jsonl"):
+        return _json(text, source)
+    if suffix in (".yaml", ".yml"):
+        return _yaml(text, source)
+    if suffix in (".csv", ".tsv"):
+        return _table(text, source, "\t" if suffix == ".tsv" else ",")
+    if _CODE.match(text.strip()):
+        return _code(text, source)
+    return _lines(text, source)
+
+
+def _json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        except (ValueError, RecursionError):
+            raise ValueError(f"{source} is not JSON: {error}") from error
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+def _table(text: str, source: str, separator: str) -> Any:
+    if ";" in text.split("\n", 1)[0] and separator == ",":
+        separator = ";"
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if any(row)]
+    except csv.Error as error:
+        raise ValueError(f"{source} is no table: {error}") from error
+    header = [cell.strip() for cell in rows[0]]
+    known = [cell.lower() in _NAME_COLUMNS or cell.lower() in _LABEL_COLUMNS for cell in header]
+    if not any(known):
+        if len(header) == 1:
+            return [row[0].strip() for row in rows]
+        raise ValueError(
+            f"{source} has no column of names that is known by its header: {', '.join(map(repr, header))[:200]}; call "
+            "it 'name', and that of the labels 'label'"
+        )
+    if bad := next((number for number, row in enumerate(rows, 1) if len(row) != len(header)), None):
+        raise ValueError(f"{source}, row {bad} has {len(rows[bad - 1])} cells and the header {len(header)}")
+    return [dict(zip(header, (cell.strip() for cell in row), strict=True)) for row in rows[1:]]
+
+
+def _code(text: str, source: str) -> Any:
+    """A list or mapping in JSON or Python, perhaps assigned to a name. It is parsed, not run."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        body = ast.parse(text.strip()).body
+        if len(body) != 1 or not isinstance(body[0], ast.Expr | ast.Assign | ast.AnnAssign) or body[0].value is None:
+            raise ValueError("it holds more than one list or mapping")
+        return _literal(body[0].value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{source} begins with {text.strip()[:20]!r} as code does, and is no list or mapping of texts "
+            f"({' '.join(str(error).split())[:150]}); {_REMEDY}"
+        ) from error
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of texts, numbers, lists and mappings; `lambda c: f"a photo of a {c}."` becomes a template."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str | int) and not isinstance(node.value, bool):
+        return node.value
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_literal(each) for each in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, ast.Lambda) and len(node.args.args) == 1:
+        return _template(node.body, node.args.args[0].arg)
+    if isinstance(node, ast.JoinedStr):
+        return _template(node, None)
+    raise ValueError(f"line {node.lineno}: {ast.unparse(node)[:60]}")
+
+
+def _template(body: ast.expr, name: str | None) -> str:
+    """The template that a function of the class name, or an f-string, makes."""
+    if isinstance(body, ast.Constant) and isinstance(body.value, str):
+        return body.value
+    if isinstance(body, ast.JoinedStr):
+        parts = []
+        for part in body.values:
+            if isinstance(part, ast.Constant):
+                parts.append(str(part.value))
+            elif isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name) and not part.format_spec:
+                name = name or part.value.id
+                parts.append("{}" if part.value.id == name else "")
+            else:
+                parts.append("")
+        if "" not in parts:
+            return "".join(parts)
+    is_format = isinstance(body, ast.Call) and isinstance(body.func, ast.Attribute) and body.func.attr == "format"
+    if is_format and isinstance(body.func.value, ast.Constant) and isinstance(body.func.value.value, str):  # type: ignore[attr-defined]
+        return body.func.value.value  # type: ignore[attr-defined]
+    raise ValueError(f"line {body.lineno}: {ast.unparse(body)[:60]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def _lines(text: str, source: str) -> Any:
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ValueError(f"{source} is blank in line {number}; the lines are the labels, so none may be blank")
+    if all(_QUOTED.fullmatch(line) for line in lines):  # copied from between the brackets of a list
+        return _code("[" + ",\n".join(line.rstrip(", ") for line in lines) + "]", source)
+    if comment := next(
+        (n for n, line in enumerate(lines, 1) if line.startswith(("# ", "//", "<!")) or line == "#"), None
+    ):
+        raise ValueError(
+            f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be the name of "
+            f"class {comment - 1}; {_REMEDY}"
+        )
+    if (
+        len(lines) > 1
+        and all(line.endswith(",") for line in lines[:-1])
+        and not any("," in x.rstrip(",") for x in lines)
+    ):
+        return [line.rstrip(", ") for line in lines]
+    if len(lines) > 1 and all(re.match(r"[-*•] +\S", line) for line in lines):
+        return [line[1:].strip() for line in lines]
+    if lines[0].lower() in _NAME_COLUMNS and lines[0].lower() not in ("text", "title") and len(lines) > 1:
+        raise ValueError(
+            f"{source} begins with {lines[0]!r}, which may be a header or the name of class 0; call the file .csv if "
+            "it is a header"
+        )
+    for separator in (",", "\t", ";"):
+        cells = [cell.strip().lower() for cell in lines[0].split(separator)]
+        if len(cells) > 1 and all(cell in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in cells):
+            return _table(text, source, separator)
+    if all(re.match(r"n\d{8}\s+\S", line) for line in lines):
+        return _wordnet(lines, source)
+    if len(lines) > 1 and all(_NUMBERED.fullmatch(line) for line in lines):
+        return _numbered_lines(lines, source)
+    for number, line in enumerate(lines, 1):
+        if re.fullmatch(r"""(\w+\s*=\s*)?[\[\](){}],?|(['"]).*\2,""", line):
+            raise ValueError(f"{source}, line {number} is {line[:60]!r}, which is code and no name; {_REMEDY}")
+    return lines
+
+
+def _wordnet(lines: list[str], source: str) -> list[str]:
+    ids, names = zip(*(line.split(None, 1) for line in lines), strict=True)
+    if list(ids) != sorted(set(ids)):
+        raise ValueError(
+            f"{source} lists WordNet's ids in another order than the sorted one, or twice; whether labels follow the "
+            f"lines or the ids can't be known: {_REMEDY}, in label order"
+        )
+    return [name.split(",")[0].strip() for name in names]
+
+
+def _numbered_lines(lines: list[str], source: str) -> Any:
+    parts = [found for line in lines if (found := _NUMBERED.fullmatch(line))]
+    labels = [int(part[1]) for part in parts]
+    if sorted(labels) not in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        return lines  # numbers that belong to the names: 3 doors, 5 doors
+    if any(part[2] == " " for part in parts):
+        raise ValueError(
+            f"{source}: each line begins with a number ({lines[0][:40]!r}); whether it is the label or part of the "
+            f"name can't be known. Write '0: {parts[0][3][:30]}' for a label; a JSON list keeps numbers "
+            "in names"
+        )
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{source} has a label twice; {_REMEDY}")
+    return {part[1]: part[3].strip().rstrip(",").strip("'\"") for part in parts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From what was found to names in order
+
+
+def _checked(found: Any, source: str, what: str) -> tuple[str, ...]:
+    values = _in_order(found, source)
+    texts = []
+    for position, value in enumerate(values):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"{source}: entry {position} of the {what} is {str(value)[:60]!r}; each must be a text, and not empty"
+            )
+        texts.append(same_name(" ".join(value.split("\n")).strip()))
+    if not texts:
+        raise ValueError(f"{source} holds no {what}")
+    return tuple(texts)
+
+
+def _in_order(found: Any, source: str) -> Sequence[Any]:
+    """The names of a list, a mapping or records, in the order of their labels."""
+    if isinstance(found, list | tuple):
+        if found and all(isinstance(each, Mapping) for each in found):
+            return _of_records(found, source)
+        return found
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"{source} holds {type(found).__name__}; {_REMEDY}")
+    inner = [name for name in _MAPPINGS if isinstance(found.get(name), list | tuple | Mapping)]
+    if inner:
+        return _in_order(found[inner[0]], source)
+    if all(_is_label(key) for key in found):
+        return _by_label({int(key): _name_in(value) for key, value in found.items()}, source)
+    if all(_is_label(value) for value in found.values()):
+        if len(set(map(int, found.values()))) < len(found):
+            raise ValueError(f"{source} gives one label to several names; {_REMEDY}")
+        return _by_label({int(label): name for name, label in found.items()}, source)
+    keys = ", ".join(repr(str(key)[:30]) for key in list(found)[:5])
+    raise ValueError(f"{source} holds a mapping of {keys}; labels from 0 must be its keys or its values, or {_REMEDY}")
+
+
+def _of_records(rows: Sequence[Mapping[str, Any]], source: str) -> Sequence[Any]:
+    columns = {str(name).strip().lower(): name for row in rows for name in row}
+    name = next((columns[known] for known in _NAME_COLUMNS if known in columns), None)
+    label = next((columns[known] for known in _LABEL_COLUMNS if known in columns), None)
+    if name is None and label is not None and not all(_is_label(row.get(label)) for row in rows):
+        name, label = (
+            label,
+            next((columns[known] for known in _LABEL_COLUMNS if columns.get(known, label) != label), None),
+        )
+    if name is None:
+        raise ValueError(f"{source} has the columns {', '.join(columns)}; the one of names must be called 'name'")
+    if label is None or not all(_is_label(row.get(label)) for row in rows):
+        if label is not None:
+            raise ValueError(f"{source}: column {label!r} must hold the labels 0, 1, 2 …")
+        return [row.get(name) for row in rows]
+    labels = [int(row[label]) for row in rows]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"{source}: column {label!r} has a label twice")
+    return _by_label(dict(zip(labels, (row.get(name) for row in rows), strict=True)), source)
+
+
+def _by_label(names: dict[int, Any], source: str) -> list[Any]:
+    labels = sorted(names)
+    if labels != list(range(len(names))):
+        missing = next(n for n in range(len(names) + 1) if n not in names)
+        what = f"label {missing} has no name" if labels[0] == 0 else f"they begin with {labels[0]}"
+        raise ValueError(
+            f"{source} has {len(names)} names with labels from {labels[0]} to {labels[-1]}; labels are 0, 1, 2 …, "
+            f"and {what}"
+        )
+    return [names[label] for label in labels]
+
+
+def _is_label(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, str) and value.isascii() and value.isdigit()
+    )
+
+
+def _name_in(value: Any) -> Any:
+    """A name, or the one in ImageNet's pairs of WordNet's id and name."""
+    if isinstance(value, list | tuple) and len(value) == 2 and re.fullmatch(r"n\d{8}", str(value[0])):
+        return str(value[1]).replace("_", " ")
+    return value

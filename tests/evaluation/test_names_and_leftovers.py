@@ -1,0 +1,326 @@
+"""What people really have: names in files of any usual kind, folders that systems left things in, odd cells."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import re
+import unicodedata
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from helpers import write_picture
+from PIL import Image
+
+from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_skipped_folder
+from miniclip.evaluation.datasets.name_files import names_of, templates_of
+from miniclip.evaluation.datasets.open import open_dataset, open_images
+
+FISH = ("tench", "goldfish", "great white shark")
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Class names and templates in files
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lines.txt", "\n".join(FISH)),
+        ("windows.txt", "\r\n".join(FISH) + "\r\n"),
+        ("indented.json", json.dumps(FISH, indent=2)),
+        ("line.json", json.dumps(FISH)),
+        ("json.txt", json.dumps(FISH, indent=1)),
+        ("index.json", json.dumps({str(n): [f"n0144076{n}", name.replace(" ", "_")] for n, name in enumerate(FISH)})),
+        ("config.json", json.dumps({"model_type": "vit", "id2label": dict(enumerate(FISH))})),
+        ("label2id.json", json.dumps({name: n for n, name in reversed(list(enumerate(FISH)))})),
+        ("categories.json", json.dumps([{"id": 2 - n, "name": name} for n, name in enumerate(reversed(FISH))])),
+        ("python.txt", "[\n" + "".join(f"    '{name}',  # a fish\n" for name in FISH) + "]\n"),
+        ("python.py", f"CLASSES = {FISH!r}\n"),
+        ("between_brackets.txt", "".join(f'"{name}",\n' for name in FISH)),
+        ("one_line.txt", ", ".join(FISH)),
+        ("with_commas.txt", ",\n".join(FISH)),
+        ("numbered.txt", "".join(f"{n}: {name}\n" for n, name in enumerate(FISH))),
+        ("numbered_otherwise.txt", "".join(f"{n}\t{name}\n" for n, name in reversed(list(enumerate(FISH))))),
+        ("dictionary.txt", "{" + ",\n ".join(f"{n}: {name!r}" for n, name in enumerate(FISH)) + "}"),
+        ("synset_words.txt", "".join(f"n0144076{n} {name}, Latin name\n" for n, name in enumerate(FISH))),
+        ("header.csv", "id,name\n" + "".join(f"{n},{name}\n" for n, name in reversed(list(enumerate(FISH))))),
+        ("one_column.csv", "name\n" + "\n".join(FISH)),
+        ("header.txt", "label,name\n" + "".join(f"{n},{name}\n" for n, name in enumerate(FISH))),
+        ("header.tsv", "label\tname\n" + "".join(f"{n}\t{name}\n" for n, name in enumerate(FISH))),
+        ("yolo.yaml", "nc: 3\nnames:\n" + "".join(f"  {n}: {name}\n" for n, name in enumerate(FISH))),
+        ("list.yaml", "".join(f"- {name}\n" for name in FISH)),
+        ("list.txt", "".join(f"- {name}\n" for name in FISH)),
+    ],
+)
+def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
+    assert names_of(text, name) == FISH
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place", "remedy"),
+    [
+        ("a.txt", "0 cats\n1 cat\n2 cats", "'0 cats'", "a JSON list keeps numbers"),
+        ("a.txt", "1. tench\n2. goldfish", "labels from 1 to 2", "labels are 0, 1, 2"),
+        ("a.json", '[{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]', "labels from 1 to 3", "labels are 0, 1"),
+        ("a.json", '{"tench": "a fish"}', "'tench'", "one name a line"),
+        ("a.json", '["tench", ["goldfish"]]', "entry 1", "must be a text"),
+        ("a.json", '["tench", ""]', "entry 1", "not empty"),
+        ("a.json", '{"a": 0, "b": 0}', "one label to several", "one name a line"),
+        ("a.txt", "# my classes\ntench\ngoldfish", "line 1", "one name a line"),
+        ("a.txt", "name\ntench\ngoldfish", "'name'", r"\.csv"),
+        ("a.txt", "tench\n\ngoldfish", "line 2", "none may be blank"),
+        ("a.txt", '["tench",\n "goldfish"', r"begins with '\[\"tench\"", "one name a line"),
+        ("a.txt", "tench\n]", "line 2", "one name a line"),
+        ("a.txt", "n01440764 b\nn01440001 a", "another order", "in label order"),
+        ("a.csv", "x,y\n1,2", "'x', 'y'", "call it 'name'"),
+        ("a.csv", "id,name\n0,tench\n0,goldfish", "'id' has a label twice", ""),
+        ("a.yaml", "{", "is not YAML", ""),
+        ("a.txt", " \n", "is empty", ""),
+    ],
+)  # fmt: skip
+def test_names_that_could_be_read_in_two_ways_are_refused_with_the_remedy(name, text, place, remedy):
+    with pytest.raises(ValueError, match=place) as caught:
+        names_of(text, name)
+    assert re.search(remedy, str(caught.value))
+
+
+def test_numbers_that_belong_to_the_names_stay():
+    assert names_of("3 doors\n5 doors", "a.txt") == ("3 doors", "5 doors")
+    assert names_of("0\n1\n2", "a.txt") == ("0", "1", "2")
+    assert names_of('["0 cats", "1 cat"]', "a.json") == ("0 cats", "1 cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "a photo of a {}.\nart of the {}, in oil"),
+        ("a.json", '["a photo of a {}.", "art of the {}, in oil"]'),
+        ("a.txt", "['a photo of a {}.', 'art of the {}, in oil']"),
+        ("a.txt", "'a photo of a {}.',\n'art of the {}, in oil',"),
+        ("a.py", "T = [\n    lambda c: f'a photo of a {c}.',\n    lambda c: f'art of the {c}, in oil',\n]"),
+        ("a.txt", "    lambda c: f'a photo of a {c}.',\n    lambda c: f'art of the {c}, in oil',\n"),
+        ("a.txt", "lambda c: 'a photo of a {}.'.format(c),\nlambda c: 'art of the {}, in oil'.format(c)"),
+        ("a.yaml", "- a photo of a {}.\n- art of the {}, in oil"),
+        ("a.csv", 'template\na photo of a {}.\n"art of the {}, in oil"'),
+    ],
+)
+def test_templates_pasted_from_code_are_those_of_plain_lines(name, text):
+    assert templates_of(text, name) == ("a photo of a {}.", "art of the {}, in oil")
+
+
+def test_code_among_templates_is_not_run(tmp_path):
+    text = f"[lambda c: open({str(tmp_path / 'ran')!r}, 'w') and c]"
+    with pytest.raises(ValueError, match=r"line 1.*one name a line"):
+        templates_of(text, "a.py")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_of_a_file_reach_the_labels_of_a_table(tmp_path):
+    for n in range(3):
+        write_picture(tmp_path / f"{n}.png", n)
+    (tmp_path / "t.csv").write_text("filepath,label\n0.png,0\n1.png,1\n2.png,2\n")
+    (tmp_path / "names.json").write_text(json.dumps(FISH, indent=2))
+    data = open_dataset(tmp_path / "t.csv", classnames=tmp_path / "names.json")
+    assert [data.classnames[label] for label in data.labels] == list(FISH)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accents
+
+
+def test_names_from_a_mac_are_the_names_that_are_typed(tmp_path):
+    names = ("café", "über", "パン")
+    for n, name in enumerate(names):
+        write_picture(tmp_path / "ev" / nfd(name) / "1.png", n)
+    (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8")
+    (tmp_path / "p.json").write_text(json.dumps({name: [f"a {name}"] for name in names}), encoding="utf-8")
+    data = open_dataset(tmp_path / "ev", classnames=tmp_path / "names.txt", templates=tmp_path / "p.json")
+    assert (data.classnames, data.labels) == (names, (0, 1, 2))
+    assert data.templates == {name: (f"a {name}",) for name in names}
+    assert open_dataset(tmp_path / "ev").classnames == names
+
+
+def test_labels_that_look_alike_are_one_class_and_files_are_found_by_either_spelling(tmp_path):
+    write_picture(tmp_path / f"{nfd('crème')}.png", 0)
+    write_picture(tmp_path / "b.png", 1)
+    table = f"filepath,label\ncrème.png,{nfd('café')}\nb.png,café\nb.png,tea\n"
+    (tmp_path / "t.csv").write_text(table, encoding="utf-8")
+    data = open_dataset(tmp_path / "t.csv")
+    assert (data.classnames, data.labels) == (("café", "tea"), (0, 0, 1))
+    assert data.open(0).size == data.open(1).size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders: everything that lies there is an image of a class, or counted with the reason
+
+
+def test_what_systems_leave_behind_is_no_class_and_is_counted(tmp_path):
+    for n, name in enumerate(("cat/0.png", "cat/1.jfif", "dog/0.png")):
+        write_picture(tmp_path / name, n)
+    for name in (
+        "__MACOSX/cat/._0.png", "cat/._0.png", "cat/Thumbs.db", "desktop.ini", ".ipynb_checkpoints/0.png",
+        "cat/.ipynb_checkpoints/0-checkpoint.png", "@eaDir/cat/SYNOPHOTO_THUMB_M.jpg", "$RECYCLE.BIN/x.png",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    (tmp_path / "lost+found").mkdir()
+    with pytest.warns(UserWarning, match=r"8 files left out: .*left behind by a system"):
+        data = open_dataset(tmp_path)
+    assert data.classnames == ("cat", "dog")
+    assert len(data) == 3
+    assert sum(each.count for each in data.left_out) == 8
+
+
+def test_linked_folders_count_as_torchvision_counts_them(tmp_path):
+    write_picture(tmp_path / "ev/cat/0.png", 0)
+    write_picture(tmp_path / "ev/dog/0.png", 1)
+    for n in range(3):
+        write_picture(tmp_path / f"disk/{n}.png", n)
+    (tmp_path / "ev/cat/more").symlink_to(tmp_path / "disk")
+    (tmp_path / "ev/bird").symlink_to(tmp_path / "disk")
+    (tmp_path / "ev/dog/gone.png").symlink_to(tmp_path / "gone.png")
+    with pytest.warns(UserWarning, match=r"1 file left out: a link to nothing: 1 \(dog/gone\.png\)"):
+        data = open_dataset(tmp_path / "ev")
+    theirs = torchvision.datasets.ImageFolder(str(tmp_path / "ev"))
+    assert list(data.classnames) == theirs.classes
+    there = [(path, label) for path, label in theirs.samples if Path(path).exists()]
+    assert list(zip(map(str, data.images), data.labels, strict=True)) == there
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_of_any_tree_what_is_kept_and_what_is_left_out_add_up(tmp_path, seed):
+    choose = random.Random(seed)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    folders = ["", "sub", "__MACOSX", ".git", "@eaDir", "a b", nfd("é"), "_x"]
+    names = [
+        "a{}.png",
+        "a{}.JPG",
+        "b{}.jfif",
+        "c{}.heic",
+        "d{}",
+        "e{}.txt",
+        "._a{}.png",
+        "f{}.md",
+        "Thumbs.db",
+        "g{}.csv",
+    ]
+    root, num_files = tmp_path / "ev", 0
+    for category in ("cat", "dog", "kea"):
+        (root / category).mkdir(parents=True)
+        (root / category / "own.png").write_bytes(picture.getvalue())
+        num_files += 1
+    for n in range(40):
+        above = root / choose.choice(["cat", "dog", "kea", "", "__MACOSX"]) / choose.choice(folders)
+        path = above / choose.choice(names).format(n)
+        if above.parent == root and above.name not in ("cat", "dog", "kea") and not is_skipped_folder(above.name):
+            continue  # another class
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture.getvalue() if choose.random() < 0.8 else b"text")
+            num_files += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data, bare = open_dataset(root), open_images(root)
+    assert data.classnames == ("cat", "dog", "kea")
+    assert len(data) + sum(each.count for each in data.left_out) == num_files
+    assert len(bare) + sum(each.count for each in bare.left_out) == num_files
+    assert all(each.reason for each in data.left_out)
+    theirs = torchvision.datasets.ImageFolder(
+        str(root), is_valid_file=lambda path: path.endswith(IMAGE_SUFFIXES), allow_empty=True
+    ).samples
+    skipped = {path for path, _ in theirs if any(map(is_skipped_folder, Path(path).relative_to(root).parts))}
+    assert {path for path, _ in theirs} - skipped <= set(map(str, data.images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (9, 7, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_cells_that_are_no_paths_are_pictures_or_name_their_row(tmp_path):
+    images = [
+        png(0),
+        base64.b64encode(png(1)).decode(),
+        np.zeros((9, 7, 3), int).tolist(),
+        None,
+        [1.5, 2.5],
+        "gone.png",
+    ]
+    rows = [
+        {"image": base64.b64encode(each).decode() if isinstance(each, bytes) else each, "label": "ab"[n % 2]}
+        for n, each in enumerate(images)
+    ]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    data = open_dataset(tmp_path / "t.json")
+    assert [data.open(n).size for n in range(3)] == [(7, 9)] * 3
+    for n, says in ((3, "row 4 has no image"), (4, "row 5: .*numbers"), (5, "gone.png")):
+        with pytest.raises(ValueError, match=says):
+            data.open(n)
+    assert len(data.fingerprint()) == 64
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda rows: json.dumps(rows),
+        lambda rows: "\n".join(map(json.dumps, rows)),
+        lambda rows: json.dumps({"data": rows}),
+        lambda rows: json.dumps({row["file"]: row["label"] for row in rows}),
+        lambda rows: json.dumps({row["file"]: {"label": row["label"]} for row in rows}),
+    ],
+    ids=["records", "lines", "within", "file to label", "file to record"],
+)
+def test_labels_in_json_of_any_usual_shape(tmp_path, write):
+    rows = [{"file": f"{n}.png", "label": ("cat", "dog")[n % 2]} for n in range(4)]
+    for n in range(4):
+        write_picture(tmp_path / f"{n}.png", n)
+    (tmp_path / "t.json").write_text(write(rows))
+    data = open_dataset(tmp_path / "t.json")
+    assert (data.classnames, data.labels) == (("cat", "dog"), (0, 1, 0, 1))
+    assert data.open(3).size
+
+
+def test_lists_of_labels_that_went_through_a_csv_are_several_labels(tmp_path):
+    table = "filepath,label\na.png,\"['cat', 'dog']\"\nb.png,['dog']\n"
+    (tmp_path / "t.csv").write_text(table)
+    data = open_dataset(tmp_path / "t.csv")
+    assert data.classnames == ("cat", "dog")
+    assert data.labels.tolist() == [[True, True], [False, True]]
+
+
+def test_a_folder_of_parquet_is_read_by_its_split_and_a_pattern_as_one_table(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def write(name: str, labels: list[str]) -> None:
+        cells = [{"bytes": png(n), "path": None} for n in range(len(labels))]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.table({"image": cells, "label": labels}), tmp_path / "data" / name)
+
+    write("train-00000-of-00001.parquet", ["cat", "dog", "kea"])
+    write("test-00000-of-00002.parquet", ["cat", "dog"])
+    write("test-00001-of-00002.parquet", ["dog"])
+    (tmp_path / "README.md").write_text("---")
+    with pytest.warns(UserWarning, match="left out"):
+        data = open_dataset(tmp_path)
+    assert (data.classnames, data.labels) == (("cat", "dog"), (0, 1, 1))
+    assert data.open(2).size == (7, 9)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(open_dataset(tmp_path, split="train")) == 3
+    assert len(open_dataset(f"{tmp_path}/data/test-*.parquet")) == 3
