@@ -1,10 +1,10 @@
 """CLIP: two towers that map images and texts to one space (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
 
 Read from top to bottom: attention, block, transformer, the two towers, CLIP. Parameters have the names of OpenAI's
-code, so its weights fit. One thing is done differently and gives the same result: only one token of each tower's output
-is used (the class token of an image, the end-of-text token of a text), so the last block computes queries, hidden layer
-and norm for that token alone. The calls into `fast/` compute what the comment or docstring beside them says, with less
-work; this file is complete without them.
+code, so its weights fit. One thing differs from OpenAI's code and gives the same result: each tower's output is one
+token (an image's class token, a text's end-of-text token), so the last block computes queries, hidden layer and norm
+for that token alone; `pool` is its index. A call into `fast/` computes what the comment beside it says, with less work;
+this file is complete without them.
 
 B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution.
 """
@@ -20,17 +20,27 @@ from torch import Tensor, nn
 
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .fast import folded, packed_texts
+from .fast.plain import is_unobserved
 from .resnet import ModifiedResNet
 from .timm_tower import TimmTower
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, pool: Tensor | None = None) -> Tensor:
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Row b's token at index[b]: (B, N, D), (B,) -> (B, D). A single row serves every index: (1, N, D), (B,) -> (B, D).
+
+    That is x[torch.arange(B), index], whose gradient would be summed in any order if there are several threads.
+    """
+    B, N, _ = x.shape
+    return x.flatten(0, 1).index_select(0, torch.arange(B, device=x.device) * N + index)
+
+
+def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, pool: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √(D/H)) v in each head (Vaswani et al. 2017, equation 1).
 
-    Keys and values are (B, N, H, D/H). Queries are as many, or with `pool` (B,) one of each row, the token at that
-    index: (B, 1, H, D/H). Returns (B, N or 1, D). If `is_causal`, a token sees itself and the tokens before it.
+    Keys and values are (B, N, H, D/H), and so are queries; with `pool` (B,), the only query of a row is the token at
+    that index: (B, 1, H, D/H). Returns (B, N or 1, D). If `is_causal`, a token sees itself and the tokens before it.
     """
     visible = None
     if is_causal and pool is not None:
@@ -57,7 +67,7 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, attend: Attend = dot_product_attention) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the token at that index alone: -> (B, 1, D)."""
         D = x.shape[2]
         weight, bias, heads = self.in_proj_weight, self.in_proj_bias, (self.heads, D // self.heads)
@@ -89,10 +99,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.activation, QuickGELU) and not self.training:
-            y = folded.quick_gelu_mlp(self.c_fc, self.c_proj, x, self.activation.slope)  # the line below, or None
-            if y is not None:
-                return y
+        if isinstance(self.activation, QuickGELU) and not self.training:  # the same as below
+            return folded.quick_gelu_mlp(self.c_fc, self.activation, self.c_proj, self.activation.slope, x)
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
@@ -106,7 +114,7 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), activation)
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, attend: Attend = dot_product_attention) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the token at that index alone: -> (B, 1, D)."""
         attended = self.attn(self.ln_1(x), pool, attend)
         x = attended + (x if pool is None else pick(x, pool)[:, None])
@@ -123,13 +131,18 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, ratio, activation, is_causal) for _ in range(config.layers)
         )
 
-    def forward(self, x: Tensor, pool: Tensor | None = None, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, pool: Tensor | None = None, attend: Attend = dot_product_attention) -> Tensor:
         """(B, N, D) -> (B, N, D), or with `pool` (B,) the last block's output for that token alone: -> (B, D)."""
         *blocks, last = self.resblocks
+        options = () if attend is dot_product_attention else (None, attend)  # a plain block is called as block(x)
         for block in blocks:
-            x = block(x, None, attend)
-        x = last(x, pool, attend)
-        return x if pool is None else x[:, 0]
+            x = block(x, *options)
+        return last(x, *options) if pool is None else last(x, pool, attend)[:, 0]
+
+
+def project(x: Tensor, matrix: Tensor | None) -> Tensor:
+    """To the shared space, or not at all where somebody took the projection away: (B, D) -> (B, E or D)."""
+    return x if matrix is None else x @ matrix
 
 
 class VisionTransformer(nn.Module):
@@ -156,13 +169,14 @@ class VisionTransformer(nn.Module):
         (`@ proj` takes them to the shared space).
         """
         B = images.shape[0]
-        x = folded.patches(images, self.conv1)  # conv1(images).flatten(2).mT, (B, patches, D)
+        x = folded.patches(self.conv1, images)  # conv1(images).flatten(2).mT, (B, patches, D)
         x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1) + self.positional_embedding  # (B, N, D)
         x = self.ln_pre(x)
-        if all_tokens:
-            return self.ln_post(self.transformer(x))
+        if all_tokens or not is_unobserved(self):  # hooks see every token in every block
+            tokens = self.ln_post(self.transformer(x))
+            return tokens if all_tokens else project(tokens[:, 0], self.proj)
         class_token = torch.zeros(B, dtype=torch.long, device=x.device)
-        return self.ln_post(self.transformer(x, pool=class_token)) @ self.proj
+        return project(self.ln_post(self.transformer(x, pool=class_token)), self.proj)
 
 
 class TextLayout(Protocol):
@@ -181,7 +195,7 @@ class Rectangle(NamedTuple):
 
     positions: Tensor  # (L,)
     ends: Tensor  # (B,)
-    attend: Attend = attend
+    attend: Attend = dot_product_attention
 
     @classmethod
     def of(cls, tokens: Tensor, eot_token: int) -> Rectangle:
@@ -225,9 +239,10 @@ class TextTransformer(nn.Module):
         """
         texts: TextLayout = layout or Rectangle.of(tokens, self.eot_token)
         x = self.token_embedding(tokens) + F.embedding(texts.positions, self.positional_embedding)  # (B, L, D)
-        if all_tokens:
-            return self.ln_final(self.transformer(x, attend=texts.attend))
-        return self.ln_final(self.transformer(x, texts.ends, texts.attend)) @ self.text_projection
+        if all_tokens or not (layout or is_unobserved(self)):
+            x = self.ln_final(self.transformer(x, attend=texts.attend))
+            return x if all_tokens else project(pick(x, texts.ends), self.text_projection)
+        return project(self.ln_final(self.transformer(x, texts.ends, texts.attend)), self.text_projection)
 
 
 class MissingTower(nn.Module):
@@ -326,8 +341,3 @@ class CLIP(nn.Module):
         if self.logit_bias is not None:
             logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.T
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Row b's token at index[b]: (B, N, D), (B,) -> (B, D)."""
-    return x[torch.arange(len(x), device=x.device), index]

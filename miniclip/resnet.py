@@ -31,28 +31,29 @@ class Bottleneck(nn.Module):
         outer = inner * _EXPANSION
         self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
+        self.relu1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.relu2 = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outer)
+        self.relu3 = nn.ReLU(inplace=True)
         nn.init.zeros_(self.bn3.weight)  # a block starts as its shortcut alone
         shortcut = OrderedDict[str, Any]()
         if stride > 1 or channels != outer:
-            shortcut["pool"] = nn.AvgPool2d(stride)
-            shortcut["0"] = nn.Conv2d(channels, outer, 1, bias=False)  # OpenAI's names
+            shortcut["-1"] = nn.AvgPool2d(stride)  # OpenAI's names
+            shortcut["0"] = nn.Conv2d(channels, outer, 1, bias=False)
             shortcut["1"] = nn.BatchNorm2d(outer)
         self.downsample: Any = nn.Sequential(shortcut)  # empty for an identity
 
-    def forward(self, x: Tensor) -> Tensor:  # folded.normed(conv, bn, x) is bn(conv(x))
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 4 * inner, H / stride, W / stride)."""
-        y = folded.normed(self.conv1, self.bn1, x).relu_()
-        y = self.pool(folded.normed(self.conv2, self.bn2, y).relu_())
-        y = folded.normed(self.conv3, self.bn3, y)
-        if self.downsample:
-            pool, conv, norm = self.downsample
-            x = folded.normed(conv, norm, pool(x))
-        return y.add_(x).relu_()
+        y = self.relu1(folded.normed(self.conv1, self.bn1, x))  # relu1(bn1(conv1(x)))
+        y = self.relu2(folded.normed(self.conv2, self.bn2, y))
+        y = folded.normed(self.conv3, self.bn3, self.avgpool(y))
+        y += folded.shortcut(self.downsample, x)  # downsample(x)
+        return self.relu3(y)
 
 
 class AttentionPool(nn.Module):
@@ -93,10 +94,14 @@ class ModifiedResNet(nn.Module):
         self.input_resolution = config.image_size
         self.conv1 = nn.Conv2d(3, D // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(D // 2)
+        self.relu1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(D // 2, D // 2, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(D // 2)
+        self.relu2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(D // 2, D, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(D)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.avgpool = nn.AvgPool2d(2)
         channels = D
         stages = []
         for stage, num_blocks in enumerate(config.blocks):
@@ -114,14 +119,13 @@ class ModifiedResNet(nn.Module):
 
         With `all_tokens` -> (B, 1 + (R / 32)^2, E): the mean's token, then the positions row by row, projected.
         """
-        # Convolutions are fastest on channels-last memory, and their outputs keep the order of their inputs.
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))  # (B, D, R / 4, R / 4)
+        x = self.stem(folded.channels_last(images))  # (B, D, R / 4, R / 4)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-        return self.attnpool(x, all_tokens)  # from (B, 32 * D, R / 32, R / 32)
+            x = layer(x)  # at last (B, 32 * D, R / 32, R / 32)
+        return self.attnpool(x, all_tokens=True) if all_tokens else self.attnpool(x)
 
     def stem(self, x: Tensor) -> Tensor:
         """(B, 3, R, R) -> (B, D, R / 4, R / 4)."""
-        x = folded.normed(self.conv1, self.bn1, x).relu_()  # (B, D / 2, R / 2, R / 2)
-        x = folded.normed(self.conv2, self.bn2, x).relu_()
-        return F.avg_pool2d(folded.normed(self.conv3, self.bn3, x).relu_(), 2)
+        x = self.relu1(folded.normed(self.conv1, self.bn1, x))  # (B, D / 2, R / 2, R / 2)
+        x = self.relu2(folded.normed(self.conv2, self.bn2, x))
+        return self.avgpool(self.relu3(folded.normed(self.conv3, self.bn3, x)))

@@ -1,4 +1,8 @@
-"""Factors and norms folded into matrix products that are computed anyway."""
+"""Fewer operations for the same numbers: patches as one product, factors and norms folded into the weights beside them.
+
+Each function computes what the first line of its docstring says, and computes exactly that, module by module, where a
+module is not plain or PyTorch only records what is done.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_plain
+from .plain import is_eager, is_plain
 
 
-def patches(images: Tensor, conv: nn.Conv2d) -> Tensor:
-    """conv(images).flatten(2).mT for a convolution of patches that do not overlap: (B, 3, R, R) -> (B, N, D).
+def patches(conv: nn.Module, images: Tensor) -> Tensor:
+    """conv(images).flatten(2).mT: (B, 3, R, R) -> (B, N, D).
 
-    Such patches are one matrix product, which is faster than a convolution.
+    A convolution of patches that do not overlap is one matrix product, which is faster.
     """
+    if not (is_eager(images) and is_plain(conv, nn.Conv2d) and _cuts_patches(conv, images)):
+        return conv(images).flatten(2).transpose(1, 2)  # .mT is unknown to the older ONNX exporter
     P = conv.kernel_size[0]
     x = images.unflatten(2, (-1, P)).unflatten(4, (-1, P))  # (B, 3, rows, P, columns, P)
     x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 * P * P)
-    return F.linear(x, conv.weight.flatten(1))
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
-def quick_gelu_mlp(c_fc: nn.Linear, c_proj: nn.Linear, x: Tensor, slope: float) -> Tensor | None:
-    """c_proj(quick_gelu(c_fc(x))), with both multiplications by the slope done inside the products: (B, N, D).
+def _cuts_patches(conv: nn.Conv2d, images: Tensor) -> bool:
+    """Whether the convolution's windows are squares that tile the images."""
+    P = conv.kernel_size[0]
+    is_tiling = conv.kernel_size == conv.stride == (P, P) and not (images.shape[2] % P or images.shape[3] % P)
+    return is_tiling and (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
 
-    Returns None when a gradient is wanted or a layer is not plain: the caller then takes the long way.
+
+def quick_gelu_mlp(c_fc: nn.Module, activation: nn.Module, c_proj: nn.Module, slope: float, x: Tensor) -> Tensor:
+    """c_proj(activation(c_fc(x))), where activation(x) is x * sigmoid(slope * x): (B, N, D).
+
+    Without gradients, the products multiply and divide by the slope on the way.
     """
-    if torch.is_grad_enabled() or not (is_plain(c_fc, nn.Linear) and is_plain(c_proj, nn.Linear)):
-        return None
+    is_folded = not torch.is_grad_enabled() and is_eager(x) and is_plain(activation, type(activation))
+    if not (is_folded and is_plain(c_fc, nn.Linear) and is_plain(c_proj, nn.Linear) and c_fc.bias is not None):
+        return c_proj(activation(c_fc(x)))
+    if c_proj.bias is None:
+        return c_proj(activation(c_fc(x)))
     y = torch.addmm(c_fc.bias, x.flatten(0, 1), c_fc.weight.T, beta=slope, alpha=slope)
     y = torch.addmm(c_proj.bias, F.silu(y, inplace=True), c_proj.weight.T, alpha=1 / slope)
     return y.view_as(x)
 
 
-def normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)); with fixed statistics on a CPU, in the way that moves less memory: (B, C, H, W)."""
-    if norm.training or x.device.type != "cpu":
+def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)): (B, C, H, W).
+
+    In evaluation on a CPU, the norm's factors go into the convolution's weights, which moves less memory.
+    """
+    is_folded = x.device.type == "cpu" and not norm.training and is_eager(x)
+    if not (is_folded and is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
+        return norm(conv(x))
+    if norm.running_mean is None or norm.running_var is None or norm.weight is None:
+        return norm(conv(x))
+    if conv.bias is not None or conv.padding_mode != "zeros":
         return norm(conv(x))
     has_more_weights = conv.weight.numel() > x.numel()  # the upper layers, on a single image
     if has_more_weights and conv.kernel_size != (1, 1):
@@ -42,8 +66,19 @@ def normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return norm(conv(x.contiguous())).contiguous(memory_format=torch.channels_last)
     if has_more_weights:
         return norm(conv(x))
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight, bias = conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def shortcut(downsample: nn.Module, x: Tensor) -> Tensor:
+    """downsample(x), a pool, a convolution and a norm in sequence, or nothing: (B, C, H, W)."""
+    if is_plain(downsample, nn.Sequential) and len(downsample) == 3:
+        pool, conv, norm = downsample
+        return normed(conv, norm, pool(x))
+    return downsample(x)
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images in the order of memory that convolutions are fastest on; their outputs keep it."""
+    return images.contiguous(memory_format=torch.channels_last) if is_eager(images) else images

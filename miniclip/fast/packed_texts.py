@@ -11,12 +11,14 @@ B texts, L columns, T tokens of all texts, U distinct prefixes among them, H hea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .plain import is_eager, is_unobserved
 
 _MOST_UNIQUE = 7 / 8  # U / T; above it, spreading costs as much as sharing saves (docs/log.md)
 
@@ -39,7 +41,7 @@ class PackedTexts(NamedTuple):
     unique: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, pool: Tensor | None = None) -> Tensor:
-        """As `model.attend`: (1, U, H, D/H) -> (1, U, D), or with `pool` queries (B, 1, H, D/H) -> (B, 1, D)."""
+        """`model.dot_product_attention`: (1, U, H, D/H) -> (1, U, D), or with `pool` q (B, 1, H, D/H) -> (B, 1, D)."""
         k, v = self.all_tokens(k), self.all_tokens(v)  # (1, T, H, D/H)
         q = self.all_tokens(q) if pool is None else q
         by_length = zip(*(self._by_length(each) for each in (q, k, v)), strict=True)
@@ -70,12 +72,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def encode(tower: Callable[..., Tensor], tokens: Tensor, eot_token: int, device: torch.device, multiple: int) -> Tensor:
+def encode(tower: nn.Module, tokens: Tensor, eot_token: int, device: torch.device, multiple: int) -> Tensor:
     """tower(tokens.to(device)), without its padding: (B, L) -> (B, E).
 
     Ids on the CPU are packed for a tower on the CPU. For a tower elsewhere, where each length would need kernels of
-    its own, they are cut to the longest text and moved. Ids that are on a GPU go in as they are, since looking at
-    them would make the host wait.
+    its own, they are cut to the longest text and moved. Ids go in as they are if they are on a GPU (looking at them
+    would make the host wait), if somebody observes the tower, or if PyTorch records the operations for later.
 
     Args:
         multiple: the columns left are a multiple of it, if there are so many. Above 1 nothing is packed: compiled
@@ -84,8 +86,10 @@ def encode(tower: Callable[..., Tensor], tokens: Tensor, eot_token: int, device:
     Raises:
         ValueError: a row of ids on the CPU has no end-of-text token.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    if tokens.device.type != "cpu":
         return tower(tokens)
+    if not (is_eager(tokens) and is_unobserved(tower)):
+        return tower(tokens.to(device))
     if device.type == "cpu" and multiple == 1 and len(tokens):
         packed, layout, rows = pack_text(tokens, eot_token)
         return tower(packed, layout=layout)[rows]

@@ -1,10 +1,85 @@
-"""When a fast path may act: on modules that nobody has touched, and only while PyTorch runs them eagerly."""
+"""When a fast path may act: PyTorch runs eagerly, and nobody has put hooks or layers of their own into the model.
+
+There are two kinds of fast paths, and a test for each. A *folded* one computes what a module would compute without
+calling it, so the module must be exactly what its class says (`is_plain`). A *packed* one calls every module, but with
+fewer tokens than the textbook does, so nobody must look at them from outside (`is_unobserved`). Where a test fails, the
+textbook's way is taken.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+Kind = TypeVar("Kind", bound=nn.Module)
+_OWN = (f"{__package__.split('.')[0]}.", "torch.")
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class says and nothing else: no other class, no hooks on it."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+def is_eager(x: Tensor) -> bool:
+    """Whether operations on `x` run one by one with the shapes that it has now.
+
+    What is recorded (a trace, an export, a compiled graph) runs later with other shapes, so nothing may depend on those
+    of the example.
+    """
+    is_recorded = torch.compiler.is_compiling() or _is_exporting()
+    return not (is_recorded or torch._C._functorch.is_batchedtensor(x))  # the last: under torch.func.vmap
+
+
+def _is_exporting() -> bool:
+    """By torch.export, torch.jit.trace, or either of the exporters to ONNX, which use one of the two."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether calling the module does what its class says and nothing else.
+
+    False for subclasses (also those that parametrizations and quantization make), for hooks of any kind, for a
+    `forward` of the instance's own (as accelerate's), and for weights that are computed (pruning, weight norm) or are
+    special tensors (sharded, quantized).
+    """
+    return (
+        type(module) is kind
+        and not (_has_hooks(module) or torch_module._has_any_global_hook())
+        and "forward" not in module.__dict__
+        and not any(isinstance(value, Tensor) for value in module.__dict__.values())
+        and all(type(each) in (Tensor, nn.Parameter) for each in module._parameters.values() if each is not None)
+    )
+
+
+def is_unobserved(root: nn.Module) -> bool:
+    """Whether all that runs in `root`, and sees what its modules take and give, is this package's or PyTorch's own.
+
+    Hooks of PyTorch's own (sharding, pruning) do not look at shapes, so they do not count. An export counts as an
+    observer: its graph is the textbook's. A compiled graph is for this process alone, and nobody looks into it.
+    """
+    if _is_exporting() or torch.compiler.is_compiling():
+        return not _is_exporting()
+    modules: list[nn.Module | None] = [root]
+    while modules:  # faster than root.modules()
+        module = modules.pop()
+        if module is None:
+            continue
+        if not _is_own(module.forward):
+            return False
+        if _has_hooks(module) and not all(_is_own(hook) for hook in _hooks(module)):
+            return False
+        modules += module._modules.values()
+    return True
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in kinds if hooks for hook in hooks.values()]
+
+
+def _is_own(function: Any) -> bool:
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home.startswith(_OWN)

@@ -85,12 +85,16 @@ def gather_pairs(
 
 
 def group_means(features: Tensor, groups: Tensor, healthy: Tensor | None) -> Tensor:
-    """(B, E): for each row the mean of its group's healthy rows."""
-    _, numbers = groups.unique(return_inverse=True)  # (B,)
-    weights = torch.ones_like(features[:, 0]) if healthy is None else healthy.to(features.dtype)
-    sums = torch.zeros_like(features).index_add(0, numbers, features * weights[:, None])
-    counts = torch.zeros_like(weights).index_add(0, numbers, weights).clamp(min=1)
-    return (sums / counts[:, None])[numbers]
+    """(B, E): for each row the mean of its group's healthy rows.
+
+    Sums run over rows sorted by group and means are looked up as embeddings: both add in one order, whatever the number
+    of threads, forwards and backwards.
+    """
+    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)  # (B,), (groups,)
+    weights = torch.ones_like(features[:, :1]) if healthy is None else healthy[:, None].to(features.dtype)  # (B, 1)
+    rows, starts = torch.cat([features * weights, weights], dim=1), sizes.cumsum(dim=0) - sizes
+    sums = F.embedding_bag(group.argsort(stable=True), rows, starts, mode="sum")  # (groups, E + 1)
+    return F.embedding(group, sums[:, :-1] / sums[:, -1:].clamp(min=1))
 
 
 class LogSumExps(torch.autograd.Function):
