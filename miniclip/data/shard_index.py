@@ -25,6 +25,7 @@ import numpy as np
 from ..common.cache import Cache
 from ..common.files import atomic_write, write_text
 from ..common.storage import check_scheme, expand, is_url
+from .reading.cells import decode_text
 from .reading.scan import LeftOut
 from .tar_members import KINDS, Member, kind_of, read_samples
 
@@ -155,11 +156,24 @@ def index_shard(path: Path, offsets: Path) -> tuple[dict[str, Any], list[LeftOut
     with open(path, "rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
 
-        def extent(member: Member) -> tuple[int, int, int]:
+        def extent(kind: str, member: Member) -> tuple[int, int, int]:
             file.seek(member.offset)
-            return member.offset, member.size, zlib.crc32(file.read(member.size))
+            data = file.read(member.size)
+            if kind == "txt":
+                decode_text(data, member.name)
+            return member.offset, member.size, zlib.crc32(data)
 
-        found = [(key, {kind: extent(member) for kind, member in sample.items()}) for key, sample in samples]
+        found: list[tuple[str, Extents]] = []
+        for key, sample in samples:
+            try:
+                found.append((key, {kind: extent(kind, member) for kind, member in sample.items()}))
+            except ValueError:
+                text = sample.pop("txt")
+                left_out.append(LeftOut(text.name, "a text that is not UTF-8"))
+                if "cls" in sample or "npy" in sample:  # labelled
+                    found.append((key, {kind: extent(kind, member) for kind, member in sample.items()}))
+                else:
+                    left_out += [LeftOut(member.name, "a member whose text is not UTF-8") for member in sample.values()]
     return _index_entry(path, found, offsets, checksum), left_out
 
 

@@ -16,12 +16,12 @@ from ...common.wording import some
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jpg_large", ".webp", ".png", ".apng",
-    ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx",
 )  # fmt: skip
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".cap", ".text")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _UNREAD_PICTURES = (
-    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".ico", ".tga", ".exr", ".hdr", ".svg", ".psd", ".eps",
+    ".heic", ".heif", ".jxl", ".ico", ".tga", ".exr", ".hdr", ".svg", ".psd", ".eps",
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
 )  # fmt: skip
 _LEFTOVER_NAMES = frozenset(
@@ -129,6 +129,8 @@ def holds_picture(head: bytes) -> bool:
     """Whether a file's first 32 bytes are those of a picture that can be read."""
     return (
         head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
+        or head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
+        or head[4:12] in (b"ftypavif", b"ftypavis")
         or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
         or (head.startswith(b"BM") and head[14:18] in (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0"))
     )
