@@ -125,7 +125,7 @@ def test_every_file_of_a_folder_is_in_a_pair_or_rejected_or_left_out_by_its_reas
     assert len(in_pairs | texts) + packed.left_out == total
     assert all(reason for _, _, reason in rows)
     if packed.left_out:
-        assert summary(pairs.left_out).startswith(f"{packed.left_out} file")
+        assert summary(pairs.left_out).startswith(f"{packed.left_out} left out: ")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -304,7 +304,7 @@ def test_webdataset_sees_the_samples_of_a_plain_tar(tmp_path, seed):
 
 def test_reasons_are_counted_and_named_in_one_sentence():
     left_out = [LeftOut("a/", "left behind", 3), LeftOut("x.pdf", "no picture"), LeftOut("b", "left behind")]
-    assert summary(left_out) == "5 files left out: left behind: 4 (a/, b); no picture: 1 (x.pdf)"
+    assert summary(left_out) == "5 left out: left behind: 4 (a/, b); no picture: 1 (x.pdf)"
     assert summary([]) == ""
 
 

@@ -21,6 +21,7 @@ from .cells import CAPTION_FIELDS
 from .scan import LeftOut
 
 Records = list[dict[str, Any]]
+_KARPATHYS_OWN = ("filepath", "filename", "file_name", "sentences", "sentids")  # the rest is facts
 _IN_TRAINING = ("train", "restval")  # Karpathy's rest of the validation set is trained on
 
 
@@ -153,6 +154,6 @@ def _karpathys(images: Records, split: str | None) -> tuple[Records, list[LeftOu
             continue
         captions = [text.get("raw", text.get("caption")) if isinstance(text, Mapping) else text
                     for text in image.get("sentences", [])]  # fmt: skip
-        others = {key: value for key, value in image.items() if key not in ("sentences", "sentids", "tokens")}
+        others = {key: value for key, value in image.items() if key not in _KARPATHYS_OWN}
         rows.append({"file_name": file, "captions": captions, **others})
     return rows, left_out

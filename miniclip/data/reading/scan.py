@@ -144,8 +144,8 @@ def unread_reason(name: str) -> str:
     return f"neither a picture nor a caption ({suffix or 'no suffix'})"
 
 
-def summary(left_out: Iterable[LeftOut], what: str = "file") -> str:
-    """One sentence: how many were left out, for which reasons, and an example of each. Empty if there are none."""
+def summary(left_out: Iterable[LeftOut]) -> str:
+    """One sentence: how many were left out, for which reasons, and examples of each. Empty if there are none."""
     by_reason: dict[str, list[LeftOut]] = {}
     for each in left_out:
         by_reason.setdefault(each.reason, []).append(each)
@@ -157,7 +157,7 @@ def summary(left_out: Iterable[LeftOut], what: str = "file") -> str:
     parts = [
         f"{reason}: {counts[reason]:,} ({some([each.source for each in by_reason[reason]], 2)})" for reason in order
     ]
-    return f"{total:,} {what}{'s' if total > 1 else ''} left out: {'; '.join(parts)}"
+    return f"{total:,} left out: {'; '.join(parts)}"
 
 
 def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str, int | None]]:
