@@ -32,15 +32,13 @@ from ..reports.runs import PAGE_FILE, read_run
 from ..training import lightning_private
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates
 from ..training.finite import StopIfNotFinite
-from ..training.measuring import RunMetrics, StepMetrics
+from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
-from ..training.rejected import RejectedSamples
 from ..training.resume import Resumption
-from ..training.run_lock import hold
+from ..training.run_folder import TableLogger, hold
 from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, is_lost_data_worker, what_is_kept
-from ..training.table_log import TableLogger
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings

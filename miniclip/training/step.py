@@ -51,8 +51,8 @@ class StepResult(NamedTuple):
 class CLIPTraining(pl.LightningModule):
     """One step of contrastive training, and the validation between steps.
 
-    What else a run needs are callbacks: `finite.StopIfNotFinite`, `resume.Resumption`, `measuring.StepMetrics` and
-    `RunMetrics`, `rejected.RejectedSamples`. The command line adds them; a trainer of one's own has to.
+    What else a run needs are callbacks: `finite.StopIfNotFinite`, `resume.Resumption`, `StepMetrics`,
+    `RunMetrics` and `RejectedSamples` of `measuring`. The command line adds them; a trainer of one's own has to.
 
     Args:
         clip: the architecture.

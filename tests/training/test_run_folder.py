@@ -15,7 +15,7 @@ from pytorch_lightning import Callback
 from runs import arguments, command, fails, metrics
 
 from miniclip.commands import train as trainer
-from miniclip.training.table_log import TableLogger
+from miniclip.training.run_folder import TableLogger
 
 
 def test_a_run_keeps_others_out_of_its_folder_until_it_ends_or_is_killed(data, tmp_path, capsys):
