@@ -11,6 +11,7 @@ import gzip
 import html
 from collections.abc import Iterable, Sequence
 from functools import cache
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 import ftfy
@@ -38,6 +39,8 @@ _SPECIAL = {"<start_of_text>": START_OF_TEXT, "<end_of_text>": END_OF_TEXT}
 _IS_CLEAN = regex.compile(r"[\t\n\r -%'-~]*").fullmatch
 
 _MAX_CACHED_WORDS = 1 << 19
+_MAX_CACHED_LETTERS = 64  # of a word; longer ones hardly come twice
+_GONE = -1  # no id: a token that became part of the one to its left
 
 
 class TextTooLongError(ValueError, RuntimeError):
@@ -96,28 +99,40 @@ def _token_bytes() -> tuple[bytes, ...]:
     return (*by_id, *(name.encode() for name in _SPECIAL))
 
 
-def _encode_piece(piece: str) -> list[int]:
-    """Byte-pair encoding of one match of `_PIECES`."""
+def encode_piece(piece: str) -> list[int]:
+    """Byte-pair encoding of a word or other run of characters without a space."""
     if piece in _SPECIAL:
         return [_SPECIAL[piece]]
-    # Most words are in the vocabulary whole, and what is there is what the merges lead to: the tests try all of it.
+    # Most words are in the vocabulary whole, and the merges lead to that entry: a test tries all of them.
     whole = symbol_ids().get(piece + "</w>") if piece.isascii() else None
-    return _merge(piece) if whole is None else [whole]
+    return merge(piece) if whole is None else [whole]
 
 
-def _merge(piece: str) -> list[int]:
-    """From bytes up. One place at a time: a merge that the last one made possible was learnt after it."""
+def merge(piece: str) -> list[int]:
+    """From bytes up: the neighbours of smallest id first, and of equal ones those furthest left.
+
+    A heap holds the pairs that can merge, so n bytes take O(n log n) steps: some texts are one word of thousands of
+    letters. A pair that changed since it was pushed is skipped when it comes up.
+    """
     byte_ids, merges = _byte_ids(), learnt_merges()
     ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
     ids[-1] += 256  # the last byte ends the word
-    while len(ids) > 1:
-        found = [merges.get(pair, VOCAB_SIZE) for pair in pairwise(ids)]
-        merged = min(found)
-        if merged == VOCAB_SIZE:
-            break
-        place = found.index(merged)
-        ids[place : place + 2] = [merged]
-    return ids
+    ids.append(_GONE)
+    before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
+    heap = [(merges[pair], left) for left, pair in enumerate(pairwise(ids)) if pair in merges]
+    heapify(heap)
+    while heap:
+        merged, left = heappop(heap)
+        right = after[left]
+        if merges.get((ids[left], ids[right])) != merged:
+            continue
+        ids[left], ids[right], after[left] = merged, _GONE, after[right]
+        before[after[left]] = left
+        for first in (before[left], left) if left else (left,):
+            pair = ids[first], ids[after[first]]
+            if pair in merges:
+                heappush(heap, (merges[pair], first))
+    return [i for i in ids if i != _GONE]
 
 
 class _Words(dict[str, tuple[int, ...]]):
@@ -131,8 +146,9 @@ class _Words(dict[str, tuple[int, ...]]):
         if len(self) >= _MAX_CACHED_WORDS:
             self.clear()
         pieces = (word,) if word.isascii() and word.isalpha() else _PIECES.findall(word)
-        ids = tuple(i for piece in pieces for i in _encode_piece(piece))
-        self[word] = ids
+        ids = tuple(i for piece in pieces for i in encode_piece(piece))
+        if len(word) <= _MAX_CACHED_LETTERS:
+            self[word] = ids
         return ids
 
 
@@ -144,10 +160,15 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
-def encode(text: str) -> list[int]:
-    """The ids of a text, without start and end of text."""
+def encode(text: str, at_least: int | None = None) -> list[int]:
+    """The ids of a text, without start and end of text; with `at_least`, of its first words that have so many ids."""
     text = text.lower() if _IS_CLEAN(text) else clean(text)
-    return [i for word in text.split() for i in _words[word]]
+    ids: list[int] = []
+    for word in text.split():
+        ids += _words[word]
+        if at_least is not None and len(ids) >= at_least:
+            break
+    return ids
 
 
 def decode(tokens: Iterable[int]) -> str:
@@ -174,7 +195,7 @@ def encode_for_model(text: str, context_length: int = CONTEXT_LENGTH, truncate: 
     Raises:
         TextTooLongError: more than that, unless `truncate`, which cuts and puts the end token last.
     """
-    ids = [START_OF_TEXT, *encode(text), END_OF_TEXT]
+    ids = [START_OF_TEXT, *encode(text, at_least=context_length if truncate else None), END_OF_TEXT]
     if len(ids) > context_length:
         if not truncate:
             shown = text if len(text) <= 200 else text[:200] + "…"

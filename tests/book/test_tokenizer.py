@@ -190,7 +190,7 @@ def test_ids_of_any_ascii_text_equal_the_reference(text):
 def test_text_that_skips_cleaning_would_not_be_changed_by_it(text):
     assert tokenizer._IS_CLEAN(text)  # else this test would compare the slow path with itself
     pieces = [piece for word in clean(text).split() for piece in tokenizer._PIECES.findall(word)]
-    assert encode(text) == [i for piece in pieces for i in tokenizer._encode_piece(piece)]
+    assert encode(text) == [i for piece in pieces for i in tokenizer.encode_piece(piece)]
 
 
 @reproducible
@@ -346,6 +346,40 @@ def test_the_word_cache_is_bounded_and_emptying_it_changes_no_id(monkeypatch):
     assert 0 < max(sizes) <= 7
 
 
+LONG_WORDS = {
+    "emoji": lambda n: "😀" * n,
+    "one letter": lambda n: "a" * n,
+    "dashes": lambda n: "-" * n,
+    "DNA": lambda n: "".join(random.Random(0).choices("acgt", k=n)),
+    "Chinese": lambda n: "".join(chr(0x4E00 + random.Random(0).randrange(3000)) for _ in range(n)),
+    "base64": lambda n: "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz0123456789+/", k=n)),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_WORDS)
+def test_one_word_of_thousands_of_letters_has_the_references_ids(kind):
+    word = LONG_WORDS[kind](1500)
+    assert encode(word) == reference().encode(word)
+
+
+@pytest.mark.timeout(60)  # with a search for each merge, hours
+@pytest.mark.parametrize("kind", LONG_WORDS)
+def test_a_word_of_a_hundred_thousand_letters_is_encoded_and_not_kept(kind):
+    tokens = tokenize(LONG_WORDS[kind](100_000), truncate=True)
+    assert (tokens[0, 0], tokens[0, -1]) == (START, END)
+    assert not any(len(word) > 64 for word in tokenizer._words)
+
+
+def test_of_a_text_that_is_cut_only_the_first_words_are_encoded(monkeypatch):
+    words = tokenizer._Words()
+    monkeypatch.setattr(tokenizer, "_words", words)
+    text = " ".join(f"word{letter}" for letter in "abcdefghij")
+    assert encode_for_model(text, 6, truncate=True) == [START, *encode(text)[:4], END]
+    words.clear()
+    encode_for_model(text, 6, truncate=True)
+    assert 0 < len(words) < 5
+
+
 def test_every_asset_has_its_recorded_checksum():
     lines = (ASSETS / "SHA256SUMS").read_text().splitlines()
     recorded = dict(reversed(line.split(maxsplit=1)) for line in lines)
@@ -359,4 +393,4 @@ def test_a_word_of_the_vocabulary_is_what_its_merges_lead_to():
     words = {symbol.removesuffix("</w>"): i for symbol, i in tokenizer.symbol_ids().items() if symbol.endswith("</w>")}
     words = {word: i for word, i in words.items() if word.isascii() and word}
     assert len(words) > 33_000
-    assert all(tokenizer._merge(word) == [i] for word, i in words.items())
+    assert all(tokenizer.merge(word) == [i] for word, i in words.items())

@@ -80,7 +80,7 @@ def with_dropout(module: CLIPTraining) -> CLIPTraining:
         if isinstance(part, MLP):
             part.activation = nn.Sequential(part.activation, nn.Dropout(0.3))
         elif isinstance(part, Bottleneck):
-            part.pool = nn.Sequential(part.pool, nn.Dropout(0.3))
+            part.avgpool = nn.Sequential(part.avgpool, nn.Dropout(0.3))
     return module
 
 
