@@ -64,6 +64,15 @@ def test_a_reading_list_that_names_a_missing_file_is_refused(tmp_path):
         house.figures(checkout(tmp_path, "[gone](miniclip/gone.py)"))
 
 
+def test_checkouts_stand_side_by_side(tmp_path, capsys):
+    older, newer = checkout(tmp_path / "older"), checkout(tmp_path / "newer")
+    (newer / "miniclip/loss.py").write_text("loss = 0\n")
+    house.main([str(older), str(newer)])
+    out = capsys.readouterr().out
+    assert "| lines of loss.py | – | 1 |" in out
+    assert "| lines of the book | 2 | 3 |" in out
+
+
 def test_the_house_prints_its_own_figures():
     done = subprocess.run(
         [sys.executable, "benchmarks/house.py"], cwd=ROOT, capture_output=True, text=True, check=False
