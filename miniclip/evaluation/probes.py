@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .measures.statistics import bootstrap_interval
+from .measures.ties import SAME, first_of_best
 from .splits import ROWS_OF_PROBES, Labelled, Splits, unit_rows
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -39,7 +40,7 @@ class Outcome:
     """A classifier's scores of each test image.
 
     Args:
-        scores: (M, C), the highest is its guess (of equals the first).
+        scores: (M, C), the highest is its guess; of scores that are equal but for rounding, the first.
         test: the images.
     """
 
@@ -48,7 +49,7 @@ class Outcome:
 
     @cached_property
     def is_right(self) -> np.ndarray:
-        return self.scores.argmax(axis=1) == self.test.labels
+        return first_of_best(self.scores) == self.test.labels
 
     @property
     def accuracy(self) -> float:
@@ -151,7 +152,7 @@ def linear_probe(splits: Splits, *, refit: bool = True, max_iter: int = 1000) ->
             C = 10.0 ** (_LEAST_C + position / _STEPS_PER_DECADE)
             weight, bias, num_iterations, is_converged = _fit(splits.train, C, max_iter)
             scores = features @ weight + bias
-            accuracy = float((scores.argmax(axis=1) == labels).mean())
+            accuracy = float((first_of_best(scores) == labels).mean())
             found[position] = SweepPoint(C, accuracy, _log_loss(scores, labels), num_iterations, is_converged)
         peak = max(found, key=lambda position: (found[position].accuracy, -found[position].log_loss, -position))
         if step == 1:
@@ -200,7 +201,8 @@ def nearest_neighbours(
     splits: Splits, k: int = 20, temperature: float = 0.07, *, refit: bool = True, chunk_size: int = ROWS_OF_PROBES
 ) -> Outcome:
     """The k training images of the highest cosine vote for their classes, with weights exp(cosine / temperature) (Wu et
-    al. 2018, https://arxiv.org/abs/1805.01978, section 3.4). Scores are shares of the votes.
+    al. 2018, https://arxiv.org/abs/1805.01978, section 3.4). Scores are shares of the votes. Images that are as near as
+    the k-th, as copies are, share the votes that are left among them.
 
     Args:
         refit: validation images are neighbours, too, as nothing is chosen by them.
@@ -218,11 +220,16 @@ def nearest_neighbours(
     scores = np.zeros((len(queries), len(splits.classnames)))
     for start in range(0, len(queries), chunk_size):
         cosines = queries[start : start + chunk_size] @ keys.T  # (m, N)
-        nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]  # (m, k), in no order
-        top = np.take_along_axis(cosines, nearest, axis=1).astype(np.float64)
-        weights = np.exp((top - top.max(axis=1, keepdims=True)) / temperature)  # the largest is 1: nothing overflows
-        rows = start + np.arange(len(cosines))[:, None]
-        np.add.at(scores, (rows, memory.labels[nearest]), weights / weights.sum(axis=1, keepdims=True))
+        kth = -np.partition(-cosines, k - 1, axis=1)[:, k - 1, None]  # (m, 1)
+        is_nearer, is_near = cosines > kth + SAME, cosines >= kth - SAME
+        num_nearer = is_nearer.sum(axis=1)
+        left = (k - num_nearer) / (is_near.sum(axis=1) - num_nearer)  # votes for each image that is as near as the k-th
+        rows, columns = np.nonzero(is_near)
+        votes = np.where(is_nearer[rows, columns], 1.0, left[rows])
+        # The largest weight is 1, so that nothing overflows.
+        votes *= np.exp((cosines[rows, columns].astype(np.float64) - cosines.max(axis=1)[rows]) / temperature)
+        np.add.at(scores, (start + rows, memory.labels[columns]), votes)
+    scores /= scores.sum(axis=1, keepdims=True)
     return Outcome(scores, splits.test)
 
 
@@ -273,7 +280,7 @@ def tip_adapter(
         for j, beta in enumerate(betas):
             examples = np.add.reduceat(np.exp(-beta * distances), first, axis=1)  # (m, C)
             for i, alpha in enumerate(alphas):
-                right[i, j] += ((prompts + alpha * examples).argmax(axis=1) == labels).sum()
+                right[i, j] += (first_of_best(prompts + alpha * examples) == labels).sum()
     i, j = divmod(int(right.argmax()), len(betas))  # the first of equals
     alpha, beta = alphas[i], betas[j]
     scores = []
