@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import datetime
-import io
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-PAGE_FILE, RUN_FILE = "report.html", "run.json"
+PAGE_FILE, RUN_FILE, METRICS_FILE = "report.html", "run.json", "metrics.csv"
+# What every record has.
+_RECORDED = ("status", "seconds", "step", "max_steps", "command", "device", "precision", "peak_source", "versions")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Run:
         curves: (step, value) by the name of the metric; steps count from 0.
         starts: what each start, or resumption, recorded of itself (`run.json`), in order.
         config: its settings, as YAML.
+        problems: what of its files is damaged and was left out.
     """
 
     name: str
     curves: Curves
     starts: tuple[dict[str, Any], ...]
     config: str
+    problems: tuple[str, ...] = ()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -72,18 +76,42 @@ def read_run(folder: str | Path) -> Run:
     logs = logs_of(folder)
     if not logs:
         raise ValueError(f"{folder} is not the folder of a run: it has no logs/version_0 (trainer.default_root_dir)")
-    starts = []
+    starts, problems = [], []
     for log in logs:
-        if (log / RUN_FILE).is_file():
-            start = json.loads((log / RUN_FILE).read_text(encoding="utf-8"))
-            table = log / "metrics.csv"
-            if start["status"] == "running" and table.is_file():  # going on, or killed: its last row dates it
-                began = datetime.datetime.fromisoformat(start["began"]).timestamp()
-                start["seconds"] = max(0.0, table.stat().st_mtime - began)
-            starts.append(start)
+        try:
+            start = _read_start(log)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            starts += [] if start is None else [start]
     config = logs[-1] / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    return Run(str(folder), run_curves(folder), tuple(starts), text)
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    curves, damages = _read_logs(folder)
+    for problem in problems:
+        warnings.warn(problem, stacklevel=2)
+    return Run(str(folder), curves, tuple(starts), text, (*problems, *damages))
+
+
+def _read_start(log: Path) -> dict[str, Any] | None:
+    """What a start of the run recorded; None if it recorded nothing.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    path = log / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        start = json.loads(path.read_text(encoding="utf-8"))
+        began = datetime.datetime.fromisoformat(start["began"]).timestamp()
+        if missing := [name for name in _RECORDED if name not in start]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged and was left out: {error}") from error
+    table = log / METRICS_FILE
+    if start["status"] == "running" and table.is_file():  # going on, or killed: its last row dates it
+        start["seconds"] = max(0.0, table.stat().st_mtime - began)
+    return start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,24 +137,49 @@ def logs_of(run: Path) -> list[Path]:
 
 def run_curves(run: Path) -> Curves:
     """The curves in a run's folder. A step that was trained twice counts as it was the last time."""
+    return _read_logs(run)[0]
+
+
+def _read_logs(run: Path) -> tuple[Curves, list[str]]:
+    """The curves, and what of the logs is damaged, of which a warning is given, too."""
     curves: dict[str, dict[int, float]] = {}
+    damages = []
     for log in logs_of(run):
-        rows = _rows(log / "metrics.csv")
+        rows, num_damaged = _rows(log / METRICS_FILE)
+        if num_damaged:
+            what = f"{num_damaged} of {num_damaged + len(rows)} rows of {log / METRICS_FILE} are"
+            damages.append(f"{what} damaged, as by a full disk, and were left out")
+            warnings.warn(damages[-1], stacklevel=3)
         if not rows:
             continue
-        first = min(int(row["step"]) for row in rows)
+        first = min(step for step, _ in rows)
         curves = {name: {step: y for step, y in points.items() if step < first} for name, points in curves.items()}
         before = {name: max(curves.get(name, {}).values(), default=0.0) for name in _COUNTS}
-        for row in rows:
-            for name, value in row.items():
-                if name not in ("step", "epoch") and value:
-                    curves.setdefault(name, {})[int(row["step"])] = float(value) + before.get(name, 0.0)
-    return {name: sorted(points.items()) for name, points in curves.items() if points}
+        for step, values in rows:
+            for name, value in values.items():
+                curves.setdefault(name, {})[step] = value + before.get(name, 0.0)
+    return {name: sorted(points.items()) for name, points in curves.items() if points}, damages
 
 
-def _rows(table: Path) -> list[dict[str, str]]:
+def _rows(table: Path) -> tuple[list[tuple[int, dict[str, float]]], int]:
+    """Each whole row's step and numbers, and how many rows are damaged."""
     if not table.is_file():
-        return []
-    text = table.read_text(encoding="utf-8")
+        return [], 0
+    text = table.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]  # a run that is going on, or was killed, may be amid a line
-    return [row for row in csv.DictReader(io.StringIO(whole)) if row["step"]]
+    header, *lines = [line for line in whole.splitlines() if line] or [""]
+    names = next(csv.reader([header]), [])
+    rows, num_damaged = [], 0
+    for line in lines:
+        try:
+            cells = next(csv.reader([line]))
+            cell_of = dict(zip(names, cells, strict=False))
+            if len(cells) != len(names):
+                raise ValueError
+            step = cell_of.pop("step")
+            values = {name: float(cell) for name, cell in cell_of.items() if cell and name != "epoch"}
+            if step:
+                rows.append((int(step), values))
+        except (ValueError, KeyError, csv.Error):  # torn, joined with the next, or overwritten
+            num_damaged += 1
+    return rows, num_damaged

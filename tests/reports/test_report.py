@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from miniclip.evaluation.suite import Result
 from miniclip.reports.comparison import compare_runs
 from miniclip.reports.page import write_html
 from miniclip.reports.results import write_json
-from miniclip.reports.runs import read_curves
+from miniclip.reports.run_page import differences, write_page
+from miniclip.reports.runs import read_curves, read_run
 from miniclip.reports.tables import comparison_tables, tables
 
 # What training logs: a row of its own for validation.
@@ -234,6 +236,41 @@ def test_a_log_that_a_killed_run_left_unfinished_is_read_as_far_as_it_goes(tmp_p
     log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0", "0,20,")
     log(tmp_path, "version_1", "")
     assert read_curves(tmp_path / "best") == {"train/loss": [(10, 5.0)]}
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        "0,15,4.",  # a row that a full disk cut off, and a new line
+        "0,15,4.0,20,3.9,0.5",  # … and the next row behind it
+        "0,15,4.04.0,0.5",  # two numbers grown together
+        "\0\0\0\0",  # blocks that were never written
+        "epoch,step,train/loss,val/loss",  # the header once more
+        "0,fifteen,4.0,0.5",
+        '"0,15,4.0,0.5',
+    ],
+)
+def test_a_torn_row_is_left_out_and_counted_and_the_others_are_drawn(tmp_path, torn):
+    log(tmp_path, "version_0", "epoch,step,train/loss,val/loss", "0,10,5.0,0.4", torn, "0,20,3.0,0.2")
+    with pytest.warns(UserWarning, match=r"1 of 3 rows of .*version_0/metrics\.csv are damaged"):
+        curves = read_curves(tmp_path / "best")
+    assert curves == {"train/loss": [(10, 5.0), (20, 3.0)], "val/loss": [(10, 0.4), (20, 0.2)]}
+
+
+def test_the_page_of_a_run_with_damaged_files_goes_on_and_names_them(tmp_path):
+    log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0", "0,1", "0,20,3.0")
+    (tmp_path / "logs/version_0/run.json").write_text('{"status": "run')
+    (tmp_path / "logs/version_0/config.yaml").write_text("a: !!python/object:os.system {}\nb: 1\n")
+    with pytest.warns(UserWarning, match="damaged and") as caught:
+        write_page(tmp_path / "report.html", [tmp_path])
+    assert len(caught) == 2
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 of 3 rows of" in text
+    assert "run.json is damaged and was left out" in text
+    assert "Contrastive loss" in text
+    with pytest.warns(UserWarning, match="damaged and"):
+        (one, two) = read_run(tmp_path), replace(read_run(tmp_path), config="b: 2")
+    assert ("b", ["1", "2"]) in differences([one, two])
 
 
 def test_a_folder_of_another_name_among_the_logs_is_no_crash(tmp_path):
