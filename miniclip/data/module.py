@@ -53,16 +53,16 @@ class _Pending(Sampler[list[tuple[int, int]]]):
 
 
 class PairLoader(DataLoader[Sample]):
-    """A loader that measures how long it is waited for, and says what it waits for itself if that is long.
+    """A loader that measures how long training waits for it, and names the shards when a batch takes long.
 
-    It also tells Lightning that it can be resumed: its position is the trainer's step, which the sampler asks for.
+    Lightning sees it as resumable: its position is the trainer's step, which the sampler asks for.
 
     Args:
-        batches: of each the samples, as (epoch, sample).
+        batches: the samples of each batch, as (epoch, sample).
     """
 
     waited_s = 0.0
-    silence_s = 60.0  # without a batch, after which the shards that are waited for are named
+    silence_s = 60.0  # after which a missing batch's shards are named
 
     def __init__(
         self,
@@ -117,10 +117,10 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # tells who sent it; not on macOS, which has no SLURM either
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_on_a_signal_of, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_when_told_by(parent: int) -> None:
+def _end_on_a_signal_of(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -133,19 +133,19 @@ class PairDataModule(pl.LightningDataModule):
         train: shards: a folder (`miniclip shards SRC OUT` makes one), here or at a URL, or a pattern of tars in one; or
             a list of them. A folder of images and texts, or a table, is packed into the cache first.
         val: the same, never trained on; or none.
-        weights: of the sources in `train`, which are then mixed in these proportions; by default each sample of each
-            source comes once an epoch.
+        weights: proportions in which the sources of `train` are mixed; by default each sample of each source comes
+            once an epoch.
         batch_size: pairs that are contrasted with each other, over all ranks.
         num_workers: processes that decode, on each rank.
-        augmentation: what is done to training images.
-        captions: which text of several is taken in training; validation takes the first.
+        augmentation: random changes of training images.
+        captions: the choice among several texts in training; validation takes the first.
         image_size: side of the model's input, pixels; set from the model.
         context_length: most tokens of a text; longer ones are cut and counted; set from the model.
         preprocess: how held-out images are made square; set from the model.
         seed: of order, augmentation and captions; set from `seed_everything`.
         cache_gb: the most that remote shards may take on this machine's disk, 10^9 bytes.
-        val_pairs: the most held-out pairs that a validation takes, so that it does not grow with them: the same ones,
-            drawn once, in every validation of every run. None takes all.
+        val_pairs: the most held-out pairs that a validation takes: the same random ones in every validation of every
+            run. None takes all.
         text_length_multiple: texts of a batch are padded to a multiple of so many tokens; set from `model.compile`.
     """
 
@@ -168,7 +168,7 @@ class PairDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 2:
-            raise ValueError(f"data.batch_size is {batch_size}; a pair needs at least one other to be told from")
+            raise ValueError(f"data.batch_size is {batch_size}; contrastive training needs at least two pairs")
         self.train = [train] if isinstance(train, str) else list(train)
         self.val = [val] if isinstance(val, str) else list(val or [])
         if not self.train:
@@ -178,7 +178,7 @@ class PairDataModule(pl.LightningDataModule):
         if not all(weight > 0 and math.isfinite(weight) for weight in weights or ()):
             raise ValueError(f"data.weights is {weights}; they must be numbers above 0")
         if val_pairs is not None and val_pairs < 2:
-            raise ValueError(f"data.val_pairs is {val_pairs}; a pair needs at least one other to be told from")
+            raise ValueError(f"data.val_pairs is {val_pairs}; contrastive training needs at least two pairs")
         self.val_pairs = val_pairs
         if text_length_multiple < 1:
             raise ValueError(f"data.text_length_multiple is {text_length_multiple}; it must be at least 1")
@@ -216,7 +216,7 @@ class PairDataModule(pl.LightningDataModule):
         return Mixture([SampleOrder(part, self.seed + n) for n, part in enumerate(parts)], self.weights, self.seed)
 
     def describe(self) -> str:
-        """What an epoch is, for the log."""
+        """The size of an epoch and its sources, for the log."""
         assert self.train_shards is not None
         order = self.order()
         epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
@@ -252,14 +252,14 @@ class PairDataModule(pl.LightningDataModule):
         if self.val_shards is None:
             return []
         held_out = self.held_out()
-        numbers = [held_out[index] for index in own_indices(len(held_out))]
+        samples = [held_out[index] for index in own_indices(len(held_out))]
         step = min(self.batch_size, 256)
-        batches = [[(0, n) for n in numbers[i : i + step]] for i in range(0, len(numbers), step)]
+        batches = [[(0, n) for n in samples[i : i + step]] for i in range(0, len(samples), step)]
         first = replace(self.captions, order="first")
         return PairLoader(self._dataset(self.val_shards, None, first), batches, **self._options())
 
     def held_out(self) -> list[int]:
-        """Which of the held-out pairs a validation takes. Not the first ones: sets often lie sorted."""
+        """The held-out pairs of a validation: a random sample, as sets often lie sorted."""
         assert self.val_shards is not None
         count, most = len(self.val_shards), self.val_pairs
         if most is None or count <= most:
@@ -291,7 +291,7 @@ class PairDataModule(pl.LightningDataModule):
         return {**self._sequence(), "step": self.trainer.global_step}
 
     def _sequence(self) -> dict[str, Any]:
-        """What the sequence of batches depends on."""
+        """All that the sequence of batches depends on."""
         assert self.train_shards is not None
         shards = hashlib.sha256("".join(entry.sha256 for entry in self.train_shards.entries).encode())
         return {
@@ -305,7 +305,7 @@ class PairDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose step would be another place in another sequence of batches."""
+        """Refuses a checkpoint of another sequence of batches, in which its step means another position."""
         if self.train_shards is None:
             return
         for name, value in self._sequence().items():

@@ -1,4 +1,4 @@
-"""Whatever people name as pairs -> pairs: a source, or shards; and shards packed into the cache on the way."""
+"""A source or shards, as a user names them -> pairs; and sources packed into the cache for training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES, image_files
+from .reading.tables import is_parquet, is_pattern
 from .shard_index import INDEX_FILE, REJECTED_FILE
 from .shards import Shards
 from .sources import read_pairs
+
+_READ_AS = 2  # raised where the same source is read as other pairs than by earlier versions
 
 
 def shard_pairs(source: str) -> Pairs:
@@ -35,11 +38,11 @@ def shard_pairs(source: str) -> Pairs:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training on what is not packed yet
+# Training on a source that is not packed yet
 
 
 def is_shards(source: str) -> bool:
-    """Whether this is a folder, pattern or URL of shards, rather than a source for `read_pairs`."""
+    """Whether a source is a folder, pattern or URL of shards, rather than one for `read_pairs`."""
     path = Path(source)
     if source.startswith(HUB_PREFIX) or path.is_file():
         return source.endswith(".tar")
@@ -75,17 +78,19 @@ def open_pairs(
 
 
 def pack_into_cache(source: str) -> str:
-    """Where the shards of a source are. What is not packed yet is, into the cache, once and when it has changed.
+    """The location of a source's shards. A source that is not packed yet is packed into the cache, and again whenever
+    it has changed.
 
     Raises:
         ValueError: as `read_pairs` and `pack`.
     """
     path = Path(source)
-    if is_shards(source) or not (path.is_file() or (path.is_dir() and image_files(path))):
-        return source  # or nothing, which `Shards` tells
+    is_packable = path.is_file() or is_pattern(source) or is_parquet(path) or (path.is_dir() and image_files(path))
+    if is_shards(source) or not is_packable:
+        return source  # `Shards` raises if nothing is there
     try:
         pairs = read_pairs(source)
-        name = hashlib.sha256(f"{path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{_READ_AS} {path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
         out = cache_folder("packed") / f"{path.stem}-{name}"
         with locked(Path(f"{out}.lock"), f"another process is packing {out}"):
             if not out.exists():

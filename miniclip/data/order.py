@@ -21,7 +21,7 @@ class SampleOrder:
 
     Args:
         counts: samples of each shard.
-        block_samples: about how many are shuffled as one; whole shards, so more or less of them.
+        block_samples: about how many samples are shuffled as one block of whole shards.
     """
 
     def __init__(self, counts: np.ndarray, seed: int, block_samples: int = 100_000) -> None:
@@ -46,7 +46,7 @@ class SampleOrder:
         return samples
 
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Places `start` to `stop` of the sequence, as (epoch, sample)."""
+        """Positions `start` to `stop` of the sequence, as (epoch, sample)."""
         out: list[tuple[int, int]] = []
         while start < stop:
             epoch, place = divmod(start, self.num_samples)
@@ -63,12 +63,12 @@ class SampleOrder:
 class Mixture:
     """An endless sequence like `SampleOrder`'s, of several sources in given proportions.
 
-    Each source goes through its own passes, so that one of small weight is seen whole before anything in it is seen
-    again. Every so many places hold the sources in their proportions, to one sample, in random order.
+    Each source goes through its own passes, so that one of small weight is seen whole before a sample of it comes
+    again. Every `period` positions hold the sources in their proportions, to one sample, in random order.
 
     Args:
-        orders: of each source; their samples are numbered one source after the other.
-        weights: positive numbers, in any unit.
+        orders: the order of each source; samples are numbered one source after the other.
+        weights: proportions of the sources, above 0, in any unit.
     """
 
     def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float], seed: int, period: int = 4096) -> None:
@@ -81,14 +81,14 @@ class Mixture:
         self.num_samples = sum(counts)
 
     def _taken_before(self, period: int) -> np.ndarray:
-        """How many samples of each source come before a period; the largest takes what rounding leaves."""
+        """The number of samples of each source before a period; the largest source takes the rounding."""
         taken = np.floor(period * self.period * self.shares).astype(np.int64)
         largest = int(self.shares.argmax())
         taken[largest] = period * self.period - (taken.sum() - taken[largest])
         return taken
 
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Places `start` to `stop` of the sequence, as (pass through its source, sample)."""
+        """Positions `start` to `stop` of the sequence, as (pass through its source, sample)."""
         out: list[tuple[int, int]] = []
         while start < stop:
             period, first = divmod(start, self.period)
@@ -109,14 +109,14 @@ class Mixture:
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):
-    """This rank's share of each global batch, from wherever training stands to the end of the Lightning epoch.
+    """This rank's part of each global batch, from the current step to the end of the Lightning epoch.
 
-    A Lightning epoch is `len(sampler)` batches, the most that one pass over the data fills; what is left over begins
-    the next one, so that no sample is dropped and none doubled.
+    A Lightning epoch is `len(sampler)` batches, the most that one pass over the data fills. The samples that are left
+    over begin the next one, so that no sample is dropped or doubled.
 
     Args:
         batch_size: global, over all ranks.
-        step: tells how many batches have been trained on; asked at the start of each epoch.
+        step: returns the number of batches trained on; called at the start of each epoch.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         return self.order.num_samples // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.world_size
+        per_rank = self.batch_size // self.world_size
         first = self.step()
         for n in range(first, (first // len(self) + 1) * len(self)):
-            start = n * self.batch_size + self.rank * share
-            yield self.order.slice(start, start + share)
+            start = n * self.batch_size + self.rank * per_rank
+            yield self.order.slice(start, start + per_rank)

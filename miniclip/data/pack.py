@@ -54,18 +54,18 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Packed:
-    """Writes pairs as shards. The folder appears under its name only when it is complete.
+    """Writes pairs as shards. The folder is called OUT.partial until it is complete.
 
-    Until then it is OUT.partial. Every `samples_per_shard` pairs are a chunk, which is packed on its own, so that a
-    repeated call leaves finished chunks as they are, and the parts of a job array can pack different ones.
+    Every `samples_per_shard` pairs are a chunk, which is packed on its own: a repeated call leaves finished chunks as
+    they are, and the parts of a job array pack different ones.
 
     Args:
         pairs: of `sources.read_pairs`.
         out: the folder to write; with a `val_fraction` it gets the folders train and val.
         source: where the pairs came from, for messages and the index.
-        part: (i, n) packs every n-th chunk, from the i-th on; the last part to end puts all together.
+        part: (i, n) packs every n-th chunk, from the i-th on; the part that ends last puts all together.
         workers: threads that read, decode and encode; by default one a core.
-        overwrite: replace `out` if it is there, and what another packing began.
+        overwrite: replace `out` if it exists, and the unfinished folder of another packing.
         progress: called with the number of pairs done, now and then.
 
     Raises:
@@ -103,7 +103,7 @@ def pack(
         with locked(chunk.lock, busy, patience_s=0):
             if not chunk.is_done:
                 chunk.write(pairs, packing, workers or os.cpu_count() or 1, partial(report_progress, progress, done))
-        done += len(chunk.numbers)
+        done += len(chunk.indices)
         report_progress(progress, done, 0)
     with locked(lock, busy, patience_s=600):
         if (work / PLAN_FILE).is_file():
@@ -116,7 +116,7 @@ def pack(
 
 
 def _is_of(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether a folder is what a plan makes."""
+    """Whether a folder was made by this plan."""
     for path in (out / INDEX_FILE, out / "train" / INDEX_FILE):
         if path.is_file():
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -174,11 +174,11 @@ class _Chunk:
     """Some consecutive pairs, which become one shard, or more if they are large, and as many held out.
 
     Args:
-        numbers: of the pairs; they are also the samples' keys.
+        indices: of the pairs; they are also the samples' keys.
     """
 
-    def __init__(self, work: Path, number: int, numbers: range) -> None:
-        self.work, self.number, self.numbers = work, number, numbers
+    def __init__(self, work: Path, number: int, indices: range) -> None:
+        self.work, self.number, self.indices = work, number, indices
         self.result = work / f"chunk-{number:05d}.json"  # written last: a chunk without it is not done
         self.lock = work / f"chunk-{number:05d}.lock"
 
@@ -197,25 +197,25 @@ class _Chunk:
         def close(side: str) -> None:
             shards[side].append(tars.pop(side).close())
 
-        for number, result in _in_order(self.numbers, lambda n: prepare(pairs, n, packing), workers):
+        for index, result in _computed_ahead(self.indices, lambda i: prepare(pairs, i, packing), workers):
             if isinstance(result, Rejection):
-                rejected.append((f"{number:09d}", result.source, result.reason))
+                rejected.append((f"{index:09d}", result.source, result.reason))
             else:
                 side = "val" if result.is_held_out else "train"
                 if side in tars and tars[side].size + result.size + _END_BYTES > packing.max_shard_bytes:
                     close(side)
                 if side not in tars:
                     tars[side] = Tar(self.work / f"chunk-{self.number:05d}-{side}-{len(shards[side])}.tar")
-                tars[side].write(f"{number:09d}", result.members)
-            if (number + 1) % 64 == 0:
-                progress(number + 1 - self.numbers.start)
+                tars[side].write(f"{index:09d}", result.members)
+            if (index + 1) % 64 == 0:
+                progress(index + 1 - self.indices.start)
         for side in list(tars):
             close(side)
         write_text(self.result, json.dumps({"shards": shards, "rejected": rejected}))
 
 
-def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """The function's value for each number, in order, computed ahead by threads, a few numbers at a time.
+def _computed_ahead(indices: range, function: Callable[[int], Any], workers: int) -> Iterator[tuple[int, Any]]:
+    """The function's value for each index, in order, computed ahead by threads, a few indices at a time.
 
     Threads, as reading, decoding and encoding images let go of the interpreter's lock.
     """
@@ -223,13 +223,13 @@ def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> I
     is_over = threading.Event()
 
     def compute(some: range) -> list[Any]:
-        return [function(number) for number in some if not is_over.is_set()]
+        return [function(index) for index in some if not is_over.is_set()]
 
     waiting: deque[tuple[range, Future[list[Any]]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        for start in range(0, len(numbers), _AT_A_TIME):
-            some = numbers[start : start + _AT_A_TIME]
+        for start in range(0, len(indices), _AT_A_TIME):
+            some = indices[start : start + _AT_A_TIME]
             waiting.append((some, pool.submit(compute, some)))
             if len(waiting) > 3 * workers:
                 done, future = waiting.popleft()
@@ -242,7 +242,7 @@ def _in_order(numbers: range, function: Callable[[int], Any], workers: int) -> I
 
 
 def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk], left_out: Sequence[LeftOut]) -> None:
-    """Gives the chunks' shards their numbers, writes the index, and the folder gets its name.
+    """Numbers the chunks' shards, writes the index, and gives the folder its name.
 
     Each step can be done again by a process that comes after one that was killed here.
     """

@@ -24,7 +24,7 @@ from .shards import Shards
 
 
 class Batch(NamedTuple):
-    """What training and validation see.
+    """A batch of training or validation.
 
     images: (B, 3, R, R) uint8. tokens: (B, L) int64, zero padded to the longest text. mask: (B,) bool, False where a
     sample could not be read, or None if all could. keys: names of the samples. problems: why, for those that could not.
@@ -50,13 +50,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Which text of a sample goes with its image.
+    """The choice of a text for a sample's image.
 
     Args:
-        order: "random", or "first" for the first there is.
-        fields: where texts are taken from: "txt", or fields of the sample's `.json`, each with a weight. With "random"
-            one of those that are there is drawn by weight, then one of its lines. By default "txt" alone.
-        line_weights: of the first, second, … line of a text; the last holds for all further lines. By default equal.
+        order: "random", or "first" for the first text.
+        fields: sources of texts and their weights: "txt", or fields of the sample's `.json`. With "random" a field is
+            drawn by weight, then one of its lines. By default "txt" alone.
+        line_weights: weights of the first, second, … line; the last holds for all further lines. By default equal.
     """
 
     order: Literal["random", "first"] = "random"
@@ -78,11 +78,11 @@ class CaptionChoice:
         """One caption.
 
         Args:
-            lines: of the sample's `.txt`.
-            info: gives the sample's `.json`; called only if a field of it is wanted.
+            lines: the captions of the sample's `.txt`.
+            info: returns the sample's `.json`; called only if a field of it is wanted.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the sample has no caption.
         """
         if self.fields:
             texts = self.texts(lines, info)
@@ -110,11 +110,11 @@ class CaptionChoice:
 
 
 class PairDataset(Dataset[Sample]):
-    """Samples decoded, augmented and tokenised. An unreadable one becomes a hole and never an exception.
+    """Samples decoded, augmented and tokenised. An unreadable one becomes a hole, never an exception.
 
     Args:
         augmentation: None for the exact preprocessing of inference.
-        captions: how a caption is chosen.
+        captions: the choice among several captions.
     """
 
     def __init__(
@@ -165,9 +165,9 @@ class PairDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample], length_multiple: int = 1, context_length: int = 77) -> Batch:
-    """Texts are padded to the longest of the batch and no further: the tower's work grows with the columns.
+    """Stacks samples. Texts are padded to the longest of the batch, as the tower's work grows with the columns.
 
-    With a `length_multiple`, to that of it which comes next, but no further than the context.
+    With a `length_multiple` they are padded to its next multiple, at most to the context length.
     """
     longest = max(len(sample.ids) for sample in samples)
     length = max(longest, min(math.ceil(longest / length_multiple) * length_multiple, context_length))
@@ -191,5 +191,5 @@ def collate(samples: list[Sample], length_multiple: int = 1, context_length: int
 
 
 def _hash(ids: list[int]) -> int:
-    """The same in every process, unlike Python's own."""
+    """A hash that is equal in every process, unlike Python's own."""
     return int.from_bytes(hashlib.blake2b(np.array(ids, dtype=np.int32).tobytes(), digest_size=8).digest(), signed=True)

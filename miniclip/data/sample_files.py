@@ -14,10 +14,10 @@ from PIL import Image
 from ..common.storage import read_bytes
 from ..images import open_image, read_header
 from .augmentation import jpeg_size
-from .reading.cells import captions_in
+from .reading.cells import one_line
 from .reading.pair import Pair, Pairs
 
-# What a tar holds unchanged; anything else is stored as PNG. By the name Pillow gives the format.
+# Formats, by Pillow's names, that are stored unchanged; pictures of others are stored as PNG.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class Packing:
-    """How pairs become shards. A packing that was interrupted goes on only as it was begun.
+    """The settings of packing. A packing that was interrupted continues only with the same ones.
 
     Args:
         samples_per_shard: pairs that go into one tar. Rejected ones leave it smaller.
@@ -73,11 +73,11 @@ class Rejection:
     reason: str
 
 
-def prepare(pairs: Sequence[Pair], number: int, packing: Packing) -> _Prepared | Rejection:
-    """The files of one sample, or why there are none."""
-    name = pairs.names[number] if isinstance(pairs, Pairs) else f"pair {number}"
+def prepare(pairs: Sequence[Pair], index: int, packing: Packing) -> _Prepared | Rejection:
+    """The files of one sample, or the reason why there are none."""
+    name = pairs.names[index] if isinstance(pairs, Pairs) else f"pair {index}"
     try:
-        pair = pairs[number]
+        pair = pairs[index]
         name = pair.source
         return _members(pair, packing)
     except (OSError, ValueError) as error:
@@ -87,7 +87,7 @@ def prepare(pairs: Sequence[Pair], number: int, packing: Packing) -> _Prepared |
 def _members(pair: Pair, packing: Packing) -> _Prepared:
     if pair.problem:
         raise ValueError(pair.problem)
-    captions = [line for caption in pair.captions for line in captions_in(caption)]
+    captions = [text for caption in pair.captions if (text := one_line(caption))]
     if not captions:
         raise ValueError("every caption is empty")
     assert pair.image is not None
@@ -98,7 +98,7 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
     members = {
         suffix: data,
         "txt": "\n".join(captions).encode("utf-8"),
-        # A file name need not be UTF-8; what is not becomes an escape, which JSON reads back.
+        # Bytes of a file name that are not UTF-8 become escapes, which JSON reads back.
         "json": json.dumps(facts, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
     }
     place = int.from_bytes(hashlib.sha256(original).digest()[:8]) / 2**64 if packing.val_fraction else 1.0
@@ -108,7 +108,7 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
 def _stored_image(original: bytes, name: str, packing: Packing) -> tuple[str, bytes, tuple[int, int]]:
     """An image's suffix, bytes and (W, H) as they go into the tar.
 
-    All of it is decoded only where it must be: else packing would be no faster than that.
+    It is decoded completely only where needed, as decoding takes most of the time of packing.
     """
     is_kept = packing.resize is None and _is_whole(original)
     if is_kept and (size := jpeg_size(original)):
@@ -144,7 +144,7 @@ def _is_whole(data: bytes) -> bool:
         return False
     try:
         read_header(data).verify()
-    except Exception:  # a damaged file can raise anything; decoding it will tell what is wrong
+    except Exception:  # a damaged file can raise anything; decoding it will raise the reason
         return False
     return True
 

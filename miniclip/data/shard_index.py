@@ -26,7 +26,7 @@ from ..common.cache import Cache
 from ..common.files import atomic_write, write_text
 from ..common.storage import check_scheme, expand, is_url
 from .reading.cells import decode_text
-from .reading.scan import LeftOut
+from .reading.scan import LeftOut, is_leftover
 from .tar_members import KINDS, Member, kind_of, read_samples
 
 SCHEMA_VERSION = 2
@@ -122,8 +122,8 @@ def write_index(folder: Path, entries: list[dict[str, Any]], facts: dict[str, An
     members = Counter[str]()
     for entry in entries:
         members.update(entry.pop("members"))
-    told = {"left_out": dict(left_out)} if left_out else {}
-    index = {**facts, **told, "schema": SCHEMA_VERSION, "samples": samples, "members": members, "shards": entries}
+    reasons = {"left_out": dict(left_out)} if left_out else {}
+    index = {**facts, **reasons, "schema": SCHEMA_VERSION, "samples": samples, "members": members, "shards": entries}
     write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
@@ -147,7 +147,7 @@ def rows_left_out(left_out: Iterable[LeftOut]) -> list[tuple[str, str, str]]:
 
 
 def index_shard(path: Path, offsets: Path) -> tuple[dict[str, Any], list[LeftOut]]:
-    """Writes the `.npz` that belongs to a tar; returns the tar's entry for `index.json`, and what is left out of it.
+    """Writes the `.npz` of a tar; returns the tar's entry for `index.json`, and the members that are left out.
 
     Raises:
         ValueError: it is no tar, or one that is damaged or cut short.
@@ -290,7 +290,7 @@ def _write_found(
     facts = {"source": source} | ({"damaged": damaged} if damaged else {})
     samples, size = sum(entry["samples"] for entry in entries), sum(entry["bytes"] for entry in entries)
     write_index(folder, entries, facts, counts)
-    if not damaged:  # else it tells the next call what is indexed
+    if not damaged:  # else the next call reads from it what is indexed
         (folder / _PARTIAL_FILE).unlink()
     return Packed(samples, 0, len(entries), size, left_out=counts.total(), damaged=tuple(damaged.values()))
 
@@ -338,7 +338,7 @@ def tar_locations(source: str) -> list[str]:
         ValueError: none.
     """
     if not is_url(source) and Path(source).is_dir():
-        found = [str(path) for path in sorted(Path(source).glob("*.tar"))]
+        found = [str(path) for path in sorted(Path(source).glob("*.tar")) if not is_leftover(path.name)]
         if not found:
             raise ValueError(f"{source} holds no .tar")
         return found

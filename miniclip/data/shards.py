@@ -262,7 +262,7 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
             raise ValueError(f"{source} names tars of several folders; give a list of patterns, one for each")
         names = [tar.rpartition("/")[2] for tar in tars]
         if not is_url(source) and not exists(join(folder, INDEX_FILE)):
-            tar_locations(source)  # tells what is missing
+            tar_locations(source)  # raises for a tar that is missing
     path = join(folder, INDEX_FILE)
     if not exists(path):
         raise ValueError(_no_index(source, folder))

@@ -48,7 +48,7 @@ def kind_of(suffix: str) -> str | None:
 
 
 def read_samples(path: Path) -> tuple[list[Sample], list[LeftOut]]:
-    """The samples of a tar in their order, and what is left out of them.
+    """The samples of a tar in their order, and the members that are left out.
 
     Raises:
         ValueError: no tar, or one that is damaged or cut short.
@@ -129,7 +129,7 @@ def _next_tar(path: Path, file: IO[bytes], end: int) -> int:
 
 
 def _skipped(name: str) -> str:
-    """Why a member is passed over, whatever it holds; empty if it is not."""
+    """The reason to pass over a member because of its name; empty if there is none."""
     *folders, last = [part for part in name.split("/") if part not in ("", ".", "..")] or [""]
     if is_leftover(last) or any(is_leftover(folder) for folder in folders):
         return LEFTOVER

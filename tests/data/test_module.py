@@ -523,7 +523,7 @@ def test_a_folder_that_holds_no_shards_is_named(shelf, tmp_path, part):
 
 
 def test_a_batch_of_one_is_refused(shelf):
-    with pytest.raises(ValueError, match=r"data\.batch_size is 1; a pair needs at least one other"):
+    with pytest.raises(ValueError, match=r"data\.batch_size is 1; contrastive training needs at least two"):
         PairDataModule(str(shelf), batch_size=1)
 
 

@@ -34,7 +34,7 @@ def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        values = _lines(text)
+        values = _parse_lines(text)
         if values is None:
             raise ValueError(f"{path} is not JSON ({error}); {_SHAPES}") from error
     left_out: list[LeftOut] = []
@@ -62,7 +62,7 @@ _SHAPES = (
 )  # fmt: skip
 
 
-def _lines(text: str) -> Records | None:
+def _parse_lines(text: str) -> Records | None:
     rows = []
     for line in text.split("\n"):
         if line.strip():

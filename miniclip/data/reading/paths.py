@@ -29,7 +29,7 @@ def find_file(folder: Path, text: str) -> Path:
     for path in spellings:
         if found := _look_up(path):
             return found
-    return spellings[0]
+    return Path(text.strip()).expanduser() if text.strip().startswith("~/") else spellings[0]
 
 
 def image_in(cell: Any, folder: Path) -> Path | str | bytes:
