@@ -20,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
         "Packs image-text pairs into shards, which training reads.\n\n"
         "SRC is one of\n"
         "  a folder           images, each with a .txt of the same name beside it, one caption a line\n"
-        "  a table            .csv, .tsv, .jsonl or .parquet with a column of image paths and one of captions\n"
+        "  a table            .csv, .tsv, .jsonl, .json or .parquet with a column of images and one of captions;\n"
+        "                     a folder or a pattern of Parquet files\n"
         "  captions of COCO's captions_train2017.json and the like; --images names the folder of the images\n"
         "  a data set         of Hugging Face's datasets: its folder, or hf-hub:owner/name\n"
         "  shards             to shard them anew: resize, filter, hold out",
