@@ -17,6 +17,8 @@ VisionKind = Literal["vit", "resnet", "timm"]
 Towers = Literal["both", "image", "text"]
 TimmProjection = Literal["linear", "mlp", "none", "classifier"]
 Preprocessing = Literal["openai", "hf"]
+Resize = Literal["shortest", "squash", "none"]
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 # Mean and standard deviation of CLIP's training images, RGB in [0, 1] (`_transform` in OpenAI's clip/clip.py).
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -93,8 +95,11 @@ class VisionConfig:
         timm_projection: from there to the embedding: a matrix, an MLP, nothing, or the model's own classifier.
         timm_projection_bias: whether that has a bias.
         mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
-        preprocess: how a picture is made square: "openai", or "hf", Hugging Face's, which turns it into RGB before
-            resizing and rounds the crop's place down.
+        preprocess: how a picture becomes RGB and is cropped: "openai", or "hf", Hugging Face's way, which converts it
+            before resizing and rounds the crop's offset down.
+        resize: before the crop, "shortest" brings the short side to `resize_size`, "squash" both sides; or "none".
+        resize_size: pixels; by default `image_size`.
+        interpolation: the filter of that resizing, by its name in Pillow.
     """
 
     kind: VisionKind = "vit"
@@ -112,10 +117,15 @@ class VisionConfig:
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     preprocess: Preprocessing = "openai"
+    resize: Resize = "shortest"
+    resize_size: int | None = None
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         _require_choice(self, "kind", VisionKind)
         _require_choice(self, "preprocess", Preprocessing)
+        _require_choice(self, "resize", Resize)
+        _require_choice(self, "interpolation", Interpolation)
         _require_choice(self, "timm_projection", TimmProjection)
         if (self.kind == "timm") != bool(self.timm_model):
             raise ValueError(
@@ -123,6 +133,8 @@ class VisionConfig:
                 "kind 'timm' and to no other"
             )
         _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
+        if self.resize_size is not None:
+            _require_positive(self, "resize_size")
         _require_heads(self)
         if self.image_size % self.stride:
             what = f"patch_size {self.patch_size}" if self.kind == "vit" else "32, a ResNet's stride"

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .config import Preprocessing
+from .config import Interpolation, Preprocessing, Resize
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -34,7 +34,8 @@ class Preprocess:
 
     Bicubic resize of the short side to R, centre crop, and only then RGB: a palette image is therefore resized with
     nearest neighbours, as OpenAI's models saw it. Hugging Face's `CLIPImageProcessor` makes it RGB first, and rounds
-    the crop's place down. Calling gives the normalised float image (3, R, R), `crop` the uint8 one before that.
+    the crop's offset down. Other models resize otherwise (see `VisionConfig`). Calling gives the normalised float
+    image (3, R, R), `crop` the uint8 one before that; what a crop lacks is black.
 
     Of a strip so long that it would take gigabytes once its short side is R, only the centre is resized. Everything
     else is as in the original, whatever comes of it: see docs/weights.md for what goes wrong there.
@@ -48,30 +49,39 @@ class Preprocess:
         mean: Sequence[float],
         std: Sequence[float],
         style: Preprocessing = "openai",
+        resize: Resize = "shortest",
+        resize_size: int | None = None,
+        interpolation: Interpolation = "bicubic",
     ) -> None:
         self.image_size, self.mean, self.std, self.style = image_size, tuple(mean), tuple(std), style
+        self.resize, self.resize_size, self.interpolation = resize, resize_size or image_size, interpolation
 
     def crop(self, image: Image.Image) -> Tensor:
         """(3, R, R) uint8."""
         is_hf = self.style == "hf"
-        image = _on_white(image) if is_hf else image
+        image = self._resized(_on_white(image) if is_hf else image)
         R = self.image_size
         W, H = image.size
+        left, top = ((W - R) // 2, (H - R) // 2) if is_hf else (round((W - R) / 2), round((H - R) / 2))
+        image = image.crop((left, top, left + R, top + R)).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        side, (W, H) = self.resize_size, image.size
         short, long = min(W, H), max(W, H)
         if not short:
             raise ValueError(f"a picture of {W} x {H} pixels has nothing to see")
-        if R * R * long > self.MOST_PIXELS * short:
+        if self.resize == "none":
+            return image
+        if self.resize == "shortest" and side * side * long > self.MOST_PIXELS * short:
             cut = (long - 8 * short) // 2
             image = image.crop((cut, 0, W - cut, H) if W > H else (0, cut, W, H - cut))
             W, H = image.size
             long = max(W, H)
-        if short != R:
-            side = int(R * long / short)
-            image = image.resize((R, side) if W <= H else (side, R), Image.Resampling.BICUBIC)
-            W, H = image.size
-        left, top = ((W - R) // 2, (H - R) // 2) if is_hf else (round((W - R) / 2), round((H - R) / 2))
-        image = image.crop((left, top, left + R, top + R)).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        size = (side, side)
+        if self.resize == "shortest":
+            size = (side, int(side * long / short)) if W <= H else (int(side * long / short), side)
+        return image if image.size == size else image.resize(size, Image.Resampling[self.interpolation.upper()])
 
     def __call__(self, image: Image.Image) -> Tensor:
         return normalize(self.crop(image), self.mean, self.std)

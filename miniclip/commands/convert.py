@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
@@ -21,20 +22,34 @@ miniclip convert epoch_32.pt clip --to native --activation gelu""",
     parser.add_argument("out", metavar="DST", help="a file for openai, a folder for the others")
     parser.add_argument("--to", required=True, choices=("native", "openai", "openclip", "hf"), help="the layout")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_unknowns(parser)
+    add_hints(parser)
     return parser
 
 
-def add_unknowns(parser: argparse.ArgumentParser) -> None:
+def add_hints(parser: argparse.ArgumentParser) -> None:
     """What a bare state dict may leave open."""
-    parser.add_argument("--activation", choices=("gelu", "quick_gelu"), help="of a state dict without a configuration")
+    bare = parser.add_argument_group("of a state dict without a configuration")
+    bare.add_argument("--activation", choices=("gelu", "quick_gelu"), help="of its hidden layers")
+    bare.add_argument(
+        "--head-width", type=_widths, metavar="N[,N]", help="channels of an attention head; of image and text tower"
+    )
+
+
+def hints(options: argparse.Namespace) -> dict[str, Any]:
+    """Those options as `load` and `read_checkpoint` take them."""
+    return {"activation": options.activation, "head_width": options.head_width}
+
+
+def _widths(text: str) -> int | tuple[int, int]:
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if len(numbers) > 2 or not all(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no width of heads; write 80, or 80,64 for image and text tower")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ..weights.convert import convert
 
-    report = convert(
-        options.source, options.out, options.to, overwrite=options.overwrite, activation=options.activation
-    )
+    report = convert(options.source, options.out, options.to, overwrite=options.overwrite, **hints(options))
     print(f"{options.out}: {report}")

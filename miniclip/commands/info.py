@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .convert import add_unknowns
+from .convert import add_hints, hints
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ miniclip info runs/digits/best
 miniclip info epoch_32.pt --activation gelu""",
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint")
-    add_unknowns(parser)
+    add_hints(parser)
     return parser
 
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ..weights.facts import inspect
 
-    for name, value in rows(inspect(options.source, activation=options.activation)).items():
+    for name, value in rows(inspect(options.source, **hints(options))).items():
         print(f"{name:>14}  {value}")
 
 
@@ -40,24 +40,31 @@ def rows(facts: Facts) -> dict[str, str]:
     config = facts.config
     vision, text = config.vision, config.text
     image_tower = {
-        "vit": f"patches of {vision.patch_size}, {vision.layers} blocks, width {vision.width}",
+        "vit": f"patches of {vision.patch_size}, {vision.layers} blocks, width {vision.width}, {vision.heads} heads",
         "resnet": f"{'-'.join(map(str, vision.blocks))} bottlenecks, width {vision.width}",
         "timm": f"{vision.timm_model}, pooling {vision.timm_pool or None}, projection {vision.timm_projection}",
     }[vision.kind]
     rows = {
         "format": facts.format,
         "image tower": f"{vision.kind}, {vision.image_size} pixels, {image_tower}",
-        "text tower": f"{text.layers} blocks, width {text.width}, {text.context_length} tokens",
+        "text tower": f"{text.layers} blocks, width {text.width}, {text.heads} heads, {text.context_length} tokens",
     }
     if config.towers != "both":
         rows["text tower" if config.towers == "image" else "image tower"] = "none"
-    return rows | {
+    rows |= {
         "embedding": str(config.embed_dim),
         "activation": config.activation,
         "loss": "softmax (CLIP)" if config.init_logit_bias is None else "sigmoid (SigLIP), logits have a bias",
-        "parameters": f"{facts.image_parameters / 1e6:.1f} M image, {facts.text_parameters / 1e6:.1f} M text",
-        "cost": f"{facts.image_gflops:.2f} GFLOPs an image, {facts.text_gflops:.2f} a text of full length",
-        "preprocessing": f"{vision.preprocess}, mean {vision.mean}, std {vision.std}",
+    }
+    if not facts.problems:
+        rows |= {
+            "parameters": f"{facts.image_parameters / 1e6:.1f} M image, {facts.text_parameters / 1e6:.1f} M text",
+            "cost": f"{facts.image_gflops:.2f} GFLOPs an image, {facts.text_gflops:.2f} a text of full length",
+        }
+    size = vision.resize_size or vision.image_size
+    resized = "no resizing" if vision.resize == "none" else f"{vision.interpolation} to {size} ({vision.resize})"
+    return rows | {
+        "preprocessing": f"{vision.preprocess}, {resized}, mean {vision.mean}, std {vision.std}",
         "dtype": ", ".join(facts.dtypes),
         "loads": facts.problems or "yes",
     }

@@ -87,7 +87,8 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.clip.vision.image_size", "data.image_size")
         parser.link_arguments("model.clip.text.context_length", "data.context_length")
-        parser.link_arguments("model.clip.vision.preprocess", "data.preprocess")
+        for name in ("preprocess", "resize", "resize_size", "interpolation"):
+            parser.link_arguments(f"model.clip.vision.{name}", f"data.{name}")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("model.compile", "data.text_length_multiple", compute_fn=_text_length_multiple)

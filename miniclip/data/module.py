@@ -25,7 +25,8 @@ from ..common.processes import own_indices
 from ..common.storage import is_url
 from ..common.watch import Watch
 from ..common.wording import some
-from ..config import Preprocessing
+from ..config import Interpolation, Preprocessing, Resize
+from ..images import Preprocess
 from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
 from .order import BatchSampler, Mixture, SampleOrder
@@ -161,6 +162,9 @@ class PairDataModule(pl.LightningDataModule):
         image_size: int = 224,
         context_length: int = 77,
         preprocess: Preprocessing = "openai",
+        resize: Resize = "shortest",
+        resize_size: int | None = None,
+        interpolation: Interpolation = "bicubic",
         seed: int = 0,
         cache_gb: float = 50.0,
         val_pairs: int | None = 5000,
@@ -187,7 +191,9 @@ class PairDataModule(pl.LightningDataModule):
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         self.image_size, self.context_length = image_size, context_length
-        self.preprocess, self.text_length_multiple = preprocess, text_length_multiple
+        no_mean, no_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # only its crop is used: pixels stay uint8
+        self.preprocess = Preprocess(image_size, no_mean, no_std, preprocess, resize, resize_size, interpolation)
+        self.text_length_multiple = text_length_multiple
         self.train_shards: Shards | None = None
         self.val_shards: Shards | None = None
         self._resumed_step = 0

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import Preprocessing
 from ..images import Preprocess, open_image
 from ..tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .augmentation import Augmentation
@@ -115,6 +114,7 @@ class PairDataset(Dataset[Sample]):
     Args:
         augmentation: None for the exact preprocessing of inference.
         captions: the choice among several captions.
+        preprocess: that of inference; by default OpenAI's.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class PairDataset(Dataset[Sample]):
         augmentation: Augmentation | None,
         captions: CaptionChoice,
         seed: int,
-        preprocess: Preprocessing = "openai",
+        preprocess: Preprocess | None = None,
     ) -> None:
         self.shards, self.image_size, self.context_length = shards, image_size, context_length
         self.augmentation, self.captions, self.seed = augmentation, captions, seed
         # Only its crop is used: pixels stay uint8.
-        self.preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1), preprocess)
+        self.preprocess = preprocess or Preprocess(image_size, (0, 0, 0), (1, 1, 1))
 
     def __len__(self) -> int:
         return len(self.shards)

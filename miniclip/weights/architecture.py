@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,13 +20,18 @@ from ..config import (
     Towers,
     VisionConfig,
 )
+from .heads import Hints, Tower, head_widths
+from .hf_pixels import vision_fields
 
 
-def infer_config(tensors: Mapping[str, Tensor], activation: Activation, source: str) -> CLIPConfig:
-    """The architecture that tensors (by our names) belong to. Heads are 64 channels wide, as in all of OpenAI's.
+def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CLIPConfig:
+    """The architecture that tensors (by our names) belong to.
+
+    Widths and depths are shapes. The width of a head is not: it is one of the hints, or that of the published model
+    with the same shapes.
 
     Raises:
-        ValueError: a tensor that tells the architecture is missing.
+        ValueError: a tensor that shows the architecture is missing, or hints are; says which.
     """
 
     def shape(name: str, sides: int) -> tuple[int, ...]:
@@ -36,42 +42,83 @@ def infer_config(tensors: Mapping[str, Tensor], activation: Activation, source: 
     def count(pattern: str) -> int:
         return len({match[1] for key in tensors if (match := re.match(pattern, key))})
 
-    if any(key.startswith("visual.trunk.") for key in tensors):
-        raise ValueError(f"{source} has an image tower of timm's, which its tensors don't tell apart from others")
+    def transformer(tower: str, width: int) -> dict[str, Any]:
+        layers = count(rf"{tower}\.transformer\.resblocks\.(\d+)\.")
+        hidden = shape(f"{tower}.transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
+        return {"width": width, "layers": layers, "mlp_ratio": _ratio(hidden, width)}
+
+    _require_both_towers(tensors, source)
+    activation = _activation(hints, source)
     context_length, width = shape("text.positional_embedding", 2)
     vocab_size, _ = shape("text.token_embedding.weight", 2)
     _, embed_dim = shape("text.text_projection", 2)
-    text = TextConfig(
-        context_length=context_length,
-        vocab_size=vocab_size,
-        eot_token=vocab_size - 1,
-        width=width,
-        layers=count(r"text\.transformer\.resblocks\.(\d+)\."),
-        mlp_ratio=shape("text.transformer.resblocks.0.mlp.c_fc.weight", 2)[0] / width,
-    )
+    text = transformer("text", width)
     if "visual.proj" in tensors:
         width, _, patch_size, _ = shape("visual.conv1.weight", 4)
         side = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
-        vision = VisionConfig(
-            image_size=patch_size * side,
-            patch_size=patch_size,
-            width=width,
-            layers=count(r"visual\.transformer\.resblocks\.(\d+)\."),
-            mlp_ratio=shape("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0] / width,
-        )
+        vision = {"image_size": patch_size * side, "patch_size": patch_size, **transformer("visual", width)}
+        image = Tower("image", width, _key(vision))
     else:
         side = round((shape("visual.attnpool.positional_embedding", 2)[0] - 1) ** 0.5)
-        vision = VisionConfig(
-            kind="resnet",
-            image_size=32 * side,
-            width=shape("visual.layer1.0.conv1.weight", 4)[0],
-            blocks=tuple(count(rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)),  # type: ignore[arg-type]
-        )
-    config = CLIPConfig(embed_dim, activation, vision, text)
+        blocks = tuple(count(rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        width = shape("visual.layer1.0.conv1.weight", 4)[0]
+        vision = {"kind": "resnet", "image_size": 32 * side, "width": width, "blocks": blocks}
+        image = Tower("image", 32 * width, (width, blocks))
+    towers = image, Tower("text", text["width"], _key(text))
+    image_heads, text_heads = head_widths(towers, hints, source)
+    config = CLIPConfig(
+        embed_dim,
+        activation,
+        VisionConfig(head_width=image_heads, **vision),
+        TextConfig(context_length, vocab_size, eot_token=vocab_size - 1, head_width=text_heads, **text),
+    )
     if "logit_bias" not in tensors:
         return config
     # Trained scale and bias do not tell where they began; the paper's, then.
     return replace(config, init_logit_scale=SIGLIP_LOGIT_SCALE, init_logit_bias=SIGLIP_LOGIT_BIAS)
+
+
+def _key(transformer: Mapping[str, Any]) -> tuple[int, int, int]:
+    width, layers, ratio = (transformer[name] for name in ("width", "layers", "mlp_ratio"))
+    return width, layers, int(width * ratio)
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """hidden / width, so that a model, which takes the whole part of width * ratio, has that hidden layer again."""
+    ratio = hidden / width
+    while int(width * ratio) < hidden:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def _require_both_towers(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a ValueError that says what the tensors are, if they are no CLIP's."""
+    there = ", ".join(sorted(tensors)[:4])
+    if any(key.startswith("visual.trunk.") for key in tensors):
+        raise ValueError(
+            f"{source} has an image tower of timm's, and its tensors don't show which; put its open_clip_config.json "
+            "beside it"
+        )
+    has_image, has_text = (
+        any(key.startswith(tower) for key in tensors) for tower in ("visual.", "text.token_embedding.")
+    )
+    if not has_image:
+        also = (
+            " (they may be an image tower's alone, without the text tower)" if "text.class_embedding" in tensors else ""
+        )
+        raise ValueError(f"{source} is no CLIP: it has no image tower. Its tensors are {there}, …{also}")
+    if not has_text:
+        raise ValueError(f"{source} is no CLIP: it has an image tower and no text tower. Its tensors are {there}, …")
+
+
+def _activation(hints: Hints, source: str) -> Activation:
+    if hints.activation is None:
+        raise ValueError(
+            f"{source} does not tell its activation. Pass activation='quick_gelu' if the weights come from OpenAI's "
+            "(also fine-tuned ones), 'gelu' if they are OpenCLIP's own; with the wrong one the model runs, and is "
+            "worse (nothing to pass it to? once: miniclip convert FILE FOLDER --to native --activation quick_gelu)"
+        )
+    return hints.activation
 
 
 def _refuse_unknown(values: Mapping[str, Any], supported: Mapping[str, Any], source: str) -> None:
@@ -101,8 +148,8 @@ _OPENCLIP_TEXT = dict.fromkeys(("context_length", "vocab_size", "width", "heads"
     "no_causal_mask": False, "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False,
     "output_tokens": _ANY, "act_kwargs": None, "norm_kwargs": None, "tokenizer_kwargs": None, "proj_type": "linear",
 }  # fmt: skip
-_OPENCLIP_PREPROCESS = {"mean": _ANY, "std": _ANY, "size": _ANY, "mode": "RGB", "interpolation": "bicubic",
-                        "resize_mode": "shortest", "fill_color": _ANY}  # fmt: skip
+_OPENCLIP_PREPROCESS = {"mean": _ANY, "std": _ANY, "size": _ANY, "mode": "RGB", "interpolation": _ANY,
+                        "resize_mode": _ANY, "fill_color": _ANY}  # fmt: skip
 
 
 def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
@@ -122,8 +169,7 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         (pixels, _OPENCLIP_PREPROCESS, "preprocess_cfg"),
     ):
         _refuse_unknown(section, supported, f"{source}, {name}")
-    shared: dict[str, Any] = {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
-    shared |= {"image_size": vision.get("image_size", 224)}
+    shared = _openclip_pixels(pixels, source) | {"image_size": vision.get("image_size", 224)}
     layers, width = vision.get("layers", 12), vision.get("width", 768)
     if vision.get("timm_model_name"):
         tower = _timm_from_openclip(vision, shared, source)
@@ -148,6 +194,23 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
     return CLIPConfig(model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu", tower, words, **start)
 
 
+def _openclip_pixels(pixels: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The fields of `VisionConfig` that say how pictures become pixels; None is open_clip's default there."""
+    known = {"interpolation": ("bicubic", "bilinear"), "resize_mode": ("shortest", "squash")}
+    fields: dict[str, Any] = {}
+    for name, valid in known.items():
+        value = pixels.get(name) or valid[0]
+        value = "bicubic" if value == "random" else value  # open_clip's choice in training; bicubic in evaluation
+        if value not in valid:
+            raise ValueError(f"{source}, preprocess_cfg has {name!r}: {value!r}; supported are {', '.join(valid)}")
+        fields["resize" if name == "resize_mode" else name] = value
+    for name in ("mean", "std"):
+        if pixels.get(name):
+            value = pixels[name]
+            fields[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
+    return fields
+
+
 _TIMM_PROJECTIONS: dict[str, TimmProjection] = {"linear": "linear", "mlp": "mlp", "none": "none", "": "classifier"}
 
 
@@ -170,11 +233,13 @@ def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], sourc
 _HF_TOWERS: dict[str, Towers] = {"clip": "both", "clip_vision_model": "image", "clip_text_model": "text"}
 
 
-def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source: str) -> CLIPConfig:
+def config_from_hf(
+    values: Mapping[str, Any], source: str, pixels: Mapping[str, Any] | None = None, pixels_source: str = ""
+) -> CLIPConfig:
     """The architecture of a Hugging Face CLIP's `config.json`; what it leaves out is as in transformers.
 
     Args:
-        pixels: its `preprocessor_config.json`, if it has one.
+        pixels: the settings of its image processor, if it has any, and where they come from.
 
     Raises:
         ValueError: another kind of model, or a setting that our towers do not have.
@@ -186,9 +251,12 @@ def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source:
     towers = _HF_TOWERS[values["model_type"]]
     if towers != "both":  # the file of one tower is what stands in a section in the file of both
         values = {f"{'vision' if towers == 'image' else 'text'}_config": values} | dict(values)
-    # Old files hold the towers' settings twice; transformers lets the newer one, `*_config`, win.
+    # Old files hold the towers' settings twice; transformers lets `*_config_dict` win, with defaults for the rest.
     vision, text = (
-        values.get(f"{name}_config") or values.get(f"{name}_config_dict") or {} for name in ("vision", "text")
+        values[f"{name}_config_dict"]
+        if values.get(f"{name}_config_dict") is not None
+        else values.get(f"{name}_config") or {}
+        for name in ("vision", "text")
     )
     there = [section for section, absent in ((vision, "text"), (text, "image")) if towers != absent]
     activations = {section.get("hidden_act", "quick_gelu") for section in there}
@@ -199,12 +267,12 @@ def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source:
             raise ValueError(f"{source} has layer_norm_eps {section['layer_norm_eps']}; only 1e-05 is supported")
 
     def tower(section: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
-        width = section.get("hidden_size", width)
+        width, hidden = section.get("hidden_size", width), 4 * width
         return {
             "width": width,
             "layers": section.get("num_hidden_layers", 12),
             "head_width": width // section.get("num_attention_heads", heads),
-            "mlp_ratio": section.get("intermediate_size", 4 * width) / width,
+            "mlp_ratio": _ratio(section.get("intermediate_size", hidden), width),
         }
 
     vocab_size = text.get("vocab_size", 49408)
@@ -216,10 +284,7 @@ def config_from_hf(values: Mapping[str, Any], pixels: Mapping[str, Any], source:
         eot_token=vocab_size - 1 if end == 2 else end,
         **tower(text, 512, 8),
     )
-    images: dict[str, Any] = {}
-    if pixels:
-        images = {"mean": pixels.get("image_mean", VisionConfig.mean), "std": pixels.get("image_std", VisionConfig.std)}
-        images["preprocess"] = "hf"
     image_size, patch_size = vision.get("image_size", 224), vision.get("patch_size", 32)
+    images = {} if pixels is None else vision_fields(pixels, image_size, pixels_source)
     seen = VisionConfig(image_size=image_size, patch_size=patch_size, **tower(vision, 768, 12), **images)
     return CLIPConfig(values.get("projection_dim", 512), activations.pop(), seen, words, towers)

@@ -18,23 +18,23 @@ from .read import locate, read_checkpoint
 
 @dataclass(frozen=True)
 class Facts:
-    """What `miniclip info` tells.
+    """What `miniclip info` prints.
 
     Args:
-        image_parameters, text_parameters: of the towers.
-        image_gflops, text_gflops: 10^9 multiplications and additions for one image, and for a text of full length.
         dtypes: of the file's tensors.
         problems: tensors that are missing, unexpected, or of another shape than the architecture's; empty if it loads.
+        image_parameters, text_parameters: of the towers; these and the next are 0 if it does not load.
+        image_gflops, text_gflops: 10^9 multiplications and additions for one image, and for a text of full length.
     """
 
     format: str
     config: CLIPConfig
-    image_parameters: int
-    text_parameters: int
-    image_gflops: float
-    text_gflops: float
     dtypes: tuple[str, ...]
     problems: str
+    image_parameters: int = 0
+    text_parameters: int = 0
+    image_gflops: float = 0.0
+    text_gflops: float = 0.0
 
 
 def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
@@ -48,16 +48,16 @@ def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
 def inspect(source: str | Path, **options: Any) -> Facts:
     """Everything about a checkpoint that can be known without using it."""
     checkpoint = read_checkpoint(locate(source), **options)
-    with torch.device("meta"):
-        model = CLIP(checkpoint.config).eval()
-        images = torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution)
-        tokens = torch.zeros(1, checkpoint.config.text.context_length, dtype=torch.long)
-    flops = [forward_flops(tower, inputs) / 1e9 for tower, inputs in ((model.visual, images), (model.text, tokens))]
+    config = checkpoint.config
     dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}))
     try:
         build(checkpoint, str(source))
-        problems = ""
-    except ValueError as error:
-        problems = str(error)
+    except ValueError as error:  # then it may claim any size, and building that could take for ever
+        return Facts(checkpoint.format, config, dtypes, problems=str(error))
+    with torch.device("meta"):
+        model = CLIP(config).eval()
+        images = torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution)
+        tokens = torch.zeros(1, config.text.context_length, dtype=torch.long)
+    image, text = (forward_flops(*each) / 1e9 for each in ((model.visual, images), (model.text, tokens)))
     sizes = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)]
-    return Facts(checkpoint.format, checkpoint.config, sizes[0], sizes[1], flops[0], flops[1], dtypes, problems)
+    return Facts(checkpoint.format, config, dtypes, "", sizes[0], sizes[1], image, text)

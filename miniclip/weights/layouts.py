@@ -97,3 +97,12 @@ def _rename(key: str, names: tuple[tuple[str, str], ...], in_blocks: tuple[tuple
     for before, after in in_blocks:
         key = key.replace(before, after)
     return key
+
+
+def to_native_keys(tensors: Mapping[str, Tensor]) -> Tensors:
+    """From Hugging Face's names, OpenAI's, or OpenCLIP's of a model with a text tower of its own, which are ours."""
+    if is_hf(tensors):
+        return from_hf_keys(tensors)
+    if any(key.startswith("text.") for key in tensors):
+        return {key: tensor for key, tensor in tensors.items() if key != "text.attn_mask"}
+    return from_openai_keys(tensors)

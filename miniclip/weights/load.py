@@ -14,22 +14,24 @@ from the layout's own configuration or from the tensors' shapes, and a model, st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..common.device import find_device
 from ..common.files import write_text
 from ..config import Activation, CLIPConfig
 from ..images import Preprocess
 from ..model import CLIP
+from .containers import write_safetensors
 from .layouts import Tensors
-from .read import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, read_checkpoint, resize, write_safetensors
+from .read import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, read_checkpoint
+from .shapes import differences, unfilled
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The three functions that most people need
@@ -42,6 +44,8 @@ def load(
     download_root: str | Path | None = None,
     *,
     activation: Activation | None = None,
+    heads: int | tuple[int, int] | None = None,
+    head_width: int | tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     context_length: int | None = None,
@@ -55,6 +59,9 @@ def load(
         jit: only False; there for scripts written for OpenAI's package.
         download_root: where downloads are kept; by default the user's cache.
         activation: for checkpoints that do not tell it (a bare state dict); an error if they tell another.
+        heads: attention heads of the image and of the text tower, one number if they are equal; for a bare state dict
+            that is no published model, as no tensor's shape tells.
+        head_width: channels of a head instead; one number, or two, of the image and of the text tower.
         dtype: of the weights, the same on every device.
         image_size: another input resolution, pixels; position embeddings are interpolated (bicubic).
         context_length: another one; position embeddings are cut, or extended by repeating the last.
@@ -69,7 +76,8 @@ def load(
     if jit:
         raise ValueError("jit=True would run the code inside the checkpoint; only jit=False is supported")
     device = find_device(device)
-    checkpoint = resize(read_checkpoint(locate(name, download_root), activation), image_size, context_length)
+    hints = {"activation": activation, "heads": heads, "head_width": head_width}
+    checkpoint = resize(read_checkpoint(locate(name, download_root), **hints), image_size, context_length)
     return build(checkpoint, str(name), dtype).to(device).eval(), preprocess_for(checkpoint.config)
 
 
@@ -89,20 +97,9 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
 
 
 def preprocess_for(config: CLIPConfig) -> Preprocess:
-    return Preprocess(config.vision.image_size, config.vision.mean, config.vision.std, config.vision.preprocess)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Under it, modules are made in no time: no memory is taken, and no random numbers are drawn to be overwritten.
-
-    The device "meta" alone would do the former; but its `normal_` is a reference implementation, for which torch
-    imports its compiler: a second, and 200 MB.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+    vision = config.vision
+    how = vision.preprocess, vision.resize, vision.resize_size, vision.interpolation
+    return Preprocess(vision.image_size, vision.mean, vision.std, *how)
 
 
 def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float32) -> CLIP:
@@ -111,16 +108,10 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: a tensor's name or shape does not fit the architecture; lists both sides.
     """
-    if checkpoint.config.vision.kind == "timm":  # its models may compute buffers that no checkpoint holds
-        model = CLIP(checkpoint.config)
-    else:
-        with torch.device("meta"), _Unfilled():
-            model = CLIP(checkpoint.config)
-    tensors = checkpoint.tensors
-    for name, buffer in model.named_buffers():
-        if name.endswith("num_batches_tracked"):  # a counter that inference never reads; some layouts lack it
-            tensors.setdefault(name, torch.zeros((), dtype=buffer.dtype))
-    _compare(model, tensors, source)  # before anything is made of them
+    config, tensors = checkpoint.config, checkpoint.tensors
+    _refuse_misfits(config, tensors, source)  # before anything is made of them
+    # timm's models may compute buffers that no checkpoint holds
+    model = CLIP(config) if config.vision.kind == "timm" else unfilled(config)
     converted: Tensors = {}
     for name in list(tensors):
         tensor = tensors.pop(name)  # so that its part of the file leaves memory as the converted one comes
@@ -132,20 +123,48 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     return model
 
 
-def _compare(model: CLIP, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises a ValueError that lists both sides, if names, shapes or kinds of tensors differ."""
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    nothing = "no such tensor"
-    differences = [
-        f"  {key}: the architecture has {wanted.get(key, nothing)}, the file {found.get(key, nothing)}"
-        for key in sorted(wanted.keys() | found.keys())
-        if wanted.get(key) != found.get(key)
-    ]
-    if differences:
-        shown = "\n".join(differences[:10] + ([f"  and {len(differences) - 10} more"] if differences[10:] else []))
-        raise ValueError(f"the weights in {source} belong to another architecture:\n{shown}")
+def _refuse_misfits(config: CLIPConfig, tensors: Tensors, source: str) -> None:
+    """Raises a ValueError if names, shapes or kinds of tensors are not the architecture's."""
+    for name in [name for name in tensors if name.endswith(".running_var")]:
+        counter = name.replace(".running_var", ".num_batches_tracked")  # inference never reads it; some layouts lack it
+        tensors.setdefault(counter, torch.zeros((), dtype=torch.long))
+    wrong = differences(config, tensors)
+    if wrong:
+        raise ValueError("\n".join([f"the weights in {source} belong to another architecture:", *wrong]))
     for key, tensor in tensors.items():
         is_number = tensor.is_floating_point() or key.endswith("num_batches_tracked")
         if not is_number or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"{key} in {source} is {tensor.dtype}, {tensor.layout}; it must be plain floating point")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{key} in {source} repeats fewer numbers than its shape {tuple(tensor.shape)} holds")
+
+
+def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int | None) -> Checkpoint:
+    """The same weights for another resolution or context length.
+
+    Position embeddings of the image's places are interpolated (bicubic, as ViTs are fine-tuned at a higher resolution;
+    Dosovitskiy et al. 2020, section 3.2); those of the text are cut, or extended by repeating the last one.
+
+    Raises:
+        ValueError: a size that the architecture does not allow.
+    """
+    config, tensors = checkpoint.config, dict(checkpoint.tensors)
+    if image_size is not None and image_size != config.vision.image_size:
+        if config.vision.kind == "timm":
+            raise ValueError(f"image_size={image_size}: the resolution of a timm tower is not changed")
+        name = "visual.positional_embedding" if config.vision.kind == "vit" else "visual.attnpool.positional_embedding"
+        before = config.vision.resize_size
+        resized = None if before is None else round(before * image_size / config.vision.image_size)
+        config = replace(config, vision=replace(config.vision, image_size=image_size, resize_size=resized))
+        table = tensors[name]
+        old, new = round((len(table) - 1) ** 0.5), round(config.vision.num_patches**0.5)
+        grid = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
+        grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+        places = grid.permute(0, 2, 3, 1).reshape(new * new, -1).to(table.dtype)
+        tensors[name] = torch.cat([table[:1], places])
+    if context_length is not None and context_length != config.text.context_length:
+        table = tensors["text.positional_embedding"]
+        config = replace(config, text=replace(config.text, context_length=context_length))
+        extra = max(0, context_length - len(table))
+        tensors["text.positional_embedding"] = torch.cat([table[:context_length], table[-1:].expand(extra, -1)])
+    return replace(checkpoint, config=config, tensors=tensors)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..common.files import atomic_write, write_text
 from ..config import CLIPConfig, VisionConfig
 from ..tokenizer import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, learnt_merges, symbol_ids
+from .containers import write_safetensors
+from .hf_pixels import settings_of
 from .layouts import Tensors, to_hf_keys, to_openai_keys
-from .read import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, Checkpoint, write_safetensors
-
-_PIXELS = {"interpolation": "bicubic", "resize_mode": "shortest"}
+from .read import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 
 
 def _plain(tensors: Tensors) -> Tensors:
@@ -37,13 +39,40 @@ def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
     tensors = to_openai_keys(_plain(checkpoint.tensors))
     names = ("input_resolution", "context_length", "vocab_size")
     tensors |= {name: torch.tensor(size) for name, size in zip(names, sizes, strict=True)}
-    with atomic_write(out) as file:
-        torch.save(tensors, file)
+    plain = VisionConfig()
+    for field in ("mean", "std", "resize", "resize_size", "interpolation"):
+        found = getattr(config.vision, field)
+        if found not in (getattr(plain, field), config.vision.image_size):
+            warnings.warn(f"OpenAI's package prepares pictures without this model's {field}, {found}", stacklevel=2)
+    with warnings.catch_warnings(), atomic_write(out) as file:
+        warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's package reads nothing else than TorchScript
+        torch.jit.save(torch.jit.script(_as_module(tensors)), file)
+
+
+def _as_module(tensors: Tensors) -> nn.Module:
+    """Modules without code that hold tensors under their dotted names."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        if tensor.is_floating_point() and "running_" not in last:
+            module.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+        else:
+            module.register_buffer(last, tensor)
+    return root
 
 
 def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
     vision, text = config.vision, config.text
+    is_plain = vision.resize != "none" and vision.resize_size in (None, vision.image_size)
+    require(is_plain, f"open_clip resizes pictures to the model's {vision.image_size} pixels, and this model does not")
+    is_known = vision.interpolation in ("bicubic", "bilinear")
+    require(is_known, f"open_clip resizes bicubic or bilinear, and this model {vision.interpolation}")
     tower: dict[str, Any] = {"image_size": vision.image_size}
     if vision.kind == "timm":
         projection = "" if vision.timm_projection == "classifier" else vision.timm_projection
@@ -60,7 +89,8 @@ def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
     model |= {"init_logit_scale": config.init_logit_scale}
     if config.init_logit_bias is not None:
         model |= {"init_logit_bias": config.init_logit_bias}
-    pixels = {"mean": vision.mean, "std": vision.std, **_PIXELS}
+    pixels: dict[str, Any] = {"mean": vision.mean, "std": vision.std}
+    pixels |= {"interpolation": vision.interpolation, "resize_mode": vision.resize}
     write_safetensors(out / "open_clip_model.safetensors", _plain(to_openai_keys(checkpoint.tensors)))
     settings = {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
     write_text(out / OPENCLIP_CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
@@ -91,22 +121,10 @@ def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
               "text_config": words, "vision_config": images}  # fmt: skip
     write_safetensors(out / WEIGHTS_FILE, _plain(to_hf_keys(checkpoint.tensors)))
     write_text(out / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
-    write_text(out / "preprocessor_config.json", json.dumps(_hf_pixels(vision), indent=2) + "\n")
+    write_text(out / "preprocessor_config.json", json.dumps(settings_of(vision), indent=2) + "\n")
     if text.eot_token == END_OF_TEXT:
         for name, content in vocabulary_files(text.context_length).items():
             write_text(out / name, content)
-
-
-def _hf_pixels(vision: VisionConfig) -> dict[str, Any]:
-    side = vision.image_size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(vision.mean), "image_std": list(vision.std),
-        "do_convert_rgb": True,
-    }  # fmt: skip
 
 
 def _has_heads_of_64(config: CLIPConfig) -> bool:

@@ -17,9 +17,10 @@ from helpers import picture, tiny_clip, tiny_config
 from miniclip.common.files import atomic_write, write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
+from miniclip.weights.containers import write_safetensors
 from miniclip.weights.layouts import from_openai_keys
 from miniclip.weights.load import load, save
-from miniclip.weights.read import CONFIG_FILE, LIGHTNING_CONFIG_KEY, WEIGHTS_FILE, write_safetensors
+from miniclip.weights.read import CONFIG_FILE, LIGHTNING_CONFIG_KEY, WEIGHTS_FILE
 
 ODD = CLIPConfig(
     embed_dim=6,

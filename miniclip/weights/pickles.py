@@ -1,0 +1,304 @@
+"""What torch.save and torch.jit.save wrote, read as data: no name in a file reaches a function of Python's.
+
+Both write zip archives of a pickle that describes what was saved, and a record for each tensor; torch.save before 1.6
+wrote one stream. OpenAI published CLIP as TorchScript, whose archives hold code besides, which is not looked at. The
+closed list of names below is all that a file may ask for; most of them become empty stubs.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from .layouts import Tensors
+
+Storage = Callable[[str, torch.dtype, int], Tensor]  # the numbers of a key, of a type, so many
+
+_MAX_PICKLE_BYTES = 64 << 20
+_STORAGE_DTYPES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+# Plain values that training scripts save beside their weights. They are passed over, so an empty stub is enough.
+_STUBS: dict[str, tuple[str, ...]] = {
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "builtins": ("set", "frozenset", "list", "dict", "tuple", "int", "float", "bool", "str", "complex", "bytearray"),
+    "collections": ("Counter", "deque"),
+    "copyreg": ("_reconstructor",),
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "WindowsPath"),
+    "uuid": ("UUID",),
+    "numpy": ("dtype", "ndarray", "bool_", "float64", "float32", "int64", "int32", "str_"),
+    "numpy.core.multiarray": ("scalar", "_reconstruct"),
+    "numpy._core.multiarray": ("scalar", "_reconstruct"),
+    "numpy.core.numeric": ("_frombuffer",),
+    "numpy._core.numeric": ("_frombuffer",),
+    "numpy.random._pickle": ("__randomstate_ctor", "__generator_ctor", "__bit_generator_ctor"),
+    "torch": ("device", "Generator"),
+    "torch.serialization": ("_get_layout",),
+    "torch.torch_version": ("TorchVersion",),
+    "torch.cuda.amp.grad_scaler": ("GradScaler",),
+    "pytorch_lightning.utilities.parsing": ("AttributeDict",),
+    "lightning.pytorch.utilities.parsing": ("AttributeDict",),
+    "lightning_fabric.utilities.data": ("AttributeDict",),
+    "lightning.fabric.utilities.data": ("AttributeDict",),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.nodes": ("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode"),
+    "typing": ("Any",),
+    "yacs.config": ("CfgNode",),
+    "easydict": ("EasyDict",),
+    "addict.addict": ("Dict",),
+}
+
+
+_REASONS = {
+    "_rebuild_qtensor": "its weights are quantised, and floating point is needed",
+    "_rebuild_sparse_tensor": "its weights are sparse, and dense ones are needed",
+    "_rebuild_meta_tensor_no_storage": "its tensors have shapes and no numbers",
+}
+
+
+class _Stub:
+    """Stands for an object that is of no interest but for its attributes, which may hold tensors."""
+
+    def __init__(self, *args: Any) -> None:
+        del args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({str(name): value for name, value in state.items()})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Subclasses of dict are filled item by item."""
+
+    def append(self, value: Any) -> None:
+        """Those of list likewise."""
+
+    extend = add = append
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles tensors, containers and stubs, and nothing else."""
+
+    def __init__(self, file: Any, storage: Storage, with_stubs: bool) -> None:
+        super().__init__(file)
+        self.storage, self.with_stubs = storage, with_stubs
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__builtin__":  # Python 2's name, which protocol 2 keeps
+            module = "builtins"
+        is_stub = module.startswith("__torch__") or name in _STUBS.get(module, ()) or module == "numpy.dtypes"
+        if is_stub and self.with_stubs:
+            return type("_Stub", (_Stub,), {})  # a new one each time: a file may set attributes of what it is given
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return torch.uint8
+        allowed: dict[tuple[str, str], Any] = {
+            ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),  # how protocol 2 writes bytes
+            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "defaultdict"): lambda *_: {},
+            ("torch", "Size"): lambda *sides: torch.Size(*sides),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _rebuild_tensor(*args),
+            ("torch._utils", "_rebuild_tensor_v3"): lambda *args: _rebuild_untyped(*args),
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+            ("torch.jit._pickle", "build_intlist"): list,
+            ("torch.jit._pickle", "build_doublelist"): list,
+            ("torch.jit._pickle", "build_boollist"): list,
+            ("torch.jit._pickle", "build_tensorlist"): list,
+            ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
+        }
+        if (module, name) not in allowed:
+            what = _REASONS.get(name, "only tensors and plain values are read")
+            raise ValueError(
+                f"it asks for {module}.{name}: {what}; save model.state_dict() alone with the program that wrote it"
+            )
+        return allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        kind, dtype, key, _location, count, *view = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or any(part is not None for part in view):
+            raise ValueError(f"it has a record of unknown kind {kind!r}")
+        return self.storage(str(key), dtype, int(count))
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset)  # raises if it would reach beyond the storage
+
+
+def _rebuild_untyped(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], _grad: Any, _hooks: Any, dtype: Any
+) -> Tensor:
+    return torch.as_strided(storage.view(dtype), size, stride, offset)
+
+
+def is_torchscript(path: Path) -> bool:
+    try:
+        if not zipfile.is_zipfile(path):  # may raise, too
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception as error:  # a damaged directory can raise anything
+        raise ValueError(f"{path} is a damaged archive: {error}") from error
+
+
+def read_torchscript(path: Path) -> Tensors:
+    """The parameters and buffers of a TorchScript archive, by their dotted names, mapped from the file.
+
+    Raises:
+        ValueError: damaged, compressed (the records of a genuine one are stored), or asking for anything but tensors.
+    """
+    try:
+        module = _read_zip(path)
+    except Exception as error:  # a damaged or spiteful pickle can raise anything
+        raise ValueError(f"{path} is not a TorchScript archive that can be read safely: {error}") from error
+    found: Tensors = {}
+    _collect_tensors(module, "", found, set())
+    return found
+
+
+def read_pickle(path: Path, with_stubs: bool = True) -> Any:
+    """What torch.save wrote, on the CPU: containers and tensors, and of other things stubs, if those will do.
+
+    Raises:
+        ValueError: damaged, compressed, or asking for a class or function that is not on the list; names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"
+        return _read_zip(path, with_stubs) if is_zip else _read_stream(path, with_stubs)
+    except Exception as error:
+        what = "it ends too soon" if isinstance(error, EOFError) else str(error).split("\n")[0][:300]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {what}") from error
+
+
+def _read_zip(path: Path, with_stubs: bool = True) -> Any:
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        length = os.fstat(file.fileno()).st_size
+        records = {info.filename: info for info in archive.infolist()}
+        root = next((name for name in records if name.endswith("/data.pkl")), None)
+        if root is None:
+            raise ValueError("it is a zip archive without a data.pkl")
+        root = root.removesuffix("data.pkl")
+        for name, info in records.items():
+            is_read = name == f"{root}data.pkl" or name.startswith(f"{root}data/")
+            if is_read and info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its record {name} is compressed, from {info.file_size} bytes")
+        if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        if records[f"{root}data.pkl"].file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"its description takes {records[f'{root}data.pkl'].file_size} bytes")
+        known: dict[tuple[str, torch.dtype, int], Tensor] = {}
+
+        def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+            which = key, dtype, count
+            if which not in known:
+                known[which] = _mapped(file, length, records[f"{root}data/{key}"], dtype, count)
+            return known[which]
+
+        return _unpickle(archive.read(f"{root}data.pkl"), storage, with_stubs)
+
+
+def _mapped(file: IO[bytes], length: int, info: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Tensor:
+    """A record as numbers, in a mapping of its own, so that its pages leave memory with the tensor."""
+    size = count * dtype.itemsize
+    if size > info.file_size:
+        raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
+    file.seek(max(0, info.header_offset))
+    header = file.read(30)
+    if not header.startswith(b"PK\x03\x04"):
+        raise ValueError(f"its record {info.filename} is not where its directory says")
+    name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    offset = info.header_offset + 30 + name_size + extra_size
+    if offset + size > length:
+        raise ValueError(f"its record {info.filename} is cut short")
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    view = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=offset - before)
+    return torch.frombuffer(view, dtype=dtype, count=count, offset=before)
+
+
+def _unpickle(description: bytes, storage: Storage, with_stubs: bool) -> Any:
+    for operation, argument, _ in pickletools.genops(description):
+        if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(description):
+            raise ValueError("it asks for a table larger than itself")
+    return _Unpickler(io.BytesIO(description), storage, with_stubs).load()
+
+
+_MAGIC_NUMBER, _PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+def _read_stream(path: Path, with_stubs: bool) -> Any:
+    """torch.save's older form: five pickles, the fourth of what was saved, then the numbers of each storage."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        stored: dict[str, Tensor] = {}
+
+        def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+            if key not in stored:
+                if not 0 <= count * dtype.itemsize <= length - sum(each.nbytes for each in stored.values()):
+                    raise ValueError(f"its storage {key} is larger than the file")
+                stored[key] = torch.empty(count, dtype=dtype)
+            return stored[key]
+
+        head = [_unpickle(_next_pickle(file), storage, with_stubs) for _ in range(3)]
+        if head[:2] != [_MAGIC_NUMBER, _PROTOCOL_VERSION]:
+            raise ValueError("it was not written by torch.save")
+        saved, keys = (_unpickle(_next_pickle(file), storage, with_stubs) for _ in range(2))
+        for key in keys:
+            tensor = stored[key]
+            count = int.from_bytes(file.read(8), "little")
+            if count != len(tensor) or file.readinto(tensor.view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise ValueError(f"its storage {key} is cut short")
+    return saved
+
+
+def _next_pickle(file: IO[bytes]) -> bytes:
+    """The bytes of the pickle at a file's place, which then stands after it."""
+    start = file.tell()
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > _MAX_PICKLE_BYTES:
+            raise ValueError("it asks for a table larger than itself")
+        if file.tell() - start > _MAX_PICKLE_BYTES:
+            raise ValueError(f"its description takes more than {_MAX_PICKLE_BYTES} bytes")
+    end = file.tell()
+    file.seek(start)
+    return file.read(end - start)
+
+
+def _collect_tensors(module: Any, prefix: str, found: Tensors, seen: set[int]) -> None:
+    """The tensors of a module and of those in it; each module once, however many names it has."""
+    seen.add(id(module))
+    for name, value in vars(module).items() if isinstance(module, _Stub) else ():
+        if isinstance(value, Tensor):
+            found[prefix + name] = value
+        elif isinstance(value, _Stub) and id(value) not in seen and len(prefix) < 200:
+            _collect_tensors(value, f"{prefix}{name}.", found, seen)

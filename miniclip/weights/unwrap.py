@@ -1,0 +1,113 @@
+"""The state dict of a CLIP inside what trainers put around it: entries of a checkpoint, prefixes of names.
+
+What is left out (an average of the weights, a head of the trainer's own) is warned of by name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..common.wording import some
+from .layouts import Tensors
+
+_Model = tuple[str, str]  # the entry of a checkpoint, and the prefix of the names in it
+
+# Parts of names that DistributedDataParallel, FSDP, DeepSpeed, torch.compile and checkpointing add anywhere.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+# A tensor that every image tower, and one that every text tower of a layout has, below the prefix of the model.
+_ANCHORS = (
+    ("visual.conv1.weight", "token_embedding.weight"),
+    ("visual.conv1.weight", "text.token_embedding.weight"),
+    ("visual.head.proj.weight", "text.token_embedding.weight"),
+    ("vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"),
+)
+_COMMON = ("state_dict", "model_state_dict", "model", "module", "net", "")
+_AVERAGES = ("ema", "average", "swa", "shadow", "teacher", "momentum")
+_ADAPTERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "base_layer"})
+
+
+def unwrap(values: Any, source: str) -> Tensors:
+    """A CLIP's tensors by its own names.
+
+    Raises:
+        ValueError: there is none, there are several to choose from, or adapters are not merged; says what to do.
+    """
+    entries = {entry: _without_wrappers(tensors) for entry, tensors in _state_dicts(values)}
+    if not entries:
+        is_mapping = isinstance(values, Mapping) and values
+        kind = f"a mapping of {some([str(key) for key in values])}" if is_mapping else f"a {type(values).__name__}"
+        raise ValueError(f"{source} is no checkpoint: it holds {kind}, not tensors by their names")
+    for tensors in entries.values():
+        if any(part in _ADAPTERS for key in tensors for part in key.split(".")):
+            raise ValueError(
+                f"{source} holds adapters of PEFT's (LoRA) that are not merged into the weights; call "
+                "merge_and_unload() on the model, and save its state_dict()"
+            )
+    models = [(entry, prefix) for entry, tensors in entries.items() for prefix in _prefixes(tensors)]
+    if not models:  # something else; whoever looks for a CLIP's tensors in it says what is missing
+        return entries[_chosen([(entry, "") for entry in entries], source)[0]]
+    entry, prefix = model = _chosen(models, source)
+    others = [_spoken(other) for other in models if other != model]
+    if others:
+        warnings.warn(f"{source} holds several CLIPs; {_spoken(model)} is loaded, not {some(others)}", stacklevel=2)
+    # Where other models lie below this one's prefix, or beside it, their tensors are theirs.
+    theirs = tuple(other for of, other in models if of == entry and other != prefix and not prefix.startswith(other))
+    mine = {key: t for key, t in entries[entry].items() if key.startswith(prefix) and not key.startswith(theirs)}
+    outside = [key for key in entries[entry] if key not in mine and not key.startswith(theirs)]
+    if outside:
+        warnings.warn(f"{source}: tensors outside of {prefix!r} are left out: {some(outside)}", stacklevel=2)
+    return {key.removeprefix(prefix): tensor for key, tensor in mine.items()}
+
+
+def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
+    """Mappings of names to tensors, by the entries that hold them; not those of optimisers."""
+    if not isinstance(values, Mapping) or depth > 3 or "optim" in entry.lower():
+        return
+    tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
+    if sum("." in key for key in tensors) > len(values) // 2:
+        yield entry, tensors
+        return
+    for key, value in values.items():
+        yield from _state_dicts(value, f"{entry}.{key}".lstrip("."), depth + 1)
+
+
+def _without_wrappers(tensors: Tensors) -> Tensors:
+    return {".".join(part for part in key.split(".") if part not in _WRAPPERS): t for key, t in tensors.items()}
+
+
+def _prefixes(tensors: Tensors) -> list[str]:
+    """The prefixes below which both towers of a CLIP stand."""
+    found = {}
+    for image, text in _ANCHORS:
+        for key in tensors:
+            prefix = key.removesuffix(image)
+            if prefix != key and prefix[-1:] in ("", ".") and prefix + text in tensors:
+                found[prefix] = True
+    return list(found)
+
+
+def _chosen(models: list[_Model], source: str) -> _Model:
+    """The one that is no average of another, under the commonest name; an average where there is nothing else."""
+    plain = [model for model in models if not any(word in "".join(model).lower() for word in _AVERAGES)] or models
+    ranks = [_COMMON.index(name) if (name := _last_name(model)) in _COMMON else len(_COMMON) for model in plain]
+    best = [model for model, rank in zip(plain, ranks, strict=True) if rank == min(ranks)]
+    if len(best) > 1:
+        named = some([_spoken(model) for model in best])
+        raise ValueError(f"{source} holds several models, {named}; save the one that is meant alone, and load that")
+    return best[0]
+
+
+def _last_name(model: _Model) -> str:
+    """The end of its prefix, else of its entry."""
+    entry, prefix = model
+    return (prefix.rstrip(".") or entry).split(".")[-1]
+
+
+def _spoken(model: _Model) -> str:
+    entry, prefix = model
+    under = f" under {prefix!r}" if prefix else ""
+    return f"the entry {entry!r}{under}" if entry else f"the tensors{under or ' without a prefix'}"
