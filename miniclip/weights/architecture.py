@@ -121,6 +121,12 @@ def _activation(hints: Hints, source: str) -> Activation:
     return hints.activation
 
 
+def _head_width(width: int, heads: int, source: str) -> int:
+    if width % heads:
+        raise ValueError(f"{source} has {heads} attention heads in a tower {width} wide: head_width is no whole number")
+    return width // heads
+
+
 def _refuse_unknown(values: Mapping[str, Any], supported: Mapping[str, Any], source: str) -> None:
     """A setting that is neither read nor at the one value that our towers have must not be passed over."""
     for key, value in values.items():
@@ -187,7 +193,7 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         eot_token=vocab_size - 1,
         width=width,
         layers=text.get("layers", 12),
-        head_width=width // text.get("heads", 8),
+        head_width=_head_width(width, text.get("heads", 8), source),
         mlp_ratio=text.get("mlp_ratio", 4.0),
     )
     start = {name: model[name] for name in ("init_logit_scale", "init_logit_bias") if name in model}
@@ -271,7 +277,7 @@ def config_from_hf(
         return {
             "width": width,
             "layers": section.get("num_hidden_layers", 12),
-            "head_width": width // section.get("num_attention_heads", heads),
+            "head_width": _head_width(width, section.get("num_attention_heads", heads), source),
             "mlp_ratio": _ratio(section.get("intermediate_size", hidden), width),
         }
 

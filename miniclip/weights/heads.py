@@ -5,6 +5,7 @@ It is a hint of the caller's, or that of the published model with the same shape
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -94,6 +95,9 @@ _PUBLISHED: dict[str, dict[tuple[Any, ...], int]] = {
 }
 
 
+_ONE_HEAD = ()
+
+
 class Tower(NamedTuple):
     """Whose heads are looked for: what is pooled is `width` channels wide; `shape` is a key of `_PUBLISHED`."""
 
@@ -103,7 +107,7 @@ class Tower(NamedTuple):
 
     @property
     def published(self) -> int | None:
-        return _PUBLISHED[self.name].get(self.shape)
+        return 64 if self.shape == _ONE_HEAD else _PUBLISHED[self.name].get(self.shape)
 
 
 def head_widths(towers: Sequence[Tower], hints: Hints, source: str) -> list[int]:
@@ -114,6 +118,13 @@ def head_widths(towers: Sequence[Tower], hints: Hints, source: str) -> list[int]
     """
     name = "head_width" if hints.heads is None else "heads"
     asked = getattr(hints, name)
+    if asked is None and (narrow := [tower for tower in towers if tower.published is None and tower.width == 64]):
+        warnings.warn(
+            f"{source} does not tell how many attention heads its {narrow[0].name} tower of 64 channels has; it is "
+            "taken to have one, as no published CLIP has narrower ones. heads=… says otherwise",
+            stacklevel=2,
+        )
+        towers = [tower._replace(shape=_ONE_HEAD) if tower in narrow else tower for tower in towers]
     unknown = [tower for tower in towers if tower.published is None]
     if asked is None and unknown:
         raise ValueError(

@@ -1,18 +1,19 @@
 """Hugging Face's settings of an image processor <-> the fields of `VisionConfig`.
 
 transformers 5 writes `processor_config.json` with the settings in a section `image_processor`, which wins; older ones
-write `preprocessor_config.json`. What a file leaves out, or sets to null, is as in transformers' CLIPImageProcessor.
+write `preprocessor_config.json`. What a file leaves out is as in transformers' CLIPImageProcessor. A step that it sets
+to null is not taken.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
-from ..config import OPENAI_MEAN, OPENAI_STD, VisionConfig
+from ..config import OPENAI_MEAN, OPENAI_STD, Interpolation, VisionConfig
 
 _CLASSES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _DEFAULTS: dict[str, Any] = {
@@ -46,19 +47,19 @@ def vision_fields(values: Mapping[str, Any], image_size: int, source: str) -> di
     Raises:
         ValueError: a setting that `Preprocess` can't do exactly; names it.
     """
-    settings = _DEFAULTS | {key: value for key, value in values.items() if value is not None}
+    settings = _DEFAULTS | dict(values)
 
     def refuse(name: str, what: str) -> ValueError:
         return ValueError(f"{source} has {name!r}: {settings[name]!r}, which is not supported: {what}")
 
     for name in ("image_processor_type", "feature_extractor_type"):
-        if settings[name] not in _CLASSES:
+        if settings[name] not in (None, *_CLASSES):
             raise refuse(name, f"only {_CLASSES[0]} is")
     for name, value in settings.items():
-        if name.startswith("do_") and (name not in _DEFAULTS or not isinstance(value, bool)) and value is not False:
-            raise refuse(
-                name, "it is no step of CLIPImageProcessor" if name not in _DEFAULTS else "it is true or false"
-            )
+        if name.startswith("do_") and value and name not in _DEFAULTS:
+            raise refuse(name, "it is no step of CLIPImageProcessor")
+        if name.startswith("do_") and value not in (True, False, None):
+            raise refuse(name, "it is true or false")
     fields: dict[str, Any] = {"preprocess": "hf", **_resize(settings, refuse)}
     if settings["do_center_crop"]:
         if _square(settings["crop_size"]) != image_size:
@@ -77,15 +78,16 @@ def vision_fields(values: Mapping[str, Any], image_size: int, source: str) -> di
 def _resize(settings: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
     if not settings["do_resize"]:
         return {"resize": "none", "resize_size": None}
-    filters = {resampling.value: resampling.name.lower() for resampling in Image.Resampling}
-    if isinstance(settings["resample"], bool) or settings["resample"] not in filters:
+    filters = {Image.Resampling[name.upper()].value: name for name in get_args(Interpolation)}
+    resample = settings["resample"]
+    if isinstance(resample, bool) or resample not in filters:
         raise refuse("resample", f"it is one of Pillow's filters, {filters}")
     size = settings["size"]
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"height": size, "width": size} if settings["default_to_square"] else {"shortest_edge": size}
     if settings["use_square_size"]:
         size = {"height": 224, "width": 224}  # transformers takes its class's size there, whatever else is set
-    interpolation = filters[settings["resample"]]
+    interpolation = filters[resample]
     shortest = size.get("shortest_edge") if isinstance(size, dict) and set(size) == {"shortest_edge"} else None
     side = _square(size) if shortest is None else shortest
     if not isinstance(side, int) or isinstance(side, bool) or side < 1:
