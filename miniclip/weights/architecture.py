@@ -93,7 +93,7 @@ def _ratio(hidden: int, width: int) -> float:
 
 def _require_both_towers(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises a ValueError that says what the tensors are, if they are no CLIP's."""
-    there = ", ".join(sorted(tensors)[:4])
+    there = ", ".join(sorted(key.removeprefix("text.") for key in tensors)[:4])
     if any(key.startswith("visual.trunk.") for key in tensors):
         raise ValueError(
             f"{source} has an image tower of timm's, and its tensors don't show which; put its open_clip_config.json "

@@ -136,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
         }
         if (module, name) not in allowed:
-            what = _REASONS.get(name, "only tensors and plain values are read")
+            what = _REASONS.get(name, "only tensors and plain values are read, no pickled models or other objects")
             raise ValueError(
                 f"it asks for {module}.{name}: {what}; save model.state_dict() alone with the program that wrote it"
             )
