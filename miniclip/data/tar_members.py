@@ -103,8 +103,8 @@ def _walk_members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Itera
                         yield member
                 end = tar.offset
         except (tarfile.TarError, EOFError) as error:
-            if not start:
-                raise ValueError(f"{path} is no tar, or a damaged or compressed one: {error}") from error
+            raise ValueError(f"{path} is no tar, or a damaged or compressed one: {error}") from error
+        if start and end == start:
             left_out.append(LeftOut(f"from byte {start} on", "bytes after the tar's end that are no tar"))
             break
         start = _next_tar(path, file, end)

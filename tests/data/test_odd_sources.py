@@ -1,0 +1,426 @@
+"""What people really have: tars made by hand, tables of every shape, odd cells, odd paths, odd encodings."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import picture, rejections, write_picture
+from PIL import Image
+
+from miniclip.commands import main as cli
+from miniclip.data.module import PairDataModule
+from miniclip.data.pack import pack
+from miniclip.data.reading.cells import captions_in, picture_in, texts_in
+from miniclip.data.reading.pair import Pair
+from miniclip.data.shard_index import index_shards
+from miniclip.data.shards import Shards
+from miniclip.data.sources import read_pairs
+
+
+def image_bytes(seed: int = 0, file_format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+RED, GREEN = image_bytes(1, "JPEG"), image_bytes(2, "JPEG")
+MASK = image_bytes(3, "PNG")
+
+
+def write_tar(path: Path, *members: tuple[str, bytes] | tuple[str, bytes, str], mode: str = "w") -> Path:
+    """Members are (name, data); a third entry is the target of a hard link, or of a symbolic one after ->."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, data, *target in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if target:
+                is_symbolic = target[0].startswith("->")
+                info.type = tarfile.SYMTYPE if is_symbolic else tarfile.LNKTYPE
+                info.linkname = target[0].removeprefix("->")
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples_of(folder: Path) -> list[tuple[str, bytes, tuple[str, ...]]]:
+    index_shards(str(folder))
+    return [(record.key, record.image, record.captions) for record in Shards(folder)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tars
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_mask_beside_a_photograph_is_not_taken_for_it(tmp_path, order):
+    write_tar(tmp_path / "a.tar", *[("a.jpg", RED), ("a.png", MASK)][::order], ("a.txt", b"red"))
+    assert samples_of(tmp_path) == [("a", RED, ("red",))]
+    assert rejections(tmp_path) == {"a.tar:a.png": "another picture of a sample (.png)"}
+
+
+def test_names_with_dots_of_their_own_are_samples_and_what_belongs_to_another_is_not(tmp_path):
+    names = ["img.v2", "IMG_2024.01.01", "IMG_2024.01.02", "3.5mm", "3.7mm"]
+    members = [(f"{name}.{suffix}", data) for name in names for suffix, data in (("jpg", RED), ("txt", name.encode()))]
+    members += [("a.jpg", GREEN), ("a.txt", b"green"), ("a.seg.png", MASK)]
+    write_tar(tmp_path / "a.tar", *members)
+    assert samples_of(tmp_path) == [*((name, RED, (name,)) for name in names), ("a", GREEN, ("green",))]
+    assert rejections(tmp_path) == {"a.tar:a.seg.png": "another member of a sample (.seg.png)"}
+
+
+def test_links_are_followed_and_those_to_nothing_are_named(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", ("d/a.jpg", RED), ("d/a.txt", b"red"), ("d/b.jpg", b"", "d/a.jpg"), ("d/b.txt", b"hard"),
+        ("d/c.jpg", b"", "->a.jpg"), ("d/c.txt", b"", "->./a.txt"), ("d/e.jpg", b"", "->/x/y.jpg"),
+    )  # fmt: skip
+    assert sorted(samples_of(tmp_path)) == [("d/a", RED, ("red",)), ("d/b", RED, ("hard",)), ("d/c", RED, ("red",))]
+    assert rejections(tmp_path) == {"a.tar:d/e.jpg": "a link to nothing"}
+
+
+def test_a_key_that_comes_again_is_another_sample(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", b"red"), ("b.jpg", RED), ("b.txt", b"b"),
+        ("a.jpg", GREEN), ("a.txt", b"green"), ("b.txt", b"again"),
+    )  # fmt: skip
+    assert samples_of(tmp_path) == [("a", RED, ("red",)), ("b", RED, ("b",)), ("a", GREEN, ("green",))]
+    assert rejections(tmp_path) == {"a.tar:b.txt": "a member that comes again without a picture"}
+
+
+@pytest.mark.parametrize("last", [tarfile.DIRTYPE, tarfile.SYMTYPE])
+def test_joined_tars_and_tars_that_end_in_a_folder_or_a_link_are_whole(tmp_path, last):
+    for name, data in (("a", RED), ("b", GREEN)):
+        write_tar(tmp_path / f"{name}.tar", (f"{name}.jpg", data), (f"{name}.txt", name.encode()))
+        with tarfile.open(tmp_path / f"{name}.tar", "a") as tar:
+            info = tarfile.TarInfo("last")
+            info.type, info.linkname = last, f"{name}.jpg"
+            tar.addfile(info)
+    (tmp_path / "both").mkdir()
+    joined = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "both" / "joined.tar").write_bytes(joined)
+    pairs = [sample for sample in samples_of(tmp_path / "both") if sample[2]]
+    assert pairs == [("a", RED, ("a",)), ("b", GREEN, ("b",))]
+
+
+def test_bytes_after_a_tars_end_that_are_no_tar_are_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", b"red"))
+    path.write_bytes(path.read_bytes() + b"x" * 2000)
+    assert len(samples_of(tmp_path)) == 1
+    assert list(rejections(tmp_path).values()) == ["bytes after the tar's end that are no tar"]
+
+
+def test_a_member_of_negative_size_is_damage_and_no_endless_loop(tmp_path):
+    path = write_tar(tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", b"red"))
+    header = bytearray(path.read_bytes()[:512])
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + path.read_bytes()[512:])
+    with pytest.raises(ValueError, match=r"a\.tar is damaged: a\.jpg has a size of -512 bytes|a\.tar is no tar"):
+        index_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["caption", "cap", "text", "TXT"])
+def test_captions_of_any_suffix_and_pictures_of_none_are_read(tmp_path, suffix):
+    write_tar(tmp_path / "a.tar", ("a.img", RED), (f"a.{suffix}", b"red"), ("b.jfif", GREEN), ("b.txt", b"green"))
+    assert samples_of(tmp_path) == [("a", RED, ("red",)), ("b", GREEN, ("green",))]
+
+
+def test_captions_in_the_json_are_used_by_check_packing_and_training(tmp_path, capsys):
+    facts = [json.dumps({"caption": f"picture {n}", "url": "u"}).encode() for n in range(4)]
+    write_tar(
+        tmp_path / "s" / "a.tar", *((f"{n}.{s}", d) for n in range(4) for s, d in (("jpg", RED), ("json", facts[n])))
+    )
+    assert [captions for _, _, captions in samples_of(tmp_path / "s")] == [(f"picture {n}",) for n in range(4)]
+    cli.main(["check", str(tmp_path / "s"), "--batch-size", "2", "--image-size", "16"])
+    cli.main(["shards", str(tmp_path / "s"), str(tmp_path / "again")])
+    assert "4 pairs in 1 shards" in capsys.readouterr().out
+    data = PairDataModule(str(tmp_path / "s"), batch_size=4, num_workers=0, image_size=16)
+    data.setup("fit")
+    assert "left out" not in data.describe()
+
+
+def test_training_reports_what_the_index_left_out(tmp_path):
+    write_tar(tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", b"red"), ("a.png", MASK), ("b.jpg", RED), ("b.txt", b"b"))
+    index_shards(str(tmp_path))
+    data = PairDataModule(str(tmp_path), batch_size=2, num_workers=0, image_size=16)
+    data.setup("fit")
+    assert data.describe().startswith("1 left out: another picture of a sample (.png): 1")
+
+
+@pytest.mark.parametrize("encoding, captions", [("utf-8-sig", ("café",)), ("utf-16", ("café",)), ("latin-1", None)])
+def test_a_text_of_another_encoding_is_read_by_its_mark_or_rejected(tmp_path, encoding, captions):
+    text = "café".encode(encoding)
+    write_tar(tmp_path / "t" / "a.tar", ("a.jpg", RED), ("a.txt", text), ("b.jpg", GREEN), ("b.txt", b"b"))
+    found = {key: texts for key, _, texts in samples_of(tmp_path / "t")}
+    assert found == {"b": ("b",)} | ({"a": captions} if captions else {})
+    if not captions:
+        assert rejections(tmp_path / "t")["a.tar:a.txt"] == "a text that is not UTF-8"
+    folder = tmp_path / "folder"
+    write_picture(folder / "a.png").with_suffix(".txt").write_bytes(text)
+    (pair,) = read_pairs(folder)
+    assert (pair.captions if captions else None) == captions
+    assert bool(pair.problem) == (captions is None)
+
+
+def test_what_is_appended_to_a_tar_or_edited_in_it_is_an_error_and_not_lost(tmp_path):
+    path = write_tar(tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", b"a red thing"))
+    index_shards(str(tmp_path))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"a red thing", b"a bad thing"))
+    with pytest.raises(ValueError, match=r"the txt of sample a has another checksum; index the shards anew"):
+        Shards(tmp_path)[0]
+    path.write_bytes(whole)
+    write_tar(path, ("b.jpg", GREEN), ("b.txt", b"x" * 20_000), mode="a")
+    with pytest.raises(ValueError, match=r"something was added to it. `miniclip shards .* --index-only --overwrite`"):
+        Shards(tmp_path)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+@pytest.mark.parametrize(
+    "cell, texts",
+    [
+        ("a b", ["a b"]),
+        ("one\n\ntwo\r\nthree\u2028four\x85five\x0csix\x0bseven\x1ceight", ["one two three four five six seven eight"]),
+        (["a", " ", "b\nc"], ["a", "b c"]),
+        ("['a child', \"a kid's\"]", ["a child", "a kid's"]),
+        ("['a child' 'a kid']", ["a child", "a kid"]),  # as NumPy writes it
+        ('["a child", "caf\\u00e9"]', ["a child", "café"]),
+        ("[laughter]", ["[laughter]"]),
+        ({"raw": "a"}, ["a"]),
+        (None, []),
+        (float("nan"), []),
+        (7, ["7"]),
+    ],
+)
+def test_a_cell_is_one_caption_or_a_list_of_them(cell, texts):
+    assert texts_in(cell) == texts
+
+
+def test_a_mapping_without_a_caption_is_refused_with_its_fields():
+    with pytest.raises(ValueError, match="its caption is a mapping of 'en', 'de'"):
+        texts_in({"en": "a cat", "de": "eine Katze"})
+
+
+def test_only_line_feeds_and_carriage_returns_end_a_caption():
+    assert captions_in("a\nb\r\nc\rd\u2028e\x85f\x0cg\x1ch\n\n") == ["a", "b", "c", "d e f g h"]
+
+
+@pytest.mark.parametrize("write", [lambda data: data, lambda data: b"data:image/png;base64," + data])
+@pytest.mark.parametrize("alphabet", [base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes])
+def test_a_picture_in_base64_is_read(write, alphabet):
+    assert picture_in(write(alphabet(MASK)).decode()) == MASK
+    assert picture_in(write(alphabet(RED)).decode().strip()) == RED
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.arange(48).reshape(4, 4, 3), np.arange(60).reshape(3, 4, 5), np.arange(16).reshape(4, 4)]
+)
+@pytest.mark.parametrize("as_list", [True, False])
+def test_an_array_of_pixels_is_a_picture(pixels, as_list):
+    found = Image.open(io.BytesIO(picture_in(pixels.tolist() if as_list else pixels)))
+    expected = pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
+    assert np.array(found).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "cell, says",
+    [
+        (None, "no image in this row"), ("", "no image in this row"), ([], "an empty list"),
+        ([b"a" * 9, b"b"], "a list of 2 images"), ([0.1, 0.2, 0.3], "3 numbers"), ({"en": 1}, "a mapping of 'en'"),
+        ([[0.5, 0.1]], "whole numbers from 0 to 255"), (1.5, "a value of type float"),
+    ],
+)  # fmt: skip
+def test_a_cell_that_is_no_picture_says_what_it_holds_in_a_short_line(cell, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        picture_in(cell)
+    assert len(str(caught.value)) < 200
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+RECORDS = [{"image": f"{n}.png", "caption": f"picture {n}"} for n in range(3)]
+JSON_SHAPES = {
+    "records": RECORDS,
+    "records in a mapping": {"version": 1, "annotations": RECORDS},
+    "file: caption": {f"{n}.png": f"picture {n}" for n in range(3)},
+    "file: captions": {f"{n}.png": [f"picture {n}"] for n in range(3)},
+    "file: record": {f"{n}.png": {"caption": f"picture {n}", "id": n} for n in range(3)},
+    "columns": {"image": [f"{n}.png" for n in range(3)], "caption": [f"picture {n}" for n in range(3)]},
+    "pandas": {"image": {str(n): f"{n}.png" for n in range(3)}, "caption": {str(n): f"picture {n}" for n in range(3)}},
+    "pandas' split": {"columns": ["image", "caption"], "data": [[f"{n}.png", f"picture {n}"] for n in range(3)]},
+    "COCO": {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(3)],
+        "annotations": [{"image_id": str(n), "id": n, "caption": f"picture {n}"} for n in range(3)],
+    },
+    "Karpathy": {
+        "images": [
+            {"filepath": "", "filename": f"{n}.png", "split": ("train", "restval", "train")[n], "cocoid": n,
+             "sentences": [{"raw": f"picture {n}"}]}
+            for n in range(3)
+        ]
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    for number in range(3):
+        write_picture(tmp_path / f"{number}.png", number)
+    return tmp_path
+
+
+@pytest.mark.parametrize("shape", JSON_SHAPES)
+@pytest.mark.parametrize("name", ["t.json", "t.json.gz"])
+def test_captions_in_json_are_read_in_every_usual_shape(three, shape, name):
+    data = json.dumps(JSON_SHAPES[shape]).encode()
+    (three / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    pairs = read_pairs(three / name)
+    assert [(pair.image, pair.captions, pair.problem) for pair in pairs] == [
+        (three / f"{n}.png", (f"picture {n}",), None) for n in range(3)
+    ]
+    assert not pairs.left_out
+
+
+def test_json_lines_may_be_called_json(three):
+    (three / "t.json").write_text("\n".join(map(json.dumps, RECORDS)))
+    assert [pair.captions for pair in read_pairs(three / "t.json")] == [(f"picture {n}",) for n in range(3)]
+
+
+def test_captions_of_images_that_are_not_listed_and_images_of_another_split_are_left_out(three):
+    coco = {**JSON_SHAPES["COCO"]}
+    coco["annotations"] = [*coco["annotations"], {"image_id": 99, "id": 7, "caption": "lost"}]
+    (three / "c.json").write_text(json.dumps(coco))
+    (left_out,) = read_pairs(three / "c.json").left_out
+    assert "image 99" in left_out.source
+    karpathy = json.loads(json.dumps(JSON_SHAPES["Karpathy"]))
+    karpathy["images"][2]["split"] = "test"
+    (three / "k.json").write_text(json.dumps(karpathy))
+    pairs = read_pairs(three / "k.json")
+    assert len(pairs) == 2
+    assert [each.reason for each in pairs.left_out] == ["an image of another split (test)"]
+    assert list(read_pairs(three / "k.json", split="test").names) == ["2.png"]
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("image,caption\n0.png,picture 0\n1.png,picture 1\n2.png,picture 2\n", "captions.txt"),
+        ("sep=;\nimage;caption\n0.png;picture 0\n1.png;picture 1\n2.png;picture 2\n", "t.csv"),
+        ("image| number| comment\n0.png| 0| picture 0\n1.png| 0| picture 1\n2.png| 0| picture 2\n", "results.csv"),
+        ("0.png#0\tpicture 0\n1.png#0\tpicture 1\n2.png#0\tpicture 2\n", "Flickr8k.token.txt"),
+        ("picture 0\t0.png\npicture 1\t1.png\npicture 2\t2.png\n", "gcc.tsv"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_tables_that_courses_hand_out_are_read(three, text, name, encoding):
+    (three / name).write_bytes(text.encode(encoding))
+    assert [pair.captions for pair in read_pairs(three / name)] == [(f"picture {n}",) for n in range(3)]
+
+
+def test_a_column_and_its_numbered_ones_are_all_captions(three):
+    (three / "t.csv").write_text("image,caption,caption_2\n0.png,one,two\n")
+    assert read_pairs(three / "t.csv")[0].captions == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        " a.png ",
+        "./a.png",
+        "sub\\..\\a.png",
+        "A.PNG",
+        "a",
+        "/a.png",
+        "%61.png",
+        "images/a.png",
+        "ä b.png",
+        "a%CC%88 b.png",
+    ],
+)
+def test_a_path_is_found_as_people_write_it(tmp_path, path):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    write_picture(folder / "a.png")
+    write_picture(folder / unicodedata.normalize("NFD", "ä b.png"))
+    (folder / "t.csv").write_text(f"image,caption\n{path},words\n", encoding="utf-8")
+    (pair,) = read_pairs(folder / "t.csv")
+    assert pair.problem is None
+    assert pair.image.is_file()
+
+
+def test_a_path_that_fits_two_files_is_not_guessed(tmp_path):
+    write_picture(tmp_path / "a.png")
+    write_picture(tmp_path / "a.jpg")
+    (tmp_path / "t.csv").write_text("image,caption\na,words\n")
+    assert "no image file" in read_pairs(tmp_path / "t.csv")[0].problem
+
+
+def test_folders_and_patterns_of_parquet_files_are_one_table(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for number, split in enumerate(("train", "train", "test")):
+        cells = [{"bytes": image_bytes(2 * number + n), "path": None} for n in range(2)]
+        path = tmp_path / "hub" / "data" / f"{split}-{number:05d}-of-00003.parquet"
+        parquet.write_table(pa.table({"image": cells, "caption": [f"{number}", f"{number}, too"]}), path)
+    (tmp_path / "hub" / "README.md").write_text("words")
+    pairs = read_pairs(tmp_path / "hub")
+    assert [pair.captions for pair in pairs] == [("0",), ("0, too",), ("1",), ("1, too",)]
+    assert [pair.image for pair in pairs] == [image_bytes(n) for n in range(4)]
+    assert {each.source for each in pairs.left_out} == {"README.md", "data/test-00002-of-00003.parquet"}
+    assert len(read_pairs(tmp_path / "hub", split="test")) == 2
+    for pattern in ("train-*.parquet", "train-{00000..00001}-of-00003.parquet"):
+        assert len(read_pairs(f"{tmp_path}/hub/data/{pattern}")) == 4
+
+
+def test_an_imagefolder_with_metadata_is_read_and_what_it_does_not_name_is_left_out(three):
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"picture {n}"}) for n in range(2)]
+    (three / "metadata.jsonl").write_text("\n".join(lines))
+    pairs = read_pairs(three)
+    assert [pair.captions for pair in pairs] == [("picture 0",), ("picture 1",)]
+    assert [(each.source, each.reason) for each in pairs.left_out] == [
+        ("2.png", "a file that metadata.jsonl does not name")
+    ]
+
+
+def test_a_folder_of_images_beside_a_table_asks_for_the_table(three):
+    (three / "captions.csv").write_text("image,caption\n0.png,words\n")
+    with pytest.raises(ValueError, match=r"miniclip shards .*captions\.csv OUT --images"):
+        read_pairs(three)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize(
+    "image, text",
+    [
+        ("a.jpg", "a.jpg.txt"), ("A.JPG", "A.TXT"), ("a.jpg", "a.caption"), ("a.v1.jpg", "a.v1.txt"),
+        ("images/a.jpg", "text/a.txt"), ("train/images/x/a.jpg", "train/captions/x/a.txt"), ("a", "a.txt"),
+        ("a.jfif", "a.txt"), ("a.jpg_large", "a.txt"),
+        (unicodedata.normalize("NFD", "é.jpg"), unicodedata.normalize("NFC", "é.txt")),
+    ],
+)  # fmt: skip
+def test_a_picture_finds_its_text_in_every_usual_place(tmp_path, image, text):
+    for name, data in ((image, RED), (text, b"words")):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(data)
+    (pair,) = read_pairs(tmp_path / "d")
+    assert (pair.captions, pair.problem) == (("words",), None)
+
+
+def test_a_caption_of_several_lines_is_one_for_the_api_too(tmp_path):
+    pack([Pair("a", RED, ("one\ntwo",))], tmp_path / "out", source="here")
+    assert Shards(tmp_path / "out")[0].captions == ("one two",)
