@@ -165,20 +165,22 @@ def classify(
     num_guesses = min(max(5, *ks), C)
     # Equal columns become one, since the last bits of a product depend on the position of a column.
     columns, column = different_columns(classifier)
-    parts: list[list[np.ndarray]] = []
-    for rows in images.unit.split(rows_at_once(C)):
-        cosines = (rows @ columns)[:, column]  # (n, C)
-        ranked = rank_classes(cosines, num_guesses)
-        probabilities = (logit_scale * cosines).softmax(dim=-1)
-        parts.append([t.numpy() for t in (ranked, cosines.gather(1, ranked), probabilities.gather(1, ranked))])
-    ranked_classes, best_cosines, best_probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+    # Filled in place: small tensors that are kept between large ones would keep the memory of those from being used.
+    ranked = torch.empty(len(images.unit), num_guesses, dtype=torch.int64)
+    best_cosines, best_probabilities = (torch.empty(ranked.shape) for _ in range(2))
+    for start in range(0, len(ranked), size := rows_at_once(C)):
+        block = slice(start, start + size)
+        cosines = (images.unit[block] @ columns)[:, column]  # (n, C)
+        ranked[block] = rank_classes(cosines, num_guesses)
+        best_cosines[block] = cosines.gather(1, ranked[block])
+        best_probabilities[block] = cosines.mul_(logit_scale).softmax(dim=-1).gather(1, ranked[block])
     return ClassificationScores(
         data,
         images.indices,
         np.array(data.labels)[images.indices],
-        ranked_classes,
-        best_cosines,
-        best_probabilities,
+        ranked.numpy(),
+        best_cosines.numpy(),
+        best_probabilities.numpy(),
         images.unreadable,
         tuple(ks),
         same_names(column, data.classnames),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import miniclip
 from miniclip.evaluation.robustness import robustness
 from miniclip.evaluation.suite import Result
 from miniclip.reports.comparison import compare_runs, read
+from miniclip.reports.page import write_html
 from miniclip.reports.results import (
     as_dict,
     benchmark_records,
@@ -415,3 +417,21 @@ def test_a_file_that_is_no_results_is_refused(tmp_path, text, told):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"no file .*other"):
         read(tmp_path / "other")
+
+
+def test_twenty_thousand_classes_are_scored_and_written_in_little_memory(tmp_path):
+    """A matrix of all classes by all classes would take 3.5 GB, and several of them were made."""
+    C, random = 21_000, np.random.default_rng(0)
+    guesses = [(int(a), int(b)) for a, b in random.integers(0, C, (60, 2))] + [(5, 5)] * 3 + [(7, 9)] * 2
+    result = classified(tmp_path, guesses, tuple(f"class {c}" for c in range(C)))
+    tracemalloc.start()
+    write_json(tmp_path / "results.json", [result])
+    write_html(tmp_path / "report.html", [result])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    (saved,) = read(tmp_path / "results.json")["results"]
+    assert saved["confused_pairs"][0] == {"class": "class 7", "guess": "class 9", "images": 2}
+    assert saved["confusion"] is None
+    assert saved["per_class"][5]["images"] >= 3
+    assert "classes most often mistaken" in (tmp_path / "report.html").read_text(encoding="utf-8")
