@@ -32,8 +32,9 @@ from PIL import Image
 from miniclip.commands import main as cli
 from miniclip.data import shard_index
 from miniclip.data.pack import pack
+from miniclip.data.reading.cells import CAPTION_COLUMNS
 from miniclip.data.reading.pair import Pair
-from miniclip.data.reading.tables import CAPTION_COLUMNS, IMAGE_COLUMNS
+from miniclip.data.reading.tables import IMAGE_COLUMNS
 from miniclip.data.sample_files import Packing
 from miniclip.data.shard_index import SCHEMA_VERSION, Packed, index_shard, index_shards
 from miniclip.data.shards import Shards

@@ -18,7 +18,10 @@ from PIL import Image
 from ...common.storage import is_url
 from .scan import holds_picture
 
-CAPTION_FIELDS = ("caption", "captions", "title", "text", "texts", "description", "sentences", "alt_text", "txt")
+CAPTION_COLUMNS = (
+    "caption", "captions", "title", "text", "texts", "description", "sentences", "sentence", "alt_text", "txt",
+    "comment",
+)  # fmt: skip
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", re.S)
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
@@ -72,7 +75,7 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, list | tuple | np.ndarray):
         return [text for part in value for text in texts_in(part)]
     if isinstance(value, Mapping):  # COCO's, and the hub's copies of it: {"raw": …}
-        known = [name for name in ("raw", *CAPTION_FIELDS) if name in value]
+        known = [name for name in ("raw", *CAPTION_COLUMNS) if name in value]
         if known or not value:
             return [text for name in known[:1] for text in texts_in(value[name])]
         fields = ", ".join(map(repr, value))
@@ -86,7 +89,7 @@ def texts_in(value: Any) -> list[str]:
 def captions_of_facts(facts: Any) -> list[str]:
     """The captions in a sample's `.json`: in the first field of a known name that holds any."""
     if isinstance(facts, Mapping):
-        for name in CAPTION_FIELDS:
+        for name in CAPTION_COLUMNS:
             if texts := texts_in(facts.get(name)):
                 return texts
     return []
@@ -168,7 +171,7 @@ def _picture_of_list(cell: Sequence[Any] | np.ndarray) -> bytes | str:
 def _png(cell: Any) -> bytes:
     try:
         pixels = np.array([list(row) for row in cell] if not isinstance(cell, np.ndarray) else cell.tolist())
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError("a list of lists of unequal lengths is in the place of an image") from error
     shape = " x ".join(map(str, pixels.shape))
     if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cells import CAPTION_FIELDS
+from .cells import CAPTION_COLUMNS
 from .scan import LeftOut
 
 Records = list[dict[str, Any]]
@@ -89,8 +89,9 @@ def _what_it_is(values: Any) -> str:
 
 def _of_mapping(values: Mapping[str, Any]) -> Records | None:
     lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    if {"columns", "data"} <= set(values) and all(isinstance(row, list) for row in values["data"]):  # pandas' split
-        return [dict(zip(values["columns"], row, strict=False)) for row in values["data"]]
+    columns, data = values.get("columns"), values.get("data")  # pandas' split
+    if _are_texts(columns) and isinstance(data, list) and all(isinstance(row, list) for row in data):
+        return [dict(zip(columns or (), row, strict=False)) for row in data]
     if values and len(lists) == len(values) and _are_columns(lists):
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     records = [value for value in lists.values() if _are_records(value)]
@@ -98,7 +99,7 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
         return [dict(row) for row in records[0]]
     mappings = [value for value in values.values() if isinstance(value, Mapping)]
     if mappings and len(mappings) == len(values):
-        if any(name.lower() in CAPTION_FIELDS for name in values):  # {column: {index: value}}
+        if any(name.lower() in CAPTION_COLUMNS for name in values):  # {column: {index: value}}
             indices = dict.fromkeys(index for column in mappings for index in column)
             return [{name: column.get(index) for name, column in values.items()} for index in indices]
         return [{"file": name, **record} for name, record in values.items()]
@@ -109,7 +110,7 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
 
 def _are_columns(lists: Mapping[str, list[Any]]) -> bool:
     """Lists of one length are columns if one is called so; {file: [captions]} has lists as well."""
-    return len({len(each) for each in lists.values()}) == 1 and any(name.lower() in CAPTION_FIELDS for name in lists)
+    return len({len(each) for each in lists.values()}) == 1 and any(name.lower() in CAPTION_COLUMNS for name in lists)
 
 
 def _are_texts(value: Any) -> bool:

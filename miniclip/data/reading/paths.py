@@ -22,7 +22,9 @@ def find_file(folder: Path, text: str) -> Path:
     with names that differ in Unicode's normal form, in upper and lower case, or by a picture's suffix, if one file
     alone fits. If none is there, the first.
     """
-    spellings = list(dict.fromkeys(_spellings(folder, text)))
+    if is_file(folder / text):  # an absolute path stays one
+        return folder / text
+    spellings = [folder / text, *dict.fromkeys(_spellings(folder, text))]
     for path in spellings:
         if is_file(path):
             return path
@@ -54,7 +56,6 @@ def is_windows_path(text: str) -> bool:
 
 
 def _spellings(folder: Path, text: str) -> Iterator[Path]:
-    yield folder / text  # an absolute path stays one
     text = text.strip()
     slashed = text.replace("\\", "/")
     for each in (text, slashed, unquote(text), unquote(slashed)):

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ...common.storage import is_url
-from .cells import from_base64, is_binary, picture_in, texts_in
+from .cells import CAPTION_COLUMNS, from_base64, is_binary, picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
 from .scan import LeftOut, same_name
-from .tables import CAPTION_COLUMNS, IMAGE_COLUMNS, find_column
+from .tables import IMAGE_COLUMNS, find_column
 
 _NUMBERED_CAPTION = re.compile(r"((?:caption|title|text|sentence|description|comment)s?)[_ ]?\d+")
 _NUMBERED_IMAGE = re.compile(r"(.*\.\w+)#\d+")  # Flickr's 1000268201.jpg#0

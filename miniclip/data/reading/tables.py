@@ -23,9 +23,6 @@ IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
     "image_url", "images",
 )  # fmt: skip
-CAPTION_COLUMNS = (
-    "caption", "captions", "title", "text", "texts", "description", "sentences", "alt_text", "txt", "comment",
-)  # fmt: skip
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
     ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
