@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.files import expand_home
-from ..common.wording import some
+from ..common.wording import printable, some
 from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
@@ -334,23 +334,23 @@ def _tell(found: list[Result]) -> None:
 
     seen = set()
     for result in found:
-        data, scores = result.data, result.scores
+        data, scores, shown_name = result.data, result.scores, printable(result.data.name)
         if data.name not in seen:
             for problem in scores.unreadable[:10]:
-                print(f"left out: {problem}", file=sys.stderr)
+                print(f"left out: {printable(problem)}", file=sys.stderr)
             if scores.unreadable[10:]:
                 print(f"left out: {len(scores.unreadable) - 10} more, see results.json", file=sys.stderr)
         names = scores.classnames
         if names and (data.name, data.templates_from) not in seen:
             classes, prompts = (some([repr(each) for each in texts], 10) for texts in (names, wordings(data.templates)))
             origins = f"(from {data.classnames_from})", f"({data.templates_from})"
-            print(f"{data.name}: classes {classes} {origins[0]}; prompts {prompts} {origins[1]}")
+            print(printable(f"{data.name}: classes {classes} {origins[0]}; prompts {prompts} {origins[1]}"))
             seen.add((data.name, data.templates_from))
             if data.name not in seen and all(name.isdigit() for name in names):
-                print(f"{data.name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
+                print(f"{shown_name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
             for same in scores.same_prompts[:5]:
                 print(
-                    f"{data.name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
+                    f"{shown_name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
                     file=sys.stderr,
                 )
         seen.add(data.name)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..common.wording import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -66,7 +68,7 @@ def plain_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category is UserWarning:
-            print(f"note: {message}", file=sys.stderr)
+            print(f"note: {printable(str(message))}", file=sys.stderr)
         else:
             shown(message, category, *place, **more)
 
@@ -101,6 +103,6 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         disable=not sys.stderr.isatty(),
     )
     with bar:
-        task = bar.add_task(what, total=total, rate="")
+        task = bar.add_task(printable(what), total=total, rate="")
         begin = time.perf_counter()
         yield lambda done: bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - begin):.0f}/s")

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import filelock
 
+from .wording import printable
+
 # What network disks, FUSE and old NFS answer where they have no such call.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 
@@ -188,7 +190,7 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
     except shown as error:
         if os.environ.get("MINICLIP_TRACEBACK"):
             raise
-        print(f"error: {error}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {printable(str(error))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("Stopped.", file=sys.stderr)

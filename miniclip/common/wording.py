@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
+# Control characters but the ends of lines, and those that reverse the direction of writing.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def percent(share: float) -> str:
@@ -18,6 +24,11 @@ def portion(share: float) -> str:
 
 def share_of(are: np.ndarray) -> float:
     return float(are.mean()) if len(are) else 0.0
+
+
+def printable(text: str) -> str:
+    """The text with control characters as \\x1b and the like, so that no name can steer the terminal."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def cut_short(text: str, most: int = 200) -> str:

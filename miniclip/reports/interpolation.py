@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..common.files import atomic_write, write_text
-from ..common.wording import percent
+from ..common.wording import percent, printable
 from ..evaluation.interpolation import Point
 from .page_parts import bare_axes
 
@@ -18,7 +19,7 @@ from .page_parts import bare_axes
 def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chosen: float) -> Table:
     out = Table(title="weights between start (alpha 0) and fine-tuned (alpha 1): zero-shot top-1 %")
     for column in ("alpha", *(f"new: {name}" for name in new), *(f"old: {name}" for name in old), "mean", ""):
-        out.add_column(column, justify="right")
+        out.add_column(escape(printable(column)), justify="right")
     for point in points:
         note = "saved" if point.alpha == chosen else ""
         shares = map(percent, (*point.new, *point.old, point.mean))

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.files import write_text
-from ..common.wording import cut_short, portion, share_of
+from ..common.wording import cut_short, portion, printable, share_of
 from ..data.advice import advice, what_spoils
 from ..data.findings import Findings, Pipeline
 
@@ -93,7 +93,7 @@ def tables(f: Findings, pipeline: Pipeline | None = None) -> list[Table]:
     for heading, lines in rows(f, pipeline).items():
         table = Table(title=heading, title_justify="left", show_header=False)
         for name, value in lines:
-            table.add_row(escape(name), escape(value))
+            table.add_row(escape(printable(name)), escape(printable(value)))
         out.append(table)
     return out
 

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
 
-from ..common.wording import percent
+from ..common.wording import percent, printable
 from ..evaluation.measures.classification import Subgroups
 from ..evaluation.probes import METHODS
 from ..evaluation.prompts import Prompts
@@ -110,21 +110,26 @@ def _grid(
 
 
 def _printable(grid: Grid) -> Table:
-    out = Table(title=escape(grid.title), caption=escape(" ".join(grid.notes)) or None, caption_justify="left")
+    out = Table(title=_shown(grid.title), caption=_shown(" ".join(grid.notes)) or None, caption_justify="left")
     for number, name in enumerate(grid.columns):
         # On a narrow terminal numbers stay whole, and names are broken.
         words = [word for text in (name, *(row[number] for row in grid.rows)) for word in text.split()]
         is_text = grid.is_text(name)
         out.add_column(
-            escape(name),
+            _shown(name),
             justify="left" if is_text else "right",
             style="bold" if name == grid.main else "",
             overflow="fold",
             min_width=None if is_text else max(map(cell_len, words), default=None),
         )
     for row in grid.rows:
-        out.add_row(*map(escape, row))
+        out.add_row(*map(_shown, row))
     return out
+
+
+def _shown(text: str) -> str:
+    """The text as it is: neither rich's markup nor the terminal's control characters mean anything in it."""
+    return escape(printable(text))
 
 
 def tables(results: Sequence[Result], robustness: Robustness | None = None) -> list[Table]:

@@ -321,3 +321,20 @@ def test_a_mistake_is_answered_in_words_before_any_work(models, sets, tmp_path, 
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_would_steer_the_terminal_are_printed_as_escapes(models, tmp_path, capfd):
+    for n, name in enumerate(("cat", "dog\x1b[2J\x1b]0;owned\x07")):
+        for k in range(2):
+            write_picture(tmp_path / "data" / name / f"{n}{k}.png", n)
+        (tmp_path / "data" / name / "torn\x1b[1A.png").write_bytes(b"no picture")
+    (tmp_path / "data/Thumbs.db").write_bytes(b"x")
+    cli.main(["eval", "--model", models[0], "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
+    out, err = capfd.readouterr()
+    assert "\x1b" not in out + err
+    assert "\x07" not in out + err
+    assert "dog\\x1b[2J" in out
+    assert "torn\\x1b[1A.png" in err
+    assert "1 left out: left behind by a system" in err.replace("1 file left out", "1 left out")
+    (found,) = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert found["left_out"] == {"left behind by a system or a program": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -215,6 +216,16 @@ def test_on_a_narrow_terminal_no_number_is_cut_or_broken(tmp_path, width):
 def test_square_brackets_in_names_are_printed_as_they_are(tmp_path, name):
     assert name in printed(*tables([classified(tmp_path, GUESSES, name=name)]))
     assert f"runs/{name}/best" in printed(*tables([classified(tmp_path, GUESSES, model=f"runs/{name}/best")]))
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(tmp_path):
+    name = "cat\x1b[2J\x1b]0;x\x07 \u202egnp"
+    result = classified(tmp_path, GUESSES, ("cat", name, *NAMES[2:]), name=name)
+    text = printed(*tables([result]))
+    assert "\\x1b[2J" in text
+    assert not set("\x1b\x07\u202e") & set(text)
+    write_json(tmp_path / "results.json", [result])
+    assert json.loads((tmp_path / "results.json").read_text())["results"][0]["classnames"][1] == name
 
 
 def test_curves_of_a_resumed_run_are_one_and_the_later_log_counts(tmp_path):
