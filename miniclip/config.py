@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -35,8 +36,8 @@ def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         is_number = isinstance(value, int | float if name.endswith("ratio") else int) and not isinstance(value, bool)
-        if not is_number or not value > 0:
-            what = "a number" if name.endswith("ratio") else "a whole number"
+        if not is_number or not 0 < value < math.inf:
+            what = "a finite number" if name.endswith("ratio") else "a whole number"
             raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be {what} greater than 0")
 
 
@@ -45,9 +46,10 @@ def _set_numbers(config: Any, name: str, count: int, kind: type, is_positive: bo
     value = getattr(config, name)
     try:
         numbers = tuple(kind(number) for number in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
-    if len(numbers) != count or (is_positive and min(numbers) <= 0):
+    is_valid = len(numbers) == count and all(math.isfinite(number) for number in numbers)
+    if not is_valid or (is_positive and min(numbers) <= 0):
         least = " greater than 0" if is_positive else ""
         raise ValueError(f"{type(config).__name__}.{name} is {numbers or value!r}; it must be {count} numbers{least}")
     object.__setattr__(config, name, numbers)
@@ -131,6 +133,12 @@ class VisionConfig:
             raise ValueError(
                 f"VisionConfig.kind is {self.kind!r} and timm_model {self.timm_model!r}; a model's name belongs to "
                 "kind 'timm' and to no other"
+            )
+        # Of timm itself: it takes the addresses hf-hub:… and local-dir:… as well.
+        if not isinstance(self.timm_model, str) or not re.fullmatch(r"[\w.]*", self.timm_model):
+            raise ValueError(
+                f"VisionConfig.timm_model is {self.timm_model!r}; it must be the name of one of timm's own models, as "
+                "'vit_base_patch16_224'"
             )
         _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
         if self.resize_size is not None:

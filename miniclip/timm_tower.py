@@ -31,7 +31,7 @@ class TimmTower(nn.Module):
         pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
         try:
             self.trunk = timm.create_model(config.timm_model, num_classes=_num_classes(config, embed_dim), **pool)
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:  # of an odd name or pooling anything
             raise ValueError(
                 f"timm has no model {config.timm_model!r} with {pool or 'its own pooling'}: {error}"
             ) from error

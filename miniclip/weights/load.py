@@ -128,7 +128,10 @@ def _refuse_misfits(config: CLIPConfig, tensors: Tensors, source: str) -> None:
     for name in [name for name in tensors if name.endswith(".running_var")]:
         counter = name.replace(".running_var", ".num_batches_tracked")  # inference never reads it; some layouts lack it
         tensors.setdefault(counter, torch.zeros((), dtype=torch.long))
-    wrong = differences(config, tensors)
+    try:
+        wrong = differences(config, tensors)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if wrong:
         raise ValueError("\n".join([f"the weights in {source} belong to another architecture:", *wrong]))
     for key, tensor in tensors.items():

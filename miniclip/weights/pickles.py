@@ -7,6 +7,7 @@ closed list of names below is all that a file may ask for; most of them become e
 
 from __future__ import annotations
 
+import bisect
 import io
 import mmap
 import os
@@ -215,35 +216,55 @@ def _read_zip(path: Path, with_stubs: bool = True) -> Any:
             raise ValueError("its numbers are big-endian")
         if records[f"{root}data.pkl"].file_size > _MAX_PICKLE_BYTES:
             raise ValueError(f"its description takes {records[f'{root}data.pkl'].file_size} bytes")
+        mapped = _Mapped(file, length, [info.header_offset for info in records.values()])
         known: dict[tuple[str, torch.dtype, int], Tensor] = {}
 
         def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
             which = key, dtype, count
             if which not in known:
-                known[which] = _mapped(file, length, records[f"{root}data/{key}"], dtype, count)
+                known[which] = mapped.record(records[f"{root}data/{key}"], dtype, count)
             return known[which]
 
         return _unpickle(archive.read(f"{root}data.pkl"), storage, with_stubs)
 
 
-def _mapped(file: IO[bytes], length: int, info: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Tensor:
-    """A record as numbers, in a mapping of its own, so that its pages leave memory with the tensor."""
-    size = count * dtype.itemsize
-    if size > info.file_size:
-        raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
-    file.seek(max(0, info.header_offset))
-    header = file.read(30)
-    if not header.startswith(b"PK\x03\x04"):
-        raise ValueError(f"its record {info.filename} is not where its directory says")
-    name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-    offset = info.header_offset + 30 + name_size + extra_size
-    if offset + size > length:
-        raise ValueError(f"its record {info.filename} is cut short")
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    view = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=offset - before)
-    return torch.frombuffer(view, dtype=dtype, count=count, offset=before)
+class _Mapped:
+    """The records of an archive as tensors over a few mappings of the file.
+
+    Each covers neighbouring records, so that its pages leave memory with their tensors. One for each record would hold
+    a file descriptor each, and a checkpoint with an optimiser has thousands of records.
+    """
+
+    MOST = 64
+
+    def __init__(self, file: IO[bytes], length: int, offsets: list[int]) -> None:
+        self.file, self.length = file, length
+        self.bounds = [0]
+        for offset in sorted(offsets):
+            if offset - self.bounds[-1] >= max(1, length // self.MOST):
+                self.bounds.append(offset)
+        self.mappings: dict[int, mmap.mmap] = {}
+
+    def record(self, info: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Tensor:
+        size = count * dtype.itemsize
+        if size > info.file_size:
+            raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
+        self.file.seek(max(0, info.header_offset))
+        header = self.file.read(30)
+        if not header.startswith(b"PK\x03\x04"):
+            raise ValueError(f"its record {info.filename} is not where its directory says")
+        name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        offset = info.header_offset + 30 + name_size + extra_size
+        which = bisect.bisect_right(self.bounds, info.header_offset) - 1
+        first, end = self.bounds[which], [*self.bounds, self.length][which + 1]
+        if offset + size > end:
+            raise ValueError(f"its record {info.filename} is cut short")
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        first -= first % mmap.ALLOCATIONGRANULARITY
+        if which not in self.mappings:
+            self.mappings[which] = mmap.mmap(self.file.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
+        return torch.frombuffer(self.mappings[which], dtype=dtype, count=count, offset=offset - first)
 
 
 def _unpickle(description: bytes, storage: Storage, with_stubs: bool) -> Any:

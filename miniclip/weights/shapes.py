@@ -39,8 +39,8 @@ def unfilled(config: CLIPConfig) -> CLIP:
     try:
         with torch.device("meta"), _Unfilled():
             return CLIP(config)
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"no model has these sizes: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
+        raise ValueError(f"no model has these sizes: {str(error).splitlines()[0][:200]}") from error
 
 
 class Shapes:
@@ -95,7 +95,11 @@ class Shapes:
 
 
 def differences(config: CLIPConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """A line for each tensor whose name or shape is not the architecture's; after ten, their number."""
+    """A line for each tensor whose name or shape is not the architecture's; after ten, their number.
+
+    Raises:
+        ValueError: an architecture that can't be built.
+    """
     shapes, nothing = Shapes(config), "no such tensor"
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     wrong = [key for key in found if shapes.get(key) != found[key]]

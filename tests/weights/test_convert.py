@@ -18,10 +18,12 @@ from foreign_models import (
     TINY_VIT,
     assert_close,
     openclip_model,
+    probe,
     write_archive,
     write_openai_state_dict,
 )
 from helpers import picture, tiny_clip
+from open_clip.openai import load_openai_model
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 from transformers import CLIPModel as HFModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -266,6 +268,59 @@ def test_transformers_prepares_pictures_as_a_converted_folders_preprocess_does(t
         theirs = torch.from_numpy(np.asarray(processor(image)["pixel_values"][0]))
         torch.testing.assert_close(preprocess(image), theirs, rtol=0, atol=1e-6)
     assert CLIPImageProcessor.from_pretrained(tmp_path / "out").crop_size["height"] == 24
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_reader_of_openais_archives_gives_the_same_embeddings(tmp_path, kind, precision):
+    """As OpenAI's `clip.load`: torch.jit.load, whose state dict makes a model with half-precision weights."""
+    convert(archive(tmp_path, kind), tmp_path / "out.pt", "openai")
+    tensors = torch.jit.load(tmp_path / "out.pt", map_location="cpu").state_dict()
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
+    theirs = load_openai_model(str(tmp_path / "out.pt"), precision=precision, device="cpu").float().eval()
+    ours, _ = load(tmp_path / "out.pt", device="cpu")
+    images, tokens = probe(TINY[kind])
+    with torch.no_grad():
+        assert_close(ours.encode_image(images), theirs.encode_image(images))
+        assert_close(ours.encode_text(tokens), theirs.encode_text(tokens))
+
+
+def test_pictures_that_openais_package_would_prepare_otherwise_are_warned_of(tmp_path):
+    vision = VisionConfig(
+        image_size=24, patch_size=8, width=64, layers=1, mean=(0.1, 0.2, 0.3), interpolation="bilinear"
+    )
+    save(CLIP(CLIPConfig(24, "quick_gelu", vision, TextConfig(16, 60, 59, 64, 1))), tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"mean, \(0\.1, 0\.2, 0\.3\)"), pytest.warns(UserWarning, match="bilinear"):
+        convert(tmp_path / "model", tmp_path / "out.pt", "openai")
+
+
+@pytest.mark.parametrize(
+    "changes, to, word",
+    [
+        ({"resize": "squash"}, "openclip", ""),
+        ({"interpolation": "bilinear"}, "openclip", ""),
+        ({"interpolation": "lanczos"}, "openclip", "lanczos"),
+        ({"resize_size": 40}, "openclip", "24 pixels"),
+        ({"resize": "none"}, "openclip", "24 pixels"),
+        ({"resize": "squash", "resize_size": 40, "interpolation": "lanczos"}, "hf", ""),
+        ({"resize": "none"}, "hf", ""),
+    ],
+    ids=str,
+)
+def test_how_pictures_are_resized_goes_along_or_is_refused(tmp_path, changes, to, word):
+    vision = VisionConfig(image_size=24, patch_size=8, width=64, layers=1, **changes)
+    save(CLIP(CLIPConfig(24, "quick_gelu", vision, TextConfig(16, 60, 59, 64, 1))), tmp_path / "model")
+    if word:
+        refused(tmp_path / "model", tmp_path / "out", to, word)
+        return
+    convert(tmp_path / "model", tmp_path / "out", to)
+    found = read_checkpoint(tmp_path / "out").config.vision
+    assert {name: getattr(found, name) for name in changes} == changes
+    preprocess = load(tmp_path / "out", device="cpu")[1]
+    if to == "openclip":
+        theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")[2]
+        for image in PICTURES:
+            assert torch.equal(preprocess(image), theirs(image))
 
 
 @pytest.mark.parametrize("kind", TINY)
