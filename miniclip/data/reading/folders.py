@@ -18,7 +18,7 @@ from .tables import read_table
 # Folders that only say what lies in them: images/a.jpg and captions/a.txt are a pair.
 _ROLES = frozenset(
     {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpg", "jpgs", "jpeg", "jpegs", "png"}
-    | {"text", "texts", "txt", "txts", "caption", "captions", "label", "labels", "annotation", "annotations"}
+    | {"text", "texts", "txt", "txts", "caption", "captions"}  # not labels: those of detectors are numbers
 )
 
 
@@ -31,9 +31,9 @@ def read_folder(folder: Path, split: str = "train") -> Pairs:
     """
     files = scan(folder)
     metadata = [path for path in files.others if path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES]
-    for home in (folder, folder / split):
-        if here := [path for path in metadata if path.parent == home]:
-            return _read_imagefolder(files, here[0], split)
+    for path in metadata:
+        if path.parent in (folder, folder / split) and "file_name" in read_table(path)[0]:
+            return _read_imagefolder(files, path, split)
     if not files.images and not files.texts:
         raise ValueError(f"no pairs found in {folder}: it holds {_what_lies_in(files)}")
     return _pairs_by_name(files)
