@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -407,7 +408,7 @@ def test_a_split_that_is_not_there_is_told_with_those_that_are(tmp_path):
 
 def test_shards_without_labels_are_told(tmp_path):
     tar(tmp_path / "0.tar", {"a": {"png": png(0)}})
-    with pytest.raises(ValueError, match=r"has neither labels \(\.cls, \.npy\) nor captions \(\.txt\)"):
+    with pytest.raises(ValueError, match=r"has neither labels \(\.cls, \.npy\) nor captions \(\.txt, \.json\)"):
         open_dataset(tmp_path)
 
 
@@ -793,3 +794,25 @@ def test_a_set_with_captions_is_for_retrieval_and_has_no_classes(tmp_path, model
     cli.main(command)
     (result,) = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert (result["task"], result["num_texts"]) == ("zeroshot_retrieval", len(LABELS))
+
+
+def test_captions_in_json_are_for_retrieval_and_what_an_index_left_out_is_counted(tmp_path):
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for n in range(3):
+            data = io.BytesIO()
+            picture(n).save(data, "PNG")
+            for name, content in (
+                (f"{n}.png", data.getvalue()),
+                (f"{n}.json", json.dumps({"caption": f"no {n}"}).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        member = tarfile.TarInfo("__MACOSX/._0.png")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"abcd"))
+    with pytest.warns(UserWarning, match="1 left out"):
+        data = open_dataset(tmp_path / "00000.tar")
+    assert isinstance(data, CaptionedImages)
+    assert data.captions == (("no 0",), ("no 1",), ("no 2",))
+    assert sum(each.count for each in data.left_out) == 1

@@ -174,7 +174,7 @@ def test_what_systems_leave_behind_is_no_class_and_is_counted(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\0\5\26\7")
     (tmp_path / "lost+found").mkdir()
-    with pytest.warns(UserWarning, match=r"8 files left out: .*left behind by a system"):
+    with pytest.warns(UserWarning, match=r"8 left out: .*left behind by a system"):
         data = open_dataset(tmp_path)
     assert data.classnames == ("cat", "dog")
     assert len(data) == 3
@@ -189,7 +189,7 @@ def test_linked_folders_count_as_torchvision_counts_them(tmp_path):
     (tmp_path / "ev/cat/more").symlink_to(tmp_path / "disk")
     (tmp_path / "ev/bird").symlink_to(tmp_path / "disk")
     (tmp_path / "ev/dog/gone.png").symlink_to(tmp_path / "gone.png")
-    with pytest.warns(UserWarning, match=r"1 file left out: a link to nothing: 1 \(dog/gone\.png\)"):
+    with pytest.warns(UserWarning, match=r"1 left out: a link to nothing: 1 \(dog/gone\.png\)"):
         data = open_dataset(tmp_path / "ev")
     theirs = torchvision.datasets.ImageFolder(str(tmp_path / "ev"))
     assert list(data.classnames) == theirs.classes

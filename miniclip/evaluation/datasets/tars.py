@@ -16,7 +16,7 @@ import numpy as np
 
 from ...common.files import cache_folder, locked
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
-from ...data.reading.cells import captions_in
+from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.shard_index import INDEX_FILE, index_shards, tar_locations
 from ...data.shards import Shards
@@ -95,7 +95,7 @@ def _set_name(source: str) -> str:
 def _text_at(folder: str, name: str) -> str | None:
     """A text that may lie in a folder, here or remote."""
     location = join(folder, name)
-    return read_bytes(location).decode("utf-8-sig", "replace") if exists(location) else None
+    return decode_text(read_bytes(location), location) if exists(location) else None
 
 
 def _indexed(source: str) -> Shards:
@@ -122,23 +122,29 @@ def _read_shards(
 ) -> Found:
     keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
     members = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
-    present = [kind for kind, member in members.items() if any(shards.read(n, member) for n in _probes(len(shards)))]
+    probed = _probes(len(shards))
+    present = [kind for kind, member in members.items() if any(shards.read(n, member) for n in probed)]
+    if "retrieval" not in present and any(_captions(shards, n) for n in probed):
+        present.append("retrieval")
     if not present:
-        raise ValueError(f"{source} has neither labels (.cls, .npy) nor captions (.txt) beside its images")
+        raise ValueError(f"{source} has neither labels (.cls, .npy) nor captions (.txt, .json) beside its images")
     task = task or present[0]
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(entry.sha256 for entry in shards.entries)
-    found = Found(name, FromEach(shards, image_of_record), keys, _shard_metadata(shards), identity=identity)
+    images, metadata = FromEach(shards, image_of_record), _shard_metadata(shards)
+    found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
-        texts = (shards.read(n, "txt").decode("utf-8", "replace") for n in range(len(shards)))
-        return replace(found, captions=all_captioned(tuple(tuple(captions_in(t)) for t in texts), keys, source))
+        captions = tuple(_captions(shards, n) for n in range(len(shards)))
+        return replace(found, captions=all_captioned(captions, keys, source))
     names = next((text for folder in folders if (text := _text_at(folder, "classnames.txt")) is not None), None)
     classnames = None if names is None else names_of(names, f"{source}/classnames.txt")
     wordings = next((text for folder in folders if (text := _text_at(folder, templates)) is not None), None)
     labels: list[Any]
     if task == "classification":
-        labels = [label_in(shards.read(n, "cls").decode("utf-8", "replace"), key) for n, key in enumerate(keys)]
+        labels = [
+            label_in(decode_text(shards.read(n, "cls"), f"the label of {key}"), key) for n, key in enumerate(keys)
+        ]
     else:
         labels = [_hot_labels(shards.read(n, "npy"), classnames, key) for n, key in enumerate(keys)]
     return replace(
@@ -150,6 +156,16 @@ def _read_shards(
         templates=None if wordings is None else templates_of(wordings, f"{source}/{templates}"),
         templates_from=f"{templates} of the data",
     )
+
+
+def _captions(shards: Shards, index: int) -> tuple[str, ...]:
+    """The captions of a sample, from its text or its `.json`, without reading its image."""
+    if text := shards.read(index, "txt"):
+        return tuple(captions_in(decode_text(text, f"the text of sample {index}")))
+    try:
+        return tuple(captions_of_facts(shards.info(index)))
+    except ValueError:  # JSON that is damaged, or has no captions
+        return ()
 
 
 def _probes(count: int) -> list[int]:
