@@ -465,12 +465,12 @@ MILLION = np.full(100, 10_000)
 
 
 @pytest.mark.parametrize("step", [400, 4_000 + 400, 400_000 + 400], ids=["epoch 0", "epoch 1", "epoch 100"])
-def test_skipping_100_000_samples_makes_one_block_and_takes_under_3_s(step):
+def test_skipping_100_000_samples_makes_one_block_and_takes_under_3_s_of_a_processor(step):
     order = WatchedOrder(MILLION, seed=0)
     sampler = BatchSampler(order, 250, lambda: step)
-    begin = time.perf_counter()
+    begin = time.process_time()
     first = next(iter(sampler))
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert len(first) == 250
     assert {epoch for epoch, _ in first} == {step // 4000}
     assert order.blocks_made == [(step // 4000, 1)]  # blocks are of 100,000 samples: the second of the epoch
@@ -497,9 +497,9 @@ BILLION = np.random.default_rng(0).integers(9_000, 11_001, 100_000)
 
 def test_the_plan_of_a_billion_samples_takes_seconds_and_under_100_mb():
     places = [0, 123_456_789, 999_000_000, 10**9 + 5, 37 * 10**9]  # four epochs
-    begin = time.perf_counter()
+    begin = time.process_time()
     SampleOrder(BILLION, seed=0).slice(0, 4096)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     tracemalloc.start()
     try:
         order = SampleOrder(BILLION, seed=0)
