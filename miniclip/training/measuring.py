@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -355,11 +355,18 @@ def _forget_memory(device: torch.device) -> None:
 
 
 def memory_gb(device: torch.device) -> float:
-    """In 10^9 bytes: the peak of tensors on a GPU so far, else this process's share of the machine's memory."""
+    """In 10^9 bytes: the peak of tensors on a GPU so far, else this process's share of the machine's memory.
+
+    NaN on a system that reports neither way, such as Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     statm = Path("/proc/self/statm")
     if statm.is_file():
-        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac, 1024 of them elsewhere
     return most * (1 if sys.platform == "darwin" else 1024) / 1e9
