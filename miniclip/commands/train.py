@@ -58,8 +58,22 @@ class _Parser(LightningArgumentParser):
             message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         elif unusable := re.search(r"Problem with given class_path '([^']+)':\s*([^\n]*)", message):
             message = f"class_path {unusable[1]!r} cannot be used: {unusable[2]}{_did_you_mean(unusable[1])}"
+        elif wrong := re.match(r'Parser key "([\w.]+)":', message):
+            message = _wrong_type(wrong[1], message) or message
         print(f"error: {message}\n({_program()} fit --help lists every key)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _wrong_type(key: str, message: str) -> str | None:
+    """jsonargparse's ten lines about a value of a wrong type, as one; None for a key of a complicated type."""
+    expected = re.findall(r"Expected a <class '(\w+)'>", message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if not expected or value is None or "Not a valid subclass" in message:
+        return None
+    types = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(expected))
+    is_number = re.search(r"value type: <class '(int|float|bool)'>", message)
+    quote = f"; in YAML, write '{value[1]}' with quotes" if "str" in expected and is_number else ""
+    return f"{key} is {value[1]}, and it takes {types}{quote}"
 
 
 def _did_you_mean(class_path: str) -> str:

@@ -204,6 +204,8 @@ MISTAKES = [
     ),
     (["--model.optimizer.warmup=1.5"], "warmup is 1.5; it is a share of the run"),
     (["--config=nowhere.yaml"], "nowhere.yaml"),
+    (["--data.batch_size=many"], "data.batch_size is many, and it takes int"),
+    (["--data.val_pairs=many"], "data.val_pairs is many, and it takes int or null"),
     (["--trainer.max_steps=0"], "trainer.max_steps is 0; a run has at least one step"),
     (["--trainer.fast_dev_run=true"], "for a trial run use --trainer.max_steps 2"),
     (["--trainer.barebones=true"], "trainer.barebones is true"),
@@ -242,6 +244,13 @@ def test_an_unknown_key_in_a_file_is_named(data, tmp_path, capsys):
     config.write_text("data: {batchsize: 3}\n")
     said = fails(capsys, ["fit", f"--config={config}", *arguments(data, tmp_path / "run")[1:]])
     assert "unknown key 'data.batchsize'; did you mean 'data.batch_size'?" in said
+
+
+def test_a_number_in_a_file_where_a_text_belongs_is_to_be_quoted(data, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("name: 001\n")  # to YAML the number 1
+    message = fails(capsys, ["fit", f"--config={config}", *arguments(data, tmp_path / "run")[1:]])
+    assert "name is 1, and it takes str or null; in YAML, write '1' with quotes" in message
 
 
 def test_a_run_is_never_overwritten_unasked(data, tmp_path, capsys):
