@@ -278,13 +278,13 @@ class PairDataModule(pl.LightningDataModule):
         )
 
     def _options(self) -> dict[str, Any]:
-        assert self.trainer is not None
+        is_on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,
             "collate_fn": partial(
                 collate, length_multiple=self.text_length_multiple, context_length=self.context_length
             ),
-            "pin_memory": self.trainer.strategy.root_device.type == "cuda",
+            "pin_memory": is_on_gpu,
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_trainer,
             "generator": torch.Generator().manual_seed(

@@ -154,7 +154,7 @@ def test_a_name_is_the_runs_folder_and_one_command_begins_goes_on_and_ends(data,
     miniclip.load(run / "best", device="cpu")
     (run / "checkpoints/last.ckpt").unlink()
     said = fails(capsys, command)
-    assert "last.ckpt to resume from, though runs/digits-2 holds a run; begin anew by --overwrite true" in said
+    assert "last.ckpt to resume from, though runs/digits-2 holds a run; --overwrite true starts it anew" in said
     trainer.main([*command, "--overwrite=true"])
     assert "new, 6 steps" in capsys.readouterr().out
 
