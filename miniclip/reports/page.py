@@ -12,6 +12,7 @@ from matplotlib import rc_context
 
 from ..common.files import write_text
 from ..common.wording import percent, some
+from ..data.reading.scan import summary
 from ..evaluation.measures.classification import Confusion
 from ..evaluation.prompts import Prompts
 from ..evaluation.robustness import Robustness
@@ -56,6 +57,7 @@ def _section(result: Result, heading: str, is_short: bool, thumbnails: Thumbnail
         "num_images": scores.num_images,
         "seconds": result.seconds,
         "unreadable": () if is_short else scores.unreadable,
+        "left_out": "" if is_short else summary(data.left_out),
         "classnames": scores.classnames,
         "classnames_from": getattr(data, "classnames_from", ""),
         "templates": _examples(scores.prompts),

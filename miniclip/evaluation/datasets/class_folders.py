@@ -5,6 +5,7 @@ Every file of the folder is an image of a class, holds names or prompts, or is c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ...common.wording import some
 from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
 from .sets import Found
 
+UNREAD_TEXT = "a text, which classification does not read"
 SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")  # the one to evaluate on comes first
 
 
@@ -69,7 +71,7 @@ def beside_folder(*folders: Path) -> dict[str, list[Path]]:
 
 def left_out_of_bare(below: Scan) -> tuple[LeftOut, ...]:
     """What is left out of a folder of images whose labels don't matter."""
-    return (*below.left_out, *_texts(below, below.texts), *below.unread(below.others))
+    return (*below.left_out, *_texts(below.texts), *below.unread(below.others))
 
 
 def _left_out(below: Scan, images: Mapping[Path, list[Path]], used: set[Path]) -> tuple[LeftOut, ...]:
@@ -79,13 +81,14 @@ def _left_out(below: Scan, images: Mapping[Path, list[Path]], used: set[Path]) -
         for path in below.images
         if path not in taken
     ]
-    texts = _texts(below, [path for path in below.texts if path not in used])
+    texts = _texts(path for path in below.texts if path not in used)
     return (*below.left_out, *direct, *texts, *below.unread(set(below.others) - used))
 
 
-def _texts(below: Scan, paths: Iterable[Path]) -> list[LeftOut]:
-    reason = "a text, which classification does not read"
-    return [LeftOut(str(path.relative_to(below.folder)), reason) for path in paths]
+def _texts(paths: Iterable[Path]) -> list[LeftOut]:
+    """Texts by their suffix: captions beside the images of a class are many, and none of them is missed."""
+    counts = Counter(path.suffix.lower() for path in paths)
+    return [LeftOut(f"*{suffix}", UNREAD_TEXT, count) for suffix, count in sorted(counts.items())]
 
 
 def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None:

@@ -19,18 +19,20 @@ the table. Each set says where its names and prompts came from.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...common.processes import rank_and_world_size
 from ...common.storage import is_url
 from ...data.open_pairs import is_shards
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
-from ...data.reading.scan import TABLE_SUFFIXES, image_files, scan, summary
+from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
-from .class_folders import left_out_of_bare, read_class_folders
+from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
 from .folders_and_tables import is_blank, read_datasets, read_labelled_table, read_pairs
 from .names import NUMBER_WORDS, number_labels, settle_names, settle_templates
 from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of
@@ -80,8 +82,7 @@ def open_dataset(
     if task not in (None, found.task):
         raise ValueError(f"{source} is made for {found.task}, and {task} was asked for")
     groups = _groups(found, group_column, source)
-    if found.left_out:
-        warnings.warn(f"{source}: {summary(found.left_out)}", stacklevel=2)
+    _warn_of(found.left_out, source)
     shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata}
     shared |= {"identity": found.identity, "left_out": tuple(found.left_out)}
     if found.task == "retrieval":
@@ -115,10 +116,15 @@ def open_images(source: str | Path) -> EvaluationSet:
         left_out = left_out_of_bare(below)
         if not below.images:
             raise ValueError(f"{source} holds no images" + (f": {summary(left_out)}" if left_out else ""))
-        if left_out:
-            warnings.warn(f"{source}: {summary(left_out)}", stacklevel=2)
+        _warn_of(left_out, str(source))
         return EvaluationSet(path.resolve().name, below.images, left_out=left_out)
     return open_dataset(source)
+
+
+def _warn_of(left_out: Sequence[LeftOut], source: str) -> None:
+    """Once for all processes. Texts alone are no loss: captions lie beside images that were trained on."""
+    if rank_and_world_size()[0] == 0 and any(each.reason != UNREAD_TEXT for each in left_out):
+        warnings.warn(f"{source}: {summary(left_out)}", stacklevel=3)
 
 
 def with_templates(data: Any, templates: str | Path) -> Any:
