@@ -1,6 +1,6 @@
 """Every private member of Lightning that training uses, each behind a name of its own.
 
-A new release of Lightning may break these lines and no others; `tests/training/test_lightning_private.py` notices.
+A new release of Lightning may break these lines and no others of training.
 """
 
 from __future__ import annotations
