@@ -58,7 +58,7 @@ def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     if norm.running_mean is None or norm.running_var is None or norm.weight is None:
         return norm(conv(x))
-    if conv.bias is not None or conv.padding_mode != "zeros":
+    if conv.bias is not None or conv.padding_mode != "zeros" or conv.weight.dtype != norm.weight.dtype:
         return norm(conv(x))
     has_more_weights = conv.weight.numel() > x.numel()  # the upper layers, on a single image
     if has_more_weights and conv.kernel_size != (1, 1):

@@ -126,14 +126,14 @@ def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, PackedTexts, Tens
     found, counts = lengths.unique_consecutive(return_counts=True)
     groups = tuple(zip(counts.tolist(), found.tolist(), strict=True))
     layout = PackedTexts(groups, positions, ends)
-    indices, spread = _prefixes(tokens)[is_seen].unique(return_inverse=True)  # (U,), (T,)
+    indices, spread = _prefix_indices(tokens)[is_seen].unique(return_inverse=True)  # (U,), (T,)
     if len(indices) <= _MOST_UNIQUE * len(packed):
         unique = torch.full_like(indices, len(packed)).scatter_reduce_(0, spread, torch.arange(len(packed)), "amin")
         packed, layout = packed[unique], PackedTexts(groups, positions[unique], spread[ends], spread, unique)
     return packed[None], layout, order.argsort()
 
 
-def _prefixes(tokens: Tensor) -> Tensor:
+def _prefix_indices(tokens: Tensor) -> Tensor:
     """Indices (B, L) that are equal where texts (B, L) are equal up to that column."""
     # unique sorts the rows, so texts with a common prefix become neighbours.
     rows, which = tokens.unique(dim=0, return_inverse=True)

@@ -14,6 +14,7 @@ from the layout's own configuration or from the tensors' shapes, and a model, st
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def load(
         name: the path of a checkpoint in any of the formats above, one of OpenAI's names (`available_models()`), or
             "hf-hub:owner/name". A path wins over a name.
         device: where to; by default a GPU if there is one.
-        jit: only False; there for scripts written for OpenAI's package.
+        jit: warned about and ignored; there for scripts written for OpenAI's package.
         download_root: where downloads are kept; by default the user's cache.
         activation: for checkpoints that do not tell it (a bare state dict); an error if they tell another.
         heads: attention heads of the image and of the text tower, one number if they are equal; for a bare state dict
@@ -74,7 +75,7 @@ def load(
             device, or a download that fails.
     """
     if jit:
-        raise ValueError("jit=True would run the code inside the checkpoint; only jit=False is supported")
+        warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
     device = find_device(device)
     hints = {"activation": activation, "heads": heads, "head_width": head_width}
     checkpoint = resize(read_checkpoint(locate(name, download_root), **hints), image_size, context_length)

@@ -1,0 +1,536 @@
+"""OpenAI's `clip` package, for scripts that reach into it: `import miniclip.openai as clip`, or `install()` first.
+
+`import miniclip as clip` serves scripts that load, tokenize and encode. This module also has the names, signatures,
+axis orders and precisions of OpenAI's modules: transformers take (N, B, D), the text tower's parts stand at the top of
+the model and of its state dict, attention is `nn.MultiheadAttention`, weights are float16 on a GPU. Texts are neither
+packed nor cut. The module is at once `clip`, `clip.clip`, `clip.model` and `clip.simple_tokenizer`.
+
+N tokens, B batch, D width, E embedding, R resolution.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from . import resnet, tokenizer
+from .common.device import find_device
+from .common.files import ASSETS
+from .config import CLIP_LOGIT_SCALE, OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, VisionConfig
+from .model import pick, project
+from .weights.download import OPENAI_BASE_URL, OPENAI_FILES, download, openai_folder
+from .weights.layouts import to_openai_keys
+from .weights.load import build, preprocess_for
+from .weights.read import Checkpoint, locate, read_checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clip.model
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computed in float32, whatever the type of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """(N, B, D) -> (N, B, D)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        attn_mask: Tensor | None = None,
+        *,
+        activation: Activation = "quick_gelu",
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        hidden = int(d_model * mlp_ratio)
+        self.attn = nn.MultiheadAttention(d_model, n_head)
+        self.ln_1 = LayerNorm(d_model)
+        layers = OrderedDict[str, nn.Module](c_fc=nn.Linear(d_model, hidden))
+        layers["gelu"] = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        layers["c_proj"] = nn.Linear(hidden, d_model)
+        self.mlp = nn.Sequential(layers)
+        self.ln_2 = LayerNorm(d_model)
+        self.attn_mask = attn_mask  # no buffer, so it is in no state dict
+
+    def attention(self, x: Tensor) -> Tensor:
+        mask = self.attn_mask
+        if mask is not None:
+            mask = self.attn_mask = mask.to(x.device, x.dtype)
+            mask = mask[: x.shape[0], : x.shape[0]]
+        return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """(N, B, D) -> (N, B, D)."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        attn_mask: Tensor | None = None,
+        *,
+        activation: Activation = "quick_gelu",
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.width, self.layers = width, layers
+        options: dict[str, Any] = {"activation": activation, "mlp_ratio": mlp_ratio}
+        self.resblocks = nn.Sequential(
+            *(ResidualAttentionBlock(width, heads, attn_mask, **options) for _ in range(layers))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resblocks(x)
+
+
+class VisionTransformer(nn.Module):
+    """(B, 3, R, R) -> (B, E), or (B, D) where `proj` is None."""
+
+    proj: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_resolution: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        output_dim: int,
+        *,
+        activation: Activation = "quick_gelu",
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.input_resolution, self.output_dim = input_resolution, output_dim
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        num_tokens = (input_resolution // patch_size) ** 2 + 1
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(num_tokens, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, activation=activation, mlp_ratio=mlp_ratio)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, D)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, N, D)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)
+        return project(self.ln_post(x[:, 0]), self.proj)
+
+
+class Bottleneck(resnet.Bottleneck):
+    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
+        super().__init__(inplanes, planes, stride)
+        self.stride = stride
+
+
+class AttentionPool2d(resnet.AttentionPool):
+    """(B, C, H, W) -> (B, E)."""
+
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None) -> None:
+        super().__init__(spacial_dim**2, embed_dim, num_heads, output_dim or embed_dim)
+        self.num_heads = num_heads
+        for name in ("q_proj", "v_proj", "c_proj"):  # behind k_proj, as optimizers' states count parameters
+            self._modules[name] = self._modules.pop(name)
+
+    def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        q = self._split(self.q_proj(x if all_tokens else x[:, :1]))
+        k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        y = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y if all_tokens else y[:, 0]
+
+
+class ModifiedResNet(resnet.ModifiedResNet):
+    """(B, 3, R, R) -> (B, E)."""
+
+    def __init__(
+        self, layers: Sequence[int], output_dim: int, heads: int, input_resolution: int = 224, width: int = 64
+    ) -> None:  # fmt: skip
+        blocks: Any = tuple(layers)
+        head_width = 32 * width // heads
+        config = VisionConfig("resnet", input_resolution, width=width, blocks=blocks, head_width=head_width)
+        super().__init__(config, output_dim)
+        self.output_dim = output_dim
+        self.attnpool = AttentionPool2d(input_resolution // 32, 32 * width, heads, output_dim)
+
+    def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
+        return super().forward(x.to(self.conv1.weight.dtype), all_tokens)
+
+
+class CLIP(nn.Module):
+    """OpenAI's model; the arguments after the star are for other checkpoints than OpenAI's."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_resolution: int,
+        vision_layers: int | Sequence[int],
+        vision_width: int,
+        vision_patch_size: int | None,
+        context_length: int,
+        vocab_size: int,
+        transformer_width: int,
+        transformer_heads: int,
+        transformer_layers: int,
+        *,
+        vision_heads: int | None = None,
+        vision_mlp_ratio: float = 4.0,
+        transformer_mlp_ratio: float = 4.0,
+        activation: Activation = "quick_gelu",
+    ) -> None:
+        super().__init__()
+        self.context_length, self.vocab_size = context_length, vocab_size
+        self.visual: ModifiedResNet | VisionTransformer
+        if not isinstance(vision_layers, int):
+            heads = vision_heads or vision_width * 32 // 64
+            self.visual = ModifiedResNet(vision_layers, embed_dim, heads, image_resolution, vision_width)
+        else:
+            if vision_patch_size is None:
+                raise ValueError("vision_patch_size is None; a vision transformer needs one")
+            heads = vision_heads or vision_width // 64
+            self.visual = VisionTransformer(
+                image_resolution,
+                vision_patch_size,
+                vision_width,
+                vision_layers,
+                heads,
+                embed_dim,
+                activation=activation,
+                mlp_ratio=vision_mlp_ratio,
+            )
+        self.transformer = Transformer(
+            transformer_width,
+            transformer_layers,
+            transformer_heads,
+            self.build_attention_mask(),
+            activation=activation,
+            mlp_ratio=transformer_mlp_ratio,
+        )
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(CLIP_LOGIT_SCALE))
+        self.initialize_parameters()
+
+    def initialize_parameters(self) -> None:
+        """OpenAI's standard deviations. (The ResNet's are set where it is made.)"""
+        D, layers = self.transformer.width, self.transformer.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=D**-0.5)
+        block: Any
+        for block in self.transformer.resblocks:
+            residual_std = D**-0.5 * (2 * layers) ** -0.5
+            nn.init.normal_(block.attn.in_proj_weight, std=D**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def build_attention_mask(self) -> Tensor:
+        """(N, N), added to the scores: minus infinity above the diagonal."""
+        return torch.full((self.context_length, self.context_length), -torch.inf).triu(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return self.visual(image.to(self.dtype))
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """(B, N) -> (B, E), read at each row's largest id, which is the end of text."""
+        x = self.token_embedding(text).to(self.dtype)  # (B, N, D)
+        x = x + self.positional_embedding[: text.shape[1]].to(self.dtype)
+        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)
+        x = self.ln_final(x).to(self.dtype)
+        return pick(x, text.argmax(dim=-1)) @ self.text_projection
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        image_features, text_features = self.encode_image(image), self.encode_text(text)
+        image_features = image_features / image_features.norm(dim=1, keepdim=True)
+        text_features = text_features / text_features.norm(dim=1, keepdim=True)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
+        return logits_per_image, logits_per_image.t()
+
+
+def convert_weights(model: nn.Module) -> None:
+    """To float16, in place: convolutions, linear layers, attention and projections. Norms and embeddings stay."""
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
+    for module in model.modules():
+        halved = []
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            halved = [module.weight, module.bias]
+        elif isinstance(module, nn.MultiheadAttention):
+            halved = [getattr(module, name) for name in names]
+        halved += [getattr(module, name, None) for name in ("text_projection", "proj")]
+        for parameter in halved:
+            if isinstance(parameter, Tensor):
+                parameter.data = parameter.data.half()
+
+
+def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
+    """The model that OpenAI's tensors belong to, in float16 and evaluation mode."""
+    tensors = {name: value for name, value in state_dict.items() if name not in _SIZES}
+
+    def count(pattern: str) -> int:
+        return len({match[0] for name in tensors if (match := regex.match(pattern, name))})
+
+    try:
+        layers: int | tuple[int, ...]
+        if "visual.proj" in tensors:
+            layers = count(r"visual\.transformer\.resblocks\.\d+\.")
+            width, _, patch_size, _ = tensors["visual.conv1.weight"].shape
+            side = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
+        else:
+            layers = tuple(count(rf"visual\.layer{stage}\.\d+\.") for stage in (1, 2, 3, 4))
+            width, patch_size = len(tensors["visual.layer1.0.conv1.weight"]), 32
+            side = round((len(tensors["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+        context_length, text_width = tensors["positional_embedding"].shape
+        vocab_size, embed_dim = len(tensors["token_embedding.weight"]), tensors["text_projection"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"these are not the tensors of an OpenAI CLIP: there is no {error}") from error
+    text_layers, heads = count(r"transformer\.resblocks\.\d+\."), text_width // 64
+    sizes = (embed_dim, side * patch_size, layers, width, patch_size)
+    model = CLIP(*sizes, context_length, vocab_size, text_width, heads, text_layers)
+    convert_weights(model)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+_SIZES = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's files that are no parameters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clip.simple_tokenizer
+
+
+class SimpleTokenizer:
+    """Text to ids and back. The special tokens are spelt <|startoftext|> and <|endoftext|>."""
+
+    special = {"<|startoftext|>": tokenizer.START_OF_TEXT, "<|endoftext|>": tokenizer.END_OF_TEXT}  # noqa: RUF012
+    pat = regex.compile(
+        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+        regex.IGNORECASE,
+    )
+
+    def __init__(self, bpe_path: str | None = None) -> None:
+        if bpe_path is not None and Path(bpe_path).read_bytes() != Path(default_bpe()).read_bytes():
+            raise ValueError(f"bpe_path is {bpe_path}; only OpenAI's own vocabulary is supported, {default_bpe()}")
+
+    @cached_property
+    def encoder(self) -> dict[str, int]:
+        return dict(sorted((tokenizer.symbol_ids() | self.special).items(), key=lambda item: item[1]))
+
+    @cached_property
+    def decoder(self) -> dict[int, str]:
+        return {index: symbol for symbol, index in self.encoder.items()}
+
+    @cached_property
+    def bpe_ranks(self) -> dict[tuple[str, str], int]:
+        return {
+            (self.decoder[left], self.decoder[right]): rank
+            for rank, (left, right) in enumerate(tokenizer.learnt_merges())
+        }
+
+    def encode(self, text: str) -> list[int]:
+        pieces = self.pat.findall(tokenizer.clean(text))
+        return [i for piece in pieces for i in self._ids(piece)]
+
+    def _ids(self, piece: str) -> list[int]:
+        return [self.special[piece]] if piece in self.special else tokenizer.encode_piece(piece)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        names = {index: name for name, index in self.special.items()}
+        parts: list[str | list[int]] = [[]]
+        for token in map(int, tokens):  # the bytes of a character may stand in several tokens
+            if token in names:
+                parts += [names[token], []]
+            else:
+                parts[-1].append(token)  # type: ignore[union-attr]
+        return "".join(part if isinstance(part, str) else tokenizer.decode(part) for part in parts)
+
+
+def default_bpe() -> str:
+    return str(ASSETS / "bpe_simple_vocab_16e6.txt.gz")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clip.clip
+
+_MODELS = {name: f"{OPENAI_BASE_URL}/{file}" for name, file in OPENAI_FILES.items()}
+_tokenizer = SimpleTokenizer()
+
+
+def available_models() -> list[str]:
+    return list(_MODELS)
+
+
+def _download(url: str, root: str | None = None) -> str:
+    """A file whose folder in the address is its SHA-256, fetched once."""
+    checksum, file = url.split("/")[-2:]
+    return str(download(url, openai_folder(root) / file, checksum))
+
+
+def _transform(
+    n_px: int, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
+) -> Callable[[Image.Image], Tensor]:  # fmt: skip
+    from torchvision import transforms  # a second, and only this needs it
+
+    return transforms.Compose(
+        [
+            transforms.Resize(n_px, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(n_px),
+            _convert_image_to_rgb,
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+def _convert_image_to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def load(
+    name: str,
+    device: str | torch.device | None = None,
+    jit: bool = False,
+    download_root: str | None = None,
+) -> tuple[CLIP, Callable[[Image.Image], Tensor]]:
+    """A model in evaluation mode, float16 on a GPU and float32 on the CPU, and its preprocessing.
+
+    Args:
+        name: one of OpenAI's names, or a checkpoint in any layout that `miniclip.load` reads, if its architecture is
+            one that OpenAI's code has. A file of tensors that does not tell its activation has QuickGELU.
+        jit: warned about and ignored.
+
+    Raises:
+        RuntimeError: no such name or file.
+        ValueError: no checkpoint, or another architecture.
+    """
+    if jit:
+        warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
+    if name not in _MODELS and not Path(name).exists() and not str(name).startswith("hf-hub:"):
+        raise RuntimeError(f"Model {name} not found; available models = {available_models()}")
+    device = find_device(device)
+    checkpoint = _read_as_openai(locate(name, download_root))
+    config = checkpoint.config
+    model = _from_config(config, str(name))
+    model.load_state_dict(to_openai_keys(build(checkpoint, str(name)).state_dict()))
+    if device.type != "cpu":
+        convert_weights(model)
+    vision = config.vision
+    usual = VisionConfig()
+    is_openais = all(
+        getattr(vision, name) == getattr(usual, name)
+        for name in ("preprocess", "resize", "resize_size", "interpolation")
+    )
+    preprocess = _transform(vision.image_size, vision.mean, vision.std) if is_openais else preprocess_for(config)
+    return model.to(device).eval(), preprocess
+
+
+def _read_as_openai(path: Path) -> Checkpoint:
+    try:
+        return read_checkpoint(path)
+    except ValueError:
+        return read_checkpoint(path, activation="quick_gelu", head_width=64)  # as OpenAI's code takes tensors alone
+
+
+def _from_config(config: CLIPConfig, source: str) -> CLIP:
+    vision, text = config.vision, config.text
+    for holds, otherwise in (
+        (config.towers == "both", f"this checkpoint has the {config.towers} tower alone"),
+        (vision.kind != "timm", f"this one is timm's {vision.timm_model}"),
+        (config.init_logit_bias is None, "this model has a bias of its logits"),
+        (text.eot_token == text.vocab_size - 1, f"here the end of a text is {text.eot_token}, not the largest id"),
+    ):
+        if not holds:
+            raise ValueError(f"{source} is no model that OpenAI's code has: {otherwise}; use miniclip.load")
+    is_vit = vision.kind == "vit"
+    return CLIP(
+        config.embed_dim,
+        vision.image_size,
+        vision.layers if is_vit else vision.blocks,
+        vision.width,
+        vision.patch_size if is_vit else None,
+        text.context_length,
+        text.vocab_size,
+        text.width,
+        text.heads,
+        text.layers,
+        vision_heads=vision.heads,
+        vision_mlp_ratio=vision.mlp_ratio,
+        transformer_mlp_ratio=text.mlp_ratio,
+        activation=config.activation,
+    )
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
+    """(B, context_length) int32: start, text, end, zeros.
+
+    Raises:
+        RuntimeError: a text has more tokens, unless `truncate`, which cuts it and puts the end token last.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    tokens = np.zeros((len(texts), context_length), dtype=np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        ids = [tokenizer.START_OF_TEXT, *_tokenizer.encode(text), tokenizer.END_OF_TEXT]
+        if len(ids) > context_length:
+            if not truncate:
+                raise tokenizer.TextTooLongError(f"Input {text} is too long for context length {context_length}")
+            ids = [*ids[: context_length - 1], tokenizer.END_OF_TEXT]
+        row[: len(ids)] = ids
+    return torch.from_numpy(tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Gives this module the names `clip`, `clip.clip`, `clip.model` and `clip.simple_tokenizer` in this process.
+
+    Raises:
+        ValueError: another `clip` is imported already.
+    """
+    here = sys.modules[__name__]
+    names = ("clip", "clip.clip", "clip.model", "clip.simple_tokenizer")
+    for name in names:
+        if sys.modules.get(name, here) is not here:
+            where = getattr(sys.modules[name], "__file__", "elsewhere")
+            raise ValueError(f"{name} is imported already, from {where}; call miniclip.openai.install() before that")
+    sys.modules.update(dict.fromkeys(names, here))
+
+
+clip = model = simple_tokenizer = sys.modules[__name__]

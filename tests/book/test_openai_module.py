@@ -1,0 +1,421 @@
+"""Clients that reach into OpenAI's package run on `miniclip.openai`. Oracle: open_clip, with the same weights.
+
+Each client is a few lines in the style of a public one, with OpenAI's names, axis orders and precisions.
+"""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import picture, tiny_clip, tiny_config
+from open_clip.tokenizer import SimpleTokenizer as OpenClipTokenizer
+from torch import nn
+
+import miniclip
+import miniclip.openai as clip
+from miniclip.config import VisionConfig
+
+VIT = (64, 32, 2, 128, 16, 77, 49408, 64, 1, 2)  # embedding, resolution, layers, width, patch, text
+RESNET = (64, 64, (1, 2, 1, 1), 8, None, 77, 49408, 64, 1, 2)
+NAMES = ["a cat", "a large dog", "seven", "a bicycle"]
+
+
+def with_random_weights(model):
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name != "logit_scale":
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=random))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=random))
+    return model.eval()
+
+
+def twins(sizes):
+    """OpenAI's model in ours and in open_clip's code."""
+    torch.manual_seed(0)
+    ours = with_random_weights(clip.CLIP(*sizes))
+    embed_dim, resolution, layers, width, patch, *_ = sizes
+    is_resnet = patch is None
+    vision = open_clip.model.CLIPVisionCfg(layers, width, image_size=resolution, patch_size=patch or 16)
+    text = open_clip.model.CLIPTextCfg(77, 49408, width=64, heads=1, layers=2)
+    theirs = open_clip.model.CLIP(embed_dim, vision, text, quick_gelu=True)
+    if is_resnet:
+        assert isinstance(theirs.visual, open_clip.modified_resnet.ModifiedResNet)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    return ours, theirs.eval()
+
+
+@pytest.fixture(params=[VIT, RESNET], ids=["vit", "resnet"])
+def both(request):
+    return twins(request.param)
+
+
+@pytest.fixture
+def vit():
+    return twins(VIT)
+
+
+def images_for(model, number=3):
+    R = model.visual.input_resolution
+    return torch.randn(number, 3, R, R, generator=torch.Generator().manual_seed(1))
+
+
+def assert_near(found, expected, tolerance=1e-5):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# ---- the model
+
+
+def test_features_logits_and_gradients_are_those_of_the_same_weights(both):
+    images, tokens = images_for(both[0]), clip.tokenize(NAMES[:3])
+    results = []
+    for model in both:
+        image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+        (image_features.square().sum() + text_features.square().sum()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((image_features, text_features, gradients))
+    (found_images, found_texts, found), (images_expected, texts_expected, expected) = results
+    assert_near(found_images, images_expected)
+    assert_near(found_texts, texts_expected)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * largest, name
+    logits, transposed = both[0](images, tokens)
+    assert_near(logits, both[1].get_logits(images, tokens)[0])
+    assert torch.equal(logits.T, transposed)
+
+
+def test_parameters_have_openais_names(both):
+    ours, theirs = (dict(model.named_parameters()) for model in both)
+    assert ours.keys() == theirs.keys()
+    assert {name.split(".")[0] for name in ours} == {
+        "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale"
+    }  # fmt: skip
+
+
+def test_a_text_without_an_end_is_read_at_its_largest_id(vit):
+    tokens = torch.tensor([[3, 900, 5, 0], [7, 1, 2, 800]])
+    states = vit[0].ln_final(
+        vit[0].transformer((vit[0].token_embedding(tokens) + vit[0].positional_embedding[:4]).transpose(0, 1))
+    )
+    expected = torch.stack([states[1, 0], states[3, 1]]) @ vit[0].text_projection
+    assert_near(vit[0].encode_text(tokens), expected)
+
+
+@pytest.mark.parametrize("name", ["visual.transformer.resblocks.1", "transformer.resblocks.0", "visual.transformer"])
+def test_blocks_take_and_give_tokens_first(vit, name):
+    shapes = []
+    vit[0].get_submodule(name).register_forward_hook(lambda _, inputs, out: shapes.extend([inputs[0].shape, out.shape]))
+    vit[0](images_for(vit[0], 3), clip.tokenize(NAMES))
+    assert shapes == ([(5, 3, 128)] * 2 if name.startswith("visual") else [(77, 4, 64)] * 2)
+
+
+def test_the_attributes_that_scripts_read(both):
+    model = both[0]
+    assert model.visual.output_dim == 64
+    assert model.visual.input_resolution in (32, 64)
+    assert (model.context_length, model.vocab_size, model.dtype) == (77, 49408, torch.float32)
+    assert (model.transformer.width, model.transformer.layers) == (64, 2)
+    assert model.ln_final.weight.shape == (64,)
+    mask = model.build_attention_mask()
+    assert torch.equal(mask == -math.inf, torch.ones(77, 77).triu(1).bool())
+    assert model.transformer.resblocks[0].mlp.gelu(torch.ones(())) == pytest.approx(1 / (1 + math.exp(-1.702)))
+    for name in ("relu1", "relu2", "relu3", "avgpool"):
+        assert hasattr(model.visual, name) == isinstance(model.visual, clip.ModifiedResNet)
+
+
+# ---- clients
+
+
+def test_prompts_are_learnt_as_by_coop(vit):
+    """Context vectors before each class name go through the text tower's parts, tokens first."""
+    model, theirs = vit
+    model.requires_grad_(False)
+    prompts = clip.tokenize([f"X X {name}." for name in NAMES])
+
+    def encode(embeddings):
+        x = embeddings + model.positional_embedding.type(model.dtype)
+        x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+        x = model.ln_final(x).type(model.dtype)
+        return x[torch.arange(x.shape[0]), prompts.argmax(dim=-1)] @ model.text_projection
+
+    embeddings = model.token_embedding(prompts).type(model.dtype)
+    assert_near(encode(embeddings), theirs.encode_text(prompts))
+    context = nn.Parameter(0.02 * torch.randn(2, model.ln_final.weight.shape[0]))
+    optimizer = torch.optim.SGD([context], lr=0.05)
+    images = F.normalize(model.encode_image(images_for(model, 4)), dim=-1)
+    losses = []
+    for _ in range(8):
+        joined = torch.cat([embeddings[:, :1], context.expand(4, -1, -1), embeddings[:, 3:]], dim=1)
+        logits = model.logit_scale.exp() * images @ F.normalize(encode(joined), dim=-1).T
+        losses.append(F.cross_entropy(logits, torch.arange(4)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1e-3
+
+
+def test_a_cache_of_features_classifies_as_by_tip_adapter(both):
+    model, theirs = both
+    with torch.no_grad():
+        keys = F.normalize(model.encode_image(images_for(model, 4)), dim=-1).T
+        weights = F.normalize(model.encode_text(clip.tokenize(NAMES)), dim=-1).T
+        queries = keys.T
+        adapter = nn.Linear(*keys.shape, bias=False).to(model.dtype)
+        adapter.weight.copy_(keys.T)
+        affinity = adapter(queries)
+        logits = 100 * queries @ weights + (-(5.5 - 5.5 * affinity)).exp() @ torch.eye(4)
+        expected = F.normalize(theirs.encode_image(images_for(model, 4)), dim=-1)
+        their_weights = F.normalize(theirs.encode_text(clip.tokenize(NAMES)), dim=-1).T
+        assert_near(
+            logits, 100 * expected @ their_weights + (5.5 * (expected @ expected.T - 1)).exp(), 1e-4
+        )  # fmt: skip
+
+
+def test_weights_are_interpolated_as_by_wise_ft(vit):
+    model = vit[0]
+    other = clip.CLIP(*VIT)
+    first, second = model.state_dict(), other.state_dict()
+    mixed = clip.build_model({name: 0.5 * first[name] + 0.5 * second[name] for name in first}).float()
+    expected = 0.5 * model.transformer.resblocks[0].ln_1.bias + 0.5 * other.transformer.resblocks[0].ln_1.bias
+    torch.testing.assert_close(mixed.transformer.resblocks[0].ln_1.bias, expected)
+
+
+def test_attention_is_written_out_as_by_clipseg(vit):
+    """From in_proj, num_heads and head_dim, tokens first; the block's own result is the oracle."""
+    model = vit[0]
+    block, x = model.visual.transformer.resblocks[0], torch.randn(5, 3, 128)
+    y = block.ln_1(x)
+    q, k, v = F.linear(y, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
+    heads, width = block.attn.num_heads, block.attn.head_dim
+    q, k, v = (each.reshape(5, 3 * heads, width).transpose(0, 1) for each in (q, k, v))
+    attention = (q @ k.transpose(1, 2) * width**-0.5).softmax(dim=-1)
+    y = block.attn.out_proj((attention @ v).transpose(0, 1).reshape(5, 3, 128))
+    x = x + y
+    assert_near(block(x - y), x + block.mlp(block.ln_2(x)))
+    weights = block.attn(block.ln_1(x - y), block.ln_1(x - y), block.ln_1(x - y), need_weights=True)[1]
+    assert_near(weights, attention.unflatten(0, (3, heads)).mean(dim=1))
+
+
+def test_dense_features_as_by_maskclip(both):
+    """The values of the pool or of the last attention, projected, without attending."""
+    model, theirs = both
+    if isinstance(model.visual, clip.ModifiedResNet):
+        kept = []
+        model.visual.layer4.register_forward_hook(lambda _, inputs, out: kept.append(out))
+        model.encode_image(images_for(model))
+        pool, x = model.visual.attnpool, kept[0]
+        dense = F.conv2d(
+            F.conv2d(x, pool.v_proj.weight[:, :, None, None], pool.v_proj.bias),
+            pool.c_proj.weight[:, :, None, None],
+            pool.c_proj.bias,
+        )
+        assert dense.shape == (3, model.visual.output_dim, 2, 2)
+        other = theirs.visual.attnpool
+        tokens = x.flatten(2).permute(2, 0, 1)
+        expected = other.c_proj(other.v_proj(tokens)).permute(1, 2, 0).unflatten(2, (2, 2))
+        assert_near(dense, expected)
+    else:
+        kept = []
+        model.visual.transformer.resblocks[-1].ln_1.register_forward_hook(lambda _, inputs, out: kept.append(out))
+        model.encode_image(images_for(model))
+        assert kept[0].shape == (5, 3, 128)
+
+
+def test_grad_cam_of_the_last_stage(both):
+    model = both[0]
+    name = "visual.layer4" if isinstance(model.visual, clip.ModifiedResNet) else "visual.transformer.resblocks.1.ln_1"
+    maps = []
+    for each in both:
+        kept = []
+        handle = each.get_submodule(name).register_forward_hook(lambda _, inputs, out, kept=kept: kept.append(out))
+        score = each.encode_image(images_for(model))[:, 0].sum()
+        handle.remove()
+        gradient = torch.autograd.grad(score, kept[0])[0]
+        activation = kept[0]
+        if activation.ndim == 3 and each is model:  # OpenAI's order
+            activation, gradient = activation.permute(1, 0, 2), gradient.permute(1, 0, 2)
+        maps.append((activation * gradient).sum(dim=-1 if activation.ndim == 3 else 1))
+    assert maps[0].abs().max() > 0
+    assert_near(*maps, 1e-4)
+
+
+def test_freezing_by_prefix_finds_the_text_transformer(vit):
+    frozen = [name for name, _ in vit[0].named_parameters() if name.startswith("transformer")]
+    assert len(frozen) == 2 * 12
+
+
+def test_a_model_without_its_projection_gives_the_towers_width(vit):
+    vit[0].visual.proj = None
+    assert vit[0].encode_image(images_for(vit[0])).shape == (3, 128)
+
+
+def test_the_model_exports_for_other_batches(both):
+    model = both[0]
+    traced = torch.jit.trace_module(
+        model, {"encode_image": images_for(model, 1), "encode_text": clip.tokenize(NAMES[:1])}, check_trace=False
+    )
+    with torch.no_grad():
+        assert_near(traced.encode_image(images_for(model)), model.encode_image(images_for(model)))
+        assert_near(traced.encode_text(clip.tokenize(NAMES)), model.encode_text(clip.tokenize(NAMES)))
+
+
+# ---- precisions and checkpoints
+
+
+def test_built_models_are_float16_but_for_norms_and_embeddings(both):
+    model = clip.build_model(both[0].state_dict() | {"input_resolution": torch.tensor(64)})
+    assert model.dtype == torch.float16
+    assert not model.training
+    for name, parameter in model.named_parameters():
+        kept = "ln_" in name or "embedding" in name or ".bn" in name or "downsample.1" in name or name == "logit_scale"
+        assert parameter.dtype == (torch.float32 if kept else torch.float16), name
+
+
+def test_a_half_model_computes_in_half(both):
+    model = clip.build_model(both[0].state_dict())
+    with torch.no_grad():
+        found = model(images_for(model), clip.tokenize(NAMES))[0]
+        assert found.dtype == torch.float16
+        assert_near(found.float(), both[0](images_for(model), clip.tokenize(NAMES))[0], 0.02)
+
+
+def test_tensors_of_something_else_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"not the tensors of an OpenAI CLIP: .*positional_embedding"):
+        clip.build_model({"visual.proj": torch.zeros(2, 2), "visual.conv1.weight": torch.zeros(2, 3, 4, 4)})
+
+
+def test_our_directory_and_openais_tensors_load_alike(tmp_path, both):
+    model = both[0]
+    file = tmp_path / "model.pt"
+    torch.save(model.state_dict(), file)
+    loaded, preprocess = clip.load(str(file), device="cpu")
+    assert_near(loaded(images_for(model), clip.tokenize(NAMES))[0], model(images_for(model), clip.tokenize(NAMES))[0])
+    assert preprocess(picture()).shape == (3, model.visual.input_resolution, model.visual.input_resolution)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_a_model_of_ours_gives_the_same_features(tmp_path, activation):
+    ours = tiny_clip(activation=activation)
+    miniclip.save(ours, tmp_path / "model")
+    model, preprocess = clip.load(str(tmp_path / "model"), device="cpu")
+    tokens = clip.tokenize(NAMES, context_length=ours.context_length)
+    image = preprocess(picture())
+    assert torch.equal(image, miniclip.load(tmp_path / "model", device="cpu")[1](picture()))
+    with torch.no_grad():
+        assert_near(model.encode_image(image[None]), ours.encode_image(image[None]))
+        assert_near(model.encode_text(tokens), ours.encode_text(tokens))
+    back = miniclip.CLIP(ours.config)
+    back.load_state_dict({
+        name if name.startswith("visual.") or name == "logit_scale" else f"text.{name}": tensor
+        for name, tensor in model.state_dict().items()
+    })  # fmt: skip
+
+
+def test_asking_for_a_jit_model_warns_and_goes_on(tmp_path):
+    miniclip.save(tiny_clip(), tmp_path / "model")
+    for load in (clip.load, miniclip.load):
+        with pytest.warns(UserWarning, match="jit=True is ignored"):
+            load(str(tmp_path / "model"), device="cpu", jit=True)
+
+
+def test_a_name_that_is_not_known_is_the_runtime_error_of_openai():
+    with pytest.raises(RuntimeError, match=r"Model ViT-B/64 not found; available models = \['RN50'"):
+        clip.load("ViT-B/64", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"init_logit_bias": -10.0}, "bias"),
+        ({"vision": VisionConfig(kind="timm", image_size=32, timm_model="resnet10t")}, "timm's resnet10t"),
+        ({"text": replace(tiny_config().text, eot_token=5)}, "end of a text is 5"),
+    ],
+)
+def test_an_architecture_that_openais_code_lacks_is_refused(tmp_path, changes, named):
+    miniclip.save(tiny_clip(**changes), tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"model is no model that OpenAI's code has: .*{named}.*use miniclip.load"):
+        clip.load(str(tmp_path / "model"), device="cpu")
+
+
+# ---- the tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a photo of a cat", "Ünïcode 日本語 😀", "don't!!", "a <|endoftext|> b", "!!<|endoftext|>x", "<|StartOfText|>",
+     "&lt;|endoftext|&gt;", "", "<end_of_text>"],
+)  # fmt: skip
+def test_ids_and_texts_are_openais(text):
+    """open_clip's code is OpenAI's, with another spelling of the special tokens."""
+    reference = OpenClipTokenizer()
+    reference.pat = clip.SimpleTokenizer.pat
+    special = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    reference.cache = {name: name for name in special}
+    reference.encoder = {**{k: i for k, i in reference.encoder.items() if i < 49406}, **special}
+    reference.decoder = {i: symbol for symbol, i in reference.encoder.items()}
+    ours = clip.SimpleTokenizer()
+    assert ours.encoder == reference.encoder
+    assert ours.decoder == reference.decoder
+    ids = ours.encode(text)
+    assert ids == reference.encode(text)
+    assert ours.decode(ids) == "".join(reference.decoder[i] for i in ids).replace("</w>", " ") or not text.isascii()
+
+
+def test_a_text_that_is_too_long_is_a_runtime_error_or_is_cut():
+    with pytest.raises(RuntimeError, match="too long for context length 77"):
+        clip.tokenize("word " * 100)
+    tokens = clip.tokenize(["word " * 100, "x"], truncate=True)
+    assert tokens.dtype == torch.int32
+    assert tokens[0, -1] == 49407
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    (tmp_path / "bpe.txt.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bpe_path is .*bpe.txt.gz; only OpenAI's own"):
+        clip.SimpleTokenizer(str(tmp_path / "bpe.txt.gz"))
+    assert clip.SimpleTokenizer(clip.default_bpe()).encode("a") == [320]
+
+
+# ---- under the name of OpenAI's package
+
+SCRIPT = """
+import sys
+import miniclip.openai
+miniclip.openai.install()
+miniclip.openai.install()
+import clip
+import clip.model as model
+from clip import clip as module
+from clip.model import build_model, convert_weights
+from clip.simple_tokenizer import SimpleTokenizer as Tokenizer
+assert module._MODELS["ViT-B/32"].endswith("/ViT-B-32.pt") and module._download and module._transform(8)
+assert clip.model.CLIP is model.CLIP is miniclip.openai.CLIP and build_model and convert_weights
+assert len(module._tokenizer.encode("a cat")) == len(Tokenizer().encode("a cat")) == 2
+assert clip.available_models()[0] == "RN50" and clip.tokenize("a").shape == (1, 77)
+import miniclip.model
+files = [m.__file__ for m in set(sys.modules.values()) if str(getattr(m, "__file__", "")).endswith("miniclip/model.py")]
+assert len(files) == 1, files
+print("right")
+"""
+
+
+def test_it_can_take_the_name_of_openais_package():
+    assert (
+        subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout == "right\n"
+    )
+
+
+def test_another_package_of_that_name_is_not_replaced():
+    script = "import sys, types, miniclip.openai; sys.modules['clip'] = types.ModuleType('clip'); "
+    done = subprocess.run([sys.executable, "-c", script + "miniclip.openai.install()"], capture_output=True, text=True)
+    assert "ValueError: clip is imported already, from elsewhere; call miniclip.openai.install() before" in done.stderr
