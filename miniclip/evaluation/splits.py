@@ -134,13 +134,13 @@ def make_splits(
         drawn = draw_validation(train.labels, train.groups, validation_share, seed)
         train, validation = train.take(~drawn), train.take(drawn)
     splits = Splits(train, validation, test, tuple(classnames))
-    _warn_of(same_features(validation.features, train.features), "validation", "in train")
+    _warn_of_shared_images(same_features(validation.features, train.features), "validation", "in train")
     leaked = same_features(test.features, splits.labelled.features)
-    _warn_of(leaked, "test", "in train or validation")
+    _warn_of_shared_images(leaked, "test", "in train or validation")
     return replace(splits, num_leaked=int(leaked.sum()))
 
 
-def _warn_of(leaked: np.ndarray, name: str, where: str) -> None:
+def _warn_of_shared_images(leaked: np.ndarray, name: str, where: str) -> None:
     if leaked.any():
         warnings.warn(
             f"{leaked.sum()} of {len(leaked)} {name} images are {where} as well, by their features (the first has "

@@ -51,9 +51,11 @@ def unwrap(values: Any, source: str) -> Tensors:
     if not models:  # something else; whoever looks for a CLIP's tensors in it says what is missing
         return entries[_chosen([(entry, "") for entry in entries], source)[0]]
     entry, prefix = model = _chosen(models, source)
-    others = [_spoken(other) for other in models if other != model]
+    others = [_description(other) for other in models if other != model]
     if others:
-        warnings.warn(f"{source} holds several CLIPs; {_spoken(model)} is loaded, not {some(others)}", stacklevel=2)
+        warnings.warn(
+            f"{source} holds several CLIPs; {_description(model)} is loaded, not {some(others)}", stacklevel=2
+        )
     # Where other models lie below this one's prefix, or beside it, their tensors are theirs.
     theirs = tuple(other for of, other in models if of == entry and other != prefix and not prefix.startswith(other))
     mine = {key: t for key, t in entries[entry].items() if key.startswith(prefix) and not key.startswith(theirs)}
@@ -96,7 +98,7 @@ def _chosen(models: list[_Model], source: str) -> _Model:
     ranks = [_COMMON.index(name) if (name := _last_name(model)) in _COMMON else len(_COMMON) for model in plain]
     best = [model for model, rank in zip(plain, ranks, strict=True) if rank == min(ranks)]
     if len(best) > 1:
-        named = some([_spoken(model) for model in best])
+        named = some([_description(model) for model in best])
         raise ValueError(f"{source} holds several models, {named}; save the one that is meant alone, and load that")
     return best[0]
 
@@ -107,7 +109,7 @@ def _last_name(model: _Model) -> str:
     return (prefix.rstrip(".") or entry).split(".")[-1]
 
 
-def _spoken(model: _Model) -> str:
+def _description(model: _Model) -> str:
     entry, prefix = model
     under = f" under {prefix!r}" if prefix else ""
     return f"the entry {entry!r}{under}" if entry else f"the tensors{under or ' without a prefix'}"

@@ -62,7 +62,7 @@ def names_of(text: str, source: str) -> tuple[str, ...]:
     found = _structure(text, source)
     if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) and "," in found[0]:
         found = found[0].rstrip(",").split(",")  # one class is none to tell apart
-    return _checked(found, source, "class names")
+    return _valid_names(found, source, "class names")
 
 
 def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str]]:
@@ -77,7 +77,7 @@ def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str
         if not isinstance(inner, Sequence):
             return {str(name): prompts for name, prompts in found.items()}
         found = inner
-    return _checked(found, source, "templates")
+    return _valid_names(found, source, "templates")
 
 
 def read_text(path: str | Path) -> str:
@@ -280,7 +280,7 @@ def _numbered_lines(lines: list[str], source: str) -> Any:
 # From what was found to names in order
 
 
-def _checked(found: Any, source: str, what: str) -> tuple[str, ...]:
+def _valid_names(found: Any, source: str, what: str) -> tuple[str, ...]:
     values = _in_order(found, source)
     texts = []
     for position, value in enumerate(values):

@@ -44,7 +44,7 @@ def settle_templates(found: Found, templates: str | Path | None, names: tuple[st
     if templates is None:
         templates = next((path for path in found.beside.get("templates", ()) if path.is_file()), None)
     if templates is None and found.templates is not None:
-        return _checked(found.templates, found.templates_from), found.templates_from
+        return _checked_templates(found.templates, found.templates_from), found.templates_from
     templates = "simple" if templates is None else templates
     if str(templates) in TEMPLATE_SETS:
         return template_set(str(templates)), f"the built-in set {str(templates)!r}"
@@ -54,10 +54,10 @@ def settle_templates(found: Found, templates: str | Path | None, names: tuple[st
     found_there = templates_of(read_text(path), str(path))
     if isinstance(found_there, dict):
         return _prompts_by_class(path, found_there, names), str(path)
-    return _checked(found_there, str(path)), str(path)
+    return _checked_templates(found_there, str(path)), str(path)
 
 
-def _checked(templates: Any, where: str) -> Any:
+def _checked_templates(templates: Any, where: str) -> Any:
     for template in templates:
         try:
             fill(template, "")
