@@ -38,7 +38,7 @@ from ..training.resume import Resumption
 from ..training.run_folder import TableLogger, hold
 from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
-from ..training.stopping import LostProcesses, is_lost_data_worker, what_is_kept
+from ..training.stopping import LostProcesses, what_is_kept
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
@@ -343,14 +343,6 @@ def _runtime_errors_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_lost_data_worker(error):
-            notes = " ".join(getattr(error, "__notes__", []))
-            print(
-                f"error: a process that reads the data is gone ({error}). It was killed, by hand or for its memory; "
-                f"fewer data.num_workers take less. {notes}",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from error
         if str(error).startswith("Early stopping conditioned on metric"):
             raise ValueError(str(error).replace("`", "'")) from error
         raise

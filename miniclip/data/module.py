@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import signal
-import sys
-import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..common.cache import Cache
 from ..common.processes import own_indices
 from ..common.storage import is_url
-from ..common.watch import Watch
+from ..common.waiting import PatientLoader
 from ..common.wording import some
 from ..config import Interpolation, Preprocessing, Resize
 from ..images import Preprocess
@@ -53,17 +48,14 @@ class _Pending(Sampler[list[tuple[int, int]]]):
             yield batch
 
 
-class PairLoader(DataLoader[Sample]):
-    """A loader that measures how long training waits for it, and names the shards when a batch takes long.
+class PairLoader(PatientLoader[Sample]):
+    """Batches of samples, and the names of the shards that a late batch needs.
 
     Lightning sees it as resumable: its position is the trainer's step, which the sampler asks for.
 
     Args:
         batches: the samples of each batch, as (epoch, sample).
     """
-
-    waited_s = 0.0
-    silence_s = 60.0  # after which a missing batch's shards are named
 
     def __init__(
         self,
@@ -75,56 +67,22 @@ class PairLoader(DataLoader[Sample]):
         super().__init__(dataset, batch_sampler=self._asked, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        with Watch(self._name_the_silent, self.silence_s) as watch:
-            watch.begin()
-            batches = super().__iter__()
-            while True:
-                begin = time.perf_counter()
-                watch.begin()
-                batch = next(batches, None)
-                watch.end()
-                self.waited_s += time.perf_counter() - begin
-                if batch is None:
-                    return
-                self._asked.pending.popleft()
-                yield batch
+        for batch in super().__iter__():
+            self._asked.pending.popleft()
+            yield batch
 
-    def _name_the_silent(self, seconds: float) -> None:
+    def needed(self) -> str:
         assert isinstance(self.dataset, PairDataset)
-        shards, pending = self.dataset.shards, list(self._asked.pending)  # which changes meanwhile
+        shards, pending = self.dataset.shards, list(self._asked.pending)  # a copy, because the thread adds to it
         next_batch = pending[0] if pending else []
         names = {shards.entries[shards.locate(sample)[0]].location for _, sample in next_batch}
-        likely = sorted(names, key=lambda name: (not is_url(name), name))  # the network first
-        what = some(likely)
-        print(f"No batch has come for {seconds:.0f} s. The next one needs {what or 'no shard'}.", file=sys.stderr)
+        return some(sorted(names, key=lambda name: (not is_url(name), name))) or super().needed()  # the network first
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         del state
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal's group, and SLURM's signals every one of the job; the trainer alone
-    decides what they mean.
-
-    In a group of their own the workers do not hear Ctrl-C. They end with the trainer, which they look after, or by a
-    SIGTERM of the trainer's own.
-    """
-    del worker
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent it; not on macOS, which has no SLURM either
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_on_a_signal_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_on_a_signal_of(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -197,6 +155,7 @@ class PairDataModule(pl.LightningDataModule):
         self.train_shards: Shards | None = None
         self.val_shards: Shards | None = None
         self._resumed_step = 0
+        self.while_waiting: Callable[[float], None] | None = None  # `PatientLoader`'s, of every loader
 
     def prepare_data(self) -> None:
         """Called once on each machine, before `setup` everywhere."""
@@ -250,9 +209,7 @@ class PairDataModule(pl.LightningDataModule):
             return max(self._resumed_step, trainer.global_step)
 
         sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
-        return PairLoader(
-            self._dataset(self.train_shards, self.augmentation, self.captions), sampler, **self._options()
-        )
+        return self._loader(self._dataset(self.train_shards, self.augmentation, self.captions), sampler)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         if self.val_shards is None:
@@ -262,7 +219,7 @@ class PairDataModule(pl.LightningDataModule):
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in samples[i : i + step]] for i in range(0, len(samples), step)]
         first = replace(self.captions, order="first")
-        return PairLoader(self._dataset(self.val_shards, None, first), batches, **self._options())
+        return self._loader(self._dataset(self.val_shards, None, first), batches)
 
     def held_out(self) -> list[int]:
         """The held-out pairs of a validation: a random sample, as sets often lie sorted."""
@@ -277,20 +234,23 @@ class PairDataModule(pl.LightningDataModule):
             shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess
         )
 
-    def _options(self) -> dict[str, Any]:
+    def _loader(self, dataset: PairDataset, batches: Sampler[Any] | Sequence[Any]) -> PairLoader:
         is_on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return {
-            "num_workers": self.num_workers,
-            "collate_fn": partial(
-                collate, length_multiple=self.text_length_multiple, context_length=self.context_length
-            ),
-            "pin_memory": is_on_gpu,
-            "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": _leave_signals_to_the_trainer,
-            "generator": torch.Generator().manual_seed(
-                self.seed
-            ),  # a loader that begins leaves torch's own state alone
-        }
+        loader = PairLoader(
+            dataset,
+            batches,
+            num_workers=self.num_workers,
+            collate_fn=partial(collate, length_multiple=self.text_length_multiple, context_length=self.context_length),
+            pin_memory=is_on_gpu,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),  # a loader that begins leaves torch's own state alone
+        )
+        loader.while_waiting = self._while_waiting
+        return loader
+
+    def _while_waiting(self, seconds: float) -> None:
+        if self.while_waiting is not None:
+            self.while_waiting(seconds)
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None

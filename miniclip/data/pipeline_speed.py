@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
+from ..common.waiting import PatientLoader
 from ..tokenizer import encode_for_model
 from .augmentation import Augmentation
 from .findings import Pipeline
-from .pairs import CaptionChoice, PairDataset, collate
+from .pairs import Batch, CaptionChoice, PairDataset, collate
 from .preflight import one_thread, sample_indices
 from .shards import Shards
 
@@ -55,7 +55,9 @@ def time_pipeline(
         step = max(1, min(32, len(places) // (4 * workers)))
         clock("collate", collate, [done[i : i + step] for i in range(0, len(done), step)])
     batches = [places[i : i + step] for i in range(0, len(places), step)]
-    loader = DataLoader(dataset, batch_sampler=batches * 2, num_workers=workers, collate_fn=collate)
+    loader: PatientLoader[Batch] = PatientLoader(
+        dataset, batch_sampler=batches * 2, num_workers=workers, collate_fn=collate
+    )
     begin, counted = time.perf_counter(), 0
     for number, batch in enumerate(loader):
         counted += len(batch.keys) if number >= workers else 0

@@ -29,12 +29,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .. import tokenizer
 from ..common.cache import make_room
 from ..common.files import atomic_write, cache_folder, expand_home
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
+from ..common.waiting import PatientLoader
 from .datasets.sets import EvaluationSet
 from .fingerprints import digest_value
 
@@ -256,7 +257,8 @@ def encode_images(
     indices = [int(missing[position]) for position in own_indices(len(missing))]
     num_batches = -(-len(indices) // batch_size)
     num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
-    loader = DataLoader(_Images(data, preprocess, indices), batch_size, num_workers=num_workers, collate_fn=list)
+    opened = _Images(data, preprocess, indices)
+    loader: PatientLoader[Any] = PatientLoader(opened, batch_size, num_workers=num_workers, collate_fn=list)
     blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
     parts: list[Tensor] = []
     problems: list[str] = []  # of each image, empty for those that could be read

@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,13 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from ..common.files import atomic_write
 from ..common.processes import all_gather_objects
+from ..common.waiting import StalledDataError
+from ..data.module import PairDataModule
 from ..weights.read import read_torch_file
 from . import lightning_private
 from .stopping import StopSignals, requeue, slurm, what_is_kept
+
+_GRACE_S = 3.0  # the time that a batch has to come after a signal; a run with data stops at the end of its step
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -187,6 +192,8 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.signals.install(trainer)
+            if isinstance(data := trainer.datamodule, PairDataModule):  # type: ignore[attr-defined]
+                data.while_waiting = partial(self._while_waiting, trainer)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_step = int(checkpoint["global_step"])
@@ -218,6 +225,8 @@ class LastCheckpoint(Checkpoint):
     def _end_of_step(self, trainer: pl.Trainer) -> None:
         number, is_time = self._agreed(trainer)
         if number:
+            if trainer.training:
+                lightning_private.write_step_metrics(trainer)
             self._stop(trainer, number)
         elif is_time or trainer.global_step % self.every_n_steps == 0:
             failure = self._save(trainer)
@@ -237,9 +246,21 @@ class LastCheckpoint(Checkpoint):
         number, any_time = trainer.strategy.reduce(own, reduce_op="max").tolist()
         return int(number), bool(any_time)
 
+    def _while_waiting(self, trainer: pl.Trainer, seconds: float) -> None:
+        """Heeds a signal while data are waited for; the weights are those of the last whole step."""
+        number = self.signals.received
+        if number and seconds >= _GRACE_S:
+            if self._can_save_between_steps(trainer):
+                self._stop(trainer, number)
+            print(self._what_is_kept(), file=sys.stderr, flush=True)
+            raise SystemExit(128 + number)
+
+    def _can_save_between_steps(self, trainer: pl.Trainer) -> bool:
+        """Other processes are somewhere else, and a run that is resumed past its last step validates no more."""
+        is_last = trainer.validating and trainer.global_step >= trainer.estimated_stepping_batches
+        return trainer.world_size == 1 and not is_last
+
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
-        if trainer.training:
-            lightning_private.write_step_metrics(trainer)
         if failure := self._save(trainer):
             raise ValueError(f"{failure}. {self._what_is_kept()}")
         if trainer.is_global_zero:
@@ -267,6 +288,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.signals.restore()
+        if isinstance(exception, StalledDataError):
+            failure = self._save(trainer) if self._can_save_between_steps(trainer) else None
+            print(f"{failure}\n" if failure else "", self._what_is_kept(), sep="", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.signals.restore()

@@ -92,11 +92,6 @@ def what_is_kept(last: Path, resume_command: str) -> str:
     return f"{last} is the last checkpoint. To go on:\n  {resume_command}"
 
 
-def is_lost_data_worker(error: BaseException) -> bool:
-    """Whether torch's loader raised the error because one of its processes died."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
 class LostProcesses(Callback):
     """When one of several processes dies, the others print what happened and end, instead of waiting for it.
 
@@ -142,8 +137,6 @@ class LostProcesses(Callback):
         if trainer.world_size > 1 and isinstance(exception, RuntimeError) and self._BROKEN.search(str(exception)):
             self._report()
             raise SystemExit(1) from exception  # skips a tear-down that would wait for the dead process
-        if is_lost_data_worker(exception):
-            exception.add_note(self.what_is_kept())
         self._end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
