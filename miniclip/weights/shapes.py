@@ -106,9 +106,7 @@ def differences(config: CLIPConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     num_missing = shapes.count() - sum(shapes.get(key) is not None for key in found)
     missing = (key for key in shapes.names() if key not in found)
     keys = sorted([*wrong, *(key for key, _ in zip(missing, range(min(10, num_missing)), strict=False))])
-    lines = [
-        f"  {key}: the architecture has {shapes.get(key) or nothing}, the file {found.get(key, nothing)}"
-        for key in keys
-    ]
+    wanted = {key: nothing if (shape := shapes.get(key)) is None else shape for key in keys}  # () is a shape, too
+    lines = [f"  {key}: the architecture has {wanted[key]}, the file {found.get(key, nothing)}" for key in keys]
     num_wrong = len(wrong) + num_missing
     return lines[:10] + ([f"  and {num_wrong - 10} more"] if num_wrong > 10 else [])

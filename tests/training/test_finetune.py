@@ -51,13 +51,13 @@ def without_model(data: Path, run: Path, *more: str, steps: int = 3) -> list[str
 
 
 class Look(Callback):
-    """Remembers what the run's data were told of its model."""
+    """Remembers what the run's data know of its model."""
 
     seen = ()
 
     def on_train_start(self, trainer, pl_module) -> None:
         module = trainer.datamodule
-        Look.seen = (module.image_size, module.context_length, module.preprocess)
+        Look.seen = (module.image_size, module.context_length, module.preprocess.style)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

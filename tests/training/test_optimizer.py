@@ -722,7 +722,7 @@ def test_the_schedule_is_the_one_that_the_run_was_told(data, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--max_samples=50"], "max_samples is 50 and trainer.max_steps 10; the run's length is one of the two"),
+        (["--max_samples=50"], "max_samples is 50 and trainer.max_steps 10; only one of the two"),
         (["--max_samples=0", "--trainer.max_steps=-1"], "max_samples"),
         (
             ["--model.optimizer.warmup=10", "--model.optimizer.warmup_unit=steps"],

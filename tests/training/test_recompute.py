@@ -191,7 +191,7 @@ def test_micro_batches_with_patch_dropout_equal_plain_backpropagation_through_th
     plain = training(PATCHES, patch_dropout=0.5)
     torch.manual_seed(1)
     splits = zip(batch.images.split(3), batch.tokens.split(3), strict=True)
-    parts = [plain._encode(images, tokens) for images, tokens in splits]
+    parts = [(plain.encode_images(images), plain.encode_texts(tokens)) for images, tokens in splits]
     loss = loss_of(plain, tuple(torch.cat(each) for each in zip(*parts, strict=True)))
     loss.backward()
     gradients = {f"{name}.grad": parameter.grad for name, parameter in plain.named_parameters()}

@@ -316,7 +316,7 @@ def test_openclips_own_folder_with_a_bias_gives_its_logits(tmp_path):
     (tmp_path / "model/open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
     torch.save(theirs.state_dict(), tmp_path / "model/open_clip_pytorch_model.bin")
     torch.save(theirs.state_dict(), tmp_path / "bare.pt")
-    for path, options in ((tmp_path / "model", {}), (tmp_path / "bare.pt", {"activation": "gelu"})):
+    for path, options in ((tmp_path / "model", {}), (tmp_path / "bare.pt", {"activation": "gelu", "head_width": 64})):
         ours, _ = load(path, device="cpu", **options)
         assert ours.config.init_logit_bias == -10
         with torch.no_grad():
