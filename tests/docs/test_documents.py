@@ -54,13 +54,12 @@ def test_every_command_of_the_readme_runs(folder, tmp_path):
     assert (work / "runs/mine/best/config.json").is_file()
 
 
-@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/speed.md"])
+@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/speed.md", "docs/openai.md"])
 def test_the_code_of_a_page_is_true(document):
-    names: dict[str, object] = {}
     steps = blocks(document, "python")
     assert steps
-    for step in steps:
-        exec(compile(step, document, "exec"), names)
+    done = subprocess.run([sys.executable, "-c", "".join(steps)], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def anchors(document: Path) -> set[str]:
@@ -75,6 +74,12 @@ def test_every_file_and_heading_that_a_document_links_to_is_there():
             page = document.parent / target if target else document
             assert page.exists(), f"{document.name} links to {target}"
             assert not heading or heading in anchors(page), f"{document.name} links to {target}#{heading}"
+
+
+def test_lines_of_the_documents_are_at_most_120_wide_but_for_tables_and_pictures():
+    for document in DOCUMENTS:
+        for number, line in enumerate(document.read_text().splitlines(), start=1):
+            assert len(line) <= 120 or line.startswith(("|", "![")), f"{document.name}, line {number}: {len(line)} wide"
 
 
 def test_each_experiment_of_the_log_opens_with_its_question_and_answer():
