@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_eager, is_plain
+from .plain import is_eager, is_guarded, is_plain
 
 
 def patches(conv: nn.Module, images: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def patches(conv: nn.Module, images: Tensor) -> Tensor:
 
     A convolution of patches that do not overlap is one matrix product, which is faster.
     """
-    if not (is_eager(images) and is_plain(conv, nn.Conv2d) and _cuts_patches(conv, images)):
+    if not (is_guarded(images) and is_plain(conv, nn.Conv2d) and _cuts_patches(conv, images)):
         return conv(images).flatten(2).transpose(1, 2)  # .mT is unknown to the older ONNX exporter
     P = conv.kernel_size[0]
     x = images.unflatten(2, (-1, P)).unflatten(4, (-1, P))  # (B, 3, rows, P, columns, P)

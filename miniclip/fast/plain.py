@@ -24,8 +24,17 @@ def is_eager(x: Tensor) -> bool:
     What is recorded (a trace, an export, a compiled graph) runs later with other shapes, so nothing may depend on those
     of the example.
     """
-    is_recorded = torch.compiler.is_compiling() or _is_exporting()
-    return not (is_recorded or torch._C._functorch.is_batchedtensor(x))  # the last: under torch.func.vmap
+    return not torch.compiler.is_compiling() and is_guarded(x)
+
+
+def is_guarded(x: Tensor) -> bool:
+    """Whether operations on `x` run with the shapes that it has now, or again only where those shapes hold.
+
+    torch.compile compiles again for other shapes; traces and exports do not.
+    """
+    if torch.compiler.is_compiling() or _is_exporting():
+        return not _is_exporting()
+    return not torch._C._functorch.is_batchedtensor(x)  # under torch.func.vmap
 
 
 def _is_exporting() -> bool:

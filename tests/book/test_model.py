@@ -533,3 +533,19 @@ def test_the_image_tower_starts_with_the_same_statistics_as_open_clip_but_with_p
             std, mean = 0.5, 0.0
         assert parameter.std().item() == pytest.approx(std, rel=max(0.05, 4 * spread), abs=1e-9), name
         assert parameter.mean().item() == pytest.approx(mean, abs=6 * spread * std + 1e-9), name
+
+
+def test_a_compiled_image_tower_cuts_its_patches_by_a_product_too():
+    """With a convolution, a compiled training step on a GPU took 119 ms instead of 97."""
+    vision = VisionConfig(image_size=32, patch_size=8, width=64, layers=1)
+    tower = CLIP(CLIPConfig(32, "quick_gelu", vision, TextConfig(width=64, layers=1))).visual
+    operations = []
+
+    def note(graph, inputs):
+        operations.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(torch.compile(tower, backend=note, fullgraph=True)(images), tower(images))
+    assert operations
+    assert not any("conv" in str(operation) for operation in operations)
