@@ -262,7 +262,8 @@ class Bench:
         config = peers.architecture(model, self.size)
         row: dict[str, Any] = {"case": f"{model} optimiser alone", "optimizers": {}}
         rows = self.known + self.rows
-        whole = next((r[OURS]["seconds"] for r in rows if r["case"].startswith(f"{model} training step")), math.nan)
+        step_case = f"{model} training step, batch {self.amounts.batches[model]:,}"  # not the compiled one
+        whole = next((r[OURS]["seconds"] for r in reversed(rows) if r["case"] == step_case), math.nan)
         for kind in ("adamw", "muon"):
             clip = peers.ours(config, self.folder).to(self.where)
             optimizer = make_optimizer(clip, OptimizerConfig(kind=kind))
