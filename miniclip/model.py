@@ -172,9 +172,10 @@ class VisionTransformer(nn.Module):
         x = folded.patches(self.conv1, images)  # conv1(images).flatten(2).mT, (B, patches, D)
         x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1) + self.positional_embedding  # (B, N, D)
         x = self.ln_pre(x)
-        if all_tokens or not is_unobserved(self):  # hooks see every token in every block
-            tokens = self.ln_post(self.transformer(x))
-            return tokens if all_tokens else project(tokens[:, 0], self.proj)
+        if all_tokens:
+            return self.ln_post(self.transformer(x))
+        if not is_unobserved(self):  # hooks see every token in every block
+            return project(self.ln_post(self.transformer(x, pool=None))[:, 0], self.proj)
         class_token = torch.zeros(B, dtype=torch.long, device=x.device)
         return project(self.ln_post(self.transformer(x, pool=class_token)), self.proj)
 

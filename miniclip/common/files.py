@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -202,3 +203,15 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 def as_plain(value: Any) -> float | None:
     return None if math.isnan(value) else float(value)
+
+
+_reading = threading.Lock()
+
+
+def read_at(file: IO[bytes], offset: int, size: int) -> bytes:
+    """Bytes of an open file. Forked workers share its position, so it is left alone where the system can do that."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    with _reading:  # systems without pread do not fork either
+        file.seek(offset)
+        return file.read(size)

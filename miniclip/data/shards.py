@@ -16,10 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from ..common.cache import Cache
+from ..common.files import read_at
 from ..common.storage import check_scheme, exists, expand, is_url, join, read_bytes
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.scan import LeftOut
@@ -223,8 +225,7 @@ class Shards:
         if not size:
             return b""
         key, header = offsets["key"][row], tarfile.BLOCKSIZE
-        # No shared position: safe across forked workers.
-        data = os.pread(file.fileno(), size + header, offset - header)
+        data = read_at(file, offset - header, size + header)
         if len(data) != size + header:
             raise ValueError(f"{file.name} is cut short: sample {key} should end at byte {offset + size}")
         digits = data[124:136].strip(b"\0 ")  # the size in the member's header, octal
@@ -237,6 +238,22 @@ class Shards:
                 "checksum; index the shards anew"
             )
         return data[header:]
+
+
+def _refuse_other_hosts(index: str, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: the index of a server names files of this machine, of another server, or above its own folder.
+    """
+    if not is_url(index):
+        return
+    own = urlsplit(index)
+    for name in names:
+        there = urlsplit(name if is_url(name) else join(index.rpartition("/")[0], name))
+        if (there.scheme, there.netloc) != (own.scheme, own.netloc) or ".." in there.path.split("/"):
+            raise ValueError(
+                f"{index} names {name!r}; the index of a server may name only files of {own.scheme}://{own.netloc}"
+            )
 
 
 def _refuse_longer(file: IO[bytes], entry: ShardEntry) -> None:
@@ -282,6 +299,7 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
             )
             for entry in listed
         ]
+        _refuse_other_hosts(path, [name for entry in entries for name in (entry.file, entry.offsets)])
         members = Counter[str](index["members"] if version == SCHEMA_VERSION else {"txt": 1})
         left_out = [LeftOut(folder, reason, int(count)) for reason, count in index.get("left_out", {}).items()]
         left_out += [LeftOut(name, "a damaged tar") for name in index.get("damaged", {})]

@@ -94,7 +94,7 @@ def drop_patches_in_training(model: CLIP, share: float) -> None:
     """
 
     def drop(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
-        is_pooled = options.get("pool") is not None  # a caller that wants all tokens gets all
+        is_pooled = "pool" in options  # a caller that wants all tokens names none, and gets all
         if module.training and is_pooled:
             return (drop_patches(inputs[0], share),), options
         return None

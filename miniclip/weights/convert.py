@@ -17,8 +17,9 @@ from torch import Tensor
 from ..common.files import remove, swap_in
 from ..config import CLIPConfig
 from ..model import CLIP
+from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE
 from .load import build
-from .read import CONFIG_FILE, OPENCLIP_CONFIG_FILE, locate, read_checkpoint
+from .read import locate, read_checkpoint
 from .write import WRITERS, require
 
 FORMATS = tuple(WRITERS)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..common import cache
 from ..common.files import expand_home, locked, user_cache
+from .folders import files_to_fetch
 
 # The published addresses (OpenAI's clip/clip.py): the folder is the file's SHA-256.
 OPENAI_BASE_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -52,22 +53,25 @@ def fetch_hub(name: str, download_root: str | Path | None = None) -> Path:
     Raises:
         ValueError: the model can't be had.
     """
-    from huggingface_hub import snapshot_download  # only this needs it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download  # only this needs it
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    owner = name.removeprefix(HUB_PREFIX)
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.txt"]
-    try:
+    repository = name.removeprefix(HUB_PREFIX)
+    with _refusing(name):
         try:  # what is there already needs no network
-            return Path(
-                snapshot_download(owner, allow_patterns=patterns, cache_dir=download_root, local_files_only=True)
-            )
+            return Path(snapshot_download(repository, cache_dir=download_root, local_files_only=True))
         except LocalEntryNotFoundError:
-            ignored = ["*.h5", "*.msgpack", "*.onnx", "*training_args*"]
-            return Path(
-                snapshot_download(owner, allow_patterns=patterns, ignore_patterns=ignored, cache_dir=download_root)
-            )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            listed = HfApi().model_info(repository)
+    wanted = files_to_fetch([file.rfilename for file in listed.siblings or ()], name)
+    with _refusing(name):
+        return Path(snapshot_download(repository, revision=listed.sha, allow_patterns=wanted, cache_dir=download_root))
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's errors, and those of the library that it talks through
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{name!r} can't be had: {reason}. Without a network, copy the model's folder here and give its path"

@@ -30,8 +30,9 @@ from ..config import Activation, CLIPConfig
 from ..images import Preprocess
 from ..model import CLIP
 from .containers import write_safetensors
+from .folders import CONFIG_FILE, WEIGHTS_FILE
 from .layouts import Tensors
-from .read import CONFIG_FILE, WEIGHTS_FILE, Checkpoint, locate, read_checkpoint
+from .read import Checkpoint, locate, read_checkpoint
 from .shapes import differences, unfilled
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,24 +14,14 @@ from ..config import OPENAI_MODELS, CLIPConfig
 from .architecture import config_from_hf, config_from_openclip, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
+from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, pair_in
 from .heads import Hints
 from .layouts import Tensors, from_openai_keys, is_hf, to_native_keys
 from .pickles import is_torchscript, read_pickle, read_torchscript
 from .shapes import differences
 from .unwrap import unwrap
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-OPENCLIP_CONFIG_FILE = "open_clip_config.json"
-# In this order open_clip and transformers look for their own weights; either may be in shards, with an index.
-_OPENCLIP_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-)
-_HF_WEIGHTS = (WEIGHTS_FILE, "pytorch_model.bin")
 _OPENAI = Hints("quick_gelu", head_width=(64, 64))  # OpenAI's code has one activation, and one width of heads
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 LIGHTNING_CONFIG_KEY = "miniclip_config"  # where the trainer's checkpoints keep the architecture, as JSON
 LIGHTNING_PREFIX = "clip."
 LIGHTNING_AVERAGE_PREFIX = "average."  # the same tensors averaged over the run, where it kept an average
@@ -106,7 +96,7 @@ def read_checkpoint(name: str | Path, **hints: Any) -> Checkpoint:
 def _read_directory(path: Path) -> Checkpoint:
     if (path / "adapter_config.json").is_file():
         raise _peft_error(path)
-    config_file, weights_file = _pair_in(path)
+    config_file, weights_file = pair_in([file.name for file in path.iterdir() if file.is_file()], str(path))
     if config_file == OPENCLIP_CONFIG_FILE:
         config, file_format = _openclip_config(path), "openclip"
     elif "model_type" in read_json(path / CONFIG_FILE):
@@ -127,29 +117,6 @@ def _read_directory(path: Path) -> Checkpoint:
             )
         tensors.setdefault("logit_scale", torch.zeros(()))  # one tower has no contrast, and its files no temperature
     return Checkpoint(file_format, tensors, config)
-
-
-def _pair_in(path: Path) -> tuple[str, str]:
-    """The names of a configuration and of weights, of the same library if there are such."""
-    configs = [name for name in (OPENCLIP_CONFIG_FILE, CONFIG_FILE) if (path / name).is_file()]
-    found = [name for name in (*_OPENCLIP_WEIGHTS, *_HF_WEIGHTS) if _is_there(path / name)]
-    for config, names in ((OPENCLIP_CONFIG_FILE, _OPENCLIP_WEIGHTS), (CONFIG_FILE, _HF_WEIGHTS)):
-        same = [name for name in names if name in found]
-        if config in configs and same:
-            return config, same[0]
-    others = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-    if configs and len(found or others) == 1:
-        return configs[0], (found or others)[0]
-    missing = [] if configs else [CONFIG_FILE]
-    missing += [] if found else [WEIGHTS_FILE]
-    there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else ""
-    raise ValueError(
-        f"{path} has no {' and no '.join(missing)}; a model's directory has {CONFIG_FILE} and weights{there}"
-    )
-
-
-def _is_there(path: Path) -> bool:
-    return path.is_file() or Path(f"{path}.index.json").is_file()
 
 
 def _openclip_config(folder: Path) -> CLIPConfig:

@@ -14,9 +14,10 @@ from ..common.files import atomic_write, write_text
 from ..config import CLIPConfig, VisionConfig
 from ..tokenizer import CONTEXT_LENGTH, END_OF_TEXT, START_OF_TEXT, learnt_merges, symbol_ids
 from .containers import write_safetensors
+from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE
 from .hf_pixels import settings_of
 from .layouts import Tensors, to_hf_keys, to_openai_keys
-from .read import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, Checkpoint
+from .read import Checkpoint
 
 
 def _plain(tensors: Tensors) -> Tensors:

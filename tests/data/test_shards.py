@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -1096,3 +1097,20 @@ def test_a_remote_tar_that_is_not_what_the_index_says_is_refused(tmp_path):
         assert shards[0].key == "000000000"
         with pytest.raises(ValueError, match=r"00001\.tar has the checksum"):
             shards[2]
+
+
+@pytest.mark.parametrize("named", ["file:///etc/hostname", "http://elsewhere.example/00000.tar", "../../00000.tar"])
+def test_the_index_of_a_server_names_files_of_that_server_alone(tmp_path, named):
+    pack_folder(write_pairs(tmp_path / "pairs", 2), tmp_path / "shards")
+    index = json.loads((tmp_path / "shards/index.json").read_text())
+    index["shards"][0]["file"] = named
+    (tmp_path / "shards/index.json").write_text(json.dumps(index))
+    with Served(tmp_path / "shards") as server, pytest.raises(ValueError, match=re.escape(repr(named))):
+        Shards(server.url)
+
+
+def test_samples_are_read_where_the_system_has_no_pread(tmp_path, monkeypatch):
+    pack_folder(write_pairs(tmp_path / "pairs", 3), tmp_path / "shards")
+    expected = [Shards(str(tmp_path / "shards"))[row].image for row in range(3)]
+    monkeypatch.delattr(os, "pread")
+    assert [Shards(str(tmp_path / "shards"))[row].image for row in range(3)] == expected

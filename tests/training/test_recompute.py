@@ -169,6 +169,14 @@ def test_training_sees_the_kept_patches_alone_and_inference_all(share, left):
     assert module.train().clip.visual(images, all_tokens=True).shape == (6, 17, 16)
 
 
+def test_a_hook_in_the_tower_does_not_turn_patch_dropout_off():
+    module, seen = training(PATCHES, patch_dropout=0.5), []
+    module.clip.visual.transformer.resblocks[0].register_forward_hook(lambda *all_: seen.append(all_[-1].shape[1]))
+    module.clip.visual(torch.randn(3, 3, 32, 32, dtype=torch.float64))
+    module.clip.visual(torch.randn(3, 3, 32, 32, dtype=torch.float64), all_tokens=True)
+    assert seen == [1 + 8, 1 + 16]
+
+
 def test_patch_dropout_is_the_tower_on_the_tokens_that_were_drawn():
     module = training(PATCHES, patch_dropout=0.5)
     visual, images = module.clip.visual, torch.randn(3, 3, 32, 32, dtype=torch.float64)

@@ -1,8 +1,9 @@
-# fetch.py against a server on this machine that misbehaves as told.
+# Downloads from a server on this machine that misbehaves as told.
 
 import contextlib
 import hashlib
 import http.server
+import json
 import os
 import random
 import re
@@ -10,8 +11,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import safetensors.torch
+import torch
 from foreign_models import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
 
 from miniclip.common import storage
@@ -375,6 +379,67 @@ def test_a_hub_model_that_is_cached_needs_no_network(tmp_path, offline):
 def test_a_cached_hub_model_is_the_one_that_is_meant(tmp_path):
     folder = write_hub_cache(tmp_path)
     assert fetch_hub("hf-hub:owner/name", tmp_path) == folder
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three answers of the hub's API that a download needs."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
+    revision = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if "/tree/" in path:
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in self.files.items()
+            ]
+            self.answer(json.dumps(tree).encode())
+            return
+        if path.startswith("/api/models/owner/name"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer(json.dumps({"id": "owner/name", "sha": self.revision, "siblings": siblings}).encode())
+            return
+        name = path.partition(f"/resolve/{self.revision}/")[2]
+        if self.command == "GET":
+            self.asked.append(name)
+        self.answer(
+            self.files[name],
+            **{"X-Repo-Commit": self.revision, "ETag": f'"{hashlib.sha256(name.encode()).hexdigest()}"'},
+        )
+
+    do_HEAD = do_GET  # noqa: N815 (http.server's name)
+
+    def answer(self, body, **headers):
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("only_pt", [False, True])
+def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
+    """Whichever of the copies that repositories hold for several libraries; and a .pt alone is one, too."""
+    hf_model().save_pretrained(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    if only_pt:
+        torch.save(safetensors.torch.load(files.pop("model.safetensors")), tmp_path / "model/clip.pt")
+        files["clip.pt"] = (tmp_path / "model/clip.pt").read_bytes()
+    else:
+        files |= dict.fromkeys(("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "flax_model.msgpack"), b"other")
+    Hub.files, Hub.asked = files, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = run_with_hub("hf-hub:owner/name", tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert result.stdout.strip() == "loaded", result.stdout + result.stderr[-800:]
+    weights = [name for name in Hub.asked if not name.endswith((".json", ".txt"))]
+    assert weights == (["clip.pt"] if only_pt else ["model.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../../etc", "hf-hub:owner/na me", "hf-hub:a--b/c"])

@@ -18,9 +18,10 @@ from miniclip.common.files import atomic_write, write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
 from miniclip.weights.containers import write_safetensors
+from miniclip.weights.folders import CONFIG_FILE, WEIGHTS_FILE
 from miniclip.weights.layouts import from_openai_keys
 from miniclip.weights.load import load, save
-from miniclip.weights.read import CONFIG_FILE, LIGHTNING_CONFIG_KEY, WEIGHTS_FILE
+from miniclip.weights.read import LIGHTNING_CONFIG_KEY
 
 ODD = CLIPConfig(
     embed_dim=6,

@@ -1,0 +1,60 @@
+"""Which files of a model's folder belong together: its configuration and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import PurePath
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+OPENCLIP_CONFIG_FILE = "open_clip_config.json"
+# The order in which open_clip and transformers look for their own weights; either may be in shards, with an index.
+_OPENCLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+_HF_WEIGHTS = (WEIGHTS_FILE, "pytorch_model.bin")
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
+    """The names of a configuration and of weights, of the same library if there are such.
+
+    Args:
+        names: of all files of the folder.
+        where: the folder, for the error.
+
+    Raises:
+        ValueError: either is missing, or several files of weights could be meant.
+    """
+    configs = [name for name in (OPENCLIP_CONFIG_FILE, CONFIG_FILE) if name in names]
+    found = [name for name in (*_OPENCLIP_WEIGHTS, *_HF_WEIGHTS) if name in names or f"{name}.index.json" in names]
+    for config, own in ((OPENCLIP_CONFIG_FILE, _OPENCLIP_WEIGHTS), (CONFIG_FILE, _HF_WEIGHTS)):
+        same = [name for name in own if name in found]
+        if config in configs and same:
+            return config, same[0]
+    others = sorted(name for name in names if PurePath(name).suffix in WEIGHTS_SUFFIXES)
+    if configs and len(found or others) == 1:
+        return configs[0], (found or others)[0]
+    missing = [] if configs else [CONFIG_FILE]
+    missing += [] if found else [WEIGHTS_FILE]
+    there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else ""
+    raise ValueError(
+        f"{where} has no {' and no '.join(missing)}; a model's directory has {CONFIG_FILE} and weights{there}"
+    )
+
+
+def files_to_fetch(names: Collection[str], where: str) -> list[str]:
+    """Of a repository's files the small ones at its top, and one copy of the weights.
+
+    Raises:
+        ValueError: as `pair_in`.
+    """
+    top = [name for name in names if "/" not in name]
+    _, weights = pair_in(top, where)
+    stem, suffix = PurePath(weights).stem, PurePath(weights).suffix
+    # Weights in shards are model-00001-of-00002.safetensors and so on, beside model.safetensors.index.json.
+    parts = [] if weights in top else [name for name in top if name.startswith(f"{stem}-") and name.endswith(suffix)]
+    small = [name for name in top if PurePath(name).suffix in (".json", ".txt")]
+    return sorted({*small, *parts, *([weights] if weights in top else [])})
