@@ -1,7 +1,11 @@
 """The architecture of a CLIP model, as data: what must be known to build it and to feed it. No torch in this file.
 
 A `CLIPConfig` travels with the weights as `config.json`, so that activation, resolution, mean and standard deviation
-can never be mismatched. OpenAI's nine models (Radford et al. 2021, tables 19 and 20) are in `OPENAI_MODELS`.
+can never be mismatched. "The paper" is CLIP's (Radford et al. 2021, https://arxiv.org/abs/2103.00020) in every file.
+`OPENAI_MODELS` holds the nine models of its tables 19 and 20.
+
+A logit is the cosine of an image's and a text's embedding times a scale (the inverse of a temperature), plus a bias if
+the model has one.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lan
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Where a temperature begins, as a logarithm of its inverse (paper section 2.5), and SigLIP's with its bias (Zhai et al.
-# 2023, section 3.2), which makes up for how few of the images and texts of a batch are pairs.
+# Initial logarithm of the logits' scale: CLIP's (paper section 2.5) and SigLIP's. SigLIP's bias (Zhai et al. 2023,
+# section 3.2) is negative because few of a batch's B * B combinations of an image and a text are pairs.
 CLIP_LOGIT_SCALE = math.log(1 / 0.07)
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0
 
 
 def _require_positive(config: Any, *names: str) -> None:
-    """Whole numbers above 0, and of a ratio any number above 0."""
+    """Raises a ValueError unless each named field is a whole number above 0, or, for a ratio, any number above 0."""
     for name in names:
         value = getattr(config, name)
         is_number = isinstance(value, int | float if name.endswith("ratio") else int) and not isinstance(value, bool)
@@ -42,7 +46,7 @@ def _require_positive(config: Any, *names: str) -> None:
 
 
 def _set_numbers(config: Any, name: str, count: int, kind: type, is_positive: bool) -> None:
-    """Makes a field a tuple of so many numbers: JSON and YAML give lists, and equality wants one type."""
+    """Makes a field a tuple of `count` numbers: JSON and YAML give lists, and equality wants one type."""
     value = getattr(config, name)
     try:
         numbers = tuple(kind(number) for number in value)
@@ -92,14 +96,16 @@ class VisionConfig:
         blocks: of a ResNet: number of bottlenecks in each of its four stages.
         head_width: channels of one attention head; divides `width` (of a ResNet, 32 times it).
         mlp_ratio: of a ViT: width of the blocks' hidden layer, in units of `width`.
-        timm_model: of a timm tower: the model's name there; it also settles all that is said above but `image_size`.
-        timm_pool: how its features become one vector; empty for the model's own way.
-        timm_projection: from there to the embedding: a matrix, an MLP, nothing, or the model's own classifier.
-        timm_projection_bias: whether that has a bias.
+        timm_model: of a timm tower: the model's name in timm; `patch_size` to `mlp_ratio` have no effect then.
+        timm_pool: timm's `global_pool`, which makes one vector of the model's features; empty for the model's default.
+        timm_projection: from that vector to the embedding: "linear" is a matrix, "mlp" two layers, "none" nothing, and
+            "classifier" the model's own last layer.
+        timm_projection_bias: whether the matrix, or the second layer of the MLP, has a bias.
         mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
-        preprocess: how a picture becomes RGB and is cropped: "openai", or "hf", Hugging Face's way, which converts it
-            before resizing and rounds the crop's offset down.
-        resize: before the crop, "shortest" brings the short side to `resize_size`, "squash" both sides; or "none".
+        preprocess: "openai" resizes, crops and then converts to RGB; "hf" (Hugging Face) converts first, and rounds
+            the crop's offset down.
+        resize: before the crop, "shortest" brings the short side to `resize_size`, "squash" both sides; "none" leaves
+            the picture as it is.
         resize_size: pixels; by default `image_size`.
         interpolation: the filter of that resizing, by its name in Pillow.
     """
@@ -134,7 +140,7 @@ class VisionConfig:
                 f"VisionConfig.kind is {self.kind!r} and timm_model {self.timm_model!r}; a model's name belongs to "
                 "kind 'timm' and to no other"
             )
-        # Of timm itself: it takes the addresses hf-hub:… and local-dir:… as well.
+        # timm takes the addresses hf-hub:… and local-dir:… as well; only the names of its own models are allowed here.
         if not isinstance(self.timm_model, str) or not re.fullmatch(r"[\w.]*", self.timm_model):
             raise ValueError(
                 f"VisionConfig.timm_model is {self.timm_model!r}; it must be the name of one of timm's own models, as "
@@ -156,7 +162,7 @@ class VisionConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels from one place of the feature map to the next."""
+        """Pixels from one place of the feature map to the next; 1 for timm, so that any `image_size` is allowed."""
         return {"vit": self.patch_size, "resnet": 32, "timm": 1}[self.kind]
 
     @property
@@ -175,12 +181,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text tower: a causal transformer, GPT-2's shape (paper section 2.4).
+    """The text tower: a causal transformer with GPT-2's architecture (paper section 2.4).
 
     Args:
         context_length: the most tokens of a text, start and end tokens included.
         vocab_size: rows of the token embedding.
-        eot_token: id of the end-of-text token; the first one in a row is where the text's features are taken.
+        eot_token: id of the end-of-text token; the output at a row's first one becomes the text's embedding.
         width, layers, head_width, mlp_ratio: as in VisionConfig.
     """
 
@@ -212,12 +218,12 @@ class CLIPConfig:
     Args:
         embed_dim: channels of the shared embedding.
         activation: of the blocks' hidden layer. OpenAI's weights need "quick_gelu", x * sigmoid(1.702 x);
-            with the other one they run, and are quietly worse.
-        towers: which of the two are there. Checkpoints of one alone, with its projection, condition diffusion models
-            and serve search; they encode, and are not trained.
-        init_logit_scale: where the logarithm of the logits' scale begins.
-        init_logit_bias: where a bias of the logits begins, as the sigmoid loss needs one (SigLIP: scale ln 10, bias
-            -10); by default there is none.
+            with "gelu" they run without an error and give worse features.
+        towers: which of the two are there. A checkpoint of one alone, with its projection, conditions a diffusion
+            model or serves search; it encodes, and is not trained.
+        init_logit_scale: initial value of the logarithm of the logits' scale.
+        init_logit_bias: initial value of the logits' bias, which the sigmoid loss needs (SigLIP: scale ln 10, bias
+            -10); None for no bias.
     """
 
     embed_dim: int = 512
@@ -288,8 +294,8 @@ def differences(first: Any, second: Any, name: str, whose: tuple[str, str]) -> l
 
     Args:
         first, second: as `CLIPConfig.to_dict` gives them.
-        name: of the whole, for the lines; may be empty.
-        whose: what comes before the value of the first and of the second.
+        name: what the keys in the lines begin with; may be empty.
+        whose: the words that a line has before the first's value and before the second's.
     """
     if isinstance(first, dict):
         both = [key for key in first if key in second]

@@ -1,6 +1,7 @@
-"""The two image pipelines: exact preprocessing for inference, augmentation for training.
+"""From a file's bytes to a model's input: decoding, and the exact preprocessing of inference.
 
-Both end in uint8, so that a quarter of the bytes travel to the device; `normalize` runs there.
+data/augmentation.py has the augmentation of training. Batches of both travel to the device as uint8, a quarter of
+float32's bytes, and `normalize` runs there.
 H, W are the height and width of a picture, R the side of the model's square input; all in pixels.
 """
 
@@ -21,7 +22,7 @@ from .config import Interpolation, Preprocessing, Resize
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 pixels (..., 3, H, W) to float32 of zero mean and unit deviation over CLIP's training images."""
+    """uint8 pixels (..., 3, H, W) -> float32 of the same shape: (pixel / 255 - mean) / std in each channel."""
     out = images.to(torch.float32, copy=True).div_(255)
     # Python's numbers travel with the kernels; tensors of them would be copied to the device, which a GPU waits for.
     for channel, channel_mean, channel_std in zip(range(out.shape[-3]), mean, std, strict=True):
@@ -35,10 +36,10 @@ class Preprocess:
     Bicubic resize of the short side to R, centre crop, and only then RGB: a palette image is therefore resized with
     nearest neighbours, as OpenAI's models saw it. Hugging Face's `CLIPImageProcessor` makes it RGB first, and rounds
     the crop's offset down. Other models resize otherwise (see `VisionConfig`). Calling gives the normalised float
-    image (3, R, R), `crop` the uint8 one before that; what a crop lacks is black.
+    image (3, R, R), `crop` the uint8 one before that. Where the resized picture is smaller than R, the crop is black.
 
-    Of a strip so long that it would take gigabytes once its short side is R, only the centre is resized. Everything
-    else is as in the original, whatever comes of it: see docs/weights.md for what goes wrong there.
+    A strip that would have more than MOST_PIXELS once it is resized is first cut to its centre, eight times as long as
+    wide. Everything else is as in the original, and docs/weights.md describes what goes wrong there.
     """
 
     MOST_PIXELS = 1 << 26
@@ -132,7 +133,7 @@ def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
 
     Args:
         source: where the bytes came from, for the error.
-        is_whole: nothing is missing, as the caller knows; only the header is read, and the rest when it is needed.
+        is_whole: the caller knows that nothing is missing; only the header is read, and the rest when it is needed.
 
     Raises:
         ValueError: the bytes are no picture of one of FORMATS, or only part of one, or so large a one that it must be
@@ -152,7 +153,7 @@ def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit picture as an 8-bit one; Pillow's own conversion would make everything above 255 white."""
+    """A 16-bit picture (Pillow's modes I;16 and I) as 8-bit; Pillow's conversion would make all above 255 white."""
     values = np.asarray(image).astype(np.int64)
     is_16_bits = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not say
     return Image.fromarray((values >> 8 if is_16_bits else values).clip(0, 255).astype(np.uint8))

@@ -1,7 +1,7 @@
 """The loss that makes CLIP, and the sigmoid one that SigLIP puts in its place; each exact across processes.
 
 CLIP's loss is six lines (paper section 2.3, figure 3). Each image picks its text among all texts of the batch, and each
-text its image; row i of the logits is image i's choice, column i text i's, and the diagonal is right:
+text its image. Row i of the logits scores all texts for image i, column i all images for text i; i is the right one:
 
 >>> import torch
 >>> from torch.nn.functional import cross_entropy, normalize
@@ -43,9 +43,9 @@ def clip_loss(
     groups: Tensor | None = None,
     across_processes: bool = False,
 ) -> Tensor:
-    """How badly images pick their texts among all, and texts their images; ln B is chance.
+    """Cross-entropy of each image's choice among all texts and each text's among all images; ln B is chance.
 
-    Computed in at least float32 whatever the autocast: near the usual logit of 50, bfloat16's spacing is 0.25.
+    It is computed in at least float32 whatever the autocast: near the usual logit of 50, bfloat16's spacing is 0.25.
 
     Args:
         image_features, text_features: (b, E), of unit length; row i of one belongs to row i of the other.
@@ -53,11 +53,11 @@ def clip_loss(
         chunk_size: images per slice of the (b, B) logits. Only one slice is held at a time and computed again
             for the gradient, so memory is O(B * chunk_size) instead of O(b * B); the numbers are the same.
         mask: (b,) bool; False takes a pair out altogether, its row and its column.
-        groups: (b,) whole numbers; pairs of one number belong to each other as well, and the target is shared evenly
-            among them (as in Khosla et al. 2020, eq. 2). By default every pair for itself.
-        across_processes: contrast the pairs of all processes, equally many on each. Every process gets its own pairs'
-            share times the number of processes; averaged over them, as DDP averages gradients, loss and gradients
-            are those of one process with all pairs. Each computes its b rows of logits and no more.
+        groups: (b,) whole numbers; each image of a group fits each of its texts, and the target is shared evenly
+            among them (as in Khosla et al. 2020, eq. 2). By default every pair is a group of its own.
+        across_processes: contrast the pairs of all processes, b on each. Every process returns its own pairs' share
+            times the number of processes, so the average over processes, which DDP takes of gradients, is that of one
+            process with all pairs. Each process computes its b rows of logits and no more.
 
     Returns:
         A scalar, the mean over pairs and both directions.
@@ -69,7 +69,8 @@ def clip_loss(
         p = gather_pairs(image_features, text_features, chunk_size, mask, groups, across_processes)
         scale = p.number(logit_scale)
         over_texts, over_images = LogSumExps.apply(p.images, p.all_texts, scale, p)
-        # Of each text over all images: every process has the sum over its own.
+        # over_texts is (b,), over_images (B,): a process has each text's sum over its own images only. p.own are its b
+        # of the B pairs; p.images and p.texts are (b, E), p.all_texts is (B, E).
         over_images = (log_sum_exp(over_images) if across_processes else over_images)[p.own]  # (b,)
         targets = p.texts if p.all_groups is None else group_means(p.all_texts, p.all_groups, p.all_mask)[p.own]
         agreement = scale * (p.images * targets).sum(dim=-1)  # (b,), with its own text, or on average with its group's
@@ -89,19 +90,19 @@ def siglip_loss(
     groups: Tensor | None = None,
     across_processes: bool = False,
 ) -> Tensor:
-    """How badly images and texts tell whether they fit: -log sigmoid(z * logit), z 1 for a pair and -1 for all else.
+    """The sum of -log sigmoid(z * logit) over all B * B logits, divided by B; z is 1 for a pair and -1 for all else.
 
-    A logit is the scaled cosine plus the bias. Summed over all B * B of them and divided by B (Zhai et al. 2023,
-    equation 1 and algorithm 1), in at least float32 whatever the autocast. `siglip_chance` is chance.
+    A logit is the scaled cosine plus the bias (Zhai et al. 2023, equation 1 and algorithm 1). The loss is computed in
+    at least float32 whatever the autocast. `siglip_chance` gives its value at chance.
 
     Args:
         image_features, text_features, logit_scale, mask, across_processes: as in `clip_loss`.
         logit_bias: added to the scaled cosines.
         chunk_size: images per slice of the (b, B) logits; one is held at a time, and none is computed twice.
-        groups: (b,) whole numbers; pairs of one number fit each other as well. By default every pair for itself.
+        groups: (b,) whole numbers; each image of a group fits each of its texts (z = 1). By default a pair is alone.
 
     Returns:
-        A scalar, the sum over images and texts that the mask leaves, per pair.
+        A scalar, the sum over the images and texts that the mask leaves, divided by the number of those pairs.
 
     Raises:
         ValueError: as `clip_loss`, or no bias.
@@ -115,11 +116,11 @@ def siglip_loss(
 
 
 def siglip_chance(num_pairs: int, groups: Tensor | None = None) -> float:
-    """The least `siglip_loss` of logits that are all the same, so that features say nothing: ln B + 1 for large B.
+    """The least `siglip_loss` if all logits are equal and features have no influence: about ln B + 1 for large B.
 
-    Of B * B images and texts a share s fits (1 / B, without groups). The best that one logit for all can do is to give
-    each of them the probability s, which costs the entropy of s, B times a pair. Where a model begins
-    depends on its bias, and may be above that: how rare pairs are is soon learnt, and tells nothing about images.
+    A share s of the B * B combinations of an image and a text fits (1 / B, without groups). The best common logit gives
+    each combination the probability s, at a cost of the entropy of s; there are B combinations a pair. A new model may
+    be above that, as its bias decides: how rare pairs are is soon learnt, without anything about images.
 
     Args:
         num_pairs: B.

@@ -1,12 +1,15 @@
-"""CLIP: two towers that map images and texts to one space (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
+"""CLIP: two networks, the towers, map images and texts to one space.
+
+"The paper" is Radford et al. 2021, https://arxiv.org/abs/2103.00020.
 
 Read from top to bottom: attention, block, transformer, the two towers, CLIP. Parameters have the names of OpenAI's
 code, so its weights fit. One thing differs from OpenAI's code and gives the same result: each tower's output is one
 token (an image's class token, a text's end-of-text token), so the last block computes queries, hidden layer and norm
-for that token alone; `pool` is its index. A call into `fast/` computes what the comment beside it says, with less work;
-this file is complete without them.
+for that token alone; `pool` (B,) is its index in each row. A call into `fast/` computes what the comment beside it
+says, with less work; this file is complete without them.
 
-B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution.
+B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower, H heads, E embedding, R resolution
+(height and width of the images). `CLIP`'s methods count N images and M texts, or N texts.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from .fast.plain import is_unobserved
 from .resnet import ModifiedResNet
 from .timm_tower import TimmTower
 
+# From (q, k, v, is_causal, pool) to the output of all heads; `dot_product_attention` below gives the shapes.
 Attend = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
 
 
@@ -51,7 +55,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, pool
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values (Vaswani et al. 2017, section 3.2).
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2); one matrix (3 D, D) gives queries, keys and values.
 
     Args:
         is_causal: a token sees itself and the tokens before it only.
@@ -153,8 +157,8 @@ class VisionTransformer(nn.Module):
         D = config.width
         self.input_resolution = config.image_size
         self.conv1 = nn.Conv2d(3, D, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
-        # OpenAI initialises both embeddings at D**-0.5. Patches leave conv1 at about 0.6 times the size of the
-        # normalised pixels, so positions would be too faint to learn from early on. 0.5 matches them (docs/log.md).
+        # OpenAI initialises both embeddings with std D**-0.5. Patches leave conv1 at about 0.6 times the size of the
+        # pixels, so positions would be too faint to learn from early on. 0.5 matches the patches (docs/log.md).
         self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(D), std=0.5))
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1 + config.num_patches, D), std=0.5))
         self.ln_pre = nn.LayerNorm(D)
@@ -174,14 +178,18 @@ class VisionTransformer(nn.Module):
         x = self.ln_pre(x)
         if all_tokens:
             return self.ln_post(self.transformer(x))
-        if not is_unobserved(self):  # hooks see every token in every block
+        if not is_unobserved(self):  # a hook, or an export, gets every token in every block
             return project(self.ln_post(self.transformer(x, pool=None))[:, 0], self.proj)
         class_token = torch.zeros(B, dtype=torch.long, device=x.device)
         return project(self.ln_post(self.transformer(x, pool=class_token)), self.proj)
 
 
 class TextLayout(Protocol):
-    """Where the tokens of a batch stand in their texts, where the texts end, and how the tokens attend."""
+    """How a batch of texts lies in `tokens`: a row each (`Rectangle`), or one after another in a single row.
+
+    positions: of each token in its text. ends: (B,), the index of each text's end-of-text token in its row. attend: the
+    attention that lets a token see its own text alone.
+    """
 
     @property
     def positions(self) -> Tensor: ...
@@ -217,12 +225,12 @@ class TextTransformer(nn.Module):
         self.transformer = Transformer(config, activation, is_causal=True)
         self.ln_final = nn.LayerNorm(D)
         self.text_projection = nn.Parameter(torch.empty(D, embed_dim))
-        # OpenAI initialises both at about 0.02, so token and position embeddings are equally small and the residual
-        # branches drown them. With tokens that stand out, a tower learns their meaning in fewer steps (docs/log.md).
+        # OpenAI's token and position embeddings both begin near 0.02, so small that the residual branches drown them.
+        # With tokens that stand out, a tower learns their meaning in fewer steps (docs/log.md).
         nn.init.normal_(self.token_embedding.weight, std=0.5)
         nn.init.normal_(self.positional_embedding, std=0.05)
-        # As in OpenAI's code: deeper stacks start with smaller residuals (Radford et al. 2019, section 2.3). The image
-        # tower's blocks keep PyTorch's defaults there, and so here.
+        # As in OpenAI's code, a deeper stack starts with smaller residuals (Radford et al. 2019, section 2.3), and only
+        # the text tower's blocks do: the image tower's keep the initialisation of their modules.
         nn.init.normal_(self.text_projection, std=D**-0.5)
         residual_std = D**-0.5 * (2 * config.layers) ** -0.5
         for block in self.transformer.resblocks:
@@ -236,7 +244,7 @@ class TextTransformer(nn.Module):
         """Token ids (B, L), L up to the context length -> (B, E).
 
         With `all_tokens` -> (B, L, D): every token normed but not projected (what diffusion models condition on).
-        `layout` says where the tokens are if they do not lie in rows, as `fast.packed_texts` lays them.
+        `layout` describes tokens that do not lie in a row a text: `fast.packed_texts` puts all into one, (1, L).
         """
         texts: TextLayout = layout or Rectangle.of(tokens, self.eot_token)
         x = self.token_embedding(tokens) + F.embedding(texts.positions, self.positional_embedding)  # (B, L, D)
@@ -258,9 +266,10 @@ class MissingTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and the temperature of their contrast; for the sigmoid loss a bias as well (`logit_bias`, else None).
+    """Two towers and the scale of their logits; for the sigmoid loss a bias as well (`logit_bias`, else None).
 
-    `logit_scale` is stored as a logarithm, as OpenAI's; logits are exp(logit_scale) * cosine + logit_bias.
+    A logit is exp(logit_scale) * cosine + logit_bias, for an image and a text; the scale is learnt as its logarithm, as
+    in OpenAI's code, and is the inverse of the softmax's temperature.
     """
 
     def __init__(self, config: CLIPConfig) -> None:
@@ -330,7 +339,7 @@ class CLIP(nn.Module):
         return self._unit(features) if normalize else features
 
     def _unit(self, features: Tensor) -> Tensor:
-        """Of unit length, in the parameters' precision even where autocast left the features in a lower one."""
+        """Features scaled to unit length, in the parameters' precision even where autocast left a lower one."""
         wide = features.to(torch.promote_types(self.dtype, torch.float32))
         return F.normalize(wide, dim=-1).to(self.dtype)
 

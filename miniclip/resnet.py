@@ -5,7 +5,10 @@
   (Zhang 2019).
 - The features are pooled by attention, whose query is the mean of all positions.
 
-B batch, C channels, H, W height and width of a feature map, N = 1 + H * W tokens, R resolution, E embedding.
+A call into `folded` computes what the comment beside the first one says, with less work.
+
+B batch, C channels (D after the stem), H, W height and width of a feature map, N = 1 + H * W tokens (the mean, then
+every position), R resolution, E embedding.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
 
 
 class Bottleneck(nn.Module):
-    """1 × 1, 3 × 3 and 1 × 1 convolutions around a shortcut (He et al. 2015), strides by average pools."""
+    """1 × 1, 3 × 3 and 1 × 1 convolutions beside a shortcut (He et al. 2015); average pools take the strides."""
 
     def __init__(self, channels: int, inner: int, stride: int) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Bottleneck(nn.Module):
             shortcut["-1"] = nn.AvgPool2d(stride)  # OpenAI's names
             shortcut["0"] = nn.Conv2d(channels, outer, 1, bias=False)
             shortcut["1"] = nn.BatchNorm2d(outer)
-        self.downsample: Any = nn.Sequential(shortcut)  # empty for an identity
+        self.downsample: Any = nn.Sequential(shortcut)  # empty, it is the identity
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 4 * inner, H / stride, W / stride)."""
@@ -117,7 +120,7 @@ class ModifiedResNet(nn.Module):
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
         """Normalised images (B, 3, R, R) -> (B, E).
 
-        With `all_tokens` -> (B, 1 + (R / 32)^2, E): the mean's token, then the positions row by row, projected.
+        With `all_tokens` -> (B, N, E), N = 1 + (R / 32)^2: the mean's token, then the positions row by row, projected.
         """
         x = self.stem(folded.channels_last(images))  # (B, D, R / 4, R / 4)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -14,7 +14,7 @@ from .config import VisionConfig
 
 
 class TimmTower(nn.Module):
-    """An image model of timm's with a projection, laid out as in OpenCLIP's checkpoints."""
+    """An image model of timm's (`trunk`) and a projection (`head`), named as in OpenCLIP's checkpoints."""
 
     trunk: Any  # timm's models have no common type
 
@@ -50,10 +50,10 @@ class TimmTower(nn.Module):
         self.head = nn.Sequential(layers)
 
     def load_trunk(self, config: VisionConfig, embed_dim: int, file: str | None = None) -> None:
-        """Takes over weights of timm's: those that it has for the model, downloaded once, or a file with its names.
+        """Loads pretrained weights into the trunk: timm's, downloaded once, or those of a file with timm's names.
 
         Raises:
-            ValueError: there are none, they do not fit, or `config` normalises images otherwise than they need.
+            ValueError: timm has none, they do not fit, or they need another mean or std than `config` has.
         """
         import timm
 
@@ -78,10 +78,10 @@ class TimmTower(nn.Module):
         self.trunk.load_state_dict(trunk.state_dict())
 
     def checkpoint_blocks(self) -> None:
-        """From now on timm's blocks keep their inputs alone for the gradient, in training.
+        """In training, timm's blocks keep only their inputs from now on, and are computed again for the gradient.
 
         Raises:
-            ValueError: timm can't do that for this model, or not without counting a batch twice in its batch norms.
+            ValueError: timm can't do that for this model, or its batch norms would count each batch twice.
         """
         name = type(self.trunk).__name__
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.trunk.modules()):
@@ -97,10 +97,13 @@ class TimmTower(nn.Module):
             ) from error
 
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
-        """Normalised images (B, 3, R, R) -> (B, E), or with `all_tokens` what the model gives before pooling."""
+        """Normalised images (B, 3, R, R) -> (B, E). With `all_tokens` -> the model's features before pooling.
+
+        The model decides on their shape: (B, tokens, width) of most transformers, (B, width, H, W) of most others.
+        """
         return self.trunk.forward_features(images) if all_tokens else self.head(self.trunk(images))
 
 
 def _num_classes(config: VisionConfig, embed_dim: int) -> int:
-    """Of timm's own classifier, which may serve as the projection."""
+    """Outputs of the model's own classifier, which may serve as the projection; 0 leaves it out."""
     return embed_dim if config.timm_projection == "classifier" else 0

@@ -1,8 +1,9 @@
 """CLIP's tokenizer: lower-cased byte-pair encoding with 49,408 ids (paper section 2.4; Sennrich et al. 2016).
 
-The vocabulary is laid out so that ids need no table: 256 bytes, the same 256 bytes ending a word, one id for every
-merge in the order in which the merges were learnt, then the start and the end of text. A smaller id is therefore an
-earlier merge, and encoding a word is: while some neighbours have a merge, apply the one of smallest id.
+A merge makes one token of two neighbours. The vocabulary is laid out so that ids need no table: 256 bytes, the same
+256 bytes ending a word, one id for every merge in the order in which the merges were learnt, then two special tokens,
+the start and the end of text. A smaller id is therefore an earlier merge. A word is encoded from its bytes up: as long
+as a merge fits any two neighbours, the one of smallest id is applied.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ START_OF_TEXT, END_OF_TEXT = 49406, 49407
 VOCAB_SIZE = 49408
 _NUM_MERGES = VOCAB_SIZE - 2 * 256 - 2
 
-# Words, digits one by one, English endings, and runs of anything else that is not a space. The two names of the
-# special tokens may be written out in a text. A match never holds a space, which the cache below builds on.
+# Words, digits one by one, English contractions ('s, 'll), runs of anything else that is not a space, and the special
+# tokens by name. A match (a "piece") never holds a space, which `_Words` below relies on.
 _PIECES = regex.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
@@ -49,7 +50,7 @@ class TextTooLongError(ValueError, RuntimeError):
 
 @cache
 def _byte_ids() -> tuple[int, ...]:
-    """The id of each byte: printable characters of Latin-1 come first, then the other bytes, each in byte order."""
+    """The id of each byte: Latin-1's 188 printable characters come first, then the other bytes, each in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     order = printable + [byte for byte in range(256) if byte not in set(printable)]
     ids = [0] * 256
@@ -60,9 +61,9 @@ def _byte_ids() -> tuple[int, ...]:
 
 @cache
 def _read_merges() -> tuple[dict[tuple[int, int], int], dict[str, int]]:
-    """(left id, right id) -> id of the two together, and symbol -> id.
+    """(left id, right id) -> id of the two together, and symbol -> id; a symbol is a token as OpenAI's file spells it.
 
-    In the file a byte stands as a printable character: Latin-1's own where it is printable, else the next one from
+    The file spells a byte as a printable character: Latin-1's own where it is printable, else the next one from
     U+0100 on; "</w>" marks the end of a word.
     """
     symbols: dict[str, int] = {}
@@ -109,10 +110,11 @@ def encode_piece(piece: str) -> list[int]:
 
 
 def merge(piece: str) -> list[int]:
-    """From bytes up: the neighbours of smallest id first, and of equal ones those furthest left.
+    """Starts from the bytes and applies the merge of smallest id first, and among equal ones the leftmost.
 
     A heap holds the pairs that can merge, so n bytes take O(n log n) steps: some texts are one word of thousands of
-    letters. A pair that changed since it was pushed is skipped when it comes up.
+    letters. A pair that changed since it was pushed is skipped when it comes up. `before` and `after` hold the indices
+    of each token's neighbours; a _GONE at the end, which no merge has, stands for the right neighbour of the last.
     """
     byte_ids, merges = _byte_ids(), learnt_merges()
     ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
@@ -161,7 +163,7 @@ def clean(text: str) -> str:
 
 
 def encode(text: str, at_least: int | None = None) -> list[int]:
-    """The ids of a text, without start and end of text; with `at_least`, of its first words that have so many ids."""
+    """The ids of a text without start and end of text; `at_least` leaves out the words after that many ids."""
     text = text.lower() if _IS_CLEAN(text) else clean(text)
     ids: list[int] = []
     for word in text.split():
@@ -193,7 +195,7 @@ def encode_for_model(text: str, context_length: int = CONTEXT_LENGTH, truncate: 
     """The ids of a text between start and end of text, at most `context_length` of them.
 
     Raises:
-        TextTooLongError: more than that, unless `truncate`, which cuts and puts the end token last.
+        TextTooLongError: the text has more, and `truncate` is False; if True, it is cut and the end token put last.
     """
     ids = [START_OF_TEXT, *encode(text, at_least=context_length if truncate else None), END_OF_TEXT]
     if len(ids) > context_length:
@@ -238,10 +240,11 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
 
 
 def refuse_other_ids(text: TextConfig, name: str, whose: str) -> None:
-    """
+    """Makes sure that a text tower reads this tokenizer's ids.
+
     Args:
-        name: of the text tower's model, for the error.
-        whose: what has made the ids that it would read.
+        name: the model's, for the error.
+        whose: whose ids the tower would read, for the error ("CLIP's").
 
     Raises:
         ValueError: a text tower reads other token ids than this tokenizer's.
