@@ -134,7 +134,8 @@ class PatientLoader(DataLoader[T_co]):
         while not (failure := self._failure(fetcher)) and time.monotonic() < end:
             time.sleep(0.05)
         if failure or is_cut_off:
-            return failure or StalledDataError(f"the connection to a worker that reads data broke: {error!r}")
+            broke = f"the connection to a worker that reads data broke ({error!r}), most often by too many open files"
+            return failure or StalledDataError(self._diagnosis(broke))
         if _OPEN_FILES.search(str(error)) or _TORCHS_MEMORY.search(str(error)):
             return StalledDataError(self._diagnosis(str(error).strip().rpartition("\n")[2]))
         return error
