@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -132,7 +131,6 @@ class CLIPTraining(pl.LightningModule):
             self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
         self.result: StepResult | None = None  # of the current step, until the weights have moved
         self._validation: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._while_validating = ExitStack()
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -219,15 +217,10 @@ class CLIPTraining(pl.LightningModule):
         """The model that validation scores and a run leaves: the average, if there is one."""
         return self.clip if self.average is None else self.average
 
-    def on_validation_start(self) -> None:
-        # Validation has other batch sizes and no gradient: compiling for it takes longer than it does.
-        self._while_validating.enter_context(torch.compiler.set_stance("force_eager"))
-
-    def on_validation_end(self) -> None:
-        self._while_validating.close()
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        image_features, text_features = self.features(batch)
+        # Validation has other batch sizes and no gradient: compiling for it takes longer than it does.
+        with torch.compiler.set_stance("force_eager"):
+            image_features, text_features = self.features(batch)
         healthy = torch.ones(len(batch.keys), dtype=torch.bool) if batch.mask is None else batch.mask
         features = image_features.float().cpu(), text_features.float().cpu()
         self._validation.append((*features, batch.caption_ids.cpu(), healthy.cpu()))

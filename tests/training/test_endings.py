@@ -1,12 +1,16 @@
 """Whatever ends a run, its last step is validated."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import arguments, fails, validations
 
 from miniclip.commands import train as trainer
+from miniclip.data.shard_index import index_shards
 
 
 def early_stopping(**options: object) -> str:
@@ -50,3 +54,31 @@ def test_early_stopping_on_a_metric_that_nothing_logs_is_an_error_that_names_tho
     assert "'val_loss'" in message
     assert "'val/loss'" in message
     assert "Traceback" not in message
+
+
+def spoilt(shards: Path, out: Path) -> Path:
+    """A copy of shards in which no image can be read."""
+    shutil.copytree(shards, out)
+    for tar in sorted(out.glob("*.tar")):
+        with open(tar, "r+b") as file:
+            for offset, _ in np.load(tar.with_suffix(".npz"))["image"]:
+                file.seek(int(offset))
+                file.write(b"spoilt!!")
+    index_shards(str(out), overwrite=True)
+    return out
+
+
+def test_an_error_in_a_validation_names_its_cause_and_leaves_torch_compile_on(data, tmp_path, capsys):
+    val = spoilt(data / "shards/val", tmp_path / "val")
+    message = fails(
+        capsys, [*arguments(data, tmp_path / "run", steps=2), f"--data.val={val}", "--model.max_rejected=1"]
+    )
+    assert "not one sample of data.val could be read" in message
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(1))
+    assert len(compiled) == 1
