@@ -29,7 +29,7 @@ from ..evaluation.measures.conformal import Coverage, is_in_set, surprisals
 from ..evaluation.prompts import Prompts, class_prompts
 
 FILE = "threshold.json"
-_SCHEMA = 1
+_FILE_SCHEMA = 1
 _BY_HAND = "given by hand"
 _FOLDER_PREFIXES = ("transformers:", "openclip:local-dir:")
 _PROBE_TEXT = "a photo of a cat."  # short enough for every context
@@ -285,7 +285,7 @@ def write_threshold(path: str | Path, threshold: ModelThreshold, overwrite: bool
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    values = {"schema": _SCHEMA, **asdict(threshold)}
+    values = {"schema": _FILE_SCHEMA, **asdict(threshold)}
     del values["source"]
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
@@ -308,8 +308,8 @@ def read_threshold(path: str | Path) -> ModelThreshold:
         raise ValueError(f"threshold {str(path)!r} is no file and no number; `miniclip calibrate` writes such a file")
     try:
         values = json.loads(path.read_bytes())
-        if values["schema"] != _SCHEMA:
-            raise ValueError(f"its schema is {values['schema']!r}, and miniclip {__version__} reads {_SCHEMA}")
+        if values["schema"] != _FILE_SCHEMA:
+            raise ValueError(f"its schema is {values['schema']!r}, and miniclip {__version__} reads {_FILE_SCHEMA}")
         del values["schema"]
         return _from_json(ModelThreshold, values | {"source": str(path)}, "")
     except (ValueError, TypeError, KeyError) as error:
