@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import mmap
 import re
 import sys
 import time
@@ -363,7 +363,7 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     statm = Path("/proc/self/statm")
     if statm.is_file():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+        return int(statm.read_text().split()[1]) * mmap.PAGESIZE / 1e9
     try:
         import resource
     except ImportError:

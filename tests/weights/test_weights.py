@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import picture, tiny_clip, tiny_config
 
-from miniclip.common.files import atomic_write, write_text
+from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
 from miniclip.weights.containers import write_safetensors
@@ -437,51 +437,6 @@ def test_openais_names_become_ours_and_its_bookkeeping_entries_are_dropped():
     ours = from_openai_keys({**theirs, **bookkeeping})
     assert list(ours) == ["visual.proj", "logit_scale", *(f"text.{name}" for name in names[2:])]
     assert [int(tensor) for tensor in ours.values()] == [0, 1, 2, 3, 4]
-
-
-# ---- files
-
-
-def test_a_file_appears_under_its_name_only_once_complete(tmp_path):
-    path = tmp_path / "new" / "file.bin"
-    with atomic_write(path) as file:
-        file.write(b"half")
-        file.flush()
-        assert not path.exists()
-        assert len(list(path.parent.iterdir())) == 1  # the temporary one stands in the same folder
-        file.write(b" and half")
-    assert path.read_bytes() == b"half and half"
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_interrupted_write_leaves_the_old_content_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file.bin"
-    path.write_bytes(b"old")
-
-    def interrupted():
-        with atomic_write(path) as file:
-            file.write(b"new")
-            file.flush()
-            assert path.read_bytes() == b"old"
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_write_that_fails_without_an_old_file_leaves_nothing(tmp_path):
-    path = tmp_path / "file.bin"
-    with pytest.raises(TypeError), atomic_write(path) as file:
-        file.write("text where bytes belong")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_text_is_written_as_utf8(tmp_path):
-    write_text(tmp_path / "file.txt", "Löwe\n")
-    assert (tmp_path / "file.txt").read_bytes() == b"L\xc3\xb6we\n"
 
 
 def test_loading_imports_no_compiler(tmp_path):

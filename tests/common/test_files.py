@@ -1,0 +1,150 @@
+"""Files that appear whole or not at all, and locks: on plain disks, and on those that lack a call."""
+
+import errno
+import fcntl
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from miniclip.common.files import atomic_write, locked, swap_in, write_text
+
+LACKING = [errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]  # answers of FUSE, old NFS and SMB
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """A call of the system that answers with an error from now on."""
+
+    def install(module, name, number):
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(module, name, refuse)
+
+    return install
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole or not at all
+
+
+def test_a_file_appears_under_its_name_only_once_complete(tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    with atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+        assert len(list(path.parent.iterdir())) == 1  # the temporary one stands in the same folder
+        file.write(b" and half")
+    assert path.read_bytes() == b"half and half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interrupted_write_leaves_the_old_content_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def interrupted():
+        with atomic_write(path) as file:
+            file.write(b"new")
+            file.flush()
+            assert path.read_bytes() == b"old"
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_without_an_old_file_leaves_nothing(tmp_path):
+    path = tmp_path / "file.bin"
+    with pytest.raises(TypeError), atomic_write(path) as file:
+        file.write("text where bytes belong")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_is_written_as_utf8(tmp_path):
+    write_text(tmp_path / "file.txt", "Löwe\n")
+    assert (tmp_path / "file.txt").read_bytes() == b"L\xc3\xb6we\n"
+
+
+def test_a_file_is_written_under_a_hidden_name_of_its_folder_that_no_other_writer_has(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"before")
+    with atomic_write(path) as first, atomic_write(path) as second:
+        names = {each.name for each in tmp_path.iterdir()} - {path.name}
+        assert len(names) == 2  # though one process, which may have the id of another container's, writes both
+        assert all(re.fullmatch(r"\.model\.safetensors\.\w{16}\.tmp", name) for name in names)
+        assert path.read_bytes() == b"before"
+        first.write(b"first")
+        second.write(b"second")
+    assert path.read_bytes() == b"first"  # whose writer ended last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_as_long_as_the_disk_allows_can_be_written(tmp_path):
+    path = tmp_path / ("x" * 255)
+    write_text(path, "kept")
+    assert path.read_text() == "kept"
+
+
+@pytest.mark.parametrize("number", LACKING)
+def test_a_disk_that_cannot_sync_is_written_to(tmp_path, without, number):
+    without(os, "fsync", number)
+    write_text(tmp_path / "new/file", "kept")
+    assert (tmp_path / "new/file").read_text() == "kept"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/inside").write_text("new")
+    swap_in(tmp_path / "folder", tmp_path / "new")
+    assert (tmp_path / "new/inside").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_to_sync_is_an_error_and_keeps_what_was_there(tmp_path, without, number):
+    path = tmp_path / "file"
+    path.write_text("before")
+    without(os, "fsync", number)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        write_text(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+@pytest.mark.parametrize("number", [None, *LACKING])
+def test_a_lock_keeps_others_out_until_it_is_released_even_where_the_disk_has_none(tmp_path, without, number):
+    if number is not None:
+        without(fcntl, "flock", number)
+    path = tmp_path / "new" / ".lock"
+    with (
+        locked(path, "the folder is in use", patience_s=0),
+        pytest.raises(ValueError, match=rf"^the folder is in use \(it holds {re.escape(str(path))}"),
+        locked(path, "the folder is in use", patience_s=0),
+    ):
+        pass
+    with locked(path, "it was released", patience_s=0):
+        pass
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lock_that_may_not_be_made_is_an_error(tmp_path, without):
+    without(fcntl, "flock", errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path / ".lock", "busy", patience_s=0):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    hold = "import os, sys; from pathlib import Path; from miniclip.common.files import locked\n"
+    hold += "with locked(Path(sys.argv[1]), 'busy'): os._exit(7)"
+    path = tmp_path / ".lock"
+    assert subprocess.run([sys.executable, "-c", hold, str(path)], check=False).returncode == 7
+    with locked(path, "it is gone", patience_s=0):
+        pass
