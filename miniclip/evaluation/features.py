@@ -220,6 +220,63 @@ class _Images(Dataset[Tensor | str]):
             return str(error)
 
 
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Images that went through the model together.
+
+    Args:
+        indices: (b,) of those that could be read, as indices of the data, in the order of the pass.
+        features: (b, E) of those, as the model gives them, in float32 on the CPU.
+        problems: why others could not be read, by index.
+    """
+
+    indices: np.ndarray
+    features: Tensor
+    problems: Mapping[int, str]
+
+
+def encode_in_batches(
+    encode: Callable[[Tensor], Tensor],
+    preprocess: Callable[[Image.Image], Tensor],
+    data: EvaluationSet,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Iterator[EncodedBatch]:
+    """One pass over some images of a data set, in the order of `indices`; only a few batches are in memory.
+
+    Args:
+        encode: (B, 3, R, R) on `device` -> (B, E).
+        preprocess: PIL image to (3, R, R).
+        num_workers: processes that decode; no more than there are batches, and none for a single one.
+
+    Raises:
+        ValueError: features that are zero or not finite.
+    """
+    places = [int(index) for index in indices]
+    num_batches = -(-len(places) // batch_size)
+    num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
+    opened = _Images(data, preprocess, places)
+    loader: PatientLoader[Any] = PatientLoader(opened, batch_size, num_workers=num_workers, collate_fn=list)
+    blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
+    for number, batch in enumerate(loader if places else ()):
+        if blank is None:
+            readable = [image for image in batch if isinstance(image, Tensor)]
+            blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
+        images = torch.stack([blank if isinstance(image, str) else image for image in batch])
+        with torch.no_grad():
+            features = encode(images.to(device)).float().cpu()  # (b, E)
+        is_healthy = torch.tensor([isinstance(image, Tensor) for image in batch])
+        if not is_healthy.all():
+            features = features[is_healthy]
+        _refuse_without_direction(features, data.name)
+        own = np.array(places[number * batch_size : number * batch_size + len(batch)], dtype=np.int64)
+        problems = {int(i): image for i, image in zip(own, batch, strict=True) if isinstance(image, str)}
+        yield EncodedBatch(own[is_healthy.numpy()], features, problems)
+
+
 @torch.no_grad()  # as above
 def encode_images(
     encode: Callable[[Tensor], Tensor],
@@ -236,9 +293,7 @@ def encode_images(
     """Features of every image that can be read; each process encodes a share, where there are several.
 
     Args:
-        encode: (B, 3, R, R) on `device` -> (B, E).
-        preprocess: PIL image to (3, R, R).
-        num_workers: processes that decode; no more than there are batches, and none for a single one.
+        encode, preprocess, num_workers: as in `encode_in_batches`.
         cache: with `key`, which stands for model, preprocessing and images, nothing is computed twice: what a run
             that was stopped has done counts, with any number of processes and any batch size.
         progress: called with the number of images done, of all processes'.
@@ -254,57 +309,59 @@ def encode_images(
     missing = np.setdiff1d(np.arange(len(data)), known)
     if progress and len(known):
         progress(len(known))
-    indices = [int(missing[position]) for position in own_indices(len(missing))]
-    num_batches = -(-len(indices) // batch_size)
-    num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
-    opened = _Images(data, preprocess, indices)
-    loader: PatientLoader[Any] = PatientLoader(opened, batch_size, num_workers=num_workers, collate_fn=list)
-    blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
-    parts: list[Tensor] = []
-    problems: list[str] = []  # of each image, empty for those that could be read
-    unsaved, saved_at = 0, time.monotonic()  # the first of `parts`, counted in batches, that no file has
+    own = missing[np.array(own_indices(len(missing)), dtype=np.int64)]
+    batches: list[EncodedBatch] = []
+    unsaved, saved_at = 0, time.monotonic()  # the first of `batches` that no file has
 
     def save_part() -> None:
-        if cache is not None and key is not None and parts[unsaved:]:
-            first = unsaved * batch_size
-            done = [position for position in range(first, len(problems)) if not problems[position]]
-            rows = torch.cat(parts[unsaved:])[[position - first for position in done]]
-            cache.write_part(key, {"indices": torch.tensor([indices[position] for position in done]), "features": rows})
+        if cache is not None and key is not None and batches[unsaved:]:
+            cache.write_part(key, _tensors_of(batches[unsaved:]))
 
     try:
-        for batch in loader if indices else ():
-            if blank is None:
-                readable = [image for image in batch if isinstance(image, Tensor)]
-                blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
-            images = torch.stack([blank if isinstance(image, str) else image for image in batch])
-            features = encode(images.to(device)).float().cpu()  # (b, E)
-            _refuse_without_direction(features[[isinstance(image, Tensor) for image in batch]], data.name)
-            parts.append(features)
-            problems += [image if isinstance(image, str) else "" for image in batch]
+        for batch in encode_in_batches(
+            encode, preprocess, data, own, device=device, batch_size=batch_size, num_workers=num_workers
+        ):
+            batches.append(batch)
             if progress:
-                progress(len(known) + round(len(problems) * len(missing) / len(indices)))
+                done = min(len(batches) * batch_size, len(own))
+                progress(len(known) + round(done * len(missing) / len(own)))
             if time.monotonic() - saved_at > _SECONDS_BETWEEN_PARTS:
                 save_part()
-                unsaved, saved_at = len(parts), time.monotonic()
+                unsaved, saved_at = len(batches), time.monotonic()
     except BaseException:  # Ctrl-C, too
         save_part()
         raise
-    shares = all_gather_objects((torch.cat(parts) if parts else None, problems))
-    problems = [problem for _, each in shares for problem in each][: len(missing)]
-    is_healthy = np.array([not problem for problem in problems], dtype=bool)
-    unreadable = tuple(problem for problem in problems if problem)
-    if not len(known) and not is_healthy.any():
-        raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
-    new = [part for part, _ in shares if part is not None]
-    found = [torch.cat(new)[: len(missing)][torch.from_numpy(is_healthy)]] if new else []
+    shares = all_gather_objects((_tensors_of(batches), _problems_of(batches)))
+    problems = {index: problem for _, each in shares for index, problem in each.items()}
+    unreadable = tuple(problems[index] for index in sorted(problems))
+    parts = [tensors for tensors, _ in shares if tensors["indices"].numel()]
     if len(known):
-        found = [all_gather_objects(kept.features if kept else None)[0], *found]  # type: ignore[list-item]
-    indices_found = np.concatenate([known, missing[is_healthy]])
-    order = np.argsort(indices_found)
-    rows = torch.cat(found)[torch.from_numpy(order)]
-    if kept and not kept.is_whole(len(indices_found)):
-        kept.write(indices_found[order], rows)
-    return ImageFeatures(data, indices_found[order], rows, unreadable)
+        parts = [all_gather_objects(kept.tensors if kept else {})[0], *parts]
+    if not parts:
+        raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
+    found = _joined(parts)
+    if kept and not kept.is_whole(len(found["indices"])):
+        cache.write(key, found)  # type: ignore[union-attr, arg-type]
+    return ImageFeatures(data, found["indices"].numpy(), found["features"], unreadable)
+
+
+def _tensors_of(batches: Sequence[EncodedBatch]) -> dict[str, Tensor]:
+    """What is kept of some batches, and sent to other processes."""
+    if not batches:
+        return {"indices": torch.zeros(0, dtype=torch.int64)}
+    indices = torch.from_numpy(np.concatenate([batch.indices for batch in batches]))
+    return {"indices": indices, "features": torch.cat([batch.features for batch in batches])}
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """In the order of the indices, each once: the last of all is encoded several times to keep processes in step."""
+    indices, first = np.unique(torch.cat([part["indices"] for part in parts]).numpy(), return_index=True)
+    rows = torch.cat([part["features"] for part in parts])[torch.from_numpy(first)]
+    return {"indices": torch.from_numpy(indices), "features": rows}
+
+
+def _problems_of(batches: Sequence[EncodedBatch]) -> dict[int, str]:
+    return {index: problem for batch in batches for index, problem in batch.problems.items()}
 
 
 def _refuse_without_direction(features: Tensor, name: str) -> None:
@@ -318,19 +375,13 @@ class _Kept:
     """What the cache has of a data set: a whole run, the parts of some that were stopped, or nothing."""
 
     def __init__(self, cache: FeatureCache, key: str, data: EvaluationSet) -> None:
-        self.cache, self.key = cache, key
         whole = cache.read(key)
-        tensors = [*([] if whole is None else [whole]), *cache.read_parts(key)]
-        tensors = [each for each in tensors if each["indices"].numel()]
+        parts = [part for part in (whole, *cache.read_parts(key)) if part is not None and part["indices"].numel()]
         self._num_whole = 0 if whole is None else len(whole["indices"])
-        indices = np.concatenate([np.zeros(0, dtype=np.int64), *(each["indices"].numpy() for each in tensors)])
-        self.indices, first = np.unique(indices, return_index=True)
-        self.features = torch.cat([each["features"] for each in tensors])[torch.from_numpy(first)] if tensors else None
+        self.tensors = _joined(parts) if parts else {"indices": torch.zeros(0, dtype=torch.int64)}
+        self.indices = self.tensors["indices"].numpy()
         assert not len(self.indices) or self.indices[-1] < len(data)
 
     def is_whole(self, num_images: int) -> bool:
         """Whether the file of a whole run has so many."""
         return self._num_whole == num_images
-
-    def write(self, indices: np.ndarray, features: Tensor) -> None:
-        self.cache.write(self.key, {"indices": torch.from_numpy(indices), "features": features})
