@@ -92,6 +92,9 @@ def console() -> Console:
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with rate and remaining time on a terminal, nothing elsewhere; give it the number done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
@@ -100,7 +103,6 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        disable=not sys.stderr.isatty(),
     )
     with bar:
         task = bar.add_task(printable(what), total=total, rate="")

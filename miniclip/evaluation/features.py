@@ -339,7 +339,7 @@ def encode_images(
         parts = [all_gather_objects(kept.tensors if kept else {})[0], *parts]
     if not parts:
         raise ValueError(f"none of the {len(data)} images of {data.name} can be read; the first: {unreadable[0]}")
-    found = _joined(parts)
+    found = _merged(parts)
     if kept and not kept.is_whole(len(found["indices"])):
         cache.write(key, found)  # type: ignore[union-attr, arg-type]
     return ImageFeatures(data, found["indices"].numpy(), found["features"], unreadable)
@@ -353,7 +353,7 @@ def _tensors_of(batches: Sequence[EncodedBatch]) -> dict[str, Tensor]:
     return {"indices": indices, "features": torch.cat([batch.features for batch in batches])}
 
 
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _merged(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """In the order of the indices, each once: the last of all is encoded several times to keep processes in step."""
     indices, first = np.unique(torch.cat([part["indices"] for part in parts]).numpy(), return_index=True)
     rows = torch.cat([part["features"] for part in parts])[torch.from_numpy(first)]
@@ -378,7 +378,7 @@ class _Kept:
         whole = cache.read(key)
         parts = [part for part in (whole, *cache.read_parts(key)) if part is not None and part["indices"].numel()]
         self._num_whole = 0 if whole is None else len(whole["indices"])
-        self.tensors = _joined(parts) if parts else {"indices": torch.zeros(0, dtype=torch.int64)}
+        self.tensors = _merged(parts) if parts else {"indices": torch.zeros(0, dtype=torch.int64)}
         self.indices = self.tensors["indices"].numpy()
         assert not len(self.indices) or self.indices[-1] < len(data)
 

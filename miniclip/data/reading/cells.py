@@ -169,8 +169,22 @@ def _picture_of_list(cell: Sequence[Any] | np.ndarray) -> bytes | str:
 
 
 def _png(cell: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture_of_pixels(cell).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture_of_pixels(cell: Any) -> Image.Image:
+    """The picture of H x W, H x W x C or C x H x W whole numbers from 0 to 255; C is 1, 3 or 4.
+
+    Raises:
+        ValueError: another shape, or other numbers.
+    """
     try:
-        pixels = np.array([list(row) for row in cell] if not isinstance(cell, np.ndarray) else cell.tolist())
+        if not isinstance(cell, np.ndarray):
+            pixels = np.array([list(row) for row in cell])
+        else:
+            pixels = np.array(cell.tolist()) if cell.dtype == object else cell
     except (ValueError, TypeError) as error:
         raise ValueError("a list of lists of unequal lengths is in the place of an image") from error
     shape = " x ".join(map(str, pixels.shape))
@@ -184,9 +198,7 @@ def _png(cell: Any) -> bytes:
             f"an array of {shape} values ({pixels.dtype}) is in the place of an image; pixels are whole numbers from 0 "
             "to 255 in H x W, H x W x 3 or 3 x H x W"
         )
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
 
 
 def is_binary(value: Any) -> bool:

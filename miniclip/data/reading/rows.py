@@ -106,12 +106,19 @@ def choose_columns(
         if name.strip() not in by_name:
             raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
     image = by_name[image.strip()] if image else find_column(columns, IMAGE_COLUMNS, "the image paths", source)
-    if captions:
-        return image, [by_name[name.strip()] for name in captions]
+    return image, [by_name[name.strip()] for name in captions] or caption_columns_of(source, columns)
+
+
+def caption_columns_of(source: str | Path, columns: list[str]) -> list[str]:
+    """The columns that are known by their names to hold captions: one, or several that are numbered.
+
+    Raises:
+        ValueError: none is.
+    """
     matches = {column: _NUMBERED_CAPTION.fullmatch(column.strip().lower()) for column in columns}
     stems = {found[1] for found in matches.values() if found}
     numbered = [column for column, found in matches.items() if found or column.strip().lower() in stems]
-    return image, numbered or [find_column(columns, CAPTION_COLUMNS, "the captions", source)]
+    return numbered or [find_column(columns, CAPTION_COLUMNS, "the captions", source)]
 
 
 def extra_of(row: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:

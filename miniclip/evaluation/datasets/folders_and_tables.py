@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ...data.open_pairs import open_pairs
 from ...data.reading.cells import texts_in
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets, undecoded
 from ...data.reading.paths import image_in
-from ...data.reading.scan import scan
+from ...data.reading.scan import LeftOut, scan
 from ...data.reading.tables import IMAGE_COLUMNS, find_column, parquet_splits, read_table
 from .class_folders import SPLIT_NAMES, beside_folder
 from .sets import Columns, Found, NoImage, image_identity
@@ -66,7 +67,7 @@ def image_of_record(record: Any) -> bytes:
     return record.image
 
 
-def _image_of_row(folder: Path, column: str, row: Mapping[str, Any]) -> Any:
+def image_of_row(folder: Path, column: str, row: Mapping[str, Any]) -> Any:
     return _image_of_cell(folder, row.get(column))
 
 
@@ -87,7 +88,7 @@ def _image_of_pair(pair: Any) -> Any:
 
 
 def _parquet_images(path: Path, split: str | None, folder: Path, column: str) -> Sequence[Any]:
-    return FromEach(read_table(path, split)[1], partial(_image_of_row, folder, column))
+    return FromEach(read_table(path, split)[1], partial(image_of_row, folder, column))
 
 
 def _pair_images(source: str, image_column: str | None, split: str) -> Sequence[Any]:
@@ -120,42 +121,24 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
     # {file: label} is read as a file and its captions.
     known = (*LABEL_COLUMNS, *(("captions",) if list(names) == ["file", "captions"] else ()))
     label_column = columns.label or find_column(names, known, "the labels", path)
-    if not len(rows):
-        raise ValueError(f"{path} has columns and no rows")
-    values = {
-        name: _column(rows, name) for name in names if name in (image_column, label_column) or _is_flat(rows, name)
-    }
-    folder = path if path.is_dir() else path.parent
-    while not folder.is_dir():  # a pattern may hold folders
-        folder = folder.parent
-    images: Sequence[Any] = [_image_of_cell(folder, cell) for cell in values[image_column]]
-    is_path = [isinstance(image, str | Path) for image in images]
-    keys = [str(image) if at else f"{path.name}: row {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
-    if hasattr(rows, "files"):  # Parquet, whose images may lie in it
-        images = _OfEachProcess(partial(_parquet_images, path, split, folder, image_column), len(rows))
+    there = images_of_rows(path, names, rows, image_column, split, label_column)
+    values = there.values
     labels = []
     for number, (label, image) in enumerate(zip(values[label_column], values[image_column], strict=True), start=1):
         which = f"row {number}" + (f" ({image[:100]})" if isinstance(image, str) else "")
         labels.append(label_in(label, f"{path}: {which}"))
     class_names = _schema_names(rows, label_column)
-    # A table that holds its images, perhaps several columns of them.
-    files = getattr(rows, "paths", [path])
-    identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
-    left_out = list(getattr(rows, "left_out", ()))
-    if path.is_dir():
-        below = scan(path)
-        left_out += [*below.left_out, *below.unread({*below.texts, *below.others} - set(files))]
     return Found(
         path.stem,
-        images if isinstance(images, _OfEachProcess) else tuple(images),
-        keys,
+        there.images,
+        there.keys,
         {name: column for name, column in values.items() if name not in (image_column, label_column)},
         _alike(labels, str(path)),
         f"column {label_column!r}",
         classnames=class_names,
         classnames_from=f"column {label_column!r}, a ClassLabel" if class_names else "",
-        identity=identity,
-        left_out=left_out,
+        identity=there.identity,
+        left_out=there.left_out,
         beside=beside_folder(path)
         if is_several
         else {
@@ -163,6 +146,54 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
             "templates": [path.with_suffix(".templates.txt"), path.with_suffix(".templates.json")],
         },
     )
+
+
+@dataclass(frozen=True)
+class TableImages:
+    """The images of a table, and all else that one value a row says of them.
+
+    Args:
+        values: the columns that hold one value a row, the images' own among them, and those that were asked for.
+        identity: as that of an `EvaluationSet`.
+    """
+
+    images: Sequence[Any]
+    keys: list[str]
+    values: dict[str, list[Any]]
+    identity: str | None
+    left_out: list[LeftOut]
+
+
+def images_of_rows(
+    path: Path, names: Sequence[str], rows: Any, image_column: str, split: str | None = None, *also: str
+) -> TableImages:
+    """The images of what `read_table` gave, of a table or of a folder or pattern of Parquet files.
+
+    Args:
+        also: columns to have the values of, even if they are lists.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not len(rows):
+        raise ValueError(f"{path} has columns and no rows")
+    values = {name: _column(rows, name) for name in names if name in (image_column, *also) or _is_flat(rows, name)}
+    folder = path if path.is_dir() else path.parent
+    while not folder.is_dir():  # a pattern may hold folders
+        folder = folder.parent
+    images: Sequence[Any] = tuple(_image_of_cell(folder, cell) for cell in values[image_column])
+    is_path = [isinstance(image, str | Path) for image in images]
+    keys = [str(image) if at else f"{path.name}: row {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
+    if hasattr(rows, "files"):  # Parquet, whose images may lie in it
+        images = _OfEachProcess(partial(_parquet_images, path, split, folder, image_column), len(rows))
+    # A table that holds its images, perhaps several columns of them.
+    files = getattr(rows, "paths", [path])
+    identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
+    left_out = list(getattr(rows, "left_out", ()))
+    if path.is_dir():
+        below = scan(path)
+        left_out += [*below.left_out, *below.unread({*below.texts, *below.others} - set(files))]
+    return TableImages(images, keys, values, identity, left_out)
 
 
 def _column(rows: Any, name: str) -> list[Any]:
@@ -208,7 +239,7 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
     return Found(
         name,
-        FromEach(loaded, partial(_image_of_row, Path(), image_column)),
+        FromEach(loaded, partial(image_of_row, Path(), image_column)),
         [f"{name}: row {number}" for number in range(1, len(loaded) + 1)],
         {c: list(loaded[c]) for c in scalar if c not in (image_column, label_column)},
         _alike(labels, source),

@@ -50,12 +50,12 @@ def benchmark_splits(location: str, split: str | None) -> list[str]:
 def read_tars(source: str, split: str | None, task: str | None) -> Found:
     """Shards with labels or captions, and what lies beside them."""
     check_scheme(source)
-    name = _set_name(source)
+    name = set_name(source)
     if source.endswith(".tar"):
         if split:
             raise ValueError(f"{source} names tars, so --split {split} can't be followed")
         folder = source.rpartition("/")[0] or "."
-        shards = Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else _indexed(source)
+        shards = Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
         return _read_shards(shards, name, source, task, [folder])
     splits = benchmark_splits(source, split)
     if not splits:
@@ -69,7 +69,7 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
         if not is_url(source):
             in_split(Path(source), split)
         is_indexed = exists(join(part, INDEX_FILE)) or not any(Path(part).glob("*.tar"))
-        shards = Shards(part, needs_captions=False) if is_indexed else _indexed(part)
+        shards = Shards(part, needs_captions=False) if is_indexed else indexed(part)
         return _read_shards(shards, name, source, task, [part, source])
     chosen = choose_split(splits, split, source)
     text = read_bytes(join(source, f"{chosen}/{NUM_SHARDS_FILE}")).decode("utf-8", "replace").strip()
@@ -78,11 +78,11 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
     kind = (_text_at(source, "dataset_type.txt") or "classification").strip()
     if kind not in TASKS:
         raise ValueError(f"{source}/dataset_type.txt holds {kind[:50]!r}; known are {', '.join(TASKS)}")
-    shards = _indexed(f"{join(source, chosen)}/{{0..{int(text) - 1}}}.tar")
+    shards = indexed(f"{join(source, chosen)}/{{0..{int(text) - 1}}}.tar")
     return _read_shards(shards, name, source, task or kind, [source], "zeroshot_classification_templates.txt")
 
 
-def _set_name(source: str) -> str:
+def set_name(source: str) -> str:
     if not is_url(source):
         path = Path(source)
         return (path.resolve().parent if source.endswith(".tar") else path.resolve()).name
@@ -98,7 +98,7 @@ def _text_at(folder: str, name: str) -> str | None:
     return decode_text(read_bytes(location), location) if exists(location) else None
 
 
-def _indexed(source: str) -> Shards:
+def indexed(source: str) -> Shards:
     """Shards that have no index: one is made in the cache, anew when they have changed. What is theirs stays as it is.
 
     Raises:
@@ -124,7 +124,7 @@ def _read_shards(
     members = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
     probed = _probes(len(shards))
     present = [kind for kind, member in members.items() if any(shards.read(n, member) for n in probed)]
-    if "retrieval" not in present and any(_captions(shards, n) for n in probed):
+    if "retrieval" not in present and any(captions_of(shards, n) for n in probed):
         present.append("retrieval")
     if not present:
         raise ValueError(f"{source} has neither labels (.cls, .npy) nor captions (.txt, .json) beside its images")
@@ -132,10 +132,10 @@ def _read_shards(
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(entry.sha256 for entry in shards.entries)
-    images, metadata = FromEach(shards, image_of_record), _shard_metadata(shards)
+    images, metadata = FromEach(shards, image_of_record), shard_metadata(shards)
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
-        captions = tuple(_captions(shards, n) for n in range(len(shards)))
+        captions = tuple(captions_of(shards, n) for n in range(len(shards)))
         return replace(found, captions=all_captioned(captions, keys, source))
     names = next((text for folder in folders if (text := _text_at(folder, "classnames.txt")) is not None), None)
     classnames = None if names is None else names_of(names, f"{source}/classnames.txt")
@@ -158,7 +158,7 @@ def _read_shards(
     )
 
 
-def _captions(shards: Shards, index: int) -> tuple[str, ...]:
+def captions_of(shards: Shards, index: int) -> tuple[str, ...]:
     """The captions of a sample, from its text or its `.json`, without reading its image."""
     if text := shards.read(index, "txt"):
         return tuple(captions_in(decode_text(text, f"the text of sample {index}")))
@@ -173,7 +173,7 @@ def _probes(count: int) -> list[int]:
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, 10))})
 
 
-def _shard_metadata(shards: Shards) -> dict[str, list[Any]]:
+def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
     """The entries of the samples' `.json`, where they have one."""
     if not any(shards.read(n, "json") for n in _probes(len(shards))):
         return {}

@@ -1,0 +1,133 @@
+"""Images alone: of a folder, a table, shards or Hugging Face's `datasets`, whether or not they have labels or captions.
+
+Nothing is chosen: all splits of a source are read, but for sets of CLIP_benchmark's, whose split is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...common.storage import check_scheme, exists, is_url, join, read_bytes
+from ...data.reading.huggingface import HUB_PREFIX, load_datasets, undecoded
+from ...data.reading.scan import LeftOut, scan
+from ...data.reading.tables import IMAGE_COLUMNS, find_column, read_table
+from ...data.shard_index import INDEX_FILE
+from ...data.shards import Shards
+from .class_folders import left_out_of_bare
+from .folders_and_tables import FromEach, image_of_row, images_of_rows
+from .sets import Columns, EvaluationSet, digest_lines
+from .tars import NUM_SHARDS_FILE, benchmark_splits, indexed, set_name, shard_metadata
+
+
+def bare_folder(folder: Path) -> EvaluationSet:
+    """The pictures below a folder, however deep; perhaps none."""
+    below = scan(folder)
+    return EvaluationSet(folder.resolve().name, below.images, left_out=left_out_of_bare(below))
+
+
+def bare_table(path: Path, image_column: str | None = None) -> EvaluationSet:
+    """The images of a table, or of a folder or pattern of Parquet files.
+
+    Raises:
+        ValueError: no rows, or no column of images.
+    """
+    names, rows = read_table(path)
+    Columns(None, image_column, None).check(names, str(path))
+    column = image_column or find_column(names, IMAGE_COLUMNS, "the images", path)
+    there = images_of_rows(path, names, rows, column)
+    metadata = {name: values for name, values in there.values.items() if name != column}
+    return EvaluationSet(
+        path.name,
+        there.images,
+        keys=there.keys,
+        metadata=metadata,
+        identity=there.identity,
+        left_out=there.left_out,
+    )
+
+
+def bare_datasets(source: str, image_column: str | None = None) -> list[EvaluationSet]:
+    """The images of each split of a set of Hugging Face's `datasets`.
+
+    Raises:
+        ValueError: the library is missing, or no column holds images.
+    """
+    loaded = load_datasets(source)
+    import datasets
+
+    name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
+    splits = loaded if isinstance(loaded, dict) else {"": loaded}
+    found = []
+    for split, rows in splits.items():
+        names, features = list(rows.column_names), rows.features
+        Columns(None, image_column, None).check(names, source)
+        column = image_column or next((c for c in names if isinstance(features[c], datasets.Image)), None)
+        column = column or find_column(names, IMAGE_COLUMNS, "the images", source)
+        rows = undecoded(rows, column)
+        flat = [c for c in names if c != column and isinstance(features[c], datasets.Value | datasets.ClassLabel)]
+        label = f"{name}, {split}" if split else name
+        found.append(
+            EvaluationSet(
+                label,
+                FromEach(rows, partial(image_of_row, Path(), column)),
+                keys=[f"{label}: row {number}" for number in range(1, len(rows) + 1)],
+                metadata={c: list(rows[c]) for c in flat} | ({"split": [split] * len(rows)} if split else {}),
+                identity=f"datasets {source} {split} {column} {rows._fingerprint}",
+            )
+        )
+    return found
+
+
+class ImagesOfShards(Sequence[bytes]):
+    """The images of shards, read when they are asked for; a sample's text and facts, damaged or not, are not read."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.shards.read(index, "image")
+
+
+def bare_tars(source: str) -> EvaluationSet:
+    """The images of webdataset's tars: a folder, a pattern, a URL.
+
+    Raises:
+        ValueError: no tars, damaged ones, or a set of several splits.
+    """
+    shards = open_shards(source)
+    keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
+    return EvaluationSet(
+        set_name(source),
+        ImagesOfShards(shards),
+        keys=keys,
+        metadata=shard_metadata(shards) if len(shards) else {},
+        identity=digest_lines(entry.sha256 for entry in shards.entries),
+        left_out=[LeftOut(source, each.reason, each.count) for each in shards.left_out],
+    )
+
+
+def open_shards(source: str) -> Shards:
+    """Shards of ours, with an index, or tars from elsewhere, which are indexed in the cache."""
+    check_scheme(source)
+    if source.endswith(".tar"):
+        folder = source.rpartition("/")[0] or "."
+        return Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
+    if exists(join(source, INDEX_FILE)):
+        return Shards(source, needs_captions=False)
+    if splits := benchmark_splits(source, None):
+        raise ValueError(f"{source} has the splits {', '.join(splits)}; name one of them: {join(source, splits[0])}")
+    if not is_url(source):
+        parts = sorted(path.parent for path in Path(source).glob(f"*/{INDEX_FILE}"))
+        return Shards(parts, needs_captions=False) if parts else indexed(source)
+    if exists(count := join(source, NUM_SHARDS_FILE)):
+        text = read_bytes(count).decode("utf-8", "replace").strip()
+        if text.isascii() and text.isdigit() and int(text):
+            return indexed(f"{source}/{{0..{int(text) - 1}}}.tar")
+        raise ValueError(f"{count} holds {text[:50]!r}; it must be the number of shards")
+    raise ValueError(f"{source} holds no shards: there is neither {INDEX_FILE} nor {NUM_SHARDS_FILE}")

@@ -1,0 +1,139 @@
+"""Results as a table, JSON, CSV and Parquet, in pipes and files; a process of its own for each, as users have it."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from miniclip.commands.output import add_output
+
+ROWS = [
+    {"image": "a b.jpg", "label": "Bär, grün", "probability": 0.75, "rank": 1, "set": ["x", 'y "z"']},
+    {"image": "写真.png", "label": 'a "quoted"\nname', "probability": float("nan"), "rank": 12, "set": []},
+    {"image": os.fsdecode(b"caf\xe9.png"), "label": None, "probability": 1e-9, "rank": 3, "set": ["w"]},
+]
+COLUMNS = "{'image': str, 'label': str, 'probability': float, 'rank': int, 'set': list}"
+PROGRAM = f"""
+import argparse, sys
+from miniclip.commands.output import add_output, results
+from miniclip.common.files import user_errors
+parser = argparse.ArgumentParser()
+add_output(parser)
+options, (rows, count) = parser.parse_known_args()
+with user_errors(), results(options, {COLUMNS}) as write:
+    for _ in range(int(count)):
+        for row in eval(rows, {{'nan': float('nan')}}):
+            write(row)
+print("done", file=sys.stderr)
+"""
+
+
+def command(*options: str, count: int = 1) -> list[str]:
+    return [sys.executable, "-c", PROGRAM, repr(ROWS), str(count), *options]
+
+
+def run(*options: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(command(*options), capture_output=True, env={**os.environ, **environment}, check=False)
+    assert done.returncode == code, done.stderr.decode()
+    return done
+
+
+def test_json_is_one_array_with_a_row_a_line():
+    out = run("--json", PYTHONIOENCODING="ascii").stdout
+    rows = json.loads(out)
+    assert rows == [*ROWS[:1], {**ROWS[1], "probability": None}, *ROWS[2:]]
+    lines = out.decode().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == rows
+    assert "Bär" in lines[1]
+
+
+def test_csv_comes_back_as_it_was():
+    out = run("--csv", PYTHONIOENCODING="ascii").stdout
+    header, *rows = csv.reader(io.StringIO(out.decode("utf-8", "surrogateescape"), newline=""))
+    assert header == list(ROWS[0])
+    assert rows[0] == ["a b.jpg", "Bär, grün", "0.75", "1", '["x", "y \\"z\\""]']
+    assert rows[1] == ["写真.png", 'a "quoted"\nname', "", "12", "[]"]
+    assert rows[2][:2] == [ROWS[2]["image"], ""]
+
+
+@pytest.mark.parametrize("name", ["-", "new/rows.parquet"])
+def test_parquet_goes_into_a_new_file_or_a_pipe(tmp_path, name):
+    path = name if name == "-" else str(tmp_path / name)
+    out = run("--parquet", path).stdout
+    table = pyarrow.parquet.read_table(io.BytesIO(out) if name == "-" else path)
+    assert [str(field.type) for field in table.schema] == [
+        "string",
+        "string",
+        "double",
+        "int64",
+        "list<element: string>",
+    ]
+    expected = [*ROWS[:1], {**ROWS[1], "probability": None}, {**ROWS[2], "image": "caf\\udce9.png"}]
+    assert table.to_pylist() == expected
+
+
+def test_a_parquet_file_that_is_there_stays_and_one_that_breaks_off_never_is(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_text("mine")
+    assert f"{path} is already there" in run("--parquet", str(path), code=2).stderr.decode()
+    assert path.read_text() == "mine"
+    broken = command("--parquet", str(tmp_path / "other.parquet"))
+    broken[3] = "[{'rank': 'no number'}]"
+    subprocess.run(broken, capture_output=True, check=False)
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_a_table_has_straight_columns_and_no_cell_that_steers_the_terminal():
+    out = run(PYTHONIOENCODING="utf-8").stdout.decode()
+    assert out.splitlines() == [
+        "image     label             probability  rank  set",
+        'a b.jpg   Bär, grün              0.7500     1  x, y "z"',
+        '写真.png  a "quoted"\\nname            -    12',
+        "caf?.png  -                      0.0000     3  w",
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_can_not_show_loses_characters_and_no_row(encoding):
+    lines = run(PYTHONIOENCODING=encoding).stdout.decode(encoding).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("??.png")
+    assert "12" in lines[2]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--csv",), ("--parquet", "-")], ids=str)
+def test_a_reader_that_goes_ends_the_command_quietly(options):
+    with subprocess.Popen(command(*options, count=20_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_no_rows_are_an_empty_result():
+    for options, out in (((), "image  label  probability  rank  set\n"), (("--json",), "[]\n")):
+        nothing = command(*options)
+        nothing[3] = "[]"
+        assert subprocess.run(nothing, capture_output=True, text=True, check=True).stdout == out
+
+
+def test_one_form_at_a_time(capsys):
+    parser = argparse.ArgumentParser()
+    add_output(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--json", "--csv"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_it_waits_for_no_torch():
+    code = "import sys, miniclip.commands.output; assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.cwd())
