@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.files import expand_home
 from ..common.wording import printable, some
-from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar
+from .terminal import add_cache, add_encoding, add_reading, console, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
     from ..evaluation.suite import Result, Task
+    from ..inference.thresholds import ModelThreshold
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,16 +69,9 @@ miniclip eval --compare reports/before reports/after""",
         metavar=("A", "B"),
         help="instead: what changed between two results.json (or their folders), and whether by more than chance",
     )
-    read = parser.add_argument_group("reading the data")
-    read.add_argument(
+    add_reading(parser).add_argument(
         "--task", choices=("classification", "multilabel", "retrieval"), help="default: what the data are for"
     )
-    read.add_argument("--split", metavar="NAME", help="part of sets that have several; default: test, else validation")
-    read.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
-    read.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
-    read.add_argument("--group-column", metavar="NAME", help="images of one value are not independent")
-    read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
-    read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     ask = parser.add_argument_group("what to ask")
     ask.add_argument("--classnames", help='"imagenet", "mnist", …, or a file with one name a line, in label order')
     ask.add_argument(
@@ -105,6 +99,13 @@ miniclip eval --compare reports/before reports/after""",
         help="of those that may pass, 0 to 1; default: what balances both mistakes",
     )
     ask.add_argument(
+        "--save-threshold",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="keep it for `classify` and `search`, in the model's folder or in FILE; that of the first --templates",
+    )
+    ask.add_argument(
         "--standard",
         metavar="DATA",
         help="the one of the sets that the others are shifts of: a table of robustness",
@@ -121,8 +122,7 @@ miniclip eval --compare reports/before reports/after""",
     learn.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class; default: 1 2 4 8 16")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="that draw the shots")
     add_encoding(parser)
-    parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
-    parser.add_argument("--no-cache", action="store_true", help="keep no features")
+    add_cache(parser)
     return parser
 
 
@@ -184,6 +184,8 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         from ..evaluation.other_libraries import open_model
         from ..evaluation.robustness import robustness
         from ..evaluation.suite import evaluate
+        from ..inference.calibration import refuse_too_few, threshold_of
+        from ..inference.thresholds import write_threshold
         from ..reports.page import write_html
         from ..reports.results import (
             BENCHMARK_FOLDER,
@@ -198,7 +200,10 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         from ..reports.tables import tables
 
     _refuse_contradictions(options)
+    paths = _threshold_paths(options)
     tasks = _tasks(options)
+    if paths and options.false_acceptance is not None:
+        refuse_too_few(tasks[0].outside, 1 - options.false_acceptance, f"--false-acceptance {options.false_acceptance}")
     cache = None if options.no_cache else FeatureCache(options.cache)
     for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
         model = open_model(name, device)
@@ -206,6 +211,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     if is_first:
         out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
     found: list[Result] = []
+    thresholds: dict[Path, ModelThreshold] = {}
     for name in options.model:
         model = model if name == options.model[0] else open_model(name, device)
         for task in tasks:
@@ -218,6 +224,9 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
                 cache=cache,
                 progress=progress_bar if is_first else None,
             )
+        if name in paths:
+            (result,) = [each for each in found if each.model == name and each.outside is not None]
+            thresholds[paths[name]] = threshold_of(result, model)
     if not is_first:
         return
     shifts = None
@@ -235,8 +244,30 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     write_html(out / "report.html", found, shifts)
     for table in tables(found, shifts):
         console().print(table)
-    _tell(found)
+    print_what_was_read(found)
+    for path, threshold in thresholds.items():
+        write_threshold(path, threshold, options.overwrite)
+        print(replace(threshold, source=str(path)))
     print(f"report: {out / 'report.html'}")
+
+
+def _threshold_paths(options: argparse.Namespace) -> dict[str, Path]:
+    """Where each model's threshold is to be saved; none, if that is not asked for."""
+    from ..inference.thresholds import refuse_unwritable, threshold_path
+
+    given = options.save_threshold
+    if given is None:
+        return {}
+    if not options.outside:
+        raise ValueError("--save-threshold saves what is chosen by the images of --outside, which is missing")
+    if len(options.data) > 1:
+        raise ValueError(f"--save-threshold saves the threshold of one set, and --data has {len(options.data)}")
+    if given and len(options.model) > 1:
+        raise ValueError(f"--save-threshold {given} is one file, and --model has {len(options.model)}; name no file")
+    paths = {name: expand_home(given) if given else threshold_path(name) for name in options.model}
+    for path in paths.values():
+        refuse_unwritable(path, options.overwrite)
+    return paths
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
@@ -292,7 +323,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
             options.task,
         )
 
-    outside = open_images(options.outside) if options.outside else None
+    outside = open_images(options.outside, options.group_column) if options.outside else None
     tasks = []
     for number, source in enumerate(options.data):
         data = opened(source)
@@ -328,18 +359,18 @@ def _renamed(task: Task, tasks: list[Task], source: str) -> Task:
     return replace(task, data=replace(task.data, name=source), variants=variants)
 
 
-def _tell(found: list[Result]) -> None:
+def print_what_was_read(found: list[Result]) -> None:
     """What was left out, and what was asked, of each set once."""
     from ..reports.tables import wordings
 
-    seen = set()
+    seen: set[Any] = set()
     for result in found:
         data, scores, shown_name = result.data, result.scores, printable(result.data.name)
         if data.name not in seen:
-            for problem in scores.unreadable[:10]:
-                print(f"left out: {printable(problem)}", file=sys.stderr)
-            if scores.unreadable[10:]:
-                print(f"left out: {len(scores.unreadable) - 10} more, see results.json", file=sys.stderr)
+            _print_left_out(scores.unreadable)
+        if result.outside is not None and result.outside.name not in seen:
+            _print_left_out(result.outside.unreadable)
+            seen.add(result.outside.name)
         names = scores.classnames
         if names and (data.name, data.templates_from) not in seen:
             classes, prompts = (some([repr(each) for each in texts], 10) for texts in (names, wordings(data.templates)))
@@ -354,3 +385,10 @@ def _tell(found: list[Result]) -> None:
                     file=sys.stderr,
                 )
         seen.add(data.name)
+
+
+def _print_left_out(problems: Sequence[str]) -> None:
+    for problem in problems[:10]:
+        print(f"left out: {printable(problem)}", file=sys.stderr)
+    if problems[10:]:
+        print(f"left out: {len(problems) - 10} more", file=sys.stderr)

@@ -77,10 +77,37 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+def add_reading(parser: argparse.ArgumentParser) -> Any:
+    """Which parts and columns of a labelled set; the group of options, for more."""
+    read = parser.add_argument_group("reading the data")
+    read.add_argument("--split", metavar="NAME", help="part of sets that have several; default: test, else validation")
+    read.add_argument("--label-column", metavar="NAME", help="column of labels; default: found by name and type")
+    read.add_argument("--image-column", metavar="NAME", help="column of images; default: found by name and type")
+    read.add_argument("--group-column", metavar="NAME", help="images of one value are not independent")
+    read.add_argument("--root", default="data", metavar="DIR", help="where torchvision's sets are")
+    read.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
+    return read
+
+
 def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+
+
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    """For `inference.thresholds.find_threshold`."""
+    parser.add_argument(
+        "--threshold",
+        metavar="FILE|NUMBER",
+        help="least cosine of what is accepted, or a file that `miniclip calibrate` wrote; default: threshold.json in "
+        "the model's folder, if there is one",
+    )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", metavar="DIR", help="where features are kept; default: ~/.cache/miniclip/features")
+    parser.add_argument("--no-cache", action="store_true", help="keep no features")
 
 
 def console() -> Console:

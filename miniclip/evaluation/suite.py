@@ -42,11 +42,12 @@ class Task:
         variants: the same images with other prompts, to compare with those of `data`.
         subgroup_columns: of the metadata, each scored by its values.
         outside: images of none of the classes.
-        false_acceptance: the largest share of those to accept; by default the best balance is sought.
+        false_acceptance: the largest share of fresh ones to accept; by default the best balance is sought.
         train: images to learn from, of the same classes.
         validation: to choose by; by default drawn from `train`.
         shots: of each class, for the curve; by default 1, 2, 4, 8, 16 as far as there are so many.
         seeds: that draw them.
+        coverages: of sets of classes, where there is `outside`; by default 0.9, 0.95 and 0.99 as far as images suffice.
     """
 
     data: EvaluationSet
@@ -58,6 +59,7 @@ class Task:
     validation: LabelledImages | None = None
     shots: tuple[int, ...] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    coverages: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuses, before hours of work, what can't be done with such data."""
@@ -149,7 +151,7 @@ def _classify(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answe
         more: dict[str, Any] = {}
         if variant is task.data:
             more["subgroups"] = {column: scores.subgroups(column) for column in task.subgroup_columns}
-            more["outside"] = _outside(encoder, task, scores, classifier)
+            more["outside"] = _outside(encoder, task, images, scores, classifier)
             more["probes"] = None if task.train is None else _probe_images(encoder, task, images, classifier)
         yield scores, more
 
@@ -240,12 +242,23 @@ class CachedEncoder:
         return features
 
 
-def _outside(encoder: CachedEncoder, task: Task, scores: ClassificationScores, classifier: Tensor) -> Outside | None:
+def _outside(
+    encoder: CachedEncoder, task: Task, images: ImageFeatures, scores: ClassificationScores, classifier: Tensor
+) -> Outside | None:
     if task.outside is None:
         return None
     others = encoder.images(task.outside)
     groups = getattr(task.outside, "groups", tuple(map(str, range(len(task.outside)))))
-    return none_of_these(scores, others, groups, classifier, false_acceptance=task.false_acceptance)
+    return none_of_these(
+        images,
+        scores,
+        others,
+        groups,
+        classifier,
+        encoder.logit_scale,
+        false_acceptance=task.false_acceptance,
+        coverages=task.coverages,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -262,6 +263,21 @@ def find_threshold(model: str, given: str | Path | float | None = None) -> Model
     return ModelThreshold(cosine, _BY_HAND)
 
 
+def threshold_path(model: str) -> Path:
+    """Where the threshold of a model belongs.
+
+    Raises:
+        ValueError: the model is no folder.
+    """
+    folder = model_folder(model)
+    if folder is None:
+        raise ValueError(
+            f"model {model!r} is no folder that {FILE} could lie in; name a file with --out FILE, and give it to other "
+            "verbs with --threshold FILE"
+        )
+    return folder / FILE
+
+
 def model_folder(model: str) -> Path | None:
     """The folder that a model's name stands for; None for a file or for a name of a library's.
 
@@ -284,17 +300,21 @@ def write_threshold(path: str | Path, threshold: ModelThreshold, overwrite: bool
         ValueError: the file is there, and `overwrite` is False.
     """
     path = Path(path)
-    refuse_existing(path, overwrite)
+    refuse_unwritable(path, overwrite)
     values = {"schema": _FILE_SCHEMA, **asdict(threshold)}
     del values["source"]
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
+def refuse_unwritable(path: Path, overwrite: bool) -> None:
+    """Raises a ValueError, or an OSError, if a threshold can't be written there; makes the folder."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; a threshold is a file, such as {path / FILE}")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} is there already; pass --overwrite to replace it, or --out for another file")
+        raise ValueError(f"{path} is there already; pass --overwrite to replace it, or name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} can't be written to; name a file elsewhere for the threshold")
 
 
 def read_threshold(path: str | Path) -> ModelThreshold:

@@ -107,8 +107,12 @@ def open_dataset(
     return kind(found.name, found.images, labels, names, prompts, groups, **shared)
 
 
-def open_images(source: str | Path) -> EvaluationSet:
-    """Images whose labels don't matter: a folder of them, however deep, or any source of the table above."""
+def open_images(source: str | Path, group_column: str | None = None) -> EvaluationSet:
+    """Images whose labels don't matter: a folder of them, however deep, or any source of the table above.
+
+    Args:
+        group_column: as in `open_dataset`, if the source has such a column; a warning says if it has not.
+    """
     path = Path(source)
     is_plain = path.is_dir() and not is_shards(str(source)) and not is_datasets_folder(path)
     if is_plain and not any(path.glob(f"*/{NUM_SHARDS_FILE}")):
@@ -118,7 +122,14 @@ def open_images(source: str | Path) -> EvaluationSet:
             raise ValueError(f"{source} holds no images" + (f": {summary(left_out)}" if left_out else ""))
         _warn_of(left_out, str(source))
         return EvaluationSet(path.resolve().name, below.images, left_out=left_out)
-    return open_dataset(source)
+    data: Any = open_dataset(source)
+    if group_column is not None and group_column in data.metadata:
+        return replace(data, groups=_groups(data, group_column, str(source)))
+    if group_column is not None and rank_and_world_size()[0] == 0:
+        warnings.warn(
+            f"{source} has no column {group_column!r}; each of its images counts as independent", stacklevel=2
+        )
+    return data
 
 
 def _warn_of(left_out: Sequence[LeftOut], source: str) -> None:
@@ -166,7 +177,7 @@ def _read_source(
     raise ValueError(f"data {source!r} is {what if path.exists() else 'not there'}")
 
 
-def _groups(found: Found, group_column: str | None, source: str) -> tuple[str, ...]:
+def _groups(found: Found | EvaluationSet, group_column: str | None, source: str) -> tuple[str, ...]:
     if group_column is None:
         return tuple(map(str, range(len(found.images))))
     values = column_of(found.metadata, group_column, source)

@@ -18,6 +18,7 @@ import numpy as np
 from .statistics import as_column, group_sizes, wilson_interval
 from .ties import SAME
 
+COVERAGES = (0.9, 0.95, 0.99)  # those of sets that are worth a look, where nobody asks for others
 _ROUNDING = 1e-9  # 0.95 * 20 and sums of thirds are whole numbers but for this share
 
 
@@ -81,6 +82,18 @@ class Coverage:
     mean_size: float
     share_empty: float
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "coverage": self.coverage,
+            "cut": self.cut,
+            "chosen_on": self.num_chosen,
+            "tried_on": self.num_tried,
+            "covered": self.covered,
+            "interval_95": list(self.interval),
+            "mean_size": self.mean_size,
+            "empty": self.share_empty,
+        }
+
     def __str__(self) -> str:
         low, high = (100 * end for end in self.interval)
         return (
@@ -91,11 +104,7 @@ class Coverage:
 
 
 def is_in_set(surprisals: np.ndarray, cut: float, logit_scale: float) -> np.ndarray:
-    """(N, C) whether each class belongs to its image's set; what rounding may have moved does.
-
-    Args:
-        surprisals: (N, C) of each class, -log of the softmax of cosines times `logit_scale`.
-    """
+    """Whether each class belongs to its image's set, of any shape; what rounding may have moved out of it does."""
     return surprisals <= cut + SAME * logit_scale
 
 
