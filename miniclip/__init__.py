@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .loss import clip_loss as clip_loss
     from .loss import siglip_loss as siglip_loss
     from .model import CLIP as CLIP
+    from .openclip import create_model_and_transforms as create_model_and_transforms
+    from .openclip import get_tokenizer as get_tokenizer
+    from .openclip import list_pretrained as list_pretrained
     from .tokenizer import tokenize as tokenize
     from .weights.load import load as load
     from .weights.load import save as save
@@ -34,6 +37,9 @@ _HOME = {
     "VisionConfig": "config",
     "available_models": "weights.read",
     "clip_loss": "loss",
+    "create_model_and_transforms": "openclip",
+    "get_tokenizer": "openclip",
+    "list_pretrained": "openclip",
     "load": "weights.load",
     "save": "weights.load",
     "siglip_loss": "loss",

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from .weights.download import OPENAI_BASE_URL, OPENAI_FILES, download, openai_fo
 from .weights.layouts import to_openai_keys
 from .weights.load import build, preprocess_for
 from .weights.read import Checkpoint, locate, read_checkpoint
+from .weights.shapes import Unfilled
 
 # ---------------------------------------------------------------------------------------------------------------------
 # clip.model
@@ -285,19 +287,19 @@ class CLIP(nn.Module):
         return logits_per_image, logits_per_image.t()
 
 
-def convert_weights(model: nn.Module) -> None:
-    """To float16, in place: convolutions, linear layers, attention and projections. Norms and embeddings stay."""
+def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> None:
+    """To `dtype`, in place: convolutions, linear layers, attention and projections. Norms and embeddings stay."""
     names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
     for module in model.modules():
-        halved = []
+        lowered = []
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
-            halved = [module.weight, module.bias]
+            lowered = [module.weight, module.bias]
         elif isinstance(module, nn.MultiheadAttention):
-            halved = [getattr(module, name) for name in names]
-        halved += [getattr(module, name, None) for name in ("text_projection", "proj")]
-        for parameter in halved:
+            lowered = [getattr(module, name) for name in names]
+        lowered += [getattr(module, name, None) for name in ("text_projection", "proj")]
+        for parameter in lowered:
             if isinstance(parameter, Tensor):
-                parameter.data = parameter.data.half()
+                parameter.data = parameter.data.to(dtype)
 
 
 def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
@@ -447,7 +449,8 @@ def load(
     device = find_device(device)
     checkpoint = _read_as_openai(locate(name, download_root))
     config = checkpoint.config
-    model = _from_config(config, str(name))
+    with Unfilled():
+        model = _from_config(config, str(name))
     model.load_state_dict(to_openai_keys(build(checkpoint, str(name)).state_dict()))
     if device.type != "cpu":
         convert_weights(model)
@@ -524,13 +527,16 @@ def install() -> None:
     Raises:
         ValueError: another `clip` is imported already.
     """
-    here = sys.modules[__name__]
-    names = ("clip", "clip.clip", "clip.model", "clip.simple_tokenizer")
+    install_as(sys.modules[__name__], "clip", "clip.clip", "clip.model", "clip.simple_tokenizer")
+
+
+def install_as(module: ModuleType, *names: str) -> None:
+    """Has `import NAME` find `module`, for each of the names; the ValueError of `install` if one finds another."""
     for name in names:
-        if sys.modules.get(name, here) is not here:
+        if sys.modules.get(name, module) is not module:
             where = getattr(sys.modules[name], "__file__", "elsewhere")
-            raise ValueError(f"{name} is imported already, from {where}; call miniclip.openai.install() before that")
-    sys.modules.update(dict.fromkeys(names, here))
+            raise ValueError(f"{name} is imported already, from {where}; call {module.__name__}.install() before that")
+    sys.modules.update(dict.fromkeys(names, module))
 
 
 clip = model = simple_tokenizer = sys.modules[__name__]

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def load(
     if jit:
         warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
     device = find_device(device)
-    hints = {"activation": activation, "heads": heads, "head_width": head_width}
+    hints: dict[str, Any] = {"activation": activation, "heads": heads, "head_width": head_width}
     checkpoint = resize(read_checkpoint(locate(name, download_root), **hints), image_size, context_length)
     return build(checkpoint, str(name), dtype).to(device).eval(), preprocess_for(checkpoint.config)
 

@@ -66,10 +66,11 @@ def locate(name: str | Path, download_root: str | Path | None = None) -> Path:
     )
 
 
-def read_checkpoint(name: str | Path, **hints: Any) -> Checkpoint:
+def read_checkpoint(name: str | Path, assumed: CLIPConfig | None = None, **hints: Any) -> Checkpoint:
     """What is at a path, whichever of the formats it is in.
 
     Args:
+        assumed: the architecture of a file that does not tell its own.
         hints: the fields of `Hints`, for a checkpoint that does not tell them.
 
     Raises:
@@ -79,7 +80,7 @@ def read_checkpoint(name: str | Path, **hints: Any) -> Checkpoint:
     if path.is_dir():
         checkpoint = _read_directory(path)
     elif path.is_file():
-        checkpoint = _read_file(path, known)
+        checkpoint = _read_file(path, known, assumed)
     else:
         raise ValueError(
             f"no checkpoint at {str(name)!r}; give a directory with {CONFIG_FILE} and {WEIGHTS_FILE}, or a .ckpt, .pt, "
@@ -141,7 +142,7 @@ def _hf_config(folder: Path) -> CLIPConfig:
 # Files
 
 
-def _read_file(path: Path, hints: Hints) -> Checkpoint:
+def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoint:
     refuse_stand_ins(path)
     if path.name.startswith("adapter_model."):
         raise _peft_error(path)
@@ -161,7 +162,7 @@ def _read_file(path: Path, hints: Hints) -> Checkpoint:
         return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path))
     beside = _config_beside(path, tensors)
     file_format = "hf" if is_hf(given) else "openclip"
-    return Checkpoint(file_format, tensors, beside or _inferred(tensors, hints, path))
+    return Checkpoint(file_format, tensors, beside or assumed or _inferred(tensors, hints, path))
 
 
 def _read_lightning(path: Path, values: dict[str, Any]) -> Checkpoint:

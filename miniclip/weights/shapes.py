@@ -17,7 +17,7 @@ from ..model import CLIP
 _BLOCK = re.compile(r"(.*\.resblocks\.|visual\.layer[1-4]\.)(\d+)(\..*)")
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Under it, modules are made in no time: no memory is taken, and no random numbers are drawn to be overwritten.
 
     The device "meta" alone would do the former; but its `normal_` is a reference implementation, for which torch
@@ -37,7 +37,7 @@ def unfilled(config: CLIPConfig) -> CLIP:
         ValueError: a size that no tensor can have.
     """
     try:
-        with torch.device("meta"), _Unfilled():
+        with torch.device("meta"), Unfilled():
             return CLIP(config)
     except (RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"no model has these sizes: {str(error).splitlines()[0][:200]}") from error

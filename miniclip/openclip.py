@@ -1,0 +1,545 @@
+"""open_clip's names, for scripts written for it: `import miniclip.openclip as open_clip`, or `install()` first.
+
+The functions have open_clip's signatures, and models its conventions: calling one gives unit features and the
+exponentiated scale (ours and OpenAI's give logits), a new model is on the CPU and in training mode, weights without a
+name are random. Modules have open_clip's names and keys; transformers take (B, N, D). Where open_clip goes on in
+silence, this module warns: a text that is cut, an activation that the weights were not trained with.
+
+Architectures and tags are facts of open_clip 3.3.0 (`model_configs`, `pretrained.py`), as far as our towers can build
+them. N tokens, B batch, D width, E embedding, R resolution.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import regex
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from . import openai
+from . import tokenizer as clip_tokenizer
+from .common.device import find_device
+from .common.files import ASSETS
+from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
+from .loss import clip_loss
+from .openclip_model import CLIP
+from .timm_tower import TimmTower
+from .weights.download import HUB_PREFIX, fetch_hub, fetch_openai
+from .weights.layouts import to_openai_keys
+from .weights.load import build, preprocess_for, resize
+from .weights.read import Checkpoint, read_checkpoint
+from .weights.shapes import Unfilled
+
+FOLDER_PREFIX = "local-dir:"
+_QUICK = "-quickgelu"
+Transform = Callable[[Image.Image], Tensor]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of architectures and of weights
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Where a tag's weights are, one of OpenAI's names or a repository of the hub, and how they were trained."""
+
+    source: str
+    changes: dict[str, Any]  # activation and pixels, where they are not the architecture's
+
+    @property
+    def is_quick(self) -> bool:
+        return self.changes.get("activation") == "quick_gelu"
+
+    def applied(self, config: CLIPConfig) -> CLIPConfig:
+        activation: Activation = "quick_gelu" if self.is_quick else "gelu"
+        pixels = {name: value for name, value in self.changes.items() if name != "activation"}
+        return replace(config, activation=activation, vision=replace(config.vision, **pixels))
+
+
+@cache
+def _published() -> dict[str, tuple[CLIPConfig, dict[str, _Weights]]]:
+    """Name -> architecture, and its tags; names that end in -quickgelu follow from those without."""
+    plain = {}
+    for name, entry in json.loads((ASSETS / "openclip_models.json").read_text(encoding="utf-8")).items():
+        weights = {tag: _Weights(facts.pop("from"), facts) for tag, facts in entry["weights"].items()}
+        plain[name] = CLIPConfig.from_dict({"activation": "gelu", **entry["config"]}, name), weights
+    quick = {
+        name + _QUICK: (replace(config, activation="quick_gelu"), kept)
+        for name, (config, weights) in plain.items()
+        if (kept := {tag: each for tag, each in weights.items() if each.is_quick})
+    }
+    return plain | quick
+
+
+def list_models() -> list[str]:
+    return sorted(
+        _published(),
+        key=lambda name: [
+            (not part.isdigit(), int(part) if part.isdigit() else part) for part in regex.split(r"(\d+)", name.lower())
+        ],
+    )
+
+
+def list_pretrained(as_str: bool = False) -> list[Any]:
+    """(name, tag) of each, or "name:tag"."""
+    pairs = [(name, tag) for name, (_, weights) in _published().items() for tag in weights]
+    return [":".join(pair) for pair in pairs] if as_str else pairs
+
+
+def list_pretrained_tags_by_model(model: str) -> list[str]:
+    return list(_published()[model][1]) if model in _published() else []
+
+
+def list_pretrained_models_by_tag(tag: str) -> list[str]:
+    return [name for name, (_, weights) in _published().items() if _clean(tag) in weights]
+
+
+def list_openai_models() -> list[str]:
+    return openai.available_models()
+
+
+def _clean(tag: str) -> str:
+    return tag.lower().replace("-", "_")
+
+
+def _architecture(name: str) -> tuple[str, CLIPConfig, dict[str, _Weights]]:
+    name = name.replace("/", "-")
+    if name not in _published():
+        near = difflib.get_close_matches(name, _published(), n=3)
+        raise ValueError(
+            f"model_name is {name!r}: no folder or file, and none of the architectures that miniclip can build "
+            f"({'did you mean ' + ' or '.join(near) + '? ' if near else ''}miniclip.openclip.list_models() has them). "
+            "open_clip may have more; `miniclip eval` takes those as openclip:NAME/TAG"
+        )
+    return name, *_published()[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a name to a model
+
+
+def create_model(
+    model_name: str,
+    pretrained: str | None = None,
+    load_weights: bool = True,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    jit: bool = False,
+    *,
+    force_quick_gelu: bool = False,
+    force_image_size: int | tuple[int, int] | None = None,
+    force_context_length: int | None = None,
+    cache_dir: str | None = None,
+    output_dict: bool | None = None,
+    require_pretrained: bool = False,
+    weights_only: bool = True,
+    **others: Any,
+) -> CLIP:
+    """A model in training mode.
+
+    Args:
+        model_name: an architecture (`list_models`), whose weights `pretrained` names; or hf-hub:owner/name,
+            local-dir:DIR or any checkpoint that `miniclip.load` takes, which bring their own.
+        pretrained: a tag (`list_pretrained`), or a file. Without it, weights are random, and a warning says so.
+        precision: of the weights. "fp16" and "bf16" leave norms and embeddings in float32, "pure_fp16" and "pure_bf16"
+            do not; anything with "amp" is float32.
+        jit: warned about and ignored.
+        weights_only: no code of a checkpoint is run either way.
+        others: open_clip's further arguments, refused unless they ask for nothing.
+
+    Raises:
+        ValueError: no such name, tag or file, another architecture, or an argument that is not supported.
+    """
+    _refuse(others)
+    if jit:
+        warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
+    config, found = _open(model_name, pretrained if load_weights else None, cache_dir)
+    if found is None and (require_pretrained or not pretrained):
+        _report_random(model_name, require_pretrained)
+    if force_quick_gelu:
+        config = replace(config, activation="quick_gelu")
+    side = _side(force_image_size)
+    if found is None:
+        model = CLIP(_resized(config, side, force_context_length), bool(output_dict))
+    else:
+        found = resize(replace(found, config=config), side, force_context_length)
+        with Unfilled():
+            model = CLIP(found.config, bool(output_dict))
+        model.load_state_dict(to_openai_keys(build(found, model_name).state_dict()))
+    _set_precision(model, precision)
+    return model.to(find_device(device))
+
+
+def _resized(config: CLIPConfig, image_size: int | None, context_length: int | None) -> CLIPConfig:
+    vision = replace(config.vision, image_size=image_size or config.vision.image_size)
+    return replace(
+        config, vision=vision, text=replace(config.text, context_length=context_length or config.text.context_length)
+    )
+
+
+def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLIPConfig, Checkpoint | None]:
+    """The architecture, and what there is of weights."""
+    path = _own_path(name, cache_dir)
+    if path is not None:
+        if pretrained:
+            warnings.warn(f"pretrained={pretrained!r} is ignored: {name} brings its own weights", stacklevel=4)
+        found = read_checkpoint(path)
+        _refuse_foreign(found.config, name)
+        return found.config, found
+    name, config, weights = _architecture(name)
+    if not pretrained:
+        return config, None
+    if (tag := weights.get(_clean(pretrained))) is not None:
+        wanted = tag.applied(config)
+        is_openais = tag.source in openai.available_models()
+        path = fetch_openai(tag.source, cache_dir) if is_openais else fetch_hub(HUB_PREFIX + tag.source, cache_dir)
+        found = replace(read_checkpoint(path), config=wanted)
+    elif Path(pretrained).exists():
+        found = _of_file(read_checkpoint(pretrained, config), config, name, pretrained)
+    else:
+        near = difflib.get_close_matches(_clean(pretrained), weights, n=1)
+        raise ValueError(
+            f"pretrained is {pretrained!r}: no file or folder, and none of the tags of {name}, "
+            f"{', '.join(weights) or 'which has none'}{f'; did you mean {near[0]}?' if near else ''}"
+        )
+    if found.config.activation != config.activation:
+        warnings.warn(
+            f"{pretrained} was trained with {found.config.activation} and is used with it, though {name} alone means "
+            f"{config.activation}",
+            stacklevel=4,
+        )
+    return found.config, found
+
+
+def _own_path(name: str, cache_dir: str | None) -> Path | None:
+    """Where a name that brings its own weights lies; None for an architecture's."""
+    if name.startswith(HUB_PREFIX):
+        return fetch_hub(name, cache_dir)
+    if name.startswith(FOLDER_PREFIX) and not Path(name.removeprefix(FOLDER_PREFIX)).is_dir():
+        raise ValueError(f"model_name is {name!r}: there is no folder {name.removeprefix(FOLDER_PREFIX)!r}")
+    path = Path(name.removeprefix(FOLDER_PREFIX))
+    return path if path.exists() else None
+
+
+def _of_file(found: Checkpoint, config: CLIPConfig, name: str, file: str) -> Checkpoint:
+    """Makes sure that a file that tells its architecture has that of the name, whatever its pixels and activation."""
+    told = found.config
+    pixels = {
+        field: getattr(told.vision, field)
+        for field in ("mean", "std", "preprocess", "resize", "resize_size", "interpolation")
+    }
+    same = replace(
+        config,
+        vision=replace(config.vision, **pixels),
+        activation=told.activation,
+        init_logit_scale=told.init_logit_scale,
+        init_logit_bias=told.init_logit_bias,
+    )
+    if lines := differences(same.to_dict(), told.to_dict(), "", ("the name's", "the file's")):
+        raise ValueError("\n".join([f"{file} holds another architecture than {name}:", *lines]))
+    return found
+
+
+def _report_random(name: str, is_error: bool) -> None:
+    tags = list_pretrained_tags_by_model(name.replace("/", "-"))
+    known = f"tags are {', '.join(tags)}" if tags else "there are no tags for it"
+    if is_error:
+        raise ValueError(f"{name} needs weights: pretrained names a tag or a file; {known}")
+    warnings.warn(f"the weights of {name} are random: pretrained names a tag or a file; {known}", stacklevel=3)
+
+
+def _refuse_foreign(config: CLIPConfig, name: str) -> None:
+    if config.towers != "both":
+        raise ValueError(f"{name} has the {config.towers} tower alone; open_clip's models have both (miniclip.load)")
+    if config.text.eot_token != config.text.vocab_size - 1:
+        raise ValueError(
+            f"{name} ends texts with {config.text.eot_token}, and open_clip's models with the largest id; "
+            "miniclip.load takes it"
+        )
+
+
+def _set_precision(model: CLIP, precision: str) -> None:
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    if "amp" in precision or precision in ("fp32", "pure_fp32"):
+        return
+    dtype = dtypes.get(precision.removeprefix("pure_"))
+    if dtype is None:
+        raise ValueError(f"precision is {precision!r}; valid are fp32, fp16, bf16, pure_fp16, pure_bf16 and amp…")
+    if precision.startswith("pure_"):
+        model.to(dtype)
+    elif isinstance(model.visual, TimmTower):
+        raise ValueError(f"precision is {precision!r}; for a tower of timm's, use 'pure_{precision}' or 'fp32'")
+    else:
+        openai.convert_weights(model, dtype)
+
+
+def _side(size: int | tuple[int, int] | None) -> int | None:
+    sides = {size} if isinstance(size, int | None) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"force_image_size is {size}; images are square here")
+    return sides.pop()
+
+
+_NOTHING = ("pretrained_hf", "pretrained_text", "pretrained_image")  # towers' own weights, where all come together
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value not in (None, False, {}) and name not in _NOTHING:
+            raise ValueError(
+                f"{name}={value!r} is not supported by miniclip.openclip; the config of a model is data, "
+                "see miniclip.CLIPConfig"
+            )
+
+
+def create_model_and_transforms(
+    model_name: str,
+    pretrained: str | None = None,
+    load_weights: bool = True,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    jit: bool = False,
+    *,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
+    aug_cfg: Any = None,
+    **options: Any,
+) -> tuple[CLIP, Transform, Transform]:
+    """The model, and two functions from a PIL image to (3, R, R): the one for training crops at random.
+
+    The arguments are those of `create_model` and of `image_transform`; what is None is as the weights were trained.
+    """
+    model = create_model(model_name, pretrained, load_weights, precision, device, jit, **options)
+    given = {
+        "mean": image_mean,
+        "std": image_std,
+        "interpolation": image_interpolation,
+        "resize_mode": image_resize_mode,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    model.visual.preprocess_cfg |= changes
+    settings = {name: model.visual.preprocess_cfg[name] for name in given}
+    size = model.config.vision.image_size
+    train = image_transform(size, True, **settings, aug_cfg=aug_cfg)
+    vision = model.config.vision
+    if not changes and (vision.preprocess, vision.resize_size or size) != ("openai", size):
+        return model, train, preprocess_for(model.config)
+    return model, train, image_transform(size, False, **settings)
+
+
+def create_model_from_pretrained(
+    model_name: str,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    jit: bool = False,
+    *,
+    return_transform: bool = True,
+    **options: Any,
+) -> Any:
+    """As `create_model_and_transforms`, with weights that are not random: the model, and the transform of inference."""
+    options["require_pretrained"] = True
+    model, _, transform = create_model_and_transforms(model_name, pretrained, True, precision, device, jit, **options)
+    return (model, transform) if return_transform else model
+
+
+def load_openai_model(
+    name: str, precision: str | None = None, device: str | torch.device | None = None, cache_dir: str | None = None
+) -> CLIP:
+    """One of OpenAI's names, or a file of its; float32 on a CPU and float16 elsewhere, unless `precision` says."""
+    on = find_device(device)
+    where = name if Path(name).is_file() else str(fetch_openai(name, cache_dir))
+    return create_model(where, None, True, precision or ("fp32" if on.type == "cpu" else "fp16"), on)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and words
+
+
+def image_transform(
+    image_size: int | Sequence[int],
+    is_train: bool,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    fill_color: int = 0,
+    aug_cfg: Any = None,
+) -> Transform:
+    """torchvision's transforms of a PIL image to (3, R, R).
+
+    Args:
+        is_train: a random crop of `aug_cfg["scale"]` of the area, 0.9 to 1, in place of the middle.
+        resize_mode: "shortest" side, or "squash" both.
+
+    Raises:
+        ValueError: a picture that is not square, another mode, or other augmentation.
+    """
+    from torchvision import transforms  # a second, and only this needs it
+
+    side = _side(image_size if isinstance(image_size, int) else (image_size[0], image_size[-1]))
+    modes, filters = ("shortest", "squash"), ("bicubic", "bilinear", "random")
+    mode, interpolation = resize_mode or "shortest", interpolation or "bicubic"
+    for value, name, valid in ((mode, "resize_mode", modes), (interpolation, "interpolation", filters)):
+        if value not in valid:
+            raise ValueError(f"{name} is {value!r}; valid are {', '.join(valid)}")
+    filter_ = transforms.InterpolationMode("bilinear" if interpolation == "bilinear" else "bicubic")
+    bicubic = transforms.InterpolationMode.BICUBIC
+    if is_train:
+        steps = [transforms.RandomResizedCrop(side, scale=_crop_scale(aug_cfg), interpolation=bicubic)]
+    elif mode == "squash":
+        steps = [transforms.Resize((side, side), interpolation=filter_)]
+    else:
+        steps = [transforms.Resize(side, interpolation=filter_), transforms.CenterCrop(side)]
+    normalize = transforms.Normalize(mean or OPENAI_MEAN, std or OPENAI_STD)
+    return transforms.Compose([*steps, openai._convert_image_to_rgb, transforms.ToTensor(), normalize])
+
+
+def _crop_scale(aug_cfg: Any) -> tuple[float, float]:
+    given = dict(aug_cfg) if isinstance(aug_cfg, dict) else dict(vars(aug_cfg)) if aug_cfg else {}
+    scale = given.pop("scale", (0.9, 1.0))
+    _refuse({f"aug_cfg[{name!r}]": value for name, value in given.items()})
+    return tuple(scale)
+
+
+class SimpleTokenizer(openai.SimpleTokenizer):
+    """Text to ids and back, and texts to a tensor. The special tokens are spelt <start_of_text> and <end_of_text>."""
+
+    special = {  # noqa: RUF012
+        "<start_of_text>": clip_tokenizer.START_OF_TEXT,
+        "<end_of_text>": clip_tokenizer.END_OF_TEXT,
+    }
+    vocab_size, sot_token_id, eot_token_id = (
+        clip_tokenizer.VOCAB_SIZE,
+        clip_tokenizer.START_OF_TEXT,
+        clip_tokenizer.END_OF_TEXT,
+    )
+    all_special_ids = (sot_token_id, eot_token_id)
+
+    def __init__(self, bpe_path: str | None = None, context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> None:
+        super().__init__(bpe_path)
+        self.context_length = context_length
+
+    def encode(self, text: str) -> list[int]:
+        return clip_tokenizer.encode(text)
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """(B, context_length) int64: start, text, end, zeros. Longer texts are cut, and a warning counts them."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        length = context_length or self.context_length
+        tokens = clip_tokenizer.tokenize(texts, length, truncate=True).long()
+        full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
+        cut = [text for text in full if len(self.encode(text)) + 2 > length]
+        if cut:
+            what = f"{len(cut)} of {len(texts)} texts have more than {length} tokens and were cut"
+            warnings.warn(f"{what}, the first: {cut[0][:200]!r}", stacklevel=2)
+        return tokens
+
+
+def get_tokenizer(
+    model_name: str = "", context_length: int | None = None, cache_dir: str | None = None, **options: Any
+) -> SimpleTokenizer:
+    """A model's tokenizer; the name is any that `create_model` takes.
+
+    Raises:
+        ValueError: no such model, or one that reads other ids than CLIP's.
+    """
+    _refuse(options)
+    if not model_name:
+        return SimpleTokenizer(context_length=context_length or clip_tokenizer.CONTEXT_LENGTH)
+    config, _ = _open(model_name, None, cache_dir)
+    clip_tokenizer.refuse_other_ids(config.text, model_name, "CLIP's")
+    return SimpleTokenizer(context_length=context_length or config.text.context_length)
+
+
+_tokenizer = SimpleTokenizer()
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> Tensor:
+    return _tokenizer(texts, context_length)
+
+
+def decode(output_ids: Tensor) -> str:
+    return _tokenizer.decode(output_ids.tolist())
+
+
+IMAGENET_CLASSNAMES = (ASSETS / "imagenet_classnames.txt").read_text(encoding="utf-8").splitlines()
+
+
+@torch.no_grad()
+def build_zero_shot_classifier(
+    model: CLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Callable[[str], str] | str],
+    num_classes_per_batch: int | None = 10,
+    device: str | torch.device = "cpu",
+    use_tqdm: bool = False,
+) -> Tensor:
+    """(E, C), a unit column for each class: the mean of its prompts' unit features."""
+    columns = []
+    for name in classnames:
+        texts = [template.format(name) if isinstance(template, str) else template(name) for template in templates]
+        columns.append(model.encode_text(tokenizer(texts).to(device), normalize=True).mean(dim=0))
+    return F.normalize(torch.stack(columns), dim=1).T
+
+
+class ClipLoss(nn.Module):
+    """Of one process; `miniclip.clip_loss` is exact over several."""
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if world_size != 1:
+            raise ValueError(
+                f"world_size is {world_size}; this one is of one process. miniclip.clip_loss has "
+                "across_processes=True, whose gradients are exact"
+            )
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Any = None,
+        output_dict: bool = False,
+    ) -> Any:
+        loss = clip_loss(image_features, text_features, logit_scale)  # a bias moves all logits and no softmax
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_MODULES = ("factory", "model", "tokenizer", "transform", "pretrained", "loss")
+
+
+def install() -> None:
+    """Gives this module the names `open_clip`, `open_clip.factory`, … in this process.
+
+    Raises:
+        ValueError: another `open_clip` is imported already.
+    """
+    openai.install_as(sys.modules[__name__], "open_clip", *(f"open_clip.{name}" for name in _MODULES))
+
+
+factory = model = tokenizer = transform = pretrained = loss = sys.modules[__name__]

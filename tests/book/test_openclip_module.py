@@ -1,0 +1,541 @@
+"""Scripts written for open_clip run on `miniclip.openclip`. Oracle: open_clip itself, with the same weights."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+
+import open_clip
+import pytest
+import torch
+from foreign_models import TINY_RESNET, TINY_VIT, openclip_model, openclip_settings, probe, randomised, write_archive
+from helpers import picture, tiny_clip
+from torch import nn
+
+import miniclip
+import miniclip.openclip as ours
+from miniclip.weights.download import OPENAI_FILES
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+TINY = {
+    "vit": {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32},
+    "resnet": {"image_size": 64, "patch_size": None, "width": 8, "layers": [1, 1, 1, 1], "head_width": 64},
+    "timm": {"image_size": 32, "timm_model_name": "test_convnext", "timm_proj": "linear"},
+}
+NAMES = ["a cat", "a large dog", "seven bicycles"]
+
+
+def write_folder(folder, kind="vit", text=TEXT, **settings):
+    """A folder of open_clip's, and the model whose weights are in it."""
+    folder.mkdir()
+    model = {"embed_dim": 48, "vision_cfg": TINY[kind], "text_cfg": text, **settings}
+    pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": pixels}))
+    theirs = randomised(open_clip.create_model(f"local-dir:{folder}", load_weights=False), 1)
+    torch.save(theirs.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return f"local-dir:{folder}", theirs
+
+
+@pytest.fixture(params=TINY)
+def twins(request, tmp_path):
+    name, theirs = write_folder(tmp_path / "model", request.param)
+    return ours.create_model(name).eval(), theirs
+
+
+@pytest.fixture
+def vit(tmp_path):
+    return write_folder(tmp_path / "model")
+
+
+def images_for(model, number=3):
+    R = model.visual.preprocess_cfg["size"]
+    R = R if isinstance(R, int) else R[0]
+    return torch.randn(number, 3, R, R, generator=torch.Generator().manual_seed(1))
+
+
+def assert_near(found, expected, tolerance=1e-5):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+# ---- the model
+
+
+def test_a_call_gives_unit_features_and_the_exponentiated_scale(twins):
+    model, theirs = twins
+    images, tokens = images_for(theirs), ours.tokenize(NAMES)
+    for found, expected in zip(model(images, tokens), theirs(images, tokens), strict=True):
+        assert_near(found, expected)
+    image_features, text_features, scale = model(images, tokens)
+    torch.testing.assert_close(image_features.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(text_features.norm(dim=1), torch.ones(3))
+    assert scale == model.logit_scale.exp()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encoding_is_theirs(twins, normalize):
+    model, theirs = twins
+    images, tokens = images_for(theirs), ours.tokenize(NAMES)
+    assert_near(model.encode_image(images, normalize=normalize), theirs.encode_image(images, normalize=normalize))
+    assert_near(model.encode_text(tokens, normalize), theirs.encode_text(tokens, normalize))
+    for found, expected in zip(model.get_logits(images, tokens), theirs.get_logits(images, tokens), strict=True):
+        assert_near(found, expected)
+
+
+def test_one_tower_alone_can_be_called(twins):
+    model, theirs = twins
+    assert model(image=images_for(theirs))[1] is None
+    assert model(text=ours.tokenize("a cat"))[0] is None
+
+
+def test_outputs_come_by_name_if_asked(vit):
+    name, theirs = vit
+    model, expected = ours.create_model(name, output_dict=True).eval(), open_clip.create_model(name, output_dict=True)
+    found = model(images_for(theirs), ours.tokenize(NAMES))
+    assert found.keys() == expected.eval()(images_for(theirs), ours.tokenize(NAMES)).keys()
+
+
+def test_a_bias_of_the_logits_comes_fourth(tmp_path):
+    name, theirs = write_folder(tmp_path / "model", init_logit_scale=2.3, init_logit_bias=-10.0)
+    model, images, tokens = ours.create_model(name).eval(), images_for(theirs), ours.tokenize(NAMES)
+    found, expected = model(images, tokens), theirs(images, tokens)
+    assert len(found) == len(expected) == 4
+    assert found[3] == expected[3]
+    assert_near(model.get_logits(images, tokens)[0], theirs.get_logits(images, tokens)[0])
+
+
+def test_names_keys_and_their_order_are_theirs_so_weights_go_both_ways(twins):
+    model, theirs = twins
+    assert [*model.state_dict()] == [*theirs.state_dict()]
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    copy.deepcopy(theirs).load_state_dict(model.state_dict())
+    model.load_state_dict(theirs.state_dict())
+
+
+def test_gradients_are_theirs(vit):
+    name, theirs = vit
+    model = ours.create_model(name)
+    model.set_grad_checkpointing()
+    for each in (model, theirs.train()):
+        image_features, text_features, scale = each(images_for(theirs), ours.tokenize(NAMES))
+        ours.ClipLoss()(image_features, text_features, scale).backward()
+    found = dict(model.named_parameters())
+    largest = max(p.grad.abs().max() for p in theirs.parameters())
+    for parameter_name, expected in theirs.named_parameters():
+        assert (found[parameter_name].grad - expected.grad).abs().max() <= 1e-5 * largest, parameter_name
+
+
+def test_the_attributes_that_scripts_read(twins):
+    model, theirs = twins
+    for name in ("image_size", "preprocess_cfg", "output_dim", "grid_size", "patch_size"):
+        expected = getattr(theirs.visual, name, None)
+        if expected is not None:
+            found = getattr(model.visual, name)
+            same = {k: tuple(v) if isinstance(v, list) else v for k, v in expected.items()} if name[:2] == "pr" else 0
+            assert found == (same or expected), name
+    assert (model.context_length, model.vocab_size) == (theirs.context_length, theirs.vocab_size)
+    assert torch.equal(model.attn_mask, theirs.attn_mask)
+    assert model.transformer.get_cast_dtype() == torch.float32
+    assert model.transformer.batch_first == theirs.transformer.batch_first
+    assert (model.transformer.width, model.transformer.layers) == (theirs.transformer.width, theirs.transformer.layers)
+
+
+def test_patches_come_with_output_tokens(vit):
+    name, theirs = vit
+    model = ours.create_model(name).eval()
+    model.visual.output_tokens = theirs.visual.output_tokens = True
+    for found, expected in zip(model.visual(images_for(theirs)), theirs.visual(images_for(theirs)), strict=True):
+        assert_near(found, expected)
+
+
+def test_hooks_see_rows_first_and_their_numbers(vit):
+    name, theirs = vit
+    seen = []
+    for model in (ours.create_model(name).eval(), theirs):
+        for block in (model.visual.transformer.resblocks[-1], model.transformer.resblocks[0]):
+            block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        model(images_for(theirs), ours.tokenize(NAMES))
+    assert [tuple(each.shape) for each in seen[:2]] == [(3, 5, 64), (3, 77, 64)]
+    for found, expected in zip(seen[:2], seen[2:], strict=True):
+        assert_near(found, expected)
+
+
+def test_text_states_are_written_out_as_by_diffusion_models(vit):
+    """Blocks are called one by one with the mask, up to the last but one."""
+    name, theirs = vit
+    states = []
+    for model in (ours.create_model(name).eval(), theirs):
+        x = model.token_embedding(ours.tokenize(NAMES)) + model.positional_embedding
+        for block in model.transformer.resblocks[:-1]:
+            x = block(x, attn_mask=model.attn_mask)
+        states.append(model.ln_final(x))
+    assert_near(*states)
+
+
+def test_attention_gives_its_weights(vit):
+    name, theirs = vit
+    x = torch.randn(3, 5, 64)
+    found, expected = (
+        model.visual.transformer.resblocks[0].attn(x, x, x, need_weights=True)[1]
+        for model in (ours.create_model(name), theirs)
+    )
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "fp32"])
+def test_precisions_leave_in_float32_what_open_clip_leaves(vit, precision):
+    name, _ = vit
+    found, expected = (
+        {n: p.dtype for n, p in library.create_model(name, precision=precision).named_parameters()}
+        for library in (ours, open_clip)
+    )
+    assert found == expected
+
+
+def test_a_precision_that_is_none_is_refused(vit):
+    with pytest.raises(ValueError, match=r"precision is 'fp15'.*fp16"):
+        ours.create_model(vit[0], precision="fp15")
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 70), (9, 20)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_pictures_become_the_same_pixels(vit, size, mode):
+    (_, train, val), (_, their_train, their_val) = (
+        library.create_model_and_transforms(vit[0]) for library in (ours, open_clip)
+    )
+    image = picture(3, size, mode)
+    assert torch.equal(val(image), their_val(image))
+    for transform in (train, their_train):
+        torch.manual_seed(4)
+        image.seen = [*getattr(image, "seen", []), transform(image)]
+    assert torch.equal(*image.seen)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resize_mode": "squash", "interpolation": "bilinear"},
+        {"mean": (0.5, 0.5, 0.5), "std": (0.1, 0.2, 0.3)},
+        {"interpolation": "random"},
+    ],
+)
+def test_image_transform_is_theirs(options):
+    image = picture(1, (50, 31))
+    for is_train in (False, True):
+        found = []
+        for library in (ours, open_clip):
+            torch.manual_seed(0)
+            found.append(library.image_transform(24, is_train, **options)(image))
+        assert torch.equal(*found)
+
+
+def test_arguments_change_the_pixels(vit):
+    options = {"image_mean": (0.1, 0.2, 0.3), "image_interpolation": "bilinear", "image_resize_mode": "squash"}
+    (model, val), (theirs, their_val) = (
+        library.create_model_from_pretrained(vit[0], **options) for library in (ours, open_clip)
+    )
+    assert torch.equal(val(picture(2, (50, 40))), their_val(picture(2, (50, 40))))
+    assert model.visual.preprocess_cfg["mean"] == tuple(theirs.visual.preprocess_cfg["mean"])
+
+
+def test_the_crop_of_training_can_be_set(vit):
+    found = []
+    for library in (ours, open_clip):
+        _, train, _ = library.create_model_and_transforms(vit[0], aug_cfg={"scale": (0.2, 0.3)})
+        torch.manual_seed(0)
+        found.append(train(picture(0, (60, 60))))
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match="color_jitter"):
+        ours.create_model_and_transforms(vit[0], aug_cfg={"color_jitter": 0.4})
+
+
+@pytest.mark.parametrize("name, value", [("resize_mode", "longest"), ("interpolation", "nearest")])
+def test_another_resizing_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is '{value}'"):
+        ours.image_transform(24, False, **{name: value})
+
+
+# ---- words
+
+TEXTS = [
+    "a photo of a cat",
+    "",
+    "ÀÉÎ õ ü",
+    "don't  stop!!",
+    "😀😀 <start_of_text> 12,345",
+    "&lt;b&gt; &amp;amp;",
+    "日本語のテキスト",
+]
+
+
+def test_tokens_are_theirs_and_long():
+    assert torch.equal(ours.tokenize(TEXTS), open_clip.tokenize(TEXTS))
+    assert ours.tokenize(TEXTS).dtype == torch.int64
+    found, expected = ours.get_tokenizer(), open_clip.get_tokenizer("ViT-B-32")
+    for text in TEXTS:
+        assert found.encode(text) == expected.encode(text)
+        assert found.decode(found.encode(text)) == expected.decode(expected.encode(text))
+    for name in ("vocab_size", "sot_token_id", "eot_token_id", "context_length"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert found.encoder == expected.encoder
+    assert ours.decode(ours.tokenize("a cat")[0]) == open_clip.decode(open_clip.tokenize("a cat")[0])
+
+
+def test_a_text_that_is_too_long_is_cut_as_theirs_and_a_warning_counts_it():
+    texts = ["a cat", "word " * 90, "dog " * 200]
+    with pytest.warns(UserWarning, match=r"2 of 3 texts have more than 77 tokens.*'word word"):
+        found = ours.get_tokenizer("ViT-B-32")(texts)
+    assert torch.equal(found, open_clip.get_tokenizer("ViT-B-32")(texts))
+
+
+def test_a_text_that_just_fits_is_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens = ours.tokenize("word " * 75)
+    assert tokens[0, -1] == 49407
+
+
+def test_a_tokenizer_has_its_models_length(tmp_path):
+    name, _ = write_folder(tmp_path / "model", text={**TEXT, "context_length": 20})
+    assert ours.get_tokenizer(name)(["a cat"]).shape == (1, 20)
+    assert ours.get_tokenizer(name)("a cat", context_length=9).shape == (1, 9)
+    assert ours.get_tokenizer(name, context_length=11)("a cat").shape == (1, 11)
+
+
+def test_a_tokenizer_of_other_ids_is_refused(tmp_path):
+    miniclip.save(miniclip.CLIP(TINY_VIT), tmp_path / "other")
+    with pytest.raises(ValueError, match="vocab_size 60"):
+        ours.get_tokenizer(str(tmp_path / "other"))
+
+
+def test_a_zero_shot_classifier_is_theirs(vit):
+    name, theirs = vit
+    model, tokenizer = ours.create_model(name).eval(), ours.get_tokenizer(name)
+    for templates in (["a photo of a {}.", "a {}"], [lambda c: f"the {c}"]):
+        found = ours.build_zero_shot_classifier(model, tokenizer, NAMES, templates)
+        assert_near(found, open_clip.build_zero_shot_classifier(theirs, tokenizer, NAMES, templates))
+    assert list(open_clip.IMAGENET_CLASSNAMES) == ours.IMAGENET_CLASSNAMES
+
+
+def test_the_loss_is_theirs():
+    features = nn.functional.normalize(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    found, expected = (
+        library.ClipLoss()(*features, torch.tensor(20.0), output_dict=True) for library in (ours, open_clip)
+    )
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["contrastive_loss"], expected["contrastive_loss"])
+    with pytest.raises(ValueError, match=r"world_size is 2.*clip_loss"):
+        ours.ClipLoss(world_size=2)
+
+
+# ---- names of architectures and weights
+
+
+def test_architectures_are_open_clips():
+    names = ours.list_models()
+    assert [name for name in open_clip.list_models() if name in names] == names
+    assert (len(names), len(ours.list_pretrained())) == (56, 108), "docs/openclip.md has these numbers"
+    assert {"ViT-B-32", "ViT-B-32-quickgelu", "ViT-L-14-336", "ViT-H-14", "RN50x64", "convnext_base_w"} <= set(names)
+    for name in names:
+        settings = open_clip.get_model_config(name)
+        expected = miniclip.weights.architecture.config_from_openclip({"model_cfg": settings}, name)
+        assert ours._published()[name][0] == expected
+
+
+def test_tags_their_repositories_and_how_they_were_trained_are_open_clips():
+    names = ours.list_models()
+    assert ours.list_pretrained() == [pair for pair in open_clip.list_pretrained() if pair[0] in names]
+    assert ours.list_pretrained(as_str=True)[0] == open_clip.list_pretrained(as_str=True)[0]
+    for name, tag in ours.list_pretrained():
+        config, weights = ours._published()[name]
+        theirs, trained = open_clip.pretrained.get_pretrained_cfg(name, tag), weights[tag].applied(config)
+        if tag == "openai":
+            assert theirs["url"].endswith(OPENAI_FILES[weights[tag].source])
+        else:
+            assert theirs["hf_hub"] == weights[tag].source + "/"
+        assert (trained.activation == "quick_gelu") == bool(theirs.get("quick_gelu"))
+        vision = trained.vision
+        assert (vision.mean, vision.std) == (theirs["mean"], theirs["std"])
+        assert (vision.resize, vision.interpolation) == (theirs["resize_mode"], theirs["interpolation"])
+    tags = ours.list_pretrained_tags_by_model("ViT-B-32")
+    assert tags == open_clip.list_pretrained_tags_by_model("ViT-B-32")
+    assert "ViT-B-16" in ours.list_pretrained_models_by_tag("laion2b-s34b-b88k")
+
+
+@pytest.fixture(scope="module")
+def rn50():
+    """With random weights that half precision holds."""
+    torch.manual_seed(0)
+    return open_clip.create_model("RN50-quickgelu").half().float().eval()
+
+
+def test_the_tag_openai_is_openais_file_and_its_activation_wins_aloud(rn50, tmp_path):
+    sizes = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+    tensors = rn50.state_dict() | {name: torch.tensor(size) for name, size in sizes.items()}
+    torch.save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "RN50.pt")
+    with pytest.warns(UserWarning, match="OpenAI was trained with quick_gelu"):
+        model, _ = ours.create_model_from_pretrained("RN50", "OpenAI", cache_dir=str(tmp_path))
+    assert_near(model.eval().encode_text(ours.tokenize(NAMES)), rn50.encode_text(ours.tokenize(NAMES)))
+
+
+@pytest.mark.long
+def test_a_tag_finds_its_weights_in_the_hubs_cache(rn50, tmp_path):
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--timm--resnet50_clip.yfcc15m"
+    for path, text in (
+        ("refs/main", revision),
+        (f"snapshots/{revision}/open_clip_config.json", json.dumps({"model_cfg": SETTINGS_OF_RN50})),
+    ):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    torch.save(rn50.state_dict(), folder / "snapshots" / revision / "open_clip_pytorch_model.bin")
+    images = torch.randn(1, 3, 224, 224)
+    model = ours.create_model("RN50-quickgelu", "yfcc15m", cache_dir=str(tmp_path)).eval()
+    assert_near(model.encode_image(images), rn50.encode_image(images))
+
+
+SETTINGS_OF_RN50 = open_clip.get_model_config("RN50-quickgelu")
+
+
+@pytest.mark.parametrize("model", ["ViT-S-32-alt", "ViT-S-32/alt"])
+def test_a_file_belongs_to_the_architecture_of_the_name(tmp_path, model):
+    theirs = open_clip.create_model("ViT-S-32-alt").eval()
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in theirs.state_dict().items()}}, tmp_path / "w.pt"
+    )
+    found = ours.create_model(model, pretrained=str(tmp_path / "w.pt")).eval()
+    tokens = ours.tokenize(NAMES)
+    assert_near(found.encode_text(tokens), theirs.encode_text(tokens))
+    assert found.config.activation == "gelu"
+    quick = ours.create_model(model, pretrained=str(tmp_path / "w.pt"), force_quick_gelu=True)
+    assert isinstance(quick.transformer.resblocks[0].mlp.gelu, ours.openai.QuickGELU)
+    with pytest.raises(ValueError, match="another architecture"):
+        ours.create_model("ViT-S-16", pretrained=str(tmp_path / "w.pt"))
+
+
+def test_a_file_that_tells_its_architecture_must_have_the_names(tmp_path):
+    miniclip.save(tiny_clip(), tmp_path / "tiny")
+    with pytest.raises(
+        ValueError, match=r"another architecture than ViT-B-32(.|\n)*width: the name's 768, the file's 16"
+    ):
+        ours.create_model("ViT-B-32", pretrained=str(tmp_path / "tiny"))
+
+
+def test_a_resolution_and_a_length_can_be_forced(vit):
+    name, _ = vit
+    options = {"force_image_size": 64, "force_context_length": 40}
+    model = ours.create_model(name, **options).eval()
+    assert model.visual.image_size == (64, 64)
+    assert model.context_length == 40
+    theirs = open_clip.create_model(name, force_image_size=64).eval()
+    assert_near(model.encode_image(images_for(theirs)), theirs.encode_image(images_for(theirs)))
+    assert ours.create_model("ViT-S-32-alt", force_image_size=(64, 64)).visual.grid_size == (2, 2)
+    with pytest.raises(ValueError, match="square"):
+        ours.create_model("ViT-S-32-alt", force_image_size=(64, 32))
+
+
+def test_random_weights_are_warned_about_and_refused_where_trained_ones_are_needed():
+    with pytest.warns(UserWarning, match="the weights of ViT-S-32-alt are random"):
+        model = ours.create_model("ViT-S-32-alt")
+    assert model.training  # as open_clip's
+    assert next(model.parameters()).device.type == "cpu"
+    with pytest.raises(ValueError, match=r"ViT-L-14 needs weights.*laion2b_s32b_b82k"):
+        ours.create_model_from_pretrained("ViT-L-14")
+
+
+@pytest.mark.parametrize(
+    "name, pretrained, message",
+    [
+        ("ViT-B-33", "openai", r"'ViT-B-33'.*did you mean ViT-B-32"),
+        ("ViT-B-16-SigLIP", "webli", "openclip:NAME/TAG"),
+        ("ViT-B-32", "laion2b_s34b_b79", r"'laion2b_s34b_b79'.*did you mean laion2b_s34b_b79k"),
+        ("ViT-S-32", "openai", "which has none"),
+        ("local-dir:nowhere", None, "no folder 'nowhere'"),
+    ],
+)
+def test_what_is_not_there_is_named(name, pretrained, message):
+    with pytest.raises(ValueError, match=message):
+        ours.create_model(name, pretrained)
+
+
+@pytest.mark.parametrize(
+    "option", [{"force_patch_dropout": 0.5}, {"force_custom_text": True}, {"pretrained_image_path": "x"}]
+)
+def test_what_is_not_supported_is_refused_and_what_asks_for_nothing_is_not(vit, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=name):
+        ours.create_model(vit[0], **option)
+    ours.create_model(vit[0], **dict.fromkeys(option), pretrained_image=False, pretrained_hf=True)
+
+
+def test_a_schema_ignores_a_tag_aloud(vit):
+    with pytest.warns(UserWarning, match="pretrained='openai' is ignored"):
+        ours.create_model(vit[0], "openai")
+
+
+# ---- other checkpoints
+
+
+@pytest.mark.parametrize("config", [TINY_VIT, TINY_RESNET], ids=["vit", "resnet"])
+def test_openais_archive_by_path_is_open_clips_model(tmp_path, config):
+    theirs = openclip_model(config)
+    write_archive(theirs, config, tmp_path / "model.pt")
+    images, tokens = probe(config)
+    for model in (
+        ours.load_openai_model(str(tmp_path / "model.pt"), device="cpu").eval(),
+        ours.create_model(str(tmp_path / "model.pt")).eval(),
+    ):
+        assert_near(model.encode_image(images), theirs.encode_image(images))
+        assert_near(model.encode_text(tokens), theirs.encode_text(tokens))
+    assert openclip_settings(config)["embed_dim"] == model.visual.output_dim
+
+
+def test_our_own_model_has_our_own_pixels_and_features(tmp_path):
+    reference = tiny_clip()
+    miniclip.save(reference, tmp_path / "model")
+    model, _, preprocess = miniclip.create_model_and_transforms(str(tmp_path / "model"))
+    _, expected = miniclip.load(tmp_path / "model", device="cpu")
+    assert torch.equal(preprocess(picture(0)), expected(picture(0)))
+    images, tokens = torch.randn(2, 3, 16, 16), miniclip.get_tokenizer(str(tmp_path / "model"))(["a cat", "a dog"])
+    assert tokens.shape == (2, 16)
+    assert_near(model.eval().encode_image(images), reference.encode_image(images))
+    assert_near(model.encode_text(tokens), reference.encode_text(tokens))
+    assert_near(model.get_logits(images, tokens)[0], reference(images, tokens)[0])
+    assert ("ViT-B-32", "openai") in miniclip.list_pretrained()
+
+
+# ---- in place of the package
+
+SCRIPT = """
+import miniclip.openclip
+miniclip.openclip.install()
+import open_clip, sys, torch
+from open_clip import create_model_from_pretrained, get_tokenizer
+from open_clip.factory import create_model_and_transforms
+from open_clip.tokenizer import SimpleTokenizer, tokenize
+from open_clip.transform import image_transform
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP
+model, _, preprocess = open_clip.create_model_and_transforms(sys.argv[1], device="cpu", jit=True)
+tokenizer = open_clip.get_tokenizer(sys.argv[1])
+model.eval()
+with torch.no_grad():
+    image_features, text_features, scale = model(torch.zeros(1, 3, 32, 32), tokenizer(["a cat", "a dog"]))
+print((scale * image_features @ text_features.T).softmax(dim=-1).sum().item())
+"""
+
+
+def test_scripts_that_import_open_clip_get_this_module(vit):
+    run = subprocess.run([sys.executable, "-c", SCRIPT, vit[0]], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(1)
+    assert "jit=True is ignored" in run.stderr
+
+
+def test_another_open_clip_is_not_replaced_in_silence():
+    with pytest.raises(ValueError, match=r"open_clip is imported already.*miniclip.openclip.install"):
+        ours.install()
