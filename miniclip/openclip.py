@@ -112,7 +112,7 @@ def _clean(tag: str) -> str:
     return tag.lower().replace("-", "_")
 
 
-def _architecture(name: str) -> tuple[str, CLIPConfig, dict[str, _Weights]]:
+def _by_name(name: str) -> tuple[str, CLIPConfig, dict[str, _Weights]]:
     name = name.replace("/", "-")
     if name not in _published():
         near = difflib.get_close_matches(name, _published(), n=3)
@@ -196,7 +196,7 @@ def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLI
         found = read_checkpoint(path)
         _refuse_foreign(found.config, name)
         return found.config, found
-    name, config, weights = _architecture(name)
+    name, config, weights = _by_name(name)
     if not pretrained:
         return config, None
     if (tag := weights.get(_clean(pretrained))) is not None:
