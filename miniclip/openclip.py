@@ -464,15 +464,12 @@ def get_tokenizer(
     return SimpleTokenizer(context_length=context_length or config.text.context_length)
 
 
-_tokenizer = SimpleTokenizer()
-
-
 def tokenize(texts: str | Sequence[str], context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> Tensor:
-    return _tokenizer(texts, context_length)
+    return SimpleTokenizer()(texts, context_length)
 
 
 def decode(output_ids: Tensor) -> str:
-    return _tokenizer.decode(output_ids.tolist())
+    return SimpleTokenizer().decode(output_ids.tolist())
 
 
 IMAGENET_CLASSNAMES = (ASSETS / "imagenet_classnames.txt").read_text(encoding="utf-8").splitlines()
