@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .openclip import get_tokenizer as get_tokenizer
     from .openclip import list_pretrained as list_pretrained
     from .tokenizer import tokenize as tokenize
+    from .weights.load import from_pretrained as from_pretrained
     from .weights.load import load as load
     from .weights.load import save as save
     from .weights.read import available_models as available_models
@@ -38,6 +39,7 @@ _HOME = {
     "available_models": "weights.read",
     "clip_loss": "loss",
     "create_model_and_transforms": "openclip",
+    "from_pretrained": "weights.load",
     "get_tokenizer": "openclip",
     "list_pretrained": "openclip",
     "load": "weights.load",

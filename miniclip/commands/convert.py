@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser(
         "convert",
         "Writes a checkpoint in another library's layout, then loads it back (with that library, too, where it is\n"
-        "installed) and compares embeddings before it reports success.\n\n" + CHECKPOINTS,
+        "installed) and compares embeddings before it reports success. hf gets a model card, too.\n\n" + CHECKPOINTS,
         examples="""
 miniclip convert ViT-B/32 clip --to hf
 miniclip convert runs/digits/best digits.pt --to openai
@@ -49,7 +49,9 @@ def _widths(text: str) -> int | tuple[int, int]:
 
 def run(options: argparse.Namespace) -> None:
     with lasting_imports():
+        from ..inference.card import CARD_FILE, card_for
         from ..weights.convert import convert
 
-    report = convert(options.source, options.out, options.to, overwrite=options.overwrite, **hints(options))
+    texts = {CARD_FILE: card_for(options.source, to=options.to, **hints(options))} if options.to == "hf" else None
+    report = convert(options.source, options.out, options.to, options.overwrite, texts, **hints(options))
     print(f"{options.out}: {report}")

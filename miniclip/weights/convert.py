@@ -7,6 +7,7 @@ library where it is installed.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import remove, swap_in
+from ..common.files import remove, swap_in, write_text
 from ..config import CLIPConfig
 from ..model import CLIP
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE
@@ -25,12 +26,20 @@ from .write import WRITERS, require
 FORMATS = tuple(WRITERS)
 
 
-def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = False, **options: Any) -> str:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
+    **options: Any,
+) -> str:
     """Writes a checkpoint in another layout, then loads it back and compares.
 
     Args:
         out: a file for "openai" (a state dict, which OpenAI's package loads), a folder for the others.
         to: one of `FORMATS`.
+        texts: other files for the folder, such as a model card: names and contents.
         options: `activation` and the like, as `read_checkpoint` takes them.
 
     Returns:
@@ -57,6 +66,8 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
     temporary = out.with_name(f".{out.stem}.{secrets.token_hex(8)}.tmp{out.suffix}")
     try:
         WRITERS[to](checkpoint, temporary)
+        for name, content in (texts or {}).items():
+            write_text(temporary / name, content)
         compared = {"miniclip": _embeddings(build(read_checkpoint(temporary), str(temporary)))}
         compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
         said = []

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from ..common.device import find_device
 from ..common.files import write_text
-from ..config import Activation, CLIPConfig
+from ..config import OPENAI_MODELS, Activation, CLIPConfig
 from ..images import Preprocess
 from ..model import CLIP
 from .containers import write_safetensors
+from .download import HUB_PREFIX
 from .folders import CONFIG_FILE, WEIGHTS_FILE
 from .layouts import Tensors
 from .read import Checkpoint, locate, read_checkpoint
@@ -82,6 +83,19 @@ def load(
     hints: dict[str, Any] = {"activation": activation, "heads": heads, "head_width": head_width}
     checkpoint = resize(read_checkpoint(locate(name, download_root), **hints), image_size, context_length)
     return build(checkpoint, str(name), dtype).to(device).eval(), preprocess_for(checkpoint.config)
+
+
+def from_pretrained(name: str | Path, **options: Any) -> tuple[CLIP, Callable[[Image.Image], Tensor]]:
+    """`load` for people who name models as hubs do: a folder, or "owner/name" of Hugging Face's hub.
+
+    Args:
+        options: as those of `load`.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    is_here = Path(name).exists() or str(name).startswith(HUB_PREFIX) or str(name).count("/") != 1
+    return load(name if is_here or str(name) in OPENAI_MODELS else f"{HUB_PREFIX}{name}", **options)
 
 
 def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:

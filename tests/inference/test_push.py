@@ -1,0 +1,212 @@
+"""A model goes to a hub and comes back, whatever breaks on the way; the hub is a server on the loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import fails
+from helpers import picture, tiny_clip, write_picture
+from hub import Hub
+from PIL import Image
+
+from miniclip.inference.card import CARD_FILE, card_for, is_untouched
+from miniclip.weights.load import load, save
+
+CAME_BACK = """
+import sys, torch, miniclip
+model, preprocess = miniclip.load(sys.argv[2], device="cpu")
+for name in ("hf-hub:owner/birds", "owner/birds"):
+    other, same = (miniclip.load if ":" in name else miniclip.from_pretrained)(name, device="cpu")
+    assert other.config == model.config and same.mean == preprocess.mean
+    for (key, value), (other_key, found) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert key == other_key and torch.equal(value, found), key
+print("the same")
+"""
+
+
+def in_process(hub: Hub, home: Path, *command: str, token: str = Hub.token) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+
+
+def push(hub: Hub, home: Path, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return in_process(hub, home, "-m", "miniclip", "push", *options, **more)
+
+
+@pytest.fixture
+def model(tmp_path):
+    save(tiny_clip(3), tmp_path / "birds")
+    return tmp_path / "birds"
+
+
+def test_a_pushed_model_comes_back_bit_for_bit(tmp_path, model):
+    (model / "classnames.json").write_text("[]")  # lies there, and is no part of the model
+    shown = write_picture(tmp_path / "robin.png", size=(400, 300))
+    with Hub() as hub:
+        done = push(hub, tmp_path / "home", str(model), "owner/birds", "--license", "mit", "--thumbnails", str(shown))
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["owner/birds"].files
+        expected = {".gitattributes", "config.json", "model.safetensors", CARD_FILE, "pictures/0.jpg"}
+        assert set(files) == expected
+        assert files["model.safetensors"] == (model / "model.safetensors").read_bytes()
+        assert len(hub.repositories["owner/birds"].commits) == 2  # all in one
+        back = in_process(hub, tmp_path / "elsewhere", "-c", CAME_BACK, "", str(model))
+        assert back.stdout.strip() == "the same", back.stderr[-800:]
+    small = Image.open(__import__("io").BytesIO(files["pictures/0.jpg"]))
+    assert (small.size, small.getexif(), small.info.get("comment")) == ((256, 192), {}, None)
+    card = files[CARD_FILE].decode()
+    assert is_untouched(card)
+    assert "license: mit" in card
+    assert "![a picture of its kind](pictures/0.jpg)" in card
+
+
+@pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
+def test_a_push_that_breaks_leaves_the_repository_as_it_was_and_can_be_repeated(tmp_path, model, where):
+    broken = [True]
+    with Hub(fault=lambda method, path: 400 if broken[0] and where in path else None) as hub:
+        done = push(hub, tmp_path / "home", str(model), "owner/birds")
+        assert done.returncode == 2
+        assert "owner/birds was not pushed" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert set(hub.repositories["owner/birds"].files) == {".gitattributes"}
+        broken[0], before = False, len(hub.requests)
+        done = push(hub, tmp_path / "home", str(model), "owner/birds")
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["owner/birds"].files
+        assert files["model.safetensors"] == (model / "model.safetensors").read_bytes()
+        sent_again = [path for method, path in hub.requests[before:] if path.startswith("/lfs/") and method == "PUT"]
+        assert bool(sent_again) == (where == "/lfs/")
+
+
+def test_what_a_repository_has_is_replaced_on_request_alone(tmp_path, model):
+    """A second push of the same is no commit; other weights, or a card that somebody edited, need --overwrite."""
+    with Hub() as hub:
+        assert push(hub, tmp_path / "home", str(model), "owner/birds").returncode == 0
+        repository = hub.repositories["owner/birds"]
+        again = push(hub, tmp_path / "home", str(model), "owner/birds")
+        assert (again.returncode, len(repository.commits)) == (0, 2), again.stderr
+        assert "it had all of them already" in again.stdout
+        repository.files[CARD_FILE] += b"\nMy own words.\n"
+        save(tiny_clip(4), model, overwrite=True)
+        refused = push(hub, tmp_path / "home", str(model), "owner/birds")
+        assert (refused.returncode, len(repository.commits)) == (2, 2)
+        assert "owner/birds has another model.safetensors, README.md" in refused.stderr
+        assert "--overwrite" in refused.stderr
+        replaced = push(hub, tmp_path / "home", str(model), "owner/birds", "--overwrite")
+        assert (replaced.returncode, len(repository.commits)) == (0, 3), replaced.stderr
+        assert repository.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
+
+
+def test_a_token_without_the_right_says_how_to_get_one(tmp_path, model):
+    with Hub() as hub:
+        done = push(hub, tmp_path / "home", str(model), "owner/birds", token="hf_other")
+    assert done.returncode == 2
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["birds", "owner/", "owner/na me", "a/b/c", "https://host/owner/name"])
+def test_a_name_that_is_no_repository_is_refused_before_anything_is_sent(model, capsys, name):
+    assert repr(name) in fails(capsys, ["push", str(model), name, "--dry-run"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The card
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run's folder with all that a card is made from, of numbers worked out by hand."""
+    run = tmp_path / "runs/birds"
+    save(tiny_clip(3), run / "best")
+    log, shards = run / "logs/version_0", tmp_path / "shards"
+    log.mkdir(parents=True)
+    shards.mkdir()
+    index = {"source": "/home/ada/secret/photos", "found": "1234 images", "samples": 1200, "rejected": 34}
+    (shards / "index.json").write_text(json.dumps(index))
+    settings = "seed_everything: 0\nmodel: {loss: clip, optimizer: {lr: 0.001}}\ndata: {train: shards}\n"
+    (log / "config.yaml").write_text(settings)
+    (log / "metrics.csv").write_text("epoch,step,train/rejected,val/loss\n0,9,3.0,1.5\n0,19,5.0,1.25\n")
+    record = {"status": "finished", "command": "train", "began": "2026-01-02T03:04:05+00:00", "seconds": 7200.0}
+    record |= {"step": 20, "max_steps": 20, "monitor": "val/loss", "monitor_mode": "min", "batch_size": 64}
+    record |= {"world_size": 1, "device": "CPU", "precision": "32-true", "peak_source": "", "versions": {"torch": "2"}}
+    (log / "run.json").write_text(json.dumps({**record, "epoch_samples": 1200}))
+    return run
+
+
+def write_results(run: Path, model: str, created: float) -> Path:
+    classes = [{"class": "robin", "recall": 0.5}, {"class": "wren", "recall": 0.95}]
+    result = {"model": model, "dataset": "/home/ada/secret/test", "task": "zeroshot_classification", "num_images": 40}
+    result |= {"metrics": {"acc1": 0.725, "macro_f1": 0.7}, "intervals_95": {"acc1": [0.6, 0.85]}, "unreadable": ["x"]}
+    result |= {"templates": ["a {c}"], "classnames": ["robin", "wren"], "per_class": classes}
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(created))
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report/results.json").write_text(json.dumps({"schema": 2, "created": stamp, "results": [result]}))
+    return run / "report"
+
+
+def test_a_card_has_data_recipe_scores_and_limits_and_no_path_of_the_machine(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_results(trained, "runs/birds/best", time.time() + 60)
+    card = card_for(trained / "best", "owner/birds")
+    for line in (
+        "# birds",
+        "| secret/photos | 1234 images | 1,200 | 34 |",
+        "- 5 samples could not be read while training, and were left out.",
+        "| steps | 20 of 20 (finished) |",
+        "| time | 2.0 h |",
+        "| seed | 0 |",
+        "- The best val/loss was 1.25, after 20 steps.",
+        "| test | 40 | 1 | acc1 | 0.725 | 0.600 – 0.850 |",
+        "- 1 pictures could not be read and are not counted.",
+        "- On test it finds fewer than 90 % of: robin (50.0 %).",
+        "- No license is stated.",
+        "library_name: miniclip",
+    ):
+        assert f"\n{line}\n" in card, line
+    assert "/home/ada" not in card
+    assert str(tmp_path) not in card
+
+
+def test_scores_of_other_weights_are_not_published(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = write_results(trained, "runs/birds/best", time.time() - 3600)
+    with pytest.warns(UserWarning, match="older than .*model.safetensors"):
+        assert "acc1" not in card_for(trained / "best")
+    with pytest.raises(ValueError, match=r"older than .*model.safetensors"):
+        card_for(trained / "best", results=[report])
+    write_results(trained, "runs/cats/best", time.time() + 60)
+    with pytest.raises(ValueError, match=r"no scores of .*birds/best; it has those of runs/cats/best"):
+        card_for(trained / "best", results=[report])
+
+
+def test_a_card_knows_whether_its_body_was_edited(model):
+    card = card_for(model)
+    assert is_untouched(card)
+    assert is_untouched(card.replace("pipeline_tag: zero-shot-image-classification\n", ""))  # the hub edits its part
+    assert not is_untouched(card.replace("# birds", "# Birds of my garden"))
+    assert not is_untouched("# a card by hand\n")
+    assert "not recorded with these weights" in card
+
+
+def test_converting_to_hugging_faces_layout_writes_a_card_that_shows_its_library(model, tmp_path, capsys):
+    from miniclip.commands.main import main
+
+    main(["convert", str(model), str(tmp_path / "hf"), "--to", "hf"])
+    card = (tmp_path / "hf" / CARD_FILE).read_text()
+    assert "library_name: transformers" in card
+    assert "CLIPModel.from_pretrained" in card
+    images = torch.stack([load(model)[1](picture())])
+    assert torch.allclose(load(tmp_path / "hf")[0].encode_image(images), load(model)[0].encode_image(images), atol=1e-5)
