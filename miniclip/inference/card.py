@@ -106,12 +106,12 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = _table_cell
     text = environment.get_template("model_card.md").render(
         title=origin.name,
         summary=_summary(origin, config),
         thumbnails=thumbnails,
-        usage=_usage(repository, layout, origin),
+        usage=_usage_lines(repository, layout, origin),
         sections=[section for section in _sections(origin, config, license) if section.rows or section.notes],
     )
     body = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -129,7 +129,7 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.strip().encode()).hexdigest()[:16]
 
 
-def _cell(text: str) -> str:
+def _table_cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|") or "–"
 
 
@@ -181,7 +181,7 @@ def _public(name: str) -> str:
 
 def _summary(origin: Origin, config: CLIPConfig) -> str:
     towers = {"both": "an image tower and a text tower", "image": "an image tower", "text": "a text tower"}
-    trained = "" if origin.run is None or not (samples := _samples(origin)) else f", trained on {samples:,} pairs"
+    trained = "" if origin.run is None or not (samples := _num_pairs(origin)) else f", trained on {samples:,} pairs"
     return (
         f"A CLIP model ([Radford et al. 2021](https://arxiv.org/abs/2103.00020)) with {towers[config.towers]}, for "
         f"pictures of {config.vision.image_size} × {config.vision.image_size} pixels and texts of up to "
@@ -190,7 +190,7 @@ def _summary(origin: Origin, config: CLIPConfig) -> str:
     )
 
 
-def _usage(repository: str, layout: str, origin: Origin) -> str:
+def _usage_lines(repository: str, layout: str, origin: Origin) -> str:
     if layout == "hf":
         lines = [
             "from transformers import CLIPModel, CLIPProcessor",
@@ -221,16 +221,16 @@ def _usage(repository: str, layout: str, origin: Origin) -> str:
 
 def _sections(origin: Origin, config: CLIPConfig, license: str | None) -> list[Section]:  # noqa: A002
     return [
-        _architecture(config),
-        _data(origin),
-        _training(origin),
-        _scores(origin),
-        _calibration(origin),
-        _limits(origin, config, license),
+        _architecture_section(config),
+        _data_section(origin),
+        _training_section(origin),
+        _scores_section(origin),
+        _calibration_section(origin),
+        _limits_section(origin, config, license),
     ]
 
 
-def _architecture(config: CLIPConfig) -> Section:
+def _architecture_section(config: CLIPConfig) -> Section:
     vision, text = config.vision, config.text
     kinds = {
         "vit": f"ViT, {vision.layers} layers of width {vision.width}, patches of {vision.patch_size}",
@@ -243,7 +243,7 @@ def _architecture(config: CLIPConfig) -> Section:
     return Section("Architecture", "", ("part", "what it is"), tuple(rows))
 
 
-def _samples(origin: Origin) -> int | None:
+def _num_pairs(origin: Origin) -> int | None:
     if origin.shards and len(origin.shards) == len(_sources(origin)):
         return sum(int(index["samples"]) for index in origin.shards)
     return origin.run.record.get("epoch_samples") if origin.run is not None else None
@@ -254,7 +254,7 @@ def _sources(origin: Origin) -> list[str]:
     return [train] if isinstance(train, str) else list(train)
 
 
-def _data(origin: Origin) -> Section:
+def _data_section(origin: Origin) -> Section:
     if origin.run is None:
         return Section("Data", notes=("What it was trained on is not recorded with these weights.",))
     rows = [(_last_names(str(index.get("source", "shards"))), str(index.get("found", "–")), f"{index['samples']:,}",
@@ -262,7 +262,7 @@ def _data(origin: Origin) -> Section:
     missing = len(_sources(origin)) - len(rows)
     notes = []
     if missing:
-        samples = _samples(origin)
+        samples = _num_pairs(origin)
         total = f"; an epoch had {samples:,} pairs" if samples else ""
         notes.append(
             f"{missing} of {len(_sources(origin))} training sources could not be read again for this card{total}."
@@ -278,7 +278,7 @@ def _last_names(path: str) -> str:
     return "/".join(PurePath(path).parts[-2:]) if path.startswith(("/", "~", ".")) else path
 
 
-def _training(origin: Origin) -> Section:
+def _training_section(origin: Origin) -> Section:
     if origin.run is None or not origin.run.record:
         return Section("Training")
     record = origin.run.record
@@ -313,7 +313,7 @@ def _headline(result: Mapping[str, Any]) -> list[str]:
     return with_interval or [name for name, value in result["metrics"].items() if value is not None]
 
 
-def _scores(origin: Origin) -> Section:
+def _scores_section(origin: Origin) -> Section:
     rows = []
     for result in origin.results:
         prompts = len(result.get("templates") or ())
@@ -333,7 +333,7 @@ def _scores(origin: Origin) -> Section:
     return Section("Scores", intro, header, tuple(rows), tuple(notes))
 
 
-def _calibration(origin: Origin) -> Section:
+def _calibration_section(origin: Origin) -> Section:
     if origin.threshold is None:
         return Section("None of these")
     text = str(replace(origin.threshold, source="")).replace("cosine ≥", "a cosine of at least", 1)
@@ -346,7 +346,7 @@ def _calibration(origin: Origin) -> Section:
     )
 
 
-def _limits(origin: Origin, config: CLIPConfig, license: str | None) -> Section:  # noqa: A002
+def _limits_section(origin: Origin, config: CLIPConfig, license: str | None) -> Section:  # noqa: A002
     notes = ["Probabilities are relative to the list of labels: some label always wins, even if none fits"]
     notes[0] += "." if origin.threshold is None else ", unless the threshold is applied."
     for result in origin.results:

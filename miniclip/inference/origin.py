@@ -55,7 +55,7 @@ def read_origin(model: str | Path, results: Sequence[str | Path] = ()) -> Origin
     found_run = _run_of(path)
     threshold_file = folder / THRESHOLD_FILE
     threshold = read_threshold(threshold_file) if path.is_dir() and threshold_file.is_file() else None
-    origin = Origin(_name_of(path), threshold=threshold)
+    origin = Origin(_model_name(path), threshold=threshold)
     if found_run is not None:
         settings = yaml.safe_load(found_run.config) or {}
         origin = replace(origin, run=found_run, settings=settings, shards=tuple(_shards_of(settings, folder)))
@@ -71,7 +71,7 @@ def read_origin(model: str | Path, results: Sequence[str | Path] = ()) -> Origin
         return origin
 
 
-def _name_of(path: Path) -> str:
+def _model_name(path: Path) -> str:
     parts = [part for part in path.parts if part not in ("/", ".", "..", "runs", "best", "checkpoints")]
     return parts[-1] if parts else "CLIP"
 

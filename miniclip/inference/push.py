@@ -86,7 +86,7 @@ def push(
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         before = api.model_info(repository, files_metadata=True)
         if not overwrite:
-            _refuse_others(api, repository, operations, before)
+            _refuse_other_files(api, repository, operations, before)
         commit = api.create_commit(repository, operations, commit_message=f"{to} weights of {Path(model).name}")
         sizes = {each.path_in_repo: each.upload_info.size for each in operations}
     return Pushed(str(url), sizes, commit.oid != before.sha)
@@ -97,7 +97,7 @@ def check_repository(repository: str) -> None:
         raise ValueError(f"{repository!r} is no repository; a name is owner/name, of letters, digits, '.', '_' and '-'")
 
 
-def _refuse_others(api: Any, repository: str, operations: Sequence[Any], before: Any) -> None:
+def _refuse_other_files(api: Any, repository: str, operations: Sequence[Any], before: Any) -> None:
     """Raises a ValueError if the repository has another content under a name that is about to be written."""
     there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in before.siblings or ()}
     other = []
