@@ -151,7 +151,10 @@ def _joined(device: str | None) -> Iterator[str | None]:
     # What is exchanged goes through the host's memory; who is done first waits as long as the others need.
     dist.init_process_group("gloo", timeout=timedelta(days=2))
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere if dist.get_rank() else sys.stdout),
+        ):
             yield f"cuda:{local_rank}" if is_gpu else device
     finally:
         dist.destroy_process_group()

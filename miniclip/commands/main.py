@@ -9,7 +9,7 @@ import sys
 
 from ..common.files import user_errors
 from ..common.version import __version__
-from .terminal import Help, lasting_imports, new_parser, plain_warnings
+from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding
 
 # verb: its file here, and what it does. A file has `parser()`, and `run(options)` for what that parser reads; the file
 # of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs `miniclip VERB …`."""
     argv = sys.argv[1:] if argv is None else argv
     share_cores()
+    print_in_any_encoding()
     parser = argparse.ArgumentParser(
         prog="miniclip",
         description="CLIP from scratch: pack pairs into shards, train on them, classify with words.",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import gc
+import io
 import os
 import sys
 import time
@@ -42,6 +44,27 @@ def new_parser(verb: str, description: str, *, examples: str, notes: str = "") -
         description=description,
         epilog=f"{notes}\n\nexamples:{lines}".strip(),
     )
+
+
+# What is printed for characters of ours that an encoding lacks.
+_PLAIN_SIGNS = {"–": "-", "−": "-", "—": "-", "·": "-", "•": "*", "…": "...", "×": "x", "→": "->", "≥": ">="}
+
+
+def print_in_any_encoding() -> None:
+    """Standard output and error replace what their encoding lacks (ASCII in a container, a code page), and never raise.
+
+    Signs of typography become plain ones, all else an escape such as \\u732b.
+    """
+    codecs.register_error("miniclip.plain", _in_plain_signs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+            stream.reconfigure(errors="miniclip.plain")
+
+
+def _in_plain_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN_SIGNS.get(each, ascii(each)[1:-1]) for each in text), error.end
 
 
 @contextmanager

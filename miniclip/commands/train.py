@@ -23,7 +23,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 
-from ..common.files import user_errors
+from ..common.files import user_errors, write_text
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.order import BatchSampler
@@ -45,7 +45,23 @@ from . import run_settings
 
 
 class _Parser(LightningArgumentParser):
-    """Prints what is wrong and what may have been meant, without a page of usage before it."""
+    """Prints what is wrong and what may have been meant, without a page of usage before it.
+
+    Configurations are UTF-8 on every system; jsonargparse reads and writes them in the encoding of the locale.
+    """
+
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
+        if not Path(path).is_file():  # `-`, a URL, or a mistake
+            return super().parse_path(path, *args, **options)
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,})") from error
+        return self.parse_string(text, Path(path).name, *args, **options)
+
+    def save(self, namespace: Any, path: Any, *, skip_none: bool = False, **options: Any) -> None:
+        del options
+        write_text(path, self.dump(namespace, skip_none=skip_none))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex

@@ -60,6 +60,15 @@ def nfd(text: str) -> str:
         ("yolo.yaml", "nc: 3\nnames:\n" + "".join(f"  {n}: {name}\n" for n, name in enumerate(FISH))),
         ("list.yaml", "".join(f"- {name}\n" for name in FISH)),
         ("list.txt", "".join(f"- {name}\n" for name in FISH)),
+        ("yaml.txt", "nc: 3\nnames:\n" + "".join(f"  {n}: {name}\n" for n, name in enumerate(FISH))),
+        ("yaml_in_a_line.txt", f"names: [{', '.join(FISH)}]"),
+        ("labels_behind.txt", "".join(f"{name}: {n}\n" for n, name in reversed(list(enumerate(FISH))))),
+        ("labels_behind_a_comma.txt", "".join(f"{name},{n}\n" for n, name in enumerate(FISH))),
+        ("semicolons.txt", "; ".join(FISH)),
+        ("ids_and_colons.txt", "".join(f"n0144076{n}: {name}, Latin name\n" for n, name in enumerate(FISH))),
+        ("program.py", f'"""Fish."""\nimport torch\n\nCLASSES = {FISH!r}\n'),
+        ("program.txt", f"from __future__ import annotations\nNAMES = {FISH!r}"),
+        ("bars.txt", "id|name\n" + "".join(f"{n}|{name}\n" for n, name in enumerate(FISH))),
     ],
 )
 def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
@@ -82,6 +91,13 @@ def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
         ("a.txt", '["tench",\n "goldfish"', r"begins with '\[\"tench\"", "one name a line"),
         ("a.txt", "tench\n]", "line 2", "one name a line"),
         ("a.txt", "n01440764 b\nn01440001 a", "another order", "in label order"),
+        ("a.txt", "n01440764\nn01443537", "ids.*n01440764", "one name a line"),
+        ("a.txt", "tench 0\ngoldfish 1", "'tench 0'", "a JSON list keeps numbers"),
+        ("a.txt", "tench=0\ngoldfish=1", "'tench=0", "one name a line"),
+        ("a.py", "import torch\nA = ['tench']\nB = ['goldfish']", "more than one list", "one name a line"),
+        ("a.txt", "class Fish(Enum):\n    TENCH = 0", "'class Fish", "one name a line"),
+        ("a.txt", "dict(tench=0, goldfish=1)", r"'dict\(tench", "one name a line"),
+        ("a.txt", "<classes>\n<name>tench</name>\n</classes>", "line 1 is '<classes>'", "one name a line"),
         ("a.csv", "x,y\n1,2", "'x', 'y'", "call it 'name'"),
         ("a.csv", "id,name\n0,tench\n0,goldfish", "'id' has a label twice", ""),
         ("a.yaml", "{", "is not YAML", ""),
@@ -98,6 +114,13 @@ def test_numbers_that_belong_to_the_names_stay():
     assert names_of("3 doors\n5 doors", "a.txt") == ("3 doors", "5 doors")
     assert names_of("0\n1\n2", "a.txt") == ("0", "1", "2")
     assert names_of('["0 cats", "1 cat"]', "a.json") == ("0 cats", "1 cat")
+    assert names_of("level 0\nlevel 1\nlevel 2", "a.txt") == ("level 0", "level 1", "level 2")
+    assert names_of("Boeing 737\nBoeing 747", "a.txt") == ("Boeing 737", "Boeing 747")
+
+
+def test_names_with_colons_brackets_and_words_of_python_stay():
+    names = ("Alien: Covenant", "crane (bird)", "import", "class", "a = b", "lambda")
+    assert names_of("\n".join(names), "a.txt") == names
 
 
 @pytest.mark.parametrize(
@@ -116,6 +139,15 @@ def test_numbers_that_belong_to_the_names_stay():
 )
 def test_templates_pasted_from_code_are_those_of_plain_lines(name, text):
     assert templates_of(text, name) == ("a photo of a {}.", "art of the {}, in oil")
+
+
+@pytest.mark.parametrize("text", ["{}", "{c}", "{c} in the snow", "{}, a bird\n{}", "{} at night\na photo of a {}"])
+def test_a_template_may_begin_with_its_place(text):
+    assert templates_of(text, "a.txt") == tuple(text.split("\n"))
+
+
+def test_numbered_templates_are_taken_without_their_numbers():
+    assert templates_of("1. a photo of a {}.\n2. art of the {}", "a.txt") == ("a photo of a {}.", "art of the {}")
 
 
 def test_code_among_templates_is_not_run(tmp_path):

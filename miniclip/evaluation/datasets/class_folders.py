@@ -5,6 +5,7 @@ Every file of the folder is an image of a class, holds names or prompts, or is c
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,11 +55,23 @@ def read_class_folders(source: Path, split: str | None) -> Found:
     return Found(
         source.resolve().name,
         tuple(path for each in images.values() for path in each),
-        labels=[path.name for path, each in images.items() for _ in each],
+        labels=[name for path, each in images.items() for name in [_class_name(path)] * len(each)],
         labels_from="the names of the folders",
         beside=beside,
         left_out=left_out,
     )
+
+
+def _class_name(folder: Path) -> str:
+    """The folder's name as text, though the system's encoding may be ASCII."""
+    name = os.fsencode(folder.name)
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the class folder {name!r} in {folder.parent} has a name that is not UTF-8, so the class has no word; "
+            "rename it (`convmv` does for many)"
+        ) from error
 
 
 def beside_folder(*folders: Path) -> dict[str, list[Path]]:

@@ -6,7 +6,7 @@
 | a list, in JSON, Python or YAML          | its texts; `classes = [...]` and lines of a list, too          |
 | a mapping from labels: `{"0": "tench"}`  | by label, from 0; the second of `["n01440764", "tench"]`      |
 | a mapping to labels: `{"tench": 0}`      | likewise; within `id2label`, `label2id`, `names`, `classes`   |
-| numbered lines: `0: tench`               | by label, from 0                                              |
+| numbered lines: `0: tench`, `tench: 0`   | by label, from 0                                              |
 | WordNet's ids: `n01440764 tench, …`      | the first name of each, if the ids are sorted                 |
 | a table with a header                    | its column of names, in the order of its column of labels     |
 
@@ -40,9 +40,11 @@ _LABEL_COLUMNS = (
 _MAPPINGS = (
     "id2label", "label2id", "names", "classnames", "class_names", "classes", "labels", "categories", "templates",
 )  # fmt: skip
-_CODE = re.compile(r"(?:#[^\n]*\n\s*)*(?:\w+\s*(?::[^=\n]*)?=\s*)?[\[({]")
+# A line such as `{c} in the snow` is no code.
+_CODE = re.compile(r"(?:#[^\n]*\n\s*)*(?:\w+\s*(?::[^=\n]*)?=\s*)?(?!\{c?\}.)[\[({]", re.DOTALL)
 _QUOTED = re.compile(r"""(?:lambda\s+\w+\s*:\s*)?[rfu]{0,2}(['"]).*\1(?:\.format\(\w+\))?\s*,?""", re.I)
-_NUMBERED = re.compile(r"(\d+)\s*([:.,;)=\t|]|\s)\s*(\S.*)")
+_NUMBERED = re.compile(r"(?P<label>\d+)\s*(?P<between>[:.,;)=\t|]|\s)\s*(?P<name>\S.*)")
+_NUMBERED_AFTER = re.compile(r"(?P<name>.*?\S)\s*(?P<between>[:,;=\t|]|\s)\s*(?P<label>\d+)")
 _REMEDY = "write one name a line, or a JSON list of them"
 
 Entry = str | Callable[[str], str]
@@ -60,8 +62,8 @@ def read_names(path: str | Path) -> tuple[str, ...]:
 def names_of(text: str, source: str) -> tuple[str, ...]:
     """As `read_names`, for a text that was read already. The suffix of `source` and the text show the kind."""
     found = _structure(text, source)
-    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) and "," in found[0]:
-        found = found[0].rstrip(",").split(",")  # one class is none to tell apart
+    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str):  # one class is none to tell apart
+        found = re.split(r"[,;|\t]", found[0].rstrip(",;"))
     return _valid_names(found, source, "class names")
 
 
@@ -71,9 +73,11 @@ def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str
     Raises:
         ValueError: as `read_names`.
     """
-    found = _structure(text, source)
+    found = [text] if text.strip() in ("{}", "{c}") else _structure(text, source)
     if isinstance(found, Mapping):
         inner = next((found[name] for name in ("templates", "prompts") if name in found and len(found) == 1), None)
+        if all(_is_label(key) and isinstance(value, str) for key, value in found.items()):  # numbered lines
+            inner = list(found.values())
         if not isinstance(inner, Sequence):
             return {str(name): prompts for name, prompts in found.items()}
         found = inner
@@ -107,9 +111,9 @@ def _structure(text: str, source: str) -> Any:
         return _yaml(text, source)
     if suffix in (".csv", ".tsv"):
         return _table(text, source, "\t" if suffix == ".tsv" else ",")
-    if _CODE.match(text.strip()):
+    if suffix == ".py" or _CODE.match(text.strip()) or _is_program(text):
         return _code(text, source)
-    return _lines(text, source)
+    return _known_mapping(text) or _lines(text, source)
 
 
 def _json(text: str, source: str) -> Any:
@@ -127,6 +131,16 @@ def _yaml(text: str, source: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
+
+
+def _known_mapping(text: str) -> Any:
+    """The mapping of a text that is YAML and has `names:` or the like; None of plain lines, which may hold colons."""
+    try:
+        found = yaml.safe_load(text) if re.match(r"(---|\w+\s*:)", text) else None
+    except (yaml.YAMLError, RecursionError):
+        return None
+    is_known = isinstance(found, Mapping) and any(isinstance(found.get(name), list | Mapping) for name in _MAPPINGS)
+    return found if is_known else None
 
 
 def _table(text: str, source: str, separator: str) -> Any:
@@ -150,6 +164,17 @@ def _table(text: str, source: str, separator: str) -> Any:
     return [dict(zip(header, (cell.strip() for cell in row), strict=True)) for row in rows[1:]]
 
 
+def _is_program(text: str) -> bool:
+    """Whether a text is Python that does more than to name things, as words in lines seem to do."""
+    try:
+        body = ast.parse(text.strip()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    doing = ast.Import | ast.ImportFrom | ast.Assign | ast.ClassDef | ast.FunctionDef
+    is_call = [isinstance(each, ast.Expr) and isinstance(each.value, ast.Call) and each.value.keywords for each in body]
+    return any(isinstance(each, doing) or call for each, call in zip(body, is_call, strict=True))
+
+
 def _code(text: str, source: str) -> Any:
     """A list or mapping in JSON or Python, perhaps assigned to a name. It is parsed, not run."""
     try:
@@ -157,7 +182,9 @@ def _code(text: str, source: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        body = ast.parse(text.strip()).body
+        body = [each for each in ast.parse(text.strip()).body if not isinstance(each, ast.Import | ast.ImportFrom)]
+        if len(body) > 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]  # a docstring
         if len(body) != 1 or not isinstance(body[0], ast.Expr | ast.Assign | ast.AnnAssign) or body[0].value is None:
             raise ValueError("it holds more than one list or mapping")
         return _literal(body[0].value)
@@ -236,23 +263,27 @@ def _lines(text: str, source: str) -> Any:
             f"{source} begins with {lines[0]!r}, which may be a header or the name of class 0; call the file .csv if "
             "it is a header"
         )
-    for separator in (",", "\t", ";"):
+    for separator in (",", "\t", ";", "|", " "):
         cells = [cell.strip().lower() for cell in lines[0].split(separator)]
         if len(cells) > 1 and all(cell in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in cells):
             return _table(text, source, separator)
-    if all(re.match(r"n\d{8}\s+\S", line) for line in lines):
+    if all(re.match(r"n\d{8}\b", line) for line in lines):
         return _wordnet(lines, source)
-    if len(lines) > 1 and all(_NUMBERED.fullmatch(line) for line in lines):
-        return _numbered_lines(lines, source)
+    for kind in (_NUMBERED, _NUMBERED_AFTER):
+        if len(lines) > 1 and all(kind.fullmatch(line) for line in lines):
+            return _numbered_lines(lines, kind, source)
+    is_markup = all(re.fullmatch(r"<.+>", line) for line in lines)
     for number, line in enumerate(lines, 1):
-        if re.fullmatch(r"""(\w+\s*=\s*)?[\[\](){}],?|(['"]).*\2,""", line):
+        if is_markup or re.fullmatch(r"""(\w+\s*=\s*)?[\[\](){}],?|(['"]).*\2,""", line):
             raise ValueError(f"{source}, line {number} is {line[:60]!r}, which is code and no name; {_REMEDY}")
     return lines
 
 
 def _wordnet(lines: list[str], source: str) -> list[str]:
-    ids, names = zip(*(line.split(None, 1) for line in lines), strict=True)
-    if list(ids) != sorted(set(ids)):
+    ids, names = [line[:9] for line in lines], [line[9:].strip(" \t:,;|=") for line in lines]
+    if not all(names):
+        raise ValueError(f"{source} holds WordNet's ids ({ids[0]}), which are no words to compare with; {_REMEDY}")
+    if ids != sorted(set(ids)):
         raise ValueError(
             f"{source} lists WordNet's ids in another order than the sorted one, or twice; whether labels follow the "
             f"lines or the ids can't be known: {_REMEDY}, in label order"
@@ -260,20 +291,19 @@ def _wordnet(lines: list[str], source: str) -> list[str]:
     return [name.split(",")[0].strip() for name in names]
 
 
-def _numbered_lines(lines: list[str], source: str) -> Any:
-    parts = [found for line in lines if (found := _NUMBERED.fullmatch(line))]
-    labels = [int(part[1]) for part in parts]
-    if sorted(labels) not in (list(range(len(lines))), list(range(1, len(lines) + 1))):
-        return lines  # numbers that belong to the names: 3 doors, 5 doors
-    if any(part[2] == " " for part in parts):
+def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> Any:
+    parts = [found for line in lines if (found := kind.fullmatch(line))]
+    labels = [int(part["label"]) for part in parts]
+    names = [part["name"].strip().rstrip(",").strip("'\"") for part in parts]
+    is_counting = sorted(labels) in (list(range(len(lines))), list(range(1, len(lines) + 1)))
+    if not is_counting or (kind is _NUMBERED_AFTER and len(set(names)) < len(names)):
+        return lines  # numbers that belong to the names: 3 doors and 5 doors, or level 0 and level 1
+    if any(part["between"] == " " for part in parts):
         raise ValueError(
-            f"{source}: each line begins with a number ({lines[0][:40]!r}); whether it is the label or part of the "
-            f"name can't be known. Write '0: {parts[0][3][:30]}' for a label; a JSON list keeps numbers "
-            "in names"
+            f"{source}: each line has a number ({lines[0][:40]!r}); whether it is the label or part of the name can't "
+            f"be known. Write '0: {names[0][:30]}' for a label; a JSON list keeps numbers in names"
         )
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"{source} has a label twice; {_REMEDY}")
-    return {part[1]: part[3].strip().rstrip(",").strip("'\"") for part in parts}
+    return dict(zip(map(str, labels), names, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
