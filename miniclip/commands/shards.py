@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .terminal import new_parser, progress_bar
+from .terminal import new_parser, part_of_array, progress_bar
 
 if TYPE_CHECKING:
     from ..data.reading.pair import Pairs
@@ -44,7 +44,7 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     write.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="pairs in one tar")
     write.add_argument("--max-shard-size", type=_size, default="1GB", metavar="SIZE", help="as 500MB or 1GB")
     write.add_argument(
-        "--part", type=_part_of_array, default="1/1", metavar="I/N", help="for job arrays: every N-th shard"
+        "--part", type=part_of_array, default="1/1", metavar="I/N", help="for job arrays: every N-th shard"
     )
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -158,10 +158,3 @@ def _size(text: str) -> int:
         return int(float(text[:-2]) * units[unit]) if unit in units else int(text)
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 1GB") from error
-
-
-def _part_of_array(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/8 for the first of eight")
-    return int(number), int(count)

@@ -133,6 +133,14 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-cache", action="store_true", help="keep no features")
 
 
+def part_of_array(text: str) -> tuple[int, int]:
+    """Type of an option for job arrays: 1/8 is the first of eight."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 1/8 for the first of eight")
+    return int(number), int(count)
+
+
 def console() -> Console:
     from rich.console import Console
 
