@@ -1,0 +1,463 @@
+"""Embeddings in files: parts of consecutive rows of a source, in a folder that gets its name once all are there.
+
+    OUT/part-00000.parquet …  key, path (or text), the source's own columns, and `embedding`, a list of E numbers
+    OUT/_manifest.json        what the embeddings were computed from; rows kept, unreadable, left out
+    OUT/_left_out.csv         every row that was not kept, with the reason
+
+A name with an underscore is passed over by readers of a data set, so pyarrow and pandas read OUT as one table. With the
+layout of clip-retrieval the parts are OUT/img_emb/img_emb_0.npy (or text_emb) and OUT/metadata/metadata_0.parquet.
+
+Until then the folder is called OUT.partial. Each part appears there whole, by one rename, and holds in its footer which
+of its rows could not be read: what a run that was killed has finished is exactly the parts that it left.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from math import log10
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..common.files import atomic_write, locked, swap_in, write_text
+from ..data.reading.scan import LeftOut
+
+MANIFEST_FILE, LEFT_OUT_FILE = "_manifest.json", "_left_out.csv"
+LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), ("image", "text")
+UNREADABLE = "could not be read"
+_SCHEMA = 1
+_NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
+_NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the rows depend on; a run goes on only with what was begun by the same plan.
+
+    Args:
+        kind: of `KINDS`.
+        source_fingerprint: of its files, keys and columns.
+        rows: of the source, whether or not they can be read.
+        model, library: names; `model_fingerprint` and `preprocessing` are digests, None where there is none.
+        rows_per_file: of the source, so a part has fewer where some can't be read.
+    """
+
+    kind: str
+    source: str
+    source_fingerprint: str
+    rows: int
+    model: str
+    library: str
+    model_fingerprint: str | None
+    preprocessing: str | None
+    dtype: str
+    layout: str
+    rows_per_file: int
+
+    @property
+    def num_files(self) -> int:
+        return -(-self.rows // self.rows_per_file)
+
+    def indices(self, number: int) -> range:
+        """The rows of a part."""
+        return range(number * self.rows_per_file, min((number + 1) * self.rows_per_file, self.rows))
+
+    def differences(self, begun: dict[str, Any]) -> list[str]:
+        """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
+        now = asdict(self)
+        other = {name for name in now if begun.get(name) != now[name]} - {"source"}
+        if self.model_fingerprint is not None:  # the same weights may have moved
+            other -= {"model"}
+        if {"model_fingerprint", "library"} <= other or {"model_fingerprint", "preprocessing"} <= other:
+            other -= {"model_fingerprint"}  # which covers both
+        words = {
+            "source_fingerprint": f"the source was {begun.get('source')} and is {self.source}"
+            if begun.get("source") != self.source
+            else f"files, keys or columns of {self.source} have changed",
+            "model_fingerprint": f"the model was {begun.get('model')} and is {self.model}"
+            if begun.get("model") != self.model
+            else f"the weights of {self.model} are others",
+            "preprocessing": f"the preprocessing of {self.model} is another than that of {begun.get('model')}",
+        }
+        return [
+            words.get(name) or f"{name} was {begun.get(name)!r} and is {now[name]!r}" for name in now if name in other
+        ]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The result of a run; kept and unreadable add up to the source's rows, once no part is missing.
+
+    Args:
+        left_out: files and rows of the source that are none of its rows.
+        missing: parts that other processes have not written yet; until then the folder has not got its name.
+        was_there: the folder was complete before this run.
+    """
+
+    out: Path
+    kept: int = 0
+    unreadable: int = 0
+    left_out: int = 0
+    files: int = 0
+    size_bytes: int = 0
+    missing: int = 0
+    was_there: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+class Layout(Protocol):
+    """Where the parts of a folder lie, and what they are."""
+
+    def path(self, number: int) -> Path:
+        """The file that is written last: where it is, the part is."""
+
+    def write(self, number: int, table: Any, embeddings: np.ndarray, note: bytes) -> None: ...
+
+    def files(self) -> list[Path]:
+        """All that there may be, of all parts."""
+
+
+class ParquetLayout:
+    """One Parquet file a part, the embedding a column of fixed-size lists."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.num_files = folder, plan.num_files
+        self._digits = max(5, len(str(plan.num_files - 1)))
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"part-{number:0{self._digits}d}.parquet"
+
+    def files(self) -> list[Path]:
+        return [self.path(number) for number in range(self.num_files)]
+
+    def write(self, number: int, table: Any, embeddings: np.ndarray, note: bytes) -> None:
+        import pyarrow as pa
+
+        values = pa.array(np.ascontiguousarray(embeddings).ravel())
+        column = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+        _write_parquet(self.path(number), table.append_column("embedding", column), note)
+
+
+class ClipRetrievalLayout:
+    """The folders that clip-retrieval's index, back end and autofaiss read (github.com/rom1504/clip-retrieval)."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.num_files = folder, plan.num_files
+        self._what = "img_emb" if plan.kind == "image" else "text_emb"
+        self._digits = int(log10(plan.num_files)) + 1  # they are read in the order of their names
+
+    def path(self, number: int) -> Path:
+        return self.folder / "metadata" / f"metadata_{number:0{self._digits}d}.parquet"
+
+    def embeddings(self, number: int) -> Path:
+        return self.folder / self._what / f"{self._what}_{number:0{self._digits}d}.npy"
+
+    def files(self) -> list[Path]:
+        return [path(number) for number in range(self.num_files) for path in (self.embeddings, self.path)]
+
+    def write(self, number: int, table: Any, embeddings: np.ndarray, note: bytes) -> None:
+        with atomic_write(self.embeddings(number)) as file:
+            np.save(file, embeddings)
+        names = {"text": "caption", "path": "image_path"}
+        if "path" in table.column_names:  # where there is none, the key is what an image is known by
+            table = table.set_column(1, "path", _first_known(table["path"], table["key"]))
+        table = table.drop_columns(["key"])
+        _write_parquet(self.path(number), table.rename_columns([names.get(n, n) for n in table.column_names]), note)
+
+
+def _first_known(values: Any, otherwise: Any) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.coalesce(values, otherwise)
+
+
+def _write_parquet(path: Path, table: Any, note: bytes) -> None:
+    import pyarrow.parquet as pq
+
+    others = [name for name in table.column_names if name != "embedding"]
+    with atomic_write(path) as file:
+        pq.write_table(
+            table.replace_schema_metadata({_NOTE: note}),
+            file,
+            use_dictionary=others,  # numbers of an embedding neither repeat nor shrink
+            write_statistics=others,
+            compression={name: "zstd" if name in others else "none" for name in _leaves(table.schema)},
+        )
+
+
+def _leaves(schema: Any) -> list[str]:
+    return ["embedding.list.element" if name == "embedding" else name for name in schema.names]
+
+
+def layout_of(folder: Path, plan: Plan) -> Layout:
+    return (ParquetLayout if plan.layout == "parquet" else ClipRetrievalLayout)(folder, plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder in the making
+
+
+class Work:
+    """OUT.partial, from where it is begun until it is complete and called OUT.
+
+    Args:
+        part: (i, n): which of the parts are this process's, every n-th from the i-th on.
+        overwrite: replace an `out` that is there, and what another plan has begun.
+
+    Raises:
+        ValueError: `out` exists, belongs to something else, or was begun by another plan.
+    """
+
+    def __init__(self, out: Path, plan: Plan, part: tuple[int, int] = (1, 1), overwrite: bool = False) -> None:
+        self.out, self.plan, self.part = out, plan, part
+        self.folder = out.with_name(f"{out.name}.partial")
+        self.layout = layout_of(self.folder, plan)
+        self._busy = f"another process is writing {out}"
+        self._pending: dict[int, _Pending] = {}
+        with self._locked():
+            self.is_complete = _is_of(out, plan) and (part[1] > 1 or not overwrite)
+            if not self.is_complete:
+                _refuse_to_replace(out, plan, overwrite)
+                self._begin(overwrite)
+
+    def _locked(self) -> Any:
+        return locked(self.out.with_name(f".{self.out.name}.lock"), self._busy, patience_s=600)
+
+    def part_lock(self) -> Any:
+        """Held while the process works, so that the same one is not started twice."""
+        number, count = self.part
+        path = self.out.with_name(f".{self.out.name}.{number}-of-{count}.lock")
+        return locked(path, f"another process is at part {number}/{count} of {self.out}", patience_s=0)
+
+    def own(self) -> list[int]:
+        """The parts that are this process's."""
+        return list(range(self.part[0] - 1, self.plan.num_files, self.part[1]))
+
+    def missing(self) -> list[int]:
+        """Those of them that are still to be written."""
+        return [] if self.is_complete else [number for number in self.own() if not self.layout.path(number).exists()]
+
+    def _begin(self, overwrite: bool) -> None:
+        manifest = self.folder / MANIFEST_FILE
+        if manifest.is_file():
+            if not (other := self.plan.differences(_read_json(manifest))):
+                return
+            if not overwrite:
+                raise ValueError(
+                    f"{self.folder} was begun otherwise: {'; '.join(other)}. Repeat that command to go on with it, "
+                    "or pass --overwrite to begin anew"
+                )
+            with ExitStack() as stack:
+                for path in self.out.parent.glob(f".{glob.escape(self.out.name)}.*-of-*.lock"):
+                    stack.enter_context(locked(path, self._busy, patience_s=0))
+            shutil.rmtree(self.folder)
+        elif self.folder.exists() and any(not path.match(".*") for path in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is in the way: it was not begun by `miniclip embed` (no {MANIFEST_FILE})")
+        write_text(manifest, _json({"schema": _SCHEMA, "is_complete": False, **asdict(self.plan)}))
+
+    # -- writing
+
+    def add(self, indices: np.ndarray, embeddings: np.ndarray, problems: Mapping[int, str], rows: Rows) -> None:
+        """Takes some rows, in any order, and writes each part once it has all of its own.
+
+        Args:
+            indices: (B,) of the source's rows that could be read.
+            embeddings: (B, E) of those, in the plan's type.
+            problems: why others could not be read, by index.
+        """
+        files = indices // self.plan.rows_per_file
+        for number in sorted({*files.tolist(), *(index // self.plan.rows_per_file for index in problems)}):
+            pending = self._pending.setdefault(number, _Pending())
+            pending.indices.append(indices[files == number])
+            pending.embeddings.append(embeddings[files == number])
+            own = self.plan.indices(number)
+            pending.problems |= {index: problem for index, problem in problems.items() if index in own}
+            if sum(map(len, pending.indices)) + len(pending.problems) == len(own):
+                self._write(number, self._pending.pop(number), rows)
+
+    def _write(self, number: int, pending: _Pending, rows: Rows) -> None:
+        indices, embeddings = np.concatenate(pending.indices), np.concatenate(pending.embeddings)
+        order = np.argsort(indices)
+        unreadable = [[rows.key(index), problem] for index, problem in sorted(pending.problems.items())]
+        note = json.dumps({"unreadable": unreadable}).encode()
+        self.layout.write(number, rows.table(indices[order].tolist()), embeddings[order], note)
+
+    # -- the end
+
+    def finish(self, left_out: Sequence[LeftOut], versions: dict[str, str]) -> Embedded:
+        """Gives the folder its name, if all parts are there.
+
+        Raises:
+            ValueError: not one row could be read.
+        """
+        with self._locked():
+            if self.is_complete or not (self.folder / MANIFEST_FILE).is_file():  # or another part has finished
+                return replace(_read_embedded(self.out), was_there=self.is_complete)
+            missing = sum(not self.layout.path(number).exists() for number in range(self.plan.num_files))
+            if missing:
+                return Embedded(self.out, missing=missing, files=self.plan.num_files)
+            self._complete(left_out, versions)
+            return _read_embedded(self.out)
+
+    def _complete(self, left_out: Sequence[LeftOut], versions: dict[str, str]) -> None:
+        """Each step can be done again by a process that comes after one that was killed here."""
+        parts = [_read_part(self.layout, number) for number in range(self.plan.num_files)]
+        unreadable = [row for part in parts for row in part.unreadable]
+        kept = sum(part.rows for part in parts)
+        assert kept + len(unreadable) == self.plan.rows
+        if not kept:
+            shutil.rmtree(self.folder)
+            first = ": ".join(unreadable[0]) if unreadable[0][0] not in unreadable[0][1] else unreadable[0][1]
+            raise ValueError(f"none of the {self.plan.rows} rows of {self.plan.source} can be read; the first: {first}")
+        reasons = Counter[str]()
+        for each in left_out:
+            reasons[each.reason] += each.count
+        rows = [
+            *((key, UNREADABLE, why) for key, why in unreadable),
+            *((x.source, "left out", _reason(x)) for x in left_out),
+        ]
+        if rows:
+            _write_csv(self.folder / LEFT_OUT_FILE, rows)
+        manifest = {"schema": _SCHEMA, "is_complete": True, **asdict(self.plan)}
+        manifest |= {
+            "embedding_size": parts[0].embedding_size,
+            "unit_length": True,
+            "kept": kept,
+            "unreadable": len(unreadable),
+        }
+        manifest |= {"left_out": dict(reasons), "listed_in": LEFT_OUT_FILE if rows else None, "versions": versions}
+        manifest["files"] = {str(p.path.relative_to(self.folder)): p.rows for p in parts}
+        write_text(self.folder / MANIFEST_FILE, _json(manifest))
+        for path in self.folder.rglob(".*.tmp"):  # of processes that were killed
+            path.unlink(missing_ok=True)
+        swap_in(self.folder, self.out)
+
+
+class Rows(Protocol):
+    """What is known of each row beside its embedding."""
+
+    def key(self, index: int) -> str: ...
+
+    def table(self, indices: Sequence[int]) -> Any:
+        """A pyarrow.Table of these rows, of one schema for all of them; its first column is the key."""
+
+
+class _Pending:
+    """The rows of a part that is not whole yet."""
+
+    def __init__(self) -> None:
+        self.indices: list[np.ndarray] = []
+        self.embeddings: list[np.ndarray] = []
+        self.problems: dict[int, str] = {}
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: Path
+    rows: int
+    embedding_size: int
+    unreadable: list[tuple[str, str]]
+
+
+def _read_part(layout: Layout, number: int) -> _Part:
+    import pyarrow.parquet as pq
+
+    path = layout.path(number)
+    try:
+        footer = pq.read_metadata(path)
+        schema = footer.schema.to_arrow_schema()
+        unreadable = [(str(key), str(why)) for key, why in json.loads(footer.metadata[_NOTE])["unreadable"]]
+        if isinstance(layout, ClipRetrievalLayout):
+            path = layout.embeddings(number)
+            size, rows = np.load(path, mmap_mode="r").shape[::-1]
+        else:
+            size, rows = schema.field("embedding").type.list_size, footer.num_rows
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete that file and repeat the command") from error
+    if rows != footer.num_rows:
+        raise ValueError(f"{path} has {rows} rows, its metadata {footer.num_rows}; delete both and repeat the command")
+    return _Part(path, rows, size, unreadable)
+
+
+def _is_of(out: Path, plan: Plan) -> bool:
+    """Whether a complete folder was made by this plan."""
+    path = out / MANIFEST_FILE
+    return path.is_file() and not plan.differences(_read_json(path))
+
+
+def _refuse_to_replace(out: Path, plan: Plan, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not (out / MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"{out} exists and was not written by `miniclip embed`: it has no {MANIFEST_FILE}; name another"
+        )
+    manifest = _read_json(out / MANIFEST_FILE)
+    if not overwrite:
+        raise ValueError(
+            f"{out} holds other embeddings: {'; '.join(plan.differences(manifest))}. Pass --overwrite to replace them, "
+            "or name another folder"
+        )
+    ours = {out / MANIFEST_FILE, out / LEFT_OUT_FILE, *layout_of(out, _plan_of(manifest)).files()}
+    others = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if not path.is_dir() and path not in ours]
+    if others:
+        raise ValueError(
+            f"{out} holds what `miniclip embed` did not write, so it is not replaced: {', '.join(others[:5])}"
+        )
+
+
+def _plan_of(manifest: dict[str, Any]) -> Plan:
+    try:
+        return Plan(**{name: manifest[name] for name in Plan.__dataclass_fields__})
+    except KeyError as error:
+        raise ValueError(f"{MANIFEST_FILE} has no {error}; it was not written by this version of miniclip") from error
+
+
+def _read_embedded(out: Path) -> Embedded:
+    manifest = _read_json(out / MANIFEST_FILE)
+    paths = [path for path in layout_of(out, _plan_of(manifest)).files() if path.is_file()]
+    return Embedded(
+        out,
+        manifest["kept"],
+        manifest["unreadable"],
+        sum(manifest["left_out"].values()),
+        len(manifest["files"]),
+        sum(path.stat().st_size for path in paths),
+    )
+
+
+def _reason(each: LeftOut) -> str:
+    return each.reason + (f", {each.count:,} of them" if each.count > 1 else "")
+
+
+def _write_csv(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        csv.writer(text).writerows([("name", "what", "reason"), *rows])
+        text.detach()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder, or name another OUT") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no manifest of `miniclip embed`")
+    return found
