@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import TextConfig as TextConfig
     from .config import VisionConfig as VisionConfig
     from .evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
+    from .inference.text_states import text_states as text_states
     from .loss import clip_loss as clip_loss
     from .loss import siglip_loss as siglip_loss
     from .model import CLIP as CLIP
@@ -45,6 +46,7 @@ _HOME = {
     "load": "weights.load",
     "save": "weights.load",
     "siglip_loss": "loss",
+    "text_states": "inference.text_states",
     "tokenize": "tokenizer",
     "zero_shot_classifier": "evaluation.zero_shot",
 }
