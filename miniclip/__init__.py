@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import TextConfig as TextConfig
     from .config import VisionConfig as VisionConfig
     from .evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
+    from .inference.embed import embed as embed
     from .inference.text_states import text_states as text_states
     from .loss import clip_loss as clip_loss
     from .loss import siglip_loss as siglip_loss
@@ -40,6 +41,7 @@ _HOME = {
     "available_models": "weights.read",
     "clip_loss": "loss",
     "create_model_and_transforms": "openclip",
+    "embed": "inference.embed",
     "from_pretrained": "weights.load",
     "get_tokenizer": "openclip",
     "list_pretrained": "openclip",

@@ -19,6 +19,7 @@ VERBS = {
     "train": ("train", "train a CLIP on shards"),
     "eval": ("evaluate", "zero-shot scores of a model on labelled images, and a report"),
     "calibrate": ("calibrate", 'the threshold for "none of these" that travels with a model'),
+    "embed": ("embed", "images or texts -> files of embeddings"),
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),
     "report": ("report", "the curves and numbers of a training run, or of several, as a page"),
     "convert": ("convert", "a checkpoint -> another library's layout, verified"),

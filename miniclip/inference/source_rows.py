@@ -1,0 +1,87 @@
+"""What a row of a file of embeddings has beside its embedding: its key, where it is, and the source's own columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.storage import is_url
+from ..evaluation.datasets.sets import EvaluationSet, digest_lines
+from .names import existing
+from .sources import Texts
+
+
+class SourceRows:
+    """Key, path (or text) and the source's own columns of each row, as tables of one schema.
+
+    A column of the source that has the name of one of ours is called source_NAME.
+    """
+
+    def __init__(self, data: EvaluationSet | Texts) -> None:
+
+        self.data = data
+        self.kind = "text" if isinstance(data, Texts) else "image"
+        own = {"key", "embedding", *(("text", "caption") if self.kind == "text" else ("path", "image_path"))}
+        self.columns: dict[str, Any] = {}
+        for name, values in data.metadata.items():
+            called = name
+            while called in own or (called != name and called in data.metadata):
+                called = f"source_{called}"
+            self.columns[_as_utf8(called)] = as_arrow(values)
+
+    def key(self, index: int) -> str:
+        return self.data.keys[index] if isinstance(self.data, Texts) else self.data.key(index)
+
+    def table(self, indices: Sequence[int]) -> Any:
+        import pyarrow as pa
+
+        texts: dict[str, list[str | None]] = {"key": [_as_utf8(self.key(index)) for index in indices]}
+        if isinstance(self.data, Texts):
+            texts["text"] = [_as_utf8(self.data.texts[index]) for index in indices]
+        else:
+            texts["path"] = [_place(self.key(index)) for index in indices]
+        found = pa.table({name: pa.array(values, pa.string()) for name, values in texts.items()})
+        for name in self.columns:
+            found = found.append_column(name, self.columns[name].take(pa.array(indices, pa.int64())))
+        return found
+
+    def fingerprint(self) -> str:
+        """Changes with the source's files, their order, keys, and columns."""
+        data = self.data
+        if isinstance(data, Texts):
+            of_rows = digest_lines([*data.texts, *data.keys])
+        else:
+            of_rows = digest_lines([data.fingerprint(), *(data.key(index) for index in range(len(data)))])
+        columns = (json.dumps([name, list(values)], default=str) for name, values in data.metadata.items())
+        return digest_lines([of_rows, *columns])
+
+
+def _place(key: str) -> str | None:
+    """The absolute path, or URL, of an image that has one; a key may also be a table's row, or a tar's member."""
+    if is_url(key):
+        return _as_utf8(key)
+    return _as_utf8(str(Path(key).absolute())) if existing(key) else None
+
+
+def _as_utf8(text: str) -> str:
+    """Bytes of a file's name that are not UTF-8 become \\udc.., as in all that miniclip writes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def as_arrow(values: Sequence[Any]) -> Any:
+    """A column as it is, if it is of numbers, of booleans or of texts; of mixed or other values, as texts."""
+    import pyarrow as pa
+
+    try:
+        found = pa.array(values, from_pandas=True)
+        if not (pa.types.is_null(found.type) or pa.types.is_nested(found.type)):
+            return found
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        pass
+    return pa.array([None if value is None else _as_utf8(_as_text(value)) for value in values], pa.string())
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,350 @@
+"""Embeddings of images and texts. Oracles: each library's own features, and one uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+import torch
+from helpers import pack_folder, picture, table, tiny_clip, write_pairs, write_picture
+from libraries import LIBRARIES
+
+import miniclip
+from miniclip.evaluation.other_libraries import open_model
+from miniclip.inference.embed import embed_source
+from miniclip.inference.source_rows import SourceRows
+from miniclip.inference.sources import image_set, text_set
+
+TEXTS = ["a picture of a cat.", "two dogs", "red", "a picture of two red dogs ."]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return miniclip.save(tiny_clip(), folder := tmp_path_factory.mktemp("model") / "tiny") or str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Ten pictures, an eleventh that can't be read, and a text."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(10):
+        write_picture(folder / f"{number}.png", number)
+    (folder / "7a.jpg").write_bytes(b"\xff\xd8\xff no more")
+    (folder / "notes.doc").write_text("x")
+    return folder
+
+
+def embeddings(out):
+    found = pd.read_parquet(out)
+    return found.drop(columns="embedding"), np.stack(found.embedding)
+
+
+def write(source, out, model, texts=False, **options):
+    data = (text_set if texts else image_set)(source)
+    encoder = open_model(model, "cpu") if isinstance(model, str) else model
+    return embed_source(data, encoder, out, source=str(source), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers as the libraries'
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_embeddings_are_the_librarys_own_features(tmp_path, name):
+    library = LIBRARIES[name](tmp_path)
+    paths = [write_picture(tmp_path / f"photos/{n}.png", n, (40 + n, 30)) for n in range(5)]
+    texts = table(tmp_path / "texts.txt", *TEXTS)
+    of_images, of_texts = library.of_images(paths), library.of_texts(TEXTS)
+    assert of_images.std(axis=0).max() > 1e-3
+    assert of_texts.std(axis=0).max() > 1e-3
+    write(tmp_path / "photos", tmp_path / "images", library.name, rows_per_file=2)
+    write(texts, tmp_path / "texts", library.name, texts=True, rows_per_file=3)
+    rows, found = embeddings(tmp_path / "images")
+    assert rows.key.tolist() == rows.path.tolist() == [str(path) for path in paths]
+    np.testing.assert_allclose(found, of_images, atol=1e-5)
+    rows, found = embeddings(tmp_path / "texts")
+    assert rows.text.tolist() == TEXTS
+    assert rows.key.tolist() == [f"{texts}:{line}" for line in range(1, 5)]
+    np.testing.assert_allclose(found, of_texts, atol=1e-5)
+    np.testing.assert_allclose(miniclip.embed(paths, model=library.name), of_images, atol=1e-5)
+    np.testing.assert_allclose(miniclip.embed(TEXTS, model=library.name), of_texts, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_folder_is_read_as_one_table(tmp_path, photos, model):
+    done = write(photos, tmp_path / "out", model, rows_per_file=4)
+    assert (done.kept, done.unreadable, done.left_out, done.files) == (10, 1, 1, 3)
+    found = ds.dataset(tmp_path / "out").to_table()
+    assert found.schema.field("embedding").type == pa.list_(pa.field("element", pa.float32()), 16)
+    assert found.column_names == ["key", "path", "embedding"]
+    assert found["key"].to_pylist() == [str(photos / f"{n}.png") for n in range(10)]
+    lengths = np.linalg.norm(embeddings(tmp_path / "out")[1], axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)
+    listed = pd.read_csv(tmp_path / "out/_left_out.csv")
+    assert listed.name.tolist() == [str(photos / "7a.jpg"), str(photos / "notes.doc")]
+    assert listed.what.tolist() == ["could not be read", "left out"]
+
+
+def test_clip_retrievals_layout_is_the_same_rows_in_half_precision(tmp_path, photos, model):
+    write(photos, tmp_path / "out", model)
+    write(photos, tmp_path / "arrays", model, layout="clip-retrieval", rows_per_file=4)
+    assert sorted(p.name for p in (tmp_path / "arrays").iterdir()) == [
+        "_left_out.csv",
+        "_manifest.json",
+        "img_emb",
+        "metadata",
+    ]
+    parts = [np.load(path) for path in sorted((tmp_path / "arrays/img_emb").glob("img_emb_[012].npy"))]
+    assert [part.shape for part in parts] == [(4, 16), (4, 16), (2, 16)]
+    assert {part.dtype for part in parts} == {np.dtype("float16")}
+    rows, expected = embeddings(tmp_path / "out")
+    np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-3)
+    for number, part in enumerate(parts):
+        metadata = pd.read_parquet(tmp_path / f"arrays/metadata/metadata_{number}.parquet")
+        assert metadata.image_path.tolist() == rows.path.tolist()[4 * number :][: len(part)]
+
+
+def test_clip_retrievals_layout_of_texts_has_captions(tmp_path, model):
+    write(
+        table(tmp_path / "t.csv", "caption,tag", "a cat,x", "two dogs,y"),
+        tmp_path / "out",
+        model,
+        texts=True,
+        layout="clip-retrieval",
+    )
+    metadata = pd.read_parquet(tmp_path / "out/metadata/metadata_0.parquet")
+    assert metadata.to_dict("list") == {"caption": ["a cat", "two dogs"], "tag": ["x", "y"]}
+    assert np.load(tmp_path / "out/text_emb/text_emb_0.npy").shape == (2, 16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_numbers_are_of_the_type_that_was_asked_for(tmp_path, photos, model, dtype):
+    write(photos, tmp_path / "out", model, dtype=dtype)
+    found = embeddings(tmp_path / "out")[1]
+    assert found.dtype == dtype
+    expected = miniclip.embed([photos / f"{n}.png" for n in range(10)], model=model)
+    np.testing.assert_allclose(found, expected, atol={"float32": 1e-6, "float16": 1e-3}[dtype])
+
+
+def test_columns_of_the_source_come_along_with_their_types(tmp_path, model):
+    lines = [
+        "image,year,score,note,embedding",
+        *(f"{n}.png,{1990 + n},{n / 2},{'late' * (n > 1)},{n}" for n in range(4)),
+    ]
+    for n in range(4):
+        write_picture(tmp_path / f"{n}.png", n)
+    write(table(tmp_path / "t.csv", *lines), tmp_path / "out", model, rows_per_file=2)
+    rows = embeddings(tmp_path / "out")[0]
+    assert rows.columns.tolist() == ["key", "path", "year", "score", "note", "source_embedding"]
+    assert rows.path.tolist() == [str(tmp_path / f"{n}.png") for n in range(4)]
+    assert rows.year.tolist() == ["1990", "1991", "1992", "1993"]  # a CSV has no types
+    values = [{"mixed": mixed, "none": None, "ok": n > 1} for n, mixed in enumerate([1, None, 2.5, "x"])]
+    facts = [{"image": f"{n}.png", "year": 1990 + n, "score": n / 2, **values[n]} for n in range(4)]
+    jsonl = [json.dumps(each) for each in facts]
+    write(table(tmp_path / "t.jsonl", *jsonl), tmp_path / "typed", model, rows_per_file=1)
+    found = ds.dataset(tmp_path / "typed").to_table().to_pydict()
+    assert found["year"] == [1990, 1991, 1992, 1993]
+    assert found["score"] == [0, 0.5, 1, 1.5]
+    assert found["mixed"] == ["1", None, "2.5", "x"]
+    assert found["none"] == [None] * 4
+    assert found["ok"] == [False, False, True, True]
+
+
+def test_shards_are_embedded_under_their_keys(tmp_path, model):
+    write_pairs(tmp_path / "pairs", 5, captions=2)
+    pack_folder(tmp_path / "pairs", tmp_path / "shards")
+    write(tmp_path / "shards", tmp_path / "out", model)
+    rows, found = embeddings(tmp_path / "out")
+    assert rows.key.tolist() == [f"00000.tar:{n:09d}" for n in range(5)]
+    assert rows.path.isna().all()
+    np.testing.assert_allclose(
+        found, miniclip.embed(sorted((tmp_path / "pairs").glob("*.png")), model=model), atol=1e-6
+    )
+    write(tmp_path / "shards", tmp_path / "texts", model, texts=True)
+    rows, found = embeddings(tmp_path / "texts")
+    assert rows.text.tolist()[:3] == ["picture 0, caption 0", "picture 0, caption 1", "picture 1, caption 0"]
+    np.testing.assert_allclose(found, miniclip.embed(rows.text.tolist(), model=model), atol=1e-6)
+
+
+def test_names_that_are_no_utf8_are_written_as_what_they_are(tmp_path, model):
+    folder = tmp_path / "photos"
+    picture_file = write_picture(folder / "a.png")
+    os.rename(picture_file, os.fsencode(folder) + b"/\xff.png")
+    write(folder, tmp_path / "out", model)
+    assert embeddings(tmp_path / "out")[0].key.tolist() == [f"{folder}/\\udcff.png"]
+
+
+@pytest.mark.parametrize(("change", "says"), [("source", "files, keys or columns of"), ("model", "the model was")])
+def test_a_run_goes_on_only_with_the_same_source_and_model(tmp_path, model, change, says):
+    photos = write_pairs(tmp_path / "photos", 6)
+    write(photos, tmp_path / "out", model, rows_per_file=2, part=(1, 2))
+    if change == "source":
+        write_picture(photos / "0003.png", 99)
+    else:
+        miniclip.save(tiny_clip(seed=1), tmp_path / "other")
+        model = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"out\.partial was begun otherwise: {says}.*--overwrite"):
+        write(photos, tmp_path / "out", model, rows_per_file=2)
+    assert write(photos, tmp_path / "out", model, rows_per_file=2, overwrite=True).kept == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, and a kill
+
+MORTAL = """
+import os, signal
+from miniclip.evaluation.other_libraries import open_model
+import miniclip
+
+class Mortal:
+    fingerprint = "the tiny model"
+    def __init__(self):
+        model = open_model(os.environ["MORTAL_MODEL"], "cpu")
+        self.encode_text, self.tokenize = model.encode_text, model.tokenize
+        self.preprocess, self.logit_scale, self.encode = model.preprocess, model.logit_scale, model.encode_image
+        self.left = int(os.environ.get("MORTAL_BATCHES", 1000))
+    def encode_image(self, images):
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+        return self.encode(images)
+"""
+
+
+@pytest.fixture
+def mortal(tmp_path, model, monkeypatch):
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    monkeypatch.setenv("MORTAL_MODEL", model)
+    yield f"python:{tmp_path / 'mortal.py'}:Mortal"
+    sys.modules.pop("mortal", None)
+
+
+def command(*args, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "miniclip", "embed", *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_three_parts_with_a_kill_in_the_middle_hold_the_rows_of_one_uninterrupted_process(tmp_path, mortal):
+    photos = write_pairs(tmp_path / "photos", 40)
+    (photos / "0017.png").write_bytes(b"torn")
+    options = ["--model", mortal, "--rows-per-file", 5, "--batch-size", 2, "--workers", 0]
+    write(photos, tmp_path / "parts", mortal, rows_per_file=5, part=(3, 3))
+    stopped = command(photos, tmp_path / "parts", *options, "--part", "2/3", MORTAL_BATCHES="4")
+    assert stopped.returncode == -signal.SIGKILL, stopped.stderr
+    assert len(list((tmp_path / "parts.partial").glob("*.parquet"))) == 2 + 1  # of its three files
+    write(photos, tmp_path / "parts", mortal, rows_per_file=5, part=(1, 3))
+    assert write(photos, tmp_path / "parts", mortal, rows_per_file=5, part=(2, 3)).kept == 39
+    write(photos, tmp_path / "one", mortal, batch_size=7, rows_per_file=5)
+    rows, found = embeddings(tmp_path / "parts")
+    expected_rows, expected = embeddings(tmp_path / "one")
+    pd.testing.assert_frame_equal(rows, expected_rows)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    manifests = [(tmp_path / out / "_manifest.json").read_text() for out in ("parts", "one")]
+    assert manifests[0] == manifests[1]
+
+
+def test_torchruns_processes_write_the_rows_of_one(tmp_path, photos, model):
+    write(photos, tmp_path / "one", model, rows_per_file=2)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "miniclip",
+        "embed",
+    ]
+    args = [photos, tmp_path / "two", "--model", model, "--rows-per-file", 2, "--device", "cpu", "--workers", 0]
+    done = subprocess.run([*torchrun, *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("10 embeddings in 6 files") == 1, done.stdout
+    assert done.stderr.count("notes.doc") == 1
+    rows, found = embeddings(tmp_path / "two")
+    expected_rows, expected = embeddings(tmp_path / "one")
+    pd.testing.assert_frame_equal(rows, expected_rows)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# miniclip.embed
+
+
+def test_all_that_holds_a_picture_gives_the_same_row(tmp_path, model):
+    path = write_picture(tmp_path / "a.png", 3)
+    pixels = np.asarray(picture(3))
+    expected = miniclip.embed([path], model=model)
+    assert expected.shape == (1, 16)
+    assert expected.dtype == np.float32
+    kinds = [picture(3), pixels, torch.from_numpy(pixels.copy()), path.read_bytes(), path]
+    for each in kinds:
+        np.testing.assert_allclose(miniclip.embed(each, model=model), expected, atol=1e-6)
+    np.testing.assert_allclose(miniclip.embed(kinds, model=model), expected.repeat(5, 0), atol=1e-6)
+    np.testing.assert_allclose(miniclip.embed(np.stack([pixels] * 2), model=model), expected.repeat(2, 0), atol=1e-6)
+    np.testing.assert_allclose(miniclip.embed(str(path), model=model, kind="image"), expected, atol=1e-6)
+
+
+def test_all_that_is_a_model_gives_the_same_rows(model):
+    expected = miniclip.embed(["a cat"], model=model)
+    assert np.array_equal(miniclip.embed("a cat", model=miniclip.load(model, "cpu")), expected)
+    assert np.array_equal(miniclip.embed("a cat", model=open_model(model, "cpu")), expected)
+    assert np.array_equal(miniclip.embed("a cat", model=Path(model)), expected)
+
+
+@pytest.mark.parametrize("text", ["cat.jpg", "https://host/cat", "there"])
+def test_a_string_that_may_be_a_place_is_asked_about(tmp_path, monkeypatch, model, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match=rf"'{text}' may be meant .*kind='text' or kind='image'"):
+        miniclip.embed(["a cat", text], model=model)
+    assert miniclip.embed(["a cat", text], model=model, kind="text").shape == (2, 16)
+
+
+BAD = {
+    "there is no file nowhere.png": {"inputs": [Path("nowhere.png")]},
+    "there is no file a cat": {"inputs": ["a cat"], "kind": "image"},
+    "is a folder; name its pictures": {"inputs": [Path()]},
+    "nothing to embed": {"inputs": []},
+    "images and texts are mixed": {"inputs": ["a cat", picture()]},
+    "among the texts is a value of type Image": {"inputs": ["a cat", picture()], "kind": "text"},
+    "3 can't be embedded": {"inputs": 3},
+    "image 0 is a float": {"inputs": [0.5]},
+    "kind is 'picture'; it must be image or text": {"inputs": ["a cat"], "kind": "picture"},
+    "without encode_image": {"inputs": ["a cat"], "model": object()},
+}
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_what_is_no_image_or_text_or_model_is_named(model, says):
+    with pytest.raises(ValueError, match=says):
+        miniclip.embed(**({"model": model} | BAD[says]))
+
+
+def test_a_picture_that_cant_be_read_is_an_error_as_rows_are_those_of_the_list(photos, model):
+    with pytest.raises(ValueError, match=r"7a\.jpg .*can.* be read"):
+        miniclip.embed([photos / "0.png", photos / "7a.jpg"], model=model)
+    with pytest.raises(ValueError, match=r"notes\.doc"):
+        miniclip.embed([photos / "0.png", photos / "notes.doc"], model=model)
+
+
+def test_a_column_called_as_one_of_ours_is_renamed_until_it_is_another(tmp_path, model):
+    source = table(tmp_path / "t.csv", "text,key,source_key", "a cat,1,2")
+    rows = SourceRows(text_set(source)).table([0]).to_pydict()
+    assert rows == {"key": ["t.csv: row 1"], "text": ["a cat"], "source_source_key": ["1"], "source_key": ["2"]}
