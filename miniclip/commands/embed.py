@@ -78,7 +78,7 @@ torchrun --nproc_per_node 8 -m miniclip embed photos photo_embeddings --model Vi
 
 def run(options: argparse.Namespace) -> None:
     rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    _refuse_contradictions(options, num_processes)
+    _refuse_bad_options(options, num_processes)
     with lasting_imports():
         from ..evaluation.other_libraries import open_model
         from ..inference.embed import embed_source
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         note_left_out(data.left_out)
     part, parts = options.part
-    device = "cpu" if options.engine == "ray" else _own_device(options.device) if num_processes > 1 else options.device
+    device = "cpu" if options.engine == "ray" else _own_gpu(options.device) if num_processes > 1 else options.device
     encoder = open_model(options.model, device)
     own = len(range(0, len(data), max(1, parts * num_processes)))
     with progress_bar("embedding", own) if rank == 0 else nullcontext() as progress:
@@ -113,12 +113,12 @@ def run(options: argparse.Namespace) -> None:
             progress=progress,
         )
     if not done.missing:
-        print(_summary(done))
+        print(_sentence(done))
     elif num_processes == 1:
         print(f"part {part} of {parts} is done; {done.out} comes when {done.missing} of {done.files} files more are")
 
 
-def _refuse_contradictions(options: argparse.Namespace, num_processes: int) -> None:
+def _refuse_bad_options(options: argparse.Namespace, num_processes: int) -> None:
     for name in ("batch_size", "rows_per_file"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
@@ -132,14 +132,14 @@ def _refuse_contradictions(options: argparse.Namespace, num_processes: int) -> N
         raise ValueError("several processes can't share standard input; write the names into a file, one a line")
 
 
-def _own_device(device: str | None) -> str | None:
+def _own_gpu(device: str | None) -> str | None:
     """The GPU of this one of torchrun's processes."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device != "cpu" and torch.cuda.is_available() else device
 
 
-def _summary(done: Embedded) -> str:
+def _sentence(done: Embedded) -> str:
     from ..inference.parts import LEFT_OUT_FILE
 
     size = f"{done.size_bytes / 1e6:.1f} MB" if done.size_bytes >= 50_000 else f"{done.size_bytes / 1e3:.0f} kB"

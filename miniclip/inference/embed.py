@@ -63,7 +63,7 @@ def embed(
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is {kind!r}; it must be {' or '.join(KINDS)}")
     items = _as_items(inputs)
-    kinds = {kind or _kind_of(item) for item in items}
+    kinds = {kind or _image_or_text(item) for item in items}
     if len(kinds) > 1:
         raise ValueError("images and texts are mixed; embed the ones, then the others")
     if not items:
@@ -94,7 +94,7 @@ def _as_items(inputs: Any) -> list[Any]:
     return list(inputs)
 
 
-def _kind_of(item: Any) -> str:
+def _image_or_text(item: Any) -> str:
     if not isinstance(item, str):
         return "image"
     if is_url(item) or item.lower().endswith(IMAGE_SUFFIXES) or existing(item):

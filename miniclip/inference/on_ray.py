@@ -136,7 +136,7 @@ class _EncodeImages:
 
     def __init__(self, name: str, fingerprint: str | None, folder: str) -> None:
         self.encoder = _opened(name, folder)
-        _check(name, fingerprint, self.encoder.image_fingerprint())
+        _refuse_other_model(name, fingerprint, self.encoder.image_fingerprint())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         features = self.encoder.encode_image(torch.from_numpy(np.array(batch["pixels"])))
@@ -148,7 +148,7 @@ class _EncodeTexts:
 
     def __init__(self, data: Any, name: str, fingerprint: str | None, folder: str) -> None:
         self.data, self.encoder = _fetched(data), _opened(name, folder)
-        _check(name, fingerprint, self.encoder.text_fingerprint())
+        _refuse_other_model(name, fingerprint, self.encoder.text_fingerprint())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         texts = [self.data.texts[int(index)] for index in batch["data"]]
@@ -175,7 +175,7 @@ def _opened(name: str, folder: str) -> Encoder:
     return open_model(name, "cuda" if ray.get_gpu_ids() else "cpu")
 
 
-def _check(name: str, expected: str | None, found: str | None) -> None:
+def _refuse_other_model(name: str, expected: str | None, found: str | None) -> None:
     if expected != found:
         raise ValueError(
             f"{name} is another model, or read by another version of its library, on the machine {platform.node()}"

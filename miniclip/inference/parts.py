@@ -34,7 +34,7 @@ from ..data.reading.scan import LeftOut
 MANIFEST_FILE, LEFT_OUT_FILE = "_manifest.json", "_left_out.csv"
 LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), ("image", "text")
 UNREADABLE = "could not be read"
-_SCHEMA = 1
+MANIFEST_SCHEMA = 1
 _NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
 _NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
 
@@ -225,11 +225,11 @@ class Work:
         self.folder = out.with_name(f"{out.name}.partial")
         self.layout = layout_of(self.folder, plan)
         self._busy = f"another process is writing {out}"
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, _Unfinished] = {}
         with self._locked():
-            self.is_complete = _is_of(out, plan) and (part[1] > 1 or not overwrite)
+            self.is_complete = _was_made_by(out, plan) and (part[1] > 1 or not overwrite)
             if not self.is_complete:
-                _refuse_to_replace(out, plan, overwrite)
+                _refuse_other_embeddings(out, plan, overwrite)
                 self._begin(overwrite)
 
     def _locked(self) -> Any:
@@ -265,7 +265,7 @@ class Work:
             shutil.rmtree(self.folder)
         elif self.folder.exists() and any(not path.match(".*") for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is in the way: it was not begun by `miniclip embed` (no {MANIFEST_FILE})")
-        write_text(manifest, _json({"schema": _SCHEMA, "is_complete": False, **asdict(self.plan)}))
+        write_text(manifest, _indented({"schema": MANIFEST_SCHEMA, "is_complete": False, **asdict(self.plan)}))
 
     # -- writing
 
@@ -279,7 +279,7 @@ class Work:
         """
         files = indices // self.plan.rows_per_file
         for number in sorted({*files.tolist(), *(index // self.plan.rows_per_file for index in problems)}):
-            pending = self._pending.setdefault(number, _Pending())
+            pending = self._pending.setdefault(number, _Unfinished())
             pending.indices.append(indices[files == number])
             pending.embeddings.append(embeddings[files == number])
             own = self.plan.indices(number)
@@ -287,7 +287,7 @@ class Work:
             if sum(map(len, pending.indices)) + len(pending.problems) == len(own):
                 self._write(number, self._pending.pop(number), rows)
 
-    def _write(self, number: int, pending: _Pending, rows: Rows) -> None:
+    def _write(self, number: int, pending: _Unfinished, rows: Rows) -> None:
         indices, embeddings = np.concatenate(pending.indices), np.concatenate(pending.embeddings)
         order = np.argsort(indices)
         unreadable = [[rows.key(index), problem] for index, problem in sorted(pending.problems.items())]
@@ -326,11 +326,11 @@ class Work:
             reasons[each.reason] += each.count
         rows = [
             *((key, UNREADABLE, why) for key, why in unreadable),
-            *((x.source, "left out", _reason(x)) for x in left_out),
+            *((x.source, "left out", _reason_and_count(x)) for x in left_out),
         ]
         if rows:
             _write_csv(self.folder / LEFT_OUT_FILE, rows)
-        manifest = {"schema": _SCHEMA, "is_complete": True, **asdict(self.plan)}
+        manifest = {"schema": MANIFEST_SCHEMA, "is_complete": True, **asdict(self.plan)}
         manifest |= {
             "embedding_size": parts[0].embedding_size,
             "unit_length": True,
@@ -339,7 +339,7 @@ class Work:
         }
         manifest |= {"left_out": dict(reasons), "listed_in": LEFT_OUT_FILE if rows else None, "versions": versions}
         manifest["files"] = {str(p.path.relative_to(self.folder)): p.rows for p in parts}
-        write_text(self.folder / MANIFEST_FILE, _json(manifest))
+        write_text(self.folder / MANIFEST_FILE, _indented(manifest))
         for path in self.folder.rglob(".*.tmp"):  # of processes that were killed
             path.unlink(missing_ok=True)
         swap_in(self.folder, self.out)
@@ -354,7 +354,7 @@ class Rows(Protocol):
         """A pyarrow.Table of these rows, of one schema for all of them; its first column is the key."""
 
 
-class _Pending:
+class _Unfinished:
     """The rows of a part that is not whole yet."""
 
     def __init__(self) -> None:
@@ -391,13 +391,13 @@ def _read_part(layout: Layout, number: int) -> _Part:
     return _Part(path, rows, size, unreadable)
 
 
-def _is_of(out: Path, plan: Plan) -> bool:
+def _was_made_by(out: Path, plan: Plan) -> bool:
     """Whether a complete folder was made by this plan."""
     path = out / MANIFEST_FILE
     return path.is_file() and not plan.differences(_read_json(path))
 
 
-def _refuse_to_replace(out: Path, plan: Plan, overwrite: bool) -> None:
+def _refuse_other_embeddings(out: Path, plan: Plan, overwrite: bool) -> None:
     if not out.exists():
         return
     if not (out / MANIFEST_FILE).is_file():
@@ -438,7 +438,7 @@ def _read_embedded(out: Path) -> Embedded:
     )
 
 
-def _reason(each: LeftOut) -> str:
+def _reason_and_count(each: LeftOut) -> str:
     return each.reason + (f", {each.count:,} of them" if each.count > 1 else "")
 
 
@@ -449,7 +449,7 @@ def _write_csv(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
         text.detach()
 
 
-def _json(value: Any) -> str:
+def _indented(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
