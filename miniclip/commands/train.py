@@ -72,12 +72,15 @@ class _Parser(LightningArgumentParser):
             name = (unknown[1] or unknown[2]).removeprefix("fit.")
             near = difflib.get_close_matches(name, valid, n=1)
             message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        elif unusable := re.search(r"Problem with given class_path '([^']+)':\s*([^\n]*)", message):
+        elif unusable := _UNUSABLE.search(message):
             message = f"class_path {unusable[1]!r} cannot be used: {unusable[2]}{_did_you_mean(unusable[1])}"
         elif wrong := re.match(r'Parser key "([\w.]+)":', message):
             message = _wrong_type(wrong[1], message) or message
         print(f"error: {message}\n({_program()} fit --help lists every key)", file=sys.stderr)
         raise SystemExit(2)
+
+
+_UNUSABLE = re.compile(r"Problem with given class_path '([^']+)':\s*([^\n]*)")
 
 
 def _wrong_type(key: str, message: str) -> str | None:
@@ -354,10 +357,14 @@ def _dotted_settings(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _runtime_errors_in_words() -> Iterator[None]:
-    """Ends without a traceback where a user, or the machine, is the cause of a library's RuntimeError."""
+def _libraries_errors_in_words() -> Iterator[None]:
+    """Ends in a sentence where a user, or the machine, is the cause of a library's error."""
     try:
         yield
+    except ValueError as error:
+        if unusable := _UNUSABLE.search(str(error)):  # a logger, say, whose package is missing
+            raise ValueError(f"class_path {unusable[1]!r} cannot be used: {unusable[2]}") from error
+        raise
     except RuntimeError as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             raise ValueError(str(error).replace("`", "'")) from error
@@ -378,7 +385,7 @@ def main(args: list[str] | None = None) -> None:
     )  # fit's callbacks, in validate
     for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
         warnings.filterwarnings("ignore", message=message)
-    with user_errors(MisconfigurationException), _runtime_errors_in_words(), ExitStack() as until_end:
+    with user_errors(MisconfigurationException), _libraries_errors_in_words(), ExitStack() as until_end:
         TrainingCLI(
             CLIPTraining,
             PairDataModule,

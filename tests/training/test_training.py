@@ -214,6 +214,7 @@ MISTAKES = [
     (["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; it must be above 0"),
     (["--trainer.check_val_every_n_epoch=-1"], "trainer.check_val_every_n_epoch is -1; it must be above 0"),
     (["--trainer.val_check_interval=4"], "trainer.val_check_interval is 4 and an epoch has 3 steps"),
+    (["--trainer.logger=WandbLogger"], "loggers.WandbLogger' cannot be used: Requirement 'wandb"),
     (["--trainer.strategy=ddp_spawn"], "use --trainer.strategy ddp"),
     (["--trainer.strategy=ddp_notebook"], "use --trainer.strategy ddp"),
     ([callback("StochasticWeightAveraging", swa_lrs=0.1)], "set model.ema_decay"),
