@@ -18,6 +18,7 @@ VERBS = {
     "check": ("check", "what training on some pairs would meet, before it starts"),
     "train": ("train", "train a CLIP on shards"),
     "eval": ("evaluate", "zero-shot scores of a model on labelled images, and a report"),
+    "classify": ("classify", "what pictures show, of classes named in words; sorts files by it"),
     "calibrate": ("calibrate", 'the threshold for "none of these" that travels with a model'),
     "embed": ("embed", "images or texts -> files of embeddings"),
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),

@@ -126,7 +126,7 @@ def evaluate(
     Raises:
         ValueError: as `encode_images`, `zero_shot_classifier`, and the functions of probes.py.
     """
-    encoder = CachedEncoder(model, batch_size, num_workers, cache, progress or _silent)
+    encoder = CachedEncoder(model, batch_size, num_workers, cache, progress or silent)
     evaluate_task = {"classification": _classify, "multilabel": _score_labels, "retrieval": _retrieve}[task.data.task]
     results, begin = [], time.perf_counter()
     for scores, more in evaluate_task(encoder, task, tuple(ks)):
@@ -170,7 +170,7 @@ def _retrieve(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answe
     yield retrieve(encoder.images(data), data, texts), {}
 
 
-def _silent(what: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
+def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
     return nullcontext(lambda done: None)
 
 

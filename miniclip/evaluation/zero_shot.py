@@ -8,7 +8,7 @@ N images, C classes, E embedding, K guesses kept per image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -163,14 +163,10 @@ def classify(
     check_classifier(images, data, classifier)
     C = len(data.classnames)
     num_guesses = min(max(5, *ks), C)
-    # Equal columns become one, since the last bits of a product depend on the position of a column.
-    columns, column = different_columns(classifier)
     # Filled in place: small tensors that are kept between large ones would keep the memory of those from being used.
     ranked = torch.empty(len(images.unit), num_guesses, dtype=torch.int64)
     best_cosines, best_probabilities = (torch.empty(ranked.shape) for _ in range(2))
-    for start in range(0, len(ranked), size := rows_at_once(C)):
-        block = slice(start, start + size)
-        cosines = (images.unit[block] @ columns)[:, column]  # (n, C)
+    for block, cosines in class_cosines(images.unit, classifier):
         ranked[block] = rank_classes(cosines, num_guesses)
         best_cosines[block] = cosines.gather(1, ranked[block])
         best_probabilities[block] = cosines.mul_(logit_scale).softmax(dim=-1).gather(1, ranked[block])
@@ -183,8 +179,23 @@ def classify(
         best_probabilities.numpy(),
         images.unreadable,
         tuple(ks),
-        same_names(column, data.classnames),
+        same_names(different_columns(classifier)[1], data.classnames),
     )
+
+
+def class_cosines(unit: Tensor, classifier: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The cosines (n, C) of images with all classes, block by block, each with the rows (slice of N) that it has.
+
+    Equal columns become one, since the last bits of a product depend on the position of a column.
+
+    Args:
+        unit: (N, E) of length 1.
+        classifier: (E, C), unit columns.
+    """
+    columns, column = different_columns(classifier)
+    for start in range(0, len(unit), size := rows_at_once(classifier.shape[1])):
+        block = slice(start, start + size)
+        yield block, (unit[block] @ columns)[:, column]
 
 
 def rows_at_once(num_classes: int) -> int:

@@ -1,0 +1,389 @@
+"""Files into folders by class, and back: nothing is overwritten, and a list in the folder tells what to take back.
+
+The list is written before the first file is touched, and what became of each file is seen on the disk: a sorting that
+was killed at any moment can be taken back, and so can a taking back be gone on with.
+
+FOLDER/cat/a.jpg                a file of the class "cat"
+FOLDER/.miniclip/sorted-1.jsonl the list of the first sorting: a line for the whole, then one for each file
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.files import locked, sync, write_text
+from ..data.reading.scan import is_skipped_folder, same_name
+
+LISTS = ".miniclip"
+_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other file would fare better
+_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # no file of these names on Windows
+_MOST_FOLDER_BYTES = 200  # of a folder's name; file systems allow 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of folders
+
+
+def folder_names(classnames: Sequence[str]) -> dict[str, str]:
+    """A folder's name for each class: legal on every system, not hidden, and unequal where case does not count.
+
+    >>> folder_names(["cat", "Cat", "a/b", "a:b", "..", "con"])
+    {'cat': 'cat', 'Cat': 'Cat (2)', 'a/b': 'a_b', 'a:b': 'a_b (2)', '..': '__', 'con': 'con_'}
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in dict.fromkeys(classnames):
+        found[name] = next(each for each in _numbered_names(_legal_name(name), "") if _name_key(each) not in taken)
+        taken.add(_name_key(found[name]))
+    return found
+
+
+def _legal_name(name: str) -> str:
+    legal = _FORBIDDEN.sub("_", same_name(name)).strip()
+    legal = re.sub(r"^\.+|[. ]+$", lambda found: "_" * len(found[0]), legal) or "_"
+    while len(os.fsencode(legal)) > _MOST_FOLDER_BYTES:
+        legal = legal[:-1].rstrip(". ")
+    legal = f"{legal}_" if _DEVICES.fullmatch(legal) else legal
+    # A folder of a name that systems leave behind would not be read as a class.
+    return f"_{legal}_" if is_skipped_folder(legal) else legal
+
+
+def _numbered_names(stem: str, suffix: str) -> Iterator[str]:
+    """a.jpg, a (2).jpg, a (3).jpg, …"""
+    yield stem + suffix
+    number = 2
+    while True:
+        yield f"{stem} ({number}){suffix}"
+        number += 1
+
+
+def _name_key(name: str) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is to be done
+
+
+@dataclass(frozen=True)
+class Step:
+    """A file, and where it goes."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sorting, before anything is done.
+
+    Args:
+        folder: what the folders of the classes are in.
+        is_move: whether files are moved, or else copied.
+        steps: a file each.
+        num_there: copies that are there already, as from an earlier run.
+        left: why other files stay as they are.
+    """
+
+    folder: Path
+    is_move: bool
+    steps: Sequence[Step]
+    num_there: int = 0
+    left: Sequence[str] = ()
+
+    def counts(self) -> Counter[str]:
+        """Files by the folders that they go to."""
+        return Counter(step.target.parent.name for step in self.steps)
+
+
+def plan_sorting(
+    files: Sequence[Path], labels: Sequence[str], classnames: Sequence[str], folder: str | Path, *, is_move: bool
+) -> Plan:
+    """Where each file goes. A name that is taken gets a number; content that is there is not copied again.
+
+    Args:
+        files: N of them.
+        labels: N classes, of `classnames`.
+        folder: for the folders of the classes; need not be there.
+
+    Raises:
+        ValueError: a file has the name of a class's folder.
+    """
+    folder = Path(folder).absolute()
+    into = {name: folder / each for name, each in folder_names(classnames).items()}
+    there: dict[str, dict[str, Path]] = {}  # of each class: the files of its folder, by the key of their names
+    steps, left, num_there = [], [], 0
+    for source, label in zip(files, labels, strict=True):
+        if label not in there:
+            there[label] = {_name_key(path.name): path for path in _entries(into[label])}
+        if is_move and source.is_symlink():
+            left.append(f"{source} is a link, which is not moved")
+        elif source.parent.resolve() == into[label].resolve():
+            left.append(f"{source} is in its folder already")
+        elif name := _free_name(source, there[label], is_move):
+            steps.append(Step(source.absolute(), into[label] / name))
+            there[label][_name_key(name)] = source
+        else:
+            num_there += 1
+    return Plan(folder, is_move, steps, num_there, left)
+
+
+def _free_name(source: Path, there: dict[str, Path], is_move: bool) -> str | None:
+    """A name that no file has; None for a copy whose content one of those of this name has."""
+    for name in _numbered_names(source.stem, source.suffix):
+        if (other := there.get(_name_key(name))) is None:
+            return name
+        if not is_move and _have_equal_bytes(source, other):
+            return None
+    raise AssertionError("names do not end")
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        raise ValueError(f"{folder} is a file, and the folder of a class needs its name") from error
+
+
+def _have_equal_bytes(one: Path, other: Path) -> bool:
+    try:
+        return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doing it
+
+
+@dataclass
+class Done:
+    """What was done: the number of files, and the problems of those with which it could not be done."""
+
+    num_files: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def sort_files(plan: Plan, progress: Callable[[int], Any] | None = None) -> Done:
+    """Carries a plan out.
+
+    Args:
+        progress: called with the number of files done.
+
+    Raises:
+        ValueError: another process sorts into the folder.
+        OSError: the folder can't be written, or its disk is full; what is done is in the list.
+    """
+    done = Done()
+    if not plan.steps:
+        return done
+    is_new = not plan.folder.exists()
+    with _held(plan.folder):
+        _write_list(plan, is_new)
+        for number, step in enumerate(plan.steps, 1):
+            step.target.parent.mkdir(exist_ok=True)
+            try:
+                _bring(step.source, step.target, plan.is_move)
+                done.num_files += 1
+            except OSError as error:
+                if error.errno in _FATAL:
+                    raise
+                done.problems.append(f"{step.source} can't be {'moved' if plan.is_move else 'copied'}: {_why(error)}")
+            if progress:
+                progress(number)
+    return done
+
+
+def _held(folder: Path) -> Any:
+    return locked(folder / LISTS / "lock", f"another process sorts files in {folder}", patience_s=0)
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, FileExistsError):
+        return f"{error.filename} has come in the meantime"
+    return error.strerror or str(error)
+
+
+def _bring(source: Path, target: Path, is_move: bool) -> None:
+    """Copies or moves a file to a name that is free; raises FileExistsError if it no longer is."""
+    if is_move:
+        try:
+            with _reserved(target):
+                os.replace(source, target)
+            return
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # another disk
+                raise
+    part = _part_of(target)
+    try:
+        shutil.copy2(source, part)
+        if is_move:  # the original goes, so its copy has to be on the disk
+            with open(part, "rb+") as file:
+                sync(file)
+        with _reserved(target):
+            os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    if is_move:
+        try:
+            source.unlink()
+        except OSError:
+            target.unlink()
+            raise
+
+
+@contextmanager
+def _reserved(target: Path) -> Iterator[None]:
+    """An empty file in the place of the one that then replaces it, so that no other gets its name."""
+    descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    ours = os.fstat(descriptor).st_ino
+    os.close(descriptor)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if target.stat().st_ino == ours:
+                target.unlink()
+        raise
+
+
+def _part_of(target: Path) -> Path:
+    """A copy that is not complete; the name is short, whatever the target's is, and readers of folders leave it out."""
+    return target.with_name(f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.part")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking it back
+
+
+def undo_sorting(folder: str | Path, progress: Callable[[int], Any] | None = None) -> Done:
+    """Takes the last sorting into a folder back: files that were moved return, and copies are deleted.
+
+    A copy that was changed, or whose original is gone, stays; so does what has another file in its way.
+
+    Raises:
+        ValueError: no sorting is listed there.
+    """
+    folder = Path(folder).absolute()
+    path = _last_list(folder)
+    done, open_steps = Done(), []
+    with _held(folder):
+        facts, steps = _read_list(path, folder)
+        for number, step in enumerate(reversed(steps), 1):
+            try:
+                done.num_files += _return_file(step, facts["is_move"])
+            except _StaysError as reason:
+                done.problems.append(str(reason))
+            except (OSError, ValueError) as error:
+                done.problems.append(str(error))
+                open_steps.append(step)
+            if progress:
+                progress(number)
+        for into in {step.target.parent for step in steps}:
+            _remove_empty(into)
+        if open_steps:
+            write_text(path, _as_lines(facts, open_steps[::-1], folder))
+        else:
+            path.unlink()
+    _remove_empty(folder / LISTS)
+    if facts["is_new"]:
+        _remove_empty(folder)
+    return done
+
+
+class _StaysError(Exception):
+    """What happened to a file since, after which it is nobody's to take back."""
+
+
+def _return_file(step: Step, is_move: bool) -> bool:
+    """Whether there was something to do.
+
+    Raises:
+        ValueError: another file is in the way.
+    """
+    source, target = step.source, step.target
+    with suppress(FileNotFoundError):
+        _part_of(target).unlink()
+    if not os.path.lexists(target):
+        if is_move and not os.path.lexists(source):
+            raise _StaysError(f"{target} is not there any more, and not at {source} either")
+        return False
+    is_reserved = target.stat().st_size == 0 and source.exists() and source.stat().st_size > 0
+    if is_reserved or _have_equal_bytes(source, target):
+        target.unlink()
+        return not is_reserved
+    if not is_move:
+        why = "it was changed since" if source.exists() else f"its original, {source}, is gone"
+        raise _StaysError(f"{target} stays: {why}")
+    if os.path.lexists(source):
+        raise ValueError(f"{target} stays: another file is in its way, {source}")
+    source.parent.mkdir(parents=True, exist_ok=True)
+    _bring(target, source, is_move=True)
+    return True
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list
+
+
+def _lists(folder: Path) -> dict[int, Path]:
+    """The lists of a folder by their numbers."""
+    found = {path: re.fullmatch(r"sorted-(\d+)\.jsonl", path.name) for path in _entries(folder / LISTS)}
+    return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _last_list(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    there = _lists(folder)
+    if not there:
+        raise ValueError(f"{folder} has no list of files that were sorted into it ({LISTS}/sorted-1.jsonl)")
+    return there[max(there)]
+
+
+def _write_list(plan: Plan, is_new: bool) -> None:
+    number = max(_lists(plan.folder), default=0) + 1
+    facts = {"version": 1, "is_move": plan.is_move, "is_new": is_new}
+    write_text(plan.folder / LISTS / f"sorted-{number}.jsonl", _as_lines(facts, plan.steps, plan.folder))
+
+
+def _as_lines(facts: dict[str, Any], steps: Sequence[Step], folder: Path) -> str:
+    """Paths within the folder are relative to it, so that it may be moved. Bytes that are no UTF-8 are escaped."""
+
+    def written(path: Path) -> str:
+        return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+    rows = [facts, *({"from": written(step.source), "to": written(step.target)} for step in steps)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _read_list(path: Path, folder: Path) -> tuple[dict[str, Any], list[Step]]:
+    try:
+        facts, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if facts["version"] != 1:
+            raise ValueError(f"version {facts['version']!r}, and this miniclip reads 1")
+        return facts, [Step(folder / row["from"], folder / row["to"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a list of sorted files, or a damaged one: {error!r}") from error
