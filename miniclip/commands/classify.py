@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..common.wording import printable, some
 from .output import IMAGES, MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
-from .terminal import add_encoding, lasting_imports, new_parser, progress_bar
+from .terminal import add_cache, add_encoding, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
@@ -70,7 +70,7 @@ miniclip classify --undo sorted""",
     add_output(parser)
     add_encoding(parser)
     parser.add_argument("--image-column", metavar="NAME", help="of tables; default: found by name")
-    parser.add_argument("--no-cache", action="store_true", help="keep no features")
+    add_cache(parser)
     return parser
 
 
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
         coverage=options.coverage,
         batch_size=options.batch_size,
         num_workers=options.workers,
-        cache=None if options.no_cache else FeatureCache(),
+        cache=None if options.no_cache else FeatureCache(options.cache),
         progress=progress_bar,
     )
     _note_terms(guesses, threshold)

@@ -55,10 +55,12 @@ def test_a_mistake_ends_every_verb_with_code_2_and_one_line(verb, tmp_path, caps
         "shards": ["nowhere", "out"],
         "check": ["nowhere"],
         "eval": ["--model", "nowhere", "--data", "nowhere"],
+        "classify": ["nowhere", "--labels", "cat,dog"],
         "calibrate": ["model", "--data", "nowhere", "--outside", "elsewhere"],
         "interpolate": ["nowhere", "nowhere", "--alpha", "0.5", "--out", str(tmp_path / "out")],
         "report": ["nowhere"],
         "convert": ["nowhere", str(tmp_path / "out"), "--to", "native"],
+        "push": ["nowhere", "owner/name"],
         "info": ["nowhere"],
     }[verb]
     said = fails(capsys, [verb, *arguments])
