@@ -21,8 +21,8 @@ def parser() -> argparse.ArgumentParser:
         notes="Nothing is written but the page of --out. The exit status is 1 if no sample can be used.",
         examples="""
 miniclip check photos --out check.html
-miniclip check shards --all --batch-size 1024 --needed 900
-miniclip check shards --speed --workers 4""",
+miniclip check shards/train --all --batch-size 1024 --needed 900
+miniclip check shards/train --speed --workers 4""",
     )
     parser.add_argument("data", metavar="DATA", help="shards, or what can be packed into them")
     parser.add_argument("--out", metavar="HTML", help="a page of all that is found, with some samples to look at")

@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
         examples="""
 miniclip convert ViT-B/32 clip --to hf
 miniclip convert runs/digits/best digits.pt --to openai
-miniclip convert epoch_32.pt clip --to native --activation gelu""",
+miniclip convert epoch_32.pt epoch_32 --to native --activation gelu""",
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint")
     parser.add_argument("out", metavar="DST", help="a file for openai, a folder for the others")

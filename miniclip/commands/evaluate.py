@@ -53,11 +53,12 @@ def parser() -> argparse.ArgumentParser:
         examples="""
 miniclip eval --model runs/digits/best --data my_photos --templates simple imagenet7 imagenet80
 miniclip eval --model ViT-B/32 openclip:ViT-B-32/laion2b_s34b_b79k --data hf-hub:clip-benchmark/wds_cars
-miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer
+miniclip eval --model ViT-B/32 --data birds.parquet --label-column species --group-column photographer --out birds
 miniclip eval --model ViT-B/32 --data photos --train more_photos --outside street_scenes
 miniclip eval --model ViT-B/32 --data torchvision:CIFAR10 --root ~/data --download
 torchrun --nproc_per_node 8 eval_zeroshot.py --model ViT-L/14 --data imagenet/val --classnames imagenet
-miniclip eval --compare reports/before reports/after""",
+miniclip eval --model runs/mine/best --data my_photos --out after
+miniclip eval --compare reports/digits-best after""",
     )
     parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="one or several models, as above")
     parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="one or several sets, as above")

@@ -28,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
         notes="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which names what was left out and why.\n"
         "Until all is done it is called OUT.partial; after a break the same command goes on where it was.",
         examples="""
-miniclip shards photos shards --resize 256 --val-fraction 0.01
-miniclip shards pairs.csv shards --caption-column title --images /data/photos
+miniclip shards photos shards --resize 256 --val-fraction 0.05
+miniclip shards pairs.csv titles --caption-column title --images photos
 miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     )
     parser.add_argument("source", metavar="SRC", help="what to pack")

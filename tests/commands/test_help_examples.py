@@ -1,0 +1,168 @@
+"""The examples in every verb's help work as they stand: each is parsed, and run unless it needs another machine.
+
+A new verb is tested without a line here, as long as its examples name what `world` has. One process runs the examples
+of a verb in their order, in a world of its own; the names of their results differ, so that all can be copied.
+"""
+
+import csv
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run
+from helpers import pack_folder, write_pairs, write_picture
+
+import miniclip
+from miniclip.commands import main as cli
+
+ROOT = Path(__file__).parents[2]
+# What names something that is not on this machine, or would take minutes; such an example is parsed alone.
+ELSEWHERE = re.compile(
+    r"^torchrun|^miniclip train|^miniclip push(?!.*--dry-run)|hf-hub:|openclip:|transformers:|torchvision:|\w+://"
+)
+AFTER = {"check": "shards", "search": "index"}  # a verb whose examples take what another's have made
+CLASSES = ("cat", "dog", "bird")
+
+
+def examples(verb: str) -> list[str]:
+    text = run(sys.executable, "-m", "miniclip", *verb.split(), "--help").stdout.replace("\\\n", " ")
+    return [line.strip() for line in text.partition("\nexamples:\n")[2].splitlines() if line.strip()]
+
+
+# ---- a world in which the names of the examples are there
+
+
+def save_models() -> None:
+    vision = miniclip.VisionConfig(image_size=16, patch_size=8, width=64, layers=1)
+    config = miniclip.CLIPConfig(64, "quick_gelu", vision, miniclip.TextConfig(width=64, layers=1))
+    models = {}
+    for seed, name in enumerate(("runs/digits/best", "runs/mine/best", "openai")):
+        torch.manual_seed(seed)
+        models[name] = miniclip.CLIP(config)
+    miniclip.save(models["runs/digits/best"], "runs/digits/best")
+    miniclip.save(models["runs/mine/best"], "runs/mine/best")
+    tensors = {key.removeprefix("text."): value for key, value in models["openai"].state_dict().items()}
+    torch.save(tensors, "epoch_32.pt")
+    sizes = {"input_resolution": 16, "context_length": 77, "vocab_size": 49408}
+    Path("cache/clip").mkdir(parents=True)  # where OpenAI's files are kept once they are downloaded
+    torch.save(tensors | {name: torch.tensor(size) for name, size in sizes.items()}, "cache/clip/ViT-B-32.pt")
+
+
+def write_folders() -> None:
+    """Folders of a folder a class, in which every image has a caption; some have enough images for a threshold."""
+    for index, (folder, count) in enumerate(
+        {"photos": 40, "my_photos": 6, "more_photos": 6, "street_scenes": 90, "other": 90}.items()
+    ):
+        for label, name in enumerate(CLASSES):
+            for number in range(count):
+                seed = 1000 * index + 100 * label + number
+                path = write_picture(Path(folder) / name / f"{number}.png", seed, (12, 10))
+                path.with_suffix(".txt").write_text(f"a photo of a {name}, the {number}th")
+    for name in ("seven.png", "one.png", "picture.jpg", "cat.jpg"):
+        write_picture(Path(name), len(name))
+
+
+def write_tables() -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    found = [(str(path), path.parent.name) for path in sorted(Path("photos").rglob("*.png"))][::4]
+    write_table(
+        "pairs.csv", ["filepath", "title"], [(path.removeprefix("photos/"), f"a {name}") for path, name in found]
+    )
+    for name in ("new.csv", "old.csv"):
+        write_table(name, ["filepath", "label"], found)
+    people = [f"p{number % 4}" for number in range(len(found))]
+    birds = [(path, label, person) for (path, label), person in zip(found, people, strict=True)]
+    write_table("birds.csv", ["filepath", "label", "photographer"], birds)
+    columns = dict(zip(("filepath", "species", "photographer"), zip(*birds, strict=True), strict=True))
+    pyarrow.parquet.write_table(pyarrow.table({name: [*values] for name, values in columns.items()}), "birds.parquet")
+
+
+def write_table(path: str, header: list[str], rows: list[tuple]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_runs_and_shards() -> None:
+    for name in ("digits", "adamw", "muon"):
+        log = Path("runs", name, "logs/version_0")
+        log.mkdir(parents=True)
+        write_table(str(log / "metrics.csv"), ["step", "train/loss"], [(step, 2 / (step + 1)) for step in range(3)])
+    pack_folder(write_pairs(Path("few"), 2), Path("packed"))
+    Path("laion").mkdir()
+    for number in range(100):
+        os.link(next(Path("packed").glob("*.tar")), f"laion/{number:05d}.tar")
+    for name in ("configs", "eval_zeroshot.py"):
+        Path(name).symlink_to(ROOT / name)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_models()
+    write_folders()
+    write_tables()
+    write_runs_and_shards()
+    return tmp_path
+
+
+# ---- the examples
+
+RUN = """
+import json, shlex, sys
+from miniclip.commands.main import main
+for line in json.loads(sys.argv[1]):
+    print("$", line, flush=True)
+    try:
+        main(shlex.split(line)[1:])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def run_here(lines: list[str], folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    plain = [line for line in lines if not re.search(r"[|<>]", line)]
+    commands = [[sys.executable, "-c", RUN, json.dumps(plain)]] if plain else []
+    commands += [["bash", "-o", "pipefail", "-c", line] for line in lines if line not in plain]
+    output = ""
+    for command in commands:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        output += done.stdout
+    return output
+
+
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+def test_every_example_of_the_help_runs(verb, world):
+    for each in [AFTER[verb], verb] if verb in AFTER else [verb]:
+        here = [line for line in examples(each) if not ELSEWHERE.search(line)]
+        assert here or each == "train", f"no example of {each} runs on one machine"
+        run_here(here, world)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
+def test_every_example_of_the_help_is_parsed(verb):
+    parser = importlib.import_module(f"miniclip.commands.{cli.VERBS[verb][0]}").parser()
+    for line in examples(verb):
+        command, *words = shlex.split(re.split(r"[|<>]", line)[0])
+        if command == "miniclip":
+            assert words[0] == verb
+            parser.parse_args(words[1:])
+
+
+def test_every_example_of_training_is_read_by_lightning(world):
+    lines = [f"{line} --print_config" for line in examples("train")]
+    assert run_here(lines, world).count("optimizer:") == len(lines)
