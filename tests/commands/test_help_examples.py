@@ -52,7 +52,8 @@ def save_models() -> None:
     torch.save(tensors, "epoch_32.pt")
     sizes = {"input_resolution": 16, "context_length": 77, "vocab_size": 49408}
     Path("cache/clip").mkdir(parents=True)  # where OpenAI's files are kept once they are downloaded
-    torch.save(tensors | {name: torch.tensor(size) for name, size in sizes.items()}, "cache/clip/ViT-B-32.pt")
+    for name in ("ViT-B-32", "ViT-L-14"):
+        torch.save(tensors | {name: torch.tensor(size) for name, size in sizes.items()}, f"cache/clip/{name}.pt")
 
 
 def write_folders() -> None:
@@ -74,9 +75,9 @@ def write_tables() -> None:
     import pyarrow.parquet
 
     found = [(str(path), path.parent.name) for path in sorted(Path("photos").rglob("*.png"))][::4]
-    write_table(
-        "pairs.csv", ["filepath", "title"], [(path.removeprefix("photos/"), f"a {name}") for path, name in found]
-    )
+    titles = [(path.removeprefix("photos/"), f"a {name}") for path, name in found]
+    for name in ("pairs.csv", "captions.csv"):
+        write_table(name, ["filepath", "title"], titles)
     for name in ("new.csv", "old.csv"):
         write_table(name, ["filepath", "label"], found)
     people = [f"p{number % 4}" for number in range(len(found))]
