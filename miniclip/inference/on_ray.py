@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import platform
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..evaluation.datasets.sets import EvaluationSet
 from ..evaluation.encoder import Encoder
@@ -45,20 +50,24 @@ def encode_on_ray(
     is_text = isinstance(data, Texts)
     size = _TEXTS_PER_BATCH if is_text else batch_size
     blocks = [np.array(indices[start : start + size]) for start in range(0, len(indices), size)]
-    with _ray() as ray, _user_errors(ray):
+    with _ray() as ray, _in_a_sentence(ray):
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         each = 1 if cpus > 1 else 0.5
         num_decoders = max(1, cpus - gpus if gpus else cpus // _CPUS_PER_DECODER)
         num_encoders = gpus or max(1, cpus - (0 if is_text else num_decoders))
-        shared, here = ray.put(data), os.getcwd()  # noqa: PTH109
+        shared, here = ray.put(data), Surroundings(os.getcwd(), tuple(sys.path))  # noqa: PTH109
         batches = ray.data.from_numpy(blocks)
         if not is_text:
-            batches = _by_actors(ray, batches, _Decode, (shared, encoder.preprocess, here), num_decoders, num_cpus=each)
-        model = encoder.name, encoder.text_fingerprint() if is_text else encoder.image_fingerprint(), here
-        actor, facts = (_EncodeTexts, (shared, *model)) if is_text else (_EncodeImages, model)
-        batches = _by_actors(ray, batches, actor, facts, num_encoders, num_cpus=each, num_gpus=1 if gpus else 0)
+            facts = shared, ray.cloudpickle.dumps(encoder.preprocess), here
+            batches = _by_actors(ray, batches, _Decode, facts, num_decoders, num_cpus=each)
+        fingerprint = encoder.text_fingerprint() if is_text else encoder.image_fingerprint()
+        model = OnActor(encoder.name, is_text, fingerprint, here)
+        actor, given = (_EncodeTexts, (shared, model)) if is_text else (_EncodeImages, (model,))
+        batches = _by_actors(ray, batches, actor, given, num_encoders, num_cpus=each, num_gpus=1 if gpus else 0)
         for batch in batches.iter_batches(batch_size=None):
+            if error := batch["error"][0]:
+                raise ValueError(error)
             problems = {int(i): str(why) for i, why in zip(batch["index"], batch["problem"], strict=True) if why}
             is_healthy = np.array([not why for why in batch["problem"]], dtype=bool)
             features = torch.from_numpy(np.array(batch["features"])[is_healthy])
@@ -89,17 +98,13 @@ def _ray() -> Iterator[Any]:
 
 
 @contextmanager
-def _user_errors(ray: Any) -> Iterator[None]:
-    """What a user can cause, as it would be in one process."""
+def _in_a_sentence(ray: Any) -> Iterator[None]:
+    """What Ray gives up at, by the end of its report, which is long."""
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: Any = error
-        while cause is not None and (isinstance(cause, ray.exceptions.RayError) or not isinstance(cause, ValueError)):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise ValueError(str(cause)) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}") from error
 
 
 def _by_actors(ray: Any, batches: Any, actor: type, facts: tuple[Any, ...], most: int, **resources: float) -> Any:
@@ -111,13 +116,48 @@ def _by_actors(ray: Any, batches: Any, actor: type, facts: tuple[Any, ...], most
 # What the actors do. A batch is a dictionary of arrays, of B rows each.
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """The folder that relative paths begin at, and where modules are found, of the process that calls."""
+
+    folder: str
+    path: tuple[str, ...]
+
+    def enter(self) -> None:
+        with suppress(OSError):  # where it is not there, paths are absolute
+            os.chdir(self.folder)
+        sys.path += [place for place in self.path if place not in sys.path]
+
+
+@dataclass(frozen=True)
+class OnActor:
+    """A model that each actor opens for itself, when it is first used."""
+
+    name: str
+    is_text: bool
+    fingerprint: str | None
+    here: Surroundings
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        import ray
+
+        self.here.enter()
+        found = open_model(self.name, "cuda" if ray.get_gpu_ids() else "cpu")
+        if self.fingerprint != (found.text_fingerprint() if self.is_text else found.image_fingerprint()):
+            raise ValueError(
+                f"{self.name} is another model, or read by another version of its library, on {platform.node()}"
+            )
+        return found
+
+
 class _Decode:
     """Indices (`data`) -> pixels (B, …), and for those that can't be read a blank one and the reason."""
 
-    def __init__(self, data: Any, preprocess: Any, folder: str) -> None:
-        _work_in(folder)
-        self.data, self.preprocess = _fetched(data), preprocess
-        self.blank = preprocess(Image.new("RGB", (32, 32))).numpy()
+    def __init__(self, data: Any, preprocess: bytes, here: Surroundings) -> None:
+        here.enter()
+        self.data, self.preprocess = _fetched(data), pickle.loads(preprocess)
+        self.blank = self.preprocess(Image.new("RGB", (32, 32))).numpy()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         pixels, problems = [], []
@@ -134,49 +174,39 @@ class _Decode:
 class _EncodeImages:
     """Pixels -> features (B, E)."""
 
-    def __init__(self, name: str, fingerprint: str | None, folder: str) -> None:
-        self.encoder = _opened(name, folder)
-        _refuse_other_model(name, fingerprint, self.encoder.image_fingerprint())
+    def __init__(self, model: OnActor) -> None:
+        self.model = model
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        features = self.encoder.encode_image(torch.from_numpy(np.array(batch["pixels"])))
-        return {"index": batch["index"], "problem": batch["problem"], "features": features.float().cpu().numpy()}
+        images = torch.from_numpy(np.array(batch["pixels"]))
+        return _encoded(batch["index"], batch["problem"], lambda: self.model.encoder.encode_image(images))
 
 
 class _EncodeTexts:
     """Indices (`data`) -> features (B, E) of texts."""
 
-    def __init__(self, data: Any, name: str, fingerprint: str | None, folder: str) -> None:
-        self.data, self.encoder = _fetched(data), _opened(name, folder)
-        _refuse_other_model(name, fingerprint, self.encoder.text_fingerprint())
+    def __init__(self, data: Any, model: OnActor) -> None:
+        self.data, self.model = _fetched(data), model
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         texts = [self.data.texts[int(index)] for index in batch["data"]]
-        features = encode_texts(self.encoder, texts, self.encoder.tokenize).cpu().numpy()
-        return {"index": batch["data"], "problem": np.array([""] * len(texts), dtype=object), "features": features}
+        problems = np.array([""] * len(texts), dtype=object)
+        return _encoded(
+            batch["data"], problems, lambda: encode_texts(self.model.encoder, texts, self.model.encoder.tokenize)
+        )
+
+
+def _encoded(indices: np.ndarray, problems: np.ndarray, encode: Callable[[], Tensor]) -> dict[str, Any]:
+    """A batch of features. A user's error is returned, as Ray makes a long report of one that is raised."""
+    error, features = "", np.zeros((len(indices), 1), np.float32)
+    try:
+        features = encode().float().cpu().numpy()
+    except ValueError as found:
+        error = str(found)
+    return {"index": indices, "problem": problems, "features": features, "error": np.array([error] * len(indices))}
 
 
 def _fetched(data: Any) -> Any:
     import ray
 
     return ray.get(data) if isinstance(data, ray.ObjectRef) else data
-
-
-def _work_in(folder: str) -> None:
-    """Relative paths are those of the process that calls, where its folder is there."""
-    with suppress(OSError):
-        os.chdir(folder)
-
-
-def _opened(name: str, folder: str) -> Encoder:
-    import ray
-
-    _work_in(folder)
-    return open_model(name, "cuda" if ray.get_gpu_ids() else "cpu")
-
-
-def _refuse_other_model(name: str, expected: str | None, found: str | None) -> None:
-    if expected != found:
-        raise ValueError(
-            f"{name} is another model, or read by another version of its library, on the machine {platform.node()}"
-        )

@@ -227,6 +227,7 @@ class Mortal:
 def mortal(tmp_path, model, monkeypatch):
     (tmp_path / "mortal.py").write_text(MORTAL)
     monkeypatch.setenv("MORTAL_MODEL", model)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     yield f"python:{tmp_path / 'mortal.py'}:Mortal"
     sys.modules.pop("mortal", None)
 
