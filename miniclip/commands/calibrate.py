@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ..evaluation.datasets.open import open_dataset, open_images
         from ..evaluation.datasets.sets import labelled
-        from ..evaluation.features import FeatureCache
+        from ..evaluation.features import open_cache
         from ..evaluation.other_libraries import open_model
         from ..inference.calibration import calibrate
         from ..inference.thresholds import refuse_unwritable, threshold_path, write_threshold
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
         coverages=options.coverage,
         batch_size=options.batch_size,
         num_workers=options.workers,
-        cache=None if options.no_cache else FeatureCache(options.cache),
+        cache=open_cache(options.cache, not options.no_cache),
         progress=progress_bar,
     )
     write_threshold(path, threshold, options.overwrite)

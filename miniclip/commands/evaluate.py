@@ -184,7 +184,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
 
     with lasting_imports():
         from ..common.processes import rank_and_world_size
-        from ..evaluation.features import FeatureCache
+        from ..evaluation.features import open_cache
         from ..evaluation.other_libraries import open_model
         from ..evaluation.robustness import robustness
         from ..evaluation.suite import evaluate
@@ -208,7 +208,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     tasks = _tasks(options)
     if paths and options.false_acceptance is not None:
         refuse_too_few(tasks[0].outside, 1 - options.false_acceptance, f"--false-acceptance {options.false_acceptance}")
-    cache = None if options.no_cache else FeatureCache(options.cache)
+    cache = open_cache(options.cache, not options.no_cache)
     for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
         model = open_model(name, device)
     is_first = rank_and_world_size()[0] == 0

@@ -116,6 +116,23 @@ class FeatureCache:
         return self.folder / f"{key}.parts"
 
 
+def open_cache(folder: str | None, is_wanted: bool = True) -> FeatureCache | None:
+    """The cache of a command; None if none is wanted, or none is named and the user has no home (then with a warning).
+
+    Raises:
+        ValueError: the folder is below `~` and there is no home.
+    """
+    if not is_wanted:
+        return None
+    try:
+        return FeatureCache(folder)
+    except ValueError as error:
+        if folder is not None:
+            raise
+        warnings.warn(f"features are not kept: {error}", stacklevel=2)
+        return None
+
+
 def _read_kept(path: Path) -> dict[str, Tensor] | None:
     try:
         return load_file(path)

@@ -24,7 +24,14 @@ from torch import Tensor
 from miniclip.evaluation import features as embedding
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import EvaluationSet
-from miniclip.evaluation.features import FeatureCache, ImageFeatures, encode_images, encode_texts, own_tokenize
+from miniclip.evaluation.features import (
+    FeatureCache,
+    ImageFeatures,
+    encode_images,
+    encode_texts,
+    open_cache,
+    own_tokenize,
+)
 from miniclip.weights.load import preprocess_for
 
 NUM_IMAGES = 11
@@ -171,6 +178,22 @@ def test_a_damaged_file_of_the_cache_is_computed_anew(data, cache):
         again = Counting()
         assert torch.equal(again.encode(data, cache=cache, key="k" * 64).features, expected.features)
         assert again.seen == NUM_IMAGES
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):  # pytest asks for the user when it makes that folder
+    """A user without a name, and no HOME, as in a container that was started with --user 54321."""
+    for name in ("HOME", "XDG_CACHE_HOME", "MINICLIP_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+
+
+def test_who_has_no_home_is_warned_and_keeps_no_features_unless_a_folder_is_named(tmp_path, homeless):
+    with pytest.warns(UserWarning, match=r"not kept.*home.*set HOME, or MINICLIP_CACHE"):
+        assert open_cache(None) is None
+    assert open_cache(str(tmp_path)).folder == tmp_path
+    with pytest.raises(ValueError, match=r"~/features needs a home"):
+        open_cache("~/features")
 
 
 def test_a_cache_that_can_not_be_written_costs_a_warning_and_no_features(data, tmp_path):
