@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .config import TextConfig as TextConfig
     from .config import VisionConfig as VisionConfig
     from .evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
+    from .inference.classifier import ZeroShotClassifier as ZeroShotClassifier
     from .inference.embed import embed as embed
     from .inference.text_states import text_states as text_states
     from .loss import clip_loss as clip_loss
@@ -38,6 +39,7 @@ _HOME = {
     "CLIPConfig": "config",
     "TextConfig": "config",
     "VisionConfig": "config",
+    "ZeroShotClassifier": "inference.classifier",
     "available_models": "weights.read",
     "clip_loss": "loss",
     "create_model_and_transforms": "openclip",
@@ -52,7 +54,7 @@ _HOME = {
     "tokenize": "tokenizer",
     "zero_shot_classifier": "evaluation.zero_shot",
 }
-__all__ = [*_HOME]
+__all__ = [name for name in _HOME if name != "ZeroShotClassifier"]  # `import *` needs no scikit-learn
 
 
 def __getattr__(name: str) -> Any:

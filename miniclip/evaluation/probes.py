@@ -150,7 +150,7 @@ def linear_probe(splits: Splits, *, refit: bool = True, max_iter: int = 1000) ->
     while True:
         for position in sorted(positions - found.keys()):
             C = 10.0 ** (_LEAST_C + position / _STEPS_PER_DECADE)
-            weight, bias, num_iterations, is_converged = _fit(splits.train, C, max_iter)
+            weight, bias, num_iterations, is_converged = fit_probe(splits.train, C, max_iter)
             scores = features @ weight + bias
             accuracy = float((first_of_best(scores) == labels).mean())
             found[position] = SweepPoint(C, accuracy, _log_loss(scores, labels), num_iterations, is_converged)
@@ -160,14 +160,18 @@ def linear_probe(splits: Splits, *, refit: bool = True, max_iter: int = 1000) ->
         step //= 2
         positions = {peak - step, peak + step} & set(range(last + 1))
     C = found[peak].C
-    weight, bias, num_iterations, is_converged = _fit(splits.labelled if refit else splits.train, C, max_iter)
+    weight, bias, num_iterations, is_converged = fit_probe(splits.labelled if refit else splits.train, C, max_iter)
     outcome = Outcome(splits.test.features @ weight + bias, splits.test)
     sweep = tuple(found[position] for position in sorted(found))
     return LinearProbe(outcome, C, sweep, num_iterations, is_converged, weight, bias)
 
 
-def _fit(train: Labelled, C: float, max_iter: int) -> tuple[np.ndarray, np.ndarray, int, bool]:
-    """Weight (E, C), bias (C,), iterations, and whether they sufficed."""
+def fit_probe(train: Labelled, C: float, max_iter: int = 1000) -> tuple[np.ndarray, np.ndarray, int, bool]:
+    """Weight (E, C), bias (C,), iterations, and whether they sufficed, of one penalty.
+
+    Raises:
+        ValueError: scikit-learn is not installed.
+    """
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -268,28 +272,59 @@ def tip_adapter(
             raise ValueError(f"{name} are {tuple(values)}; there must be some, none below 0")
     W = _checked_classifier(splits, classifier)
     alphas, betas = sorted(alphas), sorted(betas)
-    # Training images class by class, so that the product with V is a sum over neighbours.
-    order = np.argsort(splits.train.labels, kind="stable")
-    K = unit_rows(splits.train.features[order])
-    first = np.cumsum(splits.num_examples) - splits.num_examples  # of each class
+    examples = Examples.of(splits.train, len(splits.classnames))
     right = np.zeros((len(alphas), len(betas)), dtype=np.int64)
     for start in range(0, len(splits.validation), ROWS_OF_PROBES):
         chunk = slice(start, start + ROWS_OF_PROBES)
         f, labels = unit_rows(splits.validation.features[chunk]), splits.validation.labels[chunk]
-        prompts, distances = logit_scale * f @ W, 1 - f @ K.T  # (m, C), (m, N)
+        prompts, distances = logit_scale * f @ W, examples.distances(f)
         for j, beta in enumerate(betas):
-            examples = np.add.reduceat(np.exp(-beta * distances), first, axis=1)  # (m, C)
+            votes = examples.votes(distances, beta)
             for i, alpha in enumerate(alphas):
-                right[i, j] += (first_of_best(prompts + alpha * examples) == labels).sum()
+                right[i, j] += (first_of_best(prompts + alpha * votes) == labels).sum()
     i, j = divmod(int(right.argmax()), len(betas))  # the first of equals
     alpha, beta = alphas[i], betas[j]
+    scores = adapter_scores(splits.test.features, W, examples, alpha=alpha, beta=beta, logit_scale=logit_scale)
+    return TipAdapter(Outcome(scores, splits.test), alpha, beta, float(right[i, j] / len(splits.validation)))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tip-Adapter's cache of training images.
+
+    Args:
+        keys: (N, E) unit features, class by class, so that the product with V is a sum over neighbours.
+        starts: (C,) the first of each class.
+    """
+
+    keys: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, train: Labelled, num_classes: int) -> Examples:
+        """Every class has at least one image."""
+        counts = np.bincount(train.labels, minlength=num_classes)
+        order = np.argsort(train.labels, kind="stable")
+        return cls(unit_rows(train.features[order]), np.cumsum(counts) - counts)
+
+    def distances(self, f: np.ndarray) -> np.ndarray:
+        """(m, N) of unit features (m, E)."""
+        return 1 - f @ self.keys.T
+
+    def votes(self, distances: np.ndarray, beta: float) -> np.ndarray:
+        """(m, C)."""
+        return np.add.reduceat(np.exp(-beta * distances), self.starts, axis=1)
+
+
+def adapter_scores(
+    features: np.ndarray, classifier: np.ndarray, examples: Examples, *, alpha: float, beta: float, logit_scale: float
+) -> np.ndarray:
+    """(M, C) scores of features (M, E), as in `tip_adapter`."""
     scores = []
-    for start in range(0, len(splits.test), ROWS_OF_PROBES):
-        f = unit_rows(splits.test.features[start : start + ROWS_OF_PROBES])
-        examples = np.add.reduceat(np.exp(-beta * (1 - f @ K.T)), first, axis=1)
-        scores.append(logit_scale * f @ W + alpha * examples)
-    outcome = Outcome(np.concatenate(scores), splits.test)
-    return TipAdapter(outcome, alpha, beta, float(right[i, j] / len(splits.validation)))
+    for start in range(0, len(features), ROWS_OF_PROBES):
+        f = unit_rows(features[start : start + ROWS_OF_PROBES])
+        scores.append(logit_scale * f @ classifier + alpha * examples.votes(examples.distances(f), beta))
+    return np.concatenate(scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
