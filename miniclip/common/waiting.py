@@ -227,17 +227,17 @@ class _Activity:
             self.tasks = {worker.pid: Path(f"/proc/{worker.pid}") for worker in fetcher.workers}
         else:
             self.tasks = {os.getpid(): Path(f"/proc/{os.getpid()}/task/{fetcher.thread.native_id}")}
-        self._before: dict[int, tuple[int, int]] = {}
+        self._before: dict[int, tuple[int, int, str]] = {}
         self._since = 0.0
 
     def idle_s(self, waited: float) -> float:
-        """Seconds, of `waited`, in which no reader used the processor or read. Without /proc, a sixth of them."""
-        now = {pid: (ticks, size) for pid, task in self.tasks.items() for ticks, size, _ in [_usage(task)]}
-        if not any(ticks >= 0 for ticks, _ in now.values()):
+        """Seconds of `waited` in which no reader ran, wanted to, or read. Without /proc, a sixth of them."""
+        now = {pid: _usage(task) for pid, task in self.tasks.items()}
+        if not any(ticks >= 0 for ticks, _, _ in now.values()):
             return waited / 6
-        moved = not self._before or any(
-            ticks - self._before[pid][0] > _IDLE_TICKS or size - self._before[pid][1] > _IDLE_BYTES
-            for pid, (ticks, size) in now.items()
+        moved = not self._before or any(  # "R": it runs, or would if the processor were free
+            state == "R" or ticks - self._before[pid][0] > _IDLE_TICKS or size - self._before[pid][1] > _IDLE_BYTES
+            for pid, (ticks, size, state) in now.items()
         )
         if moved:
             self._before, self._since = now, waited
