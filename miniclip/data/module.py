@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -251,6 +251,18 @@ class PairDataModule(pl.LightningDataModule):
     def _while_waiting(self, seconds: float) -> None:
         if self.while_waiting is not None:
             self.while_waiting(seconds)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """
+        Raises:
+            ValueError: always. A checkpoint holds no settings of the data, and Lightning's reads a pickle.
+        """
+        raise ValueError(
+            f"PairDataModule.load_from_checkpoint cannot read {str(checkpoint_path)!r}, which holds no settings of the "
+            "data: build it as the run's logs/version_0/config.yaml says; `miniclip train fit … --ckpt_path FILE` "
+            "resumes a run"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None

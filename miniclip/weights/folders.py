@@ -15,6 +15,13 @@ _OPENCLIP_WEIGHTS = (
     "open_clip_pytorch_model.pth",
 )
 _HF_WEIGHTS = (WEIGHTS_FILE, "pytorch_model.bin")
+_REWRITTEN = "transformers 4 rewrites them: CLIPModel.from_pretrained(FOLDER, {}=True).save_pretrained(OUT)"
+_EXPORTED = "an export to run, not to load: name the model that it was made from"
+_NOT_READ = {
+    ".msgpack": f"weights of Flax; {_REWRITTEN.format('from_flax')}",
+    ".h5": f"weights of TensorFlow; {_REWRITTEN.format('from_tf')}",
+    **dict.fromkeys((".onnx", ".tflite", ".gguf", ".mlmodel", ".engine", ".pte"), _EXPORTED),
+}
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -37,12 +44,21 @@ def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
     others = sorted(name for name in names if PurePath(name).suffix in WEIGHTS_SUFFIXES)
     if configs and len(found or others) == 1:
         return configs[0], (found or others)[0]
+    if not found and not others:
+        for name in sorted(names):
+            refuse_unread(name, where)
     missing = [] if configs else [CONFIG_FILE]
     missing += [] if found else [WEIGHTS_FILE]
     there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else ""
     raise ValueError(
         f"{where} has no {' and no '.join(missing)}; a model's directory has {CONFIG_FILE} and weights{there}"
     )
+
+
+def refuse_unread(name: str, where: str = "") -> None:
+    """Raises a ValueError for a file of weights of another framework; says what to do."""
+    if what := _NOT_READ.get(PurePath(name).suffix.lower()):
+        raise ValueError(f"{where}{': ' if where else ''}{name} is not read; it is {what}")
 
 
 def files_to_fetch(names: Collection[str], where: str) -> list[str]:

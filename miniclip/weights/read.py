@@ -14,7 +14,7 @@ from ..config import OPENAI_MODELS, CLIPConfig
 from .architecture import config_from_hf, config_from_openclip, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
-from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, pair_in
+from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, pair_in, refuse_unread
 from .heads import Hints
 from .layouts import Tensors, from_openai_keys, is_hf, to_native_keys
 from .pickles import is_torchscript, read_pickle, read_torchscript
@@ -144,6 +144,7 @@ def _hf_config(folder: Path) -> CLIPConfig:
 
 def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoint:
     refuse_stand_ins(path)
+    refuse_unread(str(path))
     if path.name.startswith("adapter_model."):
         raise _peft_error(path)
     if path.suffix == ".safetensors":

@@ -18,6 +18,7 @@ from runs import COLOURS, StopAt, arguments, command, fails, metrics, random_bat
 import miniclip
 from miniclip.commands import run_settings
 from miniclip.commands import train as trainer
+from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.pairs import Batch
 from miniclip.data.sources import read_pairs
@@ -358,6 +359,8 @@ def test_a_checkpoint_is_read_by_miniclip_and_not_by_lightnings_own_loader(data,
     path = tmp_path / "run/checkpoints/last.ckpt"
     with pytest.raises(ValueError, match=r"last\.ckpt.*miniclip\.load.*--ckpt_path"):
         CLIPTraining.load_from_checkpoint(path)
+    with pytest.raises(ValueError, match=r"last\.ckpt.*config\.yaml.*--ckpt_path"):
+        PairDataModule.load_from_checkpoint(path)
     miniclip.load(path, device="cpu")
 
 

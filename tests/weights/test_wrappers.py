@@ -267,3 +267,19 @@ def test_a_checkpoint_of_thousands_of_tensors_is_read_where_few_files_may_be_ope
         assert_loads(tmp_path / "c.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("flax_model.msgpack", r"from_flax=True\)\.save_pretrained"),
+        ("tf_model.h5", r"from_tf=True\)\.save_pretrained"),
+        ("model.onnx", "the model that it was made from"),
+    ],
+)
+def test_weights_of_other_frameworks_are_named_with_what_to_do(tmp_path, name, remedy):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / name).write_bytes(b"\x08\x01")
+    for what in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.*{re.escape(name)} is not read.*{remedy}"):
+            load(what)
