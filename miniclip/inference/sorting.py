@@ -319,16 +319,17 @@ def _return_file(step: Step, is_move: bool) -> bool:
         ValueError: another file is in the way.
     """
     source, target = step.source, step.target
-    with suppress(FileNotFoundError):
-        _part_of(target).unlink()
+    for path in (source, target):
+        _part_of(path).unlink(missing_ok=True)
     if not os.path.lexists(target):
         if is_move and not os.path.lexists(source):
             raise _StaysError(f"{target} is not there any more, and not at {source} either")
         return False
-    is_reserved = target.stat().st_size == 0 and source.exists() and source.stat().st_size > 0
-    if is_reserved or _have_equal_bytes(source, target):
+    if _is_reserved(target, source) or _have_equal_bytes(source, target):
         target.unlink()
-        return not is_reserved
+        return True
+    if is_move and _is_reserved(source, target):  # by a taking back that was killed
+        source.unlink()
     if not is_move:
         why = "it was changed since" if source.exists() else f"its original, {source}, is gone"
         raise _StaysError(f"{target} stays: {why}")
@@ -337,6 +338,11 @@ def _return_file(step: Step, is_move: bool) -> bool:
     source.parent.mkdir(parents=True, exist_ok=True)
     _bring(target, source, is_move=True)
     return True
+
+
+def _is_reserved(path: Path, other: Path) -> bool:
+    """Whether this is the empty file of a killed process, and the other what should have replaced it."""
+    return path.exists() and other.exists() and path.stat().st_size == 0 < other.stat().st_size
 
 
 def _remove_empty(folder: Path) -> None:
