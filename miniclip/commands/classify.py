@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ..evaluation.features import FeatureCache
         from ..evaluation.other_libraries import open_model
-        from ..inference.classify import choose_classes, classify_images
+        from ..inference.classify import choose_classes, classify_images, result_columns
         from ..inference.sources import image_set
         from ..inference.thresholds import find_threshold
 
@@ -93,26 +93,28 @@ def run(options: argparse.Namespace) -> None:
     folder = options.copy_to or options.move_to
     if folder:
         _refuse_unsortable(data, Path(folder), options.yes)
-    model = open_model(options.model, options.device)
-    if threshold is not None:
-        threshold.check_model(model)
-        threshold.warn_if_other(classes.classnames, classes.templates)
-    guesses = classify_images(
-        model,
-        data,
-        classes,
-        num_guesses=options.topk,
-        threshold=threshold,
-        coverage=options.coverage,
-        batch_size=options.batch_size,
-        num_workers=options.workers,
-        cache=None if options.no_cache else FeatureCache(options.cache),
-        progress=progress_bar,
-    )
-    _note_terms(guesses, threshold)
-    if folder and options.yes:  # before what is printed, as its reader may go
-        _sort_guesses(guesses, folder, options)
-    with results(options, guesses.columns()) as write:
+    num_guesses = min(options.topk, len(classes.classnames))
+    columns = result_columns(num_guesses, threshold is not None, options.coverage is not None)
+    with results(options, columns) as write:
+        model = open_model(options.model, options.device)
+        if threshold is not None:
+            threshold.check_model(model)
+            threshold.warn_if_other(classes.classnames, classes.templates)
+        guesses = classify_images(
+            model,
+            data,
+            classes,
+            num_guesses=num_guesses,
+            threshold=threshold,
+            coverage=options.coverage,
+            batch_size=options.batch_size,
+            num_workers=options.workers,
+            cache=None if options.no_cache else FeatureCache(options.cache),
+            progress=progress_bar,
+        )
+        _note_terms(guesses, threshold)
+        if folder and options.yes:  # before what is printed, as its reader may go
+            _sort_guesses(guesses, folder, options)
         for row in guesses.rows():
             write(row)
     if folder and not options.yes:

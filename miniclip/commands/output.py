@@ -148,14 +148,20 @@ class _Json:
 class _Csv:
     def __init__(self, columns: Mapping[str, type]) -> None:
         _set_encoding("utf-8", "surrogateescape")
-        self.columns = list(columns)
+        self.columns, self.is_begun = list(columns), False
         self.writer = csv.writer(_Printed(), lineterminator="\n")
-        self.writer.writerow(self.columns)
+
+    def _begin(self) -> None:
+        if not self.is_begun:  # not before there is a result: the work may fail
+            self.writer.writerow(self.columns)
+            self.is_begun = True
 
     def write(self, row: Row) -> None:
+        self._begin()
         self.writer.writerow([_csv_cell(row.get(name)) for name in self.columns])
 
     def end(self) -> None:
+        self._begin()
         _flush()
 
 

@@ -150,7 +150,7 @@ class Guesses:
         return NONE if is_none else self.classes.classnames[self.ranked[row, 0]]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A row for each guess, as `columns` has it."""
+        """A row for each guess, with all columns of `result_columns`."""
         names = self.classes.classnames
         for row, index in enumerate(self.indices):
             verdict = self.label(row)
@@ -165,13 +165,13 @@ class Guesses:
                     "set": None if self.sets is None else [names[each] for each in self.sets[row]],
                 }
 
-    def columns(self) -> dict[str, type]:
-        """The columns that say something, with their types."""
-        all_columns = {"image": str, "rank": int, "label": str, "nearest": str, "probability": float, "cosine": float}
-        without = {"rank"} if self.ranked.shape[1] == 1 else set()
-        without |= {"nearest"} if self.is_none is None else set()
-        more: dict[str, type] = {} if self.sets is None else {"set": list}
-        return {name: kind for name, kind in all_columns.items() if name not in without} | more
+
+def result_columns(num_guesses: int, has_threshold: bool, has_sets: bool) -> dict[str, type]:
+    """The columns of `Guesses.rows` that say something, with their types."""
+    says_something = {"rank": num_guesses > 1, "nearest": has_threshold, "set": has_sets}
+    columns = {"image": str, "rank": int, "label": str, "nearest": str, "probability": float, "cosine": float}
+    every = {**columns, "set": list}
+    return {name: kind for name, kind in every.items() if says_something.get(name, True)}
 
 
 def classify_images(

@@ -120,7 +120,8 @@ def test_a_reader_that_goes_ends_the_command_quietly(options):
 
 
 def test_no_rows_are_an_empty_result():
-    for options, out in (((), "image  label  probability  rank  set\n"), (("--json",), "[]\n")):
+    header = "image,label,probability,rank,set\n"
+    for options, out in (((), header.replace(",", "  ")), (("--json",), "[]\n"), (("--csv",), header)):
         nothing = command(*options)
         nothing[3] = "[]"
         assert subprocess.run(nothing, capture_output=True, text=True, check=True).stdout == out

@@ -39,12 +39,13 @@ WORDS = ["<pad>", "<unk>", "<eos>", "a", "picture", "of", "cat", "dog", ".", "tw
 class Library:
     """A model, by the name that commands take, and its library's own features (N, E) of files and of texts.
 
-    Each is of unit length.
+    Each is of unit length. `scale` multiplies cosines for the softmax.
     """
 
     name: str
     of_images: Callable[[list[Path]], np.ndarray]
     of_texts: Callable[[list[str]], np.ndarray]
+    scale: float
 
 
 def ours(folder: Path) -> Library:
@@ -89,7 +90,7 @@ def _like_openclip(name: str, model: Any, preprocess: Any, tokenize: Any) -> Lib
     def of_texts(texts: list[str]) -> np.ndarray:
         return _unit(model.encode_text(tokenize(texts)))
 
-    return Library(name, of_images, of_texts)
+    return Library(name, of_images, of_texts, float(model.logit_scale.detach().exp()))
 
 
 def hf_clip(folder: Path) -> Library:
@@ -143,7 +144,7 @@ def _of_transformers(folder: Path, kind: Any, config: Any, processor: Any, paddi
             del words["attention_mask"]
         return _unit(model.get_text_features(**words).pooler_output)
 
-    return Library(f"transformers:{folder}", of_images, of_texts)
+    return Library(f"transformers:{folder}", of_images, of_texts, float(model.logit_scale.detach().exp()))
 
 
 def _unit(features: torch.Tensor) -> np.ndarray:
