@@ -1,0 +1,298 @@
+"""The table of an index: a row for each picture, in a LanceDB database on a disk or on S3.
+
+A commit is a new version of the table, whole or not there at all, so an index that is killed opens as of its last
+commit. The table's key is known to LanceDB: of two writers that commit the same picture at once, one waits for the
+other and replaces its row. On a disk a lock lets one writer in at a time.
+
+N pictures, E embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.files import expand_home, locked
+from ..common.storage import is_url
+
+OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
+_TABLE, _FACTS, _APPROXIMATE = "images", b"miniclip", "approximate"
+_PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
+_ROWS_AT_ONCE = 8192
+_MOST_FRAGMENTS = 32  # pieces of the table, which every reader opens
+_REMOTE_GRACE = timedelta(hours=1)  # for readers of old versions, where no lock keeps others out
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What holds for all rows of an index.
+
+    Args:
+        model: as it was named when the index was made; a path is absolute.
+        image_fingerprint, text_fingerprint: `Encoder.image_fingerprint` and `text_fingerprint`: of the tower, and of
+            preprocessing or tokenizer. None for a model that has nothing to be recognised by.
+        library: the model's library and its version.
+    """
+
+    model: str
+    image_fingerprint: str | None
+    text_fingerprint: str | None
+    library: str
+    format: int = 1
+
+
+class Store:
+    """An index that is there. `open_store` and `create_store` make one.
+
+    Every reading method sees the version that was the last one at opening, at `refresh`, or at this object's own
+    commit.
+    """
+
+    def __init__(self, location: str, table: Any) -> None:
+        self.location, self._table = location, table
+        written = (table.schema.metadata or {}).get(_FACTS)
+        if written is None:
+            raise ValueError(f"{location} is a LanceDB database, and not one that `miniclip index` wrote")
+        facts = json.loads(written)
+        if facts.get("format") != Facts.format:
+            raise ValueError(f"{location} has the format {facts.get('format')} of a newer miniclip; install that")
+        self.facts = Facts(**facts)
+
+    def __len__(self) -> int:
+        return self._table.count_rows()
+
+    @property
+    def version(self) -> int:
+        return self._table.version
+
+    @property
+    def schema(self) -> Any:
+        return self._table.schema
+
+    @property
+    def dim(self) -> int:
+        """E"""
+        return self.schema.field("features").type.list_size
+
+    @property
+    def metadata_columns(self) -> list[str]:
+        return [name for name in self.schema.names if name not in OWN_COLUMNS]
+
+    def refresh(self) -> None:
+        """Goes on to the newest version."""
+        self._table.checkout_latest()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    def read(self, columns: Sequence[str], where: str | None = None) -> Any:
+        """An Arrow table of the columns of all rows, or of those that a filter in SQL accepts; `_rowid` is their id.
+
+        Raises:
+            ValueError: the filter can't be read, or names a column that is not there.
+        """
+        with self._filter_errors(where):
+            return self._scan(columns, where).limit(None).to_arrow()
+
+    def blocks(self, where: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Row ids (n,) and their features (n, E), float16 or float32, block by block."""
+        with self._filter_errors(where):
+            for batch in self._scan(["features"], where).to_batches(_ROWS_AT_ONCE):
+                features = batch.column("features").flatten().to_numpy(zero_copy_only=False)
+                yield batch.column("_rowid").to_numpy(), features.reshape(batch.num_rows, self.dim)
+
+    def take(self, row_ids: Sequence[int] | np.ndarray, columns: Sequence[str]) -> Any:
+        """An Arrow table of some rows, in the order of their ids as given."""
+        ids = [int(row_id) for row_id in row_ids]
+        if not ids:
+            return self.schema.empty_table().select(list(columns))
+        found = self._table.take_row_ids(list(dict.fromkeys(ids))).with_row_id().select(list(columns)).to_arrow()
+        place = {row_id: number for number, row_id in enumerate(found["_rowid"].to_pylist())}
+        return found.select(list(columns)).take([place[row_id] for row_id in ids])
+
+    def _scan(self, columns: Sequence[str], where: str | None) -> Any:
+        scan = self._table.search().with_row_id(True).select(list(columns))
+        return scan if where is None else scan.where(where)
+
+    @contextmanager
+    def _filter_errors(self, where: str | None) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            if where is None:
+                raise
+            columns = ", ".join(name for name in self.schema.names if name != "features")
+            raise ValueError(f"the filter {where!r} can't be followed: {_plain(error)}; columns are {columns}") from error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Writing
+
+    def writing(self) -> Any:
+        """A context in which no other process writes to this index; on S3 others may."""
+        if is_url(self.location):
+            return nullcontext()
+        return locked(Path(self.location) / "writing.lock", f"another process writes to {self.location}", patience_s=0)
+
+    def add_columns(self, fields: Sequence[Any]) -> None:
+        """Adds columns of Arrow's types, which are null so far."""
+        with self._write_errors():
+            self._table.add_columns(list(fields))
+
+    def commit(self, rows: Any, gone: Sequence[str] = ()) -> None:
+        """One version: rows replace those of the same key or are added, and the rows of the keys that are gone go.
+
+        Args:
+            rows: an Arrow table of this schema.
+        """
+        with self._write_errors():
+            if not rows.num_rows:
+                if gone:
+                    self._table.delete(_one_of(gone))
+                return
+            merge = self._table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
+            (merge.when_not_matched_by_source_delete(_one_of(gone)) if gone else merge).execute(rows)
+
+    def clean(self) -> None:
+        """Joins small pieces of the table once there are many, adds new rows to the approximate index, and deletes old
+        versions, also what a killed writer left."""
+        is_alone = not is_url(self.location)
+        small = self._table.stats().fragment_stats.num_small_fragments
+        is_due = small >= _MOST_FRAGMENTS or len(self._table.list_versions()) >= _MOST_FRAGMENTS
+        if not is_due:
+            return
+        with self._write_errors(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*cleanup_older_than.*")
+            grace = timedelta(0) if is_alone else _REMOTE_GRACE
+            self._table.optimize(cleanup_older_than=grace, delete_unverified=is_alone)
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"the index {self.location} can't be written: {_plain(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_store(location: str | Path) -> Store:
+    """
+    Raises:
+        ValueError: there is no index.
+    """
+    location = _settled(location)
+    if (table := _table_at(location)) is None:
+        raise ValueError(f"there is no index at {location}; `miniclip index SRC {location} --model M` makes one")
+    return Store(location, table)
+
+
+def find_store(location: str | Path) -> Store | None:
+    """The index, or None if there is nothing yet.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    location = _settled(location)
+    if (table := _table_at(location)) is not None:
+        return Store(location, table)
+    path = Path(location)
+    if not is_url(location) and path.exists() and not (path.is_dir() and _is_empty(path)):
+        raise ValueError(f"{location} is there and is no index; choose a new name for the index, or an empty folder")
+    return None
+
+
+def create_store(location: str | Path, facts: Facts, dim: int, *, is_half: bool = False) -> Store:
+    """A new index without rows.
+
+    Args:
+        is_half: keep features in float16, which takes half the room and changes cosines by less than 0.001.
+    """
+    import pyarrow as pa
+
+    location = _settled(location)
+    schema = pa.schema(
+        [
+            pa.field("key", pa.string(), nullable=False, metadata=_PRIMARY_KEY),
+            pa.field("path", pa.string()),
+            pa.field("source", pa.string()),
+            pa.field("stamp", pa.string()),
+            pa.field("content", pa.string()),
+            pa.field("features", pa.list_(pa.float16() if is_half else pa.float32(), dim)),
+        ],
+        metadata={_FACTS: json.dumps(asdict(facts))},
+    )
+    if not is_url(location):
+        Path(location).mkdir(parents=True, exist_ok=True)
+    try:
+        return Store(location, _connect(location).create_table(_TABLE, schema=schema))
+    except (RuntimeError, ValueError, OSError) as error:
+        if (store := find_store(location)) is not None:  # another process was faster
+            return store
+        raise ValueError(f"the index {location} can't be made: {_plain(error)}") from error
+
+
+def _settled(location: str | Path) -> str:
+    return str(location).rstrip("/") if is_url(str(location)) else str(Path(os.path.abspath(expand_home(location))))  # noqa: PTH100
+
+
+def _is_empty(path: Path) -> bool:
+    # A table without a version is what a process that was killed while it made the index left.
+    return not any(each.name != f"{_TABLE}.lance" for each in path.iterdir())
+
+
+def _table_at(location: str) -> Any:
+    if not is_url(location) and not any(Path(location).glob(f"{_TABLE}.lance/_versions/*.manifest")):
+        return None
+    try:
+        return _connect(location).open_table(_TABLE)
+    except ValueError as error:
+        if "not found" in str(error):
+            return None
+        raise ValueError(f"the index {location} can't be opened: {_plain(error)}") from error
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"the index {location} can't be opened: {_plain(error)}") from error
+
+
+def _connect(location: str) -> Any:
+    os.environ.setdefault("LANCE_LOG", "error")  # what it warns of is for programmers
+    try:
+        import lancedb
+    except ImportError as error:
+        raise ValueError(f"an index needs LanceDB ({error}); pip install 'miniclip[search]' brings it") from error
+    return lancedb.connect(location, storage_options=_storage_options(location))
+
+
+def _storage_options(location: str) -> dict[str, str] | None:
+    """What LanceDB needs beside the variables of AWS that it reads itself: permission for a server without TLS."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    if not location.startswith("s3://") or not endpoint:
+        return None
+    return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+
+
+def _one_of(keys: Sequence[str]) -> str:
+    return f"key IN ({', '.join(quoted(key) for key in keys)})"
+
+
+def quoted(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _plain(error: Exception) -> str:
+    """LanceDB's message without the places in its own code."""
+    text = re.sub(r"(,|;)?\s*/\S+\.rs:\d+(:\d+)?", "", str(error))
+    text = re.sub(r"^(Invalid input, |lance error: |Schema error: |RuntimeError: )+", "", text.strip())
+    return text.splitlines()[0].rstrip(". ,") if text else type(error).__name__
