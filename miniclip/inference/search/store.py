@@ -13,8 +13,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from ..common.files import expand_home, locked
-from ..common.storage import is_url
+from ...common.files import expand_home, locked
+from ...common.storage import is_url
 
 OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
-_TABLE, _FACTS, _APPROXIMATE = "images", b"miniclip", "approximate"
+_TABLE, _FACTS, _APPROXIMATE = "images", b"miniclip", b"miniclip:approximate"
+_REFINED = 4  # candidates by their codes, for each that is wanted, whose cosine is computed exactly
+_LOCK = "writing.lock"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
 _ROWS_AT_ONCE = 8192
 _MOST_FRAGMENTS = 32  # pieces of the table, which every reader opens
@@ -49,6 +52,25 @@ class Facts:
     text_fingerprint: str | None
     library: str
     format: int = 1
+
+
+@dataclass(frozen=True)
+class Approximate:
+    """An approximate index, and how it was seen to do.
+
+    Args:
+        nprobes: how many of its partitions a search looks into.
+        recall: the share of the k nearest that it found, by kind of query, on as many queries as `num_queries`.
+    """
+
+    nprobes: int
+    k: int
+    recall: dict[str, float]
+    num_queries: dict[str, int]
+
+    def __str__(self) -> str:
+        parts = [f"{self.recall[kind]:.3f} for {number} {kind}" for kind, number in self.num_queries.items()]
+        return f"recall@{self.k} against exact: {', '.join(parts)} (looking into {self.nprobes} partitions)"
 
 
 class Store:
@@ -85,6 +107,10 @@ class Store:
         return self.schema.field("features").type.list_size
 
     @property
+    def feature_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.schema.field("features").type.value_type.to_pandas_dtype())
+
+    @property
     def metadata_columns(self) -> list[str]:
         return [name for name in self.schema.names if name not in OWN_COLUMNS]
 
@@ -104,6 +130,16 @@ class Store:
         with self._filter_errors(where):
             return self._scan(columns, where).limit(None).to_arrow()
 
+    def check_filter(self, where: str) -> None:
+        """Raises ValueError if a filter can't be followed, before anything is read."""
+        if not where.strip():
+            raise ValueError(f"the filter is empty; columns are {self._column_names()}")
+        with self._filter_errors(where):
+            self._scan(["key"], where).limit(1).to_arrow()
+
+    def num_by_source(self) -> dict[str, int]:
+        return dict(Counter(self.read(["source"])["source"].to_pylist()))
+
     def blocks(self, where: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row ids (n,) and their features (n, E), float16 or float32, block by block."""
         with self._filter_errors(where):
@@ -120,6 +156,19 @@ class Store:
         place = {row_id: number for number, row_id in enumerate(found["_rowid"].to_pylist())}
         return found.select(list(columns)).take([place[row_id] for row_id in ids])
 
+    def features(self, row_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n, E) of some rows, in the order of their ids as given."""
+        column = self.take(row_ids, ["features"])["features"].combine_chunks()
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(row_ids), self.dim)
+
+    def as_features(self, features: np.ndarray) -> Any:
+        """An Arrow array for the table's column of features (n, E)."""
+        import pyarrow as pa
+
+        kind = self.schema.field("features").type
+        flat = features.astype(kind.value_type.to_pandas_dtype(), copy=False).reshape(-1)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind)
+
     def _scan(self, columns: Sequence[str], where: str | None) -> Any:
         scan = self._table.search().with_row_id(True).select(list(columns))
         return scan if where is None else scan.where(where)
@@ -131,42 +180,81 @@ class Store:
         except (ValueError, RuntimeError) as error:
             if where is None:
                 raise
-            columns = ", ".join(name for name in self.schema.names if name != "features")
-            raise ValueError(f"the filter {where!r} can't be followed: {_plain(error)}; columns are {columns}") from error
+            raise ValueError(
+                f"the filter {where!r} can't be followed: {_plain(error)}; columns are {self._column_names()}"
+            ) from error
+
+    def _column_names(self) -> str:
+        return ", ".join(name for name in self.schema.names if name != "features")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The approximate index
+
+    @property
+    def approximate(self) -> Approximate | None:
+        """The approximate index, if there is one that was measured."""
+        written = (self.schema.field("features").metadata or {}).get(_APPROXIMATE)
+        if written is None or not any(index.columns == ["features"] for index in self._table.list_indices()):
+            return None
+        return Approximate(**json.loads(written))
+
+    def build_approximate(self) -> int:
+        """Partitions all features, and keeps a short code of each (IVF-PQ); returns the number of partitions.
+
+        Until it is measured, and `approximate` is set, no search uses it.
+        """
+        from lancedb.index import IvfPq
+
+        num_partitions = max(1, round(len(self) ** 0.5 / 4))
+        self._set_approximate(None)
+        with self._write_errors():
+            config = IvfPq(distance_type="dot", num_partitions=num_partitions, max_iterations=20)
+            self._table.create_index("features", config=config, replace=True)
+        return num_partitions
+
+    def set_approximate(self, measured: Approximate) -> None:
+        self._set_approximate(json.dumps(asdict(measured)))
+
+    def _set_approximate(self, written: str | None) -> None:
+        with self._write_errors():
+            self._table.update_field_metadata({"path": "features", "metadata": {_APPROXIMATE.decode(): written}})
+
+    def search_approximate(
+        self, queries: np.ndarray, k: int, nprobes: int, where: str | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids and cosines of about the k rows nearest to each query (Q, E), as `nearest` gives them."""
+        for query in queries:
+            search = self._table.search(query, vector_column_name="features").distance_type("dot")
+            search = search.minimum_nprobes(nprobes).maximum_nprobes(nprobes).refine_factor(_REFINED).limit(k)
+            search = search.with_row_id(True).select(["_distance"])
+            found = (search if where is None else search.where(where)).to_arrow()
+            yield found["_rowid"].to_numpy(), 1 - found["_distance"].to_numpy()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Writing
 
-    def writing(self) -> Any:
-        """A context in which no other process writes to this index; on S3 others may."""
-        if is_url(self.location):
-            return nullcontext()
-        return locked(Path(self.location) / "writing.lock", f"another process writes to {self.location}", patience_s=0)
-
     def add_columns(self, fields: Sequence[Any]) -> None:
         """Adds columns of Arrow's types, which are null so far."""
+        if not fields:
+            return
         with self._write_errors():
             self._table.add_columns(list(fields))
 
-    def commit(self, rows: Any, gone: Sequence[str] = ()) -> None:
-        """One version: rows replace those of the same key or are added, and the rows of the keys that are gone go.
-
-        Args:
-            rows: an Arrow table of this schema.
-        """
+    def put(self, rows: Any) -> None:
+        """One version: the rows of an Arrow table of this schema replace those of the same keys, or are added."""
         with self._write_errors():
-            if not rows.num_rows:
-                if gone:
-                    self._table.delete(_one_of(gone))
-                return
-            merge = self._table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
-            (merge.when_not_matched_by_source_delete(_one_of(gone)) if gone else merge).execute(rows)
+            self._table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """One version without the rows of these keys."""
+        with self._write_errors():
+            self._table.delete(f"key IN ({', '.join(quoted(key) for key in keys)})")
 
     def clean(self) -> None:
         """Joins small pieces of the table once there are many, adds new rows to the approximate index, and deletes old
         versions, also what a killed writer left."""
         is_alone = not is_url(self.location)
-        small = self._table.stats().fragment_stats.num_small_fragments
+        small = self._table.stats()["fragment_stats"]["num_small_fragments"]
         is_due = small >= _MOST_FRAGMENTS or len(self._table.list_versions()) >= _MOST_FRAGMENTS
         if not is_due:
             return
@@ -192,7 +280,7 @@ def open_store(location: str | Path) -> Store:
     Raises:
         ValueError: there is no index.
     """
-    location = _settled(location)
+    location = settled(location)
     if (table := _table_at(location)) is None:
         raise ValueError(f"there is no index at {location}; `miniclip index SRC {location} --model M` makes one")
     return Store(location, table)
@@ -204,7 +292,7 @@ def find_store(location: str | Path) -> Store | None:
     Raises:
         ValueError: something else is there.
     """
-    location = _settled(location)
+    location = settled(location)
     if (table := _table_at(location)) is not None:
         return Store(location, table)
     path = Path(location)
@@ -221,7 +309,7 @@ def create_store(location: str | Path, facts: Facts, dim: int, *, is_half: bool 
     """
     import pyarrow as pa
 
-    location = _settled(location)
+    location = settled(location)
     schema = pa.schema(
         [
             pa.field("key", pa.string(), nullable=False, metadata=_PRIMARY_KEY),
@@ -243,13 +331,39 @@ def create_store(location: str | Path, facts: Facts, dim: int, *, is_half: bool 
         raise ValueError(f"the index {location} can't be made: {_plain(error)}") from error
 
 
-def _settled(location: str | Path) -> str:
+@contextmanager
+def writing(location: str | Path) -> Iterator[None]:
+    """Keeps other processes from writing to an index; on S3, LanceDB alone keeps their commits apart.
+
+    Raises:
+        ValueError: another process writes, or nobody can.
+    """
+    location = settled(location)
+    if is_url(location):
+        yield
+        return
+    is_new = not Path(location).exists()
+    try:
+        with ExitStack() as stack:
+            try:
+                busy = f"another process is updating {location}; run the command again when that is done"
+                stack.enter_context(locked(Path(location) / _LOCK, busy, patience_s=0))
+            except OSError as error:
+                raise ValueError(f"the index {location} can't be written: {error.strerror or error}") from error
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                Path(location).rmdir()  # nothing came of it
+
+
+def settled(location: str | Path) -> str:
     return str(location).rstrip("/") if is_url(str(location)) else str(Path(os.path.abspath(expand_home(location))))  # noqa: PTH100
 
 
 def _is_empty(path: Path) -> bool:
-    # A table without a version is what a process that was killed while it made the index left.
-    return not any(each.name != f"{_TABLE}.lance" for each in path.iterdir())
+    # A table without a version, and a lock, are what a process that was killed while it made the index left.
+    return not any(each.name not in (f"{_TABLE}.lance", _LOCK) for each in path.iterdir())
 
 
 def _table_at(location: str) -> Any:
@@ -280,10 +394,6 @@ def _storage_options(location: str) -> dict[str, str] | None:
     if not location.startswith("s3://") or not endpoint:
         return None
     return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
-
-
-def _one_of(keys: Sequence[str]) -> str:
-    return f"key IN ({', '.join(quoted(key) for key in keys)})"
 
 
 def quoted(text: str) -> str:

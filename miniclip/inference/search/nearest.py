@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.measures.ties import SAME
+from ...evaluation.measures.ties import SAME
 
 _SCORES_AT_ONCE = 1 << 24
 _ROWS_OF_PAIRS = 4096

@@ -1,0 +1,72 @@
+"""What else is known of pictures -> columns of an index: names that can be filtered by, and types of Arrow's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .store import OWN_COLUMNS
+
+
+def column_name(name: str) -> str:
+    """A column's name in an index, whose own columns have theirs; a dot would mean a part of a column.
+
+    >>> column_name("camera.make"), column_name("key")
+    ('camera_make', 'given_key')
+    """
+    name = name.replace(".", "_").strip() or "unnamed"
+    return f"given_{name}" if name in OWN_COLUMNS else name
+
+
+def as_columns(metadata: Mapping[str, Sequence[Any]], schema: Any, source: str) -> dict[str, Any]:
+    """Arrow's arrays by column name, in the types that the index has; a column without any value is left out.
+
+    Args:
+        schema: the index's; columns that it lacks get the type of their values, texts for those of several types.
+
+    Raises:
+        ValueError: values that a column of the index can't hold.
+    """
+    found = {}
+    for name, values in metadata.items():
+        column = column_name(name)
+        known = schema.field(column).type if schema is not None and column in schema.names else None
+        array = _array([_plain_cell(value) for value in values], known, column, source)
+        if known is not None or array.null_count < len(array):
+            found[column] = array
+    return found
+
+
+def _array(values: list[Any], known: Any, column: str, source: str) -> Any:
+    import pyarrow as pa
+
+    if known is not None:
+        try:
+            return pa.array([_as_text(value) for value in values] if pa.types.is_string(known) else values, known)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(
+                f"column {column!r} of the index holds values of type {known}, and {source} has others: {error}"
+            ) from error
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([_as_text(value) for value in values], pa.string())
+    is_flat = not pa.types.is_nested(array.type) and not pa.types.is_binary(array.type)
+    return array if is_flat else pa.array([_as_text(value) for value in values], pa.string())
+
+
+def _plain_cell(value: Any) -> Any:
+    """A value as Arrow takes it: NumPy's numbers as Python's, and None for a number that is missing."""
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _as_text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)

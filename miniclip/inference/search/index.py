@@ -1,0 +1,487 @@
+"""An index of pictures that follows what lies in its sources, and answers by words and by pictures.
+
+    index = miniclip.Index("photos.index", model="ViT-B/32")
+    index.update("photos")
+    index.search("a red car", topk=5)
+
+Q queries, K hits of each, E embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...common.files import expand_home
+from ...evaluation.encoder import Encoder
+from ...evaluation.features import encode_in_batches, encode_texts
+from ...evaluation.measures.ties import SAME
+from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX, open_model
+from ...evaluation.prompts import classname_set
+from ..sources import image_set
+from .changes import list_sources
+from .nearest import TIES, Blocks, levels, near_duplicates, nearest
+from .store import Approximate, Facts, Store, create_store, find_store, open_store, writing
+from .updating import Update, Updated, make_plan
+
+T = TypeVar("T")
+
+_SMALLEST_SUM = 1e-3  # of unit vectors that do not cancel each other
+_ROWS_AT_ONCE = 1 << 16
+_FEWEST_APPROXIMATE = 1000
+_SAMPLED_QUERIES = 100  # of each kind
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found.
+
+    Args:
+        key: the path, the URL, or the place in a table or in shards.
+        path: the path or the URL, where there is one.
+        metadata: what else the index knows of it.
+    """
+
+    key: str
+    path: str | None
+    cosine: float
+    metadata: Mapping[str, Any]
+
+
+class Index:
+    """An index on a disk or on S3 (`s3://bucket/photos.index`).
+
+    Args:
+        location: of an index, or where the first `update` makes one.
+        model: the name of one, as `open_model` takes it, or an `Encoder`; by default the index's own, which is opened
+            when it is needed.
+        device: of the model; by default a GPU if there is one.
+        memory_bytes: features stay in memory up to this size, and are read for each search beyond it; by default half
+            of what is free.
+
+    Raises:
+        ValueError: there is no index, and no model to make one with; or something else is there.
+    """
+
+    def __init__(
+        self,
+        location: str | Path,
+        model: str | Encoder | None = None,
+        *,
+        device: str | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self.location = str(location)
+        self._known_store = open_store(location) if model is None else find_store(location)
+        self._model, self._device = model, device
+        self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
+        self._encoder: Encoder | None = None
+        self._held: tuple[int, np.ndarray, Tensor] | None = None  # the version, ids and features of all rows
+
+    def __len__(self) -> int:
+        return 0 if self._known_store is None else len(self._known_store)
+
+    @property
+    def store(self) -> Store:
+        """
+        Raises:
+            ValueError: nothing was indexed so far.
+        """
+        if self._known_store is None:
+            self._known_store = open_store(self.location)
+        return self._known_store
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model, opened and found to be the one that the index was made with.
+
+        Raises:
+            ValueError: it can't be opened, or is another one.
+        """
+        if self._encoder is None:
+            self._encoder = self._opened()
+            if self._known_store is not None:
+                check_model(self._encoder, self._known_store)
+        return self._encoder
+
+    def _opened(self) -> Encoder:
+        if isinstance(self._model, Encoder):
+            return self._model
+        if self._model is not None:
+            return open_model(self._model, self._device)
+        name = self.store.facts.model
+        try:
+            return open_model(name, self._device)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (the index {self.location} was made with {name}; if that lies elsewhere now, name its model)"
+            ) from error
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Update
+
+    def update(
+        self,
+        sources: str | Path | Sequence[str | Path],
+        *,
+        dry_run: bool = False,
+        accept_gone: bool = False,
+        is_half: bool = False,
+        image_column: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        rows_per_commit: int = 4096,
+        progress: Callable[[int, int], Any] | None = None,
+        stdin: BinaryIO | None = None,
+    ) -> Updated:
+        """Finds the pictures of the sources that are new, changed, moved or gone, and encodes the new and changed ones.
+
+        What is done is committed every ten seconds, or after `rows_per_commit` pictures. An update that is killed loses
+        what came after its last commit, and the next one goes on from there.
+
+        Args:
+            sources: paths, folders, patterns, tables, shards, URLs, `-`, as `image_set` takes them. A source answers
+                for the pictures that it brought and, if it is a folder, for all below it: those that it no longer has
+                are gone. Pictures named one by one are gone when their file is.
+            dry_run: change nothing.
+            accept_gone: go on where more than half of a source is gone, also where it is not there at all.
+            is_half: a new index keeps features in float16.
+            progress: called with the number of pictures encoded so far, and of all that are to be.
+
+        Raises:
+            ValueError: a source that is not there, another model than the index's, another process that writes, or
+                more than half of a source gone without `accept_gone`.
+        """
+        named = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
+        if not dry_run and (self._known_store is None or self._model is not None):
+            _ = self.encoder  # what is wrong with it is found before anything is made
+        with nullcontext() if dry_run else writing(self.location):
+            self._known_store = find_store(self.location)
+            listings = list_sources(
+                named,
+                image_column=image_column,
+                stdin=stdin,
+                num_known=self._known_store.num_by_source() if self._known_store is not None else {},
+                accept_gone=accept_gone,
+            )
+            plan = make_plan(listings, self._known_store, accept_gone)
+            if dry_run:
+                return plan.updated()
+            update = Update(plan, self._known_store, lambda dim: self._create(dim, is_half))
+            update.take_over()
+            if plan.changes.new or plan.changes.changed:
+                update.encode(
+                    self.encoder,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    rows_per_commit=rows_per_commit,
+                    progress=progress,
+                )
+            update.remove()
+            return update.updated()
+
+    def _create(self, dim: int, is_half: bool) -> Store:
+        encoder = self.encoder
+        facts = Facts(
+            absolute_model(encoder.name), encoder.image_fingerprint(), encoder.text_fingerprint(), encoder.library
+        )
+        self._known_store = create_store(self.location, facts, dim, is_half=is_half)
+        return self._known_store
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Search
+
+    def search(
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        like: Any = (),
+        minus: str | Sequence[str] = (),
+        unlike: Any = (),
+        topk: int = 10,
+        where: str | None = None,
+        threshold: float | None = None,
+        exact: bool = False,
+    ) -> Any:
+        """The pictures nearest to a query: the sum of the unit vectors of a text, of the pictures `like`, and of the
+        negatives of the texts `minus` and of the pictures `unlike`, brought to length 1.
+
+        Args:
+            texts: one text, or several for a query each, to which all else is added.
+            like, unlike: pictures, as `image_set` takes them.
+            topk: how many at most.
+            where: a filter in LanceDB's SQL on the index's columns: "year > 2010 AND camera = 'X'".
+            threshold: hits of a lower cosine are none.
+            exact: do not use the approximate index, where there is one.
+
+        Returns:
+            Hits, the nearest first, those of equal cosines in the order of their keys; a list of such lists for
+            several texts.
+
+        Raises:
+            ValueError: nothing is asked for, a picture can't be read, a filter can't be followed, the parts of a query
+                cancel each other, or the model is not the index's.
+        """
+        if topk < 1:
+            raise ValueError(f"topk is {topk}; it must be at least 1")
+        is_single = texts is None or isinstance(texts, str)
+        queries = self.queries([texts] if is_single else texts, like, _as_list(minus), unlike)  # type: ignore[list-item, arg-type]
+        found = self._consistently(lambda: self._search(queries, topk, where, exact))
+        hits = [[hit for hit in each if threshold is None or hit.cosine >= threshold - SAME] for each in found]
+        return hits[0] if is_single else hits
+
+    def queries(self, texts: Sequence[str | None], like: Any, minus: Sequence[str], unlike: Any) -> Tensor:
+        """(Q, E) unit vectors; see `search`."""
+        words = [text for text in texts if text is not None]
+        for text in [*words, *minus]:
+            if not text.strip():
+                raise ValueError("a query is empty; it must be a text")
+        encoder, E = self.encoder, self.store.dim
+        added, removed = self._pictures(like, "like"), self._pictures(unlike, "unlike")
+        if not len(texts) or (not words and not len(added) and not len(removed) and not minus):
+            raise ValueError("nothing is asked for: give a text, or a picture")
+        of_texts = (
+            encode_texts(encoder, [*words, *minus], encoder.tokenize).cpu() if words or minus else torch.zeros(0, E)
+        )
+        others = added.sum(dim=0) - removed.sum(dim=0) - of_texts[len(words) :].sum(dim=0)
+        sums = (of_texts[: len(words)] if words else torch.zeros(1, E)) + others
+        lengths = sums.norm(dim=-1)
+        if (lengths < _SMALLEST_SUM).any():
+            which = f"of {texts[int(lengths.argmin())]!r} " if words else ""
+            raise ValueError(f"the parts of the query {which}cancel each other, and nothing is left to search for")
+        return sums / lengths[:, None]
+
+    def _pictures(self, pictures: Any, what: str) -> Tensor:
+        """(n, E) unit features of pictures that are named or handed over."""
+        if isinstance(pictures, Sequence) and not len(pictures):
+            return torch.zeros(0, self.store.dim)
+        data = image_set(pictures)
+        encoder = self.encoder
+        rows = []
+        for batch in encode_in_batches(encoder.encode_image, encoder.preprocess, data, range(len(data))):
+            if batch.problems:
+                raise ValueError(f"a picture of {what} can't be read: {next(iter(batch.problems.values()))}")
+            rows.append(batch.features)
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    def _search(self, queries: Tensor, topk: int, where: str | None, exact: bool) -> list[list[Hit]]:
+        if where is not None:
+            self.store.check_filter(where)
+        approximate = None if exact else self.store.approximate
+        if approximate is not None:
+            found = self.store.search_approximate(queries.numpy(), topk + TIES, approximate.nprobes, where)
+        else:
+            found = zip(*nearest(self._blocks(where), queries, topk + TIES), strict=True)
+        return [self._hits(row_ids, cosines, topk) for row_ids, cosines in found]
+
+    def _hits(self, row_ids: np.ndarray, cosines: np.ndarray, topk: int) -> list[Hit]:
+        """The first K of candidates by falling cosine."""
+        rows = self.store.take(row_ids, ["key", "path", *self.store.metadata_columns]).to_pylist()
+        hits = [
+            Hit(row.pop("key"), row.pop("path"), min(max(float(cosine), -1.0), 1.0), row)
+            for row, cosine in zip(rows, cosines, strict=True)
+        ]
+        level = levels(cosines)
+        return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (level[place], hits[place].key))][
+            :topk
+        ]
+
+    def near_duplicates(
+        self,
+        cosine: float,
+        *,
+        where: str | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Hit]]:
+        """Groups of pictures that reach a cosine, directly or by way of others; exact, over all pairs.
+
+        A hit's cosine is the highest to another picture of its group. Larger groups come first.
+
+        Args:
+            progress: called with the number of pairs compared.
+
+        Raises:
+            ValueError: the cosine is none, or a filter can't be followed.
+        """
+        if not -1 < cosine <= 1:
+            raise ValueError(f"near duplicates have a cosine of at least {cosine}; that must be above -1 and at most 1")
+        return self._consistently(lambda: self._near_duplicates(cosine, where, progress))
+
+    def _near_duplicates(
+        self, cosine: float, where: str | None, progress: Callable[[int], Any] | None
+    ) -> list[list[Hit]]:
+        if where is not None:
+            self.store.check_filter(where)
+        found = near_duplicates(lambda: self._blocks(where), cosine, progress)
+        rows = self.store.take(found.ids, ["key", "path", *self.store.metadata_columns]).to_pylist()
+        groups: list[list[Hit]] = [[] for _ in range(len(set(found.group.tolist())))]
+        for row, number, value in zip(rows, found.group, found.cosine, strict=True):
+            groups[number].append(Hit(row.pop("key"), row.pop("path"), float(value), row))
+        groups = [sorted(group, key=lambda hit: hit.key) for group in groups]
+        return sorted(groups, key=lambda group: (-len(group), group[0].key))
+
+    def build_approximate(self, recall: float = 0.95, k: int = 10) -> Approximate:
+        """Builds, or builds anew, an approximate index, and measures what it finds of the k nearest.
+
+        A search looks into as few partitions as reach the recall: on pictures of the index, and on texts
+        ("a photo of a …" for a sample of ImageNet's classes), whose features lie elsewhere. From then on `search` uses
+        it, unless told to be exact; pictures that are added later are found exactly until they are many.
+
+        Raises:
+            ValueError: fewer than a thousand pictures, or the recall is no share.
+        """
+        if not 0 < recall <= 1:
+            raise ValueError(f"the recall is {recall}; it must be a share, above 0 and at most 1")
+        if len(self.store) < _FEWEST_APPROXIMATE:
+            raise ValueError(
+                f"{self.location} has {len(self.store):,} pictures; an approximate index needs at least "
+                f"{_FEWEST_APPROXIMATE:,}, and pays from about 100,000"
+            )
+        with writing(self.location):
+            self.store.refresh()
+            queries = self._sampled_queries()
+            num_partitions = self.store.build_approximate()
+            wanted = {kind: nearest(self._blocks(None), rows, k)[1][:, -1] for kind, rows in queries.items()}
+            nprobes = 1
+            while True:
+                found = {kind: self._recall(rows, wanted[kind], k, nprobes) for kind, rows in queries.items()}
+                if min(found.values()) >= recall or nprobes >= num_partitions:
+                    break
+                nprobes = min(2 * nprobes, num_partitions)
+            measured = Approximate(nprobes, k, found, {kind: len(rows) for kind, rows in queries.items()})
+            self.store.set_approximate(measured)
+        return measured
+
+    def _sampled_queries(self) -> dict[str, Tensor]:
+        generator = np.random.default_rng(0)
+        ids = self.store.read(["key"])["_rowid"].to_numpy()
+        chosen = generator.choice(ids, min(_SAMPLED_QUERIES, len(ids)), replace=False)
+        pictures = F.normalize(torch.from_numpy(self.store.features(chosen)).float(), dim=-1)
+        names = generator.choice(np.array(classname_set("imagenet")), _SAMPLED_QUERIES, replace=False)
+        return {"pictures": pictures, "texts": self.queries([f"a photo of a {name}." for name in names], (), (), ())}
+
+    def _recall(self, queries: Tensor, least: np.ndarray, k: int, nprobes: int) -> float:
+        """The mean share of the k nearest found; `least` (Q,) is the lowest cosine that is one of them."""
+        found = self.store.search_approximate(queries.numpy(), k + TIES, nprobes)
+        shares = [
+            min(k, int((cosines >= low - SAME).sum())) / k for (_, cosines), low in zip(found, least, strict=True)
+        ]
+        return float(np.mean(shares))
+
+    def _consistently(self, read: Callable[[], T]) -> T:
+        """What is read of one version; again of the next, if another process deleted that one meanwhile."""
+        self.store.refresh()
+        while True:
+            version = self.store.version
+            try:
+                return read()
+            except (RuntimeError, OSError, ValueError):
+                self.store.refresh()
+                if self.store.version == version:
+                    raise
+
+    def _blocks(self, where: str | None) -> Blocks:
+        """Ids and features of all rows, or of those that a filter accepts."""
+        if not self._hold():
+            for block_ids, block in self.store.blocks(where):
+                yield block_ids, torch.from_numpy(block)
+            return
+        assert self._held is not None
+        _, ids, features = self._held
+        if where is None:
+            yield ids, features
+            return
+        is_wanted = np.isin(ids, self.store.read(["key"], where)["_rowid"].to_numpy())
+        for start in range(0, len(ids), _ROWS_AT_ONCE):
+            places = np.flatnonzero(is_wanted[start : start + _ROWS_AT_ONCE]) + start
+            yield ids[places], features[torch.from_numpy(places)]
+
+    def _hold(self) -> bool:
+        """Reads the features into memory, if they fit."""
+        store = self.store
+        if self._held is not None and self._held[0] == store.version:
+            return True
+        self._held = None
+        num_rows = len(store)
+        dtype = store.feature_dtype
+        if num_rows * store.dim * dtype.itemsize > self._memory_bytes:
+            return False
+        ids, features = np.empty(num_rows, dtype=np.uint64), np.empty((num_rows, store.dim), dtype=dtype)
+        place = 0
+        for block_ids, block in store.blocks():
+            there = slice(place, place + len(block))
+            ids[there], features[there] = block_ids, block
+            place += len(block)
+        self._held = store.version, ids, torch.from_numpy(features)
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def check_model(encoder: Encoder, store: Store) -> None:
+    """
+    Raises:
+        ValueError: it is not the model that the index was made with.
+    """
+    facts = store.facts
+    pairs = {
+        "image tower or preprocessing": (facts.image_fingerprint, encoder.image_fingerprint()),
+        "text tower or tokenizer": (facts.text_fingerprint, encoder.text_fingerprint()),
+    }
+    others = [what for what, (before, now) in pairs.items() if before != now]
+    if not others and None in (facts.image_fingerprint, facts.text_fingerprint):
+        # A model that nothing can be recognised by is known by its name alone.
+        others = [] if absolute_model(encoder.name) == facts.model else ["name"]
+    if others:
+        version = f"; that was of {facts.library}, this is of {encoder.library}" * (facts.library != encoder.library)
+        raise ValueError(
+            f"the index {store.location} was made with another model ({facts.model}): {encoder.name} has another "
+            f"{' and another '.join(others)}{version}. Search with that model, or make a new index"
+        )
+
+
+def absolute_model(name: str) -> str:
+    """A model's name that means the same in every folder.
+
+    >>> absolute_model("ViT-B/32"), absolute_model("openclip:ViT-B-32/openai")
+    ('ViT-B/32', 'openclip:ViT-B-32/openai')
+    """
+
+    def settled(text: str) -> str:
+        path = expand_home(text)
+        return str(path.absolute()) if text and path.exists() else text
+
+    if name.startswith(PYTHON_PREFIX):
+        file, colon, function = name.removeprefix(PYTHON_PREFIX).rpartition(":")
+        return f"{PYTHON_PREFIX}{settled(file)}{colon}{function}"
+    if name.startswith(TRANSFORMERS_PREFIX):
+        return TRANSFORMERS_PREFIX + settled(name.removeprefix(TRANSFORMERS_PREFIX))
+    if name.startswith(OPENCLIP_PREFIX):
+        before, separator, after = name.partition("local-dir:" if "local-dir:" in name else "/")
+        return f"{before}{separator}{settled(after)}"
+    return settled(name)
+
+
+def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _free_memory() -> int:
+    """Bytes that are free, or can be freed, where the system says so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
