@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
     from .inference.classifier import ZeroShotClassifier as ZeroShotClassifier
     from .inference.embed import embed as embed
+    from .inference.search.index import Index as Index
     from .inference.text_states import text_states as text_states
     from .loss import clip_loss as clip_loss
     from .loss import siglip_loss as siglip_loss
@@ -40,6 +41,7 @@ _HOME = {
     "TextConfig": "config",
     "VisionConfig": "config",
     "ZeroShotClassifier": "inference.classifier",
+    "Index": "inference.search.index",
     "available_models": "weights.read",
     "clip_loss": "loss",
     "create_model_and_transforms": "openclip",

@@ -21,6 +21,8 @@ VERBS = {
     "classify": ("classify", "what pictures show, of classes named in words; sorts files by it"),
     "calibrate": ("calibrate", 'the threshold for "none of these" that travels with a model'),
     "embed": ("embed", "images or texts -> files of embeddings"),
+    "index": ("index", "pictures -> an index to search, brought up to date by running it again"),
+    "search": ("search", "pictures of an index by words, by pictures, and by what is known of them"),
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),
     "report": ("report", "the curves and numbers of a training run, or of several, as a page"),
     "convert": ("convert", "a checkpoint -> another library's layout, verified"),

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -72,6 +72,14 @@ def results(options: argparse.Namespace, columns: Mapping[str, type]) -> Iterato
             writer = kind(columns)
         yield writer.write
         writer.end()
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines without columns, as other commands read them; names of files keep their bytes."""
+    _set_encoding("utf-8", "surrogateescape")
+    for line in lines:
+        _print(line + "\n")
+    _flush()
 
 
 def note(text: str) -> None:

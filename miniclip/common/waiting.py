@@ -25,6 +25,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 _POLL_S = 0.5
 _IDLE_TICKS, _IDLE_BYTES = 10, 1 << 16  # what an idle worker may use of the processor and read in `patience_s`
+_UNFORKABLE = ("lancedb",)  # libraries whose threads hold locks that a forked child would wait for
 _SHARED_MEMORY = re.compile(r"No space left|Bus error|SIGBUS|shared memory|torch_shm|</torch_", re.IGNORECASE)
 _TORCHS_MEMORY = re.compile(r"shared memory\(shm\)|</torch_")
 _OPEN_FILES = re.compile(r"Too many open files|ancdata|Errno 24", re.IGNORECASE)
@@ -50,8 +51,12 @@ class PatientLoader(DataLoader[T_co]):
     while_waiting: Callable[[float], None] | None = None  # called with the seconds; what it raises ends the wait
 
     def __init__(self, dataset: Any, *args: Any, **options: Any) -> None:
-        self._failures: Any = multiprocessing.SimpleQueue() if options.get("num_workers") else None
-        if self._failures is not None:
+        self._failures: Any = None
+        if options.get("num_workers"):
+            asked_for = options.get("multiprocessing_context")
+            context = multiprocessing.get_context(asked_for) if isinstance(asked_for, str) else asked_for
+            context = options["multiprocessing_context"] = context or _worker_context()
+            self._failures = context.SimpleQueue()
             options["worker_init_fn"] = partial(_start_worker, self._failures)
         super().__init__(dataset, *args, **options)
 
@@ -299,6 +304,15 @@ def _how_it_ended(code: int) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Workers
+
+
+def _worker_context() -> Any:
+    """How workers start: as elsewhere, but never as forks of a process with threads that a fork breaks."""
+    if multiprocessing.get_start_method() != "fork" or not any(name in sys.modules for name in _UNFORKABLE):
+        return multiprocessing.get_context()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.utils.data"])
+    return context
 
 
 def _start_worker(failures: Any, worker: int) -> None:

@@ -19,19 +19,22 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ...common.files import expand_home
+from ...common.storage import is_url
+from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import encode_in_batches, encode_texts
 from ...evaluation.measures.ties import SAME
 from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX, open_model
 from ...evaluation.prompts import classname_set
 from ..sources import image_set
-from .changes import list_sources
+from .changes import Listing, list_sources
 from .nearest import TIES, Blocks, levels, near_duplicates, nearest
-from .store import Approximate, Facts, Store, create_store, find_store, open_store, writing
-from .updating import Update, Updated, make_plan
+from .store import DTYPES, Approximate, Facts, Store, create_store, find_store, open_store, writing
+from .updating import Progress, Update, Updated, make_plan
 
 T = TypeVar("T")
 
@@ -48,11 +51,13 @@ class Hit:
     Args:
         key: the path, the URL, or the place in a table or in shards.
         path: the path or the URL, where there is one.
+        source: where it was found: a folder, a pattern, a table, …
         metadata: what else the index knows of it.
     """
 
     key: str
     path: str | None
+    source: str
     cosine: float
     metadata: Mapping[str, Any]
 
@@ -85,6 +90,7 @@ class Index:
         self._model, self._device = model, device
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
+        self._listings: dict[str, Listing] = {}  # of sources that hold pictures without a path
         self._held: tuple[int, np.ndarray, Tensor] | None = None  # the version, ids and features of all rows
 
     def __len__(self) -> int:
@@ -135,12 +141,12 @@ class Index:
         *,
         dry_run: bool = False,
         accept_gone: bool = False,
-        is_half: bool = False,
+        dtype: str = "float32",
         image_column: str | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         rows_per_commit: int = 4096,
-        progress: Callable[[int, int], Any] | None = None,
+        progress: Progress | None = None,
         stdin: BinaryIO | None = None,
     ) -> Updated:
         """Finds the pictures of the sources that are new, changed, moved or gone, and encodes the new and changed ones.
@@ -154,13 +160,15 @@ class Index:
                 are gone. Pictures named one by one are gone when their file is.
             dry_run: change nothing.
             accept_gone: go on where more than half of a source is gone, also where it is not there at all.
-            is_half: a new index keeps features in float16.
-            progress: called with the number of pictures encoded so far, and of all that are to be.
+            dtype: of the features that a new index keeps, "float32" or "float16".
+            progress: as `commands.terminal.progress_bar`.
 
         Raises:
             ValueError: a source that is not there, another model than the index's, another process that writes, or
                 more than half of a source gone without `accept_gone`.
         """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
         named = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
         if not dry_run and (self._known_store is None or self._model is not None):
             _ = self.encoder  # what is wrong with it is found before anything is made
@@ -176,7 +184,7 @@ class Index:
             plan = make_plan(listings, self._known_store, accept_gone)
             if dry_run:
                 return plan.updated()
-            update = Update(plan, self._known_store, lambda dim: self._create(dim, is_half))
+            update = Update(plan, self._known_store, lambda dim: self._create(dim, dtype))
             update.take_over()
             if plan.changes.new or plan.changes.changed:
                 update.encode(
@@ -189,12 +197,12 @@ class Index:
             update.remove()
             return update.updated()
 
-    def _create(self, dim: int, is_half: bool) -> Store:
+    def _create(self, dim: int, dtype: str) -> Store:
         encoder = self.encoder
         facts = Facts(
             absolute_model(encoder.name), encoder.image_fingerprint(), encoder.text_fingerprint(), encoder.library
         )
-        self._known_store = create_store(self.location, facts, dim, is_half=is_half)
+        self._known_store = create_store(self.location, facts, dim, dtype)
         return self._known_store
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -285,29 +293,48 @@ class Index:
 
     def _hits(self, row_ids: np.ndarray, cosines: np.ndarray, topk: int) -> list[Hit]:
         """The first K of candidates by falling cosine."""
-        rows = self.store.take(row_ids, ["key", "path", *self.store.metadata_columns]).to_pylist()
-        hits = [
-            Hit(row.pop("key"), row.pop("path"), min(max(float(cosine), -1.0), 1.0), row)
-            for row, cosine in zip(rows, cosines, strict=True)
-        ]
+        hits = self._as_hits(row_ids, np.clip(cosines, -1, 1))
         level = levels(cosines)
         return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (level[place], hits[place].key))][
             :topk
         ]
+
+    def _as_hits(self, row_ids: np.ndarray, cosines: np.ndarray) -> list[Hit]:
+        rows = self.store.take(row_ids, ["key", "path", "source", *self.store.metadata_columns]).to_pylist()
+        return [
+            Hit(row.pop("key"), row.pop("path"), row.pop("source"), float(cosine), row)
+            for row, cosine in zip(rows, cosines, strict=True)
+        ]
+
+    def open(self, hit: Hit) -> Image.Image:
+        """The picture of a hit.
+
+        Raises:
+            ValueError: it can't be read any more.
+        """
+        if hit.path is not None:
+            path = hit.path if is_url(hit.path) else Path(hit.path)
+            return EvaluationSet(hit.key, (path,)).open(0)
+        if hit.source not in self._listings:
+            self._listings[hit.source] = list_sources([hit.source])[0]
+        listing = self._listings[hit.source]
+        if hit.key not in listing.keys:
+            raise ValueError(f"{hit.key} is no longer in {hit.source}")
+        return listing.data.open(listing.keys.index(hit.key))
 
     def near_duplicates(
         self,
         cosine: float,
         *,
         where: str | None = None,
-        progress: Callable[[int], Any] | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Hit]]:
         """Groups of pictures that reach a cosine, directly or by way of others; exact, over all pairs.
 
         A hit's cosine is the highest to another picture of its group. Larger groups come first.
 
         Args:
-            progress: called with the number of pairs compared.
+            progress: as `commands.terminal.progress_bar`, for pairs.
 
         Raises:
             ValueError: the cosine is none, or a filter can't be followed.
@@ -316,16 +343,15 @@ class Index:
             raise ValueError(f"near duplicates have a cosine of at least {cosine}; that must be above -1 and at most 1")
         return self._consistently(lambda: self._near_duplicates(cosine, where, progress))
 
-    def _near_duplicates(
-        self, cosine: float, where: str | None, progress: Callable[[int], Any] | None
-    ) -> list[list[Hit]]:
+    def _near_duplicates(self, cosine: float, where: str | None, progress: Progress | None) -> list[list[Hit]]:
         if where is not None:
             self.store.check_filter(where)
-        found = near_duplicates(lambda: self._blocks(where), cosine, progress)
-        rows = self.store.take(found.ids, ["key", "path", *self.store.metadata_columns]).to_pylist()
+        num_rows = len(self.store) if where is None else self.store.read(["key"], where).num_rows
+        with progress("pairs", num_rows * (num_rows - 1) // 2) if progress else nullcontext() as show:
+            found = near_duplicates(lambda: self._blocks(where), cosine, show)
         groups: list[list[Hit]] = [[] for _ in range(len(set(found.group.tolist())))]
-        for row, number, value in zip(rows, found.group, found.cosine, strict=True):
-            groups[number].append(Hit(row.pop("key"), row.pop("path"), float(value), row))
+        for number, hit in zip(found.group, self._as_hits(found.ids, found.cosine), strict=True):
+            groups[number].append(hit)
         groups = [sorted(group, key=lambda hit: hit.key) for group in groups]
         return sorted(groups, key=lambda group: (-len(group), group[0].key))
 

@@ -29,6 +29,7 @@ from ...common.storage import is_url
 OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
 _TABLE, _FACTS, _APPROXIMATE = "images", b"miniclip", b"miniclip:approximate"
 _REFINED = 4  # candidates by their codes, for each that is wanted, whose cosine is computed exactly
+DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
 _ROWS_AT_ONCE = 8192
@@ -301,11 +302,11 @@ def find_store(location: str | Path) -> Store | None:
     return None
 
 
-def create_store(location: str | Path, facts: Facts, dim: int, *, is_half: bool = False) -> Store:
+def create_store(location: str | Path, facts: Facts, dim: int, dtype: str = "float32") -> Store:
     """A new index without rows.
 
     Args:
-        is_half: keep features in float16, which takes half the room and changes cosines by less than 0.001.
+        dtype: "float32", or "float16", which takes half the room and changes cosines by less than 0.001.
     """
     import pyarrow as pa
 
@@ -317,7 +318,7 @@ def create_store(location: str | Path, facts: Facts, dim: int, *, is_half: bool 
             pa.field("source", pa.string()),
             pa.field("stamp", pa.string()),
             pa.field("content", pa.string()),
-            pa.field("features", pa.list_(pa.float16() if is_half else pa.float32(), dim)),
+            pa.field("features", pa.list_({"float32": pa.float32(), "float16": pa.float16()}[dtype], dim)),
         ],
         metadata={_FACTS: json.dumps(asdict(facts))},
     )
@@ -404,5 +405,6 @@ def quoted(text: str) -> str:
 def _plain(error: Exception) -> str:
     """LanceDB's message without the places in its own code."""
     text = re.sub(r"(,|;)?\s*/\S+\.rs:\d+(:\d+)?", "", str(error))
+    text = re.sub(r"\. Valid fields are .*", "", text)
     text = re.sub(r"^(Invalid input, |lance error: |Schema error: |RuntimeError: )+", "", text.strip())
     return text.splitlines()[0].rstrip(". ,") if text else type(error).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from .columns import as_columns
 from .store import Store
 
 T = TypeVar("T")
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # for something, of a total number
 
 _SECONDS_BETWEEN_COMMITS = 10.0  # as much work as a kill may cost
 _ROWS_AT_ONCE = 4096
@@ -163,22 +165,23 @@ class Update:
         batch_size: int,
         num_workers: int,
         rows_per_commit: int,
-        progress: Callable[[int, int], Any] | None,
+        progress: Progress | None,
     ) -> None:
         """Encodes and commits the new and the changed pictures."""
         total = len(self.plan.changes.new) + len(self.plan.changes.changed)
         waiting: list[tuple[list[At], np.ndarray]] = []
         committed_at, done = time.monotonic(), 0
-        for pictures, features, problems in self._encoded(encoder, batch_size, num_workers):
-            waiting.append((pictures, features))
-            self.problems += problems
-            done += len(pictures) + len(problems)
-            is_due = sum(len(each) for each, _ in waiting) >= rows_per_commit
-            if is_due or time.monotonic() - committed_at > _SECONDS_BETWEEN_COMMITS:
-                self._commit_encoded(waiting)
-                waiting, committed_at = [], time.monotonic()
-            if progress:
-                progress(done, total)
+        with progress("encoding", total) if progress else nullcontext() as show:
+            for pictures, features, problems in self._encoded(encoder, batch_size, num_workers):
+                waiting.append((pictures, features))
+                self.problems += problems
+                done += len(pictures) + len(problems)
+                is_due = sum(len(each) for each, _ in waiting) >= rows_per_commit
+                if is_due or time.monotonic() - committed_at > _SECONDS_BETWEEN_COMMITS:
+                    self._commit_encoded(waiting)
+                    waiting, committed_at = [], time.monotonic()
+                if show:
+                    show(done)
         self._commit_encoded(waiting)
 
     def remove(self) -> None:
