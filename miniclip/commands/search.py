@@ -76,7 +76,6 @@ def run(options: argparse.Namespace) -> None:
     index = Index(options.index, device=options.device)
     if options.model:
         index = Index(options.index, options.model, device=options.device)
-    several = options.near_duplicates is not None or len(texts) > 1
     first = "group" if options.near_duplicates is not None else "query" if len(texts) > 1 else None
     with nullcontext() if options.paths else results(options, _columns(index, first)) as write:
         if options.near_duplicates is not None:

@@ -27,7 +27,7 @@ from ..sources import image_set
 At = tuple[int, int]  # the number of a listing, and the index of a picture in it
 BY_NAME = "-"  # the source of pictures that were named one by one
 _RACY_NS = 2 * 10**9  # a file may change twice within the step of a disk's clock
-_HASHED_AT_ONCE = 4096
+_FILES_AT_ONCE = 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def _compare(
 def _contents_of(listings: Sequence[Listing], pictures: Sequence[At]) -> Iterable[tuple[At, str | None]]:
     for number, listing in enumerate(listings):
         own = [index for each, index in pictures if each == number]
-        for start in range(0, len(own), _HASHED_AT_ONCE):
-            part = own[start : start + _HASHED_AT_ONCE]
+        for start in range(0, len(own), _FILES_AT_ONCE):
+            part = own[start : start + _FILES_AT_ONCE]
             yield from zip([(number, index) for index in part], listing.contents(part), strict=True)
 
 

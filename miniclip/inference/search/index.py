@@ -39,7 +39,7 @@ from .updating import Progress, Update, Updated, make_plan
 T = TypeVar("T")
 
 _SMALLEST_SUM = 1e-3  # of unit vectors that do not cancel each other
-_ROWS_AT_ONCE = 1 << 16
+_FILTERED_AT_ONCE = 1 << 16
 _FEWEST_APPROXIMATE = 1000
 _SAMPLED_QUERIES = 100  # of each kind
 
@@ -427,8 +427,8 @@ class Index:
             yield ids, features
             return
         is_wanted = np.isin(ids, self.store.read(["key"], where)["_rowid"].to_numpy())
-        for start in range(0, len(ids), _ROWS_AT_ONCE):
-            places = np.flatnonzero(is_wanted[start : start + _ROWS_AT_ONCE]) + start
+        for start in range(0, len(ids), _FILTERED_AT_ONCE):
+            places = np.flatnonzero(is_wanted[start : start + _FILTERED_AT_ONCE]) + start
             yield ids[places], features[torch.from_numpy(places)]
 
     def _hold(self) -> bool:

@@ -32,7 +32,7 @@ _REFINED = 4  # candidates by their codes, for each that is wanted, whose cosine
 DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
-_ROWS_AT_ONCE = 8192
+_ROWS_OF_BLOCK = 8192
 _MOST_FRAGMENTS = 32  # pieces of the table, which every reader opens
 _REMOTE_GRACE = timedelta(hours=1)  # for readers of old versions, where no lock keeps others out
 
@@ -144,7 +144,7 @@ class Store:
     def blocks(self, where: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row ids (n,) and their features (n, E), float16 or float32, block by block."""
         with self._filter_errors(where):
-            for batch in self._scan(["features"], where).to_batches(_ROWS_AT_ONCE):
+            for batch in self._scan(["features"], where).to_batches(_ROWS_OF_BLOCK):
                 features = batch.column("features").flatten().to_numpy(zero_copy_only=False)
                 yield batch.column("_rowid").to_numpy(), features.reshape(batch.num_rows, self.dim)
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # for something, of a total number
 
 _SECONDS_BETWEEN_COMMITS = 10.0  # as much work as a kill may cost
-_ROWS_AT_ONCE = 4096
+_ROWS_OF_COMMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -302,5 +302,5 @@ class Update:
 
 
 def _parts(values: Sequence[T]) -> Iterable[list[T]]:
-    for start in range(0, len(values), _ROWS_AT_ONCE):
-        yield list(values[start : start + _ROWS_AT_ONCE])
+    for start in range(0, len(values), _ROWS_OF_COMMIT):
+        yield list(values[start : start + _ROWS_OF_COMMIT])
