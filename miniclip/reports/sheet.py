@@ -13,7 +13,7 @@ from ..common.files import write_text
 from ..common.thumbnail import thumbnail
 from .page_parts import page_template
 
-_BOX = (160, 160)  # pixels of a thumbnail
+_THUMBNAIL = (160, 160)  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def write_sheet(path: str | Path, title: str, notes: Sequence[str], sections: Se
         {
             "title": section.title,
             "note": section.note,
-            "asked": [_shown(each) for each in section.asked],
-            "found": [_shown(each) for each in section.found],
+            "asked": [_figure(each) for each in section.asked],
+            "found": [_figure(each) for each in section.found],
         }
         for section in sections
     ]
@@ -63,10 +63,10 @@ def write_sheet(path: str | Path, title: str, notes: Sequence[str], sections: Se
     write_text(path, template.render(title=title, notes=notes, sections=shown, created=created))
 
 
-def _shown(entry: Entry) -> dict[str, object]:
+def _figure(entry: Entry) -> dict[str, object]:
     picture, problem = "", ""
     try:
-        picture = thumbnail(entry.open(), _BOX)
+        picture = thumbnail(entry.open(), _THUMBNAIL)
     except ValueError as error:
         problem = str(error)
     return {

@@ -76,7 +76,7 @@ class Listing:
     def has_changed(self, index: int) -> bool:
         """Whether a file has another size or time than when it was listed."""
         path, stamp = self.paths[index], self.stamps[index]
-        return bool(path is not None and not is_url(path) and stamp and _stamp(path, racy_ns=0) != stamp)
+        return bool(path is not None and not is_url(path) and stamp and _stamp_of(path, racy_ns=0) != stamp)
 
 
 def list_sources(
@@ -103,7 +103,7 @@ def list_sources(
     for source, names in named.items():
         known = 0 if num_known is None or source == BY_NAME else num_known.get(source, 0)
         try:
-            listings.append(_listing(source, names, image_column, stdin))
+            listings.append(_list_source(source, names, image_column, stdin))
         except ValueError as error:
             if not known:
                 raise
@@ -124,12 +124,12 @@ def _is_picture(source: str) -> bool:
     return Path(source).suffix.lower() in IMAGE_SUFFIXES and not (is_url(source) or Path(source).is_dir())
 
 
-def _listing(source: str, named: Sequence[str], image_column: str | None, stdin: BinaryIO | None) -> Listing:
+def _list_source(source: str, named: Sequence[str], image_column: str | None, stdin: BinaryIO | None) -> Listing:
     data = image_set(named, image_column=image_column, is_each_once=True, stdin=stdin)
     places = [_location(data, index) for index in range(len(data))]
     base = source if is_url(source) else os.path.dirname(source)  # noqa: PTH120
     keys = [storable(place or os.path.join(base, data.key(index))) for index, place in enumerate(places)]  # noqa: PTH118
-    stamps = [data.identity or "" if place is None else _stamp(place) for place in places]
+    stamps = [data.identity or "" if place is None else _stamp_of(place) for place in places]
     return Listing(source, data, keys, places, stamps)
 
 
@@ -143,7 +143,7 @@ def _location(data: EvaluationSet, index: int) -> str | None:
     return os.path.abspath(image) if isinstance(image, str | Path) else None  # noqa: PTH100
 
 
-def _stamp(path: str, racy_ns: int = _RACY_NS) -> str:
+def _stamp_of(path: str, racy_ns: int = _RACY_NS) -> str:
     if is_url(path):
         return "address"  # what lies at an address is taken to stay the same
     try:
@@ -250,7 +250,7 @@ def _size_in(stamp: str) -> str:
 def _size_of(listing: Listing, index: int) -> str:
     """The size by which a picture may be one that is known; of a file that was modified a moment ago, too."""
     path = listing.paths[index]
-    return "" if path is None or is_url(path) else _size_in(_stamp(path, racy_ns=0))
+    return "" if path is None or is_url(path) else _size_in(_stamp_of(path, racy_ns=0))
 
 
 def _compare(

@@ -44,7 +44,7 @@ def _array(values: list[Any], known: Any, column: str, source: str) -> Any:
 
     if known is not None:
         try:
-            return pa.array([_as_text(value) for value in values] if pa.types.is_string(known) else values, known)
+            return pa.array([_cell_as_text(value) for value in values] if pa.types.is_string(known) else values, known)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise ValueError(
                 f"column {column!r} of the index holds values of type {known}, and {source} has others: {error}"
@@ -52,9 +52,9 @@ def _array(values: list[Any], known: Any, column: str, source: str) -> Any:
     try:
         array = pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.array([_as_text(value) for value in values], pa.string())
+        return pa.array([_cell_as_text(value) for value in values], pa.string())
     is_flat = not pa.types.is_nested(array.type) and not pa.types.is_binary(array.type)
-    return array if is_flat else pa.array([_as_text(value) for value in values], pa.string())
+    return array if is_flat else pa.array([_cell_as_text(value) for value in values], pa.string())
 
 
 def _plain_cell(value: Any) -> Any:
@@ -66,7 +66,7 @@ def _plain_cell(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _as_text(value: Any) -> str | None:
+def _cell_as_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)

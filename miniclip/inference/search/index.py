@@ -242,7 +242,7 @@ class Index:
         if topk < 1:
             raise ValueError(f"topk is {topk}; it must be at least 1")
         is_single = texts is None or isinstance(texts, str)
-        queries = self.queries([texts] if is_single else texts, like, _as_list(minus), unlike)  # type: ignore[list-item, arg-type]
+        queries = self.queries([texts] if is_single else texts, like, _several(minus), unlike)  # type: ignore[list-item, arg-type]
         found = self._consistently(lambda: self._search(queries, topk, where, exact))
         hits = [[hit for hit in each if threshold is None or hit.cosine >= threshold - SAME] for each in found]
         return hits[0] if is_single else hits
@@ -499,7 +499,7 @@ def absolute_model(name: str) -> str:
     return settled(name)
 
 
-def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+def _several(texts: str | Sequence[str]) -> Sequence[str]:
     return [texts] if isinstance(texts, str) else texts
 
 

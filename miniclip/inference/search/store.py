@@ -182,7 +182,7 @@ class Store:
             if where is None:
                 raise
             raise ValueError(
-                f"the filter {where!r} can't be followed: {_plain(error)}; columns are {self._column_names()}"
+                f"the filter {where!r} can't be followed: {_reason_of(error)}; columns are {self._column_names()}"
             ) from error
 
     def _column_names(self) -> str:
@@ -269,7 +269,7 @@ class Store:
         try:
             yield
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"the index {self.location} can't be written: {_plain(error)}") from error
+            raise ValueError(f"the index {self.location} can't be written: {_reason_of(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def create_store(location: str | Path, facts: Facts, dim: int, dtype: str = "flo
     except (RuntimeError, ValueError, OSError) as error:
         if (store := find_store(location)) is not None:  # another process was faster
             return store
-        raise ValueError(f"the index {location} can't be made: {_plain(error)}") from error
+        raise ValueError(f"the index {location} can't be made: {_reason_of(error)}") from error
 
 
 @contextmanager
@@ -375,9 +375,9 @@ def _table_at(location: str) -> Any:
     except ValueError as error:
         if "not found" in str(error):
             return None
-        raise ValueError(f"the index {location} can't be opened: {_plain(error)}") from error
+        raise ValueError(f"the index {location} can't be opened: {_reason_of(error)}") from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"the index {location} can't be opened: {_plain(error)}") from error
+        raise ValueError(f"the index {location} can't be opened: {_reason_of(error)}") from error
 
 
 def _connect(location: str) -> Any:
@@ -402,7 +402,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _plain(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
     """LanceDB's message without the places in its own code."""
     text = re.sub(r"(,|;)?\s*/\S+\.rs:\d+(:\d+)?", "", str(error))
     text = re.sub(r"\. Valid fields are .*", "", text)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .output import MODELS, add_output, note, note_left_out, note_unreadable, results
-from .terminal import add_encoding, lasting_imports, new_parser, progress_bar
+from ..output import MODELS, add_output, note, note_left_out, note_unreadable, results
+from ..terminal import add_encoding, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
-    from ..inference.search.updating import Updated
+    from ...inference.search.updating import Updated
 
 _MOST_NAMED = 5
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     if options.approximate is not None and options.dry_run:
         raise ValueError("--dry-run changes nothing, and --approximate builds an index; give one of them")
     with lasting_imports():
-        from ..inference.search.index import Index
+        from ...inference.search.index import Index
     with results(options, {"pictures": str, "count": int}) as write:
         index = Index(options.index, options.model, device=options.device)
         updated = index.update(

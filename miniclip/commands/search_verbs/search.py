@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import add_output, note, print_lines, results
-from .terminal import add_threshold, lasting_imports, new_parser, progress_bar
+from ..output import add_output, note, print_lines, results
+from ..terminal import add_threshold, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
-    from ..inference.search.index import Hit, Index
+    from ...inference.search.index import Hit, Index
 
 _NEAR = 0.95
 
@@ -69,10 +69,10 @@ miniclip search photos.index --near-duplicates 0.97""",
 
 
 def run(options: argparse.Namespace) -> None:
-    _refuse_contradictions(options)
-    texts = _texts(options)
+    _refuse_bad_query(options)
+    texts = _asked_texts(options)
     with lasting_imports():
-        from ..inference.search.index import Index
+        from ...inference.search.index import Index
     index = Index(options.index, device=options.device)
     if options.model:
         index = Index(options.index, options.model, device=options.device)
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
                 write({**hit.metadata, "group": title, "query": title, **shown})
 
 
-def _refuse_contradictions(options: argparse.Namespace) -> None:
+def _refuse_bad_query(options: argparse.Namespace) -> None:
     if len(options.text) > 1:
         together = " ".join(options.text)
         raise ValueError(
@@ -123,7 +123,7 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.html} is already there; name another file for --html, or delete that one")
 
 
-def _texts(options: argparse.Namespace) -> list[str | None]:
+def _asked_texts(options: argparse.Namespace) -> list[str | None]:
     """The query, or the several of a file; None for one of pictures alone."""
     source = options.queries or ("-" if options.text == ["-"] else None)
     if source is None:
@@ -153,7 +153,7 @@ def _columns(index: Index, first: str | None) -> dict[str, type]:
 
 
 def _search(index: Index, options: argparse.Namespace, texts: Sequence[str | None]) -> list[list[Hit]]:
-    from ..inference.thresholds import find_threshold
+    from ...inference.thresholds import find_threshold
 
     is_by_words = texts[0] is not None and not options.like and not options.unlike and not options.minus
     threshold = None
@@ -189,9 +189,9 @@ def _search(index: Index, options: argparse.Namespace, texts: Sequence[str | Non
 def _write_sheet(
     options: argparse.Namespace, index: Index, titles: Sequence[str], found: Sequence[Sequence[Hit]]
 ) -> None:
-    from ..common.storage import is_url
-    from ..inference.sources import image_set
-    from ..reports.sheet import Entry, Section, write_sheet
+    from ...common.storage import is_url
+    from ...inference.sources import image_set
+    from ...reports.sheet import Entry, Section, write_sheet
 
     def link(hit: Hit) -> str | None:
         if hit.path is None or is_url(hit.path):
