@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..common.wording import printable, some
 from .output import IMAGES, MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
-from .terminal import add_cache, add_encoding, lasting_imports, new_parser, progress_bar
+from .terminal import add_cache, add_encoding, add_threshold, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
@@ -50,11 +50,7 @@ miniclip classify --undo sorted""",
         "default: those of the threshold, else simple",
     )
     classes.add_argument("--topk", type=int, default=1, metavar="K", help="guesses for each picture")
-    classes.add_argument(
-        "--threshold",
-        metavar="COSINE",
-        help="below it a picture is none of these; or a file of calibrate's. Default: that in the model's folder",
-    )
+    add_threshold(classes)
     classes.add_argument(
         "--coverage",
         type=float,

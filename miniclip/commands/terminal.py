@@ -118,13 +118,12 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
 
 
-def add_threshold(parser: argparse.ArgumentParser) -> None:
-    """For `inference.thresholds.find_threshold`."""
-    parser.add_argument(
+def add_threshold(options: Any) -> None:
+    """To a parser or a group of options; its value is for `inference.thresholds.find_threshold`."""
+    options.add_argument(
         "--threshold",
-        metavar="FILE|NUMBER",
-        help="least cosine of what is accepted, or a file that `miniclip calibrate` wrote; default: threshold.json in "
-        "the model's folder, if there is one",
+        metavar="COSINE",
+        help="below it a picture is none of these; or a file of calibrate's. Default: that in the model's folder",
     )
 
 

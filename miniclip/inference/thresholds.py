@@ -62,7 +62,7 @@ class CalibratedModel:
     """What the model of a threshold can be recognised by.
 
     Args:
-        name, library: as reports have them.
+        name, library: as reports have them; of a path the last two parts, as the file may be published.
         logit_scale: what multiplied cosines for probabilities.
         image_probe, text_probe: (E,) unit features of a fixed picture and text.
     """
@@ -79,7 +79,9 @@ class CalibratedModel:
         text = encoder.encode_text(encoder.tokenize([_PROBE_TEXT]))
         probes = [F.normalize(each.detach().float(), dim=-1)[0].cpu().tolist() for each in (image, text)]
         first, second = (tuple(round(value, 5) for value in each) for each in probes)
-        return cls(encoder.name, encoder.library, float(encoder.logit_scale.detach().exp()), first, second)
+        path = Path(encoder.name)
+        name = "/".join(path.absolute().parts[-2:]) if path.exists() else encoder.name
+        return cls(name, encoder.library, float(encoder.logit_scale.detach().exp()), first, second)
 
     def distance(self, other: CalibratedModel) -> float:
         """Between features of the same picture, or of the same text, whichever is larger; infinite for other widths."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,12 @@ def test_the_threshold_lies_in_the_models_folder_with_all_that_it_was_made_of(mo
     assert sorted(found["classnames"]) == ["dog", "owl", "tabby cat"]
     assert found["templates"] == ["a photo of a {c}."]
     assert [each["coverage"] for each in found["coverages"]] == [0.9]
-    assert found["model"]["name"] == str(model)
+    assert found["model"]["name"] == f"{model.parent.name}/model"
+    assert str(model.parent) not in (model / FILE).read_text()  # it may be published
     printed = capsys.readouterr()
     assert f"cosine ≥ {found['cosine']:.4f}, at most 20 % of outside images accepted ({model / FILE})" in printed.out
     assert "sets of 90 % coverage: the true class is in" in printed.out
+    assert re.search(r"AUROC of the best cosine: [\d.]+ %", printed.out)
     assert "prompts 'a photo of a {c}.'" in printed.out
     assert "left out: " in printed.err
     assert "torn.png" in printed.err

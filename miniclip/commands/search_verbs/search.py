@@ -58,7 +58,7 @@ miniclip search photos.index --near-duplicates 0.97""",
         "exact, over all pairs",
     )
     ask.add_argument("--exact", action="store_true", help="do not use the approximate index, where there is one")
-    add_threshold(ask)  # type: ignore[arg-type]
+    add_threshold(ask)
     parser.add_argument("--model", metavar="MODEL", help="where the index's model is, if it was moved")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
     add_output(parser)
