@@ -8,7 +8,6 @@ import os
 import sys
 
 from ..common.files import user_errors
-from ..common.version import __version__
 from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding
 
 # verb: its file here, and what it does. A file has `parser()`, and `run(options)` for what that parser reads; the file
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         "  miniclip eval --model runs/digits/best --data my_photos",
         formatter_class=Help,
     )
-    parser.add_argument("--version", action="version", version=f"miniclip {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (_, purpose) in VERBS.items():
         verbs.add_parser(verb, help=purpose, add_help=False)
@@ -62,6 +61,16 @@ def main(argv: list[str] | None = None) -> None:
     options = module.parser().parse_args(argv[1:])
     with user_errors(), plain_warnings():
         module.run(options)
+
+
+class _Version(argparse.Action):
+    """As argparse's own, for a version that is looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from ..common.version import __version__
+
+        print(f"miniclip {__version__}")
+        parser.exit()
 
 
 def _train_parser() -> argparse.ArgumentParser:

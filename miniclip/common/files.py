@@ -12,11 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import filelock
+from typing import IO, TYPE_CHECKING, Any
 
 from .wording import printable
+
+if TYPE_CHECKING:
+    import filelock
 
 # What network disks, FUSE and old NFS answer where they have no such call.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
@@ -113,6 +114,8 @@ def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
     Raises:
         ValueError: it is held, and `patience_s` is over.
     """
+    import filelock  # longer than all of a verb's help takes
+
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = _acquired(filelock.FileLock(path), busy, patience_s)
@@ -130,6 +133,8 @@ def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
 
 
 def _acquired(lock: filelock.BaseFileLock, busy: str, patience_s: float) -> filelock.BaseFileLock:
+    import filelock
+
     notice_s = 60.0
     try:
         if patience_s >= 0:
