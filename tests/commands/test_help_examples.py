@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 # What names something that is not on this machine, or would take minutes; such an example is parsed alone.
 ELSEWHERE = re.compile(
     r"^torchrun|^miniclip train|^miniclip push(?!.*--dry-run)|hf-hub:|openclip:|transformers:|torchvision:|\w+://"
-    r"|\| jq "
+    r"|\| jq |birds\.index"
 )
 AFTER = {"check": "shards", "search": "index"}  # a verb whose examples take what another's have made
 CLASSES = ("cat", "dog", "bird")
@@ -38,6 +38,19 @@ CLASSES = ("cat", "dog", "bird")
 def examples(verb: str) -> list[str]:
     text = run(sys.executable, "-m", "miniclip", *verb.split(), "--help").stdout.replace("\\\n", " ")
     return [line.strip() for line in text.partition("\nexamples:\n")[2].splitlines() if line.strip()]
+
+
+def commands_of(line: str) -> list[list[str]]:
+    """The words of each command in a line of the shell, which a pipe, a redirection or the like parts."""
+    commands: list[list[str]] = [[]]
+    words = shlex.shlex(line, posix=True, punctuation_chars="|<>")
+    words.whitespace_split = True
+    for word in words:
+        if set(word) <= set("|<>"):
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
 
 
 # ---- a world in which the names of the examples are there
@@ -72,8 +85,12 @@ def write_folders() -> None:
                     Path(folder) / name / f"{number}{'.jpg' if name == 'bird' else '.png'}", seed, (12, 10)
                 )
                 path.with_suffix(".txt").write_text(f"a photo of a {name}, the {number}th")
-    for name in ("seven.png", "one.png", "picture.jpg", "cat.jpg"):
-        write_picture(Path(name), len(name))
+    for seed, name in enumerate(("seven.png", "one.png", "picture.jpg", "cat.jpg", "car.jpg", "a.jpg", "b.jpg")):
+        write_picture(Path(name), seed)
+    Path("yesterday").touch()
+    os.utime("yesterday", (0, 0))
+    Path("queries.txt").write_text("a red car\na cat\n")
+    Path("best").mkdir()
 
 
 def write_tables() -> None:
@@ -139,7 +156,7 @@ for line in json.loads(sys.argv[1]):
 
 def run_here(lines: list[str], folder: Path) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    plain = [line for line in lines if not re.search(r"[|<>]", line)]
+    plain = [line for line in lines if len(commands_of(line)) == 1]
     commands = [[sys.executable, "-c", RUN, json.dumps(plain)]] if plain else []
     commands += [["bash", "-o", "pipefail", "-c", line] for line in lines if line not in plain]
     return "".join(run_in_terminal(command, folder, environment) for command in commands)
@@ -180,8 +197,10 @@ def test_every_example_of_the_help_runs(verb, world):
 def test_every_example_of_the_help_is_parsed(verb):
     parser = importlib.import_module(f"miniclip.commands.{cli.VERBS[verb][0]}").parser()
     for line in examples(verb):
-        for words in map(shlex.split, re.findall(rf"miniclip {verb} ([^|<>]*)", line)):
-            parser.parse_args(words)
+        for program, *words in commands_of(line):
+            if program == "miniclip":
+                assert words[0] == verb
+                parser.parse_args(words[1:])
 
 
 def test_every_example_of_training_is_read_by_lightning(world):
