@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -113,10 +114,15 @@ def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
 
     Raises:
         ValueError: it is held, and `patience_s` is over.
+        OSError: nothing can be written there.
     """
     import filelock  # longer than all of a verb's help takes
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(
+        dir=path.parent
+    ):  # where that is refused, a lock would be waited for as if it were held
+        pass
     try:
         lock = _acquired(filelock.FileLock(path), busy, patience_s)
     except (OSError, NotImplementedError) as error:
