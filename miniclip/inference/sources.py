@@ -81,9 +81,11 @@ def image_set(
     Raises:
         ValueError: a source that is not there or can't be read, or no image in any of them.
     """
-    reader = _Reader(image_column, stdin)
+    columns = _ColumnsAskedFor([image_column] if image_column else [])
+    reader = _Reader(columns, stdin)
     named = _as_list(sources)
     parts = [part for number, source in enumerate(named) for part in reader.parts_of(source, number)]
+    columns.refuse_unused(named)
     if is_each_once:
         seen: set[str] = set()
         parts = [_without_known(part, seen) for part in parts]
@@ -95,11 +97,31 @@ def image_set(
     return found
 
 
+class _ColumnsAskedFor:
+    """The columns that are asked for by name, and whether a source was met that has columns."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names, self.is_read = list(names), False
+
+    def names(self) -> list[str]:
+        """For a source that has columns."""
+        self.is_read = True
+        return self._names
+
+    def name(self) -> str | None:
+        return next(iter(self.names()), None)
+
+    def refuse_unused(self, sources: Sequence[Any]) -> None:
+        if self._names and not self.is_read:
+            named = some([str(source) for source in sources if isinstance(source, str | Path)], 3) or "what is given"
+            raise ValueError(f"the column {self._names[0]!r} is asked for, and {named} has no columns; a table has")
+
+
 class _Reader:
     """Reads sources as images; standard input once."""
 
-    def __init__(self, image_column: str | None, stdin: BinaryIO | None) -> None:
-        self.image_column, self.stdin = image_column, StandardInput(stdin)
+    def __init__(self, columns: _ColumnsAskedFor, stdin: BinaryIO | None) -> None:
+        self.columns, self.stdin = columns, StandardInput(stdin)
 
     def parts_of(self, source: Any, number: int) -> Iterator[EvaluationSet]:
         if isinstance(source, str | Path):
@@ -125,7 +147,7 @@ class _Reader:
                 is_tars = bool(benchmark_splits(location, None))
             except ValueError:  # not on the hub; the library below reports why, or has a token for it
                 is_tars = False
-            yield from [bare_tars(location)] if is_tars else bare_datasets(source, self.image_column)
+            yield from [bare_tars(location)] if is_tars else bare_datasets(source, self.columns.name())
             return
         check_scheme(source)
         yield bare_tars(hub_location(source)) if _is_remote_set(source) else EvaluationSet(source, (source,))
@@ -134,11 +156,11 @@ class _Reader:
         source = str(path)
         if path.is_dir():
             if is_datasets_folder(path):
-                yield from bare_datasets(source, self.image_column)
+                yield from bare_datasets(source, self.columns.name())
             elif is_shards(source) or any(path.glob(f"*/{NUM_SHARDS_FILE}")) or any(path.glob(f"*/{INDEX_FILE}")):
                 yield bare_tars(source)
             elif is_parquet(path) and not image_files(path):
-                yield bare_table(path, self.image_column)
+                yield bare_table(path, self.columns.name())
             else:
                 found = bare_folder(path)
                 left_out = [replace(each, source=f"{path}/{each.source}") for each in found.left_out]
@@ -150,7 +172,7 @@ class _Reader:
         elif path.suffix.lower() == ".tar":
             yield bare_tars(source)
         elif table_suffix(path) in (*TABLE_SUFFIXES, ".json"):
-            yield bare_table(path, self.image_column)
+            yield bare_table(path, self.columns.name())
         else:
             yield _of_files([path], path.name)
 
@@ -161,7 +183,7 @@ class _Reader:
             for path in matches:
                 yield bare_tars(str(path))
         elif suffixes == {".parquet"}:
-            yield bare_table(Path(source), self.image_column)
+            yield bare_table(Path(source), self.columns.name())
         else:  # as in a folder, tables beside pictures are not read
             seen: set[str] = set()  # a folder and what is in it may both match
             for path in matches:
@@ -363,9 +385,10 @@ def text_set(sources: Any, *, text_columns: Sequence[str] = (), stdin: BinaryIO 
     Raises:
         ValueError: a source that is not there or can't be read, or no text in any of them.
     """
-    standard_input = StandardInput(stdin)
+    standard_input, columns = StandardInput(stdin), _ColumnsAskedFor(text_columns)
     named = [sources] if isinstance(sources, str | Path) else list(sources)
-    parts = [part for source in named for part in _texts_of(str(source), text_columns, standard_input)]
+    parts = [part for source in named for part in _texts_of(str(source), columns, standard_input)]
+    columns.refuse_unused(named)
     found = Texts(
         tuple(text for part in parts for text in part.texts),
         tuple(key for part in parts for key in part.keys),
@@ -378,7 +401,7 @@ def text_set(sources: Any, *, text_columns: Sequence[str] = (), stdin: BinaryIO 
     return found
 
 
-def _texts_of(source: str, columns: Sequence[str], stdin: StandardInput) -> Iterator[Texts]:
+def _texts_of(source: str, columns: _ColumnsAskedFor, stdin: StandardInput) -> Iterator[Texts]:
     if source == STANDARD_INPUT:
         yield _texts_in(stdin.read(), "standard input", "line ")
     elif source.startswith(HUB_PREFIX):
@@ -433,19 +456,19 @@ def _texts_of_folder(folder: Path) -> Iterator[Texts]:
         yield _texts_of_file(path)
 
 
-def _texts_of_table(path: Path, columns: Sequence[str]) -> Texts:
+def _texts_of_table(path: Path, columns: _ColumnsAskedFor) -> Texts:
     names, rows = read_table(path)
-    chosen = _text_columns(names, columns, str(path))
+    chosen = _text_columns(names, columns.names(), str(path))
     return _texts_of_rows(rows, names, chosen, path.name, list(getattr(rows, "left_out", ())))
 
 
-def _texts_of_datasets(source: str, columns: Sequence[str]) -> Iterator[Texts]:
+def _texts_of_datasets(source: str, columns: _ColumnsAskedFor) -> Iterator[Texts]:
     loaded = load_datasets(source)
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
     for split, rows in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
         names = list(rows.column_names)
         flat = [c for c in names if type(rows.features[c]).__name__ in ("Value", "ClassLabel")]
-        chosen = _text_columns(names, columns, source)
+        chosen = _text_columns(names, columns.names(), source)
         rows = rows.select_columns(list(dict.fromkeys([*flat, *chosen])))
         yield _texts_of_rows(rows, flat, chosen, f"{name}, {split}" if split else name, [])
 

@@ -295,3 +295,14 @@ def test_mistakes_of_texts_are_named(source, says):
     table(Path("u.csv"), "id,number", "7,8")
     with pytest.raises(ValueError, match=says):
         text_set(source)
+
+
+def test_a_column_is_asked_for_of_what_has_none(tmp_path):
+    write_picture(tmp_path / "a.png")
+    (tmp_path / "t.txt").write_text("a cat")
+    with pytest.raises(ValueError, match=rf"the column 'img' is asked for, and {tmp_path} has no columns; a table has"):
+        image_set(tmp_path, image_column="img")
+    with pytest.raises(ValueError, match=r"the column 'title' is asked for, and .*t\.txt has no columns"):
+        text_set(tmp_path / "t.txt", text_columns=["title"])
+    (tmp_path / "t.csv").write_text("img\na.png\n")
+    assert len(image_set([tmp_path / "a.png", tmp_path / "t.csv"], image_column="img")) == 2
