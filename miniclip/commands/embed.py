@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from ..common.files import expand_home
+from ..common.storage import is_url
 from ..common.wording import printable
 from .output import MODELS, add_model, note_left_out
 from .terminal import add_encoding, lasting_imports, new_parser, part_of_array, progress_bar
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         done = embed_source(
             data,
             encoder,
-            expand_home(options.out),
+            options.out if is_url(options.out) else expand_home(options.out),
             source=options.source,
             layout=options.layout,
             dtype=options.dtype,
@@ -122,6 +123,9 @@ def _refuse_bad_options(options: argparse.Namespace, num_processes: int) -> None
     for name in ("batch_size", "rows_per_file"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    part, parts = options.part
+    if not 1 <= part <= parts:
+        raise ValueError(f"--part is {part}/{parts}; it goes from 1/{parts} to {parts}/{parts}")
     if options.workers < 0:
         raise ValueError(f"--workers is {options.workers}; it must be at least 0")
     if options.column[1:] and not options.texts:

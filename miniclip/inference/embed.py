@@ -164,13 +164,15 @@ def embed_source(
         ValueError: an argument out of its range, `out` belongs to something else, or no row can be read.
     """
     _require_pyarrow()
+    if is_url(str(out)):
+        raise ValueError(f"{out} is a URL; name a folder on a disk, and copy it when it is complete")
     out = Path(out)
     number, count = part
     if not 1 <= number <= count:
         raise ValueError(f"part is {number}/{count}; it goes from 1/{count} to {count}/{count}")
     if rows_per_file < 1:
         raise ValueError(f"rows_per_file is {rows_per_file}; it must be at least 1")
-    _refuse_inside(out, source)
+    _refuse_place(out, source)
     rows = SourceRows(data)
     dtype = dtype or ("float16" if layout == "clip-retrieval" else "float32")
     work = Work(out, plan_of(rows, encoder, source, dtype, layout, rows_per_file), part, overwrite)
@@ -244,7 +246,9 @@ def _require_pyarrow() -> None:
         raise ValueError("files of embeddings need pyarrow: pip install 'miniclip[eval]'") from error
 
 
-def _refuse_inside(out: Path, source: str) -> None:
+def _refuse_place(out: Path, source: str) -> None:
     folder = Path(source)
+    if out.name in ("", ".."):
+        raise ValueError(f"{out} is no new folder; give it a name")
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies in {source}, which it is written from; name a folder elsewhere")
