@@ -151,7 +151,9 @@ def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:
 
 def _refuse_unsortable(data: EvaluationSet, folder: Path, is_agreed: bool) -> None:
     """Refuses, before the work, what can't be sorted, asked about or written."""
-    others = [data.key(index) for index, image in enumerate(data.images) if not isinstance(image, Path)]
+    if not isinstance(data.images, tuple):  # they lie in shards or tables
+        raise ValueError(f"only files can be sorted into folders, and the images of {data.name} are none")
+    others = [data.key(index) for index, image in enumerate(data.images) if isinstance(image, str | bytes)]
     if others:
         raise ValueError(f"only files can be sorted into folders, and {len(others)} images are none: {some(others, 2)}")
     if not (is_agreed or _can_ask()):
@@ -187,12 +189,14 @@ def _sort_guesses(guesses: Guesses, folder: str, options: argparse.Namespace) ->
     if not (options.yes or _agrees(f"{'Move' if is_move else 'Copy'} {what}?")):
         note("nothing was sorted")
         return
-    with progress_bar(folder, len(plan.steps)) as progress:
-        done = sort_files(plan, progress)
+    try:
+        with progress_bar(folder, len(plan.steps)) as progress:
+            done = sort_files(plan, progress)
+    finally:  # Ctrl-C, too
+        note(f"to take it back: miniclip classify --undo {shlex.quote(folder)}")
     for problem in done.problems:
         note(f"not sorted: {problem}")
     note(f"{'moved' if is_move else 'copied'} {done.num_files:,} files into {folder} ({counts})")
-    note(f"to take it back: miniclip classify --undo {shlex.quote(folder)}")
     if done.problems:
         raise ValueError(
             f"{len(done.problems):,} of {len(plan.steps):,} files could not be sorted; they are named above"

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,10 @@ def _legal_name(name: str) -> str:
     return f"_{legal}_" if is_skipped_folder(legal) else legal
 
 
-def _numbered_names(stem: str, suffix: str) -> Iterator[str]:
+def _numbered_names(stem: str, suffix: str, first: int = 1) -> Iterator[str]:
     """a.jpg, a (2).jpg, a (3).jpg, …"""
-    yield stem + suffix
-    number = 2
-    while True:
-        yield f"{stem} ({number}){suffix}"
-        number += 1
+    for number in count(first):
+        yield f"{stem}{f' ({number})' if number > 1 else ''}{suffix}"
 
 
 def _name_key(name: str) -> str:
@@ -126,31 +124,58 @@ def plan_sorting(
     """
     folder = Path(folder).absolute()
     into = {name: folder / each for name, each in folder_names(classnames).items()}
-    there: dict[str, dict[str, Path]] = {}  # of each class: the files of its folder, by the key of their names
+    there: dict[str, _Names] = {}  # in the folder of each class
     steps, left, num_there = [], [], 0
     for source, label in zip(files, labels, strict=True):
         if label not in there:
-            there[label] = {_name_key(path.name): path for path in _entries(into[label])}
+            there[label] = _Names(into[label])
         if is_move and source.is_symlink():
             left.append(f"{source} is a link, which is not moved")
         elif source.parent.resolve() == into[label].resolve():
             left.append(f"{source} is in its folder already")
-        elif name := _free_name(source, there[label], is_move):
-            steps.append(Step(source.absolute(), into[label] / name))
-            there[label][_name_key(name)] = source
-        else:
+        elif not is_move and there[label].has_content_of(source):
             num_there += 1
+        else:
+            steps.append(Step(source.absolute(), into[label] / there[label].take(source)))
     return Plan(folder, is_move, steps, num_there, left)
 
 
-def _free_name(source: Path, there: dict[str, Path], is_move: bool) -> str | None:
-    """A name that no file has; None for a copy whose content one of those of this name has."""
-    for name in _numbered_names(source.stem, source.suffix):
-        if (other := there.get(_name_key(name))) is None:
-            return name
-        if not is_move and _have_equal_bytes(source, other):
-            return None
-    raise AssertionError("names do not end")
+class _Names:
+    """The names in a folder, those that are there and those that are planned, each with the file of its content."""
+
+    def __init__(self, folder: Path) -> None:
+        self.taken: set[str] = set()
+        self.files: dict[tuple[str, int], list[Path]] = {}  # by name without number, and by size
+        self.numbers: dict[str, int] = {}  # the last that was given, by name
+        for path in _entries(folder):
+            self._add(path.name, path)
+
+    def _add(self, name: str, content: Path) -> None:
+        self.taken.add(_name_key(name))
+        with suppress(OSError):
+            self.files.setdefault((_unnumbered(name), content.stat().st_size), []).append(content)
+
+    def has_content_of(self, source: Path) -> bool:
+        """Whether a file of this name, perhaps with a number, has the same bytes."""
+        with suppress(OSError):
+            alike = self.files.get((_unnumbered(source.name), source.stat().st_size), ())
+            return any(_have_equal_bytes(source, each) for each in alike)
+        return False
+
+    def take(self, source: Path) -> str:
+        """A name that no file has."""
+        key = _name_key(source.name)
+        for number, name in enumerate(_numbered_names(source.stem, source.suffix, self.numbers.get(key, 0) + 1)):
+            if _name_key(name) not in self.taken:
+                self.numbers[key] = self.numbers.get(key, 0) + 1 + number
+                self._add(name, source)
+                return name
+        raise AssertionError("numbers do not end")
+
+
+def _unnumbered(name: str) -> str:
+    path = Path(name)
+    return _name_key(re.sub(r"( \(\d+\))+$", "", path.stem) + path.suffix)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -390,6 +415,8 @@ def _read_list(path: Path, folder: Path) -> tuple[dict[str, Any], list[Step]]:
         facts, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if facts["version"] != 1:
             raise ValueError(f"version {facts['version']!r}, and this miniclip reads 1")
+        if leads_out := [row["to"] for row in rows if Path(row["to"]).is_absolute() or ".." in Path(row["to"]).parts]:
+            raise ValueError(f"{leads_out[0]!r} is not in the folder")
         return facts, [Step(folder / row["from"], folder / row["to"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of sorted files, or a damaged one: {error!r}") from error

@@ -157,7 +157,7 @@ class _Reader:
         if path.is_dir():
             if is_datasets_folder(path):
                 yield from bare_datasets(source, self.columns.name())
-            elif is_shards(source) or any(path.glob(f"*/{NUM_SHARDS_FILE}")) or any(path.glob(f"*/{INDEX_FILE}")):
+            elif _is_shards_folder(path):
                 yield bare_tars(source)
             elif is_parquet(path) and not image_files(path):
                 yield bare_table(path, self.columns.name())
@@ -222,6 +222,14 @@ def _as_list(sources: Any) -> list[Any]:
     return list(sources)
 
 
+def _is_shards_folder(folder: Path) -> bool:
+    """Whether a folder holds shards: an index of them, CLIP_benchmark's splits, or tars and no picture anywhere."""
+    is_indexed = (folder / INDEX_FILE).is_file() or any(folder.glob(f"*/{INDEX_FILE}"))
+    return (
+        is_indexed or any(folder.glob(f"*/{NUM_SHARDS_FILE}")) or (is_shards(str(folder)) and not image_files(folder))
+    )
+
+
 def _is_remote_set(url: str) -> bool:
     """Whether a URL stands for shards. One whose path ends without a suffix and asks for nothing may be a folder."""
     if hub_location(url) != url.rstrip("/") or urlsplit(url).path.endswith(".tar") or "{" in url:
@@ -232,12 +240,12 @@ def _is_remote_set(url: str) -> bool:
     return any(exists(join(url, file)) for file in (INDEX_FILE, NUM_SHARDS_FILE)) or bool(benchmark_splits(url, None))
 
 
-def _of_files(paths: Sequence[Path], name: str) -> EvaluationSet:
-    """Files that were named one by one: those of another kind than pictures are left out."""
-    reasons = [_reason_against(path) for path in paths]
-    images = tuple(path for path, reason in zip(paths, reasons, strict=True) if not reason)
-    left_out = [LeftOut(str(path), reason) for path, reason in zip(paths, reasons, strict=True) if reason]
-    return EvaluationSet(name, images, left_out=left_out)
+def _of_files(locations: Sequence[Path | str], name: str) -> EvaluationSet:
+    """Files and URLs that were named one by one: files of another kind than pictures are left out."""
+    reasons = ["" if isinstance(each, str) else _reason_against(each) for each in locations]
+    named = list(zip(locations, reasons, strict=True))
+    left_out = [LeftOut(str(each), reason) for each, reason in named if reason]
+    return EvaluationSet(name, tuple(each for each, reason in named if not reason), left_out=left_out)
 
 
 def _of_stream(data: bytes, name: str) -> EvaluationSet:
@@ -249,11 +257,9 @@ def _of_stream(data: bytes, name: str) -> EvaluationSet:
         raise ValueError(f"{name} is empty: it holds neither names of pictures nor a picture")
     if any("\0" in each for each in names):
         raise ValueError(f"{name} holds neither names of pictures nor a picture that can be read ({len(data)} bytes)")
-    locations = [each if is_url(each) else Path(each) for each in names]
     for each in names:
         check_scheme(each)
-    found = [_of_files([each], name) if isinstance(each, Path) else EvaluationSet(name, (each,)) for each in locations]
-    return replace(_as_one(found), name=name)
+    return _of_files([each if is_url(each) else Path(each) for each in names], name)
 
 
 def _reason_against(path: Path) -> str:
@@ -418,7 +424,7 @@ def _texts_of(source: str, columns: _ColumnsAskedFor, stdin: StandardInput) -> I
     elif path.is_dir():
         if is_datasets_folder(path):
             yield from _texts_of_datasets(source, columns)
-        elif is_shards(source) or any(path.glob(f"*/{NUM_SHARDS_FILE}")) or any(path.glob(f"*/{INDEX_FILE}")):
+        elif _is_shards_folder(path):
             yield _texts_of_shards(source)
         elif is_parquet(path) and not image_files(path):
             yield _texts_of_table(path, columns)

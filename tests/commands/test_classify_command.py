@@ -160,6 +160,15 @@ def test_it_asks_on_a_terminal_and_takes_anything_but_yes_for_no():
     assert len(list(Path("out").rglob("*.png"))) == 7
 
 
+def test_files_that_a_table_names_are_sorted_and_rows_without_one_are_named(capsys):
+    Path("t.csv").write_text("filepath,id\nphotos/1.png,1\n,2\nphotos/nope.png,3\n")
+    _, notes = classify(capsys, "t.csv", *LABELS, "--copy-to", "out", "--yes")
+    assert [path.name for path in Path("out").rglob("*.png")] == ["1.png"]
+    assert "left out: t.csv: row 2 has no image" in notes
+    assert "left out: photos/nope.png can't be read: No such file" in notes
+    assert "2 of 3 images can't be read" in notes
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 

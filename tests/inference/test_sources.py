@@ -188,6 +188,16 @@ def test_images_that_lie_in_parquet_shards_and_datasets_need_neither_labels_nor_
     assert mixed.fingerprint() != image_set(["photos/1.png", "shards", "d"]).fingerprint()
 
 
+def test_a_folder_of_pictures_with_a_tar_in_it_is_a_folder_of_pictures():
+    Path("photos/0.png").rename("photos/deep/0.png")
+    for number in (1, 2):
+        Path(f"photos/{number}.png").unlink()
+    Path("photos/backup.tar").write_bytes(b"")
+    found = image_set("photos")
+    assert [found.key(index) for index in range(len(found))] == ["photos/deep/0.png", "photos/deep/er.jpg"]
+    assert [each.source for each in found.left_out] == ["photos/backup.tar"]
+
+
 def test_urls_are_pictures_or_shards():
     write_pairs(Path("pairs"), 2)
     pack_folder(Path("pairs"), Path("shards"))
