@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import secrets
+import select
 import shutil
 import sys
 import tempfile
@@ -194,12 +195,16 @@ def cache_folder(name: str) -> Path:
 def user_errors(*others: type[Exception]) -> Iterator[None]:
     """Turns what users can cause (a ValueError, an OSError, and `others`) into its message and exit status 2.
 
-    With MINICLIP_TRACEBACK=1 in the environment the traceback is shown.
+    Where the reader of standard output has gone, as `head` goes, the command ends quietly with status 0. With
+    MINICLIP_TRACEBACK=1 in the environment the traceback is shown.
     """
     shown: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
     except shown as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+            raise SystemExit(0) from None
         if os.environ.get("MINICLIP_TRACEBACK"):
             raise
         print(f"error: {printable(str(error))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
@@ -207,6 +212,16 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print("Stopped.", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads; False where the system can't say."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 ASSETS = Path(__file__).parent.parent / "assets"

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..common.device import find_device
 from ..common.files import expand_home
+from ..model import CLIP
 from ..weights.download import HUB_PREFIX
-from ..weights.load import load
+from ..weights.load import load, preprocess_for
 from .encoder import Encoder, Preprocessor, as_number, from_clip, from_object
 from .fingerprints import PASSING_STATE, is_plain_value
 
@@ -55,6 +56,27 @@ def open_model(name: str, device: str | torch.device | None = None) -> Encoder:
             raise ValueError(f"model {name!r} begins with {prefix!r}; did you mean {near[0]!r}?")
     model, preprocess = load(name, device)
     return from_clip(model, preprocess, name)
+
+
+def as_encoder(model: Any, device: str | torch.device | None = None) -> Encoder:
+    """What Python code may give as a model: a name or path for `open_model`, an `Encoder`, a `CLIP`, what
+    `miniclip.load` returns, or an object with the five things.
+
+    Args:
+        device: of a model that is named.
+
+    Raises:
+        ValueError: as `open_model` and `from_object`.
+    """
+    if isinstance(model, Encoder):
+        return model
+    if isinstance(model, str | Path):
+        return open_model(str(model), device)
+    if isinstance(model, CLIP):
+        return from_clip(model, preprocess_for(model.config), "the given model")
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], CLIP):
+        return from_clip(*model, "the given model")
+    return from_object(model, "the given model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,16 +22,14 @@ import numpy as np
 from ..common.storage import is_url
 from ..evaluation.datasets.names import settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
-from ..evaluation.encoder import Encoder, from_clip, from_object
+from ..evaluation.encoder import Encoder
 from ..evaluation.features import encode_images
 from ..evaluation.measures.ties import first_of_best
-from ..evaluation.other_libraries import open_model
+from ..evaluation.other_libraries import as_encoder, open_model
 from ..evaluation.probes import Examples, adapter_scores, fit_probe, linear_probe, tip_adapter
 from ..evaluation.prompts import Prompts
 from ..evaluation.splits import Labelled, Splits, draw_validation, unit_rows
 from ..evaluation.zero_shot import zero_shot_classifier
-from ..model import CLIP
-from ..weights.load import preprocess_for
 from .sources import in_memory
 from .thresholds import find_threshold
 
@@ -55,7 +53,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     same images, as `cross_val_score` does, saves time by features.
 
     Args:
-        model: a name or path as `miniclip eval` takes it, a `CLIP`, an `Encoder`, or any object with the five things.
+        model: a name or path as `miniclip eval` takes it, a `CLIP`, what `miniclip.load` returns, an `Encoder`, or an
+            object with the five things.
             None, for "probe" alone, takes X as features of a model unknown.
         method: "zero_shot" learns nothing. "tip_adapter" adds the training images' votes to the prompts (Zhang et al.
             2021). "probe" is a logistic regression, on features before the projection where X are images and the model
@@ -200,7 +199,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         self.classnames_ = tuple(self._name_of(label) for label in self.classes_.tolist())
         templates = self._templates()
         if self.none_label is not None:
-            threshold = find_threshold(str(self.model), self.threshold)
+            name = str(self.model) if isinstance(self.model, str | Path) else ""
+            threshold = find_threshold(name, self.threshold)
             if threshold is None:
                 raise ValueError(
                     f"none_label needs a threshold, and {_called(self.model)} has none; run `miniclip calibrate`, or "
@@ -302,11 +302,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         model = self.model
         if isinstance(model, str | Path):
             return _opened(str(model), self.device, _changed_at(str(model)))
-        if isinstance(model, Encoder):
-            return model
-        if isinstance(model, CLIP):
-            return from_clip(model, preprocess_for(model.config), "the CLIP given")
-        return from_object(model, f"the {type(model).__name__} given")
+        return as_encoder(model)
 
     # -----------------------------------------------------------------------------------------------------------------
     # scikit-learn's ways

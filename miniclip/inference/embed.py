@@ -22,11 +22,10 @@ from ..common.storage import is_url
 from ..common.version import __version__
 from ..data.reading.scan import IMAGE_SUFFIXES
 from ..evaluation.datasets.sets import EvaluationSet
-from ..evaluation.encoder import Encoder, from_clip, from_object
+from ..evaluation.encoder import Encoder
 from ..evaluation.features import EncodedBatch, encode_in_batches, encode_texts
 from ..evaluation.fingerprints import PROBE_TEXTS, probe_outputs, probe_pictures
-from ..evaluation.other_libraries import open_model
-from ..model import CLIP
+from ..evaluation.other_libraries import as_encoder
 from .names import existing
 from .parts import KINDS, Embedded, Plan, Work
 from .source_rows import SourceRows
@@ -68,7 +67,7 @@ def embed(
         raise ValueError("images and texts are mixed; embed the ones, then the others")
     if not items:
         raise ValueError("there is nothing to embed: the list is empty")
-    encoder = _as_encoder(model, device)
+    encoder = as_encoder(model, device)
     if kinds == {"text"}:
         if others := [item for item in items if not isinstance(item, str)]:
             raise ValueError(f"among the texts is a value of type {type(others[0]).__name__}; each must be a str")
@@ -115,16 +114,6 @@ def _one_image(location: str | Path) -> str | Path:
         if not Path(location).is_file():
             raise ValueError(f"there is no file {location}")
     return location
-
-
-def _as_encoder(model: Any, device: str | torch.device | None) -> Encoder:
-    if isinstance(model, Encoder):
-        return model
-    if isinstance(model, str | Path):
-        return open_model(str(model), device)
-    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], CLIP):
-        return from_clip(*model, "the given model")
-    return from_object(model, "the given model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

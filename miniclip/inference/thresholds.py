@@ -287,8 +287,8 @@ def model_folder(model: str) -> Path | None:
     (None, None)
     """
     prefix = next((each for each in _FOLDER_PREFIXES if model.startswith(each)), "")
-    path = Path(model.removeprefix(prefix))
-    return path if path.is_dir() else None
+    name = model.removeprefix(prefix)
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,15 @@ def test_a_place_that_cannot_be_written_to_is_named(model, sets, tmp_path, capsy
     if os.name == "posix" and os.geteuid():  # the administrator may write anywhere
         model.chmod(0o500)
         assert f"{model} can't be written to" in fails(capsys, ["calibrate", str(model), *args])
+
+
+def test_a_reader_that_has_gone_costs_no_threshold_and_no_message(model, sets):
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = [model, "--data", sets / "animals", "--outside", sets / "streets", "--false-acceptance", "0.2"]
+    command = [sys.executable, "-u", "-m", "miniclip", "calibrate", *map(str, args), "--workers", "0", "--no-cache"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr.replace("torn.png is not an image", "")
+    assert read_threshold(model / FILE).false_acceptance == 0.2

@@ -109,7 +109,7 @@ def test_a_threshold_is_found_in_the_models_folder(tmp_path):
     write_threshold(tmp_path / "model" / FILE, threshold())
     for name in (f"{tmp_path}/model", f"transformers:{tmp_path}/model", f"openclip:local-dir:{tmp_path}/model"):
         assert find_threshold(name).cosine == 0.25
-    for name in ("ViT-B/32", "openclip:ViT-B-32/openai", f"{tmp_path}/model/model.safetensors"):
+    for name in ("ViT-B/32", "openclip:ViT-B-32/openai", f"{tmp_path}/model/model.safetensors", "", "transformers:"):
         assert model_folder(name) is None
         assert find_threshold(name) is None
 
