@@ -25,6 +25,7 @@ VERBS = {
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),
     "report": ("report", "the curves and numbers of a training run, or of several, as a page"),
     "convert": ("convert", "a checkpoint -> another library's layout, verified"),
+    "export": ("export", "a model -> ONNX, torch.export or OpenVINO, proven on your pictures"),
     "push": ("push", "a model and its card -> the hub"),
     "info": ("info", "what a checkpoint is: format, architecture, sizes, cost"),
 }

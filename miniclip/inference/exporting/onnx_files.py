@@ -44,7 +44,6 @@ def write_onnx(tower: Tower, path: Path) -> None:
         ValueError: PyTorch can't export it.
     """
     require(*_PACKAGES, extra="onnx", what="an export to ONNX")
-    path.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(each.numel() * each.element_size() for each in tower.module.state_dict().values())
     with torch.no_grad(), _quiet():
         torch.onnx.export(
@@ -81,7 +80,7 @@ def _quiet() -> Iterator[None]:
 
 
 def shrink_onnx(source: Path, out: Path, precision: str) -> None:
-    """The same model with weights in "float16", "bfloat16" or "int8"."""
+    """The same model with weights in "float16", "bfloat16" or "int8"; in "float32" they stay as they are."""
     import onnx
 
     if precision == "int8":
@@ -91,7 +90,7 @@ def shrink_onnx(source: Path, out: Path, precision: str) -> None:
     graph, nodes = model.graph, []
     kernels = {node.input[1] for node in graph.node if node.op_type == "Conv"}
     for tensor in list(graph.initializer):
-        is_large = tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= _FEW
+        is_large = precision != "float32" and tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= _FEW
         if is_large and (precision != "int8" or tensor.name in kernels):
             smaller, more = _widened(tensor, precision)
             graph.initializer.remove(tensor)

@@ -12,5 +12,4 @@ def write_openvino(onnx_file: Path, path: Path, precision: str) -> None:
     require("openvino", extra="openvino", what="an export to OpenVINO")
     import openvino
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(openvino.convert_model(onnx_file), path, compress_to_fp16=precision == "float16")

@@ -200,9 +200,12 @@ def main() -> None:
     templates = options.templates or (own if own and not (names and isinstance(own, dict)) else ["a photo of a {}."])
     if clip.facts["threshold"] is not None and names and set(names) != set(clip.facts["classnames"]):
         print('note: the threshold for "none of these" was calibrated with other classes', file=sys.stderr)
-    for path in options.pictures:
-        ((name, probability, cosine),) = clip.classify([Image.open(path)], names, templates)
-        print(f"{path}\t{name or 'none of these'}\t{probability:.3f}\t{cosine:.4f}")
+    try:
+        for path in options.pictures:
+            ((name, probability, cosine),) = clip.classify([Image.open(path)], names, templates)
+            print(f"{path}\t{name or 'none of these'}\t{probability:.3f}\t{cosine:.4f}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 import torch
 
-from .towers import Tower
+from .towers import ImageTower, Tower
 
 
-def write_program(tower: Tower, path: Path) -> None:
-    """In the precision of the model's weights; what goes in and comes out is float32.
+def write_program(tower: Tower, path: Path, precision: str) -> None:
+    """Computes in "float32", "float16" or "bfloat16"; what goes in and comes out is float32.
 
     Raises:
         ValueError: PyTorch can't export it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    module = copy.deepcopy(tower.module).to(getattr(torch, precision))
+    if isinstance(module, ImageTower):
+        module.dtype = getattr(torch, precision)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(tower.module, (tower.example,), dynamic_shapes=(tower.dynamic,))
+        program = torch.export.export(module, (tower.example,), dynamic_shapes=(tower.dynamic,))
         torch.export.save(program, path)

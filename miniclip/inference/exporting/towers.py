@@ -19,21 +19,21 @@ _LONGEST_EXAMPLE = 7  # tokens
 class ImageTower(nn.Module):
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
-        self.clip = clip
+        self.visual, self.dtype = clip.visual, clip.dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, R, R) float32 -> (B, E) float32."""
-        return self.clip.encode_image(pixel_values).float()
+        return self.visual(pixel_values.to(self.dtype)).float()
 
 
 class TextTower(nn.Module):
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
-        self.clip = clip
+        self.text = clip.text
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) int64 -> (B, E) float32."""
-        return self.clip.encode_text(input_ids).float()
+        return self.text(input_ids).float()
 
 
 @dataclass(frozen=True)

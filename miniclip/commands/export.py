@@ -1,0 +1,62 @@
+"""`miniclip export MODEL OUT --to TARGET`: a model as files that run without miniclip, proven."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from ..common.wording import printable
+from .terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "export",
+        "Writes a folder that runs without miniclip: an image and a text tower that take any number of images and\n"
+        "texts of any length, the preprocessing, the tokenizer, the model's threshold and class names where it has\n"
+        "some, and run.py, which needs numpy, pillow, tokenizers and the target's own library alone.\n\n"
+        "  onnx       for onnxruntime; also read by transformers.js\n"
+        "  torch      a program of torch.export's (.pt2), for PyTorch without miniclip\n"
+        "  openvino   OpenVINO's representation (.xml, .bin)\n\n"
+        "The folder gets its name only after it gave the model's features: on random images and texts, and with\n"
+        "--prove on your pictures, from the file to the guess. An export that differs is kept as OUT.differs, and the\n"
+        "command ends with status 2.\n\n" + CHECKPOINTS,
+        notes="OUT/run.py PICTURE --labels 'cat,dog' classifies; proof.json has the proof's numbers. float16 and\n"
+        "bfloat16 are how weights are stored (torch: also how they are multiplied); int8 multiplies 8-bit numbers.",
+        examples="""
+miniclip export runs/digits/best digits-onnx --to onnx
+miniclip export runs/digits/best digits-int8 --to onnx --precision int8 --prove runs/digits/data/digits.csv
+miniclip export ViT-B/32 clip-torch --to torch
+miniclip export ViT-B/32 clip-openvino --to openvino --prove my_photos""",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--to", required=True, metavar="TARGET", help="onnx, torch or openvino")
+    parser.add_argument("--precision", default="float32", help="float32, float16, bfloat16 or int8")
+    parser.add_argument("--prove", metavar="DATA", help="images to run both on, as `miniclip eval` takes them")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an export")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the proof: images at once")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="of the proof: processes that decode"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    with lasting_imports():
+        from ..inference.exporting.export import export, summary
+
+    found = export(
+        options.model,
+        options.out,
+        options.to,
+        precision=options.precision,
+        prove=options.prove,
+        overwrite=options.overwrite,
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        progress=progress_bar,
+    )
+    print(printable("\n".join(summary(found))))

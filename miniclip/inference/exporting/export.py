@@ -1,0 +1,279 @@
+"""`miniclip export`: a model -> a folder that runs without miniclip, and gives the same answers, or no folder at all."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...common.files import remove, swap_in, write_text
+from ...common.wording import some
+from ...evaluation.datasets.open import open_dataset, open_images
+from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
+from ...evaluation.encoder import from_clip
+from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX
+from ...images import Preprocess
+from ...model import CLIP
+from ...weights.load import load
+from ..thresholds import FILE as THRESHOLD_FILE
+from ..thresholds import find_threshold
+from . import runner as runner_file
+from .facts import FACTS_FILE, Classes, export_facts, write_facts
+from .onnx_files import shrink_onnx, write_onnx
+from .openvino_files import write_openvino
+from .proof import Progress, Proof, prove_on_noise, prove_on_pictures, time_towers
+from .runner import Clip
+from .torch_program import write_program
+from .towers import Tower, towers
+
+# target: its precisions
+TARGETS = {
+    "onnx": ("float32", "float16", "bfloat16", "int8"),
+    "torch": ("float32", "float16", "bfloat16"),
+    "openvino": ("float32", "float16"),
+}
+_SUFFIXES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_quantized"}  # transformers.js's
+_DIFFERS = ".differs"  # follows the folder's name where an export is kept for a look, and not called done
+
+
+class ExportDiffersError(ValueError):
+    """The export was written and gives other answers than the model."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    target: str
+    facts: dict[str, Any]
+    proof: Proof
+    data: EvaluationSet | None = None
+
+
+def export(
+    name: str,
+    out: str | Path,
+    target: str,
+    *,
+    precision: str = "float32",
+    prove: str | None = None,
+    overwrite: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Progress = lambda what, total: nullcontext(lambda done: None),
+) -> Exported:
+    """Writes a folder and proves it, and only then gives it its name.
+
+    Args:
+        name: a model, as `load` takes it.
+        target, precision: of `TARGETS`.
+        prove: images, as `open_dataset` or `open_images` takes them, on which both are run.
+        overwrite: replace `out` if it is an export.
+
+    Raises:
+        ExportDiffersError: it gives other answers than the model; it is kept beside `out`, for a look.
+        ValueError: no such model, target or precision, a package that is missing, `out` exists, or nothing can be read
+            of `prove`.
+    """
+    out = Path(out)
+    _refuse(name, target, precision)
+    refuse_existing(out, overwrite)
+    data = None if prove is None else _open(prove)
+    model, preprocess = load(name, "cpu")
+    assert isinstance(preprocess, Preprocess)
+    model.requires_grad_(False)
+    if data is not None and model.config.towers == "text":
+        raise ValueError(f"{name} has no image tower, so there is nothing to prove on pictures")
+    threshold = find_threshold(name)
+    classes = Classes()
+    if threshold is not None:
+        threshold.check_model(from_clip(model, preprocess, name))
+        classes = Classes(threshold.classnames, threshold.templates or (), threshold.cosine)
+    elif isinstance(data, LabelledImages):
+        classes = Classes(data.classnames, data.templates)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        files = {each.name: _file_of(each, target, precision) for each in towers(model)}
+        facts = export_facts(model, preprocess, name, files, precision, classes)
+        write_facts(temporary, facts, model.config)
+        write_text(temporary / "run.py", Path(runner_file.__file__).read_text(encoding="utf-8"))
+        if threshold is not None:
+            write_text(temporary / THRESHOLD_FILE, Path(threshold.source).read_text(encoding="utf-8"))
+        with _scratch(temporary) as scratch:
+            _write_towers(model, temporary, scratch, facts, target, progress)
+            plain = Clip(scratch) if (scratch / FACTS_FILE).is_file() else None
+            proof = _prove(model, preprocess, name, Clip(temporary), plain, data, batch_size, num_workers, progress)
+        write_text(temporary / "proof.json", json.dumps(proof.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        if problems := proof.problems():
+            aside = out.with_name(out.name + _DIFFERS)
+            swap_in(temporary, aside)
+            raise ExportDiffersError(
+                f"the export gives other answers than {name}, so it is not put into {out}; it is kept in {aside}: "
+                + "; ".join(problems)
+            )
+        swap_in(temporary, out)
+    finally:
+        remove(temporary)
+    return Exported(out, target, facts, proof, data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can't be done
+
+
+def _refuse(name: str, target: str, precision: str) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"there is no target {target!r}; valid are {', '.join(TARGETS)}")
+    if precision not in TARGETS[target]:
+        raise ValueError(f"{target} is not offered in {precision}; valid are {', '.join(TARGETS[target])}")
+    for prefix in (OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX):
+        if name.startswith(prefix):
+            raise ValueError(
+                f"{name} is another library's model, and exports are of miniclip's; where it is a CLIP, `miniclip "
+                f"convert CHECKPOINT FOLDER --to native` of its file or folder makes it one"
+            )
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        ValueError: `out` exists, and is to stay or is no export.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another folder")
+    if not (out / FACTS_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is no export of miniclip's, so it is not overwritten")
+
+
+def _open(source: str) -> EvaluationSet:
+    """With labels if there are some."""
+    try:
+        return open_dataset(source)
+    except ValueError as error:
+        try:
+            return open_images(source)
+        except ValueError:
+            raise error from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextmanager
+def _scratch(folder: Path) -> Any:
+    """A folder beside it for what is made on the way."""
+    scratch = folder.with_name(f"{folder.name}.scratch")
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+    finally:
+        remove(scratch)
+
+
+def _file_of(tower: Tower, target: str, precision: str) -> str:
+    if target == "onnx":
+        return f"onnx/{tower.file}{_SUFFIXES[precision]}.onnx"
+    return f"{tower.file}.{'pt2' if target == 'torch' else 'xml'}"
+
+
+def _write_towers(
+    model: CLIP, folder: Path, scratch: Path, facts: dict[str, Any], target: str, progress: Progress
+) -> None:
+    """The towers' files; those in float32, to compare speeds with, go to `scratch` if it is another precision."""
+    precision, names = facts["precision"], list(facts["files"])
+    with progress(f"writing {target} files", len(names)) as advance:
+        for done, (tower, name) in enumerate(zip(towers(model), names, strict=True), start=1):
+            path, plain, graph = folder / facts["files"][name], scratch / facts["files"][name], scratch / "graph.onnx"
+            if target != "torch":
+                write_onnx(tower, graph)
+            for out, kind in ((path, precision), *(((plain, "float32"),) if precision != "float32" else ())):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                if target == "torch":
+                    write_program(tower, out, kind)
+                elif target == "openvino":
+                    write_openvino(graph, out, kind)
+                else:
+                    shrink_onnx(graph, out, kind)
+            advance(done)
+    if precision != "float32":
+        write_text(scratch / FACTS_FILE, json.dumps(facts))
+
+
+def _prove(
+    model: CLIP,
+    preprocess: Preprocess,
+    name: str,
+    runner: Clip,
+    plain: Clip | None,
+    data: EvaluationSet | None,
+    batch_size: int,
+    num_workers: int,
+    progress: Progress,
+) -> Proof:
+    agreements = prove_on_noise(model, runner)
+    timings = time_towers(model, runner, plain)
+    paths = {tower: runner.folder / file for tower, file in runner.facts["files"].items()}
+    sizes = {
+        tower: sum(each.stat().st_size for each in path.parent.glob(f"{path.stem}.*")) for tower, path in paths.items()
+    }
+    proof = Proof(runner.facts["precision"], tuple(agreements), tuple(timings), sizes)
+    if data is None or proof.problems():
+        return proof
+    encoder = from_clip(model, preprocess, name)
+    more, guesses, unreadable = prove_on_pictures(
+        encoder, model, runner, data, batch_size=batch_size, num_workers=num_workers, progress=progress
+    )
+    return replace(proof, agreements=(*agreements, *more), guesses=guesses, unreadable=unreadable)
+
+
+def summary(found: Exported) -> list[str]:
+    """The export in lines for people."""
+    proof, megabytes = found.proof, 1e-6
+    sizes = ", ".join(f"{tower} {megabytes * size:.1f} MB" for tower, size in proof.bytes.items())
+    lines = [f"{found.folder}: {found.target}, {proof.precision}; {sizes}"]
+    for kind in ("image", "text"):
+        of_kind = [each for each in proof.agreements if each.what.startswith(f"random {kind}")]
+        if of_kind:
+            lines.append(_agreement_line(f"random {kind}s, {len(of_kind)} kinds of batch", of_kind))
+    lines += [_agreement_line(f"{each.what} ({each.count})", [each]) for each in proof.agreements
+              if not each.what.startswith("random")]  # fmt: skip
+    return lines + _guess_lines(proof) + _time_lines(proof)
+
+
+def _agreement_line(what: str, agreements: Sequence[Any]) -> str:
+    least, most = min(each.cosine_min for each in agreements), max(each.difference for each in agreements)
+    mean = sum(each.cosine_mean * each.count for each in agreements) / sum(each.count for each in agreements)
+    return f"  {what}: cosine {least:.6f} at least, {mean:.6f} in the mean; coordinates differ by at most {most:.1e}"
+
+
+def _guess_lines(proof: Proof) -> list[str]:
+    lines, guesses = [], proof.guesses
+    if guesses is not None:
+        lines.append(
+            f"  first guesses: {guesses.changed} of {guesses.num_images} changed; accuracy "
+            f"{100 * guesses.before:.2f} % before, {100 * guesses.after:.2f} % after "
+            f"({len(guesses.comparison.gained)} gained, {len(guesses.comparison.lost)} lost, McNemar's p = "
+            f"{guesses.comparison.p_value:.2g})"
+        )
+    elif proof.precision == "int8":
+        lines.append("  int8 is another computation; --prove DATA counts the guesses that it changes on your pictures")
+    if proof.unreadable:
+        lines.append(f"  {len(proof.unreadable)} pictures can't be read by either: {some(proof.unreadable, 2)}")
+    return lines
+
+
+def _time_lines(proof: Proof) -> list[str]:
+    parts = []
+    for each in proof.timings:
+        plain = "" if each.float32 is None else f", float32 {each.float32:.1f}"
+        parts.append(f"{each.what} {each.export:.1f} ms (miniclip {each.model:.1f}{plain})")
+    lines = [f"  time on this processor: {'; '.join(parts)}"]
+    if proof.is_slower():
+        lines.append(f"  note: here, {proof.precision} is slower than the same export in float32; it is only smaller")
+    return lines
