@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..common.wording import printable
+from ..common.wording import printable, some
 from .terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar
+
+if TYPE_CHECKING:
+    from ..inference.exporting.export import Exported
+    from ..inference.exporting.proof import Agreement, Proof
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     with lasting_imports():
-        from ..inference.exporting.export import export, summary
+        from ..inference.exporting.export import export
 
     found = export(
         options.model,
@@ -59,4 +65,51 @@ def run(options: argparse.Namespace) -> None:
         num_workers=options.workers,
         progress=progress_bar,
     )
-    print(printable("\n".join(summary(found))))
+    print(printable("\n".join(_summary(found))))
+
+
+def _summary(found: Exported) -> list[str]:
+    """The export in lines for people."""
+    proof, megabytes = found.proof, 1e-6
+    sizes = ", ".join(f"{tower} {megabytes * size:.1f} MB" for tower, size in proof.bytes.items())
+    lines = [f"{found.folder}: {found.target}, {proof.precision}; {sizes}"]
+    for kind in ("image", "text"):
+        of_kind = [each for each in proof.agreements if each.what.startswith(f"random {kind}")]
+        if of_kind:
+            lines.append(_agreement_line(f"random {kind}s, {len(of_kind)} kinds of batch", of_kind))
+    lines += [_agreement_line(f"{each.what} ({each.count})", [each]) for each in proof.agreements
+              if not each.what.startswith("random")]  # fmt: skip
+    return lines + _guess_lines(proof) + _time_lines(proof)
+
+
+def _agreement_line(what: str, agreements: Sequence[Agreement]) -> str:
+    least, most = min(each.cosine_min for each in agreements), max(each.difference for each in agreements)
+    mean = sum(each.cosine_mean * each.count for each in agreements) / sum(each.count for each in agreements)
+    return f"  {what}: cosine {least:.6f} at least, {mean:.6f} in the mean; coordinates differ by at most {most:.1e}"
+
+
+def _guess_lines(proof: Proof) -> list[str]:
+    lines, guesses = [], proof.guesses
+    if guesses is not None:
+        lines.append(
+            f"  first guesses: {guesses.changed} of {guesses.num_images} changed; accuracy "
+            f"{100 * guesses.before:.2f} % before, {100 * guesses.after:.2f} % after "
+            f"({len(guesses.comparison.gained)} gained, {len(guesses.comparison.lost)} lost, McNemar's p = "
+            f"{guesses.comparison.p_value:.2g})"
+        )
+    elif proof.precision == "int8":
+        lines.append("  int8 is another computation; --prove DATA counts the guesses that it changes on your pictures")
+    if proof.unreadable:
+        lines.append(f"  {len(proof.unreadable)} pictures can't be read by either: {some(proof.unreadable, 2)}")
+    return lines
+
+
+def _time_lines(proof: Proof) -> list[str]:
+    parts = []
+    for each in proof.timings:
+        plain = "" if each.float32 is None else f", float32 {each.float32:.1f}"
+        parts.append(f"{each.what} {each.export:.1f} ms (miniclip {each.model:.1f}{plain})")
+    lines = [f"  time on this processor: {'; '.join(parts)}"]
+    if proof.is_slower():
+        lines.append(f"  note: here, {proof.precision} is slower than the same export in float32; it is only smaller")
+    return lines

@@ -1,17 +1,16 @@
-"""`miniclip export`: a model -> a folder that runs without miniclip, and gives the same answers, or no folder at all."""
+"""`miniclip export`: a model -> a folder that runs without miniclip and gives the same answers, or no folder at all."""
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...common.files import remove, swap_in, write_text
-from ...common.wording import some
 from ...evaluation.datasets.open import open_dataset, open_images
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
 from ...evaluation.encoder import from_clip
@@ -23,7 +22,7 @@ from ..thresholds import FILE as THRESHOLD_FILE
 from ..thresholds import find_threshold
 from . import runner as runner_file
 from .facts import FACTS_FILE, Classes, export_facts, write_facts
-from .onnx_files import shrink_onnx, write_onnx
+from .onnx_files import require, shrink_onnx, write_onnx
 from .openvino_files import write_openvino
 from .proof import Progress, Proof, prove_on_noise, prove_on_pictures, time_towers
 from .runner import Clip
@@ -129,6 +128,11 @@ def _refuse(name: str, target: str, precision: str) -> None:
         raise ValueError(f"there is no target {target!r}; valid are {', '.join(TARGETS)}")
     if precision not in TARGETS[target]:
         raise ValueError(f"{target} is not offered in {precision}; valid are {', '.join(TARGETS[target])}")
+    require("tokenizers", extra="onnx", what="an export's proof")
+    if target != "torch":
+        require("onnx", "onnxscript", "onnxruntime", extra="onnx", what=f"an export to {target}")
+    if target == "openvino":
+        require("openvino", extra="openvino", what="an export to openvino")
     for prefix in (OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX):
         if name.startswith(prefix):
             raise ValueError(
@@ -166,7 +170,7 @@ def _open(source: str) -> EvaluationSet:
 
 
 @contextmanager
-def _scratch(folder: Path) -> Any:
+def _scratch(folder: Path) -> Iterator[Path]:
     """A folder beside it for what is made on the way."""
     scratch = folder.with_name(f"{folder.name}.scratch")
     try:
@@ -230,50 +234,3 @@ def _prove(
         encoder, model, runner, data, batch_size=batch_size, num_workers=num_workers, progress=progress
     )
     return replace(proof, agreements=(*agreements, *more), guesses=guesses, unreadable=unreadable)
-
-
-def summary(found: Exported) -> list[str]:
-    """The export in lines for people."""
-    proof, megabytes = found.proof, 1e-6
-    sizes = ", ".join(f"{tower} {megabytes * size:.1f} MB" for tower, size in proof.bytes.items())
-    lines = [f"{found.folder}: {found.target}, {proof.precision}; {sizes}"]
-    for kind in ("image", "text"):
-        of_kind = [each for each in proof.agreements if each.what.startswith(f"random {kind}")]
-        if of_kind:
-            lines.append(_agreement_line(f"random {kind}s, {len(of_kind)} kinds of batch", of_kind))
-    lines += [_agreement_line(f"{each.what} ({each.count})", [each]) for each in proof.agreements
-              if not each.what.startswith("random")]  # fmt: skip
-    return lines + _guess_lines(proof) + _time_lines(proof)
-
-
-def _agreement_line(what: str, agreements: Sequence[Any]) -> str:
-    least, most = min(each.cosine_min for each in agreements), max(each.difference for each in agreements)
-    mean = sum(each.cosine_mean * each.count for each in agreements) / sum(each.count for each in agreements)
-    return f"  {what}: cosine {least:.6f} at least, {mean:.6f} in the mean; coordinates differ by at most {most:.1e}"
-
-
-def _guess_lines(proof: Proof) -> list[str]:
-    lines, guesses = [], proof.guesses
-    if guesses is not None:
-        lines.append(
-            f"  first guesses: {guesses.changed} of {guesses.num_images} changed; accuracy "
-            f"{100 * guesses.before:.2f} % before, {100 * guesses.after:.2f} % after "
-            f"({len(guesses.comparison.gained)} gained, {len(guesses.comparison.lost)} lost, McNemar's p = "
-            f"{guesses.comparison.p_value:.2g})"
-        )
-    elif proof.precision == "int8":
-        lines.append("  int8 is another computation; --prove DATA counts the guesses that it changes on your pictures")
-    if proof.unreadable:
-        lines.append(f"  {len(proof.unreadable)} pictures can't be read by either: {some(proof.unreadable, 2)}")
-    return lines
-
-
-def _time_lines(proof: Proof) -> list[str]:
-    parts = []
-    for each in proof.timings:
-        plain = "" if each.float32 is None else f", float32 {each.float32:.1f}"
-        parts.append(f"{each.what} {each.export:.1f} ms (miniclip {each.model:.1f}{plain})")
-    lines = [f"  time on this processor: {'; '.join(parts)}"]
-    if proof.is_slower():
-        lines.append(f"  note: here, {proof.precision} is slower than the same export in float32; it is only smaller")
-    return lines

@@ -57,8 +57,8 @@ def export_facts(
         "precision": precision,
         "files": dict(files),
         "embed_dim": clip.config.embed_dim,
-        "logit_scale": math.exp(float(clip.logit_scale)),
-        "logit_bias": None if clip.logit_bias is None else float(clip.logit_bias),
+        "logit_scale": math.exp(clip.logit_scale.item()),
+        "logit_bias": None if clip.logit_bias is None else clip.logit_bias.item(),
         "pixels": {
             "size": p.image_size,
             "mean": p.mean,

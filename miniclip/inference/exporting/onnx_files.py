@@ -22,7 +22,6 @@ from .towers import Tower
 
 _FEW = 1024  # elements of a tensor that is not worth shrinking
 _MOST_BYTES = 1_900_000_000  # of one file; protobuf ends at 2 GiB, and larger weights lie in a file beside it
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
 def require(*packages: str, extra: str, what: str) -> None:
@@ -43,7 +42,6 @@ def write_onnx(tower: Tower, path: Path) -> None:
     Raises:
         ValueError: PyTorch can't export it.
     """
-    require(*_PACKAGES, extra="onnx", what="an export to ONNX")
     num_bytes = sum(each.numel() * each.element_size() for each in tower.module.state_dict().values())
     with torch.no_grad(), _quiet():
         torch.onnx.export(
@@ -90,7 +88,9 @@ def shrink_onnx(source: Path, out: Path, precision: str) -> None:
     graph, nodes = model.graph, []
     kernels = {node.input[1] for node in graph.node if node.op_type == "Conv"}
     for tensor in list(graph.initializer):
-        is_large = precision != "float32" and tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= _FEW
+        is_large = (
+            precision != "float32" and tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= _FEW
+        )
         if is_large and (precision != "int8" or tensor.name in kernels):
             smaller, more = _widened(tensor, precision)
             graph.initializer.remove(tensor)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .onnx_files import require
-
 
 def write_openvino(onnx_file: Path, path: Path, precision: str) -> None:
     """From an ONNX file in float32; with "float16" the weights are stored so, and widened where the processor wants."""
-    require("openvino", extra="openvino", what="an export to OpenVINO")
     import openvino
 
     openvino.save_model(openvino.convert_model(onnx_file), path, compress_to_fp16=precision == "float16")

@@ -1,4 +1,4 @@
-"""Does an export give what the model gives? Its runner and the model side by side: on noise, and on the user's pictures.
+"""Whether an export gives what the model gives: its runner beside the model, on noise and on the user's pictures.
 
 N images or texts, C classes, E embedding.
 """
@@ -120,8 +120,8 @@ class Proof:
         found = [problem for each in self.agreements if (problem := each.problem(self.precision))]
         if self.guesses is not None and self.guesses.after < self.guesses.before - _MOST_LOST:
             found.append(
-                f"accuracy falls from {100 * self.guesses.before:.2f} to {100 * self.guesses.after:.2f} %, by more than "
-                f"{100 * _MOST_LOST:g} point"
+                f"accuracy falls from {100 * self.guesses.before:.2f} to {100 * self.guesses.after:.2f} %, by more "
+                f"than {100 * _MOST_LOST:g} point"
             )
         return found
 
@@ -214,7 +214,14 @@ class _RunnerPixels:
 
 
 def prove_on_pictures(
-    model: Encoder, clip: CLIP, runner: Clip, data: EvaluationSet, *, batch_size: int, num_workers: int, progress: Progress
+    model: Encoder,
+    clip: CLIP,
+    runner: Clip,
+    data: EvaluationSet,
+    *,
+    batch_size: int,
+    num_workers: int,
+    progress: Progress,
 ) -> tuple[list[Agreement], Guesses | None, tuple[str, ...]]:
     """Both from the files on: each with its own preprocessing and, for images with labels, its own tokenizer.
 
@@ -233,7 +240,9 @@ def prove_on_pictures(
             **options,
         )
     if not np.array_equal(ours.indices, theirs.indices):
-        raise ValueError(f"{data.name}: the export reads {len(theirs.indices)} pictures, and miniclip {len(ours.indices)}")
+        raise ValueError(
+            f"{data.name}: the export reads {len(theirs.indices)} pictures, and miniclip {len(ours.indices)}"
+        )
     found = [Agreement.of(f"the pictures of {data.name}", theirs.unit.numpy(), ours.unit.numpy())]
     if not (isinstance(data, LabelledImages) and runner.facts["text"]):
         return found, None, ours.unreadable

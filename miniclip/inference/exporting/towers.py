@@ -63,9 +63,7 @@ def towers(clip: CLIP) -> list[Tower]:
     if clip.config.towers != "text":
         images = torch.zeros(2, 3, clip.visual.input_resolution, clip.visual.input_resolution)
         sides = {0: batch}
-        found.append(
-            Tower("image", ImageTower(clip), images, "pixel_values", "image_embeds", sides, "vision_model")
-        )
+        found.append(Tower("image", ImageTower(clip), images, "pixel_values", "image_embeds", sides, "vision_model"))
     if clip.config.towers != "image":
         tokens = random_tokens(clip, 2, _LONGEST_EXAMPLE, seed=0)
         sides = {0: batch, 1: torch.export.Dim("length", max=clip.context_length)}

@@ -1,0 +1,372 @@
+"""An export runs without miniclip and gives its answers; one that does not is not called done."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from command_line import fails, run
+from exports import VISIONS, run_alone, saved, small_clip, texts
+from helpers import picture, tiny_clip, write_picture
+from PIL import Image
+
+import miniclip
+from miniclip import tokenizer
+from miniclip.commands import main as cli
+from miniclip.config import TextConfig
+from miniclip.inference.exporting.export import TARGETS, export
+from miniclip.inference.exporting.facts import write_facts
+from miniclip.inference.exporting.onnx_files import shrink_onnx, write_onnx
+from miniclip.inference.exporting.runner import Clip, open_tower
+from miniclip.inference.exporting.towers import random_tokens, towers
+from miniclip.inference.thresholds import ModelThreshold, write_threshold
+from miniclip.weights.load import preprocess_for
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of three classes of four pictures of noise, of all shapes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        size = (20 + 7 * (number % 5), 20 + 5 * (number % 4))
+        write_picture(folder / CLASSES[number % 3] / f"{number}.png", number, size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(pictures, tmp_path_factory):
+    """A model with a threshold that half of the pictures reach."""
+    folder = tmp_path_factory.mktemp("model") / "clip"
+    name = saved(folder, small_clip())
+    best = [cosine for *_, cosine in answers(*miniclip.load(name, "cpu"), sorted(pictures.rglob("*.png")), CLASSES)]
+    by_eye = ModelThreshold(float(np.median(best)), "by eye", classnames=CLASSES, templates=("a {}",))
+    write_threshold(folder / "threshold.json", by_eye)
+    return name
+
+
+@torch.no_grad()
+def answers(clip, preprocess, paths, classnames, template="a {}"):
+    """What miniclip guesses, by the public functions: class, probability and cosine of each picture."""
+    classes = miniclip.zero_shot_classifier(clip, classnames, [template])  # (E, C)
+    images = torch.stack([preprocess(Image.open(path)) for path in paths])
+    cosines = F.normalize(clip.encode_image(images), dim=-1) @ classes
+    odds = (clip.logit_scale.exp() * cosines).softmax(dim=1)
+    best = [classnames[column] for column in cosines.argmax(dim=1).tolist()]
+    return list(zip(best, odds.amax(dim=1).tolist(), cosines.amax(dim=1).tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def exported(model, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", sys.stderr)
+        cli.main(["export", model, str(out), "--to", "onnx", "--prove", str(pictures), "--workers", "0"])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# It runs alone
+
+
+@pytest.mark.parametrize("labels", ["", "red car, blue car, boat"])
+def test_the_runner_alone_gives_miniclips_answers(exported, model, pictures, labels):
+    paths = sorted(pictures.rglob("*.png"))
+    clip, preprocess = miniclip.load(model, "cpu")
+    names = [name.strip() for name in labels.split(",")] if labels else list(CLASSES)
+    expected = answers(clip, preprocess, paths, names)
+    threshold = json.loads((exported / "threshold.json").read_text())["cosine"]
+    printed = run_alone(exported, *map(str, paths), *(("--labels", labels) if labels else ()))
+    rows = [line.split("\t") for line in printed.splitlines() if "\t" in line]
+    assert [row[0] for row in rows] == [str(path) for path in paths]
+    assert [row[1] for row in rows] == [
+        name if cosine >= threshold else "none of these" for name, _, cosine in expected
+    ]
+    assert labels or sum(row[1] == "none of these" for row in rows) == 6
+    np.testing.assert_allclose([float(row[2]) for row in rows], [p for _, p, _ in expected], atol=6e-4)
+    np.testing.assert_allclose([float(row[3]) for row in rows], [cosine for *_, cosine in expected], atol=1e-4)
+    assert ("calibrated with other classes" in printed) == bool(labels)
+
+
+def test_the_runner_reports_a_picture_that_is_not_there(exported):
+    assert "nothing.png" in run_alone(exported, "nothing.png", code=2).splitlines()[-1]
+
+
+def test_the_folder_says_what_the_model_is_and_how_it_was_proven(exported, model):
+    facts = json.loads((exported / "export.json").read_text())
+    assert facts["classnames"] == list(CLASSES)
+    assert facts["templates"] == ["a {}"]
+    assert facts["threshold"] == json.loads((exported / "threshold.json").read_text())["cosine"]
+    proof = json.loads((exported / "proof.json").read_text())
+    assert proof["problems"] == []
+    assert proof["guesses"]["num_images"] == 12
+    assert proof["guesses"]["changed"] == 0
+    assert proof["guesses"]["comparison"]["mcnemar_p"] == 1
+    for name, file in facts["files"].items():
+        assert proof["bytes"][name] == (exported / file).stat().st_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every tower, in every target, at every size
+
+
+def assert_same_features(clip, folder):
+    """To 1e-4, for batches and lengths that no example had."""
+    runner, R = Clip(folder), clip.visual.input_resolution
+    for batch in (1, 7, 32):
+        images = torch.randn(batch, 3, R, R, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            expected = clip.encode_image(images).numpy()
+        np.testing.assert_allclose(runner.run("image", images.numpy()), expected, rtol=1e-4, atol=1e-4)
+        for length in (5, 77):
+            tokens = torch.randint(1, 400, (batch, length), generator=torch.Generator().manual_seed(length))
+            tokens[:, -1] = tokenizer.END_OF_TEXT
+            tokens[::2, 2:] = tokenizer.END_OF_TEXT
+            with torch.no_grad():
+                expected = clip.encode_text(tokens).numpy()
+            np.testing.assert_allclose(runner.run("text", tokens.numpy()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_files_give_the_models_features(exported, model):
+    assert_same_features(miniclip.load(model, "cpu")[0], exported)
+
+
+QUICK = [("resnet", "torch"), ("timm", "openvino")]
+REST = [(kind, target) for kind in VISIONS for target in TARGETS if (kind, target) not in QUICK]
+
+
+@pytest.mark.parametrize("kind, target", [*QUICK, *(pytest.param(*each, marks=pytest.mark.long) for each in REST)])
+def test_an_exported_tower_gives_the_models_features(kind, target, tmp_path):
+    clip = small_clip(kind)
+    export(saved(tmp_path / "clip", clip), tmp_path / "out", target)
+    assert_same_features(clip, tmp_path / "out")
+
+
+SHRUNK = {"float32": (0.999999, 1.01), "float16": (0.9999, 0.6), "bfloat16": (0.999, 0.6), "int8": (0.97, 0.35)}
+
+
+@pytest.mark.parametrize("kind", ["text", *(pytest.param(kind, marks=pytest.mark.long) for kind in VISIONS)])
+def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, tmp_path):
+    """The least cosine and the size in bytes; of a tiny vision transformer, so little is weights that the size says
+    nothing."""
+    clip = small_clip("vit" if kind == "text" else kind)
+    tower = towers(clip)[kind == "text"]
+    x = random_tokens(clip, 7, 20, seed=1) if kind == "text" else torch.randn(7, *tower.example.shape[1:])
+    with torch.no_grad():
+        expected = tower.module(x)
+    write_onnx(tower, tmp_path / "plain.onnx")
+    size = (tmp_path / "plain.onnx").stat().st_size
+    for precision, (cosine, share) in SHRUNK.items():
+        shrink_onnx(tmp_path / "plain.onnx", tmp_path / "out.onnx", precision)
+        found = torch.from_numpy(open_tower(tmp_path / "out.onnx")(x.numpy()))
+        assert F.cosine_similarity(found, expected).min() > cosine
+        assert kind == "vit" or (tmp_path / "out.onnx").stat().st_size < share * size
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target, precision", [(to, each) for to, kinds in TARGETS.items() for each in kinds[1:]])
+def test_every_precision_of_every_target_is_proven(target, precision, model, pictures, tmp_path):
+    found = export(model, tmp_path / "out", target, precision=precision, prove=str(pictures))
+    assert all(timing.float32 for timing in found.proof.timings)
+    assert found.proof.guesses.num_images == 12
+
+
+@pytest.mark.parametrize("towers", ["image", "text"])
+def test_a_model_of_one_tower_is_exported_as_that_tower(towers, tmp_path):
+    clip = small_clip(towers=towers)
+    found = export(saved(tmp_path / "clip", clip), tmp_path / "out", "torch")
+    assert list(found.facts["files"]) == [towers]
+    runner = Clip(tmp_path / "out")
+    if towers == "text":
+        assert runner.encode_texts(["a cat"]).shape == (1, 16)
+        with pytest.raises(ValueError, match="no image tower"):
+            runner.encode_images([picture()])
+    else:
+        assert runner.encode_images([picture()]).shape == (1, 16)
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            runner.encode_texts(["a cat"])
+
+
+def test_a_model_that_reads_other_ids_is_exported_without_a_tokenizer(tmp_path):
+    clip = tiny_clip(text=TextConfig(context_length=16, vocab_size=300, eot_token=2, width=16, layers=2, head_width=8))
+    export(saved(tmp_path / "clip", clip), tmp_path / "out", "torch")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(ValueError, match="other token ids than CLIP's"):
+        Clip(tmp_path / "out").encode_texts(["a cat"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One that differs
+
+
+def rounded_away():
+    """A model whose first channel is so large, and so useless, that 8 bits for all leave nothing of the others."""
+    clip = small_clip()
+    for transformer in (clip.visual.transformer, clip.text.transformer):
+        for block in transformer.resblocks:
+            for norm, matrix in ((block.ln_1, block.attn.in_proj_weight), (block.ln_2, block.mlp.c_fc.weight)):
+                norm.weight.data[0] = norm.bias.data[0] = 1e5
+                matrix.data[:, 0] = 0
+    return clip
+
+
+def test_an_export_that_differs_is_kept_aside_and_not_called_done(tmp_path, capsys):
+    name = saved(tmp_path / "clip", rounded_away())
+    out = tmp_path / "out"
+    error = fails(capsys, ["export", name, str(out), "--to", "onnx", "--precision", "int8"])
+    assert "gives other answers" in error
+    assert "random texts of 77 tokens in batches of 32 differ" in error
+    assert str(out) + ".differs" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "out.differs"]
+    assert json.loads((tmp_path / "out.differs" / "proof.json").read_text())["problems"]
+    export(name, out, "torch")  # in float32 it is as good as any
+
+
+def test_a_table_of_the_models_own_guesses_is_proven_right(model, pictures, tmp_path):
+    clip, preprocess = miniclip.load(model, "cpu")
+    paths = sorted(pictures.rglob("*.png"))
+    guesses = [name for name, *_ in answers(clip, preprocess, paths, list(CLASSES), "a photo of a {}.")]
+    with open(tmp_path / "set.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "label"), *zip(paths, guesses, strict=True)])
+    found = export(model, tmp_path / "out", "torch", prove=str(tmp_path / "set.csv"))
+    assert (found.proof.guesses.before, found.proof.guesses.after) == (1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What lies in front of the towers
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory):
+    """The files of an export without its towers."""
+    folder = tmp_path_factory.mktemp("front")
+    write_facts(folder, {"precision": "float32", "text": {"context_length": 77}, "files": {}}, small_clip().config)
+    return Clip(folder)
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_its_token_ids_are_ours_or_the_text_is_refused_as_wrongly_decoded(front, count):
+    import ftfy
+
+    refused = 0
+    for text in texts(count, seed=count):
+        try:
+            found = front.tokenize([text])[0].tolist()
+        except ValueError as error:
+            assert "decoded wrongly" in str(error)  # noqa: PT017
+            refused += 1
+            assert not text.isascii() or "&" in text
+        else:
+            assert found == tokenizer.encode_for_model(text, truncate=True), ascii(text)
+            assert ftfy.fix_encoding(text) == text
+    assert 0 < refused < count / 4
+
+
+@pytest.mark.parametrize(
+    "text", ["a photo of a cat.", "Чёрный кот", "crème brûlée", "写真の猫", "it’s “quoted” …", "x < y & z"]
+)
+def test_texts_that_people_write_are_not_refused(front, text):
+    assert front.tokenize([text])[0].tolist() == tokenizer.encode_for_model(text)
+
+
+def test_texts_in_a_batch_are_padded_and_long_ones_cut(front):
+    found = front.tokenize(["one", "a " * 100])
+    assert found.shape == (2, 77)
+    assert (found == tokenizer.tokenize(["one", "a " * 100], truncate=True).numpy()).all()
+
+
+def test_a_name_of_a_special_token_is_refused(front):
+    with pytest.raises(ValueError, match="special token"):
+        front.tokenize(["a <END_OF_TEXT> b"])
+
+
+MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preprocess": "hf", "resize_size": 40},
+        {"resize": "squash", "interpolation": "bilinear"},
+        {"resize": "none", "preprocess": "hf"},
+        {"interpolation": "lanczos", "resize_size": 21},
+    ],
+    ids=str,
+)
+def test_its_pixels_are_ours(mode, changes, tmp_path):
+    import dataclasses
+
+    vision = dataclasses.replace(VISIONS["vit"], **changes)
+    clip = tiny_clip(vision=vision)
+    preprocess = preprocess_for(clip.config)
+    from miniclip.images import open_image
+    from miniclip.inference.exporting.facts import Classes, export_facts
+
+    (tmp_path / "export.json").write_text(json.dumps(export_facts(clip, preprocess, "x", {}, "float32", Classes())))
+    runner = Clip(tmp_path)
+    for size in ((24, 20), (9, 50), (61, 16), (16, 16), (2000, 3)):
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(picture(1, size, "L")).astype(np.uint16) * 257)
+        else:
+            image = picture(1, size, "RGB").convert(mode)
+        path = tmp_path / ("picture.tif" if mode in ("CMYK", "I;16") else "picture.png")
+        image.save(path)
+        expected = preprocess(open_image(path.read_bytes(), "picture")).numpy()
+        np.testing.assert_allclose(runner.pixels(Image.open(path)), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likeliest mistakes
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    return lambda *args: fails(capsys, ["export", *args])
+
+
+def test_mistakes_are_explained_before_anything_is_written(refused, model, tmp_path):
+    out = str(tmp_path / "out")
+    assert "no target 'onxx'; valid are onnx, torch, openvino" in refused(model, out, "--to", "onxx")
+    assert "not offered in int8; valid are float32" in refused(model, out, "--to", "torch", "--precision", "int8")
+    assert "not offered in float8" in refused(model, out, "--to", "onnx", "--precision", "float8")
+    assert "nothing/there" in refused("nothing/there", out, "--to", "onnx")
+    assert "nothing.csv" in refused(model, out, "--to", "onnx", "--prove", "nothing.csv")
+    for name in ("openclip:ViT-B-32/openai", "transformers:openai/clip-vit-base-patch32", "python:x.py:f"):
+        error = refused(name, out, "--to", "onnx")
+        assert name in error
+        assert "miniclip convert" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused, exported, model, tmp_path):
+    before = (exported / "proof.json").read_bytes()
+    assert "exists already; pass --overwrite" in refused(model, str(exported), "--to", "onnx")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    error = refused(model, str(tmp_path / "mine"), "--to", "onnx", "--overwrite")
+    assert "no export" in error
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    assert (exported / "proof.json").read_bytes() == before
+    name = saved(tmp_path / "clip", small_clip())
+    export(name, tmp_path / "out", "torch")
+    export(name, tmp_path / "out", "torch", precision="bfloat16", overwrite=True)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "package, target, extra", [("onnxscript", "onnx", "onnx"), ("openvino", "openvino", "openvino")]
+)
+def test_a_missing_package_is_named_with_its_extra(model, tmp_path, package, target, extra):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from miniclip.commands.main import main\nmain(['export', {model!r}, 'out', '--to', {target!r}])"
+    )
+    error = run(sys.executable, "-c", code, code=2, cwd=tmp_path).stderr
+    assert f"needs {package}: pip install 'miniclip[{target}]'" in error
+    assert list(tmp_path.iterdir()) == []
