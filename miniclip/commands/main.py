@@ -10,8 +10,8 @@ import sys
 from ..common.files import user_errors
 from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding
 
-# verb: its file here, and what it does. A file has `parser()`, and `run(options)` for what that parser reads; the file
-# of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
+# verb: its file here or in `using/`, and what it does. A file has `parser()`, and `run(options)` for what that parser
+# reads; the file of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
 VERBS = {
     "shards": ("shards", "a folder or table of images and texts -> shards"),
     "check": ("check", "what training on some pairs would meet, before it starts"),
@@ -25,7 +25,7 @@ VERBS = {
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),
     "report": ("report", "the curves and numbers of a training run, or of several, as a page"),
     "convert": ("convert", "a checkpoint -> another library's layout, verified"),
-    "export": ("export", "a model -> ONNX, torch.export or OpenVINO, proven on your pictures"),
+    "export": ("using.export", "a model -> ONNX, torch.export or OpenVINO, proven on your pictures"),
     "push": ("push", "a model and its card -> the hub"),
     "info": ("info", "what a checkpoint is: format, architecture, sizes, cost"),
 }

@@ -78,9 +78,9 @@ def export(
             of `prove`.
     """
     out = Path(out)
-    _refuse(name, target, precision)
+    _refuse_request(name, target, precision)
     refuse_existing(out, overwrite)
-    data = None if prove is None else _open(prove)
+    data = None if prove is None else _open_proof(prove)
     model, preprocess = load(name, "cpu")
     assert isinstance(preprocess, Preprocess)
     model.requires_grad_(False)
@@ -123,7 +123,7 @@ def export(
 # What can't be done
 
 
-def _refuse(name: str, target: str, precision: str) -> None:
+def _refuse_request(name: str, target: str, precision: str) -> None:
     if target not in TARGETS:
         raise ValueError(f"there is no target {target!r}; valid are {', '.join(TARGETS)}")
     if precision not in TARGETS[target]:
@@ -154,7 +154,7 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} is no export of miniclip's, so it is not overwritten")
 
 
-def _open(source: str) -> EvaluationSet:
+def _open_proof(source: str) -> EvaluationSet:
     """With labels if there are some."""
     try:
         return open_dataset(source)

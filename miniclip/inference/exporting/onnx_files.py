@@ -21,7 +21,7 @@ import torch
 from .towers import Tower
 
 _FEW = 1024  # elements of a tensor that is not worth shrinking
-_MOST_BYTES = 1_900_000_000  # of one file; protobuf ends at 2 GiB, and larger weights lie in a file beside it
+_MOST_FILE_BYTES = 1_900_000_000  # of one file; protobuf ends at 2 GiB, and larger weights lie in a file beside it
 
 
 def require(*packages: str, extra: str, what: str) -> None:
@@ -53,7 +53,7 @@ def write_onnx(tower: Tower, path: Path) -> None:
             input_names=[tower.input],
             output_names=[tower.output],
             dynamic_shapes=(tower.dynamic,),
-            external_data=num_bytes > _MOST_BYTES,
+            external_data=num_bytes > _MOST_FILE_BYTES,
         )
 
 
@@ -98,7 +98,7 @@ def shrink_onnx(source: Path, out: Path, precision: str) -> None:
             nodes += more
     for node in reversed(nodes):
         graph.node.insert(0, node)
-    onnx.save(model, out, save_as_external_data=model.ByteSize() > _MOST_BYTES, location=f"{out.name}.data")
+    onnx.save(model, out, save_as_external_data=model.ByteSize() > _MOST_FILE_BYTES, location=f"{out.name}.data")
 
 
 def _quantize(source: Path, out: Path) -> None:

@@ -19,10 +19,10 @@ def pieces() -> str:
     )
     rest = everything.translate(dict.fromkeys(map(ord, "".join(others)), "\n")).split("\n")
     # ſ is what ignoring case adds to the s of contractions.
-    return rf"'[sſ]|'t|'re|'ve|'m|'ll|'d|[{_ranges(letters)}]+|[{_ranges(digits)}]|[^\n{_ranges(rest)}]+"
+    return rf"'[sſ]|'t|'re|'ve|'m|'ll|'d|[{_class_of(letters)}]+|[{_class_of(digits)}]|[^\n{_class_of(rest)}]+"
 
 
-def _ranges(runs: list[str]) -> str:
+def _class_of(runs: list[str]) -> str:
     """What a class in brackets has for runs of consecutive characters."""
     return "".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else run for run in runs)
 

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..common.wording import printable, some
-from .terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar
+from ...common.wording import printable, some
+from ..terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
-    from ..inference.exporting.export import Exported
-    from ..inference.exporting.proof import Agreement, Proof
+    from ...inference.exporting.export import Exported
+    from ...inference.exporting.proof import Agreement, Proof
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,9 +31,8 @@ def parser() -> argparse.ArgumentParser:
         "bfloat16 are how weights are stored (torch: also how they are multiplied); int8 multiplies 8-bit numbers.",
         examples="""
 miniclip export runs/digits/best digits-onnx --to onnx
-miniclip export runs/digits/best digits-int8 --to onnx --precision int8 --prove runs/digits/data/digits.csv
-miniclip export ViT-B/32 clip-torch --to torch
-miniclip export ViT-B/32 clip-openvino --to openvino --prove my_photos""",
+miniclip export runs/digits/best digits-int8 --to onnx --precision int8 --prove my_photos
+miniclip export ViT-B/32 clip-torch --to torch""",
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
@@ -52,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
     with lasting_imports():
-        from ..inference.exporting.export import export
+        from ...inference.exporting.export import export
 
     found = export(
         options.model,
@@ -65,10 +64,10 @@ def run(options: argparse.Namespace) -> None:
         num_workers=options.workers,
         progress=progress_bar,
     )
-    print(printable("\n".join(_summary(found))))
+    print(printable("\n".join(_lines_of(found))))
 
 
-def _summary(found: Exported) -> list[str]:
+def _lines_of(found: Exported) -> list[str]:
     """The export in lines for people."""
     proof, megabytes = found.proof, 1e-6
     sizes = ", ".join(f"{tower} {megabytes * size:.1f} MB" for tower, size in proof.bytes.items())
