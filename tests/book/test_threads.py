@@ -9,6 +9,7 @@ import pytest
 # 512 x 64 numbers are enough for PyTorch to use both threads.
 PREPARE = """
 import torch, miniclip
+from torch.utils._python_dispatch import TorchDispatchMode
 from miniclip.config import TextConfig, VisionConfig
 
 torch.set_num_threads(2)
@@ -19,6 +20,7 @@ tokens = miniclip.tokenize(["a cat", "a dog", "seven", "a cat"] * 128, context_l
 features = torch.nn.functional.normalize(torch.randn(2, 512, 64), dim=2).requires_grad_()
 images = torch.randn(512, 3, 16, 16)
 groups = torch.arange(512) // 4
+index = groups % 8
 
 def gradients(value):
     model.zero_grad()
@@ -26,6 +28,22 @@ def gradients(value):
     value.backward()
     found = [each.grad for each in (features, *model.parameters()) if each.grad is not None]
     return b"".join(each.numpy().tobytes() for each in found)
+
+class Unordered(TorchDispatchMode):
+    # Counts the sums whose terms several threads add in the order in which they come.
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "index_put" in function.name() and any(each is True for each in args):  # accumulates
+            indices = torch.stack(torch.broadcast_tensors(*[each for each in args[1] if each is not None])).flatten(1)
+            self.count += indices.unique(dim=1).shape < indices.shape  # several terms for one place
+        return function(*args, **(kwargs or {}))
+
+def unordered(compute):
+    with Unordered() as mode:
+        gradients(compute())
+    return mode.count
 """
 SUMS = {
     "packed texts": "model.encode_text(tokens).square().sum()",
@@ -39,15 +57,19 @@ SUMS = {
 
 
 @pytest.fixture(scope="module")
-def distinct():
-    """{what: how many different gradients 20 computations of it gave}."""
-    count = "print(len({{gradients({}) for _ in range(20)}}))"
-    script = "\n".join([PREPARE, *(count.format(value) for value in SUMS.values())])
+def found():
+    """{what: how many different gradients 20 computations of it gave, and how many of its sums have no order}."""
+    count = "print(len({{gradients({0}) for _ in range(20)}}), unordered(lambda: {0}))"
+    script = "\n".join([PREPARE, *(count.format(value) for value in ("features[0][index].sum()", *SUMS.values()))])
     quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=quiet)
-    return dict(zip(SUMS, map(int, found.stdout.split()), strict=True))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=quiet)
+    return dict(zip(("indices", *SUMS), (line.split() for line in done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("what", SUMS)
-def test_two_threads_give_one_gradient(distinct, what):
-    assert distinct[what] == 1
+def test_two_threads_give_one_gradient(found, what):
+    assert found[what] == ["1", "0"]
+
+
+def test_a_sum_without_order_would_be_counted(found):
+    assert found["indices"][1] == "1"
