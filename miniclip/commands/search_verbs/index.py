@@ -30,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
 miniclip index photos photos.index --model ViT-B/32
 miniclip index photos photos.index
 miniclip index photos photos.index --dry-run
-miniclip index birds.parquet birds.index --model openclip:ViT-B-32/laion2b_s34b_b79k --approximate 0.95
-find photos -name '*.jpg' -newer yesterday | miniclip index - photos.index""",
+miniclip index birds.parquet birds.index --model ViT-B/32 --dtype float16
+find photos -name '1*.png' | miniclip index - photos.index
+miniclip index 'laion/{00000..00099}.tar' laion.index --model openclip:ViT-B-32/laion2b_s34b_b79k --approximate 0.95""",
     )
     parser.add_argument("sources", metavar="SRC", nargs="+", help="pictures, as above")
     parser.add_argument("index", metavar="INDEX", help="a folder or an s3:// URL")

@@ -30,11 +30,11 @@ def parser() -> argparse.ArgumentParser:
         "key, path, source. Texts stand in single quotes, names with capitals in `backquotes`.",
         examples="""
 miniclip search photos.index "a red car"
-miniclip search photos.index red --like car.jpg --minus "a street" --html red.html
-miniclip search photos.index --like a.jpg --like b.jpg --topk 3 --json
-miniclip search birds.index "a bird in flight" --where "year > 2010 AND camera = 'X'"
-miniclip search photos.index "a red car" --paths | head -3 | xargs -d '\\n' cp -t best
-miniclip search photos.index --queries queries.txt --csv
+miniclip search photos.index "in red" --like cat.jpg --minus "a street" --html red.html
+miniclip search photos.index --like cat.jpg --like picture.jpg --topk 3 --json
+miniclip search birds.index "a bird in flight" --where "species = 'bird' AND photographer LIKE 'p%'"
+miniclip search photos.index "a red car" --paths | head -3 | xargs ls -l
+ls photos | miniclip search photos.index - --csv
 miniclip search photos.index --near-duplicates 0.97""",
     )
     parser.add_argument("index", metavar="INDEX", help="that `miniclip index` made: a folder or an s3:// URL")
