@@ -31,7 +31,7 @@ from ..evaluation.prompts import Prompts
 from ..evaluation.splits import Labelled, Splits, draw_validation, unit_rows
 from ..evaluation.zero_shot import zero_shot_classifier
 from .sources import in_memory
-from .thresholds import find_threshold
+from .thresholds import ModelThreshold, find_threshold
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -62,7 +62,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         classnames: what the classes are called in prompts: a mapping from each label, or a sequence by labels 0, 1, …
             By default labels are names, with spaces for underscores.
         templates: a built-in set ("imagenet80", …), a file, a sequence of texts with `{}` for the name, or a mapping
-            from each name to its prompts.
+            from each name to its prompts. By default those of the threshold, else "simple".
         C: of "probe", the inverse of the penalty. None: chosen on a fifth of the training images, held out by class,
             and then fitted to all.
         alpha, beta: of "tip_adapter", the votes' weight and sharpness. None: chosen likewise, without a last fit.
@@ -73,9 +73,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: (C,) labels in sorted order, which is that of all columns, as everywhere in scikit-learn.
-        classnames_: their names.
-        class_features_: (C, E) the classifier that the prompts make, with a model.
-        logit_scale_: what multiplies cosines, with a model.
+        classnames_, class_features_, logit_scale_: but for "probe", their names, (C, E) the classifier that the prompts
+            make, and what multiplies cosines.
         coef_, intercept_: (C, E) and (C,), of "probe".
         C_, alpha_, beta_: as chosen or given.
         threshold_: that `none_label` stands on.
@@ -87,7 +86,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         *,
         method: str = "zero_shot",
         classnames: Any = None,
-        templates: Any = "simple",
+        templates: Any = None,
         C: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,
@@ -115,15 +114,18 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: labelled images or their features; None, for "zero_shot", to name the classes alone.
-            y: (N,) labels of X; without X the classes, each once, or None for all of `classnames`.
+            y: (N,) labels of X; without X the classes, each once, or None for those of `classnames`, else of the
+                threshold.
 
         Raises:
             ValueError: a method that needs what is not there, or what X, y and the model's parts raise.
         """
         self._refuse_contradictions(X)
+        threshold = None if self.none_label is None else self._found_threshold()
+        self._is_of_images = X is not None and _are_images(X)
         if X is None:
-            labels, features = self._named_classes(y), None
-        elif _are_images(X):
+            labels, features = self._named_classes(y, threshold), None
+        elif self._is_of_images:
             labels, features = _checked_labels(X, y), None
         else:
             features, labels = validate_data(self, X, y, dtype=(np.float64, np.float32))
@@ -133,13 +135,13 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"y has one class, {self.classes_[0]!r}; there is nothing to tell apart")
         if self.none_label is not None and self.none_label in self.classes_.tolist():
             raise ValueError(f"none_label {self.none_label!r} is one of the classes")
-        if self.model is not None:
-            self._make_prompts()
+        if self.method != "probe":
+            self._make_prompts(threshold)
+        if features is not None:
+            features = self._of_right_width(features)
         if self.method != "zero_shot":
-            features = self._encoded(X) if features is None else self._of_right_width(features)
-            self._learn(Labelled(features, indices))
-        elif features is not None:
-            self._of_right_width(features)
+            learn = self._learn_probe if self.method == "probe" else self._learn_votes
+            learn(Labelled(self._encoded(X) if features is None else features, indices))
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -182,10 +184,22 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         if self.none_label is not None and self.method == "probe":
             raise ValueError("none_label needs cosines with prompts, which method 'probe' has none of")
 
-    def _named_classes(self, y: Any) -> np.ndarray:
+    def _found_threshold(self) -> ModelThreshold:
+        name = str(self.model) if isinstance(self.model, str | Path) else ""
+        threshold = find_threshold(name, self.threshold)
+        if threshold is None:
+            raise ValueError(
+                f"none_label needs a threshold, and {_called(self.model)} has none; run `miniclip calibrate`, or give "
+                "threshold= a cosine or a file"
+            )
+        return threshold
+
+    def _named_classes(self, y: Any, threshold: ModelThreshold | None) -> np.ndarray:
         if y is None and self.classnames is not None:
             names = self.classnames
             y = list(names) if isinstance(names, Mapping) else range(len(names))
+        if y is None and threshold is not None and threshold.classnames:
+            y = threshold.classnames
         if y is None or isinstance(y, str):
             raise ValueError("without X, y is a list of class names, of which each image is to get one")
         labels = column_or_1d(np.asarray(y))
@@ -194,18 +208,11 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"class {different[counts.argmax()]!r} is named twice; without X, y has each class once")
         return labels
 
-    def _make_prompts(self) -> None:
+    def _make_prompts(self, threshold: ModelThreshold | None) -> None:
         encoder = self._encoder()
         self.classnames_ = tuple(self._name_of(label) for label in self.classes_.tolist())
-        templates = self._templates()
-        if self.none_label is not None:
-            name = str(self.model) if isinstance(self.model, str | Path) else ""
-            threshold = find_threshold(name, self.threshold)
-            if threshold is None:
-                raise ValueError(
-                    f"none_label needs a threshold, and {_called(self.model)} has none; run `miniclip calibrate`, or "
-                    "give threshold= a cosine or a file"
-                )
+        templates = self._templates(threshold)
+        if threshold is not None:
             threshold.check_model(encoder)
             threshold.warn_if_other(self.classnames_, templates)
             self.threshold_ = threshold
@@ -227,37 +234,61 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         what = "labels" if isinstance(names, Mapping) else f"labels 0 to {len(names) - 1}"
         raise ValueError(f"classnames has names for {len(names)} {what}, and none for {label!r}")
 
-    def _templates(self) -> Prompts:
-        if isinstance(self.templates, str | Path):
+    def _templates(self, threshold: ModelThreshold | None) -> Prompts:
+        own = None if threshold is None else threshold.templates
+        if self.templates is None and own is not None and not isinstance(own, dict):
+            return own
+        if self.templates is None and isinstance(own, dict) and own.keys() >= set(self.classnames_):
+            return own
+        if self.templates is None or isinstance(self.templates, str | Path):
             return settle_templates(Found("templates", ()), self.templates, self.classnames_)[0]
         return self.templates
 
     # -----------------------------------------------------------------------------------------------------------------
     # Features and scores
 
-    def _learn(self, labelled: Labelled) -> None:
-        names = tuple(map(str, self.classes_))
-        is_given = self.C is not None if self.method == "probe" else None not in (self.alpha, self.beta)
-        splits = _to_choose_by(labelled, names, is_held_out=not is_given)
-        if self.method == "probe":
-            if self.C is None:
-                found = linear_probe(splits)
-                self.C_, weight, bias = found.C, found.weight, found.bias
-            else:
-                self.C_ = self.C
-                weight, bias, _, _ = fit_probe(labelled, self.C)
-            self.coef_, self.intercept_ = weight.T, bias
-            return
-        ranges = {name: [value] for name, value in (("alphas", self.alpha), ("betas", self.beta)) if value is not None}
+    def _learn_probe(self, examples: Labelled) -> None:
+        self.C_ = self.C
+        if self.C is None:
+            found = linear_probe(self._splits(examples, is_held_out=True))
+            self.C_, weight, bias = found.C, found.weight, found.bias
+        else:
+            weight, bias, _, _ = fit_probe(examples, self.C)
+        self.coef_, self.intercept_ = weight.T, bias
+
+    def _learn_votes(self, examples: Labelled) -> None:
+        given = {"alphas": self.alpha, "betas": self.beta}
+        splits = self._splits(examples, is_held_out=None in given.values())
+        ranges = {name: [value] for name, value in given.items() if value is not None}
         chosen = tip_adapter(splits, self.class_features_.T, logit_scale=self.logit_scale_, **ranges)
         self.alpha_, self.beta_ = chosen.alpha, chosen.beta
-        examples = Examples.of(splits.train, len(names))
-        self._examples = replace(examples, keys=examples.keys.astype(np.float64))
+        kept = Examples.of(splits.train, len(self.classes_))
+        self._examples = replace(kept, keys=kept.keys.astype(np.float64))
+
+    def _splits(self, examples: Labelled, is_held_out: bool) -> Splits:
+        """A fifth held out to choose by; or all of them, twice, where there is nothing to choose."""
+        names, first = tuple(map(str, self.classes_)), examples.take(np.arange(1))
+        if not is_held_out:
+            return Splits(examples, examples, first, names)
+        try:
+            drawn = draw_validation(examples.labels, None)
+        except ValueError as error:
+            raise ValueError(
+                f"none of {len(examples)} images can be held out to choose by, as every class has one; give more, or "
+                "C= (alpha= and beta= of 'tip_adapter')"
+            ) from error
+        return Splits(examples.take(~drawn), examples.take(drawn), first, names)
 
     def _scores(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """(N, C), and the features that they are of."""
         check_is_fitted(self)
-        if _are_images(X):
+        are_images = _are_images(X)
+        if self.method == "probe" and are_images != self._is_of_images:
+            before, now = ("images", "features") if self._is_of_images else ("features", "images")
+            raise ValueError(
+                f"the probe was fitted to {before}, whose features may differ from those of the {now} given"
+            )
+        if are_images:
             features = self._encoded(X)
         else:
             features = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
@@ -319,20 +350,6 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         clone = super(ZeroShotClassifier, without).__sklearn_clone__()
         clone.model = self.model
         return clone
-
-
-def _to_choose_by(examples: Labelled, names: tuple[str, ...], is_held_out: bool) -> Splits:
-    """A fifth held out to choose by; or all of them, twice, where there is nothing to choose."""
-    if not is_held_out:
-        return Splits(examples, examples, examples.take(np.arange(1)), names)
-    try:
-        drawn = draw_validation(examples.labels, None)
-    except ValueError as error:
-        raise ValueError(
-            f"none of {len(examples)} images can be held out to choose by, as every class has one; give more, or C= "
-            "(alpha= and beta= of 'tip_adapter')"
-        ) from error
-    return Splits(examples.take(~drawn), examples.take(drawn), examples.take(drawn), names)
 
 
 def _checked_labels(X: Any, y: Any) -> np.ndarray:

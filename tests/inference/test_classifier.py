@@ -31,7 +31,7 @@ from miniclip.evaluation.features import encode_images
 from miniclip.evaluation.probes import linear_probe, tip_adapter
 from miniclip.evaluation.splits import Labelled, Splits, draw_validation
 from miniclip.evaluation.suite import Task, evaluate
-from miniclip.inference.thresholds import FILE, CalibratedModel, ModelThreshold, write_threshold
+from miniclip.inference.thresholds import FILE, CalibratedModel, ModelThreshold, read_threshold, write_threshold
 from miniclip.weights.load import preprocess_for
 
 NAMES = ("cat", "dog", "owl")
@@ -305,9 +305,13 @@ def test_a_mistake_is_named_when_it_is_fitted(folder, mistake):
         ZeroShotClassifier(**({"model": folder} | options)).fit(X, y)
 
 
-def test_images_need_a_model_and_features_their_width(photos, features):
-    probe = ZeroShotClassifier(method="probe", C=1.0).fit(features.pooled, photos[1])
+def test_a_probe_of_images_takes_images_and_one_of_features_those(folder, photos, features):
     with pytest.raises(ValueError, match="without a model only features can be classified"):
+        ZeroShotClassifier(method="probe").fit(*photos)
+    with pytest.raises(ValueError, match="was fitted to images, whose features may differ from those of the features"):
+        ZeroShotClassifier(folder, method="probe", C=1.0).fit(*photos).predict(features.projected)
+    probe = ZeroShotClassifier(method="probe", C=1.0).fit(features.pooled, photos[1])
+    with pytest.raises(ValueError, match="the probe was fitted to features, whose features may differ"):
         probe.predict(photos[0])
     with pytest.raises(ValueError, match="expecting 16 features"):
         probe.predict(np.ones((2, 5)))
@@ -339,6 +343,19 @@ def test_images_below_the_threshold_in_the_models_folder_are_none_of_these(calib
     assert own.predict(paths).tolist() == expected.tolist()
     assert own.threshold_.cosine == calibrated.cosine
     np.testing.assert_array_equal(own.predict_proba(paths), plain.predict_proba(paths))
+    assert not recwarn.list
+
+
+def test_classes_and_prompts_are_the_thresholds_unless_others_are_given(calibrated, photos, recwarn):
+    path = Path(calibrated.folder, FILE)
+    own = read_threshold(path)
+    write_threshold(path, replace(own, templates=tuple(TEMPLATES)), overwrite=True)
+    given = ZeroShotClassifier(calibrated.folder, templates=TEMPLATES).fit(None, NAMES)
+    for fitted in (
+        ZeroShotClassifier(calibrated.folder, none_label="none").fit(),
+        ZeroShotClassifier(calibrated.folder, none_label="none").fit(*photos),
+    ):
+        np.testing.assert_array_equal(fitted.predict_proba(photos[0]), given.predict_proba(photos[0]))
     assert not recwarn.list
 
 
