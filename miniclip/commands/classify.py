@@ -142,7 +142,7 @@ def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:
             "a picture of something else goes to one of them, too"
         )
     else:
-        note(f"note: one of the classes is a picture with {threshold}; others are {NONE}")
+        note(f"note: {NONE!r} is a picture below the threshold: {threshold}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,14 +189,17 @@ def _sort_guesses(guesses: Guesses, folder: str, options: argparse.Namespace) ->
     if not (options.yes or _agrees(f"{'Move' if is_move else 'Copy'} {what}?")):
         note("nothing was sorted")
         return
+    remedy = f"to take it back: miniclip classify --undo {shlex.quote(folder)}"
     try:
         with progress_bar(folder, len(plan.steps)) as progress:
             done = sort_files(plan, progress)
-    finally:  # Ctrl-C, too
-        note(f"to take it back: miniclip classify --undo {shlex.quote(folder)}")
+    except (OSError, KeyboardInterrupt):
+        note(remedy)
+        raise
     for problem in done.problems:
         note(f"not sorted: {problem}")
     note(f"{'moved' if is_move else 'copied'} {done.num_files:,} files into {folder} ({counts})")
+    note(remedy)
     if done.problems:
         raise ValueError(
             f"{len(done.problems):,} of {len(plan.steps):,} files could not be sorted; they are named above"
