@@ -198,7 +198,8 @@ def _sort_guesses(guesses: Guesses, folder: str, options: argparse.Namespace) ->
         raise
     for problem in done.problems:
         note(f"not sorted: {problem}")
-    note(f"{'moved' if is_move else 'copied'} {done.num_files:,} files into {folder} ({counts})")
+    into = f"{folder} ({counts})" if not done.problems else folder
+    note(f"{'moved' if is_move else 'copied'} {done.num_files:,} files into {into}")
     note(remedy)
     if done.problems:
         raise ValueError(
