@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -114,6 +114,7 @@ miniclip eval --compare reports/digits-best after""",
     ask.add_argument(
         "--baselines", nargs="+", default=[], metavar="MODEL", help="of the models; their line is what to expect"
     )
+    ask.add_argument("--explain", action="store_true", help="maps of why the worst mistakes were made, in report.html")
     learn = parser.add_argument_group("learning from features: linear probe, neighbours, Tip-Adapter, few shots")
     learn.add_argument("--train", nargs="+", default=[], metavar="DATA", help="labelled images, for each set of --data")
     learn.add_argument("--train-split", metavar="NAME", help="instead: this part of the sets of --data")
@@ -189,6 +190,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         from ..evaluation.robustness import robustness
         from ..evaluation.suite import evaluate
         from ..inference.calibration import refuse_too_few, threshold_of
+        from ..inference.explanation.guesses import GuessMaps
         from ..inference.thresholds import write_threshold
         from ..reports.page import write_html
         from ..reports.results import (
@@ -245,7 +247,12 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         write_predictions(out / PREDICTIONS_FOLDER, found)
     except ValueError as error:  # all else is worth having
         print(f"no predictions were written: {error}", file=sys.stderr)
-    write_html(out / "report.html", found, shifts)
+    wrong = sum(len(each.examples) for one in found for each in one.scores.galleries() if each.kind == "wrong")
+    with progress_bar("explaining mistakes", wrong) if options.explain else nullcontext() as explained:
+        maps = GuessMaps(lambda name: open_model(name, device), explained) if explained else None
+        write_html(out / "report.html", found, shifts, maps)
+    for problem in maps.problems if maps else ():
+        print(f"no maps: {problem}", file=sys.stderr)
     for table in tables(found, shifts):
         console().print(table)
     print_what_was_read(found)
@@ -350,6 +357,8 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
         )
     if options.templates and not any(task.data.has_classes for task in tasks):
         raise ValueError("--templates are for classes, and all sets of --data have captions instead")
+    if options.explain and not any(task.data.has_classes for task in tasks):
+        raise ValueError("--explain maps mistaken classes, and all sets of --data have captions instead")
     if options.standard:
         labelled(tasks[options.data.index(options.standard)].data)
     return [_renamed(task, tasks, source) for task, source in zip(tasks, options.data, strict=True)]

@@ -22,6 +22,7 @@ VERBS = {
     "embed": ("embed", "images or texts -> files of embeddings"),
     "index": ("search_verbs.index", "pictures -> an index to search, brought up to date by running it again"),
     "search": ("search_verbs.search", "pictures of an index by words, by pictures, and by what is known of them"),
+    "explain": ("using.explain", "what in a picture, and which words, a score hangs on: heat maps with their check"),
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),
     "report": ("report", "the curves and numbers of a training run, or of several, as a page"),
     "convert": ("convert", "a checkpoint -> another library's layout, verified"),

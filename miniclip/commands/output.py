@@ -59,7 +59,8 @@ def results(options: argparse.Namespace, columns: Mapping[str, type]) -> Iterato
     Where the reader of a pipe has gone, as `head` goes, the command ends at its next row, quietly and with status 0.
 
     Args:
-        columns: the names in order, with `str`, `int`, `float`, `bool`, or `list` for a list of texts.
+        columns: the names in order, with `str`, `int`, `float`, `bool`, `list` for a list of texts, or
+            `list[float]`.
 
     Raises:
         ValueError: the Parquet file is there already, or its library is missing.
@@ -261,6 +262,7 @@ class _ParquetRows:
         import pyarrow.parquet
 
         types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
+        types[list[float]] = pa.list_(pa.float64())
         self.schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
         self.writer = pyarrow.parquet.ParquetWriter(file, self.schema)
         self.rows: list[dict[str, Any]] = []

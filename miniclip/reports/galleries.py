@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ..common.thumbnail import thumbnail
-from ..evaluation.scores import Found, Scores
+from ..evaluation.scores import Example, Found, Scores
 
-_BOX = (112, 112)  # pixels of a thumbnail
+BOX = (112, 112)  # pixels of a thumbnail
+
+
+class Heat(NamedTuple):
+    """A picture with a map of what spoke for a guess: its `data:` URL, and how the map was checked, in words."""
+
+    picture: str
+    guess: str
+    check: str
+
+
+# A data set, the index of an image, the name of a class -> the map, if there can be one.
+HeatOf = Callable[[Any, int, str], Heat | None]
 
 
 class Thumbnails:
@@ -19,24 +32,29 @@ class Thumbnails:
     def __call__(self, data: Any, index: int) -> str:
         key = id(data.images), index
         if key not in self._made:
-            self._made[key] = thumbnail(data.open(index), _BOX)
+            self._made[key] = thumbnail(data.open(index), BOX)
         return self._made[key]
 
 
-def galleries(scores: Scores, thumbnails: Thumbnails) -> list[dict[str, Any]]:
+def galleries(scores: Scores, thumbnails: Thumbnails, heat_of: HeatOf | None = None) -> list[dict[str, Any]]:
     """
+    Args:
+        heat_of: makes maps of the first guesses of images that were taken for something else.
+
     Raises:
         ValueError: an image can't be read any more.
     """
+
+    def figure(each: Example, kind: str) -> dict[str, Any]:
+        heat = heat_of(scores.data, each.index, each.guesses[0].name) if heat_of and kind == "wrong" else None
+        shown = {"label": each.label, "guesses": each.guesses, "is_wrong": each.is_wrong, "heat": heat}
+        return _picture(scores.data, each.index, thumbnails) | shown
+
     return [
         {
             "kind": gallery.kind,
             "title": gallery.title,
-            "figures": [
-                _picture(scores.data, each.index, thumbnails)
-                | {"label": each.label, "guesses": each.guesses, "is_wrong": each.is_wrong}
-                for each in gallery.examples
-            ],
+            "figures": [figure(each, gallery.kind) for each in gallery.examples],
         }
         for gallery in scores.galleries()
     ]

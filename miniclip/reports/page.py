@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..evaluation.measures.classification import Confusion
 from ..evaluation.prompts import Prompts
 from ..evaluation.robustness import Robustness
 from ..evaluation.suite import Result
-from .galleries import Thumbnails, galleries, queries
+from .galleries import Heat, HeatOf, Thumbnails, galleries, queries
 from .page_parts import page_template, svg
 from .pictures import (
     MOST_DRAWN,
@@ -42,11 +43,14 @@ _MOST_OPEN = 4  # results; of more, the page opens their sections when asked to
 # The page
 
 
-def _section(result: Result, heading: str, is_short: bool, thumbnails: Thumbnails) -> dict[str, Any]:
+def _section(
+    result: Result, heading: str, is_short: bool, thumbnails: Thumbnails, heat_of: HeatOf | None
+) -> dict[str, Any]:
     """What the page shows of a result.
 
     Args:
         is_short: another section shows the same images with other prompts, in full.
+        heat_of: see `galleries`.
     """
     scores, data = result.scores, result.data
     confusion, calibration = scores.confusion, scores.calibration
@@ -71,8 +75,9 @@ def _section(result: Result, heading: str, is_short: bool, thumbnails: Thumbnail
         "confusions": [] if confusion is None else _confusions(confusion, scores.classnames),
         "bars_title": scores.bars_title,
         "bars": scores.bars(),
-        "galleries": galleries(scores, thumbnails),
+        "galleries": galleries(scores, thumbnails, heat_of),
         "gallery_note": scores.gallery_note,
+        "has_heat": heat_of is not None,
         "queries": queries(scores, thumbnails),
         "calibration": calibration
         and {
@@ -132,10 +137,19 @@ def _examples(prompts: Prompts) -> tuple[str, ...]:
     return tuple(f"{name}: {prompt}" for name, each in prompts.items() for prompt in each)
 
 
-def write_html(path: str | Path, results: Sequence[Result], robustness: Robustness | None = None) -> None:
+def write_html(
+    path: str | Path,
+    results: Sequence[Result],
+    robustness: Robustness | None = None,
+    heat_of: Callable[[str, Any, int, str], Heat | None] | None = None,
+) -> None:
     """One self-contained page: scores, training curves, and for each result what was right and wrong, and why.
 
     Of further sets of prompts for the same images there are scores alone.
+
+    Args:
+        heat_of: from a model's name, a data set, the index of an image and the name of a class to a map, for images
+            that were wrong.
 
     Raises:
         ValueError: an image of a gallery can't be read any more.
@@ -151,7 +165,8 @@ def write_html(path: str | Path, results: Sequence[Result], robustness: Robustne
             parts = [result.data.name, *([result.model] if len(models) > 1 else [])]
             if sum(asked == (other.model, other.data.name) for other in results) > 1:
                 parts.append(f"prompts {prompts_cell(result)}")
-            sections.append(_section(result, ", ".join(parts), asked in seen, thumbnails))
+            heat = partial(heat_of, result.model) if heat_of else None
+            sections.append(_section(result, ", ".join(parts), asked in seen, thumbnails, heat))
             seen.add(asked)
         page = page_template("report.html", percent=percent).render(
             title=title,

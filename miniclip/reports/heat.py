@@ -1,0 +1,60 @@
+"""A map of relevance laid over its picture: warm where something speaks for the text, cold where it speaks against."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import ExifTags, Image
+
+_WARM, _COLD = (214, 39, 40), (31, 90, 200)
+_STRONGEST = 0.995  # quantile of the sizes of relevance that gets the full colour
+_MOST_COVERED = 0.85  # of the picture by the full colour
+_LEAST_SIDE = 448  # pixels; smaller pictures are enlarged
+_STRIPE = 1 / 50  # width of the stripes over what is not seen, in units of the long side
+
+# What a picture's EXIF tag of orientation asks a viewer to do.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def overlay(picture: Image.Image, relevance: np.ndarray) -> Image.Image:
+    """The picture in grey with its relevance in colour, and stripes over what the model does not see.
+
+    Pictures with less than 448 pixels on the long side are enlarged by a whole factor.
+
+    Args:
+        relevance: (height, width) of the picture, NaN where the model does not look.
+    """
+    factor = max(1, _LEAST_SIDE // max(picture.size))
+    size = (factor * picture.width, factor * picture.height)
+    grey = np.asarray(picture.convert("RGB").convert("L").resize(size, Image.Resampling.NEAREST), dtype=np.float32)
+    is_seen = _enlarged(np.isfinite(relevance).astype(np.float32), size, Image.Resampling.NEAREST) > 0.5
+    strength = _enlarged(_strength(relevance), size, Image.Resampling.BILINEAR)[..., None]
+    light = (70 + 0.72 * grey)[..., None]  # so that colours show on black, too
+    shown = light + (np.where(strength > 0, _WARM, _COLD) - light) * _MOST_COVERED * np.abs(strength)
+    stripes = np.add.outer(np.arange(size[1]), np.arange(size[0])) // max(2, round(_STRIPE * max(size))) % 2
+    unseen = 0.5 * light + np.where(stripes, 110, 90)[..., None]
+    return Image.fromarray(np.where(is_seen[..., None], shown, unseen).clip(0, 255).astype(np.uint8))
+
+
+def _strength(relevance: np.ndarray) -> np.ndarray:
+    """From -1 to 1, in float32."""
+    filled = np.nan_to_num(relevance).astype(np.float32)
+    strongest = np.quantile(np.abs(relevance[np.isfinite(relevance)]), _STRONGEST) if filled.any() else 0.0
+    return (filled / strongest).clip(-1, 1) if strongest > 0 else np.sign(filled)
+
+
+def _enlarged(values: np.ndarray, size: tuple[int, int], way: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(values).resize(size, way))
+
+
+def orientation(picture: Image.Image) -> int:
+    """The EXIF tag, 1 for none: viewers turn the picture by it, and models read it as it is stored."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def upright(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as viewers show it."""
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
