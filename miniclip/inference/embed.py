@@ -31,6 +31,8 @@ from .parts import KINDS, Embedded, Plan, Work
 from .source_rows import SourceRows
 from .sources import Texts, image_set
 
+_TEXTS_AT_ONCE = 2048  # sorted by length together; more is slower to show its progress
+
 # ---------------------------------------------------------------------------------------------------------------------
 # An array
 
@@ -189,11 +191,13 @@ def embed_source(
         return work.finish(data.left_out, versions(encoder))
 
 
-def encode_text_set(encoder: Encoder, data: Texts, parts: Sequence[Sequence[int]]) -> Iterator[EncodedBatch]:
-    """One pass over texts, a part at a time, of which each text is encoded once."""
-    for indices in parts:
-        features = encode_texts(encoder, [data.texts[index] for index in indices], encoder.tokenize)
-        yield EncodedBatch(np.array(indices), features.cpu(), {})
+def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]]) -> Iterator[EncodedBatch]:
+    """One pass over texts; those of a part that are alike are together, so that few tokens are padding."""
+    for part in parts:
+        for start in range(0, len(part), _TEXTS_AT_ONCE):
+            indices = part[start : start + _TEXTS_AT_ONCE]
+            features = encode_texts(encoder, [data.texts[index] for index in indices], encoder.tokenize)
+            yield EncodedBatch(np.array(indices), features.cpu(), {})
 
 
 def unit(features: Tensor) -> np.ndarray:

@@ -90,7 +90,7 @@ def _ray() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield ray
     finally:
