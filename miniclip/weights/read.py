@@ -147,7 +147,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
     refuse_unread(str(path))
     if path.name.startswith("adapter_model."):
         raise _peft_error(path)
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         values: Any = read_safetensors(path)
     elif is_torchscript(path):
         tensors = from_openai_keys(read_torchscript(path))
@@ -164,6 +164,13 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
     beside = _config_beside(path, tensors)
     file_format = "hf" if is_hf(given) else "openclip"
     return Checkpoint(file_format, tensors, beside or assumed or _inferred(tensors, hints, path))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By what the file begins with, since people rename: a length and a brace, else not what torch.save writes."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK\3\4", b"\x80\2")))
 
 
 def _read_lightning(path: Path, values: dict[str, Any]) -> Checkpoint:

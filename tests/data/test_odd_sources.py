@@ -199,6 +199,8 @@ def test_what_is_appended_to_a_tar_or_edited_in_it_is_an_error_and_not_lost(tmp_
         ({"raw": "a"}, ["a"]),
         (None, []),
         (float("nan"), []),
+        ("nan", []),  # as a program wrote it
+        (["None", "a null result", "<NA>"], ["a null result"]),
         (7, ["7"]),
     ],
 )

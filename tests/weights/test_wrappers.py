@@ -283,3 +283,11 @@ def test_weights_of_other_frameworks_are_named_with_what_to_do(tmp_path, name, r
     for what in (tmp_path, tmp_path / name):
         with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.*{re.escape(name)} is not read.*{remedy}"):
             load(what)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("renamed.pt", save_file), ("renamed.ckpt", save_file), ("renamed.safetensors", torch.save)]
+)
+def test_a_file_is_read_as_what_it_holds_whatever_its_suffix_says(tmp_path, name, write):
+    write({key: tensor.contiguous() for key, tensor in WEIGHTS.items()}, tmp_path / name)
+    assert_loads(tmp_path / name)

@@ -22,6 +22,8 @@ CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "texts", "description", "sentences", "sentence", "alt_text", "txt",
     "comment",
 )  # fmt: skip
+# What programs write into a table for a cell that has no value.
+_MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "N/A", "n/a", "#N/A", "#NA"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", re.S)
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
@@ -65,7 +67,8 @@ def one_line(text: str) -> str:
 
 
 def texts_in(value: Any) -> list[str]:
-    """The captions of a cell: a text is one, paragraphs and all; a list holds several. Blank ones are none.
+    """The captions of a cell: a text is one, paragraphs and all; a list holds several. Blank ones, and what
+    programs write for a missing value ("nan", "None"), are none.
 
     Raises:
         ValueError: a mapping without a known field, of which nothing says which part is the caption.
@@ -83,7 +86,8 @@ def texts_in(value: Any) -> list[str]:
     text = str(value)
     if _WRITTEN_LIST.fullmatch(text.strip()):  # a list that went through a CSV, with NumPy's spaces or Python's commas
         return [part for found in re.findall(_STRING, text, re.S) for part in [one_line(_unquoted(found))] if part]
-    return [text] if (text := one_line(text)) else []
+    text = one_line(text)
+    return [text] if text and text not in _MISSING else []
 
 
 def captions_of_facts(facts: Any) -> list[str]:
