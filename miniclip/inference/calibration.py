@@ -49,7 +49,7 @@ def calibrate(
             data,
             outside=outside,
             false_acceptance=false_acceptance,
-            coverages=None if coverages is None else tuple(coverages),
+            coverages=None if coverages is None else tuple(sorted(set(coverages))),
         ),
         batch_size=batch_size,
         num_workers=num_workers,

@@ -150,7 +150,7 @@ def model():
 
 def test_what_travels_is_what_was_measured(model, tmp_path):
     data, others = labelled(36), pictures("streets", 100, 20, mode="L")
-    threshold, result = calibrate(model, data, others, false_acceptance=0.2, coverages=(0.5,))
+    threshold, result = calibrate(model, data, others, false_acceptance=0.2, coverages=(0.8, 0.5, 0.8))
     found = result.outside.acceptance
     assert (threshold.cosine, threshold.rule) == (found.threshold.cosine, "at most 20 % of outside images accepted")
     assert threshold.inside.accepted == found.accepted_inside
@@ -158,6 +158,7 @@ def test_what_travels_is_what_was_measured(model, tmp_path):
     assert (threshold.outside.name, threshold.outside.num_chosen, threshold.outside.num_tried) == ("streets", 10, 10)
     assert (threshold.classnames, threshold.templates) == (NAMES, ("a {}", "the {}"))
     assert threshold.coverages == result.outside.coverages
+    assert [each.coverage for each in threshold.coverages] == [0.5, 0.8]
     write_threshold(tmp_path / FILE, threshold)
     read = read_threshold(tmp_path / FILE)
     assert read == replace(threshold, source=str(tmp_path / FILE))
