@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
         "some, and run.py, which needs numpy, pillow, tokenizers and the target's own library alone.\n\n"
         "  onnx       for onnxruntime; also read by transformers.js\n"
         "  torch      a program of torch.export's (.pt2), for PyTorch without miniclip\n"
-        "  openvino   OpenVINO's representation (.xml, .bin)\n\n"
+        "  openvino   OpenVINO's representation (.xml, .bin)\n"
+        "  web        a page that classifies and searches in the browser, for any host of static files\n\n"
         "The folder gets its name only after it gave the model's features: on random images and texts, and with\n"
         "--prove on your pictures, from the file to the guess. An export that differs is kept as OUT.differs, and the\n"
         "command ends with status 2.\n\n" + CHECKPOINTS,
@@ -32,13 +33,15 @@ def parser() -> argparse.ArgumentParser:
         examples="""
 miniclip export runs/digits/best digits-onnx --to onnx
 miniclip export runs/digits/best digits-int8 --to onnx --precision int8 --prove my_photos
+miniclip export runs/digits/best site --to web --precision int8 --search my_photos
 miniclip export ViT-B/32 clip-torch --to torch""",
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    parser.add_argument("--to", required=True, metavar="TARGET", help="onnx, torch or openvino")
+    parser.add_argument("--to", required=True, metavar="TARGET", help="onnx, torch, openvino or web")
     parser.add_argument("--precision", default="float32", help="float32, float16, bfloat16 or int8")
     parser.add_argument("--prove", metavar="DATA", help="images to run both on, as `miniclip eval` takes them")
+    parser.add_argument("--search", metavar="DATA", help="web: images that the page finds by words, at most 5,000")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an export")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the proof: images at once")
     parser.add_argument(
@@ -59,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
         options.to,
         precision=options.precision,
         prove=options.prove,
+        search=options.search,
         overwrite=options.overwrite,
         batch_size=options.batch_size,
         num_workers=options.workers,

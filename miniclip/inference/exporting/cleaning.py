@@ -20,6 +20,14 @@ _NOTICE = (
 )
 
 
+# Among them are all that HTML does not read as the character of that number, surrogates aside.
+_NUMBERS = (
+    *range(0xA0),
+    *range(0xFDD0, 0xFDF0),
+    *(plane + last for plane in range(0, 0x110000, 0x10000) for last in (0xFFFE, 0xFFFF)),
+)
+
+
 def cleaning_tables() -> dict[str, Any]:
     """
     Returns:
@@ -27,6 +35,7 @@ def cleaning_tables() -> dict[str, Any]:
         html: entities as HTML reads them, some without a semicolon.
         numbers: what HTML reads as another character than the one of that number.
         characters: ligatures, full and half widths and curly quotes, each with what replaces it.
+        lower: each character that has a small form, with it.
         controls: characters that are dropped. mojibake: an expression for what was decoded wrongly.
         special: names of special tokens, which runners refuse.
     """
@@ -36,9 +45,10 @@ def cleaning_tables() -> dict[str, Any]:
         "mojibake": plain_expression(badness.BADNESS_RE.pattern),
         "controls": "".join(map(chr, sorted(chardata.CONTROL_CHARS))),
         "characters": _characters(),
+        "lower": {chr(n): low for n in range(0x110000) if (low := chr(n).lower()) != chr(n)},
         "entities": dict(chardata.HTML_ENTITIES),
         "html": dict(html.entities.html5),
-        "numbers": {str(number): html.unescape(f"&#{number};") for number in (0, *range(0x80, 0xA0))},
+        "numbers": {str(n): text for n in _NUMBERS if (text := html.unescape(f"&#{n};")) != chr(n)},
     }
 
 

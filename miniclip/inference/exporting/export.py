@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.files import remove, swap_in, write_text
+from ...common.wording import some
 from ...evaluation.datasets.open import open_dataset, open_images
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
 from ...evaluation.encoder import from_clip
@@ -21,19 +23,21 @@ from ...weights.load import load
 from ..thresholds import FILE as THRESHOLD_FILE
 from ..thresholds import find_threshold
 from . import runner as runner_file
-from .facts import FACTS_FILE, Classes, export_facts, write_facts
+from .facts import FACTS_FILE, Classes, export_facts, has_own_ids, write_facts
 from .onnx_files import require, shrink_onnx, write_onnx
 from .openvino_files import write_openvino
 from .proof import Progress, Proof, prove_on_noise, prove_on_pictures, time_towers
 from .runner import Clip
 from .torch_program import write_program
 from .towers import Tower, towers
+from .web import MOST_PICTURES, write_page, write_search
 
 # target: its precisions
 TARGETS = {
     "onnx": ("float32", "float16", "bfloat16", "int8"),
     "torch": ("float32", "float16", "bfloat16"),
     "openvino": ("float32", "float16"),
+    "web": ("float32", "float16", "bfloat16", "int8"),
 }
 _SUFFIXES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_quantized"}  # transformers.js's
 _DIFFERS = ".differs"  # follows the folder's name where an export is kept for a look, and not called done
@@ -59,6 +63,7 @@ def export(
     *,
     precision: str = "float32",
     prove: str | None = None,
+    search: str | None = None,
     overwrite: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -69,6 +74,7 @@ def export(
     Args:
         name: a model, as `load` takes it.
         target, precision: of `TARGETS`.
+        search: images that the page of "web" searches, likewise.
         prove: images, as `open_dataset` or `open_images` takes them, on which both are run.
         overwrite: replace `out` if it is an export.
 
@@ -81,11 +87,14 @@ def export(
     _refuse_request(name, target, precision)
     refuse_existing(out, overwrite)
     data = None if prove is None else _open_proof(prove)
+    pictures = None if search is None else _open_pictures(search, target)
     model, preprocess = load(name, "cpu")
     assert isinstance(preprocess, Preprocess)
     model.requires_grad_(False)
-    if data is not None and model.config.towers == "text":
-        raise ValueError(f"{name} has no image tower, so there is nothing to prove on pictures")
+    if model.config.towers == "text" and (data or pictures or target == "web"):
+        raise ValueError(f"{name} has no image tower, so there is nothing to do with pictures")
+    if target == "web" and not has_own_ids(model.config):
+        raise ValueError(f"{name} has no text tower that reads CLIP's ids, and a page without words has no use")
     threshold = find_threshold(name)
     classes = Classes()
     if threshold is not None:
@@ -105,6 +114,13 @@ def export(
             _write_towers(model, temporary, scratch, facts, target, progress)
             plain = Clip(scratch) if (scratch / FACTS_FILE).is_file() else None
             proof = _prove(model, preprocess, name, Clip(temporary), plain, data, batch_size, num_workers, progress)
+        if target == "web":
+            write_page(temporary)
+        if pictures is not None and not proof.problems():
+            options: Any = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+            facts["num_pictures"], unsearched = write_search(temporary, pictures, **options)
+            write_facts(temporary, facts, model.config)
+            _warn_unread(unsearched, pictures.name)
         write_text(temporary / "proof.json", json.dumps(proof.as_dict(), indent=1, ensure_ascii=False) + "\n")
         if problems := proof.problems():
             aside = out.with_name(out.name + _DIFFERS)
@@ -165,6 +181,22 @@ def _open_proof(source: str) -> EvaluationSet:
             raise error from None
 
 
+def _open_pictures(source: str, target: str) -> EvaluationSet:
+    if target != "web":
+        raise ValueError(f"pictures to search belong to --to web, and {target} has no page")
+    data = open_images(source)
+    if len(data) > MOST_PICTURES:
+        raise ValueError(
+            f"{source} has {len(data)} pictures; a page searches at most {MOST_PICTURES}, as a browser has to load them"
+        )
+    return data
+
+
+def _warn_unread(unread: tuple[str, ...], name: str) -> None:
+    if unread:
+        warnings.warn(f"{name}: {len(unread)} pictures can't be read or searched: {some(unread, 2)}", stacklevel=3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The folder
 
@@ -181,7 +213,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _file_of(tower: Tower, target: str, precision: str) -> str:
-    if target == "onnx":
+    if target in ("onnx", "web"):
         return f"onnx/{tower.file}{_SUFFIXES[precision]}.onnx"
     return f"{tower.file}.{'pt2' if target == 'torch' else 'xml'}"
 

@@ -203,7 +203,7 @@ def _fastest_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
 # On pictures
 
 
-class _RunnerPixels:
+class RunnerPixels:
     """The runner's preprocessing, for processes that decode."""
 
     def __init__(self, folder: Path) -> None:
@@ -211,6 +211,11 @@ class _RunnerPixels:
 
     def __call__(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(self.runner.pixels(image))
+
+
+def runner_features(runner: Clip) -> Callable[[Tensor], Tensor]:
+    """(B, 3, R, R) -> (B, E), by the runner."""
+    return lambda images: torch.from_numpy(np.array(runner.run("image", images.numpy())))
 
 
 def prove_on_pictures(
@@ -233,8 +238,8 @@ def prove_on_pictures(
         ours = encode_images(model.encode_image, model.preprocess, data, progress=advance, **options)
     with progress(f"{data.name}: export", len(data)) as advance:
         theirs = encode_images(
-            lambda images: torch.from_numpy(runner.run("image", images.numpy())),
-            _RunnerPixels(runner.folder),
+            runner_features(runner),
+            RunnerPixels(runner.folder),
             data,
             progress=advance,
             **options,

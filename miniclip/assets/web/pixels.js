@@ -1,0 +1,186 @@
+// From a picture's file to a model's input, with Pillow's resampling, so that guesses are those of miniclip.
+
+const FILTERS = {
+  box: [0.5, (x) => (x > -0.5 && x <= 0.5 ? 1 : 0)],
+  bilinear: [1, (x) => Math.max(0, 1 - Math.abs(x))],
+  hamming: [1, (x) => {
+    x = Math.abs(x);
+    return x === 0 ? 1 : x >= 1 ? 0 : sinc(x) * (0.54 + 0.46 * Math.cos(Math.PI * x));
+  }],
+  bicubic: [2, (x) => {
+    const a = -0.5;
+    x = Math.abs(x);
+    if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
+    return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
+  }],
+  lanczos: [3, (x) => (x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0)],
+};
+const ONE = 2 ** 22; // Pillow multiplies whole numbers of so many steps to 1
+
+function sinc(x) {
+  return x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x);
+}
+
+// For each of `size` outputs: the first input that it sees, and the weights of those.
+function windows(from, size, [reach, weigh]) {
+  const scale = from / size, wide = Math.max(scale, 1), support = reach * wide;
+  return Array.from({ length: size }, (_, out) => {
+    const centre = (out + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(centre - support + 0.5));
+    const last = Math.min(from, Math.trunc(centre + support + 0.5));
+    const weights = Array.from({ length: last - first }, (_, i) => weigh((i + first - centre + 0.5) * (1 / wide)));
+    const total = weights.reduce((sum, each) => sum + each, 0);
+    return { first, weights: weights.map((each) => roundAway((each / (total || 1)) * ONE)) };
+  });
+}
+
+function roundAway(x) {
+  return x < 0 ? Math.trunc(x - 0.5) : Math.trunc(x + 0.5);
+}
+
+function clip8(sum) {
+  return Math.min(255, Math.max(0, Math.floor((sum + ONE / 2) / ONE)));
+}
+
+// `data` has `channels` bytes for each pixel of `width` x `height`. Columns first, then rows, rounded between.
+export function resize({ data, width, height, channels }, newWidth, newHeight, filter) {
+  if (filter === "nearest") return nearest({ data, width, height, channels }, newWidth, newHeight);
+  if (newWidth !== width) {
+    const across = windows(width, newWidth, FILTERS[filter]);
+    const out = new Uint8ClampedArray(newWidth * height * channels);
+    for (let y = 0; y < height; y++)
+      for (let x = 0; x < newWidth; x++) {
+        const { first, weights } = across[x];
+        for (let c = 0; c < channels; c++) {
+          let sum = 0;
+          for (let i = 0; i < weights.length; i++) sum += weights[i] * data[(y * width + first + i) * channels + c];
+          out[(y * newWidth + x) * channels + c] = clip8(sum);
+        }
+      }
+    [data, width] = [out, newWidth];
+  }
+  if (newHeight !== height) {
+    const down = windows(height, newHeight, FILTERS[filter]);
+    const out = new Uint8ClampedArray(width * newHeight * channels), row = width * channels;
+    for (let y = 0; y < newHeight; y++) {
+      const { first, weights } = down[y];
+      for (let at = 0; at < row; at++) {
+        let sum = 0;
+        for (let i = 0; i < weights.length; i++) sum += weights[i] * data[(first + i) * row + at];
+        out[y * row + at] = clip8(sum);
+      }
+    }
+    [data, height] = [out, newHeight];
+  }
+  return { data, width, height, channels };
+}
+
+function nearest({ data, width, height, channels }, newWidth, newHeight) {
+  const across = places(width, newWidth), down = places(height, newHeight);
+  const out = new Uint8ClampedArray(newWidth * newHeight * channels);
+  for (let y = 0; y < newHeight; y++)
+    for (let x = 0; x < newWidth; x++) {
+      const at = down[y] * width + across[x];
+      for (let c = 0; c < channels; c++) out[(y * newWidth + x) * channels + c] = data[at * channels + c];
+    }
+  return { data: out, width: newWidth, height: newHeight, channels };
+}
+
+// Summed up as Pillow does, whose rounding decides between two neighbours that are equally near.
+function places(from, size) {
+  const step = from / size;
+  let at = step * 0.5;
+  return Array.from({ length: size }, () => {
+    const place = Math.trunc(at);
+    at += step;
+    return place;
+  });
+}
+
+// A file's pixels as they are in it: neither turned, nor converted to the screen's colours.
+export async function decode(file) {
+  const options = { imageOrientation: "none", colorSpaceConversion: "none", premultiplyAlpha: "none" };
+  const bitmap = await createImageBitmap(file, options);
+  const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  const { data, width, height } = context.getImageData(0, 0, bitmap.width, bitmap.height);
+  return { data, width, height, channels: 4, hasPalette: hasPalette(new Uint8Array(await file.slice(0, 64).arrayBuffer())) };
+}
+
+// Pillow resizes pictures with a palette, and those of one bit, by nearest neighbours.
+function hasPalette(head) {
+  const name = String.fromCharCode(...head.slice(0, 8));
+  if (name.startsWith("GIF8")) return true;
+  if (name.startsWith("BM")) return head[28] <= 8;
+  return name.startsWith("\x89PNG") && (head[25] === 3 || (head[25] === 0 && head[24] === 1));
+}
+
+// (3, R, R) float32, normalised.
+export function toInput(image, facts) {
+  const R = facts.size, isHf = facts.style === "hf", side = facts.resize_size;
+  image = isHf ? onWhite(image) : image;
+  let { width: W, height: H } = image;
+  const short = Math.min(W, H), long = Math.max(W, H);
+  if (facts.resize === "shortest" && side * side * long > facts.most_pixels * short) {
+    const cut = Math.floor((long - 8 * short) / 2);
+    image = W > H ? crop(image, cut, 0, W - 2 * cut, H) : crop(image, 0, cut, W, H - 2 * cut);
+    [W, H] = [image.width, image.height];
+  }
+  let size = [W, H];
+  if (facts.resize === "squash") size = [side, side];
+  if (facts.resize === "shortest") {
+    const other = Math.trunc((side * Math.max(W, H)) / Math.min(W, H));
+    size = W <= H ? [side, other] : [other, side];
+  }
+  if (size[0] !== W || size[1] !== H) {
+    const filter = image.hasPalette && !isHf ? "nearest" : facts.interpolation;
+    image = filter === "nearest" ? resize(image, ...size, filter) : divided(resize(multiplied(image), ...size, filter));
+  }
+  const place = isHf ? (gap) => Math.floor(gap / 2) : (gap) => roundHalfToEven(gap / 2);
+  const { data } = crop(image, place(image.width - R), place(image.height - R), R, R);
+  const out = new Float32Array(3 * R * R);
+  for (let c = 0; c < 3; c++)
+    for (let at = 0; at < R * R; at++)
+      out[c * R * R + at] = (data[4 * at + c] / 255 - facts.mean[c]) / facts.std[c];
+  return out;
+}
+
+function roundHalfToEven(x) {
+  const floor = Math.floor(x);
+  return x - floor === 0.5 ? floor + (floor % 2 === 0 ? 0 : 1) : Math.round(x);
+}
+
+// What lies outside is black.
+function crop({ data, width, height, hasPalette }, left, top, newWidth, newHeight) {
+  const out = new Uint8ClampedArray(newWidth * newHeight * 4);
+  for (let y = 0; y < newHeight; y++)
+    for (let x = 0; x < newWidth; x++) {
+      const [fromX, fromY] = [x + left, y + top];
+      if (fromX < 0 || fromY < 0 || fromX >= width || fromY >= height) continue;
+      const at = 4 * (fromY * width + fromX);
+      out.set(data.subarray(at, at + 4), 4 * (y * newWidth + x));
+    }
+  return { data: out, width: newWidth, height: newHeight, channels: 4, hasPalette };
+}
+
+function eachPixel(image, change) {
+  const data = new Uint8ClampedArray(image.data);
+  for (let at = 0; at < data.length; at += 4)
+    for (let c = 0; c < 3; c++) data[at + c] = change(data[at + c], data[at + 3]);
+  return { ...image, data };
+}
+
+function multiplied(image) {
+  return eachPixel(image, (value, alpha) => {
+    const product = value * alpha + 128;
+    return ((product >> 8) + product) >> 8;
+  });
+}
+
+function divided(image) {
+  return eachPixel(image, (value, alpha) => (alpha === 0 || alpha === 255 ? value : Math.trunc((255 * value) / alpha)));
+}
+
+function onWhite(image) {
+  return eachPixel(image, (value, alpha) => Math.round((value * alpha + 255 * (255 - alpha)) / 255));
+}

@@ -1,0 +1,69 @@
+"""A page that runs the model in the browser: static files around the towers in ONNX, for any host of files."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+from pathlib import Path
+
+from PIL import Image
+
+from ...common.files import ASSETS, atomic_write, write_text
+from ...evaluation.datasets.sets import EvaluationSet
+from ...evaluation.features import encode_images
+from .proof import Progress, RunnerPixels, runner_features
+from .runner import Clip
+
+_PACKED = ".xz"  # WebAssembly takes 14 MB, and packed 2
+_THUMBNAIL = 160  # pixels
+MOST_PICTURES = 5000
+
+
+def write_page(folder: Path) -> None:
+    """The page, its scripts, and onnxruntime-web, which runs the towers."""
+    root = ASSETS / "web"
+    for path in sorted(each for each in root.rglob("*") if each.is_file()):
+        out, data = folder / path.relative_to(root), path.read_bytes()
+        if path.suffix == _PACKED:
+            out, data = out.with_suffix(""), lzma.decompress(data)
+        with atomic_write(out) as file:
+            file.write(data)
+
+
+def write_search(
+    folder: Path, data: EvaluationSet, *, batch_size: int, num_workers: int, progress: Progress
+) -> tuple[int, tuple[str, ...]]:
+    """Pictures that the page searches: their features by the towers of the folder, names and thumbnails.
+
+    Returns:
+        How many there are, and why the others can't be read.
+    """
+    runner = Clip(folder)
+    with progress(f"{data.name}: to be searched", len(data)) as advance:
+        found = encode_images(
+            runner_features(runner),
+            RunnerPixels(folder),
+            data,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=advance,
+        )
+    pictures = []
+    for number, index in enumerate(found.indices.tolist()):
+        name = f"{number:04d}.jpg"
+        with atomic_write(folder / "search" / name) as file:
+            file.write(_thumbnail(data.open(index)))
+        pictures.append({"name": Path(data.key(index)).name, "thumbnail": name})
+    with atomic_write(folder / "search" / "features.bin") as file:
+        file.write(found.unit.numpy().astype("<f4").tobytes())
+    write_text(folder / "search" / "index.json", json.dumps(pictures, ensure_ascii=False))
+    return len(pictures), found.unreadable
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    image = image.convert("RGB")
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=80)
+    return buffer.getvalue()

@@ -1,0 +1,157 @@
+"""The page of `export --to web` in a real browser: miniclip's ids, pixels and guesses; no request to another host."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exports import saved, small_clip, texts
+from helpers import Served, picture, write_picture
+from PIL import Image
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from miniclip import tokenizer
+from miniclip.inference.exporting.export import export
+from miniclip.inference.exporting.runner import Clip
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A page, its pictures, and more pictures of every kind that a browser opens."""
+    root = tmp_path_factory.mktemp("served")
+    for number in range(12):
+        size = (20 + 7 * (number % 5), 20 + 5 * (number % 4))
+        write_picture(root / "pictures" / CLASSES[number % 3] / f"{number}.png", number, size)
+    source = str(root / "pictures")
+    export(saved(root / "clip", small_clip()), root / "page", "web", prove=source, search=source)
+    smooth = picture(5, (9, 7)).resize((90, 61), Image.Resampling.BICUBIC)
+    for mode in ("RGB", "L", "P", "1", "RGBA"):
+        smooth.convert(mode).save(root / f"{mode}.png")
+    smooth.save(root / "photo.jpg", quality=90)
+    smooth.save(root / "photo.webp", lossless=True)
+    smooth.convert("P").save(root / "photo.gif")
+    smooth.resize((3, 200)).save(root / "strip.png")
+    smooth.resize((5, 4)).save(root / "small.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(browser, folder):
+    """The browser, at the page, with its module at hand."""
+    with Served(folder) as served:
+        browser.driver.set_script_timeout(200)
+        browser.driver.get_log("browser")
+        browser.driver.get_log("performance")
+        browser.driver.get(f"{served.url}/page/index.html")
+        WebDriverWait(browser.driver, 60).until(lambda driver: driver.find_element(By.ID, "work").is_displayed())
+        browser.url = served.url
+        yield browser
+
+
+def in_page(page, body, *arguments):
+    """What an asynchronous function of JavaScript gives, with the module's names and `clip` at hand."""
+    found = page.driver.execute_async_script(
+        "const args = [...arguments], done = args.pop();"
+        "const run = async () => {"
+        "  const [{ Clip }, pixels] = await Promise.all([import('/page/clip.js'), import('/page/pixels.js')]);"
+        "  const clip = (window.clip ??= await Clip.load());"
+        "  const open = async (name) => (await fetch('/' + name)).blob();" + body + "};"
+        "run().then((value) => done({ value }), (error) => done({ error: String(error.stack) }));",
+        *arguments,
+    )
+    assert "error" not in found, found["error"]
+    return found["value"]
+
+
+@pytest.mark.parametrize("count", [3000, pytest.param(20_000, marks=pytest.mark.long)])
+def test_its_token_ids_are_ours_or_the_text_is_refused(page, count):
+    sentences = [*texts(count, seed=count), "ΣΑΣ ΑΣ. Σ", "İi", "don't", "a " * 100]
+    body = "return args[0].map((text) => { try { return clip.tokenizer.encode(text) } catch (e) { return e.message } })"
+    found, refused = in_page(page, body, sentences), 0
+    for text, ids in zip(sentences, found, strict=True):
+        if isinstance(ids, str):
+            assert "decoded wrongly" in ids
+            refused += 1
+        else:
+            assert ids == tokenizer.encode_for_model(text, truncate=True), ascii(text)
+    assert 0 < refused < count / 4
+
+
+def levels(page, name, facts):
+    body = "return [...pixels.toInput(await pixels.decode(await open(args[0])), args[1])]"
+    return np.array(in_page(page, body, name, facts)).reshape(3, facts["size"], -1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"interpolation": "bilinear", "resize_size": 23},
+        {"interpolation": "lanczos"},
+        {"interpolation": "hamming"},
+        {"interpolation": "box"},
+        {"interpolation": "nearest"},
+        {"resize": "squash"},
+        {"resize": "none"},
+        {"style": "hf", "resize_size": 19},
+    ],
+    ids=str,
+)
+def test_its_pixels_are_pillows_within_a_level(page, folder, changes):
+    runner = Clip(folder / "page")
+    plain = {"mean": [0, 0, 0], "std": [1 / 255] * 3}
+    facts = runner.facts["pixels"] = runner.facts["pixels"] | plain | changes
+    for path in sorted(each for each in folder.iterdir() if each.is_file()):
+        expected = runner.pixels(Image.open(path))
+        difference = np.abs(levels(page, path.name, facts) - expected).max()
+        # Canvases keep transparent colours multiplied, which loses what is nearly invisible; here nothing is.
+        assert difference <= 1.001, (path.name, difference)
+
+
+def test_its_guesses_are_those_of_the_runner(page, folder):
+    paths = sorted((folder / "pictures").rglob("*.png"))
+    names = [str(path.relative_to(folder)) for path in paths]
+    body = "const files = await Promise.all(args[0].map(open)); return clip.classify(files)"
+    found = in_page(page, body, names)
+    expected = Clip(folder / "page").classify([Image.open(path) for path in paths])
+    assert [each["guesses"][0]["name"] for each in found] == [name for name, *_ in expected]
+    np.testing.assert_allclose(
+        [[each["guesses"][0]["probability"], each["guesses"][0]["cosine"]] for each in found],
+        [[probability, cosine] for _, probability, cosine in expected],
+        atol=1e-4,
+    )
+
+
+def test_a_person_classifies_and_searches_and_nothing_leaves_the_host(page, folder):
+    driver = page.driver
+    path = folder / "pictures" / "dog" / "1.png"
+    labels = driver.find_element(By.ID, "labels")
+    assert labels.get_attribute("value") == "cat, dog, owl"
+    driver.find_element(By.ID, "files").send_keys(str(path))
+    WebDriverWait(driver, 30).until(lambda driver: page.count("#answers li") == 1)
+    ((name, probability, _),) = Clip(folder / "page").classify([Image.open(path)])
+    assert page.text(".answer") == name
+    assert f"{name}: {100 * probability:.1f} %" in page.text("#answers")
+    driver.find_element(By.ID, "words").send_keys("a dog")
+    driver.find_element(By.CSS_SELECTOR, "#search button").click()
+    WebDriverWait(driver, 30).until(lambda driver: page.count("#found li") == 12)
+    runner = Clip(folder / "page")
+    files = sorted((folder / "pictures").rglob("*.png"))
+    cosines = runner.encode_images([Image.open(file) for file in files]) @ runner.encode_texts(["a dog"])[0]
+    assert page.text("#found li").startswith(files[int(cosines.argmax())].name)
+    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    hosts = {url.split("/")[2] for url in page.requests() if url.startswith("http")}
+    assert hosts == {page.url.split("/")[2]}
+
+
+def test_opened_from_a_disk_it_says_how_to_serve_it(browser, folder):
+    browser.driver.get((folder / "page" / "index.html").as_uri())
+    assert "python -m http.server" in browser.text()
+
+
+def test_pictures_to_search_are_for_a_page_alone(tmp_path):
+    with pytest.raises(ValueError, match="belong to --to web"):
+        export(saved(tmp_path / "clip", small_clip()), tmp_path / "out", "onnx", search=str(tmp_path))
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["clip"]
