@@ -16,7 +16,7 @@ from .proof import Progress, RunnerPixels, runner_features
 from .runner import Clip
 
 _PACKED = ".xz"  # WebAssembly takes 14 MB, and packed 2
-_THUMBNAIL = 160  # pixels
+_THUMBNAIL_SIDE = 160  # pixels
 MOST_PICTURES = 5000
 
 
@@ -63,7 +63,7 @@ def write_search(
 
 def _thumbnail(image: Image.Image) -> bytes:
     image = image.convert("RGB")
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", quality=80)
     return buffer.getvalue()
