@@ -63,7 +63,7 @@ def write_search(
 
 def _thumbnail(image: Image.Image) -> bytes:
     image = image.convert("RGB")
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL))
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", quality=80)
     return buffer.getvalue()
