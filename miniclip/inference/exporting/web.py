@@ -16,7 +16,7 @@ from .proof import Progress, RunnerPixels, runner_features
 from .runner import Clip
 
 _PACKED = ".xz"  # WebAssembly takes 14 MB, and packed 2
-_THUMBNAIL_SIDE = 160  # pixels
+_FOUND_SIDE = 160  # pixels
 MOST_PICTURES = 5000
 
 
@@ -63,7 +63,7 @@ def write_search(
 
 def _thumbnail(image: Image.Image) -> bytes:
     image = image.convert("RGB")
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    image.thumbnail((_FOUND_SIDE, _FOUND_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", quality=80)
     return buffer.getvalue()
