@@ -10,24 +10,28 @@ import sys
 from ..common.files import user_errors
 from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding
 
-# verb: its file here or in `using/`, and what it does. A file has `parser()`, and `run(options)` for what that parser
-# reads; the file of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
+# verb: its file, here or in inference/, and what it does. A file has `parser()`, and `run(options)` for what that
+# parser reads; the file of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
 VERBS = {
     "shards": ("shards", "a folder or table of images and texts -> shards"),
     "check": ("check", "what training on some pairs would meet, before it starts"),
     "train": ("train", "train a CLIP on shards"),
     "eval": ("evaluate", "zero-shot scores of a model on labelled images, and a report"),
-    "classify": ("classify", "what pictures show, of classes named in words; sorts files by it"),
-    "calibrate": ("calibrate", 'the threshold for "none of these" that travels with a model'),
-    "embed": ("embed", "images or texts -> files of embeddings"),
-    "index": ("search_verbs.index", "pictures -> an index to search, brought up to date by running it again"),
-    "search": ("search_verbs.search", "pictures of an index by words, by pictures, and by what is known of them"),
-    "explain": ("using.explain", "what in a picture, and which words, a score hangs on: heat maps with their check"),
+    "classify": ("inference.classify", "what pictures show, of classes named in words; sorts files by it"),
+    "calibrate": ("inference.calibrate", 'the threshold for "none of these" that travels with a model'),
+    "embed": ("inference.embed", "images or texts -> files of embeddings"),
+    "index": ("inference.index", "pictures -> an index to search, brought up to date by running it again"),
+    "search": ("inference.search", "pictures of an index by words, by pictures, and by what is known of them"),
+    "explain": (
+        "inference.explain",
+        "what in a picture, and which words, a score hangs on: heat maps with their check",
+    ),
+    "app": ("inference.app", "a local page to try a model on"),
     "interpolate": ("interpolate", "weights between a model and its fine-tuned self (WiSE-FT)"),
     "report": ("report", "the curves and numbers of a training run, or of several, as a page"),
     "convert": ("convert", "a checkpoint -> another library's layout, verified"),
-    "export": ("using.export", "a model -> ONNX, torch.export or OpenVINO, proven on your pictures"),
-    "push": ("push", "a model and its card -> the hub"),
+    "export": ("inference.export", "a model -> ONNX, torch.export or OpenVINO, proven on your pictures"),
+    "push": ("inference.push", "a model and its card -> the hub"),
     "info": ("info", "what a checkpoint is: format, architecture, sizes, cost"),
 }
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 # What names something that is not on this machine, or would take minutes; such an example is parsed alone.
 ELSEWHERE = re.compile(
     r"^torchrun|^miniclip train|^miniclip push(?!.*--dry-run)|hf-hub:|openclip:|transformers:|torchvision:|\w+://"
-    r"|\| jq |birds\.index"
+    r"|\| jq |birds\.index|^miniclip app"
 )
 AFTER = {"check": "shards", "search": "index"}  # a verb whose examples take what another's have made
 CLASSES = ("cat", "dog", "bird")
@@ -189,7 +189,7 @@ def run_in_terminal(command: list[str], folder: Path, environment: dict[str, str
 def test_every_example_of_the_help_runs(verb, world):
     for each in [AFTER[verb], verb] if verb in AFTER else [verb]:
         here = [line for line in examples(each) if not ELSEWHERE.search(line)]
-        assert here or each == "train", f"no example of {each} runs on one machine"
+        assert here or each in ("train", "app"), f"no example of {each} runs on one machine"
         run_here(here, world)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from ..common.files import expand_home
-from ..common.wording import percent
-from .evaluate import print_what_was_read
-from .terminal import add_cache, add_encoding, add_reading, lasting_imports, new_parser, progress_bar
+from ...common.files import expand_home
+from ...common.wording import percent
+from ..evaluate import print_what_was_read
+from ..terminal import add_cache, add_encoding, add_reading, lasting_imports, new_parser, progress_bar
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,12 +66,12 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--outside is {options.data}, as is --data; it must hold images of none of the classes")
 
     with lasting_imports():
-        from ..evaluation.datasets.open import open_dataset, open_images
-        from ..evaluation.datasets.sets import labelled
-        from ..evaluation.features import open_cache
-        from ..evaluation.other_libraries import open_model
-        from ..inference.calibration import calibrate
-        from ..inference.thresholds import refuse_unwritable, threshold_path, write_threshold
+        from ...evaluation.datasets.open import open_dataset, open_images
+        from ...evaluation.datasets.sets import labelled
+        from ...evaluation.features import open_cache
+        from ...evaluation.other_libraries import open_model
+        from ...inference.calibration import calibrate
+        from ...inference.thresholds import refuse_unwritable, threshold_path, write_threshold
 
     data = open_dataset(
         options.data,

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.wording import printable, some
-from .output import IMAGES, MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
-from .terminal import add_cache, add_encoding, add_threshold, lasting_imports, new_parser, progress_bar
+from ...common.wording import printable, some
+from ..output import IMAGES, MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
+from ..terminal import add_cache, add_encoding, add_threshold, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
-    from ..evaluation.datasets.sets import EvaluationSet
-    from ..inference.classify import Guesses
-    from ..inference.thresholds import ModelThreshold
+    from ...evaluation.datasets.sets import EvaluationSet
+    from ...inference.classify import Guesses
+    from ...inference.thresholds import ModelThreshold
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,11 +76,11 @@ def run(options: argparse.Namespace) -> None:
         return
     _refuse_mistakes(options)
     with lasting_imports():
-        from ..evaluation.features import FeatureCache
-        from ..evaluation.other_libraries import open_model
-        from ..inference.classify import choose_classes, classify_images, result_columns
-        from ..inference.sources import image_set
-        from ..inference.thresholds import find_threshold
+        from ...evaluation.features import FeatureCache
+        from ...evaluation.other_libraries import open_model
+        from ...inference.classify import choose_classes, classify_images, result_columns
+        from ...inference.sources import image_set
+        from ...inference.thresholds import find_threshold
 
     threshold = find_threshold(options.model, options.threshold)
     classes = choose_classes(options.labels, options.classnames, options.templates, threshold)
@@ -131,7 +131,7 @@ def _refuse_mistakes(options: argparse.Namespace) -> None:
 
 def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:
     """What the guesses leave out, and what they are relative to."""
-    from ..inference.classify import NONE
+    from ...inference.classify import NONE
 
     note_unreadable(guesses.unreadable, len(guesses.data))
     for same in guesses.same_prompts[:5]:
@@ -170,8 +170,8 @@ def _can_ask() -> bool:
 
 
 def _sort_guesses(guesses: Guesses, folder: str, options: argparse.Namespace) -> None:
-    from ..inference.classify import NONE
-    from ..inference.sorting import plan_sorting, sort_files
+    from ...inference.classify import NONE
+    from ...inference.sorting import plan_sorting, sort_files
 
     is_move = bool(options.move_to)
     files = [guesses.data.images[index] for index in guesses.indices]
@@ -213,7 +213,7 @@ def _agrees(question: str) -> bool:
 
 
 def _take_back(options: argparse.Namespace) -> None:
-    from ..inference.sorting import undo_sorting
+    from ...inference.sorting import undo_sorting
 
     if options.images:
         raise ValueError(f"--undo {options.undo} classifies nothing; leave out {options.images[0]}")

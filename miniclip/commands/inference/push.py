@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .convert import add_hints, hints
-from .terminal import CHECKPOINTS, lasting_imports, new_parser
+from ..convert import add_hints, hints
+from ..terminal import CHECKPOINTS, lasting_imports, new_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,8 +46,8 @@ miniclip push runs/digits/best owner/digits-hf --to hf --private""",
 
 def run(options: argparse.Namespace) -> None:
     with lasting_imports():
-        from ..inference.card import card_for
-        from ..inference.push import check_repository, push, thumbnail_names
+        from ...inference.card import card_for
+        from ...inference.push import check_repository, push, thumbnail_names
 
     check_repository(options.repository)
     about = {"to": options.to, "results": options.results, "license": options.license, **hints(options)}

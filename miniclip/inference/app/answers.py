@@ -1,0 +1,208 @@
+"""What the page answers: pictures and words in, HTML out. Every sentence that can be wrong with an input is an answer.
+
+C classes.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ...common.thumbnail import thumbnail
+from ...common.wording import percent, printable
+from ...evaluation.datasets.sets import EvaluationSet
+from ...evaluation.encoder import Encoder
+from ...images import open_image
+from ..classify import Classes, Guesses, choose_classes, classify_images
+from ..thresholds import ModelThreshold
+
+if TYPE_CHECKING:
+    from ..search.index import Index
+
+MOST_CLASSES, MOST_PROMPTS, MOST_FOUND = 1000, 20, 60
+_BARS = 10  # bars
+_FOUND_BOX = (200, 200)  # pixels
+_MAP_SIDE = 448  # pixels, of the longer side
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model, and what came with it.
+
+    Args:
+        encoder: the model.
+        threshold: its threshold for "none of these".
+        index: pictures to search.
+        reports: pages of the model's run, by title.
+    """
+
+    encoder: Encoder
+    threshold: ModelThreshold | None = None
+    index: Index | None = None
+    reports: tuple[tuple[str, Path], ...] = ()
+
+    def guess(self, picture: bytes | None, labels: str, templates: str = "") -> str:
+        """A bar for each of the nearest classes."""
+        return answered(lambda: _bars(self._guesses(picture, labels, _template_lines(templates)), self.threshold))
+
+    def compare(self, picture: bytes | None, labels: str, templates: str) -> str:
+        """A row for each template, and one for all of them together."""
+        return answered(lambda: self._compared(picture, labels, _template_lines(templates)))
+
+    def _compared(self, picture: bytes | None, labels: str, templates: Sequence[str]) -> str:
+        if not 1 <= len(templates) <= MOST_PROMPTS:
+            raise ValueError(f"there are {len(templates)} templates; write one a line, 1 to {MOST_PROMPTS}")
+        rows = [(template, self._guesses(picture, labels, [template])) for template in templates]
+        if len(templates) > 1:
+            rows.append((f"all {len(templates)} together", self._guesses(picture, labels, templates)))
+        names = rows[0][1].classes.classnames
+        body = []
+        for template, guesses in rows:
+            by_class = dict(zip(guesses.ranked[0].tolist(), guesses.probabilities[0].tolist(), strict=True))
+            cells = [
+                _td(f"{percent(by_class[c])} %", "best" if c == guesses.ranked[0, 0] else "") for c in range(len(names))
+            ]
+            body.append(f'<tr><th scope="row">{_text(template)}</th>{"".join(cells)}</tr>')
+        header = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
+        caption = "<caption>Probability of each label, by prompt</caption>"
+        head = f'<thead><tr><th scope="col">prompt</th>{header}</tr></thead>'
+        return f'<div class="wide"><table>{caption}{head}<tbody>{"".join(body)}</tbody></table></div>'
+
+    def _guesses(self, picture: bytes | None, labels: str, templates: Sequence[str]) -> Guesses:
+        if picture is None:
+            raise ValueError("there is no picture yet; drop one, or take one with the camera")
+        image = open_image(picture, "the picture")
+        classes = choose_classes(labels or None, threshold=self.threshold)
+        if len(classes.classnames) > MOST_CLASSES:
+            raise ValueError(
+                f"there are {len(classes.classnames):,} labels; at most {MOST_CLASSES:,} are compared here"
+            )
+        if templates:
+            classes = Classes(classes.classnames, tuple(templates), "the page")
+        data = EvaluationSet("the picture", [image], keys=["the picture"])
+        num_guesses = len(classes.classnames)
+        return classify_images(self.encoder, data, classes, num_guesses=num_guesses, threshold=self.threshold)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def heat_map(self, picture: bytes | None, text: str) -> str:
+        """The picture with what speaks for the text in it, and the text with the words that matter."""
+        return answered(lambda: self._explained(picture, text.strip()))
+
+    def _explained(self, picture: bytes | None, text: str) -> str:
+        from ...reports.heat import overlay
+        from ..explanation.explain import Explainer
+
+        if picture is None:
+            raise ValueError("there is no picture yet; drop one, or take one with the camera")
+        image = open_image(picture, "the picture").convert("RGB")
+        image.thumbnail((_MAP_SIDE, _MAP_SIDE))
+        (explanation,) = Explainer(self.encoder)(image, [text])
+        shown = _data_url(overlay(image, explanation.map.on_picture()))
+        about = f"Heat map: what in the picture speaks for “{_text(text)}” (cosine {explanation.map.cosine:.3f})"
+        most = max((abs(value) for value in explanation.words.relevances), default=0.0) or 1.0
+        words = " ".join(
+            f'<mark style="background:{_tint(value / most)}" title="{value:+.3f}">{_text(word.strip())}</mark>'
+            for word, value in zip(explanation.words.words, explanation.words.relevances, strict=True)
+        )
+        return (
+            f'<figure><img src="{shown}" alt="{about}"><figcaption>{about}. The words: {words}; the darker, the more '
+            f"the cosine falls without it. {_text(str(explanation.map.deletion))}</figcaption></figure>"
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def search(self, words: str, num: int) -> str:
+        """The nearest pictures of the index."""
+        return answered(lambda: self._found(words.strip(), int(num)))
+
+    def _found(self, words: str, num: int) -> str:
+        if self.index is None:
+            raise ValueError("there is no index; start the page with one: miniclip app MODEL INDEX")
+        if not words:
+            raise ValueError("there is nothing to search for; write some words")
+        threshold = None if self.threshold is None else self.threshold.cosine
+        hits = self.index.search(words, topk=max(1, min(num, MOST_FOUND)), threshold=threshold)
+        if not hits:
+            return f"<p>No picture reaches the threshold, {self.threshold}.</p>"
+        return f'<ol class="found">{"".join(map(_hit, hits))}</ol>'
+
+    def report(self, title: str) -> str:
+        """A page of the run, in a frame that can't reach this one."""
+        path = dict(self.reports)[title]
+        page = html.escape(path.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe title="{_text(title)}" sandbox="allow-scripts" srcdoc="{page}"></iframe>'
+
+
+def answered(answer: Callable[[], str]) -> str:
+    """The answer, or the sentence that says what is wrong with the question."""
+    try:
+        return answer()
+    except ValueError as error:
+        return f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+
+
+def _template_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _bars(guesses: Guesses, threshold: ModelThreshold | None) -> str:
+    names, verdict = guesses.classes.classnames, guesses.label(0)
+    rows: list[str] = []
+    for c, probability, cosine in zip(
+        guesses.ranked[0].tolist(), guesses.probabilities[0].tolist(), guesses.cosines[0].tolist(), strict=True
+    ):
+        if len(rows) == _BARS:
+            break
+        bar = f'<span class="bar" aria-hidden="true"><span style="width:{100 * probability:.1f}%"></span></span>'
+        rows.append(
+            f'<tr><th scope="row">{_text(names[c])}</th><td class="bars">{bar}</td>'
+            f"<td>{percent(probability)} %</td><td>{cosine:.3f}</td></tr>"
+        )
+    more = f"<p>… and {len(names) - _BARS} more labels.</p>" if len(names) > _BARS else ""
+    header = '<thead><tr><th scope="col">label</th><td></td><th scope="col">probability</th><th scope="col">cosine</th>'
+    note = (
+        "Probabilities are relative to these labels: a picture of something else goes to one of them, too."
+        if threshold is None
+        else f"One of the labels is a picture with {threshold}."
+    )
+    title = f'<p class="verdict" role="status">{_text(verdict)}</p>'
+    return f"{title}<table>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}<p>{_text(note)}</p>"
+
+
+def _hit(hit: Any) -> str:
+    name = _text(hit.key.rpartition("/")[2])
+    try:
+        data = Path(hit.path).read_bytes() if hit.path and Path(hit.path).is_file() else b""
+        picture = f'<img src="{thumbnail(open_image(data, hit.key), _FOUND_BOX)}" alt="{name}" loading="lazy">'
+    except (ValueError, OSError) as error:
+        picture = f"<span>{_text(str(error))}</span>"
+    caption = f'<figcaption title="{_text(hit.key)}">{name}<br>{hit.cosine:.3f}</figcaption>'
+    return f"<li><figure>{picture}{caption}</figure></li>"
+
+
+def _td(text: str, kind: str) -> str:
+    return f'<td class="{kind}">{_text(text)}</td>' if kind else f"<td>{_text(text)}</td>"
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text), quote=True)
+
+
+def _tint(share: float) -> str:
+    """Of a word: orange for what raises the cosine, blue for what lowers it; pale enough to read black on it."""
+    return f"rgba({'230,120,0' if share > 0 else '0,110,200'},{0.55 * abs(share):.2f})"
+
+
+def _data_url(image: Image.Image) -> str:
+    import base64
+
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "jpeg", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

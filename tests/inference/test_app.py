@@ -1,0 +1,277 @@
+"""The page in a real browser, served by the real command; and what it refuses, by requests that no browser makes."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import axe_core_python
+import pytest
+from command_line import fails
+from helpers import picture, tiny_clip, write_picture
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from miniclip.evaluation.encoder import from_clip
+from miniclip.inference.app.answers import Answers
+from miniclip.inference.app.limits import Limits
+from miniclip.weights.load import load, save
+
+AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+CHECK = """
+const done = arguments[0];
+axe.run(document, {runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}).then(found => done(found.violations
+    .filter(v => v.impact == "serious" || v.impact == "critical").map(v => [v.id, ...v.nodes.map(n => n.html)])));
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """RUN/best with a page of the run beside it."""
+    run = tmp_path_factory.mktemp("runs") / "birds"
+    save(tiny_clip(3), run / "best")
+    (run / "report.html").write_text("<!doctype html><title>r</title><h1>The curves of the run</h1>")
+    return run
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    """The address of the page, while the command runs."""
+    command = [
+        sys.executable,
+        "-m",
+        "miniclip",
+        "app",
+        str(run / "best"),
+        "--port",
+        str(free_port()),
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        line = process.stdout.readline()
+        found = re.match(r"(http://127\.0\.0\.1:\d+/)", line)
+        assert found, line + process.stdout.read()
+        yield found[1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+class Visitor:
+    """What a person does with the page."""
+
+    def __init__(self, driver, address, width=1200):
+        self.driver, self.wait = driver, WebDriverWait(driver, 60)
+        driver.get("about:blank")
+        driver.get_log("performance")
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get(address)
+        self.one("#labels textarea")
+
+    def one(self, css):
+        return self.wait.until(lambda driver: driver.find_elements(By.CSS_SELECTOR, css))[0]
+
+    def upload(self, path):
+        self.one("#picture input[type=file]").send_keys(str(path))
+
+    def write(self, css, text):
+        field = self.one(css)
+        field.clear()
+        field.send_keys(text)
+
+    def classify(self, labels):
+        self.write("#labels textarea", labels)
+        self.one("#classify").click()
+        return self.answer("#bars")
+
+    def answer(self, css):
+        self.one(f"{css} table, {css} [role=alert], {css} figure")
+        return self.driver.find_element(By.CSS_SELECTOR, css).text
+
+    def open_tab(self, name):
+        self.driver.find_element(By.XPATH, f"//button[@role='tab'][normalize-space()='{name}']").click()
+
+    def problems(self):
+        self.driver.execute_script(AXE)
+        return self.driver.execute_async_script(CHECK)
+
+    def hosts(self):
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return {url.split("/")[2] for url in urls if url.startswith(("http", "ws"))}
+
+
+def test_a_picture_is_classified_as_in_python_and_no_other_host_is_asked(page, browser, run, tmp_path):
+    path = write_picture(tmp_path / "robin.png", seed=5)
+    visitor = Visitor(browser.driver, page)
+    assert visitor.problems() == []
+    visitor.upload(path)
+    visitor.one("#picture img")
+    shown = visitor.classify("a robin, a wren, an owl")
+    model, preprocess = load(run / "best", device="cpu")
+    expected = Answers(from_clip(model, preprocess, "x")).guess(path.read_bytes(), "a robin, a wren, an owl")
+    for cell in re.findall(r"<td>([^<]+)</td>", expected):
+        assert cell in shown
+    assert "Probabilities are relative to these labels" in shown
+    assert visitor.problems() == []
+    visitor.open_tab("Training")
+    frame = visitor.one("iframe")
+    browser.driver.switch_to.frame(frame)
+    assert visitor.one("h1").text == "The curves of the run"
+    browser.driver.switch_to.default_content()
+    assert visitor.hosts() == {page.split("/")[2]}
+
+
+def test_a_phone_shows_all_of_it(page, browser, tmp_path):
+    visitor = Visitor(browser.driver, page, width=390)
+    visitor.upload(write_picture(tmp_path / "robin.png"))
+    visitor.one("#picture img")
+    visitor.classify("a robin with a rather long name, a wren")
+    assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert visitor.problems() == []
+
+
+def test_prompts_are_compared_beside_each_other(page, browser, tmp_path):
+    visitor = Visitor(browser.driver, page)
+    visitor.open_tab("Compare prompts")
+    visitor.one("#picture-2 input[type=file]").send_keys(str(write_picture(tmp_path / "robin.png")))
+    visitor.one("#picture-2 img")
+    visitor.write("#prompts textarea", "a photo of a {}.\n{}")
+    visitor.one("#compare").click()
+    shown = visitor.answer("#table")
+    assert "a photo of a {}." in shown
+    assert "all 2 together" in shown
+
+
+def test_a_file_that_is_no_picture_is_answered_in_a_sentence(page, browser, tmp_path):
+    """Neither by its name nor by its bytes; PostScript, which Pillow would hand to Ghostscript, is none."""
+    (tmp_path / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    visitor = Visitor(browser.driver, page)
+    visitor.upload(tmp_path / "evil.png")
+    visitor.one("#picture img")
+    assert "the picture is not an image that can be read" in visitor.classify("a robin, a wren")
+    assert "there is no picture yet" in Visitor(browser.driver, page).classify("a robin, a wren")
+
+
+def test_two_people_get_their_own_answers(page, browser, tmp_path):
+    visitor = Visitor(browser.driver, page)
+    visitor.upload(write_picture(tmp_path / "robin.png", seed=1))
+    visitor.one("#picture img")
+    first = browser.driver.current_window_handle
+    browser.driver.switch_to.new_window("window")
+    other = Visitor(browser.driver, page)
+    other.upload(write_picture(tmp_path / "wren.png", seed=2))
+    other.one("#picture img")
+    second = other.classify("one, two")
+    browser.driver.switch_to.window(first)
+    assert visitor.classify("three, four") != second
+    assert "three" in visitor.answer("#bars")
+
+
+def ask(page, method, path, body=b"", **headers):
+    connection = http.client.HTTPConnection(page.split("/")[2], timeout=30)
+    connection.request(method, path, body, headers)
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "%2fetc%2fpasswd", "C:%5cboot.ini"])
+def test_no_file_is_given_away(page, path):
+    answer = ask(page, "GET", f"/gradio_api/file={path}")
+    assert answer.status in (400, 403, 404)
+    assert b"root:" not in answer.read()
+
+
+def test_no_file_of_the_model_or_of_this_program_is_given_away(page, run):
+    for path in (run / "best/config.json", Path(os.__file__)):
+        assert ask(page, "GET", f"/gradio_api/file={path}").status in (403, 404)
+
+
+@pytest.mark.parametrize("path", ["file=http://127.0.0.1:9/x", "file=https%3A%2F%2Fa.b/x", "proxy=https://a.b/x"])
+def test_the_page_fetches_nothing_for_anyone(page, path):
+    assert ask(page, "GET", f"/gradio_api/{path}").status == 403
+
+
+def test_another_sites_name_for_this_machine_is_refused(page):
+    assert ask(page, "GET", "/", Host="evil.example:80").status == 403
+    assert ask(page, "GET", "/", Host=page.split("/")[2].replace("127.0.0.1", "localhost")).status == 200
+
+
+def test_an_upload_of_200_mb_is_refused_by_its_size_before_it_comes(page):
+    connection = http.client.HTTPConnection(page.split("/")[2], timeout=30)
+    connection.putrequest("POST", "/gradio_api/upload")
+    connection.putheader("Content-Length", "200000000")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert (answer.status, answer.read()) == (413, b"an upload has at most 20 MB")
+    assert ask(page, "POST", "/gradio_api/upload", iter([b"x"]), **{"Transfer-Encoding": "chunked"}).status == 411
+
+
+def test_uploads_are_counted_by_client_and_minute():
+    limits = Limits(None, upload_bytes=10, uploads_per_minute=2)
+
+    def status(client):
+        headers = [(b"content-length", b"3")]
+        scope = {"type": "http", "path": "/gradio_api/upload", "method": "POST", "headers": headers}
+        refusal = limits._refusal({**scope, "client": (client, 1)})
+        return refusal and refusal[0]
+
+    assert [status("a"), status("a"), status("a"), status("b")] == [None, None, 429, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.fixture(scope="module")
+def answers(run):
+    model, preprocess = load(run / "best", device="cpu")
+    return Answers(from_clip(model, preprocess, "birds"))
+
+
+def png(seed=0):
+    import io
+
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_names_are_shown_as_text(answers):
+    shown = answers.guess(png(), "<script>alert(1)</script>, b")
+    assert "&lt;script&gt;" in shown
+    assert "<script>" not in shown
+
+
+@pytest.mark.parametrize(
+    ("labels", "word"), [("cat", "there is one class"), ("cat, cat", "twice"), (",", "holds no name")]
+)
+def test_labels_that_can_not_be_compared_are_answered_with_the_reason(answers, labels, word):
+    shown = answers.guess(png(), labels)
+    assert 'role="alert"' in shown
+    assert word in shown
+
+
+def test_a_page_without_an_index_says_how_to_get_one(answers):
+    assert "miniclip app MODEL INDEX" in answers.search("a red car", 3)
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["MODEL", "--port", "70000"], ["MODEL", "no.index"]])
+def test_mistakes_of_the_command_line_are_one_sentence(run, capsys, arguments):
+    message = fails(capsys, ["app", *(str(run / "best") if each == "MODEL" else each for each in arguments)])
+    assert "Traceback" not in message
+    assert arguments[-1] in message
