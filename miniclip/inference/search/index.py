@@ -10,7 +10,7 @@ Q queries, K hits of each, E embedding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +286,9 @@ class Index:
             self.store.check_filter(where)
         approximate = None if exact else self.store.approximate
         if approximate is not None:
-            found = self.store.search_approximate(queries.numpy(), topk + TIES, approximate.nprobes, where)
+            found = self.store.search_approximate(
+                queries.numpy(), topk + TIES, approximate.nprobes, approximate.refined, where
+            )
         else:
             found = zip(*nearest(self._blocks(where), queries, topk + TIES), strict=True)
         return [self._hits(row_ids, cosines, topk) for row_ids, cosines in found]
@@ -377,13 +379,11 @@ class Index:
             queries = self._sampled_queries()
             num_partitions = self.store.build_approximate()
             wanted = {kind: nearest(self._blocks(None), rows, k)[1][:, -1] for kind, rows in queries.items()}
-            nprobes = 1
-            while True:
-                found = {kind: self._recall(rows, wanted[kind], k, nprobes) for kind, rows in queries.items()}
-                if min(found.values()) >= recall or nprobes >= num_partitions:
+            for nprobes, refined in _settings(num_partitions):
+                found = {kind: self._recall(rows, wanted[kind], k, nprobes, refined) for kind, rows in queries.items()}
+                if min(found.values()) >= recall:
                     break
-                nprobes = min(2 * nprobes, num_partitions)
-            measured = Approximate(nprobes, k, found, {kind: len(rows) for kind, rows in queries.items()})
+            measured = Approximate(nprobes, refined, k, found, {kind: len(rows) for kind, rows in queries.items()})
             self.store.set_approximate(measured)
         return measured
 
@@ -391,13 +391,13 @@ class Index:
         generator = np.random.default_rng(0)
         ids = self.store.read(["key"])["_rowid"].to_numpy()
         chosen = generator.choice(ids, min(_SAMPLED_QUERIES, len(ids)), replace=False)
-        pictures = F.normalize(torch.from_numpy(self.store.features(chosen)).float(), dim=-1)
+        pictures = F.normalize(torch.tensor(self.store.features(chosen)).float(), dim=-1)
         names = generator.choice(np.array(classname_set("imagenet")), _SAMPLED_QUERIES, replace=False)
         return {"pictures": pictures, "texts": self.queries([f"a photo of a {name}." for name in names], (), (), ())}
 
-    def _recall(self, queries: Tensor, least: np.ndarray, k: int, nprobes: int) -> float:
+    def _recall(self, queries: Tensor, least: np.ndarray, k: int, nprobes: int, refined: int) -> float:
         """The mean share of the k nearest found; `least` (Q,) is the lowest cosine that is one of them."""
-        found = self.store.search_approximate(queries.numpy(), k + TIES, nprobes)
+        found = self.store.search_approximate(queries.numpy(), k + TIES, nprobes, refined)
         shares = [
             min(k, int((cosines >= low - SAME).sum())) / k for (_, cosines), low in zip(found, least, strict=True)
         ]
@@ -419,7 +419,7 @@ class Index:
         """Ids and features of all rows, or of those that a filter accepts."""
         if not self._hold():
             for block_ids, block in self.store.blocks(where):
-                yield block_ids, torch.from_numpy(block)
+                yield block_ids, torch.from_numpy(block.copy())  # Arrow's own can't be written to
             return
         assert self._held is not None
         _, ids, features = self._held
@@ -501,6 +501,16 @@ def absolute_model(name: str) -> str:
 
 def _several(texts: str | Sequence[str]) -> Sequence[str]:
     return [texts] if isinstance(texts, str) else texts
+
+
+def _settings(num_partitions: int) -> Iterator[tuple[int, int]]:
+    """More and more partitions to look into and candidates to refine, up to all of the former."""
+    nprobes = 1
+    while nprobes < num_partitions:
+        yield nprobes, 4
+        nprobes *= 2
+    for refined in (4, 16, 64):
+        yield num_partitions, refined
 
 
 def _free_memory() -> int:

@@ -102,7 +102,7 @@ def _cut(blocks: Blocks) -> Iterator[tuple[int, Tensor]]:
     """The rows in float32, a few thousand at a time, each time with the place of the first."""
     place = 0
     for _, features in blocks:
-        for part in features.split(_ROWS_OF_PAIRS):
+        for part in features.split(_ROWS_OF_PAIRS) if len(features) else ():
             yield place, part.float()
             place += len(part)
 

@@ -28,7 +28,7 @@ from ...common.storage import is_url
 
 OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
 _TABLE, _FACTS, _APPROXIMATE = "images", b"miniclip", b"miniclip:approximate"
-_REFINED = 4  # candidates by their codes, for each that is wanted, whose cosine is computed exactly
+_FEWEST_OF_PARTITION = 256  # features, which its centre is learnt from
 DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
@@ -61,10 +61,12 @@ class Approximate:
 
     Args:
         nprobes: how many of its partitions a search looks into.
+        refined: candidates by their codes, for each picture that is wanted, whose cosine is computed exactly.
         recall: the share of the k nearest that it found, by kind of query, on as many queries as `num_queries`.
     """
 
     nprobes: int
+    refined: int
     k: int
     recall: dict[str, float]
     num_queries: dict[str, int]
@@ -206,7 +208,7 @@ class Store:
         """
         from lancedb.index import IvfPq
 
-        num_partitions = max(1, round(len(self) ** 0.5 / 4))
+        num_partitions = max(1, min(round(len(self) ** 0.5 / 4), len(self) // _FEWEST_OF_PARTITION))
         self._set_approximate(None)
         with self._write_errors():
             config = IvfPq(distance_type="dot", num_partitions=num_partitions, max_iterations=20)
@@ -221,12 +223,12 @@ class Store:
             self._table.update_field_metadata({"path": "features", "metadata": {_APPROXIMATE.decode(): written}})
 
     def search_approximate(
-        self, queries: np.ndarray, k: int, nprobes: int, where: str | None = None
+        self, queries: np.ndarray, k: int, nprobes: int, refined: int, where: str | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and cosines of about the k rows nearest to each query (Q, E), as `nearest` gives them."""
         for query in queries:
             search = self._table.search(query, vector_column_name="features").distance_type("dot")
-            search = search.minimum_nprobes(nprobes).maximum_nprobes(nprobes).refine_factor(_REFINED).limit(k)
+            search = search.minimum_nprobes(nprobes).maximum_nprobes(nprobes).refine_factor(refined).limit(k)
             search = search.with_row_id(True).select(["_distance"])
             found = (search if where is None else search.where(where)).to_arrow()
             yield found["_rowid"].to_numpy(), 1 - found["_distance"].to_numpy()
@@ -381,7 +383,7 @@ def _table_at(location: str) -> Any:
 
 
 def _connect(location: str) -> Any:
-    os.environ.setdefault("LANCE_LOG", "error")  # what it warns of is for programmers
+    os.environ.setdefault("LANCEDB_LOG", "error")  # what it warns of is for programmers
     try:
         import lancedb
     except ImportError as error:

@@ -1,0 +1,516 @@
+"""An index follows its sources, encodes nothing twice, survives a kill, and answers as brute force does."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import libraries
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from counting import Counting
+from helpers import pack_folder, tiny_clip, write_pairs, write_picture
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
+
+import miniclip
+from miniclip.evaluation.encoder import from_object
+from miniclip.inference.search.index import Index, absolute_model
+from miniclip.inference.search.nearest import near_duplicates, nearest
+from miniclip.inference.search.store import Facts, create_store, open_store, writing
+
+OLD = 1_000_000_000  # a file that changed long ago
+
+
+def write(folder: Path, names, first_seed: int = 0) -> Path:
+    for seed, name in enumerate(names, start=first_seed):
+        os.utime(write_picture(folder / name, seed), (OLD, OLD))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write(tmp_path / "photos", [f"{day}/{number}.png" for day in ("mon", "tue") for number in range(6)])
+
+
+@pytest.fixture
+def counting():
+    return Counting()
+
+
+@pytest.fixture
+def index(tmp_path, counting):
+    return Index(tmp_path / "photos.index", from_object(counting, "counting"))
+
+
+def counts(updated) -> dict[str, int]:
+    names = ("new", "changed", "moved", "touched", "gone", "unchanged")
+    return {name: value for name in names if (value := getattr(updated, name))}
+
+
+def check(index: Index, counting: Counting, folder: Path) -> None:
+    """The rows are those of the pictures below a folder, and each has the features of its picture."""
+    table = index.store.read(["key", "features"])
+    found = dict(zip(table["key"].to_pylist(), table["features"].to_pylist(), strict=True))
+    assert sorted(found) == sorted(map(str, folder.rglob("*.png")))
+    assert len(found) == table.num_rows
+    for key, features in found.items():
+        np.testing.assert_allclose(features, counting.of(key), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Updates
+
+
+def test_new_changed_moved_and_gone_pictures_are_found_and_the_new_and_changed_alone_are_encoded(
+    index, photos, counting
+):
+    assert counts(index.update(photos)) == {"new": 12}
+    assert counts(index.update(photos)) == {"unchanged": 12}
+    write(photos, ["mon/0.png", "tue/new.png"], first_seed=50)
+    os.utime(photos / "mon/0.png", (OLD + 5, OLD + 5))
+    (photos / "mon/1.png").rename(photos / "moved.png")
+    (photos / "mon/2.png").unlink()
+    os.utime(photos / "mon/3.png", (OLD + 9, OLD + 9))
+    counting.num_images = 0
+    expected = {"new": 1, "changed": 1, "moved": 1, "touched": 1, "gone": 2, "unchanged": 8}
+    assert counts(index.update(photos, dry_run=True)) == expected
+    assert counting.num_images == 0
+    assert counts(index.update(photos)) == expected
+    assert counting.num_images == 2
+    check(index, counting, photos)
+    assert counts(index.update(photos)) == {"unchanged": 12}
+
+
+def test_a_tenth_of_the_files_changed_is_a_tenth_encoded(index, tmp_path, counting):
+    photos = write(tmp_path / "many", [f"{number:03d}.png" for number in range(100)])
+    index.update(photos)
+    for number in random.Random(0).sample(range(100), 10):
+        write(photos, [f"{number:03d}.png"], first_seed=1000 + number)
+        os.utime(photos / f"{number:03d}.png", (OLD + 1, OLD + 1))
+    counting.num_images = 0
+    assert counts(index.update(photos)) == {"changed": 10, "unchanged": 90}
+    assert counting.num_images == 10
+    check(index, counting, photos)
+
+
+def test_swapped_files_and_a_renamed_folder_are_not_encoded_again(index, photos, counting):
+    index.update(photos)
+    a, b = photos / "mon/0.png", photos / "mon/1.png"
+    a.rename(photos / "x")
+    b.rename(a)
+    (photos / "x").rename(b)
+    os.utime(a, (OLD + 1, OLD + 1))
+    os.utime(b, (OLD + 2, OLD + 2))
+    (photos / "tue").rename(photos / "dienstag")
+    counting.num_images = 0
+    assert counts(index.update(photos)) == {"moved": 8, "gone": 6, "unchanged": 4}
+    assert counting.num_images == 0
+    check(index, counting, photos)
+
+
+def test_a_file_changed_within_the_step_of_the_clock_is_noticed(index, photos):
+    path = write_picture(photos / "now.bmp", 1)
+    index.update(photos)
+    facts = path.stat()
+    write_picture(path, 2)  # of the same size
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert path.stat().st_size == facts.st_size
+    assert index.update(photos).changed == 1
+
+
+def test_what_is_not_mounted_does_not_empty_the_index(index, photos, tmp_path):
+    index.update(photos)
+    photos.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"12 of 12 pictures .*photos are gone.*--accept-gone"):
+        index.update(photos)
+    photos.mkdir()
+    with pytest.raises(ValueError, match=r"12 of 12 pictures .*--accept-gone"):
+        index.update(photos)
+    write(photos, ["mon/0.png"])
+    with pytest.raises(ValueError, match=r"11 of 12 pictures .*--accept-gone"):
+        index.update(photos)
+    assert len(index) == 12
+    assert counts(index.update(photos, accept_gone=True)) == {"gone": 11, "unchanged": 1}
+    (photos / "mon/0.png").unlink()
+    assert counts(index.update(photos, accept_gone=True)) == {"gone": 1}
+    assert len(index) == 0
+
+
+def test_each_source_answers_for_its_own_pictures(index, photos, tmp_path):
+    other = write(tmp_path / "other", ["a.png", "b.png", "c.png"], first_seed=80)
+    assert counts(index.update([photos, other])) == {"new": 15}
+    (other / "a.png").unlink()
+    assert counts(index.update(photos)) == {"unchanged": 12}
+    (photos / "mon/5.png").unlink()
+    assert counts(index.update(photos / "mon")) == {"gone": 1, "unchanged": 5}  # a folder answers for all below it
+    single = write(tmp_path, ["single.png"], first_seed=90) / "single.png"
+    assert counts(index.update(single)) == {"new": 1}
+    assert counts(index.update(other / "b.png")) == {"unchanged": 1}  # a list of names need not be whole
+    single.unlink()
+    assert counts(index.update(other / "b.png", accept_gone=True)) == {"gone": 1, "unchanged": 1}
+    assert len(index) == 11 + 3
+
+
+def test_unreadable_pictures_are_named_and_a_picture_that_became_one_leaves_the_index(index, photos):
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    updated = index.update(photos)
+    assert (updated.new, len(updated.problems)) == (12, 1)
+    assert "bad.jpg" in updated.problems[0]
+    (photos / "mon/0.png").write_bytes(b"no longer")
+    updated = index.update(photos)
+    assert (updated.gone, len(updated.problems), len(index)) == (1, 2, 11)
+
+
+def test_a_table_brings_columns_whose_changes_cost_no_encoding(index, photos, tmp_path, counting):
+    table = tmp_path / "table.jsonl"
+
+    def write_table(year):
+        rows = [
+            {"image": f"photos/mon/{n}.png", "year": year + n, "camera": "X" if n % 2 else "it's", "key": f"k{n}"}
+            for n in range(6)
+        ]
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write_table(2000)
+    index.update(photos)
+    counting.num_images = 0
+    assert counts(index.update(table)) == {"touched": 6}
+    write_table(2010)
+    assert counts(index.update(table)) == {"touched": 6}
+    assert counts(index.update([photos, table])) == {"unchanged": 12}
+    assert counting.num_images == 0
+    hits = index.search("a", where="year > 2012 AND camera = 'X'", topk=99)
+    assert {(hit.metadata["year"], hit.metadata["given_key"]) for hit in hits} == {(2013, "k3"), (2015, "k5")}
+    assert len(index.search("a", where="camera = 'it''s'")) == 3
+    assert len(index.search("a", where="year IS NULL", topk=99)) == 6
+    with pytest.raises(ValueError, match=r"'yeer > 3'.*yeer.*columns are key, path, .*year, camera"):
+        index.search("a", where="yeer > 3")
+
+
+def test_pictures_in_shards_are_known_by_their_place_and_compared_by_content(index, tmp_path, counting):
+    shards = tmp_path / "shards"
+    pack_folder(write_pairs(tmp_path / "pairs", 6), shards)
+    assert counts(index.update(shards)) == {"new": 6}
+    assert counts(index.update(shards)) == {"unchanged": 6}
+    write_pairs(tmp_path / "pairs", 8)
+    pack_folder(tmp_path / "pairs", shards, overwrite=True)
+    counting.num_images = 0
+    updated = index.update(shards)
+    assert (updated.new, updated.gone, len(index)) == (2, 0, 8)
+    assert counting.num_images == 2
+    hit = index.search("a")[0]
+    assert hit.path is None
+    assert index.open(hit).size == (24, 20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills, and other processes
+
+UPDATE = """
+import sys
+sys.path[:0] = [sys.argv[3]]
+from contextlib import contextmanager
+from counting import Counting
+from miniclip.evaluation.encoder import from_object
+from miniclip.inference.search.index import Index
+@contextmanager
+def progress(what, total):
+    yield lambda done: print(done, flush=True)
+print("ready", flush=True)
+Index(sys.argv[1], from_object(Counting(), "counting")).update(
+    sys.argv[2], batch_size=4, rows_per_commit=8, progress=progress, accept_gone=True)
+"""
+
+
+def num_files(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def killed_update(location: Path, photos: Path, moment: random.Random) -> str:
+    """Runs an update in a process, and kills it when it has encoded or written so much, as drawn."""
+    command = [sys.executable, "-c", UPDATE, str(location), str(photos), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        if moment.random() < 0.5:
+            for _ in range(wanted := moment.randrange(1, 6)):
+                process.stdout.readline()
+            what = f"{wanted} batches"
+        else:
+            wanted = moment.randrange(1, 12)
+            before = num_files(location)
+            while num_files(location) < before + wanted and process.poll() is None:
+                pass
+            what = f"{wanted} files"
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()
+        process.wait()
+    return f"{what}, status {process.returncode}"
+
+
+@pytest.mark.parametrize("num_kills", [2, pytest.param(10, marks=pytest.mark.long)])
+def test_an_index_killed_while_it_updates_opens_and_is_right(index, tmp_path, counting, num_kills):
+    photos = write(tmp_path / "many", [f"{number:03d}.png" for number in range(60)])
+    moment = random.Random(17)
+    states = []
+    for kill in range(1, num_kills + 1):
+        states.append(killed_update(Path(index.location), photos, moment))
+        check_rows(index.location, counting)
+        for number in moment.sample(range(60), 20):  # changes for the next one
+            write(photos, [f"{number:03d}.png"], first_seed=1000 * kill + number)
+            os.utime(photos / f"{number:03d}.png", (OLD + kill, OLD + kill))
+    assert any("status -9" in state for state in states), states
+    index.update(photos)
+    check(index, counting, photos)
+
+
+def check_rows(location: str, counting: Counting) -> None:
+    """An index opens, answers, and has the features of each picture that is as it was."""
+    opened = Index(location, from_object(Counting(), "counting"))
+    if not len(opened):  # killed before its first commit
+        return
+    table = opened.store.read(["key", "stamp", "features"])
+    assert len(set(table["key"].to_pylist())) == table.num_rows
+    for key, stamp, features in zip(*(table[name].to_pylist() for name in ("key", "stamp", "features")), strict=True):
+        facts = Path(key).stat()
+        if stamp == f"{facts.st_size} {facts.st_mtime_ns}":
+            np.testing.assert_allclose(features, counting.of(key), atol=1e-6)
+    assert len(opened.search("a picture", topk=99)) == table.num_rows
+
+
+def test_of_two_writers_one_is_refused_in_a_sentence(index, photos):
+    index.update(photos)
+    with writing(index.location), pytest.raises(ValueError, match=r"another process is updating .*photos\.index"):
+        index.update(photos)
+    assert counts(index.update(photos)) == {"unchanged": 12}
+
+
+def test_a_reader_goes_on_while_old_versions_are_deleted(index, photos):
+    index.update(photos)
+    reader = Index(index.location, index.encoder, memory_bytes=0)
+    assert len(reader.search("a", topk=99)) == 12
+    for number in range(40):
+        write(photos, [f"more/{number}.png"], first_seed=200 + number)
+        index.update(photos)
+    assert len(list(Path(index.location).glob("images.lance/_versions/*.manifest"))) < 40
+    assert len(reader.search("a", topk=99)) == 52
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("kind", ["ours", "openclip", "openai", "hf_clip", "hf_siglip"])
+def test_answers_are_those_of_brute_force_on_the_librarys_own_features(kind, tmp_path):
+    library = getattr(libraries, kind)(tmp_path)
+    photos = write(tmp_path / "photos", [f"{number:02d}.png" for number in range(20)])
+    paths = sorted(photos.glob("*.png"))
+    index = Index(tmp_path / "photos.index", library.name, device="cpu")
+    index.update(photos)
+    of_images = library.of_images(paths)
+    of_texts = library.of_texts(["a picture of a cat", "two dog", "red"])
+    queries = [of_texts[0], of_texts[0] + of_images[3] - of_texts[1] - of_images[5], of_images[3] + of_images[4]]
+    found = [
+        index.search("a picture of a cat", topk=20),
+        index.search("a picture of a cat", like=paths[3], minus="two dog", unlike=paths[5], topk=20),
+        Index(index.location).search(like=[str(paths[3]), paths[4]], topk=20),
+    ]
+    for query, hits in zip(queries, found, strict=True):
+        cosines = of_images @ (query / np.linalg.norm(query))
+        by_path = {str(path): cosine for path, cosine in zip(paths, cosines, strict=True)}
+        np.testing.assert_allclose([hit.cosine for hit in hits], np.sort(cosines)[::-1], atol=2e-5)
+        np.testing.assert_allclose([hit.cosine for hit in hits], [by_path[hit.path] for hit in hits], atol=2e-5)
+
+
+def unit(rows: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    found = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def blocks(features: np.ndarray, size: int = 333):
+    ids = 3 * np.arange(len(features), dtype=np.uint64)
+    for start in range(0, len(features), size):
+        yield ids[start : start + size], torch.from_numpy(features[start : start + size])
+
+
+@pytest.mark.parametrize("num_queries, k", [(1, 1), (1, 10), (7, 10), (300, 3), (2, 5000)])
+def test_the_nearest_are_those_of_faiss(num_queries, k):
+    import faiss
+
+    features, queries = unit(2000), unit(num_queries, seed=1)
+    flat = faiss.IndexFlatIP(16)
+    flat.add(features)
+    cosines, _ = flat.search(queries, min(k, 2000))
+    ids, found = nearest(blocks(features), torch.from_numpy(queries), k)
+    np.testing.assert_allclose(found, cosines, atol=1e-6)
+    by_id = (queries[:, None] * features[ids // 3]).sum(axis=2)
+    np.testing.assert_allclose(by_id, cosines, atol=1e-6)
+
+
+@pytest.mark.parametrize("cosine", [0.6, 0.7, 0.85, 0.99])
+def test_near_duplicates_are_the_connected_components(cosine):
+    features = unit(5000)
+    features[700:720] = features[3]
+    products = features @ features.T
+    np.fill_diagonal(products, -1)
+    _, component = connected_components(csr_matrix(products >= cosine))
+    members = np.flatnonzero(products.max(axis=1) >= cosine)
+    expected = {frozenset(members[component[members] == number]) for number in set(component[members])}
+    found = near_duplicates(lambda: blocks(features), cosine)
+    groups = {frozenset(found.ids[found.group == number].astype(int) // 3) for number in set(found.group.tolist())}
+    assert groups == expected
+    np.testing.assert_allclose(found.cosine, products.max(axis=1)[found.ids.astype(int) // 3], atol=1e-6)
+
+
+def test_copies_come_in_the_order_of_their_paths(index, tmp_path):
+    photos = tmp_path / "copies"
+    for name in ("c", "a", "d", "b"):
+        write(photos, [f"{name}.png"], first_seed=7)
+    index.update(photos)
+    assert [Path(hit.path).stem for hit in index.search(like=photos / "d.png", topk=3)] == ["a", "b", "c"]
+    assert [[Path(hit.path).stem for hit in group] for group in index.near_duplicates(0.999)] == [["a", "b", "c", "d"]]
+
+
+def test_features_read_from_the_disk_answer_as_those_in_memory(index, photos, counting):
+    index.update(photos)
+    small = Index(index.location, index.encoder, memory_bytes=0)
+    for options in ({}, {"where": "path LIKE '%/tue/%'"}, {"where": "path LIKE '%nothing%'"}):
+        assert small.search("word", topk=5, **options) == index.search("word", topk=5, **options)
+        assert small.near_duplicates(0.2, **options) == index.near_duplicates(0.2, **options)
+
+
+def test_half_precision_takes_half_the_room_and_answers_alike(tmp_path, photos, counting, index):
+    index.update(photos)
+    half = Index(tmp_path / "half.index", index.encoder)
+    half.update(photos, dtype="float16")
+    assert half.store.schema.field("features").type.value_type == pa.float16()
+    a, b = (each.search("some words", topk=12) for each in (half, index))
+    np.testing.assert_allclose([hit.cosine for hit in a], [hit.cosine for hit in b], atol=2e-3)
+
+
+def test_queries_that_mean_nothing_are_refused(index, photos, tmp_path):
+    index.update(photos)
+    (tmp_path / "bad.jpg").write_bytes(b"no")
+    for options, message in (
+        ({}, "nothing is asked for"),
+        ({"texts": []}, "nothing is asked for"),
+        ({"texts": "  "}, "a query is empty"),
+        ({"texts": "a", "minus": "a"}, "cancel each other"),
+        ({"texts": "a", "topk": 0}, "topk is 0"),
+        ({"texts": "a", "where": " "}, "the filter is empty; columns are key"),
+        ({"like": tmp_path / "nowhere.jpg"}, "nowhere.jpg"),
+        ({"like": tmp_path / "bad.jpg"}, "a picture of like can't be read.*bad.jpg"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.search(**options)
+    with pytest.raises(ValueError, match=r"cosine of at least 1\.5.*above -1 and at most 1"):
+        index.near_duplicates(1.5)
+
+
+def test_an_approximate_index_reaches_the_recall_that_it_reports(tmp_path):
+    features = unit(3000, 32)
+    model = tiny_clip(embed_dim=32)
+    miniclip.save(model, tmp_path / "model")
+    index = Index(tmp_path / "an.index", str(tmp_path / "model"), device="cpu")
+    facts = Facts(str(tmp_path / "model"), index.encoder.image_fingerprint(), index.encoder.text_fingerprint(), "")
+    store = create_store(tmp_path / "an.index", facts, 32)
+    keys = [f"/nowhere/{number:05d}.png" for number in range(3000)]
+    same = {"path": keys, "source": ["s"] * 3000, "stamp": keys, "content": keys}
+    rows = {"key": keys, **same, "features": store.as_features(features)}
+    store.put(pa.table(rows, schema=store.schema.remove_metadata()))
+    index = Index(tmp_path / "an.index", device="cpu")
+    measured = index.build_approximate(0.9)
+    assert set(measured.recall) == {"pictures", "texts"}
+    assert min(measured.recall.values()) >= 0.9
+    assert "recall@10 against exact" in str(index.store.approximate)
+    approximate = index.search("a photo of a cat", topk=10)
+    exact = index.search("a photo of a cat", topk=10, exact=True)
+    shared = {hit.key for hit in approximate} & {hit.key for hit in exact}
+    assert len(shared) >= 5
+    by_key = {hit.key: hit.cosine for hit in exact}
+    found = [(hit.cosine, by_key[hit.key]) for hit in approximate if hit.key in by_key]
+    np.testing.assert_allclose(*zip(*found, strict=True), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and places
+
+
+def test_another_model_is_refused_and_the_same_at_another_place_is_not(tmp_path, photos):
+    for name, seed in (("first", 0), ("other", 1), ("copy", 0)):
+        miniclip.save(tiny_clip(seed), tmp_path / name)
+    Index(tmp_path / "an.index", str(tmp_path / "first"), device="cpu").update(photos)
+    with pytest.raises(ValueError, match=r"made with another model \(.*first\): .*other has another image tower"):
+        Index(tmp_path / "an.index", str(tmp_path / "other"), device="cpu").search("a")
+    write(photos, ["one.png"], first_seed=99)
+    with pytest.raises(ValueError, match="made with another model"):
+        Index(tmp_path / "an.index", str(tmp_path / "other"), device="cpu").update(photos)
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"first.*if that lies elsewhere now, name its model"):
+        Index(tmp_path / "an.index", device="cpu").search("a")
+    assert len(Index(tmp_path / "an.index", str(tmp_path / "copy"), device="cpu").search("a", topk=3)) == 3
+
+
+def test_a_model_is_remembered_in_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "own.py").write_text("")
+    assert absolute_model("model") == str(tmp_path / "model")
+    assert absolute_model("transformers:model") == f"transformers:{tmp_path}/model"
+    assert absolute_model("openclip:local-dir:model") == f"openclip:local-dir:{tmp_path}/model"
+    assert absolute_model("openclip:ViT-B-32/own.py") == f"openclip:ViT-B-32/{tmp_path}/own.py"
+    assert absolute_model("python:own.py:make") == f"python:{tmp_path}/own.py:make"
+    assert [absolute_model(name) for name in ("ViT-B/32", "hf-hub:a/b")] == ["ViT-B/32", "hf-hub:a/b"]
+
+
+def test_what_is_no_index_is_refused_and_left_alone(tmp_path, photos, counting):
+    model = from_object(counting, "counting")
+    with pytest.raises(ValueError, match=r"no index at .*nowhere"):
+        Index(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"photos is there and is no index"):
+        Index(photos, model)
+    with pytest.raises(ValueError, match="nowhere"):
+        Index(tmp_path / "new.index", model).update(tmp_path / "nowhere")
+    assert not (tmp_path / "new.index").exists()
+    import lancedb
+
+    lancedb.connect(tmp_path / "db").create_table("images", pa.table({"a": [1]}))
+    with pytest.raises(ValueError, match="not one that `miniclip index` wrote"):
+        open_store(tmp_path / "db")
+
+
+def test_an_index_lives_on_s3(photos, counting, monkeypatch):
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        settings = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1"}
+        for name, value in settings.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="pictures")
+        index = Index("s3://pictures/photos.index", from_object(counting, "counting"))
+        assert counts(index.update(photos)) == {"new": 12}
+        (photos / "mon/0.png").rename(photos / "moved.png")
+        assert counts(index.update(photos)) == {"moved": 1, "gone": 1, "unchanged": 11}
+        check(Index("s3://pictures/photos.index", index.encoder), counting, photos)
+        with pytest.raises(ValueError, match="no index at s3://pictures/other"):
+            Index("s3://pictures/other")
+    finally:
+        server.stop()
+
+
+def test_workers_start_safely_beside_the_databases_threads(index, photos, recwarn):
+    import lancedb  # noqa: F401
+
+    assert counts(index.update(photos, batch_size=2, num_workers=2)) == {"new": 12}
+    assert not [each for each in recwarn if "fork" in str(each.message)]
