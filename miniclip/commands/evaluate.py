@@ -251,8 +251,6 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     with progress_bar("explaining mistakes", wrong) if options.explain else nullcontext() as explained:
         maps = GuessMaps(lambda name: open_model(name, device), explained) if explained else None
         write_html(out / "report.html", found, shifts, maps)
-    for problem in maps.problems if maps else ():
-        print(f"no maps: {problem}", file=sys.stderr)
     for table in tables(found, shifts):
         console().print(table)
     print_what_was_read(found)

@@ -19,8 +19,8 @@ class Heat(NamedTuple):
     check: str
 
 
-# A data set, the index of an image, the name of a class -> the map, if there can be one.
-HeatOf = Callable[[Any, int, str], Heat | None]
+# A data set, the index of an image, the name of a class -> the map.
+HeatOf = Callable[[Any, int, str], Heat]
 
 
 class Thumbnails:

@@ -141,7 +141,7 @@ def write_html(
     path: str | Path,
     results: Sequence[Result],
     robustness: Robustness | None = None,
-    heat_of: Callable[[str, Any, int, str], Heat | None] | None = None,
+    heat_of: Callable[[str, Any, int, str], Heat] | None = None,
 ) -> None:
     """One self-contained page: scores, training curves, and for each result what was right and wrong, and why.
 

@@ -218,26 +218,6 @@ def test_eval_explains_its_worst_mistakes(capsys, here, tmp_path):
     assert "what spoke for" not in (tmp_path / "report/report.html").read_text()
 
 
-def test_eval_maps_what_it_can_and_names_what_it_can_not(capsys, here, tmp_path):
-    for number in range(4):
-        write_picture(tmp_path / "data" / f"class {number % 2}" / f"{number}.png", number)
-    (tmp_path / "turning.py").write_text(
-        "import torch\n"
-        "class Turning:\n"
-        "    logit_scale = 1.0\n"
-        "    def preprocess(self, image): return torch.rand(3, 8, 8)\n"
-        "    def encode_image(self, images): return images.flatten(1)[:, :4] + 1\n"
-        "    def encode_text(self, tokens): return torch.eye(4)[tokens[:, 0] % 4]\n"
-        "    def tokenize(self, texts): return torch.tensor([[sum(map(ord, text))] for text in texts])\n"
-    )
-    args = ["--data", "data", "--out", "report", "--no-cache", "--device", "cpu", "--explain", "--workers", "0"]
-    cli.main(["eval", "--model", "python:turning.py:Turning", *args])
-    err = capsys.readouterr().err
-    assert err.count("no maps: ") == 1
-    assert "resize, cut and pad" in err
-    assert (tmp_path / "report/report.html").is_file()
-
-
 def test_eval_refuses_to_explain_captions(capsys, here, tmp_path):
     write_picture(tmp_path / "pairs/0.png")
     (tmp_path / "pairs/0.txt").write_text("a picture")

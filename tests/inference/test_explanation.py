@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 import miniclip
 from miniclip.config import VisionConfig
 from miniclip.evaluation.encoder import from_clip, from_object
-from miniclip.evaluation.other_libraries import from_openclip
+from miniclip.evaluation.other_libraries import from_openclip, open_model
 from miniclip.images import Preprocess
 from miniclip.inference.explanation.attention import attention_relevance
 from miniclip.inference.explanation.deletion import Removal
@@ -329,9 +329,51 @@ def test_features_that_are_no_numbers_are_refused():
         Explainer(from_object(broken, "broken"))(picture(1), ["red"])
 
 
-def test_an_input_that_is_no_picture_is_refused():
-    with pytest.raises(ValueError, match=r"planted makes a tensor of shape \(64, 771\)"):
-        Picture(planted(preprocess=lambda image: torch.zeros(64, 771)), picture(1))
+class Patches:
+    """A preprocessing whose result is no picture: (rows, values)."""
+
+    def __call__(self, image):
+        return Preprocess(SIDE, (0, 0, 0), (1, 1, 1))(image).reshape(-1, SIDE)
+
+
+class OfPatches(Planted):
+    def encode_image(self, rows):
+        return super().encode_image(rows.reshape(len(rows), 3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize("size", [(60, 60), (900, 700)], ids=["small", "reduced first"])
+def test_an_input_that_is_no_picture_is_explained_by_covering_parts_of_the_picture(size):
+    encoder = from_object(OfPatches(Patches()), "patches")
+    left, side = (size[0] - min(size)) // 2, min(size)
+    image = grey_with_patch(size, (left, 0, left + side // 2, side // 2))
+    (found,) = Explainer(encoder)(image, ["red"])
+    laid = found.map.on_picture()
+    assert found.map.method == "occlusion"
+    assert laid.shape == size[::-1]
+    y, x = np.unravel_index(np.nanargmax(laid), laid.shape)
+    assert left <= x < left + side // 2
+    assert y < side // 2
+    assert found.map.deletion.is_better
+    with pytest.raises(ValueError, match=r"patches gives no gradients; use occlusion"):
+        Explainer(encoder, "gradients")(image, ["red"])
+
+
+@pytest.mark.parametrize(
+    "change, patch",
+    [(ImageOps.exif_transpose, (0, 30, 30, 60)), (ImageOps.mirror, (30, 0, 60, 30))],
+    ids=["turned by its EXIF tag", "mirrored"],
+)
+def test_a_preprocessing_that_turns_pictures_is_mapped_on_the_picture_as_it_is_stored(change, patch):
+    """The patch is in the upper left of what the model sees, where it looks for red."""
+    stored = grey_with_patch((60, 60), patch)
+    stored.getexif()[0x0112] = 6
+    stored.info["exif"] = stored.getexif().tobytes()
+    encoder = planted(preprocess=lambda image: Preprocess(SIDE, (0, 0, 0), (1, 1, 1))(change(image)))
+    (found,) = Explainer(encoder)(stored, ["red"])
+    relevance = found.map.on_picture()
+    y, x = np.unravel_index(np.nanargmax(relevance), relevance.shape)
+    assert patch[0] <= x < patch[2]
+    assert patch[1] <= y < patch[3]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,6 +550,19 @@ def test_a_text_is_refused_that_the_model_does_not_read_to_its_end(model, recwar
         Text(from_object(cut, "planted"), "one three five seventh eleventh 13")
     assert Text(from_object(cut, "planted"), "one three five seventh eleventh").explain(direction(0, 2)).words
     assert not recwarn.list
+
+
+def test_transformers_models_have_the_maps_of_ours(model, theirs, tmp_path):
+    miniclip.save(model, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "hf", "hf")
+    image, text = picture(5, (16, 16)), "a red car"  # nothing to resize, which libraries do not do bit for bit
+    found = Explainer(open_model(f"transformers:{tmp_path / 'hf'}", "cpu"))(image, [text])[0]
+    ours = Explainer(encoder_of(model), "gradients")(image, [text])[0]
+    assert found.map.method == "gradients"
+    np.testing.assert_allclose(found.map.relevance, ours.map.relevance, atol=2e-5 * np.abs(ours.map.relevance).max())
+    assert found.words.relevances == pytest.approx(ours.words.relevances, abs=1e-5)
+    with pytest.raises(ValueError, match=r"does not read the end of the text"):
+        Explainer(open_model(f"transformers:{tmp_path / 'hf'}", "cpu"))(image, ["word " * 30])
 
 
 def test_open_clips_models_are_explained():

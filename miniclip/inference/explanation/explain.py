@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -27,6 +28,8 @@ from .words import Text, Words
 
 Method = Literal["attention", "gradients", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+_MOST_PIXELS = 512
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,16 @@ class Explainer:
 class Picture:
     """A picture as a model sees it.
 
+    Parts are taken from the model's input. Where that is no picture (SigLIP 2's patches of any aspect ratio), or shows
+    it turned or mirrored, they are taken from the picture itself.
+
     Args:
         method: as that of `Explainer`.
         base: what is left of the model's input (3, H, W) when all of its pixels are taken away.
         features: (E,), of unit length.
 
     Raises:
-        ValueError: the model's input is no picture, or nobody can tell where in `image` it lies.
+        ValueError: the model's features of it are not finite.
     """
 
     def __init__(
@@ -125,12 +131,14 @@ class Picture:
         base: Callable[[Tensor], Tensor] = blurred,
     ) -> None:
         self._encoder, self._method, self._size = encoder, method, image.size
+        self._prepare: Callable[[Tensor], Tensor] = lambda images: images
         pixels = encoder.preprocess(image)
-        if pixels.ndim != 3 or len(pixels) != 3:
-            raise ValueError(
-                f"{encoder.name} makes a tensor of shape {tuple(pixels.shape)} of a picture; a map needs (3, H, W)"
-            )
-        self._box = find_box(encoder.preprocess, image)
+        try:
+            self._box = find_box(encoder.preprocess, image)
+        except ValueError:  # parts are taken from the picture itself, before it is preprocessed
+            self._box = Box(0, 0, *image.size)
+            self._prepare = partial(_preprocessed, encoder, image.info.get("exif"))
+            pixels = _reduced(image)
         self._pixels = pixels.float().to(encoder.logit_scale.device)
         self._base = base(self._pixels)
         self._removals: dict[torch.Size, Removal] = {}
@@ -179,7 +187,7 @@ class Picture:
     def _encode(self, images: Tensor) -> Tensor:
         """Unit features (B, E), with gradients if they are enabled and the tower has any."""
         encode = inspect.unwrap(self._encoder.encode_image)  # within torch.no_grad()
-        return F.normalize(encode(images).float(), dim=-1)
+        return F.normalize(encode(self._prepare(images)).float(), dim=-1)
 
     def _removal(self, grid: torch.Size) -> Removal:
         """Of pixels, for maps of a grid."""
@@ -192,3 +200,18 @@ class Picture:
 
             self._removals[grid] = Removal(encode, spread_out(random, size).flatten(1))
         return self._removals[grid]
+
+
+def _reduced(image: Image.Image) -> Tensor:
+    """The picture with at most `_MOST_PIXELS` on its long side: (3, H, W), from 0 to 255."""
+    share = min(1, _MOST_PIXELS / max(image.size))
+    small = image.convert("RGB").resize([max(1, round(share * side)) for side in image.size], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def _preprocessed(encoder: Encoder, exif: bytes | None, images: Tensor) -> Tensor:
+    """What the model takes of pictures (B, 3, H, W)."""
+    pictures = [Image.fromarray(each) for each in images.detach().round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+    for picture in pictures:
+        picture.info |= {"exif": exif} if exif else {}
+    return torch.stack([encoder.preprocess(picture) for picture in pictures])

@@ -19,21 +19,22 @@ class GuessMaps:
     Args:
         open_encoder: from a model's name. One model is kept at a time.
         progress: called with the number of maps done.
-        problems: why maps could not be made, each reason once.
     """
 
     def __init__(self, open_encoder: Callable[[str], Encoder], progress: Callable[[int], None]) -> None:
-        self.problems: dict[str, None] = {}
         self._open, self._progress, self._num_done = open_encoder, progress, 0
         self._encoder: Encoder | None = None
         self._name = ""
 
-    def __call__(self, model: str, data: Any, index: int, guess: str) -> Heat | None:
+    def __call__(self, model: str, data: Any, index: int, guess: str) -> Heat:
         """
         Args:
             model: its name.
             data: has classes and their prompts.
             guess: a class's name.
+
+        Raises:
+            ValueError: the image can't be read any more.
         """
         self._num_done += 1
         self._progress(self._num_done)
@@ -41,9 +42,5 @@ class GuessMaps:
             self._encoder, self._name = self._open(model), model
         target = zero_shot_classifier(self._encoder, [guess], data.templates, self._encoder.tokenize)[:, 0]
         picture = data.open(index)
-        try:
-            found = Picture(self._encoder, picture).map(target)
-        except ValueError as error:
-            self.problems[str(error)] = None
-            return None
+        found = Picture(self._encoder, picture).map(target)
         return Heat(thumbnail(overlay(picture, found.on_picture()), BOX), guess, str(found.deletion))

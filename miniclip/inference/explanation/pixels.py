@@ -56,7 +56,9 @@ def integrated_gradients(encode: Encode, image: Tensor, base: Tensor, target: Te
                 return None
             if not cosines.requires_grad:
                 return None
-            (gradients,) = torch.autograd.grad(cosines.sum(), images)
+            (gradients,) = torch.autograd.grad(cosines.sum(), images, allow_unused=True)
+        if gradients is None:  # they end before the pixels
+            return None
         total += gradients.sum(dim=0)
     return (total / _STEPS * (image - base)).sum(dim=0)
 

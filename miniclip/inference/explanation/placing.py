@@ -38,7 +38,7 @@ def find_box(preprocess: Preprocess, image: Image.Image) -> Box:
     """The part of a picture that the model's input shows.
 
     Raises:
-        ValueError: `preprocess` does more to a picture than to resize, cut and pad.
+        ValueError: `preprocess` does more to a picture than to resize, cut and pad, or makes something else of it.
     """
 
     def look(greys: np.ndarray) -> np.ndarray:
@@ -46,7 +46,10 @@ def find_box(preprocess: Preprocess, image: Image.Image) -> Box:
         pixels = np.broadcast_to(np.rint(greys * _LEVELS).astype(np.uint8), image.size[::-1])
         probe = Image.fromarray(pixels).convert("RGB")
         probe.info |= {name: image.info[name] for name in ("exif",) if name in image.info}
-        return preprocess(probe).double().mean(dim=0).cpu().numpy()
+        seen = preprocess(probe)
+        if seen.ndim != 3 or len(seen) != 3:
+            raise ValueError(f"the model's input has the shape {tuple(seen.shape)}; a picture has (3, H, W)")
+        return seen.double().mean(dim=0).cpu().numpy()
 
     black, white = look(np.zeros((1, 1))), look(np.ones((1, 1)))
     contrast = np.abs(white - black)
