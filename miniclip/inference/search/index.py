@@ -379,7 +379,7 @@ class Index:
             queries = self._sampled_queries()
             num_partitions = self.store.build_approximate()
             wanted = {kind: nearest(self._blocks(None), rows, k)[1][:, -1] for kind, rows in queries.items()}
-            for nprobes, refined in _settings(num_partitions):
+            for nprobes, refined in _efforts(num_partitions):
                 found = {kind: self._recall(rows, wanted[kind], k, nprobes, refined) for kind, rows in queries.items()}
                 if min(found.values()) >= recall:
                     break
@@ -503,7 +503,7 @@ def _several(texts: str | Sequence[str]) -> Sequence[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-def _settings(num_partitions: int) -> Iterator[tuple[int, int]]:
+def _efforts(num_partitions: int) -> Iterator[tuple[int, int]]:
     """More and more partitions to look into and candidates to refine, up to all of the former."""
     nprobes = 1
     while nprobes < num_partitions:
