@@ -28,7 +28,7 @@ from PIL import Image
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.evaluation.encoder import Encoder, from_clip
 from miniclip.evaluation.features import encode_images
-from miniclip.inference.embed import embed_source
+from miniclip.inference.embedding.embed import embed_source
 from miniclip.inference.sources import image_set
 from miniclip.model import CLIP
 from miniclip.weights.load import preprocess_for

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .config import VisionConfig as VisionConfig
     from .evaluation.zero_shot import zero_shot_classifier as zero_shot_classifier
     from .inference.classifier import ZeroShotClassifier as ZeroShotClassifier
-    from .inference.embed import embed as embed
+    from .inference.embedding.embed import embed as embed
     from .inference.search.index import Index as Index
     from .inference.text_states import text_states as text_states
     from .loss import clip_loss as clip_loss
@@ -45,7 +45,7 @@ _HOME = {
     "available_models": "weights.read",
     "clip_loss": "loss",
     "create_model_and_transforms": "openclip",
-    "embed": "inference.embed",
+    "embed": "inference.embedding.embed",
     "from_pretrained": "weights.load",
     "get_tokenizer": "openclip",
     "list_pretrained": "openclip",

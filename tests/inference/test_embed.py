@@ -20,8 +20,8 @@ from libraries import LIBRARIES
 
 import miniclip
 from miniclip.evaluation.other_libraries import open_model
-from miniclip.inference.embed import embed_source
-from miniclip.inference.source_rows import SourceRows
+from miniclip.inference.embedding.embed import embed_source
+from miniclip.inference.embedding.source_rows import SourceRows
 from miniclip.inference.sources import image_set, text_set
 
 TEXTS = ["a picture of a cat.", "two dogs", "red", "a picture of two red dogs ."]

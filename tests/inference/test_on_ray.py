@@ -14,7 +14,7 @@ from helpers import tiny_clip, write_pairs
 
 import miniclip
 from miniclip.evaluation.other_libraries import open_model
-from miniclip.inference.embed import embed_source
+from miniclip.inference.embedding.embed import embed_source
 from miniclip.inference.sources import image_set, text_set
 
 # Its actors end by SIGKILL, each kind once: the one that decodes at an image, the one that encodes at a batch.
@@ -67,7 +67,7 @@ main(["embed", *sys.argv[1:], "--engine", "ray"])
 
 KILLED = """
 import os, signal
-from miniclip.inference.parts import ParquetLayout
+from miniclip.inference.embedding.parts import ParquetLayout
 write = ParquetLayout.write
 
 def write_one(self, number, *rest):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from miniclip.data.reading.scan import LeftOut
-from miniclip.inference.parts import Plan, Work
+from miniclip.inference.embedding.parts import Plan, Work
 
 ROWS, SIZE = 11, 4
 BAD = {2: "it is torn", 9: "it is empty"}

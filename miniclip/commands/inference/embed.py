@@ -14,7 +14,7 @@ from ..output import MODELS, add_model, note_left_out
 from ..terminal import add_encoding, lasting_imports, new_parser, part_of_array, progress_bar
 
 if TYPE_CHECKING:
-    from ...inference.parts import Embedded
+    from ...inference.embedding.parts import Embedded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     _refuse_bad_options(options, num_processes)
     with lasting_imports():
         from ...evaluation.other_libraries import open_model
-        from ...inference.embed import embed_source
+        from ...inference.embedding.embed import embed_source
         from ...inference.sources import image_set, text_set
 
     column, columns = next(iter(options.column), None), options.column
@@ -144,7 +144,7 @@ def _own_gpu(device: str | None) -> str | None:
 
 
 def _sentence(done: Embedded) -> str:
-    from ...inference.parts import LEFT_OUT_FILE
+    from ...inference.embedding.parts import LEFT_OUT_FILE
 
     size = f"{done.size_bytes / 1e6:.1f} MB" if done.size_bytes >= 50_000 else f"{done.size_bytes / 1e3:.0f} kB"
     counts = f"{done.kept:,} embeddings in {done.files:,} file{'s' if done.files > 1 else ''}, {size}"

@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluation.datasets.sets import EvaluationSet
-from ..evaluation.encoder import Encoder
-from ..evaluation.features import EncodedBatch, encode_texts
-from ..evaluation.other_libraries import open_model
-from .sources import Texts
+from ...evaluation.datasets.sets import EvaluationSet
+from ...evaluation.encoder import Encoder
+from ...evaluation.features import EncodedBatch, encode_texts
+from ...evaluation.other_libraries import open_model
+from ..sources import Texts
 
 _CPUS_PER_DECODER = 8  # without GPUs: encoding an image takes about ten times as long as decoding it
 _TEXTS_PER_BATCH = 1024

@@ -28,8 +28,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..common.files import atomic_write, locked, swap_in, write_text
-from ..data.reading.scan import LeftOut
+from ...common.files import atomic_write, locked, swap_in, write_text
+from ...data.reading.scan import LeftOut
 
 MANIFEST_FILE, LEFT_OUT_FILE = "_manifest.json", "_left_out.csv"
 LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), ("image", "text")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.storage import is_url
-from ..evaluation.datasets.sets import EvaluationSet, digest_lines
-from .names import existing
-from .sources import Texts
+from ...common.storage import is_url
+from ...evaluation.datasets.sets import EvaluationSet, digest_lines
+from ..names import existing
+from ..sources import Texts
 
 
 class SourceRows:

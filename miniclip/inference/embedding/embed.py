@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..common.storage import is_url
-from ..common.version import __version__
-from ..data.reading.scan import IMAGE_SUFFIXES
-from ..evaluation.datasets.sets import EvaluationSet
-from ..evaluation.encoder import Encoder
-from ..evaluation.features import EncodedBatch, encode_in_batches, encode_texts
-from ..evaluation.fingerprints import PROBE_TEXTS, probe_outputs, probe_pictures
-from ..evaluation.other_libraries import as_encoder
-from .names import existing
+from ...common.storage import is_url
+from ...common.version import __version__
+from ...data.reading.scan import IMAGE_SUFFIXES
+from ...evaluation.datasets.sets import EvaluationSet
+from ...evaluation.encoder import Encoder
+from ...evaluation.features import EncodedBatch, encode_in_batches, encode_texts
+from ...evaluation.fingerprints import PROBE_TEXTS, probe_outputs, probe_pictures
+from ...evaluation.other_libraries import as_encoder
+from ..names import existing
+from ..sources import Texts, image_set
 from .parts import KINDS, Embedded, Plan, Work
 from .source_rows import SourceRows
-from .sources import Texts, image_set
 
 _TEXTS_AT_ONCE = 2048  # sorted by length together; more is slower to show its progress
 
