@@ -186,6 +186,16 @@ def test_names_that_are_no_utf8_are_written_as_what_they_are(tmp_path, model):
     assert embeddings(tmp_path / "out")[0].key.tolist() == [f"{folder}/\\udcff.png"]
 
 
+def test_texts_that_are_cut_are_reported_once_and_counted(tmp_path, model):
+    texts = [f"owl {number} " * 20 for number in range(600)]
+    with pytest.warns(UserWarning, match="cut|more") as caught:
+        write(table(tmp_path / "t.txt", *texts), tmp_path / "out", model, texts=True)
+    messages = [str(each.message) for each in caught if each.category is UserWarning]
+    assert len(messages) == 2
+    assert "reads 16 tokens; 256 of 256 texts are longer and were cut" in messages[0]
+    assert messages[1] == "the same of 2 more batches of texts"
+
+
 @pytest.mark.parametrize(("change", "says"), [("source", "files, keys or columns of"), ("model", "the model was")])
 def test_a_run_goes_on_only_with_the_same_source_and_model(tmp_path, model, change, says):
     photos = write_pairs(tmp_path / "photos", 6)

@@ -8,6 +8,7 @@ N rows of a source, E embedding, B batch.
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -192,12 +193,23 @@ def embed_source(
 
 
 def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]]) -> Iterator[EncodedBatch]:
-    """One pass over texts; those of a part that are alike are together, so that few tokens are padding."""
+    """One pass over texts; those of a part that are alike are together, so that few tokens are padding.
+
+    A model that cuts texts warns of it at every batch; here the first warning is passed on, and the others are counted.
+    """
+    repeated = 0
     for part in parts:
         for start in range(0, len(part), _TEXTS_AT_ONCE):
             indices = part[start : start + _TEXTS_AT_ONCE]
-            features = encode_texts(encoder, [data.texts[index] for index in indices], encoder.tokenize)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                features = encode_texts(encoder, [data.texts[index] for index in indices], encoder.tokenize)
+            if caught and not repeated:
+                warnings.warn(caught[0].message, stacklevel=2)
+            repeated += len(caught)
             yield EncodedBatch(np.array(indices), features.cpu(), {})
+    if repeated > 1:
+        warnings.warn(f"the same of {repeated - 1} more batches of texts", stacklevel=2)
 
 
 def unit(features: Tensor) -> np.ndarray:
