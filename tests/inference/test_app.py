@@ -20,6 +20,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from miniclip.evaluation.encoder import from_clip
 from miniclip.inference.app.answers import Answers
 from miniclip.inference.app.limits import Limits
+from miniclip.inference.search.index import Index
 from miniclip.weights.load import load, save
 
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
@@ -46,19 +47,20 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def page(run):
+def index(run):
+    """Of five pictures."""
+    (run.parent / "photos").mkdir()
+    for number in range(5):
+        write_picture(run.parent / f"photos/bird {number}.png", seed=number)
+    Index(run.parent / "photos.index", str(run / "best"), device="cpu").update([str(run.parent / "photos")])
+    return run.parent / "photos.index"
+
+
+@pytest.fixture(scope="module")
+def page(run, index):
     """The address of the page, while the command runs."""
-    command = [
-        sys.executable,
-        "-m",
-        "miniclip",
-        "app",
-        str(run / "best"),
-        "--port",
-        str(free_port()),
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "miniclip", "app", str(run / "best"), str(index)]
+    command += ["--port", str(free_port()), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         line = process.stdout.readline()
@@ -134,6 +136,29 @@ def test_a_picture_is_classified_as_in_python_and_no_other_host_is_asked(page, b
     assert visitor.one("h1").text == "The curves of the run"
     browser.driver.switch_to.default_content()
     assert visitor.hosts() == {page.split("/")[2]}
+
+
+def test_an_index_is_searched_by_words(page, browser, index):
+    visitor = Visitor(browser.driver, page)
+    visitor.open_tab("Search")
+    visitor.write("#query textarea, #query input", "a robin")
+    visitor.one("#search").click()
+    visitor.one("#found li img")
+    shown = visitor.driver.find_element(By.CSS_SELECTOR, "#found").text.split("\n")
+    hits = Index(index, device="cpu").search("a robin", topk=12)
+    assert shown == [text for hit in hits for text in (Path(hit.key).name, f"{hit.cosine:.3f}")]
+    assert visitor.problems() == []
+
+
+def test_a_word_is_chosen_for_its_heat_map(page, browser, tmp_path):
+    visitor = Visitor(browser.driver, page)
+    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
+    visitor.one("#picture img")
+    visitor.classify("a robin, a wren")
+    visitor.one("#words input[value='wren']").click()
+    assert "speaks for “wren”" in visitor.answer("#heat")
+    assert visitor.one("#heat img").size["width"] > 0
+    assert visitor.problems() == []
 
 
 def test_a_phone_shows_all_of_it(page, browser, tmp_path):

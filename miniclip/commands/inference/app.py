@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
     answers = Answers(encoder, threshold, index, _reports(Path(options.model)))
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    with served(answers, f"miniclip · {options.model}", options.host, options.port) as address:
+    name = "/".join(Path(options.model).parts[-3:])
+    with served(answers, f"miniclip · {name}", options.host, options.port) as address:
         if options.host not in ("127.0.0.1", "localhost", "::1"):
             note(f"note: everyone who reaches {options.host} can use this page; it has no password")
         print(f"{address} (Ctrl-C ends it)", flush=True)
