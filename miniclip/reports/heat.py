@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import ExifTags, Image
 
-_WARM, _COLD = (214, 39, 40), (31, 90, 200)
+_WARM, _COLD = (np.array(each, dtype=np.float32) for each in ((214, 39, 40), (31, 90, 200)))
 _STRONGEST = 0.995  # quantile of the sizes of relevance that gets the full colour
 _MOST_COVERED = 0.85  # of the picture by the full colour
 _LEAST_SIDE = 448  # pixels; smaller pictures are enlarged
+_BAND_ROWS = 256  # so that pictures of many millions of pixels need little memory
 _STRIPE = 1 / 50  # width of the stripes over what is not seen, in units of the long side
 
 # What a picture's EXIF tag of orientation asks a viewer to do.
@@ -29,14 +30,25 @@ def overlay(picture: Image.Image, relevance: np.ndarray) -> Image.Image:
     """
     factor = max(1, _LEAST_SIDE // max(picture.size))
     size = (factor * picture.width, factor * picture.height)
-    grey = np.asarray(picture.convert("RGB").convert("L").resize(size, Image.Resampling.NEAREST), dtype=np.float32)
-    is_seen = _enlarged(np.isfinite(relevance).astype(np.float32), size, Image.Resampling.NEAREST) > 0.5
-    strength = _enlarged(_strength(relevance), size, Image.Resampling.BILINEAR)[..., None]
-    light = (70 + 0.72 * grey)[..., None]  # so that colours show on black, too
-    shown = light + (np.where(strength > 0, _WARM, _COLD) - light) * _MOST_COVERED * np.abs(strength)
-    stripes = np.add.outer(np.arange(size[1]), np.arange(size[0])) // max(2, round(_STRIPE * max(size))) % 2
+    grey = np.asarray(picture.convert("RGB").convert("L").resize(size, Image.Resampling.NEAREST))
+    is_seen = _enlarged(np.isfinite(relevance).astype(np.uint8), size, Image.Resampling.NEAREST)
+    strength = _enlarged(_strength(relevance), size, Image.Resampling.BILINEAR)
+    width = max(2, round(_STRIPE * max(size)))
+    bands = []
+    for start in range(0, size[1], _BAND_ROWS):
+        rows = slice(start, start + _BAND_ROWS)
+        stripes = np.add.outer(np.arange(size[1])[rows], np.arange(size[0])) // width % 2
+        bands.append(_band(grey[rows], strength[rows], is_seen[rows], stripes))
+    return Image.fromarray(np.concatenate(bands))
+
+
+def _band(grey: np.ndarray, strength: np.ndarray, is_seen: np.ndarray, stripes: np.ndarray) -> np.ndarray:
+    """Some rows of an overlay: (rows, width) each -> (rows, width, 3) uint8."""
+    light = (70 + np.float32(0.72) * grey)[..., None]  # so that colours show on black, too
+    colour = np.where(strength[..., None] > 0, _WARM, _COLD)
+    shown = light + (colour - light) * _MOST_COVERED * np.abs(strength[..., None])
     unseen = 0.5 * light + np.where(stripes, 110, 90)[..., None]
-    return Image.fromarray(np.where(is_seen[..., None], shown, unseen).clip(0, 255).astype(np.uint8))
+    return np.where(is_seen[..., None] > 0, shown, unseen).clip(0, 255).astype(np.uint8)
 
 
 def _strength(relevance: np.ndarray) -> np.ndarray:

@@ -132,7 +132,7 @@ def test_unreadable_pictures_are_left_out_and_named(capsys, here, tmp_path):
         (("PHOTO",), ["a text is needed", "--texts FILE"]),
         (("PHOTO", ""), ["''", "empty"]),
         (("PHOTO", "   "), ["empty"]),
-        (("PHOTO", "word " * 30), ["32 tokens", "context length is 16", "shorten"]),
+        (("PHOTO", "word " * 30), ["32 tokens", "model reads 16", "shorten"]),
         (("nowhere.jpg", "a car"), ["nowhere.jpg"]),
         (("empty", "a car"), ["no images in empty"]),
         (("bad.png", "a car"), ["bad.png is not an image", "allowed are JPEG"]),

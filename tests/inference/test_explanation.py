@@ -541,7 +541,7 @@ def test_an_empty_text_is_refused(text, model):
 
 
 def test_a_text_is_refused_that_the_model_does_not_read_to_its_end(model, recwarn):
-    with pytest.raises(ValueError, match=r"has 22 tokens.*context length is 16.*shorten it"):
+    with pytest.raises(ValueError, match=r"has 22 tokens.* tiny reads 16; shorten it: 'word word"):
         Text(encoder_of(model), "word " * 20)
     cut = Planted()
     cut.tokenize = lambda texts: torch.tensor([[*map(len, text.split()), *[0] * 5][:5] for text in texts])

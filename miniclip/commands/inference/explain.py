@@ -190,7 +190,7 @@ def _paths(data: EvaluationSet, texts: Sequence[str], options: argparse.Namespac
 
 def _file_name(key: str, text: str, used: Counter[str]) -> str:
     """photo.a_red_car.png, each once."""
-    stem = PurePath(re.split(r"[/\\:]", key)[-1]).stem or "image"
+    stem = re.sub(r"[^\w. -]+", "_", PurePath(re.split(r"[/\\:]", key)[-1]).stem) or "image"
     words = re.sub(r"\W+", "_", text.lower()).strip("_")[:_MOST_IN_NAME]
     name = f"{stem[:_MOST_IN_NAME]}.{words or 'text'}"
     used[name] += 1

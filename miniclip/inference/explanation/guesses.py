@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from ...common.thumbnail import thumbnail
 from ...evaluation.encoder import Encoder
-from ...evaluation.zero_shot import zero_shot_classifier
+from ...evaluation.prompts import class_prompts
 from ...reports.galleries import BOX, Heat
 from ...reports.heat import overlay
 from .explain import Picture
@@ -40,7 +43,14 @@ class GuessMaps:
         self._progress(self._num_done)
         if self._encoder is None or self._name != model:
             self._encoder, self._name = self._open(model), model
-        target = zero_shot_classifier(self._encoder, [guess], data.templates, self._encoder.tokenize)[:, 0]
         picture = data.open(index)
-        found = Picture(self._encoder, picture).map(target)
+        found = Picture(self._encoder, picture).map(
+            _class_features(self._encoder, class_prompts(data.templates, guess))
+        )
         return Heat(thumbnail(overlay(picture, found.on_picture()), BOX), guess, str(found.deletion))
+
+
+def _class_features(encoder: Encoder, prompts: list[str]) -> Tensor:
+    """(E,), as `zero_shot_classifier` makes them, which all processes of an evaluation would have to call."""
+    features = F.normalize(encoder.encode_text(encoder.tokenize(prompts)).float(), dim=-1)
+    return F.normalize(features.mean(dim=0), dim=0)

@@ -138,7 +138,12 @@ def _tokenized(encoder: Encoder, text: str, shorter: str) -> Any:
         digests = [digest_value(encoder.tokenize([each])) for each in (shorter, f"{text} {text}")]
     tower = encoder.text_module
     if isinstance(tower, TextTransformer):
-        tokenizer.encode_for_model(text, len(tower.positional_embedding))
+        num_tokens, most = len(tokenizer.encode(text)) + 2, len(tower.positional_embedding)
+        if num_tokens > most:
+            raise ValueError(
+                f"the text has {num_tokens} tokens, start and end included, and {encoder.name} reads {most}; "
+                f"shorten it: {cut_short(text)!r}"
+            )
     elif digest_value(tokens) is not None and digests == [digest_value(tokens)] * 2:
         raise ValueError(
             f"{encoder.name} does not read the end of the text: its tokens are the same without the last word; "
