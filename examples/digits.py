@@ -1,14 +1,14 @@
-"""Makes the demo's data: real scans of handwritten digits as coloured pictures with captions, as a folder of one's own.
+"""Makes the demo's data: scans of handwritten digits as coloured pictures with captions, in a folder like your own.
 
     python examples/digits.py OUT
 
     OUT/train/   pictures (.png) with captions (.txt, three wordings) of 70 % of the 1,797 scans
-    OUT/val/     the same of another 10 %, for choosing the best checkpoint
+    OUT/val/     the same for another 10 %, to choose the best checkpoint
     OUT/test/    pictures of the last 20 %, without captions
-    OUT/*.csv    labels: val.csv (digit and ink); of test/, digits.csv, inks.csv, and unseen.csv (both, see below)
+    OUT/*.csv    labels: val.csv (digit and ink) for val/; digits.csv, inks.csv and unseen.csv (see below) for test/
 
-Of the 80 combinations of digit and ink, 16 never occur in train/ or val/. A model that has learnt what "seven" means
-and what "red" means, and not only the pictures that it saw, knows a red seven all the same.
+The 80 combinations of digit and ink include 16 that never occur in train/ or val/. A model that has learnt what "seven"
+and "red" mean, beyond the pictures that it saw, recognises a red seven all the same.
 
 The scans are the 8 x 8 test set of Alpaydin and Kaynak's "Optical Recognition of Handwritten Digits" (UCI, 1998, CC BY
 4.0), as scikit-learn ships them.
@@ -46,7 +46,7 @@ WORDINGS = (
     "a scan of the numeral {digit} in {ink} ink",
     "a {digit} drawn by hand, {ink}",
 )
-# What evaluation says: part of what the captions say, or the same in other words.
+# The prompts of evaluation: part of the captions, or the same in other words.
 DIGIT_TEMPLATES = ("a handwritten {c}", "the number {c}", "the digit {c}", "a {c} drawn by hand")
 INK_TEMPLATES = ("a digit in {c} ink", "a handwritten number in {c}", "a number written with a {c} pen")
 BOTH_TEMPLATES = ("a handwritten {c} ink", "the number {c}", "a scan of the numeral {c} ink", "someone wrote {c}")
@@ -55,12 +55,12 @@ INKS_PER_SCAN = 6
 
 
 def is_unseen(digit: int, ink: int) -> bool:
-    """The 16 combinations left out of training: one or two inks of every digit, two digits of every ink."""
+    """Whether training lacks a combination: 16 of them, one or two inks of each digit, two digits of each ink."""
     return (digit + 2 * ink) % 5 == 0
 
 
 def compose(scan: np.ndarray, ink: str, random: np.random.Generator) -> Image.Image:
-    """A scan, 8 x 8 in 0 to 16, as a picture: its own size and place, ink on tinted paper, a little noise."""
+    """A picture of a scan (8 x 8, 0 to 16): random size and place, ink on tinted paper, a little noise."""
     side = int(random.integers(20, 27))
     small = Image.fromarray((scan / 16 * 255).astype(np.uint8))
     strokes = np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32) / 255

@@ -3,8 +3,9 @@
 #
 #   sbatch examples/slurm.sh --config configs/vit-b32.yaml --data.train shards/train … --name mine
 #
-# Two minutes before its time is up, the job is told so: it finishes the step, saves, and queues itself again; the same command then
-# goes on where it was (--ckpt_path last begins a run that is new). data.batch_size is the batch over all GPUs of all nodes.
+# SLURM signals the job two minutes before its time is up. The run then finishes its step, saves, and requeues itself; the
+# same command resumes it (--ckpt_path last begins a run that is new). data.batch_size is the batch over all GPUs of all
+# nodes.
 #SBATCH --job-name=miniclip
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=4

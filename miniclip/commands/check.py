@@ -13,36 +13,39 @@ from .terminal import console, lasting_imports, new_parser, progress_bar
 def parser() -> argparse.ArgumentParser:
     parser = new_parser(
         "check",
-        "Looks at a random sample of image-text pairs and reports what training on them would meet: what can't be\n"
-        "read, sizes of images, lengths of captions, captions and images that occur twice and what that does to the\n"
-        "loss, and how many images/s a worker can feed.\n\n"
+        "Examines a random sample of image-text pairs and reports what training on them would meet: unreadable files,\n"
+        "sizes of images, lengths of captions, repeated captions and images with their effect on the loss, and how\n"
+        "many images/s a worker can feed.\n\n"
         "DATA is shards (a folder, a pattern as 'data/{00000..00009}.tar', a URL), or anything that `miniclip shards`\n"
-        "packs: a folder, a table, captions of COCO's, a data set of Hugging Face's.",
-        notes="Nothing is written but the page of --out. The exit status is 1 if no sample can be used.",
+        "packs: a folder, a table, COCO's captions, a Hugging Face data set.",
+        notes="Only the page of --out is written. The exit status is 1 if no sample can be used.",
         examples="""
 miniclip check photos --out check.html
 miniclip check shards/train --all --batch-size 1024 --needed 900
 miniclip check shards/train --speed --workers 4""",
     )
     parser.add_argument("data", metavar="DATA", help="shards, or what can be packed into them")
-    parser.add_argument("--out", metavar="HTML", help="a page of all that is found, with some samples to look at")
+    parser.add_argument("--out", metavar="HTML", help="write a page with all findings and some samples")
     parser.add_argument("--overwrite", action="store_true", help="replace that page")
-    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="how many to look at")
-    parser.add_argument("--all", action="store_true", help="look at every pair")
-    parser.add_argument("--seed", type=int, default=0, help="decides which are looked at")
+    parser.add_argument("--samples", type=int, default=2000, metavar="N", help="pairs to examine")
+    parser.add_argument("--all", action="store_true", help="examine every pair")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the pairs that are examined")
     plan = parser.add_argument_group("the training that is planned")
     plan.add_argument("--batch-size", type=int, default=256, metavar="B", help="pairs contrasted with each other")
     plan.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of the model's input")
     plan.add_argument("--context-length", type=int, default=77, metavar="TOKENS", help="most tokens of a text")
-    plan.add_argument("--needed", type=float, metavar="IMAGES_PER_S", help="what the model consumes; tells the workers")
+    plan.add_argument(
+        "--needed",
+        type=float,
+        metavar="IMAGES_PER_S",
+        help="images/s that the model consumes",
+    )
     speed = parser.add_argument_group("speed")
+    speed.add_argument("--speed", action="store_true", help="time the input pipeline alone, stage by stage (shards)")
     speed.add_argument(
-        "--speed", action="store_true", help="time the input pipeline by itself, stage by stage (shards)"
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that examine; processes for --speed"
     )
-    speed.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that look; processes for --speed"
-    )
-    add_reading_options(parser, "reading what is not packed yet")
+    add_reading_options(parser, "reading pairs that are not packed")
     return parser
 
 
@@ -59,10 +62,10 @@ def run(options: argparse.Namespace) -> None:
 
     packed = is_shards(options.data)
     if options.speed and not packed:
-        raise ValueError(f"--speed times how shards are read, and {options.data} is not packed yet (`miniclip shards`)")
+        raise ValueError(f"--speed times how shards are read, and {options.data} is not packed; use `miniclip shards`")
     pairs = pairs_asked_for(options.data, options)
     samples = None if options.all else options.samples
-    with progress_bar("looking", min(len(pairs), samples or len(pairs))) as progress:
+    with progress_bar("examining", min(len(pairs), samples or len(pairs))) as progress:
         findings = examine(
             pairs,
             source=options.data,

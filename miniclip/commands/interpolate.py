@@ -11,31 +11,31 @@ from .terminal import add_encoding, console, lasting_imports, new_parser, progre
 def parser() -> argparse.ArgumentParser:
     parser = new_parser(
         "interpolate",
-        "Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): less is forgotten than at the\n"
-        "end of fine-tuning, and often nothing of the new task is lost. Scores of the start, the end and the models\n"
-        "between on the new task and on what is to be retained are printed and drawn.",
+        "Saves (1 - alpha) * START + alpha * FINETUNED (WiSE-FT, Wortsman et al. 2021): it forgets less than\n"
+        "FINETUNED does, and often loses nothing of the new task. The scores of the two models and of those between\n"
+        "them, on the new task and on what should be retained, are printed and drawn.",
         notes="OUT gets the model (config.json, model.safetensors), interpolation.json and interpolation.png.",
         examples="""
 miniclip interpolate ViT-B/32 runs/mine/best --data new.csv --retain old.csv --may-lose 1 --out wise
 miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
     )
     parser.add_argument("start", metavar="START", help="the model that fine-tuning began with")
-    parser.add_argument("finetuned", metavar="FINETUNED", help="the model that it ended with")
+    parser.add_argument("finetuned", metavar="FINETUNED", help="the fine-tuned model")
     parser.add_argument("--data", nargs="+", default=[], metavar="NEW", help="labelled images of the new task")
-    parser.add_argument("--retain", nargs="+", default=[], metavar="OLD", help="labelled images of what it knew before")
+    parser.add_argument("--retain", nargs="+", default=[], metavar="OLD", help="labelled images of what START could do")
     parser.add_argument(
         "--alphas",
         type=_mixing_shares,
         default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
         metavar="LIST",
-        help="are scored",
+        help="the values of alpha to score",
     )
-    parser.add_argument("--alpha", type=float, help="is saved; default: where the mean of new and old is highest")
+    parser.add_argument("--alpha", type=float, help="the one to save; default: the highest mean of new and old")
     parser.add_argument(
         "--may-lose",
         type=float,
         metavar="POINTS",
-        help="instead: highest on new, old losing at most so many points",
+        help="save instead the best on NEW that loses at most so many points on OLD",
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> None:
         console().print(table(points, *names, alpha))
         if options.alpha is None:
             print(
-                f"alpha {alpha:g} was chosen on the very images that it is scored on here, so its score is a bit too "
-                "good; choose it on others than those that you report."
+                f"alpha {alpha:g} was chosen on the images that it is scored on here, so its score is a little too "
+                "high; report scores on other images."
             )
         write_json(out / "interpolation.json", options.start, options.finetuned, points, *names, alpha)
         picture = out / "interpolation.png"
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _mixing_shares(text: str) -> list[float]:
-    """Numbers from 0 to 1, parted by commas."""
+    """Numbers from 0 to 1, separated by commas."""
     try:
         numbers = [float(number) for number in text.split(",")]
     except ValueError as error:

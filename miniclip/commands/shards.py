@@ -22,11 +22,11 @@ def parser() -> argparse.ArgumentParser:
         "  a folder           images, each with a .txt of the same name beside it, one caption a line\n"
         "  a table            .csv, .tsv, .jsonl, .json or .parquet with a column of images and one of captions;\n"
         "                     a folder or a pattern of Parquet files\n"
-        "  captions of COCO's captions_train2017.json and the like; --images names the folder of the images\n"
-        "  a data set         of Hugging Face's datasets: its folder, or hf-hub:owner/name\n"
-        "  shards             to shard them anew: resize, filter, hold out",
-        notes="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which names what was left out and why.\n"
-        "Until all is done it is called OUT.partial; after a break the same command goes on where it was.",
+        "  COCO's captions    captions_train2017.json and the like; --images names the folder of the images\n"
+        "  a datasets set     of Hugging Face: its folder, or hf-hub:owner/name\n"
+        "  shards             to pack them again: resize, filter, hold out",
+        notes="OUT gets 00000.tar … (webdataset), an index, and rejected.csv, which lists what was left out and why.\n"
+        "The folder is called OUT.partial until it is complete; after an interruption the same command resumes.",
         examples="""
 miniclip shards photos shards --resize 256 --val-fraction 0.05
 miniclip shards pairs.csv titles --caption-column title --images photos
@@ -44,11 +44,11 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     write.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="pairs in one tar")
     write.add_argument("--max-shard-size", type=_size, default="1GB", metavar="SIZE", help="as 500MB or 1GB")
     write.add_argument(
-        "--part", type=part_of_array, default="1/1", metavar="I/N", help="for job arrays: every N-th shard"
+        "--part", type=part_of_array, default="1/1", metavar="I/N", help="for job arrays: part I of N, every N-th shard"
     )
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
-    write.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    write.add_argument("--index-only", action="store_true", help="SRC holds tars already; write the index they lack")
+    write.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    write.add_argument("--index-only", action="store_true", help="SRC holds tars: write their index")
     return parser
 
 
@@ -64,16 +64,20 @@ def run(options: argparse.Namespace) -> None:
 def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:
     """The options that `pairs_asked_for` reads."""
     read = parser.add_argument_group(title)
-    read.add_argument("--images", metavar="FOLDER", help="what a table's paths are relative to, if not its own folder")
-    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if it is not found by name")
+    read.add_argument("--images", metavar="FOLDER", help="the root of a table's paths; default: its own folder")
+    read.add_argument("--image-column", metavar="NAME", help="a table's column of images, if its name is unusual")
     read.add_argument(
-        "--caption-column", metavar="NAME", action="append", default=[], help="of captions; may be repeated"
+        "--caption-column",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a table's column of captions; repeatable",
     )
-    read.add_argument("--split", default="train", help="of a data set of Hugging Face's")
+    read.add_argument("--split", default="train", help="the split of a Hugging Face data set")
 
 
 def pairs_asked_for(source: str, options: argparse.Namespace) -> Pairs:
-    """Tells what was recognised, too."""
+    """The pairs of a source. Prints what was recognised and what is left out."""
     from ..data.open_pairs import open_pairs
     from ..data.reading.scan import summary
 

@@ -1,7 +1,8 @@
-"""Files wherever they lie: paths and URLs, and names with braces.
+"""Files at paths and URLs, and names with braces.
 
-Requests are tried several times and every length is checked, because the network is what breaks. Nothing here runs a
-program: the schemes are a closed list."""
+Each request is tried several times and each length is checked, because networks fail. No URL runs a program: schemes
+are a closed list.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 SCHEMES = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "oss")
-PIECE_BYTES = 16 * 2**20  # asked for at once; after so many, a connection that broke counts as progress
+PIECE_BYTES = 16 * 2**20  # of one request; a connection that breaks after so many counts as progress
 _BLOCK_BYTES = 2**20
-_WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the tries of one request, of which there is one more
+_WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the six tries of a request
 _TIMEOUT_S = 30  # of a connection, and between two answers
 _MOST_NAMES = 1_000_000
 _MOST_BYTES = 2**30  # of a file that is read into memory
@@ -31,7 +32,7 @@ _MOST_BYTES = 2**30  # of a file that is read into memory
 _URL = re.compile(r"([a-z][\w.+-]*)(?:://|::)|((?:[\w.-]+\+)*(?:pipe|shell|exec|cmd|popen)(?:\+[\w.-]+)*):", re.I)
 # A generator of its own: retries must not advance the seeded ones, and forked workers must not wait in step.
 _jitter = random.SystemRandom()
-# Errors of the network have no common base class. These are the caller's mistakes, or won't change.
+# Network errors have no common base class. These are the caller's mistakes, or permanent.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, LookupError,
           AttributeError, ImportError, NotImplementedError)  # fmt: skip
 T = TypeVar("T")
@@ -61,10 +62,10 @@ def check_scheme(location: str) -> None:
 
 
 def expand(location: str) -> list[str]:
-    """The names that braces stand for, in a shell's order: `{000..012}` (zeros kept), `{train,val}`, also nested.
+    """The names that a shell expands braces to, in its order: `{000..012}` (zeros kept), `{train,val}`, nested ones.
 
     Raises:
-        ValueError: a brace without its partner, braces that hold neither a range nor a list, or too many names.
+        ValueError: an unmatched brace, braces that hold neither a range nor a list, or too many names.
     """
     head, brace, _ = location.partition("{")
     place, depth, cuts = len(head), 0, [len(head)]
@@ -76,7 +77,7 @@ def expand(location: str) -> list[str]:
             cuts.append(place)
         place += 1
     if depth or "}" in head:
-        raise ValueError(f"{location!r} has a brace without its partner")
+        raise ValueError(f"{location!r} has an unmatched brace")
     if not brace:
         return [location]
     parts = [location[start + 1 : end] for start, end in pairwise([*cuts, place])]
@@ -154,7 +155,7 @@ def size_of(url: str) -> int | None:
     """The bytes of a remote file; None if the store does not say.
 
     Raises:
-        ValueError: it can't be had.
+        ValueError: the store can't be read.
     """
     return patiently(url, lambda: _web_size(url) if _is_http(url) else filesystem(url).info(url).get("size"))
 
@@ -208,12 +209,12 @@ def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# http: the standard library's, which needs no package and nothing to be mended after a fork
+# http, by the standard library: it needs no package, and no repair after a fork
 
 
 @functools.cache
 def _web() -> urllib.request.OpenerDirector:
-    """http and https alone, also after a redirect; the environment's proxies."""
+    """Opens http and https alone, after a redirect as well, through the environment's proxies."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -308,8 +309,8 @@ def _filesystem_of(scheme: str, pid: int) -> Any:
         # A file system of this process alone. A listing kept in memory would hide what has been written since.
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
         if scheme in ("s3", "s3a"):
-            # botocore tries five times, s3fs five times that, and each may wait for a minute: with the tries made here
-            # that would be hours. Only those here are left.
+            # botocore tries five times and s3fs five times that, a minute each: with the tries made here, hours. Both
+            # are set to one.
             options["config_kwargs"] = {
                 "connect_timeout": _TIMEOUT_S,
                 "read_timeout": _TIMEOUT_S,
@@ -328,7 +329,7 @@ def _filesystem_of(scheme: str, pid: int) -> Any:
 
 @functools.cache
 def _mend_fork() -> None:
-    """fsspec gives a forked child a new loop but (2026.9) forgets its lock, which may have been held at the fork."""
+    """fsspec 2026.9 gives a forked child a new loop, and leaves its lock as it was at the fork: perhaps held."""
     from fsspec.asyn import reset_lock
 
     if hasattr(os, "register_at_fork"):
@@ -340,7 +341,7 @@ def _mend_fork() -> None:
 
 
 def patiently(url: str, action: Callable[[], T]) -> T:
-    """The action's value; what may go better the next time is tried six times, with longer and longer waits.
+    """The action's value. A failure that may pass is tried again, six times in all, with longer and longer waits.
 
     Raises:
         ValueError: it failed for good; names the URL, the number of tries and the last error.

@@ -1,4 +1,4 @@
-"""A watch that speaks up when something takes too long, and says where each thread is."""
+"""A watch that reports when something takes too long, and where a thread is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 
 class Watch:
-    """Speaks up where something takes long: at `silence_s`, at twice as long, at four times, until it has come.
+    """Calls `tell` when something takes longer than `silence_s`, and again each time the wait doubles.
 
-    Where things have taken long before, twice the longest is the silence that is waited for. Its thread lives within
-    the `with`; what is waited for begins at `begin`, which ends what was before it, and has come at `end`.
+    After a wait that was longer, the first call comes at twice the longest so far. A wait lasts from `begin` to `end`
+    or the next `begin`; the watching thread lives within the `with`.
 
     Args:
         tell: called with the seconds so far, in a thread of its own.
@@ -54,6 +54,6 @@ class Watch:
 
 
 def where_is(thread: int, most: int = 24) -> str:
-    """The innermost calls of a thread, one a line, the last one being where it is."""
+    """The `most` innermost calls of a thread, one a line; the last is the current one."""
     stack = traceback.extract_stack(sys._current_frames()[thread])[-most:]
     return "\n".join(f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in stack)
