@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import libraries
@@ -419,7 +420,8 @@ def test_an_approximate_index_reaches_the_recall_that_it_reports(tmp_path):
     model = tiny_clip(embed_dim=32)
     miniclip.save(model, tmp_path / "model")
     index = Index(tmp_path / "an.index", str(tmp_path / "model"), device="cpu")
-    facts = Facts(str(tmp_path / "model"), index.encoder.image_fingerprint(), index.encoder.text_fingerprint(), "")
+    encoder = index.encoder
+    facts = Facts(str(tmp_path / "model"), encoder.image_fingerprint(), encoder.text_fingerprint(), "")
     store = create_store(tmp_path / "an.index", facts, 32)
     keys = [f"/nowhere/{number:05d}.png" for number in range(3000)]
     same = {"path": keys, "source": ["s"] * 3000, "stamp": keys, "content": keys}
@@ -452,6 +454,10 @@ def test_another_model_is_refused_and_the_same_at_another_place_is_not(tmp_path,
     write(photos, ["one.png"], first_seed=99)
     with pytest.raises(ValueError, match="made with another model"):
         Index(tmp_path / "an.index", str(tmp_path / "other"), device="cpu").update(photos)
+    index = Index(tmp_path / "an.index", str(tmp_path / "copy"), device="cpu")
+    updated = replace(index.encoder, library="miniclip of another day")  # another fingerprint, the same features
+    assert updated.image_fingerprint() != index.store.facts.image_fingerprint
+    assert len(Index(tmp_path / "an.index", updated).search("a", topk=3)) == 3
     (tmp_path / "first").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"first.*if that lies elsewhere now, name its model"):
         Index(tmp_path / "an.index", device="cpu").search("a")

@@ -9,6 +9,7 @@ Q queries, K hits of each, E embedding.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from ...evaluation.measures.ties import SAME
 from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX, open_model
 from ...evaluation.prompts import classname_set
 from ..sources import image_set
+from ..thresholds import CalibratedModel
 from .changes import Listing, list_sources
 from .nearest import TIES, Blocks, levels, near_duplicates, nearest
 from .store import DTYPES, Approximate, Facts, Store, create_store, find_store, open_store, writing
@@ -38,6 +40,7 @@ from .updating import Progress, Update, Updated, make_plan
 
 T = TypeVar("T")
 
+_SAME_FEATURE = 0.005  # between unit features of one picture by one model on two machines, at most
 _SMALLEST_SUM = 1e-3  # of unit vectors that do not cancel each other
 _FILTERED_AT_ONCE = 1 << 16
 _FEWEST_APPROXIMATE = 1000
@@ -199,8 +202,14 @@ class Index:
 
     def _create(self, dim: int, dtype: str) -> Store:
         encoder = self.encoder
+        probe = CalibratedModel.of(encoder)
         facts = Facts(
-            absolute_model(encoder.name), encoder.image_fingerprint(), encoder.text_fingerprint(), encoder.library
+            absolute_model(encoder.name),
+            encoder.image_fingerprint(),
+            encoder.text_fingerprint(),
+            encoder.library,
+            probe.image_probe,
+            probe.text_probe,
         )
         self._known_store = create_store(self.location, facts, dim, dtype)
         return self._known_store
@@ -456,24 +465,30 @@ class Index:
 
 
 def check_model(encoder: Encoder, store: Store) -> None:
-    """
+    """By the fingerprints of both towers; where one is another, as after an update of the library, by what the model
+    makes of a fixed picture and text.
+
     Raises:
         ValueError: it is not the model that the index was made with.
     """
     facts = store.facts
+    fingerprints = encoder.image_fingerprint(), encoder.text_fingerprint()
+    if None not in fingerprints and fingerprints == (facts.image_fingerprint, facts.text_fingerprint):
+        return
+    probe = CalibratedModel.of(encoder)
     pairs = {
-        "image tower or preprocessing": (facts.image_fingerprint, encoder.image_fingerprint()),
-        "text tower or tokenizer": (facts.text_fingerprint, encoder.text_fingerprint()),
+        "image tower or preprocessing": (facts.image_probe, probe.image_probe),
+        "text tower or tokenizer": (facts.text_probe, probe.text_probe),
     }
-    others = [what for what, (before, now) in pairs.items() if before != now]
-    if not others and None in (facts.image_fingerprint, facts.text_fingerprint):
-        # A model that nothing can be recognised by is known by its name alone.
-        others = [] if absolute_model(encoder.name) == facts.model else ["name"]
+    others = [
+        what
+        for what, (before, now) in pairs.items()
+        if len(before) != len(now) or not math.dist(before, now) <= _SAME_FEATURE
+    ]
     if others:
-        version = f"; that was of {facts.library}, this is of {encoder.library}" * (facts.library != encoder.library)
         raise ValueError(
             f"the index {store.location} was made with another model ({facts.model}): {encoder.name} has another "
-            f"{' and another '.join(others)}{version}. Search with that model, or make a new index"
+            f"{' and another '.join(others)}. Search with that model, or make a new index"
         )
 
 

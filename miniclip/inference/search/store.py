@@ -46,12 +46,16 @@ class Facts:
         image_fingerprint, text_fingerprint: `Encoder.image_fingerprint` and `text_fingerprint`: of the tower, and of
             preprocessing or tokenizer. None for a model that has nothing to be recognised by.
         library: the model's library and its version.
+        image_probe, text_probe: (E,) unit features of a fixed picture and text, for a model whose fingerprint changed
+            with its library.
     """
 
     model: str
     image_fingerprint: str | None
     text_fingerprint: str | None
     library: str
+    image_probe: tuple[float, ...] = ()
+    text_probe: tuple[float, ...] = ()
     format: int = 1
 
 
