@@ -1,0 +1,136 @@
+"""`miniclip index` and `miniclip search`, as people run them: results, a page, and their likeliest mistakes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from browser import WIDTHS
+from command_line import fails
+from helpers import tiny_clip, write_picture
+
+import miniclip
+from miniclip.commands import main as cli
+from miniclip.inference.thresholds import CalibratedModel, ModelThreshold, write_threshold
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A table of eight pictures, their index, and its model."""
+    folder = tmp_path_factory.mktemp("made")
+    for number in range(8):
+        write_picture(folder / f"photos/{number}.png", number % 7)  # the last is a copy of the first
+    rows = [{"image": f"photos/{n}.png", "Year": 2000 + n, "camera": "X" if n % 2 else "Y"} for n in range(8)]
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    miniclip.save(tiny_clip(), folder / "model")
+    cli.main(["index", str(folder / "table.jsonl"), str(folder / "an.index"), "--model", str(folder / "model")])
+    return folder
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch, capsys):
+    shutil.copytree(made / "an.index", tmp_path / "an.index")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    return made
+
+
+def test_results_come_as_a_table_json_csv_and_paths(world, capsys):
+    cli.main(["search", "an.index", "a picture", "--topk", "3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["rank"] for row in found] == [1, 2, 3]
+    assert set(found[0]) == {"rank", "cosine", "path", "Year", "camera"}
+    cli.main(["search", "an.index", "a picture", "--topk", "3", "--paths"])
+    assert capsys.readouterr().out.splitlines() == [row["path"] for row in found]
+    cli.main(["search", "an.index", "--topk", "3", "a picture"])  # a text may stand behind options
+    assert found[2]["path"] in capsys.readouterr().out
+    (world / "queries.txt").write_text("a picture\n\na dog\n")
+    cli.main(["search", "an.index", "--queries", str(world / "queries.txt"), "--topk", "3", "--csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["query"] for row in rows] == ["a picture"] * 3 + ["a dog"] * 3
+    assert [row["path"] for row in rows[:3]] == [row["path"] for row in found]
+
+
+def test_filters_and_near_duplicates(world, capsys):
+    cli.main(["search", "an.index", "a", "--where", "`Year` > 2003 AND camera = 'X'", "--json"])
+    assert sorted(row["Year"] for row in json.loads(capsys.readouterr().out)) == [2005, 2007]
+    cli.main(["search", "an.index", "--near-duplicates", "0.99999", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["group"], row["path"][-5:]) for row in found] == [(1, "0.png"), (1, "7.png")]
+
+
+def test_a_threshold_in_the_models_folder_is_applied_to_words(world, capsys):
+    encoder = miniclip.Index("an.index", device="cpu").encoder
+    threshold = ModelThreshold(0.9999, "at most 5 % of outside images accepted", model=CalibratedModel.of(encoder))
+    write_threshold(world / "model/threshold.json", threshold)
+    try:
+        cli.main(["search", "an.index", "a picture", "--json"])
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) == []
+        assert "applied: cosine ≥ 0.9999" in printed.err
+        assert "nothing reaches the threshold" in printed.err
+        cli.main(["search", "an.index", "a picture", "--threshold", "-1", "--topk", "8", "--json"])
+        assert len(json.loads(capsys.readouterr().out)) == 8
+        cli.main(["search", "an.index", "--like", str(world / "photos/1.png"), "--topk", "8", "--json"])
+        assert len(json.loads(capsys.readouterr().out)) == 8
+    finally:
+        (world / "model/threshold.json").unlink()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_shows_what_was_found(world, browser, tmp_path, width):
+    (world / "photos/3.png").rename(world / "away.png")  # after it was indexed
+    try:
+        like = str(world / "photos/1.png")
+        cli.main(["search", "an.index", "a <b>picture</b>", "--like", like, "--topk", "8", "--html", "page.html"])
+    finally:
+        (world / "away.png").rename(world / "photos/3.png")
+    browser.open(tmp_path / "page.html", width)
+    browser.check()
+    assert browser.count(".sheet figure") == 8
+    assert browser.count(".sheet img") == 7
+    assert browser.count(".asked img") == 1
+    assert "3.png can't be read" in browser.text(".problem")
+    assert browser.text("h2") == "a <b>picture</b>"
+    assert "camera: X" in browser.text()
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        (["search", "nowhere", "a"], ["no index at", "nowhere", "miniclip index SRC"]),
+        (["search", "an.index"], ["nothing is asked for", "--like IMAGE"]),
+        (["search", "an.index", ""], ["a query is empty"]),
+        (["search", "an.index", "a", "red", "car"], ["3 texts", "'a red car'", "--queries FILE"]),
+        (["search", "an.index", "--like", "nowhere.jpg"], ["no file or folder nowhere.jpg"]),
+        (["search", "an.index", "a", "--where", "yeer > 3"], ["'yeer > 3'", "columns are key", "camera"]),
+        (["search", "an.index", "a", "--topk", "0"], ["--topk is 0"]),
+        (["search", "an.index", "a", "--threshold", "2"], ["threshold 2", "from -1 to 1"]),
+        (["search", "an.index", "a", "--queries", "q.txt"], ["'a'", "q.txt", "one of them"]),
+        (["search", "an.index", "--queries", "q.txt"], ["q.txt is no file"]),
+        (["search", "an.index", "a", "--near-duplicates"], ["without a query"]),
+        (["search", "an.index", "--near-duplicates", "3"], ["at least 3", "at most 1"]),
+        (["index", "nowhere", "an.index"], ["no file or folder nowhere"]),
+        (["index", ".", "new.index"], ["no index at", "--model M"]),
+        (["index", ".", "new.index", "--model", "nowhere"], ["no checkpoint at 'nowhere'"]),
+        (["index", "an.index", "an.index", "--batch-size", "0"], ["--batch-size is 0"]),
+        (["index", "an.index", "an.index", "--dry-run", "--approximate", "0.9"], ["--dry-run changes nothing"]),
+    ],
+    ids=lambda value: " ".join(value[:4]),
+)
+def test_mistakes_are_explained_in_a_sentence(world, capsys, command, expected):
+    said = fails(capsys, command)
+    assert all(part in said for part in expected), said
+    assert "Traceback" not in said
+
+
+def test_a_closed_pipe_ends_a_search_quietly(world):
+    command = f"{sys.executable} -m miniclip search an.index 'a picture' --paths | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith(".png\n")
+    assert "Error" not in done.stderr
