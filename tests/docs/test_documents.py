@@ -46,10 +46,10 @@ def test_every_command_of_the_readme_runs(folder, tmp_path):
             continue
         shell(command + (" --trainer.max_steps 2 --data.batch_size 16" if " fit " in command else ""))
         ran += 1
-    assert ran == 6
-    (example,) = blocks("README.md", "python")
-    (work / "example.py").write_text(example)
-    shell("python example.py")
+    assert ran == 11
+    for document in ("README.md", "docs/python.md"):
+        (work / "example.py").write_text("".join(blocks(document, "python")))
+        shell("python example.py")
     assert (work / "runs/photos/report.html").is_file()
     assert (work / "runs/mine/best/config.json").is_file()
 
