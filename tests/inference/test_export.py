@@ -17,6 +17,7 @@ import miniclip
 from miniclip import tokenizer
 from miniclip.commands import main as cli
 from miniclip.config import TextConfig
+from miniclip.inference.exporting import onnx_files
 from miniclip.inference.exporting.export import TARGETS, export
 from miniclip.inference.exporting.facts import write_facts
 from miniclip.inference.exporting.onnx_files import shrink_onnx, write_onnx
@@ -165,6 +166,19 @@ def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, t
         found = torch.from_numpy(open_tower(tmp_path / "out.onnx")(x.numpy()))
         assert F.cosine_similarity(found, expected).min() > cosine
         assert kind == "vit" or (tmp_path / "out.onnx").stat().st_size < share * size
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_weights_beyond_protobufs_limit_lie_in_a_file_beside_the_graph(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "_MOST_FILE_BYTES", 100_000)
+    tower = towers(small_clip())[1]
+    onnx_files.write_onnx(tower, tmp_path / "plain.onnx")
+    onnx_files.shrink_onnx(tmp_path / "plain.onnx", tmp_path / "out.onnx", precision)
+    assert (tmp_path / "out.onnx").stat().st_size < 500_000 < (tmp_path / "out.onnx.data").stat().st_size
+    with torch.no_grad():
+        expected = tower.module(tower.example)
+    found = torch.from_numpy(open_tower(tmp_path / "out.onnx")(tower.example.numpy()))
+    assert F.cosine_similarity(found, expected).min() > 0.97
 
 
 @pytest.mark.long
@@ -353,6 +367,9 @@ def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused,
     assert "no export" in error
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
     assert (exported / "proof.json").read_bytes() == before
+    (tmp_path / "new.differs").mkdir()
+    (tmp_path / "new.differs" / "letter.txt").write_text("dear")
+    assert "new.differs is no export" in refused(model, str(tmp_path / "new"), "--to", "onnx")
     name = saved(tmp_path / "clip", small_clip())
     export(name, tmp_path / "out", "torch")
     export(name, tmp_path / "out", "torch", precision="bfloat16", overwrite=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...common.files import remove, swap_in, write_text
 from ...common.wording import some
 from ...evaluation.datasets.open import open_dataset, open_images
@@ -85,7 +87,9 @@ def export(
     """
     out = Path(out)
     _refuse_request(name, target, precision)
+    aside = out.with_name(out.name + _DIFFERS)
     refuse_existing(out, overwrite)
+    refuse_existing(aside, overwrite=True)
     data = None if prove is None else _open_proof(prove)
     pictures = None if search is None else _open_pictures(search, target)
     model, preprocess = load(name, "cpu")
@@ -112,8 +116,11 @@ def export(
             write_text(temporary / THRESHOLD_FILE, Path(threshold.source).read_text(encoding="utf-8"))
         with _scratch(temporary) as scratch:
             _write_towers(model, temporary, scratch, facts, target, progress)
-            plain = Clip(scratch) if (scratch / FACTS_FILE).is_file() else None
-            proof = _prove(model, preprocess, name, Clip(temporary), plain, data, batch_size, num_workers, progress)
+            threads = torch.get_num_threads()
+            plain = Clip(scratch, threads) if (scratch / FACTS_FILE).is_file() else None
+            proof = _prove(
+                model, preprocess, name, Clip(temporary, threads), plain, data, batch_size, num_workers, progress
+            )
         if target == "web":
             write_page(temporary)
         if pictures is not None and not proof.problems():
@@ -123,7 +130,6 @@ def export(
             _warn_unread(unsearched, pictures.name)
         write_text(temporary / "proof.json", json.dumps(proof.as_dict(), indent=1, ensure_ascii=False) + "\n")
         if problems := proof.problems():
-            aside = out.with_name(out.name + _DIFFERS)
             swap_in(temporary, aside)
             raise ExportDiffersError(
                 f"the export gives other answers than {name}, so it is not put into {out}; it is kept in {aside}: "

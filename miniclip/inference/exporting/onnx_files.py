@@ -42,7 +42,7 @@ def write_onnx(tower: Tower, path: Path) -> None:
     Raises:
         ValueError: PyTorch can't export it.
     """
-    num_bytes = sum(each.numel() * each.element_size() for each in tower.module.state_dict().values())
+    is_large = sum(each.nbytes for each in tower.module.state_dict().values()) > _MOST_FILE_BYTES
     with torch.no_grad(), _quiet():
         torch.onnx.export(
             tower.module,
@@ -53,7 +53,7 @@ def write_onnx(tower: Tower, path: Path) -> None:
             input_names=[tower.input],
             output_names=[tower.output],
             dynamic_shapes=(tower.dynamic,),
-            external_data=num_bytes > _MOST_FILE_BYTES,
+            external_data=is_large,
         )
 
 
@@ -98,7 +98,8 @@ def shrink_onnx(source: Path, out: Path, precision: str) -> None:
             nodes += more
     for node in reversed(nodes):
         graph.node.insert(0, node)
-    onnx.save(model, out, save_as_external_data=model.ByteSize() > _MOST_FILE_BYTES, location=f"{out.name}.data")
+    is_huge = sum(len(each.raw_data) for each in graph.initializer) > _MOST_FILE_BYTES
+    onnx.save(model, out, save_as_external_data=is_huge, location=f"{out.name}.data")
 
 
 def _quantize(source: Path, out: Path) -> None:
@@ -117,6 +118,7 @@ def _quantize(source: Path, out: Path) -> None:
             reduce_range=True,  # without VNNI, sums of full 8-bit products overflow and are cut off in silence
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
+            use_external_data_format=source.with_name(f"{source.name}.data").exists(),
         )
     finally:
         root.setLevel(level)

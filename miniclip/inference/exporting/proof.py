@@ -35,7 +35,7 @@ _MOST_DIFFERENCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 _LEAST_COSINE = 0.9
 _MOST_LOST = 0.01  # of accuracy
 _TIMED_BATCHES = (1, 32)
-_MOST_RUNS, _LEAST_RUNS, _ENOUGH_S = 20, 3, 4.0  # of each that is timed, and when more than the least is too many
+_MOST_RUNS, _LEAST_RUNS, _ENOUGH_S = 20, 3, 2.0  # of each that is timed, and when more than the least is too many
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
