@@ -21,6 +21,7 @@ from miniclip.inference.exporting import onnx_files
 from miniclip.inference.exporting.export import TARGETS, export
 from miniclip.inference.exporting.facts import write_facts
 from miniclip.inference.exporting.onnx_files import shrink_onnx, write_onnx
+from miniclip.inference.exporting.openvino_files import write_openvino
 from miniclip.inference.exporting.runner import Clip, open_tower
 from miniclip.inference.exporting.towers import random_tokens, towers
 from miniclip.inference.thresholds import ModelThreshold, write_threshold
@@ -136,7 +137,16 @@ def test_onnx_files_give_the_models_features(exported, model):
     assert_same_features(miniclip.load(model, "cpu")[0], exported)
 
 
-QUICK = [("resnet", "torch"), ("timm", "openvino")]
+def test_openvinos_files_give_the_models_features(exported, model, tmp_path):
+    facts = json.loads((exported / "export.json").read_text())
+    for name, file in facts["files"].items():
+        write_openvino(exported / file, tmp_path / f"{name}.xml", "float32")
+    files = {name: f"{name}.xml" for name in facts["files"]}
+    (tmp_path / "export.json").write_text(json.dumps(facts | {"files": files}))
+    assert_same_features(miniclip.load(model, "cpu")[0], tmp_path)
+
+
+QUICK = [("resnet", "torch")]
 REST = [(kind, target) for kind in VISIONS for target in TARGETS if (kind, target) not in QUICK]
 
 
@@ -168,7 +178,7 @@ def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, t
         assert kind == "vit" or (tmp_path / "out.onnx").stat().st_size < share * size
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.long)])
 def test_weights_beyond_protobufs_limit_lie_in_a_file_beside_the_graph(precision, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_files, "_MOST_FILE_BYTES", 100_000)
     tower = towers(small_clip())[1]
