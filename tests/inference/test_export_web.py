@@ -113,10 +113,17 @@ def test_its_pixels_are_pillows_within_a_level(page, folder, changes):
 def test_its_guesses_are_those_of_the_runner(page, folder):
     paths = sorted((folder / "pictures").rglob("*.png"))
     names = [str(path.relative_to(folder)) for path in paths]
-    body = "const files = await Promise.all(args[0].map(open)); return clip.classify(files)"
-    found = in_page(page, body, names)
     expected = Clip(folder / "page").classify([Image.open(path) for path in paths])
+    limit = float(np.median([cosine for *_, cosine in expected]))  # no picture's own: there are twelve
+    body = (
+        "const files = await Promise.all(args[0].map(open)), plain = clip.facts;"
+        "clip.facts = { ...plain, threshold: args[1] };"
+        "try { return await clip.classify(files) } finally { clip.facts = plain }"
+    )
+    found = in_page(page, body, names, limit)
     assert [each["guesses"][0]["name"] for each in found] == [name for name, *_ in expected]
+    assert [each["isNone"] for each in found] == [cosine < limit for *_, cosine in expected]
+    assert sum(each["isNone"] for each in found) == 6
     np.testing.assert_allclose(
         [[each["guesses"][0]["probability"], each["guesses"][0]["cosine"]] for each in found],
         [[probability, cosine] for _, probability, cosine in expected],
