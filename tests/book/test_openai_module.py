@@ -190,6 +190,55 @@ def test_weights_are_interpolated_as_by_wise_ft(vit):
     torch.testing.assert_close(mixed.transformer.resblocks[0].ln_1.bias, expected)
 
 
+def test_an_encoder_without_its_text_tower_is_saved_whole_as_by_wise_ft(both, tmp_path):
+    """The text tower is deleted, the module pickled, read back and mixed with itself."""
+    model, theirs = both
+    expected = theirs.encode_image(images_for(both[0]))
+    del model.transformer
+    torch.save(model, tmp_path / "encoder.pt")
+    back = torch.load(tmp_path / "encoder.pt", weights_only=False)
+    assert_near(back.encode_image(images_for(both[0])), expected)
+    mixed = {name: 0.5 * tensor + 0.5 * back.state_dict()[name] for name, tensor in model.state_dict().items()}
+    back.load_state_dict(mixed)
+    assert_near(back.encode_image(images_for(both[0])), expected)
+
+
+class TextParts(nn.Module):
+    """The text tower put together from the model's parts, tokens first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.token_embedding, self.transformer, self.ln_final = (
+            model.token_embedding, model.transformer, model.ln_final
+        )  # fmt: skip
+        self.positional_embedding, self.text_projection = model.positional_embedding, model.text_projection
+
+    def forward(self, text):
+        x = (self.token_embedding(text) + self.positional_embedding).permute(1, 0, 2)
+        x = self.ln_final(self.transformer(x).permute(1, 0, 2))
+        return x[torch.arange(x.shape[0]), text.float().argmax(dim=-1)] @ self.text_projection
+
+
+def test_both_towers_go_to_onnx_as_by_clip_onnx(both, tmp_path):
+    """Exported with examples of one picture and three texts, run on others; the text tower is made of its parts."""
+    import onnxruntime
+
+    model, theirs = both
+    tokens = clip.tokenize(["one", "two", "three whole words", "four", "five"])
+    images = images_for(model, 4)
+    for tower, example, inputs, expected in (
+        (model.visual, images[:1], images, theirs.encode_image(images)),
+        (TextParts(model), tokens[:3], tokens, theirs.encode_text(tokens)),
+    ):
+        path = tmp_path / f"{type(tower).__name__}.onnx"
+        options = {"dynamic_axes": {"input": {0: "batch"}, "output": {0: "batch"}}, "opset_version": 17}
+        torch.onnx.export(
+            tower, (example,), path, input_names=["input"], output_names=["output"], dynamo=False, **options
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert_near(torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0]), expected.detach())
+
+
 def test_attention_is_written_out_as_by_clipseg(vit):
     """From in_proj, num_heads and head_dim, tokens first; the block's own result is the oracle."""
     model = vit[0]
