@@ -101,6 +101,11 @@ def test_every_file_and_heading_that_a_document_links_to_is_there():
             assert not heading or heading in anchors(page), f"{document.name} links to {target}#{heading}"
 
 
+def test_the_readme_leads_to_every_page():
+    pages = {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")}
+    assert pages <= set(re.findall(r"\]\((docs/[^)#]*)", (ROOT / "README.md").read_text())) | {"docs/log.md"}
+
+
 def test_lines_of_the_documents_are_at_most_120_wide_but_for_tables_and_pictures():
     for document in DOCUMENTS:
         for number, line in enumerate(document.read_text().splitlines(), start=1):
