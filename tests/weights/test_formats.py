@@ -193,6 +193,7 @@ def test_an_archive_of_an_openai_models_depth_gives_the_references_numbers(tmp_p
 
 @pytest.mark.parametrize("is_narrow", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", OPENAI_MODELS)
+@pytest.mark.timeout(1500)  # the largest take minutes and 10 GB
 def test_a_state_dict_of_an_openai_models_depth_gives_the_references_numbers(tmp_path, name, is_narrow):
     config = full_depth(name, is_narrow)
     reference = openclip_model(config, seed=7)
@@ -203,6 +204,7 @@ def test_a_state_dict_of_an_openai_models_depth_gives_the_references_numbers(tmp
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", OPENAI_MODELS)
+@pytest.mark.timeout(1500)  # the largest take minutes and 10 GB
 def test_an_archive_of_an_openai_models_size_gives_the_references_numbers_and_its_configuration(tmp_path, name):
     config = OPENAI_MODELS[name]
     reference = openclip_model(config, seed=8)
