@@ -19,7 +19,6 @@ from ..common.wording import cut_short
 from ..images import open_image
 from ..weights.convert import convert
 from .card import CARD_FILE, card_for, is_untouched
-from .thresholds import FILE as THRESHOLD_FILE
 
 _THUMBNAIL_SIDE = 256  # pixels, of the longer side
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -78,9 +77,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="miniclip-push-") as temporary, _refused_by_the_hub(repository):
         folder = Path(temporary) / "model"
         convert(model, folder, to, **hints)
-        threshold = expand_home(model) / THRESHOLD_FILE
         contents: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
-        contents |= {THRESHOLD_FILE: threshold} if threshold.is_file() else {}
         contents |= {CARD_FILE: card.encode(), **pictures}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         url = api.create_repo(repository, private=private or None, exist_ok=True)

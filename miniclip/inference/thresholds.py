@@ -28,8 +28,10 @@ from ..evaluation.encoder import Encoder
 from ..evaluation.fingerprints import probe_pictures
 from ..evaluation.measures.conformal import Coverage, is_in_set, surprisals
 from ..evaluation.prompts import Prompts, class_prompts
+from ..weights.download import HUB_PREFIX, fetch_hub
+from ..weights.folders import THRESHOLD_FILE
 
-FILE = "threshold.json"
+FILE = THRESHOLD_FILE
 _FILE_SCHEMA = 1
 _BY_HAND = "given by hand"
 _FOLDER_PREFIXES = ("transformers:", "openclip:local-dir:")
@@ -247,13 +249,13 @@ def find_threshold(model: str, given: str | Path | float | None = None) -> Model
     Args:
         model: as `open_model` takes it.
         given: a cosine or a file, as `--threshold` has it; by default threshold.json of the model's folder, if the
-            model is a folder and has one.
+            model is a folder and has one, or of the hub's repository, which is fetched as `load` fetches it.
 
     Raises:
-        ValueError: `given` is no cosine and no such file; or as `read_threshold`.
+        ValueError: `given` is no cosine and no such file; or as `read_threshold` and `fetch_hub`.
     """
     if given is None:
-        folder = model_folder(model)
+        folder = fetch_hub(model) if model.startswith(HUB_PREFIX) else model_folder(model)
         return read_threshold(folder / FILE) if folder is not None and (folder / FILE).is_file() else None
     try:
         cosine = float(str(given))

@@ -7,6 +7,7 @@ library where it is installed.
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..common.files import remove, swap_in, write_text
 from ..config import CLIPConfig
 from ..model import CLIP
-from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE
+from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
 from .load import build
 from .read import locate, read_checkpoint
 from .write import WRITERS, require
@@ -35,6 +36,8 @@ def convert(
     **options: Any,
 ) -> str:
     """Writes a checkpoint in another layout, then loads it back and compares.
+
+    A folder's threshold.json comes along into a folder, where it still holds.
 
     Args:
         out: a file for "openai" (a state dict, which OpenAI's package loads), a folder for the others.
@@ -68,6 +71,8 @@ def convert(
         WRITERS[to](checkpoint, temporary)
         for name, content in (texts or {}).items():
             write_text(temporary / name, content)
+        if temporary.is_dir() and (found_at / THRESHOLD_FILE).is_file():
+            shutil.copyfile(found_at / THRESHOLD_FILE, temporary / THRESHOLD_FILE)
         compared = {"miniclip": _embeddings(build(read_checkpoint(temporary), str(temporary)))}
         compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
         said = []

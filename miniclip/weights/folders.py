@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OPENCLIP_CONFIG_FILE = "open_clip_config.json"
+THRESHOLD_FILE = "threshold.json"  # of `miniclip calibrate`; it holds for the same weights in any layout
 # The order in which open_clip and transformers look for their own weights; either may be in shards, with an index.
 _OPENCLIP_WEIGHTS = (
     "open_clip_model.safetensors",

@@ -3,15 +3,21 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers import tiny_clip
+from hub import Hub, Repository
 
 import miniclip
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.evaluation.encoder import from_clip
 from miniclip.evaluation.measures.conformal import Coverage
+from miniclip.evaluation.other_libraries import open_model
 from miniclip.inference.thresholds import (
     FILE,
     CalibratedModel,
@@ -23,6 +29,7 @@ from miniclip.inference.thresholds import (
     read_threshold,
     write_threshold,
 )
+from miniclip.weights.convert import convert
 from miniclip.weights.load import preprocess_for
 
 NAMES, TEMPLATES = ("cat", "dog", "owl"), ("a {}", "the {c}")
@@ -112,6 +119,62 @@ def test_a_threshold_is_found_in_the_models_folder(tmp_path):
     for name in ("ViT-B/32", "openclip:ViT-B-32/openai", f"{tmp_path}/model/model.safetensors", "", "transformers:"):
         assert model_folder(name) is None
         assert find_threshold(name) is None
+
+
+@pytest.mark.parametrize("to", ["native", "openclip", "hf"])
+def test_a_converted_model_has_the_threshold_and_it_holds(tmp_path, recwarn, to):
+    miniclip.save(tiny_clip(), tmp_path / "model")
+    calibrated = CalibratedModel.of(open_model(str(tmp_path / "model"), "cpu"))
+    write_threshold(tmp_path / "model" / FILE, threshold(model=calibrated))
+    convert(tmp_path / "model", tmp_path / "out", to)
+    prefix = {"native": "", "openclip": "openclip:local-dir:", "hf": "transformers:"}[to]
+    for name in (f"{tmp_path}/out", f"{prefix}{tmp_path}/out"):
+        found = find_threshold(name)
+        assert found.model == calibrated
+        found.check_model(open_model(name, "cpu"))
+    assert not [each for each in recwarn if "calibrated" in str(each.message)]
+
+
+def test_a_converted_file_has_no_place_for_a_threshold(tmp_path):
+    vision = VisionConfig(image_size=16, patch_size=8, width=64, layers=1)
+    config = CLIPConfig(16, "quick_gelu", vision, TextConfig(width=64, layers=1))
+    miniclip.save(miniclip.CLIP(config), tmp_path / "model")
+    write_threshold(tmp_path / "model" / FILE, threshold())
+    convert(tmp_path / "model", tmp_path / "out.pt", "openai")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out.pt"}
+
+
+FIND = """
+import sys
+from miniclip.evaluation.other_libraries import open_model
+from miniclip.inference.thresholds import find_threshold, threshold_path
+found = find_threshold("hf-hub:owner/birds")
+found.check_model(open_model("hf-hub:owner/birds", "cpu"))
+print(found.cosine)
+print(find_threshold("hf-hub:owner/bare"))
+try:
+    threshold_path("hf-hub:owner/birds")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_threshold_is_found_in_the_hubs_repository(tmp_path):
+    miniclip.save(tiny_clip(), tmp_path / "model")
+    bare = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    calibrated = CalibratedModel.of(open_model(str(tmp_path / "model"), "cpu"))
+    write_threshold(tmp_path / FILE, threshold(model=calibrated))
+    with Hub() as hub:
+        hub.repositories["owner/bare"] = Repository([bare])
+        hub.repositories["owner/birds"] = Repository([{**bare, FILE: (tmp_path / FILE).read_bytes()}])
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-W", "error::UserWarning:__main__", "-c", FIND]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-800:]
+    cosine, nothing, refused = done.stdout.splitlines()
+    assert (float(cosine), nothing) == (0.25, "None")
+    assert "--out FILE" in refused
 
 
 def test_a_number_or_a_file_wins_over_the_models_folder(tmp_path):
