@@ -176,6 +176,11 @@ def expand_home(path: str | Path) -> Path:
         ) from error
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a path is a file, or a pipe as a shell's <(…) makes them, which can be read once."""
+    return path.is_file() or path.is_fifo()
+
+
 def user_cache() -> Path:
     """The folder in which each program keeps what it can fetch or compute again: XDG_CACHE_HOME, else ~/.cache."""
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from ..common.files import ASSETS
+from ..common.files import ASSETS, is_readable
 
 Template = str | Callable[[str], str]
 Prompts = Sequence[Template] | Mapping[str, Sequence[str]]  # for every class, or by class
@@ -72,7 +72,7 @@ def read_lines(path: str | Path) -> list[str]:
         ValueError: no such file, not text, nothing in it, or a blank line among the others (line numbers are labels).
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_readable(path):
         raise ValueError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")

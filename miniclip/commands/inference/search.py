@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...common.files import is_readable
 from ..output import add_output, note, print_lines, results
 from ..terminal import add_threshold, lasting_imports, new_parser, progress_bar
 
@@ -130,7 +131,7 @@ def _asked_texts(options: argparse.Namespace) -> list[str | None]:
         return options.text or [None]
     if source == "-" and sys.stdin.isatty():
         raise ValueError("standard input is a terminal; pipe queries into it, one a line")
-    if source != "-" and not Path(source).is_file():
+    if source != "-" and not is_readable(Path(source)):
         raise ValueError(f"--queries {source} is no file; it has a query a line")
     data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]

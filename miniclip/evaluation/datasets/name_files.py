@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from ...common.files import is_readable
 from ...data.reading.cells import decode_text
 from ...data.reading.scan import same_name
 
@@ -91,7 +92,7 @@ def read_text(path: str | Path) -> str:
         ValueError: no such file, or not text.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_readable(path):
         raise ValueError(f"{path} is a folder, not a file" if path.is_dir() else f"no file {path}")
     return decode_text(path.read_bytes(), path)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...common.files import is_readable
 from ...common.wording import some
 from ...data.reading.scan import same_name
 from ..prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, template_set
@@ -49,7 +50,7 @@ def settle_templates(found: Found, templates: str | Path | None, names: tuple[st
     if str(templates) in TEMPLATE_SETS:
         return template_set(str(templates)), f"the built-in set {str(templates)!r}"
     path = Path(templates)
-    if not path.is_file():
+    if not is_readable(path):
         raise ValueError(f"templates {str(templates)!r} is no file and none of the sets {', '.join(TEMPLATE_SETS)}")
     found_there = templates_of(read_text(path), str(path))
     if isinstance(found_there, dict):
