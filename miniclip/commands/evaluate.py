@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.files import expand_home
 from ..common.wording import printable, some
-from .terminal import add_cache, add_encoding, add_reading, console, lasting_imports, new_parser, progress_bar
+from .terminal import (
+    add_cache,
+    add_encoding,
+    add_reading,
+    console,
+    lasting_imports,
+    new_parser,
+    progress_bar,
+    refuse_bad_encoding,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
@@ -178,7 +187,8 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
     if (out / "results.json").exists() and not options.overwrite:
         raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
-    for name in ("batch_size", "topk", "shots"):
+    refuse_bad_encoding(options)
+    for name in ("topk", "shots"):
         for value in values if isinstance(values := getattr(options, name), list) else [values]:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar
+from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,8 +49,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{out} already holds a model; pass --overwrite to replace it, or name another --out")
     if bool(options.data) != bool(options.retain) or not (options.data or options.alpha is not None):
         raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    refuse_bad_encoding(options)
     if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
         raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
 

@@ -56,6 +56,9 @@ def print_in_any_encoding() -> None:
     Signs of typography become plain ones, all else an escape such as \\u732b.
     """
     codecs.register_error("miniclip.plain", _in_plain_signs)
+    for name in ("stdout", "stderr"):  # None where it was closed, as >&- does
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
             stream.reconfigure(errors="miniclip.plain")
@@ -116,6 +119,13 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+
+
+def refuse_bad_encoding(options: argparse.Namespace) -> None:
+    """Raises a ValueError for a number of `add_encoding` that is too small."""
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
 
 
 def add_threshold(options: Any) -> None:

@@ -326,11 +326,11 @@ def _open_python(name: str, device: torch.device) -> Encoder:
     module_name, _, attribute = name.removeprefix(PYTHON_PREFIX).rpartition(":")
     if not module_name or not attribute:
         raise ValueError(f"model {name!r} is not python:FILE.py:FUNCTION or python:MODULE:FUNCTION")
-    module = (
-        _import_file(name, expand_home(module_name))
-        if module_name.endswith(".py")
-        else _import_module(name, module_name)
-    )
+    is_file = module_name.endswith(".py")
+    try:
+        module = _import_file(name, expand_home(module_name)) if is_file else _import_module(name, module_name)
+    except SyntaxError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)

@@ -81,6 +81,23 @@ def test_it_works_in_pipes():
     assert out.startswith("standard input,")
 
 
+def test_names_and_prompts_come_by_pipes_of_the_shell():
+    shell = (
+        f"{sys.executable} -m miniclip classify photos --classnames <(printf 'cat\\ndog\\n') "
+        "--templates <(printf 'a {}.\\n') --model model --csv"
+    )
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(done.stdout)) == 7
+
+
+def test_without_a_standard_output_the_files_are_sorted():
+    shell = f"{sys.executable} -m miniclip classify photos --labels cat,dog --model model --copy-to out --yes >&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert len(list(Path("out").rglob("*.png"))) == 7
+
+
 def test_a_reader_that_goes_does_not_stop_the_sorting():
     shell = (
         f"set -o pipefail; {sys.executable} -m miniclip classify photos --labels cat,dog --model "
@@ -186,6 +203,10 @@ def test_files_that_a_table_names_are_sorted_and_rows_without_one_are_named(caps
         (["photos", "--labels", "cat,dog", "--model", "modle"], "no checkpoint at 'modle'"),
         (["photos", "--labels", "cat,dog", "--model", "openclip:"], "names nothing after 'openclip'"),
         (LABELS, "no images are named"),
+        (["photos", "--labels", "cat", "dog", "--model", "model"], "if it is the name of a class, names have commas"),
+        (["--labels", "cat,", "dog,", "owl", "photos", "--model", "model"], '--labels "cat,dog,owl"'),
+        (["photos", *LABELS, "--workers", "-1"], "--workers is -1"),
+        (["photos", "--labels", "cat,dog", "--model", "python:broken.py:f"], "invalid syntax (broken.py, line 1)"),
         (["photos", *LABELS, "--topk", "0"], "--topk is 0"),
         (["photos", *LABELS, "--batch-size", "0"], "--batch-size is 0"),
         (["photos", *LABELS, "--threshold", "2"], "threshold 2 is no cosine"),
@@ -208,6 +229,7 @@ def test_mistakes_end_with_one_sentence(capsys, monkeypatch, arguments, says):
     Path("empty").mkdir()
     Path("notes.txt").write_text("a cat\n")
     Path("t.csv").write_text("filepath\nhttp://localhost/a.png\n")
+    Path("broken.py").write_text("def f(: return 3\n")
     before = everything_below(Path())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     message = fails(capsys, ["classify", *arguments])

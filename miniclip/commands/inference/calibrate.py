@@ -8,7 +8,15 @@ from dataclasses import replace
 from ...common.files import expand_home
 from ...common.wording import percent
 from ..evaluate import print_what_was_read
-from ..terminal import add_cache, add_encoding, add_reading, lasting_imports, new_parser, progress_bar
+from ..terminal import (
+    add_cache,
+    add_encoding,
+    add_reading,
+    lasting_imports,
+    new_parser,
+    progress_bar,
+    refuse_bad_encoding,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,8 +68,7 @@ miniclip calibrate ViT-B/32 --data birds.csv --group-column photographer --outsi
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    refuse_bad_encoding(options)
     if options.outside == options.data:
         raise ValueError(f"--outside is {options.data}, as is --data; it must hold images of none of the classes")
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from ...common.wording import printable, some
 from ..output import IMAGES, MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
-from ..terminal import add_cache, add_encoding, add_threshold, lasting_imports, new_parser, progress_bar
+from ..terminal import (
+    add_cache,
+    add_encoding,
+    add_threshold,
+    lasting_imports,
+    new_parser,
+    progress_bar,
+    refuse_bad_encoding,
+)
 
 if TYPE_CHECKING:
     from ...evaluation.datasets.sets import EvaluationSet
@@ -67,6 +75,7 @@ miniclip classify --undo sorted""",
     add_encoding(parser)
     parser.add_argument("--image-column", metavar="NAME", help="of tables; default: found by name")
     add_cache(parser)
+    parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign] # images may stand behind options
     return parser
 
 
@@ -120,13 +129,30 @@ def run(options: argparse.Namespace) -> None:
 def _refuse_mistakes(options: argparse.Namespace) -> None:
     if not options.images:
         raise ValueError('no images are named: miniclip classify IMAGES --labels "cat,dog"')
-    for name in ("topk", "batch_size"):
-        if (value := getattr(options, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    refuse_bad_encoding(options)
+    _refuse_labels_apart(options)
+    if options.topk < 1:
+        raise ValueError(f"--topk is {options.topk}; it must be at least 1")
     if options.coverage is not None and not 0 < options.coverage < 1:
         raise ValueError(f"--coverage is {options.coverage:g}; it is a share, above 0 and below 1, as 0.95")
     if options.yes and not (options.copy_to or options.move_to):
         raise ValueError("--yes is for --copy-to and --move-to, and neither is given")
+
+
+def _refuse_labels_apart(options: argparse.Namespace) -> None:
+    """Of `--labels cat dog` the second word became an image."""
+    from ...inference.names import existing
+
+    labels = [name for each in (options.labels or "").split(",") if (name := each.strip())]
+    if len(labels) != 1:
+        return
+    names = [each.strip(",") for each in options.images if existing(each) is None]
+    apart = [name for name in names if name.isalnum()]
+    if apart:
+        raise ValueError(
+            f"no file or folder {apart[0]}; if it is the name of a class, names have commas between them, in one text: "
+            f'--labels "{",".join([*labels, *apart])}"'
+        )
 
 
 def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:

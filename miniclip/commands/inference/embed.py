@@ -11,7 +11,7 @@ from ...common.files import expand_home
 from ...common.storage import is_url
 from ...common.wording import printable
 from ..output import MODELS, add_model, note_left_out
-from ..terminal import add_encoding, lasting_imports, new_parser, part_of_array, progress_bar
+from ..terminal import add_encoding, lasting_imports, new_parser, part_of_array, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
     from ...inference.embedding.parts import Embedded
@@ -120,14 +120,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _refuse_bad_options(options: argparse.Namespace, num_processes: int) -> None:
-    for name in ("batch_size", "rows_per_file"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    refuse_bad_encoding(options)
+    if options.rows_per_file < 1:
+        raise ValueError(f"--rows-per-file is {options.rows_per_file}; it must be at least 1")
     part, parts = options.part
     if not 1 <= part <= parts:
         raise ValueError(f"--part is {part}/{parts}; it goes from 1/{parts} to {parts}/{parts}")
-    if options.workers < 0:
-        raise ValueError(f"--workers is {options.workers}; it must be at least 0")
     if options.column[1:] and not options.texts:
         raise ValueError(f"--column has {len(options.column)} names; images are in one column (--texts reads several)")
     if num_processes > 1 and options.engine == "ray":

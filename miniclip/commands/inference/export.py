@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...common.wording import printable, some
-from ..terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar
+from ..terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
     from ...inference.exporting.export import Exported
@@ -51,8 +51,7 @@ miniclip export ViT-B/32 clip-torch --to torch""",
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    refuse_bad_encoding(options)
     with lasting_imports():
         from ...inference.exporting.export import export
 

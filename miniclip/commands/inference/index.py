@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..output import MODELS, add_output, note, note_left_out, note_unreadable, results
-from ..terminal import add_encoding, lasting_imports, new_parser, progress_bar
+from ..terminal import add_encoding, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
     from ...inference.search.updating import Updated
@@ -54,10 +54,9 @@ miniclip index 'laion/{00000..00099}.tar' laion.index --model openclip:ViT-B-32/
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; it must be at least 1")
-    if options.workers < 0:
-        raise ValueError(f"--workers is {options.workers}; it must be at least 0")
+    refuse_bad_encoding(options)
+    if options.approximate is not None and not 0 < options.approximate <= 1:
+        raise ValueError(f"--approximate is {options.approximate:g}; it is a share, above 0 and at most 1, as 0.95")
     if options.approximate is not None and options.dry_run:
         raise ValueError("--dry-run changes nothing, and --approximate builds an index; give one of them")
     with lasting_imports():
