@@ -131,9 +131,10 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             features, labels = validate_data(self, X, y, dtype=(np.float64, np.float32))
         check_classification_targets(labels)
         self.classes_, indices = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y has one class, {self.classes_[0]!r}; there is nothing to tell apart")
-        if self.none_label is not None and self.none_label in self.classes_.tolist():
+        if len(classes := self.classes_.tolist()) < 2:
+            found = f"one class, {classes[0]!r}" if classes else "no class"
+            raise ValueError(f"y has {found}; there is nothing to tell apart")
+        if self.none_label is not None and self.none_label in classes:
             raise ValueError(f"none_label {self.none_label!r} is one of the classes")
         if self.method != "probe":
             self._make_prompts(threshold)
@@ -205,7 +206,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         labels = column_or_1d(np.asarray(y))
         different, counts = np.unique(labels, return_counts=True)
         if len(different) < len(labels):
-            raise ValueError(f"class {different[counts.argmax()]!r} is named twice; without X, y has each class once")
+            raise ValueError(
+                f"class {different.tolist()[counts.argmax()]!r} is named twice; without X, y has each class once"
+            )
         return labels
 
     def _make_prompts(self, threshold: ModelThreshold | None) -> None:
@@ -354,7 +357,10 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
 def _checked_labels(X: Any, y: Any) -> np.ndarray:
     if y is None:
-        raise ValueError("ZeroShotClassifier requires y to be passed, but the target y is None")
+        raise ValueError(
+            "ZeroShotClassifier requires y to be passed, but the target y is None; without images, class "
+            'names are y: fit(None, ["cat", "dog"])'
+        )
     labels = column_or_1d(y, warn=True)
     check_consistent_length(X, labels)
     return labels

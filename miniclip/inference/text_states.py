@@ -26,11 +26,14 @@ def text_states(model: CLIP, tokens: Tensor, layer: int = -1, norm: bool = True)
         norm: whether the tower's final norm is applied, whichever the layer.
 
     Raises:
-        ValueError: no such layer, tokens of another shape, or a model without a text tower.
+        ValueError: no such layer, tokens of another shape or type, or a model without a text tower.
     """
     text = model.text
     if isinstance(text, MissingTower):
         raise ValueError("this model has no text tower, so it has no states of texts")
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens are of type {found}; they must be a tensor of ids, as `miniclip.tokenize` gives")
     if tokens.ndim != 2 or tokens.shape[1] > model.context_length:
         raise ValueError(
             f"tokens have the shape {tuple(tokens.shape)}; this model takes (B, L) with L at most the context length "

@@ -119,6 +119,8 @@ def test_the_page_shows_what_was_found(world, browser, tmp_path, width):
         (["index", ".", "new.index"], ["no index at", "--model M"]),
         (["index", ".", "new.index", "--model", "nowhere"], ["no checkpoint at 'nowhere'"]),
         (["index", "an.index", "an.index", "--batch-size", "0"], ["--batch-size is 0"]),
+        (["index", "an.index", "an.index", "--workers", "-1"], ["--workers is -1"]),
+        (["index", "an.index", "an.index", "--approximate", "95"], ["--approximate is 95", "a share"]),
         (["index", "an.index", "an.index", "--dry-run", "--approximate", "0.9"], ["--dry-run changes nothing"]),
     ],
     ids=lambda value: " ".join(value[:4]),
