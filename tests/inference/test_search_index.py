@@ -51,6 +51,15 @@ def index(tmp_path, counting):
     return Index(tmp_path / "photos.index", from_object(counting, "counting"))
 
 
+def test_an_index_among_its_pictures_does_not_report_its_own_files(photos, counting):
+    (photos / "notes.pdf").write_bytes(b"%PDF")
+    index = Index(photos / "an.index", from_object(counting, "counting"))
+    for _ in range(2):
+        updated = index.update(photos)
+        assert [Path(each.source).name for each in updated.left_out] == ["notes.pdf"]
+    assert counts(updated) == {"unchanged": 12}
+
+
 def counts(updated) -> dict[str, int]:
     names = ("new", "changed", "moved", "touched", "gone", "unchanged")
     return {name: value for name in names if (value := getattr(updated, name))}

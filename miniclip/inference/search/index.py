@@ -185,6 +185,7 @@ class Index:
                 accept_gone=accept_gone,
             )
             plan = make_plan(listings, self._known_store, accept_gone)
+            plan.changes.left_out = [each for each in plan.changes.left_out if not self._holds(each.source)]
             if dry_run:
                 return plan.updated()
             update = Update(plan, self._known_store, lambda dim: self._create(dim, dtype))
@@ -199,6 +200,10 @@ class Index:
                 )
             update.remove()
             return update.updated()
+
+    def _holds(self, source: str) -> bool:
+        """Whether a file is one of the index's own, where that lies among the pictures."""
+        return Path(source).absolute().is_relative_to(Path(self.location).absolute())
 
     def _create(self, dim: int, dtype: str) -> Store:
         encoder = self.encoder
