@@ -63,6 +63,8 @@ def test_a_mistake_ends_every_verb_with_code_2_and_one_line(verb, tmp_path, caps
         "interpolate": ["nowhere", "nowhere", "--alpha", "0.5", "--out", str(tmp_path / "out")],
         "report": ["nowhere"],
         "convert": ["nowhere", str(tmp_path / "out"), "--to", "native"],
+        "explain": ["nowhere", "a red car"],
+        "app": ["nowhere"],
         "export": ["nowhere", str(tmp_path / "out"), "--to", "onnx"],
         "push": ["nowhere", "owner/name"],
         "info": ["nowhere"],

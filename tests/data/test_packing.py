@@ -815,10 +815,10 @@ def test_help_shows_examples_and_what_happens_after_a_break(capsys):
         cli.main(["shards", "--help"])
     said = capsys.readouterr().out
     for example in (
-        "miniclip shards photos shards --resize 256 --val-fraction 0.01",
-        "miniclip shards pairs.csv shards --caption-column title --images /data/photos",
+        "miniclip shards photos shards --resize 256 --val-fraction 0.05",
+        "miniclip shards pairs.csv titles --caption-column title --images photos",
         "miniclip shards 'laion/{00000..00099}.tar' --index-only",
-        "after a break the same command goes on",
+        "after an interruption the same command resumes",
     ):
         assert example in said
 

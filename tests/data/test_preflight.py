@@ -532,4 +532,4 @@ def test_help_teaches_without_waiting_for_torch():
     code = "import sys; from miniclip.commands.main import main\ntry: main(['check', '--help'])\n"
     done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules)")
     assert done.stdout.endswith("False\n")
-    assert "miniclip check shards --speed --workers 4" in done.stdout
+    assert "miniclip check shards/train --speed --workers 4" in done.stdout
