@@ -145,6 +145,7 @@ def test_a_name_is_the_runs_folder_and_one_command_begins_goes_on_and_ends(data,
     run = tmp_path / "runs/digits-2"
     command = [*arguments(data, None, "--name=digits-2"), "--ckpt_path=last"]
     stopped = fails(capsys, [*command, callbacks(SignalAt(4, int(signal.SIGTERM)))], status=128 + signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert "Run runs/digits-2: new, 6 steps" in stopped
     trainer.main(command)
     assert "Run runs/digits-2: goes on from step 4 of 6" in capsys.readouterr().out
@@ -256,13 +257,12 @@ class SignalAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def test_a_signal_before_the_first_step_leaves_a_checkpoint_after_it(data, tmp_path, capsys):
-    run = tmp_path / "run"
-    args = arguments(data, run)
-    said = fails(capsys, [*args, callbacks(SignalAt(0, int(signal.SIGTERM)))], status=128 + signal.SIGTERM)
-    assert "last.ckpt at step 1. To go on:" in said
+def test_a_signal_before_the_first_step_leaves_a_checkpoint_after_it(data, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    process = launch(arguments(data, run, callbacks(SignalAt(0, int(signal.SIGTERM)))), out)
+    assert process.wait(200) == 128 + signal.SIGTERM, out.read_text()
+    assert "last.ckpt at step 1. To go on:" in out.read_text()
     assert step_of(run) == 1
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 class TerminateAll(Callback):
