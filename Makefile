@@ -40,10 +40,10 @@ demo: $(VENV)/.demo
 	    --data $(DEMO)/data/digits.csv $(DEMO)/data/inks.csv $(DEMO)/data/unseen.csv
 
 test: $(VENV)/.test $(VENV)/.clip_benchmark
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart 0 -m "not long"
 
 test-long: $(VENV)/.test $(VENV)/.clip_benchmark
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart 0
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
