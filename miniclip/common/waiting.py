@@ -57,7 +57,7 @@ class PatientLoader(DataLoader[T_co]):
             context = multiprocessing.get_context(asked_for) if isinstance(asked_for, str) else asked_for
             context = options["multiprocessing_context"] = context or _worker_context()
             self._failures = context.SimpleQueue()
-            options["worker_init_fn"] = partial(_start_worker, self._failures)
+            options["worker_init_fn"] = partial(_start_worker, self._failures, dict(os.environ))
         super().__init__(dataset, *args, **options)
 
     def needed(self) -> str:
@@ -315,13 +315,16 @@ def _worker_context() -> Any:
     return context
 
 
-def _start_worker(failures: Any, worker: int) -> None:
+def _start_worker(failures: Any, environment: dict[str, str], worker: int) -> None:
     """Ctrl-C reaches every process of the terminal's group, and SLURM's signals every process of the job; the process
     that the workers work for alone decides what they mean.
 
     In a group of their own the workers do not hear Ctrl-C. They end by a SIGTERM of that process, or when it is gone.
+    A fork server hands its own environment on, as old as itself; `environment` is that of the workers' process.
     """
     del worker
+    os.environ.clear()
+    os.environ.update(environment)
 
     def hand_over_failed(self: Any, error: Exception, batch: Any) -> None:
         del self, batch

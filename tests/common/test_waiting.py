@@ -54,6 +54,24 @@ def test_batches_come_in_order_again_and_again(workers):
     assert next(iter(batches)) == torch.zeros(1, 1)
 
 
+class Variable:
+    """Batches of the number that a variable of the environment holds where they are read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        return torch.full((1,), float(os.environ["NUMBER"]))
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_workers_have_the_environment_of_the_process_that_they_work_for(start, monkeypatch):
+    """A fork server, which is started once, has the first one's."""
+    for number in (3, 5):
+        monkeypatch.setenv("NUMBER", str(number))
+        assert numbers(PatientLoader(Variable(), 1, num_workers=1, multiprocessing_context=start)) == [number] * 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_data_stays_what_it_is(workers):
     def fail():

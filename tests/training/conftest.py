@@ -34,11 +34,3 @@ def data(tmp_path_factory) -> Path:
     with open(folder / "val.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def forks(monkeypatch):
-    """Workers start as in a process that trains: LanceDB, which other tests of this process import, is not there."""
-    from miniclip.common import waiting
-
-    monkeypatch.setattr(waiting, "_UNFORKABLE", ())
