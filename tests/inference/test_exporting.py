@@ -144,6 +144,27 @@ def test_openvinos_files_give_the_models_features(exported, model, tmp_path):
     files = {name: f"{name}.xml" for name in facts["files"]}
     (tmp_path / "export.json").write_text(json.dumps(facts | {"files": files}))
     assert_same_features(miniclip.load(model, "cpu")[0], tmp_path)
+    run(sys.executable, "-c", SIGNALLED, *(str(tmp_path / files[name]) for name in ("image", "text")))
+
+
+# OpenVINO gives signal handlers a stack of its own and frees it with its last model; Python crashed at a later signal.
+SIGNALLED = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from miniclip.inference.exporting.runner import open_tower
+def stack():
+    found = (ctypes.c_size_t * 3)()  # sigaltstack(2): address, flags, size
+    ctypes.CDLL(None).sigaltstack(None, found)
+    return list(found)
+before = stack() if sys.platform == "linux" else []
+first, second = (open_tower(Path(path)) for path in sys.argv[1:])
+del first
+del second
+assert before == (stack() if sys.platform == "linux" else []), "a signal's handler has another stack"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(1)
+"""
 
 
 QUICK = [("resnet", "torch")]

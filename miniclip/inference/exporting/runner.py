@@ -5,12 +5,14 @@ Needs numpy, pillow, tokenizers, and onnxruntime (for .onnx), openvino (for .xml
 """
 
 import argparse
+import ctypes
 import html
 import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +131,28 @@ def open_tower(path: Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarra
         import openvino
 
         settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
-        model = openvino.Core().compile_model(path, "CPU", settings)
+        with own_signal_stack():
+            model = openvino.Core().compile_model(path, "CPU", settings)
         return lambda x: model(x)[0]
     import torch
 
     module = torch.export.load(path).module()
     return lambda x: module(torch.from_numpy(x)).detach().numpy()
+
+
+@contextmanager
+def own_signal_stack() -> Iterator[None]:
+    """Puts the stack of signal handlers back. OpenVINO gives them one of its own and frees it with its last model, so
+    that Ctrl-C would crash Python (see sigaltstack(2) for the structure: address, flags, size)."""
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), (ctypes.c_size_t * 3)()
+    library.sigaltstack(None, before)
+    try:
+        yield
+    finally:
+        library.sigaltstack(before, None)
 
 
 def on_white(image: Image.Image) -> Image.Image:
