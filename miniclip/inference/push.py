@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import tempfile
@@ -21,6 +20,7 @@ from ..weights.convert import convert
 from .card import CARD_FILE, card_for, is_untouched
 
 _THUMBNAIL_SIDE = 256  # pixels, of the longer side
+_SMALL = 1 << 26  # bytes; larger files are known by their SHA-256
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -96,11 +96,14 @@ def check_repository(repository: str) -> None:
 
 def _refuse_other_files(api: Any, repository: str, operations: Sequence[Any], before: Any) -> None:
     """Raises a ValueError if the repository has another content under a name that is about to be written."""
+    from huggingface_hub.utils.sha import git_hash
+
     there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in before.siblings or ()}
     other = []
     for operation in operations:
         name, info = operation.path_in_repo, operation.upload_info
-        own = {info.sha256.hex(), _git_blob(operation)}
+        with operation.as_file() as file:  # the hub knows small files by git's name for their content
+            own = {info.sha256.hex(), *([git_hash(file.read())] if info.size <= _SMALL else [])}
         if name in there and there[name] not in own and not (name == CARD_FILE and _is_own_card(api, repository)):
             other.append(name)
     if other:
@@ -108,13 +111,6 @@ def _refuse_other_files(api: Any, repository: str, operations: Sequence[Any], be
             f"{repository} has another {', '.join(other)}; pass --overwrite to replace what it has (its history keeps "
             "that), or choose another name"
         )
-
-
-def _git_blob(operation: Any) -> str:
-    """The name that git gives a file's content; the hub knows small files by it."""
-    with operation.as_file() as file:
-        data = file.read() if operation.upload_info.size < 1 << 26 else b""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _is_own_card(api: Any, repository: str) -> bool:

@@ -17,9 +17,11 @@ from helpers import picture, tiny_clip, write_picture
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from miniclip.evaluation.datasets.sets import EvaluationSet
 from miniclip.evaluation.encoder import from_clip
 from miniclip.inference.app.answers import Answers
 from miniclip.inference.app.limits import Limits
+from miniclip.inference.classify import Classes, classify_images
 from miniclip.inference.search.index import Index
 from miniclip.weights.load import load, save
 
@@ -125,7 +127,7 @@ def test_a_picture_is_classified_as_in_python_and_no_other_host_is_asked(page, b
     visitor.one("#picture img")
     shown = visitor.classify("a robin, a wren, an owl")
     model, preprocess = load(run / "best", device="cpu")
-    expected = Answers(from_clip(model, preprocess, "x")).guess(path.read_bytes(), "a robin, a wren, an owl")
+    expected, _ = Answers(from_clip(model, preprocess, "x")).guess(path.read_bytes(), "a robin, a wren, an owl")
     for cell in re.findall(r"<td>([^<]+)</td>", expected):
         assert cell in shown
     assert "Probabilities are relative to these labels" in shown
@@ -277,16 +279,35 @@ def png(seed=0):
 
 
 def test_names_are_shown_as_text(answers):
-    shown = answers.guess(png(), "<script>alert(1)</script>, b")
+    shown, names = answers.guess(png(), "<script>alert(1)</script>, b")
+    assert names == ("<script>alert(1)</script>", "b")
     assert "&lt;script&gt;" in shown
     assert "<script>" not in shown
+
+
+def test_a_label_may_hold_a_comma(answers):
+    shown, names = answers.guess(png(), '"a cat, asleep", a dog')
+    assert names == ("a cat, asleep", "a dog")
+    assert "a cat, asleep" in shown
+
+
+def test_all_prompts_together_are_those_that_classify_takes(answers):
+    """By hand: the row of all prompts has the probabilities of a classifier of all of them."""
+    templates = ("a photo of a {}.", "{}")
+    guesses = classify_images(
+        answers.encoder, EvaluationSet("x", [picture()]), Classes(("cat", "dog"), templates, ""), num_guesses=2
+    )
+    expected = dict(zip(guesses.ranked[0].tolist(), guesses.probabilities[0].tolist(), strict=True))
+    row = answers.compare(png(), "cat, dog", "\n".join(templates)).rpartition("all 2 together")[2]
+    assert re.findall(r">([\d.]+) %<", row) == [f"{100 * expected[c]:.1f}" for c in (0, 1)]
 
 
 @pytest.mark.parametrize(
     ("labels", "word"), [("cat", "there is one class"), ("cat, cat", "twice"), (",", "holds no name")]
 )
 def test_labels_that_can_not_be_compared_are_answered_with_the_reason(answers, labels, word):
-    shown = answers.guess(png(), labels)
+    shown, names = answers.guess(png(), labels)
+    assert names == ()
     assert 'role="alert"' in shown
     assert word in shown
 

@@ -50,11 +50,10 @@ def run(options: argparse.Namespace) -> None:
         threshold.check_model(encoder)
     index = None
     if options.index is not None:
-        from ...inference.search.index import Index
+        from ...inference.search.index import Index, check_model
 
         index = Index(options.index, encoder)
-        index.store  # noqa: B018 (opened here, so that what is wrong with it is known before the page)
-        index.encoder  # noqa: B018
+        check_model(encoder, index.store)  # what is wrong with either is known before there is a page
     answers = Answers(encoder, threshold, index, _reports(Path(options.model)))
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

@@ -5,6 +5,7 @@ C classes.
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ from ...common.thumbnail import thumbnail
 from ...common.wording import percent, printable
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
+from ...evaluation.suite import CachedEncoder, silent
 from ...images import open_image
-from ..classify import Classes, Guesses, choose_classes, classify_images
+from ..classify import Classes, Guesses, choose_classes, guess
 from ..thresholds import ModelThreshold
 
 if TYPE_CHECKING:
@@ -47,61 +49,65 @@ class Answers:
     index: Index | None = None
     reports: tuple[tuple[str, Path], ...] = ()
 
-    def guess(self, picture: bytes | None, labels: str, templates: str = "") -> str:
-        """A bar for each of the nearest classes."""
-        return answered(lambda: _bars(self._guesses(picture, labels, _template_lines(templates)), self.threshold))
+    def guess(self, picture: bytes | None, labels: str) -> tuple[str, tuple[str, ...]]:
+        """A bar for each of the nearest classes; and the classes, none where the question is wrong."""
+        try:
+            (guesses,) = self._guesses(picture, labels, [()])
+        except ValueError as error:
+            return _alert(error), ()
+        return _bars(guesses, self.threshold), guesses.classes.classnames
 
     def compare(self, picture: bytes | None, labels: str, templates: str) -> str:
         """A row for each template, and one for all of them together."""
-        return answered(lambda: self._compared(picture, labels, _template_lines(templates)))
+        return _answered(lambda: self._compared(picture, labels, _template_lines(templates)))
 
     def _compared(self, picture: bytes | None, labels: str, templates: Sequence[str]) -> str:
         if not 1 <= len(templates) <= MOST_PROMPTS:
             raise ValueError(f"there are {len(templates)} templates; write one a line, 1 to {MOST_PROMPTS}")
-        rows = [(template, self._guesses(picture, labels, [template])) for template in templates]
-        if len(templates) > 1:
-            rows.append((f"all {len(templates)} together", self._guesses(picture, labels, templates)))
-        names = rows[0][1].classes.classnames
+        wordings: dict[str, tuple[str, ...]] = {template: (template,) for template in templates}
+        if len(wordings) > 1:
+            wordings[f"all {len(wordings)} together"] = tuple(wordings)
+        found = self._guesses(picture, labels, list(wordings.values()))
+        names = found[0].classes.classnames
         body = []
-        for template, guesses in rows:
+        for title, guesses in zip(wordings, found, strict=True):
             by_class = dict(zip(guesses.ranked[0].tolist(), guesses.probabilities[0].tolist(), strict=True))
             cells = [
                 _td(f"{percent(by_class[c])} %", "best" if c == guesses.ranked[0, 0] else "") for c in range(len(names))
             ]
-            body.append(f'<tr><th scope="row">{_text(template)}</th>{"".join(cells)}</tr>')
+            body.append(f'<tr><th scope="row">{_text(title)}</th>{"".join(cells)}</tr>')
         header = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
         caption = "<caption>Probability of each label, by prompt</caption>"
         head = f'<thead><tr><th scope="col">prompt</th>{header}</tr></thead>'
         return f'<div class="wide"><table>{caption}{head}<tbody>{"".join(body)}</tbody></table></div>'
 
-    def _guesses(self, picture: bytes | None, labels: str, templates: Sequence[str]) -> Guesses:
-        if picture is None:
-            raise ValueError("there is no picture yet; drop one, or take one with the camera")
-        image = open_image(picture, "the picture")
-        classes = choose_classes(labels or None, threshold=self.threshold)
-        if len(classes.classnames) > MOST_CLASSES:
-            raise ValueError(
-                f"there are {len(classes.classnames):,} labels; at most {MOST_CLASSES:,} are compared here"
-            )
-        if templates:
-            classes = Classes(classes.classnames, tuple(templates), "the page")
-        data = EvaluationSet("the picture", [image], keys=["the picture"])
-        num_guesses = len(classes.classnames)
-        return classify_images(self.encoder, data, classes, num_guesses=num_guesses, threshold=self.threshold)
+    def _guesses(self, picture: bytes | None, labels: str, wordings: Sequence[tuple[str, ...]]) -> list[Guesses]:
+        """For each set of templates; an empty one stands for those of the threshold, or the default."""
+        image = _opened_picture(picture)
+        chosen = choose_classes(labels or None, threshold=self.threshold)
+        names = chosen.classnames
+        if len(names) > MOST_CLASSES:
+            raise ValueError(f"there are {len(names):,} labels; at most {MOST_CLASSES:,} are compared here")
+        encoder = CachedEncoder(self.encoder, 1, 0, None, silent)
+        images = encoder.images(EvaluationSet("the picture", [image], keys=["the picture"]))
+        found = []
+        for templates in wordings:
+            classes = Classes(names, templates, "the page") if templates else chosen
+            classifier = encoder.classifier(classes)
+            found.append(guess(images, classes, classifier, encoder.logit_scale, len(names), self.threshold))
+        return found
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def heat_map(self, picture: bytes | None, text: str) -> str:
         """The picture with what speaks for the text in it, and the text with the words that matter."""
-        return answered(lambda: self._explained(picture, text.strip()))
+        return _answered(lambda: self._explained(picture, text.strip()))
 
     def _explained(self, picture: bytes | None, text: str) -> str:
         from ...reports.heat import overlay
         from ..explanation.explain import Explainer
 
-        if picture is None:
-            raise ValueError("there is no picture yet; drop one, or take one with the camera")
-        image = open_image(picture, "the picture").convert("RGB")
+        image = _opened_picture(picture).convert("RGB")
         image.thumbnail((_MAP_SIDE, _MAP_SIDE))
         (explanation,) = Explainer(self.encoder)(image, [text])
         shown = _data_url(overlay(image, explanation.map.on_picture()))
@@ -120,7 +126,7 @@ class Answers:
 
     def search(self, words: str, num: int) -> str:
         """The nearest pictures of the index."""
-        return answered(lambda: self._found(words.strip(), int(num)))
+        return _answered(lambda: self._found(words.strip(), int(num)))
 
     def _found(self, words: str, num: int) -> str:
         if self.index is None:
@@ -140,12 +146,22 @@ class Answers:
         return f'<iframe title="{_text(title)}" sandbox="allow-scripts" srcdoc="{page}"></iframe>'
 
 
-def answered(answer: Callable[[], str]) -> str:
+def _answered(answer: Callable[[], str]) -> str:
     """The answer, or the sentence that says what is wrong with the question."""
     try:
         return answer()
     except ValueError as error:
-        return f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+        return _alert(error)
+
+
+def _alert(error: ValueError) -> str:
+    return f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+
+
+def _opened_picture(picture: bytes | None) -> Image.Image:
+    if picture is None:
+        raise ValueError("there is no picture yet; drop one, or take one with the camera")
+    return open_image(picture, "the picture")
 
 
 def _template_lines(text: str) -> list[str]:
@@ -201,8 +217,6 @@ def _tint(share: float) -> str:
 
 
 def _data_url(image: Image.Image) -> str:
-    import base64
-
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "jpeg", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .limits import Limits
 
 UPLOAD_MB = 20
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MOST_CHOICES = 40
 _KEPT_S = 600  # how long an upload stays, and how often old ones are looked for
 STYLE = Path(__file__).parents[2] / "assets" / "app.css"
 # Set before Gradio is imported: no visits counted, nothing looked up on the hub.
@@ -64,8 +65,8 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
             heat = gr.HTML(elem_id="heat")
 
     def classify(path: str | None, names: str) -> tuple[Any, Any, str]:
-        shown = answers.guess(_upload_bytes(path), names)
-        choices = [] if 'role="alert"' in shown else _choices(names or _first_labels(answers))
+        shown, classnames = answers.guess(_upload_bytes(path), names)
+        choices = _choices(classnames)
         return shown, gr.Radio(choices, value=None, visible=bool(choices)), ""
 
     def explain(path: str | None, text: str | None) -> str:
@@ -132,10 +133,10 @@ def _first_labels(answers: Answers) -> str:
     return ", ".join(f'"{name}"' if "," in name else name for name in names) or "cat, dog"
 
 
-def _choices(labels: str) -> list[str]:
+def _choices(classnames: Sequence[str]) -> list[str]:
     """What can be asked for in the picture: each label, and each of its words."""
-    names = [name.strip().strip('"') for name in labels.split(",") if name.strip()]
-    return list(dict.fromkeys([*names, *(word for name in names for word in name.split())]))[:40]
+    words = [word for name in classnames for word in name.split()]
+    return list(dict.fromkeys([*classnames, *words]))[:_MOST_CHOICES]
 
 
 def _theme(gr: Any) -> Any:
