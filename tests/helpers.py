@@ -6,7 +6,6 @@ import csv
 import functools
 import http.server
 import tarfile
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from servers import InBackground
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
@@ -111,7 +111,7 @@ def everything_below(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
-class Served:
+class Served(InBackground):
     """A folder at a URL of this machine. Knows no ranges, as python -m http.server; `gets` has the paths asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,18 +125,7 @@ class Served:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-        self.http.daemon_threads = True
-        self.http.block_on_close = False
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> Served:
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        self.listen(functools.partial(Handler, directory=str(folder)))
 
 
 def trainer_at(step: int, rank: int = 0, world_size: int = 1) -> SimpleNamespace:

@@ -10,7 +10,25 @@ import threading
 PIECE = 100_000
 
 
-class Server:
+class InBackground:
+    """Its `http` answers on the loopback, at `url`, while the context lasts."""
+
+    def listen(self, handler) -> None:
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.http.daemon_threads = True
+        self.http.block_on_close = False
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+class Server(InBackground):
     """Serves `files` by path, in pieces, each after a call of `before` with its first byte.
 
     `fault` maps a request's number to a status, or after how many bytes to hang up.
@@ -41,10 +59,7 @@ class Server:
             def log_message(handler, *_):  # noqa: N805
                 pass
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.block_on_close = False
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.listen(Handler)
 
     def answer(self, handler, fault, asked, has_body):
         content = self.files.get(handler.path.partition("?")[0])
@@ -69,11 +84,3 @@ class Server:
                     self.before(handler.path, start + first)
                     handler.wfile.write(body[first : first + PIECE])
             handler.close_connection = handler.close_connection or is_cut
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()

@@ -10,6 +10,8 @@ import re
 import threading
 from dataclasses import dataclass, field
 
+from servers import InBackground
+
 
 @dataclass
 class Repository:
@@ -25,7 +27,7 @@ class Repository:
         return hashlib.sha1(repr((len(self.commits[: number % len(self.commits) + 1]), number)).encode()).hexdigest()
 
 
-class Hub:
+class Hub(InBackground):
     """Answers at `url`. Files above 1,000 bytes go the way of large ones: their bytes first, a reference in the commit.
 
     `fault` maps a request's method and path to a status, or to None for a sound answer.
@@ -64,9 +66,7 @@ class Hub:
             def log_message(handler, *_):  # noqa: N805
                 pass
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.listen(Handler)
 
     def answer(self, handler, path, body):
         is_writing = handler.command != "GET" and handler.command != "HEAD" and not path.startswith("/lfs/")
@@ -134,14 +134,6 @@ class Hub:
             return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
         data = repository.files[file]
         return 200, data, {"X-Repo-Commit": repository.sha(), "ETag": f'"{oid_of(data)}"'}
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 def git_blob(data: bytes) -> str:

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from foreign_models import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
+from servers import InBackground
 
 from miniclip.common import storage
 from miniclip.weights import download as fetch
@@ -27,7 +28,7 @@ CONTENT = random.Random(0).randbytes(3_000_000)
 CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Server:
+class Server(InBackground):
     """Serves one content; `faults` are taken one a request: a status, or after how many bytes to hang up."""
 
     def __init__(self, content=CONTENT, has_range=True, faults=()):
@@ -47,8 +48,7 @@ class Server:
             def log_message(handler, *_):  # noqa: N805
                 pass
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.listen(Handler)
 
     def answer(self, handler, fault, asked):
         if isinstance(fault, str):
@@ -74,14 +74,6 @@ class Server:
     @property
     def requests(self):
         return len(self.ranges)
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture
