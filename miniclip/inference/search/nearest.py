@@ -35,10 +35,12 @@ def nearest(blocks: Blocks, queries: Tensor, k: int) -> tuple[np.ndarray, np.nda
     """
     best = torch.empty(0, len(queries))  # (K, Q)
     ids = torch.empty(0, len(queries), dtype=torch.int64)
+    # A product with a single column runs on one core; with two it takes 0.4 of the time, on two cores.
+    columns = (queries if len(queries) > 1 else queries.repeat(2, 1)).T
     for block_ids, features in blocks:
         for start in range(0, len(features), rows := max(1, _SCORES_AT_ONCE // max(1, len(queries)))):
             part = features[start : start + rows].float()
-            scores, places = (part @ queries.T).topk(min(k, len(part)), dim=0)  # (k, Q)
+            scores, places = (part @ columns)[:, : len(queries)].topk(min(k, len(part)), dim=0)  # (k, Q)
             found = torch.from_numpy(block_ids[start : start + rows].astype(np.int64))[places]
             best, order = torch.cat([best, scores]).topk(min(k, len(best) + len(scores)), dim=0)
             ids = torch.cat([ids, found]).gather(0, order)
