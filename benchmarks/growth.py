@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 import miniclip
 from miniclip import tokenizer
 from miniclip.common.files import write_text
-from miniclip.data.order import SampleOrder
 from miniclip.data.pairs import Batch
+from miniclip.data.sampling.order import SampleOrder
 from miniclip.data.shards import Shards
 from miniclip.training.step import CLIPTraining
 

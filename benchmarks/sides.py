@@ -24,8 +24,8 @@ from torch import Tensor
 import miniclip
 from miniclip.config import CLIPConfig
 from miniclip.data.augmentation import Augmentation
-from miniclip.data.order import SampleOrder
 from miniclip.data.pairs import Batch, CaptionChoice, PairDataset, collate
+from miniclip.data.sampling.order import SampleOrder
 from miniclip.data.shards import Shards
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.measures.ranking import recall_at_1

@@ -26,8 +26,8 @@ from pytorch_lightning.loggers import Logger
 from ..common.files import user_errors, write_text
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
-from ..data.order import BatchSampler
 from ..data.preflight import brief
+from ..data.sampling.order import BatchSampler
 from ..reports.runs import PAGE_FILE, read_run
 from ..training import lightning_private
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates

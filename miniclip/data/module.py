@@ -24,9 +24,9 @@ from ..config import Interpolation, Preprocessing, Resize
 from ..images import Preprocess
 from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
-from .order import BatchSampler, Mixture, SampleOrder
 from .pairs import CaptionChoice, PairDataset, Sample, collate
 from .reading.scan import summary
+from .sampling.order import BatchSampler, Mixture, SampleOrder
 from .shard_index import REJECTED_FILE
 from .shards import Shards
 

@@ -37,8 +37,8 @@ from torch.multiprocessing import start_processes
 
 from miniclip import tokenizer
 from miniclip.data.module import PairDataModule
-from miniclip.data.order import BatchSampler, SampleOrder
 from miniclip.data.pairs import Batch
+from miniclip.data.sampling.order import BatchSampler, SampleOrder
 
 ROOT = Path(__file__).parents[2]
 
