@@ -20,13 +20,9 @@ class TimmTower(nn.Module):
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
-        try:
-            import timm  # half a second, and an extra: only this tower needs it
-            from timm.layers.mlp import Mlp
-        except ImportError as error:
-            raise ValueError(
-                f"the image tower {config.timm_model!r} needs timm: pip install 'miniclip[timm]'"
-            ) from error
+        import timm  # half a second, which only this tower needs
+        from timm.layers.mlp import Mlp
+
         self.input_resolution = config.image_size
         pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
         try:

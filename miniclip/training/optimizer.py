@@ -213,13 +213,10 @@ def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
     """timm's optimiser `timm_name`, with the groups' own rates and decays.
 
     Raises:
-        ValueError: timm is not installed or does not know the name, or the optimiser refuses its options.
+        ValueError: timm does not know the name, or the optimiser refuses its options.
     """
     name = config.timm_name
-    try:
-        timm_optim: Any = importlib.import_module("timm.optim")  # an extra, and half a second
-    except ImportError as error:
-        raise ValueError(f"the optimiser {name!r} needs timm: pip install 'miniclip[timm]'") from error
+    timm_optim: Any = importlib.import_module("timm.optim")  # half a second, which only this kind needs
     plain, known = name.removeprefix("lookahead_"), timm_optim.list_optimizers()
     if plain not in known:
         near = difflib.get_close_matches(plain, known, n=5, cutoff=0.5)

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from itertools import pairwise
 
 import pytest
@@ -488,7 +487,7 @@ def test_a_residual_networks_layers_are_its_bottlenecks():
 @pytest.mark.parametrize("projection", ["linear", "classifier"])
 def test_the_layers_of_timms_models_have_the_rates_that_timm_gives_them(name, projection):
     """Oracle: timm's own `param_groups_layer_decay` for the same model, whose classifier stands for our projection."""
-    timm = pytest.importorskip("timm")
+    import timm
     from timm.optim import param_groups_layer_decay
 
     size = 64 if name == "resnet10t" else 160
@@ -547,7 +546,6 @@ def test_with_rates_by_layer_every_parameter_is_in_one_group_still_and_moves_by_
 
 
 def timms(name, **fields):
-    pytest.importorskip("timm")
     return OptimizerConfig(kind="timm", timm_name=name, **fields)
 
 
@@ -608,15 +606,8 @@ def test_a_run_of_timms_resumed_from_its_state_continues_bit_for_bit(name, tmp_p
     ],
 )
 def test_what_timm_does_not_have_or_take_is_refused_at_once(fields, message):
-    pytest.importorskip("timm")
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**{"kind": "timm", **fields})
-
-
-def test_without_timm_the_message_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.optim", None)
-    with pytest.raises(ValueError, match=r"the optimiser 'lion' needs timm: pip install 'miniclip\[timm\]'"):
-        OptimizerConfig(kind="timm", timm_name="lion")
 
 
 # ---- configuration
