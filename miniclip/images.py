@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .config import Interpolation, Preprocessing, Resize
@@ -156,4 +156,38 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """A 16-bit picture (Pillow's modes I;16 and I) as 8-bit; Pillow's conversion would make all above 255 white."""
     values = np.asarray(image).astype(np.int64)
     is_16_bits = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not say
-    return Image.fromarray((values >> 8 if is_16_bits else values).clip(0, 255).astype(np.uint8))
+    converted = Image.fromarray((values >> 8 if is_16_bits else values).clip(0, 255).astype(np.uint8))
+    converted.info |= {name: image.info[name] for name in _ORIENTED_BY if name in image.info}
+    return converted
+
+
+# What the orientation of a picture asks a viewer to do (EXIF 2.32, tag 0x0112); 1 is as stored.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow keeps the tag
+
+
+def orientation(picture: Image.Image) -> int:
+    """1 to 8: how the camera was held, by the picture's EXIF. Viewers turn a picture by it, and CLIP's preprocessing
+    reads it as it is stored. A damaged tag turns nothing, and Pillow turns TIFF by itself: both are 1."""
+    try:
+        found = 1 if picture.format == "TIFF" else picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in _TURNS else 1
+    except Exception:  # damaged EXIF can raise anything
+        return 1
+
+
+def turned(picture: Image.Image, orientation: int) -> Image.Image:
+    """The picture as viewers show one of that orientation; itself if the orientation is 1."""
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as viewers show it, without the tag; itself if it is stored so."""
+    found = turned(picture, orientation(picture))
+    if found is not picture:
+        found.info = {name: value for name, value in found.info.items() if name not in _ORIENTED_BY}
+    return found

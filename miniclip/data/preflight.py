@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..common.storage import is_url, read_bytes
 from ..common.thumbnail import thumbnail
-from ..images import open_image, read_header
+from ..images import open_image, orientation, read_header
 from .advice import what_spoils
 from .augmentation import Augmentation
 from .findings import Contact, Findings, Look, count
@@ -77,17 +76,10 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         mode = header.mode + (", 16 bit" if is_16_bits else "")
         picture = thumbnail(image, _CONTACT_BOX) if with_thumbnail else ""
         digest, blank = hashlib.sha256(data).digest(), len(lines) - len(captions)
-        facts = (image.size, header.format or "?", mode, _is_rotated(header), digest, len(data), picture)
+        facts = (image.size, header.format or "?", mode, orientation(header) != 1, digest, len(data), picture)
         return Look(pair.source, "", "", captions, blank, *facts)
     except Exception as error:  # a damaged picture can raise anything
         return Look(pair.source, _message(error), _reason_kind(_message(error), pair))
-
-
-def _is_rotated(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(0x0112, 1) not in (0, 1)
-    except Exception:  # a damaged tag turns nothing
-        return False
 
 
 def _reason_kind(reason: str, pair: Pair) -> str:

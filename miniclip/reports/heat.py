@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 _WARM, _COLD = (np.array(each, dtype=np.float32) for each in ((214, 39, 40), (31, 90, 200)))
 _STRONGEST = 0.995  # quantile of the sizes of relevance that gets the full colour
@@ -11,13 +11,6 @@ _MOST_COVERED = 0.85  # of the picture by the full colour
 _LEAST_SIDE = 448  # pixels; smaller pictures are enlarged
 _BAND_ROWS = 256  # so that pictures of many millions of pixels need little memory
 _STRIPE = 1 / 50  # width of the stripes over what is not seen, in units of the long side
-
-# What a picture's EXIF tag of orientation asks a viewer to do.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
 
 
 def overlay(picture: Image.Image, relevance: np.ndarray) -> Image.Image:
@@ -60,13 +53,3 @@ def _strength(relevance: np.ndarray) -> np.ndarray:
 
 def _enlarged(values: np.ndarray, size: tuple[int, int], way: Image.Resampling) -> np.ndarray:
     return np.asarray(Image.fromarray(values).resize(size, way))
-
-
-def orientation(picture: Image.Image) -> int:
-    """The EXIF tag, 1 for none: viewers turn the picture by it, and models read it as it is stored."""
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-def upright(picture: Image.Image, orientation: int) -> Image.Image:
-    """The picture as viewers show it."""
-    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture

@@ -1,11 +1,11 @@
-"""A map on its picture: colours where it matters, stripes where nothing is seen, upright as viewers show it."""
+"""A map on its picture: colours where it matters, stripes where nothing is seen."""
 
 import numpy as np
 import pytest
 from helpers import picture
-from PIL import Image, ImageOps
+from PIL import Image
 
-from miniclip.reports.heat import orientation, overlay, upright
+from miniclip.reports.heat import overlay
 
 
 def test_what_speaks_for_the_text_is_warm_and_what_speaks_against_it_cold():
@@ -39,14 +39,3 @@ def test_a_map_of_nothing_has_no_colour(fill):
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_pictures_of_every_mode_are_drawn_on(mode):
     assert overlay(picture(1, mode=mode), np.ones((20, 24))).mode == "RGB"
-
-
-@pytest.mark.parametrize("tag", range(1, 9))
-def test_pictures_are_turned_as_pillow_turns_them(tag, tmp_path):
-    image = picture(1)
-    exif = image.getexif()
-    exif[0x0112] = tag
-    image.save(tmp_path / "turned.png", exif=exif)
-    stored = Image.open(tmp_path / "turned.png")
-    assert orientation(stored) == tag
-    assert upright(stored, tag).tobytes() == ImageOps.exif_transpose(stored).tobytes()

@@ -208,12 +208,13 @@ def _write_map(
     import numpy as np
     from PIL import Image
 
-    from ...reports.heat import orientation, overlay, upright
+    from ...images import orientation, turned
+    from ...reports.heat import overlay
 
     turn = orientation(picture)
     with atomic_write(path) as file:
-        upright(overlay(picture, relevance), turn).save(file, "PNG")
-    keep(path.stem, np.asarray(upright(Image.fromarray(relevance), turn)))
+        turned(overlay(picture, relevance), turn).save(file, "PNG")
+    keep(path.stem, np.asarray(turned(Image.fromarray(relevance), turn)))
 
 
 @contextmanager
