@@ -10,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..common.wording import some
 from ..reports.results import RESULTS_FILE, SCHEMA
 from ..reports.runs import Run, read_run
@@ -57,7 +55,7 @@ def read_origin(model: str | Path, results: Sequence[str | Path] = ()) -> Origin
     threshold = read_threshold(threshold_file) if path.is_dir() and threshold_file.is_file() else None
     origin = Origin(_model_name(path), threshold=threshold)
     if found_run is not None:
-        settings = yaml.safe_load(found_run.config) or {}
+        settings = found_run.settings
         origin = replace(origin, run=found_run, settings=settings, shards=tuple(_shards_of(settings, folder)))
     if results:
         return replace(origin, results=tuple(each for file in results for each in _results_of(Path(file), path)))

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import datetime
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
@@ -395,26 +393,10 @@ def _facts(run: Run) -> dict[str, str]:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """The settings in which runs differ, with each one's value."""
-    flat = [_flat(_settings(run)) for run in runs]
+    flat = [_flat(run.settings) for run in runs]
     names = list(dict.fromkeys(name for each in flat for name in each))
     rows = [(name, [each.get(name, "–") for each in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-class _AnyTag(yaml.SafeLoader):
-    """Reads values of tags that are not known, as Python's are, as texts; nothing is built from them."""
-
-
-_AnyTag.add_multi_constructor("", lambda loader, tag, node: f"!{tag}")
-
-
-def _settings(run: Run) -> Any:
-    try:
-        return yaml.load(run.config, Loader=_AnyTag) or {}
-    except yaml.YAMLError as error:
-        why = " ".join(str(error).split())[:200]
-        warnings.warn(f"the config.yaml of {run.name} is damaged and was left out: {why}", stacklevel=2)
-        return {}
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, str]:

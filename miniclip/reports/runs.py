@@ -7,10 +7,12 @@ import datetime
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import yaml
 
 PAGE_FILE, RUN_FILE, METRICS_FILE = "report.html", "run.json", "metrics.csv"
 # What every record has.
@@ -26,6 +28,7 @@ class Run:
         curves: (step, value) by the name of the metric; steps count from 0.
         starts: what each start, or resumption, recorded of itself (`run.json`), in order.
         config: its settings, as YAML.
+        settings: what that YAML holds; empty where it is damaged.
         problems: what of its files is damaged and was left out.
     """
 
@@ -33,6 +36,7 @@ class Run:
     curves: Curves
     starts: tuple[dict[str, Any], ...]
     config: str
+    settings: dict[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -86,10 +90,21 @@ def read_run(folder: str | Path) -> Run:
             starts += [] if start is None else [start]
     config = logs[-1] / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    settings: dict[str, Any] = {}
+    try:
+        settings, tags = read_settings(text)
+    except ValueError as error:
+        problems.append(f"{config} is damaged and was left out: {error}")
+    else:
+        if tags:
+            problems.append(
+                f"{config} has the tag {', '.join(tags)}, which no settings of a run have; nothing was built or run "
+                "from it"
+            )
     curves, damages = _read_logs(folder)
     for problem in problems:
         warnings.warn(problem, stacklevel=2)
-    return Run(str(folder), curves, tuple(starts), text, (*problems, *damages))
+    return Run(str(folder), curves, tuple(starts), text, settings, (*problems, *damages))
 
 
 def _read_start(log: Path) -> dict[str, Any] | None:
@@ -112,6 +127,46 @@ def _read_start(log: Path) -> dict[str, Any] | None:
     if start["status"] == "running" and table.is_file():  # going on, or killed: its last row dates it
         start["seconds"] = max(0.0, table.stat().st_mtime - began)
     return start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of a run
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads a value whose tag YAML itself does not have, as Python's are, as the tag's name, and builds nothing."""
+
+    tags: list[str]
+
+
+def _tag_alone(loader: _AnyTag, tag: str, node: yaml.Node) -> str:
+    loader.tags.append(tag.replace("tag:yaml.org,2002:", "!!"))
+    return loader.tags[-1]
+
+
+_AnyTag.add_multi_constructor("", _tag_alone)
+
+
+def read_settings(text: str) -> tuple[dict[str, Any], list[str]]:
+    """The settings that a YAML holds, and the foreign tags in it, whose values are their names.
+
+    Raises:
+        ValueError: it is no YAML, or it or one of its sections is no mapping.
+    """
+    try:
+        loader = _AnyTag(text)
+        loader.tags = []
+        settings = loader.get_single_data()
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
+    settings = {} if settings is None else settings
+    sections = {"it": settings}
+    if isinstance(settings, dict):
+        sections |= {name: settings[name] for name in ("data", "model", "trainer") if settings.get(name) is not None}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} is a {type(section).__name__}, and must be names with values")
+    return settings, list(dict.fromkeys(loader.tags))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -271,7 +271,6 @@ def test_a_torn_row_is_left_out_and_counted_and_the_others_are_drawn(tmp_path, t
 def test_the_page_of_a_run_with_damaged_files_goes_on_and_names_them(tmp_path):
     log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0", "0,1", "0,20,3.0")
     (tmp_path / "logs/version_0/run.json").write_text('{"status": "run')
-    (tmp_path / "logs/version_0/config.yaml").write_text("a: !!python/object:os.system {}\nb: 1\n")
     with pytest.warns(UserWarning, match="damaged and") as caught:
         write_page(tmp_path / "report.html", [tmp_path])
     assert len(caught) == 2
@@ -279,9 +278,38 @@ def test_the_page_of_a_run_with_damaged_files_goes_on_and_names_them(tmp_path):
     assert "1 of 3 rows of" in text
     assert "run.json is damaged and was left out" in text
     assert "Contrastive loss" in text
-    with pytest.warns(UserWarning, match="damaged and"):
-        (one, two) = read_run(tmp_path), replace(read_run(tmp_path), config="b: 2")
-    assert ("b", ["1", "2"]) in differences([one, two])
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!other"])
+def test_a_tag_in_a_runs_settings_is_named_and_nothing_is_built_from_it(tmp_path, tag):
+    log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0")
+    (tmp_path / "logs/version_0/config.yaml").write_text(f"a: {tag} [{tmp_path / 'made'}]\nb: 1\n")
+    with pytest.warns(UserWarning, match=rf"version_0/config\.yaml has the tag {tag}, .* nothing was built"):
+        write_page(tmp_path / "report.html", [tmp_path])
+    assert not (tmp_path / "made").exists()
+    assert f"has the tag {tag}" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.warns(UserWarning, match="has the tag"):
+        run = read_run(tmp_path)
+    assert run.settings == {"a": tag, "b": 1}
+    assert differences([run, replace(run, settings={"a": tag, "b": 2})]) == [("b", ["1", "2"])]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("a: [", "while parsing"),
+        ("- a\n", "it is a list"),
+        ("data: !!python/tuple [1]\n", "data is a str"),
+        ("a: \x01\n", "not allowed"),
+        ("[" * 5000, "recursion"),
+    ],
+)
+def test_settings_that_are_none_are_left_out_and_named(tmp_path, text, what):
+    log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0")
+    (tmp_path / "logs/version_0/config.yaml").write_text(text)
+    with pytest.warns(UserWarning, match=rf"config\.yaml is damaged and was left out: .*{what}"):
+        run = read_run(tmp_path)
+    assert run.settings == {}
 
 
 def test_a_folder_of_another_name_among_the_logs_is_no_crash(tmp_path):
