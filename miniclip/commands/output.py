@@ -7,6 +7,7 @@ without its end is noticed, while JSON Lines that break off look whole.
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
 import json
 import math
@@ -47,7 +48,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """How results are written; `results` reads the options."""
     group = parser.add_argument_group("results, on standard output; without any of these, a table")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--json", action="store_true", help="an array with an object for each row, in UTF-8")
+    one.add_argument("--json", action="store_true", help="an array with an object for each row, in UTF-8 or ASCII")
     one.add_argument("--csv", action="store_true", help="comma-separated values, in UTF-8")
     one.add_argument("--parquet", metavar="FILE", help="a new Parquet file; - for standard output")
 
@@ -77,7 +78,7 @@ def results(options: argparse.Namespace, columns: Mapping[str, type]) -> Iterato
 
 def print_lines(lines: Iterable[str]) -> None:
     """Lines without columns, as other commands read them; names of files keep their bytes."""
-    _set_encoding("utf-8", "surrogateescape")
+    _set_encoding("utf-8", "miniclip.bytes")
     for line in lines:
         _print(line + "\n")
     _flush()
@@ -132,6 +133,17 @@ def _set_encoding(encoding: str | None, errors: str) -> None:
         sys.stdout.reconfigure(encoding=encoding, errors=errors)
 
 
+def _bytes_or_escapes(error: UnicodeError) -> tuple[bytes, int]:
+    """Bytes of file names as they are; other lone halves of a character, which JSON may hold, as \\ud83d."""
+    assert isinstance(error, UnicodeEncodeError)
+    codes = map(ord, error.object[error.start : error.end])
+    parts = [bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}".encode() for code in codes]
+    return b"".join(parts), error.end
+
+
+codecs.register_error("miniclip.bytes", _bytes_or_escapes)
+
+
 class _Writer(Protocol):
     def write(self, row: Row) -> None: ...
 
@@ -140,13 +152,15 @@ class _Writer(Protocol):
 
 class _Json:
     def __init__(self, columns: Mapping[str, type]) -> None:
+        # A terminal or a reader of the pipe in another encoding would show UTF-8 as other signs.
+        self.is_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
         # Bytes of file names that are no UTF-8 become \udc.., which JSON reads back.
         _set_encoding("utf-8", "backslashreplace")
         self.columns, self.before = list(columns), "[\n"
 
     def write(self, row: Row) -> None:
         values = {name: plain(row.get(name)) for name in self.columns}
-        _print(self.before + json.dumps(values, ensure_ascii=False, allow_nan=False))
+        _print(self.before + json.dumps(values, ensure_ascii=self.is_ascii, allow_nan=False))
         self.before = ",\n"
 
     def end(self) -> None:
@@ -156,7 +170,7 @@ class _Json:
 
 class _Csv:
     def __init__(self, columns: Mapping[str, type]) -> None:
-        _set_encoding("utf-8", "surrogateescape")
+        _set_encoding("utf-8", "miniclip.bytes")
         self.columns, self.is_begun = list(columns), False
         self.writer = csv.writer(_Printed(), lineterminator="\n")
 

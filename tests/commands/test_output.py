@@ -19,7 +19,13 @@ from miniclip.commands.output import add_output
 ROWS = [
     {"image": "a b.jpg", "label": "Bär, grün", "probability": 0.75, "rank": 1, "set": ["x", 'y "z"']},
     {"image": "写真.png", "label": 'a "quoted"\nname', "probability": float("nan"), "rank": 12, "set": []},
-    {"image": os.fsdecode(b"caf\xe9.png"), "label": None, "probability": 1e-9, "rank": 3, "set": ["w"]},
+    {
+        "image": os.fsdecode(b"caf\xe9.png"),
+        "label": "half of one: \ud83d",
+        "probability": 1e-9,
+        "rank": 3,
+        "set": ["w"],
+    },
 ]
 COLUMNS = "{'image': str, 'label': str, 'probability': float, 'rank': int, 'set': list}"
 PROGRAM = f"""
@@ -47,13 +53,23 @@ def run(*options: str, code: int = 0, **environment: str) -> subprocess.Complete
     return done
 
 
-def test_json_is_one_array_with_a_row_a_line():
-    out = run("--json", PYTHONIOENCODING="ascii").stdout
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("utf-8", "Bär"),
+        ("UTF8:strict", "Bär"),
+        ("ascii", r"B\u00e4r"),
+        ("cp1252", r"B\u00e4r"),
+        ("utf-16", r"B\u00e4r"),
+    ],
+)
+def test_json_is_one_array_with_a_row_a_line_on_any_terminal(encoding, shown):
+    out = run("--json", PYTHONIOENCODING=encoding).stdout
     rows = json.loads(out)
     assert rows == [*ROWS[:1], {**ROWS[1], "probability": None}, *ROWS[2:]]
     lines = out.decode().splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == rows
-    assert "Bär" in lines[1]
+    assert shown in lines[1]
 
 
 def test_csv_comes_back_as_it_was():
@@ -62,7 +78,7 @@ def test_csv_comes_back_as_it_was():
     assert header == list(ROWS[0])
     assert rows[0] == ["a b.jpg", "Bär, grün", "0.75", "1", '["x", "y \\"z\\""]']
     assert rows[1] == ["写真.png", 'a "quoted"\nname', "", "12", "[]"]
-    assert rows[2][:2] == [ROWS[2]["image"], ""]
+    assert rows[2][:2] == [ROWS[2]["image"], r"half of one: \ud83d"]
 
 
 @pytest.mark.parametrize("name", ["-", "new/rows.parquet"])
@@ -77,7 +93,11 @@ def test_parquet_goes_into_a_new_file_or_a_pipe(tmp_path, name):
         "int64",
         "list<element: string>",
     ]
-    expected = [*ROWS[:1], {**ROWS[1], "probability": None}, {**ROWS[2], "image": "caf\\udce9.png"}]
+    expected = [
+        *ROWS[:1],
+        {**ROWS[1], "probability": None},
+        {**ROWS[2], "image": r"caf\udce9.png", "label": r"half of one: \ud83d"},
+    ]
     assert table.to_pylist() == expected
 
 
@@ -98,7 +118,7 @@ def test_a_table_has_straight_columns_and_no_cell_that_steers_the_terminal():
         "image     label             probability  rank  set",
         'a b.jpg   Bär, grün              0.7500     1  x, y "z"',
         '写真.png  a "quoted"\\nname            -    12',
-        "caf?.png  -                      0.0000     3  w",
+        "caf?.png  half of one: ?         0.0000     3  w",
     ]
 
 

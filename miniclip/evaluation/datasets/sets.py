@@ -103,7 +103,7 @@ def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> 
 def digest_lines(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
 
 
