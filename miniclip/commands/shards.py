@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.wording import some
 from .terminal import new_parser, part_of_array, progress_bar
 
 if TYPE_CHECKING:
@@ -48,11 +50,14 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     )
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    write.add_argument("--drop", metavar="LIST", help="leave out the pairs of a table with a column key, as doctor's")
     write.add_argument("--index-only", action="store_true", help="SRC holds tars: write their index")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.index_only and options.drop:
+        raise ValueError("--drop is for packing, and --index-only leaves tars as they are; pack them anew: SRC OUT")
     if options.index_only:
         _index(options)
     elif options.out is None:
@@ -94,6 +99,22 @@ def pairs_asked_for(source: str, options: argparse.Namespace) -> Pairs:
     return pairs
 
 
+def without_dropped(pairs: Pairs, options: argparse.Namespace) -> tuple[Pairs, Mapping[str, int]]:
+    """The pairs that --drop does not name, and how many it does, by reason. Prints which of its rows name none."""
+    from ..data.reading.listed import rows_about, without_listed
+
+    if options.drop is None:
+        return pairs, {}
+    listed = rows_about(pairs, options.drop, options.source)
+    if listed.unmatched:
+        named = f"name{'s' * (len(listed.unmatched) == 1)} no pair of {options.source}: {some(listed.unmatched)}"
+        print(f"{len(listed.unmatched):,} of the rows of {options.drop} {named}", file=sys.stderr)
+    if listed.elsewhere:
+        others = ", ".join(f"{source} ({count:,})" for source, count in listed.elsewhere.items())
+        print(f"rows of {options.drop} about other sources: {others}", file=sys.stderr)
+    return without_listed(pairs, listed)
+
+
 def _index(options: argparse.Namespace) -> None:
     from ..data.shard_index import REJECTED_FILE, index_shards, tar_locations
 
@@ -119,7 +140,7 @@ def _pack(options: argparse.Namespace) -> None:
     from ..data.sample_files import Packing
     from ..data.shard_index import REJECTED_FILE
 
-    pairs = pairs_asked_for(options.source, options)
+    pairs, dropped = without_dropped(pairs_asked_for(options.source, options), options)
     packing = Packing(
         samples_per_shard=options.samples_per_shard,
         max_shard_bytes=options.max_shard_size,
@@ -146,7 +167,10 @@ def _pack(options: argparse.Namespace) -> None:
         )
         return
     held_out = f" and {packed.held_out} held out" if packed.held_out else ""
-    left_out = f", {packed.left_out} left out" if packed.left_out else ""
+    num_dropped = sum(dropped.values())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+    left_out = f", {num_dropped} dropped ({reasons})" if dropped else ""
+    left_out += f", {packed.left_out - num_dropped} left out" if packed.left_out > num_dropped else ""
     listed = f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected or packed.left_out else ""
     print(
         f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB; "

@@ -1,0 +1,116 @@
+"""A table that names pairs by their keys, put to the pairs of a source: what is known of each, or which to leave out.
+
+`miniclip doctor` writes such tables. Their column `key` has the names of pairs; where a `source` stands beside it, a
+row is about the pairs of that source alone."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...common.wording import some
+from .pair import Pair, Pairs
+from .scan import LeftOut, same_name
+from .tables import read_table
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The rows of a table that are about the pairs of a source.
+
+    Args:
+        rows: by the index of the pair; of several rows about one pair, the first.
+        unmatched: keys of this source that name no pair of it.
+        elsewhere: how many rows are about pairs of other sources, by source.
+    """
+
+    rows: Mapping[int, Mapping[str, Any]]
+    unmatched: tuple[str, ...]
+    elsewhere: Mapping[str, int]
+
+
+def rows_about(pairs: Pairs, table: str | Path, source: str) -> Listed:
+    """
+    Args:
+        source: the pairs' own, as the user names it.
+
+    Raises:
+        ValueError: no table, one without a column `key`, a row without a key, or no row that is about a pair of these.
+    """
+    if not Path(table).is_file():
+        raise ValueError(f"there is no file {table}; it should be a table with a column 'key', as doctor writes")
+    columns, rows = read_table(Path(table))
+    if "key" not in columns:
+        raise ValueError(f"{table} has no column 'key'; its columns are {', '.join(map(repr, columns))}")
+    index_of: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(pairs.names):
+        index_of[_written(name)].append(index)
+    found: dict[int, Mapping[str, Any]] = {}
+    unmatched: list[str] = []
+    elsewhere = Counter[str]()
+    for number, row in enumerate(rows, start=1):
+        key, about = str(row.get("key") or ""), str(row.get("source") or "")
+        if not key:
+            raise ValueError(f"{table}, row {number} has no key; each must name a pair of {source}")
+        if about and not _is_same_place(about, source):
+            elsewhere[about] += 1
+        elif indices := index_of.get(_written(key)):
+            for index in indices:
+                found.setdefault(index, row)
+        else:
+            unmatched.append(key)
+    _refuse_other_table(pairs, table, source, Listed(found, tuple(unmatched), elsewhere))
+    return Listed(found, tuple(dict.fromkeys(unmatched)), elsewhere)
+
+
+def _written(name: str) -> str:
+    """A name as it stands in a file of UTF-8, where bytes that are none are escapes."""
+    return same_name(name).encode("utf-8", "backslashreplace").decode()
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    with suppress(OSError, ValueError):  # what is no path
+        return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+    return False
+
+
+def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Listed) -> None:
+    if listed.rows or not (listed.unmatched or listed.elsewhere):
+        return
+    if listed.unmatched:
+        own = f"; a pair of it is called {pairs.names[0]!r}" if len(pairs) else ""
+        raise ValueError(f"no row of {table} names a pair of {source}: {some(listed.unmatched, 3)}{own}")
+    raise ValueError(
+        f"{table} is about {some(list(listed.elsewhere), 3)}, not about {source}. If that is the same under another "
+        "name, take the column 'source' out of the table: keys alone are compared then"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaving out
+
+
+def without_listed(pairs: Pairs, listed: Listed) -> tuple[Pairs, Mapping[str, int]]:
+    """The pairs that no row names, and the number of the others by their rows' column `reason`.
+
+    Those are in the `left_out` of the pairs, so that packing lists them.
+
+    Raises:
+        ValueError: every pair is named.
+    """
+    reasons = {index: str(row.get("reason") or "listed") for index, row in listed.rows.items()}
+    kept = [index for index in range(len(pairs)) if index not in reasons]
+    if not kept and reasons:
+        raise ValueError(f"the list names all of the {len(pairs)} pairs; none would be left")
+    left_out = [LeftOut(pairs.names[index], f"dropped: {reasons[index]}") for index in sorted(reasons)]
+    names = [pairs.names[index] for index in kept]
+
+    def read(index: int) -> Pair:
+        return pairs.read(kept[index])
+
+    remaining = Pairs(names, read, pairs.found, pairs.files, [*pairs.left_out, *left_out])
+    return remaining, dict(Counter(reasons.values()).most_common())

@@ -1,0 +1,99 @@
+"""A list of pairs to leave out: each is dropped by its reason and counted, and what it names in vain is reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import fails
+from helpers import pack_folder, rejected_rows, table, write_pairs
+
+from miniclip.commands import main as cli
+from miniclip.data.open_pairs import shard_pairs
+from miniclip.data.reading.listed import rows_about, without_listed
+from miniclip.data.shards import Shards
+from miniclip.data.sources import read_pairs
+
+
+def captions(shards: Path) -> list[str]:
+    records = Shards(shards)
+    return [records[index].captions[0].partition(",")[0] for index in range(len(records))]
+
+
+def test_kept_held_out_rejected_dropped_and_left_out_are_all_that_lies_there(tmp_path, capsys):
+    folder = write_pairs(tmp_path / "photos", 40)
+    (folder / "0007.png").write_bytes(b"no picture")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    drop = table(
+        tmp_path / "drop.csv",
+        "key,source,reason,score",
+        f"0001.png,{folder},copy,1",
+        f"0002.png,{folder}/,leak,0.99",
+        f"0003.png,{folder},copy,",
+        f"0003.png,{folder},leak,",  # a pair is dropped once
+        f"gone.png,{folder},leak,",
+        "0004.png,elsewhere,leak,",
+    )
+    cli.main(["shards", str(folder), str(tmp_path / "out"), "--drop", str(drop), "--val-fraction", "0.3"])
+    out, err = capsys.readouterr()
+    assert f"1 of the rows of {drop} names no pair of {folder}: gone.png" in err
+    assert "about other sources: elsewhere (1)" in err
+    kept, held_out = (len(Shards(tmp_path / "out" / side)) for side in ("train", "val"))
+    assert f"{kept} pairs and {held_out} held out in" in out
+    assert "; 1 rejected, 3 dropped (copy 2, leak 1), 1 left out, see" in out
+    assert kept + held_out + 1 + 3 == 40
+    assert {row[1]: row[2] for row in rejected_rows(tmp_path / "out") if "dropped" in row[2]} == {
+        "0001.png": "dropped: copy",
+        "0002.png": "dropped: leak",
+        "0003.png": "dropped: copy",
+    }
+    index = json.loads((tmp_path / "out" / "train" / "index.json").read_text())
+    assert (index["left_out"]["dropped: copy"], index["left_out"]["dropped: leak"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "shards"])
+def test_pairs_of_any_source_are_dropped_by_the_names_that_reading_gives_them(tmp_path, kind):
+    folder = write_pairs(tmp_path / "photos", 5)
+    if kind == "table":
+        lines = [f"{n:04d}.png,picture {n}" for n in range(5)]
+        pairs = read_pairs(table(folder / "t.csv", "image,caption", *lines))
+    elif kind == "shards":
+        pack_folder(folder, tmp_path / "out")
+        pairs = shard_pairs(str(tmp_path / "out"))
+    else:
+        pairs = read_pairs(folder)
+    listed = rows_about(pairs, table(tmp_path / "drop.csv", "key", pairs.names[1], pairs.names[4]), "x")
+    kept, reasons = without_listed(pairs, listed)
+    assert reasons == {"listed": 2}
+    assert [pair.captions[0].partition(",")[0] for pair in kept] == ["picture 0", "picture 2", "picture 3"]
+    assert [(each.source, each.count) for each in kept.left_out] == [(pairs.names[1], 1), (pairs.names[4], 1)]
+
+
+def test_a_list_without_rows_drops_nothing(tmp_path):
+    folder = write_pairs(tmp_path / "photos", 3)
+    cli.main(["shards", str(folder), str(tmp_path / "out"), "--drop", str(table(tmp_path / "d.csv", "key,reason"))])
+    assert captions(tmp_path / "out") == ["picture 0", "picture 1", "picture 2"]
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (["name", "a"], ["no column 'key'", "'name'"]),
+        (["key,reason", ",leak"], ["row 1", "no key"]),
+        (["key", "a.png"], ["no row of", "a.png", "a pair of it is called '0000.png'"]),
+        (["key,source", "0000.png,other"], ["is about other", "take the column 'source' out"]),
+        (["key", *[f"{n:04d}.png" for n in range(3)]], ["all of the 3 pairs"]),
+    ],
+)
+def test_a_list_of_no_use_is_refused_with_a_remedy(tmp_path, capsys, lines, words):
+    folder, drop = write_pairs(tmp_path / "photos", 3), table(tmp_path / "drop.csv", *lines)
+    message = fails(capsys, ["shards", str(folder), str(tmp_path / "out"), "--drop", str(drop)])
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_list_that_is_not_there_or_is_for_an_index_is_refused(tmp_path, capsys):
+    folder = write_pairs(tmp_path / "photos", 1)
+    assert "no file nothing.csv" in fails(capsys, ["shards", str(folder), "out", "--drop", "nothing.csv"])
+    assert "--drop is for packing" in fails(capsys, ["shards", str(folder), "--index-only", "--drop", "x"])
