@@ -116,7 +116,8 @@ def without_dropped(pairs: Pairs, options: argparse.Namespace) -> tuple[Pairs, M
 
 
 def _index(options: argparse.Namespace) -> None:
-    from ..data.shard_index import REJECTED_FILE, index_shards, tar_locations
+    from ..data.indexing.index_tars import index_shards, tar_locations
+    from ..data.shard_index import REJECTED_FILE
 
     with progress_bar("indexing", len(tar_locations(options.source))) as progress:
         done = index_shards(options.source, options.out, options.overwrite, progress)

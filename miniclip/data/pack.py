@@ -32,12 +32,12 @@ from .shard_index import (
     REJECTED_FILE,
     SCHEMA_VERSION,
     Packed,
-    Tar,
     report_progress,
     rows_left_out,
     write_index,
     write_rejected,
 )
+from .tar_writer import Tar
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
 _AT_A_TIME = 8  # pairs that a thread prepares in a row

@@ -23,9 +23,10 @@ import numpy as np
 from ..common.cache import Cache
 from ..common.files import read_at
 from ..common.storage import check_scheme, exists, expand, is_url, join, read_bytes
+from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.scan import LeftOut
-from .shard_index import INDEX_FILE, SCHEMA_VERSION, tar_locations
+from .shard_index import INDEX_FILE, SCHEMA_VERSION
 
 _OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
 

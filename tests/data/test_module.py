@@ -24,12 +24,12 @@ from PIL import Image
 
 from miniclip import tokenizer
 from miniclip.data.augmentation import Augmentation
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.pairs import Batch, CaptionChoice, PairDataset
 from miniclip.data.sample_files import Packing
 from miniclip.data.sampling.order import BatchSampler, Mixture, SampleOrder
-from miniclip.data.shard_index import index_shards
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 from miniclip.images import Preprocess

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from helpers import pack_folder, picture, rejected_rows
 
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.pack import pack
 from miniclip.data.reading.scan import LeftOut, scan, summary
-from miniclip.data.shard_index import index_shards
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 

@@ -16,11 +16,11 @@ from helpers import picture, rejections, write_picture
 from PIL import Image
 
 from miniclip.commands import main as cli
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import captions_in, picture_in, texts_in
 from miniclip.data.reading.pair import Pair
-from miniclip.data.shard_index import index_shards
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 

@@ -31,13 +31,14 @@ from helpers import (
 from PIL import Image
 
 from miniclip.commands import main as cli
-from miniclip.data import shard_index
+from miniclip.data.indexing import index_tars
+from miniclip.data.indexing.index_tars import index_shard, index_shards
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import CAPTION_COLUMNS
 from miniclip.data.reading.pair import Pair
 from miniclip.data.reading.tables import IMAGE_COLUMNS
 from miniclip.data.sample_files import Packing
-from miniclip.data.shard_index import SCHEMA_VERSION, Packed, index_shard, index_shards
+from miniclip.data.shard_index import SCHEMA_VERSION, Packed
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 
@@ -613,6 +614,9 @@ def copy(shelf, tmp_path) -> Path:
     return Path(shutil.copytree(shelf, tmp_path / "copy"))
 
 
+STORED = ("jpg", "png", "webp", "txt", "json")
+
+
 def test_webdataset_reads_the_same_samples_from_the_tars(shelf):
     import webdataset
 
@@ -627,6 +631,20 @@ def test_webdataset_reads_the_same_samples_from_the_tars(shelf):
         assert image == record.image
         assert sample["txt"].decode("utf-8") == "\n".join(record.captions)
         assert json.loads(sample["json"])["width"] == 20 + number
+
+
+def test_a_tar_has_the_bytes_that_webdatasets_writer_gives_for_its_samples(shelf, tmp_path):
+    import webdataset
+
+    tars = sorted(shelf.glob("*.tar"))
+    assert len(tars) == 3
+    for path in tars:
+        with webdataset.TarWriter(
+            str(tmp_path / path.name), encoder=False, mtime=0, user="", group="", mode=0o644
+        ) as writer:
+            for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+                writer.write({name: value for name, value in sample.items() if name in ("__key__", *STORED)})
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
 
 
 def test_each_number_reads_what_tarfile_finds_under_its_key_in_any_order(shelf):
@@ -1004,8 +1022,8 @@ def test_a_damaged_tar_is_named_and_the_others_are_indexed(tmp_path, how, monkey
     first = (folder / "00000.npz").stat()
     (folder / "00001.tar").write_bytes(whole)
     indexed = list[Path]()
-    index = shard_index.index_shard
-    monkeypatch.setattr(shard_index, "index_shard", lambda path, offsets: indexed.append(path) or index(path, offsets))
+    index = index_tars.index_shard
+    monkeypatch.setattr(index_tars, "index_shard", lambda path, offsets: indexed.append(path) or index(path, offsets))
     assert index_shards(str(folder)).kept == 6
     assert indexed == [folder / "00001.tar"]  # what was hashed is not hashed again
     assert (folder / "00000.npz").stat() == first

@@ -21,7 +21,7 @@ from written_sets import lines, tar
 from miniclip import tokenizer
 from miniclip.commands import main as cli
 from miniclip.common import storage
-from miniclip.data.shard_index import index_shards
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
 from miniclip.evaluation.zero_shot import zero_shot_classifier

@@ -10,7 +10,7 @@ import torch
 from runs import arguments, fails, validations
 
 from miniclip.commands import train as trainer
-from miniclip.data.shard_index import index_shards
+from miniclip.data.indexing.index_tars import index_shards
 
 
 def early_stopping(**options: object) -> str:

@@ -15,10 +15,10 @@ from PIL import Image
 from servers import Server
 
 from miniclip.common import storage
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.sample_files import Packing
-from miniclip.data.shard_index import index_shards
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 

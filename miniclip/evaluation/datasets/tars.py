@@ -16,9 +16,10 @@ import numpy as np
 
 from ...common.files import cache_folder, locked
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
+from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
-from ...data.shard_index import INDEX_FILE, index_shards, tar_locations
+from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import SPLIT_NAMES, in_split
 from .folders_and_tables import FromEach, all_captioned, choose_split, image_of_record, label_in

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from .reading.folders import preference, same_sample
-from .reading.scan import (
-    IMAGE_SUFFIXES,
+from ..reading.folders import preference, same_sample
+from ..reading.scan import (
     LEFTOVER,
     TEXT_SUFFIXES,
     LeftOut,
@@ -24,8 +23,7 @@ from .reading.scan import (
     is_leftover,
     is_skipped_folder,
 )
-
-KINDS = ("image", "txt", "json", "cls", "npy")
+from ..shard_index import kind_of
 
 
 class Member(NamedTuple):
@@ -37,14 +35,6 @@ class Member(NamedTuple):
 
 
 Sample = tuple[str, dict[str, Member]]  # its key, and its members by kind
-
-
-def kind_of(suffix: str) -> str | None:
-    """The kind of a member by the suffix of its name, without the dot; None for one that is not known."""
-    suffix = f".{suffix.lower()}"
-    if suffix in IMAGE_SUFFIXES:
-        return "image"
-    return "txt" if suffix in TEXT_SUFFIXES else suffix[1:] if suffix[1:] in KINDS else None
 
 
 def read_samples(path: Path) -> tuple[list[Sample], list[LeftOut]]:

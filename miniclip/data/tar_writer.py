@@ -1,0 +1,78 @@
+"""A shard that is being written: by webdataset's writer, hashed on its way to the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from .shard_index import Extents, index_entry, kind_of
+
+_BUFFER_BYTES = 4 << 20
+
+
+class Tar:
+    """A tar and the places of its members. The same samples give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, _HashedFile(path)
+        self.writer = TarWriter(self.file, encoder=False, mtime=0, user="", group="", mode=0o644)
+        self.samples: list[tuple[str, Extents]] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes so far, without the tar's end."""
+        return self.writer.tarstream.offset
+
+    def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Adds a sample, from its members by suffix, in the order that webdataset gives them."""
+        extents: Extents = {}
+        self.samples.append((key, extents))
+        for suffix, data in sorted(members.items()):
+            self.writer.write({"__key__": key, suffix: data})
+            blocks = -(-len(data) // tarfile.BLOCKSIZE)
+            extents[str(kind_of(suffix))] = (self.size - blocks * tarfile.BLOCKSIZE, len(data), zlib.crc32(data))
+
+    def close(self) -> dict[str, Any]:
+        """Its entry for `index.json`."""
+        self.writer.close()
+        checksum = self.file.close()
+        return index_entry(self.path, self.samples, self.path.with_suffix(".npz"), checksum)
+
+
+class _HashedFile:
+    """A file to append to, in large pieces, each hashed by a thread while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed below)
+        self.buffer = bytearray()
+        self.digest, self.hashing = hashlib.sha256(), ThreadPoolExecutor(1)
+        self.hashed: deque[Future[None]] = deque()
+
+    def write(self, data: bytes) -> None:
+        self.buffer += data
+        if len(self.buffer) >= _BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        piece, self.buffer = memoryview(self.buffer), bytearray()
+        self.hashed.append(self.hashing.submit(self.digest.update, piece))
+        while piece:
+            piece = piece[self.file.write(piece) :]
+        if len(self.hashed) > 4:  # it must not fall behind by more than memory holds
+            self.hashed.popleft().result()
+
+    def close(self) -> str:
+        """The SHA-256 of all, which is on the disk then."""
+        self._flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.hashing.shutdown()
+        return self.digest.hexdigest()
