@@ -40,6 +40,7 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     write = parser.add_argument_group("writing")
     write.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images to this short side")
     write.add_argument("--quality", type=int, default=95, help="JPEG quality of shrunk images, 1 to 95")
+    write.add_argument("--upright", action="store_true", help="store pictures that EXIF turns as viewers show them")
     write.add_argument("--min-side", type=int, metavar="PIXELS", help="reject images with a shorter side")
     write.add_argument("--max-aspect", type=float, metavar="RATIO", help="reject images longer than this to 1")
     write.add_argument("--val-fraction", type=float, default=0.0, metavar="SHARE", help="hold out, into OUT/val")
@@ -56,14 +57,22 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.index_only and options.drop:
-        raise ValueError("--drop is for packing, and --index-only leaves tars as they are; pack them anew: SRC OUT")
     if options.index_only:
+        _refuse_changes(options)
         _index(options)
     elif options.out is None:
         raise ValueError("OUT is missing: the folder to write")
     else:
         _pack(options)
+
+
+def _refuse_changes(options: argparse.Namespace) -> None:
+    for name in ("drop", "resize", "min_side", "max_aspect", "val_fraction", "upright"):
+        if getattr(options, name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} is for packing, and --index-only leaves tars as they are; pack them anew: SRC OUT"
+            )
 
 
 def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:
@@ -150,6 +159,7 @@ def _pack(options: argparse.Namespace) -> None:
         min_side=options.min_side,
         max_aspect=options.max_aspect,
         val_fraction=options.val_fraction,
+        upright=options.upright,
     )
     with progress_bar("packing", -(-len(pairs) // max(1, options.part[1]))) as progress:
         packed = pack(
@@ -172,10 +182,11 @@ def _pack(options: argparse.Namespace) -> None:
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
     left_out = f", {num_dropped} dropped ({reasons})" if dropped else ""
     left_out += f", {packed.left_out - num_dropped} left out" if packed.left_out > num_dropped else ""
+    turned = f"; {packed.turned} turned upright" if options.upright else ""
     listed = f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected or packed.left_out else ""
     print(
-        f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB; "
-        f"{packed.rejected} rejected{left_out}{listed}"
+        f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB"
+        f"{turned}; {packed.rejected} rejected{left_out}{listed}"
     )
 
 

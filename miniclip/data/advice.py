@@ -73,8 +73,9 @@ def advice(findings: Findings) -> list[str]:
         )
     if turned >= _NOTABLE:
         out.append(
-            f"{portion(turned)} of the images are turned by an EXIF tag, which neither packing nor training follows: "
-            "the model sees them as they are stored. Turn the files themselves"
+            f"{portion(turned)} of the images are turned by an EXIF tag, which training does not follow: the model "
+            "sees them as they are stored. `miniclip shards --upright` packs them as viewers show them; what is then "
+            "trained wants --upright in eval, classify, embed and the others, too"
         )
     rate = f"{findings.decode_images_per_s:,.0f}"
     if not findings.workers:

@@ -193,6 +193,7 @@ class _Chunk:
         rejected: list[tuple[str, str, str]] = []
         shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
         tars: dict[str, Tar] = {}
+        turned = 0
 
         def close(side: str) -> None:
             shards[side].append(tars.pop(side).close())
@@ -202,6 +203,7 @@ class _Chunk:
                 rejected.append((f"{index:09d}", result.source, result.reason))
             else:
                 side = "val" if result.is_held_out else "train"
+                turned += result.is_turned
                 if side in tars and tars[side].size + result.size + _END_BYTES > packing.max_shard_bytes:
                     close(side)
                 if side not in tars:
@@ -211,7 +213,7 @@ class _Chunk:
                 progress(index + 1 - self.indices.start)
         for side in list(tars):
             close(side)
-        write_text(self.result, json.dumps({"shards": shards, "rejected": rejected}))
+        write_text(self.result, json.dumps({"shards": shards, "rejected": rejected, "turned": turned}))
 
 
 def _computed_ahead(indices: range, function: Callable[[int], Any], workers: int) -> Iterator[tuple[int, Any]]:
@@ -250,6 +252,7 @@ def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk], l
     rejected = [tuple(row) for result in results for row in result["rejected"]]
     shards = {side: [entry for result in results for entry in result["shards"][side]] for side in ("train", "val")}
     counts = {side: sum(entry["samples"] for entry in entries) for side, entries in shards.items()}
+    turned = sum(result["turned"] for result in results)
     if not sum(counts.values()):
         shutil.rmtree(work)
         examples = "".join(f"\n  {name}: {reason}" for _, name, reason in rejected[:5])
@@ -276,7 +279,7 @@ def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk], l
                 if before.exists():
                     os.replace(before, folder / f"{number:05d}{suffix}")
             entries.append({**entry, "file": f"{number:05d}.tar", "offsets": f"{number:05d}.npz"})
-        write_index(folder, entries, {**plan, "rejected": len(rejected)}, reasons)
+        write_index(folder, entries, {**plan, "rejected": len(rejected), "turned": turned}, reasons)
     _publish(out, work)
 
 
@@ -294,4 +297,5 @@ def read_packed(out: Path) -> Packed:
     entries = [entry for index in indexes for entry in index["shards"]]
     kept, held_out = [index["samples"] for index in indexes] + [0] * (2 - len(indexes))
     size, left_out = sum(entry["bytes"] for entry in entries), sum(indexes[0].get("left_out", {}).values())
-    return Packed(kept, indexes[0]["rejected"], len(entries), size, held_out, left_out=left_out)
+    turned = indexes[0].get("turned", 0)
+    return Packed(kept, indexes[0]["rejected"], len(entries), size, held_out, left_out=left_out, turned=turned)

@@ -8,11 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from ..common.storage import read_bytes
-from ..images import open_image, read_header
+from ..images import open_image, orientation, read_header, upright
 from .augmentation import jpeg_size
 from .reading.cells import one_line
 from .reading.pair import Pair, Pairs
@@ -36,6 +37,7 @@ class Packing:
         min_side: reject images whose short side is shorter, pixels.
         max_aspect: reject images whose long side is more times their short side.
         val_fraction: share of the pairs to hold out. The image's bytes decide, so copies stay on one side.
+        upright: store the pixels of pictures that an EXIF tag turns or mirrors as viewers show them.
     """
 
     samples_per_shard: int = 10_000
@@ -45,6 +47,7 @@ class Packing:
     min_side: int | None = None
     max_aspect: float | None = None
     val_fraction: float = 0.0
+    upright: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples_per_shard", "max_shard_bytes", "resize", "min_side", "max_aspect"):
@@ -61,6 +64,7 @@ class Packing:
 class _Prepared:
     members: dict[str, bytes]  # by suffix
     is_held_out: bool
+    is_turned: bool
 
     @property
     def size(self) -> int:
@@ -93,7 +97,8 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
     assert pair.image is not None
     original = read_bytes(pair.image)
     name = pair.image.name if isinstance(pair.image, Path) else pair.source
-    suffix, data, (width, height) = _stored_image(original, name, packing)
+    is_turned = packing.upright and _is_turned(original)
+    suffix, data, (width, height) = _stored_image(original, name, packing, is_turned)
     facts = {"source": pair.source, **pair.extra, "width": width, "height": height}
     members = {
         suffix: data,
@@ -102,30 +107,57 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
         "json": json.dumps(facts, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
     }
     place = int.from_bytes(hashlib.sha256(original).digest()[:8]) / 2**64 if packing.val_fraction else 1.0
-    return _Prepared(members, place < packing.val_fraction)
+    return _Prepared(members, place < packing.val_fraction, is_turned)
 
 
-def _stored_image(original: bytes, name: str, packing: Packing) -> tuple[str, bytes, tuple[int, int]]:
+def _stored_image(original: bytes, name: str, packing: Packing, is_turned: bool) -> tuple[str, bytes, tuple[int, int]]:
     """An image's suffix, bytes and (W, H) as they go into the tar.
 
     It is decoded completely only where needed, as decoding takes most of the time of packing.
     """
-    is_kept = packing.resize is None and _is_whole(original)
+    is_kept = packing.resize is None and not is_turned and _is_whole(original)
     if is_kept and (size := jpeg_size(original)):
         _filter((size[1], size[0]), packing)
         return "jpg", original, (size[1], size[0])
-    image = open_image(original, name, is_whole=is_kept)
+    stored = open_image(original, name, is_whole=is_kept)
+    image = upright(stored) if is_turned else stored
     _filter(image.size, packing)
     scale = packing.resize / min(image.size) if packing.resize else 1.0
-    is_animated = getattr(image, "is_animated", False) and image.format == "WEBP"  # not every decoder reads those
-    suffix = None if is_animated else _KEPT_FORMATS.get(image.format or "")
+    is_animated = getattr(stored, "is_animated", False) and stored.format == "WEBP"  # not every decoder reads those
+    suffix = None if is_animated else _KEPT_FORMATS.get(stored.format or "")
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
         return "jpg", _encode(image, "JPEG", quality=packing.quality), size
     if suffix is None:
-        return "png", _encode(open_image(original, name).convert("RGB"), "PNG"), image.size
+        return "png", _encode(image.convert("RGB"), "PNG"), image.size
+    if is_turned and suffix == "jpg":
+        return "jpg", _encode_like(stored, image, packing.quality), image.size
+    if is_turned:
+        return "png", _encode(image, "PNG"), image.size
     return suffix, original, image.size
+
+
+def _is_turned(data: bytes) -> bool:
+    try:
+        return orientation(read_header(data)) != 1
+    except Exception:  # no picture, which reading it will say
+        return False
+
+
+def _encode_like(stored: Image.Image, turned: Image.Image, quality: int) -> bytes:
+    """A turned JPEG by its own quantisation: where its sides are multiples of its blocks, little but rounding is lost.
+
+    Args:
+        quality: of one in CMYK, which becomes RGB.
+    """
+    if turned.mode not in ("RGB", "L"):
+        return _encode(turned.convert("RGB"), "JPEG", quality=quality)
+    tables: list[list[int]] = list(stored.quantization.values())  # type: ignore[attr-defined]
+    if orientation(stored) > 4:  # lying: the frequencies of rows are those of columns now
+        tables = [[table[8 * column + row] for row in range(8) for column in range(8)] for table in tables]
+    is_halved = JpegImagePlugin.get_sampling(stored) == 2  # its colours, both ways
+    return _encode(turned, "JPEG", qtables=tables, subsampling=2 if is_halved else 0)
 
 
 def _filter(size: tuple[int, int], packing: Packing) -> None:
@@ -149,7 +181,7 @@ def _is_whole(data: bytes) -> bool:
     return True
 
 
-def _encode(image: Image.Image, file_format: str, **options: int) -> bytes:
+def _encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()

@@ -36,6 +36,7 @@ class Packed:
         kept, held_out: samples in the shards; held out are those of `val_fraction`.
         missing: chunks that other parts have not packed yet; until then the folder has not got its name.
         left_out: files, rows and members of the source that belong to no pair.
+        turned: samples whose pixels were turned upright, as `Packing.upright` asks.
         damaged: tars that could not be indexed, each with the reason.
     """
 
@@ -46,6 +47,7 @@ class Packed:
     held_out: int = 0
     missing: int = 0
     left_out: int = 0
+    turned: int = 0
     damaged: tuple[str, ...] = ()
 
 
