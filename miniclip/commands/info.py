@@ -10,29 +10,48 @@ from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
 if TYPE_CHECKING:
     from ..weights.facts import Facts
+    from ..weights.trace import Call
 
 
 def parser() -> argparse.ArgumentParser:
     parser = new_parser(
         "info",
-        "Prints a checkpoint's format, architecture, sizes, cost and preprocessing, and whether it loads.\n\n"
-        + CHECKPOINTS,
+        "Prints a checkpoint's format, architecture, sizes, cost and preprocessing, and whether it loads. --trace\n"
+        "adds the forward pass, module by module.\n\n" + CHECKPOINTS,
         examples="""
 miniclip info ViT-B/32
 miniclip info runs/digits/best
-miniclip info epoch_32.pt --activation gelu""",
+miniclip info epoch_32.pt --activation gelu
+miniclip info ViT-B/32 --trace --batch 64 --text-length 12""",
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint")
+    parser.add_argument("--trace", action="store_true", help="list the modules that run: shapes, parameters, cost")
+    parser.add_argument("--batch", type=int, metavar="N", help="images and texts of --trace; default: 1")
+    parser.add_argument(
+        "--text-length", type=int, metavar="L", help="tokens of each text of --trace; default: the context length"
+    )
     add_hints(parser)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
+    for name in ("batch", "text_length"):
+        if getattr(options, name) is not None and not options.trace:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is for --trace; add it, or leave both out"
+            )
     with lasting_imports():
         from ..weights.facts import inspect
+        from ..weights.trace import fold, trace
 
-    for name, value in rows(inspect(options.source, **hints(options))).items():
+    facts = inspect(options.source, **hints(options))
+    batch_size = 1 if options.batch is None else options.batch
+    calls = trace(facts.config, batch_size, options.text_length) if options.trace else []
+    for name, value in rows(facts).items():
         print(f"{name:>14}  {value}")
+    for tower in fold(calls):
+        print()
+        print_table(tower)
 
 
 def rows(facts: Facts) -> dict[str, str]:
@@ -68,3 +87,29 @@ def rows(facts: Facts) -> dict[str, str]:
         "dtype": ", ".join(facts.dtypes),
         "loads": facts.problems or "yes",
     }
+
+
+def print_table(tower: Call) -> None:
+    """A line for each module; its parameters and FLOPs hold those of the modules inside it, indented below."""
+    lines = [("module", "class", "output", "parameters", "MFLOPs", "output's bytes"), *table(tower)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, kind, *figures in lines:
+        line = [name.ljust(widths[0]), kind.ljust(widths[1])]
+        print("  ".join(line + [figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True)]))
+
+
+def table(call: Call, depth: int = 0) -> list[tuple[str, ...]]:
+    """The cells of `print_table`, of a call and of those inside it."""
+    name = call.name if not depth else call.name.rsplit(".", 1)[-1]
+    if call.last:
+        name += "–" + call.last.rsplit(".", 1)[-1]
+    shape = "(" + ", ".join(map(str, call.shape)) + ")" if call.shape else ""
+    cells = (
+        "  " * depth + name,
+        call.kind,
+        shape,
+        f"{call.parameters:,}",
+        f"{call.flops / 1e6:,.1f}",
+        f"{call.bytes:,}",
+    )
+    return [cells, *(row for each in call.inside for row in table(each, depth + 1))]
