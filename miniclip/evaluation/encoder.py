@@ -17,10 +17,14 @@ B batch, R resolution, L text tokens, E embedding, D width of an image tower.
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 
 from .. import tokenizer
 from ..common.version import __version__
+from ..common.wording import cut_short
 from ..model import CLIP, MissingTower, VisionTransformer
 from ..resnet import ModifiedResNet
 from .fingerprints import PROBE_TEXTS, digest_arrays, digest_module, probe_outputs, probe_pictures, tensors_of
@@ -169,6 +174,49 @@ def pooled_features(model: CLIP, images: Tensor) -> Tensor:
 # Anything else
 
 
+class ModelError(ValueError):
+    """Code of a user's own model raised something; the message names both, and the cause has the traceback."""
+
+
+@contextmanager
+def errors_named(what: str, kinds: tuple[type[BaseException], ...] = (Exception,)) -> Iterator[None]:
+    """What a user's code raises, of some kinds, as a ModelError: "encode_image of NAME raised …"."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except kinds as error:
+        kind, message = type(error).__name__, cut_short(" ".join(str(error).split()), 300)
+        raise ModelError(f"{what} raised {kind}{': ' if message else ''}{message}{_raised_at(error)}") from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """The file and line of a user's code that an error came from."""
+    libraries = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")]
+    others = (*libraries, str(Path(__file__).parents[1]), "<")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+class _Named:
+    """A function of a user's model whose errors name the model; can be pickled as far as the function can."""
+
+    def __init__(self, function: Callable[[Any], Any], what: str) -> None:
+        self.function, self.what = function, what
+
+    def __call__(self, argument: Any) -> Any:
+        with errors_named(self.what):
+            return self.function(argument)
+
+
+class _NamedPreprocess(_Named):
+    def __call__(self, argument: Image.Image) -> Tensor:
+        pixels = super().__call__(argument)
+        if not isinstance(pixels, Tensor) or pixels.ndim == 0:
+            raise ModelError(f"{self.what} gives a {type(pixels).__name__}; a tensor (3, R, R) is needed")
+        return pixels
+
+
 def from_object(obj: Any, name: str) -> Encoder:
     """Any object with the five things: encode_image, encode_text, tokenize, preprocess, logit_scale.
 
@@ -178,7 +226,8 @@ def from_object(obj: Any, name: str) -> Encoder:
     does.
 
     Raises:
-        ValueError: one of the five is missing or of no use; it is named.
+        ValueError: one of the five is missing or of no use; it is named. What its functions raise later is a
+            `ModelError`.
     """
     missing = [attribute for attribute in FIVE_THINGS if getattr(obj, attribute, None) is None]
     if missing:
@@ -198,7 +247,9 @@ def from_object(obj: Any, name: str) -> Encoder:
     if isinstance(obj, nn.Module):
         obj.eval()
 
-    def checked(encode: Callable[[Any], Any], what: str) -> Callable[[Any], Tensor]:
+    def checked(function: Callable[[Any], Any], what: str) -> Callable[[Any], Tensor]:
+        encode = _Named(function, f"{what} of {name}")
+
         @torch.no_grad()
         def encode_on_device(batch: Any) -> Tensor:
             features = encode(batch.to(scale.device) if isinstance(batch, Tensor) else batch)
@@ -215,8 +266,8 @@ def from_object(obj: Any, name: str) -> Encoder:
         name=name,
         encode_image=checked(obj.encode_image, "encode_image"),
         encode_text=checked(obj.encode_text, "encode_text"),
-        tokenize=obj.tokenize,
-        preprocess=obj.preprocess,
+        tokenize=_Named(obj.tokenize, f"tokenize of {name}"),
+        preprocess=_NamedPreprocess(obj.preprocess, f"preprocess of {name}"),
         logit_scale=scale,
         encode_pooled=checked(pooled, "encode_pooled") if pooled is not None else None,
         library=str(getattr(obj, "library", "")),

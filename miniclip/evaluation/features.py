@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+import traceback
 import unicodedata
 import uuid
 import warnings
@@ -29,14 +30,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from .. import tokenizer
+from ..common.arguments import check_count
 from ..common.cache import make_room
 from ..common.files import atomic_write, cache_folder, expand_home
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from ..common.waiting import PatientLoader
 from .datasets.sets import EvaluationSet
+from .encoder import ModelError
 from .fingerprints import digest_value
 
 _PROMPTS_PER_BATCH = 256
@@ -173,6 +176,7 @@ def encode_texts(
     parts = []
     for number in own:
         features = model.encode_text(tokenize(batches[number]))
+        _refuse_other_count(features, len(batches[number]), "texts")
         parts.append(F.normalize(features.float(), dim=-1))
         if progress:
             progress(round(len(parts) * len(unique) / len(own)))
@@ -223,16 +227,20 @@ class ImageFeatures:
         return F.normalize(self.features, dim=-1)
 
 
-class _Images(Dataset[Tensor | str]):
+class _Images(Dataset[Tensor | str | ModelError]):
     def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], indices: list[int]) -> None:
         self.data, self.preprocess, self.indices = data, preprocess, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Tensor | str:
+    def __getitem__(self, position: int) -> Tensor | str | ModelError:
         try:
             return self.preprocess(self.data.open(self.indices[position]))
+        except ModelError as error:  # no fault of the image's
+            if get_worker_info() is not None:  # a cause is lost on the way to the main process
+                error.add_note(traceback.format_exc())
+            return error
         except ValueError as error:
             return str(error)
 
@@ -270,8 +278,9 @@ def encode_in_batches(
         num_workers: processes that decode; no more than there are batches, and none for a single one.
 
     Raises:
-        ValueError: features that are zero or not finite.
+        ValueError: a batch size or a number of workers that is none; features that are zero or not finite.
     """
+    batch_size, num_workers = check_count("batch_size", batch_size), check_count("num_workers", num_workers, 0)
     places = [int(index) for index in indices]
     num_batches = -(-len(places) // batch_size)
     num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
@@ -279,12 +288,16 @@ def encode_in_batches(
     loader: PatientLoader[Any] = PatientLoader(opened, batch_size, num_workers=num_workers, collate_fn=list)
     blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
     for number, batch in enumerate(loader if places else ()):
+        for image in batch:
+            if isinstance(image, ModelError):
+                raise image
         if blank is None:
             readable = [image for image in batch if isinstance(image, Tensor)]
             blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
-        images = torch.stack([blank if isinstance(image, str) else image for image in batch])
+        images = _stacked([blank if isinstance(image, str) else image for image in batch])
         with torch.no_grad():
             features = encode(images.to(device)).float().cpu()  # (b, E)
+        _refuse_other_count(features, len(batch), "images")
         is_healthy = torch.tensor([isinstance(image, Tensor) for image in batch])
         if not is_healthy.all():
             features = features[is_healthy]
@@ -292,6 +305,18 @@ def encode_in_batches(
         own = np.array(places[number * batch_size : number * batch_size + len(batch)], dtype=np.int64)
         problems = {int(i): image for i, image in zip(own, batch, strict=True) if isinstance(image, str)}
         yield EncodedBatch(own[is_healthy.numpy()], features, problems)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    if others := [image for image in images if image.shape != images[0].shape]:
+        shapes = f"{tuple(images[0].shape)} and {tuple(others[0].shape)}"
+        raise ValueError(f"the model's preprocessing gives the shapes {shapes}; those of a batch must be equal")
+    return torch.stack(list(images))
+
+
+def _refuse_other_count(features: Tensor, count: int, what: str) -> None:
+    if len(features) != count:
+        raise ValueError(f"the model gives {len(features)} vectors of features for {count} {what}; one each is needed")
 
 
 @torch.no_grad()  # as above

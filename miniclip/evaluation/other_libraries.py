@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..common.arguments import shown
 from ..common.device import find_device
 from ..common.files import expand_home
 from ..model import CLIP
 from ..weights.download import HUB_PREFIX
 from ..weights.load import load, preprocess_for
-from .encoder import Encoder, Preprocessor, as_number, from_clip, from_object
+from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object
 from .fingerprints import PASSING_STATE, is_plain_value
 
 OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX = "openclip:", "transformers:", "python:"
@@ -43,6 +44,8 @@ def open_model(name: str, device: str | torch.device | None = None) -> Encoder:
         ValueError: a library that is missing, a name that it does not know, weights that are not there or do not fit,
             or an object that lacks one of the five things.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"model is {shown(name)}; it must be the name or the path of one")
     openers = {OPENCLIP_PREFIX: _open_openclip, TRANSFORMERS_PREFIX: _open_transformers, PYTHON_PREFIX: _open_python}
     before, colon, after = name.partition(":")
     prefix = before + colon
@@ -327,10 +330,7 @@ def _open_python(name: str, device: torch.device) -> Encoder:
     if not module_name or not attribute:
         raise ValueError(f"model {name!r} is not python:FILE.py:FUNCTION or python:MODULE:FUNCTION")
     is_file = module_name.endswith(".py")
-    try:
-        module = _import_file(name, expand_home(module_name)) if is_file else _import_module(name, module_name)
-    except SyntaxError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
+    module = _import_file(name, expand_home(module_name)) if is_file else _import_module(name, module_name)
     function = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
@@ -339,7 +339,9 @@ def _open_python(name: str, device: torch.device) -> Encoder:
             f"model {name!r}: {module_name} {what} {attribute}" + (f"; did you mean {near[0]}?" if near else "")
         )
     takes_device = "device" in inspect.signature(function).parameters
-    return from_object(function(device=device) if takes_device else function(), name)
+    with errors_named(f"{attribute} of {name}", (Exception, SystemExit)):
+        model = function(device=device) if takes_device else function()
+    return from_object(model, name)
 
 
 def _import_file(name: str, path: Path) -> Any:
@@ -357,18 +359,29 @@ def _import_file(name: str, path: Path) -> Any:
     if found is None or found.origin is None or Path(found.origin).resolve() != path:
         other = f", which is {found.origin or 'built in'}" if found else ""
         raise ValueError(f"model {name!r}: Python can't import {path} as {stem!r}{other}; rename the file")
-    return importlib.import_module(stem)
+    return _imported(name, stem)
+
+
+def _imported(name: str, module: str) -> Any:
+    try:
+        with errors_named(f"model {name!r}: its module", (Exception, SystemExit)):
+            return importlib.import_module(module)
+    except ModelError as error:
+        if isinstance(error.__cause__, SyntaxError):
+            raise ValueError(f"model {name!r}: {error.__cause__}") from error
+        raise
 
 
 def _import_module(name: str, place: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where `python -m` looks, and an installed command does not
     try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+        return _imported(name, place)
+    except ModelError as error:
+        absent = getattr(error.__cause__, "name", None)
+        if not isinstance(error.__cause__, ModuleNotFoundError) or not f"{place}.".startswith(f"{absent}."):
             raise  # something that the module itself imports
-        raise ValueError(f"model {name!r}: there is no module {error.name!r}; a file ends in .py") from error
+        raise ValueError(f"model {name!r}: there is no module {absent!r}; a file ends in .py") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from ..common.arguments import check_texts, shown
 from ..common.files import ASSETS, is_readable
 
 Template = str | Callable[[str], str]
@@ -45,6 +46,9 @@ def fill(template: Template, classname: str) -> str:
     """
     if callable(template):
         return template(classname)
+    if not isinstance(template, str) or not isinstance(classname, str):
+        what, value = ("class name", classname) if isinstance(template, str) else ("template", template)
+        raise ValueError(f"a {what} is {shown(value)}; it must be a text (str)")
     if "{}" not in template and "{c}" not in template:
         raise ValueError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")
     return template.replace("{c}", "{}").replace("{}", classname)
@@ -62,7 +66,7 @@ def class_prompts(prompts: Prompts, classname: str) -> list[str]:
         near = difflib.get_close_matches(classname, prompts, n=2)
         hint = f"; near is {' and '.join(map(repr, near))}" if near else ""
         raise ValueError(f"there are prompts for {len(prompts)} classes, and none for {classname!r}{hint}")
-    return list(prompts[classname])
+    return check_texts(f"the prompts of {classname!r}", prompts[classname])
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..common.arguments import check_list, check_texts
 from ..common.wording import percent
 from .datasets.sets import LabelledImages
 from .features import ImageFeatures, encode_images, encode_texts, own_tokenize
@@ -70,10 +71,11 @@ def zero_shot_classifier(
     Raises:
         ValueError: no classes or no templates, a template without a place for the name, or a class without prompts.
     """
-    if not len(classnames) or not len(templates):
+    classnames = check_texts("classnames", classnames)
+    if not isinstance(templates, Mapping):
+        templates = check_list("templates", templates, "texts with {} for the class name")
+    if not classnames or not templates:
         raise ValueError(f"{len(classnames)} class names and {len(templates)} templates; each needs at least one")
-    if isinstance(classnames, str) or isinstance(templates, str):
-        raise ValueError("classnames and templates are sequences of texts; a single text was given")
     prompts: dict[tuple[str, ...], list[str]] = {}  # of the different classes, in the order of the first
     keys = []
     for name in classnames:

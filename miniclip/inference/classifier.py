@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.arguments import check_list, check_number, shown
 from ..common.storage import is_url
 from ..evaluation.datasets.names import settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
@@ -174,6 +175,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def _refuse_contradictions(self, X: Any) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is none of {', '.join(METHODS)}")
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if value is not None:
+                check_number(name, value, 0)
         if self.model is None and self.method != "probe":
             raise ValueError(f"method {self.method!r} makes prompts of class names, which needs a model")
         if X is None and self.method != "zero_shot":
@@ -182,6 +186,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 "threshold= is for images that are none of the classes; none_label= is what they are called"
             )
+        if not isinstance(self.none_label, str | int | float | np.generic | None):
+            raise ValueError(f"none_label is {shown(self.none_label)}; it must be a text or a number, as labels are")
         if self.none_label is not None and self.method == "probe":
             raise ValueError("none_label needs cosines with prompts, which method 'probe' has none of")
 
@@ -198,11 +204,17 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def _named_classes(self, y: Any, threshold: ModelThreshold | None) -> np.ndarray:
         if y is None and self.classnames is not None:
             names = self.classnames
-            y = list(names) if isinstance(names, Mapping) else range(len(names))
+            y = list(names) if isinstance(names, Mapping) else range(len(check_list("classnames", names, "names")))
         if y is None and threshold is not None and threshold.classnames:
             y = threshold.classnames
         if y is None or isinstance(y, str):
             raise ValueError("without X, y is a list of class names, of which each image is to get one")
+        y = check_list("y", y, "class names")
+        for number, label in enumerate(y):
+            if not isinstance(label, str | int | float | np.generic):
+                raise ValueError(f"y[{number}] is {shown(label)}; a class is called by a text or by a number")
+            if isinstance(label, str) != isinstance(y[0], str):
+                raise ValueError(f"y mixes texts and numbers: {shown(y[0])} and {shown(label)}")
         labels = column_or_1d(np.asarray(y))
         different, counts = np.unique(labels, return_counts=True)
         if len(different) < len(labels):
@@ -226,14 +238,17 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _name_of(self, label: Any) -> str:
         names = self.classnames
+        if names is not None and not isinstance(names, Mapping):
+            names = check_list("classnames", names, "names")
         if names is None:
             if not isinstance(label, str):
                 warnings.warn(f"class {label!r} is called by number; classnames= gives it words", stacklevel=4)
             return str(label).replace("_", " ")
-        if isinstance(names, Mapping) and label in names:
+        is_known = label in names if isinstance(names, Mapping) else isinstance(label, int) and 0 <= label < len(names)
+        if is_known and isinstance(names[label], str | int | float):
             return str(names[label])
-        if not isinstance(names, Mapping | str) and isinstance(label, int) and 0 <= label < len(names):
-            return str(names[label])
+        if is_known:
+            raise ValueError(f"classnames[{label!r}] is {shown(names[label])}; it must be a text (str)")
         what = "labels" if isinstance(names, Mapping) else f"labels 0 to {len(names) - 1}"
         raise ValueError(f"classnames has names for {len(names)} {what}, and none for {label!r}")
 
@@ -368,11 +383,14 @@ def _checked_labels(X: Any, y: Any) -> np.ndarray:
 
 def _are_images(X: Any) -> bool:
     """Whether X are images and not a matrix of features."""
-    if isinstance(X, str | bytes | Path) or not (hasattr(X, "__len__") or hasattr(X, "__array__")):
-        raise ValueError(f"X is a {type(X).__name__}; it must be a list of images, or a matrix of their features")
     if hasattr(X, "ndim") and X.ndim != 1:
         return X.ndim > 2
+    if isinstance(X, str | bytes | Path | Mapping) or not (hasattr(X, "__len__") or hasattr(X, "__array__")):
+        raise ValueError(f"X is a {type(X).__name__}; it must be a list of images, or a matrix of their features")
     first = next(iter(X), None) if hasattr(X, "__len__") else None
+    if isinstance(X, list | tuple) and (first is None or (np.isscalar(first) and not isinstance(first, str | bytes))):
+        what = f"begins with {shown(first)}" if len(X) else "is an empty list"
+        raise ValueError(f"X {what}; it must be a list of images, or a matrix of their features")
     return isinstance(first, str | bytes | Path) or hasattr(first, "getbands") or getattr(first, "ndim", 0) > 1
 
 

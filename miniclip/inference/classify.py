@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.arguments import check_count, check_number, check_texts, shown
 from ..common.wording import some
 from ..evaluation.datasets.names import settle_names, settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
 from ..evaluation.encoder import Encoder
 from ..evaluation.features import FeatureCache, ImageFeatures
 from ..evaluation.measures.ties import rank_classes
+from ..evaluation.other_libraries import as_encoder
 from ..evaluation.prompts import CLASSNAME_SETS, Prompts, class_prompts
 from ..evaluation.suite import CachedEncoder, Progress, silent
 from ..evaluation.zero_shot import check_classifier, class_cosines, different_columns, same_names
@@ -67,6 +69,11 @@ def choose_classes(
     Raises:
         ValueError: no class, one without a threshold, an empty name, or a name that comes twice.
     """
+    if not isinstance(threshold, ModelThreshold | None):
+        raise ValueError(f"threshold is {shown(threshold)}; thresholds.find_threshold makes one of a cosine")
+    for name, value in (("classnames", classnames), ("templates", templates)):
+        if not isinstance(value, str | Path | None):
+            raise ValueError(f"{name} is {shown(value)}; it must be the name of a built-in set, or a file")
     if labels is not None and classnames is not None:
         raise ValueError("--labels and --classnames both name the classes; give one of them")
     nothing = Found("the classes", ())
@@ -97,7 +104,7 @@ def choose_classes(
 
 def _names_in(labels: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(labels, str):
-        return tuple(name.strip() for name in labels)
+        return tuple(name.strip() for name in check_texts("labels", labels))
     rows = list(csv.reader([labels.replace("\n", ",")], skipinitialspace=True))
     return tuple(name.strip() for name in rows[0]) if rows else ()
 
@@ -190,6 +197,7 @@ def classify_images(
     """The nearest classes of each image. Of equally near ones, as those of the same prompts are, the first.
 
     Args:
+        encoder: as `as_encoder` takes it.
         num_guesses: how many to keep; no more than there are classes.
         threshold: images below it are of no class.
         coverage: of sets of classes, one of those that the threshold was calibrated for.
@@ -198,8 +206,16 @@ def classify_images(
     Raises:
         ValueError: not one image could be read, features that are of no use, or sets that were not calibrated.
     """
+    for name, value, kind, how in (
+        ("data", data, EvaluationSet, "inference.sources.image_set makes one of paths"),
+        ("classes", classes, Classes, "choose_classes makes one of names"),
+        ("threshold", threshold, ModelThreshold | None, "thresholds.find_threshold makes one of a cosine"),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {shown(value)}; {how}")
+    encoder, num_guesses = as_encoder(encoder), check_count("num_guesses", num_guesses)
     if coverage is not None:
-        _refuse_uncalibrated(threshold, classes, coverage)
+        _refuse_uncalibrated(threshold, classes, check_number("coverage", coverage))
     num_prompts = sum(len(class_prompts(classes.templates, name)) for name in classes.classnames)
     texts, pictures = (
         CachedEncoder(encoder, batch_size, num_workers, cache if count > _WORTH_A_CACHE else None, progress or silent)

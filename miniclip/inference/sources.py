@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from ..common.arguments import check_list, check_path, shown
 from ..common.storage import check_scheme, exists, is_url, join
 from ..common.wording import some
 from ..data.open_pairs import is_shards
@@ -207,7 +208,7 @@ def in_memory(value: Any, number: int) -> Image.Image | bytes:
     if isinstance(value, np.ndarray):
         return picture_of_pixels(value)
     raise ValueError(
-        f"image {number} is a {type(value).__name__}; it must be a path, a URL, a PIL image, an array of pixels or the "
+        f"image {number} is {shown(value)}; it must be a path, a URL, a PIL image, an array of pixels or the "
         "bytes of a file"
     )
 
@@ -217,9 +218,7 @@ def _as_list(sources: Any) -> list[Any]:
     is_one = isinstance(sources, str | Path | bytes | bytearray | memoryview | Image.Image)
     if is_one or getattr(sources, "ndim", 1) in (2, 3):
         return [sources]
-    if not isinstance(sources, Iterable):
-        raise ValueError(f"a {type(sources).__name__} is in the place of images or of their paths")
-    return list(sources)
+    return check_list("images", sources, "images or of their paths, or one of them")
 
 
 def _is_shards_folder(folder: Path) -> bool:
@@ -392,7 +391,9 @@ def text_set(sources: Any, *, text_columns: Sequence[str] = (), stdin: BinaryIO 
         ValueError: a source that is not there or can't be read, or no text in any of them.
     """
     standard_input, columns = StandardInput(stdin), _ColumnsAskedFor(text_columns)
-    named = [sources] if isinstance(sources, str | Path) else list(sources)
+    named = [sources] if isinstance(sources, str | Path) else check_list("sources", sources, "names of files")
+    for number, source in enumerate(named):
+        check_path(f"sources[{number}]", source)
     parts = [part for source in named for part in _texts_of(str(source), columns, standard_input)]
     columns.refuse_unused(named)
     found = Texts(

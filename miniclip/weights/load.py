@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..common.arguments import check_path, shown
 from ..common.device import find_device
 from ..common.files import write_text
 from ..config import OPENAI_MODELS, Activation, CLIPConfig
@@ -79,6 +80,8 @@ def load(
     """
     if jit:
         warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; it must be a floating type of torch's, as torch.float16")
     device = find_device(device)
     hints: dict[str, Any] = {"activation": activation, "heads": heads, "head_width": head_width}
     checkpoint = resize(read_checkpoint(locate(name, download_root), **hints), image_size, context_length)
@@ -102,9 +105,11 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     """Writes `config.json` and `model.safetensors`; `load(directory)` gives the model back, bit for bit.
 
     Raises:
-        ValueError: the directory already holds a model, and `overwrite` is False.
+        ValueError: the directory already holds a model, and `overwrite` is False; or the model is no CLIP.
     """
-    directory = Path(directory)
+    if not isinstance(getattr(model, "config", None), CLIPConfig):
+        raise ValueError(f"model is {shown(model)}; it must be a CLIP, as `load` returns it first")
+    directory = Path(check_path("directory", directory))
     there = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
     if there and not overwrite:
         raise ValueError(f"{directory} already holds a model ({', '.join(there)}); pass overwrite=True to replace it")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..common.arguments import check_path
 from ..config import OPENAI_MODELS, CLIPConfig
 from .architecture import config_from_hf, config_from_openclip, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
@@ -53,7 +54,7 @@ def locate(name: str | Path, download_root: str | Path | None = None) -> Path:
     Raises:
         ValueError: neither a path nor a name that is known, or the download fails.
     """
-    text = str(name)
+    text = check_path("name", name)
     if Path(name).exists():
         return Path(name)
     if text.startswith(HUB_PREFIX):

@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from miniclip import tokenizer
 from miniclip.config import VisionConfig
 from miniclip.evaluation import encoder
-from miniclip.evaluation.encoder import Encoder, from_clip, from_object
+from miniclip.evaluation.encoder import Encoder, ModelError, from_clip, from_object
 from miniclip.evaluation.fingerprints import _HASHED_AT_ONCE, digest_module, probe_pictures
 from miniclip.evaluation.other_libraries import from_openclip, from_transformers, open_model
 from miniclip.evaluation.zero_shot import zero_shot_classifier
@@ -540,12 +540,14 @@ def test_the_example_of_the_documentation_tells_colours(tmp_path, monkeypatch):
     assert None not in fingerprints(found)
 
 
-def test_what_a_users_own_module_lacks_is_pythons_error(tmp_path, monkeypatch):
+def test_what_a_users_own_module_lacks_is_named_with_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "imports_what_is_missing.py").write_text("import no_such_package")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+    says = r"model 'python:imports_what_is_missing:model': .*ModuleNotFoundError: No module named 'no_such_package'"
+    with pytest.raises(ModelError, match=rf"{says} \(.*imports_what_is_missing\.py:1\)") as caught:
         open_model("python:imports_what_is_missing:model")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
 # ---- what a model is recognised by

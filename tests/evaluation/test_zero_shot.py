@@ -134,8 +134,8 @@ def test_texts_of_about_one_length_that_begin_alike_are_encoded_together():
     [
         ([], ["a {}"], "0 class names and 1 templates; each needs at least one"),
         (["cat"], [], "1 class names and 0 templates; each needs at least one"),
-        ("cat", ["a {}"], "a single text was given"),
-        (["cat"], "a {}", "a single text was given"),
+        ("cat", ["a {}"], "classnames is 'cat'; it must be a list of texts"),
+        (["cat"], "a {}", "templates is 'a {}'; it must be a list of texts"),
         (["cat"], ["a photo"], "template 'a photo' has no place for the class name"),
     ],
 )

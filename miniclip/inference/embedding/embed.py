@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...common.arguments import check_list
 from ...common.storage import is_url
 from ...common.version import __version__
 from ...data.reading.scan import IMAGE_SUFFIXES
@@ -91,9 +92,7 @@ def _as_items(inputs: Any) -> list[Any]:
     is_one = isinstance(inputs, str | Path | bytes | bytearray | Image.Image)
     if is_one or getattr(inputs, "ndim", 1) in (2, 3):
         return [inputs]
-    if not isinstance(inputs, Iterable):
-        raise ValueError(f"{inputs!r} can't be embedded; images and strings can, one or a list of them")
-    return list(inputs)
+    return check_list("inputs", inputs, "images or of texts, or one of them")
 
 
 def _image_or_text(item: Any) -> str:

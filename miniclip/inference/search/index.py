@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...common.arguments import check_count, check_list, check_number, check_path, check_texts, shown
 from ...common.files import expand_home
 from ...common.storage import is_url
 from ...evaluation.datasets.sets import EvaluationSet
@@ -70,8 +71,8 @@ class Index:
 
     Args:
         location: of an index, or where the first `update` makes one.
-        model: the name of one, as `open_model` takes it, or an `Encoder`; by default the index's own, which is opened
-            when it is needed.
+        model: the name or path of one, as `open_model` takes it, or an `Encoder`; by default the index's own, which is
+            opened when it is needed.
         device: of the model; by default a GPU if there is one.
         memory_bytes: features stay in memory up to this size, and are read for each search beyond it; by default half
             of what is free.
@@ -83,12 +84,18 @@ class Index:
     def __init__(
         self,
         location: str | Path,
-        model: str | Encoder | None = None,
+        model: str | Path | Encoder | None = None,
         *,
         device: str | None = None,
         memory_bytes: int | None = None,
     ) -> None:
-        self.location = str(location)
+        self.location = check_path("location", location)
+        if model is not None and not isinstance(model, str | Path | Encoder):
+            raise ValueError(
+                f"model is {shown(model)}; it must be a name or path, by which the index opens it again, or an Encoder"
+            )
+        if memory_bytes is not None:
+            memory_bytes = check_count("memory_bytes", memory_bytes, 0)
         self._known_store = open_store(location) if model is None else find_store(location)
         self._model, self._device = model, device
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
@@ -126,7 +133,7 @@ class Index:
         if isinstance(self._model, Encoder):
             return self._model
         if self._model is not None:
-            return open_model(self._model, self._device)
+            return open_model(str(self._model), self._device)
         name = self.store.facts.model
         try:
             return open_model(name, self._device)
@@ -172,7 +179,9 @@ class Index:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
-        named = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
+        rows_per_commit = check_count("rows_per_commit", rows_per_commit)
+        one_or_more = [sources] if isinstance(sources, str | Path) else check_list("sources", sources, "paths and URLs")
+        named = [check_path(f"sources[{number}]", each) for number, each in enumerate(one_or_more)]
         if not dry_run and (self._known_store is None or self._model is not None):
             _ = self.encoder  # what is wrong with it is found before anything is made
         with nullcontext() if dry_run else writing(self.location):
@@ -253,10 +262,14 @@ class Index:
             ValueError: nothing is asked for, a picture can't be read, a filter can't be followed, the parts of a query
                 cancel each other, or the model is not the index's.
         """
-        if topk < 1:
-            raise ValueError(f"topk is {topk}; it must be at least 1")
+        topk = check_count("topk", topk)
+        if threshold is not None:
+            threshold = check_number("threshold", threshold)
+        if not isinstance(where, str | None):
+            raise ValueError(f'where is {shown(where)}; it must be a filter in SQL, as "year > 2010"')
         is_single = texts is None or isinstance(texts, str)
-        queries = self.queries([texts] if is_single else texts, like, _several(minus), unlike)  # type: ignore[list-item, arg-type]
+        several = [texts] if is_single else check_texts("texts", texts)
+        queries = self.queries(several, like, check_texts("minus", _several(minus)), unlike)  # type: ignore[arg-type]
         found = self._consistently(lambda: self._search(queries, topk, where, exact))
         hits = [[hit for hit in each if threshold is None or hit.cosine >= threshold - SAME] for each in found]
         return hits[0] if is_single else hits
@@ -328,6 +341,8 @@ class Index:
         Raises:
             ValueError: it can't be read any more.
         """
+        if not isinstance(hit, Hit):
+            raise ValueError(f"hit is {shown(hit)}; it must be one that a search found")
         if hit.path is not None:
             path = hit.path if is_url(hit.path) else Path(hit.path)
             return EvaluationSet(hit.key, (path,)).open(0)
