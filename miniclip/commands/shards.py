@@ -14,6 +14,7 @@ from .terminal import new_parser, part_of_array, progress_bar
 
 if TYPE_CHECKING:
     from ..data.reading.pair import Pairs
+    from ..data.shard_index import Packed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
         examples="""
 miniclip shards photos shards --resize 256 --val-fraction 0.05
 miniclip shards pairs.csv titles --caption-column title --images photos
-miniclip shards 'laion/{00000..00099}.tar' --index-only""",
+miniclip shards 'laion/{00000..00099}.tar' --index-only
+miniclip shards 's3://bucket/laion/{00000..00999}.tar' laion_index --index-only --head 8""",
     )
     parser.add_argument("source", metavar="SRC", help="what to pack")
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; must not exist")
@@ -52,11 +54,21 @@ miniclip shards 'laion/{00000..00099}.tar' --index-only""",
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     write.add_argument("--drop", metavar="LIST", help="leave out the pairs of a table with a column key, as doctor's")
-    write.add_argument("--index-only", action="store_true", help="SRC holds tars: write their index")
+    index = parser.add_argument_group("indexing")
+    index.add_argument("--index-only", action="store_true", help="SRC holds tars: write their index")
+    index.add_argument(
+        "--head",
+        type=int,
+        metavar="N",
+        help="begin with the first N tars, read without their pictures; without it the same command adds the others "
+        "and all checksums",
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.head is not None and not options.index_only:
+        raise ValueError("--head is for --index-only: the first tars, by their headers")
     if options.index_only:
         _refuse_changes(options)
         _index(options)
@@ -128,9 +140,16 @@ def _index(options: argparse.Namespace) -> None:
     from ..data.indexing.index_tars import index_shards, tar_locations
     from ..data.shard_index import REJECTED_FILE
 
-    with progress_bar("indexing", len(tar_locations(options.source))) as progress:
-        done = index_shards(options.source, options.out, options.overwrite, progress)
+    tars, (part, parts) = tar_locations(options.source), options.part
+    own = len(tars[: options.head][part - 1 :: max(1, parts)])
+    with progress_bar("indexing", own) as progress:
+        done = index_shards(
+            options.source, options.out, options.overwrite, progress, part=options.part, head=options.head
+        )
     folder = options.out or options.source
+    if done.missing:
+        print(f"part {part} of {parts} is done; the index comes when {done.missing} tars more are")
+        return
     if done.damaged:
         total, are = done.shards + len(done.damaged), "is" if len(done.damaged) == 1 else "are"
         print(
@@ -139,10 +158,22 @@ def _index(options: argparse.Namespace) -> None:
             + "\nOnce they are replaced, the same command adds them.",
             file=sys.stderr,
         )
-    where = Path(options.out or tar_locations(options.source)[0])
+    where = Path(options.out or tars[0])
     where = (where if options.out else where.parent) / REJECTED_FILE
     left_out = f"; {done.left_out:,} members left out, see {where}" if done.left_out else ""
     print(f"{folder}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB{left_out}")
+    if options.head is not None:
+        print(_what_was_read(done, len(tars)))
+
+
+def _what_was_read(done: Packed, num_tars: int) -> str:
+    """How an index by headers came about, and what it lacks."""
+    read = f"{done.bytes_read / 1e6:.2f} MB were read in {done.num_requests:,} requests; "
+    if done.unverified:
+        read += f"the pictures of {done.unverified} shards have no checksums. "
+    indexed = done.shards + len(done.damaged)
+    rest = f"the other {num_tars - indexed:,} tars" if num_tars > indexed else "checksums"
+    return f"{read}The same command without --head adds {rest}."
 
 
 def _pack(options: argparse.Namespace) -> None:

@@ -152,11 +152,13 @@ def exists(location: str) -> bool:
 
 
 def size_of(url: str) -> int | None:
-    """The bytes of a remote file; None if the store does not say.
+    """The bytes of a file; None if the store does not say.
 
     Raises:
-        ValueError: the store can't be read.
+        ValueError: it can't be read.
     """
+    if path := local_path(url):
+        return patiently(url, lambda: path.stat().st_size)
     return patiently(url, lambda: _web_size(url) if _is_http(url) else filesystem(url).info(url).get("size"))
 
 
@@ -206,6 +208,44 @@ def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[t
             )
         yield start, size, data
         start += len(data)
+
+
+def read_range(source: str, start: int, end: int, size: int) -> bytes | None:
+    """The bytes `start` to `end` of a file of `size` bytes; None if its server sends whole files alone.
+
+    Raises:
+        ValueError: the file can't be read, or has another size now.
+    """
+    path = local_path(source)
+    if path:
+        return patiently(source, lambda: _whole_range(_local_range(path, start, end), start, end))
+    return patiently(source, lambda: (_web_range if _is_http(source) else _store_range)(source, start, end, size))
+
+
+def _local_range(path: Path, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def _web_range(url: str, start: int, end: int, size: int) -> bytes | None:
+    with _web_open(url, f"bytes={start}-{end - 1}") as answer:
+        if answer.status != 206:
+            return None
+        total, data = _total(answer), answer.read(end - start)
+    if total is not None and total != size:
+        raise ValueError(f"it had {size:,} bytes and has {total:,} now")
+    return _whole_range(data, start, end)
+
+
+def _store_range(url: str, start: int, end: int, size: int) -> bytes:
+    return _whole_range(filesystem(url).cat_file(url, start=start, end=end), start, end)
+
+
+def _whole_range(data: bytes, start: int, end: int) -> bytes:
+    if len(data) != end - start:
+        raise ConnectionError(f"{len(data)} bytes came from byte {start} on, {end - start} were expected")
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------

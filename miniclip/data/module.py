@@ -271,7 +271,8 @@ class PairDataModule(pl.LightningDataModule):
     def _sequence(self) -> dict[str, Any]:
         """All that the sequence of batches depends on."""
         assert self.train_shards is not None
-        shards = hashlib.sha256("".join(entry.sha256 for entry in self.train_shards.entries).encode())
+        tars = (entry.sha256 or entry.offsets_sha256 for entry in self.train_shards.entries)
+        shards = hashlib.sha256("".join(tars).encode())
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,

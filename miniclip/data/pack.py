@@ -32,6 +32,7 @@ from .shard_index import (
     REJECTED_FILE,
     SCHEMA_VERSION,
     Packed,
+    check_part,
     report_progress,
     rows_left_out,
     write_index,
@@ -72,9 +73,8 @@ def pack(
         ValueError: `out` exists, no pair can be used, another process is at it, or an argument out of its range.
     """
     out = Path(out)
+    check_part(part)
     number, count = part
-    if not 1 <= number <= count:
-        raise ValueError(f"part is {number}/{count}; it goes from 1/{count} to {count}/{count}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     if not len(pairs):

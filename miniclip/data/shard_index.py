@@ -11,10 +11,10 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,27 @@ SCHEMA_VERSION = 2
 INDEX_FILE, REJECTED_FILE, PLAN_FILE = "index.json", "rejected.csv", "plan.json"
 
 KINDS = ("image", "txt", "json", "cls", "npy")
-Extents = dict[str, tuple[int, int, int]]  # offset, size and CRC-32 of a sample's members, by kind
+
+
+class Member(NamedTuple):
+    """A file in a tar.
+
+    Args:
+        offset: where its content begins.
+        size: its bytes.
+        crc32: of the content; None if that was not read.
+        is_text: whether the content is text; True if it was not read.
+    """
+
+    name: str
+    offset: int
+    size: int
+    crc32: int | None = None
+    is_text: bool = True
+
+
+Sample = tuple[str, dict[str, Member]]  # its key, and its members by kind
+_ABSENT = Member("", 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -34,10 +54,12 @@ class Packed:
 
     Args:
         kept, held_out: samples in the shards; held out are those of `val_fraction`.
-        missing: chunks that other parts have not packed yet; until then the folder has not got its name.
+        missing: chunks or tars that other parts have not done yet; until then there is no folder, or no index.
         left_out: files, rows and members of the source that belong to no pair.
         turned: samples whose pixels were turned upright, as `Packing.upright` asks.
         damaged: tars that could not be indexed, each with the reason.
+        unverified: shards without a checksum, as they were indexed by their headers.
+        bytes_read, num_requests: what indexing took, in this call.
     """
 
     kept: int
@@ -49,6 +71,9 @@ class Packed:
     left_out: int = 0
     turned: int = 0
     damaged: tuple[str, ...] = ()
+    unverified: int = 0
+    bytes_read: int = field(default=0, compare=False)
+    num_requests: int = field(default=0, compare=False)
 
 
 def kind_of(suffix: str) -> str | None:
@@ -57,6 +82,16 @@ def kind_of(suffix: str) -> str | None:
     if suffix in IMAGE_SUFFIXES:
         return "image"
     return "txt" if suffix in TEXT_SUFFIXES else suffix[1:] if suffix[1:] in KINDS else None
+
+
+def check_part(part: tuple[int, int]) -> None:
+    """
+    Raises:
+        ValueError: it is not one of 1/n to n/n.
+    """
+    number, count = part
+    if not 1 <= number <= count:
+        raise ValueError(f"part is {number}/{count}; it goes from 1/{count} to {count}/{count}")
 
 
 def report_progress(progress: Callable[[int], None] | None, before: int, done: int) -> None:
@@ -95,21 +130,22 @@ def rows_left_out(left_out: Iterable[LeftOut]) -> list[tuple[str, str, str]]:
     ]
 
 
-def index_entry(path: Path, samples: list[tuple[str, Extents]], offsets: Path, checksum: str) -> dict[str, Any]:
+def index_entry(file: str, size: int, samples: Sequence[Sample], offsets: Path, checksum: str | None) -> dict[str, Any]:
     """Writes the `.npz` of a tar's samples, and returns the tar's entry for `index.json`."""
-    found = Counter(kind for _, extents in samples for kind in extents)
+    found = Counter(kind for _, members in samples for kind in members)
     columns: dict[str, np.ndarray] = {}
     for kind in KINDS:
         if kind in found or kind in ("image", "txt"):
-            rows = [extents.get(kind, (0, 0, 0)) for _, extents in samples]
-            columns[kind] = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
-            columns[f"{kind}_crc32"] = np.array([row[2] for row in rows], dtype=np.uint32)
-    with atomic_write(offsets) as file:
-        np.savez(file, allow_pickle=False, key=np.array([key for key, _ in samples], dtype=np.str_), **columns)
+            rows = [members.get(kind, _ABSENT) for _, members in samples]
+            columns[kind] = np.array([(row.offset, row.size) for row in rows], dtype=np.int64).reshape(-1, 2)
+            if all(row.crc32 is not None for row in rows):
+                columns[f"{kind}_crc32"] = np.array([row.crc32 for row in rows], dtype=np.uint32)
+    with atomic_write(offsets) as stream:
+        np.savez(stream, allow_pickle=False, key=np.array([key for key, _ in samples], dtype=np.str_), **columns)
     return {
-        "file": path.name,
+        "file": file,
         "samples": len(samples),
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "sha256": checksum,
         "offsets": offsets.name,
         "offsets_sha256": hashlib.sha256(offsets.read_bytes()).hexdigest(),

@@ -37,6 +37,7 @@ class ShardEntry:
 
     Args:
         file: the tar, beside the index or anywhere; may be a URL.
+        sha256: of the tar; None if it was indexed by its headers.
         offsets: the `.npz` with its members' places, beside the index.
         offsets_sha256: of that, so that a copy kept of an older one is not taken for it.
         folder: where the index is.
@@ -45,7 +46,7 @@ class ShardEntry:
     file: str
     samples: int
     bytes: int
-    sha256: str
+    sha256: str | None
     offsets: str
     offsets_sha256: str
     folder: str
@@ -115,6 +116,12 @@ class Shards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "_lock": threading.Lock()}
+
+    @property
+    def checksums(self) -> list[str] | None:
+        """Those of the tars; None if one has none."""
+        found = [entry.sha256 for entry in self.entries if entry.sha256 is not None]
+        return found if len(found) == len(self.entries) else None
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard of a sample, and its row there."""
@@ -293,7 +300,7 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
                 str(entry["file"]),
                 int(entry["samples"]),
                 int(entry["bytes"]),
-                str(entry["sha256"]),
+                None if entry["sha256"] is None else str(entry["sha256"]),
                 str(entry["offsets"]),
                 str(entry["offsets_sha256"]),
                 folder,

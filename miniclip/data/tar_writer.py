@@ -13,7 +13,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from .shard_index import Extents, index_entry, kind_of
+from .shard_index import Member, Sample, index_entry, kind_of
 
 _BUFFER_BYTES = 4 << 20
 
@@ -24,7 +24,7 @@ class Tar:
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, _HashedFile(path)
         self.writer = TarWriter(self.file, encoder=False, mtime=0, user="", group="", mode=0o644)
-        self.samples: list[tuple[str, Extents]] = []
+        self.samples: list[Sample] = []
 
     @property
     def size(self) -> int:
@@ -33,18 +33,19 @@ class Tar:
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Adds a sample, from its members by suffix, in the order that webdataset gives them."""
-        extents: Extents = {}
-        self.samples.append((key, extents))
+        places: dict[str, Member] = {}
+        self.samples.append((key, places))
         for suffix, data in sorted(members.items()):
             self.writer.write({"__key__": key, suffix: data})
-            blocks = -(-len(data) // tarfile.BLOCKSIZE)
-            extents[str(kind_of(suffix))] = (self.size - blocks * tarfile.BLOCKSIZE, len(data), zlib.crc32(data))
+            offset = self.size - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            places[str(kind_of(suffix))] = Member(f"{key}.{suffix}", offset, len(data), zlib.crc32(data))
 
     def close(self) -> dict[str, Any]:
         """Its entry for `index.json`."""
         self.writer.close()
         checksum = self.file.close()
-        return index_entry(self.path, self.samples, self.path.with_suffix(".npz"), checksum)
+        size, offsets = self.path.stat().st_size, self.path.with_suffix(".npz")
+        return index_entry(self.path.name, size, self.samples, offsets, checksum)
 
 
 class _HashedFile:

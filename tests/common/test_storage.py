@@ -4,6 +4,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -22,6 +23,7 @@ from servers import PIECE, Server
 from miniclip.common import cache as cache_module
 from miniclip.common import storage
 from miniclip.common.cache import Cache
+from miniclip.common.ranges import RangeFile, ReadWholeError
 from miniclip.common.storage import check_scheme, exists, expand, is_url, join, read_bytes
 
 CONTENT = random.Random(0).randbytes(1_000_003)
@@ -199,6 +201,7 @@ def test_local_use_and_http_need_no_package_of_the_extra(tmp_path):
             sys.modules[name] = None  # as if it were not installed
         from miniclip.common import storage
         from miniclip.common.cache import Cache
+from miniclip.common.ranges import RangeFile, ReadWholeError
         assert storage.read_bytes(__file__) and storage.exists(__file__) and Cache().open(__file__).read()
         storage._WAITS_S = ()
         for url in ("http://127.0.0.1:9/a", "s3://bucket/a"):
@@ -594,6 +597,51 @@ def test_workers_forked_while_a_thread_fetches_do_not_hang(serve, tmp_path):
     assert held(cache) == ["a.tar", "slow"]
 
 
+# ---- ranges
+
+
+def test_a_file_is_read_in_ranges_over_a_server_that_fails_at_times(serve):
+    server = serve({"/a.tar": CONTENT}, fault=lambda number: [None, 503, None, 100][number % 4])
+    check_ranges(f"{server.url}/a.tar")
+
+
+@pytest.mark.parametrize("skipped, most", [(100_000, 9_000), (20_000, 9_000), (0, 210_000)])
+def test_no_more_of_a_file_is_fetched_than_blocks_around_what_is_read(serve, skipped, most):
+    """Ten pieces of 4 kB with gaps between them: a block for each; without gaps, fewer and larger ones."""
+    content = random.Random(0).randbytes(10 * (4_000 + skipped))
+    server = serve({"/a.tar": content})
+    file = RangeFile(f"{server.url}/a.tar", len(content))
+    for number in range(10):
+        file.seek(number * (4_000 + skipped))
+        assert file.read(4_000) == content[file.tell() - 4_000 : file.tell()]
+    assert file.num_requests == len(server.gets) <= 10
+    assert file.bytes_read <= (10 if skipped else 1) * most
+
+
+def test_a_file_that_became_another_while_it_was_read_in_ranges_is_an_error(serve):
+    server = serve({"/a.tar": CONTENT})
+    file = RangeFile(f"{server.url}/a.tar", len(CONTENT))
+    file.read(10)
+    server.files["/a.tar"] = CONTENT * 2
+    file.seek(len(CONTENT) - 20)
+    with pytest.raises(ValueError, match=r"/a\.tar can't be read \(1 try\): .*it had .* bytes and has .* now"):
+        file.read(10)
+
+
+def test_where_a_server_knows_no_ranges_the_file_is_to_be_read_whole(serve):
+    server = serve({"/a.tar": CONTENT}, has_range=False)
+    with pytest.raises(ReadWholeError):
+        RangeFile(f"{server.url}/a.tar", len(CONTENT)).read(10)
+
+
+def test_where_ranges_save_less_than_they_should_the_file_is_to_be_read_whole(serve):
+    server = serve({"/a.tar": CONTENT})
+    file = RangeFile(f"{server.url}/a.tar", len(CONTENT), max_share=0.5)
+    with pytest.raises(ReadWholeError):
+        list(iter(lambda: file.read(5_000), b""))
+    assert file.bytes_read < len(CONTENT)
+
+
 # ---- S3
 
 
@@ -638,6 +686,21 @@ def test_s3_gives_files_and_what_exists(bucket, cache):
     assert exists("s3://shards/train/b.tar")
     assert not exists("s3://shards/train/x.tar")
     bucket.delete_object(Bucket="shards", Key="train/d.tar")
+
+
+def check_ranges(url):
+    """Any seek and read of a file of which blocks are fetched is that of the whole file."""
+    chance, file, whole = random.Random(0), RangeFile(url, len(CONTENT)), io.BytesIO(CONTENT)
+    for _ in range(40):
+        place, size = chance.randrange(len(CONTENT) + 5), chance.choice([0, 1, 512, 10_000, 10**9])
+        assert file.seek(place) == whole.seek(place)
+        assert (file.read(size), file.tell()) == (whole.read(size), whole.tell())
+
+
+def test_s3_and_files_are_read_in_ranges(bucket, tmp_path):
+    check_ranges("s3://shards/train/a.tar")
+    (tmp_path / "a.tar").write_bytes(CONTENT)
+    check_ranges(str(tmp_path / "a.tar"))
 
 
 def test_what_s3_does_not_have_is_an_error_at_once(bucket, cache):

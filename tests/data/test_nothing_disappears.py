@@ -282,6 +282,21 @@ def test_every_member_of_a_tar_is_in_a_sample_or_left_out_by_its_reason(tmp_path
     assert packed.left_out == indexed.left_out
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_headers_alone_give_the_samples_and_the_left_out_members_of_the_whole_tar(tmp_path, seed):
+    (tmp_path / "tars").mkdir()
+    random_tar(tmp_path / "tars" / "a.tar", random.Random(seed), is_plain=False)
+    head = index_shards(str(tmp_path / "tars"), tmp_path / "head", head=1)
+    whole = index_shards(str(tmp_path / "tars"), tmp_path / "whole")
+    assert (head.kept, head.left_out, head.unverified, whole.unverified) == (whole.kept, whole.left_out, 1, 0)
+    assert not head.left_out or rejected_rows(tmp_path / "head") == rejected_rows(tmp_path / "whole")
+    ours, theirs = (Shards(tmp_path / name, needs_captions=False) for name in ("head", "whole"))
+    for number in range(max(len(ours), len(theirs))):
+        assert (ours[number], ours.info(number), ours.name(number)) == (
+            theirs[number], theirs.info(number), theirs.name(number)
+        )  # fmt: skip
+
+
 def pack_folder_of_shards(folder: Path):
     from miniclip.data.open_pairs import shard_pairs
 

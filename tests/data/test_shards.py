@@ -31,8 +31,10 @@ from helpers import (
 from PIL import Image
 
 from miniclip.commands import main as cli
+from miniclip.common.cache import Cache
 from miniclip.data.indexing import index_tars
-from miniclip.data.indexing.index_tars import index_shard, index_shards
+from miniclip.data.indexing.index_tars import index_shards
+from miniclip.data.indexing.one_tar import index_tar
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import CAPTION_COLUMNS
 from miniclip.data.reading.pair import Pair
@@ -730,9 +732,9 @@ def test_a_tar_from_elsewhere_can_be_indexed(tmp_path):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    entry, left_out = index_shard(tmp_path / "00000.tar", tmp_path / "offsets.npz")
-    assert not left_out
-    assert entry["members"] == {"json": 2, "image": 2, "txt": 2}
+    found = index_tar(str(tmp_path / "00000.tar"), tmp_path / "offsets.npz", Cache())
+    assert not found.left_out
+    assert found.entry["members"] == {"json": 2, "image": 2, "txt": 2}
     index_shards(str(tmp_path))
     assert {record.key: record.image for record in Shards(tmp_path)} == images
 
@@ -1022,8 +1024,8 @@ def test_a_damaged_tar_is_named_and_the_others_are_indexed(tmp_path, how, monkey
     first = (folder / "00000.npz").stat()
     (folder / "00001.tar").write_bytes(whole)
     indexed = list[Path]()
-    index = index_tars.index_shard
-    monkeypatch.setattr(index_tars, "index_shard", lambda path, offsets: indexed.append(path) or index(path, offsets))
+    index = index_tars.index_tar
+    monkeypatch.setattr(index_tars, "index_tar", lambda tar, *rest: indexed.append(Path(tar)) or index(tar, *rest))
     assert index_shards(str(folder)).kept == 6
     assert indexed == [folder / "00001.tar"]  # what was hashed is not hashed again
     assert (folder / "00000.npz").stat() == first

@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...common.cache import Cache
 from ...common.storage import check_scheme, expand, is_url
-from ..reading.cells import decode_text
 from ..reading.scan import LeftOut, is_leftover
 from ..shard_index import (
     INDEX_FILE,
     REJECTED_FILE,
-    Extents,
     Packed,
-    index_entry,
+    check_part,
     report_progress,
     rows_left_out,
     write_index,
     write_rejected,
 )
-from .tar_members import Member, read_samples
+from .journal import Journal, Record, stamp_of
+from .one_tar import index_tar
 
-_PARTIAL_FILE = "index.partial.jsonl"  # the tars that are indexed so far
-
-
-def index_shard(path: Path, offsets: Path) -> tuple[dict[str, Any], list[LeftOut]]:
-    """Writes the `.npz` of a tar; returns the tar's entry for `index.json`, and the members that are left out.
-
-    Raises:
-        ValueError: it is no tar, or one that is damaged or cut short.
-    """
-    samples, left_out = read_samples(path)
-    with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-
-        def extent(kind: str, member: Member) -> tuple[int, int, int]:
-            file.seek(member.offset)
-            data = file.read(member.size)
-            if kind == "txt":
-                decode_text(data, member.name)
-            return member.offset, member.size, zlib.crc32(data)
-
-        found: list[tuple[str, Extents]] = []
-        for key, sample in samples:
-            try:
-                found.append((key, {kind: extent(kind, member) for kind, member in sample.items()}))
-            except ValueError:
-                text = sample.pop("txt")
-                left_out.append(LeftOut(text.name, "a text that is not UTF-8"))
-                if "cls" in sample or "npy" in sample:  # labelled
-                    found.append((key, {kind: extent(kind, member) for kind, member in sample.items()}))
-                else:
-                    left_out += [LeftOut(member.name, "a member whose text is not UTF-8") for member in sample.values()]
-    return index_entry(path, found, offsets, checksum), left_out
+_AT_ONCE = 16  # tars of which the headers are read at the same time: nearly all of it is waiting
 
 
 def index_shards(
@@ -67,128 +35,167 @@ def index_shards(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
     needs_all: bool = False,
+    part: tuple[int, int] = (1, 1),
+    head: int | None = None,
 ) -> Packed:
     """Writes the index that shards from elsewhere (img2dataset's, say) lack.
 
-    Damaged tars are left out and named. A repeated call goes on where one was interrupted, and adds the damaged tars
-    of an earlier one that have been replaced.
+    Damaged tars are left out and named. A repeated call goes on where one was interrupted, adds the damaged tars of an
+    earlier one that have been replaced, and those that `head` left for later.
 
     Args:
         source: a folder of tars, or tars themselves: "data/{00000..00099}.tar", "https://…/{0..9}.tar". Remote ones are
             fetched into the cache, where training finds them again.
         out: the folder for the index, which then stands for the shards; by default theirs.
         needs_all: raise if a tar is damaged, and write no index.
+        part: (i, n) indexes every n-th tar, from the i-th on; the part that ends last writes the index.
+        head: index the first so many tars, from all but their pictures, which is a small part of their bytes. The index
+            has no checksums of tars and pictures then. A later call without it reads every tar as a whole.
 
     Raises:
-        ValueError: no tars there, none that is whole, an index that is there already, or remote tars and no `out`.
+        ValueError: no tars there, none that is whole, an index that is there already, remote tars and no `out`, or an
+            argument out of its range.
     """
-    tars = tar_locations(source)
-    if out is None and is_url(tars[0]):
+    check_part(part)
+    if head is not None and head < 1:
+        raise ValueError(f"head is {head}; it must be at least 1")
+    all_tars = tar_locations(source)
+    if out is None and is_url(all_tars[0]):
         raise ValueError(f"{source} is remote; name a folder OUT here for its index, which then stands for the shards")
-    folder = Path(tars[0]).parent if out is None else Path(out)
-    known = {} if overwrite else _known_entries(folder)
-    names = _offset_names(tars)
-    for name in (*([] if known else [INDEX_FILE]), *(names[tar] for tar in tars if tar not in known)):
-        if (folder / name).exists() and not overwrite:
-            raise ValueError(f"{folder / name} exists already; pass --overwrite to write it anew")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not known:
-        for name in (INDEX_FILE, _PARTIAL_FILE):  # an old index must not be taken for that of the new offsets
-            (folder / name).unlink(missing_ok=True)
-    cache, damaged = Cache(), dict[str, str]()
-    found: dict[str, dict[str, Any]] = {}
-    with open(folder / _PARTIAL_FILE, "a", encoding="utf-8") as partial:
-        for number, location in enumerate(tars):
-            stamp = _stamp(location)
-            if location in known and known[location]["stamp"] == stamp:
-                found[location] = known[location]
-            else:
-                try:
-                    found[location] = {**_index_location(location, folder / names[location], cache), "stamp": stamp}
-                except (ValueError, OSError) as error:
-                    damaged[location] = str(error)
-                else:
-                    partial.write(json.dumps({"tar": location, **found[location]}) + "\n")
-                    partial.flush()
-            report_progress(progress, number + 1, 0)
-    if not found or (damaged and needs_all):
-        (folder / _PARTIAL_FILE).unlink()
-        how_many = f"{len(damaged)} of the {len(tars)} tars in {source} can't be indexed"
+    folder = Path(all_tars[0]).parent if out is None else Path(out)
+    # By a name of its own, so that a run which has begun with an index by headers keeps it when the whole one comes.
+    tars, names = all_tars[:head], _offset_names(all_tars, ".npz" if head is None else ".headers.npz")
+    own = tars[part[0] - 1 :: part[1]]
+    journal = Journal(folder, source, needs_checksums=head is None)
+    if part[1] > 1 and (packed := _of_other_parts(journal, len(tars), overwrite)):
+        return packed
+    _begin_index(journal, [names[tar] for tar in own], overwrite)
+    known = journal.read()
+    todo = [tar for tar in own if "entry" not in known.get(tar, {})]
+    done = len(own) - len(todo)
+    report_progress(progress, done, 0)
+    bytes_read = num_requests = 0
+    for number, (record, fetched) in enumerate(_indexed(todo, folder, names, by_headers=head is not None), start=1):
+        known[record["tar"]] = record
+        journal.add(record)
+        bytes_read, num_requests = bytes_read + fetched[0], num_requests + fetched[1]
+        report_progress(progress, done, number)
+    with journal.locked():
+        if part[1] > 1:
+            known = {**journal.read(), **known}
+            if not journal.is_begun and (packed := _of_other_parts(journal, len(tars), overwrite)):
+                return packed
+        if missing := sum(tar not in known for tar in tars):
+            return Packed(0, 0, 0, 0, missing=missing)
+        packed = _publish_index(journal, {tar: known[tar] for tar in tars}, out is None, needs_all)
+        return replace(packed, bytes_read=bytes_read, num_requests=num_requests)
+
+
+def _of_other_parts(journal: Journal, num_tars: int, overwrite: bool) -> Packed | None:
+    """What the part that ended last has found, if it has.
+
+    Raises:
+        ValueError: `overwrite`, as each part would throw away the others' work.
+    """
+    if overwrite:
         raise ValueError(
-            f"{how_many if found else f'no tar in {source} can be indexed'}: {'; '.join(damaged.values())}"
+            "an index in parts can't be overwritten, as each part would throw away what the others have done; delete "
+            f"{journal.folder / INDEX_FILE} and {journal.path} first"
         )
-    return _write_found(folder, source, found, damaged, is_beside=out is None)
+    path = journal.folder / INDEX_FILE
+    if journal.is_begun or not path.is_file():
+        return None
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if index.get("source") != journal.source or len(index["shards"]) != num_tars:
+        return None
+    size, left_out = sum(entry["bytes"] for entry in index["shards"]), sum(index.get("left_out", {}).values())
+    return Packed(index["samples"], 0, num_tars, size, left_out=left_out)  # none is damaged or without a checksum
 
 
-def _index_location(location: str, offsets: Path, cache: Cache) -> dict[str, Any]:
-    if not is_url(location):
-        entry, left_out = index_shard(Path(location), offsets)
-    else:
-        with cache.open(location) as file:
-            entry, left_out = index_shard(Path(file.name), offsets)
-        cache.verified(location, entry["sha256"])
-    name = location.rpartition("/")[2]
-    return {"entry": entry, "left_out": [(f"{name}:{each.source}", each.reason, each.count) for each in left_out]}
+def _begin_index(journal: Journal, offsets: list[str], overwrite: bool) -> None:
+    if journal.is_begun and not overwrite:
+        return
+    for name in (INDEX_FILE, *offsets):
+        if (journal.folder / name).exists() and not overwrite:
+            raise ValueError(f"{journal.folder / name} exists already; pass --overwrite to write it anew")
+    journal.end()
+    (journal.folder / INDEX_FILE).unlink(missing_ok=True)  # it must not be taken for that of the new offsets
+    journal.begin()
 
 
-def _write_found(
-    folder: Path, source: str, found: dict[str, dict[str, Any]], damaged: dict[str, str], is_beside: bool
-) -> Packed:
-    entries, left_out = [], []
-    for location, indexed in found.items():
-        beside = is_beside or Path(location).parent.resolve() == folder.resolve()
-        here = location if is_url(location) else str(Path(location).resolve())
-        file = Path(location).name if beside and not is_url(location) else here
-        entries.append({**indexed["entry"], "file": file, "stamp": indexed["stamp"]})
-        left_out += [LeftOut(*each) for each in indexed["left_out"]]
+def _indexed(
+    tars: list[str], folder: Path, names: dict[str, str], by_headers: bool
+) -> Iterator[tuple[Record, tuple[int, int]]]:
+    """The record of each tar, and the bytes and requests that it took."""
+    cache = Cache()
+
+    def index(tar: str) -> tuple[Record, tuple[int, int]]:
+        record: Record = {"tar": tar, "stamp": stamp_of(tar)}
+        try:
+            found = index_tar(tar, folder / names[tar], cache, by_headers)
+        except (ValueError, OSError) as error:
+            return {**record, "damaged": str(error)}, (0, 0)
+        name = tar.rpartition("/")[2]
+        left_out = [(f"{name}:{each.source}", each.reason, each.count) for each in found.left_out]
+        return {**record, "entry": found.entry, "left_out": left_out}, (found.bytes_read, found.num_requests)
+
+    if not by_headers:
+        yield from map(index, tars)
+        return
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(index, tars)
+
+
+def _publish_index(journal: Journal, found: dict[str, Record], is_beside: bool, needs_all: bool) -> Packed:
+    """Writes `index.json` and `rejected.csv`."""
+    damaged = {tar: record["damaged"] for tar, record in found.items() if "damaged" in record}
+    healthy = {tar: record for tar, record in found.items() if tar not in damaged}
+    if not healthy or (damaged and needs_all):
+        journal.end()
+        how_many = f"{len(damaged)} of the {len(found)} tars in {journal.source} can't be indexed"
+        what = how_many if healthy else f"no tar in {journal.source} can be indexed"
+        raise ValueError(f"{what}: {'; '.join(damaged.values())}")
+    left_out = [LeftOut(*each) for record in healthy.values() for each in record["left_out"]]
     counts = Counter[str]()
     for each in left_out:
         counts[each.reason] += each.count
     if damaged or left_out:
-        rows = [("", location.rpartition("/")[2], reason) for location, reason in damaged.items()]
-        write_rejected(folder, rows + rows_left_out(left_out))
+        rows = [("", tar.rpartition("/")[2], reason) for tar, reason in damaged.items()]
+        write_rejected(journal.folder, rows + rows_left_out(left_out))
     else:
-        (folder / REJECTED_FILE).unlink(missing_ok=True)
-    facts = {"source": source} | ({"damaged": damaged} if damaged else {})
+        (journal.folder / REJECTED_FILE).unlink(missing_ok=True)
+    entries = [_located(tar, record, journal.folder, is_beside) for tar, record in healthy.items()]
+    write_index(journal.folder, entries, {"source": journal.source} | ({"damaged": damaged} if damaged else {}), counts)
+    if not damaged and journal.needs_checksums:  # else a later call goes on from what is indexed
+        journal.end()
     samples, size = sum(entry["samples"] for entry in entries), sum(entry["bytes"] for entry in entries)
-    write_index(folder, entries, facts, counts)
-    if not damaged:  # else the next call reads from it what is indexed
-        (folder / _PARTIAL_FILE).unlink()
-    return Packed(samples, 0, len(entries), size, left_out=counts.total(), damaged=tuple(damaged.values()))
+    unverified = sum(entry["sha256"] is None for entry in entries)
+    return Packed(
+        samples,
+        0,
+        len(entries),
+        size,
+        left_out=counts.total(),
+        damaged=tuple(damaged.values()),
+        unverified=unverified,
+    )
 
 
-def _known_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier call has indexed that was interrupted, or that met damaged tars, by the tars' locations."""
-    known: dict[str, dict[str, Any]] = {}
-    try:
-        lines = (folder / _PARTIAL_FILE).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return {}
-    for line in lines:
-        try:
-            indexed = json.loads(line)
-            entry = indexed["entry"]
-            offsets = (folder / entry["offsets"]).read_bytes()
-            if hashlib.sha256(offsets).hexdigest() == entry["offsets_sha256"]:
-                known[indexed.pop("tar")] = indexed
-        except (ValueError, KeyError, TypeError, OSError):
-            continue  # the last line of a call that was killed, or offsets that are gone
-    return known
+def _located(tar: str, record: Record, folder: Path, is_beside: bool) -> dict[str, Any]:
+    """A tar's entry for `index.json`, with its name if it lies beside it, else its whole path or URL."""
+    if is_url(tar):
+        file = tar
+    else:
+        is_beside = is_beside or Path(tar).parent.resolve() == folder.resolve()
+        file = Path(tar).name if is_beside else str(Path(tar).resolve())
+    return {**record["entry"], "file": file, "stamp": record["stamp"]}
 
 
-def _stamp(location: str) -> list[int] | None:
-    """Size and time of a local tar, which change when it is replaced."""
-    if is_url(location):
-        return None
-    facts = Path(location).stat()
-    return [facts.st_size, facts.st_mtime_ns]
-
-
-def _offset_names(tars: list[str]) -> dict[str, str]:
+def _offset_names(tars: list[str], suffix: str) -> dict[str, str]:
     """The `.npz` of each tar: of its name, or of its number where several have one name."""
     stems = Counter(Path(tar).stem for tar in tars)
     return {
-        tar: f"{Path(tar).stem}.npz" if stems[Path(tar).stem] == 1 else f"{number:05d}-{Path(tar).stem}.npz"
+        tar: ("" if stems[Path(tar).stem] == 1 else f"{number:05d}-") + Path(tar).stem + suffix
         for number, tar in enumerate(tars)
     }
 

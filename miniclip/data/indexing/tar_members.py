@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import posixpath
 import tarfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from pathlib import PurePosixPath
+from typing import IO
 
+from ..reading.cells import decode_text
 from ..reading.folders import preference, same_sample
 from ..reading.scan import (
     LEFTOVER,
@@ -23,35 +25,38 @@ from ..reading.scan import (
     is_leftover,
     is_skipped_folder,
 )
-from ..shard_index import kind_of
+from ..shard_index import Member, Sample, kind_of
 
 
-class Member(NamedTuple):
-    """A file in a tar: where its content begins, and its size in bytes."""
+def with_content(member: Member, file: IO[bytes]) -> Member:
+    """The member after its content was read."""
+    file.seek(member.offset)
+    data = file.read(member.size)
+    try:
+        decode_text(data, member.name)
+    except ValueError:
+        return member._replace(crc32=zlib.crc32(data), is_text=False)
+    return member._replace(crc32=zlib.crc32(data))
 
-    name: str
-    offset: int
-    size: int
 
-
-Sample = tuple[str, dict[str, Member]]  # its key, and its members by kind
-
-
-def read_samples(path: Path) -> tuple[list[Sample], list[LeftOut]]:
+def read_samples(file: IO[bytes], name: str, skips_pictures: bool = False) -> tuple[list[Sample], list[LeftOut]]:
     """The samples of a tar in their order, and the members that are left out.
+
+    Args:
+        name: of the tar, for messages.
+        skips_pictures: read the headers, and the content of members that a sample has beside its picture.
 
     Raises:
         ValueError: no tar, or one that is damaged or cut short.
     """
     left_out: list[LeftOut] = []
-    with open(path, "rb") as file:
-        members: list[Member] = []
-        for member in _walk_members(path, file, left_out):
-            if reason := _skipped(member.name):
-                left_out.append(LeftOut(member.name, reason))
-            else:
-                members.append(member)
-        samples = _group_samples(file, members, left_out)
+    members: list[Member] = []
+    for member in _walk_members(file, name, left_out, skips_pictures):
+        if reason := _skipped(member.name):
+            left_out.append(LeftOut(member.name, reason))
+        else:
+            members.append(member)
+    samples = _group_samples(file, members, left_out)
     return _join_halves(samples), _by_kind(left_out)
 
 
@@ -59,9 +64,9 @@ def read_samples(path: Path) -> tuple[list[Sample], list[LeftOut]]:
 # Members
 
 
-def _walk_members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Iterator[Member]:
+def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pictures: bool) -> Iterator[Member]:
     """Files and links to files; `cat a.tar b.tar` makes a file of two tars, whose members come one after the other."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     known: dict[str, Member] = {}
     links: list[tuple[str, str]] = []
     start = 0
@@ -89,6 +94,9 @@ def _walk_members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Itera
                         left_out.append(LeftOut(info.name, "no regular file"))
                     elif info.isreg():
                         member = Member(info.name, info.offset_data, info.size)
+                        kind = kind_of(info.name.rpartition(".")[2])
+                        if kind and not (skips_pictures and kind == "image"):
+                            member = with_content(member, file)
                         known[posixpath.normpath(info.name)] = member
                         yield member
                 end = tar.offset
@@ -105,7 +113,7 @@ def _walk_members(path: Path, file: IO[bytes], left_out: list[LeftOut]) -> Itera
             left_out.append(LeftOut(name, "a link to nothing"))
 
 
-def _next_tar(path: Path, file: IO[bytes], end: int) -> int:
+def _next_tar(path: str, file: IO[bytes], end: int) -> int:
     """Where bytes other than zeros follow the zeros at a tar's end; the file's size if none do."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)

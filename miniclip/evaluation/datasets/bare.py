@@ -107,7 +107,7 @@ def bare_tars(source: str) -> EvaluationSet:
         ImagesOfShards(shards),
         keys=keys,
         metadata=shard_metadata(shards) if len(shards) else {},
-        identity=digest_lines(entry.sha256 for entry in shards.entries),
+        identity=digest_lines(shards.checksums) if shards.checksums else None,
         left_out=[LeftOut(source, each.reason, each.count) for each in shards.left_out],
     )
 

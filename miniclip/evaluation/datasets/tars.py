@@ -132,7 +132,7 @@ def _read_shards(
     task = task or present[0]
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
-    identity = digest_lines(entry.sha256 for entry in shards.entries)
+    identity = digest_lines(shards.checksums) if shards.checksums else None
     images, metadata = FromEach(shards, image_of_record), shard_metadata(shards)
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
