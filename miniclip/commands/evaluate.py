@@ -18,6 +18,7 @@ from .terminal import (
     add_cache,
     add_encoding,
     add_reading,
+    add_upright,
     console,
     lasting_imports,
     new_parser,
@@ -133,6 +134,7 @@ miniclip eval --compare reports/digits-best after""",
     learn.add_argument("--shots", type=int, nargs="+", metavar="K", help="images of each class; default: 1 2 4 8 16")
     learn.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="that draw the shots")
     add_encoding(parser)
+    add_upright(parser)
     add_cache(parser)
     return parser
 
@@ -329,7 +331,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
         """The columns asked for are those of --data; what goes `beside` one of them may be of another kind."""
         is_alike = beside is None or Path(source).suffix.lower() == Path(beside).suffix.lower()
         columns = (options.group_column, options.label_column, options.image_column) if is_alike else (None,) * 3
-        return open_dataset(
+        found = open_dataset(
             source,
             options.classnames,
             None,
@@ -341,8 +343,11 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
             options.download and source.startswith("torchvision:"),
             options.task,
         )
+        return replace(found, upright=options.upright)
 
-    outside = open_images(options.outside, options.group_column) if options.outside else None
+    outside = None
+    if options.outside:
+        outside = replace(open_images(options.outside, options.group_column), upright=options.upright)
     tasks = []
     for number, source in enumerate(options.data):
         data = opened(source)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from .terminal import add_encoding, console, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
+from .terminal import add_encoding, add_upright, console, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,7 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
     add_encoding(parser)
+    add_upright(parser)
     return parser
 
 
@@ -60,7 +62,10 @@ def run(options: argparse.Namespace) -> None:
         from ..reports.interpolation import table, write_json, write_picture
         from ..weights.load import load, save
 
-    new, old = ([labelled(open_dataset(source)) for source in sources] for sources in (options.data, options.retain))
+    new, old = (
+        [replace(labelled(open_dataset(source)), upright=options.upright) for source in sources]
+        for sources in (options.data, options.retain)
+    )
     start, _ = load(options.start, device=options.device)
     finetuned, _ = load(options.finetuned, device=options.device)
     model = None if options.alpha is None else interpolate(start, finetuned, options.alpha)

@@ -121,6 +121,15 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
 
 
+def add_upright(parser: argparse.ArgumentParser) -> None:
+    """Its value is for `EvaluationSet.upright`."""
+    parser.add_argument(
+        "--upright",
+        action="store_true",
+        help="turn pictures as EXIF says that viewers show them; default: as they are stored, as CLIP is evaluated",
+    )
+
+
 def refuse_bad_encoding(options: argparse.Namespace) -> None:
     """Raises a ValueError for a number of `add_encoding` that is too small."""
     for name, least in (("batch_size", 1), ("workers", 0)):

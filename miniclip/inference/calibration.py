@@ -100,5 +100,6 @@ def threshold_of(result: Result, model: Encoder) -> ModelThreshold:
         templates=plain_templates(data.classnames, data.templates),
         coverages=outside.coverages,
         model=CalibratedModel.of(model),
+        upright=data.upright,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by miniclip {__version__}",
     )

@@ -70,6 +70,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         none_label: what `predict` answers for an image that is none of the classes by the model's threshold. By default
             the nearest class, always.
         threshold: of `none_label`: a cosine, or a file of `miniclip calibrate`; by default that in the model's folder.
+        upright: turn images as EXIF says that viewers show them; by default they are read as they are stored.
         batch_size, num_workers, device: of encoding, as in `miniclip eval`.
 
     Attributes:
@@ -93,6 +94,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         beta: float | None = None,
         none_label: Any = None,
         threshold: str | Path | float | None = None,
+        upright: bool = False,
         batch_size: int = 64,
         num_workers: int = 0,
         device: str | None = None,
@@ -106,6 +108,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         self.beta = beta
         self.none_label = none_label
         self.threshold = threshold
+        self.upright = upright
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.device = device
@@ -229,7 +232,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         templates = self._templates(threshold)
         if threshold is not None:
             threshold.check_model(encoder)
-            threshold.warn_if_other(self.classnames_, templates)
+            threshold.warn_if_other(self.classnames_, templates, self.upright)
             self.threshold_ = threshold
         columns = zero_shot_classifier(encoder, self.classnames_, templates, encoder.tokenize)
         # In float64 a row's scores have the same digits in any batch, as scikit-learn expects them to.
@@ -337,7 +340,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         found = encode_images(
             encode,
             encoder.preprocess,
-            EvaluationSet("X", tuple(images)),
+            EvaluationSet("X", tuple(images), upright=self.upright),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
         )

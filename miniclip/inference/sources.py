@@ -69,6 +69,7 @@ def image_set(
     *,
     image_column: str | None = None,
     is_each_once: bool = False,
+    upright: bool = False,
     stdin: BinaryIO | None = None,
 ) -> EvaluationSet:
     """The images of any sources of the table above, in order.
@@ -77,6 +78,7 @@ def image_set(
         sources: a sequence of them, or a single one.
         image_column: of tables and `datasets`; by default found by its name or type.
         is_each_once: leave out, and count, files and URLs that were named before, as those of a folder and of itself.
+        upright: as that of `EvaluationSet`.
         stdin: in place of standard input.
 
     Raises:
@@ -95,7 +97,7 @@ def image_set(
         names = some([str(source) for source in named if isinstance(source, str | Path)], 3) or "the sources"
         why = f": {summary(found.left_out)}" if found.left_out else ""
         raise ValueError(f"no images in {names}{why}" if named else "no images are named")
-    return found
+    return replace(found, upright=True) if upright else found
 
 
 class _ColumnsAskedFor:

@@ -106,6 +106,7 @@ class ModelThreshold:
         classnames, templates: C names and their prompts, as those of `LabelledImages`.
         coverages: sets of classes that were calibrated.
         model: whose cosines they were.
+        upright: images were turned as EXIF says.
         written: when, and by which version.
     """
 
@@ -119,6 +120,7 @@ class ModelThreshold:
     templates: tuple[str, ...] | dict[str, tuple[str, ...]] | None = None
     coverages: tuple[Coverage, ...] = ()
     model: CalibratedModel | None = None
+    upright: bool = False
     written: str = ""
 
     def __str__(self) -> str:
@@ -205,18 +207,21 @@ class ModelThreshold:
                 stacklevel=2,
             )
 
-    def warn_if_other(self, classnames: Sequence[str], templates: Prompts) -> None:
-        """Warns, in one sentence, where classes or prompts are not those of the calibration."""
-        if difference := self.difference(classnames, templates):
+    def warn_if_other(self, classnames: Sequence[str], templates: Prompts, upright: bool = False) -> None:
+        """Warns, in one sentence, where classes, prompts, or how images are opened are not those of the calibration."""
+        if difference := self.difference(classnames, templates, upright):
             warnings.warn(
                 f"{self.source or FILE} was calibrated with {difference}; what it promises is for those alone",
                 stacklevel=2,
             )
 
-    def difference(self, classnames: Sequence[str], templates: Prompts) -> str:
-        """How the calibration's classes and prompts differ from these, in words; empty if they do not."""
+    def difference(self, classnames: Sequence[str], templates: Prompts, upright: bool = False) -> str:
+        """How the calibration's classes, prompts and images differ from these, in words; empty if they do not."""
         if self.templates is None:
             return ""
+        if self.upright != upright:
+            was, is_now = ("upright", "as they are stored")[:: 1 if self.upright else -1]
+            return f"images read {was}, and now they are read {is_now}"
         if set(self.classnames) != set(classnames):
             return f"{_counted(self.classnames)}, and now there are {_counted(classnames)}"
         for name in classnames:
@@ -365,6 +370,6 @@ def _from_json(kind: Any, value: Any, name: str) -> Any:
         return tuple(_from_json(arguments[0], each, name) for each in value)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if kind in (int, str) and type(value) is kind:
+    if kind in (bool, int, str) and type(value) is kind:
         return value
     raise ValueError(f"its {name} is {cut_short(repr(value), 60)}")

@@ -70,6 +70,7 @@ def _result_as_dict(result: Result) -> dict[str, Any]:
         "num_images": scores.num_images,
         "unreadable": list(scores.unreadable),
         "left_out": dict(left_out),
+        "upright": result.data.upright,
         "metrics": scores.values(),
         "intervals_95": {name: list(interval) for name, interval in scores.intervals().items()},
         "logit_scale": result.logit_scale,

@@ -9,7 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from ..output import MODELS, note
-from ..terminal import lasting_imports, new_parser
+from ..terminal import add_upright, lasting_imports, new_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +32,7 @@ miniclip app ViT-B/32 --open""",
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 lets other machines in")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    add_upright(parser)
     return parser
 
 
@@ -52,9 +53,9 @@ def run(options: argparse.Namespace) -> None:
     if options.index is not None:
         from ...inference.search.index import Index, check_model
 
-        index = Index(options.index, encoder)
+        index = Index(options.index, encoder, upright=options.upright or None)
         check_model(encoder, index.store)  # what is wrong with either is known before there is a page
-    answers = Answers(encoder, threshold, index, _reports(Path(options.model)))
+    answers = Answers(encoder, threshold, index, _reports(Path(options.model)), options.upright)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     name = "/".join(Path(options.model).parts[-3:])

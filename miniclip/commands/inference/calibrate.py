@@ -12,6 +12,7 @@ from ..terminal import (
     add_cache,
     add_encoding,
     add_reading,
+    add_upright,
     lasting_imports,
     new_parser,
     progress_bar,
@@ -63,6 +64,7 @@ miniclip calibrate ViT-B/32 --data birds.csv --group-column photographer --outsi
     )
     add_reading(parser)
     add_encoding(parser)
+    add_upright(parser)
     add_cache(parser)
     return parser
 
@@ -93,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         task="classification",
     )
     outside = open_images(options.outside, options.group_column)
+    data, outside = (replace(each, upright=options.upright) for each in (data, outside))
     model = open_model(options.model, options.device)
     path = expand_home(options.out) if options.out else threshold_path(options.model)
     refuse_unwritable(path, options.overwrite)

@@ -15,6 +15,7 @@ from ..terminal import (
     add_cache,
     add_encoding,
     add_threshold,
+    add_upright,
     lasting_imports,
     new_parser,
     progress_bar,
@@ -73,6 +74,7 @@ miniclip classify --undo sorted""",
     sort.add_argument("--yes", action="store_true", help="do not ask")
     add_output(parser)
     add_encoding(parser)
+    add_upright(parser)
     parser.add_argument("--image-column", metavar="NAME", help="of tables; default: found by name")
     add_cache(parser)
     parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign] # images may stand behind options
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
     threshold = find_threshold(options.model, options.threshold)
     classes = choose_classes(options.labels, options.classnames, options.templates, threshold)
-    data = image_set(options.images, image_column=options.image_column, is_each_once=True)
+    data = image_set(options.images, image_column=options.image_column, is_each_once=True, upright=options.upright)
     note_left_out(data.left_out)
     folder = options.copy_to or options.move_to
     if folder:
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
         model = open_model(options.model, options.device)
         if threshold is not None:
             threshold.check_model(model)
-            threshold.warn_if_other(classes.classnames, classes.templates)
+            threshold.warn_if_other(classes.classnames, classes.templates, options.upright)
         guesses = classify_images(
             model,
             data,

@@ -11,7 +11,15 @@ from ...common.files import expand_home
 from ...common.storage import is_url
 from ...common.wording import printable
 from ..output import MODELS, add_model, note_left_out
-from ..terminal import add_encoding, lasting_imports, new_parser, part_of_array, progress_bar, refuse_bad_encoding
+from ..terminal import (
+    add_encoding,
+    add_upright,
+    lasting_imports,
+    new_parser,
+    part_of_array,
+    progress_bar,
+    refuse_bad_encoding,
+)
 
 if TYPE_CHECKING:
     from ...inference.embedding.parts import Embedded
@@ -68,6 +76,7 @@ torchrun --nproc_per_node 8 -m miniclip embed photos photo_embeddings --model Vi
     )
     write.add_argument("--overwrite", action="store_true", help="replace embeddings of other data or another model")
     add_encoding(parser)
+    add_upright(parser)
     parser.add_argument(
         "--engine",
         choices=("local", "ray"),
@@ -89,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     data = (
         text_set(options.source, text_columns=columns)
         if options.texts
-        else image_set(options.source, image_column=column)
+        else image_set(options.source, image_column=column, upright=options.upright)
     )
     if rank == 0:
         note_left_out(data.left_out)
@@ -126,6 +135,8 @@ def _refuse_bad_options(options: argparse.Namespace, num_processes: int) -> None
     part, parts = options.part
     if not 1 <= part <= parts:
         raise ValueError(f"--part is {part}/{parts}; it goes from 1/{parts} to {parts}/{parts}")
+    if options.texts and options.upright:
+        raise ValueError("--upright turns images, and --texts embeds texts")
     if options.column[1:] and not options.texts:
         raise ValueError(f"--column has {len(options.column)} names; images are in one column (--texts reads several)")
     if num_processes > 1 and options.engine == "ray":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...common.files import atomic_write
 from ...common.wording import some
 from ..output import MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
-from ..terminal import lasting_imports, new_parser, progress_bar
+from ..terminal import add_upright, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,7 @@ miniclip explain 'photos/dog/1*.png' "a dog" --json""",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    add_upright(parser)
     add_output(parser)
     return parser
 
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     texts = list(dict.fromkeys(options.text))
     if len(texts) < len(options.text):
         note(f"note: {len(options.text) - len(texts)} of {len(options.text)} texts are named twice, and mapped once")
-    data = image_set([options.image])
+    data = image_set([options.image], upright=options.upright)
     note_left_out(data.left_out)
     paths = _paths(data, texts, options)
     explainer = Explainer(open_model(options.model, options.device), options.method)

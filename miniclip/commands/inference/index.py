@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..output import MODELS, add_output, note, note_left_out, note_unreadable, results
-from ..terminal import add_encoding, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
+from ..terminal import add_encoding, add_upright, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
     from ...inference.search.updating import Updated
@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
         "SRC is a folder, a quoted pattern ('photos/**/*.jpg'), a table with a column of images (.csv, .jsonl,\n"
         ".parquet; its other columns can be searched with --where), shards, URLs, or - for names by standard input.\n"
         "Several make one index, and each is brought up to date by itself.\n"
-        "INDEX is a folder, or s3://bucket/name with AWS's variables; it remembers its model.\n\n" + MODELS,
+        "INDEX is a folder, or s3://bucket/name with AWS's variables; it remembers its model and --upright.\n\n"
+        + MODELS,
         notes="Pictures are gone when SRC no longer has them. If more than half of them are, the command changes\n"
         "nothing and asks for --accept-gone, because a disk that is not mounted looks the same.",
         examples="""
@@ -49,6 +50,7 @@ miniclip index 'laion/{00000..00099}.tar' laion.index --model openclip:ViT-B-32/
         "on; it pays from some 100,000 pictures",
     )
     add_encoding(parser)
+    add_upright(parser)
     add_output(parser)
     return parser
 
@@ -62,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ...inference.search.index import Index
     with results(options, {"pictures": str, "count": int}) as write:
-        index = Index(options.index, options.model, device=options.device)
+        index = Index(options.index, options.model, device=options.device, upright=options.upright or None)
         updated = index.update(
             options.sources,
             dry_run=options.dry_run,

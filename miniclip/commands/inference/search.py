@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...common.files import is_readable
 from ..output import add_output, note, print_lines, results
-from ..terminal import add_threshold, lasting_imports, new_parser, progress_bar
+from ..terminal import add_threshold, add_upright, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ...inference.search.index import Hit, Index
@@ -62,6 +62,7 @@ miniclip search photos.index --near-duplicates 0.97""",
     add_threshold(ask)
     parser.add_argument("--model", metavar="MODEL", help="where the index's model is, if it was moved")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    add_upright(parser)
     add_output(parser)
     parser.add_argument("--paths", action="store_true", help="instead of a table: the paths alone, one a line")
     parser.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
@@ -74,9 +75,10 @@ def run(options: argparse.Namespace) -> None:
     texts = _asked_texts(options)
     with lasting_imports():
         from ...inference.search.index import Index
-    index = Index(options.index, device=options.device)
+    opened = {"device": options.device, "upright": options.upright or None}
+    index = Index(options.index, **opened)
     if options.model:
-        index = Index(options.index, options.model, device=options.device)
+        index = Index(options.index, options.model, **opened)
     first = "group" if options.near_duplicates is not None else "query" if len(texts) > 1 else None
     with nullcontext() if options.paths else results(options, _columns(index, first)) as write:
         if options.near_duplicates is not None:
@@ -201,7 +203,7 @@ def _write_sheet(
 
     asked = []
     for sources, sign in ((options.like, "+"), (options.unlike, "−")):
-        data = image_set(sources) if sources else ()
+        data = image_set(sources, upright=index.upright) if sources else ()
         asked += [Entry(partial(data.open, i), f"{sign} {data.key(i)}") for i in range(len(data))]  # type: ignore[union-attr]
     minus = "".join(f" − {text}" for text in options.minus)
     sections = []

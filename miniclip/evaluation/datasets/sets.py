@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from ...common.storage import is_url, read_bytes
 from ...data.reading.scan import LeftOut
-from ...images import open_image
+from ...images import open_image, orientation, upright
 from ..prompts import Prompts
 
 TASKS = ("classification", "multilabel", "retrieval")
@@ -37,6 +38,8 @@ class EvaluationSet:
         metadata: what else is known of the images, N values under each name, for scores of parts of them.
         identity: changes whenever an image does, and can be computed without reading them.
         left_out: files and rows of the source that are no image of the set, with the reason.
+        upright: pictures that EXIF turns are opened as viewers show them; by default as they are stored, which is how
+            CLIP's scores were published.
         task: what the images are for, one of `TASKS`; none for bare images. `has_classes`: prompts describe classes.
     """
 
@@ -49,6 +52,7 @@ class EvaluationSet:
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
     identity: str | None = field(default=None, kw_only=True)
     left_out: Sequence[LeftOut] = field(default=(), kw_only=True)
+    upright: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,6 +66,10 @@ class EvaluationSet:
         Raises:
             ValueError: it can't be read; names its source.
         """
+        image = self._stored(index)
+        return upright(image) if self.upright else image
+
+    def _stored(self, index: int) -> Image.Image:
         try:
             image = self.images[index]
             if isinstance(image, Image.Image):
@@ -84,13 +92,15 @@ class EvaluationSet:
         return column_of(self.metadata, name, self.name)
 
     def fingerprint(self) -> str:
-        """Stands for the images and their order: the same as long as none changes.
+        """Stands for the images, how they are opened, and their order: the same as long as none changes.
 
         Files are known by path, size and time, URLs by their address, and what is in memory by its bytes.
         """
+        opened = ["upright"] if self.upright else []
         if self.identity is not None:
-            return digest_lines([self.identity])
-        return digest_lines(image_identity(self.images[index], self.key(index)) for index in range(len(self)))
+            return digest_lines([self.identity, *opened])
+        images = (image_identity(self.images[index], self.key(index)) for index in range(len(self)))
+        return digest_lines(chain(images, opened))
 
 
 def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> Sequence[Any]:
@@ -110,7 +120,8 @@ def digest_lines(texts: Iterable[str]) -> str:
 def image_identity(image: Any, key: str) -> str:
     """A text that changes whenever the image does."""
     if isinstance(image, Image.Image):
-        return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+        pixels = hashlib.sha256(image.tobytes()).hexdigest()
+        return f"{image.mode} {image.size} {pixels}" + (f" {turn}" if (turn := orientation(image)) > 1 else "")
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if image is None or isinstance(image, NoImage) or (isinstance(image, str) and is_url(image)):

@@ -20,7 +20,7 @@ from ...common.wording import percent, printable
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
 from ...evaluation.suite import CachedEncoder, silent
-from ...images import open_image
+from ...images import open_image, upright
 from ..classify import Classes, Guesses, choose_classes, guess
 from ..thresholds import ModelThreshold
 
@@ -42,12 +42,14 @@ class Answers:
         threshold: its threshold for "none of these".
         index: pictures to search.
         reports: pages of the model's run, by title.
+        upright: pictures are turned as EXIF says that viewers show them.
     """
 
     encoder: Encoder
     threshold: ModelThreshold | None = None
     index: Index | None = None
     reports: tuple[tuple[str, Path], ...] = ()
+    upright: bool = False
 
     def guess(self, picture: bytes | None, labels: str) -> tuple[str, tuple[str, ...]]:
         """A bar for each of the nearest classes; and the classes, none where the question is wrong."""
@@ -56,6 +58,12 @@ class Answers:
         except ValueError as error:
             return _alert(error), ()
         return _bars(guesses, self.threshold), guesses.classes.classnames
+
+    def _opened(self, picture: bytes | None) -> Image.Image:
+        if picture is None:
+            raise ValueError("there is no picture yet; drop one, or take one with the camera")
+        image = open_image(picture, "the picture")
+        return upright(image) if self.upright else image
 
     def compare(self, picture: bytes | None, labels: str, templates: str) -> str:
         """A row for each template, and one for all of them together."""
@@ -83,7 +91,7 @@ class Answers:
 
     def _guesses(self, picture: bytes | None, labels: str, wordings: Sequence[tuple[str, ...]]) -> list[Guesses]:
         """For each set of templates; an empty one stands for those of the threshold, or the default."""
-        image = _opened_picture(picture)
+        image = self._opened(picture)
         chosen = choose_classes(labels or None, threshold=self.threshold)
         names = chosen.classnames
         if len(names) > MOST_CLASSES:
@@ -107,7 +115,7 @@ class Answers:
         from ...reports.heat import overlay
         from ..explanation.explain import Explainer
 
-        image = _opened_picture(picture).convert("RGB")
+        image = self._opened(picture).convert("RGB")
         image.thumbnail((_MAP_SIDE, _MAP_SIDE))
         (explanation,) = Explainer(self.encoder)(image, [text])
         shown = _data_url(overlay(image, explanation.map.on_picture()))
@@ -137,7 +145,7 @@ class Answers:
         hits = self.index.search(words, topk=max(1, min(num, MOST_FOUND)), threshold=threshold)
         if not hits:
             return f"<p>No picture reaches the threshold, {self.threshold}.</p>"
-        return f'<ol class="found">{"".join(map(_hit, hits))}</ol>'
+        return f'<ol class="found">{"".join(_hit(hit, self.index.upright) for hit in hits)}</ol>'
 
     def report(self, title: str) -> str:
         """A page of the run, in a frame that can't reach this one."""
@@ -156,12 +164,6 @@ def _answered(answer: Callable[[], str]) -> str:
 
 def _alert(error: ValueError) -> str:
     return f'<p role="alert" class="wrong">{_text(str(error))}</p>'
-
-
-def _opened_picture(picture: bytes | None) -> Image.Image:
-    if picture is None:
-        raise ValueError("there is no picture yet; drop one, or take one with the camera")
-    return open_image(picture, "the picture")
 
 
 def _template_lines(text: str) -> list[str]:
@@ -192,11 +194,13 @@ def _bars(guesses: Guesses, threshold: ModelThreshold | None) -> str:
     return f"{title}<table>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}<p>{_text(note)}</p>"
 
 
-def _hit(hit: Any) -> str:
+def _hit(hit: Any, is_upright: bool) -> str:
     name = _text(hit.key.rpartition("/")[2])
     try:
         data = Path(hit.path).read_bytes() if hit.path and Path(hit.path).is_file() else b""
-        picture = f'<img src="{thumbnail(open_image(data, hit.key), _FOUND_BOX)}" alt="{name}" loading="lazy">'
+        image = open_image(data, hit.key)
+        shown = thumbnail(upright(image) if is_upright else image, _FOUND_BOX)
+        picture = f'<img src="{shown}" alt="{name}" loading="lazy">'
     except (ValueError, OSError) as error:
         picture = f"<span>{_text(str(error))}</span>"
     caption = f'<figcaption title="{_text(hit.key)}">{name}<br>{hit.cosine:.3f}</figcaption>'

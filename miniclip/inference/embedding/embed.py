@@ -45,6 +45,7 @@ def embed(
     *,
     kind: Literal["image", "text"] | None = None,
     device: str | torch.device | None = None,
+    upright: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> np.ndarray:
@@ -57,6 +58,7 @@ def embed(
             with the five things.
         kind: "image" reads strings as paths and URLs; "text" takes them as texts, whatever they look like.
         device: for a model that is named.
+        upright: turn images as EXIF says that viewers show them.
         num_workers: processes that decode images.
 
     Raises:
@@ -76,7 +78,8 @@ def embed(
         if others := [item for item in items if not isinstance(item, str)]:
             raise ValueError(f"among the texts is a value of type {type(others[0]).__name__}; each must be a str")
         return encode_texts(encoder, items, encoder.tokenize).cpu().numpy()
-    data = image_set([item if not isinstance(item, str | Path) else _one_image(item) for item in items])
+    images = [item if not isinstance(item, str | Path) else _one_image(item) for item in items]
+    data = image_set(images, upright=upright)
     if len(data) != len(items):
         raise ValueError(f"{len(items) - len(data)} of {len(items)} are no images: {data.left_out[0].source}")
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
@@ -232,6 +235,7 @@ def plan_of(rows: SourceRows, encoder: Encoder, source: str, dtype: str, layout:
         dtype=dtype,
         layout=layout,
         rows_per_file=rows_per_file,
+        upright=isinstance(rows.data, EvaluationSet) and rows.data.upright,
     )
 
 

@@ -36,6 +36,7 @@ LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), 
 UNREADABLE = "could not be read"
 MANIFEST_SCHEMA = 1
 _NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
+_BEFORE = {"upright": False}  # of manifests without it
 _NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
 
 
@@ -49,6 +50,7 @@ class Plan:
         rows: of the source, whether or not they can be read.
         model, library: names; `model_fingerprint` and `preprocessing` are digests, None where there is none.
         rows_per_file: of the source, so a part has fewer where some can't be read.
+        upright: images were turned as EXIF says.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class Plan:
     dtype: str
     layout: str
     rows_per_file: int
+    upright: bool = False
 
     @property
     def num_files(self) -> int:
@@ -73,7 +76,7 @@ class Plan:
 
     def differences(self, begun: dict[str, Any]) -> list[str]:
         """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
-        now = asdict(self)
+        now, begun = asdict(self), _BEFORE | begun
         other = {name for name in now if begun.get(name) != now[name]} - {"source"}
         if self.model_fingerprint is not None:  # the same weights may have moved
             other -= {"model"}
@@ -420,7 +423,7 @@ def _refuse_other_embeddings(out: Path, plan: Plan, overwrite: bool) -> None:
 
 def _plan_of(manifest: dict[str, Any]) -> Plan:
     try:
-        return Plan(**{name: manifest[name] for name in Plan.__dataclass_fields__})
+        return Plan(**{name: (_BEFORE | manifest)[name] for name in Plan.__dataclass_fields__})
     except KeyError as error:
         raise ValueError(f"{MANIFEST_FILE} has no {error}; it was not written by this version of miniclip") from error
 

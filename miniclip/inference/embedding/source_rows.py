@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class SourceRows:
         if isinstance(data, Texts):
             of_rows = digest_lines([*data.texts, *data.keys])
         else:
-            of_rows = digest_lines([data.fingerprint(), *(data.key(index) for index in range(len(data)))])
+            stored = replace(data, upright=False)  # a plan has that as a fact of its own
+            of_rows = digest_lines([stored.fingerprint(), *(data.key(index) for index in range(len(data)))])
         columns = (json.dumps([name, list(values)], default=str) for name, values in data.metadata.items())
         return digest_lines([of_rows, *columns])
 

@@ -1,7 +1,8 @@
 """Runs the model in this folder, without miniclip:  python run.py PICTURE… --labels "cat,dog"
 
 Needs numpy, pillow, tokenizers, and onnxruntime (for .onnx), openvino (for .xml) or torch (for .pt2). As a module:
-`Clip(FOLDER).classify(pictures, ["cat", "dog"])`. N pictures or texts, C classes, E embedding, R pixels.
+`Clip(FOLDER).classify(pictures, ["cat", "dog"])`. Pictures are read as they are stored:
+EXIF turns none. N pictures or texts, C classes, E embedding, R pixels.
 """
 
 import argparse

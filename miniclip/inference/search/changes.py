@@ -86,11 +86,13 @@ def list_sources(
     stdin: BinaryIO | None = None,
     num_known: Mapping[str, int] | None = None,
     accept_gone: bool = False,
+    upright: bool = False,
 ) -> list[Listing]:
     """The pictures of sources as `image_set` takes them; files that are named one by one are in one listing.
 
     Args:
         num_known: how many pictures an index has from each source.
+        upright: as that of `image_set`.
         accept_gone: a source that is known, and now is not there or holds no pictures, has an empty listing.
 
     Raises:
@@ -103,7 +105,7 @@ def list_sources(
     for source, names in named.items():
         known = 0 if num_known is None or source == BY_NAME else num_known.get(source, 0)
         try:
-            listings.append(_list_source(source, names, image_column, stdin))
+            listings.append(_list_source(source, names, image_column, upright, stdin))
         except ValueError as error:
             if not known:
                 raise
@@ -124,8 +126,10 @@ def _is_picture(source: str) -> bool:
     return Path(source).suffix.lower() in IMAGE_SUFFIXES and not (is_url(source) or Path(source).is_dir())
 
 
-def _list_source(source: str, named: Sequence[str], image_column: str | None, stdin: BinaryIO | None) -> Listing:
-    data = image_set(named, image_column=image_column, is_each_once=True, stdin=stdin)
+def _list_source(
+    source: str, named: Sequence[str], image_column: str | None, upright: bool, stdin: BinaryIO | None
+) -> Listing:
+    data = image_set(named, image_column=image_column, is_each_once=True, upright=upright, stdin=stdin)
     places = [_location(data, index) for index in range(len(data))]
     base = source if is_url(source) else os.path.dirname(source)  # noqa: PTH120
     keys = [storable(place or os.path.join(base, data.key(index))) for index, place in enumerate(places)]  # noqa: PTH118

@@ -74,11 +74,14 @@ class Index:
         model: the name or path of one, as `open_model` takes it, or an `Encoder`; by default the index's own, which is
             opened when it is needed.
         device: of the model; by default a GPU if there is one.
+        upright: turn pictures as EXIF says that viewers show them, those of queries too. By default as the index does
+            that is there, and a new one does not.
         memory_bytes: features stay in memory up to this size, and are read for each search beyond it; by default half
             of what is free.
 
     Raises:
-        ValueError: there is no index, and no model to make one with; or something else is there.
+        ValueError: there is no index, and no model to make one with; something else is there; or an index that is not
+            as `upright` asks.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Index:
         model: str | Path | Encoder | None = None,
         *,
         device: str | None = None,
+        upright: bool | None = None,
         memory_bytes: int | None = None,
     ) -> None:
         self.location = check_path("location", location)
@@ -97,7 +101,8 @@ class Index:
         if memory_bytes is not None:
             memory_bytes = check_count("memory_bytes", memory_bytes, 0)
         self._known_store = open_store(location) if model is None else find_store(location)
-        self._model, self._device = model, device
+        self._model, self._device, self._upright = model, device, upright
+        _ = self.upright
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
         self._listings: dict[str, Listing] = {}  # of sources that hold pictures without a path
@@ -115,6 +120,19 @@ class Index:
         if self._known_store is None:
             self._known_store = open_store(self.location)
         return self._known_store
+
+    @property
+    def upright(self) -> bool:
+        """Whether pictures are turned as EXIF says."""
+        if self._known_store is None:
+            return bool(self._upright)
+        found = self._known_store.facts.upright
+        if self._upright not in (None, found):
+            raise ValueError(
+                f"the index {self.location} was made with{'' if found else 'out'} --upright, and all of its pictures "
+                f"are {'turned upright' if found else 'read as they are stored'}; make a new index for the other way"
+            )
+        return found
 
     @property
     def encoder(self) -> Encoder:
@@ -192,6 +210,7 @@ class Index:
                 stdin=stdin,
                 num_known=self._known_store.num_by_source() if self._known_store is not None else {},
                 accept_gone=accept_gone,
+                upright=self.upright,
             )
             plan = make_plan(listings, self._known_store, accept_gone)
             plan.changes.left_out = [each for each in plan.changes.left_out if not self._holds(each.source)]
@@ -224,6 +243,7 @@ class Index:
             encoder.library,
             probe.image_probe,
             probe.text_probe,
+            self.upright,
         )
         self._known_store = create_store(self.location, facts, dim, dtype)
         return self._known_store
@@ -299,7 +319,7 @@ class Index:
         """(n, E) unit features of pictures that are named or handed over."""
         if isinstance(pictures, Sequence) and not len(pictures):
             return torch.zeros(0, self.store.dim)
-        data = image_set(pictures)
+        data = image_set(pictures, upright=self.upright)
         encoder = self.encoder
         rows = []
         for batch in encode_in_batches(encoder.encode_image, encoder.preprocess, data, range(len(data))):
@@ -336,7 +356,7 @@ class Index:
         ]
 
     def open(self, hit: Hit) -> Image.Image:
-        """The picture of a hit.
+        """The picture of a hit, as it was indexed: turned, or as it is stored.
 
         Raises:
             ValueError: it can't be read any more.
@@ -345,9 +365,9 @@ class Index:
             raise ValueError(f"hit is {shown(hit)}; it must be one that a search found")
         if hit.path is not None:
             path = hit.path if is_url(hit.path) else Path(hit.path)
-            return EvaluationSet(hit.key, (path,)).open(0)
+            return EvaluationSet(hit.key, (path,), upright=self.upright).open(0)
         if hit.source not in self._listings:
-            self._listings[hit.source] = list_sources([hit.source])[0]
+            self._listings[hit.source] = list_sources([hit.source], upright=self.upright)[0]
         listing = self._listings[hit.source]
         if hit.key not in listing.keys:
             raise ValueError(f"{hit.key} is no longer in {hit.source}")

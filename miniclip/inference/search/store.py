@@ -48,6 +48,7 @@ class Facts:
         library: the model's library and its version.
         image_probe, text_probe: (E,) unit features of a fixed picture and text, for a model whose fingerprint changed
             with its library.
+        upright: pictures were turned as EXIF says that viewers show them.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Facts:
     library: str
     image_probe: tuple[float, ...] = ()
     text_probe: tuple[float, ...] = ()
+    upright: bool = False
     format: int = 1
 
 
