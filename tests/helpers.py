@@ -128,7 +128,14 @@ class Served(InBackground):
         self.listen(functools.partial(Handler, directory=str(folder)))
 
 
-def trainer_at(step: int, rank: int = 0, world_size: int = 1) -> SimpleNamespace:
+def trainer_at(step: int, rank: int = 0, world_size: int = 1, max_steps: int = -1) -> SimpleNamespace:
     """All that a data module asks of its trainer."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    return SimpleNamespace(global_step=step, global_rank=rank, world_size=world_size, strategy=strategy)
+    return SimpleNamespace(
+        global_step=step,
+        global_rank=rank,
+        world_size=world_size,
+        strategy=strategy,
+        max_steps=max_steps,
+        is_global_zero=rank == 0,
+    )

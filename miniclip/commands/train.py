@@ -27,7 +27,6 @@ from ..common.files import user_errors, write_text
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.preflight import brief
-from ..data.sampling.order import BatchSampler
 from ..reports.runs import PAGE_FILE, read_run
 from ..training import lightning_private
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates
@@ -237,22 +236,29 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Checks everything that needs the data, and then removes the run that is to be overwritten."""
         data = self.datamodule
+        data.trainer = self.trainer  # as Lightning does when it fits
         data.prepare_data()  # safe in several processes at once: one packs, the others wait
         data.setup("fit")
-        steps_per_epoch = len(BatchSampler(data.order(), data.batch_size, step=lambda: 0))
+        if data.train_stream is not None:
+            data.train_stream.refuse_idle_readers(data.num_workers, self.trainer.world_size)
+        steps_per_epoch = data.steps_per_epoch()
         ends = self.trainer.max_steps, (self.trainer.max_epochs or -1) * steps_per_epoch
         self.model.warmup_steps(min(end for end in ends if end >= 0), data)
         run_settings.refuse_validations(self.trainer, steps_per_epoch, bool(data.val))
         if _is_rank_zero():
             print(data.describe(), flush=True)
-            for warning in brief(
-                data.train_shards,
-                data.context_length,
-                data.batch_size,
-                data.seed,
-                image_size=data.image_size,
-                captions=data.captions,
-                positives=self.model.positives,
+            for warning in (
+                []
+                if data.train_shards is None
+                else brief(
+                    data.train_shards,
+                    data.context_length,
+                    data.batch_size,
+                    data.seed,
+                    image_size=data.image_size,
+                    captions=data.captions,
+                    positives=self.model.positives,
+                )
             ):
                 print(f"warning: {warning}", file=sys.stderr)
         if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():

@@ -2,6 +2,6 @@
 
 Read `sources.py` (what people have; `reading/` reads each kind), `sample_files.py`, `pack.py`, `tar_writer.py` with
 `shard_index.py`, and `shards.py` (shards written and read; `indexing/` is for tars that others wrote), `pairs.py`,
-`sampling/` and `module.py` (batches), then `preflight.py`, `findings.py` and `advice.py` (what would spoil training).
-No model.
+`sampling/`, `tar_stream.py` and `module.py` (batches), then `preflight.py`, `findings.py` and `advice.py` (what would
+spoil training). No model.
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -24,11 +25,13 @@ from ..config import Interpolation, Preprocessing, Resize
 from ..images import Preprocess
 from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
-from .pairs import CaptionChoice, PairDataset, Sample, collate
+from .pairs import Batch, CaptionChoice, PairDataset, Recipe, Sample, collate
 from .reading.scan import summary
 from .sampling.order import BatchSampler, Mixture, SampleOrder
+from .sampling.stream import Streaming
 from .shard_index import REJECTED_FILE
 from .shards import Shards
+from .tar_stream import StreamLoader, TrainingStream
 
 
 class _Pending(Sampler[list[tuple[int, int]]]):
@@ -106,6 +109,9 @@ class PairDataModule(pl.LightningDataModule):
         val_pairs: the most held-out pairs that a validation takes: the same random ones in every validation of every
             run. None takes all.
         text_length_multiple: texts of a batch are padded to a multiple of so many tokens; set from `model.compile`.
+        order: "exact", every sample once an epoch in an order that workers and ranks can't change; or "stream",
+            straight from tars without an index, inexact. Validation is exact always.
+        stream: the settings of "stream".
     """
 
     def __init__(
@@ -127,6 +133,8 @@ class PairDataModule(pl.LightningDataModule):
         cache_gb: float = 50.0,
         val_pairs: int | None = 5000,
         text_length_multiple: int = 1,
+        order: Literal["exact", "stream"] = "exact",
+        stream: Streaming = Streaming(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if batch_size < 2:
@@ -144,6 +152,16 @@ class PairDataModule(pl.LightningDataModule):
         self.val_pairs = val_pairs
         if text_length_multiple < 1:
             raise ValueError(f"data.text_length_multiple is {text_length_multiple}; it must be at least 1")
+        if order not in ("exact", "stream"):
+            raise ValueError(f"data.order is {order!r}; valid are exact, stream")
+        self.is_streamed, self.stream_settings = order == "stream", stream
+        if self.is_streamed and weights is not None:
+            raise ValueError(
+                f"data.weights is {weights}, and data.order stream takes each tar as often as any other; leave it out, "
+                "or index the shards and set data.order to exact"
+            )
+        if not self.is_streamed and stream != Streaming():
+            raise ValueError(f"data.stream is {stream}, which data.order exact does not use; set data.order to stream")
         self._locations: dict[str, str] = {}
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
@@ -152,7 +170,8 @@ class PairDataModule(pl.LightningDataModule):
         no_mean, no_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # only its crop is used: pixels stay uint8
         self.preprocess = Preprocess(image_size, no_mean, no_std, preprocess, resize, resize_size, interpolation)
         self.text_length_multiple = text_length_multiple
-        self.train_shards: Shards | None = None
+        self.train_shards: Shards | None = None  # for the exact order
+        self.train_stream: TrainingStream | None = None  # for the other
         self.val_shards: Shards | None = None
         self._resumed_step = 0
         self.while_waiting: Callable[[float], None] | None = None  # `PatientLoader`'s, of every loader
@@ -164,15 +183,39 @@ class PairDataModule(pl.LightningDataModule):
                 self._locations[source] = pack_into_cache(source)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.train_shards is None:
+        if stage == "fit" and self.train_shards is None and self.train_stream is None:
             self.prepare_data()  # tells this process where; one of them packs, if need be
-            self.train_shards = Shards([self._locations[source] for source in self.train], self.cache)
+            sources = [self._locations[source] for source in self.train]
+            if self.is_streamed:
+                self.train_stream = TrainingStream(sources, self.stream_settings, self.seed)
+            else:
+                self.train_shards = Shards(sources, self.cache)
         if self.val and self.val_shards is None:
             self.prepare_data()
             self.val_shards = Shards([self._locations[source] for source in self.val], self.cache)
 
-    def order(self) -> SampleOrder | Mixture:
-        """The sequence that training goes through."""
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self.train_stream is not None and (left_out := self.train_stream.summary()):
+            print(left_out, file=sys.stderr)
+
+    def steps_per_epoch(self) -> int:
+        """
+        Raises:
+            ValueError: the training set does not fill a batch, or nobody knows how long an epoch is.
+        """
+        if self.train_stream is not None:
+            max_steps = -1 if self.trainer is None else self.trainer.max_steps
+            return self.train_stream.steps_per_epoch(self.batch_size, max_steps)
+        return len(BatchSampler(self.sample_order(), self.batch_size, step=lambda: 0))
+
+    def epoch_samples(self) -> int:
+        """The samples of an epoch; of a stream those of its steps."""
+        if self.train_stream is not None:
+            return self.steps_per_epoch() * self.batch_size
+        return self.sample_order().num_samples
+
+    def sample_order(self) -> SampleOrder | Mixture:
+        """The sequence that exact training goes through."""
         assert self.train_shards is not None
         counts, sizes = self.train_shards.counts, self.train_shards.num_shards
         if self.weights is None:
@@ -182,8 +225,11 @@ class PairDataModule(pl.LightningDataModule):
 
     def describe(self) -> str:
         """The size of an epoch and its sources, for the log."""
+        if self.train_stream is not None:
+            world_size = 1 if self.trainer is None else self.trainer.world_size
+            return self.train_stream.describe(self.num_workers, world_size, self.steps_per_epoch())
         assert self.train_shards is not None
-        order = self.order()
+        order = self.sample_order()
         epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
         if left_out := summary(self.train_shards.left_out):
             epoch = f"{left_out}, as {REJECTED_FILE} beside the shards lists; {epoch}"
@@ -198,17 +244,18 @@ class PairDataModule(pl.LightningDataModule):
         ]
         return f"{epoch}: {', '.join(parts)}"
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
-        assert self.train_shards is not None
         trainer = self.trainer
-        order = self.order()
 
         def step() -> int:
             # Lightning may ask for the first batches before it has restored its own count.
             return max(self._resumed_step, trainer.global_step)
 
-        sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
+        if self.train_stream is not None:
+            return self._stream_loader(self.train_stream, step())
+        assert self.train_shards is not None
+        sampler = BatchSampler(self.sample_order(), self.batch_size, step, trainer.global_rank, trainer.world_size)
         return self._loader(self._dataset(self.train_shards, self.augmentation, self.captions), sampler)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
@@ -235,18 +282,37 @@ class PairDataModule(pl.LightningDataModule):
         )
 
     def _loader(self, dataset: PairDataset, batches: Sampler[Any] | Sequence[Any]) -> PairLoader:
-        is_on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        loader = PairLoader(
-            dataset,
-            batches,
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, length_multiple=self.text_length_multiple, context_length=self.context_length),
-            pin_memory=is_on_gpu,
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator().manual_seed(self.seed),  # a loader that begins leaves torch's own state alone
+        loader = PairLoader(dataset, batches, collate_fn=self._collate(), **self._loader_options())
+        loader.while_waiting = self._while_waiting
+        return loader
+
+    def _stream_loader(self, stream: TrainingStream, step: int) -> StreamLoader:
+        assert self.trainer is not None
+        loader = stream.loader(
+            Recipe(self.image_size, self.context_length, self.augmentation, self.captions, self.preprocess),
+            self._collate(),
+            self.cache,
+            batch_size=self.batch_size,
+            steps_per_epoch=self.steps_per_epoch(),
+            first_step=step,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            **self._loader_options(),
         )
         loader.while_waiting = self._while_waiting
         return loader
+
+    def _collate(self) -> Callable[[list[Sample]], Batch]:
+        return partial(collate, length_multiple=self.text_length_multiple, context_length=self.context_length)
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            "persistent_workers": self.num_workers > 0,
+            # A loader that begins leaves torch's own state alone.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
 
     def _while_waiting(self, seconds: float) -> None:
         if self.while_waiting is not None:
@@ -266,31 +332,47 @@ class PairDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
-        return {**self._sequence(), "step": self.trainer.global_step}
+        step = self.trainer.global_step
+        stream = {} if self.train_stream is None else {"stream": self.train_stream.state(step)}
+        return {**self._sequence(), **stream, "step": step}
 
     def _sequence(self) -> dict[str, Any]:
         """All that the sequence of batches depends on."""
-        assert self.train_shards is not None
-        tars = (entry.sha256 or entry.offsets_sha256 for entry in self.train_shards.entries)
-        shards = hashlib.sha256("".join(tars).encode())
+        if self.train_stream is not None:
+            samples = self.train_stream.sequence()
+        else:
+            assert self.train_shards is not None
+            tars = (entry.sha256 or entry.offsets_sha256 for entry in self.train_shards.entries)
+            shards = hashlib.sha256("".join(tars).encode())
+            samples = {
+                "samples": len(self.train_shards),
+                "weights": self.weights,
+                "shards": shards.hexdigest()[:16],
+            }
         return {
+            "order": "stream" if self.is_streamed else "exact",
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "samples": len(self.train_shards),
-            "weights": self.weights,
-            "shards": shards.hexdigest()[:16],
+            **samples,
             "captions": str(self.captions),
             "augmentation": str(self.augmentation),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint of another sequence of batches, in which its step means another position."""
-        if self.train_shards is None:
+        if self.train_shards is None and self.train_stream is None:
             return
         for name, value in self._sequence().items():
-            if state_dict.get(name) != value:
+            known = state_dict.get(name, "exact" if name == "order" else None)  # the only order there was
+            if known != value:
                 raise ValueError(
-                    f"the checkpoint was trained with {name} {state_dict.get(name)}, this run has {value}; go on with "
+                    f"the checkpoint was trained with {name} {known}, this run has {value}; go on with "
                     "the same, or begin a run in another folder"
                 )
         self._resumed_step = state_dict["step"]
+        if self.train_stream is not None and state_dict["stream"] is not None:
+            assert self.trainer is not None
+            readers = max(1, self.num_workers) * self.trainer.world_size
+            message = self.train_stream.resume(state_dict["stream"], readers)
+            if message and self.trainer.is_global_zero:
+                print(message, flush=True)

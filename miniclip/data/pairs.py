@@ -19,7 +19,7 @@ from ..images import Preprocess, open_image
 from ..tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .augmentation import Augmentation
 from .reading.cells import texts_in
-from .shards import Shards
+from .shards import Record, Shards
 
 
 class Batch(NamedTuple):
@@ -108,14 +108,57 @@ class CaptionChoice:
         return int(random.choice(len(weights), p=np.array(weights) / sum(weights)))
 
 
-class PairDataset(Dataset[Sample]):
-    """Samples decoded, augmented and tokenised. An unreadable one becomes a hole, never an exception.
+class Recipe:
+    """What turns a sample's bytes into tensors: decoded, augmented, its caption chosen and tokenised.
 
     Args:
         augmentation: None for the exact preprocessing of inference.
         captions: the choice among several captions.
         preprocess: that of inference; by default OpenAI's.
     """
+
+    def __init__(
+        self,
+        image_size: int,
+        context_length: int,
+        augmentation: Augmentation | None,
+        captions: CaptionChoice,
+        preprocess: Preprocess | None = None,
+    ) -> None:
+        self.image_size, self.context_length = image_size, context_length
+        self.augmentation, self.captions = augmentation, captions
+        # Only its crop is used: pixels stay uint8.
+        self.preprocess = preprocess or Preprocess(image_size, (0, 0, 0), (1, 1, 1))
+
+    def sample(
+        self, key: str, record: Record, info: Callable[[], dict[str, Any]], random: np.random.Generator
+    ) -> Sample:
+        """Raises whatever a damaged sample makes libraries raise; `hole` then takes its place.
+
+        Args:
+            info: returns the sample's facts; called only if a field of them is wanted.
+        """
+        if not record.image:
+            raise ValueError("it has no image")
+        caption = self.captions.choose(record.captions, info, random)
+        if self.augmentation:
+            image = self.augmentation.decode(record.image, self.image_size, random)
+        else:
+            image = self.preprocess.crop(open_image(record.image, key))
+        ids = encode_for_model(caption, self.context_length + 1, truncate=True)
+        is_truncated = len(ids) > self.context_length
+        if is_truncated:
+            ids = [*ids[: self.context_length - 1], END_OF_TEXT]
+        return Sample(image, ids, key, None, is_truncated)
+
+    def hole(self, key: str, error: Exception) -> Sample:
+        """What stands for an unreadable sample; the mask takes it out of the loss."""
+        blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        return Sample(blank, [START_OF_TEXT, END_OF_TEXT], key, f"{type(error).__name__}: {error}")
+
+
+class PairDataset(Dataset[Sample]):
+    """The samples of shards as tensors, by `Recipe`. An unreadable one becomes a hole, never an exception."""
 
     def __init__(
         self,
@@ -127,10 +170,8 @@ class PairDataset(Dataset[Sample]):
         seed: int,
         preprocess: Preprocess | None = None,
     ) -> None:
-        self.shards, self.image_size, self.context_length = shards, image_size, context_length
-        self.augmentation, self.captions, self.seed = augmentation, captions, seed
-        # Only its crop is used: pixels stay uint8.
-        self.preprocess = preprocess or Preprocess(image_size, (0, 0, 0), (1, 1, 1))
+        self.shards, self.seed = shards, seed
+        self.recipe = Recipe(image_size, context_length, augmentation, captions, preprocess)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -142,26 +183,9 @@ class PairDataset(Dataset[Sample]):
         key = f"sample {index}"
         try:
             key = self.shards.name(index)
-            record = self.shards[index]
-            if not record.image:
-                raise ValueError("it has no image")
-            caption = self.captions.choose(record.captions, lambda: self.shards.info(index), random)
-            if self.augmentation:
-                image = self.augmentation.decode(record.image, self.image_size, random)
-            else:
-                image = self.preprocess.crop(open_image(record.image, key))
+            return self.recipe.sample(key, self.shards[index], lambda: self.shards.info(index), random)
         except Exception as error:  # a damaged sample can raise anything
-            return Sample(
-                torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8),
-                [START_OF_TEXT, END_OF_TEXT],
-                key,
-                f"{type(error).__name__}: {error}",
-            )
-        ids = encode_for_model(caption, self.context_length + 1, truncate=True)
-        is_truncated = len(ids) > self.context_length
-        if is_truncated:
-            ids = [*ids[: self.context_length - 1], END_OF_TEXT]
-        return Sample(image, ids, key, None, is_truncated)
+            return self.recipe.hole(key, error)
 
 
 def collate(samples: list[Sample], length_multiple: int = 1, context_length: int = 77) -> Batch:

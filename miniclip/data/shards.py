@@ -11,9 +11,10 @@ import threading
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.scan import LeftOut
 from .shard_index import INDEX_FILE, SCHEMA_VERSION
 
+_PICKLED = ("pkl", "pickle", "pyd", "pth", "pt")  # suffixes that webdataset, or torch for it, unpickles
 _OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
 
 
@@ -69,6 +71,35 @@ class Record:
     key: str
     image: bytes
     captions: tuple[str, ...]
+
+
+def record_of(key: str, read: Callable[[str], bytes]) -> Record:
+    """A sample from its members: the lines of its text, or without one, a caption field of its `.json`.
+
+    Args:
+        read: returns a member by its kind, empty if there is none.
+
+    Raises:
+        ValueError: the text is not UTF-8.
+    """
+    image, text = read("image"), read("txt")
+    captions = captions_in(decode_text(text, f"the text of {key}"))
+    if not text:
+        with suppress(ValueError):  # JSON that is damaged, or has no captions
+            captions = captions_of_facts(json.loads(read("json") or "{}"))
+    return Record(key, image, tuple(captions))
+
+
+def facts_of(read: Callable[[str], bytes]) -> dict[str, Any]:
+    """The facts of a sample's `.json` and its `.cls`; empty if it has neither.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    found = {kind: read(kind) for kind in ("json", "cls")}
+    values = json.loads(found["json"]) if found["json"] else {}
+    facts = values if isinstance(values, dict) else {}
+    return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found["cls"] else facts
 
 
 class Shards:
@@ -138,13 +169,7 @@ class Shards:
         """
         shard, row = self.locate(index)
         file, offsets = self._shard(shard)
-        image, text = (self._member(file, offsets, row, kind) for kind in ("image", "txt"))
-        key = str(offsets["key"][row])
-        captions = captions_in(decode_text(text, f"the text of {key}"))
-        if not text and "json" in offsets:
-            with suppress(ValueError):  # JSON that is damaged, or has no captions
-                captions = captions_of_facts(json.loads(self._member(file, offsets, row, "json") or "{}"))
-        return Record(key, image, tuple(captions))
+        return record_of(str(offsets["key"][row]), partial(self._member, file, offsets, row))
 
     def name(self, index: int) -> str:
         """The name by which the user knows a sample: its tar and its key, as "00000.tar:000000012".
@@ -163,10 +188,7 @@ class Shards:
         Raises:
             ValueError: as for the sample itself, or it is not JSON.
         """
-        found = {kind: self.read(index, kind) for kind in ("json", "cls")}
-        values = json.loads(found["json"]) if found["json"] else {}
-        facts = values if isinstance(values, dict) else {}
-        return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found["cls"] else facts
+        return facts_of(partial(self.read, index))
 
     def read(self, index: int, kind: str) -> bytes:
         """One member of a sample, by its suffix ("cls", "json", "npy", "txt") or "image"; empty if it has none.
@@ -182,6 +204,48 @@ class Shards:
         """The keys of a shard's samples, in order; the tar itself is not touched."""
         return [str(key) for key in self._read_offsets(self.entries[shard])["key"]]
 
+    def webdataset(self, resampled: bool = False) -> Any:
+        """These shards as a pipeline of webdataset's own, to go on from: `.shuffle(1000).decode("pil").batched(64)`.
+
+        It yields webdataset's samples, dicts of bytes by suffix, split over the nodes and workers that webdataset finds
+        in the environment; an iteration is each of them once. Remote tars come through the cache, whole and verified.
+        Members that webdataset would unpickle (`.pyd`, `.pth` …) are left out.
+
+        Args:
+            resampled: draw shards at random, with replacement and without an end, in every worker.
+        """
+        import webdataset as wds
+
+        locations = [entry.location for entry in self.entries]
+        if resampled:
+            return wds.FluidWrapper(wds.ResampledShards(locations)).compose(self._expand)
+        shards = wds.FluidWrapper(wds.SimpleShardList(locations))
+        return shards.compose(wds.split_by_node, wds.split_by_worker, self._expand)
+
+    def _expand(self, sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        entries = {entry.location: entry for entry in self.entries}
+        for source in sources:
+            with self._open_tar(entries[source["url"]]) as file:
+                # One tar at a time: of two, the last and the first sample may have one key.
+                files = tar_file_expander([{**source, "stream": file}], select_files=_is_harmless)
+                yield from group_by_keys(files)
+
+    def _open_tar(self, entry: ShardEntry) -> IO[bytes]:
+        """
+        Raises:
+            ValueError: it can't be had, or has grown since it was indexed.
+        """
+        try:
+            if is_url(entry.location):
+                return self.cache.open(entry.location, entry.bytes, entry.sha256)
+            file = open(entry.location, "rb")  # noqa: SIM115 (handed over)
+        except OSError as error:
+            raise ValueError(f"shard {entry.location} can't be read: {error}") from error
+        _refuse_longer(file, entry)
+        return file
+
     def _shard(self, shard: int) -> tuple[IO[bytes], dict[str, np.ndarray]]:
         with self._lock:
             return self._opened(shard)
@@ -195,15 +259,7 @@ class Shards:
                     self._offsets.popitem(last=False)
             self._offsets.move_to_end(shard)
             offsets = self._offsets[shard]
-            try:
-                if is_url(entry.location):
-                    file = self.cache.open(entry.location, entry.bytes, entry.sha256)
-                else:
-                    file = open(entry.location, "rb")  # noqa: SIM115 (closed when 64 others are in use)
-                    _refuse_longer(file, entry)
-            except OSError as error:
-                raise ValueError(f"shard {entry.location} can't be read: {error}") from error
-            self._open[shard] = (file, offsets)
+            self._open[shard] = (self._open_tar(entry), offsets)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)  # closed when no thread reads from it any more
         self._open.move_to_end(shard)
@@ -246,6 +302,11 @@ class Shards:
                 "checksum; index the shards anew"
             )
         return data[header:]
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether webdataset's decoders read a member of this name without unpickling it."""
+    return name.lower().removesuffix(".gz").rpartition(".")[2] not in _PICKLED
 
 
 def _refuse_other_hosts(index: str, names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..common.processes import gather
-from ..data.module import PairLoader
+from ..common.waiting import PatientLoader
 from ..data.pairs import Batch
 from ..evaluation.measures.ranking import finds_own
 from ..loss import siglip_chance
@@ -183,7 +183,7 @@ class RunMetrics(Callback):
     @staticmethod
     def _loader_waited(trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader
-        return loader.waited_s if isinstance(loader, PairLoader) else 0.0
+        return loader.waited_s if isinstance(loader, PatientLoader) else 0.0
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pause_began = time.perf_counter()

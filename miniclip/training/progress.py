@@ -229,7 +229,7 @@ class RunReport(Callback):
             "monitor": self.monitor,
             "monitor_mode": self.monitor_mode,
             "batch_size": data.batch_size,
-            "epoch_samples": data.order().num_samples,
+            "epoch_samples": data.epoch_samples(),
             "world_size": trainer.world_size,
             "device": _device_name(trainer),
             "precision": str(trainer.precision),

@@ -624,13 +624,13 @@ def two_shelves(tmp_path, **options) -> PairDataModule:
 def test_several_sources_without_weights_are_one_set_of_which_each_sample_comes_once(tmp_path):
     data = two_shelves(tmp_path)
     assert len(data.train_shards) == 16
-    assert sorted(sample for _, sample in data.order().slice(0, 16)) == list(range(16))
+    assert sorted(sample for _, sample in data.sample_order().slice(0, 16)) == list(range(16))
     assert data.describe() == "an epoch is 16 samples in 4 steps: each once"
 
 
 def test_weights_mix_the_sources_and_the_log_says_how_often_each_sample_comes(tmp_path):
     data = two_shelves(tmp_path, weights=[3.0, 1.0])
-    numbers = [sample for _, sample in data.order().slice(0, 4096)]
+    numbers = [sample for _, sample in data.sample_order().slice(0, 4096)]
     assert sum(number < 6 for number in numbers) == 3072
     assert f"{tmp_path / 'a'} 75.0% (2.00 times each of its 6)" in data.describe()
     assert f"{tmp_path / 'b'} 25.0% (0.40 times each of its 10)" in data.describe()

@@ -1,4 +1,5 @@
 """Which samples make a batch, and in what order they come.
 
-Read `order.py` (the exact order, in which each epoch is every sample once). No pixels and no model.
+Read `order.py` (the exact order, in which each epoch is every sample once), then `stream.py` (tars in the order in
+which readers take them) and `tar_reader.py` (what a reader does with them). No model.
 """
