@@ -14,4 +14,4 @@ def test_the_pipeline_of_the_page_gives_pictures_and_texts(tmp_path, monkeypatch
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     names: dict = {}
     exec(code, names)
-    assert sorted(text for _, text in names["pipeline"]) == [f"picture {n}, caption 0\n" for n in range(8)]
+    assert sorted(text.strip() for _, text in names["pipeline"]) == [f"picture {n}, caption 0" for n in range(8)]

@@ -94,7 +94,7 @@ class TarStream(IterableDataset[Part]):
     def __iter__(self) -> Iterator[Part]:
         import webdataset as wds
 
-        reader = _Reader(self, self.reader())
+        reader = _TarReader(self, self.reader())
         samples = wds.FluidWrapper(self.progress.positions).slice(reader.first, None, reader.step)
         samples = iter(samples.compose(reader.shuffled_blocks).map(reader.decoded))
         while batch := list(islice(samples, self.batch_size)):
@@ -102,7 +102,7 @@ class TarStream(IterableDataset[Part]):
             yield Part(self.collate([sample for sample, _ in batch]), batch[-1][1], left_out)
 
 
-class _Reader:
+class _TarReader:
     """The stages of one reader's pipeline."""
 
     def __init__(self, stream: TarStream, number: int) -> None:
@@ -144,7 +144,7 @@ class _Reader:
         """A tar's samples in their order; one hole for a tar that can't be read."""
         row = 0
         try:
-            with closing(_open(tar, self.stream.cache)) as file:
+            with closing(_open_tar(tar, self.stream.cache)) as file:
                 samples, left_out = read_samples(file, tar.location, skips_pictures=True)
                 self.left_out += [replace(each, source=f"{self.stream.names[tar]}:{each.source}") for each in left_out]
                 if not samples:
@@ -182,7 +182,7 @@ def _with_last(items: Iterable[_Raw]) -> Iterator[tuple[_Raw, bool]]:
     yield item, True
 
 
-def _open(tar: Tar, cache: Cache) -> IO[bytes]:
+def _open_tar(tar: Tar, cache: Cache) -> IO[bytes]:
     """Remote tars come from the cache; one that has another size there by now is fetched again."""
     if not is_url(tar.location):
         return open(tar.location, "rb")
