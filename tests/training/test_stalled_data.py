@@ -29,13 +29,28 @@ class ToWorkers(Callback):
 
     def on_train_batch_start(self, trainer, *args) -> None:
         if trainer.global_step == 2:
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, self.number)
+            self.send()
+
+    def send(self) -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, self.number)
 
 
-def launch(data: Path, run: Path, out: Path, number: int, patience_s: float = 2.0) -> subprocess.Popen[bytes]:
-    callback = f"--trainer.callbacks+={Path(__file__).stem}.ToWorkers"
-    more = [callback, f"--trainer.callbacks.number={number}", f"--trainer.callbacks.patience_s={patience_s}"]
+class ToWorkersInValidation(ToWorkers):
+    """Likewise while the first batch of the first validation is encoded."""
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        pass
+
+    def on_validation_batch_start(self, trainer, *args) -> None:
+        self.send()
+
+
+def launch(
+    data: Path, run: Path, out: Path, number: int, patience_s: float = 2.0, callback: type = ToWorkers, *more: str
+) -> subprocess.Popen[bytes]:
+    chosen = f"--trainer.callbacks+={Path(__file__).stem}.{callback.__name__}"
+    more = [*more, chosen, f"--trainer.callbacks.number={number}", f"--trainer.callbacks.patience_s={patience_s}"]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     with open(out, "wb") as file:
         return subprocess.Popen(
@@ -53,7 +68,7 @@ def saved_step(run: Path) -> int:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stalled")
-    pack_folder(write_pairs(folder / "pairs", 60), folder / "shards", samples_per_shard=20, val_fraction=0.3)
+    pack_folder(write_pairs(folder / "pairs", 160), folder / "shards", samples_per_shard=20, val_fraction=0.6)
     return folder
 
 
@@ -96,3 +111,15 @@ def test_a_signal_is_heard_while_data_stand_still(data, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(100) == 128 + signal.SIGTERM, out.read_text()
     assert f"Saved {run / 'checkpoints' / 'last.ckpt'} at step {saved_step(run)}. To go on:" in out.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_a_validation_whose_data_stand_still_ends_likewise(data, tmp_path, number):
+    run, out = tmp_path / "run", tmp_path / "out"
+    process = launch(data, run, out, int(number), 2.0, ToWorkersInValidation, "--trainer.val_check_interval=4")
+    assert process.wait(200) == 2, out.read_text()
+    told = out.read_text()
+    assert re.search(r"error: (no batch has come for .*is stopped|a worker that reads data was killed)", told), told
+    assert "Traceback" not in told
+    assert f"{run / 'checkpoints' / 'last.ckpt'} is the last checkpoint. To go on:" in told
+    assert saved_step(run) == 4
