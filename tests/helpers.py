@@ -137,5 +137,6 @@ def trainer_at(step: int, rank: int = 0, world_size: int = 1, max_steps: int = -
         world_size=world_size,
         strategy=strategy,
         max_steps=max_steps,
+        max_epochs=-1,
         is_global_zero=rank == 0,
     )

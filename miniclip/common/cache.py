@@ -43,15 +43,25 @@ class Cache:
         local = local_path(url)
         if local:
             return patiently(url, lambda: open(local, "rb"))
-        path = self._path(url, sha256)
         try:
-            if file := self._reopen(path, size):
-                return file
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with locked(_beside(path, ".lock"), f"another process is fetching {url}"):
-                return self._reopen(path, size) or self._fetch(url, path, size, sha256)
+            return self._opened(url, size, sha256)
         except OSError as error:
             raise ValueError(f"{url} can't be kept in {self.folder}: {error}") from error
+
+    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> None:
+        """Fetches a file for who opens it later. It stays where it is if that fails, or another process is at it: who
+        opens it will wait for that process, or meet the error."""
+        if local_path(url) is None:
+            with suppress(ValueError, OSError):
+                self._opened(url, size, sha256, patience_s=0).close()
+
+    def _opened(self, url: str, size: int | None, sha256: str | None, patience_s: float = -1) -> IO[bytes]:
+        path = self._path(url, sha256)
+        if file := self._reopen(path, size):
+            return file
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(_beside(path, ".lock"), f"another process is fetching {url}", patience_s):
+            return self._reopen(path, size) or self._fetch(url, path, size, sha256)
 
     def verified(self, url: str, sha256: str) -> None:
         """Records the checksum of a file that was fetched without one, so that who knows it finds the file."""

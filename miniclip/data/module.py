@@ -27,6 +27,7 @@ from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
 from .pairs import Batch, CaptionChoice, PairDataset, Recipe, Sample, collate
 from .reading.scan import summary
+from .sampling.ahead import Ahead
 from .sampling.order import BatchSampler, Mixture, SampleOrder
 from .sampling.stream import Streaming
 from .shard_index import REJECTED_FILE
@@ -255,8 +256,21 @@ class PairDataModule(pl.LightningDataModule):
         if self.train_stream is not None:
             return self._stream_loader(self.train_stream, step())
         assert self.train_shards is not None
-        sampler = BatchSampler(self.sample_order(), self.batch_size, step, trainer.global_rank, trainer.world_size)
-        return self._loader(self._dataset(self.train_shards, self.augmentation, self.captions), sampler)
+        order = self.sample_order()
+        sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
+        dataset = self._dataset(self.train_shards, self.augmentation, self.captions, self._ahead(order))
+        return self._loader(dataset, sampler)
+
+    def _ahead(self, order: SampleOrder | Mixture) -> Ahead | None:
+        """What fetches remote shards before they are needed."""
+        assert self.train_shards is not None
+        assert self.trainer is not None
+        if not self.train_shards.remote_bytes:
+            return None
+        held_out = 0 if self.val_shards is None else self.val_shards.remote_bytes
+        ends = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * (order.num_samples // self.batch_size)]
+        stop = min((self.batch_size * steps for steps in ends if steps >= 0), default=None)
+        return Ahead(self.train_shards, order, held_out, stop)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         if self.val_shards is None:
@@ -276,9 +290,11 @@ class PairDataModule(pl.LightningDataModule):
             return list(range(count))
         return sorted(np.random.default_rng(0).choice(count, most, replace=False).tolist())
 
-    def _dataset(self, shards: Shards, augmentation: Augmentation | None, captions: CaptionChoice) -> PairDataset:
+    def _dataset(
+        self, shards: Shards, augmentation: Augmentation | None, captions: CaptionChoice, ahead: Ahead | None = None
+    ) -> PairDataset:
         return PairDataset(
-            shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess
+            shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess, ahead
         )
 
     def _loader(self, dataset: PairDataset, batches: Sampler[Any] | Sequence[Any]) -> PairLoader:

@@ -158,7 +158,11 @@ class Recipe:
 
 
 class PairDataset(Dataset[Sample]):
-    """The samples of shards as tensors, by `Recipe`. An unreadable one becomes a hole, never an exception."""
+    """The samples of shards as tensors, by `Recipe`. An unreadable one becomes a hole, never an exception.
+
+    Args:
+        ahead: called with epoch and index of each sample, before it is read.
+    """
 
     def __init__(
         self,
@@ -169,8 +173,9 @@ class PairDataset(Dataset[Sample]):
         captions: CaptionChoice,
         seed: int,
         preprocess: Preprocess | None = None,
+        ahead: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.shards, self.seed = shards, seed
+        self.shards, self.seed, self.ahead = shards, seed, ahead
         self.recipe = Recipe(image_size, context_length, augmentation, captions, preprocess)
 
     def __len__(self) -> int:
@@ -181,6 +186,8 @@ class PairDataset(Dataset[Sample]):
         epoch, index = place
         random = np.random.default_rng([self.seed, epoch, index])
         key = f"sample {index}"
+        if self.ahead is not None:
+            self.ahead(epoch, index)
         try:
             key = self.shards.name(index)
             return self.recipe.sample(key, self.shards[index], lambda: self.shards.info(index), random)

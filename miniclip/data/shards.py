@@ -63,6 +63,11 @@ class ShardEntry:
             return self.file
         return join(self.folder, self.file)
 
+    @property
+    def remote_bytes(self) -> int:
+        """What it takes in the cache; 0 for one that lies here."""
+        return self.bytes if is_url(self.location) else 0
+
 
 @dataclass(frozen=True)
 class Record:
@@ -140,6 +145,11 @@ class Shards:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def remote_bytes(self) -> int:
+        """What all of them take in the cache."""
+        return sum(entry.remote_bytes for entry in self.entries)
 
     def __getstate__(self) -> dict[str, Any]:
         # File handles stay in their process.
@@ -245,6 +255,13 @@ class Shards:
             raise ValueError(f"shard {entry.location} can't be read: {error}") from error
         _refuse_longer(file, entry)
         return file
+
+    def prefetch(self, shard: int) -> None:
+        """Brings a remote shard into the cache. What goes wrong is left to who reads from it."""
+        entry = self.entries[shard]
+        with suppress(ValueError):  # a name that leads out of its folder
+            self.cache.prefetch(join(entry.folder, entry.offsets), sha256=entry.offsets_sha256)
+            self.cache.prefetch(entry.location, entry.bytes, entry.sha256)
 
     def _shard(self, shard: int) -> tuple[IO[bytes], dict[str, np.ndarray]]:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -44,6 +45,23 @@ class SampleOrder:
         samples = np.concatenate([np.arange(self.counts[s]) + self.starts[s] for s in shards])
         np.random.default_rng([self.seed, epoch, block]).shuffle(samples)
         return samples
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleOrder, (self.counts, self.seed, self.block_samples)  # without its caches, for workers
+
+    def blocks_at(self, epoch: int, sample: int, stop: int | None = None) -> tuple[list[int], list[int]]:
+        """The shards of a sample's block, and those of the block that comes after it, in no order.
+
+        Args:
+            stop: where training ends; no block that begins there or later is named.
+        """
+        blocks, ends = self._plan(epoch)
+        shard = int(np.searchsorted(self.starts + self.counts, sample, side="right"))
+        number = next(n for n, block in enumerate(blocks) if shard in block)
+        if stop is not None and epoch * self.num_samples + int(ends[number]) >= stop:
+            return blocks[number].tolist(), []
+        following = blocks[number + 1] if number + 1 < len(blocks) else self._plan(epoch + 1)[0][0]
+        return blocks[number].tolist(), following.tolist()
 
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Positions `start` to `stop` of the sequence, as (epoch, sample)."""
@@ -86,6 +104,15 @@ class Mixture:
         largest = int(self.shares.argmax())
         taken[largest] = period * self.period - (taken.sum() - taken[largest])
         return taken
+
+    def blocks_at(self, epoch: int, sample: int, stop: int | None = None) -> tuple[list[int], list[int]]:
+        """As that of `SampleOrder`, of the sample's source; `stop` is a position of the mixture."""
+        source = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        last = None if stop is None else int(self._taken_before(-(-stop // self.period))[source])
+        parts = self.orders[source].blocks_at(epoch, sample - int(self.starts[source]), last)
+        first = sum(len(order.counts) for order in self.orders[:source])
+        now, following = ([first + shard for shard in part] for part in parts)
+        return now, following
 
     def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Positions `start` to `stop` of the sequence, as (pass through its source, sample)."""
