@@ -29,6 +29,11 @@ $(VENV)/.clip_benchmark: tests/clip_benchmark.txt | $(VENV)/.test
 	$(BIN)/pip install --no-deps --target $(VENV)/clip_benchmark -r tests/clip_benchmark.txt
 	@touch $@
 
+$(VENV)/.webdataset_oldest: tests/webdataset_oldest.txt | $(VENV)/.test
+	rm -rf $(VENV)/webdataset_oldest
+	$(BIN)/pip install --no-deps --target $(VENV)/webdataset_oldest -r tests/webdataset_oldest.txt
+	@touch $@
+
 # The same steps as for data of one's own; each line can be typed by hand.
 demo: $(VENV)/.demo
 	rm -rf $(DEMO)/data $(DEMO)/report
@@ -39,10 +44,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python eval_zeroshot.py --model $(DEMO)/best --out $(DEMO)/report --group-column scan \
 	    --data $(DEMO)/data/digits.csv $(DEMO)/data/inks.csv $(DEMO)/data/unseen.csv
 
-test: $(VENV)/.test $(VENV)/.clip_benchmark
+test: $(VENV)/.test $(VENV)/.clip_benchmark $(VENV)/.webdataset_oldest
 	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart 0 -m "not long"
 
-test-long: $(VENV)/.test $(VENV)/.clip_benchmark
+test-long: $(VENV)/.test $(VENV)/.clip_benchmark $(VENV)/.webdataset_oldest
 	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart 0
 
 lint: $(VENV)/.test

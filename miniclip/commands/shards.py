@@ -52,6 +52,12 @@ miniclip shards 's3://bucket/laion/{00000..00999}.tar' laion_index --index-only 
         "--part", type=part_of_array, default="1/1", metavar="I/N", help="for job arrays: part I of N, every N-th shard"
     )
     write.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads that decode")
+    write.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: the actors of a Ray cluster (RAY_ADDRESS), or of this machine, instead of --workers",
+    )
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     write.add_argument("--drop", metavar="LIST", help="leave out the pairs of a table with a column key, as doctor's")
     index = parser.add_argument_group("indexing")
@@ -85,6 +91,8 @@ def _refuse_changes(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"{option} is for packing, and --index-only leaves tars as they are; pack them anew: SRC OUT"
             )
+    if options.engine != "local":
+        raise ValueError("--engine is for packing; several machines index tars with --part")
 
 
 def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:
@@ -201,6 +209,7 @@ def _pack(options: argparse.Namespace) -> None:
             part=options.part,
             workers=options.workers,
             overwrite=options.overwrite,
+            use_ray=options.engine == "ray",
             progress=progress,
         )
     if packed.missing:

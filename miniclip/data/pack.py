@@ -13,19 +13,19 @@ import json
 import os
 import shutil
 import tarfile
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..common.files import locked, swap_in, write_text
+from .preparing import Results, prepared_by_threads, prepared_on_ray
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES, LeftOut
-from .sample_files import Packing, Rejection, prepare
+from .sample_files import Packing, Rejection
 from .shard_index import (
     INDEX_FILE,
     PLAN_FILE,
@@ -41,7 +41,6 @@ from .shard_index import (
 from .tar_writer import Tar
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # the most that a tar's end takes
-_AT_A_TIME = 8  # pairs that a thread prepares in a row
 
 
 def pack(
@@ -53,6 +52,7 @@ def pack(
     part: tuple[int, int] = (1, 1),
     workers: int | None = None,
     overwrite: bool = False,
+    use_ray: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Packed:
     """Writes pairs as shards. The folder is called OUT.partial until it is complete.
@@ -67,6 +67,7 @@ def pack(
         part: (i, n) packs every n-th chunk, from the i-th on; the part that ends last puts all together.
         workers: threads that read, decode and encode; by default one a core.
         overwrite: replace `out` if it exists, and the unfinished folder of another packing.
+        use_ray: have Ray's actors read, decode and encode, instead of `workers`; see `preparing.py`.
         progress: called with the number of pairs done, now and then.
 
     Raises:
@@ -98,13 +99,23 @@ def pack(
         _Chunk(work, n, range(start, min(start + packing.samples_per_shard, len(pairs))))
         for n, start in enumerate(range(0, len(pairs), packing.samples_per_shard))
     ]
-    done = 0
-    for chunk in chunks[number - 1 :: count]:
-        with locked(chunk.lock, busy, patience_s=0):
-            if not chunk.is_done:
-                chunk.write(pairs, packing, workers or os.cpu_count() or 1, partial(report_progress, progress, done))
-        done += len(chunk.indices)
-        report_progress(progress, done, 0)
+    own = chunks[number - 1 :: count]
+    todo = [chunk for chunk in own if not chunk.is_done]
+    ranges = [chunk.indices for chunk in todo]
+    done = sum(len(chunk.indices) for chunk in own) - sum(map(len, ranges))
+    report_progress(progress, done, 0)
+    results = (
+        prepared_on_ray(pairs, ranges, packing)
+        if use_ray
+        else prepared_by_threads(pairs, ranges, packing, workers or os.cpu_count() or 1)
+    )
+    with closing(results) as prepared:
+        for chunk in todo:
+            with locked(chunk.lock, busy, patience_s=0):
+                if not chunk.is_done:
+                    chunk.write(prepared, packing, partial(report_progress, progress, done))
+            done += len(chunk.indices)
+            report_progress(progress, done, 0)
     with locked(lock, busy, patience_s=600):
         if (work / PLAN_FILE).is_file():
             if missing := sum(not chunk.is_done for chunk in chunks):
@@ -189,7 +200,8 @@ class _Chunk:
     def read(self) -> dict[str, Any]:
         return json.loads(self.result.read_text(encoding="utf-8"))
 
-    def write(self, pairs: Sequence[Pair], packing: Packing, workers: int, progress: Callable[[int], None]) -> None:
+    def write(self, prepared: Results, packing: Packing, progress: Callable[[int], None]) -> None:
+        """Packs this chunk's part of what is prepared."""
         rejected: list[tuple[str, str, str]] = []
         shards: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
         tars: dict[str, Tar] = {}
@@ -198,7 +210,7 @@ class _Chunk:
         def close(side: str) -> None:
             shards[side].append(tars.pop(side).close())
 
-        for index, result in _computed_ahead(self.indices, lambda i: prepare(pairs, i, packing), workers):
+        for index, result in self._own(prepared):
             if isinstance(result, Rejection):
                 rejected.append((f"{index:09d}", result.source, result.reason))
             else:
@@ -215,32 +227,13 @@ class _Chunk:
             close(side)
         write_text(self.result, json.dumps({"shards": shards, "rejected": rejected, "turned": turned}))
 
-
-def _computed_ahead(indices: range, function: Callable[[int], Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """The function's value for each index, in order, computed ahead by threads, a few indices at a time.
-
-    Threads, as reading, decoding and encoding images let go of the interpreter's lock.
-    """
-
-    is_over = threading.Event()
-
-    def compute(some: range) -> list[Any]:
-        return [function(index) for index in some if not is_over.is_set()]
-
-    waiting: deque[tuple[range, Future[list[Any]]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for start in range(0, len(indices), _AT_A_TIME):
-            some = indices[start : start + _AT_A_TIME]
-            waiting.append((some, pool.submit(compute, some)))
-            if len(waiting) > 3 * workers:
-                done, future = waiting.popleft()
-                yield from zip(done, future.result(), strict=True)
-        for done, future in waiting:
-            yield from zip(done, future.result(), strict=True)
-    finally:
-        is_over.set()  # Ctrl-C waits for one image of each thread, and not for all that they have been given
-        pool.shutdown(cancel_futures=True)
+    def _own(self, prepared: Results) -> Results:
+        """This chunk's results. Those before them are of a chunk that another process has packed meanwhile."""
+        for index, result in prepared:
+            if index >= self.indices.start:
+                yield index, result
+            if index == self.indices.stop - 1:
+                return
 
 
 def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk], left_out: Sequence[LeftOut]) -> None:

@@ -61,7 +61,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     members: dict[str, bytes]  # by suffix
     is_held_out: bool
     is_turned: bool
@@ -73,22 +73,28 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class Rejection:
+    """
+    Args:
+        is_of_machine: another machine may find what this one did not.
+    """
+
     source: str
     reason: str
+    is_of_machine: bool = False
 
 
-def prepare(pairs: Sequence[Pair], index: int, packing: Packing) -> _Prepared | Rejection:
+def prepare(pairs: Sequence[Pair], index: int, packing: Packing) -> Prepared | Rejection:
     """The files of one sample, or the reason why there are none."""
-    name = pairs.names[index] if isinstance(pairs, Pairs) else f"pair {index}"
+    name, problem = pairs.names[index] if isinstance(pairs, Pairs) else f"pair {index}", None
     try:
         pair = pairs[index]
-        name = pair.source
+        name, problem = pair.source, pair.problem
         return _members(pair, packing)
     except (OSError, ValueError) as error:
-        return Rejection(name, str(error))
+        return Rejection(name, str(error), bool(problem) or isinstance(error, OSError))
 
 
-def _members(pair: Pair, packing: Packing) -> _Prepared:
+def _members(pair: Pair, packing: Packing) -> Prepared:
     if pair.problem:
         raise ValueError(pair.problem)
     captions = [text for caption in pair.captions if (text := one_line(caption))]
@@ -107,7 +113,7 @@ def _members(pair: Pair, packing: Packing) -> _Prepared:
         "json": json.dumps(facts, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
     }
     place = int.from_bytes(hashlib.sha256(original).digest()[:8]) / 2**64 if packing.val_fraction else 1.0
-    return _Prepared(members, place < packing.val_fraction, is_turned)
+    return Prepared(members, place < packing.val_fraction, is_turned)
 
 
 def _stored_image(original: bytes, name: str, packing: Packing, is_turned: bool) -> tuple[str, bytes, tuple[int, int]]:

@@ -52,6 +52,16 @@ def undecoded(loaded: Any, column: str) -> Any:
     return loaded
 
 
+class _OwnLock:
+    """A lock for the threads of one process; another process gets one of its own."""
+
+    def __init__(self) -> None:
+        self.held = Lock()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 def read_datasets(source: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> Pairs:
     """The pairs of a data set, one a row.
 
@@ -71,10 +81,10 @@ def read_datasets(source: str, image_column: str | None, caption_columns: Sequen
     column, texts = choose_columns(source, columns, image_column, caption_columns)
     loaded = undecoded(loaded, column)
     names = [f"row {index}" for index in range(len(loaded))]
-    lock = Lock()  # its formatting is not made for threads
+    lock = _OwnLock()  # its formatting is not made for threads
 
     def read(index: int) -> Pair:
-        with lock:
+        with lock.held:
             row = loaded[index]
         extra = extra_of(row, (column, *texts))
         try:

@@ -49,6 +49,9 @@ class ParquetRows(Sequence[dict[str, Any]]):
         self._lock = Lock()
         self._group = lru_cache(maxsize=2)(lambda file_index, group: self.files[file_index].read_row_group(group))
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.paths,)  # another process opens the files anew
+
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 

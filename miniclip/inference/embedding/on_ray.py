@@ -7,13 +7,9 @@ that calls this writes.
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...common.ray_cluster import Surroundings, by_actors, fetched, ray_cluster
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import EncodedBatch, encode_texts
@@ -50,21 +47,21 @@ def encode_on_ray(
     is_text = isinstance(data, Texts)
     size = _TEXTS_PER_BATCH if is_text else batch_size
     blocks = [np.array(indices[start : start + size]) for start in range(0, len(indices), size)]
-    with _ray() as ray, _in_a_sentence(ray):
+    with ray_cluster() as ray:
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         each = 1 if cpus > 1 else 0.5
         num_decoders = max(1, cpus - gpus if gpus else cpus // _CPUS_PER_DECODER)
         num_encoders = gpus or max(1, cpus - (0 if is_text else num_decoders))
-        shared, here = ray.put(data), Surroundings(os.getcwd(), tuple(sys.path))  # noqa: PTH109
+        shared, here = ray.put(data), Surroundings.here()
         batches = ray.data.from_numpy(blocks)
         if not is_text:
             facts = shared, ray.cloudpickle.dumps(encoder.preprocess), here
-            batches = _by_actors(ray, batches, _Decode, facts, num_decoders, num_cpus=each)
+            batches = by_actors(ray, batches, _Decode, facts, num_decoders, num_cpus=each)
         fingerprint = encoder.text_fingerprint() if is_text else encoder.image_fingerprint()
         model = OnActor(encoder.name, is_text, fingerprint, here)
         actor, given = (_EncodeTexts, (shared, model)) if is_text else (_EncodeImages, (model,))
-        batches = _by_actors(ray, batches, actor, given, num_encoders, num_cpus=each, num_gpus=1 if gpus else 0)
+        batches = by_actors(ray, batches, actor, given, num_encoders, num_cpus=each, num_gpus=1 if gpus else 0)
         for batch in batches.iter_batches(batch_size=None):
             if error := batch["error"][0]:
                 raise ValueError(error)
@@ -74,59 +71,8 @@ def encode_on_ray(
             yield EncodedBatch(batch["index"][is_healthy], features, problems)
 
 
-@contextmanager
-def _ray() -> Iterator[Any]:
-    """Ray with its library of data sets, connected to a cluster; one that is started here is ended here."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ValueError(f"Ray is not installed: pip install 'miniclip[ray]' ({error})") from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        yield ray
-        return
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _in_a_sentence(ray: Any) -> Iterator[None]:
-    """What Ray gives up at, by the end of its report, which is long."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"Ray gave up: {lines[-1] if lines else type(error).__name__}") from error
-
-
-def _by_actors(ray: Any, batches: Any, actor: type, facts: tuple[Any, ...], most: int, **resources: float) -> Any:
-    compute = ray.data.ActorPoolStrategy(min_size=1, max_size=most)
-    return batches.map_batches(actor, batch_size=None, fn_constructor_args=facts, compute=compute, **resources)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What the actors do. A batch is a dictionary of arrays, of B rows each.
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """The folder that relative paths begin at, and where modules are found, of the process that calls."""
-
-    folder: str
-    path: tuple[str, ...]
-
-    def enter(self) -> None:
-        with suppress(OSError):  # where it is not there, paths are absolute
-            os.chdir(self.folder)
-        sys.path += [place for place in self.path if place not in sys.path]
 
 
 @dataclass(frozen=True)
@@ -156,7 +102,7 @@ class _Decode:
 
     def __init__(self, data: Any, preprocess: bytes, here: Surroundings) -> None:
         here.enter()
-        self.data, self.preprocess = _fetched(data), pickle.loads(preprocess)
+        self.data, self.preprocess = fetched(data), pickle.loads(preprocess)
         self.blank = self.preprocess(Image.new("RGB", (32, 32))).numpy()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -186,7 +132,7 @@ class _EncodeTexts:
     """Indices (`data`) -> features (B, E) of texts."""
 
     def __init__(self, data: Any, model: OnActor) -> None:
-        self.data, self.model = _fetched(data), model
+        self.data, self.model = fetched(data), model
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         texts = [self.data.texts[int(index)] for index in batch["data"]]
@@ -204,9 +150,3 @@ def _encoded(indices: np.ndarray, problems: np.ndarray, encode: Callable[[], Ten
     except ValueError as found:
         error = str(found)
     return {"index": indices, "problem": problems, "features": features, "error": np.array([error] * len(indices))}
-
-
-def _fetched(data: Any) -> Any:
-    import ray
-
-    return ray.get(data) if isinstance(data, ray.ObjectRef) else data
