@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 
 from .storage import read_range
 
@@ -21,14 +22,18 @@ class RangeFile(io.RawIOBase):
 
     Args:
         size: its bytes.
+        is_over: once it is set, a read that needs the file raises InterruptedError.
         max_share: of the bytes up to where it is read; to fetch more than that is not worth the requests.
 
     Attributes:
         bytes_read: what was fetched of it, in `num_requests` requests.
     """
 
-    def __init__(self, url: str, size: int, max_share: float = math.inf) -> None:
+    def __init__(
+        self, url: str, size: int, is_over: threading.Event | None = None, max_share: float = math.inf
+    ) -> None:
         self.url, self.size, self.max_share = url, size, max_share
+        self.is_over = is_over or threading.Event()
         self.bytes_read = self.num_requests = 0
         self._position = self._start = 0
         self._block = b""
@@ -67,6 +72,8 @@ class RangeFile(io.RawIOBase):
         follows = self._position == self._start + len(self._block)
         wanted = max(2 * len(self._block) if follows else 0, end - self._position, _SMALLEST_BYTES)
         stop = min(self.size, self._position + min(wanted, _LARGEST_BYTES))
+        if self.is_over.is_set():
+            raise InterruptedError(self.url)
         block = read_range(self.url, self._position, stop, self.size)
         if block is None:
             raise ReadWholeError(self.url)

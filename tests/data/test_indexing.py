@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from itertools import permutations
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from servers import Server
 from webdataset import TarWriter
 
 from miniclip.commands import main as cli
+from miniclip.common.cache import Cache
 from miniclip.data.indexing.index_tars import index_shards
+from miniclip.data.indexing.one_tar import index_tar
 from miniclip.data.shards import Shards
 
 PICTURE_BYTES = 60_000
@@ -144,6 +147,16 @@ def test_where_pictures_are_small_the_tar_is_fetched_as_a_whole(tmp_path):
     assert (done.kept, done.unverified) == (200, 0)
     assert done.bytes_read < 2 * len(content)
     assert done.num_requests < 20
+
+
+def test_an_interruption_waits_for_a_request_and_not_for_a_tar(laion, tmp_path):
+    is_over = threading.Event()
+    files = {"/00000.tar": (laion / "00000.tar").read_bytes()}
+    with Server(files, before=lambda path, start: is_over.set()) as server:
+        with pytest.raises(InterruptedError):
+            index_tar(f"{server.url}/00000.tar", tmp_path / "a.npz", Cache(), by_headers=True, is_over=is_over)
+        assert len(server.gets) == 1
+    assert not (tmp_path / "a.npz").exists()
 
 
 def test_a_tar_that_is_cut_short_is_named_without_reading_its_pictures(laion, tmp_path, capsys):

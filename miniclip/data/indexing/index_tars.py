@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,12 +128,12 @@ def _indexed(
     tars: list[str], folder: Path, names: dict[str, str], by_headers: bool
 ) -> Iterator[tuple[Record, tuple[int, int]]]:
     """The record of each tar, and the bytes and requests that it took."""
-    cache = Cache()
+    cache, is_over = Cache(), threading.Event()
 
     def index(tar: str) -> tuple[Record, tuple[int, int]]:
         record: Record = {"tar": tar, "stamp": stamp_of(tar)}
         try:
-            found = index_tar(tar, folder / names[tar], cache, by_headers)
+            found = index_tar(tar, folder / names[tar], cache, by_headers, is_over)
         except (ValueError, OSError) as error:
             return {**record, "damaged": str(error)}, (0, 0)
         name = tar.rpartition("/")[2]
@@ -142,8 +143,12 @@ def _indexed(
     if not by_headers:
         yield from map(index, tars)
         return
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(_AT_ONCE)
+    try:
         yield from pool.map(index, tars)
+    finally:
+        is_over.set()  # Ctrl-C waits for a request, and not for a tar
+        pool.shutdown(cancel_futures=True)
 
 
 def _publish_index(journal: Journal, found: dict[str, Record], is_beside: bool, needs_all: bool) -> Packed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,18 +35,21 @@ class IndexedTar:
     num_requests: int
 
 
-def index_tar(location: str, offsets: Path, cache: Cache, by_headers: bool = False) -> IndexedTar:
+def index_tar(
+    location: str, offsets: Path, cache: Cache, by_headers: bool = False, is_over: threading.Event | None = None
+) -> IndexedTar:
     """Writes the `.npz` of a tar. A remote one is fetched into the cache, unless its headers are enough.
 
     Args:
         by_headers: read all but the pictures, so that the index has no checksums of them and of the tar. A tar is read
             as a whole all the same where its server sends nothing else, or its pictures are so small that little is
             saved.
+        is_over: once it is set, reading headers ends with an InterruptedError.
 
     Raises:
         ValueError: it is no tar, or one that is damaged or cut short, or can't be read.
     """
-    pieces = RangeFile(location, (size_of(location) or 0) if by_headers else 0, max_share=0.5)
+    pieces = RangeFile(location, (size_of(location) or 0) if by_headers else 0, is_over, max_share=0.5)
     if pieces.size:
         with suppress(ReadWholeError):
             samples, left_out = _samples_of(cast(IO[bytes], pieces), location, skips_pictures=True)
