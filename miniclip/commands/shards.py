@@ -13,6 +13,7 @@ from ..common.wording import some
 from .terminal import new_parser, part_of_array, progress_bar
 
 if TYPE_CHECKING:
+    from ..data.reading.listed import Listed
     from ..data.reading.pair import Pairs
     from ..data.shard_index import Packed
 
@@ -60,6 +61,9 @@ miniclip shards 's3://bucket/laion/{00000..00999}.tar' laion_index --index-only 
     )
     write.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     write.add_argument("--drop", metavar="LIST", help="leave out the pairs of a table with a column key, as doctor's")
+    write.add_argument(
+        "--groups", metavar="FILE", help="a table with the columns key and group, as doctor's: put it in"
+    )
     index = parser.add_argument_group("indexing")
     index.add_argument("--index-only", action="store_true", help="SRC holds tars: write their index")
     index.add_argument(
@@ -85,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _refuse_changes(options: argparse.Namespace) -> None:
-    for name in ("drop", "resize", "min_side", "max_aspect", "val_fraction", "upright"):
+    for name in ("drop", "groups", "resize", "min_side", "max_aspect", "val_fraction", "upright"):
         if getattr(options, name):
             option = "--" + name.replace("_", "-")
             raise ValueError(
@@ -135,13 +139,33 @@ def without_dropped(pairs: Pairs, options: argparse.Namespace) -> tuple[Pairs, M
     if options.drop is None:
         return pairs, {}
     listed = rows_about(pairs, options.drop, options.source)
-    if listed.unmatched:
-        named = f"name{'s' * (len(listed.unmatched) == 1)} no pair of {options.source}: {some(listed.unmatched)}"
-        print(f"{len(listed.unmatched):,} of the rows of {options.drop} {named}", file=sys.stderr)
-    if listed.elsewhere:
-        others = ", ".join(f"{source} ({count:,})" for source, count in listed.elsewhere.items())
-        print(f"rows of {options.drop} about other sources: {others}", file=sys.stderr)
+    _print_unmatched(listed, options.drop, options.source)
     return without_listed(pairs, listed)
+
+
+def grouped(pairs: Pairs, options: argparse.Namespace) -> Pairs:
+    """The pairs with the groups of --groups. Prints how many are in how many."""
+    from ..data.reading.listed import rows_about, with_groups
+
+    if options.groups is None:
+        return pairs
+    listed = rows_about(pairs, options.groups, options.source, "group")
+    _print_unmatched(listed, options.groups, options.source)
+    groups = [row["group"] for row in listed.rows.values() if row["group"] not in (None, "")]
+    print(
+        f"{len(groups):,} of {len(pairs):,} pairs are in {len(set(groups)):,} groups, by {options.groups}",
+        file=sys.stderr,
+    )
+    return with_groups(pairs, listed, options.groups)
+
+
+def _print_unmatched(listed: Listed, table: str, source: str) -> None:
+    if listed.unmatched:
+        named = f"name{'s' * (len(listed.unmatched) == 1)} no pair of {source}: {some(listed.unmatched)}"
+        print(f"{len(listed.unmatched):,} of the rows of {table} {named}", file=sys.stderr)
+    if listed.elsewhere:
+        others = ", ".join(f"{about} ({count:,})" for about, count in listed.elsewhere.items())
+        print(f"rows of {table} about other sources: {others}", file=sys.stderr)
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -189,7 +213,7 @@ def _pack(options: argparse.Namespace) -> None:
     from ..data.sample_files import Packing
     from ..data.shard_index import REJECTED_FILE
 
-    pairs, dropped = without_dropped(pairs_asked_for(options.source, options), options)
+    pairs, dropped = without_dropped(grouped(pairs_asked_for(options.source, options), options), options)
     packing = Packing(
         samples_per_shard=options.samples_per_shard,
         max_shard_bytes=options.max_shard_size,

@@ -123,6 +123,7 @@ class TrainingCLI(LightningCLI):
             parser.link_arguments(f"model.clip.vision.{name}", f"data.{name}")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("model.positives", "data.positives")
         parser.link_arguments("model.compile", "data.text_length_multiple", compute_fn=_text_length_multiple)
         parser.add_argument(
             "--name", type=str | None, default=None, help="The run's folder is runs/NAME; by default runs/run."

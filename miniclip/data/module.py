@@ -25,10 +25,13 @@ from ..config import Interpolation, Preprocessing, Resize
 from ..images import Preprocess
 from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
-from .pairs import Batch, CaptionChoice, PairDataset, Recipe, Sample, collate
+from .pairs import Batch, CaptionChoice, PairDataset, Positives, Recipe, Sample, collate
 from .reading.scan import summary
 from .sampling.ahead import Ahead
-from .sampling.order import BatchSampler, Mixture, SampleOrder
+from .sampling.contradictions import refuse_contradictions
+from .sampling.likeness import groups_in, neighbours_in, refuse_without_groups
+from .sampling.negatives import HardOrder, Likeness, Negatives
+from .sampling.order import BatchSampler, Mixture, Order, SampleOrder
 from .sampling.stream import Streaming
 from .shard_index import REJECTED_FILE
 from .shards import Shards
@@ -102,6 +105,12 @@ class PairDataModule(pl.LightningDataModule):
         num_workers: processes that decode, on each rank.
         augmentation: random changes of training images.
         captions: the choice among several texts in training; validation takes the first.
+        group: field of the samples' `.json` (or "cls") whose equal values, in any source, make a group. It is read
+            where `model.positives` is "group", and for hard negatives without `neighbours`.
+        negatives: "random", or "hard" to make batches of samples that are hard to tell apart.
+        neighbours: what makes negatives hard: a folder that `miniclip embed` wrote for the shards of `train`, or one
+            for each source. By default the members of a group are put together.
+        positives: set from `model.positives`.
         image_size: side of the model's input, pixels; set from the model.
         context_length: most tokens of a text; longer ones are cut and counted; set from the model.
         preprocess: how held-out images are made square; set from the model.
@@ -124,6 +133,10 @@ class PairDataModule(pl.LightningDataModule):
         num_workers: int = 2,
         augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
         captions: CaptionChoice = CaptionChoice(),  # noqa: B008 (frozen)
+        group: str = "group",
+        negatives: Negatives = "random",
+        neighbours: str | list[str] | None = None,
+        positives: Positives = "pair",
         image_size: int = 224,
         context_length: int = 77,
         preprocess: Preprocessing = "openai",
@@ -163,10 +176,16 @@ class PairDataModule(pl.LightningDataModule):
             )
         if not self.is_streamed and stream != Streaming():
             raise ValueError(f"data.stream is {stream}, which data.order exact does not use; set data.order to stream")
+        self.group, self.negatives, self.positives, self.captions = group, negatives, positives, captions
+        self.neighbours = [neighbours] if isinstance(neighbours, str) else neighbours
+        refuse_contradictions(
+            positives, negatives, self.neighbours, group, self.captions.per_image, len(self.train), weights, order
+        )
+        self._likeness: Likeness | None = None
         self._locations: dict[str, str] = {}
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
-        self.augmentation, self.captions, self.seed = augmentation, captions, seed
+        self.augmentation, self.seed = augmentation, seed
         self.image_size, self.context_length = image_size, context_length
         no_mean, no_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # only its crop is used: pixels stay uint8
         self.preprocess = Preprocess(image_size, no_mean, no_std, preprocess, resize, resize_size, interpolation)
@@ -191,6 +210,8 @@ class PairDataModule(pl.LightningDataModule):
                 self.train_stream = TrainingStream(sources, self.stream_settings, self.seed)
             else:
                 self.train_shards = Shards(sources, self.cache)
+                if self.reads_groups():
+                    refuse_without_groups(self.train_shards, self.group)
         if self.val and self.val_shards is None:
             self.prepare_data()
             self.val_shards = Shards([self._locations[source] for source in self.val], self.cache)
@@ -215,14 +236,29 @@ class PairDataModule(pl.LightningDataModule):
             return self.steps_per_epoch() * self.batch_size
         return self.sample_order().num_samples
 
-    def sample_order(self) -> SampleOrder | Mixture:
+    def sample_order(self) -> Order:
         """The sequence that exact training goes through."""
         assert self.train_shards is not None
         counts, sizes = self.train_shards.counts, self.train_shards.num_shards
+        if self.negatives == "hard":
+            return HardOrder(SampleOrder(counts, self.seed), self.batch_size, self.likeness())
         if self.weights is None:
             return SampleOrder(counts, self.seed)
         parts = np.split(counts, np.cumsum(sizes)[:-1])
         return Mixture([SampleOrder(part, self.seed + n) for n, part in enumerate(parts)], self.weights, self.seed)
+
+    def likeness(self) -> Likeness:
+        """What hard negatives are composed by, read once."""
+        assert self.train_shards is not None
+        if self._likeness is None and self.neighbours:
+            locations = [self._locations[source] for source in self.train]
+            self._likeness = neighbours_in(self.neighbours, self.train_shards, locations)
+        elif self._likeness is None:
+            self._likeness = groups_in(self.train_shards, self.group)
+        return self._likeness
+
+    def reads_groups(self) -> bool:
+        return self.positives == "group" or (self.negatives == "hard" and not self.neighbours)
 
     def describe(self) -> str:
         """The size of an epoch and its sources, for the log."""
@@ -236,8 +272,12 @@ class PairDataModule(pl.LightningDataModule):
             epoch = f"{left_out}, as {REJECTED_FILE} beside the shards lists; {epoch}"
         if self.val_shards is not None and len(held_out := self.held_out()) < len(self.val_shards):
             epoch = f"validation is on {len(held_out):,} of {len(self.val_shards):,} held-out pairs; {epoch}"
+        if isinstance(order, HardOrder):
+            what = f"neighbours in {', '.join(self.neighbours)}" if self.neighbours else f"groups by {self.group!r}"
+            return f"{epoch}: each once, in batches of {what}"
         if isinstance(order, SampleOrder):
             return f"{epoch}: each once"
+        assert isinstance(order, Mixture)
         parts = [
             f"{source} {share:.1%} ({share * order.num_samples / part.num_samples:.2f} times each of its "
             f"{part.num_samples:,})"
@@ -258,10 +298,15 @@ class PairDataModule(pl.LightningDataModule):
         assert self.train_shards is not None
         order = self.sample_order()
         sampler = BatchSampler(order, self.batch_size, step, trainer.global_rank, trainer.world_size)
-        dataset = self._dataset(self.train_shards, self.augmentation, self.captions, self._ahead(order))
+        dataset = self._dataset(
+            self.train_shards, self.augmentation, self.captions, self._ahead(order), self._group_field()
+        )
         return self._loader(dataset, sampler)
 
-    def _ahead(self, order: SampleOrder | Mixture) -> Ahead | None:
+    def _group_field(self) -> str | None:
+        return self.group if self.positives == "group" else None
+
+    def _ahead(self, order: Order) -> Ahead | None:
         """What fetches remote shards before they are needed."""
         assert self.train_shards is not None
         assert self.trainer is not None
@@ -270,7 +315,9 @@ class PairDataModule(pl.LightningDataModule):
         held_out = 0 if self.val_shards is None else self.val_shards.remote_bytes
         ends = [self.trainer.max_steps, (self.trainer.max_epochs or -1) * (order.num_samples // self.batch_size)]
         stop = min((self.batch_size * steps for steps in ends if steps >= 0), default=None)
-        return Ahead(self.train_shards, order, held_out, stop)
+        blocks = order.order if isinstance(order, HardOrder) else order
+        assert isinstance(blocks, SampleOrder | Mixture)
+        return Ahead(self.train_shards, blocks, held_out, stop)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         if self.val_shards is None:
@@ -279,7 +326,7 @@ class PairDataModule(pl.LightningDataModule):
         samples = [held_out[index] for index in own_indices(len(held_out))]
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in samples[i : i + step]] for i in range(0, len(samples), step)]
-        first = replace(self.captions, order="first")
+        first = replace(self.captions, order="first", per_image=1)
         return self._loader(self._dataset(self.val_shards, None, first), batches)
 
     def held_out(self) -> list[int]:
@@ -291,22 +338,44 @@ class PairDataModule(pl.LightningDataModule):
         return sorted(np.random.default_rng(0).choice(count, most, replace=False).tolist())
 
     def _dataset(
-        self, shards: Shards, augmentation: Augmentation | None, captions: CaptionChoice, ahead: Ahead | None = None
+        self,
+        shards: Shards,
+        augmentation: Augmentation | None,
+        captions: CaptionChoice,
+        ahead: Ahead | None = None,
+        group: str | None = None,
     ) -> PairDataset:
         return PairDataset(
-            shards, self.image_size, self.context_length, augmentation, captions, self.seed, self.preprocess, ahead
+            shards,
+            self.image_size,
+            self.context_length,
+            augmentation,
+            captions,
+            self.seed,
+            self.preprocess,
+            ahead,
+            group,
         )
 
     def _loader(self, dataset: PairDataset, batches: Sampler[Any] | Sequence[Any]) -> PairLoader:
-        loader = PairLoader(dataset, batches, collate_fn=self._collate(), **self._loader_options())
+        loader = PairLoader(
+            dataset, batches, collate_fn=self._collate(dataset.recipe.captions), **self._loader_options()
+        )
         loader.while_waiting = self._while_waiting
         return loader
 
     def _stream_loader(self, stream: TrainingStream, step: int) -> StreamLoader:
         assert self.trainer is not None
         loader = stream.loader(
-            Recipe(self.image_size, self.context_length, self.augmentation, self.captions, self.preprocess),
-            self._collate(),
+            Recipe(
+                self.image_size,
+                self.context_length,
+                self.augmentation,
+                self.captions,
+                self.preprocess,
+                self._group_field(),
+            ),
+            self._collate(self.captions),
             self.cache,
             batch_size=self.batch_size,
             steps_per_epoch=self.steps_per_epoch(),
@@ -318,8 +387,9 @@ class PairDataModule(pl.LightningDataModule):
         loader.while_waiting = self._while_waiting
         return loader
 
-    def _collate(self) -> Callable[[list[Sample]], Batch]:
-        return partial(collate, length_multiple=self.text_length_multiple, context_length=self.context_length)
+    def _collate(self, captions: CaptionChoice) -> Callable[[list[Sample]], Batch]:
+        lengths = {"length_multiple": self.text_length_multiple, "context_length": self.context_length}
+        return partial(collate, texts_per_image=captions.per_image, **lengths)
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -371,8 +441,15 @@ class PairDataModule(pl.LightningDataModule):
             "batch_size": self.batch_size,
             **samples,
             "captions": str(self.captions),
+            "captions.per_image": self.captions.per_image if self.captions.per_image > 1 else None,
+            "negatives": self._negatives(),
             "augmentation": str(self.augmentation),
         }
+
+    def _negatives(self) -> str | None:
+        if self.negatives == "random":
+            return None
+        return f"hard, {self.likeness().fingerprint()}"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint of another sequence of batches, in which its step means another position."""

@@ -192,7 +192,7 @@ def brief(
     The glance takes about a second at most, fetches nothing remote, and never raises for bad data.
 
     Args:
-        positives: the setting of training; with "caption" equal captions do no harm.
+        positives: the setting of training; with "caption" equal captions do no harm, and "group" was decided on.
     """
 
     there: set[str] = set()
@@ -214,4 +214,4 @@ def brief(
     wanted = (captions.fields if captions else None) or {}
     absent = [f"no sample looked at has the caption field {name!r}" for name in wanted if name not in there]
     findings = count(looks, len(shards), image_size, context_length, batch_size)
-    return absent + what_spoils(findings, are_captions_shared=positives == "caption")
+    return absent + what_spoils(findings, are_captions_shared=positives != "pair")

@@ -127,18 +127,13 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, images: Tensor, tokens: Tensor, micro_batch_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Unit features, (b, F) each, of uint8 pixels (b, 3, R, R) and token ids (b, L)."""
-        size = micro_batch_size or len(images)
-        splits = zip(images.split(size), tokens.split(size), strict=True)
-        parts = [
-            (
-                self.model.encode_image(self._pixels(some_images), normalize=True),
-                self.model.encode_text(self._cut(some_tokens), normalize=True),
-            )
-            for some_images, some_tokens in splits
-        ]
-        image_features, text_features = (torch.cat(features) for features in zip(*parts, strict=True))
-        return image_features, text_features
+        """Unit features (B, F) and (b, F) of uint8 pixels (B, 3, R, R) and token ids (b, L)."""
+        image_parts = images.split(micro_batch_size or len(images))
+        token_parts = tokens.split(micro_batch_size or len(tokens))
+        return (
+            torch.cat([self.model.encode_image(self._pixels(part), normalize=True) for part in image_parts]),
+            torch.cat([self.model.encode_text(self._cut(part), normalize=True) for part in token_parts]),
+        )
 
     def _pixels(self, images: Tensor) -> Tensor:
         """(b, 3, R, R) uint8 -> normalised pixels of the teacher's resolution."""

@@ -48,10 +48,10 @@ def _stop(trainer: pl.Trainer, module: CLIPTraining, result: StepResult, norm: f
     if trainer.is_global_zero:
         write_text(path, json.dumps({**facts, "samples": samples}, indent=1, ensure_ascii=False))
     trainer.strategy.barrier()
-    bad = [sample["key"] for sample in samples if not sample["is_finite"]]
+    bad = list(dict.fromkeys(sample["key"] for sample in samples if not sample["is_finite"]))
     if not bad:
         where = "The features are finite"
-    elif len(bad) == len(samples):
+    elif not any(sample["is_finite"] for sample in samples):
         where = "No features are finite, so the weights are probably at fault"
     else:
         where = f"Only the features of {', '.join(bad[:8])}{', …' if len(bad) > 8 else ''} are not finite: look at them"
@@ -65,7 +65,9 @@ def _stop(trainer: pl.Trainer, module: CLIPTraining, result: StepResult, norm: f
 
 def _samples(result: StepResult, rank: int) -> list[dict[str, Any]]:
     is_finite = torch.isfinite(result.image_features).all(dim=1) & torch.isfinite(result.text_features).all(dim=1)
-    rows = zip(result.batch.keys, result.batch.tokens.tolist(), is_finite.tolist(), strict=True)
+    per_image = len(is_finite) // len(result.batch.keys)
+    keys = [key for key in result.batch.keys for _ in range(per_image)]
+    rows = zip(keys, result.batch.tokens.tolist(), is_finite.tolist(), strict=True)
     return [
         {"key": key, "rank": rank, "caption": _caption(tokens), "is_finite": finite} for key, tokens, finite in rows
     ]

@@ -59,8 +59,9 @@ class StepMetrics(Callback):
 
 def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | float]:
     images, texts = gather(result.image_features), gather(result.text_features)
-    mask, captions = None if result.mask is None else gather(result.mask), gather(result.batch.caption_ids)
-    of_images, of_texts = in_batch_accuracy(images, texts, mask, captions)
+    mask = None if result.mask is None else gather(result.mask)
+    groups = gather(result.batch.caption_ids if result.groups is None else result.groups)
+    of_images, of_texts = in_batch_accuracy(images, texts, mask, groups)
     values: dict[str, Tensor | float] = {
         "loss": result.loss,
         "chance": _chance(module, result),
@@ -111,21 +112,21 @@ _ACCURACY_PAIRS = 1024  # the most pairs that in-batch accuracy is measured on
 
 @torch.no_grad()
 def in_batch_accuracy(
-    image_features: Tensor, text_features: Tensor, mask: Tensor | None, captions: Tensor | None = None
+    image_features: Tensor, text_features: Tensor, mask: Tensor | None, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Share of images whose nearest text in the batch is their own caption, and of texts whose nearest image has it.
+    """Share of images whose nearest text in the batch is of their group, and of texts whose nearest image is.
 
-    A tie with another caption is a miss, so rounding decides nothing.
+    A tie with another group is a miss, so rounding decides nothing.
 
     Args:
-        captions: (B,) equal for equal captions; by default all differ.
+        groups: (B,) equal for pairs that fit each other, as those of equal captions; by default all differ.
     """
     if mask is not None:
         image_features, text_features = image_features[mask], text_features[mask]
-        captions = None if captions is None else captions[mask]
+        groups = None if groups is None else groups[mask]
     some = slice(0, _ACCURACY_PAIRS)
-    by_image = finds_own(image_features, text_features, some, captions)
-    by_text = finds_own(text_features, image_features, some, captions)
+    by_image = finds_own(image_features, text_features, some, groups)
+    by_text = finds_own(text_features, image_features, some, groups)
     return by_image.float().mean(), by_text.float().mean()
 
 
@@ -153,6 +154,7 @@ class RunMetrics(Callback):
     ) -> None:
         num_texts, num_tokens = batch.tokens.shape
         self._num_texts[num_tokens] += num_texts
+        self._num_images += len(batch.keys)
         self._rejected += len(batch.problems)
         self._truncated += batch.num_truncated
         self.problems += batch.problems[: _MOST_KEPT_REASONS - len(self.problems)]
@@ -160,14 +162,13 @@ class RunMetrics(Callback):
             return
         seconds = time.perf_counter() - self._mark - self._paused
         waited = self._loader_waited(trainer) - self._waited
-        num_images = sum(self._num_texts.values()) * trainer.world_size
-        flops = self._cost.flops(self._num_texts) / seconds * trainer.world_size
+        flops = self._cost.flops(self._num_texts, self._num_images) / seconds * trainer.world_size
         measured = {
-            "images_per_s": num_images / seconds,
+            "images_per_s": self._num_images * trainer.world_size / seconds,
             "data_wait": waited / seconds,
             "tflops": flops / 1e12,
             "memory_gb": memory_gb(trainer.strategy.root_device),
-            "samples": trainer.global_step * num_texts * trainer.world_size,
+            "samples": trainer.global_step * len(batch.keys) * trainer.world_size,
         }
         if self.peak is not None:
             measured["mfu"] = flops / (self.peak.flops * trainer.world_size)
@@ -179,6 +180,7 @@ class RunMetrics(Callback):
     def _restart(self, trainer: pl.Trainer) -> None:
         self._mark, self._paused, self._waited = time.perf_counter(), 0.0, self._loader_waited(trainer)
         self._num_texts: Counter[int] = Counter()  # by length in tokens
+        self._num_images = 0
 
     @staticmethod
     def _loader_waited(trainer: pl.Trainer) -> float:
@@ -257,12 +259,12 @@ class StepCost:
             counts = [after - before for before, after in pairwise(counts)]
             self._text.append(counts[0])
 
-    def flops(self, num_texts: dict[int, int]) -> int:
-        """num_texts: how many texts have each length in tokens, padding included; each has an image."""
-        total = 0
+    def flops(self, num_texts: dict[int, int], num_images: int | None = None) -> int:
+        """num_texts: how many have each length in tokens, padding included. num_images: by default as many as texts."""
+        total = self._image * (sum(num_texts.values()) if num_images is None else num_images)
         for length, count in num_texts.items():
             text = sum(math.comb(length - 1, order) * difference for order, difference in enumerate(self._text))
-            total += count * (self._image + text)
+            total += count * text
         return total
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..common.processes import all_gather_objects
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
-from ..data.pairs import Batch
+from ..data.pairs import Batch, Positives
 from ..evaluation.measures.ranking import recall_at_1
 from ..images import normalize
 from ..loss import clip_loss, siglip_loss
@@ -60,8 +60,8 @@ class CLIPTraining(pl.LightningModule):
         micro_batch_size: pairs that a process encodes at once. Memory then grows with this and not with the batch that
             is contrasted, at the price of encoding twice: the towers' activations are computed again for the gradient
             (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
-        positives: "pair", or "caption" to let pairs of the very same caption share their targets instead of
-            counting as negatives of each other.
+        positives: which texts and images of a batch fit each other: those of a "pair" alone; of the very same
+            "caption"; or of a "group" that the data name (`data.group`). What fits shares a target.
         loss: "clip": each image picks its text among all and each text its image. "siglip": each image and text
             match or do not, which needs a bias in `clip`.
         ema_decay: decay of an exponential moving average of the weights (0.999; 0.99 for a few hundred steps).
@@ -90,7 +90,7 @@ class CLIPTraining(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         max_rejected: float = 0.01,
         micro_batch_size: int | None = None,
-        positives: Literal["pair", "caption"] = "pair",
+        positives: Positives = "pair",
         loss: LossKind = "clip",
         ema_decay: float | None = None,
         start_from: str | None = None,
@@ -141,8 +141,8 @@ class CLIPTraining(pl.LightningModule):
         is_shared = self.trainer.world_size > 1
         mask = batch.mask
         if is_shared and mask is None:  # another process may have a hole where this one has none
-            mask = torch.ones(len(batch.keys), dtype=torch.bool, device=self.device)
-        groups = batch.caption_ids if self.positives == "caption" else None
+            mask = torch.ones(len(batch.tokens), dtype=torch.bool, device=self.device)
+        groups = self.groups(batch)
         scale = local(self.clip.logit_scale).exp()
         chunk_size = min(_LOSS_CHUNK, len(image_features))
         loss = self.contrast(self.clip)(
@@ -152,6 +152,7 @@ class CLIPTraining(pl.LightningModule):
         distance = None
         if self.teacher is not None:
             taught = self.teacher.features(batch.images, batch.tokens, self.micro_batch_size)
+            taught = as_pairs(*taught)
             distance = distillation_loss(
                 image_features, text_features, scale, *taught, self.teacher.logit_scale, chunk_size, mask, is_shared
             )
@@ -167,9 +168,21 @@ class CLIPTraining(pl.LightningModule):
         sequence = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
+    def groups(self, batch: Batch) -> Tensor | None:
+        """(b,), equal for pairs that share their targets; None if no two do.
+
+        Raises:
+            ValueError: positives are groups, and the batch has none.
+        """
+        if self.positives == "caption":
+            return batch.caption_ids
+        if self.positives == "group" and batch.groups is None:
+            raise ValueError("model.positives is 'group', and the batches have none: set data.positives to 'group'")
+        return batch.groups
+
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Unit features of images and texts, (b, E) each."""
-        return (
+        """Unit features of images and texts, (b, E) each; an image with several texts is encoded once."""
+        return as_pairs(
             self._encode(self.encode_images, batch.images, is_locked=self.locked == "image"),
             self._encode(self.encode_texts, batch.tokens, is_locked=self.locked == "text"),
         )
@@ -293,6 +306,12 @@ class CLIPTraining(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_weights(checkpoint, self.clip.config, self.ema_decay)
+
+
+def as_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """(b / K, E) of images and (b, E) of their K texts each -> (b, E) of both."""
+    per_image = len(text_features) // len(image_features)
+    return image_features if per_image == 1 else image_features.repeat_interleave(per_image, dim=0), text_features
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def test_samples_are_those_that_come_without_it_and_each_tar_comes_once(serve, t
     places = order_of(dataset.shards).slice(0, 2 * COUNT)
     samples = read(dataset, places, num_workers)
     expected = read(dataset_of(serve(), tmp_path / "other", is_ahead=False), places, 0)
-    assert [(s.key, s.ids, s.problem) for s in samples] == [(s.key, s.ids, s.problem) for s in expected]
+    assert [(s.key, s.texts, s.problem) for s in samples] == [(s.key, s.texts, s.problem) for s in expected]
     assert all((a.image == b.image).all() for a, b in zip(samples, expected, strict=True))
     assert set(tars_asked_for(server).values()) == {1}
 

@@ -288,7 +288,7 @@ def test_over_many_epochs_every_caption_gets_its_turn_and_first_takes_the_first(
     def seen(captions: str) -> dict[int, Counter[str]]:
         dataset = PairDataset(Shards(shelf), 16, 16, None, CaptionChoice(captions), 0)
         return {
-            number: Counter(tokenizer.decode(dataset[epoch, number].ids[1:-1]).strip() for epoch in range(90))
+            number: Counter(tokenizer.decode(dataset[epoch, number].texts[0][1:-1]).strip() for epoch in range(90))
             for number in (2, 5)
         }
 
@@ -339,7 +339,7 @@ def test_a_dataset_travels_to_a_spawned_worker(shelf):
     sample = dataset[0, 3]
     twin = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(twin[0, 3].image, sample.image)
-    assert twin[0, 3].ids == sample.ids
+    assert twin[0, 3].texts == sample.texts
 
 
 # START + n words + END, in a context of 16 tokens
@@ -536,7 +536,7 @@ def test_a_checkpoint_of_the_same_run_is_taken(shelf):
     state = module(shelf, seed=3).state_dict()
     told = {"order": "exact", "seed": 3, "batch_size": 4, "samples": 22, "weights": None, "step": 0}
     assert {name: state[name] for name in told} == told
-    assert set(state) - set(told) == {"shards", "captions", "augmentation"}
+    assert set(state) - set(told) == {"shards", "captions", "captions.per_image", "negatives", "augmentation"}
     module(shelf, seed=3).load_state_dict(state)
 
 
@@ -702,7 +702,7 @@ def test_captions_come_from_a_field_of_a_tables_row(tmp_path):
     (tmp_path / "pairs.csv").write_text("filepath,title,alt_text\na.png,shown,hidden\n")
     pack_folder(tmp_path / "pairs.csv", tmp_path / "out")
     dataset = PairDataset(Shards(tmp_path / "out"), 16, 16, None, CaptionChoice(fields={"alt_text": 1}), 0)
-    assert dataset[0, 0].ids == tokenizer.encode_for_model("hidden")
+    assert dataset[0, 0].texts == [tokenizer.encode_for_model("hidden")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

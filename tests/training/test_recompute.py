@@ -395,7 +395,7 @@ def test_torchs_own_compiler_trains_to_the_same_losses(pairs, tmp_path, vision):
 
 
 def sample(length: int) -> Sample:
-    return Sample(torch.zeros(3, 2, 2, dtype=torch.uint8), [1] * (length - 1) + [END_OF_TEXT], "key")
+    return Sample(torch.zeros(3, 2, 2, dtype=torch.uint8), [[1] * (length - 1) + [END_OF_TEXT]], "key")
 
 
 @pytest.mark.parametrize(

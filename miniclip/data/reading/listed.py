@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,22 @@ class Listed:
     elsewhere: Mapping[str, int]
 
 
-def rows_about(pairs: Pairs, table: str | Path, source: str) -> Listed:
+def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None = None) -> Listed:
     """
     Args:
         source: the pairs' own, as the user names it.
+        value: a column that the table must have, in which rows about one pair must agree.
 
     Raises:
-        ValueError: no table, one without a column `key`, a row without a key, or no row that is about a pair of these.
+        ValueError: no table, one without its columns, a row without a key, rows that contradict each other, or no row
+            that is about a pair of these.
     """
     if not Path(table).is_file():
         raise ValueError(f"there is no file {table}; it should be a table with a column 'key', as doctor writes")
     columns, rows = read_table(Path(table))
-    if "key" not in columns:
-        raise ValueError(f"{table} has no column 'key'; its columns are {', '.join(map(repr, columns))}")
+    for name in ("key", *([value] if value else [])):
+        if name not in columns:
+            raise ValueError(f"{table} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
     index_of: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(pairs.names):
         index_of[_written(name)].append(index)
@@ -60,7 +63,12 @@ def rows_about(pairs: Pairs, table: str | Path, source: str) -> Listed:
             elsewhere[about] += 1
         elif indices := index_of.get(_written(key)):
             for index in indices:
-                found.setdefault(index, row)
+                first = found.setdefault(index, row)
+                if value and first.get(value) != row.get(value):
+                    raise ValueError(
+                        f"{table}, row {number}: {key} has the {value} {row.get(value)!r} and in a row before "
+                        f"{first.get(value)!r}; it may have one"
+                    )
         else:
             unmatched.append(key)
     _refuse_other_table(pairs, table, source, Listed(found, tuple(unmatched), elsewhere))
@@ -114,3 +122,21 @@ def without_listed(pairs: Pairs, listed: Listed) -> tuple[Pairs, Mapping[str, in
 
     remaining = Pairs(names, read, pairs.found, pairs.files, [*pairs.left_out, *left_out])
     return remaining, dict(Counter(reasons.values()).most_common())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups
+
+
+def with_groups(pairs: Pairs, listed: Listed, table: str | Path) -> Pairs:
+    """The pairs, each with the `group` that its row gives it, and with an empty one if no row is about it.
+
+    Args:
+        table: of the rows; a change to it makes the pairs others.
+    """
+
+    def read(index: int) -> Pair:
+        pair, row = pairs.read(index), listed.rows.get(index, {})
+        return replace(pair, extra={**pair.extra, "group": row.get("group")})
+
+    return Pairs(pairs.names, read, pairs.found, [*pairs.files, Path(table)], pairs.left_out)

@@ -8,10 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
+
+
+class Order(Protocol):
+    """An endless sequence of samples, of which batch n is the n-th slice."""
+
+    num_samples: int
+
+    def slice(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Positions `start` to `stop` of the sequence, as (epoch, sample)."""
 
 
 class SampleOrder:
@@ -147,7 +156,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, order: SampleOrder | Mixture, batch_size: int, step: Callable[[], int], rank: int = 0, world_size: int = 1
+        self, order: Order, batch_size: int, step: Callable[[], int], rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size > order.num_samples:
             raise ValueError(

@@ -191,7 +191,7 @@ def embed_source(
             done += len(batch.indices) + len(batch.problems)
             if progress:
                 progress(done)
-        return work.finish(data.left_out, versions(encoder))
+        return work.finish(data.left_out, versions(encoder), getattr(data, "identity", None))
 
 
 def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]]) -> Iterator[EncodedBatch]:

@@ -299,8 +299,11 @@ class Work:
 
     # -- the end
 
-    def finish(self, left_out: Sequence[LeftOut], versions: dict[str, str]) -> Embedded:
+    def finish(self, left_out: Sequence[LeftOut], versions: dict[str, str], identity: str | None = None) -> Embedded:
         """Gives the folder its name, if all parts are there.
+
+        Args:
+            identity: of the source's images, by which training knows that embeddings belong to its shards.
 
         Raises:
             ValueError: not one row could be read.
@@ -311,10 +314,10 @@ class Work:
             missing = sum(not self.layout.path(number).exists() for number in range(self.plan.num_files))
             if missing:
                 return Embedded(self.out, missing=missing, files=self.plan.num_files)
-            self._complete(left_out, versions)
+            self._complete(left_out, versions, identity)
             return _read_embedded(self.out)
 
-    def _complete(self, left_out: Sequence[LeftOut], versions: dict[str, str]) -> None:
+    def _complete(self, left_out: Sequence[LeftOut], versions: dict[str, str], identity: str | None) -> None:
         """Each step can be done again by a process that comes after one that was killed here."""
         parts = [_read_part(self.layout, number) for number in range(self.plan.num_files)]
         unreadable = [row for part in parts for row in part.unreadable]
@@ -340,7 +343,12 @@ class Work:
             "kept": kept,
             "unreadable": len(unreadable),
         }
-        manifest |= {"left_out": dict(reasons), "listed_in": LEFT_OUT_FILE if rows else None, "versions": versions}
+        manifest |= {
+            "identity": identity,
+            "left_out": dict(reasons),
+            "listed_in": LEFT_OUT_FILE if rows else None,
+            "versions": versions,
+        }
         manifest["files"] = {str(p.path.relative_to(self.folder)): p.rows for p in parts}
         write_text(self.folder / MANIFEST_FILE, _indented(manifest))
         for path in self.folder.rglob(".*.tmp"):  # of processes that were killed

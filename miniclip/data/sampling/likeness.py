@@ -1,0 +1,177 @@
+"""What hard negatives are composed by: embeddings that `miniclip embed` wrote, or the groups that samples name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...common.storage import is_url
+from ..pairs import group_id, hash64
+from ..shards import ShardEntry, Shards
+from .negatives import Groups, Neighbours, quantised
+
+_MANIFEST = "_manifest.json"
+
+
+def groups_in(shards: Shards, name: str) -> Groups:
+    """Groups by a field of the samples' `.json`, or "cls"; read shard by shard, when a pool first needs them.
+
+    Raises:
+        ValueError: when a sample is asked for whose `.json` has no such field.
+    """
+    starts = np.cumsum(shards.counts) - shards.counts
+    known: dict[int, np.ndarray] = {}
+
+    def group_of(samples: np.ndarray) -> np.ndarray:
+        shard_of = np.searchsorted(starts, samples, side="right") - 1
+        groups = np.empty(len(samples), dtype=np.int64)
+        for shard in np.unique(shard_of):
+            if shard not in known:
+                known[shard] = np.array(
+                    [_group(shards, n, name) for n in range(starts[shard], starts[shard] + shards.counts[shard])]
+                )
+            here = shard_of == shard
+            groups[here] = known[shard][samples[here] - starts[shard]]
+        return groups
+
+    return Groups(group_of, name)
+
+
+def refuse_without_groups(shards: Shards, name: str) -> None:
+    """Looks at a sample of each shard, of 64 at most, before the first step; remote shards are not fetched for it.
+
+    Raises:
+        ValueError: its `.json` has no such field.
+    """
+    starts = np.cumsum(shards.counts) - shards.counts
+    local = [n for n, entry in enumerate(shards.entries) if entry.samples and not is_url(entry.location)]
+    for number in np.linspace(0, len(local) - 1, min(len(local), 64)).astype(int):
+        index = int(starts[local[number]])
+        with suppress(ValueError):  # damaged JSON makes a hole
+            facts = shards.info(index)
+            if name not in facts:
+                break
+    else:
+        return
+    raise ValueError(
+        f"data.group is {name!r}, and {shards.name(index)} has no such field: its .json has "
+        f"{', '.join(facts) or 'none'}. Each column of a table that is packed becomes one, and `miniclip shards SRC "
+        "OUT --groups FILE` adds one that is called group"
+    )
+
+
+def _group(shards: Shards, index: int, name: str) -> int:
+    try:
+        return group_id(shards.info(index), name, shards.name(index))
+    except ValueError as error:
+        raise ValueError(f"data.negatives is 'hard' by data.group, and of {shards.name(index)}: {error}") from error
+
+
+def neighbours_in(folders: Sequence[str], shards: Shards, sources: Sequence[str]) -> Neighbours:
+    """The embeddings of all samples, from a folder of `miniclip embed` for each source.
+
+    A sample that could not be read when the source was embedded has no direction: it fills batches up.
+
+    Args:
+        sources: where the shards lie, for messages.
+
+    Raises:
+        ValueError: a folder is missing, holds something else, was made from other shards, or by another model than the
+            first.
+    """
+    numbers = np.split(np.arange(len(shards.entries)), np.cumsum(shards.num_shards)[:-1])
+    manifests = [
+        _manifest(folder, [shards.entries[n] for n in own], source)
+        for folder, own, source in zip(folders, numbers, sources, strict=True)
+    ]
+    _refuse_other_models(folders, manifests)
+    features = np.zeros((len(shards), manifests[0]["embedding_size"]), dtype=np.int8)
+    start = 0
+    for folder, manifest, own in zip(folders, manifests, numbers, strict=True):
+        keys = _hashed(f"{shards.entries[n].name}:{key}" for n in own for key in shards.keys(n))
+        _fill(features[start : start + len(keys)], keys, folder, manifest)
+        start += len(keys)
+    return Neighbours(features)
+
+
+def _refuse_other_models(folders: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for key in ("model_fingerprint", "embedding_size", "preprocessing"):
+            if manifest[key] != manifests[0][key]:
+                raise ValueError(
+                    f"{folder} was written by another model ({manifest['model']}) than {folders[0]} "
+                    f"({manifests[0]['model']}); data.neighbours needs one for all sources"
+                )
+
+
+def _hashed(keys: Iterable[str]) -> np.ndarray:
+    return np.array([hash64(key.encode("utf-8", "backslashreplace")) for key in keys], dtype=np.int64)
+
+
+def _fill(features: np.ndarray, keys: np.ndarray, folder: str, manifest: dict[str, Any]) -> None:
+    """Puts each row's embedding where its key is among `keys`."""
+    order = keys.argsort()
+    is_found = np.zeros(len(keys), dtype=bool)
+    for row_keys, embeddings in _embedded_rows(folder, manifest):
+        places = order[np.searchsorted(keys, row_keys, sorter=order).clip(max=len(keys) - 1)]
+        is_known = keys[places] == row_keys
+        features[places[is_known]] = quantised(embeddings[is_known])
+        is_found[places[is_known]] = True
+    if (found := int(is_found.sum())) + manifest["unreadable"] != len(keys):
+        raise ValueError(
+            f"{folder} has embeddings of {found:,} of the {len(keys):,} samples and lists {manifest['unreadable']:,} "
+            "that could not be read; write it anew, with `miniclip embed … --overwrite`"
+        )
+
+
+def _embedded_rows(folder: str, manifest: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Hashes of keys (n,) and embeddings (n, E), part by part."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError("data.neighbours needs pyarrow: pip install 'miniclip[eval]'") from error
+    for name in manifest["files"]:
+        path = Path(folder) / name
+        try:
+            table = pq.read_table(path, columns=["key", "embedding"])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or gone ({error}); repeat `miniclip embed … --overwrite`") from error
+        flat = table["embedding"].combine_chunks().flatten().to_numpy()
+        yield _hashed(table["key"].to_pylist()), flat.reshape(-1, manifest["embedding_size"])
+
+
+def _manifest(folder: str, entries: Sequence[ShardEntry], source: str) -> dict[str, Any]:
+    remedy = f"`miniclip embed {source} {folder} --model MODEL` writes one"
+    if is_url(folder):
+        raise ValueError(f"data.neighbours is {folder}; it must be a folder on a disk")
+    path = Path(folder) / _MANIFEST
+    if not path.is_file():
+        what = "is not a folder of embeddings" if Path(folder).exists() else "does not exist"
+        raise ValueError(f"data.neighbours {folder} {what} (it has no {_MANIFEST}); {remedy}")
+    try:
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        kind, layout, identity = manifest["kind"], manifest["layout"], manifest.get("identity")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); {remedy}") from error
+    if (kind, layout) != ("image", "parquet"):
+        raise ValueError(
+            f"{folder} holds embeddings of {kind}s in the layout {layout}; data.neighbours needs images in the layout "
+            f"parquet: {remedy}"
+        )
+    if any(entry.sha256 is None for entry in entries):
+        raise ValueError(
+            f"{source} was indexed by its headers alone, so nothing shows that {folder} was made from it: index it "
+            "whole (without --head), or pack it"
+        )
+    tars = hashlib.sha256("".join(f"{entry.sha256}\0" for entry in entries).encode()).hexdigest()
+    if identity != tars:
+        raise ValueError(
+            f"{folder} was not made from {source} as it is now (but from {manifest.get('source')}); {remedy}"
+        )
+    return manifest
