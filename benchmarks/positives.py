@@ -15,35 +15,43 @@ import csv
 import itertools
 import json
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import digits  # noqa: E402
 import scenes  # noqa: E402
 
-from miniclip import load  # noqa: E402
+from miniclip import load, save  # noqa: E402
+from miniclip.commands import main as cli  # noqa: E402
+from miniclip.config import CLIPConfig, TextConfig, VisionConfig  # noqa: E402
+from miniclip.data.augmentation import Augmentation  # noqa: E402
+from miniclip.data.module import PairDataModule  # noqa: E402
+from miniclip.data.pack import pack  # noqa: E402
+from miniclip.data.pairs import CaptionChoice  # noqa: E402
+from miniclip.data.sources import read_pairs  # noqa: E402
 from miniclip.evaluation.datasets.open import open_dataset  # noqa: E402
 from miniclip.evaluation.zero_shot import zero_shot_scores  # noqa: E402
+from miniclip.training.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer  # noqa: E402
+from miniclip.training.step import MAX_LOGIT_SCALE, CLIPTraining, move_average  # noqa: E402
 
-ARMS = {
-    "base": [],
-    "caption": ["--model.positives=caption"],
-    "group": ["--model.positives=group", "--data.group=class"],
-    "two captions": ["--data.captions.per_image=2"],
-    "hard": ["--data.negatives=hard", "--data.neighbours={embeddings}"],
-    "hard, caption": ["--data.negatives=hard", "--data.neighbours={embeddings}", "--model.positives=caption"],
-    "hard, group": [
-        "--data.negatives=hard",
-        "--data.neighbours={embeddings}",
-        "--model.positives=group",
-        "--data.group=class",
-    ],
-    "one coarse group": ["--data.negatives=hard", "--data.group=coarse"],
+ARMS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "caption": {"positives": "caption"},
+    "group": {"positives": "group", "group": "class"},
+    "two captions": {"captions": CaptionChoice(per_image=2)},
+    "hard": {"negatives": "hard", "neighbours": ""},
+    "hard, caption": {"negatives": "hard", "neighbours": "", "positives": "caption"},
+    "hard, group": {"negatives": "hard", "neighbours": "", "positives": "group", "group": "class"},
+    "one coarse group": {"negatives": "hard", "group": "coarse"},
 }
+BATCH, EMA = 256, 0.96
 CONFIGS = {"digits": ROOT / "configs/digits.yaml", "scenes": ROOT / "benchmarks/scenes.yaml"}
 TESTS = {"digits": ("digits", "unseen"), "scenes": ("scenes", "unseen")}
 
@@ -60,47 +68,69 @@ def classes_of(name: str, stem: str) -> tuple[str, str]:
 def make(name: str, out: Path, seed: int) -> None:
     """Draws a set, and writes beside each folder the table that it is packed from."""
     (digits if name == "digits" else scenes).make(out, seed)
-    for part in ("train", "val"):
-        rows = []
-        for picture in sorted((out / part).glob("*.png")):
-            texts = picture.with_suffix(".txt").read_text().splitlines()
-            rows.append([f"{part}/{picture.name}", *classes_of(name, picture.stem), *texts])
-        names = ["filepath", "class", "coarse", *(f"caption_{n}" for n in range(len(rows[0]) - 3))]
-        with open(out / f"pairs-{part}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([names, *rows])
-
-
-def miniclip(*command: str) -> None:
-    subprocess.run([sys.executable, "-m", "miniclip", *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    rows = []
+    for picture in sorted((out / "train").glob("*.png")):
+        texts = picture.with_suffix(".txt").read_text().splitlines()
+        rows.append([f"train/{picture.name}", *classes_of(name, picture.stem), *texts])
+    names = ["filepath", "class", "coarse", *(f"caption_{n}" for n in range(len(rows[0]) - 3))]
+    with open(out / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
 
 
 def train(name: str, folder: Path, arm: str, seed: int, steps: int) -> None:
-    out = folder / arm.replace(", ", "-").replace(" ", "-")
-    embeddings = folder / "embeddings"
-    options = [option.format(embeddings=embeddings) for option in ARMS[arm]]
-    if any(str(embeddings) in option for option in options) and not embeddings.exists():
-        miniclip("embed", str(folder / "train"), str(embeddings), "--model", str(folder / "base/best"))
-    begin = time.perf_counter()
-    miniclip(
-        *("train", "fit", f"--config={CONFIGS[name]}", "--name=null", f"--trainer.default_root_dir={out}"),
-        *(f"--data.train={folder / 'train'}", f"--data.val={folder / 'val'}", "--overwrite=true"),
-        *("--data.batch_size=256", "--data.num_workers=0", "--trainer.accelerator=cpu", f"--seed_everything={seed}"),
-        *(f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1", "--trainer.check_val_every_n_epoch=null"),
-        *(
-            f"--trainer.val_check_interval={steps}",
-            "--trainer.callbacks=[]",
-            "--monitor=val/loss",
-            "--monitor_mode=min",
-        ),
-        *("--trainer.enable_progress_bar=false", *options),
+    """Trains by the recipe of the set's configuration, in a plain loop, and writes the scores."""
+    settings = yaml.safe_load(CONFIGS[name].read_text())
+    clip, options = settings["model"]["clip"], dict(ARMS[arm])
+    config = CLIPConfig(**{**clip, "vision": VisionConfig(**clip["vision"]), "text": TextConfig(**clip["text"])})
+    torch.manual_seed(seed)
+    optimizer_config = OptimizerConfig(**settings["model"]["optimizer"])
+    module = CLIPTraining(
+        config, optimizer_config, positives=options.get("positives", "pair"), ema_decay=EMA, seed=seed
     )
-    model, preprocess = load(out / "best", device="cpu")
+    if "neighbours" in options:
+        options["neighbours"] = str(folder / "embeddings")
+        if not Path(options["neighbours"]).exists():
+            cli.main(["embed", str(folder / "train"), options["neighbours"], "--model", str(folder / "base")])
+    sizes = {"image_size": config.vision.image_size, "context_length": config.text.context_length}
+    crops = Augmentation(**settings["data"]["augmentation"])
+    data = PairDataModule(
+        str(folder / "train"), batch_size=BATCH, num_workers=0, augmentation=crops, seed=seed, **sizes, **options
+    )
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    alone = SimpleNamespace(
+        global_step=0, global_rank=0, world_size=1, strategy=strategy, max_steps=steps, max_epochs=-1
+    )
+    data.trainer = module.trainer = alone
+    data.setup("fit")
+    optimizer = make_optimizer(module.clip, optimizer_config)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    while alone.global_step < steps:
+        for batch in data.train_dataloader():
+            factor = learning_rate_factor(alone.global_step, steps, max(1, steps // 50), "cosine", 0.0, 0.0)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.zero_grad()
+            module.training_step(batch, 0).backward()
+            optimizer.step()
+            with torch.no_grad():
+                module.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            alone.global_step += 1
+            move_average(module.average, module.clip, min(EMA, (1 + alone.global_step) / (10 + alone.global_step)))
+            if alone.global_step == steps:
+                break
+    out = folder / file_name(arm)
+    save(module.average.eval(), out)
+    model, preprocess = load(out, device="cpu")
     scores = {
         test: 100 * zero_shot_scores(model, preprocess, open_dataset(folder / f"data/{test}.csv")).metrics.acc1
         for test in TESTS[name]
     }
-    (out / "scores.json").write_text(json.dumps({**scores, "seconds": time.perf_counter() - begin}))
+    (out / "scores.json").write_text(json.dumps(scores))
     print(name, seed, arm, scores, flush=True)
+
+
+def file_name(arm: str) -> str:
+    return arm.replace(", ", "-").replace(" ", "-")
 
 
 def main() -> None:
@@ -116,10 +146,10 @@ def main() -> None:
         folder = options.work.resolve() / f"{name}-{seed}"
         if not (folder / "data").exists():
             make(name, folder / "data", seed)
-        for part in ("train", "val"):
-            if not (folder / part).exists():
-                miniclip("shards", str(folder / f"data/pairs-{part}.csv"), str(folder / part))
-        done = folder / arm.replace(", ", "-").replace(" ", "-") / "scores.json"
+        if not (folder / "train").exists():
+            table = folder / "data/pairs.csv"
+            pack(read_pairs(table), folder / "train", source=str(table))
+        done = folder / file_name(arm) / "scores.json"
         if not done.exists():
             train(name, folder, arm, seed, options.steps)
         found.setdefault((name, arm), []).append(json.loads(done.read_text()))

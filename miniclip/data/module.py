@@ -388,8 +388,12 @@ class PairDataModule(pl.LightningDataModule):
         return loader
 
     def _collate(self, captions: CaptionChoice) -> Callable[[list[Sample]], Batch]:
-        lengths = {"length_multiple": self.text_length_multiple, "context_length": self.context_length}
-        return partial(collate, texts_per_image=captions.per_image, **lengths)
+        return partial(
+            collate,
+            length_multiple=self.text_length_multiple,
+            context_length=self.context_length,
+            texts_per_image=captions.per_image,
+        )
 
     def _loader_options(self) -> dict[str, Any]:
         return {

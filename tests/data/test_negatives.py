@@ -236,7 +236,7 @@ def test_a_checkpoint_of_random_batches_is_refused_by_hard_ones_and_its_own_is_t
         ({"neighbours": "x"}, "data.neighbours is x, which nothing uses: set data.negatives to hard"),
         ({"group": "kind"}, "data.group is 'kind', which nothing uses: set model.positives to group"),
         ({"negatives": "hard", "neighbours": ["a", "b"]}, "data.neighbours names 2 folders and data.train 1 sources"),
-        ({"negatives": "hard", "order": "stream"}, "which chooses among all samples, and data.order is 'stream'"),
+        ({"negatives": "hard", "order": "stream"}, "which needs all samples known, and data.order is 'stream'"),
         ({"negatives": "hard", "weights": [1.0]}, "data.negatives is 'hard' and data.weights is set"),
         (
             {"negatives": "hard", "positives": "group", "group": "kind"},

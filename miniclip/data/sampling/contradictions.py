@@ -43,8 +43,8 @@ def refuse_contradictions(
         )
     if is_hard and order == "stream":
         raise ValueError(
-            "data.negatives is 'hard', which chooses among all samples, and data.order is 'stream', which knows none of "
-            "them before it comes: index the shards (`miniclip shards SRC --index-only`) and set data.order to exact"
+            "data.negatives is 'hard', which needs all samples known, and data.order is 'stream', in which none is "
+            "known before it comes: index the shards (`miniclip shards SRC --index-only`) and set data.order to exact"
         )
     if is_hard and weights is not None:
         raise ValueError(
