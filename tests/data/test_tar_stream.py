@@ -350,6 +350,13 @@ def test_another_number_of_readers_loses_no_sample_and_repeats_those_it_announce
         assert len(times) == NUM_SAMPLES
 
 
+def test_a_stream_travels_to_a_spawned_worker(shelves):
+    data = module(shelves[8])
+    expected = batches(data, 1)[0].keys
+    stream = pickle.loads(pickle.dumps(module(shelves[8]).train_dataloader().stream))
+    assert next(iter(stream)).batch.keys == expected
+
+
 def test_batches_fetched_ahead_are_not_counted_as_trained(shelves):
     data = module(shelves[8])
     loader = iter(data.train_dataloader())

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Streaming:
             raise ValueError(f"data.stream.epoch_samples is {self.epoch_samples}; it must be at least 1")
 
 
+@dataclass(frozen=True)
 class TarOrder:
     """The endless sequence of tars. A pure function of seed and position.
 
@@ -47,25 +48,21 @@ class TarOrder:
         resampled: each position is a draw of its own; else every `num_tars` positions are each tar once.
     """
 
-    def __init__(self, num_tars: int, seed: int, resampled: bool = False) -> None:
-        self.num_tars, self.seed, self.resampled = num_tars, seed, resampled
-        self._permutation = lru_cache(maxsize=2)(self._permute)
-
-    def _permute(self, number: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, number]).permutation(self.num_tars)
+    num_tars: int
+    seed: int
+    resampled: bool = False
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(pass, tar) of a position; draws belong to no pass, and have 0."""
         if self.resampled:
             return 0, int(np.random.default_rng([self.seed, position]).integers(self.num_tars))
         number, place = divmod(position, self.num_tars)
-        return number, int(self._permutation(number)[place])
+        return number, int(_permutation(self.num_tars, self.seed, number)[place])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_permutation"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["num_tars"], state["seed"], state["resampled"])  # type: ignore[misc]
+@lru_cache(maxsize=4)
+def _permutation(num_tars: int, seed: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, number]).permutation(num_tars)
 
 
 class Mark(NamedTuple):
