@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := runs/digits
 
-.PHONY: help demo test test-long lint house bench bench-quick clean
+.PHONY: help demo test test-long lint house docs bench bench-quick clean
 
 help:
 	@echo "make demo       train a small CLIP on real handwriting, evaluate it, and write a report"
 	@echo "make test       the tests (a few minutes); make test-long for all of every matrix"
 	@echo "make lint       formatting, lint, types, order of imports"
+	@echo "make docs       the site, in docs/_build: guide, reference, how CLIP works"
 	@echo "make house      what a reader of the code sees, in figures: files, lines, knobs"
 	@echo "make bench      speed beside open_clip and transformers (under an hour; make bench-quick: minutes)"
 
@@ -55,6 +56,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.test
+	$(BIN)/python -m sphinx -b html -j 2 -W --keep-going docs docs/_build
+	@echo "open docs/_build/index.html"
 
 # CHECKOUTS="OLDER ." puts other checkouts beside this one.
 house: $(VENV)/.demo

@@ -1,0 +1,86 @@
+"""The site cannot drift from the code: its cells run, its reference is made from it, and every page can be reached."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import miniclip
+from miniclip.commands.main import VERBS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+NOTEBOOKS = sorted(page for page in [*DOCS.glob("*.md"), *DOCS.glob("learn/*.md")] if "{code-cell}" in page.read_text())
+sys.path.insert(0, str(DOCS))
+
+import reference_pages  # noqa: E402
+
+
+def test_every_cell_of_the_pages_runs(tmp_path):
+    """In one process, each page with names of its own; the pages' asserts compare with the long way."""
+    script = tmp_path / "pages.py"
+    lines = ["import matplotlib, os", "matplotlib.use('Agg')"]
+    for page in NOTEBOOKS:
+        cells = re.findall(r"^```{code-cell} python\n((?::.*\n)*)(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        assert cells, page
+        code = "\n".join(cell for _, cell in cells)
+        lines += [f"os.chdir({str(page.parent)!r})", f"exec(compile({code!r}, {page.name!r}, 'exec'), {{}})"]
+    script.write_text("\n".join(lines))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "off by 0%" in done.stdout  # gathered with gradient
+    assert len(NOTEBOOKS) == 11
+
+
+def toctrees(page: Path) -> list[Path]:
+    entries = re.findall(r"```{toctree}\n(.*?)```", page.read_text(), re.DOTALL)
+    names = [line for entry in entries for line in entry.splitlines() if line and not line.startswith(":")]
+    pages = [page.parent / f"{name}.md" for name in names]
+    return [each for name in pages if name.is_file() for each in [name, *toctrees(name)]]
+
+
+def test_every_page_is_in_the_sites_contents_once():
+    made = {"_build", "reference"}
+    pages = {page for page in DOCS.rglob("*.md") if not made & set(page.parts)}
+    contents = [page for page in toctrees(DOCS / "index.md") if not made & set(page.parts)]
+    assert sorted(contents) == sorted(pages - {DOCS / "index.md"})
+
+
+def test_files_that_pages_include_and_offer_are_there():
+    for page in DOCS.rglob("*.md"):
+        text = page.read_text()
+        included = re.findall(r"^```{literalinclude} (\S+)\n:pyobject: (\S+)", text, re.MULTILINE)
+        for target, name in included:
+            source = (page.parent / target).read_text()
+            assert re.search(rf"^\s*(class|def) {name.split('.')[-1]}\b", source, re.MULTILINE), f"{page.name}: {name}"
+        for target in re.findall(r"{download}`[^<]*<([^>]*)>`", text):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+def test_the_reference_has_every_public_name_verb_and_key():
+    api, commands, settings = reference_pages.api(), reference_pages.commands(), reference_pages.settings()
+    for name in set(miniclip._HOME) - {"__version__"}:
+        assert f":: {name}\n" in api
+    for verb in VERBS:
+        assert f"## miniclip {verb}\n" in commands
+    meanings = dict(re.findall(r"^`([\w.]+)`\n: (`.*`, default .*)$", settings, re.MULTILINE))
+    keys = {"name", "model.optimizer.lr", "model.clip.vision.width", "data.batch_size", "data.captions.order"}
+    assert keys <= meanings.keys()
+    assert all(re.search(r"\. .{4,}", meaning) for meaning in meanings.values())
+    assert settings.count("\n: ") == len(meanings)
+
+
+@pytest.mark.long
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", str(DOCS), str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|iframe)[^>]* src=\"([^\"]*)\"|<link[^>]* href=\"([^\"]*)\"", page.read_text()
+        )
+        assert not [each for pair in loaded for each in pair if each.startswith(("http:", "https:", "//"))], page.name
