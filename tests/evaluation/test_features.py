@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+import warm
 from helpers import pack_folder, tiny_clip, write_pairs, write_picture
 from PIL import Image
 from torch import Tensor
@@ -337,7 +337,7 @@ def test_what_one_process_began_any_number_ends(tmp_path, monkeypatch, world_siz
     with pytest.raises(KeyboardInterrupt):
         cached(stopped, str(folder), str(tmp_path / "cache"))
     with tempfile.TemporaryDirectory() as out:
-        multiprocessing.spawn(work, (world_size, str(folder), str(tmp_path / "cache"), out), nprocs=world_size)
+        warm.spawn(work, (world_size, str(folder), str(tmp_path / "cache"), out), world_size)
         found = [torch.load(Path(out, f"{rank}.pt")) for rank in range(world_size)]
     alone = Counting()
     expected = alone.encode(open_dataset(folder))

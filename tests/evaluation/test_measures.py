@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+import warm
 
 from miniclip.evaluation.measures import ranking as metrics
 from miniclip.evaluation.measures.classification import (
@@ -941,7 +941,7 @@ SHAPES = [(40, 61), (7, 30), (1, 5)]
 
 def test_any_number_of_processes_finds_the_ranks_of_one():
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (2, folder), nprocs=2)
+        warm.spawn(work, (2, folder), 2)
         for number, shape in enumerate(SHAPES):
             expected = retrieval(*features_of(*shape))
             for rank in range(2):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+import warm
 from batches import CASES, B, E, assert_near, options
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,7 +96,7 @@ def work(rank, world_size, folder):
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.long)])
 def results(request):
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
+        warm.spawn(work, (request.param, folder), request.param)
         yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
 
 

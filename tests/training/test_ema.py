@@ -1,11 +1,11 @@
 # Oracle: the recurrence of the average by hand, from the weights after each step.
 
 import os
-import subprocess
 
 import pytest
 import runs
 import torch
+import warm
 from helpers import tiny_clip
 from pytorch_lightning import Callback
 from runs import arguments, command, metrics, state
@@ -121,7 +121,7 @@ def test_two_processes_average_as_one_does(data, tmp_path):
         more = [f"--trainer.devices={devices}", f"--trainer.strategy={'auto' if devices == 1 else 'ddp'}", EMA]
         more += ["--trainer.precision=64-true", "--data.captions.order=first"]
         args = command(data, tmp_path / f"run{devices}", *more, steps=4)
-        done = subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
+        done = warm.run(args, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = part(tmp_path / "run1", "average."), part(tmp_path / "run2", "average.")
     for name, expected in one.items():

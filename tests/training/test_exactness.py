@@ -31,9 +31,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from helpers import pack_folder, trainer_at, write_pairs
 from pytorch_lightning import Callback
-from torch.multiprocessing import start_processes
 
 from miniclip import tokenizer
 from miniclip.data.module import PairDataModule
@@ -140,9 +140,7 @@ def _train_cell(rank: int, world_size: int, folder: Path, cell: Cell) -> list[An
 
 
 def run_ranks(world_size: int, shelves: dict[int, Path], cells: list[Cell], out: Path, deadline_s: float) -> list[Any]:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["pytorch_lightning", "torchvision"])  # 5 s, once
-    arguments = (world_size, shelves, cells, out)
-    context = start_processes(train_as_rank, arguments, world_size, join=False, start_method="forkserver")
+    context = warm.start_ranks(train_as_rank, (world_size, shelves, cells, out), world_size)
     end = time.monotonic() + deadline_s
     try:
         while not context.join(timeout=max(0.0, end - time.monotonic())):
@@ -328,7 +326,7 @@ def start_training(
     config.write_text(json.dumps(settings))
     path = os.pathsep.join(sys.path)
     with open(record.with_suffix(".log"), "wb") as log:
-        return subprocess.Popen(
+        return warm.Popen(
             [sys.executable, str(ROOT / "train.py"), "fit", "--config", str(config), *more],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             stdout=log,

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import warm
 from helpers import tiny_clip, tiny_config
 from open_clip.loss import DistillClipLoss
 from PIL import Image
@@ -224,7 +225,7 @@ def test_two_processes_with_a_locked_tower_train_as_one(data, start, tmp_path):
     more += ["--model.locked=image", f"--model.teacher={start}", "--data.num_workers=0"]
     trainer.main(without_model(data, tmp_path / "run1", *more))
     two = without_model(data, tmp_path / "run2", *more, "--trainer.devices=2", "--trainer.strategy=ddp")
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *two], capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, str(ROOT / "train.py"), *two])
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = state(tmp_path / "run1"), state(tmp_path / "run2")
     given = tensors(start)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+import warm
 from batches import B, assert_near, options
 from helpers import tiny_clip
 from runs import command, state
@@ -134,7 +133,7 @@ def work(rank, world_size, folder):
 def results(request):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (request.param, folder), nprocs=request.param)
+        warm.spawn(work, (request.param, folder), request.param)
         yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
 
 
@@ -180,7 +179,7 @@ def train(data, run, strategy, *more):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     args = command(data, run, *more, steps=6)
-    return subprocess.run(args, capture_output=True, text=True, check=False, env=environment)
+    return warm.run(args, env=environment)
 
 
 @pytest.mark.long

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+import warm
 from helpers import pack_folder, write_pairs
 from pytorch_lightning import Callback
 
@@ -288,7 +289,7 @@ def launch(args: list[str], out: Path, **environment: str) -> subprocess.Popen[b
     """A real process; what it says goes to a file."""
     path = os.pathsep.join(sys.path)
     with open(out, "wb") as file:
-        return subprocess.Popen(
+        return warm.Popen(
             [sys.executable, str(ROOT / "train.py"), *args],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
             stdout=file,

@@ -1,7 +1,6 @@
 # Evaluation shared out over real processes (gloo) gives what one process gives.
 
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+import warm
 from helpers import tiny_clip, write_picture
 from runs import command, metrics
 
@@ -71,7 +70,7 @@ def images(tmp_path_factory):
 def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(images, world_size):
     expected = scores_of(images, 64)
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (world_size, images, folder), nprocs=world_size)
+        warm.spawn(work, (world_size, images, folder), world_size)
         found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(world_size)]
     assert len(expected.indices) == 8
     for each in found:
@@ -104,7 +103,7 @@ def test_validation_shared_out_over_three_processes_scores_as_one(data, tmp_path
         more = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--data.captions.order=first"]
         more += [f"--trainer.callbacks={json.dumps(zero_shot)}"]
         args = command(data, tmp_path / strategy, *more, steps=6)
-        done = subprocess.run(args, capture_output=True, text=True, check=False)
+        done = warm.run(args)
         assert done.returncode == 0, done.stdout + done.stderr
         logged.append([row for row in metrics(tmp_path / strategy) if row["val/loss"]])
     one, three = logged

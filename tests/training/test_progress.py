@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import warm
 from browser import WIDTHS, log
 from helpers import tiny_clip, tiny_config
 from pytorch_lightning import Callback
@@ -184,7 +185,7 @@ def test_two_processes_tell_what_one_does(data, tmp_path):
         if devices == 1:
             trainer.main(arguments(data, run, *more, steps=4))
         else:
-            done = subprocess.run(command(data, run, *more, steps=4), capture_output=True, text=True, check=False)
+            done = warm.run(command(data, run, *more, steps=4))
             assert done.returncode == 0, done.stdout + done.stderr
         found[devices] = rows(run)
     measured = {f"train/{name}" for name in ("images_per_s", "data_wait", "tflops", "mfu", "memory_gb")}
@@ -280,9 +281,7 @@ def test_the_peak_of_a_cpu_is_measured_in_the_arithmetic_of_training(precision, 
 def test_a_run_that_sigterm_stops_has_all_its_rows_and_a_page_and_a_resumed_one_is_joined(data, tmp_path, capsys):
     run = tmp_path / "run"
     args = command(data, run, steps=30)
-    process = subprocess.Popen(
-        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = warm.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     assert process.stdout is not None
     said = ""
     for line in process.stdout:

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+import warm
 from pytorch_lightning import Callback
 from runs import arguments, command, fails, metrics
 
@@ -21,7 +22,7 @@ from miniclip.training.run_folder import TableLogger
 def test_a_run_keeps_others_out_of_its_folder_until_it_ends_or_is_killed(data, tmp_path, capsys):
     run = tmp_path / "run"
     args = command(data, run, "--save_every_n_steps=1", steps=100_000)
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = warm.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None
         assert any(line.startswith("step 5/") for line in process.stdout)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+import warm
 from helpers import pack_folder, write_pairs
 from pytorch_lightning import Callback
 
@@ -53,7 +54,7 @@ def launch(
     more = [*more, chosen, f"--trainer.callbacks.number={number}", f"--trainer.callbacks.patience_s={patience_s}"]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     with open(out, "wb") as file:
-        return subprocess.Popen(
+        return warm.Popen(
             runs.command(data, run, *more, "--save_every_n_steps=100", "--data.num_workers=2", steps=30),
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             stdout=file,
@@ -92,9 +93,7 @@ def test_data_that_stand_still_end_the_run_in_words_after_a_checkpoint(data, tmp
     assert f"{run / 'checkpoints' / 'last.ckpt'} is the last checkpoint. To go on:" in told
     step = saved_step(run)
     assert 3 <= step < 30
-    resumed = subprocess.run(
-        runs.command(data, run, "--ckpt_path=last", steps=step + 2), capture_output=True, text=True, timeout=200
-    )
+    resumed = warm.run(runs.command(data, run, "--ckpt_path=last", steps=step + 2), timeout=200)
     assert resumed.returncode == 0, resumed.stderr
     assert f"goes on from step {step}" in resumed.stdout
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 from pytorch_lightning import Callback
 from runs import COLOURS, StopAt, arguments, command, fails, metrics, random_batch, state, validations
@@ -80,7 +81,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
     trainer.main(arguments(data, straight, "--model.optimizer.kind=muon", steps=40))
     args = command(data, broken, "--model.optimizer.kind=muon", steps=40)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
+    process = warm.Popen(
         args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
     assert process.stdout is not None
@@ -98,7 +99,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
     resume = re.search(r"To go on:\n  \S*python (.*)\n", text)
     assert resume is not None
     assert resume[1].endswith("--ckpt_path last")
-    subprocess.run([*args, "--ckpt_path=last"], check=True, capture_output=True, env=environment)
+    warm.run([*args, "--ckpt_path=last"], check=True, env=environment)
     expected, found = state(straight), state(broken)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -133,7 +134,7 @@ def test_two_processes_train_the_same_weights_as_one(data, tmp_path):
         more = [f"--trainer.devices={devices}", f"--trainer.strategy={'auto' if devices == 1 else 'ddp'}"]
         more += ["--trainer.precision=64-true", "--data.captions.order=first"]
         args = command(data, tmp_path / f"run{devices}", *more, steps=5)
-        done = subprocess.run(args, capture_output=True, text=True, check=False)
+        done = warm.run(args)
         assert done.returncode == 0, done.stdout + done.stderr
     one, two = state(tmp_path / "run1"), state(tmp_path / "run2")
     for name, expected in one.items():

@@ -1,0 +1,188 @@
+"""Processes whose imports were made once: each is forked from a server that has torch and Lightning.
+
+A fresh interpreter takes seconds of a processor for these, and many tests start several. All else is as `subprocess`
+has it: a process of its own with its own files, environment, session and signals, which ends as any interpreter does.
+What a fresh start shows (imports, variables that torch reads when it is imported) needs `subprocess` itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import start_processes
+
+_WIDTH = 8  # bytes of a number on its way
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen([sys.executable, SCRIPT, …])`, but for what it costs to start."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        interpreter, *argv = map(os.fspath, args)
+        assert interpreter == sys.executable, args
+        cwd, env, pipes, is_leader = rest[4], rest[5], rest[9:15], rest[20]
+        request = {"argv": argv, "cwd": os.fspath(cwd or Path.cwd()), "is_leader": bool(is_leader)}
+        message = json.dumps({**request, "env": dict(os.environ if env is None else env)}).encode()
+        self._status, status = os.pipe()
+        with open(os.devnull, "rb") as nothing:
+            given = (pipes[0], nothing.fileno()), (pipes[3], 1), (pipes[5], 2)
+            files = [inherited if own == -1 else own for own, inherited in given]
+            socket.send_fds(_server(), [len(message).to_bytes(_WIDTH, "big")], [*files, status])
+            _server().sendall(message)
+        os.close(status)
+        self._close_pipe_fds(*pipes)
+        self.pid = int.from_bytes(os.read(self._status, _WIDTH), "big")
+        self._child_created = True
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if wait_flags & os.WNOHANG and not select.select([self._status], [], [], 0)[0]:
+            return 0, 0
+        number = os.read(self._status, _WIDTH)
+        os.close(self._status)
+        assert number, "the process's parent is gone"
+        return self.pid, int.from_bytes(number, "big")
+
+    def _internal_poll(self, _deadstate: int | None = None) -> int | None:
+        if self.returncode is None and self._waitpid_lock.acquire(False):
+            try:
+                pid, status = self._try_wait(os.WNOHANG)
+                if pid:
+                    self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+
+def run(args: list[Any], *, check: bool = False, timeout: float | None = None, **options: Any) -> Any:
+    """`subprocess.run(args, capture_output=True, text=True)`."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with Popen(args, **streams, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    if check and process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, args, out, err)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+
+def start_ranks(function: Any, args: tuple[Any, ...], count: int) -> Any:
+    """`torch.multiprocessing.start_processes(function, args, count, join=False)`, of processes like those above."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["miniclip.commands.train", "torchvision"])
+    arguments = (dict(os.environ), function, args)
+    return start_processes(_in_environment, arguments, count, join=False, start_method="forkserver")
+
+
+def spawn(function: Any, args: tuple[Any, ...], count: int) -> None:
+    """`torch.multiprocessing.spawn(function, args, count)`."""
+    ranks = start_ranks(function, args, count)
+    while not ranks.join():
+        pass
+
+
+def _in_environment(rank: int, environment: dict[str, str], function: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)  # the server's is that of its start
+    function(rank, *args)
+
+
+@cache
+def _server() -> socket.socket:
+    """This process's server, which ends when its socket closes."""
+    ours, theirs = socket.socketpair()
+    path = os.pathsep.join(sys.path)
+    with open(os.devnull, "r+b") as nothing:
+        server = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdin=nothing,
+            stdout=nothing,
+            start_new_session=True,
+        )
+    theirs.close()
+    atexit.register(lambda: (ours.close(), server.wait()))
+    return ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+def _serve(connection: socket.socket) -> list[str]:
+    """Returns what to run, in a new process for each request; in the server itself never."""
+    base_path = list(sys.path)
+    while True:
+        size, files, _, _ = socket.recv_fds(connection, _WIDTH, 4)
+        if not size:
+            os._exit(0)
+        request = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        if not os.fork():  # waits for the process, as the one that asked can't
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            connection.close()
+            if not (pid := os.fork()):
+                return _become(request, files, base_path)
+            for file in files[:3]:
+                os.close(file)
+            os.write(files[3], pid.to_bytes(_WIDTH, "big"))
+            os.write(files[3], os.waitpid(pid, 0)[1].to_bytes(_WIDTH, "big"))
+            os._exit(0)
+        for file in files:
+            os.close(file)
+
+
+def _become(request: dict[str, Any], files: list[int], base_path: list[str]) -> list[str]:
+    import numpy as np
+    import torch
+
+    if request["is_leader"]:
+        os.setsid()
+    for number, file in enumerate(files[:3]):
+        os.dup2(file, number)
+    for file in files:
+        os.close(file)
+    for name, number, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
+        stream = open(number, "w", encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.stderr.reconfigure(line_buffering=True)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    script, *_ = request["argv"]
+    own_path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    sys.path[:] = list(dict.fromkeys([str(Path(script).parent), *own_path, *base_path]))
+    random.seed()
+    np.random.seed()  # noqa: NPY002
+    torch.manual_seed(random.getrandbits(63))
+    return request["argv"]
+
+
+if __name__ == "__main__":
+    import matplotlib.pyplot  # noqa: F401
+    import torchvision  # noqa: F401
+
+    import miniclip.commands.train  # noqa: F401
+
+    with suppress(ImportError):
+        import s3fs  # noqa: F401  # which Lightning looks for
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()
+    sys.argv = _serve(socket.socket(fileno=int(sys.argv[1])))
+    runpy.run_path(sys.argv[0], run_name="__main__")
