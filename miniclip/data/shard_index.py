@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..common.files import atomic_write, write_text
+from ..common.files import atomic_write, read_at, write_text
 from .reading.scan import IMAGE_SUFFIXES, TEXT_SUFFIXES, LeftOut
 
 SCHEMA_VERSION = 2
@@ -46,6 +46,7 @@ class Member(NamedTuple):
 
 Sample = tuple[str, dict[str, Member]]  # its key, and its members by kind
 _ABSENT = Member("", 0, 0, 0)
+_LAST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,20 @@ def rows_left_out(left_out: Iterable[LeftOut]) -> list[tuple[str, str, str]]:
     ]
 
 
-def index_entry(file: str, size: int, samples: Sequence[Sample], offsets: Path, checksum: str | None) -> dict[str, Any]:
-    """Writes the `.npz` of a tar's samples, and returns the tar's entry for `index.json`."""
+def zeros_at(file: IO[bytes], size: int) -> int:
+    """Where the zeros at a tar's end begin, as far as its last 64 KiB show; a tar is padded by up to 10 KiB."""
+    start = max(0, size - _LAST_BYTES)
+    return start + len(read_at(file, start, size - start).rstrip(b"\0"))
+
+
+def index_entry(
+    file: str, size: int, samples: Sequence[Sample], offsets: Path, checksum: str | None, zeros: int | None = None
+) -> dict[str, Any]:
+    """Writes the `.npz` of a tar's samples, and returns the tar's entry for `index.json`.
+
+    Args:
+        zeros: what `zeros_at` found: what is appended to a tar may lie there, and leave its size as it was.
+    """
     found = Counter(kind for _, members in samples for kind in members)
     columns: dict[str, np.ndarray] = {}
     for kind in KINDS:
@@ -146,6 +159,7 @@ def index_entry(file: str, size: int, samples: Sequence[Sample], offsets: Path, 
         "file": file,
         "samples": len(samples),
         "bytes": size,
+        "zeros_at": zeros,
         "sha256": checksum,
         "offsets": offsets.name,
         "offsets_sha256": hashlib.sha256(offsets.read_bytes()).hexdigest(),

@@ -27,7 +27,7 @@ from ..common.storage import check_scheme, exists, expand, is_url, join, read_by
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.scan import LeftOut
-from .shard_index import INDEX_FILE, SCHEMA_VERSION
+from .shard_index import INDEX_FILE, SCHEMA_VERSION, zeros_at
 
 _PICKLED = ("pkl", "pickle", "pyd", "pth", "pt")  # suffixes that webdataset, or torch for it, unpickles
 _OPEN_SHARDS, _KNOWN_SHARDS = 64, 512  # whose files are open, and whose offsets are in memory
@@ -43,6 +43,7 @@ class ShardEntry:
         offsets: the `.npz` with its members' places, beside the index.
         offsets_sha256: of that, so that a copy kept of an older one is not taken for it.
         folder: where the index is.
+        zeros_at: where the zeros at the tar's end begin; None if that is not known.
     """
 
     file: str
@@ -52,6 +53,7 @@ class ShardEntry:
     offsets: str
     offsets_sha256: str
     folder: str
+    zeros_at: int | None = None
 
     @property
     def name(self) -> str:
@@ -346,11 +348,16 @@ def _refuse_longer(file: IO[bytes], entry: ShardEntry) -> None:
     """What was appended to a tar would be lost; one that was cut short tells so by its samples."""
     size = os.fstat(file.fileno()).st_size
     if size > entry.bytes:
-        file.close()
-        raise ValueError(
-            f"{entry.location} has {size:,} bytes, and had {entry.bytes:,} when it was indexed: something was added "
-            f"to it. `miniclip shards {entry.folder} --index-only --overwrite` indexes it anew"
-        )
+        what = f"has {size:,} bytes, and had {entry.bytes:,} when it was indexed"
+    elif size == entry.bytes and entry.zeros_at is not None and zeros_at(file, size) > entry.zeros_at:
+        what = f"goes on after byte {entry.zeros_at:,}, where it ended when it was indexed"
+    else:
+        return
+    file.close()
+    raise ValueError(
+        f"{entry.location} {what}: something was added to it. `miniclip shards {entry.folder} --index-only "
+        "--overwrite` indexes it anew"
+    )
 
 
 def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], list[LeftOut]]:
@@ -382,6 +389,7 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
                 str(entry["offsets"]),
                 str(entry["offsets_sha256"]),
                 folder,
+                entry.get("zeros_at"),
             )
             for entry in listed
         ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
-from .shard_index import Member, Sample, index_entry, kind_of
+from .shard_index import Member, Sample, index_entry, kind_of, zeros_at
 
 _BUFFER_BYTES = 4 << 20
 
@@ -45,7 +45,9 @@ class Tar:
         self.writer.close()
         checksum = self.file.close()
         size, offsets = self.path.stat().st_size, self.path.with_suffix(".npz")
-        return index_entry(self.path.name, size, self.samples, offsets, checksum)
+        with open(self.path, "rb") as file:
+            zeros = zeros_at(file, size)
+        return index_entry(self.path.name, size, self.samples, offsets, checksum, zeros)
 
 
 class _HashedFile:

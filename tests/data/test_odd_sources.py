@@ -177,9 +177,15 @@ def test_what_is_appended_to_a_tar_or_edited_in_it_is_an_error_and_not_lost(tmp_
     with pytest.raises(ValueError, match=r"the txt of sample a has another checksum; index the shards anew"):
         Shards(tmp_path)[0]
     path.write_bytes(whole)
-    write_tar(path, ("b.jpg", GREEN), ("b.txt", b"x" * 20_000), mode="a")
-    with pytest.raises(ValueError, match=r"something was added to it. `miniclip shards .* --index-only --overwrite`"):
-        Shards(tmp_path)[0]
+    Shards(tmp_path)[0]
+    # Where a tar's zeros were there may be room for a whole sample.
+    for size, what in ((20_000, r"has \d+,\d+ bytes, and had 10,240"), (200, r"goes on after byte \d,\d+, where it")):
+        path.write_bytes(whole)
+        write_tar(path, ("b.jpg", GREEN), ("b.txt", b"x" * size), mode="a")
+        assert (path.stat().st_size > len(whole)) == (size > 10_240)
+        says = rf"{what}.*: something was added to it. `miniclip shards .* --index-only --overwrite`"
+        with pytest.raises(ValueError, match=says):
+            Shards(tmp_path)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

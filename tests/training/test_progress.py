@@ -169,7 +169,7 @@ def spoilt(data: Path, folder: Path) -> Path:
         (copy / f"red{number}.txt").write_text("very " * 30 + "red")
     pack(read_pairs(copy), folder / "shards", source="x", packing=Packing(samples_per_shard=15))
     with open(folder / "shards/00000.tar", "r+b") as tar:
-        tar.seek(512)
+        tar.seek(tar.read().index(b"\x89PNG"))
         tar.write(b"spoilt!!")
     return folder / "shards"
 

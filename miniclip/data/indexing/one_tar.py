@@ -15,7 +15,7 @@ from ...common.cache import Cache
 from ...common.ranges import RangeFile, ReadWholeError
 from ...common.storage import is_url, size_of
 from ..reading.scan import LeftOut
-from ..shard_index import Member, Sample, index_entry
+from ..shard_index import Member, Sample, index_entry, zeros_at
 from .tar_members import read_samples, with_content
 
 
@@ -59,7 +59,8 @@ def index_tar(
         samples, left_out = _samples_of(file, location, skips_pictures=False)
         file.seek(0)
         checksum = hashlib.file_digest(cast(io.BufferedIOBase, file), "sha256").hexdigest()
-        entry = index_entry(location.rpartition("/")[2], file.tell(), samples, offsets, checksum)
+        size = file.tell()
+        entry = index_entry(location.rpartition("/")[2], size, samples, offsets, checksum, zeros_at(file, size))
     if is_url(location):
         cache.verified(location, checksum)
     return IndexedTar(entry, left_out, pieces.bytes_read + entry["bytes"], pieces.num_requests + 1)
