@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import glob
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -145,6 +148,44 @@ def make_room(paths: Iterable[Path], limit_bytes: int, delete: Callable[[Path], 
         with suppress(ValueError, OSError):
             delete(path)
             total -= size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that are used for as long as a process lives
+
+_used: dict[Path, ExitStack] = {}
+
+
+def use(folder: Path) -> None:
+    """Keeps `remove_unused` from a folder, which may come later, until this process ends, however it does."""
+    if folder not in _used:
+        held = _used[folder] = ExitStack()
+        mark = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.used")
+        held.enter_context(locked(mark, f"{mark} is held"))
+        atexit.register(_leave, held, os.getpid())
+
+
+def _leave(held: ExitStack, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child shares its parent's lock
+        held.close()
+
+
+def remove_unused(folder: Path, used_as: Path) -> None:
+    """Deletes a folder, which is gone at once: half of it can't be taken for the whole.
+
+    Args:
+        used_as: what processes that need it have called `use` with.
+
+    Raises:
+        ValueError: one of them lives.
+    """
+    for mark in used_as.parent.glob(f"{glob.escape(used_as.name)}.*.used*"):
+        with locked(mark.with_name(mark.name.removesuffix(".held")), f"another process uses {folder}", patience_s=0):
+            pass  # its process was killed
+    gone = folder.with_name(f".{folder.name}.old")
+    remove(gone)
+    os.rename(folder, gone)
+    remove(gone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

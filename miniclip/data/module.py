@@ -115,7 +115,8 @@ class PairDataModule(pl.LightningDataModule):
         context_length: most tokens of a text; longer ones are cut and counted; set from the model.
         preprocess: how held-out images are made square; set from the model.
         seed: of order, augmentation and captions; set from `seed_everything`.
-        cache_gb: the most that remote shards may take on this machine's disk, 10^9 bytes.
+        cache_gb: the most that remote shards, and that sources packed into the cache, may take each on this machine's
+            disk, 10^9 bytes. What is used stays.
         val_pairs: the most held-out pairs that a validation takes: the same random ones in every validation of every
             run. None takes all.
         text_length_multiple: texts of a batch are padded to a multiple of so many tokens; set from `model.compile`.
@@ -200,7 +201,7 @@ class PairDataModule(pl.LightningDataModule):
         """Called once on each machine, before `setup` everywhere."""
         for source in (*self.train, *self.val):
             if source not in self._locations:
-                self._locations[source] = pack_into_cache(source)
+                self._locations[source] = pack_into_cache(source, self.cache.limit_bytes)
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_shards is None and self.train_stream is None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from datetime import datetime
 from pathlib import Path
 
-from ..common.files import cache_folder, locked
+from ..common.cache import make_room, remove_unused, use
+from ..common.files import cache_folder, locked, remove
 from ..common.storage import is_url
 from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
@@ -17,6 +21,7 @@ from .shard_index import INDEX_FILE, REJECTED_FILE
 from .shards import Shards
 from .sources import read_pairs
 
+_HASH = "[0-9a-f]" * 16  # a pattern of the last part of a packed source's name
 _READ_AS = 2  # raised where the same source is read as other pairs than by earlier versions
 
 
@@ -77,9 +82,13 @@ def open_pairs(
     return shard_pairs(source)
 
 
-def pack_into_cache(source: str) -> str:
+def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9) -> str:
     """The location of a source's shards. A source that is not packed yet is packed into the cache, and again whenever
     it has changed.
+
+    Args:
+        limit_bytes: sources that were not used for longest leave the cache, so that all together have no more than
+            this; but none that a process uses, which began to when it called this.
 
     Raises:
         ValueError: as `read_pairs` and `pack`.
@@ -92,10 +101,15 @@ def pack_into_cache(source: str) -> str:
         pairs = read_pairs(source)
         name = hashlib.sha256(f"{_READ_AS} {path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
         out = cache_folder("packed") / f"{path.stem}-{name}"
+        with _room(out.parent):
+            use(out)
         with locked(Path(f"{out}.lock"), f"another process is packing {out}"):
             if not out.exists():
                 print(f"Packing {source} into {out}, once: {pairs.found}", flush=True)
                 pack(pairs, out, source=source)
+            with suppress(OSError):  # another user's
+                os.utime(out)
+        _leave_at_most(out.parent, limit_bytes)
     except ValueError as error:
         raise ValueError(f"{error} (to pack it otherwise: `miniclip shards {source} OUT`)") from error
     packed = read_packed(out)
@@ -103,3 +117,23 @@ def pack_into_cache(source: str) -> str:
     left_out = f", {packed.left_out} left out" if packed.left_out else ""
     print(f"{source}: {packed.kept} pairs packed in {out}; {packed.rejected} rejected{left_out}{listed}", flush=True)
     return str(out)
+
+
+def _room(folder: Path) -> AbstractContextManager[None]:
+    """Held by who decides what is used and what leaves."""
+    return locked(folder / "folder.lock", f"another process makes room in {folder}")
+
+
+def _leave_at_most(folder: Path, limit_bytes: int) -> None:
+    """Deletes packed sources, those not used for longest first, and the beginnings of packings that were given up."""
+
+    def delete(path: Path) -> None:
+        when = datetime.fromtimestamp(path.stat().st_mtime)
+        remove_unused(path, used_as=path.with_name(path.name.removesuffix(".partial")))
+        print(f"Removed {path}, not used since {when:%Y-%m-%d}: data.cache_gb is {limit_bytes / 1e9:g}", flush=True)
+
+    with _room(folder):
+        for path in folder.glob(f".*-{_HASH}*.old"):  # of a process that was killed while it deleted
+            remove(path)
+        names = (f"*-{_HASH}", f"*-{_HASH}.partial")  # as the folder may hold other people's files
+        make_room([path for name in names for path in folder.glob(name)], limit_bytes, delete)

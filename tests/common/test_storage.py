@@ -201,7 +201,6 @@ def test_local_use_and_http_need_no_package_of_the_extra(tmp_path):
             sys.modules[name] = None  # as if it were not installed
         from miniclip.common import storage
         from miniclip.common.cache import Cache
-from miniclip.common.ranges import RangeFile, ReadWholeError
         assert storage.read_bytes(__file__) and storage.exists(__file__) and Cache().open(__file__).read()
         storage._WAITS_S = ()
         for url in ("http://127.0.0.1:9/a", "s3://bucket/a"):
