@@ -194,8 +194,8 @@ Before the first batch of {BATCH_SIZE}, from a bucket of {SMALL_TARS} tars over 
 |---|---|---|
 {rows((name, str(n), f"{mb:.1f}") for name, (n, mb) in before_the_first_batch(folder, 1000).items())}
 
-Memory of a stream of {options.images} JPEGs of 256², two workers, all processes, shared pages counted once, in MB after
-passes 1 to {options.passes}: {", ".join(f"{mb:.0f}" for mb in held)}.
+Memory of a stream of {options.images} JPEGs of 256², two workers, all processes, shared pages counted once and those of
+libraries' files left out, in MB after passes 1 to {options.passes}: {", ".join(f"{mb:.0f}" for mb in held)}.
 """
 
 

@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -483,3 +487,27 @@ def test_workers_of_a_loader_share_the_pipelines_tars(shelves):
 def test_a_resampled_pipeline_has_no_end(shelves):
     pipeline = iter(Shards(shelves[3]).webdataset(resampled=True))
     assert len([next(pipeline) for _ in range(3 * NUM_SAMPLES)]) == 3 * NUM_SAMPLES
+
+
+WITH_ANOTHER = """
+import json, sys
+import webdataset
+from helpers import trainer_at
+from miniclip.data.module import PairDataModule
+data = PairDataModule(sys.argv[1], order="stream", batch_size=8, num_workers=0, image_size=8, context_length=16)
+data.trainer = trainer_at(0, max_steps=12)
+data.setup("fit")
+print(json.dumps([webdataset.__file__, [batch.keys for batch in data.train_dataloader()]]))
+"""
+
+
+@pytest.mark.long
+def test_the_oldest_version_of_webdataset_gives_the_same_batches(shelves):
+    """`make test` puts it there."""
+    oldest = str(Path(sys.prefix) / "webdataset_oldest")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([oldest, *sys.path])}
+    command = [sys.executable, "-c", WITH_ANOTHER, str(shelves[8])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    file, found = json.loads(done.stdout.splitlines()[-1])
+    assert file.startswith(oldest)
+    assert found == [batch.keys for batch in batches(module(shelves[8]), 12)]
