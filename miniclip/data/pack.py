@@ -15,7 +15,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -99,21 +99,15 @@ def pack(
         _Chunk(work, n, range(start, min(start + packing.samples_per_shard, len(pairs))))
         for n, start in enumerate(range(0, len(pairs), packing.samples_per_shard))
     ]
-    own = chunks[number - 1 :: count]
-    todo = [chunk for chunk in own if not chunk.is_done]
-    ranges = [chunk.indices for chunk in todo]
-    done = sum(len(chunk.indices) for chunk in own) - sum(map(len, ranges))
-    report_progress(progress, done, 0)
-    results = (
-        prepared_on_ray(pairs, ranges, packing)
-        if use_ray
-        else prepared_by_threads(pairs, ranges, packing, workers or os.cpu_count() or 1)
-    )
-    with closing(results) as prepared:
-        for chunk in todo:
+    own, done = chunks[number - 1 :: count], 0
+    ahead = prepared_on_ray(pairs, [chunk.indices for chunk in own if not chunk.is_done], packing)
+    with closing(ahead):  # it begins when it is first asked
+        for chunk in own:
             with locked(chunk.lock, busy, patience_s=0):
                 if not chunk.is_done:
-                    chunk.write(prepared, packing, partial(report_progress, progress, done))
+                    by_threads = prepared_by_threads(pairs, chunk.indices, packing, workers or os.cpu_count() or 1)
+                    with nullcontext(ahead) if use_ray else closing(by_threads) as prepared:
+                        chunk.write(prepared, packing, partial(report_progress, progress, done))
             done += len(chunk.indices)
             report_progress(progress, done, 0)
     with locked(lock, busy, patience_s=600):

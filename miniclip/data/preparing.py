@@ -29,8 +29,8 @@ _AT_A_TIME, _AT_A_TIME_ON_RAY = 8, 64  # pairs that a thread or an actor prepare
 Results = Generator[tuple[int, Prepared | Rejection], None, None]
 
 
-def prepared_by_threads(pairs: Sequence[Pair], ranges: Iterable[range], packing: Packing, workers: int) -> Results:
-    """Each index of the ranges with its result, in order.
+def prepared_by_threads(pairs: Sequence[Pair], indices: range, packing: Packing, workers: int) -> Results:
+    """Each index with its result, in order.
 
     Threads, as reading, decoding and encoding images let go of the interpreter's lock.
     """
@@ -42,7 +42,7 @@ def prepared_by_threads(pairs: Sequence[Pair], ranges: Iterable[range], packing:
     waiting: deque[tuple[range, Future[list[Any]]]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        for some in _runs_of(ranges, _AT_A_TIME):
+        for some in _runs_of([indices], _AT_A_TIME):
             waiting.append((some, pool.submit(compute, some)))
             if len(waiting) > 3 * workers:
                 done, future = waiting.popleft()
