@@ -45,7 +45,8 @@ def this_machine(where: torch.device | None = None, precision: str = "32-true") 
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
         processor = model[1] if model else platform.processor() or platform.machine()
-        name = f"cpu-{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}-cores"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        name = f"cpu-{cores}-cores" + ("-amd" if "AMD" in processor else "")
     return Machine(name, processor, peak.flops, peak.source, max(copies for _, copies in moments))
 
 

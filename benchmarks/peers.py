@@ -1,6 +1,7 @@
 """The same CLIP in every library, built from one file of random weights in OpenAI's layout.
 
-open_clip and transformers must be installed; OpenAI's own package (`clip`) takes part where it can be imported.
+open_clip and transformers must be installed; OpenAI's own package (`clip`) takes part where it can be imported, and
+OpenVINO in the image towers of ViT-B/32, which `miniclip export` writes for it.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 import transformers
@@ -21,6 +23,10 @@ from torch import Tensor
 
 import miniclip
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.inference.exporting.onnx_files import write_onnx
+from miniclip.inference.exporting.openvino_files import write_openvino
+from miniclip.inference.exporting.runner import open_tower
+from miniclip.inference.exporting.towers import towers
 from miniclip.weights.layouts import from_openai_keys
 
 try:
@@ -196,6 +202,16 @@ def openais(config: CLIPConfig, folder: Path) -> Any:
     model = openai_model.build_model(dict(tensors)).float()
     model.load_state_dict(tensors)  # once more, as it was made in half precision
     return model
+
+
+def openvinos(config: CLIPConfig, folder: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The image tower as OpenVINO runs it in float32, by `miniclip export`'s files."""
+    path = folder / f"{_name(config)}.xml"
+    if not path.is_file():
+        (image, _), graph = towers(ours(config, folder)), path.with_suffix(".onnx")
+        write_onnx(image, graph)
+        write_openvino(graph, path, "float32")
+    return open_tower(path, threads)
 
 
 def takes_part(name: str, config: CLIPConfig) -> bool:

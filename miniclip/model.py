@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
-from .fast import folded, packed_texts
+from .fast import folded, matmul, packed_texts
 from .fast.plain import is_unobserved
 from .resnet import ModifiedResNet
 from .timm_tower import TimmTower
@@ -76,11 +76,11 @@ class Attention(nn.Module):
         D = x.shape[2]
         weight, bias, heads = self.in_proj_weight, self.in_proj_bias, (self.heads, D // self.heads)
         if pool is None:
-            q, k, v = F.linear(x, weight, bias).unflatten(2, (3, *heads)).unbind(2)  # (B, N, H, D/H)
+            q, k, v = matmul.linear(x, weight, bias).unflatten(2, (3, *heads)).unbind(2)  # (B, N, H, D/H)
         else:
-            q = F.linear(pick(x, pool), weight[:D], bias[:D]).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
-            k, v = F.linear(x, weight[D:], bias[D:]).unflatten(2, (2, *heads)).unbind(2)
-        return self.out_proj(attend(q, k, v, self.is_causal, pool))
+            q = matmul.linear(pick(x, pool), weight[:D], bias[:D]).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
+            k, v = matmul.linear(x, weight[D:], bias[D:]).unflatten(2, (2, *heads)).unbind(2)
+        return matmul.layer(self.out_proj, attend(q, k, v, self.is_causal, pool))  # out_proj(attend(…))
 
 
 class QuickGELU(nn.Module):
@@ -105,7 +105,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.activation, QuickGELU) and not self.training:  # the same as below
             return folded.quick_gelu_mlp(self.c_fc, self.activation, self.c_proj, self.activation.slope, x)
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return matmul.layer(self.c_proj, self.activation(matmul.layer(self.c_fc, x)))  # c_proj(activation(c_fc(x)))
 
 
 class ResidualAttentionBlock(nn.Module):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VisionConfig
-from .fast import folded
+from .fast import folded, matmul
 
 _EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
 
@@ -78,10 +78,10 @@ class AttentionPool(nn.Module):
         """(B, C, H, W) -> (B, E), or with `all_tokens` every token as the query: -> (B, N, E)."""
         x = x.flatten(2).transpose(1, 2)  # (B, H * W, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, N, C)
-        q = self._split(self.q_proj(x if all_tokens else x[:, :1]))  # (B, heads, 1 or N, C / heads)
-        k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))  # (B, heads, N, C / heads)
+        q = self._split(matmul.layer(self.q_proj, x if all_tokens else x[:, :1]))  # (B, heads, 1 or N, C / heads)
+        k, v = (self._split(matmul.layer(each, x)) for each in (self.k_proj, self.v_proj))  # (B, heads, N, C / heads)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, 1 or N, C)
-        y = self.c_proj(y)
+        y = matmul.layer(self.c_proj, y)
         return y if all_tokens else y[:, 0]
 
     def _split(self, x: Tensor) -> Tensor:

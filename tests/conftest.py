@@ -11,6 +11,7 @@ from browser import CHROMEDRIVER, CHROMIUM, Browser
 
 # One thread a process: the tests run in two processes, and threads that wait for each other on a busy machine are slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands set it
 
 
 @pytest.fixture(autouse=True)

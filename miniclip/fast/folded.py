@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import matmul
 from .plain import is_eager, is_guarded, is_plain
 
 
@@ -23,7 +24,7 @@ def patches(conv: nn.Module, images: Tensor) -> Tensor:
     P = conv.kernel_size[0]
     x = images.unflatten(2, (-1, P)).unflatten(4, (-1, P))  # (B, 3, rows, P, columns, P)
     x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 * P * P)
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return matmul.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def _cuts_patches(conv: nn.Conv2d, images: Tensor) -> bool:
@@ -43,6 +44,9 @@ def quick_gelu_mlp(c_fc: nn.Module, activation: nn.Module, c_proj: nn.Module, sl
         return c_proj(activation(c_fc(x)))
     if c_proj.bias is None:
         return c_proj(activation(c_fc(x)))
+    if matmul.is_faster(x, c_fc.weight, c_proj.weight):
+        y = F.silu(matmul.linear(slope * x, c_fc.weight, slope * c_fc.bias), inplace=True)
+        return torch.add(c_proj.bias, matmul.linear(y, c_proj.weight), alpha=1 / slope)
     y = torch.addmm(c_fc.bias, x.flatten(0, 1), c_fc.weight.T, beta=slope, alpha=slope)
     y = torch.addmm(c_proj.bias, F.silu(y, inplace=True), c_proj.weight.T, alpha=1 / slope)
     return y.view_as(x)

@@ -12,9 +12,12 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Kind = TypeVar("Kind", bound=nn.Module)
+_FLOAT = torch.float32
 _OWN = (f"{__package__.split('.')[0]}.", "torch.")
 
 
@@ -40,6 +43,32 @@ def is_guarded(x: Tensor) -> bool:
 def _is_exporting() -> bool:
     """By torch.export, torch.jit.trace, or either of the exporters to ONNX, which use one of the two."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether operations on these float32 tensors in the CPU's memory may run elsewhere than in PyTorch's functions.
+
+    Nobody may see the difference: no tracer, compiler, exporter, autocast, torch.func, forward-mode differentiation or
+    mode that watches operations; no demand for deterministic algorithms, and none to leave oneDNN out.
+    """
+    for each in tensors:
+        if each is None:
+            continue
+        if type(each) not in (Tensor, nn.Parameter) or not each.is_cpu or each.dtype != _FLOAT:
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(each):  # gradients of many directions at once
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or _is_exporting()
+        or torch.is_autocast_enabled("cpu")
+        or is_in_torch_dispatch_mode()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.are_deterministic_algorithms_enabled()
+        or not torch.backends.mkldnn.enabled
+    )
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:

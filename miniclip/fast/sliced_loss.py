@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.processes import gather, rank_and_world_size
+from .matmul import product_into
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class LogSumExps(torch.autograd.Function):
             if image_mask is not None:
                 of_columns.masked_fill_(~image_mask[rows, None], 0)
             gradient += of_columns
-            torch.mm(gradient, texts, out=image_gradient[rows])
-            text_gradient.addmm_(gradient.T, images[rows])
+            product_into(image_gradient[rows], gradient, texts)
+            product_into(text_gradient, gradient.T, images[rows], adds=True)
         scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
         return image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, None
 
@@ -169,8 +170,8 @@ class SigmoidLosses(torch.autograd.Function):
             if is_training:
                 gradient = _negate_pairs(wrong.sigmoid_(), rows, p)
                 bias_gradient += gradient.sum()
-                torch.mm(gradient, texts, out=image_gradient[rows])
-                text_gradient.addmm_(gradient.T, images[rows])
+                product_into(image_gradient[rows], gradient, texts)
+                product_into(text_gradient, gradient.T, images[rows], adds=True)
         if is_training:
             scale_gradient = torch.linalg.vecdot(image_gradient, images).sum()
             ctx.save_for_backward(image_gradient.mul_(scale), text_gradient.mul_(scale), scale_gradient, bias_gradient)
@@ -201,7 +202,8 @@ def _slice_of_logits(images: Tensor, texts: Tensor, chunk_size: int) -> Tensor:
 def _logits(images: Tensor, texts: Tensor, scale: Tensor, rows: slice, out: Tensor) -> Tensor:
     """(chunk, B), in the memory of `out`."""
     some = scale * images[rows]
-    return torch.mm(some, texts.T, out=out[: len(some)])
+    product_into(out[: len(some)], some, texts.T)
+    return out[: len(some)]
 
 
 def _log_sum_exp(logits: Tensor, mask: Tensor | None, side: int, scratch: Tensor) -> Tensor:

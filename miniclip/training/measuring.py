@@ -22,6 +22,7 @@ from ..common.processes import gather
 from ..common.waiting import PatientLoader
 from ..data.pairs import Batch
 from ..evaluation.measures.ranking import finds_own
+from ..fast import matmul
 from ..loss import siglip_chance
 from ..model import CLIP
 from ..timm_tower import TimmTower
@@ -327,15 +328,16 @@ def data_sheet_flops(name: str, arithmetic: str) -> float | None:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate over square matrix products of growing size, until one takes a hundredth of a second."""
+    """The best rate over square products, by the best library, of growing size until one takes 0.01 s."""
     best, side, seconds = 0.0, 256, 0.0
     while seconds < 0.01 and side <= 16384:
         a = torch.ones(side, side, device=device, dtype=dtype)
-        for _ in range(3):
-            _wait_for(device)
-            begin = time.perf_counter()
-            a @ a
-            _wait_for(device)
+        for library in 3 * matmul.available():
+            with matmul.using(library):
+                _wait_for(device)
+                begin = time.perf_counter()
+                matmul.linear(a, a)
+                _wait_for(device)
             seconds = time.perf_counter() - begin
             best = max(best, 2 * side**3 / seconds)
         side *= 2

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ..common.files import write_text
 from ..common.watch import Watch, where_is
+from ..fast import matmul
 from ..reports.results import versions
 from ..reports.run_page import write_page
 from ..reports.runs import PAGE_FILE, RUN_FILE
@@ -245,6 +246,8 @@ class RunReport(Callback):
 def _device_name(trainer: pl.Trainer) -> str:
     where = trainer.strategy.root_device
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type.upper()}, {_threads()}"
+    if where.type == "cpu":
+        name += f", products by {matmul.TITLES[matmul.library()]}"
     return name if trainer.world_size == 1 else f"{trainer.world_size} × {name}"
 
 

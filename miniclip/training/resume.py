@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 
+from ..common.processes import all_gather_objects
 from ..config import differences
+from ..fast import matmul
 from . import lightning_private
 from .optimizer import make_optimizer, parameter_groups
 from .step import CLIPTraining
@@ -26,6 +29,7 @@ class Resumption(Callback):
 
     def __init__(self) -> None:
         self._checkpoint: dict[str, Any] | None = None  # settings of the checkpoint that the run is resumed from
+        self._until_end = ExitStack()  # products by the run's library
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
@@ -38,6 +42,13 @@ class Resumption(Callback):
             sizes = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
             refuse_another_state(module, self._checkpoint or {}, sizes)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cpu":
+            name = library_of_all((self._checkpoint or {"products": None}).get("products", matmul.MKL))
+            self._until_end.enter_context(matmul.using(name))
+            if trainer.is_global_zero:
+                print(f"Matrix products: {matmul.TITLES[name]}", flush=True)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CLIPTraining)
         if self._checkpoint is not None:
@@ -46,12 +57,19 @@ class Resumption(Callback):
                 print("This run goes on under other settings than its checkpoint:\n" + "\n".join(lines), flush=True)
             _set_own_rates(trainer, pl_module)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._until_end.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._until_end.close()
+
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # Lightning counts one too many in a run that had ended and is made longer.
         lightning_private.set_logged_step(trainer, trainer.global_step)
 
 
 def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
+    device = trainer.strategy.root_device.type
     return {
         "model.optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
         "model.loss": module.loss,
@@ -62,7 +80,23 @@ def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
         "trainer.precision": str(trainer.precision),
         "steps": int(trainer.estimated_stepping_batches),
         "processes": trainer.world_size,
+        "products": matmul.library() if device == "cpu" else device,
     }
+
+
+def library_of_all(checkpoints: str | None) -> str:
+    """The library for matrix products on CPUs, the same in all processes; MKL where their CPUs would differ.
+
+    MINICLIP_PRODUCTS decides, then the checkpoint (other libraries have other last bits), then the CPU.
+
+    Args:
+        checkpoints: the checkpoint's library or its kind of device; None for a new run.
+
+    Raises:
+        ValueError: MINICLIP_PRODUCTS names a library that is not to be had.
+    """
+    name = matmul.wanted() or (checkpoints if checkpoints in matmul.available() else matmul.library())
+    return name if set(all_gather_objects(name)) == {name} else matmul.MKL
 
 
 def refuse_another_state(module: CLIPTraining, checkpoint: dict[str, Any], group_sizes: list[int]) -> None:

@@ -1,10 +1,15 @@
-"""Two threads give the same bits each time: no sum may depend on which thread adds first."""
+"""Any number of threads gives the same bits each time: no sum may depend on which thread adds first.
+
+Alone, with products by MKL, and beside a busy process, with products by oneDNN where PyTorch has it.
+"""
 
 import os
 import subprocess
 import sys
 
 import pytest
+
+from miniclip.fast import matmul
 
 # 512 x 64 numbers are enough for PyTorch to use both threads.
 PREPARE = """
@@ -40,6 +45,14 @@ class Unordered(TorchDispatchMode):
             self.count += indices.unique(dim=1).shape < indices.shape  # several terms for one place
         return function(*args, **(kwargs or {}))
 
+def different(compute):
+    # For 1, 2 and 3 threads: how many different gradients 2, 20 and 4 computations give.
+    counts = []
+    for threads, repeats in ((1, 2), (2, 20), (3, 4)):
+        torch.set_num_threads(threads)
+        counts.append(len({gradients(compute()) for _ in range(repeats)}))
+    return "-".join(map(str, counts))
+
 def unordered(compute):
     with Unordered() as mode:
         gradients(compute())
@@ -56,19 +69,23 @@ SUMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def found():
-    """{what: how many different gradients 20 computations of it gave, and how many of its sums have no order}."""
-    count = "print(len({{gradients({0}) for _ in range(20)}}), unordered(lambda: {0}))"
+@pytest.fixture(scope="module", params=matmul.available())
+def found(request):
+    """{what: how many different gradients its computations gave, and how many of its sums have no order}."""
+    count = "print(different(lambda: {0}), unordered(lambda: {0}))"
     script = "\n".join([PREPARE, *(count.format(value) for value in ("features[0][index].sum()", *SUMS.values()))])
-    quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=quiet)
+    quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2", matmul.VARIABLE: request.param}
+    busy = "import os\nwhile os.getppid() == int(os.environ['PARENT']): sum(range(10**6))"
+    with subprocess.Popen([sys.executable, "-c", busy if request.param == matmul.ONEDNN else "pass"],
+                          env=os.environ | {"PARENT": str(os.getpid())}) as neighbour:  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=quiet)
+        neighbour.kill()
     return dict(zip(("indices", *SUMS), (line.split() for line in done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("what", SUMS)
-def test_two_threads_give_one_gradient(found, what):
-    assert found[what] == ["1", "0"]
+def test_each_number_of_threads_gives_one_gradient(found, what):
+    assert found[what] == ["1-1-1", "0"]
 
 
 def test_a_sum_without_order_would_be_counted(found):
