@@ -15,7 +15,7 @@ B batch, N tokens of a tower (1 + patches, or L text tokens), D width of a tower
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -296,6 +296,8 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        # The wordings of the captions that it was trained on (`data/wordings/`), if known; saved with the weights.
+        self.wordings: Any = None
 
     @property
     def dtype(self) -> torch.dtype:

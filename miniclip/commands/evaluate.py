@@ -91,7 +91,7 @@ miniclip eval --compare reports/digits-best after""",
         default=[],
         metavar="SET",
         help='"simple", "imagenet7", "imagenet80", "cifar10", …, a file with one a line, or a .json of {class: '
-        "[prompts]}; several "
+        "[prompts]}; default: those with the data, else worded as the captions that the model was trained on; several "
         "are compared, at the cost of one look at the images",
     )
     ask.add_argument(
@@ -398,11 +398,11 @@ def print_what_was_read(found: list[Result]) -> None:
             _print_left_out(result.outside.unreadable)
             seen.add(result.outside.name)
         names = scores.classnames
-        if names and (data.name, data.templates_from) not in seen:
+        if names and (asked := (data.name, data.templates_from, wordings(data.templates))) not in seen:
             classes, prompts = (some([repr(each) for each in texts], 10) for texts in (names, wordings(data.templates)))
             origins = f"(from {data.classnames_from})", f"({data.templates_from})"
             print(printable(f"{data.name}: classes {classes} {origins[0]}; prompts {prompts} {origins[1]}"))
-            seen.add((data.name, data.templates_from))
+            seen.add(asked)
             if data.name not in seen and all(name.isdigit() for name in names):
                 print(f"{shown_name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
             for same in scores.same_prompts[:5]:

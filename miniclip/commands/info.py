@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..common.wording import printable
 from .convert import add_hints, hints
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
@@ -82,6 +83,8 @@ def rows(facts: Facts) -> dict[str, str]:
         }
     size = vision.resize_size or vision.image_size
     resized = "no resizing" if vision.resize == "none" else f"{vision.interpolation} to {size} ({vision.resize})"
+    if facts.wordings is not None:
+        rows["wordings"] = printable(str(facts.wordings))
     return rows | {
         "preprocessing": f"{vision.preprocess}, {resized}, mean {vision.mean}, std {vision.std}",
         "dtype": ", ".join(facts.dtypes),

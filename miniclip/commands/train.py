@@ -38,6 +38,7 @@ from ..training.run_folder import TableLogger, hold
 from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, what_is_kept
+from ..training.zero_shot import CaptionWordings
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
@@ -279,7 +280,7 @@ class TrainingCLI(LightningCLI):
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
         if self.subcommand == "fit":
-            callbacks += [Resumption(), StopIfNotFinite(), StepMetrics(), RunMetrics()]
+            callbacks += [Resumption(), StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .. import tokenizer
 from ..common.version import __version__
 from ..common.wording import cut_short
+from ..data.wordings.kept import Wordings
 from ..model import CLIP, MissingTower, VisionTransformer
 from ..resnet import ModifiedResNet
 from .fingerprints import PROBE_TEXTS, digest_arrays, digest_module, probe_outputs, probe_pictures, tensors_of
@@ -59,6 +60,7 @@ class Encoder:
         library: its name and version, for reports.
         image_module, text_module: hold the tensors that encode images, and those that encode texts.
         identity: what an object without such modules calls its state; see `from_object`.
+        wordings: of the captions that it was trained on, if they are known.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Encoder:
     image_module: nn.Module | None = None
     text_module: nn.Module | None = None
     identity: str | None = None
+    wordings: Wordings | None = None
 
     def image_fingerprint(self) -> str | None:
         """Equal for models that make the same features of the same picture: a digest of the image tower's tensors and
@@ -128,6 +131,7 @@ def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
         library=f"miniclip {__version__}",
         image_module=model.visual,
         text_module=model.text,
+        wordings=model.wordings,
     )
 
 

@@ -19,6 +19,7 @@ from ..config import differences
 from ..model import CLIP
 from ..weights.load import preprocess_for
 from .datasets.sets import LabelledImages
+from .prompts import suited
 from .zero_shot import zero_shot_scores
 
 
@@ -78,6 +79,8 @@ def sweep(
         ValueError: as `interpolate` and `zero_shot_scores`.
     """
     preprocess = preprocess_for(start.config)
+    # The same prompts for all models of the way: what changes is the weights.
+    new, old = [suited(data, finetuned.wordings) for data in new], [suited(data, start.wordings) for data in old]
     points: list[Point] = []
     for alpha in sorted({0.0, 1.0, *alphas}):
         model = interpolate(start, finetuned, alpha).eval()

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from ..common.arguments import shown
 from ..common.device import find_device
 from ..common.files import expand_home
+from ..data.wordings.kept import Wordings
 from ..model import CLIP
 from ..weights.download import HUB_PREFIX
 from ..weights.load import load, preprocess_for
+from ..weights.read import read_wordings
 from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object
 from .fingerprints import PASSING_STATE, is_plain_value
 
@@ -52,13 +55,19 @@ def open_model(name: str, device: str | torch.device | None = None) -> Encoder:
     if prefix in openers:
         if after in ("", HUB_PREFIX, _FOLDER_PREFIX):
             raise ValueError(f"model {name!r} names nothing after {name.rpartition(':')[0]!r}")
-        return openers[prefix](name, find_device(device))
+        return replace(openers[prefix](name, find_device(device)), wordings=_wordings_beside(after))
     if colon and prefix != HUB_PREFIX and not Path(name).exists():
         near = difflib.get_close_matches(prefix, openers, n=1)
         if near:
             raise ValueError(f"model {name!r} begins with {prefix!r}; did you mean {near[0]!r}?")
     model, preprocess = load(name, device)
     return from_clip(model, preprocess, name)
+
+
+def _wordings_beside(name: str) -> Wordings | None:
+    """Those of a folder in another library's layout, as `miniclip convert` writes it."""
+    folder = name.removeprefix(_FOLDER_PREFIX)
+    return read_wordings(Path(folder)) if folder and Path(folder).is_dir() else None
 
 
 def as_encoder(model: Any, device: str | torch.device | None = None) -> Encoder:

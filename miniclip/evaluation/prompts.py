@@ -10,16 +10,25 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..common.arguments import check_texts, shown
 from ..common.files import ASSETS, is_readable
+from ..common.wording import some
+
+if TYPE_CHECKING:
+    from ..data.wordings.kept import Wordings
 
 Template = str | Callable[[str], str]
 Prompts = Sequence[Template] | Mapping[str, Sequence[str]]  # for every class, or by class
 
+DEFAULT_SET = "simple"
+MINED_FROM = "the wordings of the captions that it was trained on"
 # Sets of templates by name. "simple" is the one prompt of the paper's section 3.1.4.
 _TEMPLATE_FILES = {"imagenet80": "imagenet_templates_80.txt", "imagenet7": "imagenet_templates_7.txt"}
 # OpenAI's of other data sets of the paper (appendix A), and names of classes where the data have none in words.
@@ -34,6 +43,10 @@ _WITH_CLASSNAMES = (
 )  # fmt: skip
 TEMPLATE_SETS = ("simple", *_TEMPLATE_FILES, *_WITH_TEMPLATES)
 CLASSNAME_SETS = ("imagenet", *_WITH_CLASSNAMES)
+
+
+class DefaultTemplates(tuple[str, ...]):
+    """Templates that nobody chose: a model that knows the wordings of its captions has better ones."""
 
 
 def fill(template: Template, classname: str) -> str:
@@ -67,6 +80,42 @@ def class_prompts(prompts: Prompts, classname: str) -> list[str]:
         hint = f"; near is {' and '.join(map(repr, near))}" if near else ""
         raise ValueError(f"there are prompts for {len(prompts)} classes, and none for {classname!r}{hint}")
     return check_texts(f"the prompts of {classname!r}", prompts[classname])
+
+
+def suited(data: Any, wordings: Wordings | None) -> Any:
+    """The same classes with prompts worded as a model's captions, if nobody chose others and the model knows them.
+
+    Args:
+        data: has classnames, templates and templates_from, as a `LabelledImages`.
+        wordings: the model's.
+    """
+    if wordings is None or not isinstance(getattr(data, "templates", None), DefaultTemplates):
+        return data
+    return replace(data, templates=wordings.templates(data.classnames), templates_from=MINED_FROM)
+
+
+def warn_if_unseen(data: Any, wordings: Wordings | None, model: str) -> None:
+    """Warns, in one sentence, of prompts whose wording none of the captions had that a model was trained on."""
+    if wordings is None or not getattr(data, "templates", None):
+        return
+    texts = dict.fromkeys(_gapped(data))
+    unseen = [repr(each) for each in texts if not wordings.knows(each)]
+    if unseen:
+        warnings.warn(
+            f"{data.name}: {len(unseen)} of {len(texts)} prompts ({some(unseen, 2)}) have a wording that is in none of "
+            f"the captions kept from the training of {model}, and scores can hang on it; where neither --templates nor "
+            "a file beside the data names prompts, they are worded as those captions",
+            stacklevel=3,
+        )
+
+
+def _gapped(data: Any) -> Iterator[str]:
+    """The prompts with a gap for the class; those that functions make are unknown."""
+    if not isinstance(data.templates, Mapping):
+        yield from (fill(each, "{}") for each in data.templates if isinstance(each, str))
+        return
+    for name in data.classnames:
+        yield from (each.replace(name, "{}") for each in class_prompts(data.templates, name) if name in each)
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -23,7 +23,7 @@ from .measures.classification import Subgroups
 from .multilabel import score_labels
 from .none_of_these import Outside, none_of_these
 from .probes import SHOTS, Probes, linear_probe, nearest_neighbours, shot_curve, tip_adapter
-from .prompts import class_prompts
+from .prompts import class_prompts, suited, warn_if_unseen
 from .retrieval import retrieve
 from .scores import Scores
 from .splits import Labelled, Splits, make_splits
@@ -38,7 +38,8 @@ class Task:
     """A data set, and what goes with it.
 
     Args:
-        data: what is evaluated on.
+        data: what is evaluated on. If nobody chose its prompts, a model that knows the wordings of its captions is
+            asked in those, and the default prompts become a variant.
         variants: the same images with other prompts, to compare with those of `data`.
         subgroup_columns: of the metadata, each scored by its values.
         outside: images of none of the classes.
@@ -127,6 +128,7 @@ def evaluate(
         ValueError: as `encode_images`, `zero_shot_classifier`, and the functions of probes.py.
     """
     encoder = CachedEncoder(model, batch_size, num_workers, cache, progress or silent)
+    task = _suited(task, model)
     evaluate_task = {"classification": _classify, "multilabel": _score_labels, "retrieval": _retrieve}[task.data.task]
     results, begin = [], time.perf_counter()
     for scores, more in evaluate_task(encoder, task, tuple(ks)):
@@ -135,6 +137,15 @@ def evaluate(
         results.append(Result(model.name, scores, seconds, **shared, **more))
         begin = time.perf_counter()
     return results
+
+
+def _suited(task: Task, model: Encoder) -> Task:
+    """The task as a model is asked, beside the prompts that nobody chose."""
+    own = suited(task.data, model.wordings)
+    if rank_and_world_size()[0] == 0:
+        for each in (own, *task.variants):
+            warn_if_unseen(each, model.wordings, model.name)
+    return task if own is task.data else replace(task, data=own, variants=(*task.variants, task.data))
 
 
 # The scores of each set of prompts, and what goes with them. Texts are encoded first: a prompt that is too long is

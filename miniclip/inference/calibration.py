@@ -11,6 +11,7 @@ from ..evaluation.datasets.sets import EvaluationSet, LabelledImages
 from ..evaluation.encoder import Encoder
 from ..evaluation.features import FeatureCache
 from ..evaluation.measures.conformal import least_groups
+from ..evaluation.prompts import suited
 from ..evaluation.suite import Progress, Result, Task, evaluate
 from .thresholds import CalibratedModel, ModelThreshold, Tried, plain_templates
 
@@ -46,7 +47,7 @@ def calibrate(
     (result,) = evaluate(
         model,
         Task(
-            data,
+            suited(data, model.wordings),
             outside=outside,
             false_acceptance=false_acceptance,
             coverages=None if coverages is None else tuple(sorted(set(coverages))),

@@ -28,9 +28,10 @@ from ..evaluation.features import encode_images
 from ..evaluation.measures.ties import first_of_best
 from ..evaluation.other_libraries import as_encoder, open_model
 from ..evaluation.probes import Examples, adapter_scores, fit_probe, linear_probe, tip_adapter
-from ..evaluation.prompts import Prompts
+from ..evaluation.prompts import Prompts, suited
 from ..evaluation.splits import Labelled, Splits, draw_validation, unit_rows
 from ..evaluation.zero_shot import zero_shot_classifier
+from .classify import Classes
 from .sources import in_memory
 from .thresholds import ModelThreshold, find_threshold
 
@@ -63,7 +64,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         classnames: what the classes are called in prompts: a mapping from each label, or a sequence by labels 0, 1, …
             By default labels are names, with spaces for underscores.
         templates: a built-in set ("imagenet80", …), a file, a sequence of texts with `{}` for the name, or a mapping
-            from each name to its prompts. By default those of the threshold, else "simple".
+            from each name to its prompts. By default those of the threshold, else in the words of the captions that
+            the model was trained on, if it knows them, else "simple".
         C: of "probe", the inverse of the penalty. None: chosen on a fifth of the training images, held out by class,
             and then fitted to all.
         alpha, beta: of "tip_adapter", the votes' weight and sharpness. None: chosen likewise, without a last fit.
@@ -261,9 +263,10 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             return own
         if self.templates is None and isinstance(own, dict) and own.keys() >= set(self.classnames_):
             return own
-        if self.templates is None or isinstance(self.templates, str | Path):
-            return settle_templates(Found("templates", ()), self.templates, self.classnames_)[0]
-        return self.templates
+        if self.templates is not None and not isinstance(self.templates, str | Path):
+            return self.templates
+        chosen = settle_templates(Found("templates", ()), self.templates, self.classnames_)
+        return suited(Classes(self.classnames_, *chosen), self._encoder().wordings).templates
 
     # -----------------------------------------------------------------------------------------------------------------
     # Features and scores

@@ -23,7 +23,7 @@ from ..evaluation.encoder import Encoder
 from ..evaluation.features import FeatureCache, ImageFeatures
 from ..evaluation.measures.ties import rank_classes
 from ..evaluation.other_libraries import as_encoder
-from ..evaluation.prompts import CLASSNAME_SETS, Prompts, class_prompts
+from ..evaluation.prompts import CLASSNAME_SETS, Prompts, class_prompts, suited, warn_if_unseen
 from ..evaluation.suite import CachedEncoder, Progress, silent
 from ..evaluation.zero_shot import check_classifier, class_cosines, different_columns, same_names
 from .thresholds import ModelThreshold
@@ -63,7 +63,8 @@ def choose_classes(
     Args:
         labels: names, or a text of names with commas between them; one that holds a comma stands in double quotes.
         classnames: instead, a built-in set of `CLASSNAME_SETS`, or a file of names.
-        templates: a built-in set of `TEMPLATE_SETS`, or a file; by default the threshold's, else "simple".
+        templates: a built-in set of `TEMPLATE_SETS`, or a file; by default the threshold's, else "simple", which
+            `classify_images` replaces by the wordings of a model's captions.
         threshold: of the model.
 
     Raises:
@@ -196,6 +197,8 @@ def classify_images(
 ) -> Guesses:
     """The nearest classes of each image. Of equally near ones, as those of the same prompts are, the first.
 
+    Prompts that nobody chose are worded as the captions that the model was trained on, if it knows those.
+
     Args:
         encoder: as `as_encoder` takes it.
         num_guesses: how many to keep; no more than there are classes.
@@ -216,6 +219,8 @@ def classify_images(
     encoder, num_guesses = as_encoder(encoder), check_count("num_guesses", num_guesses)
     if coverage is not None:
         _refuse_uncalibrated(threshold, classes, check_number("coverage", coverage))
+    classes = suited(classes, encoder.wordings)
+    warn_if_unseen(classes, encoder.wordings, encoder.name)
     num_prompts = sum(len(class_prompts(classes.templates, name)) for name in classes.classnames)
     texts, pictures = (
         CachedEncoder(encoder, batch_size, num_workers, cache if count > _WORTH_A_CACHE else None, progress or silent)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..common.files import atomic_write, write_text
 from ..common.version import __version__
+from ..evaluation.prompts import MINED_FROM
 from ..evaluation.robustness import Robustness
 from ..evaluation.suite import Result
 
@@ -31,8 +32,10 @@ _MOST_NAME_BYTES = 60  # of each part of a file's name, which has three and may 
 
 
 def prompts_label(result: Result) -> str:
-    """A short name of the prompts: the built-in set's, or the file's."""
+    """A short name of the prompts: the built-in set's, the file's, or "captions'" where they are worded as those."""
     where = getattr(result.data, "templates_from", "")
+    if where == MINED_FROM:
+        return "captions'"
     built_in = re.fullmatch(r"the built-in set '(.+)'", where)
     return built_in[1] if built_in else Path(where).name
 

@@ -19,11 +19,12 @@ from ..common.processes import all_gather_objects
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.pairs import Batch, Positives
+from ..data.wordings.kept import Wordings
 from ..evaluation.measures.ranking import recall_at_1
 from ..images import normalize
 from ..loss import clip_loss, siglip_loss
 from ..model import CLIP
-from ..weights.read import LIGHTNING_CONFIG_KEY
+from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
 from .optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
@@ -303,9 +304,19 @@ class CLIPTraining(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
+        if self.clip.wordings is not None:
+            checkpoint[LIGHTNING_WORDINGS_KEY] = self.clip.wordings.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_weights(checkpoint, self.clip.config, self.ema_decay)
+        if LIGHTNING_WORDINGS_KEY in checkpoint:
+            self.keep_wordings(Wordings.from_json(checkpoint[LIGHTNING_WORDINGS_KEY], "the checkpoint"))
+
+    def keep_wordings(self, wordings: Wordings) -> None:
+        """The wordings of the captions; every copy of the model knows them."""
+        for model in (self.clip, self.average):
+            if model is not None:
+                model.wordings = wordings
 
 
 def as_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

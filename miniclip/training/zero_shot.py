@@ -1,4 +1,4 @@
-"""The callback that scores a run by zero-shot classification of labelled images, at each validation."""
+"""Callbacks for prompts: one keeps the wordings of the captions, one scores a run by zero-shot classification."""
 
 from __future__ import annotations
 
@@ -8,12 +8,89 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ..common.processes import all_gather_objects
+from ..data.pairs import Batch
+from ..data.wordings.kept import Wordings
+from ..data.wordings.mine import NUM_CAPTIONS, mine
+from ..data.wordings.units import units_of_tokens
 from ..evaluation.datasets.open import open_dataset
 from ..evaluation.datasets.sets import labelled
+from ..evaluation.prompts import suited
 from ..evaluation.zero_shot import zero_shot_scores
 from ..model import CLIP
+from ..tokenizer import END_OF_TEXT
 from ..weights.load import preprocess_for
 from .progress import scores_line
+from .step import CLIPTraining
+
+
+class CaptionWordings(Callback):
+    """Finds the wordings of the captions in the first steps, and gives them to the model, which keeps them.
+
+    The order is random, so the first captions are a sample of all; what is read are the texts of the batches, so
+    nothing is read twice. All processes share theirs and find the same.
+    """
+
+    def __init__(self) -> None:
+        self._captions: list[list[int]] = []  # token ids without start and end
+        self._num_steps = self._num_looked_at = 0
+        self._is_done, self._num_found_in = False, 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self._is_done:
+            return
+        length = trainer.datamodule.context_length  # type: ignore[attr-defined]
+        self._captions += _whole_texts(batch, length)
+        self._num_steps += 1
+        if self._num_steps * trainer.datamodule.batch_size >= NUM_CAPTIONS:  # type: ignore[attr-defined]
+            self._end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._find(pl_module)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._find(module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._is_done:
+            self._end(trainer, pl_module)
+
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        found = self._find(module)
+        self._is_done, self._captions = True, []
+        if trainer.is_global_zero:
+            print(f"Wordings of the captions: {found or _NONE_FOUND}", flush=True)
+
+    def _find(self, module: pl.LightningModule) -> Wordings | None:
+        """Of the captions so far; a collective of all processes."""
+        assert isinstance(module, CLIPTraining)
+        if not self._is_done and self._num_steps > self._num_looked_at:
+            self._num_looked_at = self._num_steps
+            captions = [each for own in all_gather_objects(self._captions) for each in own]
+            found = mine([units_of_tokens(each) for each in captions])
+            if found is not None and found.num_captions >= self._num_found_in:  # before the run was resumed
+                module.keep_wordings(found)
+                self._num_found_in = found.num_captions
+        return module.clip.wordings
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_done": self._is_done, "num_found_in": self._num_found_in}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._is_done, self._num_found_in = state_dict["is_done"], state_dict["num_found_in"]
+
+
+_NONE_FOUND = "none in common, so `miniclip eval` asks with 'a photo of a {}.'"
+
+
+def _whole_texts(batch: Batch, context_length: int) -> list[list[int]]:
+    """The ids of the captions, but of those that were cut or belong to a sample that could not be read."""
+    rows = batch.tokens.tolist()
+    is_read = [True] * len(rows) if batch.mask is None else batch.mask.tolist()
+    texts = [row[1 : row.index(END_OF_TEXT)] for row in rows]
+    return [text for text, is_there in zip(texts, is_read, strict=True) if is_there and len(text) + 2 < context_length]
 
 
 class ZeroShotEvaluation(Callback):
@@ -47,8 +124,9 @@ class ZeroShotEvaluation(Callback):
         preprocess = preprocess_for(model.config)
         accuracies = {}
         for name, dataset in self.datasets.items():
+            asked = suited(dataset, model.wordings)
             with torch.compiler.set_stance("force_eager"):  # as in validation, also before the first step
-                scores = zero_shot_scores(model, preprocess, dataset, batch_size=self.batch_size)
+                scores = zero_shot_scores(model, preprocess, asked, batch_size=self.batch_size)
             accuracies[name] = float(scores.is_right.mean())
         return accuracies
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..common.files import remove, swap_in, write_text
 from ..config import CLIPConfig
+from ..data.wordings.kept import WORDINGS_FILE
 from ..model import CLIP
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
 from .load import build
@@ -37,7 +38,7 @@ def convert(
 ) -> str:
     """Writes a checkpoint in another layout, then loads it back and compares.
 
-    A folder's threshold.json comes along into a folder, where it still holds.
+    threshold.json and wordings.json come along into a folder, where they still hold.
 
     Args:
         out: a file for "openai" (a state dict, which OpenAI's package loads), a folder for the others.
@@ -73,6 +74,8 @@ def convert(
             write_text(temporary / name, content)
         if temporary.is_dir() and (found_at / THRESHOLD_FILE).is_file():
             shutil.copyfile(found_at / THRESHOLD_FILE, temporary / THRESHOLD_FILE)
+        if temporary.is_dir() and checkpoint.wordings is not None:
+            write_text(temporary / WORDINGS_FILE, checkpoint.wordings.to_json())
         compared = {"miniclip": _embeddings(build(read_checkpoint(temporary), str(temporary)))}
         compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
         said = []

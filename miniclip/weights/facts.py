@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import CLIPConfig
+from ..data.wordings.kept import Wordings
 from ..model import CLIP, MissingTower
 from .load import build
 from .read import locate, read_checkpoint
@@ -25,6 +26,7 @@ class Facts:
         problems: tensors that are missing, unexpected, or of another shape than the architecture's; empty if it loads.
         image_parameters, text_parameters: of the towers; these and the next are 0 if it does not load.
         image_gflops, text_gflops: 10^9 multiplications and additions for one image, and for a text of full length.
+        wordings: of the captions that it was trained on, if they are known.
     """
 
     format: str
@@ -35,6 +37,7 @@ class Facts:
     text_parameters: int = 0
     image_gflops: float = 0.0
     text_gflops: float = 0.0
+    wordings: Wordings | None = None
 
 
 def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
@@ -60,4 +63,4 @@ def inspect(source: str | Path, **options: Any) -> Facts:
         tokens = torch.zeros(1, config.text.context_length, dtype=torch.long)
     image, text = (forward_flops(*each) / 1e9 for each in ((model.visual, images), (model.text, tokens)))
     sizes = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (model.visual, model.text)]
-    return Facts(checkpoint.format, config, dtypes, "", sizes[0], sizes[1], image, text)
+    return Facts(checkpoint.format, config, dtypes, "", sizes[0], sizes[1], image, text, checkpoint.wordings)

@@ -29,6 +29,7 @@ from ..common.arguments import check_path, shown
 from ..common.device import find_device
 from ..common.files import write_text
 from ..config import OPENAI_MODELS, Activation, CLIPConfig
+from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
 from ..model import CLIP
 from .containers import write_safetensors
@@ -102,7 +103,8 @@ def from_pretrained(name: str | Path, **options: Any) -> tuple[CLIP, Callable[[I
 
 
 def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
-    """Writes `config.json` and `model.safetensors`; `load(directory)` gives the model back, bit for bit.
+    """Writes `config.json` and `model.safetensors`, and `wordings.json` if the model has them; `load(directory)` gives
+    the model back, bit for bit.
 
     Raises:
         ValueError: the directory already holds a model, and `overwrite` is False; or the model is no CLIP.
@@ -116,6 +118,10 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     write_safetensors(directory / WEIGHTS_FILE, tensors)
     write_text(directory / CONFIG_FILE, model.config.to_json())
+    if model.wordings is None:
+        (directory / WORDINGS_FILE).unlink(missing_ok=True)  # another model's
+    else:
+        write_text(directory / WORDINGS_FILE, model.wordings.to_json())
 
 
 def preprocess_for(config: CLIPConfig) -> Preprocess:
@@ -142,6 +148,7 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     model.load_state_dict(converted, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    model.wordings = checkpoint.wordings
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ..common.arguments import check_path
 from ..config import OPENAI_MODELS, CLIPConfig
+from ..data.wordings.kept import WORDINGS_FILE, Wordings
 from .architecture import config_from_hf, config_from_openclip, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
@@ -24,6 +25,7 @@ from .unwrap import unwrap
 
 _OPENAI = Hints("quick_gelu", head_width=(64, 64))  # OpenAI's code has one activation, and one width of heads
 LIGHTNING_CONFIG_KEY = "miniclip_config"  # where the trainer's checkpoints keep the architecture, as JSON
+LIGHTNING_WORDINGS_KEY = "miniclip_wordings"  # likewise wordings.json, if the captions had wordings in common
 LIGHTNING_PREFIX = "clip."
 LIGHTNING_AVERAGE_PREFIX = "average."  # the same tensors averaged over the run, where it kept an average
 
@@ -36,11 +38,13 @@ class Checkpoint:
         format: one of the table in `load`.
         tensors: by our names, in the file's own precision.
         config: the architecture.
+        wordings: of the captions that it was trained on, if they are known.
     """
 
     format: str
     tensors: Tensors
     config: CLIPConfig
+    wordings: Wordings | None = None
 
 
 def available_models() -> list[str]:
@@ -79,7 +83,7 @@ def read_checkpoint(name: str | Path, assumed: CLIPConfig | None = None, **hints
     """
     known, path = Hints(**hints), Path(name)
     if path.is_dir():
-        checkpoint = _read_directory(path)
+        checkpoint = replace(_read_directory(path), wordings=read_wordings(path))
     elif path.is_file():
         checkpoint = _read_file(path, known, assumed)
     else:
@@ -164,7 +168,8 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
         return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path))
     beside = _config_beside(path, tensors)
     file_format = "hf" if is_hf(given) else "openclip"
-    return Checkpoint(file_format, tensors, beside or assumed or _inferred(tensors, hints, path))
+    wordings = None if beside is None else read_wordings(path.parent)
+    return Checkpoint(file_format, tensors, beside or assumed or _inferred(tensors, hints, path), wordings)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -182,7 +187,25 @@ def _read_lightning(path: Path, values: dict[str, Any]) -> Checkpoint:
     is_averaged = any(key.startswith(LIGHTNING_AVERAGE_PREFIX) for key in tensors)
     prefix = LIGHTNING_AVERAGE_PREFIX if is_averaged else LIGHTNING_PREFIX
     tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    return Checkpoint("lightning", tensors, config)
+    wordings = values.get(LIGHTNING_WORDINGS_KEY)
+    return Checkpoint(
+        "lightning", tensors, config, None if wordings is None else Wordings.from_json(str(wordings), str(path))
+    )
+
+
+def read_wordings(folder: Path) -> Wordings | None:
+    """The wordings that lie beside a model's weights, or None.
+
+    Raises:
+        ValueError: the file is damaged, or of a later version.
+    """
+    path = folder / WORDINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Wordings.from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}; delete it to do without") from error
 
 
 def _inferred(tensors: Tensors, hints: Hints, path: Path) -> CLIPConfig:

@@ -56,7 +56,7 @@ miniclip classify --undo sorted""",
         "--templates",
         metavar="SET",
         help='"simple", "imagenet7", "imagenet80", …, a file with one a line, or a .json of {class: [prompts]}; '
-        "default: those of the threshold, else simple",
+        "default: those of the threshold, else worded as the captions that the model was trained on, else simple",
     )
     classes.add_argument("--topk", type=int, default=1, metavar="K", help="guesses for each picture")
     add_threshold(classes)
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ...evaluation.features import FeatureCache
         from ...evaluation.other_libraries import open_model
+        from ...evaluation.prompts import suited
         from ...inference.classify import choose_classes, classify_images, result_columns
         from ...inference.sources import image_set
         from ...inference.thresholds import find_threshold
@@ -104,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
     columns = result_columns(num_guesses, threshold is not None, options.coverage is not None)
     with results(options, columns) as write:
         model = open_model(options.model, options.device)
+        classes = suited(classes, model.wordings)
         if threshold is not None:
             threshold.check_model(model)
             threshold.warn_if_other(classes.classnames, classes.templates, options.upright)
@@ -159,9 +161,13 @@ def _refuse_labels_apart(options: argparse.Namespace) -> None:
 
 def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:
     """What the guesses leave out, and what they are relative to."""
+    from ...evaluation.prompts import MINED_FROM
     from ...inference.classify import NONE
 
     note_unreadable(guesses.unreadable, len(guesses.data))
+    if guesses.classes.templates_from == MINED_FROM:
+        texts = [repr(each) for each in guesses.classes.templates if isinstance(each, str)]
+        note(f"note: prompts are in {MINED_FROM}: {some(texts, 3)}; --templates takes others")
     for same in guesses.same_prompts[:5]:
         note(f"note: {len(same)} classes have the prompts of {same[0]!r}; all go to the first")
     if threshold is None:

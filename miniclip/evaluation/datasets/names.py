@@ -12,7 +12,16 @@ from typing import Any
 from ...common.files import is_readable
 from ...common.wording import some
 from ...data.reading.scan import same_name
-from ..prompts import CLASSNAME_SETS, TEMPLATE_SETS, Prompts, classname_set, fill, template_set
+from ..prompts import (
+    CLASSNAME_SETS,
+    DEFAULT_SET,
+    TEMPLATE_SETS,
+    DefaultTemplates,
+    Prompts,
+    classname_set,
+    fill,
+    template_set,
+)
 from .name_files import read_names, read_text, templates_of
 from .sets import Found
 
@@ -46,7 +55,8 @@ def settle_templates(found: Found, templates: str | Path | None, names: tuple[st
         templates = next((path for path in found.beside.get("templates", ()) if path.is_file()), None)
     if templates is None and found.templates is not None:
         return _checked_templates(found.templates, found.templates_from), found.templates_from
-    templates = "simple" if templates is None else templates
+    if templates is None:
+        return DefaultTemplates(template_set(DEFAULT_SET)), f"the built-in set {DEFAULT_SET!r}"
     if str(templates) in TEMPLATE_SETS:
         return template_set(str(templates)), f"the built-in set {str(templates)!r}"
     path = Path(templates)

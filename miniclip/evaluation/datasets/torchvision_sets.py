@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...images import run_no_program
-from ..prompts import CLASSNAME_SETS, classname_set, template_set
+from ..prompts import CLASSNAME_SETS, DefaultTemplates, classname_set, template_set
 from .folders_and_tables import readable_sources
 from .sets import Found
 
@@ -90,7 +90,7 @@ def read_torchvision(source: str, root: Path, split: str | None, download: bool)
         labels_from="torchvision",
         classnames=classnames,
         classnames_from="" if classnames is None else names_from,
-        templates=template_set(wordings) if wordings else None,
+        templates=DefaultTemplates(template_set(wordings)) if wordings else None,
         templates_from=f"the built-in set {wordings!r}" if wordings else "",
         identity=f"{part} of {len(data)} in {root.resolve()}",  # its sets never change
     )

@@ -19,6 +19,7 @@ from ...common.thumbnail import thumbnail
 from ...common.wording import percent, printable
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
+from ...evaluation.prompts import suited
 from ...evaluation.suite import CachedEncoder, silent
 from ...images import open_image, upright
 from ..classify import Classes, Guesses, choose_classes, guess
@@ -92,7 +93,7 @@ class Answers:
     def _guesses(self, picture: bytes | None, labels: str, wordings: Sequence[tuple[str, ...]]) -> list[Guesses]:
         """For each set of templates; an empty one stands for those of the threshold, or the default."""
         image = self._opened(picture)
-        chosen = choose_classes(labels or None, threshold=self.threshold)
+        chosen = suited(choose_classes(labels or None, threshold=self.threshold), self.encoder.wordings)
         names = chosen.classnames
         if len(names) > MOST_CLASSES:
             raise ValueError(f"there are {len(names):,} labels; at most {MOST_CLASSES:,} are compared here")

@@ -100,7 +100,10 @@ def _prompts_tab(gr: Any, answers: Answers) -> None:
         with gr.Column():
             image = _picture_field(gr, "picture-2")
             labels = gr.Textbox(label="Labels, with commas between them", value=_first_labels(answers))
-            lines = "a photo of a {}.\na drawing of a {}.\n{}"
+            own = answers.encoder.wordings
+            lines = "\n".join(
+                [*([] if own is None else own.templates()[:3]), "a photo of a {}.", "a drawing of a {}.", "{}"]
+            )
             templates = gr.Textbox(
                 label="Prompts, one a line; {} is the label", value=lines, lines=4, elem_id="prompts"
             )

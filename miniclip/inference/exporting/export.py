@@ -19,6 +19,7 @@ from ...evaluation.datasets.open import open_dataset, open_images
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
 from ...evaluation.encoder import from_clip
 from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX
+from ...evaluation.prompts import suited
 from ...images import Preprocess
 from ...model import CLIP
 from ...weights.load import load
@@ -105,7 +106,10 @@ def export(
         threshold.check_model(from_clip(model, preprocess, name))
         classes = Classes(threshold.classnames, threshold.templates or (), threshold.cosine)
     elif isinstance(data, LabelledImages):
+        data = suited(data, model.wordings)
         classes = Classes(data.classnames, data.templates)
+    elif model.wordings is not None:
+        classes = Classes((), model.wordings.templates())
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         files = {each.name: _file_of(each, target, precision) for each in towers(model)}

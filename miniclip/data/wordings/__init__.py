@@ -1,0 +1,5 @@
+"""What the captions of a training have in common, so that prompts can be worded like them.
+
+`units.py` splits captions, `mine.py` finds their wordings, `kept.py` is what a model keeps of them, to make prompts of.
+No image, no label, and no class name is needed to find them.
+"""
