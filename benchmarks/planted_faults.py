@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -45,40 +46,8 @@ JUNK = (
     "a photo of", "untitled", "picture", "alt text", "{n}", "no description available", "screenshot 2021-03-04 {n}",
     "click to enlarge", "<img src='{n}'>", "a3f5e1{n}d9c7b2",
 )  # fmt: skip
-# What the words of both sets are in other languages; the wordings are of that language, too.
-LANGUAGES = {
-    "de": ("eine handgeschriebene {digit} in {ink}", "ein Bild von einem {shape}, die Farbe ist {ink}"),
-    "fr": ("le chiffre {digit} écrit à l'encre {ink}", "un dessin avec un {shape} de couleur {ink}"),
-    "es": ("el número {digit} escrito con tinta {ink}", "un dibujo de un {shape} de color {ink}"),
-    "ru": ("цифра {digit} написана, чернила: {ink}", "рисунок, на нём {shape}, цвет {ink}"),
-    "zh": ("用{ink}墨水写的数字{digit}", "一个{ink}的{shape}的图画"),
-}  # fmt: skip
-DIGITS_IN = {
-    "de": "Null Eins Zwei Drei Vier Fünf Sechs Sieben Acht Neun".split(),
-    "fr": "zéro un deux trois quatre cinq six sept huit neuf".split(),
-    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve".split(),
-    "ru": "ноль один два три четыре пять шесть семь восемь девять".split(),
-    "zh": "零 一 二 三 四 五 六 七 八 九".split(),
-}
-COLOURS_IN = {
-    "de": dict(red="Rot", orange="Orange", yellow="Gelb", green="Grün", blue="Blau", purple="Violett", pink="Rosa",
-               turquoise="Türkis", brown="Braun", black="Schwarz"),
-    "fr": dict(red="rouge", orange="orange", yellow="jaune", green="verte", blue="bleue", purple="violette",
-               pink="rose", turquoise="turquoise", brown="brune", black="noire"),
-    "es": dict(red="roja", orange="naranja", yellow="amarilla", green="verde", blue="azul", purple="morada",
-               pink="rosa", turquoise="turquesa", brown="marrón", black="negra"),
-    "ru": dict(red="красный", orange="оранжевый", yellow="жёлтый", green="зелёный", blue="синий",
-               purple="фиолетовый", pink="розовый", turquoise="бирюзовый", brown="коричневый", black="чёрный"),
-    "zh": dict(red="红色", orange="橙色", yellow="黄色", green="绿色", blue="蓝色", purple="紫色", pink="粉色",
-               turquoise="青色", brown="棕色", black="黑色"),
-}  # fmt: skip
-SHAPES_IN = {
-    "de": "Kreis Quadrat Dreieck Stern Kreuz Balken Pfeil Mond".split(),
-    "fr": "cercle carré triangle étoile croix trait flèche lune".split(),
-    "es": "círculo cuadrado triángulo estrella cruz barra flecha luna".split(),
-    "ru": "круг квадрат треугольник звезда крест полоса стрелка луна".split(),
-    "zh": "圆形 方形 三角形 星星 十字 横条 箭头 月亮".split(),
-}
+# What the words of both sets are in other languages, with a sentence of each.
+LANGUAGES = json.loads(Path(__file__).with_name("other_languages.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,8 +68,9 @@ class Digits:
 
     def foreign(self, path: Path, language: str) -> str:
         digit, ink = self.words(path)
-        numeral = DIGITS_IN[language][digits.DIGITS.index(digit)]
-        return LANGUAGES[language][0].format(digit=numeral, ink=COLOURS_IN[language][ink])
+        words = LANGUAGES[language]
+        numeral = words["digits"][digits.DIGITS.index(digit)]
+        return words["of a digit"].format(digit=numeral, ink=words["colours"][ink])
 
 
 class Scenes:
@@ -117,8 +87,9 @@ class Scenes:
 
     def foreign(self, path: Path, language: str) -> str:
         shape, colour = self.words(path)
-        drawn = SHAPES_IN[language][list(scenes.SHAPES).index(shape)]
-        return LANGUAGES[language][1].format(shape=drawn, ink=COLOURS_IN[language][colour])
+        words = LANGUAGES[language]
+        drawn = words["shapes"][list(scenes.SHAPES).index(shape)]
+        return words["of a shape"].format(shape=drawn, ink=words["colours"][colour])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +172,7 @@ def plant(base: Path, out: Path, most: int = 2000, seed: int = 0, kinds: list[st
     order = iter([chosen[i] for i in random.permutation(len(chosen))])
     fault_of = {next(order): fault for fault in wanted if fault not in ADDED for _ in range(count)}
     clean = list(order)
-    truth: list[tuple[str, str]] = []
+    truth: list[tuple[str, str, str]] = []
     (out / "train").mkdir()
     for path in chosen:
         fault = fault_of.get(path, "")
@@ -211,7 +182,7 @@ def plant(base: Path, out: Path, most: int = 2000, seed: int = 0, kinds: list[st
         elif fault:
             texts = wrong_captions(fault, path, texts, chosen, kind, random)
         write(out / "train" / path.name, data, texts)
-        truth += [(path.name, fault)] if fault else []
+        truth += [(path.name, fault, "")] if fault else []
     for fault in (each for each in ADDED if each in wanted):
         originals = held_out if fault == "leak" else clean
         for i in random.permutation(len(originals))[:count]:
@@ -223,10 +194,10 @@ def plant(base: Path, out: Path, most: int = 2000, seed: int = 0, kinds: list[st
             text = original.with_suffix(".txt")
             texts = text.read_text(encoding="utf-8").splitlines() if text.exists() else [kind.short(original)]
             write(out / "train" / f"{name}{suffix}", data, texts)
-            truth.append((f"{name}{suffix}", fault))
+            truth.append((f"{name}{suffix}", fault, original.name))
     with open(out / "truth.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("key", "fault"), *truth])
-    print(f"{out}: {len(chosen)} pairs, planted {dict(Counter(fault for _, fault in truth))}")
+        csv.writer(file).writerows([("key", "fault", "original"), *truth])
+    print(f"{out}: {len(chosen)} pairs, planted {dict(Counter(fault for _, fault, _ in truth))}")
 
 
 def wrong_captions(
@@ -258,18 +229,23 @@ def write(path: Path, data: bytes, texts: list[str]) -> None:
 def score(planted: Path, found: Path) -> list[tuple[str, int, int, float, float, int]]:
     """(kind, planted, reported, recall, precision, reported with another fault) of each kind."""
     truth = {row["key"]: row["fault"] for row in rows_of(planted / "truth.csv")}
+    originals = {row["original"] for row in rows_of(planted / "truth.csv")}  # either of two may be reported
     reported: dict[str, set[str]] = defaultdict(set)
+    hit: dict[str, set[str]] = defaultdict(set)
     for row in rows_of(found / "findings.csv"):
         if Path(row["source"]).name == "train":
-            reported[row["reason"]].add(row["key"])
-    kinds = [*dict.fromkeys(truth.values()), *(set(reported) - set(truth.values()))]
+            kind = {"near-leak": "leak"}.get(row["reason"], row["reason"])
+            reported[kind].add(row["key"])
+            hit[kind] |= {row["key"], row["like"]}
     out = []
-    for kind in kinds:
+    for kind in [*dict.fromkeys(truth.values()), *sorted(set(reported) - set(truth.values()))]:
         own = {key for key, fault in truth.items() if fault == kind}
-        right, clean = len(reported[kind] & own), len([key for key in reported[kind] if key not in truth])
-        recall = right / len(own) if own else float("nan")
-        precision = right / (right + clean) if right + clean else float("nan")
-        out.append((kind, len(own), len(reported[kind]), recall, precision, len(reported[kind]) - right - clean))
+        right = own & hit[kind]
+        wrong = {key for key in reported[kind] if key not in truth and key not in originals}
+        elsewhere = {key for key in reported[kind] if truth.get(key, kind) != kind}
+        recall = len(right) / len(own) if own else float("nan")
+        precision = len(right) / (len(right) + len(wrong)) if right or wrong else float("nan")
+        out.append((kind, len(own), len(reported[kind]), recall, precision, len(elsewhere)))
     return out
 
 

@@ -15,6 +15,7 @@ from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_i
 VERBS = {
     "shards": ("shards", "a folder or table of images and texts -> shards"),
     "check": ("check", "what training on some pairs would meet, before it starts"),
+    "doctor": ("doctor", "what is wrong with pairs: leaks, duplicates, captions that do not fit; lists to drop by"),
     "train": ("train", "train a CLIP on shards"),
     "eval": ("evaluate", "zero-shot scores of a model on labelled images, and a report"),
     "classify": ("inference.classify", "what pictures show, of classes named in words; sorts files by it"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import math
 import os
 import secrets
@@ -11,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -53,6 +55,14 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8. Bytes of file names that are not UTF-8 become \\udc.., which JSON reads back."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a table in UTF-8, with escapes as `write_text` has them."""
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        csv.writer(text).writerows([header, *rows])
+        text.detach()
 
 
 def sync(file: IO[bytes]) -> None:

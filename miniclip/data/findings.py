@@ -209,12 +209,12 @@ def false_negatives(captions: Sequence[Sequence[str]], batch_size: int) -> tuple
     p = np.array([(total[text] - share) / (N - 1) for row in rows for text, share in row.items()])
     p = p.round(12).clip(0, 1)  # what a sum of thirds leaves must not stand for a caption of its own
     levels, level_of = np.unique(p, return_inverse=True)
-    losses = np.array([_expected_log(batch_size - 1, float(level)) for level in levels])
+    losses = np.array([expected_log(batch_size - 1, float(level)) for level in levels])
     return float(shares @ p) / N, float(shares @ losses[level_of]) / N
 
 
-def _expected_log(n: int, p: float) -> float:
-    """E[ln(1 + K)], K ~ Binomial(n, p)."""
+def expected_log(n: int, p: float) -> float:
+    """E[ln(1 + K)] in nats, K ~ Binomial(n, p)."""
     if p in (0, 1):
         return math.log(1 + n * p)
     k = np.arange(n + 1)

@@ -45,7 +45,7 @@ def sample_indices(total: int, samples: int | None, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(total, samples, replace=False).tolist())
 
 
-def _fetch(read: Callable[[int], Pair], index: int) -> tuple[Pair, bytes | str]:
+def fetch(read: Callable[[int], Pair], index: int) -> tuple[Pair, bytes | str]:
     """A pair with its image's bytes, or with the reason why there are none."""
     pair = Pair(f"sample {index}")
     try:
@@ -54,10 +54,10 @@ def _fetch(read: Callable[[int], Pair], index: int) -> tuple[Pair, bytes | str]:
             return pair, pair.problem or "no image"
         return pair, read_bytes(pair.image)
     except Exception as error:  # libraries of the network, and of tables, raise anything
-        return pair, _message(error)
+        return pair, message_of(error)
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
 
 
@@ -79,10 +79,10 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         facts = (image.size, header.format or "?", mode, orientation(header) != 1, digest, len(data), picture)
         return Look(pair.source, "", "", captions, blank, *facts)
     except Exception as error:  # a damaged picture can raise anything
-        return Look(pair.source, _message(error), _reason_kind(_message(error), pair))
+        return Look(pair.source, message_of(error), reason_kind(message_of(error), pair))
 
 
-def _reason_kind(reason: str, pair: Pair) -> str:
+def reason_kind(reason: str, pair: Pair) -> str:
     """The reason without the sample's own names and numbers, so that equal ones can be counted."""
     known = [pair.source, pair.source.rpartition(":")[2], pair.image if isinstance(pair.image, Path | str) else ""]
     names = {part for name in map(str, known) for part in (name, Path(name).name, Path(name).stem + ".")} - {"", "."}
@@ -133,7 +133,7 @@ def examine(
         # Reading and decoding take turns, so that each can be timed.
         for start in range(0, len(indices), _CHUNK):
             begin = time.perf_counter()
-            fetched = list(pool.map(lambda i: _fetch(pairs.__getitem__, i), indices[start : start + _CHUNK]))
+            fetched = list(pool.map(lambda i: fetch(pairs.__getitem__, i), indices[start : start + _CHUNK]))
             read_s += time.perf_counter() - begin
             read_size += sum(len(data) for _, data in fetched if isinstance(data, bytes))
             looks += pool.map(_look, fetched, [start + place in candidates for place in range(len(fetched))])
@@ -208,7 +208,7 @@ def brief(
     end = time.perf_counter() + _BRIEF_S
     indices = np.random.default_rng(seed).permutation(sample_indices(len(shards), samples, seed)).tolist()
     local = [index for index in indices if not is_url(shards.entries[shards.locate(index)[0]].location)]
-    looks = [_look(_fetch(read, index)) for index in local if time.perf_counter() < end]
+    looks = [_look(fetch(read, index)) for index in local if time.perf_counter() < end]
     if not looks:
         return []
     wanted = (captions.fields if captions else None) or {}

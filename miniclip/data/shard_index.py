@@ -6,9 +6,7 @@ OUT/rejected.csv what was left out, one a line; for tars from elsewhere only whe
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..common.files import atomic_write, read_at, write_text
+from ..common.files import atomic_write, read_at, write_csv, write_text
 from .reading.scan import IMAGE_SUFFIXES, TEXT_SUFFIXES, LeftOut
 
 SCHEMA_VERSION = 2
@@ -118,10 +116,7 @@ def write_index(folder: Path, entries: list[dict[str, Any]], facts: dict[str, An
 
 def write_rejected(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
     """Writes `rejected.csv`: key, source and reason of each pair that was rejected, and of what belongs to no pair."""
-    with atomic_write(folder / REJECTED_FILE) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
-        csv.writer(text).writerows([("key", "source", "reason"), *rows])
-        text.detach()
+    write_csv(folder / REJECTED_FILE, ("key", "source", "reason"), rows)
 
 
 def rows_left_out(left_out: Iterable[LeftOut]) -> list[tuple[str, str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,8 +47,18 @@ class Section:
     note: str = ""
 
 
-def write_sheet(path: str | Path, title: str, notes: Sequence[str], sections: Sequence[Section]) -> None:
-    """Writes the page. A picture that can't be read any more is shown as the reason why."""
+def write_sheet(
+    path: str | Path,
+    title: str,
+    notes: Sequence[str],
+    sections: Sequence[Section],
+    tables: Mapping[str, Sequence[Sequence[str]]] | None = None,
+) -> None:
+    """Writes the page. A picture that can't be read any more is shown as the reason why.
+
+    Args:
+        tables: above the pictures, rows by title, of which the first has the names of the columns.
+    """
     shown = [
         {
             "title": section.title,
@@ -60,7 +70,7 @@ def write_sheet(path: str | Path, title: str, notes: Sequence[str], sections: Se
     ]
     template = page_template("sheet.html")
     created = time.strftime("%Y-%m-%d %H:%M")
-    write_text(path, template.render(title=title, notes=notes, sections=shown, created=created))
+    write_text(path, template.render(title=title, notes=notes, tables=tables or {}, sections=shown, created=created))
 
 
 def _figure(entry: Entry) -> dict[str, object]:

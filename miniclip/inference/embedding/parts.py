@@ -13,13 +13,11 @@ of its rows could not be read: what a run that was killed has finished is exactl
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from math import log10
@@ -28,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...common.files import atomic_write, locked, swap_in, write_text
+from ...common.files import atomic_write, locked, swap_in, write_csv, write_text
 from ...data.reading.scan import LeftOut
 
 MANIFEST_FILE, LEFT_OUT_FILE = "_manifest.json", "_left_out.csv"
@@ -335,7 +333,7 @@ class Work:
             *((x.source, "left out", _reason_and_count(x)) for x in left_out),
         ]
         if rows:
-            _write_csv(self.folder / LEFT_OUT_FILE, rows)
+            write_csv(self.folder / LEFT_OUT_FILE, ("name", "what", "reason"), rows)
         manifest = {"schema": MANIFEST_SCHEMA, "is_complete": True, **asdict(self.plan)}
         manifest |= {
             "embedding_size": parts[0].embedding_size,
@@ -451,13 +449,6 @@ def _read_embedded(out: Path) -> Embedded:
 
 def _reason_and_count(each: LeftOut) -> str:
     return each.reason + (f", {each.count:,} of them" if each.count > 1 else "")
-
-
-def _write_csv(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
-        csv.writer(text).writerows([("name", "what", "reason"), *rows])
-        text.detach()
 
 
 def _indented(value: Any) -> str:

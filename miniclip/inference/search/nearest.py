@@ -67,16 +67,25 @@ class Groups:
     cosine: np.ndarray
 
 
+# Ids of pairs of rows (P,), (P,) -> how alike they are (P,), -inf for those that are no duplicates after all.
+Confirm = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 def near_duplicates(
-    blocks: Callable[[], Blocks], cosine: float, progress: Callable[[int], object] | None = None
+    blocks: Callable[[], Blocks],
+    cosine: float,
+    progress: Callable[[int], object] | None = None,
+    confirm: Confirm | None = None,
 ) -> Groups:
     """The groups of rows that reach a cosine, directly or by way of others.
 
     Args:
         blocks: called for each pass over all rows, whose order is always the same.
         progress: called with the number of pairs of rows that were compared.
+        confirm: looks closer at pairs that reach the cosine and are in no common group yet; what it returns is then in
+            the place of the cosine.
     """
-    ids = np.concatenate([np.zeros(0, dtype=np.uint64), *(block_ids for block_ids, _ in blocks())])
+    ids = np.concatenate([block_ids for block_ids, _ in blocks()] or [np.zeros(0, dtype=np.uint64)])
     parent = np.arange(len(ids))
     highest = np.full(len(ids), -np.inf, dtype=np.float32)
     compared = 0
@@ -88,13 +97,20 @@ def near_duplicates(
             if other_start == start:
                 scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
             first, second = slice(start, start + len(rows)), slice(other_start, other_start + len(others))
-            highest[first] = np.maximum(highest[first], scores.amax(dim=1).numpy())
-            highest[second] = np.maximum(highest[second], scores.amax(dim=0).numpy())
-            _join(parent, scores >= cosine - SAME, start, other_start)
+            if confirm is None:
+                highest[first] = np.maximum(highest[first], scores.amax(dim=1).numpy())
+                highest[second] = np.maximum(highest[second], scores.amax(dim=0).numpy())
+            a, b = _near_and_apart(parent, scores >= cosine - SAME, start, other_start)
+            if confirm is not None and len(a):
+                alike = confirm(ids[a], ids[b])
+                a, b, alike = a[alike > -np.inf], b[alike > -np.inf], alike[alike > -np.inf]
+                np.maximum.at(highest, a, alike)
+                np.maximum.at(highest, b, alike)
+            _join(parent, a, b)
             compared += scores.numel() if other_start != start else len(rows) * (len(rows) - 1) // 2
             if progress:
                 progress(compared)
-    members = np.flatnonzero(highest >= cosine - SAME)
+    members = np.flatnonzero(highest >= (cosine - SAME if confirm is None else -np.finfo(np.float32).max))
     _, group = np.unique(parent[members], return_inverse=True)
     order = np.argsort(group, kind="stable")
     return Groups(ids[members][order], group[order], np.minimum(highest[members][order], 1.0))
@@ -109,15 +125,19 @@ def _cut(blocks: Blocks) -> Iterator[tuple[int, Tensor]]:
             place += len(part)
 
 
-def _join(parent: np.ndarray, are_near: Tensor, start: int, other_start: int) -> None:
-    """Joins the groups of near rows; `parent` leads from each row straight to the first row of its group."""
+def _near_and_apart(parent: np.ndarray, are_near: Tensor, start: int, other_start: int) -> tuple[np.ndarray, ...]:
+    """The places of near rows (P,), (P,) that are in different groups so far."""
     rows, others = are_near.shape
     first, second = parent[start : start + rows], parent[other_start : other_start + others]
     if not bool(are_near.any()):
-        return
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     are_near &= torch.from_numpy(first)[:, None] != torch.from_numpy(second)[None]
     a, b = (each.numpy() for each in are_near.nonzero(as_tuple=True))
-    a, b = a + start, b + other_start
+    return a + start, b + other_start
+
+
+def _join(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Joins the groups of the rows a and b; `parent` leads from each row straight to the first row of its group."""
     while len(a):
         low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
         np.minimum.at(parent, high, low)

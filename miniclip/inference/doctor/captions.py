@@ -1,0 +1,167 @@
+"""Captions that have something wrong by themselves: no words about a picture, one sentence for many, names of others'.
+
+N pictures, B pairs of a batch.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...common.files import ASSETS
+
+URL, FILE_NAME, PLACEHOLDER, MARKUP, NO_WORDS = "a URL", "a file name", "a placeholder", "markup", "no words"
+
+_URLS = re.compile(
+    r"(?:\w+://|www\.)\S+|\b[\w-]+(?:\.[\w-]+)*\.(?:com|org|net|de|fr|co|io|info|ru|cn|jp|uk)\b(?:/\S*)?", re.I
+)
+_PICTURE_SUFFIXES = "jpe?g|jfif|png|gif|webp|bmp|tiff?|heic|avif|svg|raw|cr2|nef|psd|mp4|mov|pdf"
+_FILES = re.compile(rf"(?:[\w()+%-]+[\\/.])*[\w()+ %-]+\.(?:{_PICTURE_SUFFIXES})", re.I)
+# What cameras, phones and programs call a picture: IMG_1234, DSC01234, P1010203, 20210304_123456, image12, a hash.
+_STEMS = (
+    "img|dsc[nf]?|dscf|dcim|pict?|p|pxl|gopr|mvimg|wp|imag|image|photo|picture|foto|bild|screenshot|screen shot|scan|"
+    "untitled|unnamed|download|file|fb|whatsapp image"
+)
+_NUMBERED_NAMES = re.compile(
+    rf"(?:{_STEMS})[\s_-]*\d[\s\d_:.-]*(?:at[\s\d_:.-]*)?(?:\(\d+\)|copy|am|pm|edited)*"
+    r"|\d[\d\s_:./-]{6,}|(?=[0-9a-f-]*\d)[0-9a-f-]{12,}",
+    re.I,
+)
+_LONG_URL = re.compile(r"\w+://|data:", re.I)
+_MARKUP = re.compile(r"<\w+[^>]*>|</\w+>|\{\{.*?\}\}|\[/?(?:caption|img|url)[^\]]*\]", re.I)
+# Words that say that there is a picture, and words that join others: a caption is about the rest.
+_ABOUT_PICTURES, _JOINING = (
+    frozenset(word for line in part.splitlines() if not line.startswith("#") for word in line.split())
+    for part in (ASSETS / "caption_words.txt").read_text(encoding="utf-8").split("\n\n")
+)
+_REPEATED_LEAST, _REPEATED_SHARE, _REPEATED_TIMES = 10, 0.005, 2.5
+_MOST_NAMED_WORDS = 6  # a longer caption is no name
+_MOST_EXAMPLES = 20
+_LONGEST_JUNK = 500  # characters
+
+
+def normalised(caption: str) -> str:
+    """Equal for captions that differ in case, accents' encoding, punctuation and white space alone."""
+    return " ".join(words_of(caption))
+
+
+def words_of(caption: str) -> list[str]:
+    text = unicodedata.normalize("NFKC", caption).casefold()
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text)
+
+
+def content_of(caption: str) -> frozenset[str]:
+    """The words that say what a picture shows: without those that join, and those about pictures."""
+    return frozenset(words_of(caption)) - _JOINING - _ABOUT_PICTURES
+
+
+def junk_in(caption: str) -> str:
+    """Why a caption says nothing of a picture: one of the names above; empty if it does say something."""
+    text = unicodedata.normalize("NFKC", caption).strip().strip("\"'()[]-–— ")
+    if len(text) > _LONGEST_JUNK:  # which the expressions below would take long for
+        return URL if _LONG_URL.match(text) and " " not in text else ""
+    if _FILES.fullmatch(text) or _NUMBERED_NAMES.fullmatch(text):
+        return FILE_NAME
+    without = _MARKUP.sub(" ", text)
+    if without != text and not content_of(without):
+        return MARKUP
+    without = _URLS.sub(" ", without)
+    if without != text and not content_of(_FILES.sub(" ", without)):
+        return URL
+    if not any(unicodedata.category(character)[0] in "LNS" for character in text):
+        return NO_WORDS
+    words = set(words_of(text))
+    return PLACEHOLDER if words and not words - _JOINING - _ABOUT_PICTURES else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many pictures
+
+
+def repeated(captions: Sequence[Sequence[str]], strictness: float = 1.0) -> dict[str, int]:
+    """Normalised captions of so many pictures that they are hardly about any, with the number of pictures.
+
+    At least 10 pictures and 0.5 % of all, and 2.5 times as many as a typical caption has: where captions are classes,
+    each of them is repeated.
+
+    Args:
+        strictness: a factor of the last two numbers.
+    """
+    of_picture = [{normalised(caption) for caption in each} for each in captions]
+    counts = Counter(text for texts in of_picture for text in texts)
+    typical = np.median([min(counts[text] for text in texts) for texts in of_picture if texts] or [0])
+    least = max(strictness * _REPEATED_SHARE * len(captions), strictness * _REPEATED_TIMES * float(typical))
+    least = max(_REPEATED_LEAST, least)
+    return {text: count for text, count in counts.most_common() if count >= least and text}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Captions that also name what other pictures show.
+
+    Args:
+        most: (N,) of how many other pictures a caption holds all that one of this picture's captions says; of several
+            captions, that which names most.
+        mean: (N,) the same, expected where one of the captions is drawn.
+        examples: captions, each with its number of pictures, the number of others that it names, and one of their
+            captions.
+    """
+
+    most: np.ndarray
+    mean: np.ndarray
+    examples: tuple[tuple[str, int, int, str], ...]
+
+
+def naming(captions: Sequence[Sequence[str]], are_junk: Sequence[bool]) -> Naming:
+    """Finds captions whose content is part of, or equal to, that of captions of other pictures in other words.
+
+    "a red seven" names the picture of "someone wrote seven in red". Pictures of the very same caption do not count:
+    training can let those share a target.
+
+    Args:
+        are_junk: (N,) pictures whose captions do not count.
+    """
+    texts_of, text_of = _by_content(captions, are_junk)
+    holding: dict[str, list[frozenset[str]]] = defaultdict(list)
+    for content in texts_of:
+        for word in content:
+            holding[word].append(content)
+    most, total = np.zeros(len(captions), dtype=np.int64), np.zeros(len(captions))
+    found = []
+    for content, texts in texts_of.items():
+        if len(content) > _MOST_NAMED_WORDS:
+            continue
+        rarest = min((holding[word] for word in content), key=len)
+        wider = [each for each in rarest if content <= each]
+        named = set().union(*(pictures for each in wider for pictures in texts_of[each].values()))
+        for text, pictures in texts.items():
+            further = len(named) - len(pictures)
+            for picture in pictures if further else ():
+                most[picture] = max(most[picture], further)
+                total[picture] += further
+            if further:
+                other = min(named - pictures)
+                holder = next(each for each in captions[other] if content <= content_of(each))
+                found.append((text_of[text], len(pictures), further, holder))
+    found.sort(key=lambda each: (-each[1] * each[2], each[0]))
+    return Naming(most, total / [max(1, len(each)) for each in captions], tuple(found[:_MOST_EXAMPLES]))
+
+
+def _by_content(
+    captions: Sequence[Sequence[str]], are_junk: Sequence[bool]
+) -> tuple[dict[frozenset[str], dict[str, set[int]]], dict[str, str]]:
+    """Normalised texts of each content, with the pictures that have them; and each of those texts as it is written."""
+    texts_of: dict[frozenset[str], dict[str, set[int]]] = {}
+    text_of: dict[str, str] = {}
+    for picture, each in enumerate(captions):
+        for caption in () if are_junk[picture] else each:
+            if content := content_of(caption):
+                text = normalised(caption)
+                text_of.setdefault(text, caption)
+                texts_of.setdefault(content, {}).setdefault(text, set()).add(picture)
+    return texts_of, text_of

@@ -1,0 +1,310 @@
+"""Pairs, and what they will be validated and tested on -> all that is wrong with them, by the pair.
+
+N pictures of all parts, B pairs of a batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...evaluation.encoder import Encoder
+from ...evaluation.features import FeatureCache
+from . import costs
+from .captions import Naming, junk_in, naming, normalised, repeated
+from .costs import Cost
+from .findings import REASONS, Finding
+from .fits import Fit, fit_of
+from .languages import languages
+from .near import NEAR, Likeness, find_alike
+from .parts import TEST, TRAIN, VAL, Looked, Progress, Source, look_at
+from .pictures import BLANK_LEVELS
+
+_BLUR_LEAST, _BLUR_MOST, _BLUR_SPREADS = 0.45, 0.65, 3.5
+_UNFITTING = 0.2  # of others that fit a repeated caption's pictures better, from which it is about none of them
+
+
+@contextmanager
+def _silent(what: str, total: int) -> Iterator[object]:
+    yield lambda done: None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """
+    Args:
+        looked: the usable pictures, whose rows the findings name.
+        findings: by the gravity of their reason, the worst of each first.
+        groups: rows of train that should share a target, two at least in each.
+        costs: what the findings do to the loss.
+        language: of most captions, ISO 639-1.
+        names: captions that name other pictures, too, as in `Naming.examples`.
+        repeated: captions that are boilerplate, with their number of pictures.
+        estimated_mismatch: share of the pairs that were put together by chance, as a model sees it; None without one.
+    """
+
+    looked: Looked
+    findings: Sequence[Finding]
+    groups: Sequence[Sequence[int]]
+    costs: Sequence[Cost]
+    language: str
+    names: Sequence[tuple[str, int, int, str]]
+    repeated: Mapping[str, int]
+    estimated_mismatch: float | None
+
+    def counts(self) -> dict[str, int]:
+        """Pairs under each reason, those with none left out."""
+        found = Counter(finding.reason for finding in self.findings)
+        return {reason: found[reason] for reason in REASONS if found[reason]}
+
+    def dropped(self, reasons: Sequence[str]) -> dict[int, Finding]:
+        """By row, the gravest finding of each pair that has one of these reasons."""
+        out: dict[int, Finding] = {}
+        for finding in self.findings:
+            if finding.reason in reasons:
+                out.setdefault(finding.row, finding)
+        return out
+
+
+def examine(
+    sources: Sequence[Source],
+    *,
+    model: Encoder | None = None,
+    image_size: int = 224,
+    batch_size: int = 256,
+    near: float = NEAR,
+    seed: int = 0,
+    workers: int | None = None,
+    images_at_once: int = 64,
+    cache: FeatureCache | None = None,
+    fingerprint: str | None = None,
+    progress: Progress = _silent,  # type: ignore[assignment]
+) -> Diagnosis:
+    """
+    Args:
+        sources: of the parts train, val and test.
+        model: without one, captions that do not fit, and turned pictures without a tag, are not looked for.
+        image_size: side of the model's input that is planned, pixels.
+        batch_size: pairs that are contrasted with each other.
+        near: likeness from which pictures are near duplicates.
+        seed: draws the pairs that others are compared with.
+        workers: threads that decode, and processes for the model.
+        images_at_once: through the model.
+        cache, fingerprint: keep the model's features, and stand for the pictures.
+
+    Raises:
+        ValueError: a library is missing, an argument out of its range, or not one pair can be used.
+    """
+    _refuse_bad_arguments(image_size, batch_size, workers, images_at_once)
+    looked = look_at(sources, image_size, workers, progress)
+    train = looked.rows_of(TRAIN)
+    if not len(train):
+        reasons = "; ".join(f"{kind} ({count:,})" for kind, (count, _) in list(looked.problems.items())[:3])
+        raise ValueError(f"not one of the pairs can be used: {reasons or 'there are none'}")
+    alike = find_alike(looked, near, progress)
+    captions = [looked.captions[row] for row in train.tolist()]
+    junk = [_junk_of(each) for each in captions]
+    are_junk = [bool(each) for each in junk]
+    with progress("languages", len(captions)) as report:
+        language, others = languages(captions, are_junk, report)
+    named = naming(captions, are_junk)
+    fit = None
+    if model is not None:
+        kept = {"seed": seed, "batch_size": images_at_once, "workers": workers or 0, "cache": cache}
+        fit = fit_of(looked, train, model, fingerprint=fingerprint, progress=progress, **kept)  # type: ignore[arg-type]
+    often = _boilerplate(captions, fit)
+    found = [
+        *_alike_findings(looked, alike),
+        *_picture_findings(looked, train, image_size),
+        *_caption_findings(train, captions, junk, often, others, named),
+        *_fit_findings(train, fit),
+    ]
+    order = {reason: place for place, reason in enumerate(REASONS)}
+    found.sort(key=lambda finding: (order[finding.reason], _mildness(finding), finding.row))
+    groups = _groups_of_train(looked, train, alike, are_junk, often)
+    spent = _costs(looked, train, alike, captions, named, fit, batch_size)
+    estimated = None if fit is None else fit.estimated
+    return Diagnosis(looked, found, groups, spent, language, named.examples, often, estimated)
+
+
+def _refuse_bad_arguments(image_size: int, batch_size: int, workers: int | None, images_at_once: int) -> None:
+    if missing := [name for name in ("imagehash", "py3langid") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"doctor needs {' and '.join(missing)}: pip install 'miniclip[doctor]'")
+    given = {"image_size": (image_size, 1), "batch_size": (batch_size, 2), "workers": (workers, 1)}
+    for name, (value, least) in (given | {"images_at_once": (images_at_once, 1)}).items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def _mildness(finding: Finding) -> float:
+    """Sorts the worst of a reason first."""
+    return finding.score if finding.reason in ("blank", "tiny", "language") else -finding.score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def _alike_findings(looked: Looked, alike: Likeness) -> Iterator[Finding]:
+    """Of each group one is kept: of the part that must not be known before (test, then val), else the largest."""
+    rank = {TEST: 0, VAL: 1, TRAIN: 2}
+    for rows in alike.groups():
+        ordered = sorted(rows.tolist(), key=lambda row: (rank[looked.part(row)], -int(looked.sides[row].prod()), row))
+        kept = ordered[0]
+        for row in ordered[1:]:
+            is_same = looked.digests[row] == looked.digests[kept]
+            if looked.part(row) != looked.part(kept):
+                reason = "leak" if is_same else "near-leak"
+            elif looked.part(row) == TRAIN:
+                twin = next((each for each in ordered if each != row and _is_copy(looked, row, each)), None)
+                reason, kept_here = ("copy", twin) if twin is not None else ("near-duplicate", kept)
+                yield Finding(row, reason, float(alike.likeness[row]), f"as {looked.key(kept_here)}", kept_here)
+                continue
+            else:
+                reason = "near-duplicate"
+            where = f"in {looked.part(kept)}: {looked.key(kept)}"
+            yield Finding(row, reason, float(alike.likeness[row]), where, kept)
+
+
+def _is_copy(looked: Looked, row: int, other: int) -> bool:
+    """Whether another pair of train has all that this one has, and comes first where each has all of the other's."""
+    if looked.digests[row] != looked.digests[other] or looked.part(other) != TRAIN:
+        return False
+    own, others = ({normalised(caption) for caption in looked.captions[each]} for each in (row, other))
+    return own < others or (own == others and other < row)
+
+
+def _picture_findings(looked: Looked, train: np.ndarray, image_size: int) -> Iterator[Finding]:
+    for row in train[looked.levels[train] <= BLANK_LEVELS].tolist():
+        yield Finding(row, "blank", float(looked.levels[row]))
+    for row in train[looked.is_turned[train]].tolist():
+        yield Finding(row, "turned", 1.0, "miniclip shards --upright turns the pixels")
+    short = looked.sides[train].min(axis=1)
+    are_tiny = short < image_size / 2
+    for row in train[are_tiny].tolist():
+        yield Finding(row, "tiny", float(looked.sides[row].min()), "{} x {} pixels".format(*looked.sides[row]))
+    is_judged = (looked.levels[train] > BLANK_LEVELS) & ~are_tiny
+    blur = looked.blur[train]
+    limit = _blur_limit(blur[is_judged])
+    for row in train[is_judged & (blur > limit)].tolist():
+        yield Finding(row, "blurred", float(looked.blur[row]))
+
+
+def _blur_limit(blur: np.ndarray) -> float:
+    """Far above the set's own median, as drawings and photographs differ; a median and its spread do not see a few."""
+    if not len(blur):
+        return _BLUR_MOST
+    middle = float(np.median(blur))
+    spread = 1.4826 * float(np.median(np.abs(blur - middle)))
+    return min(max(middle + _BLUR_SPREADS * spread, _BLUR_LEAST), _BLUR_MOST)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def _junk_of(captions: Sequence[str]) -> str:
+    """Why none of the captions says anything; empty if one does."""
+    reasons = [junk_in(caption) for caption in captions]
+    return reasons[0] if all(reasons) else ""
+
+
+def _boilerplate(captions: Sequence[Sequence[str]], fit: Fit | None) -> dict[str, int]:
+    """Repeated captions; where there is a model, those that fit their pictures no better than others' do."""
+    found = repeated(captions, 0.5 if fit is not None else 1.0)
+    if fit is None:
+        return found
+    shares: dict[str, list[float]] = {text: [] for text in found}
+    for each, share in zip(captions, fit.share.tolist(), strict=True):
+        for text in {normalised(caption) for caption in each} & set(shares):
+            shares[text].append(share)
+    return {text: found[text] for text, own in shares.items() if float(np.nanmedian(own)) >= _UNFITTING}
+
+
+def _caption_findings(
+    train: np.ndarray,
+    captions: Sequence[Sequence[str]],
+    junk: Sequence[str],
+    often: Mapping[str, int],
+    others: Sequence[tuple[str, float] | None],
+    named: Naming,
+) -> Iterator[Finding]:
+    for place, row in enumerate(train.tolist()):
+        first = captions[place][0]
+        if junk[place]:
+            yield Finding(row, "junk-caption", 1.0, f"{junk[place]}: {first}")
+            continue
+        texts = [normalised(caption) for caption in captions[place]]
+        if all(text in often for text in texts):
+            yield Finding(row, "boilerplate", float(min(often[text] for text in texts)), first)
+        if (other := others[place]) is not None:
+            yield Finding(row, "language", other[1], f"{other[0]}: {first}")
+        if named.most[place]:
+            yield Finding(row, "names-others", float(named.most[place]), first)
+
+
+def _fit_findings(train: np.ndarray, fit: Fit | None) -> Iterator[Finding]:
+    if fit is None:
+        return
+    for place in np.flatnonzero(fit.turned > 0).tolist():
+        note = f"a turn to the left by {90 * int(fit.turned[place])}° fits"
+        yield Finding(int(train[place]), "turned-pixels", float(fit.gain[place]), note)
+    for place in np.flatnonzero((fit.share > fit.limit) & (fit.turned == 0)).tolist():
+        yield Finding(int(train[place]), "mismatch", float(fit.share[place]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups, and the loss
+
+
+def _groups_of_train(
+    looked: Looked, train: np.ndarray, alike: Likeness, are_junk: Sequence[bool], often: Mapping[str, int]
+) -> list[list[int]]:
+    """Pairs of train with the same captions but for case and punctuation, or nearly the same picture; also by way of
+    others. Captions that say nothing join none."""
+    parent: dict[object, object] = {}
+
+    def root(of: object) -> object:
+        while parent.setdefault(of, of) != of:
+            parent[of] = parent[parent[of]]
+            of = parent[of]
+        return of
+
+    for place, row in enumerate(train.tolist()):
+        texts = frozenset(normalised(caption) for caption in looked.captions[row])
+        joined: list[object] = [] if are_junk[place] or texts & set(often) or "" in texts else [texts]
+        joined += [int(alike.group[row])] if alike.group[row] >= 0 else []
+        for label in joined:
+            parent[root(label)] = root(("pair", row))
+    rows_of: dict[object, list[int]] = {}
+    for row in train.tolist():
+        rows_of.setdefault(root(("pair", row)), []).append(row)
+    return [rows for rows in rows_of.values() if len(rows) > 1]
+
+
+def _costs(
+    looked: Looked,
+    train: np.ndarray,
+    alike: Likeness,
+    captions: Sequence[Sequence[str]],
+    named: Naming,
+    fit: Fit | None,
+    batch_size: int,
+) -> list[Cost]:
+    equal = [[normalised(caption) for caption in each] for each in captions]
+    same = [["blank"] if looked.levels[row] <= BLANK_LEVELS else [_picture_label(alike, row)] for row in train.tolist()]
+    found = [
+        costs.of_equal("equal captions", equal, batch_size),
+        costs.of_equal("pictures that are nearly the same", same, batch_size),
+        costs.of_naming(named.mean, batch_size),
+    ]
+    return found if fit is None else [*found, costs.of_chance(fit.estimated, batch_size)]
+
+
+def _picture_label(alike: Likeness, row: int) -> object:
+    return f"group {alike.group[row]}" if alike.group[row] >= 0 else f"picture {row}"

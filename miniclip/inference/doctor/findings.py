@@ -1,0 +1,55 @@
+"""What a finding is, and which of them are certain enough to drop a pair for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Gravest first: the one under which a pair is listed that has several. What each means, and what its score is.
+REASONS = {
+    "leak": "the same pixels are in val or test",
+    "near-leak": "nearly the same picture is in val or test; score: likeness",
+    "copy": "another pair has the same pixels and all of its captions",
+    "near-duplicate": "nearly the same picture as another's, which is kept; score: likeness",
+    "blank": "nothing is in the picture; score: levels from its darkest to its brightest field",
+    "junk-caption": "no caption says anything: a URL, a file name, a placeholder",
+    "boilerplate": "every caption is one of many pictures; score: pictures",
+    "mismatch": "the caption fits others better; score: share of others that fit at least as well",
+    "language": "every caption is of another language; score: probability that it is of the set's",
+    "turned": "an EXIF tag turns the picture, and training does not",
+    "turned-pixels": "the picture fits its caption much better when it is turned; score: gain",
+    "tiny": "the short side is less than half of the model's; score: pixels",
+    "blurred": "blurred at the size that the model sees; score: blur from 0 to 1",
+    "names-others": "a caption also names other pictures; score: how many",
+}
+# Nothing is lost with these pairs. All else is a suspicion, and dropped only if it is asked for.
+CERTAIN = ("leak", "copy", "blank", "junk-caption")
+ONLY_WITH_MODEL = ("mismatch", "turned-pixels")
+
+
+class Finding(NamedTuple):
+    """
+    Args:
+        row: of the pictures that were looked at.
+        like: the row of another that it is about, or -1.
+        note: what was seen, for a person.
+    """
+
+    row: int
+    reason: str
+    score: float
+    note: str = ""
+    like: int = -1
+
+
+def chosen_reasons(text: str) -> tuple[str, ...]:
+    """What `--drop-reasons` names: reasons with commas between them, or `certain`, `all`, `none`.
+
+    Raises:
+        ValueError: another name.
+    """
+    names = [name for part in text.split(",") if (name := part.strip())]
+    sets = {"certain": CERTAIN, "all": tuple(REASONS), "none": ()}
+    out = dict.fromkeys(reason for name in names for reason in sets.get(name, (name,)))
+    if unknown := [name for name in out if name not in REASONS]:
+        raise ValueError(f"{unknown[0]!r} is no reason to drop a pair; valid are {', '.join((*sets, *REASONS))}")
+    return tuple(reason for reason in REASONS if reason in out)

@@ -1,0 +1,116 @@
+"""`miniclip doctor`: tables, a page and lists, of any source; and what it refuses, with the remedy."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import fails
+from helpers import pack_folder, table, write_pairs, write_picture
+
+from miniclip.commands import main as cli
+from miniclip.data.shards import Shards
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Twelve pairs; of the pictures one is in test, one is there twice, one can't be read."""
+    folder = write_pairs(tmp_path / "photos", 12, size=(64, 64))
+    write_picture(tmp_path / "test" / "x.png", 3, (64, 64))
+    shutil.copy(folder / "0005.png", folder / "copy.png")
+    shutil.copy(folder / "0005.txt", folder / "copy.txt")
+    (folder / "0007.png").write_bytes(b"no picture")
+    (folder / "0009.txt").write_text("IMG_0009.JPG")
+    return folder
+
+
+def doctor(*args: str | Path) -> None:
+    cli.main(["doctor", "--image-size", "32", *map(str, args)])
+
+
+def test_what_is_certain_is_dropped_by_the_list_and_all_is_accounted_for(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    doctor(photos, "--test", tmp_path / "test", "--out", out)
+    shown = capsys.readouterr().out
+    assert "is not an image that can be read" in shown
+    assert rows_of(out / "drop.csv") == [
+        {"key": "0003.png", "source": str(photos), "reason": "leak", "score": "1"},
+        {"key": "0009.png", "source": str(photos), "reason": "junk-caption", "score": "1"},
+        {"key": "copy.png", "source": str(photos), "reason": "copy", "score": "1"},
+    ]
+    assert {row["key"]: row["group"] for row in rows_of(out / "groups.csv")} == {"0005.png": "0", "copy.png": "0"}
+    found = {(row["key"], row["reason"]): row for row in rows_of(out / "findings.csv")}
+    assert found["copy.png", "copy"]["like"] == "0005.png"
+    assert found["0003.png", "leak"]["like"] == str(tmp_path / "test" / "x.png")
+    cli.main(["shards", str(photos), str(tmp_path / "shards"), "--drop", str(out / "drop.csv")])
+    assert "9 pairs in 1 shards" in (packed := capsys.readouterr().out)
+    assert "1 rejected, 3 dropped (leak 1, junk-caption 1, copy 1)" in packed
+    assert len(Shards(tmp_path / "shards")) + 1 + 3 == 13
+
+
+def test_what_is_only_a_suspicion_is_dropped_if_it_is_asked_for(photos, tmp_path):
+    doctor(photos, "--out", tmp_path / "out", "--drop-reasons", "tiny", "--image-size", "400")
+    assert {row["reason"] for row in rows_of(tmp_path / "out" / "drop.csv")} == {"tiny"}
+    doctor(photos, "--out", tmp_path / "out", "--drop-reasons", "none", "--overwrite")
+    assert rows_of(tmp_path / "out" / "drop.csv") == []
+
+
+@pytest.mark.parametrize("kind", ["table", "shards", "tar", "twice"])
+def test_any_source_and_several_are_looked_at(photos, tmp_path, kind):
+    if kind == "table":
+        names = [path.name for path in sorted(photos.glob("*.png"))]
+        lines = [f"{name},{(photos / name).with_suffix('.txt').read_text().strip().replace(',', ' ')}" for name in names]
+        sources = [table(photos / "pairs.csv", "image,caption", *lines)]
+    elif kind == "twice":
+        shutil.copytree(photos, tmp_path / "others")
+        sources = [photos, tmp_path / "others"]
+    else:
+        pack_folder(photos, tmp_path / "shards")
+        sources = [tmp_path / "shards" if kind == "shards" else tmp_path / "shards" / "00000.tar"]
+    doctor(*sources, "--test", tmp_path / "test", "--out", tmp_path / "out")
+    dropped = rows_of(tmp_path / "out" / "drop.csv")
+    assert sorted(row["reason"] for row in dropped if row["source"] == str(sources[0])) == ["copy", "junk-caption", "leak"]
+    groups = rows_of(tmp_path / "out" / "groups.csv")
+    assert ("source" in groups[0]) == (kind == "twice")
+    if kind == "twice":
+        assert len(dropped) == 3 + 12  # all that can be read in the second are copies
+        assert {row["source"] for row in groups} == {str(each) for each in sources}
+
+
+def test_the_page_has_tables_and_pictures(photos, tmp_path, browser):
+    (photos / "0001.txt").write_text("<script>document.title='x'</script> of a\u202ename")
+    doctor(photos, "--test", tmp_path / "test", "--out", tmp_path / "out")
+    for width in (390, 1280):
+        browser.open(tmp_path / "out" / "doctor.html", width)
+        browser.check()
+    assert browser.js("return document.title") == "Doctor"
+    assert "leak: 1" in browser.text()
+    assert browser.count("figure img") >= 5
+
+
+def test_what_cannot_be_done_is_refused_with_a_remedy(photos, tmp_path, capsys):
+    def refused(*args: str | Path) -> str:
+        return fails(capsys, ["doctor", *map(str, args)])
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    assert "pass --overwrite" in refused(photos, "--out", tmp_path / "full")
+    assert "is a file; name a folder" in refused(photos, "--out", photos / "0001.txt")
+    assert "'leek' is no reason to drop" in refused(photos, "--drop-reasons", "leek")
+    assert "every picture would be a leak" in refused(photos, "--val", photos)
+    assert "no folder or file" in refused(tmp_path / "nothing")
+    assert "no pairs found" in refused(tmp_path / "empty")
+    assert "nothing" in refused(photos, "--test", tmp_path / "nothing")
+    assert "near is 0.2" in refused(photos, "--near", "0.2")
+    assert "--batch-size" in refused(photos, "--batch-size", "few")
+    for path in photos.glob("*.png"):
+        path.write_bytes(b"x")
+    assert "not one of the pairs can be used" in refused(photos)
