@@ -66,7 +66,9 @@ def test_what_is_only_a_suspicion_is_dropped_if_it_is_asked_for(photos, tmp_path
 def test_any_source_and_several_are_looked_at(photos, tmp_path, kind):
     if kind == "table":
         names = [path.name for path in sorted(photos.glob("*.png"))]
-        lines = [f"{name},{(photos / name).with_suffix('.txt').read_text().strip().replace(',', ' ')}" for name in names]
+        lines = [
+            f"{name},{(photos / name).with_suffix('.txt').read_text().strip().replace(',', ' ')}" for name in names
+        ]
         sources = [table(photos / "pairs.csv", "image,caption", *lines)]
     elif kind == "twice":
         shutil.copytree(photos, tmp_path / "others")
@@ -76,7 +78,11 @@ def test_any_source_and_several_are_looked_at(photos, tmp_path, kind):
         sources = [tmp_path / "shards" if kind == "shards" else tmp_path / "shards" / "00000.tar"]
     doctor(*sources, "--test", tmp_path / "test", "--out", tmp_path / "out")
     dropped = rows_of(tmp_path / "out" / "drop.csv")
-    assert sorted(row["reason"] for row in dropped if row["source"] == str(sources[0])) == ["copy", "junk-caption", "leak"]
+    assert sorted(row["reason"] for row in dropped if row["source"] == str(sources[0])) == [
+        "copy",
+        "junk-caption",
+        "leak",
+    ]
     groups = rows_of(tmp_path / "out" / "groups.csv")
     assert ("source" in groups[0]) == (kind == "twice")
     if kind == "twice":

@@ -152,7 +152,9 @@ def test_confirmed_near_duplicates_are_the_connected_components_of_what_is_confi
 
 
 def test_equal_pixels_with_fewer_captions_are_a_copy_and_with_others_a_near_duplicate(tmp_path):
-    for number, texts in enumerate((["A thing!", "more of it"], ["a thing"], ["another view"], ["a thing", "more of it"])):
+    for number, texts in enumerate(
+        (["A thing!", "more of it"], ["a thing"], ["another view"], ["a thing", "more of it"])
+    ):
         draw(tmp_path, str(number), texts, seed=5)
     draw(tmp_path, "other", "something else", seed=6)
     found = diagnose(tmp_path)
@@ -163,7 +165,9 @@ def test_equal_pixels_with_fewer_captions_are_a_copy_and_with_others_a_near_dupl
         "3.png": "copy",
     }
     assert {each.score for each in found.findings if each.reason == "copy"} == {1}
-    assert [sorted(found.looked.key(row) for row in group) for group in found.groups] == [[f"{n}.png" for n in range(4)]]
+    assert [sorted(found.looked.key(row) for row in group) for group in found.groups] == [
+        [f"{n}.png" for n in range(4)]
+    ]
 
 
 def test_the_largest_of_near_duplicates_is_kept(tmp_path):
@@ -284,7 +288,9 @@ def write_lit(folder: Path, count: int) -> None:
     for number in range(count):
         pixels = np.zeros((32, 32, 3)) + np.linspace(90, 0, 32)[:, None, None]
         pixels[:, :, number % 3] += random.integers(140, 160)
-        Image.fromarray((pixels + random.integers(0, 9, pixels.shape)).astype(np.uint8)).save(folder / f"{number:03d}.png")
+        Image.fromarray((pixels + random.integers(0, 9, pixels.shape)).astype(np.uint8)).save(
+            folder / f"{number:03d}.png"
+        )
         (folder / f"{number:03d}.txt").write_text(f"a {Colours.NAMES[number % 3]} wall no {number}")
 
 
@@ -378,7 +384,7 @@ def test_a_pair_is_dropped_once_for_its_gravest_reason():
     assert chosen_reasons("all") == tuple(REASONS)
     assert chosen_reasons("none") == ()
     assert chosen_reasons(" tiny , leak") == ("leak", "tiny")
-    with pytest.raises(ValueError, match="'leeks' is no reason.*certain, all, none, leak"):
+    with pytest.raises(ValueError, match=r"'leeks' is no reason.*certain, all, none, leak"):
         chosen_reasons("leeks")
 
 
@@ -400,5 +406,3 @@ def test_arguments_out_of_range_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagehash", None)
     with pytest.raises(ValueError, match=r"needs imagehash: pip install 'miniclip\[doctor\]'"):
         diagnose(tmp_path)
-
-

@@ -83,20 +83,16 @@ def junk_in(caption: str) -> str:
 # Many pictures
 
 
-def repeated(captions: Sequence[Sequence[str]], strictness: float = 1.0) -> dict[str, int]:
+def repeated(captions: Sequence[Sequence[str]]) -> dict[str, int]:
     """Normalised captions of so many pictures that they are hardly about any, with the number of pictures.
 
     At least 10 pictures and 0.5 % of all, and 2.5 times as many as a typical caption has: where captions are classes,
     each of them is repeated.
-
-    Args:
-        strictness: a factor of the last two numbers.
     """
     of_picture = [{normalised(caption) for caption in each} for each in captions]
     counts = Counter(text for texts in of_picture for text in texts)
     typical = np.median([min(counts[text] for text in texts) for texts in of_picture if texts] or [0])
-    least = max(strictness * _REPEATED_SHARE * len(captions), strictness * _REPEATED_TIMES * float(typical))
-    least = max(_REPEATED_LEAST, least)
+    least = max(_REPEATED_LEAST, _REPEATED_SHARE * len(captions), _REPEATED_TIMES * float(typical))
     return {text: count for text, count in counts.most_common() if count >= least and text}
 
 

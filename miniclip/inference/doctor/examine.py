@@ -26,7 +26,6 @@ from .parts import TEST, TRAIN, VAL, Looked, Progress, Source, look_at
 from .pictures import BLANK_LEVELS
 
 _BLUR_LEAST, _BLUR_MOST, _BLUR_SPREADS = 0.45, 0.65, 3.5
-_UNFITTING = 0.2  # of others that fit a repeated caption's pictures better, from which it is about none of them
 
 
 @contextmanager
@@ -117,7 +116,7 @@ def examine(
     if model is not None:
         kept = {"seed": seed, "batch_size": images_at_once, "workers": workers or 0, "cache": cache}
         fit = fit_of(looked, train, model, fingerprint=fingerprint, progress=progress, **kept)  # type: ignore[arg-type]
-    often = _boilerplate(captions, fit)
+    often = repeated(captions)
     found = [
         *_alike_findings(looked, alike),
         *_picture_findings(looked, train, image_size),
@@ -212,18 +211,6 @@ def _junk_of(captions: Sequence[str]) -> str:
     """Why none of the captions says anything; empty if one does."""
     reasons = [junk_in(caption) for caption in captions]
     return reasons[0] if all(reasons) else ""
-
-
-def _boilerplate(captions: Sequence[Sequence[str]], fit: Fit | None) -> dict[str, int]:
-    """Repeated captions; where there is a model, those that fit their pictures no better than others' do."""
-    found = repeated(captions, 0.5 if fit is not None else 1.0)
-    if fit is None:
-        return found
-    shares: dict[str, list[float]] = {text: [] for text in found}
-    for each, share in zip(captions, fit.share.tolist(), strict=True):
-        for text in {normalised(caption) for caption in each} & set(shares):
-            shares[text].append(share)
-    return {text: found[text] for text, own in shares.items() if float(np.nanmedian(own)) >= _UNFITTING}
 
 
 def _caption_findings(
