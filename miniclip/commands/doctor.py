@@ -28,12 +28,12 @@ def parser() -> argparse.ArgumentParser:
         "PAIRS is whatever `miniclip shards` packs: a folder, a table, a data set of Hugging Face's, shards.",
         notes="OUT gets doctor.html, findings.csv (all), drop.csv (the pairs to drop) and groups.csv (the pairs that\n"
         "should share a target). Only what is certain is in drop.csv: leak, copy, blank, junk-caption. All else is a\n"
-        "suspicion, and there if --drop-reasons names it. Nothing is changed or deleted.",
+        "suspicion, and there if --drop-reasons names it. Nothing is changed or deleted: `miniclip shards PAIRS\n"
+        "SHARDS --drop OUT/drop.csv` packs the rest.",
         examples="""
 miniclip doctor photos --out doctored
 miniclip doctor photos --val my_photos --test street_scenes --out checked --drop-reasons certain,near-leak
-miniclip doctor pairs.csv --images photos --model runs/digits/best --image-size 28
-miniclip shards photos kept --drop checked/drop.csv""",
+miniclip doctor pairs.csv --images photos --model runs/digits/best --image-size 28""",
     )
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help="what is trained on")
     parser.add_argument("--val", action="append", default=[], metavar="IMAGES", help="the validation set; repeatable")
