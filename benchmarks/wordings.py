@@ -57,11 +57,9 @@ SLATE = (
 
 
 def draw_slate(random: np.random.Generator, is_train: bool) -> Drawn:
-    """320 classes with invented names, each of which has to be learnt by itself; captions name nothing else."""
-    picture, (shape, colour, _, place) = _scene(random)
-    number = [list(each).index(value) for each, value in ((scenes.PLACES, place), (scenes.COLOURS, colour))]
-    ends = ("ka", "lo", "mi", "nu", "re", "sa", "ti", "vo")
-    name = ("bra", "dre", "glo", "pli", "stu")[number[0]] + ends[number[1]] + ends[list(scenes.SHAPES).index(shape)]
+    """1,280 classes of four and five words; captions name the class and nothing else."""
+    picture, (shape, colour, filling, place) = _scene(random)
+    name = f"{place} {filling} {colour} {shape}"
     return picture, name, random.choice(SLATE).replace("{}", name)
 
 
