@@ -19,8 +19,8 @@ from .units import is_word
 
 NUM_CAPTIONS = 4000  # to look at: 20 of them have a wording that 1 in 200 has
 _LONGEST, _LONGEST_FILLING = 40, 8  # units of a caption, and of what fills a frame
-_LEAST_SHARE, _LEAST_COVERED = 0.005, 0.3  # of the captions: for one wording, and for all of them together
-_MOST_WORDINGS, _MOST_EXAMPLES = 32, 256
+_COMMON_SHARE, _COVERED_SHARE = 0.005, 0.3  # of the captions: for one wording, and for all of them together
+_MOST_WORDINGS, _MOST_DRAWN = 32, 256
 _LONGEST_NAME = 3  # units, at most, of captions that are names alone
 _LEAST_PAIR = 3  # captions that have two units side by side, for an example to have them
 _MOST_GAPS = 250_000  # tried, which bounds time and memory; 4,000 captions of 10 units have 208,000
@@ -58,7 +58,7 @@ def mine(captions: Sequence[Units]) -> Wordings | None:
     num_gaps = list(accumulate(min(len(each), _LONGEST) * _LONGEST_FILLING for each in captions))
     captions = captions[: bisect(num_gaps, _MOST_GAPS)]
     counts = Counter(each for each in captions if 0 < len(each) <= _LONGEST and not _has_braces(each))
-    fillings, texts = _frames(counts, max(2, round(_LEAST_SHARE * len(captions))))
+    fillings, texts = _frames(counts, max(2, round(_COMMON_SHARE * len(captions))))
     repeats = Counter[Units]()  # captions with each filling
     for found in fillings.values():
         repeats.update(found)
@@ -69,8 +69,8 @@ def mine(captions: Sequence[Units]) -> Wordings | None:
         if own := [frame for frame, _ in _gaps(caption) if frame in scores]:
             votes[max(own, key=scores.__getitem__)].append(caption)
     shares = {frame: sum(counts[each] for each in found) / len(captions) for frame, found in votes.items()}
-    kept = sorted((frame for frame in shares if shares[frame] >= _LEAST_SHARE), key=lambda frame: -shares[frame])
-    if sum(shares[frame] for frame in kept) < _LEAST_COVERED:
+    kept = sorted((frame for frame in shares if shares[frame] >= _COMMON_SHARE), key=lambda frame: -shares[frame])
+    if sum(shares[frame] for frame in kept) < _COVERED_SHARE:
         return None
     wordings = tuple(Wording(texts[frame], round(shares[frame], 4)) for frame in kept[:_MOST_WORDINGS])
     examples = _drawn_examples(Counter({each: counts[each] for frame in kept for each in votes[frame]}), counts)
@@ -132,6 +132,6 @@ def _drawn_examples(eligible: Counter[Units], counts: Counter[Units]) -> tuple[s
     if not known:
         return ()
     share = np.array([eligible[each] for each in known]) / sum(eligible[each] for each in known)
-    size = min(_MOST_EXAMPLES, len(known))
+    size = min(_MOST_DRAWN, len(known))
     chosen = np.random.default_rng(0).choice(len(known), size, replace=False, p=share)
     return tuple("".join(known[index]) for index in sorted(chosen.tolist()))
