@@ -162,7 +162,11 @@ def part_of_array(text: str) -> tuple[int, int]:
 def console() -> Console:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with status 1; `user_errors` ends the command quietly
+
+    return Quiet(width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ _FIRST_LOOK = 0.90
 _HASH_WEIGHT = 0.03  # of the first look's cosine
 _FINE = 16
 _CUTS = (0.0, 0.03, 0.06)  # of a side
-_KNOWN = 2000  # pictures whose cuts are in memory, 250 kB each
+_KNOWN = 400  # pictures whose cuts are in memory, 250 kB each
 
 
 @dataclass(frozen=True)
