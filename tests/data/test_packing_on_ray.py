@@ -45,7 +45,12 @@ sys.addaudithook(die_once)
 
 
 def on_ray(folder, *args, code=0, path=""):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_memory_monitor_refresh_ms": "0",  # else a machine that is short of memory ends actors for ever
+        "PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, "-c", ON_TWO_CPUS, *map(str, args)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
