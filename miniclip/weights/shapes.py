@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..config import CLIPConfig
 from ..model import CLIP
 
-_BLOCK = re.compile(r"(.*\.resblocks\.|visual\.layer[1-4]\.)(\d+)(\..*)")
+_BLOCK_KEY = re.compile(r"(.*\.resblocks\.|visual\.layer[1-4]\.)(\d+)(\..*)")
 
 
 class Unfilled(TorchFunctionMode):
@@ -67,13 +67,13 @@ class Shapes:
 
     def names(self) -> Iterator[str]:
         for key in self._shapes:
-            match = _BLOCK.fullmatch(key)
+            match = _BLOCK_KEY.fullmatch(key)
             for index in range(*self._repeats(key)):
                 yield f"{match[1]}{index}{match[3]}" if match else key
 
     def get(self, key: str) -> tuple[int, ...] | None:
         """None for a tensor that the architecture does not have."""
-        match = _BLOCK.fullmatch(key)
+        match = _BLOCK_KEY.fullmatch(key)
         if match is None:
             return self._shapes.get(key)
         start, index, rest = match[1], int(match[2][:9]), match[3]
@@ -87,7 +87,7 @@ class Shapes:
 
     def _repeats(self, key: str) -> tuple[int, int]:
         """The first and the end of the indices that a block's tensor stands for."""
-        match = _BLOCK.fullmatch(key)
+        match = _BLOCK_KEY.fullmatch(key)
         if match is None:
             return 0, 1
         index, is_last = int(match[2]), int(match[2]) == self._last(match[1])
