@@ -118,7 +118,7 @@ class ZeroShotEvaluation(Callback):
         for name, data in self.others.items():
             self.datasets[f"val/zero_shot_acc1_{name}"] = labelled(open_dataset(data))
 
-    def _score(self, pl_module: pl.LightningModule) -> dict[str, float]:
+    def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         model = pl_module.scored
         assert isinstance(model, CLIP)
         preprocess = preprocess_for(model.config)
@@ -126,7 +126,9 @@ class ZeroShotEvaluation(Callback):
         for name, dataset in self.datasets.items():
             asked = suited(dataset, model.wordings)
             with torch.compiler.set_stance("force_eager"):  # as in validation, also before the first step
-                scores = zero_shot_scores(model, preprocess, asked, batch_size=self.batch_size)
+                scores = zero_shot_scores(
+                    model, preprocess, asked, batch_size=self.batch_size, num_workers=num_decoders(trainer)
+                )
             accuracies[name] = float(scores.is_right.mean())
         return accuracies
 
@@ -134,7 +136,7 @@ class ZeroShotEvaluation(Callback):
         if trainer.global_step or not getattr(pl_module, "starts_trained", False):
             return
         pl_module.eval()
-        self.before = self._score(pl_module)
+        self.before = self._score(trainer, pl_module)
         pl_module.train()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -142,7 +144,7 @@ class ZeroShotEvaluation(Callback):
             print(f"before training: {scores_line(self.before)}", flush=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.after = self._score(pl_module)
+        self.after = self._score(trainer, pl_module)
         pl_module.log_dict(dict(self.after), sync_dist=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,3 +157,11 @@ class ZeroShotEvaluation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before, self.after = state_dict["before"], state_dict["after"]
+
+
+def num_decoders(trainer: pl.Trainer) -> int:
+    """Processes that decode images to score: as many as for training where a GPU would wait for them. On a CPU they
+    would take the cores from the model."""
+    if trainer.strategy.root_device.type == "cpu":
+        return 0
+    return int(getattr(trainer.datamodule, "num_workers", 0))  # type: ignore[attr-defined]
