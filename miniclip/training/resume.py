@@ -70,7 +70,9 @@ class Resumption(Callback):
 
 def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
     device = trainer.strategy.root_device.type
+    by_group = module.positives == "group"
     return {
+        **({"data.group": trainer.datamodule.group} if by_group else {}),  # type: ignore[attr-defined]
         "model.optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
         "model.loss": module.loss,
         "model.positives": module.positives,

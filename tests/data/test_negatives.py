@@ -292,6 +292,11 @@ def test_embeddings_that_miss_a_sample_or_a_file_are_refused(shelf, tmp_path):
     (shelf / "short/_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="has embeddings of 20 of the 24 samples and lists 0 that could not be read"):
         data.sample_order()
+    (shelf / "short/_manifest.json").write_text(
+        json.dumps({"kind": "image", "layout": "parquet", "is_complete": False})
+    )
+    with pytest.raises(ValueError, match="short is not complete: repeat the `miniclip embed`"):
+        data.sample_order()
     (shelf / "short/_manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"_manifest\.json is damaged"):
         data.sample_order()

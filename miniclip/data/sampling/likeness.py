@@ -159,6 +159,8 @@ def _manifest(folder: str, entries: Sequence[ShardEntry], source: str) -> dict[s
         kind, layout, identity = manifest["kind"], manifest["layout"], manifest.get("identity")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {remedy}") from error
+    if not manifest.get("is_complete"):
+        raise ValueError(f"{folder} is not complete: repeat the `miniclip embed` that began it, until it has its name")
     if (kind, layout) != ("image", "parquet"):
         raise ValueError(
             f"{folder} holds embeddings of {kind}s in the layout {layout}; data.neighbours needs images in the layout "

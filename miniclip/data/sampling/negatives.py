@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -134,7 +134,11 @@ class Neighbours:
         self.features = features
 
     def fingerprint(self) -> str:
-        return f"neighbours {hashlib.sha256(self.features.data).hexdigest()[:16]}"
+        return f"neighbours {self._digest}"
+
+    @cached_property  # each checkpoint asks for it
+    def _digest(self) -> str:
+        return hashlib.sha256(self.features.data).hexdigest()[:16]
 
     def pool_size(self, batch_size: int) -> int:
         return _POOL_BATCHES * batch_size
