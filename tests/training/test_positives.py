@@ -244,7 +244,10 @@ def test_a_hard_run_of_groups_and_two_captions_stopped_midway_ends_at_the_same_b
         (["--model.positives=group", "--data.group=color"], "has no such field: its .json has source, colour"),
         (["--model.positives=caption", "--data.captions.per_image=2"], "data.captions.per_image is 2"),
         (["--data.captions.per_image=0"], "per_image is 0; it must be at least 1"),
-        (["--data.negatives=hard", "--data.batch_size=40"], "nothing to choose from; set data.batch_size to 20"),
+        (
+            ["--data.negatives=hard", "--data.group=colour", "--data.batch_size=40"],
+            "nothing to choose from; set data.batch_size to 20",
+        ),
     ],
 )
 def test_a_run_that_cannot_hold_is_refused_before_its_first_step(grouped, tmp_path, capsys, more, message):
