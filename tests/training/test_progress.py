@@ -507,8 +507,10 @@ def test_what_stands_out_is_said(curves, words):
 
 
 def test_the_settings_in_which_runs_differ():
-    first = dataclasses.replace(made_up(), config="model: {optimizer: {lr: 0.1}, width: 3}\nseed: 1")
-    second = dataclasses.replace(made_up(), config="model: {optimizer: {lr: 0.2}, width: 3}\nseed: 1\nflip: true")
+    first, second = (
+        dataclasses.replace(made_up(), settings={"model": {"optimizer": {"lr": lr}, "width": 3}, "seed": 1, **more})
+        for lr, more in ((0.1, {}), (0.2, {"flip": True}))
+    )
     assert differences([first, second]) == [("model.optimizer.lr", ["0.1", "0.2"]), ("flip", ["–", "True"])]
 
 
