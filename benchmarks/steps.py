@@ -127,7 +127,7 @@ def our_step(
 
 def our_batch(config: CLIPConfig, texts: list[str], where: torch.device = CPU) -> Batch:
     no_image = torch.empty(3, 0, 0, dtype=torch.uint8)  # the pixels are drawn where they are needed
-    batch = collate([Sample(no_image, encode_for_model(text), "") for text in texts])
+    batch = collate([Sample(no_image, [encode_for_model(text)], "") for text in texts])
     return batch._replace(images=pixels(config, len(texts), where), tokens=batch.tokens.to(where))
 
 

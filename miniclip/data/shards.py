@@ -355,8 +355,8 @@ def _refuse_longer(file: IO[bytes], entry: ShardEntry) -> None:
         return
     file.close()
     raise ValueError(
-        f"{entry.location} {what}: something was added to it. `miniclip shards {entry.folder} --index-only "
-        "--overwrite` indexes it anew"
+        f"{entry.location} {what}: something was added to it, or it was replaced. `miniclip shards "
+        f"{entry.folder} --index-only --overwrite` indexes it anew"
     )
 
 

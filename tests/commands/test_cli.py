@@ -54,6 +54,7 @@ def test_a_mistake_ends_every_verb_with_code_2_and_one_line(verb, tmp_path, caps
     arguments = {
         "shards": ["nowhere", "out"],
         "check": ["nowhere"],
+        "doctor": ["nowhere", "--out", str(tmp_path / "out")],
         "eval": ["--model", "nowhere", "--data", "nowhere"],
         "classify": ["nowhere", "--labels", "cat,dog"],
         "calibrate": ["model", "--data", "nowhere", "--outside", "elsewhere"],

@@ -796,7 +796,7 @@ def test_a_tar_that_was_replaced_after_indexing_gives_holes_and_not_other_bytes(
     tar_of(tmp_path / "a.tar", {"1.jpg": jpeg(), "1.txt": b"words"})
     index_shards(str(tmp_path))
     tar_of(tmp_path / "a.tar", {"0.txt": b"x" * 3000, "1.jpg": jpeg(), "1.txt": b"words"})
-    with pytest.raises(ValueError, match="is another file than when it was indexed"):
+    with pytest.raises(ValueError, match="or it was replaced"):
         Shards(tmp_path)[0]
 
 

@@ -126,9 +126,8 @@ def test_a_pass_over_http_is_each_sample_once_or_refused_before_the_first_step(s
     assert set(fetched.values()) <= {1}
 
 
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, marks=[] if cell == (3, 1, 1) else pytest.mark.long) for cell in CELLS], ids=str
-)
+@pytest.mark.long
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_pass_from_s3_is_each_sample_once_or_refused_before_the_first_step(shelves, s3, cell):
     filesystem = storage.filesystem("s3://pairs")
     filesystem.makedirs("pairs", exist_ok=True)  # the server keeps its buckets

@@ -335,8 +335,8 @@ BAD = {
     "nothing to embed": {"inputs": []},
     "images and texts are mixed": {"inputs": ["a cat", picture()]},
     "among the texts is a value of type Image": {"inputs": ["a cat", picture()], "kind": "text"},
-    "3 can't be embedded": {"inputs": 3},
-    "image 0 is a float": {"inputs": [0.5]},
+    "inputs is 3; it must be a list of images or of texts": {"inputs": 3},
+    "image 0 is 0.5; it must be": {"inputs": [0.5]},
     "kind is 'picture'; it must be image or text": {"inputs": ["a cat"], "kind": "picture"},
     "without encode_image": {"inputs": ["a cat"], "model": object()},
 }

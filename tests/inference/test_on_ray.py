@@ -103,6 +103,7 @@ def mortal(tmp_path, monkeypatch):
     sys.modules.pop("mortal", None)
 
 
+@pytest.mark.long
 def test_actors_that_are_killed_start_again_and_the_rows_are_those_of_one_process(tmp_path, mortal):
     photos = write_pairs(tmp_path / "photos", 60)
     (photos / "0017.png").write_bytes(b"torn")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from pytorch_lightning import Callback
 from runs import ROOT, arguments, state
 
@@ -69,6 +70,7 @@ def assert_ended(outs, processes, status):
     assert [process.returncode for process in processes] == [status] * len(processes), said
 
 
+@pytest.mark.long
 def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
     alone(data, tmp_path / "one")
     port, outs = str(free_port()), [tmp_path / f"said{rank}" for rank in range(2)]

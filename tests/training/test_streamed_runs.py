@@ -93,6 +93,7 @@ def train(pairs: Path, run: Path, diary: Path, *more: str, ranks: int = 1, worke
     return SimpleNamespace(status=process.returncode, out=out)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1300)
 def test_a_run_of_two_ranks_that_is_killed_goes_on_with_one_and_repeats_only_what_it_announces(pairs, tmp_path):
     killed = train(pairs, tmp_path / "run", tmp_path / "first", ranks=2, workers=1, last_step=5)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...evaluation.encoder import ModelError
+
 # Pictures as the model takes them, (B, 3, H, W) -> unit features (B, E).
 Encode = Callable[[Tensor], Tensor]
 
@@ -50,10 +52,11 @@ def integrated_gradients(encode: Encode, image: Tensor, base: Tensor, target: Te
             images = (base + shares[:, None, None, None] * (image - base)).requires_grad_()
             try:
                 cosines = encode(images) @ target
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # what calls .numpy() on the way
-                return None
+            except (RuntimeError, ModelError) as error:
+                cause = error.__cause__ if isinstance(error, ModelError) else error
+                if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
+                    raise
+                return None  # something calls .numpy() on the way
             if not cosines.requires_grad:
                 return None
             (gradients,) = torch.autograd.grad(cosines.sum(), images, allow_unused=True)
