@@ -99,7 +99,7 @@ def test_validation_scores_the_average_and_best_holds_it(data, tmp_path):
         assert (accuracy == at_end[1]) != is_scored
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.long) for stop in (3, 5))])
 def test_a_run_resumes_to_the_same_average_bit_for_bit(data, tmp_path, stop):
     """An epoch is three steps and ends with a validation."""
     flags = [EMA, "--model.optimizer.kind=muon"]

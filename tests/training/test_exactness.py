@@ -180,7 +180,15 @@ def all_cells(world_size: int, shards: int) -> list[Cell]:
     return [Cell(shards, workers, *batching) for workers, batching in product(NUM_WORKERS, batchings(world_size))]
 
 
-GROUPS = [pytest.param(ranks, corners_and_a_sample(ranks), id=f"{ranks} ranks, a sample") for ranks in NUM_RANKS] + [
+GROUPS = [
+    pytest.param(
+        ranks,
+        corners_and_a_sample(ranks),
+        id=f"{ranks} ranks, a sample",
+        marks=pytest.mark.long if ranks == max(NUM_RANKS) else (),
+    )
+    for ranks in NUM_RANKS
+] + [
     pytest.param(ranks, all_cells(ranks, shards), id=f"{ranks} ranks, {shards} shards", marks=pytest.mark.long)
     for ranks, shards in product(NUM_RANKS, NUM_SHARDS)
 ]

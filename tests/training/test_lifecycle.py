@@ -175,6 +175,7 @@ def test_a_name_that_is_no_folders_name_is_refused(data, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_the_kept_configuration_alone_goes_on_with_a_named_run(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     trainer.main(arguments(data, None, "--name=mine", steps=2))
