@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import os
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -38,3 +41,29 @@ def browser() -> Iterator[Browser]:
         yield Browser(driver)
     finally:
         driver.quit()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an S3 without buckets, which the environment names."""
+    from moto.server import ThreadedMotoServer
+
+    from miniclip.common import storage
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "ENDPOINT_URL": address,
+        "ACCESS_KEY_ID": "testing",
+        "SECRET_ACCESS_KEY": "testing",
+        "DEFAULT_REGION": "us-east-1",
+        "REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    storage._filesystem_of.cache_clear()  # it reads the environment once
+    yield address
+    storage._filesystem_of.cache_clear()
+    urllib.request.urlopen(urllib.request.Request(f"{address}/moto-api/reset", method="POST")).close()
+    server.stop()

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..common.files import expand_home
 from ..common.wording import cut_short
+from ..data.wordings.kept import WORDINGS_FILE, Wordings
 from ..images import open_image
 from ..weights.convert import convert
 from .card import CARD_FILE, card_for, is_untouched
@@ -77,6 +78,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="miniclip-push-") as temporary, _refused_by_the_hub(repository):
         folder = Path(temporary) / "model"
         convert(model, folder, to, **hints)
+        _withhold_captions(folder)
         contents: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir())}
         contents |= {CARD_FILE: card.encode(), **pictures}
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -87,6 +89,14 @@ def push(
         commit = api.create_commit(repository, operations, commit_message=f"{to} weights of {Path(model).name}")
         sizes = {each.path_in_repo: each.upload_info.size for each in operations}
     return Pushed(str(url), sizes, commit.oid != before.sha)
+
+
+def _withhold_captions(folder: Path) -> None:
+    """Captions are people's data: of wordings.json only what many of them share is published."""
+    path = folder / WORDINGS_FILE
+    if path.is_file():
+        wordings = Wordings.from_json(path.read_text(encoding="utf-8"), str(path))
+        path.write_text(replace(wordings, examples=()).to_json(), encoding="utf-8")
 
 
 def check_repository(repository: str) -> None:

@@ -644,35 +644,16 @@ def test_where_ranges_save_less_than_they_should_the_file_is_to_be_read_whole(se
 # ---- S3
 
 
-@pytest.fixture(scope="module")
-def s3_address():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture
-def bucket(s3_address, monkeypatch):
+def bucket(s3):
     import boto3
 
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_address,
-    }.items():
-        monkeypatch.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="shards")
     client.put_object(Bucket="shards", Key="train/a.tar", Body=CONTENT)
     client.put_object(Bucket="shards", Key="train/b.tar", Body=b"b")
     client.put_object(Bucket="shards", Key="train/sub/c.tar", Body=b"c")
-    storage._filesystem_of.cache_clear()  # it reads the environment once
-    yield client
-    storage._filesystem_of.cache_clear()
+    return client
 
 
 def test_s3_gives_files_and_what_exists(bucket, cache):

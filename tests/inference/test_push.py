@@ -14,6 +14,7 @@ from helpers import picture, tiny_clip, write_picture
 from hub import Hub
 from PIL import Image
 
+from miniclip.data.wordings.kept import Wording, Wordings
 from miniclip.inference.card import CARD_FILE, card_for, is_untouched
 from miniclip.weights.load import load, save
 
@@ -70,6 +71,19 @@ def test_a_pushed_model_comes_back_bit_for_bit(tmp_path, model):
     assert is_untouched(card)
     assert "license: mit" in card
     assert "![a picture of its kind](pictures/0.jpg)" in card
+
+
+def test_what_is_published_of_the_captions_is_what_many_share(tmp_path):
+    clip = tiny_clip(3)
+    clip.wordings = Wordings((Wording("a photo of a {}", 0.9),), ("a photo of a neighbour's address",), 100)
+    save(clip, tmp_path / "birds")
+    with Hub() as hub:
+        done = push(hub, tmp_path / "home", str(tmp_path / "birds"), "owner/birds")
+        assert done.returncode == 0, done.stderr
+        published = hub.repositories["owner/birds"].files["wordings.json"].decode()
+    assert "neighbour" not in published
+    assert Wordings.from_json(published, "there").templates(["cat"]) == ("a photo of a {}",)
+    assert "neighbour" in (tmp_path / "birds/wordings.json").read_text()
 
 
 @pytest.mark.parametrize("where", ["/lfs/", "/commit/"])

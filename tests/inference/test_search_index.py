@@ -501,27 +501,17 @@ def test_what_is_no_index_is_refused_and_left_alone(tmp_path, photos, counting):
         open_store(tmp_path / "db")
 
 
-def test_an_index_lives_on_s3(photos, counting, monkeypatch):
+def test_an_index_lives_on_s3(photos, counting, s3):
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        url = "http://{}:{}".format(*server.get_host_and_port())
-        settings = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "us-east-1"}
-        for name, value in settings.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="pictures")
-        index = Index("s3://pictures/photos.index", from_object(counting, "counting"))
-        assert counts(index.update(photos)) == {"new": 12}
-        (photos / "mon/0.png").rename(photos / "moved.png")
-        assert counts(index.update(photos)) == {"moved": 1, "gone": 1, "unchanged": 11}
-        check(Index("s3://pictures/photos.index", index.encoder), counting, photos)
-        with pytest.raises(ValueError, match="no index at s3://pictures/other"):
-            Index("s3://pictures/other")
-    finally:
-        server.stop()
+    boto3.client("s3").create_bucket(Bucket="pictures")
+    index = Index("s3://pictures/photos.index", from_object(counting, "counting"))
+    assert counts(index.update(photos)) == {"new": 12}
+    (photos / "mon/0.png").rename(photos / "moved.png")
+    assert counts(index.update(photos)) == {"moved": 1, "gone": 1, "unchanged": 11}
+    check(Index("s3://pictures/photos.index", index.encoder), counting, photos)
+    with pytest.raises(ValueError, match="no index at s3://pictures/other"):
+        Index("s3://pictures/other")
 
 
 def test_workers_start_safely_beside_the_databases_threads(index, photos, recwarn):

@@ -1,6 +1,5 @@
 # Shards on unreliable servers, and samples that are spoilt in every way: a whole epoch, nothing lost, nothing doubled.
 
-import contextlib
 import csv
 import io
 import random
@@ -114,27 +113,6 @@ def test_an_epoch_from_s3_is_each_sample_once(shelf, s3, tmp_path):
     assert keys == trained_keys(str(shelf), 0, 6)[0]
     some, _ = trained_keys("s3://pairs/shards/{00001..00003}.tar", 0, 3, batch_size=12)
     assert sorted(some) == sorted(key for key in keys if key[4] in "123")
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    from moto.server import ThreadedMotoServer
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    storage._filesystem_of.cache_clear()
-    yield
-    storage._filesystem_of.cache_clear()
-    server.stop()
 
 
 # ---- Spoilt samples
