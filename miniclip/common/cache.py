@@ -51,12 +51,13 @@ class Cache:
         except OSError as error:
             raise ValueError(f"{url} can't be kept in {self.folder}: {error}") from error
 
-    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> None:
+    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> int:
         """Fetches a file for who opens it later. It stays where it is if that fails, or another process is at it: who
-        opens it will wait for that process, or meet the error."""
+        opens it will wait for that process, or meet the error. Returns the bytes that it takes here."""
         if local_path(url) is None:
-            with suppress(ValueError, OSError):
-                self._opened(url, size, sha256, patience_s=0).close()
+            with suppress(ValueError, OSError), self._opened(url, size, sha256, patience_s=0) as file:
+                return os.fstat(file.fileno()).st_size
+        return 0
 
     def _opened(self, url: str, size: int | None, sha256: str | None, patience_s: float = -1) -> IO[bytes]:
         path = self._path(url, sha256)

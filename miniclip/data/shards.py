@@ -258,12 +258,18 @@ class Shards:
         _refuse_longer(file, entry)
         return file
 
-    def prefetch(self, shard: int) -> None:
-        """Brings a remote shard into the cache. What goes wrong is left to who reads from it."""
+    def prefetch(self, shard: int, room: int) -> int:
+        """Brings a remote shard into the cache if it takes at most `room` bytes there, and returns what it takes. What
+        goes wrong is left to who reads from it."""
         entry = self.entries[shard]
+        taken = entry.remote_bytes
+        if taken > room:
+            return taken
         with suppress(ValueError):  # a name that leads out of its folder
-            self.cache.prefetch(join(entry.folder, entry.offsets), sha256=entry.offsets_sha256)
-            self.cache.prefetch(entry.location, entry.bytes, entry.sha256)
+            taken += self.cache.prefetch(join(entry.folder, entry.offsets), sha256=entry.offsets_sha256)
+            if taken <= room:
+                self.cache.prefetch(entry.location, entry.bytes, entry.sha256)
+        return taken
 
     def _shard(self, shard: int) -> tuple[IO[bytes], dict[str, np.ndarray]]:
         with self._lock:

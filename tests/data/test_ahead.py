@@ -200,7 +200,7 @@ def test_nothing_is_fetched_for_after_the_end_of_training(serve, tmp_path):
 @pytest.mark.parametrize("reserved", [False, True])
 def test_the_cache_keeps_its_bound_and_what_is_trained_on(serve, tmp_path, reserved, files):
     """Of a next block that does not fit beside the current one, only the shards that do are fetched."""
-    largest = max(len(data) for path, data in files.items() if path.endswith(".tar"))
+    largest = max(len(data) + len(files[f"{path[:-4]}.npz"]) for path, data in files.items() if path.endswith(".tar"))
     server = serve()
     room = {"limit_bytes": 6 * largest, "reserved_bytes": 2 * largest} if reserved else {"limit_bytes": 4 * largest}
     dataset = dataset_of(server, tmp_path, **room)

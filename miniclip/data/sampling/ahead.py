@@ -57,7 +57,6 @@ class Ahead:
             block, following = blocks.get()
             room = self._shards.cache.limit_bytes - self._reserved_bytes
             for shard in dict.fromkeys([*block, *following]):
-                room -= self._shards.entries[shard].remote_bytes
-                if room < 0:
+                room -= self._shards.prefetch(shard, room)
+                if room < 0:  # more would push out what is trained on
                     break
-                self._shards.prefetch(shard)
