@@ -44,7 +44,8 @@ def training_data(source: str | Path, order: str, **options: Any) -> PairDataMod
     settings = {"batch_size": BATCH_SIZE, "num_workers": 0, "image_size": IMAGE_SIZE, **options}
     data = PairDataModule(str(source), order=order, **settings)  # type: ignore[arg-type]
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    facts = {"global_step": 0, "global_rank": 0, "world_size": 1, "max_steps": 10**6, "is_global_zero": True}
+    facts = {"global_step": 0, "global_rank": 0, "world_size": 1, "is_global_zero": True}
+    facts |= {"max_steps": 10**6, "max_epochs": -1}
     data.trainer = SimpleNamespace(strategy=strategy, **facts)  # type: ignore[assignment]
     data.setup("fit")
     return data
