@@ -135,6 +135,14 @@ def test_the_parts_of_a_job_array_are_one_folder_in_whatever_order_they_end(tmp_
     assert write(tmp_path / "out", (1, count), layout=layout).was_there
 
 
+def test_only_one_of_two_processes_that_end_together_is_the_last(tmp_path):
+    works = [Work(tmp_path / "out", plan(), (number, 2)) for number in (1, 2)]
+    for work in works:
+        fill(work)
+    ends = [work.finish([], {}) for work in works]
+    assert [(each.missing, each.is_last, each.was_there) for each in ends] == [(0, True, False), (0, False, False)]
+
+
 def test_a_part_that_is_done_says_how_many_files_are_missing(tmp_path):
     done = write(tmp_path / "out", (1, 2))
     assert (done.missing, done.files) == (1, 3)

@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
             use_ray=options.engine == "ray",
             progress=progress,
         )
-    if not done.missing:
+    if done.is_last or (not done.missing and (num_processes == 1 or (done.was_there and rank == 0))):
         print(_sentence(done))
     elif num_processes == 1:
         print(f"part {part} of {parts} is done; {done.out} comes when {done.missing} of {done.files} files more are")

@@ -102,6 +102,7 @@ class Embedded:
         left_out: files and rows of the source that are none of its rows.
         missing: parts that other processes have not written yet; until then the folder has not got its name.
         was_there: the folder was complete before this run.
+        is_last: this process gave the folder its name.
     """
 
     out: Path
@@ -112,6 +113,7 @@ class Embedded:
     size_bytes: int = 0
     missing: int = 0
     was_there: bool = False
+    is_last: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +315,7 @@ class Work:
             if missing:
                 return Embedded(self.out, missing=missing, files=self.plan.num_files)
             self._complete(left_out, versions, identity)
-            return _read_embedded(self.out)
+            return replace(_read_embedded(self.out), is_last=True)
 
     def _complete(self, left_out: Sequence[LeftOut], versions: dict[str, str], identity: str | None) -> None:
         """Each step can be done again by a process that comes after one that was killed here."""
