@@ -69,8 +69,8 @@ def clip_loss(
         p = gather_pairs(image_features, text_features, chunk_size, mask, groups, across_processes)
         scale = p.number(logit_scale)
         over_texts, over_images = LogSumExps.apply(p.images, p.all_texts, scale, p)
-        # over_texts is (b,), over_images (B,): a process has each text's sum over its own images only. p.own are its b
-        # of the B pairs; p.images and p.texts are (b, E), p.all_texts is (B, E).
+        # over_texts is (b,), over_images is (B,): a process has each text's sum over its own images only. p.own are its
+        # b of the B pairs; p.images and p.texts are (b, E), p.all_texts is (B, E).
         over_images = (log_sum_exp(over_images) if across_processes else over_images)[p.own]  # (b,)
         targets = p.texts if p.all_groups is None else group_means(p.all_texts, p.all_groups, p.all_mask)[p.own]
         agreement = scale * (p.images * targets).sum(dim=-1)  # (b,), with its own text, or on average with its group's

@@ -49,7 +49,7 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, pool
     visible = None
     if is_causal and pool is not None:
         visible = (torch.arange(k.shape[1], device=k.device) <= pool[:, None])[:, None, None]  # (B, 1, 1, N)
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, N, D/H)
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, N or 1, D/H)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal and pool is None)
     return y.transpose(1, 2).flatten(2)
 

@@ -124,7 +124,8 @@ class ModifiedResNet(nn.Module):
         """
         x = self.stem(folded.channels_last(images))  # (B, D, R / 4, R / 4)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)  # at last (B, 32 * D, R / 32, R / 32)
+            x = layer(x)
+        # x is (B, 32 * D, R / 32, R / 32)
         return self.attnpool(x, all_tokens=True) if all_tokens else self.attnpool(x)
 
     def stem(self, x: Tensor) -> Tensor:

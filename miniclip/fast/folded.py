@@ -15,7 +15,7 @@ from .plain import is_eager, is_guarded, is_plain
 
 
 def patches(conv: nn.Module, images: Tensor) -> Tensor:
-    """conv(images).flatten(2).mT: (B, 3, R, R) -> (B, N, D).
+    """conv(images).flatten(2).mT: (B, 3, R, R) -> (B, patches, D).
 
     A convolution of patches that do not overlap is one matrix product, which is faster.
     """
@@ -23,7 +23,7 @@ def patches(conv: nn.Module, images: Tensor) -> Tensor:
         return conv(images).flatten(2).transpose(1, 2)  # .mT is unknown to the older ONNX exporter
     P = conv.kernel_size[0]
     x = images.unflatten(2, (-1, P)).unflatten(4, (-1, P))  # (B, 3, rows, P, columns, P)
-    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 * P * P)
+    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, patches, 3 * P * P)
     return matmul.linear(x, conv.weight.flatten(1), conv.bias)
 
 
