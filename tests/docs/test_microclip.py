@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import write_pairs
 from PIL import Image
+from shape_comments import Source, judge, recording
 
 import miniclip
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
@@ -86,6 +87,23 @@ def test_guesses_are_the_packages(models, tmp_path):
         images = torch.stack([preprocess(image) for image in square])
         expected = (ours.encode_image(images, normalize=True) @ weights).argmax(dim=1)
     assert micro.classify(theirs, paths, names, templates) == [names[i] for i in expected]
+
+
+def test_its_shape_comments_are_true(models):
+    source = Source.of(ROOT / "examples" / "microclip.py")
+    model, images = models[1], torch.randn(4, 3, 28, 28)
+    seen = []
+    with recording([source]) as calls:
+        model.visual(images)
+    seen.append(judge(calls.values(), {"B": 4, "R": 28, "N": 17, "patches": 16, "D": 128, "H": 2, "E": 128}))
+    with recording([source]) as calls:
+        model.encode_text(TEXTS[:3])
+    seen.append(judge(calls.values(), {"B": 3, "L": 32, "N": 32, "D": 128, "H": 2, "E": 128}))
+    with recording([source]) as calls:
+        micro.clip_loss(model.encode_image(images), model.encode_text(TEXTS), model.logit_scale)
+    seen.append(judge(calls.values(), {"B": 4, "E": 128, "D": 128, "H": 2}))
+    assert [wrong for _, wrong in seen] == [[], [], []]
+    assert set(source.comments()) == {comment for reached, _ in seen for comment in reached}
 
 
 def test_training_learns_which_caption_is_whose(tmp_path, capsys):
