@@ -89,12 +89,17 @@ def group_means(features: Tensor, groups: Tensor, healthy: Tensor | None) -> Ten
     """(B, E): for each row the mean of its group's healthy rows.
 
     Sums run over rows sorted by group and means are looked up as embeddings: both add in one order, whatever the number
-    of threads, forwards and backwards.
+    of threads, forwards and backwards. There is a place for as many groups as rows, so a GPU is not asked for their
+    number, as `unique` would.
     """
-    _, group, sizes = groups.unique(return_inverse=True, return_counts=True)  # (B,), (groups,)
+    order = groups.argsort(stable=True)  # (B,)
+    in_order = groups[order]
+    nth = F.pad(in_order[1:] != in_order[:-1], (1, 0)).cumsum(dim=0)  # (B,) which group a row in order belongs to
+    group = torch.empty_like(nth).scatter_(0, order, nth)  # (B,) the same, of each row
+    starts = torch.searchsorted(nth, torch.arange(len(nth), device=nth.device))  # (B,); B where there is no such group
     weights = torch.ones_like(features[:, :1]) if healthy is None else healthy[:, None].to(features.dtype)  # (B, 1)
-    rows, starts = torch.cat([features * weights, weights], dim=1), sizes.cumsum(dim=0) - sizes
-    sums = F.embedding_bag(group.argsort(stable=True), rows, starts, mode="sum")  # (groups, E + 1)
+    rows = torch.cat([features * weights, weights], dim=1)
+    sums = F.embedding_bag(order, rows, starts, mode="sum")  # (B, E + 1), zeros from the last group on
     return F.embedding(group, sums[:, :-1] / sums[:, -1:].clamp(min=1))
 
 

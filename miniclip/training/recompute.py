@@ -111,5 +111,6 @@ def drop_patches(x: Tensor, share: float) -> Tensor:
     B, N, _ = x.shape
     kept = max(1, round((N - 1) * (1 - share)))
     order = torch.rand(B, N - 1, device=x.device).argsort(dim=1)
-    indices = F.pad(1 + order[:, :kept], (1, 0))  # (B, 1 + kept)
-    return x[torch.arange(B, device=x.device)[:, None], indices]
+    indices = F.pad(1 + order[:, :kept], (1, 0)) + N * torch.arange(B, device=x.device)[:, None]  # (B, 1 + kept)
+    # x[rows, indices] would sort for its gradient; here no row is taken twice.
+    return x.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, indices.shape)
