@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ..common import lighter_lightning  # noqa: F401 (before Lightning)
+
+# isort: split
 import difflib
 import logging
 import math
