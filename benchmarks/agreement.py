@@ -9,7 +9,7 @@ import peers
 import samples
 import steps
 import torch
-from harness import OURS
+from contenders import OURS
 from open_clip.loss import ClipLoss
 from torch import Tensor
 

@@ -38,8 +38,9 @@ import steps
 import torch
 import torch.nn.functional as F
 from agreement import CPU, Way, outcome
+from contenders import OURS, THEIRS
 from gpu_page import page
-from harness import OURS, THEIRS, Job, Timing
+from harness import Job, Timing
 from open_clip.loss import ClipLoss
 from rich.console import Console
 

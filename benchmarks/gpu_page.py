@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import OURS, THEIRS
+from contenders import OURS, THEIRS
 
 
 def page(document: dict[str, Any]) -> str:

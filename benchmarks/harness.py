@@ -8,7 +8,6 @@ behind would serve the next.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -16,23 +15,18 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from machine import Machine, forget_peak, resident_mb, versions
+from contenders import LIMIT, MOST_DIFFERENCE, OURS, beside, precision
+from machine import Machine, forget_peak, resident_mb
 from rich.console import Console
+from tables import reached, summary, write
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-from miniclip.common.files import write_text
-
-MOST_DIFFERENCE = 1e-5  # between outputs that should be equal, as a share of the largest number
-OURS, THEIRS, LIMIT = "miniclip", "open_clip", "limit"
-PEERS = (THEIRS, "transformers", "OpenAI")
-ENGINES = ("OpenVINO",)  # they only run a model that another library has made
 
 
 class Job(NamedTuple):
@@ -64,6 +58,7 @@ class Case:
         measures_memory: measures peak memory without a target.
         bytes_moved: bytes that a run must move besides the operands of matrix products, such as the optimiser's.
         is_slow: there is no warm-up, and there are few rounds.
+        may_differ: contenders whose outputs are not expected to be equal; how far they are is reported.
         threads: a number of threads for this case alone.
         note: what a reader has to know beside the figures.
     """
@@ -76,6 +71,7 @@ class Case:
     measures_memory: bool = False
     bytes_moved: float = 0
     is_slow: bool = False
+    may_differ: Sequence[str] = ()
     threads: int | None = None
     note: str = ""
 
@@ -179,7 +175,8 @@ def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
 def difference(found: Any, reference: Any) -> float:
     """The largest difference of tensors, or of dicts of them, as a share of the reference's largest number.
 
-    For anything else it is 0 if the two are equal, and infinite if not.
+    For token ids it is the share of rows that differ. For anything else it is 0 if the two are equal, and infinite if
+    not.
     """
     if isinstance(reference, Mapping):
         if not isinstance(found, Mapping) or found.keys() != reference.keys():
@@ -190,7 +187,7 @@ def difference(found: Any, reference: Any) -> float:
     if found.shape != reference.shape:
         return math.inf
     if not reference.is_floating_point():
-        return 0.0 if torch.equal(found.long(), reference.long()) else math.inf
+        return (found.long() != reference.long()).reshape(len(reference), -1).any(dim=1).double().mean().item()
     share = ((found - reference).abs().max() / reference.abs().max()).item()
     return share if math.isfinite(share) else math.inf
 
@@ -255,17 +252,23 @@ def measure(
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(threads)
-    compared = {name: difference(results[OURS], results[name]) for name in jobs if name in (*PEERS, *ENGINES)}
+    compared = {name: difference(results[OURS], results[name]) for name in jobs if name not in (OURS, LIMIT)}
+    ours = {name: beside(name, times) for name in compared}
     row: dict[str, Any] = {
         "title": case.title,
         "seconds": {name: t.median for name, t in times.items()},
         "spread": {name: t.spread for name, t in times.items()},
         "cpu_seconds": {name: t.cpu_median for name, t in times.items()},
         "rounds": len(times[OURS].wall),
-        "times_as_fast": {name: times[name].median / times[OURS].median for name in compared},
-        "times_as_fast_cpu": {name: times[name].cpu_median / times[OURS].cpu_median for name in compared},
+        "beside": ours,
+        "times_as_fast": {name: times[name].median / times[ours[name]].median for name in compared},
+        "times_as_fast_cpu": {name: times[name].cpu_median / times[ours[name]].cpu_median for name in compared},
         "difference": compared if results[OURS] is not None else {},
-        "agrees": all(value <= MOST_DIFFERENCE for value in compared.values()),
+        "agrees": all(
+            value <= MOST_DIFFERENCE
+            for name, value in compared.items()
+            if not precision(name) and name not in case.may_differ
+        ),
         "flops": flops,
         "limit_seconds": _limit(case, times, flops, machine),
         "targets": dict(case.targets),
@@ -278,7 +281,7 @@ def measure(
     if alone is not None and (case.measures_memory or case.memory_target):
         tell("memory")
         row["memory_mb"] = _memory(case, alone)
-    row["reached"] = _reached(row)
+    row["reached"] = reached(row)
     return row
 
 
@@ -288,23 +291,6 @@ def _limit(case: Case, times: Mapping[str, Timing], flops: int, machine: Machine
         return times[LIMIT].median
     seconds = flops / machine.flops + case.bytes_moved / machine.bandwidth
     return seconds or None
-
-
-def _reached(row: Mapping[str, Any]) -> bool | None:
-    """Whether the targets are met; None without a target whose peer took part."""
-    found = dict(row["times_as_fast"])
-    if found.keys() & set(PEERS):
-        found["best"] = _best(found)
-    met = [found[name] >= target for name, target in row["targets"].items() if name in found]
-    memory = row["memory_mb"]
-    if row["memory_target"] and {OURS, "open_clip"} <= memory.keys():
-        met.append(memory[OURS] <= row["memory_target"] * memory["open_clip"])
-    return all(met) if met else None
-
-
-def _best(times_as_fast: Mapping[str, float]) -> float:
-    """How many times as fast as the fastest peer that runs on PyTorch."""
-    return min(times for name, times in times_as_fast.items() if name in PEERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +322,7 @@ def run(
                 continue
         console.print(f"{head}, {time.perf_counter() - begin:.0f} s: {summary(row)}", highlight=False)
         if not row["agrees"]:
-            apart = ", ".join(f"{name} by {value:.1e}" for name, value in row["difference"].items())
+            apart = ", ".join(f"{name} by {value:.1e}" for name, value in row["difference"].items() if value)
             console.print(f"  [red]outputs differ[/red] from {apart}; at most {MOST_DIFFERENCE:g} is allowed")
             all_well = False
         if out is not None:
@@ -346,99 +332,3 @@ def run(
 
 def _tell(status: Any, head: str, doing: str) -> None:
     status.update(f"{head}: {doing}")
-
-
-def summary(row: Mapping[str, Any]) -> str:
-    """A line for the terminal."""
-    parts = [f"{_time(row['seconds'][OURS])} ± {_time(row['spread'][OURS])}"]
-    for name, ratio in row["times_as_fast"].items():
-        parts.append(f"{ratio:.2f} × as fast as {name} ({row['times_as_fast_cpu'][name]:.2f} by processor time)")
-    memory = row["memory_mb"]
-    if {OURS, "open_clip"} <= memory.keys():
-        parts.append(f"{memory[OURS]:.0f} MB, {memory[OURS] / memory['open_clip']:.2f} of open_clip's")
-    if row["reached"] is not None:
-        parts.append("target reached" if row["reached"] else "below the target")
-    return "; ".join(parts)
-
-
-def write(out: Path, machine: Machine, size: str, rows: Mapping[str, Any]) -> None:
-    """Writes `out`.json and `out`.md: these rows, and the other rows that were there."""
-    path = out.with_suffix(".json")
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    facts = {"machine": asdict(machine), "versions": versions(), "size": size}
-    document = {**facts, "rows": {**known.get("rows", {}), **rows}}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    write_text(out.with_suffix(".md"), _page(document))
-
-
-def _page(document: Mapping[str, Any]) -> str:
-    machine, rows = document["machine"], document["rows"]
-    head = [
-        "case",
-        OURS,
-        *PEERS,
-        *ENGINES,
-        "× open_clip",
-        "× best peer",
-        "by CPU time",
-        "target",
-        "limit",
-        "peak MB",
-        "differ by",
-    ]
-    lines = [head, ["---"] * len(head), *(_cells(row) for row in rows.values())]
-    days = sorted({row["date"] for row in rows.values()})
-    threads = sorted({row["threads"] for row in rows.values()})
-    product = f"{machine['flops'] / 1e9:.0f} GFLOP/s ({machine['source']})"
-    text = [
-        f"# {machine['name']}",
-        f"`python benchmarks/run.py{'' if document['size'] == 'full' else ' --' + document['size']}`, "
-        f"{' to '.join(dict.fromkeys([days[0], days[-1]]))}; {machine['processor']}; "
-        f"{' or '.join(map(str, threads))} threads; "
-        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-        + ".",
-        f"Matrix products reach {product}, copies {machine['bandwidth'] / 1e9:.1f} GB/s.",
-        "\n".join("| " + " | ".join(line) + " |" for line in lines),
-        "Each time is the median of rounds that the contenders take in turns, ± half of its range. A ratio above 1 "
-        'means that miniclip is faster; "by CPU time" is the ratio to open_clip of what all processors worked, which '
-        "other work on the machine hardly touches. The limit is what the matrix products, and the bytes that have to "
-        "be moved, take at the rates above, or work that no contender can do without, in per cent of miniclip's time. "
-        "Peak memory is above what imports take: miniclip's, open_clip's, and their ratio. Outputs may differ by "
-        f"{MOST_DIFFERENCE:g} of the largest number; – stands where there is nothing to compare, as where crops are "
-        "drawn at random. Targets in bold are not reached. docs/speed.md says how all this is measured and what bounds "
-        "each case.",
-    ]
-    notes = [f"- {row['title']}: {row['note']}" for row in rows.values() if row["note"]]
-    return "\n\n".join([*text, *(["\n".join(notes)] if notes else [])]) + "\n"
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    seconds, ratios, memory = row["seconds"], row["times_as_fast"], row["memory_mb"]
-    times = [
-        f"{_time(seconds[n])} ± {_time(row['spread'][n])}" if n in seconds else "–" for n in (OURS, *PEERS, *ENGINES)
-    ]
-    wanted = [f"{target:g} × {name}" for name, target in row["targets"].items()]
-    if row["memory_target"]:
-        wanted.append(f"{row['memory_target']:g} of its memory")
-    target = ", ".join(wanted) or "–"
-    limit = row["limit_seconds"]
-    peak = [f"{memory[name]:.0f}" for name in (OURS, "open_clip") if name in memory]
-    if len(peak) == 2:
-        peak.append(f"{memory[OURS] / memory['open_clip']:.2f}")
-    cpu = row["times_as_fast_cpu"].get("open_clip")
-    return [
-        row["title"],
-        *times,
-        f"{ratios['open_clip']:.2f}" if "open_clip" in ratios else "–",
-        f"{_best(ratios):.2f}" if ratios else "–",
-        "–" if cpu is None else f"{cpu:.2f}",
-        f"**{target}**" if row["reached"] is False else target,
-        "–" if limit is None else f"{limit / seconds[OURS]:.0%}",
-        " / ".join(peak) or "–",
-        f"{max(row['difference'].values()):.0e}" if row["difference"] else "–",
-    ]
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.{0 if seconds >= 0.1 else 1}f} ms"

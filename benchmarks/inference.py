@@ -10,12 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import engines
+import numpy as np
 import open_clip
 import peers
 import samples
 import torch
 import transformers
-from harness import LIMIT, OURS, PEERS, Case, Job, process
+from contenders import LIMIT, OURS, PEERS
+from harness import Case, Job, process
+from machine import vendor_name
 from open_clip.openai import load_openai_model
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
@@ -29,8 +33,14 @@ from miniclip.config import CLIPConfig
 from miniclip.evaluation import prompts
 from miniclip.evaluation.datasets.open import open_images
 from miniclip.evaluation.features import encode_images
+from miniclip.fast.packed_texts import trim_text
 from miniclip.images import open_image
 from miniclip.weights.load import preprocess_for
+
+try:
+    import instant_clip_tokenizer
+except ImportError:  # there are no wheels for the newest Pythons
+    instant_clip_tokenizer = None
 
 MODELS = ("small", "ViT-B/32", "ViT-B/16", "RN50")
 _PROGRAM = "import sys; sys.argv[0] = 'miniclip'; from miniclip.commands.main import main; main()"
@@ -53,9 +63,21 @@ def _short(name: str) -> str:
     return name.removeprefix("ViT-").replace("/", "").lower()
 
 
-def _contenders(config: CLIPConfig, make: Callable[[str], Job]) -> Mapping[str, Callable[[], Job]]:
+def _contenders(config: CLIPConfig, make: Callable[[str], Job]) -> dict[str, Callable[[], Job]]:
     """The libraries that have the architecture."""
     return {name: partial(make, name) for name in (OURS, *PEERS) if peers.takes_part(name, config)}
+
+
+def _engines(
+    tower: str, config: CLIPConfig, folder: Path, inputs: Callable[[], Tensor]
+) -> Mapping[str, Callable[[], Job]]:
+    """Inference engines in their precisions. inputs: returns images, or ids padded to the longest text."""
+
+    def make(name: str) -> Job:
+        run, array = engines.open_engine(name, tower, config, folder), inputs().numpy()
+        return Job(lambda: torch.from_numpy(run(array)))
+
+    return {name: partial(make, name) for name in engines.ENGINES}
 
 
 def images(name: str, batch: int, size: str, folder: Path) -> Case:
@@ -63,40 +85,55 @@ def images(name: str, batch: int, size: str, folder: Path) -> Case:
     count = {"full": batch, "quick": min(batch, 4), "tiny": min(batch, 2)}[size]
     side = config.vision.image_size
 
+    def draw() -> Tensor:
+        return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
     def make(contender: str) -> Job:
-        model = peers.for_inference(contender, config, folder)
-        pixels = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+        model, pixels = peers.for_inference(contender, config, folder), draw()
         if contender == "transformers":
             return Job(torch.inference_mode()(lambda: model.get_image_features(pixel_values=pixels).pooler_output))
         return Job(torch.inference_mode()(lambda: model.encode_image(pixels)))
 
-    targets = {"best": 1.05 if batch > 1 else 1.1} if name in ("ViT-B/32", "RN50") else {}
-    return Case(f"image-{_short(name)}-{batch}", f"{name} image, batch {count}", _contenders(config, make), targets)
+    contenders, targets = _contenders(config, make), dict[str, float]()
+    if name in ("ViT-B/32", "RN50"):
+        targets["best"] = 1.05 if batch > 1 else 1.1
+    if name == "ViT-B/32":
+        contenders |= _engines("image", config, folder, draw)
+        targets |= {"OpenVINO": 1.0, "OpenVINO bf16": 0.9} | ({"best": 1.9} if vendor_name() == "AMD" else {})
+    return Case(f"image-{_short(name)}-{batch}", f"{name} image, batch {count}", contenders, targets)
 
 
 def texts(size: str, folder: Path) -> list[Case]:
     config = peers.architecture("ViT-B/32", size)
     count = {"full": 64, "quick": 16, "tiny": 4}[size]
 
+    def padded(kind: Callable[[int], list[str]]) -> Tensor:
+        return trim_text(miniclip.tokenize(kind(count)), tokenizer.END_OF_TEXT).long()
+
     def make(kind: Callable[[int], list[str]], contender: str) -> Job:
         model = peers.for_inference(contender, config, folder)
-        tokens = miniclip.tokenize(kind(count))
         if contender == "transformers":  # its own tokenizer pads to the longest
-            longest = int((tokens == tokenizer.END_OF_TEXT).int().argmax(dim=1).max()) + 1
-            ids = tokens[:, :longest].long()
+            ids = padded(kind)
             return Job(torch.inference_mode()(lambda: model.get_text_features(input_ids=ids).pooler_output))
+        tokens = miniclip.tokenize(kind(count))
         return Job(torch.inference_mode()(lambda: model.encode_text(tokens)))
 
+    engines_too = {"OpenVINO": 1.5, "ONNX Runtime": 1.5}
     kinds = (
         ("equal", "prompts of 13 tokens each", samples.prompts_of_length, {"open_clip": 7.0, "transformers": 1.05}),
-        ("prompts", "shuffled prompts of 6 to 18 tokens", samples.template_prompts, {"transformers": 1.3}),
+        (
+            "prompts",
+            "shuffled prompts of 6 to 18 tokens",
+            samples.template_prompts,
+            {"transformers": 1.3, **engines_too},
+        ),
         ("captions", "captions", samples.captions, {}),
     )
     return [
         Case(
             f"text-{name}",
             f"ViT-B/32 text, {count} {what}",
-            _contenders(config, partial(make, kind)),
+            _contenders(config, partial(make, kind)) | _engines("text", config, folder, partial(padded, kind)),
             targets,
             note=f"{_different_beginnings(kind(count)):.0%} of the tokens are left where shared beginnings count once",
         )
@@ -134,6 +171,7 @@ def classifier(size: str, folder: Path) -> Case:
 
 
 def tokenizers(size: str, folder: Path) -> list[Case]:
+    """Cold: as after the vocabulary was read. The Rust tokenizers repair no text, so some ids of theirs differ."""
     count = {"full": 5000, "quick": 1000, "tiny": 20}[size]
     kinds = {"captions": samples.captions, "ASCII": samples.web_texts, "Unicode": samples.unicode_texts}
     found = []
@@ -154,24 +192,42 @@ def tokenizers(size: str, folder: Path) -> list[Case]:
 
                 return Job(lambda: their_tokenizer(lines), prepare=forget if is_cold else None)
 
+            def by_hugging_face(draw: Callable[[int], list[str]] = draw, is_cold: bool = is_cold) -> Job:
+                lines, fast = draw(count), peers.transformers_tokenizer()
+                return Job(
+                    lambda: _ids(fast.encode_batch_fast(lines)), prepare=fast.model._clear_cache if is_cold else None
+                )
+
+            def by_instant(draw: Callable[[int], list[str]] = draw) -> Job:
+                lines, rust = draw(count), instant_clip_tokenizer.Tokenizer()  # it keeps no words
+                return Job(lambda: torch.from_numpy(rust.tokenize_batch(lines, context_length=77)))
+
             def shortest(draw: Callable[[int], list[str]] = draw) -> Job:
                 lines = draw(count)
                 return Job(lambda: [hash(word) for line in lines for word in line.lower().split()] and None)
 
             state = "cold" if is_cold else "warm"
-            targets = {"open_clip": 3.0 if is_cold else 8.0} if kind == "captions" else {}
+            rust = {"tokenizers": by_hugging_face} | (
+                {"instant_clip_tokenizer": by_instant} if instant_clip_tokenizer else {}
+            )
+            targets = {"open_clip": 3.0 if is_cold else 8.0, "instant_clip_tokenizer": 0.3 if is_cold else 0.9}
             found.append(
                 Case(
                     f"tokenizer-{kind.lower()}-{state}",
                     f"tokenizer, {count:,} texts, {kind}, {state} cache",
-                    {OURS: ours, "open_clip": theirs, LIMIT: shortest},
-                    targets,
+                    {OURS: ours, "open_clip": theirs, **rust, LIMIT: shortest},
+                    targets if kind == "captions" else {},
+                    may_differ=() if kind == "captions" else tuple(rust),
                     note="the limit is lower-casing, splitting and hashing the words in Python"
                     if kind == "captions" and not is_cold
                     else "",
                 )
             )
     return found
+
+
+def _ids(encodings: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.array([encoding.ids for encoding in encodings]))
 
 
 def loading(size: str, folder: Path) -> list[Case]:

@@ -1,7 +1,7 @@
 """The same CLIP in every library, built from one file of random weights in OpenAI's layout.
 
-open_clip and transformers must be installed; OpenAI's own package (`clip`) takes part where it can be imported, and
-OpenVINO in the image towers of ViT-B/32, which `miniclip export` writes for it.
+open_clip and transformers must be installed; OpenAI's own package (`clip`) takes part where it can be imported.
+`engines.py` has what only runs models that another library has made.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import torch
 import transformers
@@ -23,10 +22,7 @@ from torch import Tensor
 
 import miniclip
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
-from miniclip.inference.exporting.onnx_files import write_onnx
-from miniclip.inference.exporting.openvino_files import write_openvino
-from miniclip.inference.exporting.runner import open_tower
-from miniclip.inference.exporting.towers import towers
+from miniclip.tokenizer import END_OF_TEXT, START_OF_TEXT, learnt_merges, symbol_ids
 from miniclip.weights.layouts import from_openai_keys
 
 try:
@@ -68,7 +64,7 @@ def architecture(name: str, size: str) -> CLIPConfig:
 
 def weights(config: CLIPConfig, folder: Path) -> Path:
     """A file of random weights under OpenAI's names; the first call writes it."""
-    path = folder / f"{_name(config)}.safetensors"
+    path = folder / f"{file_name(config)}.safetensors"
     if not path.is_file():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -77,7 +73,7 @@ def weights(config: CLIPConfig, folder: Path) -> Path:
     return path
 
 
-def _name(config: CLIPConfig) -> str:
+def file_name(config: CLIPConfig) -> str:
     vision = config.vision
     return (
         f"{vision.kind}-{vision.image_size}-{vision.patch_size}-{vision.width}-{config.embed_dim}-{config.activation}"
@@ -86,7 +82,7 @@ def _name(config: CLIPConfig) -> str:
 
 def model_name(config: CLIPConfig, folder: Path) -> str:
     """open_clip's name for the architecture, which a configuration file registers."""
-    name, vision, text = _name(config), config.vision, config.text
+    name, vision, text = file_name(config), config.vision, config.text
     path = folder / "open_clip" / f"{name}.json"
     if name not in open_clip.list_models():
         layers = {"layers": vision.layers, "patch_size": vision.patch_size}
@@ -197,21 +193,22 @@ def _transformers_state(model: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
+def transformers_tokenizer() -> Any:
+    """Hugging Face's `tokenizers` as CLIPTokenizer sets it up: rows of 77, padded with 0 as OpenAI's are."""
+    names = {**symbol_ids(), "<|startoftext|>": START_OF_TEXT, "<|endoftext|>": END_OF_TEXT}
+    by_id = {index: symbol for symbol, index in names.items()}
+    merges = [(by_id[left], by_id[right]) for left, right in learnt_merges()]
+    found = transformers.CLIPTokenizer(vocab=names, merges=merges).backend_tokenizer
+    found.enable_truncation(77)
+    found.enable_padding(length=77, pad_id=0)
+    return found
+
+
 def openais(config: CLIPConfig, folder: Path) -> Any:
     tensors = load_file(weights(config, folder))
     model = openai_model.build_model(dict(tensors)).float()
     model.load_state_dict(tensors)  # once more, as it was made in half precision
     return model
-
-
-def openvinos(config: CLIPConfig, folder: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The image tower as OpenVINO runs it in float32, by `miniclip export`'s files."""
-    path = folder / f"{_name(config)}.xml"
-    if not path.is_file():
-        (image, _), graph = towers(ours(config, folder)), path.with_suffix(".onnx")
-        write_onnx(image, graph)
-        write_openvino(graph, path, "float32")
-    return open_tower(path, threads)
 
 
 def takes_part(name: str, config: CLIPConfig) -> bool:

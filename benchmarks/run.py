@@ -2,8 +2,9 @@
 
     python benchmarks/run.py [CASE …] [--quick]
 
-Writes benchmarks/results/MACHINE.md and .json; the cases that run replace their rows there. CASE may be a prefix of
-several names, such as "image". `--quick` has smaller batches and fewer rounds, takes about five minutes, and writes to
+Beside them stand OpenVINO, ONNX Runtime and two tokenizers in Rust. Writes benchmarks/results/MACHINE.md and .json,
+case by case; the cases that run replace their rows there. CASE is a name, the beginning of several ("image"), or words
+of some ("tokenizer-warm"). `--quick` has smaller batches and fewer rounds, takes about five minutes, and writes to
 MACHINE-quick. The exit status is not 0 if outputs disagree or a case fails.
 
 cases:
@@ -23,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # our commands set it; here
 import harness
 import inference
 import steps
+import tables
 import torch
 import transformers
 from machine import this_machine
@@ -41,15 +43,31 @@ def cases(size: str, folder: Path) -> list[harness.Case]:
 
 
 def chosen(every: list[harness.Case], names: list[str]) -> list[harness.Case]:
-    """The cases whose names start with one of `names`; all of them without names.
+    """The cases that `names` mean, in the order in which they stand; all of them without names.
 
     Raises:
         ValueError: no case has such a name.
     """
+    meant = set[str]()
     for name in names:
-        if not any(case.name.startswith(name) for case in every):
-            raise ValueError(f"no case is or begins with {name!r}; there are {', '.join(case.name for case in every)}")
-    return [case for case in every if not names or any(case.name.startswith(name) for name in names)]
+        found = _meant(name, [case.name for case in every])
+        if not found:
+            raise ValueError(
+                f"no case is, begins with or has the words of {name!r}; "
+                f"there are {', '.join(case.name for case in every)}"
+            )
+        meant |= set(found)
+    return [case for case in every if not names or case.name in meant]
+
+
+def _meant(name: str, every: list[str]) -> list[str]:
+    """The case of that name; else those that begin with it; else those that have all of its words."""
+    words = set(name.split("-"))
+    return (
+        [one for one in every if one == name]
+        or [one for one in every if one.startswith(name)]
+        or [one for one in every if words <= set(one.split("-"))]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         out = options.out
         if out is None and options.size != "tiny":
             out = RESULTS / (machine.name + ("" if options.size == "full" else f"-{options.size}"))
+        if out is not None and (other := tables.other_processor(out, machine)):
+            parser.error(f"{out}.json has figures of {other!r}, and this is {machine.processor!r}; name another --out")
         alone = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--folder", str(folder)]
         alone += [*([] if options.size == "full" else [f"--{options.size}"]), "--alone"]
         console = Console(file=sys.stdout)

@@ -23,7 +23,8 @@ import peers
 import samples
 import torch
 import torch.nn.functional as F
-from harness import LIMIT, OURS, Case, Job, process
+from contenders import LIMIT, OURS
+from harness import Case, Job, process
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.transform import image_transform
 from torch import Tensor
