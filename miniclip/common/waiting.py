@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.queues
@@ -323,6 +324,7 @@ def _start_worker(failures: Any, environment: dict[str, str], worker: int) -> No
     A fork server hands its own environment on, as old as itself; `environment` is that of the workers' process.
     """
     del worker
+    gc.freeze()  # a collection through what a forked worker shares would copy it, 100 MB a worker
     os.environ.clear()
     os.environ.update(environment)
 

@@ -1,6 +1,7 @@
 # A loader's waits, with real workers that are stopped, killed, cut off from shared memory or from files.
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import resource
@@ -70,6 +71,22 @@ def test_workers_have_the_environment_of_the_process_that_they_work_for(start, m
     for number in (3, 5):
         monkeypatch.setenv("NUMBER", str(number))
         assert numbers(PatientLoader(Variable(), 1, num_workers=1, multiprocessing_context=start)) == [number] * 2
+
+
+class Frozen:
+    """Batches of the number of objects that collections of garbage pass by where they are read."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        return gc.get_freeze_count()
+
+
+def test_collections_in_a_worker_leave_alone_what_it_shares():
+    here = gc.get_freeze_count()
+    found = next(iter(PatientLoader(Frozen(), None, num_workers=1, multiprocessing_context="fork")))
+    assert int(found) > here + 10_000
 
 
 @pytest.mark.parametrize("workers", [0, 2])
