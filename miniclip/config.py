@@ -235,6 +235,12 @@ class CLIPConfig:
     init_logit_bias: float | None = None
 
     def __post_init__(self) -> None:
+        for name, tower in (("vision", VisionConfig), ("text", TextConfig)):
+            if not isinstance(getattr(self, name), tower):
+                raise ValueError(
+                    f"CLIPConfig.{name} is {getattr(self, name)!r}; it must be a {tower.__name__}, and "
+                    "`CLIPConfig.from_dict` takes plain values"
+                )
         _require_positive(self, "embed_dim")
         _require_choice(self, "towers", Towers)
         _require_choice(self, "activation", Activation)

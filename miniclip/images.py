@@ -18,6 +18,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from .common.arguments import shown
 from .config import Interpolation, Preprocessing, Resize
 
 
@@ -58,7 +59,13 @@ class Preprocess:
         self.resize, self.resize_size, self.interpolation = resize, resize_size or image_size, interpolation
 
     def crop(self, image: Image.Image) -> Tensor:
-        """(3, R, R) uint8."""
+        """(3, R, R) uint8.
+
+        Raises:
+            ValueError: no picture of Pillow's, or one without a pixel.
+        """
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image is {shown(image)}; it must be a picture of Pillow's, as PIL.Image.open gives")
         is_hf = self.style == "hf"
         image = self._resized(_on_white(image) if is_hf else image)
         R = self.image_size

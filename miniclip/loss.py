@@ -27,11 +27,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .common.processes import log_sum_exp
-from .fast.sliced_loss import LogSumExps, SigmoidLosses, gather_pairs, group_means
+from .fast.sliced_loss import LogSumExps, SigmoidLosses, gather_pairs, group_means, in_full_precision
 
 
 def clip_loss(
@@ -63,11 +62,11 @@ def clip_loss(
         A scalar, the mean over pairs and both directions.
 
     Raises:
-        ValueError: shapes that do not pair up, no pairs, or a mask that leaves none.
+        ValueError: features that are no floats or do not pair up, no pairs, or a mask that leaves none.
     """
-    with torch.autocast(image_features.device.type, enabled=False):
+    with in_full_precision(image_features, text_features):
         p = gather_pairs(image_features, text_features, chunk_size, mask, groups, across_processes)
-        scale = p.number(logit_scale)
+        scale = p.number("logit_scale", logit_scale)
         over_texts, over_images = LogSumExps.apply(p.images, p.all_texts, scale, p)
         # over_texts is (b,), over_images is (B,): a process has each text's sum over its own images only. p.own are its
         # b of the B pairs; p.images and p.texts are (b, E), p.all_texts is (B, E).
@@ -109,9 +108,9 @@ def siglip_loss(
     """
     if logit_bias is None:  # what a CLIP without one has
         raise ValueError("logit_bias is None; the sigmoid loss needs one: a model has it if its init_logit_bias is set")
-    with torch.autocast(image_features.device.type, enabled=False):
+    with in_full_precision(image_features, text_features):
         p = gather_pairs(image_features, text_features, chunk_size, mask, groups, across_processes)
-        scale, bias = p.number(logit_scale), p.number(logit_bias)
+        scale, bias = p.number("logit_scale", logit_scale), p.number("logit_bias", logit_bias)
         return SigmoidLosses.apply(p.images, p.all_texts, scale, bias, p) / p.num_pairs
 
 

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .common.arguments import shown
+from .common.tensors import check_tensor
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .fast import folded, matmul, packed_texts
 from .fast.plain import is_unobserved
@@ -274,6 +276,8 @@ class CLIP(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
+        if not isinstance(config, CLIPConfig):
+            raise ValueError(f"config is {shown(config)}; it must be a CLIPConfig, and `load` takes names and paths")
         self.config = config
         self.visual: VisionTransformer | ModifiedResNet | TimmTower | MissingTower
         self.text: TextTransformer | MissingTower
@@ -307,7 +311,7 @@ class CLIP(nn.Module):
         """Normalised images (N, 3, R, R) -> features (N, E), of unit length if `normalize`.
 
         Raises:
-            ValueError: another shape, or integers (pixels that `preprocess` has not seen).
+            ValueError: no tensor, another shape, or integers (pixels that `preprocess` has not seen).
         """
         self.check_images(images)
         features = self.visual(images.to(self.dtype))
@@ -316,10 +320,9 @@ class CLIP(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """Raises the ValueError of `encode_image`."""
         R = self.visual.input_resolution
+        check_tensor("images", images, "floats", "pixels normalised as the model's preprocess does")
         if images.ndim != 4 or images.shape[1:] != (3, R, R):
             raise ValueError(f"images have the shape {tuple(images.shape)}; this model takes (N, 3, {R}, {R})")
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; this model takes floats normalised as its preprocess does")
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (N, L), L up to the context length -> features (N, E), of unit length if `normalize`.
@@ -327,18 +330,24 @@ class CLIP(nn.Module):
         Padding costs nothing (`fast.packed_texts.encode`), unless the ids are on a GPU.
 
         Raises:
-            ValueError: another shape, or (on the CPU) a row without an end-of-text token.
+            ValueError: no tensor of ids, another shape, or (on the CPU) a row without an end-of-text token or an id
+                without an embedding.
         """
-        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
-            raise ValueError(
-                f"tokens have the shape {tuple(tokens.shape)}; this model takes (N, L) with L at most the context "
-                f"length {self.context_length}"
-            )
+        self.check_tokens(tokens)
         # self.text(tokens), computed without the padding
         features = packed_texts.encode(
             self.text, tokens, self.config.text.eot_token, self.logit_scale.device, self.text_length_multiple
         )
         return self._unit(features) if normalize else features
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises the ValueErrors of `encode_text` about type and shape."""
+        check_tensor("tokens", tokens, "whole numbers", "token ids, as `miniclip.tokenize` makes of texts")
+        if tokens.ndim != 2 or tokens.shape[1] > self.context_length:
+            raise ValueError(
+                f"tokens have the shape {tuple(tokens.shape)}; this model takes (N, L) with L at most the context "
+                f"length {self.context_length}"
+            )
 
     def _unit(self, features: Tensor) -> Tensor:
         """Features scaled to unit length, in the parameters' precision even where autocast left a lower one."""

@@ -20,6 +20,7 @@ import numpy as np
 import regex
 import torch
 
+from .common.arguments import check_count
 from .common.files import ASSETS
 from .config import TextConfig
 
@@ -224,8 +225,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
         TextTooLongError: (a ValueError and a RuntimeError) names the text and its number of tokens.
         ValueError: `context_length` leaves no room, or something that is not a text.
     """
-    if context_length < 2:
-        raise ValueError(f"context_length is {context_length}; start and end of text alone need 2")
+    check_count("context_length", context_length, least=2)  # start and end of text
     if not isinstance(texts, str | Iterable):
         raise ValueError(f"tokenize takes a text or a sequence of texts, not {texts!r}")
     texts = [texts] if isinstance(texts, str) else list(texts)

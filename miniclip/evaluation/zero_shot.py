@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..common.arguments import check_list, check_texts
+from ..common.arguments import check_list, check_texts, shown
 from ..common.wording import percent
 from .datasets.sets import LabelledImages
 from .features import ImageFeatures, encode_images, encode_texts, own_tokenize
@@ -71,6 +71,8 @@ def zero_shot_classifier(
     Raises:
         ValueError: no classes or no templates, a template without a place for the name, or a class without prompts.
     """
+    if not hasattr(model, "encode_text"):
+        raise ValueError(f"model is {shown(model)}; it must be a model, as `load` returns it first")
     classnames = check_texts("classnames", classnames)
     if not isinstance(templates, Mapping):
         templates = check_list("templates", templates, "texts with {} for the class name")

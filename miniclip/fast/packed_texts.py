@@ -84,16 +84,20 @@ def encode(tower: nn.Module, tokens: Tensor, eot_token: int, device: torch.devic
             graphs want few shapes.
 
     Raises:
-        ValueError: a row of ids on the CPU has no end-of-text token.
+        ValueError: a row of ids on the CPU has no end-of-text token, or one without an embedding.
     """
     if tokens.device.type != "cpu":
         return tower(tokens)
     if not (is_eager(tokens) and is_unobserved(tower)):
         return tower(tokens.to(device))
-    if device.type == "cpu" and multiple == 1 and len(tokens):
-        packed, layout, rows = pack_text(tokens, eot_token)
-        return tower(packed, layout=layout)[rows]
-    return tower(trim_text(tokens, eot_token, multiple).to(device))
+    try:
+        if device.type == "cpu" and multiple == 1 and len(tokens):
+            packed, layout, rows = pack_text(tokens, eot_token)
+            return tower(packed, layout=layout)[rows]
+        return tower(trim_text(tokens, eot_token, multiple).to(device))
+    except IndexError as error:  # an embedding's, on the CPU
+        least, most = (int(each) for each in tokens.aminmax())
+        raise ValueError(f"the tokens' ids are {least} to {most}; some of them have no embedding here") from error
 
 
 def text_lengths(tokens: Tensor, eot_token: int) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.arguments import check_count, shown
 from ..common.processes import gather, rank_and_world_size
+from ..common.tensors import check_tensor
 from .matmul import product_into
 
 
@@ -38,8 +40,17 @@ class Contrast:
     chunk_size: int
     everywhere: Callable[[Tensor], Tensor]
 
-    def number(self, value: Tensor | float) -> Tensor:
+    def number(self, name: str, value: Tensor | float) -> Tensor:
+        if value.numel() != 1 if isinstance(value, Tensor) else not hasattr(value, "__float__"):
+            raise ValueError(f"{name} is {shown(value)}; it must be a number, or a tensor of one")
         return torch.as_tensor(value, dtype=self.images.dtype, device=self.images.device)
+
+
+def in_full_precision(image_features: Tensor, text_features: Tensor) -> torch.autocast:
+    """A context without autocast, for features that are tensors of floats."""
+    for name, features in (("image_features", image_features), ("text_features", text_features)):
+        check_tensor(name, features, "floats", "features (B, E), as a model encodes them")
+    return torch.autocast(image_features.device.type, enabled=False)
 
 
 def gather_pairs(
@@ -56,8 +67,12 @@ def gather_pairs(
             f"image features {tuple(image_features.shape)} and text features {tuple(text_features.shape)} "
             "must have the same shape (B, E), with B at least 1"
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for no chunks")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    if mask is not None:
+        check_tensor("mask", mask, "booleans", "(B,), False for the pairs to leave out")
+    if groups is not None:
+        check_tensor("groups", groups, "whole numbers", "(B,), equal for the pairs that fit each other")
     # A compiled graph has no values to look at, and across processes `num_pairs` counts all of them.
     is_alone = not across_processes and not torch.compiler.is_compiling()
     is_empty = mask is not None and is_alone and not mask.any()

@@ -31,14 +31,7 @@ def text_states(model: CLIP, tokens: Tensor, layer: int = -1, norm: bool = True)
     text = model.text
     if isinstance(text, MissingTower):
         raise ValueError("this model has no text tower, so it has no states of texts")
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
-        found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens are of type {found}; they must be a tensor of ids, as `miniclip.tokenize` gives")
-    if tokens.ndim != 2 or tokens.shape[1] > model.context_length:
-        raise ValueError(
-            f"tokens have the shape {tuple(tokens.shape)}; this model takes (B, L) with L at most the context length "
-            f"{model.context_length}"
-        )
+    model.check_tokens(tokens)
     blocks = [*text.transformer.resblocks]
     if not -len(blocks) <= layer < len(blocks):
         raise ValueError(f"layer is {layer}; this text tower has {len(blocks)}, {-len(blocks)} to {len(blocks) - 1}")

@@ -54,7 +54,10 @@ def distillation_loss(
         taught_images = teacher_image_features.detach().to(s.images.dtype)
         taught_texts = teacher_text_features.detach().to(s.images.dtype)
         t = gather_pairs(taught_images, taught_texts, chunk_size, mask, None, across_processes)
-        scales = s.number(logit_scale), s.number(teacher_logit_scale).detach()
+        scales = (
+            s.number("logit_scale", logit_scale),
+            s.number("teacher_logit_scale", teacher_logit_scale).detach(),
+        )
         losses = torch.zeros_like(s.images[:, 0])  # (b,)
         for own, others, taught, taught_others in (
             (s.images, s.all_texts, t.images, t.all_texts),

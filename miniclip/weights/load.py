@@ -98,8 +98,9 @@ def from_pretrained(name: str | Path, **options: Any) -> tuple[CLIP, Callable[[I
     Raises:
         ValueError: as `load`.
     """
-    is_here = Path(name).exists() or str(name).startswith(HUB_PREFIX) or str(name).count("/") != 1
-    return load(name if is_here or str(name) in OPENAI_MODELS else f"{HUB_PREFIX}{name}", **options)
+    name = check_path("name", name)
+    is_here = Path(name).exists() or name.startswith(HUB_PREFIX) or name.count("/") != 1
+    return load(name if is_here or name in OPENAI_MODELS else f"{HUB_PREFIX}{name}", **options)
 
 
 def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:

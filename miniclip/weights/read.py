@@ -59,6 +59,8 @@ def locate(name: str | Path, download_root: str | Path | None = None) -> Path:
         ValueError: neither a path nor a name that is known, or the download fails.
     """
     text = check_path("name", name)
+    if download_root is not None:
+        check_path("download_root", download_root)
     if Path(name).exists():
         return Path(name)
     if text.startswith(HUB_PREFIX):

@@ -109,7 +109,7 @@ def test_features_of_timms_models_are_what_they_give_without_a_classifier(name, 
     "batch, says",
     [
         (torch.zeros(1, 3, 8, 8), r"images have the shape \(1, 3, 8, 8\); this model takes \(N, 3, 16, 16\)"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "images are torch.uint8"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "images is of torch.uint8; it must be of floats"),
     ],
 )
 def test_pixels_that_do_not_fit_are_refused_as_encode_image_does(batch, says):
