@@ -526,7 +526,6 @@ def test_growth_draws_what_it_measures(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)  # processes that import every library
 def test_growth_with_all_else(tmp_path):
     found = growth_of(tmp_path, "batch", "classes", "shards", "ranks")
     assert [point["x"] for point in found["ranks"]["a step of 4 pairs"]] == [1, 2]

@@ -67,7 +67,7 @@ def held_bytes(cache):
     return sum(path.stat().st_size for path in cache.folder.iterdir())
 
 
-def in_processes(actions, timeout_s=20):
+def in_processes(actions, timeout_s=300):
     """Runs each in a forked process, all at once; they have to end well and in time."""
     processes = [FORK.Process(target=action) for action in actions]
     for process in processes:
@@ -299,7 +299,7 @@ def test_nobody_there_is_an_error_after_six_tries(cache):
 def test_a_server_that_stops_answering_is_given_up(serve, cache, monkeypatch):
     monkeypatch.setattr(storage, "_TIMEOUT_S", 0.05)
     release = threading.Event()
-    server = serve({"/a.tar": CONTENT}, before=lambda path, start: release.wait(20))
+    server = serve({"/a.tar": CONTENT}, before=lambda path, start: release.wait(300))
     try:
         with pytest.raises(ValueError, match=r"\(6 tries\): .*[Tt]imeout"):
             cache.open(server.url + "/a.tar", size=len(CONTENT))
@@ -494,15 +494,15 @@ def broken(serve, cache):
     def stall(path, start):
         if start == 5 * PIECE and not release.is_set():
             reached.set()
-            release.wait(20)
+            release.wait(300)
 
     server = serve({"/a.tar": CONTENT, "/b": b"b" * 10}, before=stall)
 
     def start(**expected):
         process = FORK.Process(target=check_content, args=(cache, server.url + "/a.tar"), kwargs=expected)
         process.start()
-        assert reached.wait(20)
-        end = time.monotonic() + 20
+        assert reached.wait(300)
+        end = time.monotonic() + 300
         while held_bytes(cache) < 5 * PIECE:  # what was sent has to be read, too
             assert time.monotonic() < end
         os.kill(process.pid, signal.SIGKILL)
@@ -543,16 +543,16 @@ def test_what_another_process_is_fetching_is_not_deleted(serve, cache):
     def stall(path, start):
         if start == 5 * PIECE:
             reached.set()
-            release.wait(20)
+            release.wait(300)
 
     server = serve({"/a.tar": CONTENT, "/b": b"b" * 10}, before=stall)
     process = FORK.Process(target=check_content, args=(cache, server.url + "/a.tar"), kwargs={"size": len(CONTENT)})
     process.start()
-    assert reached.wait(20)
+    assert reached.wait(300)
     fetched(Cache(cache.folder, limit_bytes=100_000), server.url + "/b")
     assert held(cache) == ["a.tar.part", "b"]
     release.set()
-    process.join(20)
+    process.join(300)
     assert process.exitcode == 0
 
 
@@ -574,7 +574,7 @@ def test_a_worker_forked_while_fsspec_held_its_lock_does_not_hang(bucket, cache)
     from fsspec.asyn import get_lock
 
     with get_lock():
-        in_processes([partial(check_content, cache, "s3://shards/train/a.tar")], timeout_s=10)
+        in_processes([partial(check_content, cache, "s3://shards/train/a.tar")])
 
 
 def test_workers_forked_while_a_thread_fetches_do_not_hang(serve, tmp_path):
@@ -583,16 +583,16 @@ def test_workers_forked_while_a_thread_fetches_do_not_hang(serve, tmp_path):
     def stall(path, start):
         if path == "/slow" and start == 5 * PIECE:
             reached.set()
-            release.wait(20)
+            release.wait(300)
 
     server = serve({"/a.tar": CONTENT, "/slow": CONTENT}, before=stall)
     cache = Cache(tmp_path / "cache")
     thread = threading.Thread(target=check_content, args=(cache, server.url + "/slow"))
     thread.start()
-    assert reached.wait(20)
+    assert reached.wait(300)
     in_processes([partial(check_content, cache, server.url + "/a.tar")] * 2)
     release.set()
-    thread.join(20)
+    thread.join(300)
     assert held(cache) == ["a.tar", "slow"]
 
 

@@ -241,7 +241,7 @@ def test_processes_at_the_same_time_write_one_index(laion, tmp_path):
         subprocess.Popen([*command, f"{number}/2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for number in (1, 2)
     ]
-    said = sorted(process.communicate(timeout=100)[0] for process in running)
+    said = sorted(process.communicate(timeout=300)[0] for process in running)
     assert [process.returncode for process in running] == [0, 0]
     assert any("20 samples in 5 shards" in each for each in said)
     index_shards(str(laion), tmp_path / "one")

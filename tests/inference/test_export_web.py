@@ -45,7 +45,7 @@ def page(browser, folder):
         browser.driver.get_log("browser")
         browser.driver.get_log("performance")
         browser.driver.get(f"{served.url}/page/index.html")
-        WebDriverWait(browser.driver, 60).until(lambda driver: driver.find_element(By.ID, "work").is_displayed())
+        WebDriverWait(browser.driver, 300).until(lambda driver: driver.find_element(By.ID, "work").is_displayed())
         browser.url = served.url
         yield browser
 
@@ -137,13 +137,13 @@ def test_a_person_classifies_and_searches_and_nothing_leaves_the_host(page, fold
     labels = driver.find_element(By.ID, "labels")
     assert labels.get_attribute("value") == "cat, dog, owl"
     driver.find_element(By.ID, "files").send_keys(str(path))
-    WebDriverWait(driver, 30).until(lambda driver: page.count("#answers li") == 1)
+    WebDriverWait(driver, 300).until(lambda driver: page.count("#answers li") == 1)
     ((name, probability, _),) = Clip(folder / "page").classify([Image.open(path)])
     assert page.text(".answer") == name
     assert f"{name}: {100 * probability:.1f} %" in page.text("#answers")
     driver.find_element(By.ID, "words").send_keys("a dog")
     driver.find_element(By.CSS_SELECTOR, "#search button").click()
-    WebDriverWait(driver, 30).until(lambda driver: page.count("#found li") == 12)
+    WebDriverWait(driver, 300).until(lambda driver: page.count("#found li") == 12)
     runner = Clip(folder / "page")
     files = sorted((folder / "pictures").rglob("*.png"))
     cosines = runner.encode_images([Image.open(file) for file in files]) @ runner.encode_texts(["a dog"])[0]

@@ -116,7 +116,7 @@ def train_as_rank(rank: int, world_size: int, shelves: dict[int, Path], cells: l
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     meeting = f"file://{out}.meeting"
-    dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", meeting, timedelta(seconds=600), rank=rank, world_size=world_size)
     results = [_train_cell(rank, world_size, shelves[cell.shards], cell) for cell in cells]
     if rank == 0:
         out.write_text(json.dumps(results))
@@ -198,7 +198,7 @@ GROUPS = [
 def test_any_number_of_shards_workers_and_ranks_gives_every_sample_once_an_epoch_in_one_order(
     shelves, tmp_path, world_size, cells
 ):
-    results = run_ranks(world_size, shelves, cells, tmp_path / "seen.json", deadline_s=240)
+    results = run_ranks(world_size, shelves, cells, tmp_path / "seen.json", deadline_s=900)
     assert len(results) == len(cells)
     for cell, by_rank in zip(cells, results, strict=True):
         assert len(by_rank) == world_size
@@ -342,7 +342,7 @@ def start_training(
         )
 
 
-def ended(process: subprocess.Popen[bytes], record: Path, deadline_s: float = 300) -> int:
+def ended(process: subprocess.Popen[bytes], record: Path, deadline_s: float = 900) -> int:
     try:
         return process.wait(deadline_s)
     finally:

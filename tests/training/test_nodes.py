@@ -56,7 +56,7 @@ def launch(out, *command, **more):
 
 def assert_ended(outs, processes, status):
     """Shows what all of them said if one does not end: processes that wait say where they are."""
-    end = time.monotonic() + 240
+    end = time.monotonic() + 900
     try:
         for process in processes:
             process.wait(max(0.0, end - time.monotonic()))
@@ -65,7 +65,7 @@ def assert_ended(outs, processes, status):
             for process in processes:
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, number)
-                    process.wait(10)
+                    process.wait(100)
     said = "\n".join(out.read_text() for out in outs)
     assert [process.returncode for process in processes] == [status] * len(processes), said
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -346,7 +347,7 @@ class Waits(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
         if trainer.global_step == 1:
             while not WAITS.search(sys.stderr.getvalue()):  # type: ignore[attr-defined]
-                pass
+                time.sleep(0.05)
 
 
 def test_a_step_that_does_not_end_is_told_with_the_place_it_is_at(data, tmp_path, monkeypatch):
@@ -357,7 +358,7 @@ def test_a_step_that_does_not_end_is_told_with_the_place_it_is_at(data, tmp_path
     assert WAITS.search(said.getvalue())
     for thread in set(threading.enumerate()) - before:
         if thread.name == "watch":
-            thread.join(60)
+            thread.join(300)
             assert not thread.is_alive()
 
 
@@ -397,7 +398,7 @@ def test_a_watch_is_silent_about_what_has_come_and_waits_twice_as_long_as_anythi
         while looks.acquire(blocking=False):
             pass
         for _ in range(times):
-            assert looks.acquire(timeout=60)
+            assert looks.acquire(timeout=300)
 
     with Observed(told.append, silence_s=0.02) as watch:
         watch.begin()

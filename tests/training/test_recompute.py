@@ -375,7 +375,6 @@ def test_compiled_towers_compute_the_same_whatever_else_is_on(graphs, vision):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)  # it calls a C++ compiler some dozens of times
 @pytest.mark.parametrize("vision", ["vit", "resnet"])
 def test_torchs_own_compiler_trains_to_the_same_losses(pairs, tmp_path, vision):
     torch._dynamo.reset()

@@ -230,7 +230,7 @@ def test_processes_that_want_the_same_file_at_once_fetch_it_once(serve, path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert str(CONTENT[:4]) in out
     assert server.requests == 1
@@ -243,7 +243,7 @@ def test_threads_that_want_the_same_file_at_once_fetch_it_once(serve, path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert server.requests == 1
     assert path.read_bytes() == CONTENT
 
@@ -343,7 +343,7 @@ def run_with_hub(name, root, **environment):
     return subprocess.run(
         [sys.executable, "-c", OFFLINE, name, str(root)],
         env={**os.environ, **nowhere, **environment},
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
