@@ -145,18 +145,25 @@ def test_a_run_on_ray_that_is_killed_goes_on_without_it(tmp_path, mortal):
 
 
 @pytest.mark.long
-def test_a_mistake_that_an_actor_meets_is_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    "pixels, message",
+    [
+        ("torch.zeros(3, 8, 8)", "encode_image of {} gives a Tensor of shape (3, 4, 4); (B, E) is needed"),
+        ("image.sizes", "preprocess of {} raised AttributeError: "),  # not a picture that can't be read
+    ],
+)
+def test_a_mistake_that_an_actor_meets_is_one_sentence(tmp_path, pixels, message):
     photos = write_pairs(tmp_path / "photos", 3)
     (tmp_path / "other.py").write_text(
         "import torch, itertools\n"
         "class Other:\n"
         "    fingerprint, logit_scale = 'x', 1.0\n"
-        "    def preprocess(self, image): return torch.zeros(3, 8, 8)\n"
+        f"    def preprocess(self, image): return {pixels}\n"
         "    def tokenize(self, texts): return torch.zeros(len(texts), 4)\n"
         "    def encode_image(self, images): return torch.zeros(len(images), 4, 4)\n"
         "    encode_text = encode_image\n"
     )
     model = f"python:{tmp_path / 'other.py'}:Other"
     done = on_ray(photos, tmp_path / "out", "--model", model, code=2)
-    assert f"error: encode_image of {model} gives a Tensor of shape (3, 4, 4); (B, E) is needed" in done.stderr
+    assert f"error: {message.format(model)}" in done.stderr
     assert "Traceback" not in done.stderr

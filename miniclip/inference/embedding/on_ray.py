@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...common.ray_cluster import Surroundings, by_actors, fetched, ray_cluster
 from ...evaluation.datasets.sets import EvaluationSet
-from ...evaluation.encoder import Encoder
+from ...evaluation.encoder import Encoder, ModelError
 from ...evaluation.features import EncodedBatch, encode_texts
 from ...evaluation.other_libraries import open_model
 from ..sources import Texts
@@ -98,23 +98,35 @@ class OnActor:
 
 
 class _Decode:
-    """Indices (`data`) -> pixels (B, …), and for those that can't be read a blank one and the reason."""
+    """Indices (`data`) -> pixels (B, …), and for those that can't be read a blank one and the reason.
+
+    What the code of a user's model raises is no image's fault: it is the whole batch's `error`.
+    """
 
     def __init__(self, data: Any, preprocess: bytes, here: Surroundings) -> None:
         here.enter()
         self.data, self.preprocess = fetched(data), pickle.loads(preprocess)
-        self.blank = self.preprocess(Image.new("RGB", (32, 32))).numpy()
+
+    @cached_property
+    def blank(self) -> np.ndarray:
+        return self.preprocess(Image.new("RGB", (32, 32))).numpy()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        pixels, problems = [], []
-        for index in batch["data"]:
-            try:
-                pixels.append(self.preprocess(self.data.open(int(index))).numpy())
-                problems.append("")
-            except ValueError as error:
-                pixels.append(self.blank)
-                problems.append(str(error) or "unreadable")
-        return {"index": batch["data"], "pixels": np.stack(pixels), "problem": np.array(problems, dtype=object)}
+        B, error = len(batch["data"]), ""
+        try:
+            pixels, problems = zip(*map(self._pixels, batch["data"]), strict=True)
+        except ModelError as found:
+            pixels, problems, error = (np.zeros((3, 1, 1), np.float32),) * B, ("",) * B, str(found)
+        problem = np.array(problems, dtype=object)
+        return {"index": batch["data"], "pixels": np.stack(pixels), "problem": problem, "error": np.array([error] * B)}
+
+    def _pixels(self, index: np.integer) -> tuple[np.ndarray, str]:
+        try:
+            return self.preprocess(self.data.open(int(index))).numpy(), ""
+        except ModelError:
+            raise
+        except ValueError as error:
+            return self.blank, str(error) or "unreadable"
 
 
 class _EncodeImages:
@@ -125,7 +137,8 @@ class _EncodeImages:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         images = torch.from_numpy(np.array(batch["pixels"]))
-        return _encoded(batch["index"], batch["problem"], lambda: self.model.encoder.encode_image(images))
+        error = str(batch["error"][0])
+        return _encoded(batch["index"], batch["problem"], lambda: self.model.encoder.encode_image(images), error)
 
 
 class _EncodeTexts:
@@ -142,11 +155,18 @@ class _EncodeTexts:
         )
 
 
-def _encoded(indices: np.ndarray, problems: np.ndarray, encode: Callable[[], Tensor]) -> dict[str, Any]:
-    """A batch of features. A user's error is returned, as Ray makes a long report of one that is raised."""
-    error, features = "", np.zeros((len(indices), 1), np.float32)
+def _encoded(
+    indices: np.ndarray, problems: np.ndarray, encode: Callable[[], Tensor], error: str = ""
+) -> dict[str, Any]:
+    """A batch of features. A user's error is returned, as Ray makes a long report of one that is raised.
+
+    Args:
+        error: of the step before; nothing is encoded then.
+    """
+    features = np.zeros((len(indices), 1), np.float32)
     try:
-        features = encode().float().cpu().numpy()
+        if not error:
+            features = encode().float().cpu().numpy()
     except ValueError as found:
         error = str(found)
     return {"index": indices, "problem": problems, "features": features, "error": np.array([error] * len(indices))}
