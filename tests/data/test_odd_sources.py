@@ -210,6 +210,7 @@ def test_what_is_appended_to_a_tar_or_edited_in_it_is_an_error_and_not_lost(tmp_
         ("nan", []),  # as a program wrote it
         (["None", "a null result", "<NA>"], ["a null result"]),
         (7, ["7"]),
+        (["\u200b", "\x00", "\ufeff \u2060", "a\u200bb"], ["a\u200bb"]),  # nothing of the first three can be seen
     ],
 )
 def test_a_cell_is_one_caption_or_a_list_of_them(cell, texts):

@@ -68,6 +68,8 @@ def nfd(text: str) -> str:
         ("ids_and_colons.txt", "".join(f"n0144076{n}: {name}, Latin name\n" for n, name in enumerate(FISH))),
         ("program.py", f'"""Fish."""\nimport torch\n\nCLASSES = {FISH!r}\n'),
         ("program.txt", f"from __future__ import annotations\nNAMES = {FISH!r}"),
+        ("semicolons_at_ends.txt", "".join(f"{name};\n" for name in FISH)),
+        ("typographic.txt", "".join(f"“{name}”\n" for name in FISH)),
         ("bars.txt", "id|name\n" + "".join(f"{n}|{name}\n" for n, name in enumerate(FISH))),
     ],
 )
@@ -98,6 +100,12 @@ def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
         ("a.txt", "class Fish(Enum):\n    TENCH = 0", "'class Fish", "one name a line"),
         ("a.txt", "dict(tench=0, goldfish=1)", r"'dict\(tench", "one name a line"),
         ("a.txt", "<classes>\n<name>tench</name>\n</classes>", "line 1 is '<classes>'", "one name a line"),
+        ("a.txt", "['tench' 'goldfish']", "no comma stands between 'tench' and 'goldfish'", "one name a line"),
+        ("a.py", "A = ['tench',\n  'goldfish'\n  'shark']", "between 'goldfish' and 'shark'", "one name a line"),
+        ("a.txt", "const fish = ['tench', 'goldfish'];", "is code and no name", "one name a line"),
+        ("a.txt", 'fish <- c("tench", "goldfish")', "is code and no name", "one name a line"),
+        ("a.txt", "0: tench\n1: goldfish\n3: shark", "not 0, 1, 2 …: 0, 1, 3", "no gaps"),
+        ("a.txt", "1 tench\n2 goldfish\n4 shark", "not 0, 1, 2 …: 1, 2, 4", "a JSON list keeps numbers"),
         ("a.csv", "x,y\n1,2", "'x', 'y'", "call it 'name'"),
         ("a.csv", "id,name\n0,tench\n0,goldfish", "'id' has a label twice", ""),
         ("a.yaml", "{", "is not YAML", ""),
@@ -115,6 +123,9 @@ def test_numbers_that_belong_to_the_names_stay():
     assert names_of("0\n1\n2", "a.txt") == ("0", "1", "2")
     assert names_of('["0 cats", "1 cat"]', "a.json") == ("0 cats", "1 cat")
     assert names_of("level 0\nlevel 1\nlevel 2", "a.txt") == ("level 0", "level 1", "level 2")
+    assert names_of("1 euro\n2 euro\n5 euro", "a.txt") == ("1 euro", "2 euro", "5 euro")
+    assert names_of("1.5 mm\n0.5 inch", "a.txt") == ("1.5 mm", "0.5 inch")
+    assert names_of("crane (bird), crane (machine)", "a.txt") == ("crane (bird)", "crane (machine)")
     assert names_of("Boeing 737\nBoeing 747", "a.txt") == ("Boeing 737", "Boeing 747")
 
 

@@ -9,6 +9,7 @@ import codecs
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,8 +63,14 @@ def captions_in(text: str) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """A caption without line breaks, with single spaces."""
-    return " ".join(text.split())
+    """A caption without line breaks, with single spaces; nothing if no character of it can be seen."""
+    text = " ".join(text.split())
+    return text if text.isprintable() or any(map(_is_visible, text)) else ""
+
+
+def _is_visible(character: str) -> bool:
+    """False for spaces, controls (NUL) and formats (zero-width spaces, marks of byte order)."""
+    return unicodedata.category(character) not in ("Zs", "Zl", "Zp", "Cc", "Cf")
 
 
 def texts_in(value: Any) -> list[str]:

@@ -21,6 +21,7 @@ import csv
 import io
 import json
 import re
+import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ _MAPPINGS = (
 # A line such as `{c} in the snow` is no code.
 _CODE = re.compile(r"(?:#[^\n]*\n\s*)*(?:\w+\s*(?::[^=\n]*)?=\s*)?(?!\{c?\}.)[\[({]", re.DOTALL)
 _QUOTED = re.compile(r"""(?:lambda\s+\w+\s*:\s*)?[rfu]{0,2}(['"]).*\1(?:\.format\(\w+\))?\s*,?""", re.I)
-_NUMBERED = re.compile(r"(?P<label>\d+)\s*(?P<between>[:.,;)=\t|]|\s)\s*(?P<name>\S.*)")
+_NUMBERED = re.compile(r"(?P<label>\d+)\s*(?P<between>[:;)=\t|]|[.,](?!\d)|\s)\s*(?P<name>\S.*)")
 _NUMBERED_AFTER = re.compile(r"(?P<name>.*?\S)\s*(?P<between>[:,;=\t|]|\s)\s*(?P<label>\d+)")
+_TYPOGRAPHIC = re.compile(r"[“”„«‘’‚](?P<name>.+)[”“»’‘]\s*[,;]?")
 _REMEDY = "write one name a line, or a JSON list of them"
 
 Entry = str | Callable[[str], str]
@@ -64,7 +66,9 @@ def names_of(text: str, source: str) -> tuple[str, ...]:
     """As `read_names`, for a text that was read already. The suffix of `source` and the text show the kind."""
     found = _structure(text, source)
     if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str):  # one class is none to tell apart
-        found = re.split(r"[,;|\t]", found[0].rstrip(",;"))
+        line, found = found[0], re.split(r"[,;|\t]", found[0].rstrip(",;"))
+        if any(re.search(r"""[][{}=<>"]|'$""", part.strip()) or part.count("(") != part.count(")") for part in found):
+            raise ValueError(f"{source} holds the line {line[:60]!r}, which is code and no name; {_REMEDY}")
     return _valid_names(found, source, "class names")
 
 
@@ -188,12 +192,23 @@ def _code(text: str, source: str) -> Any:
             del body[0]  # a docstring
         if len(body) != 1 or not isinstance(body[0], ast.Expr | ast.Assign | ast.AnnAssign) or body[0].value is None:
             raise ValueError("it holds more than one list or mapping")
+        _refuse_joined_texts(text.strip())
         return _literal(body[0].value)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError) as error:
         raise ValueError(
             f"{source} begins with {text.strip()[:20]!r} as code does, and is no list or mapping of texts "
             f"({' '.join(str(error).split())[:150]}); {_REMEDY}"
         ) from error
+
+
+def _refuse_joined_texts(code: str) -> None:
+    """Python makes one text of two without a comma between them, which somebody forgot or NumPy does not print."""
+    before = None
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.STRING and before:
+            raise ValueError(f"no comma stands between {before[:30]} and {token.string[:30]}")
+        if token.type not in (tokenize.NL, tokenize.COMMENT):
+            before = token.string if token.type == tokenize.STRING else None
 
 
 def _literal(node: ast.expr) -> Any:
@@ -251,12 +266,15 @@ def _lines(text: str, source: str) -> Any:
             f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be the name of "
             f"class {comment - 1}; {_REMEDY}"
         )
-    if (
-        len(lines) > 1
-        and all(line.endswith(",") for line in lines[:-1])
-        and not any("," in x.rstrip(",") for x in lines)
-    ):
-        return [line.rstrip(", ") for line in lines]
+    if all(_TYPOGRAPHIC.fullmatch(line) for line in lines):
+        lines = [_TYPOGRAPHIC.sub(r"\g<name>", line) for line in lines]
+    for mark in ",;":
+        if (
+            len(lines) > 1
+            and all(line.endswith(mark) for line in lines[:-1])
+            and not any(mark in x.rstrip(mark) for x in lines)
+        ):
+            return [line.rstrip(f"{mark} ") for line in lines]
     if len(lines) > 1 and all(re.match(r"[-*•] +\S", line) for line in lines):
         return [line[1:].strip() for line in lines]
     if lines[0].lower() in _NAME_COLUMNS and lines[0].lower() not in ("text", "title") and len(lines) > 1:
@@ -280,6 +298,10 @@ def _lines(text: str, source: str) -> Any:
     return lines
 
 
+def _shortened(labels: list[int]) -> str:
+    return ", ".join(map(str, labels[:8])) + (" …" if len(labels) > 8 else "")
+
+
 def _wordnet(lines: list[str], source: str) -> list[str]:
     ids, names = [line[:9] for line in lines], [line[9:].strip(" \t:,;|=") for line in lines]
     if not all(names):
@@ -297,6 +319,12 @@ def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> Any
     labels = [int(part["label"]) for part in parts]
     names = [part["name"].strip().rstrip(",").strip("'\"") for part in parts]
     is_counting = sorted(labels) in (list(range(len(lines))), list(range(1, len(lines) + 1)))
+    is_list = kind is _NUMBERED and min(labels) in (0, 1) and len(set(names)) == len(lines)
+    if is_list and not is_counting:
+        raise ValueError(
+            f"{source}: each line has a number ({lines[0][:40]!r}), and they are not 0, 1, 2 …: {_shortened(labels)}. "
+            "Labels have no gaps; a JSON list keeps numbers in names"
+        )
     if not is_counting or (kind is _NUMBERED_AFTER and len(set(names)) < len(names)):
         return lines  # numbers that belong to the names: 3 doors and 5 doors, or level 0 and level 1
     if any(part["between"] == " " for part in parts):
