@@ -45,11 +45,14 @@ demo: $(VENV)/.demo
 	$(BIN)/python eval_zeroshot.py --model $(DEMO)/best --out $(DEMO)/report --group-column scan \
 	    --data $(DEMO)/data/digits.csv $(DEMO)/data/inks.csv $(DEMO)/data/unseen.csv
 
+# A module stays in one process, for its fixtures; tests/conftest.py has those that take long come first.
+IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+
 test: $(VENV)/.test $(VENV)/.clip_benchmark $(VENV)/.webdataset_oldest
-	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart 0 -m "not long"
+	$(BIN)/python -m pytest $(IN_TWO) -m "not long"
 
 test-long: $(VENV)/.test $(VENV)/.clip_benchmark $(VENV)/.webdataset_oldest
-	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart 0
+	$(BIN)/python -m pytest $(IN_TWO)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -17,6 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands set it
 
 
+SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that start processes come first, or one would be left for one of two processes to end with."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW_WINGS)
+
+
 @pytest.fixture(autouse=True)
 def unfrozen() -> Iterator[None]:
     """What a command called here has put out of the collector's reach comes back into it."""

@@ -56,8 +56,10 @@ LAYOUTS = {
 
 
 @needs_onednn
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout, has_bias",
+    [*((name, True) for name in LAYOUTS), *(pytest.param(name, False, marks=pytest.mark.long) for name in LAYOUTS)],
+)
 def test_a_product_and_its_gradients_are_those_of_float64(layout, has_bias):
     x, weight, bias = LAYOUTS[layout](), draw(160, 768, seed=1)[:128], draw(128, seed=2) if has_bias else None
     inputs = [each.requires_grad_() for each in (x, weight, bias) if each is not None]
@@ -77,8 +79,17 @@ def test_a_product_and_its_gradients_are_those_of_float64(layout, has_bias):
 
 
 @needs_onednn
-@pytest.mark.parametrize("shape", [(1100, 2100, 64), (64, 3000, 1500), (2500, 40, 1100)])
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(
+    "shape, adds",
+    [
+        ((1100, 2100, 64), False),
+        ((2500, 40, 1100), True),
+        pytest.param((64, 3000, 1500), False, marks=pytest.mark.long),
+        pytest.param((64, 3000, 1500), True, marks=pytest.mark.long),
+        pytest.param((1100, 2100, 64), True, marks=pytest.mark.long),
+        pytest.param((2500, 40, 1100), False, marks=pytest.mark.long),
+    ],
+)
 def test_a_product_into_memory_that_is_there_is_that_of_float64(shape, adds):
     N, M, K = shape
     a, b, out = draw(N, K), draw(M, K, seed=1).mT, draw(N, M, seed=2)

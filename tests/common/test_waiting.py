@@ -215,8 +215,13 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.long), "forkserver"])
-@pytest.mark.parametrize("end", ["stays", "returns"])
+SOME_ENDS = [("fork", "returns"), ("forkserver", "stays")]
+OTHER_ENDS = [("fork", "stays"), ("forkserver", "returns"), ("spawn", "stays"), ("spawn", "returns")]
+
+
+@pytest.mark.parametrize(
+    "method, end", [*SOME_ENDS, *(pytest.param(*each, marks=pytest.mark.long) for each in OTHER_ENDS)]
+)
 def test_workers_end_with_the_process_that_they_work_for(tmp_path, method, end):
     script = tmp_path / "script.py"
     script.write_text(WORKING)

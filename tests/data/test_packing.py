@@ -330,7 +330,7 @@ def kill_before_step(step: int) -> None:
         setattr(os, name, deadly(getattr(os, name)))
 
 
-@pytest.mark.parametrize("case", ["held out", "over an old one"])
+@pytest.mark.parametrize("case", ["held out", pytest.param("over an old one", marks=pytest.mark.long)])
 def test_killed_at_any_step_the_repeated_command_gives_the_same_bytes_and_leaves_nothing_beside(tmp_path, case):
     pairs = [*pairs_of(3), Pair("bad", problem="bad")]
     packing = Packing(samples_per_shard=2, val_fraction=0.35 if case == "held out" else 0.0)

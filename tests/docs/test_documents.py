@@ -87,10 +87,11 @@ def test_the_code_of_a_page_runs_with_the_demos_model(document, shell, tmp_path)
 
 
 @pytest.mark.parametrize("document", ["docs/architecture.md", "docs/speed.md", "docs/openai.md"])
-def test_the_code_of_a_page_is_true(document):
+def test_the_code_of_a_page_is_true(document, tmp_path):
     steps = blocks(document, "python")
     assert steps
-    done = subprocess.run([sys.executable, "-c", "".join(steps)], capture_output=True, text=True, check=False, cwd=ROOT)
+    (tmp_path / "page.py").write_text("".join(steps))
+    done = warm.run([sys.executable, tmp_path / "page.py"], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

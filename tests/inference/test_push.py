@@ -86,7 +86,7 @@ def test_what_is_published_of_the_captions_is_what_many_share(tmp_path):
     assert "neighbour" in (tmp_path / "birds/wordings.json").read_text()
 
 
-@pytest.mark.parametrize("where", ["/lfs/", "/commit/"])
+@pytest.mark.parametrize("where", [pytest.param("/lfs/", marks=pytest.mark.long), "/commit/"])
 def test_a_push_that_breaks_leaves_the_repository_as_it_was_and_can_be_repeated(tmp_path, model, where):
     broken = [True]
     with Hub(fault=lambda method, path: 400 if broken[0] and where in path else None) as hub:

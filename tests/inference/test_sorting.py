@@ -192,7 +192,9 @@ def killed_at(number: int, action: Callable[[], Any], *, is_other_disk: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("is_move", "is_other_disk"), [(False, False), (True, False), (True, True)], ids=["copy", "move", "to another disk"]
+    ("is_move", "is_other_disk"),
+    [*(pytest.param(is_move, False, marks=pytest.mark.long) for is_move in (False, True)), (True, True)],
+    ids=["copy", "move", "to another disk"],
 )
 def test_a_sorting_that_is_killed_at_any_moment_loses_nothing_and_is_taken_back(
     photos, tmp_path, is_move, is_other_disk
@@ -214,7 +216,7 @@ def test_a_sorting_that_is_killed_at_any_moment_loses_nothing_and_is_taken_back(
     assert number > 10
 
 
-@pytest.mark.parametrize("is_move", [False, True], ids=["copy", "move"])
+@pytest.mark.parametrize("is_move", [pytest.param(False, marks=pytest.mark.long), True], ids=["copy", "move"])
 def test_a_taking_back_that_is_killed_at_any_moment_is_gone_on_with(photos, tmp_path, is_move):
     before, out = everything_below(photos), tmp_path / "out"
     number = 1

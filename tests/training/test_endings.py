@@ -34,7 +34,12 @@ ENDINGS = {
 STEPS = {"max_steps amid an epoch": 4, "early stopping at the end of an epoch": 4}
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+SOME = ("max_steps amid an epoch", "max_time", "early stopping at a validation")
+
+
+@pytest.mark.parametrize(
+    "ending", [pytest.param(each, marks=() if each in SOME else pytest.mark.long) for each in ENDINGS]
+)
 def test_the_last_step_is_validated(data, tmp_path, ending):
     run = tmp_path / "run"
     trainer.main([*arguments(data, run), "--trainer.max_steps=-1", *ENDINGS[ending]])

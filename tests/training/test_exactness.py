@@ -391,7 +391,7 @@ FEW = {"while saving": 1, "before the optimizer": 1}
     "processes, kills",
     [
         (1, points(7, FEW)),
-        (2, points(5, {"before the optimizer": 1})),
+        pytest.param(2, points(5, {"before the optimizer": 1}), marks=pytest.mark.long),
         pytest.param(1, points(1, TWENTY), marks=pytest.mark.long),
         pytest.param(2, points(2, TWENTY), marks=pytest.mark.long),
     ],

@@ -752,7 +752,9 @@ def test_a_mistake_is_told_before_anything_is_removed(data, tmp_path, capsys, mo
         pytest.param(
             ["timm", "--model.optimizer.timm_name=adopt", "--model.optimizer.options.eps=1e-6"], marks=pytest.mark.long
         ),
-        ["muon", "--model.optimizer.layer_decay=0.8", "--model.optimizer.schedule=constant"],
+        pytest.param(
+            ["muon", "--model.optimizer.layer_decay=0.8", "--model.optimizer.schedule=constant"], marks=pytest.mark.long
+        ),
     ],
     ids=["lion", "adopt", "muon by layers"],
 )

@@ -310,7 +310,7 @@ def test_a_run_that_sigterm_stops_has_all_its_rows_and_a_page_and_a_resumed_one_
     assert "in 2 parts" in (run / "report.html").read_text()
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.long) for stop in (3, 4)), 7])
 def test_rows_stay_at_the_same_steps_after_a_resumption(data, tmp_path, stop):
     """An epoch is three steps: one is stopped at its end, one amid one after a row and one before."""
     run = tmp_path / "run"

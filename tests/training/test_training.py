@@ -105,8 +105,8 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
 
 
 EPOCHS, STEPS = "--trainer.max_epochs=3", "--trainer.max_steps=9"
-SOME_STOPS = [(3, EPOCHS), (6, EPOCHS), (1, STEPS), (8, STEPS)]
-OTHER_STOPS = [(1, EPOCHS), (5, EPOCHS), (8, EPOCHS), (3, STEPS), (5, STEPS), (6, STEPS)]
+SOME_STOPS = [(6, EPOCHS), (1, STEPS)]
+OTHER_STOPS = [*((stop, EPOCHS) for stop in (1, 3, 5, 8)), *((stop, STEPS) for stop in (3, 5, 6, 8))]
 
 
 @pytest.mark.parametrize(
