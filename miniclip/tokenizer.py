@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gzip
 import html
+import re
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import cache
 from heapq import heapify, heappop, heappush
@@ -36,12 +38,21 @@ _PIECES = regex.compile(
 )
 _SPECIAL = {"<start_of_text>": START_OF_TEXT, "<end_of_text>": END_OF_TEXT}
 
-# Text that cleaning cannot change but for case and white space: no entity to unescape (&), no byte outside ASCII
-# to repair, no control character (nor the escape that starts a terminal's colour codes) to drop.
-_IS_CLEAN = regex.compile(r"[\t\n\r -%'-~]*").fullmatch
+# Text that cleaning cannot change but for case and white space: no entity to unescape but &amp; before a space, no byte
+# outside ASCII to repair, no control character (nor the escape that starts a terminal's colour codes) to drop.
+_CLEAN = r"[\t\n\r -%'-~]*(?:&(?:amp;)?(?=[\t\n ]|\Z)[\t\n\r -%'-~]*)*"
+_IS_CLEAN = re.compile(_CLEAN).fullmatch  # of classes, `re` is ten times as fast as `regex`
+
+_BREAK = "\0"  # a word between texts that are encoded together; cleaning drops it from the texts
+_ARE_CLEAN = re.compile(_CLEAN.replace("[", "[" + _BREAK)).fullmatch
+_BREAK_ID = 2**16 - 1
+_TOGETHER = 512  # texts; their words fit into a processor's cache
+_MAX_LETTERS_TOGETHER = 4096  # of a text; only the first words of a longer one may be needed
 
 _MAX_CACHED_WORDS = 1 << 19
 _MAX_CACHED_LETTERS = 64  # of a word; longer ones hardly come twice
+_MAX_SEARCHED_BYTES = 64  # of a word; for longer ones a heap is faster
+_NO_MERGE = VOCAB_SIZE  # no id: larger than that of every merge
 _GONE = -1  # no id: a token that became part of the one to its left
 
 
@@ -111,16 +122,37 @@ def encode_piece(piece: str) -> list[int]:
 
 
 def merge(piece: str) -> list[int]:
-    """Starts from the bytes and applies the merge of smallest id first, and among equal ones the leftmost.
-
-    A heap holds the pairs that can merge, so n bytes take O(n log n) steps: some texts are one word of thousands of
-    letters. A pair that changed since it was pushed is skipped when it comes up. `before` and `after` hold the indices
-    of each token's neighbours; a _GONE at the end, which no merge has, stands for the right neighbour of the last.
-    """
-    byte_ids, merges = _byte_ids(), learnt_merges()
+    """Starts from the bytes and applies the merge of smallest id first, and among equal ones the leftmost."""
+    byte_ids = _byte_ids()
     ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
     ids[-1] += 256  # the last byte ends the word
-    ids.append(_GONE)
+    return _merge_by_search(ids) if len(ids) <= _MAX_SEARCHED_BYTES else _merge_by_heap(ids)
+
+
+def _merge_by_search(ids: list[int]) -> list[int]:
+    """Looks for the smallest id before each merge: the fastest way for a word, O(n²) for n bytes."""
+    learnt = learnt_merges().get
+    merged = [learnt(pair, _NO_MERGE) for pair in pairwise(ids)]  # of each token with the one to its right
+    while (smallest := min(merged, default=_NO_MERGE)) != _NO_MERGE:
+        left = merged.index(smallest)
+        ids[left : left + 2] = [smallest]
+        del merged[left]
+        if left > 0:
+            merged[left - 1] = learnt((ids[left - 1], smallest), _NO_MERGE)
+        if left < len(merged):
+            merged[left] = learnt((smallest, ids[left + 1]), _NO_MERGE)
+    return ids
+
+
+def _merge_by_heap(ids: list[int]) -> list[int]:
+    """The same in O(n log n): some texts are one word of thousands of letters.
+
+    A heap holds the pairs that can merge. A pair that changed since it was pushed is skipped when it comes up. `before`
+    and `after` hold the indices of each token's neighbours; a _GONE at the end, which no merge has, stands for the
+    right neighbour of the last.
+    """
+    merges = learnt_merges()
+    ids = [*ids, _GONE]
     before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))
     heap = [(merges[pair], left) for left, pair in enumerate(pairwise(ids)) if pair in merges]
     heapify(heap)
@@ -138,18 +170,35 @@ def merge(piece: str) -> list[int]:
     return [i for i in ids if i != _GONE]
 
 
-class _Words(dict[str, tuple[int, ...]]):
-    """White-space-separated word -> its ids, computed when first asked for.
+def _as_bytes(ids: Iterable[int]) -> bytes:
+    """Two bytes for each id, so that the ids of many words are joined in one call."""
+    return array("H", ids).tobytes()
+
+
+@cache
+def _whole_words() -> dict[str, bytes]:
+    """Words of letters that are in the vocabulary whole, and the break between texts."""
+    found = {_BREAK: _as_bytes([_BREAK_ID])}
+    for symbol, index in symbol_ids().items():
+        if symbol.endswith("</w>") and (word := symbol[: -len("</w>")]).isascii() and word.isalpha():
+            found[word] = _as_bytes([index])
+    return found
+
+
+class _Words(dict[str, bytes]):
+    """White-space-separated word -> its ids as bytes, computed when first asked for.
 
     Splitting at white space before matching gives the same pieces as matching the whole text, as no piece holds any
-    and none looks beyond itself.
+    and none looks beyond itself. Words of the vocabulary are copied when they come up: the table of those that texts
+    have is small, and looking up in it fast.
     """
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
+    def __missing__(self, word: str) -> bytes:
+        ids = _whole_words().get(word)
+        if ids is None:
+            ids = _as_bytes(i for piece in _PIECES.findall(word) for i in encode_piece(piece))
         if len(self) >= _MAX_CACHED_WORDS:
             self.clear()
-        pieces = (word,) if word.isascii() and word.isalpha() else _PIECES.findall(word)
-        ids = tuple(i for piece in pieces for i in encode_piece(piece))
         if len(word) <= _MAX_CACHED_LETTERS:
             self[word] = ids
         return ids
@@ -163,15 +212,34 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
+def _cleaned(text: str) -> str:
+    """clean(text) but for white space, without the work where there is nothing to repair."""
+    return text.replace("&amp;", "&").lower() if _IS_CLEAN(text) else clean(text)
+
+
 def encode(text: str, at_least: int | None = None) -> list[int]:
     """The ids of a text without start and end of text; `at_least` leaves out the words after that many ids."""
-    text = text.lower() if _IS_CLEAN(text) else clean(text)
-    ids: list[int] = []
-    for word in text.split():
-        ids += _words[word]
-        if at_least is not None and len(ids) >= at_least:
+    words = _cleaned(text).split()
+    if at_least is None:
+        return array("H", b"".join(map(_words.__getitem__, words))).tolist()
+    ids = array("H")
+    for word in words:
+        ids.frombytes(_words[word])
+        if len(ids) >= at_least:
             break
-    return ids
+    return ids.tolist()
+
+
+def _encode_together(texts: Sequence[str]) -> np.ndarray:
+    """The ids of all texts, one behind the other, each with a break behind it: (M,) uint16."""
+    joined = f" {_BREAK} ".join(texts)
+    if _ARE_CLEAN(joined) and joined.count(_BREAK) == len(texts) - 1:
+        joined = joined.replace("&amp;", "&").lower()
+    else:
+        joined = f" {_BREAK} ".join(map(_cleaned, texts))
+    words = joined.split()
+    words.append(_BREAK)
+    return np.frombuffer(b"".join(map(_words.__getitem__, words)), np.uint16)
 
 
 def decode(tokens: Iterable[int]) -> str:
@@ -233,10 +301,28 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
         if not isinstance(text, str):
             raise ValueError(f"tokenize takes a text or a sequence of texts; one of them is {text!r}")
     tokens = np.zeros((len(texts), context_length), dtype=np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        ids = encode_for_model(text, context_length, truncate)
-        row[: len(ids)] = ids
+    for start in range(0, len(texts), _TOGETHER):
+        part = slice(start, start + _TOGETHER)
+        _fill(tokens[part], texts[part], truncate)
     return torch.from_numpy(tokens)
+
+
+def _fill(tokens: np.ndarray, texts: list[str], truncate: bool) -> None:
+    """Writes `encode_for_model`'s ids of each text into its row of zeros: (B, L)."""
+    B, L = tokens.shape
+    is_alone = np.ones(B, dtype=bool)  # rows that are encoded one by one
+    if max(map(len, texts)) <= _MAX_LETTERS_TOGETHER:
+        ids = _encode_together(texts)  # (M,)
+        ends = np.flatnonzero(ids == _BREAK_ID)  # (B,)
+        lengths = np.diff(ends, prepend=-1)  # of texts with their break, where the end of text goes
+        is_alone = lengths >= L
+        fits = np.arange(1, L) <= np.where(is_alone, 0, lengths)[:, None]  # (B, L - 1)
+        tokens[:, 0] = START_OF_TEXT
+        tokens[:, 1:][fits] = ids[~np.repeat(is_alone, lengths)]
+        tokens[~is_alone, lengths[~is_alone]] = END_OF_TEXT
+    for row in np.flatnonzero(is_alone):
+        found = encode_for_model(texts[row], L, truncate)
+        tokens[row, : len(found)] = found
 
 
 def refuse_other_ids(text: TextConfig, name: str, whose: str) -> None:

@@ -187,8 +187,12 @@ def test_ids_of_any_ascii_text_equal_the_reference(text):
 
 
 @reproducible
-@given(st.text(alphabet="ab'\"<>_- \t\n\r.,!?sStTdDmMlLvVeErR0123~%\\[{#;"))
-@example("<START_OF_TEXT>\r\nIt'LL <b>do</b>")
+@given(
+    st.lists(st.sampled_from(["& ", "&\n", "&amp; ", "&amp;\t", *"ab'\"<>_- \t\n\r.,!?sStTdDmMlLvVeErR0123~%\\[{#;"]))
+    .map("".join)
+    .flatmap(lambda text: st.sampled_from([text, text + "&", text + "&amp;"]))
+)
+@example("<START_OF_TEXT>\r\nIt'LL <b>do</b> &amp; <i>dont</i>")
 def test_text_that_skips_cleaning_would_not_be_changed_by_it(text):
     assert tokenizer._IS_CLEAN(text)  # else this test would compare the slow path with itself
     pieces = [piece for word in clean(text).split() for piece in tokenizer._PIECES.findall(word)]
@@ -216,6 +220,16 @@ def test_truncated_rows_equal_the_reference(text, context_length):
     assert torch.equal(tokenize(text, context_length, truncate=True).long(), reference()(text, context_length))
 
 
+def test_both_ways_to_merge_lead_to_the_same_ids():
+    source = random.Random(6)
+    words = [
+        "".join(source.choices("aeiostnr" * 8 + "bcdfghlmpuvwxyz'é東", k=source.randint(1, 60))) for _ in range(2000)
+    ]
+    for word in words:
+        byte_ids = [tokenizer._byte_ids()[byte] for byte in word.encode()]
+        assert tokenizer._merge_by_search([*byte_ids]) == tokenizer._merge_by_heap([*byte_ids]), word
+
+
 # ---- tokenize
 
 
@@ -240,6 +254,27 @@ def test_a_list_gives_int32_rows_padded_with_zeros():
     assert tokens[:, 0].tolist() == [START] * 3
     assert tokens[:, 3].tolist() == [END] * 3
     assert not tokens[:, 4:].any()
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(
+    st.lists(
+        st.lists(st.sampled_from([*FRAGMENTS, "two dogs", " ", "\0", " \0 "]), max_size=6).map("".join), max_size=5
+    ),
+    st.integers(3, 20),
+)
+@example(["a dog", "\0", "a \0 cat &amp;", "&amp;", ""], 5)
+def test_texts_together_have_the_rows_that_each_has_alone(texts, context_length):
+    expected = reference()(texts, context_length) if texts else torch.zeros(0, context_length)
+    assert torch.equal(tokenize(texts, context_length, truncate=True).long(), expected.long())
+
+
+def test_many_texts_have_the_references_rows_in_order(monkeypatch):
+    monkeypatch.setattr(tokenizer, "_TOGETHER", 7)
+    monkeypatch.setattr(tokenizer, "_MAX_LETTERS_TOGETHER", 40)  # some parts have a longer text, and go one by one
+    texts = made(caption, 60, seed=7) + made(fragments_text, 60, seed=8)
+    random.Random(9).shuffle(texts)
+    assert torch.equal(tokenize(texts, truncate=True).long(), reference()(texts).long())
 
 
 def test_a_single_text_gives_one_row():
