@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..common.wording import printable
 from .shards import add_reading_options, pairs_asked_for
-from .terminal import add_cache, console, lasting_imports, new_parser, progress_bar
+from .terminal import add_cache, add_device, console, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ..data.reading.pair import Pairs
@@ -54,7 +54,7 @@ miniclip doctor pairs.csv --images photos --model runs/digits/best --image-size 
     look.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="threads, or processes, that decode"
     )
-    look.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    add_device(look)
     add_cache(parser)
     add_reading_options(parser, "reading PAIRS")
     return parser
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     reasons = chosen_reasons(options.drop_reasons)
     pairs = {source: pairs_asked_for(source, options) for source in dict.fromkeys(options.pairs)}
     sources = _parts_named(pairs, options)
-    model = open_model(options.model, options.device) if options.model else None
+    model = open_model(options.model, options.device, options.precision) if options.model else None
     found = examine(
         sources,
         model=model,

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.arguments import BF16
 from ..common.files import expand_home
 from ..common.wording import printable, some
 from .terminal import (
@@ -224,14 +225,14 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         refuse_too_few(tasks[0].outside, 1 - options.false_acceptance, f"--false-acceptance {options.false_acceptance}")
     cache = open_cache(options.cache, not options.no_cache)
     for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
-        model = open_model(name, device)
+        model = open_model(name, device, options.precision)
     is_first = rank_and_world_size()[0] == 0
     if is_first:
         out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
     found: list[Result] = []
     thresholds: dict[Path, ModelThreshold] = {}
     for name in options.model:
-        model = model if name == options.model[0] else open_model(name, device)
+        model = model if name == options.model[0] else open_model(name, device, options.precision)
         for task in tasks:
             found += evaluate(
                 model,
@@ -266,6 +267,10 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     for table in tables(found, shifts):
         console().print(table)
     print_what_was_read(found)
+    if options.precision == BF16:
+        print(
+            f"in {BF16}: `miniclip eval --compare OTHER {out}` shows what that changed, OTHER a run without --precision"
+        )
     for path, threshold in thresholds.items():
         write_threshold(path, threshold, options.overwrite)
         print(replace(threshold, source=str(path)))

@@ -11,6 +11,8 @@ from typing import Any
 
 from .wording import cut_short
 
+FLOAT32, BF16 = PRECISIONS = ("float32", "bf16")  # of the products in a model's towers
+
 
 def shown(value: Any) -> str:
     """A value in a message: short ones as Python writes them, others by their type."""
@@ -40,6 +42,13 @@ def check_number(name: str, value: Any, least: float = -math.inf) -> float:
         which = "a number" if least == -math.inf else f"a number of at least {least:g}"
         raise ValueError(f"{name} is {shown(value)}; it must be {which}")
     return number
+
+
+def check_precision(value: Any) -> str:
+    """One of `PRECISIONS`."""
+    if value not in PRECISIONS:
+        raise ValueError(f"precision is {shown(value)}; it must be {' or '.join(PRECISIONS)}")
+    return str(value)
 
 
 def check_path(name: str, value: Any) -> str:

@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import tokenizer
+from ..common.arguments import BF16, FLOAT32
 from ..common.version import __version__
 from ..common.wording import cut_short
 from ..data.wordings.kept import Wordings
-from ..model import CLIP, MissingTower, VisionTransformer
+from ..fast import bfloat16
+from ..model import CLIP, MissingTower, TextTransformer, VisionTransformer
 from ..resnet import ModifiedResNet
 from .fingerprints import PROBE_TEXTS, digest_arrays, digest_module, probe_outputs, probe_pictures, tensors_of
 
@@ -57,10 +59,12 @@ class Encoder:
         preprocess: an image to (3, R, R); can be pickled, for worker processes.
         logit_scale: the stored logarithm, as OpenAI's. Its device is the model's.
         encode_pooled: as `encode_image`, features before the projection (B, D), where the library gives them.
-        library: its name and version, for reports.
+        library: its name and version, and the precision if that is not float32; for reports.
         image_module, text_module: hold the tensors that encode images, and those that encode texts.
         identity: what an object without such modules calls its state; see `from_object`.
         wordings: of the captions that it was trained on, if they are known.
+        precision: of its products, "float32" or "bf16"; features of two precisions are not the same.
+        digests: of the image and the text tower as they were in float32, where they are not any more.
     """
 
     name: str
@@ -75,10 +79,13 @@ class Encoder:
     text_module: nn.Module | None = None
     identity: str | None = None
     wordings: Wordings | None = None
+    precision: str = FLOAT32
+    digests: tuple[str | None, str | None] = (None, None)
 
     def image_fingerprint(self) -> str | None:
         """Equal for models that make the same features of the same picture: a digest of the image tower's tensors and
-        architecture, of the library's version, and of what `preprocess` makes of a few pictures. Computed once.
+        architecture, of the library's version and precision, and of what `preprocess` makes of a few pictures. Computed
+        once.
 
         None if there is nothing to recognise the model by, or `preprocess` gives something else each time.
         """
@@ -90,23 +97,74 @@ class Encoder:
 
     @cached_property
     def _image_fingerprint(self) -> str | None:
-        return self._fingerprint(self.image_module, self.preprocess, probe_pictures())
+        return self._fingerprint(self.image_digest(), self.preprocess, probe_pictures())
 
     @cached_property
     def _text_fingerprint(self) -> str | None:
-        return self._fingerprint(self.text_module, self.tokenize, [[text] for text in PROBE_TEXTS])
+        return self._fingerprint(self.text_digest(), self.tokenize, [[text] for text in PROBE_TEXTS])
 
-    def _fingerprint(
-        self, module: nn.Module | None, function: Callable[[Any], Any], probes: Sequence[Any]
-    ) -> str | None:
+    def image_digest(self) -> str | None:
+        return self.digests[0] or self._digest(self.image_module)
+
+    def text_digest(self) -> str | None:
+        return self.digests[1] or self._digest(self.text_module)
+
+    def _digest(self, module: nn.Module | None) -> str | None:
         if module is not None and next(tensors_of(module), None) is not None:
-            tower = digest_module(module)
-        elif self.identity is not None:
-            tower = self.identity
-        else:
-            return None
-        seen = probe_outputs(function, probes)
-        return None if seen is None else digest_arrays(self.library, tower, seen)
+            return digest_module(module)
+        return self.identity
+
+    def _fingerprint(self, tower: str | None, function: Callable[[Any], Any], probes: Sequence[Any]) -> str | None:
+        seen = None if tower is None else probe_outputs(function, probes)
+        return None if tower is None or seen is None else digest_arrays(self.library, tower, seen)
+
+
+def in_bf16(encoder: Encoder) -> Encoder:
+    """The same model, whose towers multiply in bfloat16 from now on; features are float32 still.
+
+    This package's own towers are replaced layer by layer (`fast/bfloat16.py`). All others, timm's among them, run under
+    PyTorch's autocast, which converts their weights at each call.
+
+    Raises:
+        ValueError: the model is in neither the CPU's memory nor a GPU's that has bfloat16.
+    """
+    device = encoder.logit_scale.device
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_bf16_supported()):
+        raise ValueError(f"precision bf16 is for CPUs, and for GPUs of CUDA that have it; {device} does not")
+    if device.type == "cpu" and not bfloat16.is_fast():
+        warnings.warn(
+            "this CPU has neither AVX512-BF16 nor AMX, so bf16 is slower here than float32, and less exact",
+            stacklevel=3,
+        )
+    digests = encoder.image_digest(), encoder.text_digest()
+    towers = encoder.image_module, encoder.text_module
+    for tower in towers:
+        if isinstance(tower, VisionTransformer | ModifiedResNet | TextTransformer):
+            bfloat16.lower(tower)
+    image, text = (isinstance(tower, VisionTransformer | ModifiedResNet | TextTransformer) for tower in towers)
+    pooled = encoder.encode_pooled
+    return replace(
+        encoder,
+        encode_image=_Wide(encoder.encode_image, device.type, not image),
+        encode_text=_Wide(encoder.encode_text, device.type, not text),
+        encode_pooled=None if pooled is None else _Wide(pooled, device.type, not image),
+        library=f"{encoder.library or encoder.name}, {BF16}",
+        precision=BF16,
+        digests=digests,
+    )
+
+
+@dataclass(frozen=True)
+class _Wide:
+    """A function whose features become float32, under autocast or not."""
+
+    function: Callable[[Any], Any]
+    device: str
+    is_autocast: bool
+
+    def __call__(self, argument: Any) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.is_autocast):
+            return torch.as_tensor(self.function(argument)).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

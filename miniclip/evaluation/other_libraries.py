@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..common.arguments import shown
+from ..common.arguments import BF16, FLOAT32, check_precision, shown
 from ..common.device import find_device
 from ..common.files import expand_home
 from ..data.wordings.kept import Wordings
@@ -26,7 +26,7 @@ from ..model import CLIP
 from ..weights.download import HUB_PREFIX
 from ..weights.load import load, preprocess_for
 from ..weights.read import read_wordings
-from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object
+from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object, in_bf16
 from .fingerprints import PASSING_STATE, is_plain_value
 
 OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX = "openclip:", "transformers:", "python:"
@@ -37,18 +37,21 @@ _ATTENDS_TO_PADDING = ("siglip", "siglip2")
 _SCALES = ("logit_scale", "logit_bias", "temperature")  # belong to neither tower
 
 
-def open_model(name: str, device: str | torch.device | None = None) -> Encoder:
+def open_model(name: str, device: str | torch.device | None = None, precision: str | None = None) -> Encoder:
     """The model that a command line names, as in the table above.
 
     Args:
         device: where to; by default a GPU if there is one.
+        precision: "bf16" for products in bfloat16 (`in_bf16`); by default float32.
 
     Raises:
         ValueError: a library that is missing, a name that it does not know, weights that are not there or do not fit,
-            or an object that lacks one of the five things.
+            an object that lacks one of the five things, or a precision that is none or not to be had.
     """
     if not isinstance(name, str):
         raise ValueError(f"model is {shown(name)}; it must be the name or the path of one")
+    if check_precision(precision or FLOAT32) == BF16:
+        return in_bf16(open_model(name, device))
     openers = {OPENCLIP_PREFIX: _open_openclip, TRANSFORMERS_PREFIX: _open_transformers, PYTHON_PREFIX: _open_python}
     before, colon, after = name.partition(":")
     prefix = before + colon
@@ -70,20 +73,23 @@ def _wordings_beside(name: str) -> Wordings | None:
     return read_wordings(Path(folder)) if folder and Path(folder).is_dir() else None
 
 
-def as_encoder(model: Any, device: str | torch.device | None = None) -> Encoder:
+def as_encoder(model: Any, device: str | torch.device | None = None, precision: str | None = None) -> Encoder:
     """What Python code may give as a model: a name or path for `open_model`, an `Encoder`, a `CLIP`, what
     `miniclip.load` returns, or an object with the five things.
 
     Args:
-        device: of a model that is named.
+        device, precision: of a model that is named.
 
     Raises:
-        ValueError: as `open_model` and `from_object`.
+        ValueError: as `open_model` and `from_object`; or another precision than that of a model that is open.
     """
+    if isinstance(model, str | Path):
+        return open_model(str(model), device, precision)
+    found = model.precision if isinstance(model, Encoder) else FLOAT32
+    if precision is not None and check_precision(precision) != found:
+        raise ValueError(f"precision is {precision}, and the given model is open in {found}; name a model by its path")
     if isinstance(model, Encoder):
         return model
-    if isinstance(model, str | Path):
-        return open_model(str(model), device)
     if isinstance(model, CLIP):
         return from_clip(model, preprocess_for(model.config), "the given model")
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], CLIP):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..common.arguments import FLOAT32
 from ..common.processes import all_gather_objects, rank_and_world_size
 from .datasets.sets import EvaluationSet, LabelledImages
 from .encoder import Encoder
@@ -84,6 +85,7 @@ class Result:
 
     Args:
         model, library: names.
+        precision: of the model's products.
         scores: of each image, with the data.
         seconds: it took, with the features that others use as well.
     """
@@ -92,6 +94,7 @@ class Result:
     scores: Scores
     seconds: float
     library: str = field(default="", kw_only=True)
+    precision: str = field(default=FLOAT32, kw_only=True)
     logit_scale: float = field(default=1.0, kw_only=True)
     subgroups: Mapping[str, Subgroups] = field(default_factory=dict, kw_only=True)
     outside: Outside | None = field(default=None, kw_only=True)
@@ -133,7 +136,8 @@ def evaluate(
     results, begin = [], time.perf_counter()
     for scores, more in evaluate_task(encoder, task, tuple(ks)):
         seconds = time.perf_counter() - begin
-        shared: dict[str, Any] = {"library": model.library, "logit_scale": encoder.logit_scale}
+        shared: dict[str, Any] = {"library": model.library, "precision": model.precision}
+        shared["logit_scale"] = encoder.logit_scale
         results.append(Result(model.name, scores, seconds, **shared, **more))
         begin = time.perf_counter()
     return results

@@ -73,7 +73,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             the nearest class, always.
         threshold: of `none_label`: a cosine, or a file of `miniclip calibrate`; by default that in the model's folder.
         upright: turn images as EXIF says that viewers show them; by default they are read as they are stored.
-        batch_size, num_workers, device: of encoding, as in `miniclip eval`.
+        batch_size, num_workers, device, precision: of encoding, as in `miniclip eval`.
 
     Attributes:
         classes_: (C,) labels in sorted order, which is that of all columns, as everywhere in scikit-learn.
@@ -100,6 +100,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int = 64,
         num_workers: int = 0,
         device: str | None = None,
+        precision: str | None = None,
     ) -> None:
         self.model = model
         self.method = method
@@ -114,6 +115,7 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.device = device
+        self.precision = precision
 
     def fit(self, X: Any = None, y: Any = None) -> ZeroShotClassifier:
         """Learns the classes, and from labelled images what the method learns from them.
@@ -356,8 +358,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def _encoder(self) -> Encoder:
         model = self.model
         if isinstance(model, str | Path):
-            return _opened(str(model), self.device, _changed_at(str(model)))
-        return as_encoder(model)
+            return _opened(str(model), self.device, self.precision, _changed_at(str(model)))
+        return as_encoder(model, precision=self.precision)
 
     # -----------------------------------------------------------------------------------------------------------------
     # scikit-learn's ways
@@ -411,9 +413,9 @@ def _called(model: Any) -> str:
 
 
 @lru_cache(maxsize=1)
-def _opened(name: str, device: str | None, changed_at: int) -> Encoder:
+def _opened(name: str, device: str | None, precision: str | None, changed_at: int) -> Encoder:
     """Kept for the next fit, as that of a clone or after unpickling."""
-    return open_model(name, device)
+    return open_model(name, device, precision)
 
 
 def _changed_at(name: str) -> int:

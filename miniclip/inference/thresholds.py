@@ -21,6 +21,7 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 import numpy as np
 import torch.nn.functional as F
 
+from ..common.arguments import FLOAT32
 from ..common.files import expand_home, write_text
 from ..common.version import __version__
 from ..common.wording import cut_short, some
@@ -67,6 +68,7 @@ class CalibratedModel:
         name, library: as reports have them; of a path the last two parts, as the file may be published.
         logit_scale: what multiplied cosines for probabilities.
         image_probe, text_probe: (E,) unit features of a fixed picture and text.
+        precision: of its products.
     """
 
     name: str
@@ -74,6 +76,7 @@ class CalibratedModel:
     logit_scale: float
     image_probe: tuple[float, ...]
     text_probe: tuple[float, ...]
+    precision: str = FLOAT32
 
     @classmethod
     def of(cls, encoder: Encoder) -> CalibratedModel:
@@ -83,7 +86,8 @@ class CalibratedModel:
         first, second = (tuple(round(value, 5) for value in each) for each in probes)
         path = Path(encoder.name)
         name = "/".join(path.absolute().parts[-2:]) if path.exists() else encoder.name
-        return cls(name, encoder.library, float(encoder.logit_scale.detach().exp()), first, second)
+        scale = float(encoder.logit_scale.detach().exp())
+        return cls(name, encoder.library, scale, first, second, encoder.precision)
 
     def distance(self, other: CalibratedModel) -> float:
         """Between features of the same picture, or of the same text, whichever is larger; infinite for other widths."""
@@ -200,10 +204,10 @@ class ModelThreshold:
                 f"{file} was calibrated with other weights or other preprocessing than {encoder.name} has now (with "
                 f"{self.model.name}, {self.written}); run `miniclip calibrate` again, delete the file, or give a number"
             )
-        if distance > _SAME_FEATURES:
+        if distance > _SAME_FEATURES or self.model.precision != encoder.precision:
             warnings.warn(
-                f"{encoder.name} gives slightly other features than when {file} was calibrated, as another precision "
-                "does; its promise holds only roughly",
+                f"{encoder.name} (in {encoder.precision}) gives slightly other features than when {file} was "
+                f"calibrated (in {self.model.precision}), as another precision does; its promise holds only roughly",
                 stacklevel=2,
             )
 

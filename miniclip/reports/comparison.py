@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.arguments import FLOAT32
 from ..evaluation.measures.statistics import Comparison, compare
 from ..evaluation.zero_shot import ClassificationScores
 from .results import RESULTS_FILE, SCHEMA
@@ -103,7 +104,7 @@ def _counterpart(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[st
 def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> list[Change]:
     if "samples" not in a or "samples" not in b:
         return []
-    which = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), (a["model"], b["model"]))
+    which = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), tuple(_model(each) for each in (a, b)))
     x, y = a["samples"], b["samples"]
     if a["task"] != ClassificationScores.task:
         _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
@@ -131,6 +132,11 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
 
 def _label(result: dict[str, Any]) -> str:
     return str(result.get("templates_from", ""))
+
+
+def _model(result: dict[str, Any]) -> str:
+    precision = result.get("precision", FLOAT32)  # earlier versions knew no other
+    return str(result["model"]) + ("" if precision == FLOAT32 else f" in {precision}")
 
 
 def _refuse_others(first_keys: list[str], second_keys: list[str], dataset: str, first: str, second: str) -> None:

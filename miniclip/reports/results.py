@@ -68,6 +68,7 @@ def _result_as_dict(result: Result) -> dict[str, Any]:
     return {
         "model": result.model,
         "library": result.library,
+        "precision": result.precision,
         "dataset": result.data.name,
         "task": result.task,
         "num_images": scores.num_images,
@@ -140,6 +141,7 @@ def write_csv(path: str | Path, results: Sequence[Result]) -> None:
         row: dict[str, Any] = {
             "model": result.model,
             "library": result.library,
+            "precision": result.precision,
             "dataset": result.data.name,
             "task": result.task,
             "prompts": prompts_label(result),

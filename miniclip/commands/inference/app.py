@@ -9,7 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from ..output import MODELS, note
-from ..terminal import add_upright, lasting_imports, new_parser
+from ..terminal import add_device, add_upright, lasting_imports, new_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ miniclip app ViT-B/32 --open""",
     parser.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 lets other machines in")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
-    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    add_device(parser)
     add_upright(parser)
     return parser
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         from ...inference.app.page import served
         from ...inference.thresholds import find_threshold
 
-    encoder = open_model(options.model, options.device)
+    encoder = open_model(options.model, options.device, options.precision)
     threshold = find_threshold(options.model)
     if threshold is not None:
         threshold.check_model(encoder)

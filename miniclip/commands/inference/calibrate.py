@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     )
     outside = open_images(options.outside, options.group_column)
     data, outside = (replace(each, upright=options.upright) for each in (data, outside))
-    model = open_model(options.model, options.device)
+    model = open_model(options.model, options.device, options.precision)
     path = expand_home(options.out) if options.out else threshold_path(options.model)
     refuse_unwritable(path, options.overwrite)
     threshold, result = calibrate(

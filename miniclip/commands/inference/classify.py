@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     num_guesses = min(options.topk, len(classes.classnames))
     columns = result_columns(num_guesses, threshold is not None, options.coverage is not None)
     with results(options, columns) as write:
-        model = open_model(options.model, options.device)
+        model = open_model(options.model, options.device, options.precision)
         classes = suited(classes, model.wordings)
         if threshold is not None:
             threshold.check_model(model)

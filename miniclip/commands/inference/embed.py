@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
         note_left_out(data.left_out)
     part, parts = options.part
     device = "cpu" if options.engine == "ray" else _own_gpu(options.device) if num_processes > 1 else options.device
-    encoder = open_model(options.model, device)
+    encoder = open_model(options.model, device, options.precision)
     own = len(range(0, len(data), max(1, parts * num_processes)))
     with progress_bar("embedding", own) if rank == 0 else nullcontext() as progress:
         done = embed_source(

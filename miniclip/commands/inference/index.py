@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ...inference.search.index import Index
     with results(options, {"pictures": str, "count": int}) as write:
-        index = Index(options.index, options.model, device=options.device, upright=options.upright or None)
+        opened = {"device": options.device, "precision": options.precision, "upright": options.upright or None}
+        index = Index(options.index, options.model, **opened)
         updated = index.update(
             options.sources,
             dry_run=options.dry_run,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...common.files import is_readable
 from ..output import add_output, note, print_lines, results
-from ..terminal import add_threshold, add_upright, lasting_imports, new_parser, progress_bar
+from ..terminal import add_device, add_threshold, add_upright, lasting_imports, new_parser, progress_bar
 
 if TYPE_CHECKING:
     from ...inference.search.index import Hit, Index
@@ -61,7 +61,7 @@ miniclip search photos.index --near-duplicates 0.97""",
     ask.add_argument("--exact", action="store_true", help="do not use the approximate index, where there is one")
     add_threshold(ask)
     parser.add_argument("--model", metavar="MODEL", help="where the index's model is, if it was moved")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    add_device(parser)
     add_upright(parser)
     add_output(parser)
     parser.add_argument("--paths", action="store_true", help="instead of a table: the paths alone, one a line")
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
     texts = _asked_texts(options)
     with lasting_imports():
         from ...inference.search.index import Index
-    opened = {"device": options.device, "upright": options.upright or None}
+    opened = {"device": options.device, "precision": options.precision, "upright": options.upright or None}
     index = Index(options.index, **opened)
     if options.model:
         index = Index(options.index, options.model, **opened)

@@ -59,7 +59,7 @@ def encode_on_ray(
             facts = shared, ray.cloudpickle.dumps(encoder.preprocess), here
             batches = by_actors(ray, batches, _Decode, facts, num_decoders, num_cpus=each)
         fingerprint = encoder.text_fingerprint() if is_text else encoder.image_fingerprint()
-        model = OnActor(encoder.name, is_text, fingerprint, here)
+        model = OnActor(encoder.name, encoder.precision, is_text, fingerprint, here)
         actor, given = (_EncodeTexts, (shared, model)) if is_text else (_EncodeImages, (model,))
         batches = by_actors(ray, batches, actor, given, num_encoders, num_cpus=each, num_gpus=1 if gpus else 0)
         for batch in batches.iter_batches(batch_size=None):
@@ -80,6 +80,7 @@ class OnActor:
     """A model that each actor opens for itself, when it is first used."""
 
     name: str
+    precision: str
     is_text: bool
     fingerprint: str | None
     here: Surroundings
@@ -89,7 +90,7 @@ class OnActor:
         import ray
 
         self.here.enter()
-        found = open_model(self.name, "cuda" if ray.get_gpu_ids() else "cpu")
+        found = open_model(self.name, "cuda" if ray.get_gpu_ids() else "cpu", self.precision)
         if self.fingerprint != (found.text_fingerprint() if self.is_text else found.image_fingerprint()):
             raise ValueError(
                 f"{self.name} is another model, or read by another version of its library, on {platform.node()}"

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...common.arguments import FLOAT32
 from ...common.files import atomic_write, locked, swap_in, write_csv, write_text
 from ...data.reading.scan import LeftOut
 
@@ -34,7 +35,7 @@ LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), 
 UNREADABLE = "could not be read"
 MANIFEST_SCHEMA = 1
 _NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
-_BEFORE = {"upright": False}  # of manifests without it
+_BEFORE: dict[str, Any] = {"upright": False, "precision": FLOAT32}  # of manifests without them
 _NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
 
 
@@ -49,6 +50,7 @@ class Plan:
         model, library: names; `model_fingerprint` and `preprocessing` are digests, None where there is none.
         rows_per_file: of the source, so a part has fewer where some can't be read.
         upright: images were turned as EXIF says.
+        precision: of the towers' products.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class Plan:
     layout: str
     rows_per_file: int
     upright: bool = False
+    precision: str = FLOAT32
 
     @property
     def num_files(self) -> int:
@@ -80,6 +83,8 @@ class Plan:
             other -= {"model"}
         if {"model_fingerprint", "library"} <= other or {"model_fingerprint", "preprocessing"} <= other:
             other -= {"model_fingerprint"}  # which covers both
+        if "precision" in other:
+            other -= {"model_fingerprint", "library"}  # which name it, too
         words = {
             "source_fingerprint": f"the source was {begun.get('source')} and is {self.source}"
             if begun.get("source") != self.source

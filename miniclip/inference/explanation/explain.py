@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...common.arguments import FLOAT32
 from ...evaluation.encoder import Encoder
 from ...model import VisionTransformer
 from .attention import attention_relevance
@@ -73,12 +74,17 @@ class Explainer:
             them that the model allows.
 
     Raises:
-        ValueError: the model does not allow the method.
+        ValueError: the model does not allow the method, or is open in bf16, which gradients need more bits than.
     """
 
     def __init__(self, encoder: Encoder, method: Method | None = None) -> None:
         if method not in (None, *METHODS):
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}")
+        if encoder.precision != FLOAT32:
+            raise ValueError(
+                f"{encoder.name} is open in {encoder.precision}, and explanations are gradients, which need {FLOAT32}; "
+                "open it without a precision"
+            )
         if method == "attention" and not isinstance(encoder.image_module, VisionTransformer):
             raise ValueError(
                 f"relevance through attention is for miniclip's vision transformers, and the image tower of "

@@ -23,7 +23,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...common.arguments import check_count, check_list, check_number, check_path, check_texts, shown
+from ...common.arguments import (
+    FLOAT32,
+    check_count,
+    check_list,
+    check_number,
+    check_path,
+    check_precision,
+    check_texts,
+    shown,
+)
 from ...common.files import expand_home
 from ...common.storage import is_url
 from ...evaluation.datasets.sets import EvaluationSet
@@ -74,6 +83,8 @@ class Index:
         model: the name or path of one, as `open_model` takes it, or an `Encoder`; by default the index's own, which is
             opened when it is needed.
         device: of the model; by default a GPU if there is one.
+        precision: of the model's products, "float32" or "bf16". By default as the index does that is there, and a new
+            one has float32.
         upright: turn pictures as EXIF says that viewers show them, those of queries too. By default as the index does
             that is there, and a new one does not.
         memory_bytes: features stay in memory up to this size, and are read for each search beyond it; by default half
@@ -90,6 +101,7 @@ class Index:
         model: str | Path | Encoder | None = None,
         *,
         device: str | None = None,
+        precision: str | None = None,
         upright: bool | None = None,
         memory_bytes: int | None = None,
     ) -> None:
@@ -101,8 +113,8 @@ class Index:
         if memory_bytes is not None:
             memory_bytes = check_count("memory_bytes", memory_bytes, 0)
         self._known_store = open_store(location) if model is None else find_store(location)
-        self._model, self._device, self._upright = model, device, upright
-        _ = self.upright
+        self._model, self._device, self._precision, self._upright = model, device, precision, upright
+        _ = self.upright, self.precision
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
         self._listings: dict[str, Listing] = {}  # of sources that hold pictures without a path
@@ -135,6 +147,20 @@ class Index:
         return found
 
     @property
+    def precision(self) -> str:
+        """Of the model's products."""
+        asked = self._model.precision if isinstance(self._model, Encoder) else self._precision
+        if self._known_store is None:
+            return check_precision(asked or FLOAT32)
+        found = self._known_store.facts.precision
+        if asked not in (None, found):
+            raise ValueError(
+                f"the index {self.location} was made in {found}, and {asked} is asked for, whose features are others; "
+                f"leave the precision out, open the model in {found}, or make a new index"
+            )
+        return found
+
+    @property
     def encoder(self) -> Encoder:
         """The model, opened and found to be the one that the index was made with.
 
@@ -151,10 +177,10 @@ class Index:
         if isinstance(self._model, Encoder):
             return self._model
         if self._model is not None:
-            return open_model(str(self._model), self._device)
+            return open_model(str(self._model), self._device, self.precision)
         name = self.store.facts.model
         try:
-            return open_model(name, self._device)
+            return open_model(name, self._device, self.precision)
         except ValueError as error:
             raise ValueError(
                 f"{error} (the index {self.location} was made with {name}; if that lies elsewhere now, name its model)"
@@ -244,6 +270,7 @@ class Index:
             probe.image_probe,
             probe.text_probe,
             self.upright,
+            self.precision,
         )
         self._known_store = create_store(self.location, facts, dim, dtype)
         return self._known_store
@@ -512,6 +539,11 @@ def check_model(encoder: Encoder, store: Store) -> None:
         ValueError: it is not the model that the index was made with.
     """
     facts = store.facts
+    if encoder.precision != facts.precision:
+        raise ValueError(
+            f"the index {store.location} was made in {facts.precision}, and {encoder.name} is open in "
+            f"{encoder.precision}, whose features are others; open it in {facts.precision}, or make a new index"
+        )
     fingerprints = encoder.image_fingerprint(), encoder.text_fingerprint()
     if None not in fingerprints and fingerprints == (facts.image_fingerprint, facts.text_fingerprint):
         return

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ...common.arguments import FLOAT32
 from ...common.files import expand_home, locked
 from ...common.storage import is_url
 
@@ -49,6 +50,7 @@ class Facts:
         image_probe, text_probe: (E,) unit features of a fixed picture and text, for a model whose fingerprint changed
             with its library.
         upright: pictures were turned as EXIF says that viewers show them.
+        precision: of the towers' products.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Facts:
     image_probe: tuple[float, ...] = ()
     text_probe: tuple[float, ...] = ()
     upright: bool = False
+    precision: str = FLOAT32
     format: int = 1
 
 
