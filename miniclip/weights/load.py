@@ -135,7 +135,8 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     """The model of a checkpoint, on the CPU. It takes the tensors over one by one: the checkpoint is left without.
 
     Raises:
-        ValueError: a tensor's name or shape does not fit the architecture; lists both sides.
+        ValueError: a tensor's name or shape does not fit the architecture, and lists both sides; or a tensor is not
+            finite.
     """
     config, tensors = checkpoint.config, checkpoint.tensors
     _refuse_misfits(config, tensors, source)  # before anything is made of them
@@ -144,6 +145,11 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
     converted: Tensors = {}
     for name in list(tensors):
         tensor = tensors.pop(name)  # so that its part of the file leaves memory as the converted one comes
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise ValueError(
+                f"{name} in {source} holds infinite numbers or NaN: the run that wrote it diverged, or the file is "
+                "damaged. Take an earlier checkpoint"
+            )
         # One layout in memory, so that the bits of a result do not depend on the format that the weights came in.
         converted[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
     model.load_state_dict(converted, assign=True)
@@ -151,6 +157,11 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
         parameter.requires_grad_(True)
     model.wordings = checkpoint.wordings
     return model
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    total = tensor.sum(dtype=torch.float32)  # one pass; it may be infinite where no number is
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _refuse_misfits(config: CLIPConfig, tensors: Tensors, source: str) -> None:

@@ -140,6 +140,8 @@ def test_what_is_left_out_is_warned_of_by_name(tmp_path, checkpoint, left_out):
     "checkpoint, words",
     [
         ({"first": WEIGHTS, "second": AVERAGED}, ["'first'", "'second'"]),
+        (WEIGHTS | {"ln_final.bias": torch.full((128,), torch.nan)}, ["ln_final.bias", "NaN", "earlier checkpoint"]),
+        (WEIGHTS | {"logit_scale": torch.tensor(torch.inf)}, ["logit_scale", "infinite", "earlier checkpoint"]),
         (prefixed("a.") | prefixed("b.", AVERAGED), ["'a.'", "'b.'"]),
         (
             {key.replace(".weight", ".lora_A.default.weight"): t for key, t in WEIGHTS.items()},
@@ -150,7 +152,17 @@ def test_what_is_left_out_is_warned_of_by_name(tmp_path, checkpoint, left_out):
         ({"epoch": 3, "lr": 0.1}, ["epoch", "lr"]),
         ([WEIGHTS], ["a list"]),
     ],
-    ids=["two entries", "two prefixes", "LoRA", "image tower", "image tower's own", "no tensors", "list"],
+    ids=[
+        "two entries",
+        "NaN",
+        "infinite",
+        "two prefixes",
+        "LoRA",
+        "image tower",
+        "image tower's own",
+        "no tensors",
+        "list",
+    ],
 )
 def test_what_is_not_one_whole_model_is_refused_saying_what_it_is(tmp_path, checkpoint, words):
     torch.save(checkpoint, tmp_path / "c.pt")
