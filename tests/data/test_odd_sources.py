@@ -304,6 +304,13 @@ def test_captions_in_json_are_read_in_every_usual_shape(three, shape, name):
     assert not pairs.left_out
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_file_that_json_names_twice_is_not_lost(three, suffix):
+    (three / f"table{suffix}").write_text('{"0.png": "one", "1.png": "two", "0.png": "three"}')
+    with pytest.raises(ValueError, match=r"'0\.png' comes twice in one object"):
+        read_pairs(three / f"table{suffix}")
+
+
 def test_json_lines_may_be_called_json(three):
     (three / "t.json").write_text("\n".join(map(json.dumps, RECORDS)))
     assert [pair.captions for pair in read_pairs(three / "t.json")] == [(f"picture {n}",) for n in range(3)]

@@ -315,7 +315,7 @@ def test_a_table_without_rows_is_refused(tmp_path):
         open_dataset(lines(tmp_path / "data.csv", "filepath,label"))
 
 
-@pytest.mark.parametrize("row", ["b.png,", "b.png,  ", "b.png"])
+@pytest.mark.parametrize("row", ["b.png,", "b.png,  ", "b.png", "b.png,nan", "b.png,<NA>"])
 def test_a_row_without_a_label_is_named(tmp_path, row):
     with pytest.raises(ValueError, match=r"data\.csv: row 2 \(b\.png\) has no label"):
         open_dataset(lines(tmp_path / "data.csv", "filepath,label", "a.png,cat", row))

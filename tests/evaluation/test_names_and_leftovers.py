@@ -106,6 +106,8 @@ def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
         ("a.txt", 'fish <- c("tench", "goldfish")', "is code and no name", "one name a line"),
         ("a.txt", "0: tench\n1: goldfish\n3: shark", "not 0, 1, 2 …: 0, 1, 3", "no gaps"),
         ("a.txt", "1 tench\n2 goldfish\n4 shark", "not 0, 1, 2 …: 1, 2, 4", "a JSON list keeps numbers"),
+        ("a.json", '{"0": "tench", "0": "goldfish"}', "'0' comes twice in one object", ""),
+        ("a.txt", "{0: 'tench', 0: 'goldfish'}", "a mapping has a key twice", "one name a line"),
         ("a.csv", "x,y\n1,2", "'x', 'y'", "call it 'name'"),
         ("a.csv", "id,name\n0,tench\n0,goldfish", "'id' has a label twice", ""),
         ("a.yaml", "{", "is not YAML", ""),

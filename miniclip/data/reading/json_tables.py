@@ -25,6 +25,28 @@ _KARPATHYS_OWN = ("filepath", "filename", "file_name", "sentences", "sentids")  
 _IN_TRAINING = ("train", "restval")  # Karpathy's rest of the validation set is trained on
 
 
+class RepeatedNameError(ValueError):
+    """A name comes twice in one object of JSON, of which `json.loads` keeps the last without a word."""
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, which loses nothing.
+
+    Raises:
+        ValueError: no JSON, or a `RepeatedNameError`.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for number, name in enumerate(names) if name in names[:number])
+        raise RepeatedNameError(f"{repeated[:60]!r} comes twice in one object, which holds one value for each name")
+    return found
+
+
 def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str], Records, list[LeftOut]]:
     """Columns, rows, and what is left out.
 
@@ -32,7 +54,9 @@ def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str
         ValueError: no JSON, or none of the shapes above.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text)
+    except RepeatedNameError as error:
+        raise ValueError(f"{path}: {error}; a list of values can hold several") from error
     except (ValueError, RecursionError) as error:
         values = _parse_lines(text)
         if values is None:

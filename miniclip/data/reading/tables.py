@@ -6,7 +6,6 @@ import csv
 import glob
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from ...common.storage import expand, is_url
 from .cells import decode_text
-from .json_tables import read_json
+from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut
 
@@ -192,9 +191,9 @@ def _parse_json_lines(path: Path, text: str) -> tuple[list[str], list[dict[str, 
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{path}, line {number} is not JSON that can be read: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} holds {type(row).__name__}; each must be a mapping: {{…}}")
         rows.append(row)

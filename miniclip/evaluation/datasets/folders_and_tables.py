@@ -265,6 +265,9 @@ def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
     )
 
 
+_NOT_A_NUMBER = {"nan", "NaN", "-nan", "<NA>", "#N/A", "#NA"}  # None and null may be the name of a class
+
+
 def is_blank(cell: Any) -> bool:
     return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
 
@@ -276,8 +279,9 @@ def label_in(cell: Any, where: str) -> str | list[str]:
     if isinstance(cell, list | tuple | np.ndarray):
         return [str(label_in(each, where)) for each in cell]
     text = "" if is_blank(cell) else str(cell).strip()
-    if not text:
-        raise ValueError(f"{where} has no label")
+    if not text or text in _NOT_A_NUMBER:
+        shown = f" ({text!r}, as programs write a cell without a value)" if text else ""
+        raise ValueError(f"{where} has no label{shown}")
     if isinstance(cell, str) and text[0] == "[" and text[-1] == "]":
         if re.fullmatch(r"\[\s*(\d+([\s,]+\d+)*)?[\s,]*\]", text):
             return re.findall(r"\d+", text)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import json
 import re
 import tokenize
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ import yaml
 
 from ...common.files import is_readable
 from ...data.reading.cells import decode_text
+from ...data.reading.json_tables import RepeatedNameError, parse_json
 from ...data.reading.scan import same_name
 
 _NAME_COLUMNS = (
@@ -123,10 +123,12 @@ def _structure(text: str, source: str) -> Any:
 
 def _json(text: str, source: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
+    except RepeatedNameError as error:
+        raise ValueError(f"{source}: {error}") from error
     except (ValueError, RecursionError) as error:
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [parse_json(line) for line in text.splitlines() if line.strip()]
         except (ValueError, RecursionError):
             raise ValueError(f"{source} is not JSON: {error}") from error
 
@@ -183,7 +185,9 @@ def _is_program(text: str) -> bool:
 def _code(text: str, source: str) -> Any:
     """A list or mapping in JSON or Python, perhaps assigned to a name. It is parsed, not run."""
     try:
-        return json.loads(text)
+        return parse_json(text)
+    except RepeatedNameError as error:
+        raise ValueError(f"{source}: {error}") from error
     except (ValueError, RecursionError):
         pass
     try:
@@ -218,7 +222,10 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.List | ast.Tuple | ast.Set):
         return [_literal(each) for each in node.elts]
     if isinstance(node, ast.Dict) and None not in node.keys:
-        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+        pairs = [(_literal(key), _literal(value)) for key, value in zip(node.keys, node.values, strict=True) if key]
+        if len({str(key) for key, _ in pairs}) < len(pairs):
+            raise ValueError(f"line {node.lineno}: a mapping has a key twice")
+        return dict(pairs)
     if isinstance(node, ast.Lambda) and len(node.args.args) == 1:
         return _template(node.body, node.args.args[0].arg)
     if isinstance(node, ast.JoinedStr):
