@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from .terminal import (
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import EvaluationSet
+    from ..evaluation.encoder import Encoder
     from ..evaluation.suite import Result, Task
     from ..inference.thresholds import ModelThreshold
 
@@ -186,10 +188,7 @@ def _print_comparison(first: str, second: str) -> None:
 def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     if not options.model or not options.data:
         raise ValueError("--model and --data are needed, at least one of each (or --compare A B)")
-    called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
-    out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
-    if (out / "results.json").exists() and not options.overwrite:
-        raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
+    out = _folder_of(options)
     refuse_bad_encoding(options)
     for name in ("topk", "shots"):
         for value in values if isinstance(values := getattr(options, name), list) else [values]:
@@ -203,20 +202,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         from ..evaluation.robustness import robustness
         from ..evaluation.suite import evaluate
         from ..inference.calibration import refuse_too_few, threshold_of
-        from ..inference.explanation.guesses import GuessMaps
         from ..inference.thresholds import write_threshold
-        from ..reports.page import write_html
-        from ..reports.results import (
-            BENCHMARK_FOLDER,
-            PREDICTIONS_FOLDER,
-            RESULTS_FILE,
-            TABLE_FILE,
-            write_benchmark,
-            write_csv,
-            write_json,
-            write_predictions,
-        )
-        from ..reports.tables import tables
 
     _refuse_contradictions(options)
     paths = _threshold_paths(options)
@@ -252,20 +238,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     if options.standard:
         standard = tasks[options.data.index(options.standard)].data.name
         shifts = robustness(found, standard, options.baselines)
-    # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
-    write_json(out / RESULTS_FILE, found, shifts)
-    write_csv(out / TABLE_FILE, found)
-    write_benchmark(out / BENCHMARK_FOLDER, found)
-    try:
-        write_predictions(out / PREDICTIONS_FOLDER, found)
-    except ValueError as error:  # all else is worth having
-        print(f"no predictions were written: {error}", file=sys.stderr)
-    wrong = sum(len(each.examples) for one in found for each in one.scores.galleries() if each.kind == "wrong")
-    with progress_bar("explaining mistakes", wrong) if options.explain else nullcontext() as explained:
-        maps = GuessMaps(lambda name: open_model(name, device), explained) if explained else None
-        write_html(out / "report.html", found, shifts, maps)
-    for table in tables(found, shifts):
-        console().print(table)
+    _write(out, found, shifts, partial(open_model, device=device) if options.explain else None)
     print_what_was_read(found)
     if options.precision == BF16:
         print(
@@ -275,6 +248,51 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         write_threshold(path, threshold, options.overwrite)
         print(replace(threshold, source=str(path)))
     print(f"report: {out / 'report.html'}")
+
+
+def _folder_of(options: argparse.Namespace) -> Path:
+    called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
+    out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
+    if (out / "results.json").exists() and not options.overwrite:
+        raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
+    return out
+
+
+def _write(out: Path, found: list[Result], shifts: Any, explained_by: Callable[[str], Encoder] | None) -> None:
+    """Results as files, as a page and as tables on the terminal.
+
+    Args:
+        explained_by: opens a model by its name, to draw what its mistakes rest on; None for no such maps.
+    """
+    with lasting_imports():
+        from ..inference.explanation.guesses import GuessMaps
+        from ..reports.page import write_html
+        from ..reports.results import (
+            BENCHMARK_FOLDER,
+            PREDICTIONS_FOLDER,
+            RESULTS_FILE,
+            TABLE_FILE,
+            write_benchmark,
+            write_csv,
+            write_json,
+            write_predictions,
+        )
+        from ..reports.tables import tables
+
+    # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
+    write_json(out / RESULTS_FILE, found, shifts)
+    write_csv(out / TABLE_FILE, found)
+    write_benchmark(out / BENCHMARK_FOLDER, found)
+    try:
+        write_predictions(out / PREDICTIONS_FOLDER, found)
+    except ValueError as error:  # all else is worth having
+        print(f"no predictions were written: {error}", file=sys.stderr)
+    wrong = sum(len(each.examples) for one in found for each in one.scores.galleries() if each.kind == "wrong")
+    with progress_bar("explaining mistakes", wrong) if explained_by else nullcontext() as explained:
+        maps = GuessMaps(explained_by, explained) if explained_by and explained else None
+        write_html(out / "report.html", found, shifts, maps)
+    for table in tables(found, shifts):
+        console().print(table)
 
 
 def _threshold_paths(options: argparse.Namespace) -> dict[str, Path]:

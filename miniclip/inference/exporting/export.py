@@ -24,7 +24,7 @@ from ...images import Preprocess
 from ...model import CLIP
 from ...weights.load import load
 from ..thresholds import FILE as THRESHOLD_FILE
-from ..thresholds import find_threshold
+from ..thresholds import ModelThreshold, find_threshold
 from . import runner as runner_file
 from .facts import FACTS_FILE, Classes, export_facts, has_own_ids, write_facts
 from .onnx_files import require, shrink_onnx, write_onnx
@@ -96,20 +96,13 @@ def export(
     model, preprocess = load(name, "cpu")
     assert isinstance(preprocess, Preprocess)
     model.requires_grad_(False)
-    if model.config.towers == "text" and (data or pictures or target == "web"):
-        raise ValueError(f"{name} has no image tower, so there is nothing to do with pictures")
-    if target == "web" and not has_own_ids(model.config):
-        raise ValueError(f"{name} has no text tower that reads CLIP's ids, and a page without words has no use")
+    _refuse_model(model, name, target, needs_images=bool(data or pictures))
     threshold = find_threshold(name)
-    classes = Classes()
     if threshold is not None:
         threshold.check_model(from_clip(model, preprocess, name))
-        classes = Classes(threshold.classnames, threshold.templates or (), threshold.cosine)
     elif isinstance(data, LabelledImages):
         data = suited(data, model.wordings)
-        classes = Classes(data.classnames, data.templates)
-    elif model.wordings is not None:
-        classes = Classes((), model.wordings.templates())
+    classes = _classes_of(threshold, data, model)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         files = {each.name: _file_of(each, target, precision) for each in towers(model)}
@@ -145,8 +138,24 @@ def export(
     return Exported(out, target, facts, proof, data)
 
 
+def _classes_of(threshold: ModelThreshold | None, data: EvaluationSet | None, model: CLIP) -> Classes:
+    """Those of the model's threshold, else of the images that prove it, else no more than the wordings it knows."""
+    if threshold is not None:
+        return Classes(threshold.classnames, threshold.templates or (), threshold.cosine)
+    if isinstance(data, LabelledImages):
+        return Classes(data.classnames, data.templates)
+    return Classes() if model.wordings is None else Classes((), model.wordings.templates())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What can't be done
+
+
+def _refuse_model(model: CLIP, name: str, target: str, needs_images: bool) -> None:
+    if model.config.towers == "text" and (needs_images or target == "web"):
+        raise ValueError(f"{name} has no image tower, so there is nothing to do with pictures")
+    if target == "web" and not has_own_ids(model.config):
+        raise ValueError(f"{name} has no text tower that reads CLIP's ids, and a page without words has no use")
 
 
 def _refuse_request(name: str, target: str, precision: str) -> None:
