@@ -303,11 +303,11 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
     tokens = np.zeros((len(texts), context_length), dtype=np.int32)
     for start in range(0, len(texts), _TOGETHER):
         part = slice(start, start + _TOGETHER)
-        _fill(tokens[part], texts[part], truncate)
+        _fill_rows(tokens[part], texts[part], truncate)
     return torch.from_numpy(tokens)
 
 
-def _fill(tokens: np.ndarray, texts: list[str], truncate: bool) -> None:
+def _fill_rows(tokens: np.ndarray, texts: list[str], truncate: bool) -> None:
     """Writes `encode_for_model`'s ids of each text into its row of zeros: (B, L)."""
     B, L = tokens.shape
     is_alone = np.ones(B, dtype=bool)  # rows that are encoded one by one
