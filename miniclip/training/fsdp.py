@@ -6,14 +6,16 @@ whole weights only while the block runs. The steps are the same. `--trainer.stra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -22,10 +24,14 @@ from ..model import CLIP, ResidualAttentionBlock
 from ..resnet import Bottleneck
 
 
-def shard(model: CLIP, mesh: DeviceMesh) -> None:
+def shard(model: CLIP, mesh: DeviceMesh, autocast: torch.dtype | None = None) -> None:
     """Slices every parameter of the towers over the processes of a mesh, block by block, in place.
 
     The temperature is a single number and stays whole in every process.
+
+    Args:
+        autocast: the precision of a mixed run. Matrices of a transformer's block are gathered in it, which halves what
+            travels: autocast would round them anyway. Slices, sums over processes and all else stay float32.
     """
     for tensor in (*model.parameters(), *model.buffers()):  # every process slices rank 0's weights
         on_device = tensor.detach().to(mesh.device_type)  # NCCL takes no tensor on the host
@@ -33,7 +39,11 @@ def shard(model: CLIP, mesh: DeviceMesh) -> None:
         tensor.data.copy_(on_device)
     for tower in (model.visual, model.text):
         for module in tower.modules():
-            if isinstance(module, ResidualAttentionBlock | Bottleneck):
+            if autocast is not None and isinstance(module, ResidualAttentionBlock):
+                fully_shard([module.ln_1, module.ln_2], mesh=mesh)  # float32, as autocast leaves norms
+                policy = MixedPrecisionPolicy(autocast, reduce_dtype=torch.float32, cast_forward_inputs=False)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+            elif isinstance(module, ResidualAttentionBlock | Bottleneck):
                 fully_shard(module, mesh=mesh)
         fully_shard(tower, mesh=mesh)
     for name, parameter in list(model.named_parameters(recurse=False)):
@@ -60,6 +70,62 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def share_out(tensors: list[Tensor], compute: Callable[[list[Tensor], Sequence[int]], list[Tensor]]) -> list[Tensor]:
+    """What `compute` makes of whole tensors, sliced as they are; each process computes a share of the results.
+
+    The slices of a tensor go to the process that it falls to, and those of the result come back. Tensors that are not
+    sliced are all computed here.
+
+    Args:
+        tensors: of any shapes, all sliced by rows or none.
+        compute: from some of the tensors and their indices to results of their shapes.
+    """
+    if not tensors or not isinstance(tensors[0], DTensor):
+        return compute(tensors, range(len(tensors)))
+    mesh, placements = tensors[0].device_mesh, tensors[0].placements
+    slices = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
+    rows = [_rows(len(tensor), mesh.size()) for tensor in tensors]  # of each tensor, in each process
+    ranks, falls_to = range(mesh.size()), [range(rank, len(tensors), mesh.size()) for rank in range(mesh.size())]
+    own = falls_to[mesh.get_local_rank()]
+    received = _exchange(
+        [[slices[i] for i in falls_to[rank]] for rank in ranks],
+        [[(rows[i][rank], *tensors[i].shape[1:]) for i in own] for rank in ranks],
+        slices[0], mesh,
+    )  # fmt: skip
+    results = compute([torch.cat(parts) for parts in zip(*received, strict=True)], own)
+    pieces = [result.split(rows[i]) for result, i in zip(results, own, strict=True)]
+    returned = _exchange(
+        [[piece[rank] for piece in pieces] for rank in ranks],
+        [[tuple(slices[i].shape) for i in falls_to[rank]] for rank in ranks],
+        slices[0], mesh,
+    )  # fmt: skip
+    by_index = {i: part for rank in ranks for i, part in zip(falls_to[rank], returned[rank], strict=True)}
+    return [
+        DTensor.from_local(by_index[i], mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+        for i, tensor in enumerate(tensors)
+    ]
+
+
+def _rows(count: int, parts: int) -> list[int]:
+    """How many of a tensor's rows each process holds; the last ones may hold fewer than the first, or none."""
+    most = -(-count // parts)
+    return [max(0, min(most, count - most * part)) for part in range(parts)]
+
+
+def _exchange(
+    sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], example: Tensor, mesh: DeviceMesh
+) -> list[list[Tensor]]:
+    """For each process the tensors that it is sent -> from each process those that it sent, of these shapes."""
+    sizes = [[math.prod(shape) for shape in each] for each in shapes]
+    flat = torch.cat([example.new_empty(0), *(tensor.flatten() for each in sent for tensor in each)])
+    received, own = flat.new_empty(sum(map(sum, sizes))), [sum(t.numel() for t in each) for each in sent]
+    dist.all_to_all_single(received, flat, [sum(each) for each in sizes], own, group=mesh.get_group())
+    parts = [
+        chunk.split(each) for chunk, each in zip(received.split([sum(each) for each in sizes]), sizes, strict=True)
+    ]
+    return [[part.view(shape) for part, shape in zip(*pair, strict=True)] for pair in zip(parts, shapes, strict=True)]
+
+
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Slices a tensor that every process holds whole the way the parameter is sliced."""
     if not isinstance(parameter, DTensor):
@@ -72,7 +138,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's strategy over all processes, with the checkpoints of every other strategy.
 
     Lightning writes a folder of slices, or one file whose optimiser state is keyed differently from other strategies'.
-    This one writes a file that any strategy, with any number of processes, resumes from.
+    This one writes a file that any strategy, with any number of processes, resumes from. What it holds is gathered by
+    all processes and kept by the first alone, which writes it.
     """
 
     def setup_environment(self) -> None:
@@ -112,7 +179,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _gathered(tensor: Any) -> Any:
-    return whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered = whole(tensor)  # a collective, so every process calls it
+    return gathered.cpu() if dist.get_rank() == 0 else None
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description=FSDP2Strategy.__doc__)

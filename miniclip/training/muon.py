@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fsdp import like, whole
+from .fsdp import share_out
 
 
 class Muon(torch.optim.AdamW):
@@ -18,7 +19,8 @@ class Muon(torch.optim.AdamW):
 
     The momentum of a matrix is replaced by the nearest matrix whose singular values are all about 1, so that rare
     directions move as much as frequent ones. Queries, keys and values share one parameter and are orthogonalised
-    separately. Matrices of one shape go through the iteration together. On a CPU the iteration runs in float32:
+    separately. Matrices of one shape go through the iteration together; where processes hold slices of them, each
+    process orthogonalises a share of the matrices. On a CPU the iteration runs in float32:
     bfloat16, which torch's and timm's Muon use everywhere, is several times slower there.
     """
 
@@ -34,11 +36,14 @@ class Muon(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = []
+        held: list[tuple[Tensor, Tensor]] = []
+        moves: list[Move] = []
         for group in self.param_groups:
             if group["momentum"] is not None:
                 held += [(p, p.grad) for p in group["params"] if p.grad is not None]
-                self._muon_step(group)
+                moves += self._moves(group)
+        for move, step in zip(moves, share_out([move.momentum for move in moves], partial(_steps, moves)), strict=True):
+            move.parameter.sub_(step.to(move.parameter.dtype), alpha=move.rate)
         for parameter, _ in held:
             parameter.grad = None  # AdamW skips parameters without a gradient
         super().step()
@@ -46,9 +51,9 @@ class Muon(torch.optim.AdamW):
             parameter.grad = gradient
         return loss
 
-    def _muon_step(self, group: dict[str, Any]) -> None:
+    def _moves(self, group: dict[str, Any]) -> Iterator[Move]:
+        """Averages the gradients of a group and decays its weights."""
         momentum, decay, parts = group["momentum"], group["lr"] * group["weight_decay"], group["parts"]
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -60,12 +65,36 @@ class Muon(torch.optim.AdamW):
             average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             update = p.grad.lerp(average, momentum)  # Nesterov
             p.mul_(1 - decay)
-            by_shape.setdefault((p.shape[0] // parts, p.shape[1]), []).append((p, whole(update)))
-        for (rows, columns), pairs in by_shape.items():
-            steps = orthogonalize(torch.cat([update.view(parts, rows, columns) for _, update in pairs]))
-            rate = group["lr"] * math.sqrt(max(1, rows / columns))
-            for (p, _), step in zip(pairs, steps.split(parts), strict=True):
-                p.sub_(like(step.flatten(0, 1).to(p.dtype), p), alpha=rate)
+            rate = group["lr"] * math.sqrt(max(1, p.shape[0] // parts / p.shape[1]))
+            yield Move(p, update.to(_precision(p)), parts, rate)
+
+
+class Move(NamedTuple):
+    """A parameter, the momentum that becomes its step, the number of matrices stacked in both, and the step's size."""
+
+    parameter: Tensor
+    momentum: Tensor
+    parts: int
+    rate: float
+
+
+def _steps(moves: Sequence[Move], momenta: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    """The orthogonalised momenta of the moves at these indices; matrices of one shape together."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for n, (momentum, index) in enumerate(zip(momenta, indices, strict=True)):
+        by_shape.setdefault((momentum.shape[0] // moves[index].parts, momentum.shape[1]), []).append(n)
+    steps = list(momenta)
+    for shape, places in by_shape.items():
+        stacks = [momenta[n].view(-1, *shape) for n in places]
+        together = orthogonalize(torch.cat(stacks)).split([len(stack) for stack in stacks])
+        for n, step in zip(places, together, strict=True):
+            steps[n] = step.flatten(0, 1)
+    return steps
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    """That of the iteration. bfloat16 is several times slower on a CPU."""
+    return torch.float32 if tensor.device.type == "cpu" else torch.bfloat16
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -78,7 +107,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         matrices: (n, rows, columns).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    dtype = torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
+    dtype = _precision(matrices)
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(dtype)
     x = x.mT if tall else x

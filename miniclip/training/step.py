@@ -265,7 +265,9 @@ class CLIPTraining(pl.LightningModule):
         if self.device_mesh is not None and not isinstance(self.clip.logit_scale, DTensor):
             for model in (self.clip, self.average):
                 if model is not None:
-                    shard(model, self.device_mesh["data_parallel"])
+                    # Gradients of micro-batches would be summed in the precision that weights are gathered in.
+                    autocast = _autocast(str(self.trainer.precision)) if self.micro_batch_size is None else None
+                    shard(model, self.device_mesh["data_parallel"], autocast)
 
     def configure_optimizers(self) -> Any:
         config, total = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
@@ -317,6 +319,11 @@ class CLIPTraining(pl.LightningModule):
         for model in (self.clip, self.average):
             if model is not None:
                 model.wordings = wordings
+
+
+def _autocast(precision: str) -> torch.dtype | None:
+    """The dtype of products in one of Lightning's precisions, if it is another than the weights'."""
+    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
 
 def as_pairs(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

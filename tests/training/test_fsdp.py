@@ -15,11 +15,12 @@ from helpers import tiny_clip
 from runs import command, state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import miniclip
 from miniclip.loss import clip_loss
-from miniclip.training.fsdp import local, shard, whole
+from miniclip.training.fsdp import local, shard, share_out, whole
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
 
 RESNET = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
@@ -127,8 +128,51 @@ def work(rank, world_size, folder):
         results[run] = (loss / world_size, *rest)
         most = max(p.to_local().numel() for p in model.parameters())
         results["largest slice"] = most, max(p.numel() for p in model.parameters())
+    for ways in ways_of_a_mixed_run(world_size):
+        results[ways] = mixed_step(mesh, rows, *ways)
+    results["shares"] = shares(mesh)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def ways_of_a_mixed_run(world_size):
+    """Precision of autocast and of what is gathered, and whether towers are compiled."""
+    half = torch.bfloat16
+    yield from ((half, None, False), (half, half, False))
+    if world_size != 2:  # slow, and in the long run only
+        yield from ((half, half, True), (None, None, False), (None, None, True))
+
+
+def mixed_step(mesh, rows, autocast, gathered, is_compiled):
+    """Gradients of one step, and what an MLP's first product multiplied by."""
+    model, images, tokens = model_and_inputs("vit", torch.float32)
+    if is_compiled:
+        model.visual.compile(backend="eager")
+        model.text.compile(backend="eager")
+    shard(model, mesh, gathered)
+    first, seen = model.visual.transformer.resblocks[0], []
+    if not is_compiled:
+        first.mlp.c_fc.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        found = features(model, images[rows], tokens[rows], None)
+        loss = clip_loss(*found, local(model.logit_scale).exp(), across_processes=True)
+    loss.backward()
+    return {name: whole(p.grad) for name, p in model.named_parameters()}, seen[:1]
+
+
+def shares(mesh):
+    """Tensors of odd shapes, ten times themselves plus their index, and the indices that were computed here."""
+    tensors = [torch.arange(rows * columns).view(rows, columns) for rows, columns in ((5, 3), (1, 2), (4, 4), (2, 1))]
+    computed = []
+
+    def compute(some, indices):
+        computed.extend(indices)
+        return [10 * tensor + index for tensor, index in zip(some, indices, strict=True)]
+
+    results = share_out([distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in tensors], compute)
+    assert all(torch.equal(whole(r), 10 * t + i) for i, (r, t) in enumerate(zip(results, tensors, strict=True)))
+    assert all(torch.equal(a, b) for a, b in zip(share_out(tensors, compute), map(whole, results), strict=True))
+    return computed[: -len(tensors)]
 
 
 @pytest.fixture(scope="module", params=[2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3))])
@@ -171,6 +215,29 @@ def test_each_process_holds_its_share_only(results):
     for result in results:
         held, all_of_it = result["largest slice"]
         assert held <= -(-all_of_it // len(results)) + 16  # rows are not cut
+
+
+def test_each_process_computes_its_share_of_the_whole_tensors(results):
+    assert sorted(index for result in results for index in result["shares"]) == [0, 1, 2, 3]
+    assert max(len(result["shares"]) for result in results) == -(-4 // len(results))
+
+
+def test_matrices_gathered_in_autocasts_precision_change_no_bit_of_the_gradients(results):
+    for result in results:
+        expected, wide = result[torch.bfloat16, None, False]
+        found, narrow = result[torch.bfloat16, torch.bfloat16, False]
+        assert (wide, narrow) == ([torch.float32], [torch.bfloat16])
+        assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_compiled_towers_whose_weights_are_sliced_give_the_same_gradients(results, half):
+    if len(results) == 2:
+        pytest.skip("compiled with other numbers of processes, in the long run")
+    for result in results:
+        expected, found = (result[half, half, is_compiled][0] for is_compiled in (False, True))
+        assert_near(found, expected, half or torch.float32)
 
 
 def train(data, run, strategy, *more):
