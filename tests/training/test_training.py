@@ -437,14 +437,33 @@ def test_micro_batches_with_dropout_equal_plain_backpropagation_through_the_same
         found = loss_and_gradients(module, batch)
         torch.manual_seed(5)
         module.zero_grad()
+
+        def encoded(encode, inputs):
+            torch.clear_autocast_cache()  # else gradients of the parts would be summed in bfloat16
+            return encode(inputs)
+
         splits = zip(batch.images.split(3), batch.tokens.split(3), strict=True)
-        parts = [(module.encode_images(images), module.encode_texts(tokens)) for images, tokens in splits]
+        parts = [(encoded(module.encode_images, i), encoded(module.encode_texts, t)) for i, t in splits]
         images, texts = (torch.cat(each) for each in zip(*parts, strict=True))
         loss = miniclip.clip_loss(images, texts, module.clip.logit_scale.exp())
         loss.backward()
     assert torch.equal(found["loss"], loss.detach())
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_gradients_of_many_micro_batches_are_as_exact_under_autocast_as_those_of_one():
+    """Their sum is taken in float32, however many there are."""
+    torch.manual_seed(0)
+    module, batch = CLIPTraining(tiny_config()), random_batch(96, 16)
+    errors, expected = [], loss_and_gradients(module, batch)
+    for module.micro_batch_size in (None, 1):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss_and_gradients(module, batch)
+        matrices = [name for name, p in module.clip.named_parameters(prefix="clip") if p.ndim > 1]
+        errors.append(sum(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in matrices))
+    assert errors[1] <= 1.05 * errors[0]
 
 
 def test_batch_norm_counts_each_micro_batch_once():
