@@ -98,7 +98,7 @@ def refuse_what_would_mislead(config: Any) -> None:
             f"trainer.precision is {trainer.precision}, which keeps the weights themselves in half precision, where "
             f"small steps are lost to rounding. {mixed} is as fast and keeps them in float32"
         )
-    if config.save_every_n_steps < 1:
+    if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
     if not config.save_every_minutes > 0:
         raise ValueError(f"save_every_minutes is {config.save_every_minutes}; it must be above 0")

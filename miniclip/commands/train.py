@@ -145,7 +145,13 @@ class TrainingCLI(LightningCLI):
             default="max",
             help="Whether the highest or the lowest is best.",
         )
-        parser.add_argument("--save_every_n_steps", type=int, default=100, help="How often last.ckpt is written.")
+        parser.add_argument(
+            "--save_every_n_steps",
+            type=int | None,
+            default=None,
+            help="How often last.ckpt is written; by default every 100 steps, or less often where writing would take "
+            "more than a twentieth of the time.",
+        )
         parser.add_argument(
             "--save_every_minutes", type=float, default=10.0, help="Minutes after which it is written sooner."
         )

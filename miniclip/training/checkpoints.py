@@ -27,8 +27,11 @@ from ..common.waiting import StalledDataError
 from ..data.module import PairDataModule
 from ..weights.read import read_torch_file
 from . import lightning_private
+from .finite import StopIfNotFinite
 from .stopping import StopSignals, requeue, slurm, what_is_kept
 
+_EVERY, _MOST_SHARE = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
+_MAY, _DUE = 1, 2  # of a checkpoint: written at a step of its own, or at any step
 _GRACE_S = 3.0  # the time that a batch has to come after a signal; a run with data stops at the end of its step
 
 
@@ -179,19 +182,26 @@ class LastCheckpoint(Checkpoint):
     at the end and at a signal there is no next time, so the failure is an error.
 
     Args:
-        every_n_steps, every_minutes: whichever comes first.
+        every_n_steps, every_minutes: whichever comes first. None is every 100 steps, or fewer times where writing would
+            take more than a twentieth of the run's time.
         resume_command: what the user types to resume the run.
     """
 
-    def __init__(self, path: Path, every_n_steps: int, every_minutes: float, resume_command: str) -> None:
+    def __init__(self, path: Path, every_n_steps: int | None, every_minutes: float, resume_command: str) -> None:
         self.path, self.resume_command = path, resume_command
         self.every_n_steps, self.every_s = every_n_steps, 60 * every_minutes
         self.signals = StopSignals(self._what_is_kept)
         self._resumed_step = 0
+        self._last_took_s = 0.0
+        self._question: StopIfNotFinite | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.signals.install(trainer)
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            self._question = next((each for each in callbacks if isinstance(each, StopIfNotFinite)), None)
+            if self._question is not None and trainer.world_size > 1:
+                self._question.others = partial(self._own, trainer)
             if isinstance(data := trainer.datamodule, PairDataModule):  # type: ignore[attr-defined]
                 data.while_waiting = partial(self._while_waiting, trainer)
 
@@ -216,19 +226,20 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         # A validation that is due at this step comes first: a run resumed from before it would not make up for it.
         if not lightning_private.is_validation_due(trainer):
-            self._end_of_step(trainer)
+            self._end_of_step(trainer, self._question.most if self._question else [])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            self._end_of_step(trainer)
+            self._end_of_step(trainer, [])
 
-    def _end_of_step(self, trainer: pl.Trainer) -> None:
-        number, is_time = self._agreed(trainer)
+    def _end_of_step(self, trainer: pl.Trainer, agreed: list[int]) -> None:
+        """agreed: `_own` of all processes, as the step's own question found them; if empty, they are asked now."""
+        number, clock = agreed or self._agreed(trainer)
         if number:
             if trainer.training:
                 lightning_private.write_step_metrics(trainer)
             self._stop(trainer, number)
-        elif is_time or trainer.global_step % self.every_n_steps == 0:
+        elif clock == _DUE or (clock == _MAY and trainer.global_step % (self.every_n_steps or _EVERY) == 0):
             failure = self._save(trainer)
             if failure and trainer.is_global_zero:
                 print(
@@ -237,14 +248,21 @@ class LastCheckpoint(Checkpoint):
                     flush=True,
                 )
 
-    def _agreed(self, trainer: pl.Trainer) -> tuple[int, bool]:
-        """The signal that any process has received, and whether it is time to save by rank 0's clock."""
-        is_time = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.every_s
+    def _own(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """The signal that this process has received, and whether to save, by rank 0's clock."""
+        if not trainer.is_global_zero:
+            return self.signals.received, 0
+        seconds = time.monotonic() - self._saved_at
+        is_cheap = self.every_n_steps is not None or _MOST_SHARE * seconds >= self._last_took_s
+        return self.signals.received, _DUE if seconds >= self.every_s else _MAY * is_cheap
+
+    def _agreed(self, trainer: pl.Trainer) -> list[int]:
+        """The largest of each of those numbers over the processes."""
+        own = list(self._own(trainer))
         if trainer.world_size == 1:
-            return self.signals.received, is_time
-        own = torch.tensor([self.signals.received, int(is_time)], device=trainer.strategy.root_device)
-        number, any_time = trainer.strategy.reduce(own, reduce_op="max").tolist()
-        return int(number), bool(any_time)
+            return own
+        on_device = torch.tensor(own, device=trainer.strategy.root_device)
+        return trainer.strategy.reduce(on_device, reduce_op="max").tolist()
 
     def _while_waiting(self, trainer: pl.Trainer, seconds: float) -> None:
         """Heeds a signal while data are waited for; the weights are those of the last whole step."""
@@ -278,9 +296,11 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> str | None:
         """Ignores signals meanwhile, so that an impatient Ctrl-C cannot cost the checkpoint. Returns why it failed."""
+        began = time.monotonic()
         with self.signals.ignored():
             failure = save(trainer, self.path)
         self._saved_at = time.monotonic()
+        self._last_took_s = self._saved_at - began
         return f"{self.path} of step {trainer.global_step} could not be written ({failure})" if failure else None
 
     def _what_is_kept(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,15 @@ NON_FINITE = "non_finite.json"  # in the run's folder: the batch at which the ru
 
 
 class StopIfNotFinite(Callback):
-    """Stops all processes alike if the loss or the gradient is not finite, and writes the batch to the run's folder."""
+    """Stops all processes alike if the loss or the gradient is not finite, and writes the batch to the run's folder.
+
+    The answer is the one number of a step that the host waits for. Processes that have to agree on more numbers send
+    them along: `others` returns this process's, and `most` is the largest of each over all processes.
+    """
+
+    def __init__(self) -> None:
+        self.others: Callable[[], Sequence[int]] = tuple
+        self.most: list[int] = []
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
@@ -34,7 +43,11 @@ class StopIfNotFinite(Callback):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norm = whole(torch.nn.utils.get_total_norm(gradients))
         is_not_finite = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        if bool(trainer.strategy.reduce(is_not_finite.int(), reduce_op="max")):
+        # Filled on the device, because a copy to it would be waited for.
+        others = [is_not_finite.new_full((), number, dtype=torch.int) for number in self.others()]
+        own = torch.stack([is_not_finite.int(), *others])
+        stops, *self.most = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        if stops:
             _stop(trainer, pl_module, pl_module.result, float(norm), optimizer.param_groups[0]["lr"])
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from pytorch_lightning import Callback
 import miniclip
 from miniclip.commands import train as trainer
 from miniclip.data.module import PairDataModule
+from miniclip.training.checkpoints import LastCheckpoint
 from miniclip.training.progress import Stalls
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +121,23 @@ def test_checkpoints_come_every_so_many_steps_or_minutes_whichever_is_first(data
     args = arguments(data, tmp_path / "run", callbacks(StepsOnDisk(str(noted))), f"--save_every_minutes={minutes}")
     trainer.main([*args, "--save_every_n_steps=4"])
     assert [int(step) for step in noted.read_text().split()] == expected
+
+
+@pytest.mark.parametrize(
+    "every_n_steps, took_s, is_written", [(None, 0.4, True), (None, 0.6, False), (50, 0.6, True), (None, 0.0, True)]
+)
+def test_by_default_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, every_n_steps, took_s, is_written):
+    """Ten seconds after the last one; who asks for a number of steps gets it."""
+    saved, trained = [], SimpleNamespace(is_global_zero=True, world_size=1, global_step=100, training=True)
+    trained.save_checkpoint = saved.append
+    trained.strategy = SimpleNamespace(checkpoint_io=None, broadcast=lambda value: value)
+    callback = LastCheckpoint(tmp_path / "last.ckpt", every_n_steps, every_minutes=10, resume_command="")
+    callback._saved_at, callback._last_took_s = time.monotonic() - 10, took_s
+    callback._end_of_step(trained, [])
+    assert bool(saved) is is_written
+    callback._saved_at = time.monotonic() - 601
+    callback._end_of_step(trained, [])
+    assert len(saved) == 1 + is_written
 
 
 def test_nothing_is_written_to_the_systems_temporary_folder(data, tmp_path, monkeypatch):
