@@ -180,12 +180,14 @@ def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
     model.eval()
     return Encoder(
         name=name,
-        encode_image=torch.no_grad()(lambda images: model.encode_image(images.to(model.logit_scale.device))),
+        encode_image=torch.no_grad()(
+            lambda images: model.encode_image(images.to(model.logit_scale.device, non_blocking=True))
+        ),
         encode_text=torch.no_grad()(model.encode_text),
         tokenize=_OurTokenize(model, name),
         preprocess=preprocess,
         logit_scale=model.logit_scale,
-        encode_pooled=lambda images: pooled_features(model, images.to(model.logit_scale.device)),
+        encode_pooled=lambda images: pooled_features(model, images.to(model.logit_scale.device, non_blocking=True)),
         library=f"miniclip {__version__}",
         image_module=model.visual,
         text_module=model.text,

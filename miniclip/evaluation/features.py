@@ -296,7 +296,7 @@ def encode_in_batches(
             blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
         images = _stacked([blank if isinstance(image, str) else image for image in batch])
         with torch.no_grad():
-            features = encode(images.to(device)).float().cpu()  # (b, E)
+            features = encode(images.to(device, non_blocking=True)).float().cpu()  # (b, E)
         _refuse_other_count(features, len(batch), "images")
         is_healthy = torch.tensor([isinstance(image, Tensor) for image in batch])
         if not is_healthy.all():
@@ -311,7 +311,11 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
     if others := [image for image in images if image.shape != images[0].shape]:
         shapes = f"{tuple(images[0].shape)} and {tuple(others[0].shape)}"
         raise ValueError(f"the model's preprocessing gives the shapes {shapes}; those of a batch must be equal")
-    return torch.stack(list(images))
+    if not torch.cuda.is_initialized():
+        return torch.stack(list(images))
+    # A GPU copies from pages that stay where they are, several times as fast as from others.
+    out = images[0].new_empty((len(images), *images[0].shape), pin_memory=images[0].device.type == "cpu")
+    return torch.stack(list(images), out=out)
 
 
 def _refuse_other_count(features: Tensor, count: int, what: str) -> None:

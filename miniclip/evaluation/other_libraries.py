@@ -114,7 +114,7 @@ def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list
 
     def images_on_device(images: Tensor) -> Tensor:
         parameter = next(model.visual.parameters())
-        return images.to(parameter.device, parameter.dtype)
+        return images.to(parameter.device, parameter.dtype, non_blocking=True)
 
     def encode_pooled(images: Tensor) -> Tensor:
         features = pooled(images_on_device(images))

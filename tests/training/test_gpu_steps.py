@@ -10,7 +10,10 @@ from helpers import tiny_clip
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from miniclip.data.module import PairDataModule
 from miniclip.data.pairs import Batch
+from miniclip.evaluation.encoder import from_clip
+from miniclip.evaluation.features import _stacked
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
 from miniclip.training.step import MAX_LOGIT_SCALE, CLIPTraining, move_average
 
@@ -29,7 +32,7 @@ class Dear(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
             devices = {each.device.type for each in (*args, result) if torch.is_tensor(each)}
-            self.found += [devices] if len(devices) > 1 else []
+            self.found += [{"waits": not (kwargs or {}).get("non_blocking")}] if len(devices) > 1 else []
         if "index_put" in str(function):
             self.found.append(str(function))
         return result
@@ -97,3 +100,20 @@ def test_a_step_asks_a_gpu_for_no_number_copies_nothing_to_it_and_sorts_for_no_g
         module, dear = a_step(device, **options)
     assert not dear
     assert all(p.grad is not None and p.grad.device.type == device for p in module.clip.parameters())
+
+
+@pytest.mark.parametrize("encode", ["encode_image", "encode_pooled"])
+def test_pictures_to_encode_reach_a_gpu_while_the_host_goes_on(encode):
+    with FAKE, torch.device("cuda"):
+        encoder = from_clip(tiny_clip(), lambda image: image, "tiny")
+        images = torch.zeros(2, 3, 16, 16, device="cpu")
+        with Dear() as dear:
+            assert getattr(encoder, encode)(images).device.type == "cuda"
+    assert dear.found == [{"waits": False}]
+
+
+def test_without_a_gpu_no_memory_is_pinned():
+    """That would make a context of CUDA, and fails where there is no driver."""
+    assert not torch.cuda.is_initialized()
+    assert not _stacked([torch.zeros(3, 4, 4)] * 2).is_pinned()
+    assert not PairDataModule("", batch_size=2)._loader_options()["pin_memory"]
