@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from contenders import LIMIT, OURS
 from harness import Case, Job, process
+from machine import vendor_name
 from open_clip.loss import ClipLoss, SigLipLoss
 from open_clip.transform import image_transform
 from torch import Tensor
@@ -52,6 +53,9 @@ def cases(size: str, folder: Path) -> list[Case]:
     """size: "full", "quick" or "tiny". folder: where what they read is made when first needed."""
     counts = {"full": (64, 32, 16), "quick": (32, 4, 4), "tiny": (4, 4, 4)}[size]
     is_full = size == "full"  # each measurement of memory is a process with seconds of imports
+    wanted = (
+        (3.0, 2.8) if vendor_name() == "AMD" else (2.1, 1.8)
+    )  # on AMD open_clip's products go to the slower library
     small, b32, rn50 = (peers.architecture(name, size) for name in ("small", "ViT-B/32", "RN50"))
     return [
         step(
@@ -60,11 +64,17 @@ def cases(size: str, folder: Path) -> list[Case]:
             small,
             counts[0],
             folder,
-            2.0,
+            wanted[0],
             memory_target=0.75 if is_full else None,
         ),
         step(
-            "train-b32", "training step, ViT-B/32", b32, counts[1], folder, 1.7, memory_target=0.75 if is_full else None
+            "train-b32",
+            "training step, ViT-B/32",
+            b32,
+            counts[1],
+            folder,
+            wanted[1],
+            memory_target=0.75 if is_full else None,
         ),
         step("train-rn50", "training step, RN50", rn50, counts[2], folder, measures_memory=is_full),
         step(
@@ -398,7 +408,7 @@ def pipeline(side: int, size: str, folder: Path) -> Case:
         f"pipeline-{side}",
         f"input pipeline, {count} JPEGs of {side}² to normalised batches of {image_size}², one core",
         {OURS: ours, "open_clip": theirs, LIMIT: decoding},
-        targets={"open_clip": 3.0} if side == 512 else {},
+        targets={"open_clip": 3.2} if side == 512 else {},
         threads=1,
         note="open_clip's default augmentation on both sides, each drawing its own crops; miniclip's trainer "
         "normalises on the device, here it is done on the core as well; the limit is decoding alone",
@@ -468,7 +478,7 @@ def epochs(size: str, config: CLIPConfig, folder: Path) -> Case:
         "epoch",
         f"an epoch, small ViT, {count:,} JPEGs of {side}² in shards, batch {batch_size}, two workers",
         {OURS: ours, "open_clip": theirs},
-        targets={"open_clip": 2.0},
+        targets={"open_clip": 2.2},
         is_slow=True,
         note="`miniclip train fit` and open_clip_train.main, imports and checkpoints included; open_clip has AdamW "
         "in one kernel, and by default would take 80 ms more a step",
