@@ -1,7 +1,7 @@
 """CLIP in one file: tokenizer, two towers, loss, training, zero-shot classification. Read it from top to bottom.
 
     python examples/digits.py data            # pictures of handwritten digits with captions
-    python examples/microclip.py data         # a few minutes on two cores
+    python examples/microclip.py data         # 164 s of one core of an AMD EPYC: 78 % of the digits right
 
 It computes what the package computes: parameters have the same names, so `load_state_dict` takes those of a model that
 the package trained; tokens, features, loss and guesses are equal (tests/docs/test_microclip.py). The package adds what
