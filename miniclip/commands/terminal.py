@@ -183,10 +183,15 @@ def console() -> Console:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and remaining time on a terminal, nothing elsewhere; give it the number done."""
+    """A bar with rate and remaining time if standard error is a terminal; give it the number done.
+
+    Standard output is for results: it goes through the bar's console only where both are terminals, so that lines
+    appear above the bar.
+    """
     if not sys.stderr.isatty():
         yield lambda done: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
@@ -195,6 +200,8 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),
     )
     with bar:
         task = bar.add_task(printable(what), total=total, rate="")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from reader import run_in_terminal
 
 from miniclip.commands.output import add_output
 
@@ -158,3 +159,18 @@ def test_one_form_at_a_time(capsys):
 def test_it_waits_for_no_torch():
     code = "import sys, miniclip.commands.output; assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.cwd())
+
+
+WITH_A_BAR = """
+from miniclip.commands.terminal import progress_bar
+with progress_bar("photos", total=2) as show:
+    show(1)
+    print('{"a": 1}')
+    show(2)
+print('{"a": 2}')
+"""
+
+
+def test_a_bar_on_the_terminal_stays_out_of_results_that_go_elsewhere(tmp_path):
+    output = run_in_terminal(subprocess.Popen, [sys.executable, "-c", WITH_A_BAR], tmp_path, dict(os.environ))
+    assert [json.loads(line) for line in output.splitlines()] == [{"a": 1}, {"a": 2}]
