@@ -18,7 +18,7 @@ from miniclip.common.version import __version__  # noqa: E402
 project = "miniclip"
 release = __version__
 project_copyright = "the developers of miniclip"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "accessible", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"

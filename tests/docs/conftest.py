@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import digits
@@ -16,3 +18,14 @@ def folder(tmp_path_factory) -> Path:
         source = folder / "runs/digits/data" / part
         pack(read_pairs(source), folder / "runs/digits/shards" / part, source=part)
     return folder
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """All of the site, built as by `make docs`: half a minute."""
+    out = tmp_path_factory.mktemp("site")
+    docs = Path(__file__).parents[2] / "docs"
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", str(docs), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
