@@ -13,15 +13,15 @@ const drawers = { __navigation: "aside.sidebar-drawer", __toc: "aside.toc-drawer
 const names = { __navigation: "Pages", __toc: "On this page" };
 for (const id in drawers) document.querySelector(drawers[id])?.setAttribute("aria-label", names[id]);
 
-for (const label of document.querySelectorAll("label[for]:not(.overlay)")) {
-  const box = document.getElementById(label.htmlFor);
-  const show = () => label.setAttribute("aria-expanded", box.checked);
-  label.setAttribute("role", "button");
-  label.setAttribute("tabindex", "0");
-  label.setAttribute("aria-label", names[box.id] ?? box.getAttribute("aria-label"));
+for (const icon of document.querySelectorAll("label[for] > .icon")) {
+  const box = document.getElementById(icon.parentElement.htmlFor);
+  const show = () => icon.setAttribute("aria-expanded", box.checked);
+  icon.setAttribute("role", "button");
+  icon.setAttribute("tabindex", "0");
+  icon.setAttribute("aria-label", names[box.id] ?? box.getAttribute("aria-label"));
   box.addEventListener("change", show);
   show();
-  label.addEventListener("keydown", (event) => {
+  icon.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" && event.key !== " ") return;
     event.preventDefault();
     box.click();
@@ -35,6 +35,6 @@ document.addEventListener("keydown", (event) => {
     const box = document.getElementById(id);
     if (!box?.checked) continue;
     box.click();
-    [...document.querySelectorAll(`label[for=${id}][role=button]`)].find((label) => label.offsetParent)?.focus();
+    [...document.querySelectorAll(`label[for=${id}] > .icon`)].find((icon) => icon.offsetParent)?.focus();
   }
 });

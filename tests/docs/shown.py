@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(
+    page
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    if not {"_build", "reference"} & set(page.parts)  # made when the site is built
+)
 _PROGRAMS = r"miniclip|python3?|torchrun|make|pip|srun|img2dataset|find|source|git|hf"
 _COMMAND = re.compile(rf"(?:\$ )?((?:[A-Z]\w*=\S+ )*(?:{_PROGRAMS}) .*)")
 _SPAN = re.compile(r"(?<!`)`((?:miniclip|python|torchrun) [^`]+)`(?!`)")

@@ -9,7 +9,7 @@ PAGE = Path(__file__).parents[2] / "docs/stream.md"
 
 
 def test_the_pipeline_of_the_page_gives_pictures_and_texts(tmp_path, monkeypatch):
-    pack_folder(write_pairs(tmp_path / "src", 8), tmp_path / "runs/digits/data/shards/train")
+    pack_folder(write_pairs(tmp_path / "src", 8), tmp_path / "runs/digits/shards/train")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     names: dict = {}

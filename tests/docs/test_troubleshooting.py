@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 from shown import ROOT
@@ -13,6 +14,7 @@ MESSAGES = re.findall(r"^- (`.*?):(?= |\n)", PAGE.read_text().partition("\n## Me
 OF_OTHERS = ("CUDA out of memory", "requires a different Python")
 
 
+@cache
 def templates() -> list[str]:
     """Every text in the code, with … for what is put in."""
     return [
