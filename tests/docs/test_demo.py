@@ -58,9 +58,9 @@ def test_a_caption_names_digit_and_ink_and_a_picture_is_told_by_its_name(folder)
         assert all(digit in line and ink in line for line in lines)
 
 
-def test_the_demo_learns_within_60_steps(folder, monkeypatch):
+def test_the_demo_learns_within_36_steps(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    steps = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--name=short"]
+    steps = ["--trainer.max_steps=36", "--trainer.val_check_interval=36", "--name=short"]
     trainer.main(["fit", "--config", str(ROOT / "configs/digits.yaml"), *steps])
     scores = torch.load("runs/short/checkpoints/best.ckpt", weights_only=True)["callbacks"]
     assert scores["BestCheckpoint"]["monitor"] == "val/loss"
