@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from shown import PAGES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -31,13 +32,20 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_every_file_and_heading_that_a_document_links_to_is_there():
-    for document in DOCUMENTS:
+    for document in PAGES:
         for target, _, heading in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", document.read_text()):
             page = document.parent / target if target else document
-            if target in {"reference/api.md", "reference/commands.md", "reference/settings.md"}:
+            if target.removeprefix("../") in {f"reference/{name}.md" for name in ("api", "commands", "settings")}:
                 continue  # made when the site is built
             assert page.exists(), f"{document.name} links to {target}"
             assert not heading or heading in anchors(page), f"{document.name} links to {target}#{heading}"
+
+
+def test_every_address_of_another_site_is_well_formed():
+    addresses = [(page.name, url) for page in PAGES for url in re.findall(r"\]\((\w+:[^)]*)\)", page.read_text())]
+    assert len(addresses) > 30
+    for page, url in addresses:
+        assert re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./~%=?&#:+@,-]*)?", url), f"{page}: {url}"
 
 
 def test_the_readme_leads_to_every_page_of_a_job_and_to_the_sites_contents():

@@ -97,3 +97,18 @@ def test_the_site_is_built_without_a_warning_and_asks_no_other_host(site):
             r"<(?:script|img|iframe)[^>]* src=\"([^\"]*)\"|<link[^>]* href=\"([^\"]*)\"", page.read_text()
         )
         assert not [each for pair in loaded for each in pair if each.startswith(("http:", "https:", "//"))], page.name
+
+
+@pytest.mark.long
+def test_every_link_of_the_site_leads_to_a_page_and_a_place_in_it(site):
+    text = {page: page.read_text() for page in site.rglob("*.html")}
+    places = {page: set(re.findall(r' id="([^"]+)"', content)) for page, content in text.items()}
+    count = 0
+    for page, content in text.items():
+        for target, _, place in re.findall(r'<a [^>]*href="([^"#:]*)(#([^"]*))?"', content):
+            to = (page.parent / target).resolve() if target else page
+            assert to.exists(), f"{page.relative_to(site)}: {target}"
+            known = places.get(to)
+            assert not place or known is None or place in known, f"{page.relative_to(site)}: {target}#{place}"
+            count += 1
+    assert count > 2000

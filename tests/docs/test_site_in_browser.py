@@ -35,7 +35,7 @@ def sample(tmp_path_factory) -> Path:
     """Some pages, without the outputs of their cells."""
     out = tmp_path_factory.mktemp("sample")
     kept = {name.removesuffix(".html") + ".md" for name in [*SAMPLE, "learn/index.html"]}
-    left_out = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
+    left_out = [str(page.relative_to(DOCS)) for end in ("md", "ipynb") for page in DOCS.rglob(f"*.{end}")]
     options = ["nb_execution_mode=off", "exclude_patterns=" + ",".join(["_build", *sorted({*left_out} - kept)])]
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", *(f"-D{option}" for option in options)]
     subprocess.run([*command, str(DOCS), str(out)], check=True, capture_output=True)
