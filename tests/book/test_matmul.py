@@ -3,6 +3,7 @@
 Oracles: float64, and PyTorch's own functions.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -141,6 +142,32 @@ def test_towers_and_loss_give_the_numbers_that_they_give_by_mkl(name, is_trainin
         scale = theirs.abs().max() if number < 3 else largest  # a gradient may be 0 but for rounding
         # Batch norms over few positions divide by small deviations.
         assert (ours - theirs).abs().max() / scale < (EXACT if name != "a ResNet" else 1e-4)
+
+
+@needs_onednn
+def test_a_resnet_in_training_is_as_far_from_float64_as_by_mkl():
+    """Batch norms over few positions divide by small deviations, so the yardstick is float32's own error."""
+    torch.manual_seed(0)
+    model = MODELS["a ResNet"]().train()
+    exact = copy.deepcopy(model).double()
+    images = draw(48, 3, 64, 64)
+
+    def gradients(model, images):
+        model.zero_grad()
+        features = model.encode_image(images)
+        (features * draw(*features.shape, seed=3).to(features)).sum().backward()
+        return [features.detach(), *(each.grad for each in model.visual.parameters())]
+
+    truth = gradients(exact, images.double())
+    found = gradients(model, images)
+    with matmul.using(matmul.MKL):
+        by_mkl = gradients(model, images)
+    assert not same(found[0], by_mkl[0])
+    largest = max(each.abs().max() for each in truth[1:])
+    for ours, theirs, expected in zip(found, by_mkl, truth, strict=True):
+        scale = expected.abs().max() if expected is truth[0] else largest
+        ours, theirs = (((each - expected).abs().max() / scale).item() for each in (ours, theirs))
+        assert ours < max(EXACT, 2 * theirs)
 
 
 class Seen(TorchDispatchMode):

@@ -1,6 +1,6 @@
-"""Any number of threads gives the same bits each time: no sum may depend on which thread adds first.
+"""At any number of threads a training step gives the same bits each time: no sum depends on which thread adds first.
 
-Alone, with products by MKL, and beside a busy process, with products by oneDNN where PyTorch has it.
+By each library of products that PyTorch has, alone and beside a busy process. Between numbers of threads bits differ.
 """
 
 import os
@@ -21,17 +21,20 @@ torch.set_num_threads(2)
 torch.manual_seed(0)
 vision = VisionConfig(image_size=16, patch_size=8, width=64, layers=1)
 model = miniclip.CLIP(miniclip.CLIPConfig(64, vision=vision, text=TextConfig(width=64, layers=1, context_length=8)))
+resnet = VisionConfig(kind="resnet", image_size=64, width=16, blocks=(1, 1, 1, 1))
+resnet = miniclip.CLIP(miniclip.CLIPConfig(64, vision=resnet, text=TextConfig(width=64, layers=1))).train()
 tokens = miniclip.tokenize(["a cat", "a dog", "seven", "a cat"] * 128, context_length=8)  # equal texts share an end
 features = torch.nn.functional.normalize(torch.randn(2, 512, 64), dim=2).requires_grad_()
-images = torch.randn(512, 3, 16, 16)
+images, pictures = torch.randn(512, 3, 16, 16), torch.randn(24, 3, 64, 64)
 groups = torch.arange(512) // 4
 index = groups % 8
 
 def gradients(value):
     model.zero_grad()
+    resnet.zero_grad()
     features.grad = None
     value.backward()
-    found = [each.grad for each in (features, *model.parameters()) if each.grad is not None]
+    found = [each.grad for each in (features, *model.parameters(), *resnet.parameters()) if each.grad is not None]
     return b"".join(each.numpy().tobytes() for each in found)
 
 class Unordered(TorchDispatchMode):
@@ -46,9 +49,9 @@ class Unordered(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 def different(compute):
-    # For 1, 2 and 3 threads: how many different gradients 2, 20 and 4 computations give.
+    # For 1, 2 and 3 threads: how many different gradients so many computations give.
     counts = []
-    for threads, repeats in ((1, 2), (2, 20), (3, 4)):
+    for threads, repeats in ((1, REPEATS), (2, 20), (3, 4)):
         torch.set_num_threads(threads)
         counts.append(len({gradients(compute()) for _ in range(repeats)}))
     return "-".join(map(str, counts))
@@ -62,6 +65,7 @@ SUMS = {
     "packed texts": "model.encode_text(tokens).square().sum()",
     "padded texts": "model.text(tokens).square().sum()",
     "images": "model.encode_image(images).square().sum()",
+    "a ResNet": "resnet.encode_image(pictures).square().sum()",
     "loss": "miniclip.clip_loss(*features, 10)",
     "loss in slices": "miniclip.clip_loss(*features, 10, chunk_size=100)",
     "loss of groups": "miniclip.clip_loss(*features, 10, groups=groups)",
@@ -69,14 +73,23 @@ SUMS = {
 }
 
 
-@pytest.fixture(scope="module", params=matmul.available())
+FAST = [(matmul.MKL, "alone"), (matmul.ONEDNN, "busy")]
+LONG = [(library, how) for library in matmul.available() for how in ("alone", "busy", "alone, 20 times at each")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(each, id=", ".join(each), marks=() if each in FAST else pytest.mark.long) for each in LONG],
+)
 def found(request):
     """{what: how many different gradients its computations gave, and how many of its sums have no order}."""
+    library, how = request.param
     count = "print(different(lambda: {0}), unordered(lambda: {0}))"
-    script = "\n".join([PREPARE, *(count.format(value) for value in ("features[0][index].sum()", *SUMS.values()))])
-    quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2", matmul.VARIABLE: request.param}
+    prepare = PREPARE.replace("REPEATS", "20" if "20" in how else "2")
+    script = "\n".join([prepare, *(count.format(value) for value in ("features[0][index].sum()", *SUMS.values()))])
+    quiet = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2", matmul.VARIABLE: library}
     busy = "import os\nwhile os.getppid() == int(os.environ['PARENT']): sum(range(10**6))"
-    with subprocess.Popen([sys.executable, "-c", busy if request.param == matmul.ONEDNN else "pass"],
+    with subprocess.Popen([sys.executable, "-c", busy if how == "busy" else "pass"],
                           env=os.environ | {"PARENT": str(os.getpid())}) as neighbour:  # fmt: skip
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=quiet)
         neighbour.kill()
