@@ -520,6 +520,7 @@ def test_what_a_step_sends_for_numbers_worked_out_by_hand():
     assert many["miniclip"]["sums"] < 0.01 * many["miniclip"]["features"]
 
 
+@pytest.mark.long
 def test_growth_draws_what_it_measures(tmp_path):
     found = growth_of(tmp_path, "text", "communication")
     assert [point["x"] for point in found["text"]["open_clip"]] == [8, 77]
