@@ -30,7 +30,7 @@ from . import lightning_private
 from .finite import StopIfNotFinite
 from .stopping import StopSignals, requeue, slurm, what_is_kept
 
-_EVERY, _MOST_SHARE = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
+_EVERY, _MOST_TIME = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
 _MAY, _DUE = 1, 2  # of a checkpoint: written at a step of its own, or at any step
 _GRACE_S = 3.0  # the time that a batch has to come after a signal; a run with data stops at the end of its step
 
@@ -253,7 +253,7 @@ class LastCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             return self.signals.received, 0
         seconds = time.monotonic() - self._saved_at
-        is_cheap = self.every_n_steps is not None or _MOST_SHARE * seconds >= self._last_took_s
+        is_cheap = self.every_n_steps is not None or _MOST_TIME * seconds >= self._last_took_s
         return self.signals.received, _DUE if seconds >= self.every_s else _MAY * is_cheap
 
     def _agreed(self, trainer: pl.Trainer) -> list[int]:

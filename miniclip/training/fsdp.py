@@ -84,7 +84,7 @@ def share_out(tensors: list[Tensor], compute: Callable[[list[Tensor], Sequence[i
         return compute(tensors, range(len(tensors)))
     mesh, placements = tensors[0].device_mesh, tensors[0].placements
     slices = [tensor.to_local() for tensor in tensors if isinstance(tensor, DTensor)]
-    rows = [_rows(len(tensor), mesh.size()) for tensor in tensors]  # of each tensor, in each process
+    rows = [_row_counts(len(tensor), mesh.size()) for tensor in tensors]  # of each tensor, in each process
     ranks, falls_to = range(mesh.size()), [range(rank, len(tensors), mesh.size()) for rank in range(mesh.size())]
     own = falls_to[mesh.get_local_rank()]
     received = _exchange(
@@ -106,7 +106,7 @@ def share_out(tensors: list[Tensor], compute: Callable[[list[Tensor], Sequence[i
     ]
 
 
-def _rows(count: int, parts: int) -> list[int]:
+def _row_counts(count: int, parts: int) -> list[int]:
     """How many of a tensor's rows each process holds; the last ones may hold fewer than the first, or none."""
     most = -(-count // parts)
     return [max(0, min(most, count - most * part)) for part in range(parts)]
