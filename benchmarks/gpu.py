@@ -1,13 +1,13 @@
 """Training and encoding on a CUDA GPU beside open_clip: one command for a machine that has one.
 
-    python benchmarks/gpu.py [--compile] [--seconds 300] [--only PART ...] [--tiny]
+    python benchmarks/gpu.py [--compile] [--seconds 450] [--only PART ...] [--tiny]
 
 Agreement comes first: features, loss and gradient of both libraries on the GPU, in several precisions, beside float64
 on the CPU. Then come training steps of ViT-B/32 and B/16 in bfloat16 at large batches with captions of real lengths
 (images a second, model-FLOP utilisation, peak memory), encoding, GradCache up to 32,768 pairs, the loss alone, the
 optimisers, and the largest batch that fits. benchmarks/results/GPU.md and .json are written after each part. Each part
-has a time limit; `--seconds` limits the whole and skips the parts that no longer fit. `--tiny` runs every part on the
-CPU, with models that take milliseconds.
+has a time limit; `--seconds` limits the whole, by default to eight minutes with the imports, and skips the parts that
+no longer fit. `--tiny` runs every part on the CPU, with models that take milliseconds.
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="all of it on the CPU, at tiny size")
     parser.add_argument("--compile", action="store_true", help="steps with torch.compile for both sides' towers, too")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="at most, for all parts together")
+    parser.add_argument("--seconds", type=float, default=450, help="at most, for all parts together")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts whose names begin so; other rows stay")
     parser.add_argument("--out", type=Path, help="where to write, without suffix; by default by the GPU's name")
     options = parser.parse_args(argv)

@@ -374,6 +374,29 @@ def test_compiled_towers_compute_the_same_whatever_else_is_on(graphs, vision):
     assert graphs.count == count  # nothing is compiled again
 
 
+@pytest.mark.parametrize("tower", ["vit", "resnet", "text"])
+@pytest.mark.parametrize(
+    "is_mixed", [False, pytest.param(True, marks=pytest.mark.long)], ids=["float64", "bf16 autocast"]
+)
+def test_a_tower_is_one_graph_without_a_break_and_computes_the_same(tower, is_mixed):
+    torch._dynamo.reset()
+    vision = RESNET if tower == "resnet" else VIT
+    model, batch = training(vision).clip, random_batch(4, vision.image_size)
+    model = model.float() if is_mixed else model
+    part, inputs = (
+        (model.text, batch.tokens) if tower == "text" else (model.visual, (batch.images / 255).to(model.dtype))
+    )
+    found = []
+    for run in (part, torch.compile(part, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            features = run(inputs)
+        features.double().square().sum().backward()
+        found.append([features.detach(), *(p.grad.clone() for p in part.parameters())])
+    for plain, compiled in zip(*found, strict=True):
+        assert (compiled - plain).norm() <= (2e-2 if is_mixed else 1e-9) * plain.norm().clamp(min=1e-2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("vision", ["vit", "resnet"])
 def test_torchs_own_compiler_trains_to_the_same_losses(pairs, tmp_path, vision):
