@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -32,6 +36,9 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # of a cell; the longest trains for half a minute of one idle core
+# The folders that notebooks leave to the system go with the build.
+os.environ["TMPDIR"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 nb_execution_excludepatterns = ["notebooks/openai_weights.ipynb"]  # its download needs a network
 nb_merge_streams = True
 

@@ -1,6 +1,7 @@
 """The notebooks run from the first cell to the last as they are, and are kept as source alone."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -15,9 +16,12 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Features that the notebooks' commands keep lie apart from the user's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def scratch(monkeypatch):
+    """What notebooks write and their commands keep goes with the test; sockets below it want a short path."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setenv("XDG_CACHE_HOME", folder)
+        yield
 
 
 def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
