@@ -61,7 +61,7 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.test
-	$(BIN)/python -m sphinx -b html -j 2 -W --keep-going docs docs/_build
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -j 2 -W --keep-going docs docs/_build
 	@echo "open docs/_build/index.html"
 
 # CHECKOUTS="OLDER ." puts other checkouts beside this one.
