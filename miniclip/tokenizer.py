@@ -46,7 +46,8 @@ _IS_CLEAN = re.compile(_CLEAN).fullmatch  # of classes, `re` is ten times as fas
 _BREAK = "\0"  # a word between texts that are encoded together; cleaning drops it from the texts
 _ARE_CLEAN = re.compile(_CLEAN.replace("[", "[" + _BREAK)).fullmatch
 _BREAK_ID = 2**16 - 1
-_TOGETHER = 512  # texts; their words fit into a processor's cache
+_TOGETHER = 256  # texts that are split together: their words fit into a processor's cache
+_ROWS_TOGETHER = 8192  # that are written together
 _MAX_LETTERS_TOGETHER = 4096  # of a text; only the first words of a longer one may be needed
 
 _MAX_CACHED_WORDS = 1 << 19
@@ -232,6 +233,11 @@ def encode(text: str, at_least: int | None = None) -> list[int]:
 
 def _encode_together(texts: Sequence[str]) -> np.ndarray:
     """The ids of all texts, one behind the other, each with a break behind it: (M,) uint16."""
+    parts = (texts[start : start + _TOGETHER] for start in range(0, len(texts), _TOGETHER))
+    return np.frombuffer(b"".join(map(_encode_part, parts)), np.uint16)
+
+
+def _encode_part(texts: Sequence[str]) -> bytes:
     joined = f" {_BREAK} ".join(texts)
     if _ARE_CLEAN(joined) and joined.count(_BREAK) == len(texts) - 1:
         joined = joined.replace("&amp;", "&").lower()
@@ -239,7 +245,7 @@ def _encode_together(texts: Sequence[str]) -> np.ndarray:
         joined = f" {_BREAK} ".join(map(_cleaned, texts))
     words = joined.split()
     words.append(_BREAK)
-    return np.frombuffer(b"".join(map(_words.__getitem__, words)), np.uint16)
+    return b"".join(map(_words.__getitem__, words))
 
 
 def decode(tokens: Iterable[int]) -> str:
@@ -301,8 +307,8 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
         if not isinstance(text, str):
             raise ValueError(f"tokenize takes a text or a sequence of texts; one of them is {text!r}")
     tokens = np.zeros((len(texts), context_length), dtype=np.int32)
-    for start in range(0, len(texts), _TOGETHER):
-        part = slice(start, start + _TOGETHER)
+    for start in range(0, len(texts), _ROWS_TOGETHER):
+        part = slice(start, start + _ROWS_TOGETHER)
         _fill_rows(tokens[part], texts[part], truncate)
     return torch.from_numpy(tokens)
 
@@ -310,16 +316,16 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
 def _fill_rows(tokens: np.ndarray, texts: list[str], truncate: bool) -> None:
     """Writes `encode_for_model`'s ids of each text into its row of zeros: (B, L)."""
     B, L = tokens.shape
-    is_alone = np.ones(B, dtype=bool)  # rows that are encoded one by one
-    if max(map(len, texts)) <= _MAX_LETTERS_TOGETHER:
-        ids = _encode_together(texts)  # (M,)
-        ends = np.flatnonzero(ids == _BREAK_ID)  # (B,)
-        lengths = np.diff(ends, prepend=-1)  # of texts with their break, where the end of text goes
-        is_alone = lengths >= L
-        fits = np.arange(1, L) <= np.where(is_alone, 0, lengths)[:, None]  # (B, L - 1)
-        tokens[:, 0] = START_OF_TEXT
-        tokens[:, 1:][fits] = ids[~np.repeat(is_alone, lengths)]
-        tokens[~is_alone, lengths[~is_alone]] = END_OF_TEXT
+    is_long = np.fromiter(map(len, texts), int, B) > _MAX_LETTERS_TOGETHER  # (B,)
+    short = ["" if long else text for text, long in zip(texts, is_long, strict=True)] if is_long.any() else texts
+    ids = _encode_together(short)  # (M,)
+    ends = np.flatnonzero(ids == _BREAK_ID)  # (B,)
+    lengths = np.diff(ends, prepend=-1)  # of texts with their break, where the end of text goes
+    is_alone = is_long | (lengths >= L)  # rows that are encoded one by one
+    fits = np.arange(1, L) <= np.where(is_alone, 0, lengths)[:, None]  # (B, L - 1)
+    tokens[:, 0] = START_OF_TEXT
+    tokens[:, 1:][fits] = ids[~np.repeat(is_alone, lengths)]
+    tokens[~is_alone, lengths[~is_alone]] = END_OF_TEXT
     for row in np.flatnonzero(is_alone):
         found = encode_for_model(texts[row], L, truncate)
         tokens[row, : len(found)] = found
