@@ -8,8 +8,10 @@ import re
 import shutil
 import sys
 import tempfile
+from functools import partialmethod
 from pathlib import Path
 
+from nbclient import NotebookClient
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
@@ -39,6 +41,8 @@ nb_execution_timeout = 600  # of a cell; the longest trains for half a minute of
 # The folders that notebooks leave to the system go with the build.
 os.environ["TMPDIR"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
+# A page's Python has ten minutes to start; the minute that myst-nb gives is too short on a busy machine.
+NotebookClient.__init__ = partialmethod(NotebookClient.__init__, startup_timeout=600)
 nb_execution_excludepatterns = ["notebooks/openai_weights.ipynb"]  # its download needs a network
 nb_merge_streams = True
 

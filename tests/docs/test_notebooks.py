@@ -31,7 +31,7 @@ def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
 def printed(name: str, folder: Path) -> str:
     """What the cells of a notebook print, run one after another in a folder; a cell that fails raises."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=800, resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=800, startup_timeout=600, resources={"metadata": {"path": folder}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
