@@ -53,7 +53,8 @@ def clip_loss(
             for the gradient, so memory is O(B * chunk_size) instead of O(b * B); the numbers are the same.
         mask: (b,) bool; False takes a pair out altogether, its row and its column.
         groups: (b,) whole numbers; each image of a group fits each of its texts, and the target is shared evenly
-            among them (as in Khosla et al. 2020, eq. 2). By default every pair is a group of its own.
+            among them (as in Khosla et al. 2020, eq. 2). By default every pair is a group of its own. A group whose
+            texts are all equal, or whose images are, changes nothing: the softmax gives equal ones equal shares.
         across_processes: contrast the pairs of all processes, b on each. Every process returns its own pairs' share
             times the number of processes, so the average over processes, which DDP takes of gradients, is that of one
             process with all pairs. Each process computes its b rows of logits and no more.
@@ -98,7 +99,8 @@ def siglip_loss(
         image_features, text_features, logit_scale, mask, across_processes: as in `clip_loss`.
         logit_bias: added to the scaled cosines.
         chunk_size: images per slice of the (b, B) logits; one is held at a time, and none is computed twice.
-        groups: (b,) whole numbers; each image of a group fits each of its texts (z = 1). By default a pair is alone.
+        groups: (b,) whole numbers; each image of a group fits each of its texts (z = 1). By default a pair is alone,
+            and pairs of equal texts are pushed apart (z = -1).
 
     Returns:
         A scalar, the sum over the images and texts that the mask leaves, divided by the number of those pairs.

@@ -17,7 +17,7 @@ def what_spoils(findings: Findings, are_captions_shared: bool = False) -> list[s
     """What would make a model worse without anyone noticing.
 
     Args:
-        are_captions_shared: equal captions of a batch belong together in this training, and do no harm.
+        are_captions_shared: this training was set to what fits (`model.positives`), so equal captions are known of.
     """
     sampled, batch, size = findings.num_sampled, findings.batch_size, findings.image_size
     num_bad, chance = sampled - findings.num_usable, math.log(batch)
@@ -36,9 +36,9 @@ def what_spoils(findings: Findings, are_captions_shared: bool = False) -> list[s
         repeated = portion(findings.num_repeated / len(findings.token_counts))
         out.append(
             f"{repeated} of the captions occur with more than one image: in a batch of {batch:,} a pair meets "
-            f"{findings.false_negatives * (batch - 1):.2g} others with its own caption and is trained to differ from "
-            f"them, so the loss can't fall below {findings.lowest_loss:.2f} (chance is {chance:.2f}). Train with "
-            "model.positives=caption, which lets them belong together; or use richer captions, or a smaller batch"
+            f"{findings.false_negatives * (batch - 1):.2g} others with its own caption, which no model can tell from "
+            f"it, so the loss can't fall below {findings.lowest_loss:.2f} (chance is {chance:.2f}). Use captions that "
+            "say more; for model.loss=siglip, which pushes such pairs apart, also set model.positives=caption"
         )
     if findings.template_share >= _TEMPLATE and findings.template_texts > 1:
         out.append(

@@ -192,7 +192,7 @@ def brief(
     The glance takes about a second at most, fetches nothing remote, and never raises for bad data.
 
     Args:
-        positives: the setting of training; with "caption" equal captions do no harm, and "group" was decided on.
+        positives: the setting of training; with "caption" and "group" no warning of equal captions is given.
     """
 
     there: set[str] = set()

@@ -62,7 +62,8 @@ class CLIPTraining(pl.LightningModule):
             is contrasted, at the price of encoding twice: the towers' activations are computed again for the gradient
             (as in GradCache, Gao et al. 2021; the gradients are exact). By default all at once.
         positives: which texts and images of a batch fit each other: those of a "pair" alone; of the very same
-            "caption"; or of a "group" that the data name (`data.group`). What fits shares a target.
+            "caption"; or of a "group" that the data name (`data.group`). What fits shares a target. "caption" is for
+            the "siglip" loss; it changes nothing of the "clip" loss, whose softmax treats equal captions alike anyway.
         loss: "clip": each image picks its text among all and each text its image. "siglip": each image and text
             match or do not, which needs a bias in `clip`.
         ema_decay: decay of an exponential moving average of the weights (0.999; 0.99 for a few hundred steps).

@@ -299,6 +299,48 @@ def test_with_equal_captions_in_a_group_the_least_loss_is_the_targets_entropy():
     assert clip_loss(features, features, 1e4, groups=groups).item() == pytest.approx(math.log(2) / 2)
 
 
+EQUAL = torch.tensor([0, 0, 1, 2, 3, 3, 3])  # B pairs, of which two and three have the same caption
+
+
+def with_equal_texts(loss, groups=EQUAL, swap=False):
+    """Value and gradients by images, different texts and scale; swapped, the images are the equal ones."""
+
+    def of_different(images, texts, scale, **options):
+        features = images, texts[EQUAL]
+        return loss(*(reversed(features) if swap else features), scale, **options)
+
+    images, texts = random_features()
+    options = {} if groups is None else {"groups": groups}
+    return value_and_gradients(of_different, images, texts[: EQUAL.max() + 1], **options)
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["texts", "images"])
+def test_the_softmax_loss_of_equal_captions_is_the_same_with_and_without_groups(swap):
+    assert_all_close(with_equal_texts(clip_loss, swap=swap), with_equal_texts(clip_loss, groups=None, swap=swap))
+
+
+def test_equal_captions_worked_out_by_hand_with_and_without_groups():
+    # Texts 0 and 1 are equal. Rows give their own text 2/5, 3/8 and 3/5, columns their own image 1/2, 3/8 and 3/7.
+    images, texts = with_logits(np.log([[4, 4, 2], [3, 3, 2], [1, 1, 3]]))
+    expected = -math.log((2 / 5) * (3 / 8) * (3 / 5) * (1 / 2) * (3 / 8) * (3 / 7)) / 6
+    assert clip_loss(images, texts, 1.0).item() == pytest.approx(expected, rel=1e-12)
+    groups = torch.tensor([0, 0, 1])
+    assert clip_loss(images, texts, 1.0, groups=groups).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        partial(with_equal_texts, partial(siglip_loss, logit_bias=-3.0)),  # equal captions under the sigmoid loss
+        lambda **options: value_and_gradients(clip_loss, *random_features(), **({"groups": EQUAL} | options)),
+    ],
+    ids=["sigmoid loss", "captions that differ"],
+)
+def test_groups_change_value_and_gradients_otherwise(case):
+    for shared, plain in zip(case(), case(groups=None), strict=True):
+        assert (shared - plain).abs().max() > 1e-3
+
+
 def test_groups_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"groups of shape \(3,\); it must be \(B,\)"):
         clip_loss(*random_features(), 1.0, groups=torch.arange(3))

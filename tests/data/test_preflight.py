@@ -311,8 +311,9 @@ def test_good_pairs_get_no_warning():
             pairs_of("a", "a", "a", "a"),
             {},
             "100.0 % of the captions occur with more than one image: in a batch of 4 a pair meets 3 others with its "
-            "own caption and is trained to differ from them, so the loss can't fall below 1.39 (chance is 1.39). Train "
-            "with model.positives=caption, which lets them belong together; or use richer captions",
+            "own caption, which no model can tell from it, so the loss can't fall below 1.39 (chance is 1.39). Use "
+            "captions that say more; for model.loss=siglip, which pushes such pairs apart, also set "
+            "model.positives=caption",
             id="equal captions",
         ),
         pytest.param(

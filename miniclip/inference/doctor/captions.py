@@ -117,7 +117,7 @@ def naming(captions: Sequence[Sequence[str]], are_junk: Sequence[bool]) -> Namin
     """Finds captions whose content is part of, or equal to, that of captions of other pictures in other words.
 
     "a red seven" names the picture of "someone wrote seven in red". Pictures of the very same caption do not count:
-    training can let those share a target.
+    to the softmax loss they are equally right.
 
     Args:
         are_junk: (N,) pictures whose captions do not count.

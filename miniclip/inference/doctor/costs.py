@@ -19,7 +19,7 @@ class Cost:
     """
     Args:
         what: the finding.
-        others: expected number of the B - 1 others in a batch that a pair is wrongly told from.
+        others: expected number of the B - 1 others in a batch that fit a pair, too.
         lowest_loss: nats, or None where there is no such bound.
     """
 

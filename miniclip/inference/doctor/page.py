@@ -50,7 +50,7 @@ def tables_of(found: Diagnosis, reasons: Sequence[str], batch_size: int) -> dict
             ),
         ],
         f"the loss at batch size {batch_size:,} (chance is {chance(batch_size):.3f})": [
-            ("because of", "others wrongly told from a pair", "lowest loss"),
+            ("because of", "others that fit a pair, too", "lowest loss"),
             *(
                 (cost.what, f"{cost.others:.3g}", "-" if cost.lowest_loss is None else f"{cost.lowest_loss:.3f}")
                 for cost in found.costs
