@@ -321,11 +321,12 @@ def _fill_rows(tokens: np.ndarray, texts: list[str], truncate: bool) -> None:
     ids = _encode_together(short)  # (M,)
     ends = np.flatnonzero(ids == _BREAK_ID)  # (B,)
     lengths = np.diff(ends, prepend=-1)  # of texts with their break, where the end of text goes
-    is_alone = is_long | (lengths >= L)  # rows that are encoded one by one
-    fits = np.arange(1, L) <= np.where(is_alone, 0, lengths)[:, None]  # (B, L - 1)
+    is_alone = is_long if truncate else is_long | (lengths >= L)  # rows that are encoded one by one
+    kept = np.where(is_alone, 0, np.minimum(lengths, L - 1))  # of a row's ids and its break
+    last = np.repeat(ends - lengths + kept, lengths)  # for each of the M ids, the place of its row's last that is kept
     tokens[:, 0] = START_OF_TEXT
-    tokens[:, 1:][fits] = ids[~np.repeat(is_alone, lengths)]
-    tokens[~is_alone, lengths[~is_alone]] = END_OF_TEXT
+    tokens[:, 1:][np.arange(1, L) <= kept[:, None]] = ids[np.arange(len(ids)) <= last]
+    tokens[~is_alone, kept[~is_alone]] = END_OF_TEXT
     for row in np.flatnonzero(is_alone):
         found = encode_for_model(texts[row], L, truncate)
         tokens[row, : len(found)] = found
