@@ -40,7 +40,7 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
-    add_encoding(parser)
+    add_encoding(parser, precision=False)
     add_upright(parser)
     return parser
 

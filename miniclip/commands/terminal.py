@@ -116,15 +116,17 @@ def add_reading(parser: argparse.ArgumentParser) -> Any:
     return read
 
 
-def add_encoding(parser: argparse.ArgumentParser) -> None:
+def add_encoding(parser: argparse.ArgumentParser, precision: bool = True) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that decode")
-    add_device(parser)
+    add_device(parser, precision)
 
 
-def add_device(parser: Any) -> None:
-    """To a parser or a group of options."""
+def add_device(parser: Any, precision: bool = True) -> None:
+    """To a parser or a group of options; with `precision` also that."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    if not precision:
+        return
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,

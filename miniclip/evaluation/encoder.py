@@ -125,12 +125,16 @@ def in_bf16(encoder: Encoder) -> Encoder:
     This package's own towers are replaced layer by layer (`fast/bfloat16.py`). All others, timm's among them, run under
     PyTorch's autocast, which converts their weights at each call.
 
+    The model that `encoder` was made from is changed with it, and neither is to be used otherwise from then on.
+
     Raises:
         ValueError: the model is in neither the CPU's memory nor a GPU's that has bfloat16.
     """
+    if encoder.precision == BF16:
+        return encoder
     device = encoder.logit_scale.device
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_bf16_supported()):
-        raise ValueError(f"precision bf16 is for CPUs, and for GPUs of CUDA that have it; {device} does not")
+    if device.type != "cpu" and not _multiplies_bfloat16(device):
+        raise ValueError(f"precision bf16 is for CPUs and for GPUs of CUDA that have it; {device} has not: use cpu")
     if device.type == "cpu" and not bfloat16.is_fast():
         warnings.warn(
             "this CPU has neither AVX512-BF16 nor AMX, so bf16 is slower here than float32, and less exact",
@@ -152,6 +156,13 @@ def in_bf16(encoder: Encoder) -> Encoder:
         precision=BF16,
         digests=digests,
     )
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass(frozen=True)

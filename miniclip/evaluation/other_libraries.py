@@ -50,8 +50,11 @@ def open_model(name: str, device: str | torch.device | None = None, precision: s
     """
     if not isinstance(name, str):
         raise ValueError(f"model is {shown(name)}; it must be the name or the path of one")
-    if check_precision(precision or FLOAT32) == BF16:
-        return in_bf16(open_model(name, device))
+    if precision is not None:
+        found = open_model(name, device)
+        if check_precision(precision) == BF16:
+            return in_bf16(found)
+        return as_encoder(found, precision=precision)
     openers = {OPENCLIP_PREFIX: _open_openclip, TRANSFORMERS_PREFIX: _open_transformers, PYTHON_PREFIX: _open_python}
     before, colon, after = name.partition(":")
     prefix = before + colon
@@ -356,7 +359,7 @@ def _open_python(name: str, device: torch.device) -> Encoder:
     takes_device = "device" in inspect.signature(function).parameters
     with errors_named(f"{attribute} of {name}", (Exception, SystemExit)):
         model = function(device=device) if takes_device else function()
-    return from_object(model, name)
+    return replace(model, name=name) if isinstance(model, Encoder) else from_object(model, name)
 
 
 def _import_file(name: str, path: Path) -> Any:

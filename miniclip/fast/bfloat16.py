@@ -28,8 +28,11 @@ _NORMS = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}  # of a ResN
 
 def is_fast() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16") or found.get("bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16") or found.get("bf16"))
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # older versions of PyTorch
+    return any(getattr(torch.cpu, name, bool)() for name in asks)
 
 
 def lower(module: nn.Module) -> None:

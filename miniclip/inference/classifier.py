@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arguments import check_list, check_number, shown
+from ..common.arguments import check_list, check_number, check_precision, shown
 from ..common.storage import is_url
 from ..evaluation.datasets.names import settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
@@ -358,7 +358,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def _encoder(self) -> Encoder:
         model = self.model
         if isinstance(model, str | Path):
-            return _opened(str(model), self.device, self.precision, _changed_at(str(model)))
+            precision = None if self.precision is None else check_precision(self.precision)
+            return _opened(str(model), self.device, precision, _changed_at(str(model)))
         return as_encoder(model, precision=self.precision)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -279,6 +279,9 @@ def test_embeddings_of_anything_else_are_refused_with_the_command_that_writes_th
     embed(shelf, "other", "by-another", model="model1")
     both = {"neighbours": [str(shelf / "embeddings"), str(shelf / "by-another")]}
     refused(shelf, "was written by another model", [str(shelf / "shards"), str(shelf / "other")], **both)
+    embed(shelf, "other", "rounded", "--precision", "bf16")
+    both = {"neighbours": [str(shelf / "embeddings"), str(shelf / "rounded")]}
+    refused(shelf, r"rounded was written in bf16, and .*", [str(shelf / "shards"), str(shelf / "other")], **both)
 
 
 def test_embeddings_that_miss_a_sample_or_a_file_are_refused(shelf, tmp_path):

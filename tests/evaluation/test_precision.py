@@ -17,6 +17,7 @@ from miniclip.config import VisionConfig
 from miniclip.evaluation.encoder import from_object, in_bf16
 from miniclip.evaluation.other_libraries import as_encoder, open_model
 from miniclip.fast import bfloat16
+from miniclip.inference.app.answers import Answers
 from miniclip.inference.explanation.explain import Explainer
 from miniclip.inference.search.index import Index
 from miniclip.inference.thresholds import CalibratedModel, ModelThreshold
@@ -192,3 +193,51 @@ def test_classify_and_the_classifier_take_a_precision(model, photos, tmp_path, c
 def test_precision_is_a_field_that_replace_keeps(model):
     rounded = open_model(model, "cpu", "bf16")
     assert replace(rounded, name="other").image_fingerprint() == rounded.image_fingerprint()
+
+
+def test_an_index_that_another_process_made_meanwhile_in_another_precision_is_not_mixed(model, photos, tmp_path):
+    path = tmp_path / "photos.index"
+    early = Index(path, model, device="cpu")
+    Index(path, model, device="cpu", precision="bf16").update(photos / "cat")
+    with pytest.raises(ValueError, match=r"made in bf16, and .* open in float32"):
+        early.update(photos / "dog")
+    assert len(Index(path)) == 4
+
+
+def test_an_open_model_and_an_index_of_another_precision_do_not_go_together(model, tmp_path):
+    with pytest.raises(ValueError, match=r"precision is bf16, and the given model is open in float32"):
+        Index(tmp_path / "new.index", open_model(model, "cpu"), precision="bf16")
+    with pytest.raises(ValueError, match=r"precision is 'fp17'; it must be float32 or bf16"):
+        Index(tmp_path / "new.index", open_model(model, "cpu"), precision="fp17")
+
+
+@pytest.mark.parametrize("precision", [0, "", False, ["bf16"]], ids=str)
+def test_precisions_of_another_kind_are_refused(model, tmp_path, precision):
+    for opens in (
+        lambda: open_model(model, "cpu", precision),
+        lambda: Index(tmp_path / "new.index", model, device="cpu", precision=precision),
+        lambda: miniclip.ZeroShotClassifier(model, device="cpu", precision=precision).fit(None, ["a", "b"]),
+    ):
+        with pytest.raises(ValueError, match=r"precision is .*; it must be float32 or bf16"):
+            opens()
+
+
+def test_a_model_of_ones_own_code_that_is_open_in_bf16_is_known_as_such(model, tmp_path):
+    lines = (
+        "from miniclip.evaluation.other_libraries import open_model",
+        f"model = lambda: open_model({model!r}, 'cpu', 'bf16')",
+    )
+    (tmp_path / "rounded.py").write_text("\n".join(lines))
+    name = f"python:{tmp_path / 'rounded.py'}:model"
+    assert [open_model(name, "cpu", each).precision for each in (None, "bf16")] == ["bf16", "bf16"]
+    with pytest.raises(ValueError, match=r"precision is float32, and the given model is open in bf16"):
+        open_model(name, "cpu", "float32")
+
+
+def test_a_page_of_a_model_in_bf16_offers_no_heat_map(model):
+    assert [Answers(open_model(model, "cpu", each)).can_explain for each in (None, "bf16")] == [True, False]
+
+
+def test_a_verb_that_has_one_precision_takes_no_other(capsys):
+    asked = ["interpolate", "a", "b", "--out", "c", "--precision", "bf16"]
+    assert "unrecognized arguments: --precision" in refusal(capsys, *asked)

@@ -45,7 +45,12 @@ def run(options: argparse.Namespace) -> None:
         from ...inference.app.page import served
         from ...inference.thresholds import find_threshold
 
-    encoder = open_model(options.model, options.device, options.precision)
+    precision = options.precision
+    if options.index is not None and precision is None:
+        from ...inference.search.store import open_store
+
+        precision = open_store(options.index).facts.precision
+    encoder = open_model(options.model, options.device, precision)
     threshold = find_threshold(options.model)
     if threshold is not None:
         threshold.check_model(encoder)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...common.arguments import FLOAT32
 from ...common.storage import is_url
 from ..pairs import group_id, hash64
 from ..shards import ShardEntry, Shards
@@ -102,6 +103,12 @@ def neighbours_in(folders: Sequence[str], shards: Shards, sources: Sequence[str]
 
 def _refuse_other_models(folders: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
     for folder, manifest in zip(folders, manifests, strict=True):
+        precisions = [each.get("precision", FLOAT32) for each in (manifest, manifests[0])]
+        if precisions[0] != precisions[1]:
+            raise ValueError(
+                f"{folder} was written in {precisions[0]}, and {folders[0]} in {precisions[1]}; data.neighbours needs "
+                "one precision for all sources"
+            )
         for key in ("model_fingerprint", "embedding_size", "preprocessing"):
             if manifest[key] != manifests[0][key]:
                 raise ValueError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ...common.arguments import FLOAT32
 from ...common.thumbnail import thumbnail
 from ...common.wording import percent, printable
 from ...evaluation.datasets.sets import EvaluationSet
@@ -51,6 +52,11 @@ class Answers:
     index: Index | None = None
     reports: tuple[tuple[str, Path], ...] = ()
     upright: bool = False
+
+    @property
+    def can_explain(self) -> bool:
+        """Whether there are heat maps, which are gradients."""
+        return self.encoder.precision == FLOAT32
 
     def guess(self, picture: bytes | None, labels: str) -> tuple[str, tuple[str, ...]]:
         """A bar for each of the nearest classes; and the classes, none where the question is wrong."""

@@ -67,7 +67,7 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
     def classify(path: str | None, names: str) -> tuple[Any, Any, str]:
         shown, classnames = answers.guess(_upload_bytes(path), names)
         choices = _choices(classnames)
-        return shown, gr.Radio(choices, value=None, visible=bool(choices)), ""
+        return shown, gr.Radio(choices, value=None, visible=bool(choices) and answers.can_explain), ""
 
     def explain(path: str | None, text: str | None) -> str:
         return answers.heat_map(_upload_bytes(path), text) if text else ""

@@ -39,7 +39,7 @@ from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import encode_in_batches, encode_texts
 from ...evaluation.measures.ties import SAME
-from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX, open_model
+from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSFORMERS_PREFIX, as_encoder, open_model
 from ...evaluation.prompts import classname_set
 from ..sources import image_set
 from ..thresholds import CalibratedModel
@@ -149,9 +149,11 @@ class Index:
     @property
     def precision(self) -> str:
         """Of the model's products."""
-        asked = self._model.precision if isinstance(self._model, Encoder) else self._precision
+        asked = None if self._precision is None else check_precision(self._precision)
+        if isinstance(self._model, Encoder):
+            asked = as_encoder(self._model, precision=asked).precision
         if self._known_store is None:
-            return check_precision(asked or FLOAT32)
+            return FLOAT32 if asked is None else asked
         found = self._known_store.facts.precision
         if asked not in (None, found):
             raise ValueError(
@@ -230,6 +232,8 @@ class Index:
             _ = self.encoder  # what is wrong with it is found before anything is made
         with nullcontext() if dry_run else writing(self.location):
             self._known_store = find_store(self.location)
+            if self._known_store is not None and self._encoder is not None:  # another process may have made it since
+                check_model(self._encoder, self._known_store)
             listings = list_sources(
                 named,
                 image_column=image_column,
