@@ -48,7 +48,17 @@ def world(untouched, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", [verb for verb in ("", *cli.VERBS) if verb not in AFTER.values()])
+ARE_SLOW = "export", "search"  # with those of `index`
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        pytest.param(verb, marks=pytest.mark.long if verb in ARE_SLOW else ())
+        for verb in ("", *cli.VERBS)
+        if verb not in AFTER.values()
+    ],
+)
 def test_every_example_of_the_help_runs(verb, world):
     for each in [AFTER[verb], verb] if verb in AFTER else [verb]:
         here = [line for line in examples(each) if not ELSEWHERE.search(line)]

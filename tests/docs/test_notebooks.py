@@ -36,6 +36,7 @@ def printed(name: str, folder: Path) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_clip_from_nothing_learns_and_equals_the_package(tmp_path):
     out = printed("from_nothing", tmp_path)
@@ -54,6 +55,7 @@ def test_clip_from_nothing_has_at_most_100_lines_of_clip():
     assert sum(bool(line.strip()) for text in source for line in text.splitlines()) <= 100
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_folder_of_pairs_becomes_a_model_that_searches_and_is_exported(tmp_path):
     out = printed("your_own_pairs", tmp_path)

@@ -39,16 +39,24 @@ print("shape comments:", len(reached), "of", len(comments))
 """
 
 
-def test_every_cell_of_the_pages_runs_and_the_shapes_in_its_comments_are_true():
+WHY = DOCS / "why.md"  # trains for half a minute
+
+
+@pytest.mark.parametrize(
+    ("pages", "least"),
+    [([page for page in NOTEBOOKS if page != WHY], 4), pytest.param([WHY], 0, marks=pytest.mark.long)],
+    ids=["learn", "why"],
+)
+def test_every_cell_of_the_pages_runs_and_the_shapes_in_its_comments_are_true(pages, least):
     """The pages' asserts compare with the long way."""
     path = os.pathsep.join(each for each in sys.path if each)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", RUN, *map(str, NOTEBOOKS)]
+    command = [sys.executable, "-c", RUN, *map(str, pages)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "off by 0%" in done.stdout  # gathered with gradient
     ((reached, there),) = re.findall(r"^shape comments: (\d+) of (\d+)$", done.stdout, re.MULTILINE)
-    assert int(reached) == int(there) >= 4
+    assert int(reached) == int(there) >= least
+    assert WHY in pages or "gathered with gradient: off by 0%" in done.stdout
     assert len(NOTEBOOKS) == 11
 
 

@@ -96,7 +96,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_same_bit
     stopped_at = torch.load(broken / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 5 <= stopped_at < 40
     miniclip.load(broken / "checkpoints/last.ckpt", device="cpu")
-    resume = re.search(r"To go on:\n  \S*python (.*)\n", text)
+    resume = re.search(r"To go on:\n  \S*python\S* (.*)\n", text)
     assert resume is not None
     assert resume[1].endswith("--ckpt_path last")
     warm.run([*args, "--ckpt_path=last"], check=True, env=environment)

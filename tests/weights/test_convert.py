@@ -396,6 +396,8 @@ def test_the_cost_of_rn50_is_about_the_published(tmp_path):
     with torch.device("meta"):
         model = CLIP(OPENAI_MODELS["RN50"]).half()
     model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():  # what lies in memory may be no number
+        tensor.zero_()
     save(model, tmp_path / "model")
     assert inspect(tmp_path / "model").image_gflops == pytest.approx(12.0, rel=0.06)
     (tmp_path / "model" / "model.safetensors").unlink()
