@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import logging
 import sys
+import threading
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
@@ -24,13 +25,22 @@ def _half_open() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     loader, package = spec.loader, module_from_spec(spec)
+    lock, is_opening = threading.RLock(), False  # other threads wait; this one may ask again while it imports
 
     def all_of_it(name: str) -> Any:
-        if name.startswith("__"):
+        nonlocal is_opening
+        known, opens = vars(package), name == "__all__" or not name.startswith("__")
+        with lock:
+            if opens and not is_opening and known.get("__getattr__") is all_of_it:
+                is_opening = True
+                try:
+                    loader.exec_module(package)
+                    del known["__getattr__"]
+                finally:
+                    is_opening = False
+        if name not in known:
             raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}")
-        if vars(package).pop("__getattr__", None):
-            loader.exec_module(package)
-        return getattr(package, name)
+        return known[name]
 
     facts = {"__version__": importlib.metadata.version(_PACKAGE), "_logger": logging.getLogger(_PACKAGE)}
     vars(package).update(facts, __getattr__=all_of_it)

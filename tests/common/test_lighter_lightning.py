@@ -18,6 +18,20 @@ print(issubclass(MulticlassAccuracy, Metric), issubclass(torchmetrics.text.BLEUS
 print(torchmetrics.MetricCollection is MetricCollection, not hasattr(torchmetrics, "NoSuchMetric"))
 """
 
+THREADS = """
+import threading, miniclip.commands.train, torchmetrics
+found = []
+threads = [threading.Thread(target=lambda: found.append(torchmetrics.Accuracy)) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print(len(found) == 4)
+"""
+
+STAR = """
+import miniclip.commands.train
+from torchmetrics import *
+print(Accuracy.__name__ == "Accuracy")
+"""
+
 OTHER_VERSION = """
 import sys
 class Once:
@@ -32,7 +46,11 @@ print("torchmetrics.functional" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("script", [HALF_OPEN, pytest.param(OTHER_VERSION, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "script",
+    [HALF_OPEN, *(pytest.param(each, marks=pytest.mark.long) for each in (THREADS, STAR, OTHER_VERSION))],
+    ids=["half open", "threads", "star", "another version"],
+)
 def test_training_imports_two_classes_of_torchmetrics_and_leaves_all_else_to_whoever_asks(script):
     """A version that cannot be imported in part is imported as a whole."""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
