@@ -26,6 +26,7 @@ from ..common.files import read_at
 from ..common.storage import check_scheme, exists, expand, is_url, join, read_bytes
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
+from .reading.json_tables import RepeatedNameError, parse_json
 from .reading.scan import LeftOut
 from .shard_index import INDEX_FILE, SCHEMA_VERSION, zeros_at
 
@@ -92,8 +93,12 @@ def record_of(key: str, read: Callable[[str], bytes]) -> Record:
     image, text = read("image"), read("txt")
     captions = captions_in(decode_text(text, f"the text of {key}"))
     if not text:
-        with suppress(ValueError):  # JSON that is damaged, or has no captions
-            captions = captions_of_facts(json.loads(read("json") or "{}"))
+        try:
+            captions = captions_of_facts(parse_json(read("json") or b"{}"))
+        except RepeatedNameError as error:
+            raise ValueError(f"the .json of {key}: {error}") from error
+        except ValueError:  # it is damaged, or has no captions
+            pass
     return Record(key, image, tuple(captions))
 
 
@@ -104,7 +109,7 @@ def facts_of(read: Callable[[str], bytes]) -> dict[str, Any]:
         ValueError: it is not JSON.
     """
     found = {kind: read(kind) for kind in ("json", "cls")}
-    values = json.loads(found["json"]) if found["json"] else {}
+    values = parse_json(found["json"]) if found["json"] else {}
     facts = values if isinstance(values, dict) else {}
     return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found["cls"] else facts
 

@@ -21,7 +21,7 @@ from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import captions_in, picture_in, texts_in
 from miniclip.data.reading.pair import Pair
-from miniclip.data.shards import Shards
+from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
 
 
@@ -309,6 +309,22 @@ def test_a_file_that_json_names_twice_is_not_lost(three, suffix):
     (three / f"table{suffix}").write_text('{"0.png": "one", "1.png": "two", "0.png": "three"}')
     with pytest.raises(ValueError, match=r"'0\.png' comes twice in one object"):
         read_pairs(three / f"table{suffix}")
+
+
+def test_a_value_that_json_names_twice_is_lost_in_no_line_and_beside_no_picture(three):
+    lines = three / "lines.json"
+    lines.write_text('{"image": "0.png", "caption": "a"}\n{"image": "1.png", "caption": "b", "caption": "c"}')
+    with pytest.raises(ValueError, match=r"'caption' comes twice in one object"):
+        read_pairs(lines)
+    lines.unlink()
+    for n in range(3):
+        (three / f"{n}.json").write_text('{"caption": "one", "caption": "two"}')
+    problems = [pair.problem for pair in read_pairs(three)]
+    assert len(problems) == 3
+    assert all("'caption' comes twice in one object" in problem for problem in problems)
+    read = {"image": b"", "txt": b"", "json": b'{"caption": "one", "caption": "two"}'}
+    with pytest.raises(ValueError, match=r"the .json of 7: 'caption' comes twice in one object"):
+        record_of("7", read.__getitem__)
 
 
 def test_json_lines_may_be_called_json(three):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from ...common.wording import some
 from .cells import captions_of_facts, decode_text, lines_in
+from .json_tables import parse_json
 from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
@@ -156,7 +156,7 @@ def _captions_of(path: Path) -> list[str]:
     if path.suffix.lower() != ".json":
         return lines_in(text)
     try:
-        captions = captions_of_facts(json.loads(text))
+        captions = captions_of_facts(parse_json(text))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON with a caption: {error}") from error
     if not captions:

@@ -29,7 +29,7 @@ class RepeatedNameError(ValueError):
     """A name comes twice in one object of JSON, of which `json.loads` keeps the last without a word."""
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """`json.loads`, which loses nothing.
 
     Raises:
@@ -54,13 +54,11 @@ def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str
         ValueError: no JSON, or none of the shapes above.
     """
     try:
-        values = parse_json(text)
+        values = _parse_text_or_lines(text)
     except RepeatedNameError as error:
         raise ValueError(f"{path}: {error}; a list of values can hold several") from error
     except (ValueError, RecursionError) as error:
-        values = _parse_lines(text)
-        if values is None:
-            raise ValueError(f"{path} is not JSON ({error}); {_SHAPES}") from error
+        raise ValueError(f"{path} is not JSON ({error}); {_SHAPES}") from error
     left_out: list[LeftOut] = []
     rows: Records | None = None
     if isinstance(values, Mapping):
@@ -86,12 +84,26 @@ _SHAPES = (
 )  # fmt: skip
 
 
+def _parse_text_or_lines(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except RepeatedNameError:
+        raise
+    except (ValueError, RecursionError):
+        rows = _parse_lines(text)
+        if rows is None:
+            raise
+        return rows
+
+
 def _parse_lines(text: str) -> Records | None:
     rows = []
     for line in text.split("\n"):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
+            except RepeatedNameError:
+                raise
             except (ValueError, RecursionError):
                 return None
     return rows if _are_records(rows) else None
