@@ -54,6 +54,7 @@ class Encoder:
     Args:
         name: as reports call it.
         encode_image: (B, 3, R, R) on the CPU, as `preprocess` gives them, stacked -> (B, E) on the model's device.
+            Pinned memory is not to be written to before the features are there.
         encode_text: what `tokenize` gives -> (B, E) on the model's device.
         tokenize: texts to what `encode_text` takes.
         preprocess: an image to (3, R, R); can be pickled, for worker processes.
@@ -182,6 +183,11 @@ class _Wide:
 # Ours
 
 
+def moved(images: Tensor, to: Tensor) -> Tensor:
+    """The images on the device of `to`; a GPU of CUDA copies from pinned memory while the host goes on."""
+    return images.to(to.device, non_blocking=to.device.type == "cuda")
+
+
 def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
     """One of miniclip's models, put into evaluation mode.
 
@@ -191,14 +197,12 @@ def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
     model.eval()
     return Encoder(
         name=name,
-        encode_image=torch.no_grad()(
-            lambda images: model.encode_image(images.to(model.logit_scale.device, non_blocking=True))
-        ),
+        encode_image=torch.no_grad()(lambda images: model.encode_image(moved(images, model.logit_scale))),
         encode_text=torch.no_grad()(model.encode_text),
         tokenize=_OurTokenize(model, name),
         preprocess=preprocess,
         logit_scale=model.logit_scale,
-        encode_pooled=lambda images: pooled_features(model, images.to(model.logit_scale.device, non_blocking=True)),
+        encode_pooled=lambda images: pooled_features(model, moved(images, model.logit_scale)),
         library=f"miniclip {__version__}",
         image_module=model.visual,
         text_module=model.text,

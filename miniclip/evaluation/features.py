@@ -296,7 +296,7 @@ def encode_in_batches(
             blank = readable[0] if readable else preprocess(Image.new("RGB", (32, 32)))
         images = _stacked([blank if isinstance(image, str) else image for image in batch])
         with torch.no_grad():
-            features = encode(images.to(device, non_blocking=True)).float().cpu()  # (b, E)
+            features = encode(images.to(device, non_blocking=images.is_pinned())).float().cpu()  # (b, E)
         _refuse_other_count(features, len(batch), "images")
         is_healthy = torch.tensor([isinstance(image, Tensor) for image in batch])
         if not is_healthy.all():

@@ -26,7 +26,7 @@ from ..model import CLIP
 from ..weights.download import HUB_PREFIX
 from ..weights.load import load, preprocess_for
 from ..weights.read import read_wordings
-from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object, in_bf16
+from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object, in_bf16, moved
 from .fingerprints import PASSING_STATE, is_plain_value
 
 OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX = "openclip:", "transformers:", "python:"
@@ -117,7 +117,7 @@ def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list
 
     def images_on_device(images: Tensor) -> Tensor:
         parameter = next(model.visual.parameters())
-        return images.to(parameter.device, parameter.dtype, non_blocking=True)
+        return moved(images, parameter).to(parameter.dtype)
 
     def encode_pooled(images: Tensor) -> Tensor:
         features = pooled(images_on_device(images))
