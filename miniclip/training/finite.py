@@ -23,8 +23,8 @@ NON_FINITE = "non_finite.json"  # in the run's folder: the batch at which the ru
 class StopIfNotFinite(Callback):
     """Stops all processes alike if the loss or the gradient is not finite, and writes the batch to the run's folder.
 
-    The answer is the one number of a step that the host waits for. Processes that have to agree on more numbers send
-    them along: `others` returns this process's, and `most` is the largest of each over all processes.
+    The answer is the one number of a step whose computation the host waits for. Processes that have to agree on more
+    send them along: `others` returns this process's, and `most` is the largest of each over all processes.
     """
 
     def __init__(self) -> None:
@@ -43,10 +43,10 @@ class StopIfNotFinite(Callback):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norm = whole(torch.nn.utils.get_total_norm(gradients))
         is_not_finite = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        # Filled on the device, because a copy to it would be waited for.
-        others = [is_not_finite.new_full((), number, dtype=torch.int) for number in self.others()]
-        own = torch.stack([is_not_finite.int(), *others])
-        stops, *self.most = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        stops, *self.most = int(is_not_finite), *self.others()  # once the device is done: a signal may come meanwhile
+        if trainer.world_size > 1:
+            own = torch.tensor([stops, *self.most], device=loss.device)
+            stops, *self.most = trainer.strategy.reduce(own, reduce_op="max").tolist()
         if stops:
             _stop(trainer, pl_module, pl_module.result, float(norm), optimizer.param_groups[0]["lr"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -125,7 +126,10 @@ class ZeroShotEvaluation(Callback):
         accuracies = {}
         for name, dataset in self.datasets.items():
             asked = suited(dataset, model.wordings)
-            with torch.compiler.set_stance("force_eager"):  # as in validation, also before the first step
+            # As in validation, also before the first step. What FSDP2 gathers in half precision needs autocast.
+            is_sliced = pl_module.device_mesh is not None
+            precision = trainer.precision_plugin.forward_context() if is_sliced else nullcontext()
+            with torch.compiler.set_stance("force_eager"), precision:
                 scores = zero_shot_scores(
                     model, preprocess, asked, batch_size=self.batch_size, num_workers=num_decoders(trainer)
                 )

@@ -242,7 +242,7 @@ def test_compiled_towers_whose_weights_are_sliced_give_the_same_gradients(result
 
 def train(data, run, strategy, *more):
     devices = 1 if strategy == "auto" else 2
-    more = [*more, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--trainer.precision=64-true"]
+    more = [f"--trainer.devices={devices}", f"--trainer.strategy={strategy}", "--trainer.precision=64-true", *more]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -295,3 +295,15 @@ def test_fine_tuning_with_shared_out_weights_is_that_of_one_process(data, tmp_pa
     expected, found = state(tmp_path / "auto"), state(tmp_path / "fsdp2")
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 1e-8 * value.abs().max().clamp(min=1e-3), name
+
+
+@pytest.mark.long
+def test_what_is_gathered_in_half_precision_is_scored_too(data, tmp_path):
+    """Before the first step and at validations, where Lightning opens no autocast of its own."""
+    miniclip.save(tiny_clip(1), tmp_path / "start")
+    zero_shot = {"class_path": ZERO_SHOT, "init_args": {"data": str(data / "val.csv")}}
+    more = [f"--model.start_from={tmp_path / 'start'}", "--trainer.precision=bf16-mixed"]
+    done = train(data, tmp_path / "run", "fsdp2", *more, f"--trainer.callbacks={json.dumps([zero_shot])}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "before training" in done.stdout
+    assert "val/zero_shot_acc1" in (tmp_path / "run/logs/version_0/metrics.csv").read_text()
