@@ -147,9 +147,9 @@ def padded(text: str, pattern: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(page: Path) -> Source:
-    """The Python of a Markdown page."""
-    pattern = r"^```(?:\{code-cell\} )?python\n(?::[^\n]*\n)*(.*?)^```"
+def cells(page: Path, are_built: bool = False) -> Source:
+    """The Python of a Markdown page, or what of it the site's build runs."""
+    pattern = r"^```(?:\{code-cell\} )" + ("" if are_built else "?") + r"python\n(?::[^\n]*\n)*(.*?)^```"
     return Source.of(page, padded(page.read_text(encoding="utf-8"), pattern))
 
 

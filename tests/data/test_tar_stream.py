@@ -184,6 +184,7 @@ def plain(data: PairDataModule):
         yield from zip(batch.keys, batch.images, batch.tokens, strict=True)
 
 
+@pytest.mark.long
 def test_a_larger_buffer_mixes_tars_and_none_keeps_their_order(shelves):
     in_order = keys(batches(module(shelves[8], stream=Streaming(shuffle=1)), 12))
     for n in range(0, NUM_SAMPLES, 12):

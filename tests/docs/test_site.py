@@ -25,7 +25,7 @@ from pathlib import Path
 import matplotlib
 from shape_comments import cells, judge, recording
 matplotlib.use("Agg")
-pages = [cells(Path(page)) for page in sys.argv[1:]]
+pages = [cells(Path(page), are_built=True) for page in sys.argv[1:]]
 comments, reached = {comment for page in pages for comment in page.comments()}, set()
 for page in pages:
     os.chdir(Path(page.path).parent)

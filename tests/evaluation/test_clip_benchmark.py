@@ -304,6 +304,7 @@ def test_an_image_without_caption_is_refused_by_us_and_finds_nothing_to_clip_ben
     assert theirs(judged, "captions missing")["metrics"] == same(by_all)
 
 
+@pytest.mark.long
 def test_its_build_gathers_our_files_beside_its_own(judged, reports):
     out = judged / "benchmark.csv"
     clip_benchmark(["build", str(reports / "clip_benchmark"), str(judged / "birds.json"), "--output", str(out)])

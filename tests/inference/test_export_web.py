@@ -38,16 +38,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(browser, folder):
-    """The browser, at the page, with its module at hand."""
+def url(folder):
     with Served(folder) as served:
+        yield served.url
+
+
+@pytest.fixture
+def page(browser, url):
+    """The browser, at the page, with its module at hand."""
+    if browser.driver.current_url != f"{url}/page/index.html":
         browser.driver.set_script_timeout(200)
         browser.driver.get_log("browser")
         browser.driver.get_log("performance")
-        browser.driver.get(f"{served.url}/page/index.html")
+        browser.driver.get(f"{url}/page/index.html")
         WebDriverWait(browser.driver, 300).until(lambda driver: driver.find_element(By.ID, "work").is_displayed())
-        browser.url = served.url
-        yield browser
+    browser.url = url
+    return browser
 
 
 def in_page(page, body, *arguments):

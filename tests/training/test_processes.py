@@ -95,6 +95,7 @@ def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(imag
     assert all(len(each["share"]) == size for each in found)
 
 
+@pytest.mark.long
 def test_validation_shared_out_over_three_processes_scores_as_one(data, tmp_path):
     """Sixteen held-out pairs and three processes: it does not come out even."""
     zero_shot = [{"class_path": ZERO_SHOT, "init_args": {"data": str(data / "val.csv")}}]

@@ -299,6 +299,7 @@ class Observer(Callback):
         }
 
 
+@pytest.mark.long
 def test_a_resumed_run_draws_the_patches_that_it_would_have_drawn(pairs, tmp_path):
     options = ["--model.patch_dropout=0.5", "--seed_everything=5"]
     trainer.main(arguments(pairs, tmp_path / "straight", *options, callback("Observer")))

@@ -350,6 +350,7 @@ def test_info_tells_the_loss_that_a_model_was_made_for(tmp_path, capsys):
 # ---- training
 
 
+@pytest.mark.long
 def test_a_run_with_the_sigmoid_loss_learns_resumes_and_scores(data, tmp_path):
     # From -10 a batch of 12 first brings everything together, to get its pairs above 0; -ln 12 is where they are rare.
     flags = [*FLAGS, "--model.clip.init_logit_bias=-2.5", "--model.positives=caption"]
