@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import multiprocessing
 import multiprocessing.process
@@ -328,13 +329,20 @@ def _start_worker(failures: Any, environment: dict[str, str], worker: int) -> No
     os.environ.clear()
     os.environ.update(environment)
 
-    def hand_over_failed(self: Any, error: Exception, batch: Any) -> None:
+    def hand_over_failed(self: Any, error: BaseException, batch: Any) -> None:
         del self, batch
         failures.put(f"{type(error).__name__}: {error}")
         os._exit(1)
 
+    def serving_failed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            hand_over_failed(None, error, None)
+        sys.__excepthook__(kind, error, trace)
+
     # The thread that sends batches would print the error, lose the batch, and go on.
     multiprocessing.queues.Queue._on_queue_feeder_error = hand_over_failed  # type: ignore[attr-defined]
+    # The thread that hands over shared memory's files prints an error and tries again without end.
+    sys.excepthook = serving_failed
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
     for name in ("SIGINT", "SIGUSR1"):
