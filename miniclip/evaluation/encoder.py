@@ -142,11 +142,7 @@ def in_bf16(encoder: Encoder) -> Encoder:
             stacklevel=3,
         )
     digests = encoder.image_digest(), encoder.text_digest()
-    towers = encoder.image_module, encoder.text_module
-    for tower in towers:
-        if isinstance(tower, VisionTransformer | ModifiedResNet | TextTransformer):
-            bfloat16.lower(tower)
-    image, text = (isinstance(tower, VisionTransformer | ModifiedResNet | TextTransformer) for tower in towers)
+    image, text = _lowered(encoder.image_module), _lowered(encoder.text_module)
     pooled = encoder.encode_pooled
     return replace(
         encoder,
@@ -157,6 +153,14 @@ def in_bf16(encoder: Encoder) -> Encoder:
         precision=BF16,
         digests=digests,
     )
+
+
+def _lowered(tower: nn.Module | None) -> bool:
+    """Whether the tower is this package's own, whose layers are replaced then."""
+    if not isinstance(tower, VisionTransformer | ModifiedResNet | TextTransformer):
+        return False
+    bfloat16.lower(tower)
+    return True
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

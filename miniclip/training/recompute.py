@@ -83,13 +83,7 @@ def encode_in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: in
     parts = inputs.split(size)
     if within is None:
         return torch.cat([encode(part) for part in parts])
-
-    def encoded(part: Tensor) -> Tensor:
-        # Autocast keeps a rounded copy of each weight. Parts that share it sum their gradients as coarsely.
-        torch.clear_autocast_cache()
-        return recomputed(encode, part, within=within)
-
-    return torch.cat([encoded(part) for part in parts])
+    return torch.cat([recomputed(encode, part, within=within) for part in parts])
 
 
 def drop_patches_in_training(model: CLIP, share: float) -> None:

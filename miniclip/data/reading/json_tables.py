@@ -97,15 +97,12 @@ def _parse_text_or_lines(text: str) -> Any:
 
 
 def _parse_lines(text: str) -> Records | None:
-    rows = []
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                rows.append(parse_json(line))
-            except RepeatedNameError:
-                raise
-            except (ValueError, RecursionError):
-                return None
+    try:
+        rows = [parse_json(line) for line in text.split("\n") if line.strip()]
+    except RepeatedNameError:
+        raise
+    except (ValueError, RecursionError):
+        return None
     return rows if _are_records(rows) else None
 
 
