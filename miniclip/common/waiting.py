@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -69,8 +70,8 @@ class PatientLoader(DataLoader[T_co]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         begin_anew = super().__iter__
         if self._iterator is None:  # the main thread starts the workers
-            with _without_child_signals():
-                batches = begin_anew()
+            batches = begin_anew()
+            _hide_from_torch(batches)
             fetcher = _Fetcher(lambda: batches, batches)
             atexit.register(_end_stuck, fetcher.workers)
         else:  # workers that persist are asked to begin anew, which may take as long as a batch
@@ -194,16 +195,12 @@ class _Fetcher:
         self._asked.put(False)
 
 
-class _without_child_signals:  # noqa: N801 (used as a function)
-    """Undoes the handler that torch installs, which raises at an arbitrary line when a worker dies."""
-
-    def __enter__(self) -> None:
-        self.is_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
-        self.handler = signal.getsignal(signal.SIGCHLD) if self.is_main else None
-
-    def __exit__(self, *error: object) -> None:
-        if self.is_main:
-            signal.signal(signal.SIGCHLD, self.handler or signal.SIG_DFL)
+def _hide_from_torch(batches: Any) -> None:
+    """Who waits here looks after the workers. Torch's handler of SIGCHLD, which any loader of the process may have
+    installed, raises at an arbitrary line when a worker dies that it knows of."""
+    if getattr(batches, "_worker_pids_set", False):
+        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+        batches._worker_pids_set = False
 
 
 def _end(workers: list[Any]) -> None:

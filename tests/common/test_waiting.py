@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from miniclip.common.waiting import PatientLoader, StalledDataError
 
@@ -109,6 +111,26 @@ def no_workers_left():
 def test_a_worker_that_is_killed_ends_the_wait_with_the_signal_and_the_likely_cause(no_workers_left):
     with pytest.raises(StalledDataError, match=r"killed by SIGKILL.*memory ran out"):
         numbers(loader(at(3, lambda: os.kill(os.getpid(), signal.SIGKILL))))
+
+
+@pytest.fixture
+def watched_by_torch():
+    """Another loader has worked in this process, and torch raises where the main thread is when a worker dies."""
+    signal_handling._SIGCHLD_handler_set = False
+    before = signal.getsignal(signal.SIGCHLD)
+    list(DataLoader(range(1), num_workers=1, multiprocessing_context="fork"))
+    assert signal.getsignal(signal.SIGCHLD) is not before
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("watched_by_torch")
+def test_workers_that_die_or_are_ended_raise_nothing_by_torchs_handler(no_workers_left):
+    for _ in range(3):
+        with pytest.raises(StalledDataError, match=r"killed by SIGKILL.*memory ran out"):
+            numbers(loader(at(3, lambda: os.kill(os.getpid(), signal.SIGKILL))))
+        with pytest.raises(StalledDataError, match=r"worker (\d+) is stopped"):
+            numbers(loader(at(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))))
 
 
 def test_a_worker_that_is_stopped_ends_the_wait_with_its_number_and_the_remedy(no_workers_left):
