@@ -88,11 +88,11 @@ def record_of(key: str, read: Callable[[str], bytes]) -> Record:
         read: returns a member by its kind, empty if there is none.
 
     Raises:
-        ValueError: the text is not UTF-8.
+        ValueError: the text is not UTF-8, or no caption.
     """
     image, text = read("image"), read("txt")
     captions = captions_in(decode_text(text, f"the text of {key}"))
-    if not text:
+    if not captions:
         try:
             captions = captions_of_facts(parse_json(read("json") or b"{}"))
         except RepeatedNameError as error:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -458,3 +459,76 @@ def test_a_picture_finds_its_text_in_every_usual_place(tmp_path, image, text):
 def test_a_caption_of_several_lines_is_one_for_the_api_too(tmp_path):
     pack([Pair("a", RED, ("one\ntwo",))], tmp_path / "out", source="here")
     assert Shards(tmp_path / "out")[0].captions == ("one two",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts that programs wrote
+
+
+WRITTEN = [
+    ("[{'caption': 'a dog'}, {'caption': 'a cat'}]", ["a dog", "a cat"]),  # pandas, of a list of mappings
+    ('["a dog", null]', ["a dog"]),
+    ("['a dog', nan]", ["a dog"]),
+    ("('a dog', 'a cat')", ["a dog", "a cat"]),
+    ("array(['a dog', 'a cat'], dtype=object)", ["a dog", "a cat"]),
+    ('{"a dog","a cat"}', ["a dog", "a cat"]),  # PostgreSQL's array
+    ('{"caption": "a dog", "lang": "en"}', ["a dog"]),
+    ('{"raw": "A dog.", "tokens": ["a", "dog"]}', ["A dog."]),
+    ("[]", []),
+    ("[a plate of food]", ["[a plate of food]"]),
+    ("(left) a dog (right)", ["(left) a dog (right)"]),
+    ("[1, 2]", ["[1, 2]"]),
+    ("{'x': 'a dog'}", ["{'x': 'a dog'}"]),
+    ("('a dog')", ["('a dog')"]),
+]
+
+
+@pytest.mark.parametrize("text, captions", WRITTEN, ids=[text[:16] for text, _ in WRITTEN])
+def test_lists_and_mappings_that_were_written_as_text_give_their_captions_in_cells_files_and_tars(
+    tmp_path, text, captions
+):
+    write_picture(tmp_path / "a.jpg", 1)
+    (tmp_path / "a.txt").write_text(text)
+    (pair,) = read_pairs(tmp_path)
+    assert [text for text in pair.captions if text] == texts_in(text) == captions_in(text) == captions
+    assert list(record_of("a", {"image": RED, "txt": text.encode()}.get).captions) == captions
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("0 0.512 0.433 0.21 0.33\n1 0.2 0.3 0.1 0.1\n", "detectors label boxes .0 0.512"),
+        ("12 " + "0.5 0.25 " * 6, "detectors label boxes"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "a pointer of Git LFS.*git lfs pull"),
+        ("{\\rtf1\\ansi a dog\\par}", "in RTF; save it as plain text"),
+        ("<!DOCTYPE html><html>404</html>", "HTML or XML"),
+        ("<annotation><folder>x</folder></annotation>", None),  # a caption may begin so
+        ("7 cats and 3 dogs", None),
+        ("1 2 3", None),
+    ],
+)
+def test_what_stands_beside_a_picture_and_is_no_caption_is_rejected_by_its_kind(tmp_path, text, reason):
+    write_picture(tmp_path / "a.jpg", 1)
+    (tmp_path / "a.txt").write_text(text)
+    (pair,) = read_pairs(tmp_path)
+    if reason is None:
+        assert pair.captions == (" ".join(text.split()),)
+        return
+    assert re.search(reason, pair.problem)
+    with pytest.raises(ValueError, match=reason):
+        record_of("a", {"image": RED, "txt": text.encode()}.get)
+
+
+def test_a_text_in_utf16_without_its_mark_is_refused_and_does_not_train_with_a_nul_after_each_letter(tmp_path):
+    write_picture(tmp_path / "a.jpg", 1)
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "a.txt").write_bytes("a red bird\nin a tree".encode(encoding))
+        assert re.search("a.txt is not UTF-8.*UTF-16.*Save it as UTF-8", read_pairs(tmp_path)[0].problem)
+        (tmp_path / "t.csv").write_bytes("image,caption\na.jpg,red\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"t\.csv is not UTF-8.*UTF-16.*Save it as UTF-8"):
+            read_pairs(tmp_path / "t.csv")
+
+
+def test_a_blank_text_in_a_tar_leaves_the_caption_to_the_facts():
+    assert record_of("a", {"image": RED, "txt": b" \n", "json": b'{"caption": "red"}'}.get).captions == ("red",)
+    assert record_of("a", {"image": RED, "txt": b"nan", "json": b"{}"}.get).captions == ()

@@ -7,6 +7,7 @@ import base64
 import binascii
 import codecs
 import io
+import json
 import math
 import re
 import unicodedata
@@ -27,6 +28,9 @@ CAPTION_COLUMNS = (
 _MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "N/A", "n/a", "#N/A", "#NA"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", re.S)
+_WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
+_WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": True, "false": False}
+_BOXES = re.compile(r"\d+(?:\s+-?\d*\.?\d+(?:[eE][-+]?\d+)?){4,}")  # a detector's class, and numbers from 0 to 1
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -45,9 +49,15 @@ def decode_text(data: bytes, name: object) -> str:
     """
     encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
+    if encoding == "utf-8" and len(data) > 1 and max(data[0::2].count(0), data[1::2].count(0)) * 4 > len(data):
+        raise ValueError(
+            f"{name} is not UTF-8 text: every other byte is 0, as in UTF-16, which lacks its byte order mark here. "
+            "Save it as UTF-8"
+        )
+    return text
 
 
 def lines_in(text: str) -> list[str]:
@@ -58,8 +68,43 @@ def lines_in(text: str) -> list[str]:
 
 
 def captions_in(text: str) -> list[str]:
-    """The captions of a text file, one a line that is not blank."""
-    return [line for line in lines_in(text) if line]
+    """The captions of a text file, one a line that is not blank.
+
+    Raises:
+        ValueError: as `caption_lines`.
+    """
+    return [line for line in caption_lines(text) if line]
+
+
+def caption_lines(text: str) -> list[str]:
+    """The lines of a text file as captions, blank ones too; what programs write for a missing one is blank. A list or
+    a mapping that a program wrote holds captions as a table's cell does.
+
+    Raises:
+        ValueError: a text that stands beside pictures and is no caption, such as a detector's boxes.
+    """
+    if reason := _no_captions(text.lstrip("\ufeff").strip()):
+        raise ValueError(f"its text is no caption but {reason}")
+    if (value := _written_value(text.strip())) is not None:
+        return texts_in(value)
+    lines = lines_in(text)
+    if any(line[:1] in ("[", "{") for line in lines):
+        return [each for line in lines for each in (texts_in(line) or [""])]
+    return ["" if line in _MISSING else line for line in lines]
+
+
+def _no_captions(text: str) -> str:
+    """What a text is that other programs put beside a picture; empty for captions."""
+    if text.startswith("version https://git-lfs"):
+        return "a pointer of Git LFS; `git lfs pull` fetches the text itself"
+    if text.startswith("{\\rtf"):
+        return "a document in RTF; save it as plain text"
+    if re.match(r"<(!doctype|html|\?xml)\b", text[:20], re.I):
+        return "a page or record in HTML or XML; write the caption alone"
+    lines = text.split("\n") if text[:1].isdigit() else []
+    if lines and all(_BOXES.fullmatch(line.strip()) for line in lines):
+        return f"numbers, as detectors label boxes ({lines[0].strip()[:40]}); put words there, or another folder beside"
+    return ""
 
 
 def one_line(text: str) -> str:
@@ -91,10 +136,52 @@ def texts_in(value: Any) -> list[str]:
         fields = ", ".join(map(repr, value))
         raise ValueError(f"its caption is a mapping of {fields}; which of them is the caption can't be known")
     text = str(value)
-    if _WRITTEN_LIST.fullmatch(text.strip()):  # a list that went through a CSV, with NumPy's spaces or Python's commas
-        return [part for found in re.findall(_STRING, text, re.S) for part in [one_line(_unquoted(found))] if part]
+    if (found := _written_value(text.strip())) is not None:
+        return texts_in(found)
     text = one_line(text)
     return [text] if text and text not in _MISSING else []
+
+
+def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or mapping of texts that a cell's text was before it went through a CSV, as JSON, Python, NumPy and
+    PostgreSQL write it; None for any other text, such as [a plate of food]."""
+    if array := _WRITTEN_ARRAY.fullmatch(text):
+        text = array[1]
+    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
+        return None
+    if _WRITTEN_LIST.fullmatch(text):  # with NumPy's spaces or Python's commas
+        return [_unquoted(part) for part in re.findall(_STRING, text, re.S)]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = _value_in(ast.parse(text, mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+    return value if isinstance(value, list | dict) and _holds_texts(value) else None
+
+
+def _value_in(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in _WRITTEN_WORDS:
+        return _WRITTEN_WORDS[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value_in(node.operand)
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_value_in(each) for each in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {str(_value_in(k)): _value_in(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
+    raise ValueError(f"{ast.unparse(node)} is no value")
+
+
+def _holds_texts(value: Any) -> bool:
+    """Whether a list or mapping may hold captions: texts, missing ones, or mappings of which a field is known."""
+    if isinstance(value, dict):
+        return any(name in value for name in ("raw", *CAPTION_COLUMNS))
+    if isinstance(value, list):
+        return all(_holds_texts(each) for each in value)
+    return value is None or isinstance(value, str) or value != value
 
 
 def captions_of_facts(facts: Any) -> list[str]:

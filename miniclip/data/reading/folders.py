@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from ...common.wording import some
-from .cells import captions_of_facts, decode_text, lines_in
+from .cells import caption_lines, captions_of_facts, decode_text
 from .json_tables import parse_json
 from .pair import Pair, Pairs
 from .paths import find_file
@@ -154,7 +154,7 @@ def _has_namesake(text: Path, used: set[Path]) -> bool:
 def _captions_of(path: Path) -> list[str]:
     text = decode_text(path.read_bytes(), path.name)
     if path.suffix.lower() != ".json":
-        return lines_in(text)
+        return caption_lines(text)
     try:
         captions = captions_of_facts(parse_json(text))
     except (ValueError, RecursionError) as error:

@@ -5,10 +5,8 @@ Nothing is chosen: all splits of a source are read, but for sets of CLIP_benchma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
 from ...data.reading.huggingface import HUB_PREFIX, load_datasets, undecoded
@@ -19,7 +17,7 @@ from ...data.shards import Shards
 from .class_folders import left_out_of_bare
 from .folders_and_tables import FromEach, image_of_row, images_of_rows
 from .sets import Columns, EvaluationSet, digest_lines
-from .tars import NUM_SHARDS_FILE, benchmark_splits, indexed, set_name, shard_metadata
+from .tars import NUM_SHARDS_FILE, ImagesOfShards, benchmark_splits, indexed, set_name, shard_metadata
 
 
 def bare_folder(folder: Path) -> EvaluationSet:
@@ -79,19 +77,6 @@ def bare_datasets(source: str, image_column: str | None = None) -> list[Evaluati
             )
         )
     return found
-
-
-class ImagesOfShards(Sequence[bytes]):
-    """The images of shards, read when they are asked for; a sample's text and facts, damaged or not, are not read."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.shards.read(index, "image")
 
 
 def bare_tars(source: str) -> EvaluationSet:

@@ -63,10 +63,6 @@ class FromEach(Sequence[Any]):
         return self.function(self.entries[index])
 
 
-def image_of_record(record: Any) -> bytes:
-    return record.image
-
-
 def image_of_row(folder: Path, column: str, row: Mapping[str, Any]) -> Any:
     return _image_of_cell(folder, row.get(column))
 

@@ -22,7 +22,7 @@ from ...data.reading.huggingface import HUB_PREFIX
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import SPLIT_NAMES, in_split
-from .folders_and_tables import FromEach, all_captioned, choose_split, image_of_record, label_in
+from .folders_and_tables import all_captioned, choose_split, label_in
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
@@ -133,7 +133,7 @@ def _read_shards(
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(shards.checksums) if shards.checksums else None
-    images, metadata = FromEach(shards, image_of_record), shard_metadata(shards)
+    images, metadata = ImagesOfShards(shards), shard_metadata(shards)
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
@@ -157,6 +157,19 @@ def _read_shards(
         templates=None if wordings is None else templates_of(wordings, f"{source}/{templates}"),
         templates_from=f"{templates} of the data",
     )
+
+
+class ImagesOfShards(Sequence[bytes]):
+    """The images of shards, read when they are asked for; a sample's text and facts, damaged or not, are not read."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.shards.read(index, "image")
 
 
 def captions_of(shards: Shards, index: int) -> tuple[str, ...]:
