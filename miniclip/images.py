@@ -148,7 +148,7 @@ def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
     """
     try:
         image = read_header(data)
-        if not is_whole or image.mode.startswith("I"):
+        if not is_whole or image.mode.startswith(("I", "F")):
             image.load()
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -156,14 +156,26 @@ def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
         ) from error
     except Exception as error:  # a damaged picture can raise anything
         raise ValueError(f"{source} is an unreadable image: {error}") from error
-    return _to_8_bits(image) if image.mode.startswith("I") else image
+    return _to_8_bits(image, source) if image.mode.startswith(("I", "F")) else image
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit picture (Pillow's modes I;16 and I) as 8-bit; Pillow's conversion would make all above 255 white."""
-    values = np.asarray(image).astype(np.int64)
-    is_16_bits = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not say
-    converted = Image.fromarray((values >> 8 if is_16_bits else values).clip(0, 255).astype(np.uint8))
+def _to_8_bits(image: Image.Image, source: str) -> Image.Image:
+    """A picture of 16 bits (Pillow's modes I;16 and I) or floats (F) as 8-bit. Pillow's conversion would make all above
+    255 white, and floats from 0 to 1 black."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high = float(values.min(initial=0)), float(values.max(initial=0))
+        if not (low >= 0 and high <= 255):
+            raise ValueError(
+                f"{source} has floats from {low:g} to {high:g} for pixels, whose black and white can't be known; scale "
+                "them to 0 to 1, or to 0 to 255"
+            )
+        values = values * 255 if high <= 1 else values
+    else:
+        values = values.astype(np.int64)
+        is_16_bits = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not say
+        values = values >> 8 if is_16_bits else values
+    converted = Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
     converted.info |= {name: image.info[name] for name in _ORIENTED_BY if name in image.info}
     return converted
 

@@ -174,3 +174,22 @@ def test_of_a_long_strip_the_middle_alone_is_resized_to_the_same_pixels(style, s
 def test_a_picture_without_pixels_is_refused_with_its_size():
     with pytest.raises(ValueError, match="0 x 5 pixels"):
         preprocess("openai")(Image.new("RGB", (0, 5)))
+
+
+# ---- floats
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_a_picture_of_floats_is_the_8_bit_one_that_it_looks_like_and_not_black(top):
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.float32), (8, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(ramp * (top / 255)).save(buffer, "TIFF")
+    assert np.array_equal(np.asarray(open_image(buffer.getvalue(), "a.tif")), ramp.astype(np.uint8))
+
+
+@pytest.mark.parametrize("values, shown", [((-5, 90), "-5 to 90"), ((0, 4000), "0 to 4000"), ((0, np.nan), "nan")])
+def test_floats_whose_black_and_white_are_unknown_are_refused(values, shown):
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(np.array(values, dtype=np.float32), (4, 2))).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match=rf"a\.tif has floats.*{shown}.*scale them to 0 to 1"):
+        open_image(buffer.getvalue(), "a.tif")

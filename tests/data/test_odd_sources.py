@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import pickle
 import re
 import tarfile
 import unicodedata
@@ -22,6 +23,7 @@ from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import captions_in, picture_in, texts_in
 from miniclip.data.reading.pair import Pair
+from miniclip.data.reading.tables import read_table
 from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
 
@@ -532,3 +534,86 @@ def test_a_text_in_utf16_without_its_mark_is_refused_and_does_not_train_with_a_n
 def test_a_blank_text_in_a_tar_leaves_the_caption_to_the_facts():
     assert record_of("a", {"image": RED, "txt": b" \n", "json": b'{"caption": "red"}'}.get).captions == ("red",)
     assert record_of("a", {"image": RED, "txt": b"nan", "json": b"{}"}.get).captions == ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits, and captions of one image that another has
+
+
+def write_table_of_splits(folder: Path, kind: str) -> Path:
+    for number in range(5):
+        write_picture(folder / f"{number}.jpg", number)
+    parts = ["train", "val", "Train ", "test", ""]
+    rows = [{"file_name": f"{n}.jpg", "text": f"text {n}", "split": part} for n, part in enumerate(parts)]
+    path = folder / f"metadata.{kind}"
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    elif kind == "csv":
+        lines = ["file_name,text,split", *(",".join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines))
+    else:
+        path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "a folder"])
+def test_rows_of_another_split_do_not_train_and_are_told(tmp_path, kind):
+    table = write_table_of_splits(tmp_path, "csv" if kind == "a folder" else kind)
+    source = tmp_path if kind == "a folder" else table
+    pairs = read_pairs(source)
+    assert [pair.captions for pair in pairs] == [("text 0",), ("text 2",)]
+    assert sorted((each.source, each.reason) for each in pairs.left_out) == [
+        ("row 1", "a row of another split (val)"), ("row 3", "a row of another split (test)"),
+        ("row 4", "a row of another split (blank)"),
+    ]  # fmt: skip
+    assert [row["text"] for row in pickle.loads(pickle.dumps(read_table(table, "test")[1]))] == ["text 3"]
+    (validation,) = read_pairs(source, split="validation")
+    assert validation.captions == ("text 1",)
+    with pytest.raises(ValueError, match="column 'split' is 'extra'; valid for --split are test, train, val"):
+        read_pairs(source, split="extra")
+
+
+def test_a_column_called_split_that_names_no_parts_leaves_all_rows(tmp_path):
+    write_picture(tmp_path / "a.jpg", 1)
+    write_picture(tmp_path / "b.jpg", 2)
+    for values in (("banana", "train"), ("test", "test")):
+        lines = ["image,caption,split", f"a.jpg,red,{values[0]}", f"b.jpg,green,{values[1]}"]
+        (tmp_path / "t.csv").write_text("\n".join(lines))
+        assert len(read_pairs(tmp_path / "t.csv")) == 2
+
+
+def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):
+    for part in ("train", "test"):
+        write_picture(tmp_path / part / "a.jpg", 1)
+        (tmp_path / part / "a.txt").write_text(part)
+    assert "all of the folders test, train: name one" in read_pairs(tmp_path).found
+    assert "name one" not in read_pairs(tmp_path / "train").found
+
+
+def test_images_of_cocos_that_share_an_id_are_refused_and_ids_are_equal_however_they_are_written(tmp_path):
+    for name in "ab":
+        write_picture(tmp_path / f"{name}.jpg", ord(name))
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2.0, "file_name": "b.jpg"}]
+    annotations = [
+        {"id": 7, "image_id": "1", "caption": "of a"}, {"id": 8, "image_id": 2, "caption": "of b"},
+        {"id": 9, "image_id": 2, "caption": " "},
+    ]  # fmt: skip
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    pairs = read_pairs(path)
+    assert [pair.captions for pair in pairs] == [("of a",), ("of b",)]
+    assert [each.reason for each in pairs.left_out] == ["a caption without text"]
+    path.write_text(json.dumps({"images": [images[0], {"id": 1, "file_name": "b.jpg"}], "annotations": annotations}))
+    with pytest.raises(
+        ValueError, match=r"captions\.json: the images 'a.jpg' and 'b.jpg' have one id, 1.* id of its own"
+    ):
+        read_pairs(path)
+
+
+def test_a_compressed_tar_is_an_archive_to_unpack_and_no_text(tmp_path):
+    write_tar(tmp_path / "a.tar.gz", ("a.jpg", RED), ("a.txt", b"red"), mode="w:gz")
+    with pytest.raises(ValueError, match=r"a\.tar\.gz is a compressed archive; unpack it"):
+        read_pairs(tmp_path / "a.tar.gz")

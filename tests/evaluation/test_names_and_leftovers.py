@@ -369,3 +369,17 @@ def test_a_folder_of_parquet_is_read_by_its_split_and_a_pattern_as_one_table(tmp
     with pytest.warns(UserWarning, match="left out"):
         assert len(open_dataset(tmp_path, split="train")) == 3
     assert len(open_dataset(f"{tmp_path}/data/test-*.parquet")) == 3
+
+
+def test_a_table_with_a_column_of_splits_is_scored_on_one_and_tells_the_others(tmp_path):
+    for number in range(4):
+        write_picture(tmp_path / f"{number}.jpg", number)
+    rows = ["image,label,caption,split", "0.jpg,cat,a cat,train", "1.jpg,dog,a dog,val", "2.jpg,cat,the cat,val"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    for task, size in ((None, 2), ("retrieval", 2)):
+        with pytest.warns(UserWarning, match="a row of another split .train.: 1"):
+            data = open_dataset(tmp_path / "t.csv", task=task)
+        assert len(data) == size
+        assert [Path(key).name for key in data.keys] == ["1.jpg", "2.jpg"]
+        with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
+            open_dataset(tmp_path / "t.csv", split="test", task=task)

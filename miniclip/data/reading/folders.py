@@ -13,6 +13,7 @@ from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, same_name, scan
+from .splits import EQUAL_SPLITS, rows_of_split
 from .tables import read_table
 
 # Folders that only say what lies in them: images/a.jpg and captions/a.txt are a pair.
@@ -111,8 +112,11 @@ def _pairs_by_name(files: Scan) -> Pairs:
     found = " and ".join(
         f"the {suffix} {'beside each' if beside else 'in folders of their own'}" for suffix, beside in sorted(forms)
     )
-    read_from = [file for image in files.images for file in (image, text_of.get(image, image.with_suffix(".txt")))]
     found = f"{len(files.images)} images, captions from {found or 'the .txt beside each'}"
+    tops = {image.relative_to(folder).parts[0].lower() for image in text_of}
+    if len(tops) > 1 and tops <= {name for names in EQUAL_SPLITS for name in names}:
+        found += f", all of the folders {', '.join(sorted(tops))}: name one of them to take it alone"
+    read_from = [file for image in files.images for file in (image, text_of.get(image, image.with_suffix(".txt")))]
     return Pairs(names, read, found, [*read_from, *alone], left_out)
 
 
@@ -183,9 +187,10 @@ def _may_be_table(path: Path) -> bool:
 
 def _read_imagefolder(files: Scan, metadata: Path, split: str) -> Pairs:
     """A folder of pictures with a table of theirs, as Hugging Face's `imagefolder` has it."""
-    columns, rows = read_table(metadata, split)
-    pairs = pairs_of_rows(metadata, columns, rows, folder=metadata.parent)
-    named = {find_file(metadata.parent, name) for name in pairs.names}
+    columns, all_rows = read_table(metadata)
+    rows = rows_of_split(metadata, columns, all_rows, split)
+    pairs = pairs_of_rows(metadata, columns, rows, folder=metadata.parent, left_out=rows.left_out)
+    named = {find_file(metadata.parent, str(row["file_name"])) for row in all_rows if row.get("file_name")}
     rest = [path for path in (*files.images, *files.texts) if path not in named]
     left_out = [
         LeftOut(str(path.relative_to(files.folder)), f"a file that {metadata.name} does not name") for path in rest

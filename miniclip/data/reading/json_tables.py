@@ -151,19 +151,26 @@ def _are_texts(value: Any) -> bool:
 
 
 def _cocos(path: Path, images: Records, annotations: list[Any]) -> tuple[Records, list[LeftOut]]:
-    """COCO's captions as rows of file name and captions."""
-    captions: dict[str, list[Any]] = {str(image.get("id")): [] for image in images}
+    """COCO's captions as rows of file name and captions.
+
+    Raises:
+        ValueError: entries are missing, or two images have one id, as in files that were put together.
+    """
+    captions: dict[str, list[Any]] = {_coco_id(image.get("id")): [] for image in images}
     left_out = []
     try:
+        _refuse_shared_ids(path, images)
         for annotation in annotations:
-            image_id = str(annotation["image_id"])
-            if image_id in captions:
-                captions[image_id].append(annotation["caption"])
-            else:
-                name = f"annotation {annotation.get('id', '')} of image {image_id}: {annotation['caption']!s:.80}"
+            image_id = _coco_id(annotation["image_id"])
+            name = f"annotation {annotation.get('id', '')} of image {image_id}: {annotation['caption']!s:.80}"
+            if image_id not in captions:
                 left_out.append(LeftOut(name, "a caption of an image that is not listed"))
+            elif isinstance(annotation["caption"], str | None) and not (annotation["caption"] or "").strip():
+                left_out.append(LeftOut(name, "a caption without text"))
+            else:
+                captions[image_id].append(annotation["caption"])
         rows = [
-            {"file_name": image["file_name"], "captions": captions[str(image.get("id"))], "id": image.get("id")}
+            {"file_name": image["file_name"], "captions": captions[_coco_id(image.get("id"))], "id": image.get("id")}
             for image in images
         ]
     except (KeyError, TypeError, AttributeError) as error:
@@ -173,6 +180,22 @@ def _cocos(path: Path, images: Records, annotations: list[Any]) -> tuple[Records
             f"caption): its annotations hold {held}, and {error} is missing"
         ) from error
     return rows, left_out
+
+
+def _coco_id(value: Any) -> str:
+    """Equal for ids that programs write as 7, 7.0 and "7"."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _refuse_shared_ids(path: Path, images: Records) -> None:
+    names: dict[str, str] = {}
+    for image in images:
+        first = names.setdefault(_coco_id(image.get("id")), image["file_name"])
+        if first != image["file_name"]:
+            raise ValueError(
+                f"{path}: the images {first!r} and {image['file_name']!r} have one id, {image.get('id')!r}, so whose "
+                "a caption is can't be known; give each image an id of its own, or read the files one by one"
+            )
 
 
 def _karpathys(images: Records, split: str | None) -> tuple[Records, list[LeftOut]]:

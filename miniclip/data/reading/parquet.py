@@ -10,22 +10,29 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from .scan import LeftOut
+
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
 
 
 class ParquetRows(Sequence[dict[str, Any]]):
     """Rows of Parquet files of the same columns, one file after the other.
 
+    Args:
+        chosen: the rows to have, by number; None for all.
+
     Raises:
         ValueError: pyarrow is missing, a file is damaged, or the columns of two files differ.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __init__(self, paths: Sequence[Path], chosen: Sequence[int] | None = None) -> None:
         try:
             from pyarrow import ArrowException, parquet
         except ImportError as error:
             raise ValueError(f"reading {paths[0]} needs pyarrow: pip install 'miniclip[datasets]'") from error
-        self.paths, self.errors = list(paths), ArrowException
+        self.paths, self.errors, self.chosen = list(paths), ArrowException, chosen
         self.files = []
         for path in paths:
             try:
@@ -50,14 +57,22 @@ class ParquetRows(Sequence[dict[str, Any]]):
         self._group = lru_cache(maxsize=2)(lambda file_index, group: self.files[file_index].read_row_group(group))
 
     def __reduce__(self) -> Any:
-        return type(self), (self.paths,)  # another process opens the files anew
+        return type(self), (self.paths, self.chosen)  # another process opens the files anew
+
+    def only(self, rows: Sequence[int]) -> ParquetRows:
+        """These rows of all."""
+        return ParquetRows(self.paths, rows)
 
     def __len__(self) -> int:
+        if self.chosen is not None:
+            return len(self.chosen)
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        if self.chosen is not None:
+            index = self.chosen[index]
         place = bisect_right(self.ends, index)
         file_index, group, count = self.groups[place]
         try:
@@ -69,7 +84,8 @@ class ParquetRows(Sequence[dict[str, Any]]):
 
     def column(self, name: str) -> list[Any]:
         """A column's values; None in place of images that lie in it: their bytes, base64 or pixels."""
-        return [value for file in self.files for value in self._column_of(file, name)]
+        values = [value for file in self.files for value in self._column_of(file, name)]
+        return values if self.chosen is None else [values[row] for row in self.chosen]
 
     def _column_of(self, file: Any, name: str) -> list[Any]:
         paths = [file.schema.column(leaf).path for leaf in range(len(file.schema))]

@@ -16,7 +16,8 @@ from ...common.storage import expand, is_url
 from .cells import decode_text
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES
+from .splits import Rows, rows_of_split
 
 IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
@@ -29,16 +30,11 @@ _OTHER_FILES = {
     "Parquet or CSV", ".pickle": "a pickle, which can run programs; write it as Parquet or CSV", ".feather": "a "
     "Feather file; write it as Parquet", ".arrow": "an Arrow file; write it as Parquet, or name its folder",
     ".h5": "an HDF5 file; write its images into a folder and its texts into a CSV", ".zip": "an archive; unpack it",
-    ".tgz": "a compressed archive; unpack it", ".db": "a data base; export a CSV", ".sqlite": "a data base; export a "
-    "CSV", ".lmdb": "a data base; write its images into a folder and its texts into a CSV",
+    **dict.fromkeys((".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"), "a compressed archive; unpack it"),
+    **dict.fromkeys((".db", ".sqlite"), "a data base; export a CSV"),
+    ".lmdb": "a data base; write its images into a folder and its texts into a CSV",
 }  # fmt: skip
 _IMAGE_CELL = re.compile(rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I)
-
-
-class Rows(list[dict[str, Any]]):
-    """Rows in memory, and what of their file is none."""
-
-    left_out: tuple[LeftOut, ...] = ()
 
 
 def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequence[dict[str, Any]]]:
@@ -46,14 +42,14 @@ def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequenc
     Parquet files of a folder or a pattern, one after the other.
 
     Args:
-        split: rows of another split are left out of a JSON file whose rows name theirs, as Karpathy's do.
+        split: rows of another one are left out of a table whose column `split` names them; None for all rows.
 
     Raises:
         ValueError: an empty file, one that is not what its suffix says, or a row that does not fit the columns.
     """
     if is_parquet(path):
-        rows = ParquetRows(parquet_files(path, split))
-        return rows.columns, rows
+        stored = ParquetRows(parquet_files(path, split))
+        return stored.columns, rows_of_split(path, stored.columns, stored, split) if split else stored
     data = _unzipped(path)
     suffix = table_suffix(path)
     if suffix in _OTHER_FILES or (suffix not in (*TABLE_SUFFIXES, ".txt", ".json") and b"\0" in data[:1000]):
@@ -65,9 +61,9 @@ def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequenc
         columns, records, left_out = *_parse_json_lines(path, text), []
     else:
         columns, records, left_out = *_parse_csv(path, text), []
-    rows_in_memory = Rows(records)
-    rows_in_memory.left_out = tuple(left_out)
-    return columns, rows_in_memory
+    rows = Rows(records)
+    rows.left_out = tuple(left_out)
+    return columns, rows_of_split(path, columns, rows, split) if split else rows
 
 
 def table_suffix(path: Path) -> str:

@@ -20,6 +20,7 @@ from ...data.reading.cells import texts_in
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets, undecoded
 from ...data.reading.paths import image_in
 from ...data.reading.scan import LeftOut, scan
+from ...data.reading.splits import rows_of_split, splits_in
 from ...data.reading.tables import IMAGE_COLUMNS, find_column, parquet_splits, read_table
 from .class_folders import SPLIT_NAMES, beside_folder
 from .sets import Columns, Found, NoImage, image_identity
@@ -109,9 +110,14 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
     is_several = not path.is_file()
     if is_several and (splits := parquet_splits(path)):
         split = choose_split(splits, split, str(path))
-    elif split:
-        raise ValueError(f"{path} is a table and has no split {split!r}")
-    names, rows = read_table(path, split)
+    names, rows = read_table(path, split if is_several else None)
+    if not is_several and (parts := splits_in(names, rows)):
+        split = choose_split(parts, split, f"the column 'split' of {path}")
+        rows = rows_of_split(path, names, rows, split)
+    elif not is_several and split:
+        raise ValueError(
+            f"{path} is a table and has no split {split!r}; a column 'split' would name the part of each row"
+        )
     columns.check(names, str(path))
     image_column = columns.image or find_column(names, IMAGE_COLUMNS, "the image paths", path)
     # {file: label} is read as a file and its captions.
@@ -301,7 +307,10 @@ def readable_sources(names: Iterable[str]) -> tuple[str, ...]:
 def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     """Images with captions, from any source that training reads."""
     columns.refuse(source, "a source of pairs", "label", "group")
-    if split and not (source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))):
+    has_splits = source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))
+    if Path(source).is_file() and not source.endswith(".tar") and (parts := splits_in(*read_table(Path(source)))):
+        split, has_splits = choose_split(parts, split, f"the column 'split' of {source}"), True
+    if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     split = split or "test"
     pairs = open_pairs(source, image_column=columns.image, split=split)

@@ -1,0 +1,57 @@
+"""A table whose column `split` names the part of each row -> the rows of one part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .parquet import ParquetRows
+from .scan import LeftOut
+
+EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation", "dev", "eval"), ("test", "testing"))
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows in memory, and what of their file is none."""
+
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def splits_in(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The parts that the column names, sorted; none without one, or where it holds anything but names of parts."""
+    return sorted(set(_part_of_each(columns, rows)) - {""})
+
+
+def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> Any:
+    """The rows of a part, and those of the others in `left_out`; all rows where the column names fewer than two.
+
+    Raises:
+        ValueError: several parts, and not the one that is asked for.
+    """
+    parts = _part_of_each(columns, rows)
+    wanted = next((names for names in EQUAL_SPLITS if split in names), (split,))
+    if not (others := set(parts) - set(wanted)) or len(set(parts)) < 2:
+        return rows
+    kept = [row for row, part in enumerate(parts) if part in wanted]
+    if not kept:
+        valid = ", ".join(sorted(others - {""}))
+        raise ValueError(f"{path} has no row whose column 'split' is {split!r}; valid for --split are {valid}")
+    left_out = [
+        LeftOut(f"row {row}", f"a row of another split ({part or 'blank'})")
+        for row, part in enumerate(parts)
+        if part not in wanted
+    ]
+    chosen = rows.only(kept) if isinstance(rows, ParquetRows) else Rows(rows[row] for row in kept)
+    chosen.left_out = (*getattr(rows, "left_out", ()), *left_out)
+    return chosen
+
+
+def _part_of_each(columns: Sequence[str], rows: Any) -> list[str]:
+    """The part of each row, "" for a blank one; empty where the column is none of parts."""
+    column = next((name for name in columns if name.strip().lower() == "split"), None)
+    if column is None:
+        return []
+    values = rows.column(column) if isinstance(rows, ParquetRows) else [row.get(column) for row in rows]
+    parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
+    return parts if set(parts) <= {"", *(name for names in EQUAL_SPLITS for name in names)} else []
