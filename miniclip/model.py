@@ -80,8 +80,9 @@ class Attention(nn.Module):
         if pool is None:
             q, k, v = matmul.linear(x, weight, bias).unflatten(2, (3, *heads)).unbind(2)  # (B, N, H, D/H)
         else:
-            q = matmul.linear(pick(x, pool), weight[:D], bias[:D]).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
-            k, v = matmul.linear(x, weight[D:], bias[D:]).unflatten(2, (2, *heads)).unbind(2)
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:D], bias[D:])
+            q = matmul.linear(pick(x, pool), weight[:D], q_bias).unflatten(1, (1, *heads))  # (B, 1, H, D/H)
+            k, v = matmul.linear(x, weight[D:], kv_bias).unflatten(2, (2, *heads)).unbind(2)
         return matmul.layer(self.out_proj, attend(q, k, v, self.is_causal, pool))  # out_proj(attend(…))
 
 
@@ -105,7 +106,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.activation, QuickGELU) and not self.training:  # the same as below
+        if type(self.activation) is QuickGELU and not self.training:  # the same as below
             return folded.quick_gelu_mlp(self.c_fc, self.activation, self.c_proj, self.activation.slope, x)
         return matmul.layer(self.c_proj, self.activation(matmul.layer(self.c_fc, x)))  # c_proj(activation(c_fc(x)))
 
@@ -181,7 +182,8 @@ class VisionTransformer(nn.Module):
         if all_tokens:
             return self.ln_post(self.transformer(x))
         if not is_unobserved(self):  # a hook, or an export, gets every token in every block
-            return project(self.ln_post(self.transformer(x, pool=None))[:, 0], self.proj)
+            options = {"pool": None} if isinstance(self.transformer, Transformer) else {}
+            return project(self.ln_post(self.transformer(x, **options))[:, 0], self.proj)
         class_token = torch.zeros(B, dtype=torch.long, device=x.device)
         return project(self.ln_post(self.transformer(x, pool=class_token)), self.proj)
 
@@ -251,7 +253,7 @@ class TextTransformer(nn.Module):
         texts: TextLayout = layout or Rectangle.of(tokens, self.eot_token)
         x = self.token_embedding(tokens) + F.embedding(texts.positions, self.positional_embedding)  # (B, L, D)
         if all_tokens or not (layout or is_unobserved(self)):
-            x = self.ln_final(self.transformer(x, attend=texts.attend))
+            x = self.ln_final(self.transformer(x, attend=texts.attend) if layout else self.transformer(x))
             return x if all_tokens else project(pick(x, texts.ends), self.text_projection)
         return project(self.ln_final(self.transformer(x, texts.ends, texts.attend)), self.text_projection)
 

@@ -88,7 +88,7 @@ def encode(tower: nn.Module, tokens: Tensor, eot_token: int, device: torch.devic
     """
     if tokens.device.type != "cpu":
         return tower(tokens)
-    if not (is_eager(tokens) and is_unobserved(tower)):
+    if not (is_eager(tokens) and is_unobserved(tower, is_causal=True)):
         return tower(tokens.to(device))
     try:
         if device.type == "cpu" and multiple == 1 and len(tokens):

@@ -2,8 +2,8 @@
 
 There are two kinds of fast paths, and a test for each. A *folded* one computes what a module would compute without
 calling it, so the module must be exactly what its class says (`is_plain`). A *packed* one calls every module, but with
-fewer tokens than the textbook does, so nobody must look at them from outside (`is_unobserved`). Where a test fails, the
-textbook's way is taken.
+fewer tokens than the textbook does, so nobody must look at them from outside, and no module mix them in a way of its
+own (`is_unobserved`). Where a test fails, the textbook's way is taken.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -18,7 +19,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Kind = TypeVar("Kind", bound=nn.Module)
 _FLOAT = torch.float32
-_OWN = (f"{__package__.split('.')[0]}.", "torch.")
+_OURS = f"{__package__.split('.')[0]}."
+_OWN = (_OURS, "torch.")
+# What PyTorch puts around a module, or computes a weight by.
+_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch.nn.utils.", "torch._dynamo.")
+# PyTorch's layers that take each token alone, by what they run: subclasses and parametrized ones may share it.
+_TOKENWISE = frozenset(
+    layer.forward
+    for layer in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList,
+                  nn.ModuleDict, nn.GELU, nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Sigmoid, nn.Tanh)
+)  # fmt: skip
 
 
 def is_eager(x: Tensor) -> bool:
@@ -75,37 +85,57 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling the module does what its class says and nothing else.
 
     False for subclasses (also those that parametrizations and quantization make), for hooks of any kind, for a
-    `forward` of the instance's own (as accelerate's), and for weights that are computed (pruning, weight norm) or are
-    special tensors (sharded, quantized).
+    `forward` that somebody put in the instance (as accelerate does) or in the class, and for weights that are computed
+    (pruning, weight norm) or are special tensors (sharded, quantized).
     """
     return (
         type(module) is kind
         and not (_has_hooks(module) or torch_module._has_any_global_hook())
         and "forward" not in module.__dict__
+        and _is_own(kind.forward)
         and not any(isinstance(value, Tensor) for value in module.__dict__.values())
         and all(type(each) in (Tensor, nn.Parameter) for each in module._parameters.values() if each is not None)
     )
 
 
-def is_unobserved(root: nn.Module) -> bool:
-    """Whether all that runs in `root`, and sees what its modules take and give, is this package's or PyTorch's own.
+def is_unobserved(root: nn.Module, is_causal: bool = False) -> bool:
+    """Whether what runs in `root`, and sees what its modules take and give, is this package's or PyTorch's own.
 
-    Hooks of PyTorch's own (sharding, pruning) do not look at shapes, so they do not count. An export counts as an
-    observer: its graph is the textbook's. A compiled graph is for this process alone, and nobody looks into it.
+    Of PyTorch's layers those alone that take each token by itself, and none in place of a block. Hooks of PyTorch's own
+    (sharding, pruning) do not look at shapes, so they do not count. An export counts as an observer: its graph is the
+    textbook's. A compiled graph is for this process alone, and nobody looks into it.
+
+    Args:
+        is_causal: every attention must be so, too.
     """
     if _is_exporting() or torch.compiler.is_compiling():
         return not _is_exporting()
-    modules: list[nn.Module | None] = [root]
+    if not (all(map(_is_own, _global_hooks())) and _is_own(F.scaled_dot_product_attention)):
+        return False
+    modules: list[tuple[nn.Module | None, bool]] = [(root, True)]
     while modules:  # faster than root.modules()
-        module = modules.pop()
+        module, is_block = modules.pop()
         if module is None:
             continue
-        if not _is_own(module.forward):
+        if not _takes_tokens(module.forward, is_block) or (is_causal and not getattr(module, "is_causal", True)):
             return False
         if _has_hooks(module) and not all(_is_own(hook) for hook in _hooks(module)):
             return False
-        modules += module._modules.values()
+        is_list = type(module) is nn.ModuleList
+        modules += [(child, is_list) for child in module._modules.values()]
     return True
+
+
+def _takes_tokens(forward: Any, is_block: bool) -> bool:
+    """Whether a module with this `forward` may be given a part of the tokens, or a block which ones."""
+    if not is_block and getattr(forward, "__func__", forward) in _TOKENWISE:
+        return True
+    return _home(forward).startswith((_OURS, *_WRAPPERS))
+
+
+def _global_hooks() -> list[Any]:
+    kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    return [hook for kind in kinds for hook in getattr(torch_module, f"_global_{kind}").values()]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -119,5 +149,8 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _is_own(function: Any) -> bool:
-    home = getattr(function, "__module__", None) or type(function).__module__
-    return home.startswith(_OWN)
+    return _home(function).startswith(_OWN)
+
+
+def _home(function: Any) -> str:
+    return getattr(function, "__module__", None) or type(function).__module__

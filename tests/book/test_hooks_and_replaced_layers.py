@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from miniclip.config import CLIPConfig, VisionConfig
-from miniclip.model import CLIP
+from miniclip.model import CLIP, QuickGELU
 
 LAST = TINY.text.vocab_size - 1  # open_clip reads a text at its largest id
 VIT = replace(TINY, activation="quick_gelu", text=replace(TINY.text, eot_token=LAST))
@@ -146,6 +146,41 @@ def test_a_hook_for_all_modules_fires_for_each_of_them(vits, resnets):
         assert called == set(tower.modules()) - unused
 
 
+@pytest.mark.parametrize("kind", ["pre", "forward", "backward"])
+def test_a_hook_for_all_modules_sees_what_it_sees_in_open_clip(vits, kind):
+    ours, theirs = vits
+    images, tokens = random_images(3, 24), tokens_for_open_clip()
+    found = _heard_by_all(ours, kind, lambda: ours.encode_image(images), lambda: ours.encode_text(tokens))
+    expected = _heard_by_all(theirs, kind, lambda: theirs.encode_image(images), lambda: theirs.encode_text(tokens))
+    both = [name for name in found.keys() & expected.keys() if not name.endswith(".out_proj")]
+    assert len(both) > 20
+    for name in both:
+        assert_equal(found[name], expected[name])
+
+
+def _heard_by_all(model, kind, *calls):
+    """{open_clip's name of a module: the tensor that a hook of PyTorch's for all modules saw there}"""
+    names, heard = {module: name.removeprefix("text.") for name, module in model.named_modules()}, {}
+    register = {
+        "pre": nn.modules.module.register_module_forward_pre_hook,
+        "forward": nn.modules.module.register_module_forward_hook,
+        "backward": nn.modules.module.register_module_full_backward_hook,
+    }[kind]
+
+    def hear(module, *seen):
+        value = seen[-1][0] if isinstance(seen[-1], tuple) and seen[-1] else seen[-1]
+        if module in names and isinstance(value, torch.Tensor):
+            heard[names[module]] = value.detach()
+
+    handle = register(hear)
+    try:
+        for call in calls:
+            call().sum().backward()
+    finally:
+        handle.remove()
+    return heard
+
+
 @torch.no_grad()
 def test_a_hook_may_change_what_a_module_gives(vits):
     ours, theirs = vits
@@ -187,6 +222,126 @@ def test_a_wrapped_layer_of_a_vit_is_called(vits, name):
     found = vits[0].encode_image(images)
     assert_equal(found, vits[1].encode_image(images))
     assert not torch.allclose(found, before)
+
+
+class _InOpenClip(nn.Module):
+    """A layer that knows nothing of masks, where open_clip gives its blocks one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, attn_mask=None):
+        if isinstance(self.layer, nn.Sequential):
+            return self.layer[1](self.layer[0](x, attn_mask=attn_mask))
+        return self.layer(x)
+
+    def get_weight_dtype(self):
+        return torch.double
+
+
+TORCHS_OWN = {  # what mixes tokens, and what takes no `pool`
+    "ln_1": lambda old: nn.Softmax(dim=1),
+    "ln_2": lambda old: nn.Softmax(dim=1),
+    "mlp": lambda old: nn.Sequential(old, nn.Softmax(dim=1)),
+    "": lambda old: nn.Sequential(old, nn.GELU()),
+    "none": lambda old: nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("part", TORCHS_OWN)
+@torch.no_grad()
+def test_a_layer_of_pytorchs_may_mix_tokens_or_stand_in_for_a_block(vits, part, block):
+    ours, theirs = vits
+    for model, towers in ((ours, (ours.visual, ours.text)), (theirs, (theirs.visual, theirs))):
+        for tower in towers:
+            name = f"transformer.resblocks.{block}.{part}".removesuffix(".none").removesuffix(".")
+            new = TORCHS_OWN[part](tower.get_submodule(name))
+            is_block_of_open_clip = model is theirs and part in ("", "none")
+            replace_module(
+                tower, name, lambda _, new=new, wrap=is_block_of_open_clip: _InOpenClip(new) if wrap else new
+            )
+    images, tokens = random_images(3, 24), tokens_for_open_clip()
+    assert_equal(ours.encode_image(images), theirs.encode_image(images))
+    assert_equal(ours.encode_text(tokens), theirs.encode_text(tokens))
+
+
+@torch.no_grad()
+def test_a_transformer_that_takes_tokens_alone_may_stand_in_for_ours(vits):
+    model, images, tokens = vits[0], random_images(2, 24), tokens_for_open_clip()
+    expected = model.encode_image(images), model.encode_text(tokens)
+    for tower in (model.visual, model.text):
+        tower.transformer = nn.Sequential(*tower.transformer.resblocks)
+    assert_equal(model.encode_image(images), expected[0])
+    assert_equal(model.encode_text(tokens), expected[1])
+
+
+@torch.no_grad()
+def test_a_function_in_place_of_pytorchs_attention_sees_every_token(vits, monkeypatch):
+    ours, theirs = vits
+    images, tokens = random_images(2, 24), tokens_for_open_clip()
+    expected, seen = (theirs.encode_image(images), theirs.encode_text(tokens)), []
+    attention = F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append((q.shape[2], k.shape[2]))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for found, wanted in zip((ours.encode_image(images), ours.encode_text(tokens)), expected, strict=True):
+        assert_equal(found, wanted)
+    assert seen == 3 * [(10, 10)] + 3 * [(77, 77)]
+
+
+@torch.no_grad()
+def test_a_forward_that_was_put_into_the_class_is_called(vits, monkeypatch):
+    model, images = vits[0], random_images(2, 24)
+    twice = copy.deepcopy(model)
+    for module in twice.modules():
+        if type(module) is nn.Linear:
+            module.weight.mul_(2)
+            module.bias.mul_(2)
+    expected = twice.encode_image(images)
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: 2 * F.linear(x, layer.weight, layer.bias))
+    assert_equal(model.encode_image(images), expected)
+
+
+@torch.no_grad()
+def test_an_activation_derived_from_ours_is_called(vits):
+    class Halved(QuickGELU):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model, images = vits[0], random_images(2, 24)
+    other = copy.deepcopy(model)
+    for block in model.visual.transformer.resblocks:
+        block.mlp.activation = Halved()
+    for block in other.visual.transformer.resblocks:
+        block.mlp.c_proj.weight.div_(2)
+    assert_equal(model.encode_image(images), other.encode_image(images))
+
+
+@torch.no_grad()
+def test_a_text_tower_that_sees_ahead_is_neither_packed_nor_cut(vits):
+    model, tokens = vits[0], tokens_for_open_clip((5, 9, 30))
+    for block in model.text.transformer.resblocks:
+        block.attn.is_causal = False
+    assert_equal(model.encode_text(tokens), model.text(tokens))
+    changed = tokens.clone()
+    changed[0, 40] = 7  # behind the end of the text, where it sees now
+    assert not torch.allclose(model.encode_text(changed)[0], model.encode_text(tokens)[0])
+
+
+@torch.no_grad()
+def test_attention_may_be_without_biases(vits):
+    ours, theirs = vits
+    for tower in (ours.visual, ours.text, theirs.visual, theirs):
+        for block in tower.transformer.resblocks:
+            block.attn.in_proj_bias = block.attn.out_proj.bias = None
+    images, tokens = random_images(2, 24), tokens_for_open_clip()
+    assert_equal(ours.encode_image(images), theirs.encode_image(images))
+    assert_equal(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
 @pytest.mark.parametrize("name", ["conv1", "bn1", "layer2.0.conv2", "layer2.0.bn3", "layer2.0.downsample",
