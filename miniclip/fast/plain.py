@@ -21,8 +21,9 @@ Kind = TypeVar("Kind", bound=nn.Module)
 _FLOAT = torch.float32
 _OURS = f"{__package__.split('.')[0]}."
 _OWN = (_OURS, "torch.")
+_RECORDERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 # What PyTorch puts around a module, or computes a weight by.
-_WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch.nn.utils.", "torch._dynamo.")
+_AROUND = ("torch.distributed.", "torch.nn.parallel.", "torch.nn.utils.", "torch._dynamo.")
 # PyTorch's layers that take each token alone, by what they run: subclasses and parametrized ones may share it.
 _TOKENWISE = frozenset(
     layer.forward
@@ -43,11 +44,19 @@ def is_eager(x: Tensor) -> bool:
 def is_guarded(x: Tensor) -> bool:
     """Whether operations on `x` run with the shapes that it has now, or again only where those shapes hold.
 
-    torch.compile compiles again for other shapes; traces and exports do not.
+    torch.compile compiles again for other shapes; traces and exports do not. Tensors of a class of their own (fake ones,
+    those of torch.func.functionalize) may have no numbers to look at.
     """
     if torch.compiler.is_compiling() or _is_exporting():
         return not _is_exporting()
-    return not torch._C._functorch.is_batchedtensor(x)  # under torch.func.vmap
+    transforms = torch._C._functorch.get_interpreter_stack() or ()  # of torch.func; vmap may lie inside another
+    is_mapped = any(each.key() == torch._C._functorch.TransformType.Vmap for each in transforms)
+    return type(x) in (Tensor, nn.Parameter) and not (is_mapped or torch._is_functional_tensor(x) or _is_recording())
+
+
+def _is_recording() -> bool:
+    """By make_fx or AOTAutograd, or with fake tensors; torch.compile runs no module under these."""
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _RECORDERS)
 
 
 def _is_exporting() -> bool:
@@ -110,7 +119,7 @@ def is_unobserved(root: nn.Module, is_causal: bool = False) -> bool:
     """
     if _is_exporting() or torch.compiler.is_compiling():
         return not _is_exporting()
-    if not (all(map(_is_own, _global_hooks())) and _is_own(F.scaled_dot_product_attention)):
+    if not (all(map(_is_own, _global_hooks())) and _is_own(F.scaled_dot_product_attention)) or _is_recording():
         return False
     modules: list[tuple[nn.Module | None, bool]] = [(root, True)]
     while modules:  # faster than root.modules()
@@ -130,7 +139,7 @@ def _takes_tokens(forward: Any, is_block: bool) -> bool:
     """Whether a module with this `forward` may be given a part of the tokens, or a block which ones."""
     if not is_block and getattr(forward, "__func__", forward) in _TOKENWISE:
         return True
-    return _home(forward).startswith((_OURS, *_WRAPPERS))
+    return _home(forward).startswith((_OURS, *_AROUND))
 
 
 def _global_hooks() -> list[Any]:

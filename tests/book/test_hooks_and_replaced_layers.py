@@ -16,6 +16,9 @@ from test_resnet import TINY as TINY_RESNETS
 from test_resnet import images as resnet_images
 from test_resnet import twins as resnet_twins
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from miniclip.config import CLIPConfig, VisionConfig
@@ -545,3 +548,72 @@ def test_towers_can_be_mapped_over_batches_of_batches(vits, resnets):
                            (resnets[0], resnet_images(4, RESNET.image_size))):  # fmt: skip
         mapped = torch.func.vmap(encode)(inputs.unflatten(0, (2, 2)))
         assert_equal(mapped.flatten(0, 1), encode(inputs), 1e-10)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_gradients_of_each_sample_by_torch_func_are_those_of_each_sample_alone(vits, tower):
+    model, images, tokens = vits[0], random_images(3, 24), tokens_for_open_clip([5, 9, 3])
+    name, inputs = {"image": ("visual.conv1.weight", images), "text": ("text.text_projection", tokens)}[tower]
+    encode = model.encode_image if tower == "image" else model.encode_text
+    parameter = model.get_parameter(name)
+
+    def total(value, one):
+        module = model.visual if tower == "image" else model.text
+        return functional_call(module, {name.partition(".")[2]: value}, (one[None],)).sum()
+
+    mapped = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0))(parameter.detach(), inputs)
+    for found, one in zip(mapped, inputs, strict=True):
+        (expected,) = torch.autograd.grad(encode(one[None]).sum(), parameter)
+        assert_equal(found, expected, 1e-10)
+
+
+def test_gradients_of_each_texts_features_by_torch_func_are_those_of_each_text_alone(vits):
+    """`encode_text` looks at the ids of a batch, and at none that vmap hides below another transformation."""
+    model, tokens = vits[0], tokens_for_open_clip([5, 9, 3])
+    projection = model.text.text_projection
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.clip = model
+
+        def forward(self, ids):
+            return self.clip.encode_text(ids)
+
+    encoder = Encoder()
+
+    def total(value, one):
+        return functional_call(encoder, {"clip.text.text_projection": value}, (one[None],)).sum()
+
+    mapped = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0))(projection.detach(), tokens)
+    for found, one in zip(mapped, tokens, strict=True):
+        (expected,) = torch.autograd.grad(model.encode_text(one[None]).sum(), projection)
+        assert_equal(found, expected, 1e-10)
+
+
+@torch.no_grad()
+def test_an_ensemble_of_models_is_mapped_over_its_stacked_weights(vits):
+    model, images, tokens = vits[0], random_images(2, 24), tokens_for_open_clip([5, 9])
+    members = [model, vits_of_other_weights(model)]
+    weights, _ = torch.func.stack_module_state(members)
+    mapped = torch.func.vmap(lambda each: functional_call(model, each, (images, tokens))[0])(weights)
+    for found, member in zip(mapped, members, strict=True):
+        assert_equal(found, member(images, tokens)[0], 1e-9)
+
+
+def vits_of_other_weights(model):
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.add_(0.1)
+    return other
+
+
+@torch.no_grad()
+def test_what_make_fx_and_fake_tensors_record_has_no_texts_lengths_in_it(vits):
+    model, tokens, others = vits[0], tokens_for_open_clip([5, 9, 3]), tokens_for_open_clip([12, 2, 77])
+    for mode in ("real", "fake"):
+        recorded = make_fx(lambda ids: model.encode_text(ids), tracing_mode=mode, _allow_non_fake_inputs=True)(tokens)
+        assert_equal(recorded(others), model.encode_text(others))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert model.encode_text(fake.from_tensor(tokens)).shape == (3, VIT.embed_dim)
+    assert_equal(torch.func.functionalize(model.encode_text)(tokens), model.encode_text(tokens))
