@@ -44,8 +44,8 @@ def is_eager(x: Tensor) -> bool:
 def is_guarded(x: Tensor) -> bool:
     """Whether operations on `x` run with the shapes that it has now, or again only where those shapes hold.
 
-    torch.compile compiles again for other shapes; traces and exports do not. Tensors of a class of their own (fake ones,
-    those of torch.func.functionalize) may have no numbers to look at.
+    torch.compile compiles again for other shapes; traces and exports do not. Tensors of a class of their own (fake
+    ones, those of torch.func.functionalize) may have no numbers to look at.
     """
     if torch.compiler.is_compiling() or _is_exporting():
         return not _is_exporting()
