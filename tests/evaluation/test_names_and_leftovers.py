@@ -20,6 +20,7 @@ from PIL import Image
 from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_skipped_folder
 from miniclip.evaluation.datasets.name_files import names_of, templates_of
 from miniclip.evaluation.datasets.open import open_dataset, open_images
+from miniclip.evaluation.datasets.sets import LabelledImages
 
 FISH = ("tench", "goldfish", "great white shark")
 
@@ -383,3 +384,126 @@ def test_a_table_with_a_column_of_splits_is_scored_on_one_and_tells_the_others(t
         assert [Path(key).name for key in data.keys] == ["1.jpg", "2.jpg"]
         with pytest.raises(ValueError, match="no split 'test'; it has train, val"):
             open_dataset(tmp_path / "t.csv", split="test", task=task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and labels as programs write them
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names"),
+    [
+        ("index.csv", ",name\n1,dog\n0,cat\n", ("cat", "dog")),  # pandas' index
+        ("class.csv", "class,description\n1,dog\n0,cat\n", ("cat", "dog")),  # a class of numbers is the label
+        ("header.csv", "Class Name\ncat\ndog\n", ("cat", "dog")),
+        ("tabs.csv", "id\tname\n0\tcat\n1\tdog\n", ("cat", "dog")),
+        ("bars.csv", "id|name\n1|dog\n0|cat\n", ("cat", "dog")),
+        ("quoted.txt", '"cat, tame"\ndog\n"the ""big"" cat"\n', ("cat, tame", "dog", 'the "big" cat')),
+        ("invisible.txt", "cat\n\ufeffdog\u200b\nbig\u00a0\u2028bird\n", ("cat", "dog", "big bird")),
+        ("numbers.txt", "Boeing 737\nBoeing 747\n", ("Boeing 737", "Boeing 747")),
+    ],
+)
+def test_names_are_in_label_order_however_a_program_wrote_them(name, text, names):
+    assert names_of(text, name) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("twice.yaml", "names:\n  0: cat\n  0: dog\n  1: bird\n", "0 comes twice in one mapping"),
+        ("twice.txt", "names:\n  0: cat\n  0: dog\n  1: bird\n", "0 comes twice in one mapping"),
+        ("count.yaml", "nc: 3\nnames: [cat, dog]\n", "2 names, and its nc, the number of classes, is 3"),
+        ("no_header.csv", "cat\ndog\n", "begins with 'cat', which may be a header.*call the header 'name'.*txt"),
+        ("map_clsloc.txt", "n01440764 1 tench\nn01443537 2 goldfish\n", "ids and numbers.*can't be known"),
+        ("printed.txt", "cat\ndog\n...\nzebra\n", "line 3 .'...'. stands where a printout leaves names out"),
+        ("markdown.txt", "| id | name |\n|---|---|\n| 0 | cat |\n", "line 1 .* is a row of a table in Markdown"),
+        ("tabs.txt", "cat\tfeline\ndog\tcanine\n", "line 1 has a tab.*label and name"),
+        ("counts.txt", "cat\t120\ndog\t300\n", "line 1 has a tab.*label and name"),
+        ("hashes.txt", "#0 cat\n#1 dog\n", "line 1 .*number that counts the lines: write '0: NAME'"),
+        ("class.txt", "class 1: cat\nclass 2: dog\n", "line 1 .*number that counts the lines"),
+        ("find.txt", "/data/cat\n/data/dog\n", "line 1 .'/data/cat'. is a path"),
+        ("ls-F.txt", "cat/\ndog/\n", "line 1 .'cat/'. is a path"),
+        ("ls-l.txt", "drwxr-xr-x 2 u u 4096 Jan 1 cat\ndrwxr-xr-x 2 u u 4096 Jan 1 dog\n", "a listing of files"),
+        ("blank.txt", "cat\n\u200b\ndog\n", "entry 1 of the class names has no character that can be seen"),
+        ("utf16.txt", "c\0a\0t\0", None),
+    ],
+)
+def test_what_would_shift_or_spoil_names_is_refused_with_the_line(name, text, reason):
+    if reason is None:
+        assert names_of(text, name) == ("cat",)
+        return
+    with pytest.raises(ValueError, match=rf"(?s)^{re.escape(name)}.*{reason}"):
+        names_of(text, name)
+
+
+def open_labels(folder: Path, *labels: str, **options: object) -> LabelledImages:
+    rows = ["image,label"]
+    for number, label in enumerate(labels):
+        write_picture(folder / f"{number}.png", number)
+        rows.append(f'{number}.png,"{label.replace(chr(34), chr(34) * 2)}"')
+    (folder / "t.csv").write_text("\n".join(rows))
+    return open_dataset(folder / "t.csv", **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (("[0, 1, 0]", "[1, 0, 0]"), "a label twice in one list, '0, 1, 0'; a list holds an image's own labels"),
+        (("[0., 1., 0.]", "[1., 0., 0.]"), "a label twice in one list"),
+        (("[0, 1]", "[1, 0]"), "gives every image all of the labels '0, 1'"),
+        (("0 1 0", "1 0 0"), r"the label '0 1 0', which is several in one cell; write them as a list, \["),
+        (("cat|dog", "dog", "cat"), r"the label 'cat|dog', which is several.*as a list, \[.cat., .dog.\]"),
+        (("cat, dog", "dog", "cat"), "the label 'cat, dog', which is several"),
+        (("16 0", "3"), "the label '16 0', which is several"),
+        (("{'label': 'cat'}", "dog"), "row 1 .* has the code .* for a label"),
+        (("tensor(3)", "tensor(1)"), r"row 1 .* has the code 'tensor\(3\)' for a label"),
+        (("Cat", "cat"), "labels 'Cat' and 'cat', which would be two classes of one name.*--classnames"),
+        (("tabby_cat", "tabby cat"), "labels 'tabby cat' and 'tabby_cat', which would be two classes"),
+        (("001", "1"), "labels '001' and '1', which would be two classes"),
+        (("0", "1", "-1"), "the label '-1'. -1 marks images without a label"),
+        (("a.jpg", "b.jpg"), "row 1 has the picture 'a.jpg' for a label"),
+    ],
+)
+def test_labels_that_would_be_other_classes_without_a_word_are_refused(tmp_path, labels, reason):
+    with pytest.raises(ValueError, match=reason):
+        open_labels(tmp_path, *labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (("cat\u200b", "cat", "tabby\u00a0cat"), ("cat", "tabby cat"), (0, 0, 1)),
+        (("0,0", "1,0", "2,00"), ("0", "1", "2"), (0, 1, 2)),  # Excel's decimal comma
+        (("1.00", "0.0"), ("0", "1"), (1, 0)),
+        (("Cats, wild", "dog"), ("Cats, wild", "dog"), (0, 1)),
+    ],
+)
+def test_labels_that_differ_in_nothing_that_can_be_seen_are_one(tmp_path, labels, names, indices):
+    data = open_labels(tmp_path, *labels)
+    assert (data.classnames, tuple(data.labels)) == (names, indices)
+
+
+def test_sets_and_tuples_of_labels_that_were_written_as_text_are_lists(tmp_path):
+    data = open_labels(tmp_path, "{'cat', 'dog'}", "('dog',)")
+    assert data.classnames == ("cat", "dog")
+    assert np.array_equal(data.labels, [[True, True], [False, True]])
+
+
+def test_spellings_of_one_class_are_one_where_the_classes_are_named(tmp_path):
+    (tmp_path / "names.txt").write_text("tabby cat\ndog\n")
+    data = open_labels(tmp_path, "Tabby_cat", "tabby cat", "DOG", classnames=tmp_path / "names.txt")
+    assert tuple(data.labels) == (0, 0, 1)
+
+
+def test_an_image_whose_rows_have_different_labels_is_told(tmp_path):
+    write_picture(tmp_path / "a.png", 1)
+    (tmp_path / "t.csv").write_text("image,class,xmin,xmax\na.png,cat,0,5\na.png,dog,3,9\na.png,cat,4,8\n")
+    with pytest.warns(UserWarning, match=r"a\.png have other labels in other rows.*one row with a list"):
+        open_dataset(tmp_path / "t.csv")
+
+
+def test_classes_in_folders_that_differ_in_case_alone_are_refused(tmp_path):
+    write_picture(tmp_path / "Cat" / "a.png", 1)
+    write_picture(tmp_path / "cat" / "a.png", 2)
+    with pytest.raises(ValueError, match="labels 'Cat' and 'cat'"):
+        open_dataset(tmp_path)

@@ -31,8 +31,9 @@ _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", r
 _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
 _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": True, "false": False}
 _BOXES = re.compile(r"\d+(?:\s+-?\d*\.?\d+(?:[eE][-+]?\d+)?){4,}")  # a detector's class, and numbers from 0 to 1
+_WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
-_BYTE_ORDER_MARKS = (
+_BYTE_ORDER_WIDTHLESS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -47,7 +48,7 @@ def decode_text(data: bytes, name: object) -> str:
     Raises:
         ValueError: another encoding, which nothing in the file names.
     """
-    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_WIDTHLESS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -111,6 +112,12 @@ def one_line(text: str) -> str:
     """A caption without line breaks, with single spaces; nothing if no character of it can be seen."""
     text = " ".join(text.split())
     return text if text.isprintable() or any(map(_is_visible, text)) else ""
+
+
+def visible(text: str) -> str:
+    """A name or label as `one_line` has it, without controls and the marks that have no width and no meaning."""
+    seen = (c for c in one_line(text) if c not in _WIDTHLESS and unicodedata.category(c) != "Cc")
+    return "".join(seen)
 
 
 def _is_visible(character: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from ...common.processes import rank_and_world_size
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
-from ...data.reading.cells import texts_in
+from ...data.reading.cells import texts_in, visible
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets, undecoded
 from ...data.reading.paths import image_in
-from ...data.reading.scan import LeftOut, scan
+from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, scan
 from ...data.reading.splits import rows_of_split, splits_in
 from ...data.reading.tables import IMAGE_COLUMNS, find_column, parquet_splits, read_table
 from .class_folders import SPLIT_NAMES, beside_folder
@@ -129,13 +131,14 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
     for number, (label, image) in enumerate(zip(values[label_column], values[image_column], strict=True), start=1):
         which = f"row {number}" + (f" ({image[:100]})" if isinstance(image, str) else "")
         labels.append(label_in(label, f"{path}: {which}"))
+    _look_at_rows(there.images, labels, path)
     class_names = _schema_names(rows, label_column)
     return Found(
         path.stem,
         there.images,
         there.keys,
         {name: column for name, column in values.items() if name not in (image_column, label_column)},
-        _alike(labels, str(path)),
+        alike(labels, str(path)),
         f"column {label_column!r}",
         classnames=class_names,
         classnames_from=f"column {label_column!r}, a ClassLabel" if class_names else "",
@@ -244,7 +247,7 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
         FromEach(loaded, partial(image_of_row, Path(), image_column)),
         [f"{name}: row {number}" for number in range(1, len(loaded) + 1)],
         {c: list(loaded[c]) for c in scalar if c not in (image_column, label_column)},
-        _alike(labels, source),
+        alike(labels, source),
         f"column {label_column!r}",
         classnames=readable_sources(label_feature.names) if label_feature else None,
         classnames_from=f"column {label_column!r}, a ClassLabel" if label_feature else "",
@@ -280,24 +283,91 @@ def label_in(cell: Any, where: str) -> str | list[str]:
         raise ValueError(f"{where} has {str(cell)[:50]} for a label; it must be a name, a number, or a list of those")
     if isinstance(cell, list | tuple | np.ndarray):
         return [str(label_in(each, where)) for each in cell]
-    text = "" if is_blank(cell) else str(cell).strip()
+    text = "" if is_blank(cell) else visible(str(cell))
     if not text or text in _NOT_A_NUMBER:
-        shown = f" ({text!r}, as programs write a cell without a value)" if text else ""
+        shown = f" ({str(cell)!r}, as programs write a cell without a value)" if not is_blank(cell) else ""
         raise ValueError(f"{where} has no label{shown}")
-    if isinstance(cell, str) and text[0] == "[" and text[-1] == "]":
-        if re.fullmatch(r"\[\s*(\d+([\s,]+\d+)*)?[\s,]*\]", text):
-            return re.findall(r"\d+", text)
-        if (texts := texts_in(text)) != [" ".join(text.split())]:
-            return texts
+    return text if not isinstance(cell, str) else _written_labels(text, where)
+
+
+def _written_labels(text: str, where: str) -> str | list[str]:
+    """The labels of a list that was written as a text; a text that is none.
+
+    Raises:
+        ValueError: code of another kind.
+    """
+    if re.fullmatch(r"\[\s*(\d+\.?0*([\s,]+\d+\.?0*)*)?[\s,]*\]", text):
+        return re.findall(r"(\d+)(?:\.0*)?", text)
+    if text[:1] + text[-1:] in ("[]", "()", "{}") and (texts := texts_in(text)) != [text]:
+        return texts
+    is_code = re.fullmatch(r"[\w.]+\([\[\d].*\)|\{.*:.*\}|\[.*\d.*\]", text)
+    if is_code:
+        raise ValueError(f"{where} has the code {text[:50]!r} for a label; it must be a name, a number, or a list")
     return text
 
 
-def _alike(labels: list[Any], source: str) -> list[Any]:
+def _look_at_rows(images: Sequence[Any], labels: Sequence[Any], path: Path) -> None:
+    """Refuses pictures among the labels, and warns of images with several of them: tables of boxes have a row for each
+    box, and an image would be right in one of its rows at most."""
+    labels_of: dict[str, Any] = {}
+    contradicted: list[str] = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
+        for each in [label] if isinstance(label, str) else label:
+            if Path(each).suffix.lower() in IMAGE_SUFFIXES:
+                raise ValueError(
+                    f"{path}: row {number} has the picture {each[:60]!r} for a label; name the right column"
+                )
+        if isinstance(image, str | Path) and labels_of.setdefault(str(image), label) != label:
+            contradicted.append(str(image))
+    if contradicted and rank_and_world_size()[0] == 0:
+        warnings.warn(
+            f"{path}: {some(list(dict.fromkeys(contradicted)), 3)} have other labels in other rows, and each row "
+            "counts by itself; for one image with several labels, write one row with a list of them",
+            stacklevel=4,
+        )
+
+
+def alike(labels: list[Any], source: str) -> list[Any]:
+    """Labels that are all single, or all lists.
+
+    Raises:
+        ValueError: some are lists, or what they hold can't be the labels of one image.
+    """
     if len({isinstance(label, list) for label in labels}) > 1:
         raise ValueError(f"{source} has lists of labels in some rows and single labels in others")
-    if all(isinstance(label, str) and re.fullmatch(r"\d+(\.0)?", label) for label in labels):
-        return [label.removesuffix(".0") for label in labels]  # as tables with a gap in them write whole numbers
+    if labels and isinstance(labels[0], list):
+        _refuse_zeros_and_ones(labels, source)
+        return labels
+    if all(re.fullmatch(r"\d+([.,]0+)?", label) for label in labels):
+        return [re.split("[.,]", label)[0] for label in labels]  # as tables with a gap in them write whole numbers
+    _refuse_joined(labels, source)
     return labels
+
+
+def _refuse_zeros_and_ones(labels: Sequence[Sequence[str]], source: str) -> None:
+    """A list holds the labels that an image has, and not a number for each class."""
+    remedy = "a list holds an image's own labels, [1] for [0, 1, 0]"
+    if twice := next((each for each in labels if len(set(each)) < len(each)), None):
+        raise ValueError(f"{source} has a label twice in one list, {', '.join(twice)[:60]!r}; {remedy}")
+    if len(labels) > 1 and len(labels[0]) > 1 and all(set(each) == set(labels[0]) for each in labels):
+        raise ValueError(f"{source} gives every image all of the labels {', '.join(labels[0])[:60]!r}; {remedy}")
+
+
+def _refuse_joined(labels: Sequence[str], source: str) -> None:
+    """Several labels in one cell would be a class of their own, and -1 is none."""
+    there = set(labels)
+    if "-1" in there and all(label.isdigit() for label in there - {"-1"}):
+        raise ValueError(
+            f"{source} has the label '-1'. -1 marks images without a label: choose another split or leave them out"
+        )
+    are_numbers = all(re.fullmatch(r"\d+([\s,;|]+\d+)*", label) for label in there)
+    for label in sorted(there):
+        parts = [part.strip() for part in re.split(r"[\s,;|]+" if are_numbers else r"[,;|]", label)]
+        if len(parts) > 1 and (are_numbers or there.issuperset(parts)):
+            raise ValueError(
+                f"{source} has the label {label!r}, which is several in one cell; write them as a list, "
+                f"{json.dumps(parts, ensure_ascii=False)}"
+            )
 
 
 def readable_sources(names: Iterable[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from ...common.files import is_readable
-from ...data.reading.cells import decode_text
+from ...data.reading.cells import decode_text, visible
 from ...data.reading.json_tables import RepeatedNameError, parse_json
 from ...data.reading.scan import same_name
 
@@ -118,7 +118,7 @@ def _structure(text: str, source: str) -> Any:
         return _table(text, source, "\t" if suffix == ".tsv" else ",")
     if suffix == ".py" or _CODE.match(text.strip()) or _is_program(text):
         return _code(text, source)
-    return _known_mapping(text) or _lines(text, source)
+    return _known_mapping(text, source) or _lines(text, source)
 
 
 def _json(text: str, source: str) -> Any:
@@ -133,35 +133,50 @@ def _json(text: str, source: str) -> Any:
             raise ValueError(f"{source} is not JSON: {error}") from error
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's loader, which keeps the last of several values of one key without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{repeated[0]!r} comes twice in one mapping", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
-def _known_mapping(text: str) -> Any:
+def _known_mapping(text: str, source: str) -> Any:
     """The mapping of a text that is YAML and has `names:` or the like; None of plain lines, which may hold colons."""
     try:
         found = yaml.safe_load(text) if re.match(r"(---|\w+\s*:)", text) else None
     except (yaml.YAMLError, RecursionError):
         return None
     is_known = isinstance(found, Mapping) and any(isinstance(found.get(name), list | Mapping) for name in _MAPPINGS)
-    return found if is_known else None
+    return _yaml(text, source) if is_known else None
 
 
 def _table(text: str, source: str, separator: str) -> Any:
-    if ";" in text.split("\n", 1)[0] and separator == ",":
-        separator = ";"
+    first_line = text.split("\n", 1)[0]
+    if separator not in first_line:
+        separator = next((each for each in "\t;|," if each in first_line), separator)
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if any(row)]
     except csv.Error as error:
         raise ValueError(f"{source} is no table: {error}") from error
     header = [cell.strip() for cell in rows[0]]
-    known = [cell.lower() in _NAME_COLUMNS or cell.lower() in _LABEL_COLUMNS for cell in header]
-    if not any(known):
+    if not any(_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in header if cell):
         if len(header) == 1:
-            return [row[0].strip() for row in rows]
+            raise ValueError(
+                f"{source} begins with {header[0][:60]!r}, which may be a header or the name of class 0; call the "
+                "header 'name', or without one the file .txt"
+            )
         raise ValueError(
             f"{source} has no column of names that is known by its header: {', '.join(map(repr, header))[:200]}; call "
             "it 'name', and that of the labels 'label'"
@@ -169,6 +184,11 @@ def _table(text: str, source: str, separator: str) -> Any:
     if bad := next((number for number, row in enumerate(rows, 1) if len(row) != len(header)), None):
         raise ValueError(f"{source}, row {bad} has {len(rows[bad - 1])} cells and the header {len(header)}")
     return [dict(zip(header, (cell.strip() for cell in row), strict=True)) for row in rows[1:]]
+
+
+def _column_name(cell: Any) -> str:
+    """Equal for Class Name, class-name and class_name."""
+    return re.sub(r"[\s_-]+", "_", str(cell).strip().lower())
 
 
 def _is_program(text: str) -> bool:
@@ -273,6 +293,8 @@ def _lines(text: str, source: str) -> Any:
             f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be the name of "
             f"class {comment - 1}; {_REMEDY}"
         )
+    _refuse_what_names_no_class(lines, source)
+    lines = [_unquoted_line(line) for line in lines]
     if all(_TYPOGRAPHIC.fullmatch(line) for line in lines):
         lines = [_TYPOGRAPHIC.sub(r"\g<name>", line) for line in lines]
     for mark in ",;":
@@ -297,12 +319,48 @@ def _lines(text: str, source: str) -> Any:
         return _wordnet(lines, source)
     for kind in (_NUMBERED, _NUMBERED_AFTER):
         if len(lines) > 1 and all(kind.fullmatch(line) for line in lines):
-            return _numbered_lines(lines, kind, source)
+            if (found := _numbered_lines(lines, kind, source)) is not None:
+                return found
+            break
+    if tabbed := next((number for number, line in enumerate(lines, 1) if "\t" in line), None):
+        raise ValueError(
+            f"{source}, line {tabbed} has a tab ({lines[tabbed - 1][:60]!r}), which separates columns; name them in a "
+            f"first line, label and name, or {_REMEDY}"
+        )
     is_markup = all(re.fullmatch(r"<.+>", line) for line in lines)
     for number, line in enumerate(lines, 1):
         if is_markup or re.fullmatch(r"""(\w+\s*=\s*)?[\[\](){}],?|(['"]).*\2,""", line):
             raise ValueError(f"{source}, line {number} is {line[:60]!r}, which is code and no name; {_REMEDY}")
     return lines
+
+
+def _refuse_what_names_no_class(lines: Sequence[str], source: str) -> None:
+    """Lines that a printout or another kind of list has between its names, or instead of them."""
+    numbers = [re.fullmatch(r"(?:class|label|id)?\s*[#(\[]?(\d+)[)\]]?\s*[:=]?\s+\D.*", line, re.I) for line in lines]
+    is_counting = [int(found[1]) for found in numbers if found] in (
+        list(range(len(lines))),
+        list(range(1, len(lines) + 1)),
+    )
+    for number, line in enumerate(lines, 1):
+        what = ""
+        if line in ("...", "…"):
+            what = "stands where a printout leaves names out"
+        elif line[0] == line[-1] == "|" and len(line) > 1:
+            what = "is a row of a table in Markdown"
+        elif line.startswith("/") or (line.endswith("/") and all(each.endswith("/") for each in lines)):
+            what = "is a path"
+        elif re.match(r"[d-][r-][w-][x-]", line):
+            what = "is a row of a listing of files"
+        elif len(lines) > 1 and is_counting and not _NUMBERED.fullmatch(line):
+            what = f"holds a number that counts the lines: write '{number - 1}: NAME' for a label"
+        if what:
+            raise ValueError(f"{source}, line {number} ({line[:60]!r}) {what}; {_REMEDY}")
+
+
+def _unquoted_line(line: str) -> str:
+    """A name that a spreadsheet put in double quotes, as it does with one that holds a comma."""
+    found = re.fullmatch(r'"((?:[^"]|"")*)"', line)
+    return found[1].replace('""', '"') if found and re.search(r'[,;\t]|""', found[1]) else line
 
 
 def _shortened(labels: list[int]) -> str:
@@ -313,6 +371,11 @@ def _wordnet(lines: list[str], source: str) -> list[str]:
     ids, names = [line[:9] for line in lines], [line[9:].strip(" \t:,;|=") for line in lines]
     if not all(names):
         raise ValueError(f"{source} holds WordNet's ids ({ids[0]}), which are no words to compare with; {_REMEDY}")
+    if all(_NUMBERED.fullmatch(name) for name in names):
+        raise ValueError(
+            f"{source} has WordNet's ids and numbers ({lines[0][:40]!r}); which of them are the labels can't be known: "
+            f"{_REMEDY}, in label order"
+        )
     if ids != sorted(set(ids)):
         raise ValueError(
             f"{source} lists WordNet's ids in another order than the sorted one, or twice; whether labels follow the "
@@ -321,7 +384,8 @@ def _wordnet(lines: list[str], source: str) -> list[str]:
     return [name.split(",")[0].strip() for name in names]
 
 
-def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> Any:
+def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> dict[str, str] | None:
+    """The names by their labels; None if the numbers belong to the names: 3 doors and 5 doors, level 0 and level 1."""
     parts = [found for line in lines if (found := kind.fullmatch(line))]
     labels = [int(part["label"]) for part in parts]
     names = [part["name"].strip().rstrip(",").strip("'\"") for part in parts]
@@ -333,7 +397,7 @@ def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> Any
             "Labels have no gaps; a JSON list keeps numbers in names"
         )
     if not is_counting or (kind is _NUMBERED_AFTER and len(set(names)) < len(names)):
-        return lines  # numbers that belong to the names: 3 doors and 5 doors, or level 0 and level 1
+        return None
     if any(part["between"] == " " for part in parts):
         raise ValueError(
             f"{source}: each line has a number ({lines[0][:40]!r}); whether it is the label or part of the name can't "
@@ -356,7 +420,9 @@ def _valid_names(found: Any, source: str, what: str) -> tuple[str, ...]:
             raise ValueError(
                 f"{source}: entry {position} of the {what} is {str(value)[:60]!r}; each must be a text, and not empty"
             )
-        texts.append(same_name(" ".join(value.split("\n")).strip()))
+        if not (text := visible(value)):
+            raise ValueError(f"{source}: entry {position} of the {what} has no character that can be seen ({value!r})")
+        texts.append(same_name(text))
     if not texts:
         raise ValueError(f"{source} holds no {what}")
     return tuple(texts)
@@ -372,7 +438,10 @@ def _in_order(found: Any, source: str) -> Sequence[Any]:
         raise ValueError(f"{source} holds {type(found).__name__}; {_REMEDY}")
     inner = [name for name in _MAPPINGS if isinstance(found.get(name), list | tuple | Mapping)]
     if inner:
-        return _in_order(found[inner[0]], source)
+        names = _in_order(found[inner[0]], source)
+        if isinstance(count := found.get("nc"), int) and count != len(names):
+            raise ValueError(f"{source} has {len(names)} {inner[0]}, and its nc, the number of classes, is {count}")
+        return names
     if all(_is_label(key) for key in found):
         return _by_label({int(key): _name_in(value) for key, value in found.items()}, source)
     if all(_is_label(value) for value in found.values()):
@@ -384,9 +453,13 @@ def _in_order(found: Any, source: str) -> Sequence[Any]:
 
 
 def _of_records(rows: Sequence[Mapping[str, Any]], source: str) -> Sequence[Any]:
-    columns = {str(name).strip().lower(): name for row in rows for name in row}
-    name = next((columns[known] for known in _NAME_COLUMNS if known in columns), None)
-    label = next((columns[known] for known in _LABEL_COLUMNS if known in columns), None)
+    columns = {_column_name(name): name for row in rows for name in row}
+    are_labels = {name for name in columns.values() if all(_is_label(row.get(name)) for row in rows)}
+    known_names = [columns[known] for known in _NAME_COLUMNS if known in columns]
+    # A column `class` of numbers beside one of names has the labels; so has pandas' index, which has no name.
+    name = next((each for each in known_names if each not in are_labels), next(iter(known_names), None))
+    known_labels = [columns[known] for known in (*_LABEL_COLUMNS, "") if known in columns]
+    label = next(iter([*known_labels, *(each for each in known_names if each in are_labels and each != name)]), None)
     if name is None and label is not None and not all(_is_label(row.get(label)) for row in rows):
         name, label = (
             label,

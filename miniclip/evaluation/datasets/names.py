@@ -105,7 +105,19 @@ def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
 
 def _spoken(name: str) -> str:
     """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
-    return same_name(name.replace("_", " ").casefold())
+    return same_name(" ".join(name.replace("_", " ").casefold().split()))
+
+
+def _refuse_one_name_twice(labels: Sequence[str], source: str) -> None:
+    """Labels that differ in case or spelling alone would be two classes of the same prompt."""
+    first_of: dict[str, str] = {}
+    for label in labels:
+        same = str(int(label)) if label.isascii() and label.isdigit() else _spoken(label)
+        if (first := first_of.setdefault(same, label)) != label:
+            raise ValueError(
+                f"{source} has the labels {first!r} and {label!r}, which would be two classes of one name; spell them "
+                "alike, or name the classes with --classnames, which takes either"
+            )
 
 
 def number_labels(
@@ -129,6 +141,7 @@ def number_labels(
         raise ValueError(f"{source} has no label for any image")
     spoken = {label: _spoken(label) for label in found}
     if names is None or spoken_names is None:
+        _refuse_one_name_twice(found, source)
         index = {label: c for c, label in enumerate(found)}
         return tuple(index[label] for label in raw), tuple(label.replace("_", " ") for label in found)
     unknown = [label for label in found if spoken[label] not in spoken_names]

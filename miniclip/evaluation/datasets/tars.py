@@ -22,7 +22,7 @@ from ...data.reading.huggingface import HUB_PREFIX
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import SPLIT_NAMES, in_split
-from .folders_and_tables import all_captioned, choose_split, label_in
+from .folders_and_tables import alike, all_captioned, choose_split, label_in
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
@@ -146,6 +146,9 @@ def _read_shards(
         labels = [
             label_in(decode_text(shards.read(n, "cls"), f"the label of {key}"), key) for n, key in enumerate(keys)
         ]
+        if any(isinstance(label, list) for label in labels):
+            raise ValueError(f"{source} has lists in its .cls; several labels of an image are zeros and ones in a .npy")
+        labels = alike(labels, source)
     else:
         labels = [_hot_labels(shards.read(n, "npy"), classnames, key) for n, key in enumerate(keys)]
     return replace(
