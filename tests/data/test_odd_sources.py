@@ -476,6 +476,10 @@ WRITTEN = [
     ('{"a dog","a cat"}', ["a dog", "a cat"]),  # PostgreSQL's array
     ('{"caption": "a dog", "lang": "en"}', ["a dog"]),
     ('{"raw": "A dog.", "tokens": ["a", "dog"]}', ["A dog."]),
+    ("b'caf\\xc3\\xa9'", ["café"]),  # Python's bytes
+    ("[b'a dog', b'a cat']", ["a dog", "a cat"]),
+    ("NA", []),
+    ("b'a' b'b'", ["b'a' b'b'"]),
     ("[]", []),
     ("[a plate of food]", ["[a plate of food]"]),
     ("(left) a dog (right)", ["(left) a dog (right)"]),
@@ -617,3 +621,29 @@ def test_a_compressed_tar_is_an_archive_to_unpack_and_no_text(tmp_path):
     write_tar(tmp_path / "a.tar.gz", ("a.jpg", RED), ("a.txt", b"red"), mode="w:gz")
     with pytest.raises(ValueError, match=r"a\.tar\.gz is a compressed archive; unpack it"):
         read_pairs(tmp_path / "a.tar.gz")
+
+
+def test_captions_in_bytes_and_in_a_map_of_parquet_are_texts_or_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    write_picture(tmp_path / "a.jpg", 1)
+    languages = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    for kind, cell, expected in (
+        (pyarrow.binary(), "café".encode(), ("café",)),
+        (languages, [("caption", "red"), ("lang", "en")], ("red",)),
+        (languages, [("en", "red"), ("de", "rot")], "a mapping of 'en', 'de'"),
+        (pyarrow.binary(), "café".encode("latin-1"), "its caption is not UTF-8"),
+    ):
+        columns = {"image": ["a.jpg"], "caption": pyarrow.array([cell], kind)}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+        (pair,) = read_pairs(tmp_path / "t.parquet")
+        assert pair.captions == expected or expected in (pair.problem or "")
+
+
+def test_a_list_in_a_file_of_json_lines_and_two_marks_of_byte_order_are_no_obstacle(tmp_path):
+    write_picture(tmp_path / "a.jpg", 1)
+    (tmp_path / "t.jsonl").write_text('[{"image": "a.jpg",\n "caption": "red"}]')
+    (tmp_path / "t.csv").write_text("\ufeff\ufeffimage,caption\na.jpg,red\n")
+    for name in ("t.jsonl", "t.csv"):
+        assert read_pairs(tmp_path / name)[0].captions == ("red",)

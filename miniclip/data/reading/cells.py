@@ -25,7 +25,7 @@ CAPTION_COLUMNS = (
     "comment",
 )  # fmt: skip
 # What programs write into a table for a cell that has no value.
-_MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "N/A", "n/a", "#N/A", "#NA"}
+_MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "#NA"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", re.S)
 _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
@@ -58,7 +58,7 @@ def decode_text(data: bytes, name: object) -> str:
             f"{name} is not UTF-8 text: every other byte is 0, as in UTF-16, which lacks its byte order mark here. "
             "Save it as UTF-8"
         )
-    return text
+    return text.lstrip("\ufeff")  # tools that put a mark before another
 
 
 def lines_in(text: str) -> list[str]:
@@ -130,10 +130,15 @@ def texts_in(value: Any) -> list[str]:
     programs write for a missing value ("nan", "None"), are none.
 
     Raises:
-        ValueError: a mapping without a known field, of which nothing says which part is the caption.
+        ValueError: a mapping without a known field, of which nothing says which part is the caption; or bytes that are
+            no text.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
+    if isinstance(value, bytes | bytearray):
+        return texts_in(decode_text(bytes(value), "its caption"))
+    if isinstance(value, list) and value and all(isinstance(each, tuple) and len(each) == 2 for each in value):
+        value = dict(value)  # as pyarrow has a map
     if isinstance(value, list | tuple | np.ndarray):
         return [text for part in value for text in texts_in(part)]
     if isinstance(value, Mapping):  # COCO's, and the hub's copies of it: {"raw": …}
@@ -151,10 +156,11 @@ def texts_in(value: Any) -> list[str]:
 
 def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
     """The list or mapping of texts that a cell's text was before it went through a CSV, as JSON, Python, NumPy and
-    PostgreSQL write it; None for any other text, such as [a plate of food]."""
+    PostgreSQL write it, or the list of Python's b'bytes'; None for any other text, such as [a plate of food]."""
     if array := _WRITTEN_ARRAY.fullmatch(text):
         text = array[1]
-    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
+    ends = text[:1] + text[-1:]
+    if ends not in ("[]", "()", "{}") and not re.fullmatch(f"b{_STRING}", text, re.S):
         return None
     if _WRITTEN_LIST.fullmatch(text):  # with NumPy's spaces or Python's commas
         return [_unquoted(part) for part in re.findall(_STRING, text, re.S)]
@@ -165,6 +171,8 @@ def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
             value = _value_in(ast.parse(text, mode="eval").body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None
+    if isinstance(value, bytes):
+        return [value]
     return value if isinstance(value, list | dict) and _holds_texts(value) else None
 
 
@@ -188,7 +196,7 @@ def _holds_texts(value: Any) -> bool:
         return any(name in value for name in ("raw", *CAPTION_COLUMNS))
     if isinstance(value, list):
         return all(_holds_texts(each) for each in value)
-    return value is None or isinstance(value, str) or value != value
+    return value is None or isinstance(value, str | bytes) or value != value
 
 
 def captions_of_facts(facts: Any) -> list[str]:

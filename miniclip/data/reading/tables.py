@@ -55,7 +55,7 @@ def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequenc
     if suffix in _OTHER_FILES or (suffix not in (*TABLE_SUFFIXES, ".txt", ".json") and b"\0" in data[:1000]):
         raise ValueError(f"{path} is {_OTHER_FILES.get(suffix, 'no text; save it as CSV')}")
     text = decode_text(data, path)
-    if suffix == ".json":
+    if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and re.match(r"\s*\[\s*\{", text)):
         columns, records, left_out = read_json(path, text, split)
     elif suffix in (".jsonl", ".ndjson"):
         columns, records, left_out = *_parse_json_lines(path, text), []
