@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import io
 import json
@@ -427,14 +428,15 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
         by_name = {entry.name: entry for entry in entries}
         if len(by_name) < len(entries):
             raise ValueError(f"{path} lists several shards of one name, so {source} does not tell which are meant")
-        if missing := [name for name in names if name not in by_name]:
+        matches = [[name] if name in by_name else fnmatch.filter(by_name, name) for name in names]
+        if missing := [name for name, found in zip(names, matches, strict=True) if not found]:
             raise ValueError(f"{path} lists no {', '.join(missing[:5])}; it has {len(by_name)} shards")
-        entries = [by_name[name] for name in names]
+        entries = [by_name[name] for found in matches for name in found]
     return entries, left_out
 
 
 def _no_index(source: str, folder: str) -> str:
-    quoted = f"'{source}'" if "{" in source else source
+    quoted = f"'{source}'" if set("{*") & set(source) else source
     if is_url(folder):
         return (
             f"there is no {INDEX_FILE} at {folder}. `miniclip shards {quoted} OUT --index-only` writes one for its "

@@ -871,6 +871,23 @@ def test_a_pattern_that_names_a_shard_which_is_not_there_says_which(shelf):
         Shards(f"{shelf}/{{00000..00004}}.tar")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.tar", ["00000.tar", "00001.tar", "00002.tar"]),
+        ("0000[12].tar", ["00001.tar", "00002.tar"]),
+        ("{00002,0000?}.tar", ["00002.tar", "00000.tar", "00001.tar", "00002.tar"]),
+    ],
+)
+def test_a_pattern_with_stars_names_the_shards_of_the_index_that_match(shelf, pattern, names):
+    assert [entry.name for entry in Shards(f"{shelf}/{pattern}").entries] == names
+
+
+def test_a_pattern_that_matches_no_shard_is_an_error(shelf):
+    with pytest.raises(ValueError, match=r"index\.json lists no 1\*\.tar; it has 3 shards"):
+        Shards(f"{shelf}/1*.tar")
+
+
 def test_a_pattern_over_several_folders_asks_for_a_list(shelf):
     with pytest.raises(ValueError, match="names tars of several folders; give a list of patterns"):
         Shards(f"{shelf.parent}/{{out,other}}/00000.tar")
@@ -1058,6 +1075,10 @@ def test_a_folder_without_tars_is_said_to_hold_none(tmp_path):
         index_shards(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"there is no file .*00000\.tar"):
         index_shards(f"{tmp_path}/empty/{{00000..00001}}.tar")
+    with pytest.raises(ValueError, match=r"no file matches .*/empty/\*\.tar"):
+        index_shards(f"{tmp_path}/empty/*.tar")
+    with pytest.raises(ValueError, match=r"at a URL can't be listed; write the range, as \{00000\.\.00099\}"):
+        index_shards("https://host.test/laion/*.tar", tmp_path / "out")
     with pytest.raises(ValueError, match=r"pairs\.tgz is no \.tar; give a folder of them, or a pattern"):
         index_shards(f"{tmp_path}/pairs.tgz")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import threading
 from collections import Counter
@@ -206,21 +207,35 @@ def _offset_names(tars: list[str], suffix: str) -> dict[str, str]:
 
 
 def tar_locations(source: str) -> list[str]:
-    """The tars that a folder or a pattern stands for, sorted.
+    """The tars that a folder or a pattern stands for: those of a folder and of `*` sorted, ranges in their order.
 
     Raises:
-        ValueError: none.
+        ValueError: none, or a `*` at a URL.
     """
     if not is_url(source) and Path(source).is_dir():
         found = [str(path) for path in sorted(Path(source).glob("*.tar")) if not is_leftover(path.name)]
         if not found:
             raise ValueError(f"{source} holds no .tar")
         return found
-    found = expand(source)
+    found = [location for name in expand(source) for location in _matching(name)]
     for location in found:
-        check_scheme(location)
         if not location.endswith(".tar"):
             raise ValueError(f"{location} is no .tar; give a folder of them, or a pattern as data/{{00000..00099}}.tar")
         if not is_url(location) and not Path(location).is_file():
             raise ValueError(f"there is no file {location}")
+    return found
+
+
+def _matching(name: str) -> list[str]:
+    """The files that match `*`, `?` and `[…]`; a name without them, or of a file, as it is."""
+    check_scheme(name)
+    if is_url(name):
+        if "*" in name:
+            raise ValueError(f"{name}: what lies at a URL can't be listed; write the range, as {{00000..00099}}.tar")
+        return [name]
+    if not glob.has_magic(name) or Path(name).is_file():
+        return [name]
+    found = [path for path in sorted(glob.glob(name)) if not is_leftover(Path(path).name)]  # noqa: PTH207
+    if not found:
+        raise ValueError(f"no file matches {name}")
     return found
