@@ -67,8 +67,13 @@ def toctrees(page: Path) -> list[Path]:
     return [each for name in pages if name.is_file() for each in [name, *toctrees(name)]]
 
 
+def test_no_page_takes_the_name_of_one_that_the_builder_writes():
+    """Sphinx writes search.html over a page of that name, without a word."""
+    assert not {"search", "genindex", "modindex", "py-modindex"} & {page.stem for page in DOCS.glob("*.md")}
+
+
 def test_every_page_is_in_the_sites_contents_once():
-    made = {"_build", "reference"}
+    made = {"_build", "jupyter_execute", "reference"}
     pages = {page for page in DOCS.rglob("*.md") if not made & set(page.parts)}
     contents = [page for page in toctrees(DOCS / "index.md") if not made & set(page.parts)]
     assert sorted(contents) == sorted(pages - {DOCS / "index.md"})
