@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..inference.doctor.examine import Diagnosis
     from ..inference.doctor.parts import Source
 
+_USUAL_IMAGE_SIZE = 224  # CLIP's, pixels
+
 
 def parser() -> argparse.ArgumentParser:
     parser = new_parser(
@@ -45,7 +47,9 @@ miniclip doctor pairs.csv --images photos --model runs/digits/best --image-size 
     )
     look = parser.add_argument_group("looking")
     look.add_argument("--model", metavar="MODEL", help="judges how captions fit: a trained one, or any that eval takes")
-    look.add_argument("--near", type=float, default=0.985, metavar="LIKENESS", help="of near duplicates, to 1")
+    look.add_argument(
+        "--near", type=float, default=0.985, metavar="LIKENESS", help="from which pictures are near duplicates, to 1"
+    )
     look.add_argument("--batch-size", type=int, default=256, metavar="B", help="of the training that is planned")
     look.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of its input; default: the model's, or 224"
@@ -75,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     found = examine(
         sources,
         model=model,
-        image_size=options.image_size or getattr(getattr(model, "preprocess", None), "image_size", 224),
+        image_size=options.image_size or getattr(getattr(model, "preprocess", None), "image_size", _USUAL_IMAGE_SIZE),
         batch_size=options.batch_size,
         near=options.near,
         seed=options.seed,
@@ -147,6 +151,8 @@ def _show(found: Diagnosis, reasons: tuple[str, ...], options: argparse.Namespac
         console().print(table)
     for sentence in notes_of(found):
         print(f"- {sentence}.")
+    if options.model is None and options.image_size is None and {"tiny", "blurred"} & set(found.counts()):
+        print(f"- tiny and blurred are for a model of {_USUAL_IMAGE_SIZE} pixels; --image-size names that of yours.")
     if not found.findings:
         print("- nothing was found.")
     if options.out:

@@ -200,9 +200,8 @@ def _index(options: argparse.Namespace) -> None:
 
 def _what_was_read(done: Packed, num_tars: int) -> str:
     """How an index by headers came about, and what it lacks."""
-    read = f"{done.bytes_read / 1e6:.2f} MB were read in {done.num_requests:,} requests; "
-    if done.unverified:
-        read += f"the pictures of {done.unverified} shards have no checksums. "
+    read = f"{done.bytes_read / 1e6:.2f} MB were read in {done.num_requests:,} requests"
+    read += f"; the pictures of {done.unverified} shards have no checksums. " if done.unverified else ". "
     indexed = done.shards + len(done.damaged)
     rest = f"the other {num_tars - indexed:,} tars" if num_tars > indexed else "checksums"
     return f"{read}The same command without --head adds {rest}."

@@ -95,7 +95,8 @@ def _wrong_type(key: str, message: str) -> str | None:
     types = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(expected))
     is_number = re.search(r"value type: <class '(int|float|bool)'>", message)
     quote = f"; in YAML, write '{value[1]}' with quotes" if "str" in expected and is_number else ""
-    return f"{key} is {value[1]}, and it takes {types}{quote}"
+    no_limit = "; -1 sets no limit" if key == "trainer.max_steps" else ""
+    return f"{key} is {value[1]}, and it takes {types}{quote}{no_limit}"
 
 
 def _did_you_mean(class_path: str) -> str:
@@ -358,7 +359,7 @@ def _text_length_multiple(is_compiled: bool) -> int:
 
 def _program() -> str:
     name = Path(sys.argv[0]).name
-    return "miniclip train" if name == "miniclip" else name
+    return {"miniclip": "miniclip train", "__main__.py": "python -m miniclip train"}.get(name, name)
 
 
 def _is_rank_zero() -> bool:
@@ -397,6 +398,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own, with the newest torch
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")  # a stream: readers differ
     warnings.filterwarnings(
         "ignore", message=".*need to be provided during `Trainer`.*"
     )  # fit's callbacks, in validate

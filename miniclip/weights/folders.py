@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OPENCLIP_CONFIG_FILE = "open_clip_config.json"
@@ -50,10 +50,17 @@ def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
             refuse_unread(name, where)
     missing = [] if configs else [CONFIG_FILE]
     missing += [] if found else [WEIGHTS_FILE]
-    there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else ""
+    there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else _of_a_run(where)
     raise ValueError(
         f"{where} has no {' and no '.join(missing)}; a model's directory has {CONFIG_FILE} and weights{there}"
     )
+
+
+def _of_a_run(where: str) -> str:
+    """Where the model of a run lies, if a folder is one: in `best`, or while it goes on in its last checkpoint."""
+    best, last = Path(where, "best"), Path(where, "checkpoints", "last.ckpt")
+    found = best if (best / CONFIG_FILE).is_file() else last if last.is_file() else None
+    return f". It is the folder of a run, whose model is {found}" if found else ""
 
 
 def refuse_unread(name: str, where: str = "") -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -69,8 +72,20 @@ def locate(name: str | Path, download_root: str | Path | None = None) -> Path:
         return fetch_openai(text, download_root)
     raise ValueError(
         f"no checkpoint at {text!r}: it is no directory and no file, does not begin with {HUB_PREFIX}, and is none of "
-        f"the names {', '.join(available_models())}"
+        f"the names {', '.join(available_models())}{_near_name(text)}"
     )
+
+
+def _near_name(text: str) -> str:
+    """A model's name that was written otherwise (open_clip's ViT-B-32), or a file or folder beside."""
+    names = {re.sub(r"\W", "", name).lower(): name for name in available_models()}
+    near = difflib.get_close_matches(re.sub(r"\W", "", text).lower(), names, n=1, cutoff=0.85)
+    if near:
+        return f"; did you mean {names[near[0]]}?"
+    folder = Path(text).parent
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() and os.access(folder, os.R_OK) else []
+    near = difflib.get_close_matches(Path(text).name, there, n=1)
+    return f"; did you mean {folder / near[0]}?" if near else ""
 
 
 def read_checkpoint(name: str | Path, assumed: CLIPConfig | None = None, **hints: Any) -> Checkpoint:

@@ -84,6 +84,12 @@ def test_python_dash_m_miniclip_is_the_command(tmp_path):
     )
 
 
+def test_a_mistake_in_training_names_the_command_as_it_was_called(monkeypatch, capsys):
+    for program, command in (("miniclip", "miniclip train"), ("miniclip/__main__.py", "python -m miniclip train")):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert f"({command} fit --help lists every key)" in fails(capsys, ["train", "fit", "--nope=1"])
+
+
 def test_version_and_unknown_verbs(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
@@ -177,6 +183,9 @@ EVAL_MISTAKES = [
     (["--data", "nowhere"], "data 'nowhere' is not there"),
     (["--model", "nowhere"], "no checkpoint at 'nowhere'"),
     (["--templates", "nowhere.txt"], "templates 'nowhere.txt' is no file and none of the sets simple, imagenet80"),
+    (["--model", "ViT-B-32"], "did you mean ViT-B/32?"),
+    (["--templates", "simpel"], "did you mean simple?"),
+    (["--templates", "the shape {}"], "a template of your own stands in a file, one a line"),
     (["--batch-size", "0"], "--batch-size is 0"),
     (["--group-column", "scene"], "a group column needs a table"),
     (["--classnames", "imagenet"], "has 2 classes and there are 1000 class names"),
@@ -184,7 +193,7 @@ EVAL_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("more, message", EVAL_MISTAKES, ids=[more[0] for more, _ in EVAL_MISTAKES])
+@pytest.mark.parametrize("more, message", EVAL_MISTAKES, ids=[" ".join(more) for more, _ in EVAL_MISTAKES])
 def test_a_mistake_in_evaluation_is_answered_in_words(model, photos, tmp_path, capsys, more, message):
     args = ["eval", "--model", str(model), "--data", str(photos), "--out", str(tmp_path / "out")]
     said = fails(capsys, [*args, *more])

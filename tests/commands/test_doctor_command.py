@@ -55,6 +55,14 @@ def test_what_is_certain_is_dropped_by_the_list_and_all_is_accounted_for(photos,
     assert len(Shards(tmp_path / "shards")) + 1 + 3 == 13
 
 
+def test_the_side_that_makes_pictures_tiny_is_named_where_nobody_gave_it(photos, capsys):
+    named = "tiny and blurred are for a model of 224 pixels; --image-size names that of yours"
+    cli.main(["doctor", str(photos)])
+    assert named in capsys.readouterr().out
+    cli.main(["doctor", str(photos), "--image-size", "224"])
+    assert named not in capsys.readouterr().out
+
+
 def test_what_is_only_a_suspicion_is_dropped_if_it_is_asked_for(photos, tmp_path):
     doctor(photos, "--out", tmp_path / "out", "--drop-reasons", "tiny", "--image-size", "400")
     assert {row["reason"] for row in rows_of(tmp_path / "out" / "drop.csv")} == {"tiny"}

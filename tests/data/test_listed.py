@@ -93,6 +93,24 @@ def test_a_list_of_no_use_is_refused_with_a_remedy(tmp_path, capsys, lines, word
     assert not list(tmp_path.glob("out*"))
 
 
+def test_where_the_rest_of_a_list_is_of_no_use_the_number_that_it_drops_is_reported(tmp_path, capsys):
+    folder = write_pairs(tmp_path / "photos", 3)
+    (folder / "0002.png").write_bytes(b"no picture")
+    drop = table(tmp_path / "drop.csv", "key,reason", "0000.png,tiny", "0001.png,tiny")
+    message = fails(capsys, ["shards", str(folder), str(tmp_path / "out"), "--drop", str(drop)])
+    assert "none of the 1 pairs in" in message
+    assert "beside them, 2 are dropped: tiny" in message
+
+
+def test_a_folder_of_doctors_in_place_of_its_table_is_refused_and_the_table_named(tmp_path, capsys):
+    folder, checked = write_pairs(tmp_path / "photos", 1), tmp_path / "checked"
+    checked.mkdir()
+    assert "checked is a folder, and no table" in fails(capsys, ["shards", str(folder), "out", "--drop", str(checked)])
+    table(checked / "drop.csv", "key")
+    message = fails(capsys, ["shards", str(folder), "out", "--drop", str(checked)])
+    assert f"is a folder; name one of its tables: {checked / 'drop.csv'}" in message
+
+
 def test_a_list_that_is_not_there_or_is_for_an_index_is_refused(tmp_path, capsys):
     folder = write_pairs(tmp_path / "photos", 1)
     assert "no file nothing.csv" in fails(capsys, ["shards", str(folder), "out", "--drop", "nothing.csv"])

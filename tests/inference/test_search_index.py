@@ -415,6 +415,7 @@ def test_queries_that_mean_nothing_are_refused(index, photos, tmp_path):
         ({"texts": "a", "minus": "a"}, "cancel each other"),
         ({"texts": "a", "topk": 0}, "topk is 0"),
         ({"texts": "a", "where": " "}, "the filter is empty; columns are key"),
+        ({"texts": "a", "where": 'path = "x"'}, "columns are key.*; texts stand in single quotes"),
         ({"like": tmp_path / "nowhere.jpg"}, "nowhere.jpg"),
         ({"like": tmp_path / "bad.jpg"}, "a picture of like can't be read.*bad.jpg"),
     ):

@@ -208,6 +208,19 @@ def test_truncated_weights_are_refused(saved, kept):
     refused(saved, WEIGHTS_FILE, "damaged")
 
 
+def test_the_folder_of_a_run_is_refused_with_the_place_of_its_model(saved, tmp_path):
+    run = tmp_path / "a run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    refused(run, "whose model is", str(run / "checkpoints" / "last.ckpt"))
+    saved.rename(run / "best")
+    refused(run, "whose model is", str(run / "best"))
+
+
+def test_a_misspelt_path_is_refused_with_what_is_there(saved):
+    refused(saved.with_name(f"{saved.name}t"), f"did you mean {saved}?")
+
+
 def test_weights_that_are_no_safetensors_are_refused(saved):
     (saved / WEIGHTS_FILE).write_text("<!DOCTYPE html><title>404 Not Found</title>" * 20)
     refused(saved, WEIGHTS_FILE, "no safetensors")

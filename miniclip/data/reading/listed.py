@@ -43,6 +43,10 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
         ValueError: no table, one without its columns, a row without a key, rows that contradict each other, or no row
             that is about a pair of these.
     """
+    if Path(table).is_dir():
+        tables = [path for path in (Path(table) / f"{name}.csv" for name in ("drop", "groups")) if path.is_file()]
+        there = f"; name one of its tables: {' or '.join(map(str, tables))}" if tables else ", and no table"
+        raise ValueError(f"{table} is a folder{there}")
     if not Path(table).is_file():
         raise ValueError(f"there is no file {table}; it should be a table with a column 'key', as doctor writes")
     columns, rows = read_table(Path(table))

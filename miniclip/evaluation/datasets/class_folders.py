@@ -14,7 +14,7 @@ from ...common.wording import some
 from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
 from .sets import Found
 
-UNREAD_TEXT = "a text, which classification does not read"
+UNREAD_TEXT = "a text, where pictures alone are read"
 SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")  # the one to evaluate on comes first
 
 

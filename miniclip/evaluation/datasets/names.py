@@ -49,6 +49,13 @@ def settle_names(found: Found, classnames: str | Path | None, source: str) -> Fo
     return replace(found, classnames=names, classnames_from=names_from)
 
 
+def _near_template_set(templates: str) -> str:
+    if "{" in templates:
+        return "; a template of your own stands in a file, one a line"
+    near = difflib.get_close_matches(templates, TEMPLATE_SETS, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def settle_templates(found: Found, templates: str | Path | None, names: tuple[str, ...]) -> tuple[Prompts, str]:
     """The templates to use, and where they came from."""
     if templates is None:
@@ -61,7 +68,10 @@ def settle_templates(found: Found, templates: str | Path | None, names: tuple[st
         return template_set(str(templates)), f"the built-in set {str(templates)!r}"
     path = Path(templates)
     if not is_readable(path):
-        raise ValueError(f"templates {str(templates)!r} is no file and none of the sets {', '.join(TEMPLATE_SETS)}")
+        raise ValueError(
+            f"templates {str(templates)!r} is no file and none of the sets {', '.join(TEMPLATE_SETS)}"
+            + _near_template_set(str(templates))
+        )
     found_there = templates_of(read_text(path), str(path))
     if isinstance(found_there, dict):
         return _prompts_by_class(path, found_there, names), str(path)

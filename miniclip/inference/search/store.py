@@ -192,8 +192,10 @@ class Store:
         except (ValueError, RuntimeError) as error:
             if where is None:
                 raise
+            quotes = "; texts stand in single quotes" if '"' in where else ""
             raise ValueError(
-                f"the filter {where!r} can't be followed: {_reason_of(error)}; columns are {self._column_names()}"
+                f"the filter {where!r} can't be followed: {_reason_of(error)}; columns are "
+                f"{self._column_names()}{quotes}"
             ) from error
 
     def _column_names(self) -> str:
