@@ -26,6 +26,8 @@ from miniclip.data.reading.pair import Pair
 from miniclip.data.reading.tables import read_table
 from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
+from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.inference.doctor.parts import of_pairs
 
 
 def image_bytes(seed: int = 0, file_format: str = "PNG") -> bytes:
@@ -647,3 +649,19 @@ def test_a_list_in_a_file_of_json_lines_and_two_marks_of_byte_order_are_no_obsta
     (tmp_path / "t.csv").write_text("\ufeff\ufeffimage,caption\na.jpg,red\n")
     for name in ("t.jsonl", "t.csv"):
         assert read_pairs(tmp_path / name)[0].captions == ("red",)
+
+
+def test_doctor_and_retrieval_name_the_reason_why_a_pair_has_no_caption(tmp_path):
+    for name, text in (("a", "red"), ("b", "0 0.5 0.5 0.1 0.1"), ("c", None)):
+        write_picture(tmp_path / f"{name}.jpg", ord(name))
+        if text:
+            (tmp_path / f"{name}.txt").write_text(text)
+    source = of_pairs("it", read_pairs(tmp_path))
+    for index, reason in ((1, "detectors label boxes"), (2, "there is no c.txt beside it")):
+        with pytest.raises(ValueError, match=reason):
+            source.captions(index)
+    with pytest.raises(ValueError, match=r"2 of 3 images have no caption: b.jpg \(.*boxes.*c.jpg \(.*no c.txt beside"):
+        open_dataset(tmp_path, task="retrieval")
+    tars = write_tar(tmp_path / "tars" / "0.tar", ("a.jpg", RED), ("a.txt", b"0 0.5 0.5 0.1 0.1")).parent
+    with pytest.raises(ValueError, match=r"0.tar:a: its text is no caption but .*boxes"):
+        open_dataset(tars, task="retrieval")

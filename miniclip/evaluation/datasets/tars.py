@@ -176,9 +176,16 @@ class ImagesOfShards(Sequence[bytes]):
 
 
 def captions_of(shards: Shards, index: int) -> tuple[str, ...]:
-    """The captions of a sample, from its text or its `.json`, without reading its image."""
-    if text := shards.read(index, "txt"):
-        return tuple(captions_in(decode_text(text, f"the text of sample {index}")))
+    """The captions of a sample, from its text or its `.json`, without reading its image.
+
+    Raises:
+        ValueError: the text is not UTF-8, or no caption.
+    """
+    try:
+        if captions := captions_in(decode_text(shards.read(index, "txt"), "its text")):
+            return tuple(captions)
+    except ValueError as error:
+        raise ValueError(f"{shards.name(index)}: {error}") from error
     try:
         return tuple(captions_of_facts(shards.info(index)))
     except ValueError:  # JSON that is damaged, or has no captions

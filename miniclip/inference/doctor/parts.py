@@ -49,9 +49,10 @@ def of_pairs(name: str, pairs: Pairs) -> Source:
         return open_image(read_bytes(pair.image), pair.source)
 
     def captions(index: int) -> tuple[str, ...]:
-        lines = tuple(line for caption in pairs[index].captions if (line := " ".join(caption.split())))
+        pair = pairs[index]
+        lines = tuple(line for caption in pair.captions if (line := " ".join(caption.split())))
         if not lines:
-            raise ValueError("it has no caption")
+            raise ValueError(pair.problem or "it has no caption")
         return lines
 
     return Source(TRAIN, name, pairs.names, opened, captions)
