@@ -6,6 +6,7 @@ N images, C classes, E embedding, K guesses kept per image.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..common.arguments import check_count, check_number, check_texts, shown
 from ..common.wording import some
+from ..data.reading.cells import visible
+from ..evaluation.datasets.name_files import names_of
 from ..evaluation.datasets.names import settle_names, settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
 from ..evaluation.encoder import Encoder
@@ -105,9 +108,14 @@ def choose_classes(
 
 def _names_in(labels: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(labels, str):
-        return tuple(name.strip() for name in check_texts("labels", labels))
+        return tuple(map(visible, check_texts("labels", labels)))
+    if (text := labels.strip())[:1] + text[-1:] in ("[]", "{}"):  # a list of JSON's or Python's
+        return names_of(text, "--labels")
     rows = list(csv.reader([labels.replace("\n", ",")], skipinitialspace=True))
-    return tuple(name.strip() for name in rows[0]) if rows else ()
+    names = tuple(map(visible, rows[0])) if rows else ()
+    if len(names) > 1 and all(re.match(r"\d+\s*[:=]", name) for name in names):
+        raise ValueError(f'--labels numbers its names ({names[0]!r}); write the names alone: "cat,dog"')
+    return names
 
 
 def _checked(names: Sequence[str], source: str) -> tuple[str, ...]:

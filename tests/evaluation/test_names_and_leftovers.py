@@ -507,3 +507,10 @@ def test_classes_in_folders_that_differ_in_case_alone_are_refused(tmp_path):
     write_picture(tmp_path / "cat" / "a.png", 2)
     with pytest.raises(ValueError, match="labels 'Cat' and 'cat'"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "place"), [("a {} of {domain}.", "{domain}"), ("a {{}}", "{{}}"), ("{c} {0}", "{0}")])
+def test_a_place_in_a_template_that_nothing_fills_is_refused(tmp_path, text, place):
+    (tmp_path / "templates.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"nothing fills {re.escape(place)} in template"):
+        open_labels(tmp_path, "cat", "dog", templates=tmp_path / "templates.txt")

@@ -151,6 +151,11 @@ def test_labels_are_names_with_commas_between_them(labels, names):
     assert choose_classes(labels).classnames == names
 
 
+@pytest.mark.parametrize("labels", ["['cat', 'dog, tame']", '["cat", "dog, tame"]', "{0: 'cat', 1: 'dog, tame'}"])
+def test_a_list_of_labels_as_json_and_python_write_it_gives_its_names(labels):
+    assert choose_classes(labels).classnames == ("cat", "dog, tame")
+
+
 def test_class_names_come_from_files_and_built_in_sets(tmp_path):
     assert choose_classes(classnames=table(tmp_path / "names.txt", "cat", "a dog")).classnames == ("cat", "a dog")
     assert len(choose_classes(classnames="imagenet").classnames) == 1000
@@ -177,6 +182,9 @@ def test_a_threshold_brings_the_classes_and_prompts_it_was_calibrated_with():
         ({"labels": " , "}, "--labels holds no name"),
         ({"labels": "cat,,dog"}, "name 2 of --labels is empty"),
         ({"labels": "cat,dog,"}, "name 3 of --labels is empty"),
+        ({"labels": "cat,\u200b"}, "name 2 of --labels is empty"),
+        ({"labels": "0: cat,1: dog"}, "--labels numbers its names .'0: cat'.; write the names alone"),
+        ({"labels": "['cat' 'dog']"}, "--labels .*no comma stands between 'cat' and 'dog'"),
         ({"labels": "cat,dog, cat"}, r"--labels has 'cat' twice \(names 1 and 3\)"),
         ({"labels": "a,b", "classnames": "imagenet"}, "--labels and --classnames"),
         ({"classnames": "names.txt"}, r"names\.txt has 'cat' twice \(names 1 and 3\)"),

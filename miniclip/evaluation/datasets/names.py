@@ -84,7 +84,17 @@ def _checked_templates(templates: Any, where: str) -> Any:
             fill(template, "")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        if isinstance(template, str) and (other := _unfilled(template)):
+            raise ValueError(f"{where}: nothing fills {other} in template {template!r}; the class is {{}} or {{c}}")
     return templates
+
+
+def _unfilled(template: str) -> str:
+    """A place such as {domain} that is not the class's, or the doubled braces of a format string; empty if none is."""
+    if "{{}}" in template:
+        return "{{}}"
+    other = re.search(r"\{\s*\w*\s*\}", template.replace("{c}", "").replace("{}", ""))
+    return other[0] if other else ""
 
 
 def _prompts_by_class(path: Path, values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -93,27 +103,27 @@ def _prompts_by_class(path: Path, values: dict[str, Any], names: tuple[str, ...]
     for name, prompts in values.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ValueError(f"{path}: {name!r} must have a list of prompts, texts that are not empty")
-        by_spoken[_spoken(name)] = tuple(prompts)
-    missing = [name for name in names if _spoken(name) not in by_spoken]
+        by_spoken[spoken(name)] = tuple(prompts)
+    missing = [name for name in names if spoken(name) not in by_spoken]
     if missing:
         raise ValueError(
             f"{path} has prompts for {len(values)} classes and the data have {len(names)}; without any are "
             f"{_with_near(missing, list(values))}"
         )
-    return {name: by_spoken[_spoken(name)] for name in names}
+    return {name: by_spoken[spoken(name)] for name in names}
 
 
 def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
     """The first few names, each with the known ones that look like it."""
-    spoken = {_spoken(name): name for name in known}
+    names_of_spoken = {spoken(name): name for name in known}
     parts = []
     for name in names[:5]:
-        near = [spoken[each] for each in difflib.get_close_matches(_spoken(name), spoken, n=2)]
+        near = [names_of_spoken[each] for each in difflib.get_close_matches(spoken(name), names_of_spoken, n=2)]
         parts.append(repr(name) + (f" (near {' and '.join(map(repr, near))})" if near else ""))
     return some([*parts, *names[5:]])
 
 
-def _spoken(name: str) -> str:
+def spoken(name: str) -> str:
     """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
     return same_name(" ".join(name.replace("_", " ").casefold().split()))
 
@@ -122,7 +132,7 @@ def _refuse_one_name_twice(labels: Sequence[str], source: str) -> None:
     """Labels that differ in case or spelling alone would be two classes of the same prompt."""
     first_of: dict[str, str] = {}
     for label in labels:
-        same = str(int(label)) if label.isascii() and label.isdigit() else _spoken(label)
+        same = str(int(label)) if label.isascii() and label.isdigit() else spoken(label)
         if (first := first_of.setdefault(same, label)) != label:
             raise ValueError(
                 f"{source} has the labels {first!r} and {label!r}, which would be two classes of one name; spell them "
@@ -139,7 +149,7 @@ def number_labels(
     is read as the space that folder names often lack.
     """
     raw = [same_name(label) for label in raw]
-    spoken_names = None if names is None else tuple(_spoken(name) for name in names)
+    spoken_names = None if names is None else tuple(spoken(name) for name in names)
     are_numbers = all(label.isascii() and label.isdigit() for label in raw)
     if are_numbers and names is not None:
         labels = tuple(int(label) for label in raw)
@@ -149,17 +159,17 @@ def number_labels(
     found = sorted(set(raw), key=lambda label: (int(label), label)) if are_numbers else sorted(set(raw))
     if not found:
         raise ValueError(f"{source} has no label for any image")
-    spoken = {label: _spoken(label) for label in found}
+    spoken_of = {label: spoken(label) for label in found}
     if names is None or spoken_names is None:
         _refuse_one_name_twice(found, source)
         index = {label: c for c, label in enumerate(found)}
         return tuple(index[label] for label in raw), tuple(label.replace("_", " ") for label in found)
-    unknown = [label for label in found if spoken[label] not in spoken_names]
+    unknown = [label for label in found if spoken_of[label] not in spoken_names]
     if not unknown:
         if len(set(spoken_names)) < len(spoken_names):
             raise ValueError(f"the class names hold duplicates, so {source} must give labels as numbers")
         index = {name: c for c, name in enumerate(spoken_names)}
-        return tuple(index[spoken[label]] for label in raw), names
+        return tuple(index[spoken_of[label]] for label in raw), names
     # Keys of their own, such as WordNet's n01440764: the names are in the keys' order.
     if len(unknown) == len(found) == len(names) and all(re.fullmatch(r"[A-Za-z]?\d+", label) for label in found):
         index = {label: c for c, label in enumerate(found)}
