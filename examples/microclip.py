@@ -199,7 +199,7 @@ def pixels(path: Path, size: int) -> Tensor:
 
 def train(model: Micro, folder: Path, steps: int = 400, batch_size: int = 128, lr: float = 1e-3) -> None:
     """On the pictures of a folder, each with captions in a .txt beside it, one of which is drawn each time."""
-    paths = sorted(folder.glob("*.png"))
+    paths = sorted(folder.glob("*.png")) or sys.exit(f"no .png in {folder}; examples/digits.py makes some")
     images = torch.stack([pixels(path, model.size) for path in paths])
     captions = [path.with_suffix(".txt").read_text().splitlines() for path in paths]
     matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1}
@@ -237,7 +237,7 @@ def classify(model: Micro, paths: list[Path], names: list[str], templates: list[
 
 
 if __name__ == "__main__":
-    data = Path(sys.argv[1])
+    data = Path(sys.argv[1] if len(sys.argv) > 1 else "data")
     torch.manual_seed(0)
     random.seed(0)
     model = Micro()

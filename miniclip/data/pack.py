@@ -243,8 +243,9 @@ def _finish(out: Path, work: Path, plan: dict[str, Any], chunks: list[_Chunk], l
     if not sum(counts.values()):
         shutil.rmtree(work)
         examples = "".join(f"\n  {name}: {reason}" for _, name, reason in rejected[:5])
-        dropped = Counter(each.reason for each in left_out if each.reason.startswith("dropped: "))
-        beside = "".join(f"; beside them, {count} are {reason}" for reason, count in dropped.most_common())
+        dropped = Counter(each.reason[9:] for each in left_out if each.reason.startswith("dropped: "))
+        by_reason = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+        beside = f", beside {dropped.total()} that a list drops ({by_reason})" if dropped else ""
         raise ValueError(f"none of the {plan['pairs']} pairs in {plan['source']} can be used{beside}:{examples}")
     assert sum(counts.values()) + len(rejected) == plan["pairs"]
     if plan["val_fraction"] and not all(counts.values()):

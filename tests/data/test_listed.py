@@ -98,8 +98,7 @@ def test_where_the_rest_of_a_list_is_of_no_use_the_number_that_it_drops_is_repor
     (folder / "0002.png").write_bytes(b"no picture")
     drop = table(tmp_path / "drop.csv", "key,reason", "0000.png,tiny", "0001.png,tiny")
     message = fails(capsys, ["shards", str(folder), str(tmp_path / "out"), "--drop", str(drop)])
-    assert "none of the 1 pairs in" in message
-    assert "beside them, 2 are dropped: tiny" in message
+    assert "can be used, beside 2 that a list drops (tiny 2)" in message
 
 
 def test_a_folder_of_doctors_in_place_of_its_table_is_refused_and_the_table_named(tmp_path, capsys):

@@ -106,6 +106,11 @@ def test_its_shape_comments_are_true(models):
     assert set(source.comments()) == {comment for reached, _ in seen for comment in reached}
 
 
+def test_a_folder_without_pictures_ends_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"no \.png in .*nowhere; examples/digits\.py makes some"):
+        micro.train(micro.Micro(), tmp_path / "nowhere")
+
+
 def test_training_learns_which_caption_is_whose(tmp_path, capsys):
     torch.manual_seed(0)
     random.seed(0)
