@@ -398,6 +398,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own, with the newest torch
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the last step is logged, too
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")  # a stream: readers differ
     warnings.filterwarnings(
         "ignore", message=".*need to be provided during `Trainer`.*"

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ import torch
 from helpers import pack_folder, write_pairs
 from pytorch_lightning.callbacks import Callback
 from runs import ROOT, TINY, fails
+
+from miniclip.commands.train import main
 
 NUM_PAIRS, PER_TAR, BATCH_SIZE, STEPS, SAVE_EVERY = 96, 12, 12, 12, 3
 
@@ -164,3 +167,11 @@ def test_what_a_stream_cannot_do_ends_before_the_first_step_in_one_sentence(pair
     assert all(word in message for word in words), message
     assert "Traceback" not in message
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_short_stream_prints_no_warning_of_lightnings_about_what_is_as_it_should_be(pairs, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(streamed(pairs, tmp_path / "run", "--trainer.max_steps=2", "--data.num_workers=2"))
+    words = ("has `__len__` defined", "smaller than the logging interval")
+    assert not [each for each in caught if any(word in str(each.message) for word in words)]
