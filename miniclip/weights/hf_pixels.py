@@ -80,7 +80,7 @@ def _resize(settings: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
         return {"resize": "none", "resize_size": None}
     filters = {Image.Resampling[name.upper()].value: name for name in get_args(Interpolation)}
     resample = settings["resample"]
-    if isinstance(resample, bool) or resample not in filters:
+    if type(resample) is not int or resample not in filters:  # transformers takes 3.0 for another filter than 3
         raise refuse("resample", f"it is one of Pillow's filters, {filters}")
     size = settings["size"]
     if isinstance(size, int) and not isinstance(size, bool):

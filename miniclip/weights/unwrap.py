@@ -27,7 +27,27 @@ _ANCHORS = (
 )
 _COMMON = ("state_dict", "model_state_dict", "model", "module", "net", "")
 _AVERAGES = ("ema", "average", "swa", "shadow", "teacher", "momentum")
-_ADAPTERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "base_layer"})
+# Parts of names of tensors that are no weights yet: what they are, and what makes weights of them.
+_MERGED = "call merge_and_unload() on the model (loralib: eval())"
+_NO_WEIGHTS = {
+    **dict.fromkeys(
+        ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "base_layer"),
+        ("adapters of PEFT's (LoRA) that are not merged into the weights", _MERGED),
+    ),
+    **dict.fromkeys(("modules_to_save", "original_module"), ("layers of which PEFT keeps two copies", _MERGED)),
+    "parametrizations": ("weights that a parametrization computes", "call parametrize.remove_parametrizations on each"),
+    **dict.fromkeys(("weight_g", "weight_v"), ("weights under weight norm", "call remove_weight_norm on each layer")),
+    **dict.fromkeys(("weight_orig", "weight_mask"), ("pruned weights beside their masks", "call prune.remove on each")),
+    **dict.fromkeys(
+        ("SCB", "quant_state", "absmax", "_packed_params", "qweight", "weight_scale"),
+        ("quantised weights", "dequantise the model or take the one that it was made from"),
+    ),
+    **dict.fromkeys(
+        ("_flat_param", "flat_param"),
+        ("FSDP's flattened parts", "gather the whole model (StateDictType.FULL_STATE_DICT)"),
+    ),
+}
+_COUNTERS = ("n_averaged",)  # beside the weights of torch.optim.swa_utils.AveragedModel
 
 
 def unwrap(values: Any, source: str) -> Tensors:
@@ -42,11 +62,7 @@ def unwrap(values: Any, source: str) -> Tensors:
         kind = f"a mapping of {some([str(key) for key in values])}" if is_mapping else f"a {type(values).__name__}"
         raise ValueError(f"{source} is no checkpoint: it holds {kind}, not tensors by their names")
     for tensors in entries.values():
-        if any(part in _ADAPTERS for key in tensors for part in key.split(".")):
-            raise ValueError(
-                f"{source} holds adapters of PEFT's (LoRA) that are not merged into the weights; call "
-                "merge_and_unload() on the model, and save its state_dict()"
-            )
+        _refuse_no_weights(tensors, source)
     models = [(entry, prefix) for entry, tensors in entries.items() for prefix in _prefixes(tensors)]
     if not models:  # something else; whoever looks for a CLIP's tensors in it says what is missing
         return entries[_chosen([(entry, "") for entry in entries], source)[0]]
@@ -77,8 +93,23 @@ def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple
         yield from _state_dicts(value, f"{entry}.{key}".lstrip("."), depth + 1)
 
 
+def _refuse_no_weights(tensors: Tensors, source: str) -> None:
+    for key in tensors:
+        for part in key.split("."):
+            if part in _NO_WEIGHTS:
+                what, remedy = _NO_WEIGHTS[part]
+                raise ValueError(f"{source} holds {what} ({key}); {remedy}, and save its state_dict()")
+
+
 def _without_wrappers(tensors: Tensors) -> Tensors:
-    return {".".join(part for part in key.split(".") if part not in _WRAPPERS): t for key, t in tensors.items()}
+    """Of the model alone, by its own names; its logits' scale and bias are single numbers, however they are shaped."""
+    out = {}
+    for key, tensor in tensors.items():
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        is_number = name.split(".")[-1] in ("logit_scale", "logit_bias") and tuple(tensor.shape) == (1,)
+        if name not in _COUNTERS:
+            out[name] = tensor.reshape(()) if is_number else tensor
+    return out
 
 
 def _prefixes(tensors: Tensors) -> list[str]:

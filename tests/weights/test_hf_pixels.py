@@ -115,6 +115,7 @@ def test_what_transformers_5_writes_is_read(model, tmp_path):
         ("size", "small"),
         ("resample", 7),
         ("resample", "bicubic"),
+        ("resample", 3.0),
         ("rescale_factor", 0),
         ("rescale_factor", "1/255"),
         ("image_mean", ["a", "b", "c"]),

@@ -59,6 +59,8 @@ WRAPPED = {
     "parameters": {key: torch.nn.Parameter(tensor) for key, tensor in WEIGHTS.items()},
     "only an average": {"ema": WEIGHTS},
     "merged by PEFT": prefixed("base_model.model."),
+    "average of torch's": {"n_averaged": torch.tensor(4), **prefixed("module.")},
+    "a scale of one side": WEIGHTS | {"logit_scale": WEIGHTS["logit_scale"].reshape(1)},
 }
 
 
@@ -169,6 +171,27 @@ def test_what_is_not_one_whole_model_is_refused_saying_what_it_is(tmp_path, chec
     message = refusal(tmp_path / "c.pt")
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "part, remedy",
+    [
+        ("lora_A", "merge_and_unload"),
+        ("modules_to_save.default.weight", "merge_and_unload"),
+        ("parametrizations.weight.original0", "remove_parametrizations"),
+        ("weight_g", "remove_weight_norm"),
+        ("weight_orig", "prune.remove"),
+        ("SCB", "dequantise"),
+        ("weight.quant_state.bitsandbytes__nf4", "dequantise"),
+        ("_flat_param", "FULL_STATE_DICT"),
+    ],
+)
+def test_what_is_no_weight_yet_is_named_with_what_makes_weights_of_it(tmp_path, part, remedy):
+    name = f"visual.transformer.resblocks.0.mlp.c_fc.{part}"
+    torch.save(WEIGHTS | {name: torch.zeros(3)}, tmp_path / "c.pt")
+    message = refusal(tmp_path / "c.pt")
+    assert name in message
+    assert remedy in message
 
 
 def test_a_quantised_model_is_refused_naming_that(tmp_path):
