@@ -8,6 +8,8 @@ import io
 import json
 import pickle
 import re
+import shutil
+import subprocess
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -665,3 +667,50 @@ def test_doctor_and_retrieval_name_the_reason_why_a_pair_has_no_caption(tmp_path
     tars = write_tar(tmp_path / "tars" / "0.tar", ("a.jpg", RED), ("a.txt", b"0 0.5 0.5 0.1 0.1")).parent
     with pytest.raises(ValueError, match=r"0.tar:a: its text is no caption but .*boxes"):
         open_dataset(tars, task="retrieval")
+
+
+def test_what_lies_beside_tars_and_may_hold_samples_is_told(tmp_path):
+    write_tar(tmp_path / "0.tar", ("a.jpg", RED), ("a.txt", b"red"))
+    for name, mode in (("1.tar.gz", "w:gz"), ("2.tgz", "w:gz"), ("3.TAR", "w")):
+        write_tar(tmp_path / name, ("b.jpg", GREEN), ("b.txt", b"green"), mode=mode)
+    write_picture(tmp_path / "c.jpg", 1)
+    write_tar(tmp_path / "more" / "4.tar", ("d.jpg", GREEN), ("d.txt", b"green"))
+    for name in ("00000_stats.json", "00000.parquet", "classnames.txt"):  # img2dataset's, CLIP_benchmark's
+        (tmp_path / name).write_text("{}")
+    packed = index_shards(str(tmp_path))
+    assert (packed.kept, packed.left_out) == (1, 5)
+    assert rejections(tmp_path) == {
+        "1.tar.gz": "a compressed tar; unpack it to .tar", "2.tgz": "a compressed tar; unpack it to .tar",
+        "3.TAR": "a tar of another suffix; call it .tar", "c.jpg": "a picture beside the tars",
+        "more/": "in a folder below, which is to be named itself",
+    }  # fmt: skip
+    assert sum(each.count for each in Shards(tmp_path).left_out) == 5
+
+
+def test_a_sparse_member_is_told_and_the_others_are_read(tmp_path):
+    gnu_tar = shutil.which("tar")
+    if gnu_tar is None or b"GNU" not in subprocess.run([gnu_tar, "--version"], capture_output=True, check=True).stdout:
+        pytest.skip("needs GNU tar")
+    (tmp_path / "a.jpg").write_bytes(RED)
+    (tmp_path / "a.txt").write_text("red")
+    with open(tmp_path / "hole.jpg", "wb") as file:
+        file.write(GREEN)
+        file.truncate(1 << 20)
+    subprocess.run(
+        [gnu_tar, "-C", tmp_path, "--sparse", "-cf", "0.tar", "hole.jpg", "a.jpg", "a.txt"], check=True, cwd=tmp_path
+    )
+    for path in tmp_path.glob("*.jpg"):
+        path.unlink()
+    assert samples_of(tmp_path) == [("a", RED, ("red",))]
+    assert rejections(tmp_path) == {"0.tar:hole.jpg": "no regular file"}
+
+
+def test_a_json_of_a_text_or_of_texts_alone_holds_captions(tmp_path):
+    for facts, captions in ((["red", "a red one"], ("red", "a red one")), ("red", ("red",)), ([1, 2], ()), ({}, ())):
+        data = json.dumps(facts).encode()
+        assert record_of("a", {"image": RED, "txt": b"", "json": data}.get).captions == captions
+        write_picture(tmp_path / "a.jpg", 1)
+        (tmp_path / "a.json").write_bytes(data)
+        assert read_pairs(tmp_path)[0].captions == captions
+    write_tar(tmp_path / "tars" / "0.tar", ("a.jpg", RED), ("a.json", b'["red", "a red one"]'))
+    assert open_dataset(tmp_path / "tars", task="retrieval").captions == (("red", "a red one"),)

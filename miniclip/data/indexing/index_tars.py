@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from ...common.cache import Cache
 from ...common.storage import check_scheme, expand, is_url
-from ..reading.scan import LeftOut, is_leftover
+from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder
 from ..shard_index import (
     INDEX_FILE,
     REJECTED_FILE,
@@ -162,6 +163,7 @@ def _publish_index(journal: Journal, found: dict[str, Record], is_beside: bool, 
         what = how_many if healthy else f"no tar in {journal.source} can be indexed"
         raise ValueError(f"{what}: {'; '.join(damaged.values())}")
     left_out = [LeftOut(*each) for record in healthy.values() for each in record["left_out"]]
+    left_out += _beside_tars(journal.source)
     counts = Counter[str]()
     for each in left_out:
         counts[each.reason] += each.count
@@ -185,6 +187,26 @@ def _publish_index(journal: Journal, found: dict[str, Record], is_beside: bool, 
         damaged=tuple(damaged.values()),
         unverified=unverified,
     )
+
+
+def _beside_tars(source: str) -> list[LeftOut]:
+    """What may hold samples in a folder of tars, and is none of them."""
+    if is_url(source) or not Path(source).is_dir():
+        return []
+    found = []
+    for path in sorted(Path(source).iterdir()):
+        name = path.name.lower()
+        if is_skipped_folder(path.name):
+            continue
+        if re.search(r"\.(tar\.\w+|t[gbx]z2?)$", name):
+            found.append(LeftOut(path.name, "a compressed tar; unpack it to .tar"))
+        elif name.endswith(".tar") and not path.name.endswith(".tar"):
+            found.append(LeftOut(path.name, "a tar of another suffix; call it .tar"))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(LeftOut(path.name, "a picture beside the tars"))
+        elif path.is_dir() and (tars := list(path.rglob("*.tar"))):
+            found.append(LeftOut(f"{path.name}/", "in a folder below, which is to be named itself", len(tars)))
+    return found
 
 
 def _located(tar: str, record: Record, folder: Path, is_beside: bool) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pic
                 for info in tar:
                     if info.size < 0:
                         raise ValueError(f"{path} is damaged: {info.name} has a size of {info.size} bytes")
-                    if info.isreg() and info.offset_data + info.size > size:
+                    if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
                         raise ValueError(
                             f"{path} is cut short: {info.name} should end at byte {info.offset_data + info.size}"
                         )

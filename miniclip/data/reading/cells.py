@@ -200,7 +200,10 @@ def _holds_texts(value: Any) -> bool:
 
 
 def captions_of_facts(facts: Any) -> list[str]:
-    """The captions in a sample's `.json`: in the first field of a known name that holds any."""
+    """The captions in a sample's `.json`: in the first field of a known name that holds any; or a text, or a list of
+    texts alone."""
+    if isinstance(facts, str) or (isinstance(facts, list) and all(isinstance(each, str) for each in facts)):
+        return texts_in(facts)
     if isinstance(facts, Mapping):
         for name in CAPTION_COLUMNS:
             if texts := texts_in(facts.get(name)):

@@ -19,6 +19,7 @@ from ...common.storage import check_scheme, exists, is_url, join, read_bytes
 from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
+from ...data.reading.json_tables import parse_json
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import SPLIT_NAMES, in_split
@@ -187,7 +188,7 @@ def captions_of(shards: Shards, index: int) -> tuple[str, ...]:
     except ValueError as error:
         raise ValueError(f"{shards.name(index)}: {error}") from error
     try:
-        return tuple(captions_of_facts(shards.info(index)))
+        return tuple(captions_of_facts(parse_json(shards.read(index, "json") or b"{}")))
     except ValueError:  # JSON that is damaged, or has no captions
         return ()
 
