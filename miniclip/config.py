@@ -201,7 +201,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "context_length", "vocab_size", "width", "layers", "head_width", "mlp_ratio")
         _require_heads(self)
-        if not isinstance(self.eot_token, int) or not 0 <= self.eot_token < self.vocab_size:
+        if type(self.eot_token) is not int or not 0 <= self.eot_token < self.vocab_size:
             raise ValueError(
                 f"TextConfig.eot_token is {self.eot_token!r}; it must be a token id, 0 to {self.vocab_size - 1}"
             )

@@ -122,6 +122,8 @@ def _activation(hints: Hints, source: str) -> Activation:
 
 
 def _head_width(width: int, heads: int, source: str) -> int:
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"{source} has {heads!r} attention heads in a tower; it must be a whole number greater than 0")
     if width % heads:
         raise ValueError(f"{source} has {heads} attention heads in a tower {width} wide: head_width is no whole number")
     return width // heads

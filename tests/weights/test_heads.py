@@ -226,3 +226,13 @@ def test_the_hidden_layers_of_an_inferred_configuration_are_as_wide_as_the_files
     from miniclip.weights.architecture import _ratio
 
     assert int(width * _ratio(hidden, width)) == hidden
+
+
+@pytest.mark.parametrize("heads", [0, -3, 1.5, "3", None, True])
+def test_a_number_of_heads_that_is_none_is_refused_with_its_value(tmp_path, heads):
+    hf_model().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["vision_config"]["num_attention_heads"] = heads
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"config\.json has {re.escape(repr(heads))} attention heads.*greater than 0"):
+        load(tmp_path, device="cpu")
