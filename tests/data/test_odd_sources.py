@@ -584,13 +584,26 @@ def test_rows_of_another_split_do_not_train_and_are_told(tmp_path, kind):
         read_pairs(source, split="extra")
 
 
-def test_a_column_called_split_that_names_no_parts_leaves_all_rows(tmp_path):
-    write_picture(tmp_path / "a.jpg", 1)
-    write_picture(tmp_path / "b.jpg", 2)
-    for values in (("banana", "train"), ("test", "test")):
-        lines = ["image,caption,split", f"a.jpg,red,{values[0]}", f"b.jpg,green,{values[1]}"]
-        (tmp_path / "t.csv").write_text("\n".join(lines))
-        assert len(read_pairs(tmp_path / "t.csv")) == 2
+@pytest.mark.parametrize(
+    "column, values, kept",
+    [
+        ("split", ("banana", "train", "apple"), 3),
+        ("split", ("test", "test", "test"), 3),
+        ("split", ("0", "1", "2"), 3),
+        ("split", ("train", "unlabelled", "test"), 1),
+        ("Subset", ("train", "val", "val"), 1),
+        ("set", ("training", "train", "testing"), 2),
+        ("set", ("chess", "tea", "train"), 3),
+    ],
+)
+def test_a_column_that_names_two_parts_is_followed_and_another_leaves_all_rows(tmp_path, column, values, kept):
+    lines = [f"image,caption,{column}"]
+    for number, value in enumerate(values):
+        write_picture(tmp_path / f"{number}.jpg", number)
+        lines.append(f"{number}.jpg,red,{value}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    pairs = read_pairs(tmp_path / "t.csv")
+    assert (len(pairs), len(pairs.left_out)) == (kept, len(values) - kept)
 
 
 def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):

@@ -1,4 +1,4 @@
-"""A table whose column `split` names the part of each row -> the rows of one part."""
+"""A table whose column `split` (or `set`, `subset`, `partition`) names the part of each row -> the rows of one part."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from .parquet import ParquetRows
 from .scan import LeftOut
 
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation", "dev", "eval"), ("test", "testing"))
 
 
@@ -19,8 +20,8 @@ class Rows(list[dict[str, Any]]):
 
 
 def splits_in(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The parts that the column names, sorted; none without one, or where it holds anything but names of parts."""
-    return sorted(set(_part_of_each(columns, rows)) - {""})
+    """The parts that the column names, sorted; none without one, or where it names fewer than two."""
+    return sorted(set(_part_of_each(columns, rows)[1]) - {""})
 
 
 def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> Any:
@@ -29,14 +30,14 @@ def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> 
     Raises:
         ValueError: several parts, and not the one that is asked for.
     """
-    parts = _part_of_each(columns, rows)
+    column, parts = _part_of_each(columns, rows)
     wanted = next((names for names in EQUAL_SPLITS if split in names), (split,))
-    if not (others := set(parts) - set(wanted)) or len(set(parts)) < 2:
+    if not (others := set(parts) - set(wanted)):
         return rows
     kept = [row for row, part in enumerate(parts) if part in wanted]
     if not kept:
         valid = ", ".join(sorted(others - {""}))
-        raise ValueError(f"{path} has no row whose column 'split' is {split!r}; valid for --split are {valid}")
+        raise ValueError(f"{path} has no row whose column {column!r} is {split!r}; valid for --split are {valid}")
     left_out = [
         LeftOut(f"row {row}", f"a row of another split ({part or 'blank'})")
         for row, part in enumerate(parts)
@@ -47,11 +48,13 @@ def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> 
     return chosen
 
 
-def _part_of_each(columns: Sequence[str], rows: Any) -> list[str]:
-    """The part of each row, "" for a blank one; empty where the column is none of parts."""
-    column = next((name for name in columns if name.strip().lower() == "split"), None)
-    if column is None:
-        return []
-    values = rows.column(column) if isinstance(rows, ParquetRows) else [row.get(column) for row in rows]
-    parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
-    return parts if set(parts) <= {"", *(name for names in EQUAL_SPLITS for name in names)} else []
+def _part_of_each(columns: Sequence[str], rows: Any) -> tuple[str, list[str]]:
+    """The column, and the part of each row, "" for a blank one; no parts where the column does not name two of them,
+    as train and test are."""
+    for column in columns:
+        if column.strip().lower() in SPLIT_COLUMNS:
+            values = rows.column(column) if isinstance(rows, ParquetRows) else [row.get(column) for row in rows]
+            parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
+            if sum(bool(set(names) & set(parts)) for names in EQUAL_SPLITS) > 1:
+                return column, parts
+    return "", []

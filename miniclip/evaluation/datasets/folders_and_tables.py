@@ -114,7 +114,7 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
         split = choose_split(splits, split, str(path))
     names, rows = read_table(path, split if is_several else None)
     if not is_several and (parts := splits_in(names, rows)):
-        split = choose_split(parts, split, f"the column 'split' of {path}")
+        split = choose_split(parts, split, str(path))
         rows = rows_of_split(path, names, rows, split)
     elif not is_several and split:
         raise ValueError(
@@ -379,7 +379,7 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     columns.refuse(source, "a source of pairs", "label", "group")
     has_splits = source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))
     if Path(source).is_file() and not source.endswith(".tar") and (parts := splits_in(*read_table(Path(source)))):
-        split, has_splits = choose_split(parts, split, f"the column 'split' of {source}"), True
+        split, has_splits = choose_split(parts, split, source), True
     if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     split = split or "test"
