@@ -75,6 +75,8 @@ class _Parser(LightningArgumentParser):
             name = (unknown[1] or unknown[2]).removeprefix("fit.")
             near = difflib.get_close_matches(name, valid, n=1)
             message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        elif re.search(r"unrecognized arguments: [^-]", message):
+            message += "; a pattern stands in quotes, so that the shell hands it over as it is"
         elif unusable := _UNUSABLE.search(message):
             message = f"class_path {unusable[1]!r} cannot be used: {unusable[2]}{_did_you_mean(unusable[1])}"
         elif wrong := re.match(r'Parser key "([\w.]+)":', message):

@@ -311,6 +311,14 @@ def test_a_mistake_is_one_sentence(laion, tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pattern_that_the_shell_has_expanded_is_refused_before_a_tar_is_read(laion, capsys):
+    tars = sorted(map(str, laion.glob("*.tar")))[:2]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["shards", *tars, "--index-only"])
+    assert ended.value.code == 2
+    assert re.search(r"tar is a file, .* a pattern of tars stands in quotes", capsys.readouterr().err)
+
+
 def test_head_without_an_index_to_write_is_refused(laion, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["shards", str(laion), str(tmp_path / "out"), "--head", "2"])

@@ -208,6 +208,7 @@ MISTAKES = [
     (["--config=nowhere.yaml"], "nowhere.yaml"),
     (["--data.batch_size=many"], "data.batch_size is many, and it takes int"),
     (["--data.val_pairs=many"], "data.val_pairs is many, and it takes int or null"),
+    (["--data.train", "a/0.tar", "a/1.tar"], "unrecognized arguments: a/1.tar; a pattern stands in quotes"),
     (["--trainer.max_steps=null"], "trainer.max_steps is None, and it takes int; -1 sets no limit"),
     (["--trainer.max_steps=0"], "trainer.max_steps is 0; a run has at least one step"),
     (["--trainer.fast_dev_run=true"], "for a trial run use --trainer.max_steps 2"),

@@ -65,6 +65,10 @@ def index_shards(
     all_tars = tar_locations(source)
     if out is None and is_url(all_tars[0]):
         raise ValueError(f"{source} is remote; name a folder OUT here for its index, which then stands for the shards")
+    if out is not None and Path(out).is_file():
+        raise ValueError(
+            f"{out} is a file, and an index wants a folder; a pattern of tars stands in quotes: 'data/*.tar'"
+        )
     folder = Path(all_tars[0]).parent if out is None else Path(out)
     # By a name of its own, so that a run which has begun with an index by headers keeps it when the whole one comes.
     tars, names = all_tars[:head], _offset_names(all_tars, ".npz" if head is None else ".headers.npz")
