@@ -60,7 +60,7 @@ def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     is_folded = x.device.type == "cpu" and not norm.training and is_eager(x)
     if not (is_folded and is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
         return norm(conv(x))
-    if norm.running_mean is None or norm.running_var is None or norm.weight is None:
+    if norm.running_mean is None or norm.running_var is None or norm.weight is None or norm.bias is None:
         return norm(conv(x))
     if conv.bias is not None or conv.padding_mode != "zeros" or conv.weight.dtype != norm.weight.dtype:
         return norm(conv(x))

@@ -382,6 +382,15 @@ def test_norms_without_factors_or_statistics_are_called(resnets, factors):
     assert_equal(resnets[0](images), resnets[1](images))
 
 
+@pytest.mark.parametrize("factor", ["weight", "bias"])
+@torch.no_grad()
+def test_a_norm_without_one_of_its_factors_is_called(resnets, factor):
+    images = resnet_images(2, RESNET.image_size)
+    for model in resnets:
+        setattr(model.layer2[0].bn2, factor, None)
+    assert_equal(resnets[0](images), resnets[1](images))
+
+
 @pytest.mark.parametrize("change", [{"stride": (4, 4)}, {"stride": (6, 6)}, {"padding": (2, 2)}, {"dilation": (2, 2)}])
 @torch.no_grad()
 def test_patches_may_overlap(vits, change):
