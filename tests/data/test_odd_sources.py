@@ -727,3 +727,8 @@ def test_a_json_of_a_text_or_of_texts_alone_holds_captions(tmp_path):
         assert read_pairs(tmp_path)[0].captions == captions
     write_tar(tmp_path / "tars" / "0.tar", ("a.jpg", RED), ("a.json", b'["red", "a red one"]'))
     assert open_dataset(tmp_path / "tars", task="retrieval").captions == (("red", "a red one"),)
+
+
+def test_texts_that_are_almost_lists_or_boxes_take_no_longer_than_others():
+    for text in ("0 " + "1234 " * 40 + "and so on", "[" + "'a'     " * 40 + "and so on]", "[" + "'a' , " * 40 + "x]"):
+        assert texts_in(text) == captions_in(text) == [" ".join(text.split())]

@@ -476,6 +476,7 @@ def test_labels_that_would_be_other_classes_without_a_word_are_refused(tmp_path,
         (("0,0", "1,0", "2,00"), ("0", "1", "2"), (0, 1, 2)),  # Excel's decimal comma
         (("1.00", "0.0"), ("0", "1"), (1, 0)),
         (("Cats, wild", "dog"), ("Cats, wild", "dog"), (0, 1)),
+        (("(" + "1000, " * 40 + "…)", "dog"), ("(" + "1000, " * 40 + "…)", "dog"), (0, 1)),
     ],
 )
 def test_labels_that_differ_in_nothing_that_can_be_seen_are_one(tmp_path, labels, names, indices):

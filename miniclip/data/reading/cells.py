@@ -27,10 +27,10 @@ CAPTION_COLUMNS = (
 # What programs write into a table for a cell that has no value.
 _MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "#NA"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*,?\s*{_STRING})*\s*,?\s*\]", re.S)
+_WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*(?:,\s*)?{_STRING})*\s*(?:,\s*)?\]", re.S)
 _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
 _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": True, "false": False}
-_BOXES = re.compile(r"\d+(?:\s+-?\d*\.?\d+(?:[eE][-+]?\d+)?){4,}")  # a detector's class, and numbers from 0 to 1
+_BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
 _BYTE_ORDER_WIDTHLESS = (

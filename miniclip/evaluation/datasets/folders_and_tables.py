@@ -296,7 +296,7 @@ def _written_labels(text: str, where: str) -> str | list[str]:
     Raises:
         ValueError: code of another kind.
     """
-    if re.fullmatch(r"\[\s*(\d+\.?0*([\s,]+\d+\.?0*)*)?[\s,]*\]", text):
+    if re.fullmatch(r"\[\s*(\d+(\.0*)?([\s,]+\d+(\.0*)?)*)?[\s,]*\]", text):
         return re.findall(r"(\d+)(?:\.0*)?", text)
     if text[:1] + text[-1:] in ("[]", "()", "{}") and (texts := texts_in(text)) != [text]:
         return texts
