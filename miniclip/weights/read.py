@@ -167,6 +167,8 @@ def _hf_config(folder: Path) -> CLIPConfig:
 def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoint:
     refuse_stand_ins(path)
     refuse_unread(str(path))
+    if path.suffix == ".json":
+        raise ValueError(f"{path} is a configuration and holds no weights; give the model's folder, {path.parent}")
     if path.name.startswith("adapter_model."):
         raise _peft_error(path)
     if _is_safetensors(path):

@@ -233,6 +233,11 @@ def test_what_stands_in_place_of_a_configuration_or_its_weights_is_named(tmp_pat
     assert what in refusal(tmp_path)
 
 
+def test_a_configuration_in_place_of_weights_is_answered_with_its_folder(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    assert f"give the model's folder, {tmp_path}" in refusal(tmp_path / "config.json")
+
+
 def write_openclip_config(folder):
     from foreign_models import openclip_settings
 
