@@ -126,7 +126,7 @@ def is_unobserved(root: nn.Module, is_causal: bool = False) -> bool:
         module, is_block = modules.pop()
         if module is None:
             continue
-        if not _takes_tokens(module.forward, is_block) or (is_causal and not getattr(module, "is_causal", True)):
+        if not _takes_tokens(module.forward, is_block) or (is_causal and not module.__dict__.get("is_causal", True)):
             return False
         if _has_hooks(module) and not all(_is_own(hook) for hook in _hooks(module)):
             return False
