@@ -515,6 +515,7 @@ def test_lists_and_mappings_that_were_written_as_text_give_their_captions_in_cel
         ("<annotation><folder>x</folder></annotation>", None),  # a caption may begin so
         ("7 cats and 3 dogs", None),
         ("1 2 3", None),
+        ("3 1 4 1 5 9", None),  # what a picture of digits says
     ],
 )
 def test_what_stands_beside_a_picture_and_is_no_caption_is_rejected_by_its_kind(tmp_path, text, reason):

@@ -33,7 +33,7 @@ _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": 
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
-_BYTE_ORDER_WIDTHLESS = (
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -48,7 +48,7 @@ def decode_text(data: bytes, name: object) -> str:
     Raises:
         ValueError: another encoding, which nothing in the file names.
     """
-    encoding = next((encoding for mark, encoding in _BYTE_ORDER_WIDTHLESS if data.startswith(mark)), "utf-8")
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -102,7 +102,7 @@ def _no_captions(text: str) -> str:
         return "a document in RTF; save it as plain text"
     if re.match(r"<(!doctype|html|\?xml)\b", text[:20], re.I):
         return "a page or record in HTML or XML; write the caption alone"
-    lines = text.split("\n") if text[:1].isdigit() else []
+    lines = text.split("\n") if text[:1].isdigit() and "." in text else []  # boxes are shares of the picture's sides
     if lines and all(_BOXES.fullmatch(line.strip()) for line in lines):
         return f"numbers, as detectors label boxes ({lines[0].strip()[:40]}); put words there, or another folder beside"
     return ""
