@@ -19,7 +19,9 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning about forked processes
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # our commands set it; here it holds for all contenders
+if "OMP_WAIT_POLICY" not in os.environ:  # our commands set both; here they hold for all contenders
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import harness
 import inference

@@ -76,6 +76,7 @@ class PatientLoader(DataLoader[T_co]):
             atexit.register(_end_stuck, fetcher.workers)
         else:  # workers that persist are asked to begin anew, which may take as long as a batch
             fetcher = _Fetcher(begin_anew, self._iterator)
+        atexit.register(fetcher.close)  # for what nobody closes, as where an interrupt comes between two batches
         longest = 0.0
         is_sound = False
         try:
@@ -94,9 +95,10 @@ class PatientLoader(DataLoader[T_co]):
             is_sound = True
             raise
         finally:
-            fetcher.close()
             if not is_sound:
                 _end(fetcher.workers)
+            fetcher.close()
+            atexit.unregister(fetcher.close)
 
     def _wait(self, fetcher: _Fetcher, silence_s: float) -> Any:
         # Seconds are counted by polls: a process that was stopped for an hour has not waited for an hour.
@@ -192,7 +194,11 @@ class _Fetcher:
         return value
 
     def close(self) -> None:
+        """Has the thread end, which takes a second at most. A thread that frees tensors while the interpreter exits
+        aborts the process: PyTorch asks for the interpreter's lock in destructors, and gets an end of the thread."""
         self._asked.put(False)
+        if threading.current_thread() is not self.thread:
+            self.thread.join(timeout=1)
 
 
 def _hide_from_torch(batches: Any) -> None:

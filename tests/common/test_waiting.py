@@ -230,6 +230,30 @@ if __name__ == "__main__":
 """
 
 
+INTERRUPTED = """
+import atexit, sys, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate() if thread.name == "batches"]))
+sys.path.insert(0, sys.argv[1])
+from miniclip.common.waiting import PatientLoader
+from test_waiting import Numbers
+for batch in PatientLoader(Numbers(), 1, num_workers=int(sys.argv[2])):
+    raise KeyboardInterrupt  # in the loop's body; the traceback keeps the loop's iterator
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_thread_holds_tensors_when_the_interpreter_exits(workers):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent), str(workers)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "[]\n"
+    assert done.stderr.endswith("KeyboardInterrupt\n")
+    assert done.returncode == -signal.SIGINT  # and no SIGABRT
+
+
 def is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
