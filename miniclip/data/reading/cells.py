@@ -53,12 +53,17 @@ def decode_text(data: bytes, name: object) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
-    if encoding == "utf-8" and len(data) > 1 and max(data[0::2].count(0), data[1::2].count(0)) * 4 > len(data):
+    if encoding == "utf-8" and b"\0" in data and _is_every_other_byte_0(data):
         raise ValueError(
             f"{name} is not UTF-8 text: every other byte is 0, as in UTF-16, which lacks its byte order mark here. "
             "Save it as UTF-8"
         )
     return text.lstrip("\ufeff")  # tools that put a mark before another
+
+
+def _is_every_other_byte_0(data: bytes) -> bool:
+    """Or half of these at least, as other scripts than the Latin have characters between."""
+    return len(data) > 1 and max(data[::2].count(0), data[1::2].count(0)) * 4 > len(data)
 
 
 def lines_in(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from ...data.shards import Shards
 from .class_folders import left_out_of_bare
 from .folders_and_tables import FromEach, image_of_row, images_of_rows
 from .sets import Columns, EvaluationSet, digest_lines
-from .tars import NUM_SHARDS_FILE, ImagesOfShards, benchmark_splits, indexed, set_name, shard_metadata
+from .tars import NUM_SHARDS_FILE, benchmark_splits, images_of, indexed, set_name, shard_metadata
 
 
 def bare_folder(folder: Path) -> EvaluationSet:
@@ -89,7 +89,7 @@ def bare_tars(source: str) -> EvaluationSet:
     keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
     return EvaluationSet(
         set_name(source),
-        ImagesOfShards(shards),
+        images_of(shards),
         keys=keys,
         metadata=shard_metadata(shards) if len(shards) else {},
         identity=digest_lines(shards.checksums) if shards.checksums else None,

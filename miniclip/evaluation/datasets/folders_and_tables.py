@@ -384,12 +384,13 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     split = split or "test"
     pairs = open_pairs(source, image_column=columns.image, split=split)
-    read = list(pairs)
-    captions = tuple(pair.captions for pair in read)
+    captions, sources = [], []
+    for pair in pairs:  # one at a time: some hold their image's bytes
+        captions.append(pair.captions)
+        sources.append(f"{pair.source} ({pair.problem})" if pair.problem else pair.source)
     images = _OfEachProcess(partial(_pair_images, source, columns.image, split), len(pairs))
     name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
-    reasons = [f"{pair.source} ({pair.problem})" if pair.problem else pair.source for pair in read]
-    kept = all_captioned(captions, reasons, source)
+    kept = all_captioned(tuple(captions), sources, source)
     return Found(name, images, list(pairs.names), captions=kept, left_out=pairs.left_out)
 
 

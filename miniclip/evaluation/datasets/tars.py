@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ from ...data.reading.json_tables import parse_json
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import SPLIT_NAMES, in_split
-from .folders_and_tables import alike, all_captioned, choose_split, label_in
+from .folders_and_tables import FromEach, alike, all_captioned, choose_split, label_in
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
@@ -134,7 +135,7 @@ def _read_shards(
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(shards.checksums) if shards.checksums else None
-    images, metadata = ImagesOfShards(shards), shard_metadata(shards)
+    images, metadata = images_of(shards), shard_metadata(shards)
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
@@ -163,17 +164,9 @@ def _read_shards(
     )
 
 
-class ImagesOfShards(Sequence[bytes]):
+def images_of(shards: Shards) -> Sequence[bytes]:
     """The images of shards, read when they are asked for; a sample's text and facts, damaged or not, are not read."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.shards.read(index, "image")
+    return FromEach(range(len(shards)), partial(shards.read, kind="image"))
 
 
 def captions_of(shards: Shards, index: int) -> tuple[str, ...]:
