@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in SLOW_WINGS)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def convolutions_in_float32() -> None:
+    """Where there is a GPU, models of several libraries compute on it, and PyTorch rounds convolutions to TF32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True)
 def unfrozen() -> Iterator[None]:
     """What a command called here has put out of the collector's reach comes back into it."""

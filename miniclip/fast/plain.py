@@ -21,9 +21,13 @@ Kind = TypeVar("Kind", bound=nn.Module)
 _FLOAT = torch.float32
 _OURS = f"{__package__.split('.')[0]}."
 _OWN = (_OURS, "torch.")
+# PyTorch 2.6 does not tell an export from a compilation, which then takes the textbook's way, too.
+_is_in_export = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _RECORDERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 # What PyTorch puts around a module, or computes a weight by.
 _AROUND = ("torch.distributed.", "torch.nn.parallel.", "torch.nn.utils.", "torch._dynamo.")
+# What layers read of themselves. None of it is in an instance's own dictionary, unless somebody put it there.
+_READ = ("forward", "weight", "bias", "running_mean", "running_var")
 # PyTorch's layers that take each token alone, by what they run: subclasses and parametrized ones may share it.
 _TOKENWISE = frozenset(
     layer.forward
@@ -61,7 +65,7 @@ def _is_recording() -> bool:
 
 def _is_exporting() -> bool:
     """By torch.export, torch.jit.trace, or either of the exporters to ONNX, which use one of the two."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _is_in_export() or torch.jit.is_tracing()
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
@@ -99,10 +103,9 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """
     return (
         type(module) is kind
-        and not (_has_hooks(module) or torch_module._has_any_global_hook())
-        and "forward" not in module.__dict__
+        and not (_has_hooks(module) or _global_hooks())
+        and not any(name in module.__dict__ for name in _READ)
         and _is_own(kind.forward)
-        and not any(isinstance(value, Tensor) for value in module.__dict__.values())
         and all(type(each) in (Tensor, nn.Parameter) for each in module._parameters.values() if each is not None)
     )
 

@@ -186,7 +186,7 @@ class SigmoidLosses(torch.autograd.Function):
             if p.mask is not None and p.all_mask is not None:
                 wrong.masked_fill_(~(p.mask[rows, None] & p.all_mask), -torch.inf)
             # -log sigmoid(-x) is softplus(x), which is x to the last bit of float64 from 40 on.
-            loss += F.softplus(wrong, threshold=40).sum()
+            loss = loss + F.softplus(wrong, threshold=40).sum()  # `+=` loses the gradient where PyTorch 2.11 compiles
             if is_training:
                 gradient = _negate_pairs(wrong.sigmoid_(), rows, p)
                 bias_gradient += gradient.sum()

@@ -204,7 +204,8 @@ def test_open_clips_architecture_takes_a_file_of_weights(tmp_path, monkeypatch, 
     twin = openclip_twin("tiny", seed=3)
     torch.save(twin.state_dict(), tmp_path / "my weights.pt")
     monkeypatch.chdir(tmp_path)
-    found = open_model(f"openclip:tiny/{tmp_path / 'my weights.pt' if kind == 'absolute' else 'my weights.pt'}")
+    file = tmp_path / "my weights.pt" if kind == "absolute" else "my weights.pt"
+    found = open_model(f"openclip:tiny/{file}", "cpu")
     with torch.no_grad():
         close(found.encode_image(batch(found)), twin.encode_image(batch(found)))
 
