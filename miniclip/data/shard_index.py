@@ -149,7 +149,7 @@ def index_entry(
             if all(row.crc32 is not None for row in rows):
                 columns[f"{kind}_crc32"] = np.array([row.crc32 for row in rows], dtype=np.uint32)
     with atomic_write(offsets) as stream:
-        np.savez(stream, allow_pickle=False, key=np.array([key for key, _ in samples], dtype=np.str_), **columns)
+        np.savez(stream, key=np.array([key for key, _ in samples], dtype=np.str_), **columns)
     return {
         "file": file,
         "samples": len(samples),

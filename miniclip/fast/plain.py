@@ -21,8 +21,6 @@ Kind = TypeVar("Kind", bound=nn.Module)
 _FLOAT = torch.float32
 _OURS = f"{__package__.split('.')[0]}."
 _OWN = (_OURS, "torch.")
-# PyTorch 2.6 does not tell an export from a compilation, which then takes the textbook's way, too.
-_is_in_export = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _RECORDERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 # What PyTorch puts around a module, or computes a weight by.
 _AROUND = ("torch.distributed.", "torch.nn.parallel.", "torch.nn.utils.", "torch._dynamo.")
@@ -49,13 +47,16 @@ def is_guarded(x: Tensor) -> bool:
     """Whether operations on `x` run with the shapes that it has now, or again only where those shapes hold.
 
     torch.compile compiles again for other shapes; traces and exports do not. Tensors of a class of their own (fake
-    ones, those of torch.func.functionalize) may have no numbers to look at.
+    ones) and those of torch.func may have no numbers to look at.
     """
     if torch.compiler.is_compiling() or _is_exporting():
         return not _is_exporting()
-    transforms = torch._C._functorch.get_interpreter_stack() or ()  # of torch.func; vmap may lie inside another
-    is_mapped = any(each.key() == torch._C._functorch.TransformType.Vmap for each in transforms)
-    return type(x) in (Tensor, nn.Parameter) and not (is_mapped or torch._is_functional_tensor(x) or _is_recording())
+    return type(x) in (Tensor, nn.Parameter) and not (_is_transformed() or _is_recording())
+
+
+def _is_transformed() -> bool:
+    """By a function of torch.func, such as grad and vmap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_recording() -> bool:
@@ -65,7 +66,8 @@ def _is_recording() -> bool:
 
 def _is_exporting() -> bool:
     """By torch.export, torch.jit.trace, or either of the exporters to ONNX, which use one of the two."""
-    return _is_in_export() or torch.jit.is_tracing()
+    # torch.compile of PyTorch 2.11 takes is_exporting(), which returns this flag, for true.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def is_ordinary(*tensors: Tensor | None) -> bool:
@@ -87,7 +89,7 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
         or torch.is_autocast_enabled("cpu")
         or is_in_torch_dispatch_mode()
         or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _is_transformed()
         or forward_ad._current_level >= 0
         or torch.are_deterministic_algorithms_enabled()
         or not torch.backends.mkldnn.enabled

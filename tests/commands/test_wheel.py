@@ -81,6 +81,8 @@ def test_a_model_is_trained_and_evaluated_from_the_installed_wheel(wheel, tmp_pa
     (work / "tiny.yaml").write_text(json.dumps(settings))  # JSON is YAML
     run("train", "fit", "--config", "tiny.yaml")
     run("eval", "--model", "runs/tiny/best", "--data", "photos", "--out", "report", "--device", "cpu")
-    (result,) = json.loads((work / "report/results.json").read_text())["results"]
-    assert result["classnames"] == ["cat", "dog"]
+    of_captions, of_the_set = json.loads((work / "report/results.json").read_text())["results"]
+    assert of_captions["templates"] == ["picture {}, caption 0"]
+    assert of_the_set["templates"] == ["a photo of a {c}."]
+    assert of_captions["classnames"] == of_the_set["classnames"] == ["cat", "dog"]
     assert (work / "report/report.html").is_file()
