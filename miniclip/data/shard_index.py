@@ -141,7 +141,7 @@ def index_entry(
         zeros: what `zeros_at` found: what is appended to a tar may lie there, and leave its size as it was.
     """
     found = Counter(kind for _, members in samples for kind in members)
-    columns: dict[str, np.ndarray] = {}
+    columns: dict[str, Any] = {}  # arrays
     for kind in KINDS:
         if kind in found or kind in ("image", "txt"):
             rows = [members.get(kind, _ABSENT) for _, members in samples]
