@@ -23,6 +23,18 @@ from torch.utils._pytree import tree_map
 from ..model import CLIP, ResidualAttentionBlock
 from ..resnet import Bottleneck
 
+OLDEST_TORCH = (2, 11)  # before, a block that is computed again in the backward pass finds its norms' weights sliced
+
+
+def refuse_old_torch(version: str = torch.__version__) -> None:
+    """
+    Raises:
+        ValueError: this PyTorch cannot train with sliced weights.
+    """
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ValueError(f"strategy fsdp2 needs PyTorch {oldest} or newer, and this is {version}; update it or use ddp")
+
 
 def shard(model: CLIP, mesh: DeviceMesh, autocast: torch.dtype | None = None) -> None:
     """Slices every parameter of the towers over the processes of a mesh, block by block, in place.
@@ -32,7 +44,11 @@ def shard(model: CLIP, mesh: DeviceMesh, autocast: torch.dtype | None = None) ->
     Args:
         autocast: the precision of a mixed run. Matrices of a transformer's block are gathered in it, which halves what
             travels: autocast would round them anyway. Slices, sums over processes and all else stay float32.
+
+    Raises:
+        ValueError: see `refuse_old_torch`.
     """
+    refuse_old_torch()
     for tensor in (*model.parameters(), *model.buffers()):  # every process slices rank 0's weights
         on_device = tensor.detach().to(mesh.device_type)  # NCCL takes no tensor on the host
         dist.broadcast(on_device, 0, group=mesh.get_group())
@@ -141,6 +157,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     This one writes a file that any strategy, with any number of processes, resumes from. What it holds is gathered by
     all processes and kept by the first alone, which writes it.
     """
+
+    def __init__(self, **options: Any) -> None:
+        refuse_old_torch()
+        super().__init__(**options)
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1

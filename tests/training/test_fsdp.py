@@ -20,8 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 import miniclip
 from miniclip.loss import clip_loss
-from miniclip.training.fsdp import local, shard, share_out, whole
+from miniclip.training.fsdp import OLDEST_TORCH, local, refuse_old_torch, shard, share_out, whole
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
+
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH, reason="this PyTorch is too old, and refused"
+)
 
 RESNET = miniclip.VisionConfig(kind="resnet", image_size=32, width=8, blocks=(1, 1, 1, 1), head_width=32)
 
@@ -229,6 +233,12 @@ def test_matrices_gathered_in_autocasts_precision_change_no_bit_of_the_gradients
         assert (wide, narrow) == ([torch.float32], [torch.bfloat16])
         assert {gradient.dtype for gradient in found.values()} == {torch.float32}
         assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_an_old_pytorch_is_refused_in_a_sentence():
+    refuse_old_torch("2.14.1+cu130")
+    with pytest.raises(ValueError, match=r"^strategy fsdp2 needs PyTorch 2\.11 or newer, and this is 2\.10\.0\+cpu; "):
+        refuse_old_torch("2.10.0+cpu")
 
 
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
