@@ -51,7 +51,9 @@ def is_guarded(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or _is_exporting():
         return not _is_exporting()
-    return type(x) in (Tensor, nn.Parameter) and not (_is_transformed() or _is_recording())
+    if type(x) not in (Tensor, nn.Parameter) or torch._is_functional_tensor(x):
+        return False
+    return not (_is_transformed() or _is_recording())
 
 
 def _is_transformed() -> bool:
