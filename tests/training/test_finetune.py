@@ -552,9 +552,8 @@ def test_the_preset_gains_on_a_shifted_set_and_keeps_what_the_naive_rate_forgets
     scores = json.loads((tmp_path / "work/scores.json").read_text())
     before, safe, naive = scores["before"], scores["preset, interpolated"], scores["naive"]
     assert safe["parcel (new)"] > before["parcel (new)"] + 0.15
-    noise = 0.02  # about two standard errors of 361 pictures at 97 %; last bits of a CPU move some of them
-    assert safe["digits (old)"] >= before["digits (old)"] - noise
-    assert safe["inks (old)"] >= before["inks (old)"] - noise
+    assert safe["digits (old)"] >= before["digits (old)"] - 0.01
+    assert safe["inks (old)"] >= before["inks (old)"] - 0.01
     assert naive["digits (old)"] < before["digits (old)"] - 0.15
     for old in ("digits (old)", "inks (old)", "unseen (old)"):
         assert before[old] - safe[old] < (before[old] - naive[old]) / 5

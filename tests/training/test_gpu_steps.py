@@ -79,8 +79,7 @@ def a_step(device, positives="pair", per_image=1, kind="adamw", **options):
             for p in module.clip.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None and device == "cuda" else p.grad
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            if device == "cuda":  # for meta tensors some versions of PyTorch have no fused AdamW
-                optimizer.step()
+            optimizer.step()
             with torch.no_grad():
                 module.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
             if module.average is not None:
