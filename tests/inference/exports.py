@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.entities
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ VISIONS = {
 }
 
 
-def small_clip(kind: str = "vit", **changes) -> CLIP:
+def small_clip(kind: str = "vit", width: int | None = None, **changes) -> CLIP:
     """Every weight and statistic is other than at the start of training, so that none can be left out unnoticed."""
-    clip = tiny_clip(vision=VISIONS[kind], text=TEXT, activation="quick_gelu", **changes)
+    vision = replace(VISIONS[kind], width=width) if width else VISIONS[kind]
+    clip = tiny_clip(vision=vision, text=TEXT, activation="quick_gelu", **changes)
     random = torch.Generator().manual_seed(1)
     for name, tensor in clip.state_dict().items():
         if tensor.is_floating_point() and "logit" not in name:

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from miniclip.inference.exporting.facts import write_facts
 from miniclip.inference.exporting.onnx_files import shrink_onnx, write_onnx
 from miniclip.inference.exporting.openvino_files import write_openvino
 from miniclip.inference.exporting.runner import Clip, open_tower
+from miniclip.inference.exporting.torch_program import write_program
 from miniclip.inference.exporting.towers import random_tokens, towers
 from miniclip.inference.thresholds import ModelThreshold, write_threshold
 from miniclip.weights.load import preprocess_for
@@ -112,6 +114,18 @@ def test_the_folder_says_what_the_model_is_and_how_it_was_proven(exported, model
         assert proof["bytes"][name] == (exported / file).stat().st_size
 
 
+def test_no_program_names_the_folders_of_the_computer_that_made_it(exported, tmp_path):
+    """PyTorch's exporters note for each node the lines of code that it came from, and an export may be published."""
+    programs = list(exported.glob("**/*.onnx"))
+    for tower in towers(small_clip()):
+        programs.append(tmp_path / f"{tower.output}.pt2")
+        write_program(tower, programs[-1], "float32")
+    assert len(programs) == 4
+    for program in programs:
+        assert str(Path(miniclip.__file__).parent).encode() not in program.read_bytes()
+        assert b"torch/nn/modules" not in program.read_bytes()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Every tower, in every target, at every size
 
@@ -183,9 +197,8 @@ SHRUNK = {"float32": (0.999999, 1.01), "float16": (0.9999, 0.6), "bfloat16": (0.
 
 @pytest.mark.parametrize("kind", ["text", *(pytest.param(kind, marks=pytest.mark.long) for kind in VISIONS)])
 def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, tmp_path):
-    """The least cosine and the size in bytes; of a tiny vision transformer, so little is weights that the size says
-    nothing."""
-    clip = small_clip("vit" if kind == "text" else kind)
+    """The least cosine and the size in bytes; image towers are wide enough for the graph to be little of it."""
+    clip = small_clip("vit" if kind == "text" else kind, width={"vit": 128, "resnet": 16}.get(kind))
     tower = towers(clip)[kind == "text"]
     x = random_tokens(clip, 7, 20, seed=1) if kind == "text" else torch.randn(7, *tower.example.shape[1:])
     with torch.no_grad():
@@ -196,7 +209,7 @@ def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, t
         shrink_onnx(tmp_path / "plain.onnx", tmp_path / "out.onnx", precision)
         found = torch.from_numpy(open_tower(tmp_path / "out.onnx")(x.numpy()))
         assert F.cosine_similarity(found, expected).min() > cosine
-        assert kind == "vit" or (tmp_path / "out.onnx").stat().st_size < share * size
+        assert (tmp_path / "out.onnx").stat().st_size < share * size
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.long)])

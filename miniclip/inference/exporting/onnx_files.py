@@ -37,24 +37,26 @@ def require(*packages: str, extra: str, what: str) -> None:
 
 
 def write_onnx(tower: Tower, path: Path) -> None:
-    """float32, as the model is.
+    """float32, as the model is; without the exporter's notes on each node, which quote the code and name its folders.
 
     Raises:
         ValueError: PyTorch can't export it.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     is_large = sum(each.nbytes for each in tower.module.state_dict().values()) > _MOST_FILE_BYTES
     with torch.no_grad(), _quiet():
-        torch.onnx.export(
+        program = torch.onnx.export(
             tower.module,
             (tower.example,),
-            path,
             dynamo=True,
             verbose=False,
             input_names=[tower.input],
             output_names=[tower.output],
             dynamic_shapes=(tower.dynamic,),
-            external_data=is_large,
         )
+        ClearMetadataAndDocStringPass()(program.model)
+        program.save(path, external_data=is_large)
 
 
 @contextmanager
