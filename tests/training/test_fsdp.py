@@ -154,14 +154,18 @@ def mixed_step(mesh, rows, autocast, gathered, is_compiled):
         model.visual.compile(backend="eager")
         model.text.compile(backend="eager")
     shard(model, mesh, gathered)
-    first, seen = model.visual.transformer.resblocks[0], []
-    if not is_compiled:
-        first.mlp.c_fc.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         found = features(model, images[rows], tokens[rows], None)
         loss = clip_loss(*found, local(model.logit_scale).exp(), across_processes=True)
     loss.backward()
-    return {name: whole(p.grad) for name, p in model.named_parameters()}, seen[:1]
+    gradients, seen = {name: whole(p.grad) for name, p in model.named_parameters()}, []
+    if not is_compiled:
+        # Only now: a model with a hook computes more of the textbook's way, and rounds otherwise.
+        layer = model.visual.transformer.resblocks[0].mlp.c_fc
+        layer.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+        with torch.autocast("cpu", autocast):
+            model.encode_image(images[rows])
+    return gradients, seen
 
 
 def shares(mesh):
