@@ -1,7 +1,7 @@
 """Memory of a large block that is kept for the next one, on a CPU.
 
-The C library gives blocks of more than 32 MiB back to the system when they are freed. The next one is fetched anew, page
-by page, and cleared: for a batch of 64 images at 224 pixels that takes three times as long as normalising it.
+The C library gives blocks of more than 32 MiB back to the system when they are freed. The next one is fetched anew,
+page by page, and cleared: for a batch of 64 images at 224 pixels that takes three times as long as normalising it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _last = np.empty(0, dtype=np.float32)
 
 
 def empty(shape: Sequence[int]) -> Tensor:
-    """torch.empty(shape), float32 on the CPU; a large one lies where the last one lay, if nobody holds that any more."""
+    """torch.empty(shape), float32 on the CPU; a large one lies where the last one lay, unless somebody holds that."""
     global _last
     count = prod(shape)
     if 4 * count < _LEAST_BYTES:
         return torch.empty(shape, dtype=torch.float32)
     with _lock:
-        if _last.size != count + _ALIGNMENT // 4 or _references() > _OWN:
+        if _last.size != count + _ALIGNMENT // 4 or _references() > _FREE:
             _last = np.empty(count + _ALIGNMENT // 4, dtype=np.float32)
         start = -_last.ctypes.data % _ALIGNMENT // 4
         return torch.from_numpy(_last[start : start + count]).view(shape)
@@ -39,4 +39,4 @@ def _references() -> int:
     return sys.getrefcount(_last)
 
 
-_OWN = _references()  # by this file; versions of Python count differently
+_FREE = _references()  # nobody else holds one; versions of Python count differently

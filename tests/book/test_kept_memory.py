@@ -1,4 +1,4 @@
-# A block is given out again only when nobody can see it any more. Oracle: the long way, torch.empty and PyTorch's kernels.
+# A block is given out again only when nobody can see it any more. Oracle: the long way, by PyTorch's operators.
 
 import threading
 

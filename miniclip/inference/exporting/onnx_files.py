@@ -55,6 +55,7 @@ def write_onnx(tower: Tower, path: Path) -> None:
             output_names=[tower.output],
             dynamic_shapes=(tower.dynamic,),
         )
+        assert program is not None  # without a path to write to
         ClearMetadataAndDocStringPass()(program.model)
         program.save(path, external_data=is_large)
 
