@@ -36,7 +36,7 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
         "--may-lose",
         type=float,
         metavar="POINTS",
-        help="save instead the best on NEW that loses at most so many points on OLD",
+        help="save instead the best on NEW that loses at most so many points on the images of OLD",
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         from ..evaluation.datasets.open import open_dataset
         from ..evaluation.datasets.sets import labelled
         from ..evaluation.interpolation import best, interpolate, sweep
-        from ..reports.interpolation import table, write_json, write_picture
+        from ..reports.interpolation import table, told_of_forgetting, write_json, write_picture
         from ..weights.load import load, save
 
     new, old = (
@@ -83,11 +83,14 @@ def run(options: argparse.Namespace) -> None:
                 num_workers=options.workers,
                 progress=progress,
             )
+        may_lose = None if options.may_lose is None else options.may_lose / 100
         if alpha is None:
-            alpha = best(points, None if options.may_lose is None else options.may_lose / 100).alpha
+            alpha = best(points, may_lose).alpha
             model = interpolate(start, finetuned, alpha)
         names = [data.name for data in new], [data.name for data in old]
         console().print(table(points, *names, alpha))
+        (chosen,) = (point for point in points if point.alpha == alpha)
+        print(*told_of_forgetting(chosen, names[1], may_lose), sep="\n")
         if options.alpha is None:
             print(
                 f"alpha {alpha:g} was chosen on the images that it is scored on here, so its score is a little too "

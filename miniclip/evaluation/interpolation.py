@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,8 +19,9 @@ from ..config import differences
 from ..model import CLIP
 from ..weights.load import preprocess_for
 from .datasets.sets import LabelledImages
+from .measures.statistics import wilson_interval
 from .prompts import suited
-from .zero_shot import zero_shot_scores
+from .zero_shot import ClassificationScores, zero_shot_scores
 
 
 def interpolate(start: CLIP, finetuned: CLIP, alpha: float) -> CLIP:
@@ -48,13 +49,32 @@ def interpolate(start: CLIP, finetuned: CLIP, alpha: float) -> CLIP:
     return model
 
 
+class Forgotten(NamedTuple):
+    """Images of an old task that the start got right and a later model gets wrong.
+
+    Args:
+        num_lost: how many.
+        num_images: of the task.
+        most: the upper end of the 95 % interval of their share of 1 (`wilson_interval`): few images show no small loss.
+    """
+
+    num_lost: int
+    num_images: int
+    most: float
+
+
 @dataclass(frozen=True)
 class Point:
-    """One model on the way: its top-1 on each new task, and on each old one, as shares of 1."""
+    """One model on the way: its top-1 on each new task, and on each old one, as shares of 1.
+
+    Args:
+        forgotten: of each old task.
+    """
 
     alpha: float
     new: tuple[float, ...]
     old: tuple[float, ...]
+    forgotten: tuple[Forgotten, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -82,16 +102,25 @@ def sweep(
     # The same prompts for all models of the way: what changes is the weights.
     new, old = [suited(data, finetuned.wordings) for data in new], [suited(data, start.wordings) for data in old]
     points: list[Point] = []
+    first: list[ClassificationScores] = []  # the start's, on the old tasks
     for alpha in sorted({0.0, 1.0, *alphas}):
         model = interpolate(start, finetuned, alpha).eval()
-        accuracies = []
-        for data in (*new, *old):
-            scores = zero_shot_scores(model, preprocess, data, batch_size=batch_size, num_workers=num_workers)
-            accuracies.append(float(scores.is_right.mean()))
-        points.append(Point(alpha, tuple(accuracies[: len(new)]), tuple(accuracies[len(new) :])))
+        found = [
+            zero_shot_scores(model, preprocess, data, batch_size=batch_size, num_workers=num_workers)
+            for data in (*new, *old)
+        ]
+        first = first or found[len(new) :]
+        shares = [float(scores.is_right.mean()) for scores in found]
+        forgotten = tuple(map(_forgotten, first, found[len(new) :]))
+        points.append(Point(alpha, tuple(shares[: len(new)]), tuple(shares[len(new) :]), forgotten))
         if progress:
             progress(len(points))
     return points
+
+
+def _forgotten(before: ClassificationScores, after: ClassificationScores) -> Forgotten:
+    is_lost = before.is_right & ~after.is_right
+    return Forgotten(int(is_lost.sum()), len(is_lost), wilson_interval(is_lost, after.groups)[1])
 
 
 def best(points: Sequence[Point], may_lose: float | None = None) -> Point:

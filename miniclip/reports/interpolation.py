@@ -27,6 +27,21 @@ def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chose
     return out
 
 
+def told_of_forgetting(point: Point, old: Sequence[str], may_lose: float | None) -> list[str]:
+    """A line for each old task, and one if its images are too few to show that at most `may_lose`, a share, is lost."""
+    lines = [
+        f"{printable(name)}: of {each.num_images:,} images {each.num_lost:,} were right with alpha 0 and are wrong "
+        f"with alpha {point.alpha:g}; of others like them it may be up to {percent(each.most)} %"
+        for name, each in zip(old, point.forgotten, strict=True)
+    ]
+    if may_lose is not None and point.alpha and max(each.most for each in point.forgotten) > may_lose:
+        lines.append(
+            f"these are too few images to show that at most {100 * may_lose:g} points are lost: retain more, which "
+            "have chosen nothing before"
+        )
+    return lines
+
+
 def write_picture(path: Path, points: Sequence[Point], new: str, old: str, chosen: float) -> None:
     """Accuracy on the new tasks over that on the old ones, a dot for each model (as the paper's figure 1)."""
     figure, axes = bare_axes(5, 4)
@@ -59,6 +74,7 @@ def write_json(
                 "new": dict(zip(new, point.new, strict=True)),
                 "old": dict(zip(old, point.old, strict=True)),
                 "mean": point.mean,
+                "forgotten": {name: each._asdict() for name, each in zip(old, point.forgotten, strict=True)},
             }
             for point in points
         ],

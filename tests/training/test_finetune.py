@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import digits
 import numpy as np
@@ -30,6 +31,7 @@ from miniclip.evaluation import interpolation as finetune
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.images import normalize
 from miniclip.loss import clip_loss
+from miniclip.reports.interpolation import told_of_forgetting
 from miniclip.reports.runs import read_run
 from miniclip.training.distillation import Teacher, distillation_loss
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
@@ -311,6 +313,26 @@ def test_or_the_best_that_loses_no_more_than_it_may():
     assert [finetune.best(points, share).alpha for share in (0, 0.01, 0.2, 0.3)] == [0, 0.3, 0.3, 1]
 
 
+def test_few_images_show_no_small_loss():
+    """0 of 179 and 1 of 179 by hand: Wilson's upper ends are 2.1 and 3.1 %."""
+    right = np.arange(179) != 7
+    before = SimpleNamespace(is_right=np.ones(179, bool), groups=np.arange(179))
+    told = []
+    for is_right in (before.is_right, right):
+        forgotten = finetune._forgotten(before, SimpleNamespace(is_right=is_right, groups=before.groups))
+        told.append(told_of_forgetting(finetune.Point(0.5, (1,), (1,), (forgotten,)), ["val"], 0.025))
+    assert [lines[0] for lines in told] == [
+        f"val: of 179 images {count} were right with alpha 0 and are wrong with alpha 0.5; of others like them it may "
+        f"be up to {most} %"
+        for count, most in ((0, "2.1"), (1, "3.1"))
+    ]
+    assert told[0][1:] == []
+    assert told[1][1:] == [
+        "these are too few images to show that at most 2.5 points are lost: retain more, which have chosen nothing "
+        "before"
+    ]
+
+
 @pytest.fixture
 def sets(tmp_path) -> tuple[Path, Path]:
     """Plain pictures of the four colours, and of light ones of them."""
@@ -337,12 +359,21 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
     assert [point["alpha"] for point in values["points"]] == [0, 0.25, 0.5, 1]
     from miniclip.evaluation.zero_shot import zero_shot_scores
 
+    right = []
     for end, point in ((0, values["points"][0]), (1, values["points"][-1])):
         model, preprocess = miniclip.load(tmp_path / f"model{end}", device="cpu")
         for side, source in zip(("new", "old"), sets, strict=True):
-            expected = zero_shot_scores(model, preprocess, open_dataset(source)).metrics.acc1
-            assert point[side] == {source.name: expected}
+            expected = zero_shot_scores(model, preprocess, open_dataset(source))
+            assert point[side] == {source.name: expected.metrics.acc1}
+        right.append(expected.is_right)
+        told = point["forgotten"]["old"]
+        assert (told["num_lost"], told["num_images"]) == ((right[0] & ~right[-1]).sum(), 12)
     alpha = values["saved_alpha"]
+    (saved,) = (point["forgotten"]["old"] for point in values["points"] if point["alpha"] == alpha)
+    line = (
+        f"old: of 12 images {saved['num_lost']} were right with alpha 0 and are wrong with alpha {alpha:g}; of others"
+    )
+    assert line in said
     expected = finetune.interpolate(tiny_clip(0), tiny_clip(1), alpha).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(out).items())
     assert Image.open(out / "interpolation.png").size[0] > 300
@@ -539,7 +570,11 @@ def test_the_loss_is_shared_between_contrast_and_teacher(data, start, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_preset_gains_on_a_shifted_set_and_keeps_what_the_naive_rate_forgets(tmp_path):
-    """benchmarks/finetune.py on a model that is trained as the demo is."""
+    """benchmarks/finetune.py on a model that is trained as the demo is.
+
+    That at most a point is lost holds on the images that chose the model; of the test's scans no more is lost than
+    those few images let one say.
+    """
     run, environment = tmp_path / "runs/digits", {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
     digits.make(run / "data")
     for part in ("train", "val"):
@@ -552,7 +587,11 @@ def test_the_preset_gains_on_a_shifted_set_and_keeps_what_the_naive_rate_forgets
     scores = json.loads((tmp_path / "work/scores.json").read_text())
     before, safe, naive = scores["before"], scores["preset, interpolated"], scores["naive"]
     assert safe["parcel (new)"] > before["parcel (new)"] + 0.15
-    assert safe["digits (old)"] >= before["digits (old)"] - 0.01
+    interpolation = json.loads((tmp_path / "work/preset-wise/interpolation.json").read_text())
+    at = {point["alpha"]: point for point in interpolation["points"]}
+    chosen = at[interpolation["saved_alpha"]]
+    assert chosen["old"]["val"] >= at[0]["old"]["val"] - 0.01
+    assert safe["digits (old)"] >= before["digits (old)"] - chosen["forgotten"]["val"]["most"]
     assert safe["inks (old)"] >= before["inks (old)"] - 0.01
     assert naive["digits (old)"] < before["digits (old)"] - 0.15
     for old in ("digits (old)", "inks (old)", "unseen (old)"):
