@@ -26,7 +26,7 @@ from .fast.plain import is_eager
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 pixels (..., 3, H, W) -> float32 of the same shape: (pixel / 255 - mean) / std in each channel."""
-    if images.device.type == "cpu" and is_eager(images):
+    if images.device.type == "cpu" and images.is_contiguous() and is_eager(images):
         out = kept_memory.empty(images.shape).copy_(images).div_(255)
     else:
         out = images.to(torch.float32, copy=True).div_(255)

@@ -25,13 +25,16 @@ def empty(shape: Sequence[int]) -> Tensor:
     """torch.empty(shape), float32 on the CPU; a large one lies where the last one lay, unless somebody holds that."""
     global _last
     count = prod(shape)
-    if 4 * count < _LEAST_BYTES:
-        return torch.empty(shape, dtype=torch.float32)
-    with _lock:
+    # Nobody waits for the lock: a process that was forked while another thread held it finds it closed for ever.
+    if 4 * count < _LEAST_BYTES or not _lock.acquire(blocking=False):
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    try:
         if _last.size != count + _ALIGNMENT // 4 or _references() > _FREE:
             _last = np.empty(count + _ALIGNMENT // 4, dtype=np.float32)
         start = -_last.ctypes.data % _ALIGNMENT // 4
         return torch.from_numpy(_last[start : start + count]).view(shape)
+    finally:
+        _lock.release()
 
 
 def _references() -> int:

@@ -1,5 +1,6 @@
 # A block is given out again only when nobody can see it any more. Oracle: the long way, by PyTorch's operators.
 
+import sys
 import threading
 
 import numpy as np
@@ -80,6 +81,23 @@ def test_blocks_of_another_size_or_held_by_somebody_are_let_go():
     assert kept_memory._last is block
 
 
+def test_images_stay_on_the_cpu_and_in_their_order_of_memory(monkeypatch):
+    rows = pixels(0)
+    images = rows.contiguous(memory_format=torch.channels_last)
+    for least in (0, 2**60):
+        monkeypatch.setattr(kept_memory, "_LEAST_BYTES", least)
+        with torch.device("meta"):
+            assert normalize(rows, OPENAI_MEAN, OPENAI_STD).device.type == "cpu"
+        assert normalize(images, OPENAI_MEAN, OPENAI_STD).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nobody_waits_for_a_thread_that_a_fork_left_behind():
+    with kept_memory._lock:
+        found = normalize(pixels(0), OPENAI_MEAN, OPENAI_STD)
+    assert torch.equal(found, normalised(pixels(0)))
+    assert not kept_memory._last.size
+
+
 def test_threads_do_not_share_a_block():
     wrong = []
 
@@ -89,9 +107,12 @@ def test_threads_do_not_share_a_block():
             if not torch.equal(normalize(images, OPENAI_MEAN, OPENAI_STD), normalised(images)):
                 wrong.append((number, seed))
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     assert not wrong
