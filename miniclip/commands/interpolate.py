@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .terminal import add_encoding, add_upright, console, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
+
+if TYPE_CHECKING:
+    from ..evaluation.datasets.sets import LabelledImages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +40,7 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
         "--may-lose",
         type=float,
         metavar="POINTS",
-        help="save instead the best on NEW that loses at most so many points on the images of OLD",
+        help="save instead the best on NEW that loses at most so many points on OLD's images, the mean of all OLD",
     )
     parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
@@ -59,9 +63,12 @@ def run(options: argparse.Namespace) -> None:
         from ..evaluation.datasets.open import open_dataset
         from ..evaluation.datasets.sets import labelled
         from ..evaluation.interpolation import best, interpolate, sweep
-        from ..reports.interpolation import table, told_of_forgetting, write_json, write_picture
+        from ..reports.interpolation import table, told_of_losses, write_json, write_picture
         from ..weights.load import load, save
 
+    for option, sources in (("--data", options.data), ("--retain", options.retain)):
+        if twice := [source for source in sources if sources.count(source) > 1]:
+            raise ValueError(f"{option} names {twice[0]} twice")
     new, old = (
         [replace(labelled(open_dataset(source)), upright=options.upright) for source in sources]
         for sources in (options.data, options.retain)
@@ -87,10 +94,11 @@ def run(options: argparse.Namespace) -> None:
         if alpha is None:
             alpha = best(points, may_lose).alpha
             model = interpolate(start, finetuned, alpha)
-        names = [data.name for data in new], [data.name for data in old]
+        names = _told_apart(options.data, new), _told_apart(options.retain, old)
         console().print(table(points, *names, alpha))
         (chosen,) = (point for point in points if point.alpha == alpha)
-        print(*told_of_forgetting(chosen, names[1], may_lose), sep="\n")
+        for line in told_of_losses(chosen, names[1], may_lose):
+            print(line)
         if options.alpha is None:
             print(
                 f"alpha {alpha:g} was chosen on the images that it is scored on here, so its score is a little too "
@@ -103,6 +111,12 @@ def run(options: argparse.Namespace) -> None:
     assert model is not None
     save(model, out, overwrite=options.overwrite)
     print(f"model of alpha {alpha:g}: {out}; miniclip.load reads it")
+
+
+def _told_apart(sources: list[str], sets: list[LabelledImages]) -> list[str]:
+    """What the sets are called; those of one name as they were given."""
+    names = [data.name for data in sets]
+    return [name if names.count(name) == 1 else source for name, source in zip(names, sources, strict=True)]
 
 
 def _mixing_shares(text: str) -> list[float]:

@@ -9,17 +9,19 @@ of them costs what one model costs.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..config import differences
 from ..model import CLIP
 from ..weights.load import preprocess_for
 from .datasets.sets import LabelledImages
-from .measures.statistics import wilson_interval
+from .measures.statistics import most_lost
 from .prompts import suited
 from .zero_shot import ClassificationScores, zero_shot_scores
 
@@ -49,17 +51,20 @@ def interpolate(start: CLIP, finetuned: CLIP, alpha: float) -> CLIP:
     return model
 
 
-class Forgotten(NamedTuple):
-    """Images of an old task that the start got right and a later model gets wrong.
+class Loss(NamedTuple):
+    """What a model lost of an old task, against the start.
 
     Args:
-        num_lost: how many.
-        num_images: of the task.
-        most: the upper end of the 95 % interval of their share of 1 (`wilson_interval`): few images show no small loss.
+        num_images: that both could read.
+        num_lost, num_gained: of them the start alone, and the model alone, got right.
+        share: the start's accuracy less the model's, on them.
+        most: the upper end of the share's 95 % interval (`most_lost`).
     """
 
-    num_lost: int
     num_images: int
+    num_lost: int
+    num_gained: int
+    share: float
     most: float
 
 
@@ -68,18 +73,29 @@ class Point:
     """One model on the way: its top-1 on each new task, and on each old one, as shares of 1.
 
     Args:
-        forgotten: of each old task.
+        losses: on each old task; none of the start.
     """
 
     alpha: float
     new: tuple[float, ...]
     old: tuple[float, ...]
-    forgotten: tuple[Forgotten, ...] = ()
+    losses: tuple[Loss, ...] = ()
 
     @property
     def mean(self) -> float:
         """Of the new tasks' mean and the old tasks' mean."""
         return (sum(self.new) / len(self.new) + sum(self.old) / len(self.old)) / 2
+
+    @property
+    def most_lost(self) -> float:
+        """The upper end of the 95 % interval of the old tasks' mean loss, a share of 1; 0 for the start.
+
+        The tasks' intervals are squared and added.
+        """
+        if not self.losses:
+            return 0.0
+        above = math.hypot(*(loss.most - loss.share for loss in self.losses))
+        return (sum(loss.share for loss in self.losses) + above) / len(self.losses)
 
 
 def sweep(
@@ -111,16 +127,20 @@ def sweep(
         ]
         first = first or found[len(new) :]
         shares = [float(scores.is_right.mean()) for scores in found]
-        forgotten = tuple(map(_forgotten, first, found[len(new) :]))
-        points.append(Point(alpha, tuple(shares[: len(new)]), tuple(shares[len(new) :]), forgotten))
+        losses = tuple(map(_loss, first, found[len(new) :])) if alpha else ()
+        points.append(Point(alpha, tuple(shares[: len(new)]), tuple(shares[len(new) :]), losses))
         if progress:
             progress(len(points))
     return points
 
 
-def _forgotten(before: ClassificationScores, after: ClassificationScores) -> Forgotten:
-    is_lost = before.is_right & ~after.is_right
-    return Forgotten(int(is_lost.sum()), len(is_lost), wilson_interval(is_lost, after.groups)[1])
+def _loss(before: ClassificationScores, after: ClassificationScores) -> Loss:
+    # Over a network, an image may be read once and not again.
+    _, rows, rows_after = np.intersect1d(before.indices, after.indices, return_indices=True)
+    first, second = before.is_right[rows], after.is_right[rows_after]
+    lost, gained = int((first & ~second).sum()), int((second & ~first).sum())
+    most = most_lost(first, second, before.groups[rows])
+    return Loss(len(rows), lost, gained, (lost - gained) / len(rows), most)
 
 
 def best(points: Sequence[Point], may_lose: float | None = None) -> Point:

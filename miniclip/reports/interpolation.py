@@ -27,17 +27,20 @@ def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chose
     return out
 
 
-def told_of_forgetting(point: Point, old: Sequence[str], may_lose: float | None) -> list[str]:
-    """A line for each old task, and one if its images are too few to show that at most `may_lose`, a share, is lost."""
+def told_of_losses(point: Point, old: Sequence[str], may_lose: float | None) -> list[str]:
+    """A line for each old task, and one if its images do not show that at most `may_lose`, a share, is lost."""
+    if not point.losses:
+        return []
     lines = [
-        f"{printable(name)}: of {each.num_images:,} images {each.num_lost:,} were right with alpha 0 and are wrong "
-        f"with alpha {point.alpha:g}; of others like them it may be up to {percent(each.most)} %"
-        for name, each in zip(old, point.forgotten, strict=True)
+        f"{printable(name)}: {100 * loss.share:.1f} points lost with alpha {point.alpha:g}, of {loss.num_images:,} "
+        f"images (now wrong: {loss.num_lost:,}, now right: {loss.num_gained:,}); up to {100 * loss.most:.1f} on others "
+        "like them (95 %)"
+        for name, loss in zip(old, point.losses, strict=True)
     ]
-    if may_lose is not None and point.alpha and max(each.most for each in point.forgotten) > may_lose:
+    if may_lose is not None and point.most_lost > may_lose:
         lines.append(
-            f"these are too few images to show that at most {100 * may_lose:g} points are lost: retain more, which "
-            "have chosen nothing before"
+            f"that at most {100 * may_lose:g} may be lost holds on these images and is not shown for others: up to "
+            f"{100 * point.most_lost:.1f} may be; retain more images, which have chosen nothing before"
         )
     return lines
 
@@ -74,7 +77,7 @@ def write_json(
                 "new": dict(zip(new, point.new, strict=True)),
                 "old": dict(zip(old, point.old, strict=True)),
                 "mean": point.mean,
-                "forgotten": {name: each._asdict() for name, each in zip(old, point.forgotten, strict=True)},
+                "losses": {name: loss._asdict() for name, loss in zip(old, point.losses, strict=False)},
             }
             for point in points
         ],

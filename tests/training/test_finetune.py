@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from miniclip.evaluation import interpolation as finetune
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.images import normalize
 from miniclip.loss import clip_loss
-from miniclip.reports.interpolation import told_of_forgetting
+from miniclip.reports.interpolation import told_of_losses
 from miniclip.reports.runs import read_run
 from miniclip.training.distillation import Teacher, distillation_loss
 from miniclip.training.optimizer import OptimizerConfig, make_optimizer
@@ -313,24 +314,40 @@ def test_or_the_best_that_loses_no_more_than_it_may():
     assert [finetune.best(points, share).alpha for share in (0, 0.01, 0.2, 0.3)] == [0, 0.3, 0.3, 1]
 
 
+def scores_of(is_right, indices=None):
+    indices = np.arange(len(is_right)) if indices is None else np.array(indices)
+    return SimpleNamespace(is_right=np.array(is_right), groups=np.arange(len(is_right)), indices=indices)
+
+
 def test_few_images_show_no_small_loss():
-    """0 of 179 and 1 of 179 by hand: Wilson's upper ends are 2.1 and 3.1 %."""
-    right = np.arange(179) != 7
-    before = SimpleNamespace(is_right=np.ones(179, bool), groups=np.arange(179))
-    told = []
-    for is_right in (before.is_right, right):
-        forgotten = finetune._forgotten(before, SimpleNamespace(is_right=is_right, groups=before.groups))
-        told.append(told_of_forgetting(finetune.Point(0.5, (1,), (1,), (forgotten,)), ["val"], 0.025))
-    assert [lines[0] for lines in told] == [
-        f"val: of 179 images {count} were right with alpha 0 and are wrong with alpha 0.5; of others like them it may "
-        f"be up to {most} %"
-        for count, most in ((0, "2.1"), (1, "3.1"))
+    """0 and 1 lost of 179: Wilson's upper ends are 2.10 and 3.10 % by hand."""
+    before, point = scores_of([True] * 179), partial(finetune.Point, 0.5, (1,), (1,))
+    one = finetune._loss(before, scores_of([True] * 178 + [False]))
+    assert told_of_losses(point((one,)), ["val"], 0.032) == [
+        "val: 0.6 points lost with alpha 0.5, of 179 images (now wrong: 1, now right: 0); up to 3.1 on others like "
+        "them (95 %)"
     ]
-    assert told[0][1:] == []
-    assert told[1][1:] == [
-        "these are too few images to show that at most 2.5 points are lost: retain more, which have chosen nothing "
-        "before"
+    none = finetune._loss(before, before)
+    assert none == (179, 0, 0, 0, pytest.approx(0.0210, abs=5e-5))
+    assert told_of_losses(point((none,)), ["val"], 0.01)[1:] == [
+        "that at most 1 may be lost holds on these images and is not shown for others: up to 2.1 may be; retain more "
+        "images, which have chosen nothing before"
     ]
+    # The mean of two tasks: (0 + 1 / 179) / 2, and the root of the sum of 2.10² and (3.10 - 0.56)², halved.
+    assert point((none, one)).most_lost == pytest.approx(0.0028 + 0.0329 / 2, abs=1e-4)
+    assert told_of_losses(finetune.Point(0, (1,), (1,)), ["val"], 0.0) == []
+
+
+def test_what_is_gained_counts_and_many_images_show_a_small_loss():
+    many = np.arange(100_000)
+    loss = finetune._loss(scores_of(many >= 2500), scores_of(many < 98_000))
+    assert loss[:4] == (100_000, 2000, 2500, pytest.approx(-0.005))
+    assert -0.005 < loss.most < -0.003
+
+
+def test_images_that_were_read_only_once_count_for_neither():
+    before, after = scores_of([True, False, True], [0, 1, 3]), scores_of([False, True, True, False], [0, 1, 2, 3])
+    assert finetune._loss(before, after)[:4] == (3, 2, 1, pytest.approx(1 / 3))
 
 
 @pytest.fixture
@@ -366,14 +383,15 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
             expected = zero_shot_scores(model, preprocess, open_dataset(source))
             assert point[side] == {source.name: expected.metrics.acc1}
         right.append(expected.is_right)
-        told = point["forgotten"]["old"]
-        assert (told["num_lost"], told["num_images"]) == ((right[0] & ~right[-1]).sum(), 12)
     alpha = values["saved_alpha"]
-    (saved,) = (point["forgotten"]["old"] for point in values["points"] if point["alpha"] == alpha)
-    line = (
-        f"old: of 12 images {saved['num_lost']} were right with alpha 0 and are wrong with alpha {alpha:g}; of others"
+    loss = values["points"][-1]["losses"]["old"]
+    assert (loss["num_lost"], loss["num_gained"], loss["num_images"]) == (
+        (right[0] & ~right[1]).sum(),
+        (right[1] & ~right[0]).sum(),
+        12,
     )
-    assert line in said
+    assert values["points"][0]["losses"] == {}
+    assert (f"points lost with alpha {alpha:g}, of 12 images" in said) == (alpha > 0)
     expected = finetune.interpolate(tiny_clip(0), tiny_clip(1), alpha).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(out).items())
     assert Image.open(out / "interpolation.png").size[0] > 300
@@ -394,6 +412,7 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
         (["--data", "{new}", "--retain", "{new}", "--may-lose", "-1"], "--may-lose is -1.0; it is 0 to 100"),
         (["--alphas", "0,x"], "write 0,0.25,0.5,1"),
         (["--alphas", "0,1.5"], "are not all from 0"),
+        (["--data", "{new}", "{new}", "--retain", "{new}"], "--data names {new} twice"),
         (["--data", "{new}", "--retain", "nowhere"], "nowhere"),
     ],
 )
@@ -403,7 +422,7 @@ def test_mistakes_with_the_verb_are_answered_in_words(sets, tmp_path, capsys, mo
     with pytest.raises(SystemExit) as stopped:
         cli.main(["interpolate", str(tmp_path / "model"), str(tmp_path / "model"), "--out", str(tmp_path / "o"), *more])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message.format(new=sets[0]) in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
@@ -591,7 +610,7 @@ def test_the_preset_gains_on_a_shifted_set_and_keeps_what_the_naive_rate_forgets
     at = {point["alpha"]: point for point in interpolation["points"]}
     chosen = at[interpolation["saved_alpha"]]
     assert chosen["old"]["val"] >= at[0]["old"]["val"] - 0.01
-    assert safe["digits (old)"] >= before["digits (old)"] - chosen["forgotten"]["val"]["most"]
+    assert safe["digits (old)"] >= before["digits (old)"] - chosen["losses"]["val"]["most"]
     assert safe["inks (old)"] >= before["inks (old)"] - 0.01
     assert naive["digits (old)"] < before["digits (old)"] - 0.15
     for old in ("digits (old)", "inks (old)", "unseen (old)"):
