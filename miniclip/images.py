@@ -21,15 +21,11 @@ from torch import Tensor
 from .common.arguments import shown
 from .config import Interpolation, Preprocessing, Resize
 from .fast import kept_memory
-from .fast.plain import is_eager
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 pixels (..., 3, H, W) -> float32 of the same shape: (pixel / 255 - mean) / std in each channel."""
-    if images.device.type == "cpu" and images.is_contiguous() and is_eager(images):
-        out = kept_memory.empty(images.shape).copy_(images).div_(255)
-    else:
-        out = images.to(torch.float32, copy=True).div_(255)
+    out = kept_memory.to_float32(images).div_(255)
     # Python's numbers travel with the kernels; tensors of them would be copied to the device, which a GPU waits for.
     for channel, channel_mean, channel_std in zip(range(out.shape[-3]), mean, std, strict=True):
         out[..., channel, :, :].sub_(channel_mean).div_(channel_std)

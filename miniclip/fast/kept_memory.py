@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
-from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .plain import is_eager
+
 _LEAST_BYTES = 2**25  # glibc never keeps blocks above it (DEFAULT_MMAP_THRESHOLD_MAX)
-_ALIGNMENT = 64  # bytes, as PyTorch's own blocks have it
+_ALIGNMENT = 64  # bytes
 _lock = threading.Lock()
 _last = np.empty(0, dtype=np.float32)
 
 
-def empty(shape: Sequence[int]) -> Tensor:
-    """torch.empty(shape), float32 on the CPU; a large one lies where the last one lay, unless somebody holds that."""
-    global _last
-    count = prod(shape)
+def to_float32(x: Tensor) -> Tensor:
+    """x.to(torch.float32, copy=True). A large one lies where the last one lay, unless somebody holds that."""
+    is_kept = x.device.type == "cpu" and is_eager(x) and 4 * x.numel() >= _LEAST_BYTES and x.is_contiguous()
     # Nobody waits for the lock: a process that was forked while another thread held it finds it closed for ever.
-    if 4 * count < _LEAST_BYTES or not _lock.acquire(blocking=False):
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    if not (is_kept and _lock.acquire(blocking=False)):
+        return x.to(torch.float32, copy=True)
     try:
-        if _last.size != count + _ALIGNMENT // 4 or _references() > _FREE:
-            _last = np.empty(count + _ALIGNMENT // 4, dtype=np.float32)
-        start = -_last.ctypes.data % _ALIGNMENT // 4
-        return torch.from_numpy(_last[start : start + count]).view(shape)
+        out = _block(x.numel()).view(x.shape)
     finally:
         _lock.release()
+    return out.copy_(x)
+
+
+def _block(count: int) -> Tensor:
+    """(count,) float32, aligned as PyTorch's own are."""
+    global _last
+    if _last.size != count + _ALIGNMENT // 4 or _references() > _FREE:
+        _last = np.empty(count + _ALIGNMENT // 4, dtype=np.float32)
+    start = -_last.ctypes.data % _ALIGNMENT // 4
+    return torch.from_numpy(_last[start : start + count])
 
 
 def _references() -> int:
