@@ -27,6 +27,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 
 from ..common.files import user_errors, write_text
+from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.preflight import brief
@@ -261,6 +262,12 @@ class TrainingCLI(LightningCLI):
         run_settings.refuse_validations(self.trainer, steps_per_epoch, bool(data.val))
         if _is_rank_zero():
             print(data.describe(), flush=True)
+            if shards := data.trained_on():
+                print(
+                    f"warning: data.val has shards that are trained on ({some(shards, 3)}), so its scores say little "
+                    "of other pairs",
+                    file=sys.stderr,
+                )
             for warning in (
                 []
                 if data.train_shards is None

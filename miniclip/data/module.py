@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -92,13 +93,18 @@ class PairLoader(PatientLoader[Sample]):
         del state
 
 
+def _whereabouts(location: str) -> str:
+    return location if is_url(location) else os.path.realpath(location)
+
+
 class PairDataModule(pl.LightningDataModule):
     """Image-text pairs for Lightning's trainer.
 
     Args:
         train: shards: a folder (`miniclip shards SRC OUT` makes one), here or at a URL, or a pattern of tars in one; or
-            a list of them. A folder of images and texts, or a table, is packed into the cache first.
-        val: the same, never trained on; or none.
+            a list of them. A folder of images and texts, or a table, is packed into the cache first; of a table whose
+            rows name their split, those of train.
+        val: the same, never trained on; or none. Of a table whose rows name their split, those of val.
         weights: proportions in which the sources of `train` are mixed; by default each sample of each source comes
             once an epoch.
         batch_size: pairs that are contrasted with each other, over all ranks.
@@ -183,7 +189,7 @@ class PairDataModule(pl.LightningDataModule):
             positives, negatives, self.neighbours, group, self.captions.per_image, len(self.train), weights, order
         )
         self._likeness: Likeness | None = None
-        self._locations: dict[str, str] = {}
+        self._locations: dict[tuple[str, str], str] = {}  # of a source's part
         self.weights, self.batch_size, self.num_workers = weights, batch_size, num_workers
         self.cache = Cache(limit_bytes=int(cache_gb * 1e9))
         self.augmentation, self.seed = augmentation, seed
@@ -199,14 +205,19 @@ class PairDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Called once on each machine, before `setup` everywhere."""
-        for source in (*self.train, *self.val):
-            if source not in self._locations:
-                self._locations[source] = pack_into_cache(source, self.cache.limit_bytes)
+        for split, sources in (("train", self.train), ("val", self.val)):
+            for source in sources:
+                if (source, split) not in self._locations:
+                    self._locations[source, split] = pack_into_cache(source, self.cache.limit_bytes, split)
+
+    def _places(self, split: str) -> list[str]:
+        """Where the shards of `train` or `val` are, once they are prepared."""
+        return [self._locations[source, split] for source in (self.train if split == "train" else self.val)]
 
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.train_shards is None and self.train_stream is None:
             self.prepare_data()  # tells this process where; one of them packs, if need be
-            sources = [self._locations[source] for source in self.train]
+            sources = self._places("train")
             if self.is_streamed:
                 self.train_stream = TrainingStream(sources, self.stream_settings, self.seed)
             else:
@@ -215,11 +226,21 @@ class PairDataModule(pl.LightningDataModule):
                     refuse_without_groups(self.train_shards, self.group)
         if self.val and self.val_shards is None:
             self.prepare_data()
-            self.val_shards = Shards([self._locations[source] for source in self.val], self.cache)
+            self.val_shards = Shards(self._places("val"), self.cache)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.train_stream is not None and (left_out := self.train_stream.summary()):
             print(left_out, file=sys.stderr)
+
+    def trained_on(self) -> list[str]:
+        """The shards of `val` that are trained on, too."""
+        places = set[str]()
+        if self.train_shards is not None:
+            places = {_whereabouts(shard.location) for shard in self.train_shards.entries}
+        elif self.train_stream is not None:
+            places = {_whereabouts(tar.location) for tar in self.train_stream.tars}
+        held_out = [] if self.val_shards is None else self.val_shards.entries
+        return [shard.location for shard in held_out if _whereabouts(shard.location) in places]
 
     def steps_per_epoch(self) -> int:
         """
@@ -252,8 +273,7 @@ class PairDataModule(pl.LightningDataModule):
         """What hard negatives are composed by, read once."""
         assert self.train_shards is not None
         if self._likeness is None and self.neighbours:
-            locations = [self._locations[source] for source in self.train]
-            self._likeness = neighbours_in(self.neighbours, self.train_shards, locations)
+            self._likeness = neighbours_in(self.neighbours, self.train_shards, self._places("train"))
         elif self._likeness is None:
             self._likeness = groups_in(self.train_shards, self.group)
         return self._likeness

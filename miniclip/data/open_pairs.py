@@ -82,11 +82,12 @@ def open_pairs(
     return shard_pairs(source)
 
 
-def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9) -> str:
+def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, split: str = "train") -> str:
     """The location of a source's shards. A source that is not packed yet is packed into the cache, and again whenever
     it has changed.
 
     Args:
+        split: of a source that has several.
         limit_bytes: sources that were not used for longest leave the cache, so that all together have no more than
             this; but none that a process uses, which began to when it called this.
 
@@ -98,7 +99,7 @@ def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9) -> str:
     if is_shards(source) or not is_packable:
         return source  # `Shards` raises if nothing is there
     try:
-        pairs = read_pairs(source)
+        pairs = read_pairs(source, split=split)
         name = hashlib.sha256(f"{_READ_AS} {path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
         out = cache_folder("packed") / f"{path.stem}-{name}"
         with _room(out.parent):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -15,6 +16,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import pack_folder, picture, trainer_at, write_pairs, write_picture
@@ -736,6 +739,59 @@ def test_what_is_not_packed_is_packed_into_the_cache_once_and_again_when_it_chan
         (folder / "0004.txt").unlink()
     assert train() == 4
     assert f"Packing {source}" in capsys.readouterr().out
+
+
+SPLITS = ("train", "val", "test", "train", "validation", "test", "train", "val")
+
+
+def table_of_splits(kind: str, folder: Path) -> Path:
+    """Pictures 0 to 7 with the splits above, of which the names of Parquet files tell as well."""
+    rows = [{"image": f"{n:04d}.png", "caption": f"picture {n}", "split": split} for n, split in enumerate(SPLITS)]
+    if kind == "csv":
+        (folder / "a.csv").write_text("\n".join(["image,caption,split", *(",".join(row.values()) for row in rows)]))
+        return folder / "a.csv"
+    if kind == "karpathy":
+        images = [
+            {"filename": row["image"], "sentences": [{"raw": row["caption"]}], "split": row["split"]} for row in rows
+        ]
+        (folder / "a.json").write_text(json.dumps({"images": images}))
+        return folder / "a.json"
+    (folder / "parquet").mkdir()
+    for name in ("train", "test", "validation"):
+        meant = [row for row in rows if row["split"] == name or (name, row["split"]) == ("validation", "val")]
+        pictures = [(folder / row["image"]).read_bytes() for row in meant]
+        table = pa.table({"image": pictures, "caption": [row["caption"] for row in meant]})
+        pq.write_table(table, folder / "parquet" / f"{name}-00000-of-00001.parquet")
+    return folder / "parquet"
+
+
+@pytest.mark.parametrize("kind", ["csv", "karpathy", "parquet"])
+def test_a_table_that_names_its_splits_is_trained_on_and_validated_by_them(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
+    source = str(table_of_splits(kind, write_pairs(tmp_path / "pairs", len(SPLITS))))
+    data = module(source, val=source, batch_size=2)
+    found = [{shards[n].captions for n in range(len(shards))} for shards in (data.train_shards, data.val_shards)]
+    assert found == [{(f"picture {n}",) for n in numbers} for numbers in ((0, 3, 6), (1, 4, 7))]
+    assert data.trained_on() == []
+
+
+def test_a_table_without_held_out_rows_is_no_validation(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
+    folder = write_pairs(tmp_path / "pairs", 4)
+    rows = [f"{n:04d}.png,picture {n},{'test' if n == 3 else 'train'}" for n in range(4)]
+    (folder / "a.csv").write_text("\n".join(["image,caption,split", *rows]))
+    with pytest.raises(ValueError, match=r"no row whose column 'split' is 'val'; valid for --split are test, train"):
+        module(str(folder / "a.csv"), val=str(folder / "a.csv"), batch_size=2)
+
+
+@pytest.mark.parametrize("order", ["exact", "stream"])
+def test_shards_that_are_trained_on_and_held_out_are_named(shelf, tmp_path, order):
+    first = sorted(str(path) for path in shelf.glob("*.tar"))[0]
+    shutil.copytree(shelf, tmp_path / "copy")
+    data = module(shelf, val=[f"{shelf}/../{shelf.name}", str(tmp_path / "copy")], order=order)
+    assert [Path(place).resolve() for place in data.trained_on()][:1] == [Path(first).resolve()]
+    assert len(data.trained_on()) == len(list(shelf.glob("*.tar")))
+    assert module(shelf, val=str(tmp_path / "copy"), order=order).trained_on() == []
 
 
 @pytest.mark.parametrize(("part", "num_batches"), [("train", 5), ("val", 6)])  # a validation has the rest, too

@@ -13,7 +13,7 @@ from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, same_name, scan
-from .splits import EQUAL_SPLITS, rows_of_split
+from .splits import EQUAL_SPLITS, equal_splits, rows_of_split
 from .tables import read_table
 
 # Folders that only say what lies in them: images/a.jpg and captions/a.txt are a pair.
@@ -32,8 +32,9 @@ def read_folder(folder: Path, split: str = "train") -> Pairs:
     """
     files = scan(folder)
     metadata = [path for path in files.others if path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES]
+    places = (folder, *(folder / name for name in equal_splits(split)))
     for path in metadata:
-        if path.parent in (folder, folder / split) and "file_name" in read_table(path)[0]:
+        if path.parent in places and "file_name" in read_table(path)[0]:
             return _read_imagefolder(files, path, split)
     if not files.images and not files.texts:
         raise ValueError(f"no pairs found in {folder}: it holds {_what_lies_in(files)}")

@@ -12,6 +12,7 @@ from .cells import picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
+from .splits import split_among
 
 HUB_PREFIX = "hf-hub:"
 _DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
@@ -72,9 +73,7 @@ def read_datasets(source: str, image_column: str | None, caption_columns: Sequen
     import datasets
 
     if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{source} has no split {split!r}; valid are {', '.join(loaded)}")
-        loaded = loaded[split]
+        loaded = loaded[split_among(list(loaded), split, source)]
     columns = list(loaded.column_names)
     if image_column is None:
         image_column = next((c for c in columns if isinstance(loaded.features[c], datasets.Image)), None)

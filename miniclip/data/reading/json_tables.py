@@ -19,10 +19,10 @@ from typing import Any
 
 from .cells import CAPTION_COLUMNS
 from .scan import LeftOut
+from .splits import equal_splits
 
 Records = list[dict[str, Any]]
 _KARPATHYS_OWN = ("filepath", "filename", "file_name", "sentences", "sentids")  # the rest is facts
-_IN_TRAINING = ("train", "restval")  # Karpathy's rest of the validation set is trained on
 
 
 class RepeatedNameError(ValueError):
@@ -202,7 +202,7 @@ def _karpathys(images: Records, split: str | None) -> tuple[Records, list[LeftOu
     """Karpathy's splits of Flickr8k, Flickr30k and COCO; images of another split are left out."""
     rows, left_out = [], []
     splits = {str(image["split"]) for image in images if "split" in image}
-    wanted = _IN_TRAINING if split == "train" else (split,)
+    wanted = equal_splits(split) if split else ()
     for image in images:
         folder, name = image.get("filepath", ""), image.get("filename", image.get("file_name", ""))
         file = f"{folder}/{name}" if folder else name

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from .parquet import ParquetRows
 from .scan import LeftOut
 
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation", "dev", "eval"), ("test", "testing"))
 
 
+def equal_splits(split: str) -> tuple[str, ...]:
+    """The names of a part that mean the same as this one, itself among them."""
+    return next((names for names in EQUAL_SPLITS if split in names), (split,))
+
+
+def split_among(there: Collection[str], split: str, source: str) -> str:
+    """The part of this name, else the first that means the same.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chosen = next((name for name in (split, *equal_splits(split)) if name in there), None)
+    if chosen is None:
+        raise ValueError(f"{source} has no split {split!r}; valid are {', '.join(there)}")
+    return chosen
+
+
 class Rows(list[dict[str, Any]]):
-    """Rows in memory, and what of their file is none."""
+    """Rows in memory, and what of their file is none. `ParquetRows` has the same methods."""
 
     left_out: tuple[LeftOut, ...] = ()
 
+    def only(self, rows: Sequence[int]) -> Rows:
+        return Rows(self[row] for row in rows)
 
-def splits_in(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[str]:
+    def column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self]
+
+
+def splits_in(columns: Sequence[str], rows: Any) -> list[str]:
     """The parts that the column names, sorted; none without one, or where it names fewer than two."""
     return sorted(set(_part_of_each(columns, rows)[1]) - {""})
 
@@ -31,7 +53,7 @@ def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> 
         ValueError: several parts, and not the one that is asked for.
     """
     column, parts = _part_of_each(columns, rows)
-    wanted = next((names for names in EQUAL_SPLITS if split in names), (split,))
+    wanted = equal_splits(split)
     if not (others := set(parts) - set(wanted)):
         return rows
     kept = [row for row, part in enumerate(parts) if part in wanted]
@@ -43,7 +65,7 @@ def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> 
         for row, part in enumerate(parts)
         if part not in wanted
     ]
-    chosen = rows.only(kept) if isinstance(rows, ParquetRows) else Rows(rows[row] for row in kept)
+    chosen = rows.only(kept)
     chosen.left_out = (*getattr(rows, "left_out", ()), *left_out)
     return chosen
 
@@ -53,7 +75,7 @@ def _part_of_each(columns: Sequence[str], rows: Any) -> tuple[str, list[str]]:
     as train and test are."""
     for column in columns:
         if column.strip().lower() in SPLIT_COLUMNS:
-            values = rows.column(column) if isinstance(rows, ParquetRows) else [row.get(column) for row in rows]
+            values = rows.column(column)
             parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
             if sum(bool(set(names) & set(parts)) for names in EQUAL_SPLITS) > 1:
                 return column, parts

@@ -17,7 +17,7 @@ from .cells import decode_text
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES
-from .splits import Rows, rows_of_split
+from .splits import Rows, rows_of_split, split_among
 
 IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
@@ -101,9 +101,8 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
     splits = {file: _split_of(file, path) for file in found}
     names = sorted({name for name in splits.values() if name})
     if len(names) > 1 and split and path.is_dir():
-        if split not in names:
-            raise ValueError(f"{path} has no split {split!r}; valid are {', '.join(names)}")
-        return [file for file in found if splits[file] in (split, "")]
+        chosen = split_among(names, split, str(path))
+        return [file for file in found if splits[file] in (chosen, "")]
     return found
 
 
