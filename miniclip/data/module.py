@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -93,8 +93,11 @@ class PairLoader(PatientLoader[Sample]):
         del state
 
 
-def _whereabouts(location: str) -> str:
-    return location if is_url(location) else os.path.realpath(location)
+def _whereabouts(locations: Sequence[str]) -> list[str]:
+    """Equal for one file, however its folder is written; a folder, which may be on a slow disk, is asked for once."""
+    paths = {each: Path(each) for each in locations if not is_url(each)}
+    real = {folder: folder.resolve() for folder in {path.parent for path in paths.values()}}
+    return [str(real[paths[each].parent] / paths[each].name) if each in paths else each for each in locations]
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -234,13 +237,14 @@ class PairDataModule(pl.LightningDataModule):
 
     def trained_on(self) -> list[str]:
         """The shards of `val` that are trained on, too."""
-        places = set[str]()
-        if self.train_shards is not None:
-            places = {_whereabouts(shard.location) for shard in self.train_shards.entries}
-        elif self.train_stream is not None:
-            places = {_whereabouts(tar.location) for tar in self.train_stream.tars}
-        held_out = [] if self.val_shards is None else self.val_shards.entries
-        return [shard.location for shard in held_out if _whereabouts(shard.location) in places]
+        if self.val_shards is None:
+            return []
+        trained = [] if self.train_shards is None else [shard.location for shard in self.train_shards.entries]
+        if self.train_stream is not None:
+            trained = [tar.location for tar in self.train_stream.tars]
+        held_out = [shard.location for shard in self.val_shards.entries]
+        places = set(_whereabouts(trained))
+        return [shard for shard, place in zip(held_out, _whereabouts(held_out), strict=True) if place in places]
 
     def steps_per_epoch(self) -> int:
         """

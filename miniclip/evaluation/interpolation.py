@@ -57,15 +57,18 @@ class Loss(NamedTuple):
     Args:
         num_images: that both could read.
         num_lost, num_gained: of them the start alone, and the model alone, got right.
-        share: the start's accuracy less the model's, on them.
-        most: the upper end of the share's 95 % interval (`most_lost`).
+        most: the upper end of the 95 % interval of `share` (`most_lost`).
     """
 
     num_images: int
     num_lost: int
     num_gained: int
-    share: float
     most: float
+
+    @property
+    def share(self) -> float:
+        """The start's accuracy less the model's."""
+        return (self.num_lost - self.num_gained) / self.num_images
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,8 @@ def _loss(before: ClassificationScores, after: ClassificationScores) -> Loss:
     # Over a network, an image may be read once and not again.
     _, rows, rows_after = np.intersect1d(before.indices, after.indices, return_indices=True)
     first, second = before.is_right[rows], after.is_right[rows_after]
-    lost, gained = int((first & ~second).sum()), int((second & ~first).sum())
-    most = most_lost(first, second, before.groups[rows])
-    return Loss(len(rows), lost, gained, (lost - gained) / len(rows), most)
+    lost, gained = first & ~second, second & ~first
+    return Loss(len(rows), int(lost.sum()), int(gained.sum()), most_lost(lost, gained, before.groups[rows]))
 
 
 def best(points: Sequence[Point], may_lose: float | None = None) -> Point:

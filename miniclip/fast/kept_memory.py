@@ -16,7 +16,7 @@ from torch import Tensor
 from .plain import is_eager
 
 _LEAST_BYTES = 2**25  # glibc never keeps blocks above it (DEFAULT_MMAP_THRESHOLD_MAX)
-_ALIGNMENT = 64  # bytes
+_ALIGNMENT = 16  # numbers of float32, as PyTorch's own blocks begin
 _lock = threading.Lock()
 _last = np.empty(0, dtype=np.float32)
 
@@ -35,11 +35,11 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def _block(count: int) -> Tensor:
-    """(count,) float32, aligned as PyTorch's own are."""
+    """(count,) float32."""
     global _last
-    if _last.size != count + _ALIGNMENT // 4 or _references() > _FREE:
-        _last = np.empty(count + _ALIGNMENT // 4, dtype=np.float32)
-    start = -_last.ctypes.data % _ALIGNMENT // 4
+    if _last.size != count + _ALIGNMENT or _references() > _FREE:
+        _last = np.empty(count + _ALIGNMENT, dtype=np.float32)
+    start = -(_last.ctypes.data // 4) % _ALIGNMENT
     return torch.from_numpy(_last[start : start + count])
 
 

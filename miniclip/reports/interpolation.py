@@ -77,7 +77,7 @@ def write_json(
                 "new": dict(zip(new, point.new, strict=True)),
                 "old": dict(zip(old, point.old, strict=True)),
                 "mean": point.mean,
-                "losses": {name: loss._asdict() for name, loss in zip(old, point.losses, strict=False)},
+                "losses": dict(zip(old, (loss._asdict() for loss in point.losses), strict=True)) if point.alpha else {},
             }
             for point in points
         ],

@@ -350,8 +350,13 @@ def test_captions_of_images_that_are_not_listed_and_images_of_another_split_are_
     (three / "k.json").write_text(json.dumps(karpathy))
     pairs = read_pairs(three / "k.json")
     assert len(pairs) == 2
-    assert [each.reason for each in pairs.left_out] == ["an image of another split (test)"]
+    assert [(each.source, each.reason) for each in pairs.left_out] == [("row 2", "a row of another split (test)")]
     assert list(read_pairs(three / "k.json", split="test").names) == ["2.png"]
+    for split in ("val", "tset"):
+        with pytest.raises(
+            ValueError, match=f"no row whose column 'split' is '{split}'; valid for --split are restval, test, train"
+        ):
+            read_pairs(three / "k.json", split=split)
 
 
 @pytest.mark.parametrize(

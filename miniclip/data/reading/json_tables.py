@@ -19,7 +19,6 @@ from typing import Any
 
 from .cells import CAPTION_COLUMNS
 from .scan import LeftOut
-from .splits import equal_splits
 
 Records = list[dict[str, Any]]
 _KARPATHYS_OWN = ("filepath", "filename", "file_name", "sentences", "sentids")  # the rest is facts
@@ -47,7 +46,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str], Records, list[LeftOut]]:
+def read_json(path: Path, text: str) -> tuple[list[str], Records, list[LeftOut]]:
     """Columns, rows, and what is left out.
 
     Raises:
@@ -65,7 +64,7 @@ def read_json(path: Path, text: str, split: str | None = None) -> tuple[list[str
         images: Any = values.get("images")
         annotations = values.get("annotations")
         if _are_records(images) and any("sentences" in image for image in images):
-            rows, left_out = _karpathys(images, split)
+            rows = _karpathys(images)
         elif _are_records(images) and isinstance(annotations, list):
             rows, left_out = _cocos(path, images, annotations)
         else:
@@ -198,19 +197,13 @@ def _refuse_shared_ids(path: Path, images: Records) -> None:
             )
 
 
-def _karpathys(images: Records, split: str | None) -> tuple[Records, list[LeftOut]]:
-    """Karpathy's splits of Flickr8k, Flickr30k and COCO; images of another split are left out."""
-    rows, left_out = [], []
-    splits = {str(image["split"]) for image in images if "split" in image}
-    wanted = equal_splits(split) if split else ()
+def _karpathys(images: Records) -> Records:
+    """Karpathy's splits of Flickr8k, Flickr30k and COCO; the column `split` is among the facts of each image."""
+    rows = []
     for image in images:
         folder, name = image.get("filepath", ""), image.get("filename", image.get("file_name", ""))
-        file = f"{folder}/{name}" if folder else name
-        if split and splits & set(wanted) and image.get("split") not in wanted:
-            left_out.append(LeftOut(str(file), f"an image of another split ({image.get('split')})"))
-            continue
         captions = [text.get("raw", text.get("caption")) if isinstance(text, Mapping) else text
                     for text in image.get("sentences", [])]  # fmt: skip
         others = {key: value for key, value in image.items() if key not in _KARPATHYS_OWN}
-        rows.append({"file_name": file, "captions": captions, **others})
-    return rows, left_out
+        rows.append({"file_name": f"{folder}/{name}" if folder else name, "captions": captions, **others})
+    return rows

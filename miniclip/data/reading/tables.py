@@ -56,7 +56,7 @@ def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequenc
         raise ValueError(f"{path} is {_OTHER_FILES.get(suffix, 'no text; save it as CSV')}")
     text = decode_text(data, path)
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and re.match(r"\s*\[\s*\{", text)):
-        columns, records, left_out = read_json(path, text, split)
+        columns, records, left_out = read_json(path, text)
     elif suffix in (".jsonl", ".ndjson"):
         columns, records, left_out = *_parse_json_lines(path, text), []
     else:

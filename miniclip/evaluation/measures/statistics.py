@@ -185,18 +185,18 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = N
     )
 
 
-def most_lost(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """The upper end of the 95 % interval of the first's accuracy less the second's; few images show no small loss.
+def most_lost(lost: np.ndarray, gained: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """The upper end of the 95 % interval of a model's loss of accuracy against another; few images show no small loss.
 
     Sound where few or no images differ, unlike a bootstrap: the intervals of the shares that were lost and that were
     gained (`wilson_interval`), squared and added (Newcombe 1998, Statistics in Medicine 17, 873, method 10).
 
     Args:
-        first, second, groups: as in `compare`.
+        lost, gained: (N,) whether the other alone, and the model alone, has an image right.
+        groups: (N,) as in `bootstrap_interval`.
     """
-    first = as_truths(first, "right and wrong guesses of the first model")
-    second = as_truths(second, "right and wrong guesses of the second model", len(first))
-    lost, gained = first & ~second, second & ~first
+    lost = as_truths(lost, "images that were lost")
+    gained = as_truths(gained, "images that were gained", len(lost))
     above = wilson_interval(lost, groups)[1] - lost.mean()
     below = gained.mean() - wilson_interval(gained, groups)[0]
     return float(lost.mean() - gained.mean() + math.hypot(above, below))

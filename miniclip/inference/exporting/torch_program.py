@@ -23,6 +23,7 @@ def write_program(tower: Tower, path: Path, precision: str) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (tower.example,), dynamic_shapes=(tower.dynamic,))
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # quotes the code, and names the folders that it lay in
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # quotes the code, and names the folders that it lay in
         torch.export.save(program, path)
