@@ -58,10 +58,11 @@ def this_machine(where: torch.device | None = None, precision: str = "32-true") 
 
 
 def _cpu_name() -> str:
-    """The name of a CPU's file of results: by its cores, and by its vendor where that is not Intel."""
+    """The name of a CPU's file of results: by its cores, by its vendor if not Intel, and by AMD's generation."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    vendor = vendor_name().lower()
-    return f"cpu-{cores}-cores" + ("" if vendor == "intel" else f"-{vendor}")
+    vendor = vendor_name()
+    suffix = {"Intel": "", "AMD": f"-amd-family-{_cpu_fact('cpu family')}"}.get(vendor, f"-{vendor.lower()}")
+    return f"cpu-{cores}-cores{suffix}"
 
 
 def vendor_name() -> str:

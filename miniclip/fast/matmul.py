@@ -1,9 +1,9 @@
 """Matrix products by the library that is fastest on this CPU, with the same exactness.
 
 PyTorch sends float32 products on x86 to MKL, which Intel writes, and which knows AMD's CPUs without AVX-512. PyTorch
-carries oneDNN as well. On a CPU of AMD's Zen 5 oneDNN needs half of the time (docs/speed.md has the figures). The
-choice is a fact of the CPU, not a race: a run that is resumed goes on to the same bits, so it needs the same library.
-The environment variable MINICLIP_PRODUCTS (mkl, onednn) overrides it.
+carries oneDNN as well. On a CPU of AMD's Zen 5 oneDNN needs half of the time, on Zen 4 four fifths (docs/speed.md has
+the figures). The choice is a fact of the CPU, not a race: a run that is resumed goes on to the same bits, so it needs
+the same library. The environment variable MINICLIP_PRODUCTS (mkl, onednn) overrides it.
 
 `linear` and `layer` compute what the first line of their docstring says. They go to oneDNN if it is chosen, for plain
 modules and tensors (`plain.py`), forwards and backwards; and to PyTorch's own function everywhere else.
@@ -30,7 +30,7 @@ from .plain import is_ordinary, is_plain
 MKL, ONEDNN = "mkl", "onednn"
 TITLES = {MKL: "MKL", ONEDNN: "oneDNN"}
 VARIABLE = "MINICLIP_PRODUCTS"
-_FAMILIES = {"AuthenticAMD": range(26, 27)}  # of CPUs with AVX-512 on which oneDNN was measured to be faster
+_FAMILIES = {"AuthenticAMD": range(25, 27)}  # Zen 4 and 5: CPUs with AVX-512 on which oneDNN was measured to be faster
 _LEAST_ROWS, _LEAST_SIZE = 3, 2**22  # below either, N or N * K * M, a call costs more than the product saves
 _BLOCK = 1024  # rows, columns, and terms of a sum
 _MOST_ERROR = 2e-6  # of a product, as a share of its largest number
