@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -62,16 +64,17 @@ def module(source, step: int = 0, rank: int = 0, world_size: int = 1, max_steps:
     return out
 
 
-def batches(data: PairDataModule, steps: int) -> list[Batch]:
-    """What the trainer would see, stepping after each batch, over as many epochs as it takes."""
-    loader, out = data.train_dataloader(), []
-    while len(out) < steps:
+def training(data: PairDataModule) -> Iterator[Batch]:
+    """What the trainer would see, stepping after each batch, epoch after epoch."""
+    loader = data.train_dataloader()
+    while True:
         for batch in loader:
-            out.append(batch)
             data.trainer.global_step += 1
-            if len(out) == steps:
-                break
-    return out
+            yield batch
+
+
+def batches(data: PairDataModule, steps: int) -> list[Batch]:
+    return list(islice(training(data), steps))
 
 
 def keys(found: list[Batch]) -> list[str]:
@@ -91,8 +94,12 @@ CELLS = [(tars, workers, ranks) for tars in (1, 3, 48) for workers in (1, 2, 4) 
 CORNERS = {(1, 1, 1), (3, 1, 2), (48, 4, 2)}
 
 
-def check_cell(source: str, num_tars: int, num_workers: int, world_size: int) -> None:
-    """Two passes, where the readers can share the tars. Ranks need each other only to save."""
+def check_cell(source: str, num_tars: int, num_workers: int, world_size: int) -> list[Iterator[Batch]]:
+    """Two passes, where the readers can share the tars. Ranks need each other only to save.
+
+    Returns the ranks' training, which may read ahead still. When it is thrown away, PyTorch gives its workers five
+    seconds and kills them then, perhaps amid a tar that another rank has to fetch again.
+    """
     passes, steps = 2, 2 * NUM_SAMPLES // 8
     data = [
         module(pattern(source, num_tars), rank=rank, world_size=world_size, num_workers=num_workers)
@@ -103,8 +110,9 @@ def check_cell(source: str, num_tars: int, num_workers: int, world_size: int) ->
         for each in data:
             with pytest.raises(ValueError, match=f"{num_tars} tars? can't serve {readers} readers"):
                 each.train_dataloader()
-        return
-    by_rank = [batches(each, steps) for each in data]
+        return []
+    running = [training(each) for each in data]
+    by_rank = [list(islice(each, steps)) for each in running]
     stream = [key for step in zip(*by_rank, strict=True) for key in keys(list(step))]
     assert len(stream) == passes * NUM_SAMPLES
     times = Counter(stream)
@@ -114,6 +122,7 @@ def check_cell(source: str, num_tars: int, num_workers: int, world_size: int) ->
     else:
         for start in range(0, len(stream), NUM_SAMPLES):
             assert len(set(stream[start : start + NUM_SAMPLES])) == NUM_SAMPLES
+    return running
 
 
 @pytest.mark.parametrize(
@@ -121,8 +130,9 @@ def check_cell(source: str, num_tars: int, num_workers: int, world_size: int) ->
 )
 def test_a_pass_over_http_is_each_sample_once_or_refused_before_the_first_step(shelves, cell):
     with Server(content(shelves[cell[0]])) as server:
-        check_cell(f"{server.url}/b", *cell)
+        running = check_cell(f"{server.url}/b", *cell)
         fetched = Counter(path for path, _ in server.gets)
+        del running
     # With what was asked for: a range means that a connection broke, and none that somebody began anew.
     assert [each for each in server.gets if fetched[each[0]] > 1] == []
 
