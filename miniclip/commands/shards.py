@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.wording import some
+from ..common.wording import counted, some
 from .terminal import new_parser, part_of_array, progress_bar
 
 if TYPE_CHECKING:
@@ -193,7 +193,8 @@ def _index(options: argparse.Namespace) -> None:
     where = Path(options.out or tars[0])
     where = (where if options.out else where.parent) / REJECTED_FILE
     left_out = f"; {done.left_out:,} members left out, see {where}" if done.left_out else ""
-    print(f"{folder}: {done.kept} samples in {done.shards} shards, {done.size_bytes / 1e6:.1f} MB{left_out}")
+    samples = f"{counted(done.kept, 'sample')} in {counted(done.shards, 'shard')}"
+    print(f"{folder}: {samples}, {done.size_bytes / 1e6:.1f} MB{left_out}")
     if options.head is not None:
         print(_what_was_read(done, len(tars)))
 
@@ -248,8 +249,8 @@ def _pack(options: argparse.Namespace) -> None:
     turned = f"; {packed.turned} turned upright" if options.upright else ""
     listed = f", see {Path(options.out) / REJECTED_FILE}" if packed.rejected or packed.left_out else ""
     print(
-        f"{options.out}: {packed.kept} pairs{held_out} in {packed.shards} shards, {packed.size_bytes / 1e6:.1f} MB"
-        f"{turned}; {packed.rejected} rejected{left_out}{listed}"
+        f"{options.out}: {counted(packed.kept, 'pair')}{held_out} in {counted(packed.shards, 'shard')}, "
+        f"{packed.size_bytes / 1e6:.1f} MB{turned}; {packed.rejected} rejected{left_out}{listed}"
     )
 
 

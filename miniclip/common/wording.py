@@ -22,6 +22,11 @@ def portion(share: float) -> str:
     return f"{percent(share)} %" if share == 0 or share >= 0.001 else "less than 0.1 %"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2,000 shards: of nouns that take an s."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def share_of(are: np.ndarray) -> float:
     return float(are.mean()) if len(are) else 0.0
 

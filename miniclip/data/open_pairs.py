@@ -12,6 +12,7 @@ from pathlib import Path
 from ..common.cache import make_room, remove_unused, use
 from ..common.files import cache_folder, locked, remove
 from ..common.storage import is_url
+from ..common.wording import counted
 from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
 from .reading.pair import Pair, Pairs, fingerprint
@@ -38,7 +39,7 @@ def shard_pairs(source: str) -> Pairs:
         facts = {name: value for name, value in extra.items() if name not in ("width", "height")}
         return Pair(names[index], record.image, record.captions, None if record.image else "no image", facts)
 
-    found = f"{len(names)} samples of {len(shards.entries)} shards"
+    found = f"{counted(len(names), 'sample')} of {counted(len(shards.entries), 'shard')}"
     return Pairs(names, read, found, left_out=shards.left_out)
 
 

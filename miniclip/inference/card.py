@@ -17,7 +17,7 @@ import jinja2
 
 from ..common.files import ASSETS
 from ..common.version import __version__
-from ..common.wording import cut_short, percent, some
+from ..common.wording import counted, cut_short, percent, some
 from ..config import CLIPConfig
 from ..weights.read import locate, read_checkpoint
 from .origin import Origin, read_origin
@@ -323,7 +323,7 @@ def _scores_section(origin: Origin) -> Section:
             rows.append((_public(result["dataset"]), f"{result['num_images']:,}", str(prompts or "–"), metric,
                          f"{result['metrics'][metric]:.3f}", between))  # fmt: skip
     unreadable = sum(len(result["unreadable"]) for result in origin.results)
-    notes = [f"{unreadable:,} pictures could not be read and are not counted."] if unreadable else []
+    notes = [f"Left out: {counted(unreadable, 'picture')} that could not be read."] if unreadable else []
     intro = (
         "Scores of `miniclip eval`, as shares of 1, with intervals of 95 %. No label of these sets was learnt from."
         if rows

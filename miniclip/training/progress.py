@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ..common.files import write_text
 from ..common.watch import Watch, where_is
+from ..common.wording import counted
 from ..fast import matmul
 from ..reports.results import versions
 from ..reports.run_page import write_page
@@ -252,5 +253,4 @@ def _device_name(trainer: pl.Trainer) -> str:
 
 
 def _threads() -> str:
-    number = torch.get_num_threads()
-    return f"{number} thread{'s' if number > 1 else ''}"
+    return counted(torch.get_num_threads(), "thread")

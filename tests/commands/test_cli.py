@@ -111,7 +111,7 @@ def test_shards_packs_a_folder_and_says_what_it_left_out(tmp_path, capsys):
     assert "0.png,every caption is empty" in (tmp_path / "out/rejected.csv").read_text()
     assert "exists already; pass --overwrite" in fails(capsys, ["shards", str(source), str(tmp_path / "out")])
     cli.main(["shards", str(source), str(tmp_path / "out"), "--overwrite"])
-    assert "3 pairs in 1 shards" in capsys.readouterr().out
+    assert "3 pairs in 1 shard," in capsys.readouterr().out
 
 
 def test_shards_names_what_is_missing(tmp_path, capsys):

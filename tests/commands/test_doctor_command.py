@@ -50,7 +50,7 @@ def test_what_is_certain_is_dropped_by_the_list_and_all_is_accounted_for(photos,
     assert found["copy.png", "copy"]["like"] == "0005.png"
     assert found["0003.png", "leak"]["like"] == str(tmp_path / "test" / "x.png")
     cli.main(["shards", str(photos), str(tmp_path / "shards"), "--drop", str(out / "drop.csv")])
-    assert "9 pairs in 1 shards" in (packed := capsys.readouterr().out)
+    assert "9 pairs in 1 shard," in (packed := capsys.readouterr().out)
     assert "1 rejected, 3 dropped (leak 1, junk-caption 1, copy 1)" in packed
     assert len(Shards(tmp_path / "shards")) + 1 + 3 == 13
 

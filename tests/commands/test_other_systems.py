@@ -63,7 +63,7 @@ def test_every_verb_imports_and_the_main_ones_run_without_fcntl_resource_pread_a
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"parameters: {sum(each.numel() for each in model.parameters())}\n" in done.stdout
-    assert "shards: 12 pairs in 1 shards" in done.stdout
+    assert "shards: 12 pairs in 1 shard," in done.stdout
     assert (tmp_path / "report/report.html").is_file()
     miniclip.load(tmp_path / "run/best")
     assert not list(tmp_path.rglob("*.lock"))

@@ -147,7 +147,7 @@ def test_captions_in_the_json_are_used_by_check_packing_and_training(tmp_path, c
     assert [captions for _, _, captions in samples_of(tmp_path / "s")] == [(f"picture {n}",) for n in range(4)]
     cli.main(["check", str(tmp_path / "s"), "--batch-size", "2", "--image-size", "16"])
     cli.main(["shards", str(tmp_path / "s"), str(tmp_path / "again")])
-    assert "4 pairs in 1 shards" in capsys.readouterr().out
+    assert "4 pairs in 1 shard," in capsys.readouterr().out
     data = PairDataModule(str(tmp_path / "s"), batch_size=4, num_workers=0, image_size=16)
     data.setup("fit")
     assert "left out" not in data.describe()

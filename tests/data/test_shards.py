@@ -1034,7 +1034,7 @@ def test_a_damaged_tar_is_named_and_the_others_are_indexed(tmp_path, how, monkey
     damaged(folder, how)
     cli.main(["shards", str(folder), "--index-only"])
     said = capsys.readouterr()
-    assert "3 samples in 1 shards" in said.out
+    assert "3 samples in 1 shard," in said.out
     assert re.search(r"1 of 2 tars is damaged[^\n]*\n.*00001\.tar is (cut short|no tar, or a damaged)", said.err)
     assert rejections(folder).keys() == {"00001.tar"}
     assert len(Shards(folder)) == 3

@@ -291,7 +291,7 @@ def test_blank_cells_of_numbered_columns_are_no_captions(images, tmp_path):
 def test_columns_are_taken_as_they_are_named_and_the_others_go_into_the_json(images, tmp_path):
     source = table(images / "t.csv", "image,caption,bild,titel,satz", "x.jpg,no,0.jpg,eins,zwei")
     pairs = read_pairs(source, image_column="bild", caption_columns=["satz", "titel"])
-    assert pairs.found == "1 images from column 'bild', captions from 'satz', 'titel'"
+    assert pairs.found == "1 image from column 'bild', captions from 'satz', 'titel'"
     shards = check(pairs, tmp_path / "out")
     assert shards[0].captions == ("zwei", "eins")
     assert shards.info(0) == {"image": "x.jpg", "caption": "no", "source": "0.jpg", "width": 24, "height": 20}

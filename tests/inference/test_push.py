@@ -184,7 +184,7 @@ def test_a_card_has_data_recipe_scores_and_limits_and_no_path_of_the_machine(tra
         "| seed | 0 |",
         "- The best val/loss was 1.25, after 20 steps.",
         "| test | 40 | 1 | acc1 | 0.725 | 0.600 – 0.850 |",
-        "- 1 pictures could not be read and are not counted.",
+        "- Left out: 1 picture that could not be read.",
         "- On test it finds fewer than 90 % of: robin (50.0 %).",
         "- No license is stated.",
         "library_name: miniclip",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...common.files import expand_home
 from ...common.storage import is_url
-from ...common.wording import printable
+from ...common.wording import counted, printable
 from ..output import MODELS, add_model, note_left_out
 from ..terminal import (
     add_encoding,
@@ -156,7 +156,7 @@ def _sentence(done: Embedded) -> str:
     from ...inference.embedding.parts import LEFT_OUT_FILE
 
     size = f"{done.size_bytes / 1e6:.1f} MB" if done.size_bytes >= 50_000 else f"{done.size_bytes / 1e3:.0f} kB"
-    counts = f"{done.kept:,} embeddings in {done.files:,} file{'s' if done.files > 1 else ''}, {size}"
+    counts = f"{counted(done.kept, 'embedding')} in {counted(done.files, 'file')}, {size}"
     out_of = {"could not be read": done.unreadable, "left out": done.left_out}
     missed = ", ".join(f"{count:,} {what}" for what, count in out_of.items() if count)
     listed = f"; {missed}, see {done.out / LEFT_OUT_FILE}" if missed else ""

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 from ...common.storage import is_url
+from ...common.wording import counted
 from .cells import picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import is_file
@@ -96,5 +97,5 @@ def read_datasets(source: str, image_column: str | None, caption_columns: Sequen
         problem = None if is_file(Path(image)) else f"no image file {image}"
         return Pair(names[index], Path(image), captions, problem, extra)
 
-    found = f"{len(names)} images from column {column!r}, captions from {', '.join(map(repr, texts))}"
+    found = f"{counted(len(names), 'image')} from column {column!r}, captions from {', '.join(map(repr, texts))}"
     return Pairs(names, read, found)

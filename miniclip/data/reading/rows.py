@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...common.storage import is_url
+from ...common.wording import counted
 from .cells import CAPTION_COLUMNS, from_base64, is_binary, picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
@@ -85,7 +86,7 @@ def pairs_of_rows(
             f"none of the first {len(probed)} images of {source} is there, {names[0][:200]!r} to begin with: "
             f"{probed[0].problem}"
         )
-    found = f"{len(names)} images from column {column!r}" + (f" in {images}" if images is not None else "")
+    found = f"{counted(len(names), 'image')} from column {column!r}" + (f" in {images}" if images is not None else "")
     found += f", captions from {', '.join(map(repr, text_columns))}"
     if len(rows) > len(names):
         found += f" ({len(rows)} rows: those of one image are put together)"

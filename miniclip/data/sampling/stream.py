@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...common.wording import counted
+
 
 @dataclass(frozen=True)
 class Streaming:
@@ -129,7 +131,7 @@ def refuse_idle_readers(num_tars: int, num_workers: int, world_size: int) -> Non
     remedy = f"set data.num_workers to {workers}" if workers else f"train on {num_tars} processes at most"
     each = f"{max(1, num_workers)} for each of {world_size} processes" if world_size > 1 else "data.num_workers"
     raise ValueError(
-        f"data.order is stream, and {num_tars} tar{'s' if num_tars > 1 else ''} can't serve {num_readers} readers "
+        f"data.order is stream, and {counted(num_tars, 'tar')} can't serve {num_readers} readers "
         f"({each}), of which each needs a tar of its own: {remedy}, write more and smaller shards, or set "
         "data.stream.resampled to true, with which readers draw from all tars"
     )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...common.wording import counted
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import ImageFeatures, encode_images
@@ -180,7 +181,7 @@ def time_towers(clip: CLIP, runner: Clip, in_float32: Clip | None) -> list[Timin
             encode = clip.encode_image if tower == "image" else clip.encode_text
             runs: list[Callable[[], Any]] = [partial(encode, x)]
             runs += [partial(each.run, tower, x.numpy()) for each in (runner, in_float32) if each is not None]
-            what = f"{batch} {tower}{'s' if batch > 1 else ''}"
+            what = counted(batch, tower)
             found.append(Timing(what, *_fastest_ms(runs)))
     return found
 
