@@ -290,3 +290,24 @@ def test_an_environment_variable_overrides(name, expected):
         assert done.stdout.strip() == expected
         return
     assert "MINICLIP_PRODUCTS is 'blas'; valid are mkl and onednn" in done.stderr
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "vendor, family, capability, expected",
+    [
+        pytest.param("AuthenticAMD", 26, "AVX512", "onednn", id="Zen 5"),
+        pytest.param("AuthenticAMD", 25, "AVX512", "onednn", id="Zen 4"),
+        pytest.param("AuthenticAMD", 25, "AVX2", "mkl", id="Zen 3, of the same family"),
+        pytest.param("AuthenticAMD", 27, "AVX512", "mkl", id="AMD's next, which nobody measured"),
+        pytest.param("GenuineIntel", 6, "AVX512", "mkl", id="Intel"),
+    ],
+)
+def test_the_library_is_a_fact_of_the_cpu(vendor, family, capability, expected, tmp_path, monkeypatch):
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n")
+    monkeypatch.setattr(matmul, "Path", lambda _: facts)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.delenv(matmul.VARIABLE, raising=False)
+    monkeypatch.setattr(matmul, "_choice", None)
+    assert matmul.library() == expected
