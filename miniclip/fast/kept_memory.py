@@ -6,8 +6,8 @@ page by page, and cleared: for a batch of 64 images at 224 pixels that takes thr
 
 from __future__ import annotations
 
-import sys
 import threading
+import weakref
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ _LEAST_BYTES = 2**25  # glibc never keeps blocks above it (DEFAULT_MMAP_THRESHOL
 _ALIGNMENT = 16  # numbers of float32, as PyTorch's own blocks begin
 _lock = threading.Lock()
 _last = np.empty(0, dtype=np.float32)
+_lent = weakref.ref(_last[:0])  # to what a tensor lies in as long as any view of the tensor is there; to nothing yet
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -36,16 +37,10 @@ def to_float32(x: Tensor) -> Tensor:
 
 def _block(count: int) -> Tensor:
     """(count,) float32."""
-    global _last
-    if _last.size != count + _ALIGNMENT or _references() > _FREE:
+    global _last, _lent
+    if _last.size != count + _ALIGNMENT or _lent() is not None:
         _last = np.empty(count + _ALIGNMENT, dtype=np.float32)
     start = -(_last.ctypes.data // 4) % _ALIGNMENT
-    return torch.from_numpy(_last[start : start + count])
-
-
-def _references() -> int:
-    """To the last block. A tensor that lies in it holds one, as long as any view of the tensor is there."""
-    return sys.getrefcount(_last)
-
-
-_FREE = _references()  # nobody else holds one; versions of Python count differently
+    block = _last[start : start + count]
+    _lent = weakref.ref(block)
+    return torch.from_numpy(block)
