@@ -82,6 +82,17 @@ def test_names_with_dots_of_their_own_are_samples_and_what_belongs_to_another_is
     assert rejections(tmp_path) == {"a.tar:a.seg.png": "another member of a sample (.seg.png)"}
 
 
+def test_members_that_are_named_are_one_sample(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", ("1.image.jpg", RED), ("1.text.txt", b"red"), ("2.caption.txt", b"green"),
+        ("2.img.jpg", GREEN), ("3.jpg", RED), ("3.caption.txt", b"3"), ("4.input.jpg", RED), ("4.photo.jpg", RED),
+        ("4.txt", b"4"), ("b.v1.jpg", RED), ("b.v2.txt", b"another"),
+    )  # fmt: skip
+    whole = [("1.image", RED, ("red",)), ("2.img", GREEN, ("green",)), ("3", RED, ("3",)), ("4.photo", RED, ("4",))]
+    assert samples_of(tmp_path) == [*whole, ("b.v1", RED, ()), ("b.v2", b"", ("another",))]
+    assert rejections(tmp_path) == {"a.tar:4.input.jpg": "another member of a sample (.input.jpg)"}
+
+
 def test_links_are_followed_and_those_to_nothing_are_named(tmp_path):
     write_tar(
         tmp_path / "a.tar", ("d/a.jpg", RED), ("d/a.txt", b"red"), ("d/b.jpg", b"", "d/a.jpg"), ("d/b.txt", b"hard"),
@@ -455,7 +466,7 @@ def test_a_folder_of_images_beside_a_table_asks_for_the_table(three):
     [
         ("a.jpg", "a.jpg.txt"), ("A.JPG", "A.TXT"), ("a.jpg", "a.caption"), ("a.v1.jpg", "a.v1.txt"),
         ("images/a.jpg", "text/a.txt"), ("train/images/x/a.jpg", "train/captions/x/a.txt"), ("a", "a.txt"),
-        ("a.jfif", "a.txt"), ("a.jpg_large", "a.txt"),
+        ("a.jfif", "a.txt"), ("a.jpg_large", "a.txt"), ("a.img.jpg", "a.caption.txt"), ("a.jpg", "a.Caption.txt"),
         (unicodedata.normalize("NFD", "é.jpg"), unicodedata.normalize("NFC", "é.txt")),
     ],
 )  # fmt: skip
@@ -463,8 +474,18 @@ def test_a_picture_finds_its_text_in_every_usual_place(tmp_path, image, text):
     for name, data in ((image, RED), (text, b"words")):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).write_bytes(data)
-    (pair,) = read_pairs(tmp_path / "d")
+    (pair,) = pairs = read_pairs(tmp_path / "d")
     assert (pair.captions, pair.problem) == (("words",), None)
+    is_beside = Path(image).parent == Path(text).parent
+    assert ("beside each" if is_beside else "in folders of their own") in pairs.found
+
+
+def test_roles_in_names_join_one_picture_and_one_text_alone(tmp_path):
+    for name in ("a.img.jpg", "a.photo.jpg", "a.caption.txt", "b.v1.jpg", "b.v2.txt", "c.image.jpg", "c.text.txt"):
+        (tmp_path / name).write_bytes(RED if name.endswith(".jpg") else b"words")
+    pairs = read_pairs(tmp_path)
+    assert [pair.source for pair in pairs if not pair.problem] == ["c.image.jpg"]
+    assert len(pairs) == 6
 
 
 def test_a_caption_of_several_lines_is_one_for_the_api_too(tmp_path):

@@ -1,8 +1,8 @@
 """The members of a tar that somebody else wrote -> samples; each member belongs to one, or is left out by reason.
 
 A member's key is its name up to the first dot, as in webdataset, and what follows is its kind. Further than webdataset
-goes: names with dots of their own (`photo.v2.jpg`, `photo.v2.txt`), links, keys that come again, tars joined together,
-and pictures and texts in folders of their own."""
+goes: names with dots of their own (`photo.v2.jpg`, `photo.v2.txt`), members that say what they are (`7.image.jpg`,
+`7.caption.txt`), links, keys that come again, tars joined together, and pictures and texts in folders of their own."""
 
 from __future__ import annotations
 
@@ -174,7 +174,9 @@ def _parted(
     if plain:
         yield key, plain
     for longer_key, parts in dotted.items():
-        if not has_pair or {"image", "txt"} <= {kind_of(suffix) for suffix, _ in parts}:
+        kinds = {kind_of(suffix) for suffix, _ in parts}
+        is_other_half = same_sample(longer_key) == same_sample(key) and kinds.isdisjoint(has_pair)
+        if not has_pair or {"image", "txt"} <= kinds or is_other_half:
             yield longer_key, parts
         else:
             left_out += [LeftOut(member.name, f"another member of a sample ({_ending(member)})") for _, member in parts]
@@ -212,7 +214,7 @@ def _head(file: IO[bytes], member: Member) -> bytes:
 
 
 def _join_halves(samples: list[Sample]) -> list[Sample]:
-    """Pictures and texts that lie in folders of their own (images/a.jpg, texts/a.txt), put together."""
+    """Pictures and texts in folders of their own (images/a.jpg, texts/a.txt), or that say what they are, together."""
     texts = defaultdict[str, list[Sample]](list)
     images = defaultdict[str, list[Sample]](list)
     for sample in samples:

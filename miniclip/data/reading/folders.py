@@ -16,7 +16,8 @@ from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, 
 from .splits import EQUAL_SPLITS, equal_splits, rows_of_split
 from .tables import read_table
 
-# Folders that only say what lies in them: images/a.jpg and captions/a.txt are a pair.
+# What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
+# a.image.jpg and a.caption.txt.
 _ROLES = frozenset(
     {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpg", "jpgs", "jpeg", "jpegs", "png"}
     | {"text", "texts", "txt", "txts", "caption", "captions"}  # not labels: those of detectors are numbers
@@ -24,8 +25,9 @@ _ROLES = frozenset(
 
 
 def read_folder(folder: Path, split: str = "train") -> Pairs:
-    """The pairs of pictures with a text of the same name: beside them (a.txt, a.caption, a.jpg.txt, a.json), or in
-    folders of their own (images/a.jpg, texts/a.txt); or those that a `metadata.jsonl` (or .csv, .parquet) names.
+    """The pairs of pictures with a text of the same name: beside them (a.txt, a.caption, a.jpg.txt, a.json), in folders
+    of their own (images/a.jpg, texts/a.txt), or with roles in their names (a.image.jpg, a.text.txt); or those that a
+    `metadata.jsonl` (or .csv, .parquet) names.
 
     Raises:
         ValueError: neither pictures nor texts, or pictures without texts beside a table that may have them.
@@ -42,12 +44,16 @@ def read_folder(folder: Path, split: str = "train") -> Pairs:
 
 
 def same_sample(key: PurePath | str) -> str:
-    """Equal for the picture and the text of a pair in folders of their own: the path without the folders' roles.
+    """Equal for the picture and the text of a pair in folders of their own, or with roles in their names: the path
+    without the roles.
 
     Args:
         key: the path without its suffix.
     """
     *folders, name = PurePath(key).parts
+    stem, dot, role = name.rpartition(".")
+    if dot and role.lower() in _ROLES:
+        name = stem
     return same_name("/".join((*(folder for folder in folders if folder.lower() not in _ROLES), name)))
 
 
@@ -59,7 +65,7 @@ def preference(path: PurePath | str) -> tuple[int, str]:
 
 def _pairs_by_name(files: Scan) -> Pairs:
     folder = files.folder
-    text_of, is_beside = _match(files)
+    text_of = _match(files)
     by_text: dict[Path, list[Path]] = defaultdict(list)
     for image, text in text_of.items():
         by_text[text].append(image)
@@ -109,7 +115,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
         except ValueError as error:
             return Pair(name, problem=str(error))
 
-    forms = Counter((text.suffix.lower(), text in is_beside) for text in text_of.values())
+    forms = Counter((text.suffix.lower(), text.parent == image.parent) for image, text in text_of.items())
     found = " and ".join(
         f"the {suffix} {'beside each' if beside else 'in folders of their own'}" for suffix, beside in sorted(forms)
     )
@@ -121,8 +127,8 @@ def _pairs_by_name(files: Scan) -> Pairs:
     return Pairs(names, read, found, [*read_from, *alone], left_out)
 
 
-def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
-    """The text of each picture, and which of the texts lie beside theirs."""
+def _match(files: Scan) -> dict[Path, Path]:
+    """The text of each picture that has one."""
     captions = [*files.texts, *(path for path in files.others if path.suffix.lower() == ".json")]
     by_name: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for path in captions:
@@ -144,7 +150,7 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
     for key, images in images_of.items():
         if len(images) == len(texts_of.get(key, ())) == 1:
             text_of[images[0]] = texts_of[key][0]
-    return text_of, used
+    return text_of
 
 
 def _text_rank(path: Path) -> int:
