@@ -175,8 +175,8 @@ def _parted(
         yield key, plain
     for longer_key, parts in dotted.items():
         kinds = {kind_of(suffix) for suffix, _ in parts}
-        is_other_half = same_sample(longer_key) == same_sample(key) and kinds.isdisjoint(has_pair)
-        if not has_pair or {"image", "txt"} <= kinds or is_other_half:
+        is_pair = {"image", "txt"} <= kinds
+        if not has_pair or is_pair or (kinds.isdisjoint(has_pair) and same_sample(longer_key) == same_sample(key)):
             yield longer_key, parts
         else:
             left_out += [LeftOut(member.name, f"another member of a sample ({_ending(member)})") for _, member in parts]
