@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from ...common.wording import some
+from ...common.wording import counted, some
 from .cells import caption_lines, captions_of_facts, decode_text
 from .json_tables import parse_json
 from .pair import Pair, Pairs
@@ -119,7 +119,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
     found = " and ".join(
         f"the {suffix} {'beside each' if beside else 'in folders of their own'}" for suffix, beside in sorted(forms)
     )
-    found = f"{len(files.images)} images, captions from {found or 'the .txt beside each'}"
+    found = f"{counted(len(files.images), 'image')}, captions from {found or 'the .txt beside each'}"
     tops = {image.relative_to(folder).parts[0].lower() for image in text_of}
     if len(tops) > 1 and tops <= {name for names in EQUAL_SPLITS for name in names}:
         found += f", all of the folders {', '.join(sorted(tops))}: name one of them to take it alone"
