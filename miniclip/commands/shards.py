@@ -192,7 +192,7 @@ def _index(options: argparse.Namespace) -> None:
         )
     where = Path(options.out or tars[0])
     where = (where if options.out else where.parent) / REJECTED_FILE
-    left_out = f"; {done.left_out:,} members left out, see {where}" if done.left_out else ""
+    left_out = f"; {counted(done.left_out, 'member')} left out, see {where}" if done.left_out else ""
     samples = f"{counted(done.kept, 'sample')} in {counted(done.shards, 'shard')}"
     print(f"{folder}: {samples}, {done.size_bytes / 1e6:.1f} MB{left_out}")
     if options.head is not None:

@@ -1,9 +1,9 @@
 """Matrix products by the library that is fastest on this CPU, with the same exactness.
 
 PyTorch sends float32 products on x86 to MKL, which Intel writes, and which knows AMD's CPUs without AVX-512. PyTorch
-carries oneDNN as well. On a CPU of AMD's Zen 5 oneDNN needs half of the time, on Zen 4 four fifths (docs/speed.md has
-the figures). The choice is a fact of the CPU, not a race: a run that is resumed goes on to the same bits, so it needs
-the same library. The environment variable MINICLIP_PRODUCTS (mkl, onednn) overrides it.
+carries oneDNN as well. On a CPU of AMD's Zen 5 oneDNN needs half of the time, on Zen 4 a tenth to a quarter less
+(docs/speed.md has the figures). The choice is a fact of the CPU, not a race: a run that is resumed goes on to the same
+bits, so it needs the same library. The environment variable MINICLIP_PRODUCTS (mkl, onednn) overrides it.
 
 `linear` and `layer` compute what the first line of their docstring says. They go to oneDNN if it is chosen, for plain
 modules and tensors (`plain.py`), forwards and backwards; and to PyTorch's own function everywhere else.

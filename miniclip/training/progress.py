@@ -246,11 +246,8 @@ class RunReport(Callback):
 
 def _device_name(trainer: pl.Trainer) -> str:
     where = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type.upper()}, {_threads()}"
+    threads = counted(torch.get_num_threads(), "thread")
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{where.type.upper()}, {threads}"
     if where.type == "cpu":
         name += f", products by {matmul.TITLES[matmul.library()]}"
     return name if trainer.world_size == 1 else f"{trainer.world_size} × {name}"
-
-
-def _threads() -> str:
-    return counted(torch.get_num_threads(), "thread")
