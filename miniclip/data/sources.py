@@ -21,8 +21,8 @@ from .reading.huggingface import HUB_PREFIX, is_datasets_folder, read_datasets
 from .reading.pair import Pairs
 from .reading.parquet import ParquetRows
 from .reading.rows import pairs_of_rows
-from .reading.scan import image_files, scan
-from .reading.tables import is_parquet, is_pattern, parquet_files, read_table
+from .reading.scan import image_files
+from .reading.tables import beside_parquet, is_parquet, is_pattern, parquet_files, read_table
 
 
 def read_pairs(
@@ -60,8 +60,7 @@ def read_pairs(
     columns, rows = read_table(path, split)
     left_out = list(getattr(rows, "left_out", ()))
     if isinstance(rows, ParquetRows) and path.is_dir():
-        below = scan(path)
-        left_out += [*below.left_out, *below.unread(set(below.texts + below.others) - set(rows.paths))]
+        left_out += beside_parquet(path, rows.paths)
     folder = path if path.is_dir() else path.parent
     while not folder.is_dir():  # a pattern may hold folders
         folder = folder.parent

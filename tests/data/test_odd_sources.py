@@ -727,6 +727,49 @@ def test_what_lies_beside_tars_and_may_hold_samples_is_told(tmp_path):
     assert sum(each.count for each in Shards(tmp_path).left_out) == 5
 
 
+def test_pictures_below_a_tar_and_archives_beside_it_are_told(tmp_path):
+    write_tar(tmp_path / "old.tar", ("a.jpg", RED), ("a.txt", b"red"))
+    for name in ("cat", "dog"):
+        write_picture(tmp_path / name / "0.jpg", 1)
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    assert index_shards(str(tmp_path)).left_out == 3
+    picture = "in a folder below, a picture beside the tars"
+    assert rejections(tmp_path) == {"cat/": picture, "dog/": picture, "x.zip": "an archive; unpack it"}
+
+
+def test_a_title_that_is_the_files_own_name_is_no_caption(tmp_path):
+    write_picture(tmp_path / "IMG_1.jpg", 1)
+    facts = {"title": "IMG_1.jpg", "description": "a cat on the sofa"}  # as Google's albums are downloaded
+    (tmp_path / "IMG_1.jpg.json").write_text(json.dumps(facts))
+    assert read_pairs(tmp_path)[0].captions == ("a cat on the sofa",)
+    (tmp_path / "t.csv").write_text("filename,title\nIMG_1.jpg,IMG_1.jpg\n")
+    assert read_pairs(tmp_path / "t.csv")[0].captions == ()
+    (tmp_path / "t.csv").write_text("filename,title\nIMG_1.jpg,IMG_1\n")
+    assert read_pairs(tmp_path / "t.csv")[0].captions == ("IMG_1",)
+
+
+def test_columns_that_are_names_of_folders_are_kept(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for number, language in enumerate(("lang=de", "lang=pt%20BR", "lang=__HIVE_DEFAULT_PARTITION__")):
+        (tmp_path / language).mkdir()
+        write_picture(tmp_path / f"{number}.jpg", number)
+        table = pyarrow.table({"image": [str(tmp_path / f"{number}.jpg")], "caption": [f"text {number}"]})
+        parquet.write_table(table, tmp_path / language / "0.parquet")
+    pairs = read_pairs(f"{tmp_path}/*/*.parquet")
+    found = {pair.captions[0]: pair.extra["lang"] for pair in pairs}
+    assert found == {"text 0": "de", "text 1": "pt BR", "text 2": None}
+    rows = read_table(Path(f"{tmp_path}/*/*.parquet"))[1]
+    assert pickle.loads(pickle.dumps(rows)).column("lang") == [row["lang"] for row in rows]
+
+
+def test_a_quote_that_swallows_rows_of_a_tsv_is_refused(three):
+    (three / "t.tsv").write_text('image\tcaption\n0.png\t"We\n1.png\ta dog"\n2.png\ta cat\n')
+    with pytest.raises(ValueError, match=r"t\.tsv, line 3: a cell holds tabs and the ends of lines; is a double quote"):
+        read_pairs(three / "t.tsv")
+
+
 def test_a_sparse_member_is_told_and_the_others_are_read(tmp_path):
     gnu_tar = shutil.which("tar")
     if gnu_tar is None or b"GNU" not in subprocess.run([gnu_tar, "--version"], capture_output=True, check=True).stdout:

@@ -251,6 +251,40 @@ def test_other_names_for_a_class_label_must_be_as_many(tmp_path):
     assert (data.labels, data.classnames, data.classnames_from) == (LABELS, ("x", "y", "z"), str(names))
 
 
+def test_a_class_labels_own_names_in_another_order_are_refused(tmp_path):
+    names = lines(tmp_path / "names.txt", *sorted(NAMES, reverse=True))
+    with pytest.raises(ValueError, match=r"in another order: label 0 is 'barn owl' .*, a ClassLabel\) and 'kea' there"):
+        open_dataset(write("datasets", tmp_path), classnames=names)
+
+
+def test_of_several_columns_of_pictures_the_one_known_by_its_name_is_taken(tmp_path):
+    import datasets
+
+    from miniclip.data.sources import read_pairs
+
+    def saved(name: str, *columns: str) -> Path:
+        cells = {column: [{"bytes": png(n), "path": None}] for n, column in enumerate(columns)}
+        kinds = datasets.Features(
+            {column: datasets.Image() for column in columns}
+            | {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x"])}
+        )
+        rows = datasets.Dataset.from_dict({**cells, "text": ["a kea"], "label": [0]}, features=kinds)
+        rows.save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    source = saved("masked", "conditioning_image", "image")
+    assert is_of(open_dataset(source), 0, 1)
+    pair = read_pairs(source)[0]
+    assert (pair.image, pair.extra) == (png(1), {"label": 0})
+    unknown = saved("unknown", "before", "after")
+    for read in (open_dataset, read_pairs):
+        with pytest.raises(
+            ValueError, match="several columns of images, before, after; choose one with --image-column"
+        ):
+            read(unknown)
+    assert is_of(open_dataset(unknown, image_column="after"), 0, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # CLIP_benchmark's sets
 

@@ -424,6 +424,10 @@ def test_names_are_in_label_order_however_a_program_wrote_them(name, text, names
         ("find.txt", "/data/cat\n/data/dog\n", "line 1 .'/data/cat'. is a path"),
         ("ls-F.txt", "cat/\ndog/\n", "line 1 .'cat/'. is a path"),
         ("ls-l.txt", "drwxr-xr-x 2 u u 4096 Jan 1 cat\ndrwxr-xr-x 2 u u 4096 Jan 1 dog\n", "a listing of files"),
+        ("blank.csv", 'name\ncat\n""\ndog\n', "is blank in row 3; the rows are the labels"),
+        ("blank_row.csv", "name,kind\ncat,x\n,\ndog,y\n", "is blank in row 3; the rows are the labels"),
+        ("labels.txt", "labels\ncat\ndog\n", "begins with 'labels', which may be a header"),
+        ("colon.txt", "Fish:\ntench\ngoldfish\n", "begins with 'Fish:', which may be a header"),
         ("blank.txt", "cat\n\u200b\ndog\n", "entry 1 of the class names has no character that can be seen"),
         ("utf16.txt", "c\0a\0t\0", None),
     ],
@@ -457,6 +461,11 @@ def open_labels(folder: Path, *labels: str, **options: object) -> LabelledImages
         (("16 0", "3"), "the label '16 0', which is several"),
         (("{'label': 'cat'}", "dog"), "row 1 .* has the code .* for a label"),
         (("tensor(3)", "tensor(1)"), r"row 1 .* has the code 'tensor\(3\)' for a label"),
+        (("cat+dog", "dog", "cat"), "the label 'cat\\+dog', which is several"),
+        (("cat/dog", "dog", "cat"), "the label 'cat/dog', which is several"),
+        (("[cat, dog]", "dog", "cat"), r"the label '\[cat, dog\]', which is several"),
+        ((r"\N", "cat"), r"row 1 .* has no label .'\\\\N', as programs"),
+        (("#VALUE!", "cat"), "row 1 .* has no label"),
         (("Cat", "cat"), "labels 'Cat' and 'cat', which would be two classes of one name.*--classnames"),
         (("tabby_cat", "tabby cat"), "labels 'tabby cat' and 'tabby_cat', which would be two classes"),
         (("001", "1"), "labels '001' and '1', which would be two classes"),
@@ -515,3 +524,85 @@ def test_a_place_in_a_template_that_nothing_fills_is_refused(tmp_path, text, pla
     (tmp_path / "templates.txt").write_text(text)
     with pytest.raises(ValueError, match=rf"nothing fills {re.escape(place)} in template"):
         open_labels(tmp_path, "cat", "dog", templates=tmp_path / "templates.txt")
+
+
+def test_prompts_of_a_class_with_a_place_for_its_name_are_refused(tmp_path):
+    (tmp_path / "templates.json").write_text(json.dumps({"cat": ["a photo of a {}"], "dog": ["a dog"]}))
+    with pytest.raises(ValueError, match=r"nothing fills 'a photo of a \{\}'; the prompts of a class, here 'cat'"):
+        open_labels(tmp_path, "cat", "dog", templates=tmp_path / "templates.json")
+
+
+def test_names_in_yaml_are_texts_as_they_are_written(tmp_path):
+    assert names_of("names: [0017, no, 12:30, 1.10, null]\n", "names.yaml") == ("0017", "no", "12:30", "1.10", "null")
+
+
+@pytest.mark.parametrize("labels", [("c0", "c1", "c2", "c10"), ("s9", "s8", "s11", "s10")])
+def test_keys_that_sort_as_texts_and_as_numbers_in_other_orders_get_no_names_by_their_rank(tmp_path, labels):
+    (tmp_path / "names.txt").write_text("ant\nbee\ncod\nelk\n")
+    with pytest.raises(ValueError, match=r"sort as texts in another order than as numbers.*keys of one width"):
+        open_labels(tmp_path, *labels, classnames=tmp_path / "names.txt")
+    wide = [f"{label[0]}{int(label[1:]):02d}" for label in labels]
+    data = open_labels(tmp_path, *wide, classnames=tmp_path / "names.txt")
+    assert [data.classnames[label] for label in data.labels] == [
+        ("ant", "bee", "cod", "elk")[sorted(wide).index(label)] for label in wide
+    ]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("Training/cat/0.png", "Testing/cat/1.png"),
+        ("train/cat.0.png", "test/1.png"),  # the pictures lie right in the splits
+        ("Train/0/0.png", "Test/1.png", "Meta/2.png"),
+        ("training_set/cat/0.png", "test_set/cat/1.png"),
+        ("train2017/0.png", "val2017/1.png"),
+    ],
+)
+def test_folders_of_splits_are_no_classes(tmp_path, folders):
+    for number, name in enumerate(folders):
+        write_picture(tmp_path / name, number)
+    with pytest.raises(ValueError, match=r"holds the splits .*, not the classes; choose one with --split"):
+        open_dataset(tmp_path)
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path):
+    for number, name in enumerate(("train", "car", "plane")):
+        write_picture(tmp_path / name / "0.png", number)
+    assert open_dataset(tmp_path).classnames == ("car", "plane", "train")
+
+
+def test_folders_of_pairs_are_retrieved_from_by_their_split(tmp_path):
+    for number, part in enumerate(("train", "test")):
+        write_picture(tmp_path / part / f"{part}.png", number)
+        (tmp_path / part / f"{part}.txt").write_text(f"of {part}")
+    assert open_dataset(tmp_path, task="retrieval").captions == (("of test",),)
+    assert open_dataset(tmp_path, task="retrieval", split="train").captions == (("of train",),)
+    with pytest.raises(ValueError, match="has no split 'val'; it has test, train"):
+        open_dataset(tmp_path, task="retrieval", split="val")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("split=train/0.parquet", "split=test/0.parquet"),  # as Spark and pandas partition
+        ("training-0.parquet", "testing-0.parquet"),
+        ("coco_train.parquet", "coco_test.parquet"),
+        ("training/0.parquet", "testing/0.parquet"),
+    ],
+)
+def test_parts_of_parquet_are_known_by_any_usual_name_and_those_of_trash_are_not_read(tmp_path, train, test):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name, label in ((train, "cat"), (test, "dog"), (".Trash-1000/0.parquet", "deleted")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cells = [{"bytes": png(len(label)), "path": None}]
+        parquet.write_table(pyarrow.table({"image": cells, "label": [label], "caption": [label]}), tmp_path / name)
+    with pytest.warns(UserWarning, match="left out"):
+        data = open_dataset(tmp_path)
+    assert data.classnames == ("dog",)
+    assert {each.source: each.reason for each in data.left_out} == {
+        train: "a file of another split", ".Trash-1000/": "in a hidden folder",
+    }  # fmt: skip
+    with warnings.catch_warnings(action="ignore"):  # of a folder for each part, one is read alone
+        assert open_dataset(tmp_path, split="train", task="retrieval").captions == (("cat",),)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...common.cache import Cache
 from ...common.storage import check_scheme, expand, is_url
-from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder
+from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder, scan
 from ..shard_index import (
     INDEX_FILE,
     REJECTED_FILE,
@@ -208,8 +208,13 @@ def _beside_tars(source: str) -> list[LeftOut]:
             found.append(LeftOut(path.name, "a tar of another suffix; call it .tar"))
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             found.append(LeftOut(path.name, "a picture beside the tars"))
-        elif path.is_dir() and (tars := list(path.rglob("*.tar"))):
-            found.append(LeftOut(f"{path.name}/", "in a folder below, which is to be named itself", len(tars)))
+        elif path.is_dir():
+            below = scan(path)
+            tars = sum(other.suffix.lower() == ".tar" for other in below.others)
+            counts = {"which is to be named itself": tars, "a picture beside the tars": len(below.images)}
+            found += [LeftOut(f"{path.name}/", f"in a folder below, {what}", n) for what, n in counts.items() if n]
+        elif path.suffix.lower() in (".zip", ".7z", ".rar"):
+            found.append(LeftOut(path.name, "an archive; unpack it"))
     return found
 
 

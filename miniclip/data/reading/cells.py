@@ -24,8 +24,10 @@ CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "texts", "description", "sentences", "sentence", "alt_text", "txt",
     "comment",
 )  # fmt: skip
-# What programs write into a table for a cell that has no value.
-_MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "#NA"}
+# What data bases and spreadsheets write for a cell that has no value, or an error for one.
+NO_VALUES = ("\\N", "#VALUE!", "#REF!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!")
+# What else programs write for it.
+_MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "#NA", *NO_VALUES}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*(?:,\s*)?{_STRING})*\s*(?:,\s*)?\]", re.S)
 _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
@@ -204,14 +206,18 @@ def _holds_texts(value: Any) -> bool:
     return value is None or isinstance(value, str | bytes) or value != value
 
 
-def captions_of_facts(facts: Any) -> list[str]:
+def captions_of_facts(facts: Any, image: str = "") -> list[str]:
     """The captions in a sample's `.json`: in the first field of a known name that holds any; or a text, or a list of
-    texts alone."""
+    texts alone.
+
+    Args:
+        image: the name of the picture's file, which is no caption, though Google's albums have it for a title.
+    """
     if isinstance(facts, str) or (isinstance(facts, list) and all(isinstance(each, str) for each in facts)):
         return texts_in(facts)
     if isinstance(facts, Mapping):
         for name in CAPTION_COLUMNS:
-            if texts := texts_in(facts.get(name)):
+            if texts := [text for text in texts_in(facts.get(name)) if text != image]:
                 return texts
     return []
 

@@ -12,8 +12,8 @@ from .json_tables import parse_json
 from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, same_name, scan
-from .splits import EQUAL_SPLITS, equal_splits, rows_of_split
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, is_skipped_folder, same_name, scan
+from .splits import different_splits, equal_splits, rows_of_split
 from .tables import read_table
 
 # What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
@@ -41,6 +41,14 @@ def read_folder(folder: Path, split: str = "train") -> Pairs:
     if not files.images and not files.texts:
         raise ValueError(f"no pairs found in {folder}: it holds {_what_lies_in(files)}")
     return _pairs_by_name(files)
+
+
+def pair_splits(folder: Path) -> list[str]:
+    """The folders that are parts of a folder's pairs, as train and test are; none where a table names the pairs."""
+    below = [path for path in folder.iterdir() if not is_skipped_folder(path.name)]
+    if any(path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES for path in below):
+        return []
+    return different_splits(path.name for path in below if path.is_dir())
 
 
 def same_sample(key: PurePath | str) -> str:
@@ -107,7 +115,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
             return Pair(name, problem=f"no captions: there is no {image.stem}.txt beside it{hint}")
         text = text_of[image]
         try:
-            return Pair(name, image, tuple(_captions_of(text)))
+            return Pair(name, image, tuple(_captions_of(text, image.name)))
         except FileNotFoundError:
             return Pair(name, problem=f"no captions: there is no {text.name} beside it")
         except OSError as error:
@@ -120,9 +128,8 @@ def _pairs_by_name(files: Scan) -> Pairs:
         f"the {suffix} {'beside each' if beside else 'in folders of their own'}" for suffix, beside in sorted(forms)
     )
     found = f"{counted(len(files.images), 'image')}, captions from {found or 'the .txt beside each'}"
-    tops = {image.relative_to(folder).parts[0].lower() for image in text_of}
-    if len(tops) > 1 and tops <= {name for names in EQUAL_SPLITS for name in names}:
-        found += f", all of the folders {', '.join(sorted(tops))}: name one of them to take it alone"
+    if splits := different_splits({image.relative_to(folder).parts[0] for image in text_of}):
+        found += f", all of the folders {', '.join(splits)}: name one of them to take it alone"
     read_from = [file for image in files.images for file in (image, text_of.get(image, image.with_suffix(".txt")))]
     return Pairs(names, read, found, [*read_from, *alone], left_out)
 
@@ -162,12 +169,12 @@ def _has_namesake(text: Path, used: set[Path]) -> bool:
     return any(text.with_suffix(suffix) in used for suffix in (*TEXT_SUFFIXES, ".json"))
 
 
-def _captions_of(path: Path) -> list[str]:
+def _captions_of(path: Path, image: str) -> list[str]:
     text = decode_text(path.read_bytes(), path.name)
     if path.suffix.lower() != ".json":
         return caption_lines(text)
     try:
-        captions = captions_of_facts(parse_json(text))
+        captions = captions_of_facts(parse_json(text), image)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON with a caption: {error}") from error
     if not captions:

@@ -14,6 +14,7 @@ from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
 from .splits import split_among
+from .tables import IMAGE_COLUMNS, find_column
 
 HUB_PREFIX = "hf-hub:"
 _DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
@@ -42,16 +43,33 @@ def load_datasets(source: str) -> Any:
         raise ValueError(f"{source} can't be read as a data set: {type(error).__name__}: {error}") from error
 
 
-def undecoded(loaded: Any, column: str) -> Any:
-    """The set with a column's images as the bytes that are stored, those in lists too."""
+def undecoded(loaded: Any) -> Any:
+    """The set with its images as the bytes that are stored, those in lists too."""
     import datasets
 
-    feature = loaded.features[column]
-    if isinstance(feature, datasets.Image):
-        return loaded.cast_column(column, datasets.Image(decode=False))
-    if isinstance(getattr(feature, "feature", None), datasets.Image):
-        return loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    for column, feature in loaded.features.items():
+        if isinstance(feature, datasets.Image):
+            loaded = loaded.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            loaded = loaded.cast_column(column, type(feature)(datasets.Image(decode=False)))
     return loaded
+
+
+def image_column_of(loaded: Any, source: str) -> str:
+    """The column of images: the one of that type, or of several the one that is known by its name, as masks lie beside
+    pictures.
+
+    Raises:
+        ValueError: none, or several of which none is known.
+    """
+    import datasets
+
+    columns = list(loaded.column_names)
+    found = [column for column in columns if isinstance(loaded.features[column], datasets.Image)]
+    known = [column for name in IMAGE_COLUMNS for column in found if column.strip().lower() == name]
+    if len(found) > 1 and not known:
+        raise ValueError(f"{source} has several columns of images, {', '.join(found)}; choose one with --image-column")
+    return (known or found or [find_column(columns, IMAGE_COLUMNS, "the images", source)])[0]
 
 
 class _OwnLock:
@@ -76,10 +94,9 @@ def read_datasets(source: str, image_column: str | None, caption_columns: Sequen
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[split_among(list(loaded), split, source)]
     columns = list(loaded.column_names)
-    if image_column is None:
-        image_column = next((c for c in columns if isinstance(loaded.features[c], datasets.Image)), None)
-    column, texts = choose_columns(source, columns, image_column, caption_columns)
-    loaded = undecoded(loaded, column)
+    column = image_column or image_column_of(loaded, source)
+    column, texts = choose_columns(source, columns, column, caption_columns)
+    loaded = undecoded(loaded)
     names = [f"row {index}" for index in range(len(loaded))]
     lock = _OwnLock()  # its formatting is not made for threads
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.parse import unquote
 
 from .scan import LeftOut
 
@@ -47,6 +49,11 @@ class ParquetRows(Sequence[dict[str, Any]]):
                     f"{path} has the columns {', '.join(file.schema_arrow.names)}, and {paths[0]} has "
                     f"{', '.join(self.columns)}; files that are read together must have the same"
                 )
+        # Columns that Spark and Hive write as names of folders, lang=en/part-0.parquet, and not into the files.
+        folders = [_columns_of_path(path) for path in paths]
+        names = set.intersection(*map(set, folders)) - set(self.columns)
+        self.of_path = {name: [each[name] for each in folders] for name in sorted(names)}
+        self.columns += self.of_path
         self.groups = [
             (file_index, group, file.metadata.row_group(group).num_rows)
             for file_index, file in enumerate(self.files)
@@ -78,13 +85,18 @@ class ParquetRows(Sequence[dict[str, Any]]):
         try:
             with self._lock:
                 table = self._group(file_index, group)
-                return table.slice(index - (self.ends[place] - count), 1).to_pylist()[0]
+                row = table.slice(index - (self.ends[place] - count), 1).to_pylist()[0]
+                return row | {name: values[file_index] for name, values in self.of_path.items()}
         except (self.errors, OSError) as error:
             raise ValueError(f"{self.paths[file_index]} is damaged in its row group {group}: {error}") from error
 
     def column(self, name: str) -> list[Any]:
         """A column's values; None in place of images that lie in it: their bytes, base64 or pixels."""
-        values = [value for file in self.files for value in self._column_of(file, name)]
+        if name in self.of_path:
+            counts = zip(self.of_path[name], self.files, strict=True)
+            values = [value for value, file in counts for _ in range(file.metadata.num_rows)]
+        else:
+            values = [value for file in self.files for value in self._column_of(file, name)]
         return values if self.chosen is None else [values[row] for row in self.chosen]
 
     def _column_of(self, file: Any, name: str) -> list[Any]:
@@ -96,6 +108,11 @@ class ParquetRows(Sequence[dict[str, Any]]):
         if depth > 1 or any(_holds_pictures(file, leaf) for leaf in leaves):
             return [None] * file.metadata.num_rows
         return file.read([f"{name}.path" if f"{name}.bytes" in paths else name]).column(0).to_pylist()
+
+
+def _columns_of_path(path: Path) -> dict[str, str | None]:
+    parts = (part.partition("=") for part in path.parts[:-1] if re.fullmatch(r"[^=]+=.*", part))
+    return {name: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for name, _, value in parts}
 
 
 def _holds_pictures(file: Any, leaf: int) -> bool:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,9 @@ def pairs_of_rows(
         try:
             cell = cells[groups[index][0]]
             image = picture_in(chosen[0].get(column) if cell is None or not isinstance(cell, str) else cell)
-            captions = tuple(text for row in chosen for each in text_columns for text in texts_in(row.get(each)))
+            texts = [text for row in chosen for each in text_columns for text in texts_in(row.get(each))]
+            # Albums have the file's own name for a title, which is no caption.
+            captions = tuple(text for text in texts if text != PurePath(names[index]).name or not PurePath(text).suffix)
         except ValueError as error:
             return Pair(names[index], problem=str(error), extra=extra)
         if isinstance(image, bytes) or is_url(image):

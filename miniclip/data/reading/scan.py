@@ -110,6 +110,11 @@ def image_files(folder: Path) -> list[Path]:
     return list(scan(folder).images)
 
 
+def files_below(folder: Path, suffix: str) -> Iterator[Path]:
+    """The files of a suffix below a folder, as `scan` finds them, in no order."""
+    return (path for path, reason, _ in _walk(folder, ()) if not reason and path.suffix.lower() == suffix)
+
+
 def is_leftover(name: str) -> bool:
     """Whether systems or programs leave files or folders of this name behind: __MACOSX, Thumbs.db, ._photo.jpg …"""
     return name.casefold() in _LEFTOVER_NAMES or _LEFTOVER_PATTERN.fullmatch(name) is not None

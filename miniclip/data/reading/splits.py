@@ -1,8 +1,10 @@
-"""A table whose column `split` (or `set`, `subset`, `partition`) names the part of each row -> the rows of one part."""
+"""The parts of data (train, val, test): by the names of files and folders, or by a table's column `split` (or `set`,
+`subset`, `partition`), which names that of each row."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,29 @@ from .scan import LeftOut
 
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation", "dev", "eval"), ("test", "testing"))
+
+
+_ROLE_OF = {name: names[0] for names in EQUAL_SPLITS for name in names}
+_NAME = re.compile(rf"({'|'.join(_ROLE_OF)})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I)  # COCO's train2017
+
+
+def role_of(name: str) -> str:
+    """What a part of this name is for, "train", "val" or "test"; empty where the name says something else."""
+    found = _NAME.fullmatch(name)
+    return _ROLE_OF[found[1].lower()] if found else ""
+
+
+def different_splits(names: Iterable[str]) -> list[str]:
+    """Those of the names that are parts, if they are so for two reasons at least, as train and test are; else none."""
+    roles = {name: role for name in names if (role := role_of(name))}
+    return sorted(roles) if len(set(roles.values())) > 1 else []
+
+
+def split_in(name: str) -> str:
+    """The part that a file's or a folder's name tells among other words: train-00000-of-00002, coco_test, split=val."""
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word]
+    found = [word for word in words if word in _ROLE_OF]
+    return found[0] if found and (len(set(found)) == 1 or words[0] == found[0]) else ""
 
 
 def equal_splits(split: str) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from ...common.storage import expand, is_url
 from .cells import decode_text
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES
-from .splits import Rows, rows_of_split, split_among
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, scan
+from .splits import Rows, rows_of_split, split_among, split_in
 
 IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
@@ -73,7 +73,7 @@ def table_suffix(path: Path) -> str:
 
 def is_parquet(path: Path) -> bool:
     """Whether this is a Parquet file, or a pattern of some, or a folder that holds such files and no pictures."""
-    return path.suffix.lower() == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet")))
+    return path.suffix.lower() == ".parquet" or (path.is_dir() and any(files_below(path, ".parquet")))
 
 
 def is_pattern(source: str) -> bool:
@@ -91,7 +91,7 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*.parquet") if file.is_file())
+        found = sorted(files_below(path, ".parquet"))
     else:
         found = sorted(
             {Path(name) for each in expand(str(path)) for name in (glob.glob(each, recursive=True) or [each])}  # noqa: PTH207
@@ -110,15 +110,21 @@ def parquet_splits(path: Path) -> list[str]:
     """The splits that the names of a folder's Parquet files tell of; none for a file or a pattern."""
     if not path.is_dir():
         return []
-    return sorted({_split_of(file, path) for file in path.rglob("*.parquet") if file.is_file()} - {""})
+    return sorted({_split_of(file, path) for file in files_below(path, ".parquet")} - {""})
+
+
+def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
+    """What lies in a folder of Parquet files, and is none of those that are read."""
+    below = scan(folder)
+    others = {*below.texts, *below.others} - set(read)
+    tables = [path for path in sorted(others) if path.suffix.lower() == ".parquet"]
+    of_splits = [LeftOut(str(path.relative_to(folder)), "a file of another split") for path in tables]
+    return [*below.left_out, *of_splits, *below.unread(others - set(tables))]
 
 
 def _split_of(file: Path, folder: Path) -> str:
-    pattern = r"(train|test|validation|valid|val|dev)(?=[-_.\d]|$)"
-    for part in (file.stem, *reversed(file.relative_to(folder).parts[:-1] if folder.is_dir() else ())):
-        if found := re.match(pattern, part.lower()):
-            return found[1]
-    return ""
+    folders = file.relative_to(folder).parts[:-1] if folder.is_dir() else ()
+    return next((split for name in (file.stem, *reversed(folders)) if (split := split_in(name))), "")
 
 
 def _unzipped(path: Path) -> bytes:
@@ -162,6 +168,11 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
                 raise ValueError(
                     f"{path}, line {reader.line_num}: more cells than the {len(columns)} columns "
                     f"({', '.join(columns)}); texts that hold {separator!r} must stand in double quotes"
+                )
+            if separator == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: a cell holds tabs and the ends of lines; is a double quote not "
+                    "closed?"
                 )
             cells += [""] * (len(columns) - len(cells))
             rows.append({name: cell for name, cell in zip(columns, cells, strict=True) if name})

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
-from ...data.reading.huggingface import HUB_PREFIX, load_datasets, undecoded
+from ...data.reading.huggingface import HUB_PREFIX, image_column_of, load_datasets, undecoded
 from ...data.reading.scan import LeftOut, scan
 from ...data.reading.tables import IMAGE_COLUMNS, find_column, read_table
 from ...data.shard_index import INDEX_FILE
@@ -62,9 +62,8 @@ def bare_datasets(source: str, image_column: str | None = None) -> list[Evaluati
     for split, rows in splits.items():
         names, features = list(rows.column_names), rows.features
         Columns(None, image_column, None).check(names, source)
-        column = image_column or next((c for c in names if isinstance(features[c], datasets.Image)), None)
-        column = column or find_column(names, IMAGE_COLUMNS, "the images", source)
-        rows = undecoded(rows, column)
+        column = image_column or image_column_of(rows, source)
+        rows = undecoded(rows)
         flat = [c for c in names if c != column and isinstance(features[c], datasets.Value | datasets.ClassLabel)]
         label = f"{name}, {split}" if split else name
         found.append(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ...common.wording import some
 from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
+from ...data.reading.splits import different_splits, role_of
 from .sets import Found
 
 UNREAD_TEXT = "a text, where pictures alone are read"
-SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")  # the one to evaluate on comes first
 
 
 def in_split(folder: Path, split: str | None) -> Path:
@@ -106,14 +106,16 @@ def _texts(paths: Iterable[Path]) -> list[LeftOut]:
 
 def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None:
     """A folder that holds the folder per class, or one for each split, is named instead by mistake."""
-    if any(path.parent in images for each in images.values() for path in each):
-        return  # an image lies right in its class folder
-    splits = [path.name for path in images if path.name.lower() in SPLIT_NAMES]
-    if len(splits) == len(images):
+    names = [path.name for path in images]
+    is_class = any(path.parent in images for each in images.values() for path in each)  # images lie right in it
+    splits = different_splits(names) or ([] if is_class or not all(map(role_of, names)) else names)
+    if splits:
         raise ValueError(
             f"{folder} holds the splits {', '.join(splits)}, not the classes; choose one with --split, or name "
             f"{folder / splits[0]}"
         )
+    if is_class:
+        return
     if len(images) == 1:
         (only,) = images
         inner = sorted({path.relative_to(only).parts[0] for path in images[only]})

@@ -18,13 +18,14 @@ import numpy as np
 from ...common.processes import rank_and_world_size
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
-from ...data.reading.cells import texts_in, visible
-from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets, undecoded
+from ...data.reading.cells import NO_VALUES, texts_in, visible
+from ...data.reading.folders import pair_splits
+from ...data.reading.huggingface import HUB_PREFIX, image_column_of, is_datasets_folder, load_datasets, undecoded
 from ...data.reading.paths import image_in
-from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, scan
-from ...data.reading.splits import rows_of_split, splits_in
-from ...data.reading.tables import IMAGE_COLUMNS, find_column, parquet_splits, read_table
-from .class_folders import SPLIT_NAMES, beside_folder
+from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut
+from ...data.reading.splits import equal_splits, role_of, rows_of_split, splits_in
+from ...data.reading.tables import IMAGE_COLUMNS, beside_parquet, find_column, parquet_splits, read_table
+from .class_folders import beside_folder
 from .sets import Columns, Found, NoImage, image_identity
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")
@@ -95,10 +96,16 @@ def _pair_images(source: str, image_column: str | None, split: str) -> Sequence[
 
 
 def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
-    """The one that is asked for; else the one for testing, or validation, or the only one."""
-    usual = [name for name in SPLIT_NAMES[:-1] if name in there] or (there if len(there) == 1 else [])
-    chosen = split or next(iter(usual), "")
-    if chosen not in there:
+    """The one that is asked for, by its name or the only one for the same; else the one for testing, or validation, or
+    the only one."""
+    chosen = split
+    if split is None:
+        usual = [name for role in ("test", "val") for name in (*equal_splits(role), *there) if role_of(name) == role]
+        chosen = next((name for name in usual if name in there), there[0] if len(there) == 1 else None)
+    elif split not in there:
+        same = [name for name in there if role_of(split) and role_of(name) == role_of(split)]
+        chosen = same[0] if len(same) == 1 else None
+    if chosen is None:
         raise ValueError(f"{source} has no split {split or 'test'!r}; it has {', '.join(there)}")
     return chosen
 
@@ -196,8 +203,7 @@ def images_of_rows(
     identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
     left_out = list(getattr(rows, "left_out", ()))
     if path.is_dir():
-        below = scan(path)
-        left_out += [*below.left_out, *below.unread({*below.texts, *below.others} - set(files))]
+        left_out += beside_parquet(path, files)
     return TableImages(images, keys, values, identity, left_out)
 
 
@@ -207,7 +213,7 @@ def _column(rows: Any, name: str) -> list[Any]:
 
 def _is_flat(rows: Any, name: str) -> bool:
     """Whether a column holds one value a row; lists and structures in Parquet may be embeddings, or other images."""
-    return not hasattr(rows, "file") or rows.file.schema_arrow.field(name).type.num_fields == 0
+    return not hasattr(rows, "file") or name in rows.of_path or rows.file.schema_arrow.field(name).type.num_fields == 0
 
 
 def _schema_names(rows: Any, column: str) -> tuple[str, ...] | None:
@@ -231,12 +237,11 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
 
     names, features = list(loaded.column_names), loaded.features
     columns.check(names, source)
-    image_column = columns.image or next((c for c in names if isinstance(features[c], datasets.Image)), None)
-    image_column = image_column or find_column(names, IMAGE_COLUMNS, "the images", source)
+    image_column = columns.image or image_column_of(loaded, source)
     of_classes = {c: getattr(features[c], "feature", features[c]) for c in names}
     of_classes = {c: feature for c, feature in of_classes.items() if isinstance(feature, datasets.ClassLabel)}
     label_column = columns.label or _only_class_label(list(of_classes), names, source)
-    loaded = undecoded(loaded, image_column)
+    loaded = undecoded(loaded)
     label_feature = of_classes.get(label_column)
     scalar = [c for c in names if isinstance(features[c], datasets.Value | datasets.ClassLabel)]
     raw = loaded.select_columns([label_column])[:][label_column]
@@ -270,7 +275,7 @@ def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
     )
 
 
-_NOT_A_NUMBER = {"nan", "NaN", "-nan", "<NA>", "#N/A", "#NA"}  # None and null may be the name of a class
+_NOT_A_NUMBER = {"nan", "NaN", "-nan", "<NA>", "#N/A", "#NA", *NO_VALUES}  # None and null may be the name of a class
 
 
 def is_blank(cell: Any) -> bool:
@@ -362,7 +367,8 @@ def _refuse_joined(labels: Sequence[str], source: str) -> None:
         )
     are_numbers = all(re.fullmatch(r"\d+([\s,;|]+\d+)*", label) for label in there)
     for label in sorted(there):
-        parts = [part.strip() for part in re.split(r"[\s,;|]+" if are_numbers else r"[,;|]", label)]
+        listed = label[1:-1] if label[:1] + label[-1:] == "[]" else label
+        parts = [part.strip() for part in re.split(r"[\s,;|]+" if are_numbers else r"[,;|+/]", listed)]
         if len(parts) > 1 and (are_numbers or there.issuperset(parts)):
             raise ValueError(
                 f"{source} has the label {label!r}, which is several in one cell; write them as a list, "
@@ -380,6 +386,14 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     has_splits = source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))
     if Path(source).is_file() and not source.endswith(".tar") and (parts := splits_in(*read_table(Path(source)))):
         split, has_splits = choose_split(parts, split, source), True
+    name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
+    if (
+        not has_splits
+        and Path(source).is_dir()
+        and (parts := parquet_splits(Path(source)) or pair_splits(Path(source)))
+    ):
+        split, has_splits = choose_split(parts, split, source), True
+        source = str(Path(source) / split) if (Path(source) / split).is_dir() else source
     if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     split = split or "test"
@@ -389,7 +403,6 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         captions.append(pair.captions)
         sources.append(f"{pair.source} ({pair.problem})" if pair.problem else pair.source)
     images = _OfEachProcess(partial(_pair_images, source, columns.image, split), len(pairs))
-    name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
     kept = all_captioned(tuple(captions), sources, source)
     return Found(name, images, list(pairs.names), captions=kept, left_out=pairs.left_out)
 

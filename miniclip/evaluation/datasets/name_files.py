@@ -133,14 +133,17 @@ def _json(text: str, source: str) -> Any:
             raise ValueError(f"{source} is not JSON: {error}") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's loader, which keeps the last of several values of one key without a word."""
+class _UniqueKeys(yaml.BaseLoader):
+    """PyYAML's loader, which keeps the last of several values of one key without a word.
+
+    0017, no and 12:30 are texts as they are written.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [key for number, key in enumerate(keys) if key in keys[:number]]:
             raise yaml.constructor.ConstructorError(
-                None, None, f"{repeated[0]!r} comes twice in one mapping", node.start_mark
+                None, None, f"{repeated[0]} comes twice in one mapping", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -167,9 +170,14 @@ def _table(text: str, source: str, separator: str) -> Any:
     if separator not in first_line:
         separator = next((each for each in "\t;|," if each in first_line), separator)
     try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True) if any(row)]
+        rows = list(csv.reader(io.StringIO(text.strip("\r\n"), newline=""), delimiter=separator, strict=True))
     except csv.Error as error:
         raise ValueError(f"{source} is no table: {error}") from error
+    rows = [row for row in rows if row or len(rows[0]) == 1]
+    while not any(map(str.strip, rows[-1])):  # as Excel ends a table
+        del rows[-1]
+    if blank := next((number for number, row in enumerate(rows, 1) if not any(map(str.strip, row))), None):
+        raise ValueError(f"{source} is blank in row {blank}; the rows are the labels, so none may be blank")
     header = [cell.strip() for cell in rows[0]]
     if not any(_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in header if cell):
         if len(header) == 1:
@@ -306,7 +314,9 @@ def _lines(text: str, source: str) -> Any:
             return [line.rstrip(f"{mark} ") for line in lines]
     if len(lines) > 1 and all(re.match(r"[-*•] +\S", line) for line in lines):
         return [line[1:].strip() for line in lines]
-    if lines[0].lower() in _NAME_COLUMNS and lines[0].lower() not in ("text", "title") and len(lines) > 1:
+    first = _column_name(lines[0].rstrip(":"))
+    is_header = first in (*_NAME_COLUMNS, "label", "labels", "species") and first not in ("text", "title")
+    if len(lines) > 1 and (is_header or [line for line in lines if line.endswith(":")] == lines[:1]):
         raise ValueError(
             f"{source} begins with {lines[0]!r}, which may be a header or the name of class 0; call the file .csv if "
             "it is a header"
@@ -439,7 +449,7 @@ def _in_order(found: Any, source: str) -> Sequence[Any]:
     inner = [name for name in _MAPPINGS if isinstance(found.get(name), list | tuple | Mapping)]
     if inner:
         names = _in_order(found[inner[0]], source)
-        if isinstance(count := found.get("nc"), int) and count != len(names):
+        if _is_label(count := found.get("nc")) and int(str(count)) != len(names):
             raise ValueError(f"{source} has {len(names)} {inner[0]}, and its nc, the number of classes, is {count}")
         return names
     if all(_is_label(key) for key in found):

@@ -46,7 +46,22 @@ def settle_names(found: Found, classnames: str | Path | None, source: str) -> Fo
             f"{source} has {len(found.classnames)} classes ({found.classnames_from}), and there are {len(names)} "
             f"class names in {names_from}"
         )
+    if names is not None and found.classnames is not None:
+        _refuse_another_order(found.classnames, names, source, found.classnames_from, names_from)
     return replace(found, classnames=names, classnames_from=names_from)
+
+
+def _refuse_another_order(
+    own: Sequence[str], names: Sequence[str], source: str, own_from: str, names_from: str
+) -> None:
+    """The same names at other labels than the data have them at."""
+    pairs = list(zip(map(spoken, own), map(spoken, names), strict=True))
+    label = next((label for label, (one, other) in enumerate(pairs) if one != other), None)
+    if label is not None and sorted(one for one, _ in pairs) == sorted(other for _, other in pairs):
+        raise ValueError(
+            f"{source} has the names of {names_from} in another order: label {label} is {own[label]!r} ({own_from}) "
+            f"and {names[label]!r} there; bring the list into the data's order, or leave it out"
+        )
 
 
 def _near_template_set(templates: str) -> str:
@@ -103,6 +118,10 @@ def _prompts_by_class(path: Path, values: dict[str, Any], names: tuple[str, ...]
     for name, prompts in values.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ValueError(f"{path}: {name!r} must have a list of prompts, texts that are not empty")
+        if unfilled := next((p for p in prompts if "{}" in p or _unfilled(p)), None):
+            raise ValueError(
+                f"{path}: nothing fills {unfilled!r}; the prompts of a class, here {name!r}, are whole texts"
+            )
         by_spoken[spoken(name)] = tuple(prompts)
     missing = [name for name in names if spoken(name) not in by_spoken]
     if missing:
@@ -172,6 +191,7 @@ def number_labels(
         return tuple(index[spoken_of[label]] for label in raw), names
     # Keys of their own, such as WordNet's n01440764: the names are in the keys' order.
     if len(unknown) == len(found) == len(names) and all(re.fullmatch(r"[A-Za-z]?\d+", label) for label in found):
+        _refuse_two_orders(found, names, source)
         index = {label: c for c, label in enumerate(found)}
         return tuple(index[label] for label in raw), names
     hint = ". -1 marks images without a label: choose another split" if "-1" in unknown else ""
@@ -179,3 +199,15 @@ def number_labels(
         f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "
         f"{_with_near(unknown, names)}{hint}"
     )
+
+
+def _refuse_two_orders(keys: Sequence[str], names: Sequence[str], source: str) -> None:
+    """Sorted as texts, c10 comes before c2; sorted as numbers, after it. WordNet's are as wide as each other."""
+    by_number = sorted(keys, key=lambda key: (re.sub(r"\d+", "", key), int(re.sub(r"\D", "", key))))
+    if list(keys) != by_number:
+        rank = next(rank for rank, (one, other) in enumerate(zip(keys, by_number, strict=True)) if one != other)
+        raise ValueError(
+            f"{source} has labels such as {keys[rank]!r} and {by_number[rank]!r}, which sort as texts in another order "
+            f"than as numbers, so {names[rank]!r} may be the name of either; use the names themselves as labels, or "
+            "keys of one width, such as c02 and c10"
+        )

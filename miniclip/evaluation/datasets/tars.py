@@ -23,12 +23,13 @@ from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
-from .class_folders import SPLIT_NAMES, in_split
+from .class_folders import in_split
 from .folders_and_tables import FromEach, alike, all_captioned, choose_split, label_in
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
 NUM_SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
+_SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def hub_location(source: str) -> str:
 
 def benchmark_splits(location: str, split: str | None) -> list[str]:
     """The splits of a set of CLIP_benchmark's, none if it is no such set."""
-    names = dict.fromkeys([*([split] if split else []), *SPLIT_NAMES])
+    names = dict.fromkeys([*([split] if split else []), *_SPLIT_NAMES])
     return [name for name in names if exists(join(location, f"{name}/{NUM_SHARDS_FILE}"))]
 
 
