@@ -417,6 +417,14 @@ def test_a_path_is_found_as_people_write_it(tmp_path, path):
     assert pair.image.is_file()
 
 
+def test_a_file_that_a_row_names_exactly_is_no_other_rows_in_another_case(tmp_path):
+    write_picture(tmp_path / "img_1.jpg", 1)
+    (tmp_path / "t.csv").write_text("image,caption\nIMG_1.JPG,a dog\nimg_1.jpg,a cat\n")
+    one, other = read_pairs(tmp_path / "t.csv")
+    assert one.problem == "no image file IMG_1.JPG; img_1.jpg is another row's"
+    assert (other.problem, other.captions) == (None, ("a cat",))
+
+
 def test_a_path_that_fits_two_files_is_not_guessed(tmp_path):
     write_picture(tmp_path / "a.png")
     write_picture(tmp_path / "a.jpg")

@@ -446,6 +446,19 @@ def test_shards_without_labels_are_told(tmp_path):
         open_dataset(tmp_path)
 
 
+def test_a_tar_beside_folders_per_class_without_labels_tells_of_them(tmp_path):
+    tar(tmp_path / "backup.tar", {"cat/1": {"png": png(0)}})
+    write_picture(tmp_path / "cat" / "1.png", 0)
+    with pytest.raises(ValueError, match=r"neither labels .*1 left out: in a folder below, a picture beside the tars"):
+        open_dataset(tmp_path)
+
+
+def test_json_of_a_sample_that_is_damaged_names_the_sample(tmp_path):
+    tar(tmp_path / "0.tar", {"a": {"png": png(0), "cls": b"0", "json": b"{cut"}})
+    with pytest.raises(ValueError, match=r"0\.tar:a: its \.json can't be read: "):
+        open_dataset(tmp_path)
+
+
 def test_a_shard_that_lost_a_label_names_the_sample(tmp_path):
     tar(tmp_path / "0.tar", {"a": {"png": png(0), "cls": b"0"}, "b": {"png": png(1)}})
     with pytest.raises(ValueError, match=r"0\.tar:b has no label"):

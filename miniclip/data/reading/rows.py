@@ -61,7 +61,7 @@ def pairs_of_rows(
         if key not in rows_of:
             names.append(name)
         rows_of.setdefault(key, []).append(row)
-    groups = list(rows_of.values())
+    keys, groups = list(rows_of), list(rows_of.values())
     without = _rows_without_caption(rows, groups, text_columns) if len(rows) > len(names) else []
     left_out = [*left_out, *(_row_left_out(row, rows[row]) for row in without)]
     skipped = set(without)
@@ -80,6 +80,8 @@ def pairs_of_rows(
         if isinstance(image, bytes) or is_url(image):
             return Pair(names[index], image, captions, None, extra)
         path = find_file(folder, image)
+        if path != folder / image and (other := _row_in_another_case(path, folder, keys[index])) in rows_of:
+            return Pair(names[index], problem=f"no image file {image}; {other} is another row's", extra=extra)
         return Pair(names[index], path, captions, _absence(path, image, images), extra)
 
     probed = [read(index) for index in range(min(_PROBED, len(names)))]
@@ -161,6 +163,13 @@ def _rows_without_caption(
 def _row_left_out(row: int, values: Mapping[str, Any]) -> LeftOut:
     held = ", ".join(str(value) for value in values.values() if value not in (None, "") and not is_binary(value))
     return LeftOut(f"row {row} ({held[:100]})", "a row without a caption, of an image that has others")
+
+
+def _row_in_another_case(path: Path, folder: Path, key: str) -> str:
+    """The key of a row that names this file as it is written, where another row's `key` differs from it in upper and
+    lower case; else empty."""
+    found = os.path.normpath(same_name(str(path.relative_to(folder)))) if path.is_relative_to(folder) else ""
+    return found if found != key and found.casefold() == key.casefold() else ""
 
 
 def _name_of(cell: Any, row: int) -> str:

@@ -21,6 +21,7 @@ from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
+from ...data.reading.scan import summary
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import in_split
@@ -131,7 +132,10 @@ def _read_shards(
     if "retrieval" not in present and any(captions_of(shards, n) for n in probed):
         present.append("retrieval")
     if not present:
-        raise ValueError(f"{source} has neither labels (.cls, .npy) nor captions (.txt, .json) beside its images")
+        beside = f"; {told}" if (told := summary(shards.left_out)) else ""
+        raise ValueError(
+            f"{source} has neither labels (.cls, .npy) nor captions (.txt, .json) beside its images{beside}"
+        )
     task = task or present[0]
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
@@ -196,7 +200,7 @@ def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
     """The entries of the samples' `.json`, where they have one."""
     if not any(shards.read(n, "json") for n in _probes(len(shards))):
         return {}
-    facts = [shards.info(number) for number in range(len(shards))]
+    facts = [_facts(shards, number) for number in range(len(shards))]
     names = dict.fromkeys(
         name
         for each in facts
@@ -205,6 +209,13 @@ def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
     )
     names.pop("cls", None)
     return {name: [each.get(name) for each in facts] for name in names}
+
+
+def _facts(shards: Shards, index: int) -> dict[str, Any]:
+    try:
+        return shards.info(index)
+    except ValueError as error:
+        raise ValueError(f"{shards.name(index)}: its .json can't be read: {error}") from error
 
 
 def _hot_labels(data: bytes, classnames: tuple[str, ...] | None, key: str) -> list[str]:
