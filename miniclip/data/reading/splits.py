@@ -15,12 +15,12 @@ EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation",
 
 
 _ROLE_OF = {name: names[0] for names in EQUAL_SPLITS for name in names}
-_NAME = re.compile(rf"({'|'.join(_ROLE_OF)})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I)  # COCO's train2017
+_PART = re.compile(rf"({'|'.join(_ROLE_OF)})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I)  # COCO's train2017
 
 
 def role_of(name: str) -> str:
     """What a part of this name is for, "train", "val" or "test"; empty where the name says something else."""
-    found = _NAME.fullmatch(name)
+    found = _PART.fullmatch(name)
     return _ROLE_OF[found[1].lower()] if found else ""
 
 

@@ -200,7 +200,7 @@ def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
     """The entries of the samples' `.json`, where they have one."""
     if not any(shards.read(n, "json") for n in _probes(len(shards))):
         return {}
-    facts = [_facts(shards, number) for number in range(len(shards))]
+    facts = [_facts_of_sample(shards, number) for number in range(len(shards))]
     names = dict.fromkeys(
         name
         for each in facts
@@ -211,7 +211,7 @@ def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
     return {name: [each.get(name) for each in facts] for name in names}
 
 
-def _facts(shards: Shards, index: int) -> dict[str, Any]:
+def _facts_of_sample(shards: Shards, index: int) -> dict[str, Any]:
     try:
         return shards.info(index)
     except ValueError as error:
