@@ -151,6 +151,7 @@ def create_model(
         model_name: an architecture (`list_models`), whose weights `pretrained` names; or hf-hub:owner/name,
             local-dir:DIR or any checkpoint that `miniclip.load` takes, which bring their own.
         pretrained: a tag (`list_pretrained`), or a file. Without it, weights are random, and a warning says so.
+        load_weights: False for random weights whatever the names bring.
         precision: of the weights. "fp16" and "bf16" leave norms and embeddings in float32, "pure_fp16" and "pure_bf16"
             do not; anything with "amp" is float32.
         jit: warned about and ignored.
@@ -164,7 +165,8 @@ def create_model(
     if jit:
         warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
     config, found = _open(model_name, pretrained if load_weights else None, cache_dir)
-    if found is None and (require_pretrained or not pretrained):
+    found = found if load_weights else None  # a folder's own weights are not asked for either
+    if found is None and (require_pretrained or (load_weights and not pretrained)):
         _report_random(model_name, require_pretrained)
     if force_quick_gelu:
         config = replace(config, activation="quick_gelu")

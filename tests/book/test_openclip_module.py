@@ -48,6 +48,13 @@ def vit(tmp_path):
     return write_folder(tmp_path / "model")
 
 
+def test_weights_that_are_not_asked_for_are_not_loaded_though_a_folder_brings_them(vit):
+    name, theirs = vit
+    weight = ours.create_model(name, load_weights=False).visual.conv1.weight
+    assert weight.shape == theirs.visual.conv1.weight.shape
+    assert not torch.equal(weight, theirs.visual.conv1.weight)
+
+
 def images_for(model, number=3):
     R = model.visual.preprocess_cfg["size"]
     R = R if isinstance(R, int) else R[0]
