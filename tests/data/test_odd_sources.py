@@ -425,6 +425,12 @@ def test_a_file_that_a_row_names_exactly_is_no_other_rows_in_another_case(tmp_pa
     assert (other.problem, other.captions) == (None, ("a cat",))
 
 
+def test_what_else_the_rows_of_one_image_say_is_kept_of_all(three):
+    (three / "t.csv").write_text("image,caption,alt,year\n0.png,a cat,a tabby,1999\n0.png,a pet,a tom,1999\n")
+    (pair,) = read_pairs(three / "t.csv")
+    assert (pair.captions, pair.extra) == (("a cat", "a pet"), {"alt": ["a tabby", "a tom"], "year": "1999"})
+
+
 def test_a_path_that_fits_two_files_is_not_guessed(tmp_path):
     write_picture(tmp_path / "a.png")
     write_picture(tmp_path / "a.jpg")

@@ -68,7 +68,7 @@ def pairs_of_rows(
 
     def read(index: int) -> Pair:
         chosen = [rows[row] for row in groups[index] if row not in skipped]
-        extra = extra_of(chosen[0], (column, *text_columns))
+        extra = _extra_of_all(chosen, (column, *text_columns))
         try:
             cell = cells[groups[index][0]]
             image = picture_in(chosen[0].get(column) if cell is None or not isinstance(cell, str) else cell)
@@ -130,6 +130,13 @@ def extra_of(row: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
     """The other values of a row, as far as JSON has them."""
     others = {key: value for key, value in row.items() if key not in used and not is_binary(value)}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in others.items()}
+
+
+def _extra_of_all(rows: Sequence[Mapping[str, Any]], used: Sequence[str]) -> dict[str, Any]:
+    """The other values of the rows of one image; a list of each row's where they differ."""
+    each = [extra_of(row, used) for row in rows]
+    values_of = {name: [extra.get(name) for extra in each] for name in dict.fromkeys(name for e in each for name in e)}
+    return {name: values[0] if values.count(values[0]) == len(values) else values for name, values in values_of.items()}
 
 
 def _rows_without_caption(
