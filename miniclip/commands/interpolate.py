@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..weights.folders import refuse_to_save
 from .terminal import add_encoding, add_upright, console, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
 
 def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
-    if (out / "config.json").exists() and not options.overwrite:
-        raise ValueError(f"{out} already holds a model; pass --overwrite to replace it, or name another --out")
+    refuse_to_save(out, options.overwrite, "--overwrite")  # before hours of scoring
     if bool(options.data) != bool(options.retain) or not (options.data or options.alpha is not None):
         raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
     refuse_bad_encoding(options)

@@ -43,6 +43,7 @@ from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, what_is_kept
 from ..training.zero_shot import CaptionWordings
+from ..weights.folders import refuse_to_save
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
@@ -233,6 +234,8 @@ class TrainingCLI(LightningCLI):
                     f"{run} already holds a run. --ckpt_path last resumes it, --overwrite true starts it anew, and "
                     "--name names another"
                 )
+            if _is_rank_zero() and (self._goes_on() or not config.overwrite):  # what is overwritten is removed
+                refuse_to_save(run / "best", overwrite=True)
         elif not config.ckpt_path and not config.model.start_from:
             raise ValueError(
                 "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL; without one it would score "

@@ -18,6 +18,7 @@ from ..common.wording import cut_short
 from ..data.wordings.kept import WORDINGS_FILE, Wordings
 from ..images import open_image
 from ..weights.convert import convert
+from ..weights.folders import refuse_misread
 from .card import CARD_FILE, card_for, is_untouched
 
 _THUMBNAIL_SIDE = 256  # pixels, of the longer side
@@ -67,7 +68,8 @@ def push(
         hints: as `read_checkpoint` takes them.
 
     Raises:
-        ValueError: the repository has other files of these names, the hub refuses, or as `convert` and `read_origin`.
+        ValueError: the repository has other files of these names, or a model that would be loaded in place of this one;
+            the hub refuses, or as `convert` and `read_origin`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -84,6 +86,7 @@ def push(
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         before = api.model_info(repository, files_metadata=True)
+        refuse_misread([file.rfilename for file in before.siblings or ()], repository, contents)
         if not overwrite:
             _refuse_other_files(api, repository, operations, before)
         commit = api.create_commit(repository, operations, commit_message=f"{to} weights of {Path(model).name}")

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OPENCLIP_CONFIG_FILE = "open_clip_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"  # of PEFT's
 THRESHOLD_FILE = "threshold.json"  # of `miniclip calibrate`; it holds for the same weights in any layout
 # The order in which open_clip and transformers look for their own weights; either may be in shards, with an index.
 _OPENCLIP_WEIGHTS = (
@@ -54,6 +55,38 @@ def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
     raise ValueError(
         f"{where} has no {' and no '.join(missing)}; a model's directory has {CONFIG_FILE} and weights{there}"
     )
+
+
+def refuse_to_save(folder: Path, overwrite: bool, option: str = "overwrite=True") -> None:
+    """What every writer of a model into a folder asks before it writes.
+
+    Args:
+        option: what the caller's user passes to replace a model.
+
+    Raises:
+        ValueError: the folder holds a model and `overwrite` is False, or `load` would read something else there.
+    """
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    refuse_misread(there, str(folder))
+    models = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name in there]
+    if models and not overwrite:
+        raise ValueError(f"{folder} already holds a model ({', '.join(models)}); pass {option} to replace it")
+
+
+def refuse_misread(there: Collection[str], where: str, written: Collection[str] = (CONFIG_FILE, WEIGHTS_FILE)) -> None:
+    """Raises a ValueError if `load` would read what lies in a folder already, and not a model that is written there.
+
+    Args:
+        there: the names of the folder's files.
+        where: the folder or repository, for the error.
+        written: the names of the model's files.
+    """
+    for name, what in ((ADAPTER_CONFIG_FILE, "an adapter of PEFT's"), (OPENCLIP_CONFIG_FILE, "OpenCLIP's model")):
+        if name in there and name not in written:
+            raise ValueError(
+                f"{where} holds {name}, so what is loaded from there would be {what} and not the model that is to be "
+                "written; name another place, or move that file and its weights away"
+            )
 
 
 def _of_a_run(where: str) -> str:

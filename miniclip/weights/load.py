@@ -34,7 +34,7 @@ from ..images import Preprocess
 from ..model import CLIP
 from .containers import write_safetensors
 from .download import HUB_PREFIX
-from .folders import CONFIG_FILE, WEIGHTS_FILE
+from .folders import CONFIG_FILE, WEIGHTS_FILE, refuse_to_save
 from .layouts import Tensors
 from .read import Checkpoint, locate, read_checkpoint
 from .shapes import differences, unfilled
@@ -108,14 +108,13 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     the model back, bit for bit.
 
     Raises:
-        ValueError: the directory already holds a model, and `overwrite` is False; or the model is no CLIP.
+        ValueError: the directory already holds a model, and `overwrite` is False; it holds one that `load` would read
+            in place of this one; or the model is no CLIP.
     """
     if not isinstance(getattr(model, "config", None), CLIPConfig):
         raise ValueError(f"model is {shown(model)}; it must be a CLIP, as `load` returns it first")
     directory = Path(check_path("directory", directory))
-    there = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (directory / name).exists()]
-    if there and not overwrite:
-        raise ValueError(f"{directory} already holds a model ({', '.join(there)}); pass overwrite=True to replace it")
+    refuse_to_save(directory, overwrite)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     write_safetensors(directory / WEIGHTS_FILE, tensors)
     write_text(directory / CONFIG_FILE, model.config.to_json())

@@ -19,7 +19,14 @@ from ..data.wordings.kept import WORDINGS_FILE, Wordings
 from .architecture import config_from_hf, config_from_openclip, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
-from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, WEIGHTS_FILE, pair_in, refuse_unread
+from .folders import (
+    ADAPTER_CONFIG_FILE,
+    CONFIG_FILE,
+    OPENCLIP_CONFIG_FILE,
+    WEIGHTS_FILE,
+    pair_in,
+    refuse_unread,
+)
 from .heads import Hints
 from .layouts import Tensors, from_openai_keys, is_hf, to_native_keys
 from .pickles import is_torchscript, read_pickle, read_torchscript
@@ -117,7 +124,7 @@ def read_checkpoint(name: str | Path, assumed: CLIPConfig | None = None, **hints
 
 
 def _read_directory(path: Path) -> Checkpoint:
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG_FILE).is_file():
         raise _peft_error(path)
     config_file, weights_file = pair_in([file.name for file in path.iterdir() if file.is_file()], str(path))
     if config_file == OPENCLIP_CONFIG_FILE:

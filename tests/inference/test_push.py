@@ -123,6 +123,16 @@ def test_what_a_repository_has_is_replaced_on_request_alone(tmp_path, model):
         assert repository.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
 
 
+def test_a_model_is_not_pushed_to_where_open_clips_would_be_loaded_in_its_place(tmp_path, model):
+    with Hub() as hub:
+        assert push(hub, tmp_path / "home", str(model), "owner/birds", "--to", "openclip").returncode == 0
+        repository = hub.repositories["owner/birds"]
+        for more in ([], ["--overwrite"]):
+            refused = push(hub, tmp_path / "home", str(model), "owner/birds", *more)
+            assert (refused.returncode, len(repository.commits)) == (2, 2)
+            assert "owner/birds holds open_clip_config.json" in refused.stderr
+
+
 def test_a_token_without_the_right_says_how_to_get_one(tmp_path, model):
     with Hub() as hub:
         done = push(hub, tmp_path / "home", str(model), "owner/birds", token="hf_other")

@@ -402,6 +402,13 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*command, "--alpha", "0.5", "--out", str(out)])
     assert "already holds a model" in capsys.readouterr().err
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "open_clip_config.json").write_text("{}")
+    scored = ["--data", str(sets[0]), "--retain", str(sets[1])]
+    with pytest.raises(SystemExit):
+        cli.main([*command, *scored, "--out", str(tmp_path / "theirs"), "--overwrite"])
+    assert "theirs holds open_clip_config.json" in capsys.readouterr().err
+    assert len(list((tmp_path / "theirs").iterdir())) == 1  # nothing was scored
     cli.main([*command, "--alpha", "0.5", "--out", str(tmp_path / "half")])
     half = finetune.interpolate(tiny_clip(0), tiny_clip(1), 0.5).state_dict()
     assert all(torch.equal(tensor, half[name]) for name, tensor in tensors(tmp_path / "half").items())

@@ -34,6 +34,7 @@ from miniclip.commands import train as trainer
 from miniclip.data.module import PairDataModule
 from miniclip.training.checkpoints import LastCheckpoint
 from miniclip.training.progress import Stalls
+from miniclip.weights.convert import convert
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -178,6 +179,18 @@ def test_a_name_is_the_runs_folder_and_one_command_begins_goes_on_and_ends(data,
     assert "last.ckpt to resume from, though runs/digits-2 holds a run; --overwrite true starts it anew" in said
     trainer.main([*command, "--overwrite=true"])
     assert "new, 6 steps" in capsys.readouterr().out
+
+
+def test_a_run_whose_best_was_converted_in_place_is_refused_before_it_goes_on(data, tmp_path, capsys):
+    """Its model would lie beside OpenCLIP's, which `load` prefers."""
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, steps=1))
+    convert(run / "best", run / "best", "openclip", overwrite=True)
+    said = fails(capsys, arguments(data, run, "--ckpt_path=last", steps=2))
+    assert "best holds open_clip_config.json" in said
+    assert step_of(run) == 1
+    trainer.main(arguments(data, run, "--overwrite=true", steps=2))
+    miniclip.load(run / "best", device="cpu")
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_by_the_same_command(data, tmp_path):

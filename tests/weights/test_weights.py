@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
 from miniclip.weights.containers import write_safetensors
+from miniclip.weights.convert import convert
 from miniclip.weights.folders import CONFIG_FILE, WEIGHTS_FILE
 from miniclip.weights.layouts import from_openai_keys
 from miniclip.weights.load import load, save
@@ -174,6 +176,56 @@ def test_a_config_file_without_weights_is_not_overwritten_unasked(model, tmp_pat
     with pytest.raises(ValueError, match="overwrite=True"):
         save(model, tmp_path)
     assert (tmp_path / CONFIG_FILE).read_text() == "somebody's own"
+
+
+@pytest.mark.parametrize("beside", [None, "native", "hf"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_would_be_loaded_as_open_clips_model_is_left_as_it_is(model, tmp_path, beside, overwrite):
+    """`load` prefers open_clip's pair, with or without ours beside it."""
+    save(tiny_clip(), tmp_path / "other")
+    convert(tmp_path / "other", tmp_path / "model", "openclip")
+    if beside is not None:
+        convert(tmp_path / "other", tmp_path / "beside", beside)
+        shutil.copytree(tmp_path / "beside", tmp_path / "model", dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(ValueError, match=r"model holds open_clip_config\.json, so what is loaded .* another place"):
+        save(model, tmp_path / "model", overwrite)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "open_clip_config.json"])
+def test_beside_a_file_that_load_goes_by_nothing_is_saved(model, tmp_path, name):
+    (tmp_path / name).write_text("another's")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds {name}, so what is loaded from there would be")):
+        save(model, tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        "adapter_model.safetensors",
+        "epoch_5.pt",
+        "flax_model.msgpack",
+        "last.ckpt",
+        "model.onnx",
+        "model.safetensors.index.json",
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.bin",
+        "preprocessor_config.json",
+        "pytorch_model.bin",
+        "wordings.json",
+    ],
+)
+def test_beside_any_other_file_what_was_saved_is_what_is_loaded(model, tmp_path, name):
+    (tmp_path / name).write_text("another's")
+    save(model, tmp_path, overwrite=True)
+    for path in (tmp_path, tmp_path / WEIGHTS_FILE):
+        loaded, _ = load(path, device="cpu")
+        assert loaded.config == model.config
+        assert_same_weights(loaded, model)
 
 
 def test_saving_makes_the_directories_it_needs(model, tmp_path):
