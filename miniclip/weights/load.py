@@ -35,9 +35,10 @@ from ..model import CLIP
 from .containers import write_safetensors
 from .download import HUB_PREFIX
 from .folders import CONFIG_FILE, WEIGHTS_FILE, refuse_to_save
-from .layouts import Tensors
+from .layouts import Tensors, to_native_keys
 from .read import Checkpoint, locate, read_checkpoint
 from .shapes import differences, unfilled
+from .unwrap import refuse_no_weights, without_wrappers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The three functions that most people need
@@ -105,23 +106,50 @@ def from_pretrained(name: str | Path, **options: Any) -> tuple[CLIP, Callable[[I
 
 def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     """Writes `config.json` and `model.safetensors`, and `wordings.json` if the model has them; `load(directory)` gives
-    the model back, bit for bit.
+    the model back, bit for bit. One of torch.compile's or of `miniclip.openclip` becomes ours.
 
     Raises:
         ValueError: the directory already holds a model, and `overwrite` is False; it holds one that `load` would read
-            in place of this one; or the model is no CLIP.
+            in place of this one; or the model is no CLIP, or one that `load` could not read back. Nothing is written.
     """
     if not isinstance(getattr(model, "config", None), CLIPConfig):
-        raise ValueError(f"model is {shown(model)}; it must be a CLIP, as `load` returns it first")
+        raise ValueError(
+            f"model is {shown(model)}; it must be a CLIP, as `miniclip.load` returns it first. torch.save keeps the "
+            "state_dict() of any other, and `load` reads a CLIP's"
+        )
     directory = Path(check_path("directory", directory))
     refuse_to_save(directory, overwrite)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    tensors = _tensors_to_save(model)  # before anything is written
     write_safetensors(directory / WEIGHTS_FILE, tensors)
     write_text(directory / CONFIG_FILE, model.config.to_json())
-    if model.wordings is None:
+    wordings = getattr(model, "wordings", None)  # a model of `miniclip.openclip` has none
+    if wordings is None:
         (directory / WORDINGS_FILE).unlink(missing_ok=True)  # another model's
     else:
-        write_text(directory / WORDINGS_FILE, model.wordings.to_json())
+        write_text(directory / WORDINGS_FILE, wordings.to_json())
+
+
+def _tensors_to_save(model: CLIP) -> Tensors:
+    """A model's tensors by our names, as its configuration describes them.
+
+    Raises:
+        ValueError: `load` could not read them back; says why and what to do.
+    """
+    found = model.state_dict()
+    refuse_no_weights(found, "the model", "save what comes of it")
+    named = to_native_keys(without_wrappers(found))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    if wrong := differences(model.config, tensors, "the model"):
+        what = "the model has other tensors than its config describes, so `load` could not read it back:"
+        remedy = "set model.config to its sizes (dataclasses.replace), or keep its state_dict() with torch.save"
+        raise ValueError("\n".join([what, *wrong, remedy]))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise ValueError(
+                f"{name} of the model holds infinite numbers or NaN, which `load` refuses: its training diverged. Save "
+                "an earlier state, or keep this one's state_dict() with torch.save"
+            )
+    return tensors
 
 
 def preprocess_for(config: CLIPConfig) -> Preprocess:

@@ -6,7 +6,7 @@ What is left out (an average of the weights, a head of the trainer's own) is war
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -56,13 +56,13 @@ def unwrap(values: Any, source: str) -> Tensors:
     Raises:
         ValueError: there is none, there are several to choose from, or adapters are not merged; says what to do.
     """
-    entries = {entry: _without_wrappers(tensors) for entry, tensors in _state_dicts(values)}
+    entries = {entry: without_wrappers(tensors) for entry, tensors in _state_dicts(values)}
     if not entries:
         is_mapping = isinstance(values, Mapping) and values
         kind = f"a mapping of {some([str(key) for key in values])}" if is_mapping else f"a {type(values).__name__}"
         raise ValueError(f"{source} is no checkpoint: it holds {kind}, not tensors by their names")
     for tensors in entries.values():
-        _refuse_no_weights(tensors, source)
+        refuse_no_weights(tensors, source, "save its state_dict()")
     models = [(entry, prefix) for entry, tensors in entries.items() for prefix in _prefixes(tensors)]
     if not models:  # something else; whoever looks for a CLIP's tensors in it says what is missing
         return entries[_chosen([(entry, "") for entry in entries], source)[0]]
@@ -93,15 +93,22 @@ def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple
         yield from _state_dicts(value, f"{entry}.{key}".lstrip("."), depth + 1)
 
 
-def _refuse_no_weights(tensors: Tensors, source: str) -> None:
-    for key in tensors:
+def refuse_no_weights(names: Iterable[str], source: str, then: str) -> None:
+    """Raises a ValueError for tensors that are no weights yet.
+
+    Args:
+        names: of a state dict.
+        source: what holds them, for the error.
+        then: what to do once they are weights.
+    """
+    for key in names:
         for part in key.split("."):
             if part in _NO_WEIGHTS:
                 what, remedy = _NO_WEIGHTS[part]
-                raise ValueError(f"{source} holds {what} ({key}); {remedy}, and save its state_dict()")
+                raise ValueError(f"{source} holds {what} ({key}); {remedy}, and {then}")
 
 
-def _without_wrappers(tensors: Tensors) -> Tensors:
+def without_wrappers(tensors: Tensors) -> Tensors:
     """Of the model alone, by its own names; its logits' scale and bias are single numbers, however they are shaped."""
     out = {}
     for key, tensor in tensors.items():

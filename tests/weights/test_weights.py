@@ -11,10 +11,15 @@ import subprocess
 import sys
 import zipfile
 
+import foreign_models
+import peft
 import pytest
 import torch
+from foreign_models import TINY, assert_close, probe
 from helpers import picture, tiny_clip, tiny_config
+from torch.nn.utils import prune
 
+from miniclip import openai, openclip_model
 from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
@@ -226,6 +231,115 @@ def test_beside_any_other_file_what_was_saved_is_what_is_loaded(model, tmp_path,
         loaded, _ = load(path, device="cpu")
         assert loaded.config == model.config
         assert_same_weights(loaded, model)
+
+
+# ---- what is saved is what its configuration describes
+
+
+@pytest.mark.parametrize("part", ["whole", "visual", "text"])
+def test_a_compiled_model_is_saved_by_its_own_names(model, tmp_path, part):
+    if part == "whole":
+        compiled = torch.compile(model)
+    else:
+        compiled = model
+        setattr(model, part, torch.compile(getattr(model, part)))
+    assert any("_orig_mod" in name for name in compiled.state_dict())
+    save(compiled, tmp_path / "model")
+    torch.manual_seed(0)
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], CLIP(ODD))
+
+
+def lora(model):
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_fc"]))
+
+
+def pruned(model):
+    prune.l1_unstructured(model.visual.transformer.resblocks[0].mlp.c_fc, "weight", 0.5)
+    return model
+
+
+def without_projection(model):
+    model.visual.proj = None
+    return model
+
+
+def with_more_tokens(model):
+    model.text.token_embedding = torch.nn.Embedding(32, 12)
+    return model
+
+
+def with_a_head(model):
+    model.head = torch.nn.Linear(6, 2)
+    return model
+
+
+def diverged(model):
+    model.visual.proj.data[0, 0] = torch.nan
+    return model
+
+
+UNREADABLE = {
+    lora: ["adapters of PEFT's", "base_layer", "call merge_and_unload()", "save what comes of it"],
+    pruned: ["pruned weights", "weight_orig", "call prune.remove"],
+    without_projection: ["visual.proj: the architecture has (8, 6), the model no such tensor", "torch.save"],
+    with_more_tokens: ["token_embedding.weight: the architecture has (30, 12), the model (32, 12)", "model.config"],
+    with_a_head: ["head.weight: the architecture has no such tensor, the model (2, 6)", "torch.save"],
+    diverged: ["visual.proj", "NaN", "earlier state"],
+}
+
+
+@pytest.mark.parametrize("change", UNREADABLE, ids=lambda change: change.__name__)
+def test_a_model_that_could_not_be_read_back_is_refused_and_the_good_one_stays(model, saved, change):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(ValueError, match=r"the model") as caught:
+        save(change(model), saved, overwrite=True)
+    for word in UNREADABLE[change]:
+        assert word in str(caught.value), caught.value
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_more_tokens_are_saved_once_the_configuration_has_them(model, tmp_path):
+    model = with_more_tokens(model)
+    model.config = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab_size=32))
+    save(model, tmp_path / "model")
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], model)
+
+
+def test_adapters_are_saved_once_they_are_merged(model, tmp_path):
+    merged = lora(model).merge_and_unload()
+    save(merged, tmp_path / "model")
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], merged)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_model_of_our_open_clip_is_saved_as_ours(tmp_path, kind):
+    theirs = openclip_model.CLIP(TINY[kind]).eval()
+    save(theirs, tmp_path / "model")
+    ours, _ = load(tmp_path / "model", device="cpu")
+    assert ours.config == TINY[kind]
+    images, tokens = probe(TINY[kind])
+    with torch.no_grad():
+        assert_close(ours.encode_image(images), theirs.encode_image(images))
+        assert_close(ours.encode_text(tokens), theirs.encode_text(tokens))
+
+
+@pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), {"a": 1}, None], ids=repr)
+def test_what_is_no_clip_is_refused_with_what_keeps_it(tmp_path, other):
+    with pytest.raises(ValueError, match=r"must be a CLIP, as `miniclip\.load` returns it first\. torch\.save keeps"):
+        save(other, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_our_openai_module_comes_back_by_its_state_dict(tmp_path):
+    clip = openai.build_model(foreign_models.openclip_model(TINY["vit"]).half().state_dict()).float()
+    with pytest.raises(ValueError, match=r"model is a CLIP; .* torch\.save keeps the state_dict"):
+        save(clip, tmp_path / "model")
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    loaded, _ = load(tmp_path / "clip.pt", device="cpu", activation="quick_gelu", head_width=64)
+    images, tokens = probe(TINY["vit"])
+    with torch.no_grad():
+        assert_close(loaded.encode_image(images), clip.encode_image(images))
+        assert_close(loaded.encode_text(tokens), clip.encode_text(tokens))
 
 
 def test_saving_makes_the_directories_it_needs(model, tmp_path):
