@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
@@ -21,7 +22,9 @@ miniclip convert epoch_32.pt epoch_32 --to native --activation gelu""",
     parser.add_argument("source", metavar="SRC", help="a checkpoint")
     parser.add_argument("out", metavar="DST", help="a file for openai, a folder for the others")
     parser.add_argument("--to", required=True, choices=("native", "openai", "openclip", "hf"), help="the layout")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DST if it exists, and holds nothing else than a model"
+    )
     add_hints(parser)
     return parser
 
@@ -49,9 +52,12 @@ def _widths(text: str) -> int | tuple[int, int]:
 
 def run(options: argparse.Namespace) -> None:
     with lasting_imports():
-        from ..inference.card import CARD_FILE, card_for
+        from ..inference.card import CARD_FILE, card_for, is_untouched
         from ..weights.convert import convert
 
     texts = {CARD_FILE: card_for(options.source, to=options.to, **hints(options))} if options.to == "hf" else None
-    report = convert(options.source, options.out, options.to, options.overwrite, texts, **hints(options))
+    card = Path(options.out, CARD_FILE)
+    is_own_card = card.is_file() and is_untouched(card.read_text(encoding="utf-8", errors="replace"))
+    replaceable = [CARD_FILE] if is_own_card else []
+    report = convert(options.source, options.out, options.to, options.overwrite, texts, replaceable, **hints(options))
     print(f"{options.out}: {report}")

@@ -13,12 +13,12 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from .wording import printable
+from .wording import printable, some
 
 if TYPE_CHECKING:
     import filelock
@@ -91,6 +91,23 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_foreign(folder: Path, ours: Collection[Path], writer: str) -> None:
+    """Raises a ValueError if a folder that is to be replaced holds files that its writer did not write; links, too.
+
+    Args:
+        ours: the paths of those that it may have written.
+        writer: the command, for the error.
+    """
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted((path.relative_to(folder) for path in found if path not in ours), key=lambda p: (len(p.parts), p))
+    if others:
+        names = some([str(path) for path in others])
+        raise ValueError(
+            f"{folder} holds what {writer} did not write, so it is not overwritten: {names}; move that away, or name "
+            "another folder"
+        )
 
 
 def swap_in(new: Path, path: Path) -> None:

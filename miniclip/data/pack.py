@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.files import locked, swap_in, write_text
+from ..common.files import locked, refuse_foreign, swap_in, write_text
 from .preparing import Results, prepared_by_threads, prepared_on_ray
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES, LeftOut
@@ -130,16 +130,17 @@ def _is_of(out: Path, plan: dict[str, Any]) -> bool:
 
 
 def _refuse_to_replace(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+    if not out.exists():
+        return
+    if not overwrite:
         raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another folder")
-    if out.exists() and not any((out / name / INDEX_FILE).is_file() for name in (".", "train")):
+    if not any((out / name / INDEX_FILE).is_file() for name in (".", "train")):
         raise ValueError(f"{out} is not a folder of shards (it has no {INDEX_FILE}), so it is not overwritten")
-    if others := _not_ours(out):
-        raise ValueError(f"{out} holds what packing did not write, so it is not overwritten: {', '.join(others[:5])}")
+    refuse_foreign(out, _packed_files(out), "packing")
 
 
-def _not_ours(out: Path) -> list[str]:
-    """The files of a folder that `pack` did not make."""
+def _packed_files(out: Path) -> set[Path]:
+    """The files of a folder that `pack` made."""
     ours = {out / REJECTED_FILE}
     for folder in (out, out / "train", out / "val"):
         if (folder / INDEX_FILE).is_file():
@@ -147,8 +148,7 @@ def _not_ours(out: Path) -> list[str]:
             if isinstance(index, dict) and "fingerprint" in index:  # an index alone was made for others' shards
                 shards = index.get("shards", [])
                 ours |= {folder / INDEX_FILE} | {folder / str(s.get(k)) for s in shards for k in ("file", "offsets")}
-    found = [path for path in sorted(out.rglob("*")) if not path.is_dir()] if out.exists() else []
-    return [str(path.relative_to(out)) for path in found if path not in ours]
+    return ours
 
 
 def _begin(out: Path, work: Path, plan: dict[str, Any], overwrite: bool, busy: str) -> None:

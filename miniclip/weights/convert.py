@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import remove, swap_in, write_text
+from ..common.files import refuse_foreign, remove, swap_in, write_text
 from ..config import CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..model import CLIP
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
 from .load import build
 from .read import locate, read_checkpoint
-from .write import WRITERS, require
+from .write import FOLDER_FILES, WRITERS, require
 
 FORMATS = tuple(WRITERS)
 
@@ -34,6 +34,7 @@ def convert(
     to: str,
     overwrite: bool = False,
     texts: Mapping[str, str] | None = None,
+    replaceable: Collection[str] = (),
     **options: Any,
 ) -> str:
     """Writes a checkpoint in another layout, then loads it back and compares.
@@ -44,13 +45,15 @@ def convert(
         out: a file for "openai" (a state dict, which OpenAI's package loads), a folder for the others.
         to: one of `FORMATS`.
         texts: other files for the folder, such as a model card: names and contents.
+        replaceable: files of `out` that may go beside those of a model, as a card that nobody has edited.
         options: `activation` and the like, as `read_checkpoint` takes them.
 
     Returns:
         What was compared with what, and how far they differ.
 
     Raises:
-        ValueError: the other library has no such model, `out` exists, or the result is not the same.
+        ValueError: the other library has no such model, `out` exists or holds files that this did not write, or the
+            result is not the same.
     """
     out = Path(out)
     if to not in FORMATS:
@@ -62,6 +65,8 @@ def convert(
         is_model = any((out / name).is_file() for name in (CONFIG_FILE, OPENCLIP_CONFIG_FILE))
         if not is_model or out.resolve() in found_at.resolve().parents:
             raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
+        names = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE, *replaceable)
+        refuse_foreign(out, {out / name for name in names}, "`miniclip convert`")
     checkpoint = read_checkpoint(found_at, **options)
     require(to == "native" or checkpoint.config.towers == "both", f"it has the {checkpoint.config.towers} tower alone")
     taken = replace(checkpoint, tensors=dict(checkpoint.tensors))

@@ -19,6 +19,13 @@ from .hf_pixels import settings_of
 from .layouts import Tensors, to_hf_keys, to_openai_keys
 from .read import Checkpoint
 
+# All that the writers below leave in a folder.
+FOLDER_FILES = (
+    *(CONFIG_FILE, WEIGHTS_FILE),
+    *(OPENCLIP_CONFIG_FILE, "open_clip_model.safetensors"),
+    *("preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+)
+
 
 def _plain(tensors: Tensors) -> Tensors:
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

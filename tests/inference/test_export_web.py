@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from miniclip import tokenizer
-from miniclip.inference.exporting.export import export
+from miniclip.inference.exporting.export import export, refuse_existing
 from miniclip.inference.exporting.runner import Clip
 
 CLASSES = ("cat", "dog", "owl")
@@ -157,6 +157,14 @@ def test_a_person_classifies_and_searches_and_nothing_leaves_the_host(page, fold
     assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     hosts = {url.split("/")[2] for url in page.requests() if url.startswith("http")}
     assert hosts == {page.url.split("/")[2]}
+
+
+def test_a_page_is_replaced_and_what_a_host_needs_beside_it_is_not(folder):
+    refuse_existing(folder / "page", overwrite=True)
+    (folder / "page" / "CNAME").write_text("birds.example")
+    with pytest.raises(ValueError, match="`miniclip export` did not write, so it is not overwritten: CNAME;"):
+        refuse_existing(folder / "page", overwrite=True)
+    (folder / "page" / "CNAME").unlink()
 
 
 def test_opened_from_a_disk_it_says_how_to_serve_it(browser, folder):

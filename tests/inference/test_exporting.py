@@ -2,6 +2,7 @@
 
 import csv
 import json
+import py_compile
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from miniclip import tokenizer
 from miniclip.commands import main as cli
 from miniclip.config import TextConfig
 from miniclip.inference.exporting import onnx_files
-from miniclip.inference.exporting.export import TARGETS, export
+from miniclip.inference.exporting.export import TARGETS, export, refuse_existing
 from miniclip.inference.exporting.facts import write_facts
 from miniclip.inference.exporting.onnx_files import shrink_onnx, write_onnx
 from miniclip.inference.exporting.openvino_files import write_openvino
@@ -190,6 +191,7 @@ def test_an_exported_tower_gives_the_models_features(kind, target, tmp_path):
     clip = small_clip(kind)
     export(saved(tmp_path / "clip", clip), tmp_path / "out", target)
     assert_same_features(clip, tmp_path / "out")
+    refuse_existing(tmp_path / "out", overwrite=True)  # it holds nothing else than an export
 
 
 SHRUNK = {"float32": (0.999999, 1.01), "float16": (0.9999, 0.6), "bfloat16": (0.999, 0.6), "int8": (0.97, 0.35)}
@@ -416,8 +418,21 @@ def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused,
     assert "new.differs is no export" in refused(model, str(tmp_path / "new"), "--to", "onnx")
     name = saved(tmp_path / "clip", small_clip())
     export(name, tmp_path / "out", "torch")
+    py_compile.compile(str(tmp_path / "out" / "run.py"))  # as when it is imported
     export(name, tmp_path / "out", "torch", precision="bfloat16", overwrite=True)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["CNAME", ".git/HEAD", "onnx/notes.txt", "search/mine.jpg", "vision_model.txt"])
+def test_overwriting_never_deletes_what_exporting_did_not_write(refused, exported, model, name):
+    refuse_existing(exported, overwrite=True)
+    (exported / name).parent.mkdir(exist_ok=True)
+    (exported / name).write_text("a year's work")
+    content = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    error = refused(model, str(exported), "--to", "onnx", "--overwrite")
+    assert f"did not write, so it is not overwritten: {name};" in error
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == content
+    (exported / name).unlink()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import miniclip
 from miniclip.commands.main import main
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.data.wordings.kept import Wording, Wordings
+from miniclip.inference.thresholds import ModelThreshold, write_threshold
 from miniclip.model import CLIP
 from miniclip.weights.convert import FORMATS, convert
 from miniclip.weights.facts import inspect
@@ -203,6 +205,50 @@ def test_a_source_inside_the_folder_to_replace_is_not_lost(tmp_path):
     with contextlib.suppress(ValueError):
         convert(path, tmp_path / "models", "native", overwrite=True)
     assert path.exists()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "notes.txt", "optimizer.pt", ".git/HEAD", "checkpoint-500/model.safetensors", "tokenizer.json"],
+)
+def test_overwriting_never_deletes_what_converting_did_not_write(tmp_path, source, name, in_place):
+    out = tmp_path / "out"
+    convert(source, out, "hf")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("a year's work")
+    content = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    words = (f"{out} holds what `miniclip convert` did not write", f": {name}; move that away")
+    refused(out if in_place else source, out, "native", *words, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
+
+
+def test_the_first_of_many_files_in_the_way_are_named_and_links_are_files(tmp_path, source):
+    convert(source, tmp_path / "out", "native")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "out" / "data").symlink_to(tmp_path / "data")
+    for number in range(6):
+        (tmp_path / "out" / f"epoch_{number}.pt").write_text("")
+    words = "data, epoch_0.pt, epoch_1.pt, epoch_2.pt, epoch_3.pt and 2 more"
+    refused(source, tmp_path / "out", "native", words, overwrite=True)
+
+
+def test_all_that_the_command_writes_is_replaced_and_an_edited_card_is_not(tmp_path, full_vocabulary, capsys):
+    out = tmp_path / "out"
+    main(["convert", str(full_vocabulary), str(out), "--to", "hf"])
+    write_threshold(out / "threshold.json", ModelThreshold(0.2, "by eye", classnames=("cat", "dog")))
+    (out / "wordings.json").write_text(Wordings((Wording("a photo of a {}", 0.9),), (), 100).to_json())
+    for to in ("openclip", "native", "hf"):
+        main(["convert", str(out), str(out), "--to", to, "--overwrite"])
+        names = {path.name for path in out.iterdir()}
+        assert {"threshold.json", "wordings.json"} < names
+        assert read_checkpoint(out).format == to
+    assert {"README.md", "merges.txt", "vocab.json"} < names
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words.\n")
+    with pytest.raises(SystemExit):
+        main(["convert", str(out), str(out), "--to", "native", "--overwrite"])
+    assert "did not write, so it is not overwritten: README.md" in capsys.readouterr().err
+    assert "My own words." in (out / "README.md").read_text()
 
 
 def test_a_model_converted_in_place_is_whole(tmp_path, source):

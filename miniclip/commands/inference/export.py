@@ -42,7 +42,7 @@ miniclip export ViT-B/32 clip-torch --to torch""",
     parser.add_argument("--precision", default="float32", help="float32, float16, bfloat16 or int8")
     parser.add_argument("--prove", metavar="DATA", help="images to run both on, as `miniclip eval` takes them")
     parser.add_argument("--search", metavar="DATA", help="web: images that the page finds by words, at most 5,000")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an export")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an export and nothing else")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of the proof: images at once")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="of the proof: processes that decode"

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...common.arguments import FLOAT32
-from ...common.files import atomic_write, locked, swap_in, write_csv, write_text
+from ...common.files import atomic_write, locked, refuse_foreign, swap_in, write_csv, write_text
 from ...data.reading.scan import LeftOut
 
 MANIFEST_FILE, LEFT_OUT_FILE = "_manifest.json", "_left_out.csv"
@@ -427,11 +427,7 @@ def _refuse_other_embeddings(out: Path, plan: Plan, overwrite: bool) -> None:
             "or name another folder"
         )
     ours = {out / MANIFEST_FILE, out / LEFT_OUT_FILE, *layout_of(out, _plan_of(manifest)).files()}
-    others = [str(path.relative_to(out)) for path in sorted(out.rglob("*")) if not path.is_dir() and path not in ours]
-    if others:
-        raise ValueError(
-            f"{out} holds what `miniclip embed` did not write, so it is not replaced: {', '.join(others[:5])}"
-        )
+    refuse_foreign(out, ours, "`miniclip embed`")
 
 
 def _plan_of(manifest: dict[str, Any]) -> Plan:

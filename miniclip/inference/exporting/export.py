@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...common.files import remove, swap_in, write_text
+from ...common.files import refuse_foreign, remove, swap_in, write_text
 from ...common.wording import some
 from ...evaluation.datasets.open import open_dataset, open_images
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
@@ -22,18 +22,19 @@ from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSF
 from ...evaluation.prompts import suited
 from ...images import Preprocess
 from ...model import CLIP
+from ...weights.containers import read_json
 from ...weights.load import load
 from ..thresholds import FILE as THRESHOLD_FILE
 from ..thresholds import ModelThreshold, find_threshold
 from . import runner as runner_file
-from .facts import FACTS_FILE, Classes, export_facts, has_own_ids, write_facts
+from .facts import FACTS_FILE, FACTS_FILES, Classes, export_facts, has_own_ids, write_facts
 from .onnx_files import require, shrink_onnx, write_onnx
 from .openvino_files import write_openvino
 from .proof import Progress, Proof, prove_on_noise, prove_on_pictures, time_towers
 from .runner import Clip
 from .torch_program import write_program
 from .towers import Tower, towers
-from .web import MOST_PICTURES, write_page, write_search
+from .web import MOST_PICTURES, page_files, write_page, write_search
 
 # target: its precisions
 TARGETS = {
@@ -43,6 +44,7 @@ TARGETS = {
     "web": ("float32", "float16", "bfloat16", "int8"),
 }
 _SUFFIXES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_quantized"}  # transformers.js's
+_RUNNER_FILE, _PROOF_FILE = "run.py", "proof.json"
 _DIFFERS = ".differs"  # follows the folder's name where an export is kept for a look, and not called done
 
 
@@ -79,7 +81,7 @@ def export(
         target, precision: of `TARGETS`.
         search: images that the page of "web" searches, likewise.
         prove: images, as `open_dataset` or `open_images` takes them, on which both are run.
-        overwrite: replace `out` if it is an export.
+        overwrite: replace `out` if it is an export and holds nothing else.
 
     Raises:
         ExportDiffersError: it gives other answers than the model; it is kept beside `out`, for a look.
@@ -108,7 +110,7 @@ def export(
         files = {each.name: _file_of(each, target, precision) for each in towers(model)}
         facts = export_facts(model, preprocess, name, files, precision, classes)
         write_facts(temporary, facts, model.config)
-        write_text(temporary / "run.py", Path(runner_file.__file__).read_text(encoding="utf-8"))
+        write_text(temporary / _RUNNER_FILE, Path(runner_file.__file__).read_text(encoding="utf-8"))
         if threshold is not None:
             write_text(temporary / THRESHOLD_FILE, Path(threshold.source).read_text(encoding="utf-8"))
         with _scratch(temporary) as scratch:
@@ -125,7 +127,7 @@ def export(
             facts["num_pictures"], unsearched = write_search(temporary, pictures, **options)
             write_facts(temporary, facts, model.config)
             _warn_unread(unsearched, pictures.name)
-        write_text(temporary / "proof.json", json.dumps(proof.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        write_text(temporary / _PROOF_FILE, json.dumps(proof.as_dict(), indent=1, ensure_ascii=False) + "\n")
         if problems := proof.problems():
             swap_in(temporary, aside)
             raise ExportDiffersError(
@@ -179,14 +181,27 @@ def _refuse_request(name: str, target: str, precision: str) -> None:
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """
     Raises:
-        ValueError: `out` exists, and is to stay or is no export.
+        ValueError: `out` exists, and is to stay, is no export or holds something else, too.
     """
     if not (out.exists() or out.is_symlink()):
         return
     if not overwrite:
         raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another folder")
-    if not (out / FACTS_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not (out / FACTS_FILE).is_file():
         raise ValueError(f"{out} is no export of miniclip's, so it is not overwritten")
+    refuse_foreign(out, _exported_files(out), "`miniclip export`")
+
+
+def _exported_files(out: Path) -> set[Path]:
+    """What an export may have written into its folder, and Python's bytecode of its run.py."""
+    facts = read_json(out / FACTS_FILE)
+    files = facts.get("files")
+    paths = [out / str(name) for name in files.values()] if isinstance(files, dict) else []
+    beside = [other for path in paths for other in (path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))]
+    names = [*FACTS_FILES, _RUNNER_FILE, _PROOF_FILE, THRESHOLD_FILE, *page_files(facts.get("num_pictures", 0))]
+    return {*paths, *beside, *(out / name for name in names), *out.glob(f"__pycache__/{Path(_RUNNER_FILE).stem}.*")}
 
 
 def _open_proof(source: str) -> EvaluationSet:

@@ -22,6 +22,8 @@ from .cleaning import cleaning_tables
 from .tokenizer_file import tokenizer_json
 
 FACTS_FILE = "export.json"
+_BESIDE = ("config.json", "preprocessor_config.json", "tokenizer.json", "cleaning.json", "tokenizer_config.json")
+FACTS_FILES = (FACTS_FILE, *_BESIDE)  # what `write_facts` writes
 
 
 @dataclass(frozen=True)

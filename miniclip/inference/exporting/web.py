@@ -18,17 +18,27 @@ from .runner import Clip
 _PACKED = ".xz"  # WebAssembly takes 14 MB, and packed 2
 _FOUND_SIDE = 160  # pixels
 MOST_PICTURES = 5000
+_SEARCH_FILES = ("search/index.json", "search/features.bin")
 
 
 def write_page(folder: Path) -> None:
     """The page, its scripts, and onnxruntime-web, which runs the towers."""
+    for name, path in _copied_files().items():
+        data = path.read_bytes()
+        with atomic_write(folder / name) as file:
+            file.write(lzma.decompress(data) if path.suffix == _PACKED else data)
+
+
+def _copied_files() -> dict[str, Path]:
+    """Files of the page by their names in its folder, and where the package has them."""
     root = ASSETS / "web"
-    for path in sorted(each for each in root.rglob("*") if each.is_file()):
-        out, data = folder / path.relative_to(root), path.read_bytes()
-        if path.suffix == _PACKED:
-            out, data = out.with_suffix(""), lzma.decompress(data)
-        with atomic_write(out) as file:
-            file.write(data)
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix().removesuffix(_PACKED): path for path in paths}
+
+
+def page_files(num_pictures: int) -> list[str]:
+    """What a page that searches so many pictures has beside the towers."""
+    return [*_copied_files(), *_SEARCH_FILES, *(f"search/{_thumbnail_name(number)}" for number in range(num_pictures))]
 
 
 def write_search(
@@ -51,7 +61,7 @@ def write_search(
         )
     pictures = []
     for number, index in enumerate(found.indices.tolist()):
-        name = f"{number:04d}.jpg"
+        name = _thumbnail_name(number)
         with atomic_write(folder / "search" / name) as file:
             file.write(_thumbnail(data.open(index)))
         pictures.append({"name": Path(data.key(index)).name, "thumbnail": name})
@@ -59,6 +69,10 @@ def write_search(
         file.write(found.unit.numpy().astype("<f4").tobytes())
     write_text(folder / "search" / "index.json", json.dumps(pictures, ensure_ascii=False))
     return len(pictures), found.unreadable
+
+
+def _thumbnail_name(number: int) -> str:
+    return f"{number:04d}.jpg"
 
 
 def _thumbnail(image: Image.Image) -> bytes:
