@@ -32,6 +32,7 @@ from .common.files import ASSETS
 from .config import CLIP_LOGIT_SCALE, OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
 from .weights.download import OPENAI_BASE_URL, OPENAI_FILES, download, openai_folder
+from .weights.heads import NotToldError
 from .weights.layouts import to_openai_keys
 from .weights.load import build, preprocess_for
 from .weights.read import Checkpoint, locate, read_checkpoint
@@ -435,7 +436,8 @@ def load(
 
     Args:
         name: one of OpenAI's names, or a checkpoint in any layout that `miniclip.load` reads, if its architecture is
-            one that OpenAI's code has. A file of tensors that does not tell its activation has QuickGELU.
+            one that OpenAI's code has. A file of tensors that does not tell its activation has QuickGELU, and a
+            warning says so.
         jit: warned about and ignored.
 
     Raises:
@@ -467,8 +469,14 @@ def load(
 def _read_as_openai(path: Path) -> Checkpoint:
     try:
         return read_checkpoint(path)
-    except ValueError:
-        return read_checkpoint(path, activation="quick_gelu", head_width=64)  # as OpenAI's code takes tensors alone
+    except NotToldError:
+        found = read_checkpoint(path, activation="quick_gelu", head_width=64)
+    warnings.warn(
+        f"{path} does not tell its activation or its heads; it is taken to have QuickGELU and heads 64 wide, as "
+        "OpenAI's code takes tensors alone. If it has others, miniclip.load takes activation= and head_width=",
+        stacklevel=3,
+    )
+    return found
 
 
 def _from_config(config: CLIPConfig, source: str) -> CLIP:

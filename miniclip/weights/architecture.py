@@ -20,7 +20,7 @@ from ..config import (
     Towers,
     VisionConfig,
 )
-from .heads import Hints, Tower, head_widths
+from .heads import Hints, NotToldError, Tower, head_widths
 from .hf_pixels import vision_fields
 
 
@@ -31,7 +31,8 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CL
     with the same shapes.
 
     Raises:
-        ValueError: a tensor that shows the architecture is missing, or hints are; says which.
+        NotToldError: (a ValueError) a hint is missing; says which.
+        ValueError: a tensor that shows the architecture is missing; says which.
     """
 
     def shape(name: str, sides: int) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ def _require_both_towers(tensors: Mapping[str, Tensor], source: str) -> None:
 
 def _activation(hints: Hints, source: str) -> Activation:
     if hints.activation is None:
-        raise ValueError(
+        raise NotToldError(
             f"{source} does not tell its activation. Pass activation='quick_gelu' if the weights come from OpenAI's "
             "(also fine-tuned ones), 'gelu' if they are OpenCLIP's own; with the wrong one the model runs, and is "
             "worse (nothing to pass it to? once: miniclip convert FILE FOLDER --to native --activation quick_gelu)"

@@ -15,6 +15,10 @@ from ..config import Activation, CLIPConfig
 _PAIR = "as two numbers, of the image tower and of the text tower"
 
 
+class NotToldError(ValueError):
+    """A checkpoint does not tell its activation or how wide its heads are, and no hint does."""
+
+
 @dataclass(frozen=True)
 class Hints:
     """What the caller knows of a checkpoint that does not tell it.
@@ -114,7 +118,8 @@ def head_widths(towers: Sequence[Tower], hints: Hints, source: str) -> list[int]
     """Channels of one head of each tower.
 
     Raises:
-        ValueError: it is not known, or hints that do not fit or could be meant for either tower; says what to give.
+        NotToldError: (a ValueError) it is not known; says what to give.
+        ValueError: hints that do not fit or could be meant for either tower.
     """
     name = "head_width" if hints.heads is None else "heads"
     asked = getattr(hints, name)
@@ -127,7 +132,7 @@ def head_widths(towers: Sequence[Tower], hints: Hints, source: str) -> list[int]
         towers = [tower._replace(shape=_ONE_HEAD) if tower in narrow else tower for tower in towers]
     unknown = [tower for tower in towers if tower.published is None]
     if asked is None and unknown:
-        raise ValueError(
+        raise NotToldError(
             f"{source} does not tell how wide the attention heads of its {unknown[0].name} tower are ("
             f"{unknown[0].width} channels, no published model). Pass head_width=64 if they are as OpenAI's, else their "
             f"width (miniclip convert and info: --head-width), {_PAIR} if they differ; or put the model's config.json "

@@ -4,8 +4,9 @@
 |-----------|------------------------------------------------------------------------------|
 | native    | our directory: config.json + model.safetensors                               |
 | lightning | the trainer's .ckpt                                                          |
-| openai    | OpenAI's TorchScript archive, or a state dict with its names                 |
-| openclip  | OpenCLIP's directory (open_clip_config.json), or a state dict with its names |
+| openai    | OpenAI's TorchScript archive, or the state dict in it                        |
+| openclip  | OpenCLIP's directory (open_clip_config.json), or a state dict or TorchScript |
+|           | archive with its names, which are OpenAI's                                   |
 | hf        | a Hugging Face directory of a CLIPModel, or of one of its towers with its    |
 |           | projection; or a state dict with a CLIPModel's names                         |
 

@@ -28,7 +28,7 @@ from .folders import (
     refuse_unread,
 )
 from .heads import Hints
-from .layouts import Tensors, from_openai_keys, is_hf, to_native_keys
+from .layouts import Tensors, is_hf, to_native_keys
 from .pickles import is_torchscript, read_pickle, read_torchscript
 from .shapes import differences
 from .unwrap import unwrap
@@ -181,8 +181,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
     if _is_safetensors(path):
         values: Any = read_safetensors(path)
     elif is_torchscript(path):
-        tensors = from_openai_keys(read_torchscript(path))
-        return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path))
+        values = read_torchscript(path)
     else:
         values = read_pickle(path)
         if isinstance(values, dict) and LIGHTNING_CONFIG_KEY in values:
@@ -190,7 +189,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
     given = unwrap(values, str(path))
     with _naming(path):
         tensors = to_native_keys(given)
-    if "input_resolution" in given:  # OpenAI's build_model takes this entry along, so only its files have it
+    if "input_resolution" in given:  # an entry of OpenAI's archives, and of the state dicts that were made from them
         return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path))
     beside = _config_beside(path, tensors)
     file_format = "hf" if is_hf(given) else "openclip"

@@ -135,6 +135,23 @@ def test_another_activation_than_openais_is_refused_for_openais_files(tmp_path, 
     assert load(path, device="cpu", activation="quick_gelu")[0].config.activation == "quick_gelu"
 
 
+@pytest.mark.parametrize("how", ["scripted", "traced"])
+def test_an_archive_that_is_not_openais_asks_for_what_it_does_not_tell_and_takes_it(tmp_path, how):
+    vision = VisionConfig(image_size=24, patch_size=8, width=128, layers=2, head_width=32)
+    config = CLIPConfig(24, "gelu", vision, TINY_TEXT)
+    reference, path = openclip_model(config, seed=21), tmp_path / "model.pt"
+    images, tokens = probe(config)
+    if how == "scripted":
+        torch.jit.script(reference).save(path)
+    else:
+        inputs = {"encode_image": images, "encode_text": tokens}
+        torch.jit.trace_module(reference, inputs, check_trace=False).save(path)
+    refused(path, "does not tell its activation")
+    refused(path, "head_width", activation="gelu")
+    assert_same_as_openclip(path, reference, config, activation="gelu", head_width=(32, 64))
+    assert read_checkpoint(path, activation="gelu", head_width=(32, 64)).format == "openclip"
+
+
 @pytest.mark.parametrize("activation", ["relu", "QuickGELU", ""])
 def test_an_unknown_activation_is_refused_naming_the_valid_ones(tmp_path, activation):
     path = write_openai_state_dict(openclip_model(TINY_VIT), TINY_VIT, tmp_path / "model.pt")
