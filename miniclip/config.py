@@ -186,13 +186,15 @@ class TextConfig:
     Args:
         context_length: the most tokens of a text, start and end tokens included.
         vocab_size: rows of the token embedding.
-        eot_token: id of the end-of-text token; the output at a row's first one becomes the text's embedding.
+        eot_token: id of the end-of-text token; the output at a row's first one becomes the text's embedding. None for
+            the row's largest id, where open_clip and old files of Hugging Face's look: in a vocabulary that was
+            enlarged, that may be an added token.
         width, layers, head_width, mlp_ratio: as in VisionConfig.
     """
 
     context_length: int = 77
     vocab_size: int = 49408
-    eot_token: int = 49407
+    eot_token: int | None = 49407
     width: int = 512
     layers: int = 12
     head_width: int = 64
@@ -201,7 +203,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "context_length", "vocab_size", "width", "layers", "head_width", "mlp_ratio")
         _require_heads(self)
-        if type(self.eot_token) is not int or not 0 <= self.eot_token < self.vocab_size:
+        is_id = type(self.eot_token) is int and 0 <= self.eot_token < self.vocab_size
+        if self.eot_token is not None and not is_id:
             raise ValueError(
                 f"TextConfig.eot_token is {self.eot_token!r}; it must be a token id, 0 to {self.vocab_size - 1}"
             )

@@ -211,9 +211,9 @@ class Rectangle(NamedTuple):
     attend: Attend = dot_product_attention
 
     @classmethod
-    def of(cls, tokens: Tensor, eot_token: int) -> Rectangle:
+    def of(cls, tokens: Tensor, eot_token: int | None) -> Rectangle:
         # The first end token, not the largest id: added tokens may have larger ids, and some tokenizers pad with it.
-        ends = (tokens == eot_token).int().argmax(dim=1)
+        ends = (tokens.int() if eot_token is None else (tokens == eot_token).int()).argmax(dim=1)
         return cls(torch.arange(tokens.shape[1], device=tokens.device), ends)
 
 
@@ -249,7 +249,12 @@ class TextTransformer(nn.Module):
 
         With `all_tokens` -> (B, L, D): every token normed but not projected (what diffusion models condition on).
         `layout` describes tokens that do not lie in a row a text: `fast.packed_texts` puts all into one, (1, L).
+
+        Raises:
+            ValueError: (on the CPU) a row whose embedding is asked for has no end-of-text token.
         """
+        if not (layout or all_tokens):
+            packed_texts.check_ends(tokens, self.eot_token)
         texts: TextLayout = layout or Rectangle.of(tokens, self.eot_token)
         x = self.token_embedding(tokens) + F.embedding(texts.positions, self.positional_embedding)  # (B, L, D)
         if all_tokens or not (layout or is_unobserved(self)):

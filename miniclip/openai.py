@@ -485,7 +485,10 @@ def _from_config(config: CLIPConfig, source: str) -> CLIP:
         (config.towers == "both", f"this checkpoint has the {config.towers} tower alone"),
         (vision.kind != "timm", f"this one is timm's {vision.timm_model}"),
         (config.init_logit_bias is None, "this model has a bias of its logits"),
-        (text.eot_token == text.vocab_size - 1, f"here the end of a text is {text.eot_token}, not the largest id"),
+        (
+            text.eot_token in (None, text.vocab_size - 1),
+            f"here the end of a text is {text.eot_token}, not the largest id",
+        ),
     ):
         if not holds:
             raise ValueError(f"{source} is no model that OpenAI's code has: {otherwise}; use miniclip.load")

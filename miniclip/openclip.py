@@ -263,7 +263,7 @@ def _report_random(name: str, is_error: bool) -> None:
 def _refuse_foreign(config: CLIPConfig, name: str) -> None:
     if config.towers != "both":
         raise ValueError(f"{name} has the {config.towers} tower alone; open_clip's models have both (miniclip.load)")
-    if config.text.eot_token != config.text.vocab_size - 1:
+    if config.text.eot_token not in (None, config.text.vocab_size - 1):
         raise ValueError(
             f"{name} ends texts with {config.text.eot_token}, and open_clip's models with the largest id; "
             "miniclip.load takes it"

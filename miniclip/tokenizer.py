@@ -332,6 +332,15 @@ def _fill_rows(tokens: np.ndarray, texts: list[str], truncate: bool) -> None:
         tokens[row, : len(found)] = found
 
 
+def random_ids(text: TextConfig, shape: tuple[int, int], generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """Ids for a text tower that end no text, and the id that does: CLIP's own where the largest of a row does."""
+    end, num_ids = text.eot_token, text.vocab_size
+    if end is None:
+        end = min(END_OF_TEXT, text.vocab_size - 1)
+        num_ids = end + 1
+    return (end + torch.randint(1, num_ids, shape, generator=generator)) % num_ids, end
+
+
 def refuse_other_ids(text: TextConfig, name: str, whose: str) -> None:
     """Makes sure that a text tower reads this tokenizer's ids.
 

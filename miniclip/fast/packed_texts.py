@@ -72,7 +72,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def encode(tower: nn.Module, tokens: Tensor, eot_token: int, device: torch.device, multiple: int) -> Tensor:
+def encode(tower: nn.Module, tokens: Tensor, eot_token: int | None, device: torch.device, multiple: int) -> Tensor:
     """tower(tokens.to(device)), without its padding: (B, L) -> (B, E).
 
     Ids on the CPU are packed for a tower on the CPU. For a tower elsewhere, where each length would need kernels of
@@ -89,6 +89,7 @@ def encode(tower: nn.Module, tokens: Tensor, eot_token: int, device: torch.devic
     if tokens.device.type != "cpu":
         return tower(tokens)
     if not (is_eager(tokens) and is_unobserved(tower, is_causal=True)):
+        check_ends(tokens, eot_token)
         return tower(tokens.to(device))
     try:
         if device.type == "cpu" and multiple == 1 and len(tokens):
@@ -100,20 +101,29 @@ def encode(tower: nn.Module, tokens: Tensor, eot_token: int, device: torch.devic
         raise ValueError(f"the tokens' ids are {least} to {most}; some of them have no embedding here") from error
 
 
-def text_lengths(tokens: Tensor, eot_token: int) -> Tensor:
+def check_ends(tokens: Tensor, eot_token: int | None) -> None:
+    """Raises the ValueError of `text_lengths` where looking at the ids costs nothing: on the CPU, and run eagerly."""
+    if tokens.device.type == "cpu" and is_eager(tokens):
+        text_lengths(tokens, eot_token)
+
+
+def text_lengths(tokens: Tensor, eot_token: int | None) -> Tensor:
     """How many tokens each row (B, L) has up to and including its first end-of-text token: (B,).
+
+    Args:
+        eot_token: None for the row's largest id.
 
     Raises:
         ValueError: a row has no end-of-text token.
     """
-    is_end = tokens == eot_token
+    is_end = tokens == (tokens.amax(dim=1, keepdim=True) if eot_token is None else eot_token)
     if not is_end.any(dim=1).all():
         row = int((~is_end.any(dim=1)).nonzero()[0])
         raise ValueError(f"row {row} of the tokens has no end-of-text token ({eot_token}): {tokens[row].tolist()}")
     return is_end.int().argmax(dim=1) + 1
 
 
-def pack_text(tokens: Tensor, eot_token: int) -> tuple[Tensor, PackedTexts, Tensor]:
+def pack_text(tokens: Tensor, eot_token: int | None) -> tuple[Tensor, PackedTexts, Tensor]:
     """Packs texts (B, L), B at least 1, each up to its first end-of-text token.
 
     Returns:
@@ -148,7 +158,7 @@ def _prefix_indices(tokens: Tensor) -> Tensor:
     return (first * L + torch.arange(L))[which]
 
 
-def trim_text(tokens: Tensor, eot_token: int, length_multiple: int = 1) -> Tensor:
+def trim_text(tokens: Tensor, eot_token: int | None, length_multiple: int = 1) -> Tensor:
     """Cuts the columns of (B, L) that no row's first end-of-text token can see; exact, as attention is causal.
 
     Args:

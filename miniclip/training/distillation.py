@@ -148,6 +148,7 @@ class Teacher:
     def _cut(self, tokens: Tensor) -> Tensor:
         """(b, L) -> (b, at most the teacher's context length)."""
         end = self.model.config.text.eot_token
+        assert end is not None, "refuse_other_ids lets CLIP's own pass alone"
         if tokens.shape[1] <= self.model.context_length:
             return tokens
         tokens = tokens[:, : self.model.context_length].clone()

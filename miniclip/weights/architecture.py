@@ -20,6 +20,7 @@ from ..config import (
     Towers,
     VisionConfig,
 )
+from ..tokenizer import END_OF_TEXT, VOCAB_SIZE
 from .heads import Hints, NotToldError, Tower, head_widths
 from .hf_pixels import vision_fields
 
@@ -71,12 +72,17 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CL
         embed_dim,
         activation,
         VisionConfig(head_width=image_heads, **vision),
-        TextConfig(context_length, vocab_size, eot_token=vocab_size - 1, head_width=text_heads, **text),
+        TextConfig(context_length, vocab_size, eot_token=_largest_id(vocab_size), head_width=text_heads, **text),
     )
     if "logit_bias" not in tensors:
         return config
     # Trained scale and bias do not tell where they began; the paper's, then.
     return replace(config, init_logit_scale=SIGLIP_LOGIT_SCALE, init_logit_bias=SIGLIP_LOGIT_BIAS)
+
+
+def _largest_id(vocab_size: int) -> int | None:
+    """The end of a text for a library that looks for the largest id; which that is, only CLIP's own vocabulary says."""
+    return vocab_size - 1 if vocab_size <= VOCAB_SIZE else None
 
 
 def _key(transformer: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -193,7 +199,7 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
     words = TextConfig(
         context_length=text.get("context_length", 77),
         vocab_size=vocab_size,
-        eot_token=vocab_size - 1,
+        eot_token=_largest_id(vocab_size),
         width=width,
         layers=text.get("layers", 12),
         head_width=_head_width(width, text.get("heads", 8), source),
@@ -285,12 +291,14 @@ def config_from_hf(
         }
 
     vocab_size = text.get("vocab_size", 49408)
-    end = text.get("eos_token_id", 49407)
+    end = text.get("eos_token_id", END_OF_TEXT)
+    if end is None:
+        raise ValueError(f"{source} has 'eos_token_id': None; it must be the id of the token that ends a text")
     words = TextConfig(
         context_length=text.get("max_position_embeddings", 77),
         vocab_size=vocab_size,
         # Files from before 2023 say 2, which transformers itself takes to mean "the largest id".
-        eot_token=vocab_size - 1 if end == 2 else end,
+        eot_token=_largest_id(vocab_size) if end == 2 else end,
         **tower(text, 512, 8),
     )
     image_size, patch_size = vision.get("image_size", 224), vision.get("patch_size", 32)

@@ -20,6 +20,7 @@ from ..common.files import refuse_foreign, remove, swap_in, write_text
 from ..config import CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..model import CLIP
+from ..tokenizer import random_ids
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
 from .load import build
 from .read import locate, read_checkpoint
@@ -99,8 +100,7 @@ def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
     """Two noise images and two texts that fit a model."""
     random = torch.Generator().manual_seed(0)
     R, L = config.vision.image_size, min(config.text.context_length, 12)
-    end, vocab_size = config.text.eot_token, config.text.vocab_size
-    tokens = (end + torch.randint(1, vocab_size, (2, L), generator=random)) % vocab_size  # any but the end token
+    tokens, end = random_ids(config.text, (2, L), random)
     tokens[:, -1] = end
     return torch.randn(2, 3, R, R, generator=random), tokens
 

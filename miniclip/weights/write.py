@@ -42,6 +42,7 @@ def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
     require(config.init_logit_bias is None, "OpenAI's code has no bias of the logits, which the sigmoid loss needs")
     require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
     require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
+    _require_largest_end(config)
     require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
     sizes = (config.vision.image_size, config.text.context_length, config.text.vocab_size)
     tensors = to_openai_keys(_plain(checkpoint.tensors))
@@ -77,6 +78,7 @@ def _as_module(tensors: Tensors) -> nn.Module:
 def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
     vision, text = config.vision, config.text
+    _require_largest_end(config)
     is_plain = vision.resize != "none" and vision.resize_size in (None, vision.image_size)
     require(is_plain, f"open_clip resizes pictures to the model's {vision.image_size} pixels, and this model does not")
     is_known = vision.interpolation in ("bicubic", "bilinear")
@@ -122,7 +124,8 @@ def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
 
     vision, text = config.vision, config.text
     images = {**tower(vision), "image_size": vision.image_size, "patch_size": vision.patch_size}
-    ends = {"bos_token_id": START_OF_TEXT, "eos_token_id": text.eot_token, "pad_token_id": text.eot_token}
+    end = 2 if text.eot_token is None else text.eot_token  # transformers takes 2 to mean the largest id
+    ends = {"bos_token_id": START_OF_TEXT, "eos_token_id": end, "pad_token_id": end}
     words = {**tower(text), "vocab_size": text.vocab_size, "max_position_embeddings": text.context_length, **ends}
     values = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim,
               "logit_scale_init_value": config.init_logit_scale,
@@ -137,6 +140,12 @@ def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
 
 def _has_heads_of_64(config: CLIPConfig) -> bool:
     return config.vision.head_width == config.text.head_width == 64
+
+
+def _require_largest_end(config: CLIPConfig) -> None:
+    end, vocab_size = config.text.eot_token, config.text.vocab_size
+    is_largest = end in (None, vocab_size - 1)
+    require(is_largest, f"its library reads texts at the largest id, and here {end} of {vocab_size} ids ends a text")
 
 
 def require(holds: bool, otherwise: str) -> None:

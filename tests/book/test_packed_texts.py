@@ -182,6 +182,16 @@ def test_a_text_without_an_end_is_refused_and_named_before_it_is_packed():
         tiny_clip().encode_text(torch.tensor([[1, END_OF_TEXT], [1, 2]]))
 
 
+def test_a_text_without_an_end_is_refused_on_the_plain_paths_too():
+    """Where every token comes back there is no end to read, so none is needed."""
+    model, tokens = tiny_clip(), torch.tensor([[1, END_OF_TEXT], [1, 2]])
+    model.text.transformer.register_forward_hook(lambda *_: None)
+    for encode in (model.encode_text, model.text):
+        with pytest.raises(ValueError, match=r"row 1 .*no end-of-text token"):
+            encode(tokens)
+    assert model.text(tokens, all_tokens=True).shape[:2] == (2, 2)
+
+
 @torch.no_grad()
 def test_a_tower_that_is_missing_says_so():
     with pytest.raises(ValueError, match="has no text tower"):

@@ -47,6 +47,8 @@ from transformers import (
 )
 
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
+from miniclip.model import CLIP
+from miniclip.tokenizer import random_ids
 from miniclip.weights import pickles
 from miniclip.weights.convert import convert
 from miniclip.weights.facts import inspect
@@ -423,6 +425,81 @@ def test_a_missing_embedding_width_in_openclips_configuration_is_refused_naming_
     del settings["model_cfg"]["embed_dim"]
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     refused(folder)
+
+
+# ---- vocabularies that were enlarged (resize_token_embeddings, textual inversion)
+
+ENLARGED = TextConfig(context_length=12, vocab_size=49410, eot_token=None, width=64, layers=1)
+
+
+def texts_with_clips_end():
+    """Three texts that end with CLIP's end token, in the last of them one of the added ones."""
+    tokens = torch.zeros(3, 12, dtype=torch.long)
+    for row, length in zip(tokens, (3, 7, 12), strict=True):
+        row[:length] = torch.tensor([49406, *range(300, 298 + length), 49407])
+    tokens[2, 4] = 49408
+    return tokens
+
+
+@torch.no_grad()
+def assert_same_texts_on_every_path(model, reference):
+    """Packed, observed by a hook, straight through the tower, and exported."""
+    tokens = texts_with_clips_end()
+    expected = reference(tokens)
+    exported = torch.export.export(model.text, (tokens,)).module()
+    for encode in (model.encode_text, model.text, exported):
+        assert_close(encode(tokens), expected)
+    model.text.transformer.resblocks[0].register_forward_hook(lambda *_: None)
+    assert_close(model.encode_text(tokens), expected)
+
+
+def test_an_openclip_folder_with_added_tokens_is_read_at_the_largest_id_as_open_clip_does(tmp_path):
+    config = CLIPConfig(24, "gelu", TINY_VIT.vision, ENLARGED)
+    reference = openclip_model(config, seed=22)
+    folder = write_openclip_folder(reference, config, tmp_path / "model")
+    assert_same_texts_on_every_path(load(folder, device="cpu")[0], reference.encode_text)
+    save(load(folder, device="cpu")[0], tmp_path / "ours")
+    assert_same_texts_on_every_path(load(tmp_path / "ours", device="cpu")[0], reference.encode_text)
+    torch.save(reference.state_dict(), tmp_path / "bare.pt")
+    model, _ = load(tmp_path / "bare.pt", device="cpu", activation="gelu", head_width=64)
+    assert_same_texts_on_every_path(model, reference.encode_text)
+    assert "by open_clip" in convert(folder, tmp_path / "again", "openclip")
+    assert "by transformers" in convert(folder, tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("end", [2, 49407])
+def test_a_hugging_face_folder_with_added_tokens_gives_transformers_numbers(tmp_path, end):
+    small = hf_model(seed=23, end=end).config.text_config
+    small.vocab_size, small.max_position_embeddings = 49410, 12
+    randomised(CLIPTextModelWithProjection(small), 1).save_pretrained(tmp_path / "text")
+    reference = CLIPTextModelWithProjection.from_pretrained(tmp_path / "text").eval()
+    model, _ = load(tmp_path / "text", device="cpu")
+    assert_same_texts_on_every_path(model, lambda tokens: reference(input_ids=tokens).text_embeds)
+
+
+def test_a_bare_state_dict_of_hugging_faces_with_added_tokens_does_not_tell_its_end_and_is_refused(tmp_path):
+    tensors = hf_model(seed=24).state_dict()
+    tensors["text_model.embeddings.token_embedding.weight"] = torch.zeros(49410, 32)
+    torch.save(tensors, tmp_path / "model.pt")
+    hints = {"activation": "gelu", "head_width": (16, 8)}
+    refused(tmp_path / "model.pt", "49410 tokens and does not tell which of them ends a text", **hints)
+
+
+@pytest.mark.parametrize("to", ["openai", "openclip"])
+def test_an_end_that_is_not_the_largest_id_is_refused_where_the_layout_can_not_say_so(tmp_path, to):
+    text = TextConfig(**vars(ENLARGED) | {"eot_token": 49407})
+    save(CLIP(CLIPConfig(24, "quick_gelu", TINY_VIT.vision, text)), tmp_path / "model")
+    with pytest.raises(ValueError, match="reads texts at the largest id, and here 49407 of 49410"):
+        convert(tmp_path / "model", tmp_path / "out", to)
+
+
+@pytest.mark.parametrize(("vocab_size", "eot", "end"), [(49410, None, 49407), (60, None, 59), (60, 7, 7)])
+def test_what_a_proof_reads_ends_as_texts_do(vocab_size, eot, end):
+    text = TextConfig(vocab_size=vocab_size, eot_token=eot)
+    tokens, found = random_ids(text, (50, 77), torch.Generator().manual_seed(0))
+    assert found == end
+    assert not (tokens == end).any()
+    assert eot is not None or tokens.max() < end
 
 
 # ---- other sizes and precisions

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model import CLIP
+from ...tokenizer import random_ids
 
 _LONGEST_EXAMPLE = 7  # tokens
 
@@ -78,8 +79,7 @@ def random_tokens(clip: CLIP, count: int, length: int, seed: int) -> Tensor:
     text = clip.config.text
     L = min(length, text.context_length)
     random = torch.Generator().manual_seed(seed)
-    shifts = torch.randint(1, text.vocab_size, (count, L), generator=random)
-    tokens = (text.eot_token + shifts) % text.vocab_size  # any but the end token
-    for row, end in enumerate(range(L - 1, L - 1 - count, -1)):
-        tokens[row, max(end % L, min(1, L - 1)) :] = text.eot_token
+    tokens, end = random_ids(text, (count, L), random)
+    for row, last in enumerate(range(L - 1, L - 1 - count, -1)):
+        tokens[row, max(last % L, min(1, L - 1)) :] = end
     return tokens
