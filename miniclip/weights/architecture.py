@@ -85,6 +85,36 @@ def _largest_id(vocab_size: int) -> int | None:
     return vocab_size - 1 if vocab_size <= VOCAB_SIZE else None
 
 
+def has_sizes_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a configuration of two towers, ours or another library's, has the sizes that tensors (by our names) show.
+
+    Nothing else of it is looked at, so it need not be one that can be followed.
+    """
+    model = values.get("model_cfg", values)
+    text, vision = (_section(model, name) for name in ("text", "vision"))
+    if text is None or vision is None:
+        return False
+    for section, names, default, tensor, side in (  # the libraries' defaults are the same
+        (model, ("embed_dim", "projection_dim"), 512, "text.text_projection", 1),
+        (text, ("vocab_size",), 49408, "text.token_embedding.weight", 0),
+        (text, ("context_length", "max_position_embeddings"), 77, "text.positional_embedding", 0),
+        (text, ("width", "hidden_size"), 512, "text.positional_embedding", 1),
+        (vision, ("width", "hidden_size"), 768, "visual.class_embedding", 0),
+        (vision, ("patch_size",), None, "visual.conv1.weight", 3),
+    ):
+        told = next((section[name] for name in names if name in section), default)
+        if told is not None and tensor in tensors and tensors[tensor].shape[side : side + 1] != (told,):
+            return False
+    return True
+
+
+def _section(model: Any, name: str) -> Mapping[str, Any] | None:
+    """A tower's settings in a configuration of whichever library."""
+    names = [name + ending for ending in ("_cfg", "_config_dict", "_config", "")]
+    sections = [model[name] for name in names if name in model] if isinstance(model, Mapping) else []
+    return next((section for section in sections if isinstance(section, Mapping)), None)
+
+
 def _key(transformer: Mapping[str, Any]) -> tuple[int, int, int]:
     width, layers, ratio = (transformer[name] for name in ("width", "layers", "mlp_ratio"))
     return width, layers, int(width * ratio)

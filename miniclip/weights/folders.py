@@ -89,6 +89,17 @@ def refuse_misread(there: Collection[str], where: str, written: Collection[str] 
             )
 
 
+def own_weights(config: str, names: Collection[str]) -> str | None:
+    """The weights in a folder that a configuration's library would load with it, if they are there."""
+    own = _OPENCLIP_WEIGHTS if config == OPENCLIP_CONFIG_FILE else _HF_WEIGHTS
+    return next((name for name in own if name in names or f"{name}.index.json" in names), None)
+
+
+def has_usual_name(weights: str) -> bool:
+    """Whether a file is named as the weights of a folder's one model are."""
+    return weights in (*_OPENCLIP_WEIGHTS, *_HF_WEIGHTS)
+
+
 def _of_a_run(where: str) -> str:
     """Where the model of a run lies, if a folder is one: in `best`, or while it goes on in its last checkpoint."""
     best, last = Path(where, "best"), Path(where, "checkpoints", "last.ckpt")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from ..common.arguments import check_path
 from ..config import OPENAI_MODELS, CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE, Wordings
-from .architecture import config_from_hf, config_from_openclip, infer_config
+from .architecture import config_from_hf, config_from_openclip, has_sizes_of, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
 from .folders import (
@@ -24,6 +25,8 @@ from .folders import (
     CONFIG_FILE,
     OPENCLIP_CONFIG_FILE,
     WEIGHTS_FILE,
+    has_usual_name,
+    own_weights,
     pair_in,
     refuse_unread,
 )
@@ -191,7 +194,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
         tensors = to_native_keys(given)
     if "input_resolution" in given:  # an entry of OpenAI's archives, and of the state dicts that were made from them
         return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path))
-    beside = _config_beside(path, tensors)
+    beside = _config_beside(path, tensors, hints)
     file_format = "hf" if is_hf(given) else "openclip"
     wordings = None if beside is None else read_wordings(path.parent)
     config = beside or assumed or _inferred(tensors, hints, path)
@@ -244,20 +247,48 @@ def _inferred(tensors: Tensors, hints: Hints, path: Path) -> CLIPConfig:
         return infer_config(tensors, hints, str(path))
 
 
-def _config_beside(path: Path, tensors: Tensors) -> CLIPConfig | None:
-    """The configuration in a file's folder, if these tensors are what it describes."""
+def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> CLIPConfig | None:
+    """The configuration in a file's folder, if these tensors are what it describes.
+
+    A warning names it where it may have been written for other weights of that folder.
+
+    Raises:
+        ValueError: it is these tensors', and can't be followed.
+    """
+    names = [file.name for file in path.parent.iterdir()]
     for name, read in ((OPENCLIP_CONFIG_FILE, _openclip_config), (CONFIG_FILE, _any_config)):
-        if (path.parent / name).is_file():
-            with suppress(ValueError):  # it is another model's, or nothing of ours
-                config = read(path.parent)
-                if not differences(config, tensors):
-                    return config
+        if not (path.parent / name).is_file():
+            continue
+        own = own_weights(name, names)
+        try:
+            config = read(path.parent)
+            is_of = not differences(config, tensors)
+        except ValueError:  # it may be another model's, or nothing of ours
+            if _has_sizes_of(path.parent / name, tensors, otherwise=own == path.name):
+                raise
+            continue
+        if is_of:
+            if own and not has_usual_name(path.name) and hints.activation is None:
+                warnings.warn(
+                    f"{path} does not tell its activation or its pixels' mean: {config.activation} and "
+                    f"{config.vision.mean} are those of {path.parent / name}, which lies there with {own}. If they are "
+                    "not this file's, give it a folder of its own",
+                    stacklevel=2,
+                )
+            return config
     return None
+
+
+def _has_sizes_of(config_file: Path, tensors: Tensors, otherwise: bool) -> bool:
+    try:
+        return has_sizes_of(read_json(config_file), tensors)
+    except ValueError:  # no JSON
+        return otherwise
 
 
 def _any_config(folder: Path) -> CLIPConfig:
     values = read_json(folder / CONFIG_FILE)
-    return _hf_config(folder) if "model_type" in values else CLIPConfig.from_dict(values)
+    return _hf_config(folder) if "model_type" in values else CLIPConfig.from_dict(values, str(folder / CONFIG_FILE))
 
 
 def _peft_error(path: Path) -> ValueError:

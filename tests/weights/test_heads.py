@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import CLIPConfig as HFConfig
 from transformers import CLIPModel as HFModel
 
+from miniclip import openai
 from miniclip.commands.main import main
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.weights.heads import Hints, Tower, head_widths
@@ -193,6 +195,73 @@ def test_a_configuration_of_another_model_beside_a_file_is_not_believed(tmp_path
     assert "head_width" in refusal(path)
     (tmp_path / "config.json").write_text("{")
     assert "head_width" in refusal(path)
+
+
+UNFOLLOWED = {
+    "pool_type": ("vision_cfg", "pool_type", "avg"),
+    "no_causal_mask": ("text_cfg", "no_causal_mask", True),
+    "norm_kwargs": ("vision_cfg", "norm_kwargs", {"eps": 1e-2}),
+    "image_size": ("vision_cfg", "image_size", [24, 24]),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWED)
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "epoch_3.pt"])
+def test_a_configuration_of_a_file_that_can_not_be_followed_is_the_error_with_or_without_hints(tmp_path, name, file):
+    reference = openclip_model(narrow(), seed=1)
+    folder = write_openclip_folder(reference, narrow(), tmp_path / "model")
+    torch.save(reference.state_dict(), folder / "epoch_3.pt")
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    section, key, value = UNFOLLOWED[name]
+    settings["model_cfg"][section][key] = value
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    messages = set()
+    for read in (
+        lambda: load(folder, device="cpu"),
+        lambda: load(folder / file, device="cpu"),
+        lambda: load(folder / file, device="cpu", activation="gelu", head_width=(32, 16)),
+        lambda: openai.load(str(folder / file), device="cpu"),
+    ):
+        with pytest.raises(ValueError, match="open_clip_config") as caught:
+            read()
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize("change", ["hidden_act", "layer_norm_eps", "metaclip_2", "clipseg", "processor"])
+def test_a_configuration_of_hugging_faces_that_can_not_be_followed_is_the_error_of_its_file(tmp_path, change):
+    hf_model().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    if change == "processor":
+        processor = {"image_processor_type": "SiglipImageProcessor"}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    elif change in ("hidden_act", "layer_norm_eps"):
+        values["vision_config"][change] = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}[change]
+    else:
+        values["model_type"] = change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    word = {"hidden_act": "activations", "processor": "Siglip"}.get(change, change)
+    with pytest.raises(ValueError, match=word) as caught:
+        load(tmp_path, device="cpu")
+    message = re.escape(str(caught.value))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "model.safetensors", device="cpu", activation="quick_gelu", heads=(3, 4))
+    with pytest.raises(ValueError, match=message):
+        openai.load(str(tmp_path / "model.safetensors"), device="cpu")
+
+
+def test_a_second_file_that_takes_a_models_activation_is_warned_of_unless_it_is_given(tmp_path):
+    reference = openclip_model(narrow(), seed=1)
+    folder = write_openclip_folder(reference, narrow(), tmp_path / "model")
+    torch.save(reference.state_dict(), folder / "fine-tuned.pt")
+    with pytest.warns(UserWarning, match=r"fine-tuned\.pt does not tell .*: gelu and .*open_clip_config\.json, which"):
+        assert load(folder / "fine-tuned.pt", device="cpu")[0].config == narrow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder / "fine-tuned.pt", device="cpu", activation="gelu")
+        load(folder / "open_clip_model.safetensors", device="cpu")
+        (folder / "open_clip_model.safetensors").unlink()
+        load(folder / "fine-tuned.pt", device="cpu")
 
 
 @pytest.mark.parametrize("hint", [{"head_width": 32}, {"head_width": (64, 32)}, {"heads": 1}, {"heads": (2, 4)}])
