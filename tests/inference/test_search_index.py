@@ -65,11 +65,11 @@ def counts(updated) -> dict[str, int]:
     return {name: value for name in names if (value := getattr(updated, name))}
 
 
-def check(index: Index, counting: Counting, folder: Path) -> None:
+def check(index: Index, counting: Counting, folder: Path, pattern: str = "*.png") -> None:
     """The rows are those of the pictures below a folder, and each has the features of its picture."""
     table = index.store.read(["key", "features"])
     found = dict(zip(table["key"].to_pylist(), table["features"].to_pylist(), strict=True))
-    assert sorted(found) == sorted(map(str, folder.rglob("*.png")))
+    assert sorted(found) == sorted(map(str, folder.rglob(pattern)))
     assert len(found) == table.num_rows
     for key, features in found.items():
         np.testing.assert_allclose(features, counting.of(key), atol=1e-6)
@@ -126,6 +126,19 @@ def test_swapped_files_and_a_renamed_folder_are_not_encoded_again(index, photos,
     check(index, counting, photos)
 
 
+def test_frames_of_one_size_and_time_that_were_renumbered_are_told_apart(index, tmp_path, counting):
+    frames = write(tmp_path / "frames", [f"{number}.bmp" for number in range(5)])
+    assert len({(path.stat().st_size, path.stat().st_mtime_ns) for path in frames.iterdir()}) == 1
+    index.update(frames)
+    (frames / "0.bmp").unlink()
+    for number in range(1, 5):
+        (frames / f"{number}.bmp").rename(frames / f"{number - 1}.bmp")
+    counting.num_images = 0
+    assert counts(index.update(frames)) == {"moved": 4, "gone": 1}
+    assert counting.num_images == 0
+    check(index, counting, frames, "*.bmp")
+
+
 def test_a_file_changed_within_the_step_of_the_clock_is_noticed(index, photos):
     path = write_picture(photos / "now.bmp", 1)
     index.update(photos)
@@ -148,7 +161,7 @@ def test_what_is_not_mounted_does_not_empty_the_index(index, photos, tmp_path):
     with pytest.raises(ValueError, match=r"11 of 12 pictures .*--accept-gone"):
         index.update(photos)
     assert len(index) == 12
-    assert counts(index.update(photos, accept_gone=True)) == {"gone": 11, "unchanged": 1}
+    assert counts(index.update(photos, accept_gone=True)) == {"touched": 1, "gone": 11}
     (photos / "mon/0.png").unlink()
     assert counts(index.update(photos, accept_gone=True)) == {"gone": 1}
     assert len(index) == 0
@@ -290,7 +303,7 @@ def check_rows(location: str, counting: Counting) -> None:
     assert len(set(table["key"].to_pylist())) == table.num_rows
     for key, stamp, features in zip(*(table[name].to_pylist() for name in ("key", "stamp", "features")), strict=True):
         facts = Path(key).stat()
-        if stamp == f"{facts.st_size} {facts.st_mtime_ns}":
+        if stamp == f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}":
             np.testing.assert_allclose(features, counting.of(key), atol=1e-6)
     assert len(opened.search("a picture", topk=99)) == table.num_rows
 

@@ -1,7 +1,7 @@
 """What lies in some sources now, compared with what an index knows of them: new, changed, moved, gone.
 
 A picture is known by its key (the path, the URL, or its place in a table or in shards), and has a stamp that changes
-whenever the picture may have: size and time of a file, the identity of the table or the shards that hold it. Pictures
+whenever the picture may have: size and times of a file, the identity of the table or the shards that hold it. Pictures
 of another stamp are compared by content, so that a copied disk or a renamed folder costs reading and no encoding.
 """
 
@@ -74,7 +74,7 @@ class Listing:
             return list(threads.map(self.content, indices))
 
     def has_changed(self, index: int) -> bool:
-        """Whether a file has another size or time than when it was listed."""
+        """Whether a file has another size, or other times, than when it was listed."""
         path, stamp = self.paths[index], self.stamps[index]
         return bool(path is not None and not is_url(path) and stamp and _stamp_of(path, racy_ns=0) != stamp)
 
@@ -156,7 +156,8 @@ def _stamp_of(path: str, racy_ns: int = _RACY_NS) -> str:
         return ""
     if time.time_ns() - facts.st_mtime_ns < racy_ns:
         return ""
-    return f"{facts.st_size} {facts.st_mtime_ns}"
+    # A file that takes another's name keeps its own size and time of modification, and gets a new time of change.
+    return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
 
 
 def storable(text: str) -> str:
