@@ -138,7 +138,7 @@ def _tensors_to_save(model: CLIP) -> Tensors:
     """
     found = model.state_dict()
     refuse_no_weights(found, "the model", "save what comes of it")
-    named = to_native_keys(without_wrappers(found))
+    named = to_native_keys(without_wrappers(found, "the model"))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     if wrong := differences(model.config, tensors, "the model"):
         what = "the model has other tensors than its config describes, so `load` could not read it back:"

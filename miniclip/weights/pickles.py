@@ -150,14 +150,27 @@ class _Unpickler(pickle.Unpickler):
         return self.storage(str(key), dtype, int(count))
 
 
-def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def _rebuild_tensor(
+    storage: Tensor,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    _grad: Any,
+    _hooks: Any,
+    bits: Any = None,
+) -> Tensor:
+    if bits:  # torch's negative or conjugate bit: the numbers are not those that are stored
+        raise ValueError(
+            "it has a tensor that is a negative or conjugate view; save tensor.resolve_neg().resolve_conj()"
+        )
     return torch.as_strided(storage, size, stride, offset)  # raises if it would reach beyond the storage
 
 
 def _rebuild_untyped(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], _grad: Any, _hooks: Any, dtype: Any
-) -> Tensor:
-    return torch.as_strided(storage.view(dtype), size, stride, offset)
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any, hooks: Any, dtype: Any,
+    bits: Any = None,
+) -> Tensor:  # fmt: skip
+    return _rebuild_tensor(storage.view(dtype), offset, size, stride, grad, hooks, bits)
 
 
 def is_torchscript(path: Path) -> bool:

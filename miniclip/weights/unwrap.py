@@ -5,6 +5,7 @@ What is left out (an average of the weights, a head of the trainer's own) is war
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -56,7 +57,7 @@ def unwrap(values: Any, source: str) -> Tensors:
     Raises:
         ValueError: there is none, there are several to choose from, or adapters are not merged; says what to do.
     """
-    entries = {entry: without_wrappers(tensors) for entry, tensors in _state_dicts(values)}
+    entries = {entry: without_wrappers(tensors, source) for entry, tensors in _state_dicts(values)}
     if not entries:
         is_mapping = isinstance(values, Mapping) and values
         kind = f"a mapping of {some([str(key) for key in values])}" if is_mapping else f"a {type(values).__name__}"
@@ -83,7 +84,8 @@ def unwrap(values: Any, source: str) -> Tensors:
 
 def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
     """Mappings of names to tensors, by the entries that hold them; not those of optimisers."""
-    if not isinstance(values, Mapping) or depth > 3 or "optim" in entry.lower():
+    is_optimiser = re.search("optim(?!al|i[sz]ed)", entry.lower())
+    if not isinstance(values, Mapping) or depth > 3 or is_optimiser:
         return
     tensors = {str(key): value for key, value in values.items() if isinstance(value, Tensor)}
     if sum("." in key for key in tensors) > len(values) // 2:
@@ -108,12 +110,17 @@ def refuse_no_weights(names: Iterable[str], source: str, then: str) -> None:
                 raise ValueError(f"{source} holds {what} ({key}); {remedy}, and {then}")
 
 
-def without_wrappers(tensors: Tensors) -> Tensors:
+def without_wrappers(tensors: Tensors, source: str) -> Tensors:
     """Of the model alone, by its own names; its logits' scale and bias are single numbers, however they are shaped."""
-    out = {}
+    out: Tensors = {}
     for key, tensor in tensors.items():
         name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
         is_number = name.split(".")[-1] in ("logit_scale", "logit_bias") and tuple(tensor.shape) == (1,)
+        if name in out:
+            raise ValueError(
+                f"{source} holds {name} twice, with a trainer's wrapper and without, once as {key}; save the state_dict() "
+                "of one of the two"
+            )
         if name not in _COUNTERS:
             out[name] = tensor.reshape(()) if is_number else tensor
     return out
