@@ -118,8 +118,8 @@ def without_wrappers(tensors: Tensors, source: str) -> Tensors:
         is_number = name.split(".")[-1] in ("logit_scale", "logit_bias") and tuple(tensor.shape) == (1,)
         if name in out:
             raise ValueError(
-                f"{source} holds {name} twice, with a trainer's wrapper and without, once as {key}; save the state_dict() "
-                "of one of the two"
+                f"{source} holds {name} twice, with a trainer's wrapper and without, once as {key}; save the "
+                "state_dict() of one of the two"
             )
         if name not in _COUNTERS:
             out[name] = tensor.reshape(()) if is_number else tensor
