@@ -91,7 +91,7 @@ def has_sizes_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bo
     Nothing else of it is looked at, so it need not be one that can be followed.
     """
     model = values.get("model_cfg", values)
-    text, vision = (_section(model, name) for name in ("text", "vision"))
+    text, vision = (_tower_section(model, name) for name in ("text", "vision"))
     if text is None or vision is None:
         return False
     for section, names, default, tensor, side in (  # the libraries' defaults are the same
@@ -108,7 +108,7 @@ def has_sizes_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bo
     return True
 
 
-def _section(model: Any, name: str) -> Mapping[str, Any] | None:
+def _tower_section(model: Any, name: str) -> Mapping[str, Any] | None:
     """A tower's settings in a configuration of whichever library."""
     names = [name + ending for ending in ("_cfg", "_config_dict", "_config", "")]
     sections = [model[name] for name in names if name in model] if isinstance(model, Mapping) else []
