@@ -350,6 +350,10 @@ def _return_file(step: Step, is_move: bool) -> bool:
         if is_move and not os.path.lexists(source):
             raise _StaysError(f"{target} is not there any more, and not at {source} either")
         return False
+    if source.resolve() == target.resolve():  # somebody keeps the old path working
+        if not (is_move and source.is_symlink()):
+            raise _StaysError(f"{target} stays: with {source} it is one file, by a link")
+        source.unlink()
     if _is_reserved(target, source) or _have_equal_bytes(source, target):
         target.unlink()
         return True

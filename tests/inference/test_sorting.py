@@ -253,6 +253,35 @@ def test_copies_that_are_more_than_copies_by_now_stay(photos, tmp_path):
         undo_sorting(out)
 
 
+@pytest.mark.parametrize("is_move", [True, False], ids=["move", "copy"])
+def test_a_file_whose_old_path_is_a_link_to_it_is_not_deleted(photos, tmp_path, is_move):
+    before, out = everything_below(photos), tmp_path / "out"
+    originals = contents(photos)
+    sort_files(plan(photos, out, is_move=is_move))
+    steps = {each.name: each for each in out.rglob("*.jpg")} | {each.name: each for each in out.rglob("*.png")}
+    for name in ("a.jpg", "b.png"):
+        (photos / name).unlink(missing_ok=True)
+        (photos / name).symlink_to(steps[name])
+    done = undo_sorting(out)
+    if is_move:
+        assert (done.problems, everything_below(photos)) == ([], before)
+    else:
+        assert sorted(done.problems) == [
+            f"{steps[name]} stays: with {photos / name} it is one file, by a link" for name in ("a.jpg", "b.png")
+        ]
+    assert sorted(set(contents(photos, out))) == sorted(set(originals))
+
+
+def test_a_folder_that_is_a_link_to_the_sorted_one_loses_nothing(photos, tmp_path):
+    out = tmp_path / "out"
+    sort_files(plan_sorting([photos / "b.png"], ["dog"], CLASSES, out, is_move=True))
+    (photos / "b.png").parent.rename(tmp_path / "elsewhere")
+    photos.symlink_to(out / "dog")
+    done = undo_sorting(out)
+    assert done.problems == [f"{out}/dog/b.png stays: with {photos}/b.png it is one file, by a link"]
+    assert (out / "dog/b.png").read_bytes() == b"the bytes of b'b.png'"
+
+
 def test_what_has_another_file_in_its_way_comes_back_once_the_way_is_free(photos, tmp_path):
     before, out = everything_below(photos), tmp_path / "out"
     sort_files(plan(photos, out, is_move=True))
