@@ -31,9 +31,9 @@ from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.preflight import brief
-from ..reports.runs import PAGE_FILE, read_run
+from ..reports.runs import PAGE_FILE
 from ..training import lightning_private
-from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates
+from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates, score_in
 from ..training.finite import StopIfNotFinite
 from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
@@ -359,7 +359,7 @@ class TrainingCLI(LightningCLI):
         save(model, self.run_folder / "best", overwrite=True)
         message = f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it."
         if (page := self.run_folder / PAGE_FILE).is_file():
-            best = read_run(self.run_folder).best()
+            best = score_in(source) if source.name == "best.ckpt" else None
             score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
             message = f"{score}{message} Report: {page}"
         print(message)

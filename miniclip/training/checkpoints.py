@@ -6,6 +6,7 @@ them decide the same.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import sys
@@ -20,6 +21,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_only
 
 from ..common.files import atomic_write
 from ..common.processes import all_gather_objects
@@ -126,8 +128,15 @@ class BestCheckpoint(Checkpoint):
     def __init__(self, path: Path, monitor: str, mode: Literal["max", "min"]) -> None:
         self.path, self.monitor, self.mode = path, monitor, mode
         self.score: float | None = None
+        self.pairs: str | None = None  # which pairs it is of
         self._validated_step = -1
         self._is_next_last = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, PairDataModule) and data.val_shards is not None:
+            names = data.val_shards.checksums or [shard.name for shard in data.val_shards.entries]
+            self.pairs = hashlib.sha256(" ".join([*names, str(data.val_pairs)]).encode()).hexdigest()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         is_end = trainer.global_step >= trainer.estimated_stepping_batches
@@ -167,12 +176,32 @@ class BestCheckpoint(Checkpoint):
         return score > than if self.mode == "max" else score < than
 
     def state_dict(self) -> dict[str, Any]:
-        return {"monitor": self.monitor, "mode": self.mode, "score": self.score}
+        return {"monitor": self.monitor, "mode": self.mode, "score": self.score, "pairs": self.pairs}
+
+    @rank_zero_only
+    def _tell(self, what: str) -> None:
+        print(f"{self.path} was the best {what}, so the next validation replaces it whatever its score", flush=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Another metric's score, or one without its checkpoint (a run resumed in a new folder), means nothing here.
-        if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode) and self.path.is_file():
+        # Another metric's or other pairs' score, or one without its checkpoint (a run resumed in a new folder), means
+        # nothing here.
+        if not self.path.is_file() or state_dict["score"] is None:
+            return
+        if (state_dict["monitor"], state_dict["mode"]) != (self.monitor, self.mode):
+            self._tell(
+                f"by {state_dict['monitor']} ({state_dict['mode']}), and {self.monitor} ({self.mode}) is asked for"
+            )
+        elif state_dict.get("pairs", self.pairs) != self.pairs:
+            self._tell(f"by {self.monitor} on other validation pairs ({state_dict['score']:.4f})")
+        else:
             self.score = state_dict["score"]
+
+
+def score_in(path: Path) -> tuple[str, int, float] | None:
+    """The metric that a checkpoint was the best by, the steps done by then, and the score."""
+    found = read_torch_file(path)
+    states = [state for name, state in found["callbacks"].items() if name.startswith(BestCheckpoint.__name__)]
+    return (states[0]["monitor"], found["global_step"], states[0]["score"]) if states else None
 
 
 class LastCheckpoint(Checkpoint):

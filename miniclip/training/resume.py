@@ -79,6 +79,8 @@ def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
         "model.locked": module.locked,
         "model.distillation": 0.0 if module.teacher is None else module.distillation,
         "model.ema_decay": module.ema_decay,
+        "model.patch_dropout": module.patch_dropout,
+        "trainer.gradient_clip_val": trainer.gradient_clip_val,
         "trainer.precision": str(trainer.precision),
         "steps": int(trainer.estimated_stepping_batches),
         "processes": trainer.world_size,

@@ -610,10 +610,36 @@ OTHER_SETTINGS = [  # what is given beside the same command; then what is said o
     (["--model.optimizer.betas=[0.8,0.9]"], "model.optimizer.betas: the checkpoint has [0.9, 0.98]", True),
     (["--model.positives=caption"], "model.positives: the checkpoint has pair, this run caption", True),
     (["--trainer.precision=64-true"], "trainer.precision: the checkpoint has 32-true, this run 64-true", True),
+    (["--model.patch_dropout=0.5"], "model.patch_dropout: the checkpoint has 0.0, this run 0.5", True),
+    (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val: the checkpoint has None, this run 1", True),
     (["--model.micro_batch_size=4"], "", True),
     (["--data.num_workers=1"], "", True),
     ([], "", True),
 ]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["--monitor=val/loss", "--monitor_mode=min"],
+            r"was the best by val/retrieval_r1 \(max\), and val/loss \(min\)",
+        ),
+        (["--data.val_pairs=2"], r"was the best by val/retrieval_r1 on other validation pairs \(0\.\d{4}\)"),
+    ],
+)
+def test_a_score_of_another_kind_is_not_compared_and_the_last_line_tells_what_the_checkpoint_holds(
+    data, tmp_path, capsys, more, said
+):
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, steps=2))
+    capsys.readouterr()
+    trainer.main([*arguments(data, run, "--ckpt_path=last", steps=4), *more])
+    out = capsys.readouterr().out
+    assert re.search(rf"best\.ckpt {said}.*, so the next validation replaces it", out)
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    (state,) = (each for name, each in best["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert f"Best {state['monitor']}: {state['score']:.4f} at step {best['global_step']}. " in out
 
 
 class Rates(Callback):
