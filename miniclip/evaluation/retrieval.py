@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets.sets import CaptionedImages
+from .datasets.sets import CaptionedImages, digest_lines
 from .features import ImageFeatures
 from .measures.ranking import Ranking, Retrieval, retrieval
 from .measures.statistics import bootstrap_interval
@@ -115,6 +115,7 @@ class RetrievalScores(Scores):
             "samples": {
                 "keys": [self.data.key(index) for index in self.indices],
                 "image_of_text": self.image_of_text.tolist(),
+                "captions": digest_lines(self.captions),
                 "ranks_of_images": self.metrics.images.ranks.tolist(),  # of each text
                 "ranks_of_texts": self.metrics.texts.ranks.tolist(),  # of each image
                 "groups": self.groups.tolist(),

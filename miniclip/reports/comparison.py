@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arguments import FLOAT32
+from ..common.wording import some
 from ..evaluation.measures.statistics import Comparison, compare
 from ..evaluation.zero_shot import ClassificationScores
 from .results import RESULTS_FILE, SCHEMA
@@ -104,11 +105,13 @@ def _counterpart(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[st
 def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> list[Change]:
     if "samples" not in a or "samples" not in b:
         return []
-    which = (a["dataset"], a["task"], tuple(_label(each) for each in (a, b)), tuple(_model(each) for each in (a, b)))
+    prompts = (_label(a) + _other_classes(a, b), _label(b) + _other_classes(b, a))
+    which = (a["dataset"], a["task"], prompts, tuple(_model(each) for each in (a, b)))
     x, y = a["samples"], b["samples"]
     if a["task"] != ClassificationScores.task:
         _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
-        if x["image_of_text"] != y["image_of_text"]:
+        digests = [each.get("captions") for each in (x, y)]  # earlier versions wrote none
+        if x["image_of_text"] != y["image_of_text"] or (all(digests) and digests[0] != digests[1]):
             raise ValueError(f"{a['dataset']} has other captions in {second} than in {first}")
         found, groups = [], np.array(x["groups"])
         for name, rows in (("image", x["image_of_text"]), ("text", sorted(set(x["image_of_text"])))):
@@ -132,6 +135,14 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
 
 def _label(result: dict[str, Any]) -> str:
     return str(result.get("templates_from", ""))
+
+
+def _other_classes(result: dict[str, Any], other: dict[str, Any]) -> str:
+    """The classes that a result chose among, if the other's are not the same."""
+    names = result.get("classnames", ())
+    if names == (others := other.get("classnames", ())):
+        return ""
+    return f", {len(names)} classes ({some([name for name in names if name not in others] or list(names), 3)})"
 
 
 def _model(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,32 @@ def test_other_images_or_labels_are_refused(compare, tmp_path):
         compare([one], [classified(tmp_path / "2", GUESSES)])
     with pytest.raises(ValueError, match=r"6 images in .* and 5 in .*, 5 of them the same"):
         compare([one], [classified(tmp_path / "1", GUESSES[:5])])
+
+
+def test_other_classes_are_told_and_other_captions_refused(compare, tmp_path):
+    def changed(name: str, change: Callable[[dict[str, Any]], None]) -> Path:
+        found = json.loads((tmp_path / "b/results.json").read_text())
+        change(found["results"][0])
+        (tmp_path / name).write_text(json.dumps(found))
+        return tmp_path / name
+
+    one = classified(tmp_path, GUESSES)
+    (same,) = compare([one], [one])
+    more = changed("more.json", lambda result: result["classnames"].append("a kea"))
+    (change,) = compare_runs(tmp_path / "a", more)
+    first, second = (prompts.removeprefix(same.prompts[0]) for prompts in change.prompts)
+    count = len(one.scores.data.classnames)
+    assert re.fullmatch(rf", {count} classes \(cat, dog\b.*\)", first)
+    assert second == f", {count + 1} classes (a kea)"
+
+    compare([retrieved(tmp_path)], [retrieved(tmp_path)])
+    for digest, is_refused in (("0", True), (None, False)):  # of other captions; as earlier versions wrote it
+        other = changed("captions.json", lambda result, digest=digest: result["samples"].update(captions=digest))
+        if is_refused:
+            with pytest.raises(ValueError, match="has other captions in"):
+                compare_runs(tmp_path / "a", other)
+        else:
+            assert len(compare_runs(tmp_path / "a", other)) == 2
 
 
 def test_models_and_prompts_are_matched_where_a_run_has_several(compare, tmp_path):
