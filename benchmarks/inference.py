@@ -272,11 +272,16 @@ def loading(size: str, folder: Path) -> list[Case]:
             traced = {"encode_image": (pixels,), "encode_text": (torch.zeros(1, 77, dtype=torch.int),)}
             model = peers.openclips(config, folder).eval()
             model.attn_mask = model.__dict__["_buffers"].pop("attn_mask")  # OpenAI's archives hold none
+            sizes = (config.vision.image_size, config.text.context_length, config.text.vocab_size)
+            for name, size in zip(("input_resolution", "context_length", "vocab_size"), sizes, strict=True):
+                vars(model).pop(name, None)
+                model.register_buffer(name, torch.tensor(size))  # by which they are known
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch would rather have another format
                 model = torch.jit.trace_module(model, traced, check_trace=False)
             for tensor in [*model.parameters(), *model.buffers()]:
-                tensor.data = tensor.data.half()
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.half()
             model.save(str(path))
         return path
 
