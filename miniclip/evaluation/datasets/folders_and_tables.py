@@ -387,13 +387,10 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     if Path(source).is_file() and not source.endswith(".tar") and (parts := splits_in(*read_table(Path(source)))):
         split, has_splits = choose_split(parts, split, source), True
     name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
-    if (
-        not has_splits
-        and Path(source).is_dir()
-        and (parts := parquet_splits(Path(source)) or pair_splits(Path(source)))
-    ):
+    folder = Path(source)
+    if not has_splits and folder.is_dir() and (parts := pair_splits(folder) or parquet_splits(folder)):
         split, has_splits = choose_split(parts, split, source), True
-        source = str(Path(source) / split) if (Path(source) / split).is_dir() else source
+        source = str(folder / split) if (folder / split).is_dir() else source
     if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     split = split or "test"
