@@ -21,7 +21,7 @@ from ..config import differences
 from ..model import CLIP
 from ..weights.load import preprocess_for
 from .datasets.sets import LabelledImages
-from .measures.statistics import most_lost
+from .measures.statistics import difference_interval
 from .prompts import suited
 from .zero_shot import ClassificationScores, zero_shot_scores
 
@@ -57,7 +57,7 @@ class Loss(NamedTuple):
     Args:
         num_images: that both could read.
         num_lost, num_gained: of them the start alone, and the model alone, got right.
-        most: the upper end of the 95 % interval of `share` (`most_lost`).
+        most: the upper end of the 95 % interval of `share`, `difference_interval`.
     """
 
     num_images: int
@@ -142,7 +142,8 @@ def _loss(before: ClassificationScores, after: ClassificationScores) -> Loss:
     _, rows, rows_after = np.intersect1d(before.indices, after.indices, return_indices=True)
     first, second = before.is_right[rows], after.is_right[rows_after]
     lost, gained = first & ~second, second & ~first
-    return Loss(len(rows), int(lost.sum()), int(gained.sum()), most_lost(lost, gained, before.groups[rows]))
+    most = -difference_interval(gained, lost, before.groups[rows])[0]
+    return Loss(len(rows), int(lost.sum()), int(gained.sum()), most)
 
 
 def best(points: Sequence[Point], may_lose: float | None = None) -> Point:

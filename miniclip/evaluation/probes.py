@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .measures.statistics import bootstrap_interval
+from .measures.statistics import wilson_interval
 from .measures.ties import SAME, first_of_best
 from .splits import ROWS_OF_PROBES, Labelled, Splits, unit_rows
 
@@ -65,9 +65,9 @@ class Outcome:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy, resampled by group."""
+        """The 95 % interval of the accuracy, `wilson_interval`."""
         groups = np.arange(len(self.test)) if self.test.groups is None else self.test.groups
-        return bootstrap_interval(self.is_right, groups)
+        return wilson_interval(self.is_right, groups)
 
 
 def zero_shot(splits: Splits, classifier: np.ndarray) -> Outcome:

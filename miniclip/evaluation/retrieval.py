@@ -17,7 +17,7 @@ from torch import Tensor
 from .datasets.sets import CaptionedImages, digest_lines
 from .features import ImageFeatures
 from .measures.ranking import Ranking, Retrieval, retrieval
-from .measures.statistics import bootstrap_interval
+from .measures.statistics import wilson_interval
 from .scores import Cell, Found, Queries, Query, Scores, spread
 
 _QUERIES = 8  # examples of a kind
@@ -49,8 +49,8 @@ def retrieve(
         captions,
         owner,
         found,
-        bootstrap_interval(found.images.ranks == 1, groups[owner]),
-        bootstrap_interval(found.texts.ranks == 1, groups[found.texts.queries]),
+        wilson_interval(found.images.ranks == 1, groups[owner]),
+        wilson_interval(found.texts.ranks == 1, groups[found.texts.queries]),
         images.unreadable,
     )
 
@@ -68,7 +68,7 @@ class RetrievalScores(Scores):
         texts: (T, E) unit features of their captions.
         captions: T of them.
         image_of_text: (T,) rows of `images`.
-        metrics: both directions; the bootstrap's intervals of R@1 draw whole groups of images.
+        metrics: both directions, with the intervals of R@1.
         interval_images, interval_texts: of finding images by texts, and texts by images.
     """
 

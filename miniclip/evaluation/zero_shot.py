@@ -35,7 +35,7 @@ from .measures.classification import (
     per_class,
     subgroup_accuracy,
 )
-from .measures.statistics import bootstrap_interval
+from .measures.statistics import wilson_interval
 from .measures.ties import rank_classes
 from .prompts import Prompts, class_prompts
 from .scores import Bar, Cell, ClassScores, Example, Gallery, Guess, spread, worst_first
@@ -255,7 +255,7 @@ class Metrics:
         top_k: the same by k, for every k that was asked for.
         mean_per_class_recall: the mean over classes that have images, so that rare ones count as much.
         macro_f1: the mean over them of the harmonic mean of recall and precision.
-        interval: the 95 % interval of acc1, resampled by group.
+        interval: the 95 % interval of acc1, `wilson_interval`.
         calibration: of the first guess's probability.
         per_class: a row for each class; recall is its acc1, NaN for a class without images.
         confusion: images by true class and first guess.
@@ -326,7 +326,7 @@ class ClassificationScores(ClassScores):
             top_k=top_k,
             mean_per_class_recall=mean_per_class_recall(confusion),
             macro_f1=macro_f1(confusion),
-            interval=bootstrap_interval(self.is_right, self.groups),
+            interval=wilson_interval(self.is_right, self.groups),
             calibration=calibration(np.minimum(self.probabilities[:, 0], 1), self.is_right),
             per_class=per_class(self.labels, guesses, C, self.groups),
             confusion=confusion,

@@ -33,12 +33,11 @@ from miniclip.evaluation.measures.classification import (
 )
 from miniclip.evaluation.measures.ranking import recall_at_1, retrieval
 from miniclip.evaluation.measures.statistics import (
-    bootstrap_interval,
     compare,
+    difference_interval,
     effective_robustness,
     fit_robustness,
     mcnemar,
-    most_lost,
     wilson_interval,
 )
 from miniclip.evaluation.measures.thresholds import apply_threshold, calibrate_threshold, separation
@@ -51,20 +50,10 @@ def width(interval: tuple[float, float]) -> float:
     return interval[1] - interval[0]
 
 
-@pytest.mark.parametrize("value", [0, 1])
-def test_values_that_are_all_the_same_have_an_interval_without_width(value):
-    assert bootstrap_interval(np.full(50, value), np.arange(50)) == (value, value)
-    assert bootstrap_interval(np.full(50, value), np.arange(50) // 7) == (value, value)
-
-
-def test_a_single_group_has_no_spread_to_draw_from():
-    assert bootstrap_interval(np.array([0, 1, 1, 1]), np.zeros(4)) == (0.75, 0.75)
-
-
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
 def test_the_interval_is_the_binomials_for_independent_values(share):
     values = np.arange(1000) < 1000 * share
-    low, high = bootstrap_interval(values, np.arange(1000))
+    low, high = wilson_interval(values, np.arange(1000))
     expected = 2 * 1.96 * math.sqrt(share * (1 - share) / 1000)
     assert high - low == pytest.approx(expected, rel=0.1)
     assert (low + high) / 2 == pytest.approx(share, abs=0.005)
@@ -72,41 +61,16 @@ def test_the_interval_is_the_binomials_for_independent_values(share):
 
 def test_images_that_stand_and_fall_together_widen_the_interval_as_fewer_would():
     values = np.repeat(np.arange(100) < 60, 10)
-    alone = bootstrap_interval(values, np.arange(1000))
-    together = bootstrap_interval(values, np.repeat(np.arange(100), 10))
+    alone = wilson_interval(values, np.arange(1000))
+    together = wilson_interval(values, np.repeat(np.arange(100), 10))
     assert width(together) / width(alone) == pytest.approx(math.sqrt(10), rel=0.1)
-
-
-def test_groups_of_unequal_size_weigh_by_their_size():
-    values, groups = np.array([1] * 98 + [0, 0]), np.array(["big"] * 98 + ["small"] * 2)
-    low, high = bootstrap_interval(values, groups)  # both drawn: 0.98; one twice: 0 or 1
-    assert (low, high) == (0.0, 1.0)
-    assert np.mean(values) == 0.98
-
-
-def test_the_interval_is_the_same_every_time_and_another_for_another_seed():
-    values = np.random.default_rng(0).random(300) < 0.4
-    groups = np.arange(300) // 3
-    first = bootstrap_interval(values, groups)
-    assert bootstrap_interval(values, groups) == first
-    assert bootstrap_interval(values, groups, seed=1) != first
-    assert width(bootstrap_interval(values, groups, seed=1)) == pytest.approx(width(first), rel=0.1)
 
 
 def test_the_names_of_the_groups_do_not_matter():
     values = np.random.default_rng(0).random(60) < 0.4
     numbers = np.arange(60) // 3
-    assert bootstrap_interval(values, numbers) == bootstrap_interval(values, np.array([f"{n:03d}" for n in numbers]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals of shares
-
-
-def test_without_groups_every_value_stands_alone():
-    values = np.random.default_rng(0).normal(size=40)
-    assert bootstrap_interval(values) == bootstrap_interval(values, np.arange(40))
-    assert bootstrap_interval(np.array([0.25])) == (0.25, 0.25)
+    assert wilson_interval(values, numbers) == wilson_interval(values, np.array([f"{n:03d}" for n in numbers]))
+    assert wilson_interval(values) == wilson_interval(values, np.arange(60))
 
 
 def test_wilsons_interval_by_hand_and_by_scipy():
@@ -130,7 +94,7 @@ def test_the_largest_loss_is_larger_than_the_true_one_as_often_as_it_should_be(l
     for _ in range(400):
         draw = random.random(179)
         first, second = draw < 0.5, (draw >= lost) & (draw < 0.5) | (draw >= 1 - gained)
-        bounds.append(most_lost(first & ~second, second & ~first))
+        bounds.append(-difference_interval(second & ~first, first & ~second)[0])
     assert 0.95 <= np.mean(np.array(bounds) >= lost - gained) < 1
 
 
@@ -179,11 +143,15 @@ def test_wilsons_interval_holds_the_truth_in_95_of_100_cases_with_groups_or_with
     assert (held / 400 <= 0.99).all()
 
 
-@pytest.mark.parametrize("interval", [bootstrap_interval, wilson_interval])
+def difference_of_one(values, groups):
+    return difference_interval(values, np.zeros(len(values)), groups)
+
+
+@pytest.mark.parametrize("interval", [difference_of_one, wilson_interval])
 @pytest.mark.parametrize(
     "values, groups, says",
     [
-        ([], None, "there are no values"),
+        ([], None, "there are no (values|images that were gained)"),
         ([0.0, np.nan, 1.0, np.nan], None, r"2 of 4 rows \(numbers 1, 3\) are not finite"),
         ([[0, 1]], None, r"shape \(1, 2\)"),
         ([0, 1], [1, 2, 3], "3 groups for 2 images"),
@@ -636,15 +604,43 @@ def test_pairing_narrows_the_interval_and_groups_widen_it():
     assert paired.interval[0] > 0
     assert paired.p_value < 0.001
     grouped = compare(first, second, np.repeat(np.arange(20), 30))
-    assert grouped.interval[0] == 0  # all of the gain is in one group, which may not be drawn
+    assert grouped.interval[0] < 0 < paired.interval[0]  # all of the gain is in one group of twenty
     assert grouped.difference == paired.difference
 
 
 def test_equal_models_and_single_images_compare():
+    """Of 3 images none was gained, so as many as z² / (3 + z²) may be (`wilson_interval`); none lost, the same."""
+    z = 1.959963984540054
+    end = pytest.approx(z**2 / (3 + z**2))
     same = compare([1, 0, 1], [1, 0, 1])
-    assert (same.difference, same.interval, same.p_value, len(same.gained)) == (0, (0, 0), 1, 0)
+    assert (same.difference, same.p_value, len(same.gained)) == (0, 1, 0)
+    assert (-same.interval[0], same.interval[1]) == (end, end)
     one = compare([0], [1])
-    assert (one.difference, one.interval, one.p_value) == (1, (1, 1), 1)
+    low = 1 - math.sqrt(2) * z**2 / (1 + z**2)
+    assert (one.difference, one.interval, one.p_value) == (1, (pytest.approx(low), 1), 1)
+
+
+def test_the_interval_of_a_difference_by_hand():
+    """Gained 2 and lost 1 of 4. Their shares vary together by -0.5 · 0.25 / 4, and alone by the roots of 0.25 / 4 and
+    0.1875 / 4: a correlation of -0.577. Groups of one image each say the same."""
+    gained, lost = np.array([1, 1, 0, 0]), np.array([0, 0, 1, 0])
+    (low1, high1), (low2, high2) = wilson_interval(gained), wilson_interval(lost)
+    correlation = -0.5 * 0.25 / math.sqrt(0.25 * 0.1875)
+    below, above = (0.5 - low1, high2 - 0.25), (high1 - 0.5, 0.25 - low2)
+    low, high = (math.sqrt(a * a + b * b - 2 * correlation * a * b) for a, b in (below, above))
+    for groups in (None, np.arange(4)):
+        assert difference_interval(gained, lost, groups) == (pytest.approx(0.25 - low), pytest.approx(0.25 + high))
+
+
+@pytest.mark.parametrize("gained, lost, size", [(0.02, 0.02, 1), (0.0, 0.03, 1), (0.3, 0.3, 1), (0.1, 0.05, 12)])
+def test_the_interval_of_a_difference_holds_the_truth_in_95_of_100_cases(gained, lost, size):
+    random, held = np.random.default_rng(0), 0
+    groups = np.repeat(np.arange(240 // size), size)
+    for _ in range(400):
+        draw = np.repeat(random.random(240 // size), size)
+        low, high = difference_interval(draw < gained, draw > 1 - lost, groups)
+        held += low <= gained - lost <= high
+    assert 0.93 <= held / 400 <= 1
 
 
 def test_models_on_other_images_are_not_compared():

@@ -18,7 +18,7 @@ from PIL import Image
 
 from miniclip.config import VisionConfig
 from miniclip.evaluation.encoder import pooled_features
-from miniclip.evaluation.measures.statistics import bootstrap_interval
+from miniclip.evaluation.measures.statistics import wilson_interval
 from miniclip.evaluation.probes import (
     METHODS,
     ShotCurve,
@@ -360,7 +360,7 @@ def test_separable_classes_are_all_right_and_per_class_says_so():
     probe = linear_probe(toy(noise=0.05, count=40))
     assert probe.outcome.accuracy == 1
     assert probe.outcome.per_class.tolist() == [1, 1, 1, 1]
-    assert probe.outcome.interval == (1, 1)
+    assert probe.outcome.interval == wilson_interval(np.ones(len(probe.outcome.test)))
     assert probe.is_converged
 
 
@@ -407,13 +407,13 @@ def test_without_scikit_learn_the_message_names_the_extra(monkeypatch):
         linear_probe(toy())
 
 
-def test_outcome_counts_by_class_and_resamples_by_group():
+def test_outcome_counts_by_class_and_its_interval_goes_by_group():
     test = Labelled(np.zeros((4, 2)), [0, 0, 2, 2], ["a", "a", "b", "c"])
     splits = Splits(Labelled(np.eye(3, 2), range(3)), test, test, NAMES[:3])
     outcome = zero_shot(splits, np.array([[1.0, 0, 0.6], [0, 1, 0.8]]))  # zeros: all equal, so the first class
     assert outcome.accuracy == 0.5
     np.testing.assert_equal(outcome.per_class, [1, np.nan, 0])
-    assert outcome.interval == bootstrap_interval(np.array([1, 1, 0, 0]), np.array(["a", "a", "b", "c"]))
+    assert outcome.interval == wilson_interval(np.array([1, 1, 0, 0]), np.array(["a", "a", "b", "c"]))
 
 
 # ---- neighbours

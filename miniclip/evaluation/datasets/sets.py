@@ -142,7 +142,7 @@ class LabelledImages(EvaluationSet):
         classnames: C names, as they go into the prompts.
         templates: the prompts' wordings, for all classes or by class.
         groups: N values; images of one value are not independent of each other (views of one scene, scans of one
-            hand) and are drawn together when an interval is resampled. By default every image for itself.
+            hand) and widen the interval as fewer would. By default every image for itself.
         classnames_from, templates_from: where those came from, for who reads the scores.
     """
 

@@ -3,7 +3,7 @@
 Pure functions of arrays, without models, files or names: a class is its index, so two classes of one name stay two.
 A value that is undefined is NaN and left out of means, never 0.
 
-N images, C classes, K guesses, G groups of images that are resampled together."""
+N images, C classes, K guesses, G groups of images that are right or wrong together."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Ranking:
     Args:
         num_candidates: how many each query chooses among. Among more it is harder: compare only equal numbers.
         queries: (Q,) indices of the texts or images that ask. An image without a text does not: it has nothing to find.
-        ranks: (Q,) the rank, from 1, of the best of its own. `bootstrap_interval(ranks <= K)` is recall's interval.
+        ranks: (Q,) the rank, from 1, of the best of its own. `wilson_interval(ranks <= K)` is recall's interval.
         recall: by K, the share of queries that find one of their own among the first K.
         median_rank, mean_rank: of ranks.
         mean_average_precision: by K: of each query, the precision at each of its own among the first K, summed and
