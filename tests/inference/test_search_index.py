@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,22 @@ def test_swapped_files_and_a_renamed_folder_are_not_encoded_again(index, photos,
     assert counts(index.update(photos)) == {"moved": 8, "gone": 6, "unchanged": 4}
     assert counting.num_images == 0
     check(index, counting, photos)
+
+
+def test_a_source_that_got_another_name_is_known_by_the_new_one_alone(index, tmp_path, counting):
+    """Equal pictures are each gone from where they were; of a copy both places stay."""
+    photos = write(tmp_path / "before", [f"{number}.png" for number in range(4)])
+    shutil.copy2(photos / "0.png", photos / "0 again.png")
+    index.update(photos)
+    photos.rename(tmp_path / "after")
+    counting.num_images = 0
+    assert counts(index.update(tmp_path / "after")) == {"moved": 5, "gone": 5}
+    assert counting.num_images == 0
+    check(index, counting, tmp_path / "after")
+
+    shutil.copytree(tmp_path / "after", tmp_path / "copy")
+    assert counts(index.update(tmp_path / "copy")) == {"moved": 5}
+    check(index, counting, tmp_path)
 
 
 def test_frames_of_one_size_and_time_that_were_renumbered_are_told_apart(index, tmp_path, counting):

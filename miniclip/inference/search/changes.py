@@ -320,6 +320,10 @@ def _find_gone(
         if 2 * len(lost) > len(rows) and not accept_gone:
             raise ValueError(refusal(listing.source, len(lost), len(rows)))
         changes.gone += [known.keys[row] for row in gone]
+    # What was found under another name, and is no longer where it was: of another source, too, as a renamed folder.
+    contents = {known.contents[row] for row in changes.moved.values()}
+    elsewhere = [row for row, key in enumerate(known.keys) if known.contents[row] in contents and key not in listed]
+    changes.gone += [known.keys[row] for row in elsewhere if _state(known.paths[row]) == "absent"]
     changes.gone = list(dict.fromkeys(changes.gone))
 
 
