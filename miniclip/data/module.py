@@ -262,6 +262,13 @@ class PairDataModule(pl.LightningDataModule):
             return self.steps_per_epoch() * self.batch_size
         return self.sample_order().num_samples
 
+    def validation_pairs(self) -> str | None:
+        """A digest of which pairs validation is on: scores on others are not compared. None without any."""
+        if self.val_shards is None:
+            return None
+        names = self.val_shards.checksums or [shard.name for shard in self.val_shards.entries]
+        return hashlib.sha256(" ".join([*names, str(self.val_pairs)]).encode()).hexdigest()
+
     def sample_order(self) -> Order:
         """The sequence that exact training goes through."""
         assert self.train_shards is not None

@@ -59,10 +59,16 @@ class Run:
     def best(self) -> tuple[str, int, float] | None:
         """The metric that chooses the best checkpoint, its best value, and how many steps were done by then.
 
-        Scores from before the first step are ignored: no checkpoint belongs to them.
+        Scores from before the first step are ignored: no checkpoint belongs to them. So are those of earlier starts on
+        other validation pairs, or by another metric, which are not compared with those of the last.
         """
         name = self.record.get("monitor", "val/retrieval_r1")
-        points = [(step, value) for step, value in self.curves.get(name, []) if step >= 0 and math.isfinite(value)]
+        first, kind = 0, ("monitor", "monitor_mode", "validation_pairs")
+        for start in reversed(self.starts):
+            if any(start.get(key, self.record.get(key)) != self.record.get(key) for key in kind):
+                break
+            first = start.get("first_step", 0)
+        points = [(step, value) for step, value in self.curves.get(name, []) if step >= first and math.isfinite(value)]
         if not points:
             return None
         choose = min if self.record.get("monitor_mode") == "min" else max

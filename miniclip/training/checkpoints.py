@@ -6,7 +6,6 @@ them decide the same.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import sys
@@ -134,9 +133,8 @@ class BestCheckpoint(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, PairDataModule) and data.val_shards is not None:
-            names = data.val_shards.checksums or [shard.name for shard in data.val_shards.entries]
-            self.pairs = hashlib.sha256(" ".join([*names, str(data.val_pairs)]).encode()).hexdigest()
+        if isinstance(data, PairDataModule):
+            self.pairs = data.validation_pairs()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         is_end = trainer.global_step >= trainer.estimated_stepping_batches

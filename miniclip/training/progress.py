@@ -230,6 +230,7 @@ class RunReport(Callback):
             "max_steps": self._max_steps,
             "monitor": self.monitor,
             "monitor_mode": self.monitor_mode,
+            "validation_pairs": data.validation_pairs(),
             "batch_size": data.batch_size,
             "epoch_samples": data.epoch_samples(),
             "world_size": trainer.world_size,

@@ -32,6 +32,7 @@ from pytorch_lightning import Callback
 import miniclip
 from miniclip.commands import train as trainer
 from miniclip.data.module import PairDataModule
+from miniclip.reports.runs import read_run
 from miniclip.training.checkpoints import LastCheckpoint
 from miniclip.training.progress import Stalls
 from miniclip.weights.convert import convert
@@ -640,6 +641,7 @@ def test_a_score_of_another_kind_is_not_compared_and_the_last_line_tells_what_th
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     (state,) = (each for name, each in best["callbacks"].items() if name.startswith("BestCheckpoint"))
     assert f"Best {state['monitor']}: {state['score']:.4f} at step {best['global_step']}. " in out
+    assert read_run(run).best() == (state["monitor"], best["global_step"], pytest.approx(state["score"], abs=1e-6))
 
 
 class Rates(Callback):

@@ -472,6 +472,20 @@ def made_up(**curves: list[float]) -> Run:
     return Run("runs/x", points, ({**record, "seconds": 200}, record), "")
 
 
+def test_the_best_is_among_scores_of_the_same_kind():
+    """Step 2 has the highest score, on other pairs than the last start's, which began at step 2 (counted from 0)."""
+    run = made_up(val__zero_shot_acc1=[0.5, 0.9, 0.6, 0.7])
+    assert run.best() == ("val/zero_shot_acc1", 2, 0.9)
+    first, last = ({**start, "first_step": step} for start, step in zip(run.starts, (0, 2), strict=True))
+    for name, before, now in (("validation_pairs", "a", "b"), ("monitor", "val/loss", "val/zero_shot_acc1")):
+        other = dataclasses.replace(run, starts=({**first, name: before}, {**last, name: now}))
+        assert other.best() == ("val/zero_shot_acc1", 4, 0.7)
+    same = dataclasses.replace(run, starts=({**first, "validation_pairs": "a"}, {**last, "validation_pairs": "a"}))
+    assert same.best() == run.best()
+    unknown = dataclasses.replace(run, starts=(first, {**last, "validation_pairs": "a"}))
+    assert unknown.best() == run.best()
+
+
 def test_numbers_of_a_run():
     run = made_up(
         train__loss=[4, 3, 2.5], train__chance=[4.6] * 3, val__zero_shot_acc1=[0.1, 0.7, math.nan, 0.6],
