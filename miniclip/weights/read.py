@@ -17,6 +17,7 @@ import torch
 from ..common.arguments import check_path
 from ..config import OPENAI_MODELS, CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE, Wordings
+from ..tokenizer import VOCAB_SIZE, symbol_ids
 from .architecture import config_from_hf, config_from_openclip, has_sizes_of, infer_config
 from .containers import read_json, read_safetensors, read_tensors, refuse_stand_ins
 from .download import HUB_PREFIX, fetch_hub, fetch_openai
@@ -167,7 +168,36 @@ def _hf_config(folder: Path) -> CLIPConfig:
     if pixels is None and (folder / "preprocessor_config.json").is_file():
         pixels, source = read_json(folder / "preprocessor_config.json"), "preprocessor_config.json"
     with _naming(path):
-        return config_from_hf(read_json(path), str(path), pixels, str(folder / source))
+        config = config_from_hf(read_json(path), str(path), pixels, str(folder / source))
+    if config.text.vocab_size == VOCAB_SIZE:
+        _refuse_other_words(folder)
+    return config
+
+
+def _refuse_other_words(folder: Path) -> None:
+    """Of as many tokens as CLIP's tokenizer has, other ones would be read by its ids, and nothing would tell.
+
+    Raises:
+        ValueError: the folder's tokenizer gives tokens other ids.
+    """
+    words: Any = None
+    for name in ("vocab.json", "tokenizer.json"):
+        if words is None and (path := folder / name).is_file():
+            found = read_json(path)
+            model = found.get("model")
+            words = found if name == "vocab.json" else model.get("vocab") if isinstance(model, dict) else None
+    if words is None:
+        return
+    ids = words if isinstance(words, dict) else {}  # of kinds without merges it is a list
+    ours = symbol_ids()
+    wrong = [token for token in ours if ids.get(token) != ours[token]]
+    if wrong:
+        has = f"the id {ids[wrong[0]]}" if wrong[0] in ids else "no id"
+        raise ValueError(
+            f"{path} is another vocabulary than CLIP's, though it has as many tokens: {len(wrong):,} of CLIP's "
+            f"{len(ours):,} have other ids there or none ({wrong[0]!r} is {ours[wrong[0]]} in CLIP's and has {has}). "
+            "Texts would be read as other words; for ids of your own tokenizer, load a copy without that file"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -283,6 +283,32 @@ def test_transformers_makes_the_same_tokens_of_a_converted_folder(tmp_path, full
     assert long == miniclip.tokenize("a word " * 100, truncate=True)[0].tolist()
 
 
+@pytest.mark.parametrize("as_tokenizers_do", [False, True], ids=["vocab.json", "tokenizer.json"])
+def test_as_many_tokens_of_another_vocabulary_are_not_taken_for_clips(tmp_path, full_vocabulary, as_tokenizers_do):
+    """Ids 600 and 601 change places: texts with one of them would have been read as other words."""
+    out = tmp_path / "out"
+    convert(full_vocabulary, out, "hf")
+    words = json.loads((out / "vocab.json").read_text())
+    if as_tokenizers_do:
+        CLIPTokenizer.from_pretrained(out).save_pretrained(out)
+        (out / "vocab.json").unlink()
+        assert json.loads((out / "tokenizer.json").read_text())["model"]["vocab"] == words
+    load(out, device="cpu")
+    one, other = (token for token, index in words.items() if index in (600, 601))
+    words[one], words[other] = words[other], words[one]
+    name, found = ("tokenizer.json", {"model": {"vocab": words}}) if as_tokenizers_do else ("vocab.json", words)
+    (out / name).write_text(json.dumps(found))
+    with pytest.raises(
+        ValueError, match=rf"{name} is another vocabulary than CLIP's.*: 2 of CLIP's 49,406 .* the id"
+    ):
+        load(out, device="cpu")
+    (out / name).write_text(json.dumps({"model": {"vocab": [["▁a", -1.0]]}} if as_tokenizers_do else {"▁a": 0}))
+    with pytest.raises(ValueError, match=r"49,406 of CLIP's 49,406 .* and has no id"):
+        load(out, device="cpu")
+    (out / name).unlink()
+    load(out, device="cpu")
+
+
 @pytest.mark.parametrize("padding", ["max_length", True])
 def test_transformers_gives_the_same_logits_from_its_own_tokens(tmp_path, full_vocabulary, padding):
     convert(full_vocabulary, tmp_path / "out", "hf")
