@@ -155,6 +155,9 @@ def create_model(
         precision: of the weights. "fp16" and "bf16" leave norms and embeddings in float32, "pure_fp16" and "pure_bf16"
             do not; anything with "amp" is float32.
         jit: warned about and ignored.
+        force_image_size: pixels; position embeddings of the image are interpolated (bicubic).
+        force_context_length: tokens; position embeddings of the text are interpolated (linear), as open_clip's are, and
+            not cut or repeated, as by `miniclip.load`.
         weights_only: no code of a checkpoint is run either way.
         others: open_clip's further arguments, refused unless they ask for nothing.
 
@@ -174,7 +177,7 @@ def create_model(
     if found is None:
         model = CLIP(_resized(config, side, force_context_length), bool(output_dict))
     else:
-        found = resize(replace(found, config=config), side, force_context_length)
+        found = _interpolated(resize(replace(found, config=config), side, None), force_context_length)
         with Unfilled():
             model = CLIP(found.config, bool(output_dict))
         model.load_state_dict(to_openai_keys(build(found, model_name).state_dict()))
@@ -186,6 +189,18 @@ def _resized(config: CLIPConfig, image_size: int | None, context_length: int | N
     vision = replace(config.vision, image_size=image_size or config.vision.image_size)
     return replace(
         config, vision=vision, text=replace(config.text, context_length=context_length or config.text.context_length)
+    )
+
+
+def _interpolated(found: Checkpoint, context_length: int | None) -> Checkpoint:
+    """The same weights for another context length, by open_clip's rule (`resize_text_pos_embed`)."""
+    name = "text.positional_embedding"
+    table = found.tensors[name]
+    if context_length in (None, len(table)):
+        return found
+    rows = F.interpolate(table.float().T[None], size=context_length, mode="linear", align_corners=False)[0].T
+    return replace(
+        found, config=_resized(found.config, None, context_length), tensors=found.tensors | {name: rows.to(table.dtype)}
     )
 
 

@@ -1,6 +1,7 @@
 """Scripts written for open_clip run on `miniclip.openclip`. Oracle: open_clip itself, with the same weights."""
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -443,6 +444,31 @@ def test_a_resolution_and_a_length_can_be_forced(vit):
     assert ours.create_model("ViT-S-32-alt", force_image_size=(64, 64)).visual.grid_size == (2, 2)
     with pytest.raises(ValueError, match="square"):
         ours.create_model("ViT-S-32-alt", force_image_size=(64, 32))
+
+
+FORCED = {"force_image_size": [16, 48, 96], "force_context_length": [32, 76, 128], "force_quick_gelu": [True]}
+REFUSED = {"force_patch_dropout": 0.5, "force_custom_text": True, "force_preprocess_cfg": {"size": 48}}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in FORCED.items() for value in values])
+def test_what_is_forced_gives_their_weights_and_features(vit, name, value):
+    model, theirs = (library.create_model(vit[0], **{name: value}).eval() for library in (ours, open_clip))
+    found, expected = model.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert_near(found[key], tensor, 1e-6)
+    images, tokens = images_for(theirs), ours.get_tokenizer(vit[0], context_length=theirs.context_length)(NAMES)
+    assert model.context_length == theirs.context_length
+    assert_near(model.encode_image(images), theirs.encode_image(images))
+    assert_near(model.encode_text(tokens), theirs.encode_text(tokens))
+
+
+def test_every_argument_of_theirs_that_forces_is_compared_or_refused(vit):
+    names = {name for name in inspect.signature(open_clip.create_model).parameters if name.startswith("force_")}
+    assert names == FORCED.keys() | REFUSED.keys()
+    for name, value in REFUSED.items():
+        with pytest.raises(ValueError, match=name):
+            ours.create_model(vit[0], **{name: value})
 
 
 def test_random_weights_are_warned_about_and_refused_where_trained_ones_are_needed():
