@@ -31,6 +31,7 @@ from .common.device import find_device
 from .common.files import ASSETS
 from .config import CLIP_LOGIT_SCALE, OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
+from .resnet import Bottleneck
 from .weights.download import OPENAI_BASE_URL, OPENAI_FILES, download, openai_folder
 from .weights.heads import NotToldError
 from .weights.layouts import to_openai_keys
@@ -150,12 +151,6 @@ class VisionTransformer(nn.Module):
         return project(self.ln_post(x[:, 0]), self.proj)
 
 
-class Bottleneck(resnet.Bottleneck):
-    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
-        super().__init__(inplanes, planes, stride)
-        self.stride = stride
-
-
 class AttentionPool2d(resnet.AttentionPool):
     """(B, C, H, W) -> (B, E)."""
 
@@ -172,6 +167,9 @@ class AttentionPool2d(resnet.AttentionPool):
         k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))
         y = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return y if all_tokens else y[:, 0]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class ModifiedResNet(resnet.ModifiedResNet):
@@ -248,11 +246,18 @@ class CLIP(nn.Module):
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
-        """OpenAI's standard deviations. (The ResNet's are set where it is made.)"""
+        """OpenAI's standard deviations. (A vision transformer keeps those that it was made with, as OpenAI's does.)"""
         D, layers = self.transformer.width, self.transformer.layers
+        for module in self.visual.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, AttentionPool2d):
+                for projection in (module.q_proj, module.k_proj, module.v_proj, module.c_proj):
+                    nn.init.normal_(projection.weight, std=module.c_proj.in_features**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=D**-0.5)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=D**-0.5)
         block: Any
         for block in self.transformer.resblocks:
             residual_std = D**-0.5 * (2 * layers) ** -0.5

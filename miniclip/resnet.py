@@ -23,39 +23,41 @@ from torch import Tensor, nn
 from .config import VisionConfig
 from .fast import folded, matmul
 
-_EXPANSION = 4  # a bottleneck's output channels, in units of its inner ones
-
 
 class Bottleneck(nn.Module):
     """1 × 1, 3 × 3 and 1 × 1 convolutions beside a shortcut (He et al. 2015); average pools take the strides."""
 
-    def __init__(self, channels: int, inner: int, stride: int) -> None:
+    expansion = 4  # output channels, in units of `planes`, the inner ones
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
         super().__init__()
-        outer = inner * _EXPANSION
-        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.stride = stride
+        outer = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
         self.relu2 = nn.ReLU(inplace=True)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
+        self.conv3 = nn.Conv2d(planes, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outer)
         self.relu3 = nn.ReLU(inplace=True)
         nn.init.zeros_(self.bn3.weight)  # a block starts as its shortcut alone
-        shortcut = OrderedDict[str, Any]()
-        if stride > 1 or channels != outer:
+        self.downsample: Any = None
+        if stride > 1 or inplanes != outer:
+            shortcut = OrderedDict[str, Any]()
             shortcut["-1"] = nn.AvgPool2d(stride)  # OpenAI's names
-            shortcut["0"] = nn.Conv2d(channels, outer, 1, bias=False)
+            shortcut["0"] = nn.Conv2d(inplanes, outer, 1, bias=False)
             shortcut["1"] = nn.BatchNorm2d(outer)
-        self.downsample: Any = nn.Sequential(shortcut)  # empty, it is the identity
+            self.downsample = nn.Sequential(shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 4 * inner, H / stride, W / stride)."""
+        """(B, C, H, W) -> (B, 4 * planes, H / stride, W / stride)."""
         y = self.relu1(folded.normed(self.conv1, self.bn1, x))  # relu1(bn1(conv1(x)))
         y = self.relu2(folded.normed(self.conv2, self.bn2, y))
         y = folded.normed(self.conv3, self.bn3, self.avgpool(y))
-        y += folded.shortcut(self.downsample, x)  # downsample(x)
+        y += x if self.downsample is None else folded.shortcut(self.downsample, x)  # downsample(x)
         return self.relu3(y)
 
 
@@ -108,11 +110,11 @@ class ModifiedResNet(nn.Module):
         channels = D
         stages = []
         for stage, num_blocks in enumerate(config.blocks):
-            inner = D * 2**stage
+            planes = D * 2**stage
             blocks = []
             for block in range(num_blocks):
-                blocks.append(Bottleneck(channels, inner, stride=2 if stage and not block else 1))
-                channels = inner * _EXPANSION
+                blocks.append(Bottleneck(channels, planes, stride=2 if stage and not block else 1))
+                channels = planes * Bottleneck.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.attnpool = AttentionPool(config.num_patches, channels, config.heads, embed_dim)

@@ -76,7 +76,7 @@ def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def shortcut(downsample: nn.Module, x: Tensor) -> Tensor:
-    """downsample(x), a pool, a convolution and a norm in sequence, or nothing: (B, C, H, W)."""
+    """downsample(x), a pool, a convolution and a norm in sequence: (B, C, H, W)."""
     if is_plain(downsample, nn.Sequential) and len(downsample) == 3:
         pool, conv, norm = downsample
         return normed(conv, norm, pool(x))

@@ -133,6 +133,78 @@ def test_the_attributes_that_scripts_read(both):
         assert hasattr(model.visual, name) == isinstance(model.visual, clip.ModifiedResNet)
 
 
+NORMED = "normalized_shape eps elementwise_affine weight bias"
+BLOCK = "conv1 bn1 relu1 conv2 bn2 relu2 avgpool conv3 bn3 relu3"
+# OpenAI's classes: how many of each its model has by VIT and by RESNET, and what each has beside nn.Module's own.
+OPENAIS = {
+    "CLIP": (1, 1, "context_length vocab_size visual transformer token_embedding positional_embedding ln_final "
+                   "text_projection logit_scale dtype encode_image encode_text initialize_parameters "
+                   "build_attention_mask"),
+    "VisionTransformer": (1, 0, "input_resolution output_dim conv1 class_embedding positional_embedding ln_pre "
+                                "transformer ln_post proj"),
+    "ModifiedResNet": (0, 1, f"{BLOCK} input_resolution output_dim layer1 layer2 layer3 layer4 attnpool"),
+    "Bottleneck": (0, 5, f"{BLOCK} expansion stride downsample"),
+    "AttentionPool2d": (0, 1, "positional_embedding k_proj q_proj v_proj c_proj num_heads"),
+    "Transformer": (2, 1, "width layers resblocks"),
+    "ResidualAttentionBlock": (4, 2, "attn ln_1 mlp ln_2 attn_mask attention"),
+    "LayerNorm": (11, 5, NORMED),
+    "QuickGELU": (4, 2, ""),
+}  # fmt: skip
+
+
+def test_modules_have_openais_classes_and_attributes(both):
+    is_resnet = isinstance(both[0].visual, clip.model.ModifiedResNet)
+    for name, (of_vit, of_resnet, attributes) in OPENAIS.items():
+        kind = getattr(clip.model, name)
+        found = [module for module in both[0].modules() if isinstance(module, kind)]
+        assert len(found) == (of_resnet if is_resnet else of_vit), name
+        for module in found:
+            assert [each for each in attributes.split() if not hasattr(module, each)] == [], name
+
+
+def test_the_blocks_of_a_resnet_are_openais():
+    blocks = {name: module for name, module in clip.CLIP(*RESNET).visual.named_modules() if "layer" in name}
+    found = {name: (m.stride, m.downsample and [*m.downsample._modules], m.expansion)
+             for name, m in blocks.items() if isinstance(m, clip.Bottleneck)}  # fmt: skip
+    shortcut = ["-1", "0", "1"]
+    assert found == {
+        "layer1.0": (1, shortcut, 4), "layer2.0": (2, shortcut, 4), "layer2.1": (1, None, 4),
+        "layer3.0": (2, shortcut, 4), "layer4.0": (2, shortcut, 4),
+    }  # fmt: skip
+
+
+def test_a_model_that_openais_code_pickled_computes(both):
+    """Unpickled by the names of its classes, a module has the attributes that OpenAI's code gave it and no others."""
+    model, expected = both[0], both[0].encode_image(images_for(both[0]))
+    common = nn.Module().__dict__.keys()
+    for module in model.modules():
+        if (told := OPENAIS.get(type(module).__name__)) is not None:
+            kept = {*common, *told[2].split()}
+            for name in [name for name in module.__dict__ if name not in kept]:
+                del module.__dict__[name]
+    assert torch.equal(model.encode_image(images_for(model)), expected)
+    assert_near(model.encode_text(clip.tokenize(NAMES)), both[1].encode_text(clip.tokenize(NAMES)))
+
+
+def test_parameters_are_initialised_again(both):
+    """OpenAI's leaves a vision transformer as it was made, and of a ResNet the norms and convolutions."""
+    model = both[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(9)
+    model.initialize_parameters()
+    drawn = {name: parameter for name, parameter in model.visual.named_parameters() if (parameter != 9).any()}
+    if not isinstance(model.visual, clip.ModifiedResNet):
+        assert drawn == {}
+        return
+    projections = {f"attnpool.{name}_proj.weight" for name in "qkvc"}
+    zeroed = {f"layer{block}.bn3.weight" for block in ("1.0", "2.0", "2.1", "3.0", "4.0")}
+    assert drawn.keys() == projections | zeroed
+    assert not any(drawn[name].any() for name in zeroed)
+    for name in projections:
+        assert drawn[name].std().item() == pytest.approx(256**-0.5, rel=0.02), name  # fan-in 32 * 8
+
+
 # ---- clients
 
 

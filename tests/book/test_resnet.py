@@ -194,7 +194,8 @@ def test_a_block_starts_as_its_shortcut_alone(stride):
     block = Bottleneck(16, 4, stride)
     assert not block.bn3.weight.any()
     x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(block(x), F.relu(block.downsample(x)))
+    assert (block.downsample is None) == (stride == 1)
+    assert torch.equal(block(x), F.relu(x if stride == 1 else block.downsample(x)))
 
 
 def test_every_block_of_a_new_tower_starts_as_its_shortcut():
