@@ -44,11 +44,12 @@ from .weights.shapes import Unfilled
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in float32, whatever the type of the input."""
+    """Computed in float32 at least, whatever the type of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if each is None else each.to(wide) for each in (self.weight, self.bias))
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class QuickGELU(nn.Module):

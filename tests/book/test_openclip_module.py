@@ -191,6 +191,27 @@ def test_attention_gives_its_weights(vit):
     assert_near(found, expected)
 
 
+def test_double_is_computed_in_double(twins):
+    model, theirs = (each.double() for each in twins)
+    images, tokens = images_for(theirs).double(), ours.tokenize(NAMES)
+    assert_near(model.encode_image(images), theirs.encode_image(images), 1e-12)
+    assert_near(model.encode_text(tokens), theirs.encode_text(tokens), 1e-12)
+    assert torch.autograd.gradcheck(model.visual, images[:1].requires_grad_(), fast_mode=True)
+    x = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(model.ln_final, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, None])
+def test_a_norm_in_half_is_computed_in_float32(dtype, weights):
+    """With weights in float32, as precisions leave them, or in the input's type."""
+    norm, x = ours.openai.LayerNorm(64), torch.randn(2, 64).to(dtype)
+    nn.init.normal_(norm.weight)
+    norm = norm.to(weights or dtype)
+    expected = nn.functional.layer_norm(x.float(), (64,), norm.weight.float(), norm.bias.float())
+    assert torch.equal(norm(x), expected.to(dtype))
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "fp32"])
 def test_precisions_leave_in_float32_what_open_clip_leaves(vit, precision):
     name, _ = vit
