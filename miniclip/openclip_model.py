@@ -28,6 +28,10 @@ class ResidualAttentionBlock(openai.ResidualAttentionBlock):
         for name in ("ln_1", "attn", "ln_2", "mlp"):  # in this order, as optimizers' states count parameters
             self._modules[name] = self._modules.pop(name)
 
+    def get_weight_dtype(self) -> torch.dtype:
+        weight: Any = self.mlp.c_fc.weight
+        return weight.dtype if isinstance(weight, Tensor) else torch.float32  # of a quantized layer, a function
+
     def attention(self, q_x: Tensor, *, attn_mask: Tensor | None = None) -> Tensor:
         mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
         return self.attn(q_x, q_x, q_x, need_weights=False, attn_mask=mask)[0]
@@ -52,7 +56,7 @@ class Transformer(nn.Module):
 
     def get_cast_dtype(self) -> torch.dtype:
         block: Any = self.resblocks[0]
-        return block.mlp.c_fc.weight.dtype
+        return block.get_weight_dtype()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         for block in self.resblocks:
@@ -120,13 +124,13 @@ class CLIP(openai.CLIP):
                 module.grad_checkpointing = enable
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        features = self.visual(image.to(self.dtype))
+        features = self.visual(image.to(_input_dtype(self.visual, image.dtype)))
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """(B, N) -> (B, E), read at each row's largest id, which is the end of text."""
-        N = text.shape[1]
-        x = self.token_embedding(text).to(self.dtype) + self.positional_embedding[:N].to(self.dtype)  # (B, N, D)
+        N, dtype = text.shape[1], self.transformer.get_cast_dtype()
+        x = self.token_embedding(text).to(dtype) + self.positional_embedding[:N].to(dtype)  # (B, N, D)
         x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:N, :N]))
         features = project(pick(x, text.argmax(dim=-1)), self.text_projection)
         return F.normalize(features, dim=-1) if normalize else features
@@ -147,6 +151,12 @@ class CLIP(openai.CLIP):
         if self.logit_bias is not None:
             outputs["logit_bias"] = self.logit_bias
         return outputs if self.output_dict else tuple(outputs.values())
+
+
+def _input_dtype(tower: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """What an image tower computes its first convolution in."""
+    weights = (each for each in tower.parameters() if each.ndim == 4 and each.is_floating_point())
+    return next((each.dtype for each in weights), otherwise)
 
 
 def _image_tower(config: CLIPConfig) -> nn.Module:

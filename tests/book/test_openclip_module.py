@@ -97,6 +97,52 @@ def test_one_tower_alone_can_be_called(twins):
     assert model(text=ours.tokenize("a cat"))[0] is None
 
 
+def quantize(model, name):
+    setattr(model, name, torch.ao.quantization.quantize_dynamic(getattr(model, name), {nn.Linear}))
+
+
+CHANGES = {
+    "deleted": delattr,
+    "in bfloat16": lambda model, name: getattr(model, name).bfloat16(),
+    "in double": lambda model, name: getattr(model, name).double(),
+    "quantized": quantize,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tower_computes_whatever_becomes_of_the_other(twins, change):
+    images, tokens = images_for(twins[1]), ours.tokenize(NAMES)
+    for name, encode in (
+        ("transformer", lambda model: model.encode_image(images)),
+        ("visual", lambda model: model.encode_text(tokens)),
+    ):
+        model, theirs = map(copy.deepcopy, twins)
+        before = encode(model)
+        for each in (model, theirs):
+            CHANGES[change](each, name)
+        assert torch.equal(encode(model), before)
+        assert_near(encode(model), encode(theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.double])
+def test_each_tower_computes_in_its_own_precision(twins, dtype):
+    images, tokens = images_for(twins[1]), ours.tokenize(NAMES)
+    for model in twins:
+        model.visual.to(dtype)
+    found, expected = (model.encode_image(images.to(dtype)) for model in twins)
+    assert found.dtype == expected.dtype == dtype
+    assert_near(found, expected, 1e-12 if dtype == torch.double else 0.02)
+    assert torch.equal(twins[0].encode_image(images), found), "pictures in float32 are taken, too"
+    assert_near(twins[0].encode_text(tokens), twins[1].encode_text(tokens))
+
+
+def test_a_quantized_text_tower_computes(twins):
+    model, tokens = twins[0], ours.tokenize(NAMES)
+    expected = model.encode_text(tokens)
+    quantize(model, "transformer")
+    assert_near(model.encode_text(tokens), expected, 0.05)
+
+
 def test_outputs_come_by_name_if_asked(vit):
     name, theirs = vit
     model, expected = ours.create_model(name, output_dict=True).eval(), open_clip.create_model(name, output_dict=True)
