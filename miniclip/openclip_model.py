@@ -6,17 +6,62 @@ features and the exponentiated scale, image towers may be timm's. N tokens, B ba
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import openai
+from . import openai, resnet
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .model import pick, project
 from .timm_tower import TimmTower
+
+
+class _Explained(nn.Module):
+    """A module that names what stands in place of an attribute of open_clip's that it lacks."""
+
+    instead: ClassVar[Mapping[str, str]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if (remedy := type(self).instead.get(name)) is not None:
+            raise AttributeError(f"{type(self).__name__}.{name} is open_clip's, and not in miniclip.openclip: {remedy}")
+        return super().__getattr__(name)
+
+
+_HOOKS = "register_forward_hook of {} gives what each computes"
+_DRAWN = "CLIP.initialize_parameters draws the parameters that OpenAI's code draws"
+
+
+def _lock(groups: Sequence[Sequence[Any]], num_unlocked: int) -> None:
+    """Has the last groups of modules and parameters learn, and the others not."""
+    for number, group in enumerate(groups):
+        for part in group:
+            part.requires_grad_(number >= len(groups) - num_unlocked)
+
+
+def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = ()) -> nn.Module:
+    """Puts norms that neither learn nor count in place of batch norms: those named in `module_match`, or all.
+
+    Returns:
+        The module, changed in place; or its replacement, where it is a norm itself.
+    """
+    from torchvision.ops import FrozenBatchNorm2d  # a second, and only this needs it
+
+    for name, norm in list(module.named_modules()):
+        if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or (module_match and name not in module_match):
+            continue
+        frozen = FrozenBatchNorm2d(norm.num_features, norm.eps).to(norm.running_mean)
+        frozen.load_state_dict(norm.state_dict(), strict=norm.affine)
+        if not name:
+            return frozen
+        parent, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(parent), own_name, frozen)
+    return module
 
 
 class ResidualAttentionBlock(openai.ResidualAttentionBlock):
@@ -25,26 +70,40 @@ class ResidualAttentionBlock(openai.ResidualAttentionBlock):
     def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation) -> None:
         super().__init__(width, heads, activation=activation, mlp_ratio=mlp_ratio)
         self.attn.batch_first = True
-        for name in ("ln_1", "attn", "ln_2", "mlp"):  # in this order, as optimizers' states count parameters
+        self.ls_1, self.ls_2 = nn.Identity(), nn.Identity()
+        for name in ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"):  # as optimizers' states count parameters
             self._modules[name] = self._modules.pop(name)
 
     def get_weight_dtype(self) -> torch.dtype:
-        weight: Any = self.mlp.c_fc.weight
+        layer: Any = self.mlp.c_fc
+        weight = layer.weight
         return weight.dtype if isinstance(weight, Tensor) else torch.float32  # of a quantized layer, a function
 
-    def attention(self, q_x: Tensor, *, attn_mask: Tensor | None = None) -> Tensor:
+    def attention(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """Of q_x to k_x and v_x, which are q_x if they are None."""
         mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
-        return self.attn(q_x, q_x, q_x, need_weights=False, attn_mask=mask)[0]
+        k_x, v_x = (q_x if each is None else each for each in (k_x, v_x))
+        return self.attn(q_x, k_x, v_x, need_weights=False, attn_mask=mask)[0]
 
-    def forward(self, q_x: Tensor, *, attn_mask: Tensor | None = None) -> Tensor:
-        x = q_x + self.attention(self.ln_1(q_x), attn_mask=attn_mask)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        if not (k_x is None and v_x is None):
+            warnings.warn("k_x and v_x are ignored, as open_clip does in a block of a CLIP", stacklevel=2)
+        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), attn_mask=attn_mask))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-class Transformer(nn.Module):
+class Transformer(_Explained):
     """(B, N, D) -> (B, N, D)."""
 
     batch_first = True
+    instead = {  # noqa: RUF012
+        "forward_intermediates": _HOOKS.format("`resblocks[i]`"),
+        "prune_intermediate_layers": "`resblocks = resblocks[:n]` keeps the first n",
+    }
 
     def __init__(self, config: VisionConfig | TextConfig, activation: Activation) -> None:
         super().__init__()
@@ -67,26 +126,146 @@ class Transformer(nn.Module):
         return x
 
 
-class VisionTransformer(openai.VisionTransformer):
+class VisionTransformer(_Explained, openai.VisionTransformer):
     """(B, 3, R, R) -> (B, E); with `output_tokens` also the patches (B, N - 1, D), normed and not projected."""
+
+    attn_pool, pool_type, final_ln_after_pool = None, "tok", False
+    instead = {  # noqa: RUF012
+        "forward_intermediates": _HOOKS.format("`transformer.resblocks[i]`"),
+        "prune_intermediate_layers": "`transformer.resblocks = transformer.resblocks[:n]` keeps the first n",
+        "init_parameters": _DRAWN,
+        "_global_pool": "`_pool` gives the class token and the patches",
+    }
 
     def __init__(self, config: VisionConfig, embed_dim: int, activation: Activation) -> None:
         super().__init__(config.image_size, config.patch_size, config.width, 0, config.heads, embed_dim)
         self.transformer = Transformer(config, activation)  # type: ignore[assignment]
+        self.patch_dropout = nn.Identity()
+        for name in ("conv1", "patch_dropout", "ln_pre", "transformer", "ln_post"):
+            self._modules[name] = self._modules.pop(name)
         self.output_tokens = False
         side = config.image_size // config.patch_size
         self.image_size, self.grid_size = (config.image_size, config.image_size), (side, side)
         self.patch_size = (config.patch_size, config.patch_size)
 
-    def forward(self, x: Tensor) -> Any:
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes all but the last groups: embeddings and ln_pre; a group for each block, the last with ln_post; proj.
+
+        There are no batch norms to freeze.
+        """
+        *blocks, last = self.transformer.resblocks
+        embeddings = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
+        projection = [] if self.proj is None else [[self.proj]]
+        self.requires_grad_(False)
+        _lock([embeddings, *([block] for block in blocks), [last, self.ln_post], *projection], unlocked_groups)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable  # type: ignore[assignment]
+
+    def no_weight_decay(self) -> set[str]:
+        return {"positional_embedding", "class_embedding"}
+
+    def _embeds(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, D)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, N, D)
-        x = self.ln_post(self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype))))
-        pooled = project(x[:, 0], self.proj)
-        return (pooled, x[:, 1:]) if self.output_tokens else pooled
+        return self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
+
+    def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.ln_post(x)
+        return x[:, 0], x[:, 1:]
+
+    def forward(self, x: Tensor) -> Any:
+        pooled, tokens = self._pool(self.transformer(self._embeds(x)))
+        pooled = project(pooled, self.proj)
+        return (pooled, tokens) if self.output_tokens else pooled
 
 
-class CLIP(openai.CLIP):
+class _WithActNames(_Explained):
+    """Has open_clip's names of a ResNet's activations, `act1` to `act3`; the code that computes has OpenAI's."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._modules = {name.replace("relu", "act"): module for name, module in self._modules.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name.replace("relu", "act") if name in ("relu1", "relu2", "relu3") else name)
+
+
+class Bottleneck(_WithActNames, resnet.Bottleneck):
+    pass
+
+
+class ModifiedResNet(_WithActNames, openai.ModifiedResNet):
+    block = Bottleneck
+    instead = {  # noqa: RUF012
+        "forward_intermediates": _HOOKS.format("`layer1` to `layer4`"),
+        "init_parameters": _DRAWN,
+        "_make_layer": "layers are made with the tower",
+        "_inplanes": "layers are made with the tower",
+    }
+
+    def __init__(
+        self, layers: Sequence[int], output_dim: int, heads: int, image_size: int = 224, width: int = 64
+    ) -> None:
+        super().__init__(layers, output_dim, heads, image_size, width)
+        self.image_size = image_size
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes all; its norms no longer count either if `freeze_bn_stats`.
+
+        Raises:
+            ValueError: groups are to stay unlocked, which open_clip's does not know either.
+        """
+        if unlocked_groups:
+            raise ValueError(f"unlocked_groups is {unlocked_groups}; a ResNet is locked whole, with 0")
+        self.requires_grad_(False)
+        if freeze_bn_stats:
+            freeze_batch_norm_2d(self)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Does nothing, as open_clip's."""
+
+
+class TimmModel(_Explained, TimmTower):
+    instead = {  # noqa: RUF012
+        "forward_intermediates": "`trunk.forward_intermediates` is timm's",
+        "set_input_size": "the resolution of a timm tower is not changed",
+    }
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__(config, embed_dim)
+        self.image_size = (config.image_size, config.image_size)
+        if config.timm_projection == "linear":
+            layers = OrderedDict[str, nn.Module](drop=nn.Dropout(0.0))
+            layers.update(self.head.named_children())
+            self.head = nn.Sequential(layers)
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes the trunk and not the head; its last layers learn if `unlocked_groups`, by timm's `group_matcher`."""
+        from timm.models import group_modules, group_parameters  # half a second, which only this tower needs
+
+        if not unlocked_groups:
+            self.trunk.requires_grad_(False)
+            frozen: Collection[str] = ()
+        else:
+            matcher = self.trunk.group_matcher()
+            layers = group_parameters(self.trunk, matcher)
+            last = max(layers) - unlocked_groups
+            for name in [name for layer, names in layers.items() if layer <= last for name in names]:
+                self.trunk.get_parameter(name).requires_grad_(False)
+            frozen = {name for name, layer in group_modules(self.trunk, matcher, reverse=True).items() if layer <= last}
+        if freeze_bn_stats:
+            freeze_batch_norm_2d(self.trunk, frozen)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """By timm; a warning says so where a model of timm's can't."""
+        try:
+            self.trunk.set_grad_checkpointing(enable)
+        except Exception as error:  # whatever timm's model raises
+            warnings.warn(f"this trunk of timm's does not recompute its blocks: {error}", stacklevel=2)
+
+
+class CLIP(_Explained, openai.CLIP):
     """open_clip's model: the text tower's parts stand at its top, beside `visual`.
 
     Called with images (B, 3, R, R), token ids (B, N) or both, it gives unit features (B, E) of each, None for what is
@@ -96,6 +275,11 @@ class CLIP(openai.CLIP):
     visual: Any
     transformer: Any
     attn_mask: Tensor
+    text_pool_type = "argmax"
+    instead = {  # noqa: RUF012
+        "forward_intermediates": _HOOKS.format("`visual.transformer.resblocks[i]` or `transformer.resblocks[i]`"),
+        "text_eos_id": "a text is read at its largest id",
+    }
 
     def __init__(self, config: CLIPConfig, output_dict: bool = False) -> None:
         vision, text = config.vision, config.text
@@ -117,11 +301,33 @@ class CLIP(openai.CLIP):
     def dtype(self) -> torch.dtype:
         return self.transformer.get_cast_dtype()
 
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freezes the image tower but for its last groups, as for locked-image tuning (Zhai et al. 2021)."""
+        self.visual.lock(unlocked_groups, freeze_bn_stats)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freezes the text tower but for its last groups: embeddings; a group for each block, the last with ln_final;
+        text_projection.
+
+        Raises:
+            ValueError: norms are to stay unlocked, which open_clip's does not know either.
+        """
+        if not freeze_layer_norm:
+            raise ValueError(f"freeze_layer_norm is {freeze_layer_norm}; norms are locked with their blocks, with True")
+        *blocks, last = self.transformer.resblocks
+        embeddings = [self.token_embedding, self.positional_embedding]
+        projection = [] if self.text_projection is None else [[self.text_projection]]
+        _lock([embeddings, *([block] for block in blocks), [last, self.ln_final], *projection], unlocked_layers)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Of the transformers: their blocks are computed again for the gradient, which saves memory."""
-        for module in self.modules():
-            if isinstance(module, Transformer):
-                module.grad_checkpointing = enable
+        """Blocks are computed again for the gradient, which saves memory."""
+        self.visual.set_grad_checkpointing(enable)
+        self.transformer.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters with several dimensions that optimizers are not to decay."""
+        of_tower = self.visual.no_weight_decay() if hasattr(self.visual, "no_weight_decay") else set()
+        return {"positional_embedding", *(f"visual.{name}" for name in of_tower)}
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         features = self.visual(image.to(_input_dtype(self.visual, image.dtype)))
@@ -164,12 +370,8 @@ def _image_tower(config: CLIPConfig) -> nn.Module:
     if vision.kind == "vit":
         return VisionTransformer(vision, config.embed_dim, config.activation)
     if vision.kind == "timm":
-        tower: Any = TimmTower(vision, config.embed_dim)
-        tower.image_size = (R, R)
-        return tower
-    tower = openai.ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)
-    tower.image_size = R  # a number for this tower, as open_clip's
-    return tower
+        return TimmModel(vision, config.embed_dim)
+    return ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)
 
 
 def _preprocess_cfg(vision: VisionConfig) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     """The image tower of OpenAI's RN50 to RN50x64."""
 
+    block: type[Bottleneck] = Bottleneck
+
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         D = config.width
@@ -113,8 +115,8 @@ class ModifiedResNet(nn.Module):
             planes = D * 2**stage
             blocks = []
             for block in range(num_blocks):
-                blocks.append(Bottleneck(channels, planes, stride=2 if stage and not block else 1))
-                channels = planes * Bottleneck.expansion
+                blocks.append(self.block(channels, planes, 2 if stage and not block else 1))
+                channels = planes * self.block.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.attnpool = AttentionPool(config.num_patches, channels, config.heads, embed_dim)

@@ -195,6 +195,136 @@ def test_the_attributes_that_scripts_read(twins):
     assert (model.transformer.width, model.transformer.layers) == (theirs.transformer.width, theirs.transformer.layers)
 
 
+def test_modules_have_their_names_and_order(twins):
+    model, theirs = twins
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in theirs.named_modules()]
+
+
+def test_what_a_model_of_theirs_has_is_here_or_what_stands_in_its_place_is_named(twins):
+    model, theirs = twins
+    common, missing = {*dir(nn.Module())}, set()
+    for path, module in theirs.named_modules():
+        if path.startswith("visual.trunk"):
+            continue  # timm's own
+        mine = model.get_submodule(path)
+        for name in {*dir(module)} - common - {*dir(mine)}:
+            place = rf"^{type(mine).__name__}\.{name} is open_clip's, and not in miniclip\.openclip: .{{10}}"
+            with pytest.raises(AttributeError, match=place):
+                getattr(mine, name)
+            missing.add(name)
+    assert "forward_intermediates" in missing
+
+
+def learning(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("tower, unlocked", [(tower, n) for tower in ("image", "text") for n in (0, 1, 2, 3, 4, 9)])
+def test_towers_are_locked_as_theirs(tmp_path, kind, tower, unlocked):
+    model, theirs = (library.create_model(write_folder(tmp_path / library.__name__, kind)[0])
+                     for library in (ours, open_clip))  # fmt: skip
+    if (kind, tower, bool(unlocked)) == ("resnet", "image", True):
+        with pytest.raises(ValueError, match=f"unlocked_groups is {unlocked}; a ResNet is locked whole"):
+            model.lock_image_tower(unlocked)
+        return
+    for each in (model, theirs):
+        getattr(each, f"lock_{tower}_tower")(unlocked)
+    assert learning(model) == learning(theirs)
+
+
+def test_norms_of_a_locked_text_tower_are_locked(vit):
+    with pytest.raises(ValueError, match="freeze_layer_norm is False"):
+        ours.create_model(vit[0]).lock_text_tower(freeze_layer_norm=False)
+
+
+@pytest.mark.parametrize("kind, timm_model, unlocked", [
+    ("resnet", None, 0), ("timm", "test_resnet", 0), ("timm", "test_resnet", 2), ("vit", None, 0)
+])  # fmt: skip
+def test_norms_of_a_locked_tower_count_no_more(tmp_path, monkeypatch, kind, timm_model, unlocked):
+    if timm_model:
+        monkeypatch.setitem(TINY[kind], "timm_model_name", timm_model)
+    name, _ = write_folder(tmp_path / "model", kind)
+    outputs = []
+    for library in (ours, open_clip):
+        model = library.create_model(name).train()
+        model.lock_image_tower(unlocked, freeze_bn_stats=True)
+        images = images_for(model)
+        outputs.append([model.encode_image(images), {**model.state_dict()}, learning(model)])
+    (found, tensors, learn), (expected, their_tensors, they_learn) = outputs
+    assert_near(found, expected)
+    assert learn == they_learn
+    assert [*tensors] == [*their_tensors]
+    for key, tensor in their_tensors.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_blocks_are_recomputed_in_the_towers_that_are_asked(twins):
+    for each in twins:
+        each.set_grad_checkpointing()
+    model, theirs = twins
+    assert model.transformer.grad_checkpointing
+    for path, module in theirs.named_modules():
+        assert getattr(model.get_submodule(path), "grad_checkpointing", None) == getattr(
+            module, "grad_checkpointing", None
+        ), path
+    images = images_for(theirs)
+    for each in twins:
+        each.zero_grad()
+        each.encode_image(images).sum().backward()
+    for (name, found), expected in zip(model.visual.named_parameters(), theirs.visual.parameters(), strict=True):
+        assert (found.grad - expected.grad).abs().max() <= 1e-4 * (1 + expected.grad.abs().max()), name
+    model.visual.set_grad_checkpointing(False)
+    assert model.transformer.grad_checkpointing
+
+
+def test_what_is_not_to_decay_is_theirs(twins):
+    assert twins[0].no_weight_decay() == twins[1].no_weight_decay()
+
+
+def test_a_block_takes_their_arguments_by_place(vit):
+    block, theirs = (each.transformer.resblocks[0] for each in (ours.create_model(vit[0]).eval(), vit[1]))
+    x, other = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((5, 5), -torch.inf).triu(1)
+    assert_near(block(x, None, None, mask), theirs(x, None, None, mask))
+    assert_near(block.attention(x, other, other, mask), theirs.attention(x, other, other, mask))
+    with pytest.warns(UserWarning, match="k_x and v_x are ignored"):
+        assert_near(block(x, other, other), theirs(x, other, other))
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("path", ["transformer.resblocks.1.ls_1", "transformer.resblocks.0.ls_2", "patch_dropout"])
+def test_identities_that_are_replaced_act(vit, path):
+    name, theirs = vit
+    model = ours.create_model(name).eval()
+    parent, _, last = path.rpartition(".")
+    before = model.encode_image(images_for(theirs))
+    for each in (model, theirs):
+        setattr(each.visual.get_submodule(parent), last, Half())
+    assert_near(model.encode_image(images_for(theirs)), theirs.encode_image(images_for(theirs)))
+    assert not torch.allclose(model.encode_image(images_for(theirs)), before)
+
+
+@pytest.mark.parametrize("path", ["act1", "layer1.0.act3", "layer2.0.act2"])
+def test_activations_of_a_resnet_are_replaced_by_their_names(tmp_path, path):
+    name, theirs = write_folder(tmp_path / "model", "resnet")
+    model = ours.create_model(name).eval()
+    parent, _, last = path.rpartition(".")
+    for each in (model, theirs):
+        setattr(each.visual.get_submodule(parent), last, nn.GELU())
+    assert_near(model.encode_image(images_for(theirs)), theirs.encode_image(images_for(theirs)))
+
+
+def test_an_image_tower_compiles_whole_and_is_copied(twins):
+    model, theirs = twins
+    compiled = torch.compile(copy.deepcopy(model.visual), backend="eager", fullgraph=True)
+    assert_near(compiled(images_for(theirs)), theirs.visual(images_for(theirs)))
+
+
 def test_patches_come_with_output_tokens(vit):
     name, theirs = vit
     model = ours.create_model(name).eval()
