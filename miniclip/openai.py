@@ -5,7 +5,7 @@ axis orders and precisions of OpenAI's modules: transformers take (N, B, D), the
 the model and of its state dict, attention is `nn.MultiheadAttention`, weights are float16 on a GPU. Texts are neither
 packed nor cut. The module is at once `clip`, `clip.clip`, `clip.model` and `clip.simple_tokenizer`.
 
-N tokens, B batch, D width, E embedding, R resolution.
+N tokens, B batch, H heads, D width, E embedding, R resolution.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class QuickGELU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """(N, B, D) -> (N, B, D)."""
+    """(N, B, D) -> (N, B, D), under a mask (N, N) or, for each row and head of its own, (B * H, N, N)."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ResidualAttentionBlock(nn.Module):
         mask = self.attn_mask
         if mask is not None:
             mask = self.attn_mask = mask.to(x.device, x.dtype)
-            mask = mask[: x.shape[0], : x.shape[0]]
+            mask = mask[..., : x.shape[0], : x.shape[0]]
         return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -205,6 +205,23 @@ def test_parameters_are_initialised_again(both):
         assert drawn[name].std().item() == pytest.approx(256**-0.5, rel=0.02), name  # fan-in 32 * 8
 
 
+@pytest.mark.parametrize("number", [2, 6])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_mask_is_of_all_rows_or_of_each_row_and_head(number, rank):
+    """With fewer rows and heads than the 5 tokens of the text, and with more; the mask is for 7."""
+    torch.manual_seed(0)
+    block, x = clip.ResidualAttentionBlock(32, 2), torch.randn(5, number, 32)
+    mask = torch.rand(7, 7) > 0.5 if rank == 2 else torch.rand(2 * number, 7, 7) > 0.5
+    mask[..., 0] = False  # a token sees the first one at least
+    block.attn_mask = torch.zeros(mask.shape).masked_fill(mask, -math.inf)
+    y, attn = block.ln_1(x).transpose(0, 1), block.attn
+    q, k, v = F.linear(y, attn.in_proj_weight, attn.in_proj_bias).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    hidden = mask[..., :5, :5].expand(2 * number, 5, 5).unflatten(0, (number, 2))  # (B, H, N, N)
+    weights = (q @ k.mT / 4).masked_fill(hidden, -math.inf).softmax(dim=-1)
+    expected = x + attn.out_proj((weights @ v).transpose(1, 2).flatten(2)).transpose(0, 1)
+    assert_near(block(x), expected + block.mlp(block.ln_2(expected)))
+
+
 # ---- clients
 
 
