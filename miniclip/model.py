@@ -25,7 +25,7 @@ from .common.arguments import shown
 from .common.tensors import check_tensor
 from .config import Activation, CLIPConfig, TextConfig, VisionConfig
 from .fast import folded, matmul, packed_texts
-from .fast.plain import is_unobserved
+from .fast.plain import is_asked, is_unobserved
 from .resnet import ModifiedResNet
 from .timm_tower import TimmTower
 
@@ -179,9 +179,9 @@ class VisionTransformer(nn.Module):
         x = folded.patches(self.conv1, images)  # conv1(images).flatten(2).mT, (B, patches, D)
         x = torch.cat([self.class_embedding.expand(B, 1, -1), x], dim=1) + self.positional_embedding  # (B, N, D)
         x = self.ln_pre(x)
-        if all_tokens:
+        if is_asked(all_tokens):
             return self.ln_post(self.transformer(x))
-        if not is_unobserved(self):  # a hook, or an export, gets every token in every block
+        if not is_unobserved(self, images):  # a hook, or an export, gets every token in every block
             options = {"pool": None} if isinstance(self.transformer, Transformer) else {}
             return project(self.ln_post(self.transformer(x, **options))[:, 0], self.proj)
         class_token = torch.zeros(B, dtype=torch.long, device=x.device)
@@ -257,7 +257,7 @@ class TextTransformer(nn.Module):
             packed_texts.check_ends(tokens, self.eot_token)
         texts: TextLayout = layout or Rectangle.of(tokens, self.eot_token)
         x = self.token_embedding(tokens) + F.embedding(texts.positions, self.positional_embedding)  # (B, L, D)
-        if all_tokens or not (layout or is_unobserved(self)):
+        if all_tokens or not (layout or is_unobserved(self, tokens)):
             x = self.ln_final(self.transformer(x, attend=texts.attend) if layout else self.transformer(x))
             return x if all_tokens else project(pick(x, texts.ends), self.text_projection)
         return project(self.ln_final(self.transformer(x, texts.ends, texts.attend)), self.text_projection)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import VisionConfig
 from .fast import folded, matmul
+from .fast.plain import is_asked
 
 
 class Bottleneck(nn.Module):
@@ -130,7 +131,7 @@ class ModifiedResNet(nn.Module):
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
         # x is (B, 32 * D, R / 32, R / 32)
-        return self.attnpool(x, all_tokens=True) if all_tokens else self.attnpool(x)
+        return self.attnpool(x, all_tokens=True) if is_asked(all_tokens) else self.attnpool(x)
 
     def stem(self, x: Tensor) -> Tensor:
         """(B, 3, R, R) -> (B, D, R / 4, R / 4)."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import VisionConfig
+from .fast.plain import is_asked
 
 
 class TimmTower(nn.Module):
@@ -97,7 +98,7 @@ class TimmTower(nn.Module):
 
         The model decides on their shape: (B, tokens, width) of most transformers, (B, width, H, W) of most others.
         """
-        return self.trunk.forward_features(images) if all_tokens else self.head(self.trunk(images))
+        return self.trunk.forward_features(images) if is_asked(all_tokens) else self.head(self.trunk(images))
 
 
 def _num_classes(config: VisionConfig, embed_dim: int) -> int:

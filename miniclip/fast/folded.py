@@ -57,7 +57,7 @@ def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
     In evaluation on a CPU, the norm's factors go into the convolution's weights, which moves less memory.
     """
-    is_folded = x.device.type == "cpu" and not norm.training and is_eager(x)
+    is_folded = is_eager(x) and x.device.type == "cpu" and not norm.training
     if not (is_folded and is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
         return norm(conv(x))
     if norm.running_mean is None or norm.running_var is None or norm.weight is None or norm.bias is None:

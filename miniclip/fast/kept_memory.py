@@ -24,7 +24,7 @@ _lent = weakref.ref(_last[:0])  # to what a tensor lies in as long as any view o
 
 def to_float32(x: Tensor) -> Tensor:
     """x.to(torch.float32, copy=True). A large one lies where the last one lay, unless somebody holds that."""
-    is_kept = x.device.type == "cpu" and is_eager(x) and 4 * x.numel() >= _LEAST_BYTES and x.is_contiguous()
+    is_kept = is_eager(x) and x.device.type == "cpu" and 4 * x.numel() >= _LEAST_BYTES and x.is_contiguous()
     # Nobody waits for the lock: a process that was forked while another thread held it finds it closed for ever.
     if not (is_kept and _lock.acquire(blocking=False)):
         return x.to(torch.float32, copy=True)

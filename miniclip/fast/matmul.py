@@ -75,7 +75,7 @@ def is_faster(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN, if it is chosen, computes the product faster. A quick answer where it is not."""
-    if torch.compiler.is_compiling() or _choice == MKL:
+    if torch.compiler.is_compiling() or _choice == MKL or type(x) not in (Tensor, nn.Parameter):
         return False
     M, K = weight.shape
     return x.numel() >= _LEAST_ROWS * K and x.numel() * M >= _LEAST_SIZE and x.shape[-1] == K

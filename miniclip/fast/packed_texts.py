@@ -88,7 +88,7 @@ def encode(tower: nn.Module, tokens: Tensor, eot_token: int | None, device: torc
     """
     if tokens.device.type != "cpu":
         return tower(tokens)
-    if not (is_eager(tokens) and is_unobserved(tower, is_causal=True)):
+    if not (is_eager(tokens) and is_unobserved(tower, tokens, is_causal=True)):
         if device.type != "cpu":  # where the tower looks at them itself
             check_ends(tokens, eot_token)
         return tower(tokens.to(device))
@@ -108,7 +108,7 @@ def check_ends(tokens: Tensor, eot_token: int | None) -> None:
     A row of one id alone passes, as tools that explain a text compare it with one of zeros: it is read at its first
     token, where its largest id is as well.
     """
-    if eot_token is not None and tokens.device.type == "cpu" and tokens.numel() and is_eager(tokens):
+    if eot_token is not None and is_eager(tokens) and tokens.device.type == "cpu" and tokens.numel():
         is_one = tokens.amin(dim=1, keepdim=True) == tokens.amax(dim=1, keepdim=True)
         text_lengths(tokens.masked_fill(is_one, eot_token), eot_token)
 

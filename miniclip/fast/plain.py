@@ -37,8 +37,8 @@ _TOKENWISE = frozenset(
 def is_eager(x: Tensor) -> bool:
     """Whether operations on `x` run one by one with the shapes that it has now.
 
-    What is recorded (a trace, an export, a compiled graph) runs later with other shapes, so nothing may depend on those
-    of the example.
+    What is recorded (a trace, an export, a graph of torch.fx, a compiled one) runs later with other shapes, so nothing
+    may depend on those of the example.
     """
     return not torch.compiler.is_compiling() and is_guarded(x)
 
@@ -47,7 +47,8 @@ def is_guarded(x: Tensor) -> bool:
     """Whether operations on `x` run with the shapes that it has now, or again only where those shapes hold.
 
     torch.compile compiles again for other shapes; traces and exports do not. Tensors of a class of their own (fake
-    ones) and those of torch.func may have no numbers to look at.
+    ones), placeholders of torch.fx and tensors of torch.func may have no numbers to look at, so this is asked before
+    any value of `x` is.
     """
     if torch.compiler.is_compiling() or _is_exporting():
         return not _is_exporting()
@@ -114,7 +115,19 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     )
 
 
-def is_unobserved(root: nn.Module, is_causal: bool = False) -> bool:
+def is_asked(option: Any) -> bool:
+    """Whether an option of a forward pass is true.
+
+    torch.fx records the pass for any value of its arguments, and asks for the textbook's way by not knowing them: the
+    option is false in its graph, which refuses another value.
+    """
+    if isinstance(option, torch.fx.Proxy):
+        torch._assert(option == False, "this graph was recorded with all options false")  # noqa: E712
+        return False
+    return bool(option)
+
+
+def is_unobserved(root: nn.Module, x: Tensor, is_causal: bool = False) -> bool:
     """Whether what runs in `root`, and sees what its modules take and give, is this package's or PyTorch's own.
 
     Of PyTorch's layers those alone that take each token by itself, and none in place of a block. Hooks of PyTorch's own
@@ -122,10 +135,13 @@ def is_unobserved(root: nn.Module, is_causal: bool = False) -> bool:
     textbook's. A compiled graph is for this process alone, and nobody looks into it.
 
     Args:
+        x: what it runs on; torch.fx's placeholder is recorded for an export.
         is_causal: every attention must be so, too.
     """
     if _is_exporting() or torch.compiler.is_compiling():
         return not _is_exporting()
+    if isinstance(x, torch.fx.Proxy):
+        return False
     if not (all(map(_is_own, _global_hooks())) and _is_own(F.scaled_dot_product_attention)) or _is_recording():
         return False
     modules: list[tuple[nn.Module | None, bool]] = [(root, True)]

@@ -1,5 +1,6 @@
 """Traced and exported models give the right numbers for other batches and lengths than the example's."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from test_model import TINY, random_images, random_tokens, randomise
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
+from miniclip import openai, openclip_model
 from miniclip.config import VisionConfig
 from miniclip.model import CLIP
 
@@ -119,3 +122,56 @@ def test_every_export_of_every_model_is_right_for_every_batch(exporter, name, me
 
 def test_a_trace_made_where_gradients_are_recorded_is_right_for_every_batch(tmp_path):
     assert_right_for_other_batches(trace, "quick_gelu", "forward", 1, tmp_path)
+
+
+# ---- graphs of torch.fx
+
+
+def with_clients(name):
+    """An image tower of ours, and OpenAI's and open_clip's of the same kind, where there are any."""
+    config = CONFIGS[name]
+    towers = [CLIP(config).visual, openclip_model.CLIP(config).visual]
+    if config.vision.kind != "timm":
+        of_largest_id = replace(config, text=replace(config.text, eot_token=None))
+        towers.append(openai._from_config(of_largest_id, name).visual)
+    return [randomise(tower, 0).eval() for tower in towers]
+
+
+LAYERS = {"resnet": "layer2", "timm": "trunk.layer2"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_an_image_tower_is_recorded_by_fx_for_every_batch(name, is_training):
+    for tower in with_clients(name):
+        graph = torch.fx.symbolic_trace(tower)
+        for number in (1, 3):
+            images = random_images(number, CONFIGS[name].vision.image_size).to(next(tower.parameters()))
+            with torch.set_grad_enabled(is_training):
+                assert_near(graph(images), tower(images))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_features_are_extracted_as_by_a_hook(name):
+    layer = LAYERS.get(name, "transformer.resblocks.1")
+    for tower in with_clients(name):
+        images, seen = random_images(2, CONFIGS[name].vision.image_size).to(next(tower.parameters())), []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the graph in training has other nodes, of dropout
+            extract = create_feature_extractor(tower, [layer])
+        tower.get_submodule(layer).register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output))
+        tower(images)
+        assert_near(extract(images)[layer], seen[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_graph_of_fx_refuses_an_option_that_it_has_not_recorded(name):
+    tower = CLIP(CONFIGS[name]).visual.eval()
+    images = random_images(1, CONFIGS[name].vision.image_size).float()
+    with pytest.raises(AssertionError, match="recorded with all options false"):
+        torch.fx.symbolic_trace(tower)(images, all_tokens=True)
+
+
+def assert_near(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
