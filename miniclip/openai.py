@@ -10,15 +10,18 @@ N tokens, B batch, H heads, D width, E embedding, R resolution.
 
 from __future__ import annotations
 
+import html
 import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import ftfy
 import numpy as np
 import regex
 import torch
@@ -345,6 +348,26 @@ _SIZES = ("input_resolution", "context_length", "vocab_size")  # entries of Open
 # clip.simple_tokenizer
 
 
+def bytes_to_unicode() -> dict[int, str]:
+    """Byte -> the printable character that the vocabulary spells it as, in the order of their ids."""
+    return dict(tokenizer.byte_symbols())
+
+
+def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
+    """The neighbours in a word of symbols."""
+    return set(pairwise(word))
+
+
+def basic_clean(text: str) -> str:
+    """Repairs mojibake and unescapes HTML, twice."""
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def whitespace_clean(text: str) -> str:
+    """Folds white space."""
+    return " ".join(text.split())
+
+
 class SimpleTokenizer:
     """Text to ids and back. The special tokens are spelt <|startoftext|> and <|endoftext|>."""
 
@@ -373,6 +396,26 @@ class SimpleTokenizer:
             for rank, (left, right) in enumerate(tokenizer.learnt_merges())
         }
 
+    @cached_property
+    def byte_encoder(self) -> dict[int, str]:
+        return bytes_to_unicode()
+
+    @cached_property
+    def byte_decoder(self) -> dict[str, int]:
+        return {symbol: byte for byte, symbol in self.byte_encoder.items()}
+
+    @cached_property
+    def cache(self) -> dict[str, str]:
+        """Words that are not split, to themselves: the special tokens."""
+        return {name: name for name in self.special}
+
+    def bpe(self, token: str) -> str:
+        """A word in the characters of `byte_encoder` -> the symbols that it is encoded as, with spaces between."""
+        if token in self.cache:
+            return self.cache[token]
+        ids = tokenizer.merge(bytes(self.byte_decoder[symbol] for symbol in token))
+        return " ".join(self.decoder[i] for i in ids)
+
     def encode(self, text: str) -> list[int]:
         pieces = self.pat.findall(tokenizer.clean(text))
         return [i for piece in pieces for i in self._ids(piece)]
@@ -399,7 +442,20 @@ def default_bpe() -> str:
 # clip.clip
 
 _MODELS = {name: f"{OPENAI_BASE_URL}/{file}" for name, file in OPENAI_FILES.items()}
-_tokenizer = SimpleTokenizer()
+_Tokenizer = SimpleTokenizer
+_tokenizer = _Tokenizer()
+_TRANSFORMS = ("CenterCrop", "Compose", "InterpolationMode", "Normalize", "Resize", "ToTensor")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BICUBIC" or name in _TRANSFORMS:
+        from torchvision import transforms  # a second, and only these names need it
+
+        return transforms.InterpolationMode.BICUBIC if name == "BICUBIC" else getattr(transforms, name)
+    raise AttributeError(
+        f"miniclip.openai has no {name}; it has the names of OpenAI's clip, clip.clip, clip.model and "
+        "clip.simple_tokenizer, and miniclip has its own"
+    )
 
 
 def available_models() -> list[str]:

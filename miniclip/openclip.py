@@ -27,19 +27,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from . import openai
+from . import openai, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
 from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
 from .loss import clip_loss
 from .openclip_model import CLIP
+from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
 from .weights.download import HUB_PREFIX, fetch_hub, fetch_openai
 from .weights.layouts import to_openai_keys
 from .weights.load import build, preprocess_for, resize
 from .weights.read import Checkpoint, read_checkpoint
 from .weights.shapes import Unfilled
+from .weights.write import openclip_settings
 
 FOLDER_PREFIX = "local-dir:"
 _QUICK = "-quickgelu"
@@ -195,8 +197,8 @@ def _resized(config: CLIPConfig, image_size: int | None, context_length: int | N
 def _interpolated(found: Checkpoint, context_length: int | None) -> Checkpoint:
     """The same weights for another context length, by open_clip's rule (`resize_text_pos_embed`)."""
     name = "text.positional_embedding"
-    table = found.tensors[name]
-    if context_length in (None, len(table)):
+    table = found.tensors.get(name)  # what is missing is an error of `build`
+    if table is None or context_length in (None, len(table)):
         return found
     rows = F.interpolate(table.float().T[None], size=context_length, mode="linear", align_corners=False)[0].T
     return replace(
@@ -265,6 +267,40 @@ def _of_file(found: Checkpoint, config: CLIPConfig, name: str, file: str) -> Che
     if lines := differences(same.to_dict(), told.to_dict(), "", ("the name's", "the file's")):
         raise ValueError("\n".join([f"{file} holds another architecture than {name}:", *lines]))
     return found
+
+
+def load_checkpoint(
+    model: CLIP, checkpoint_path: str, strict: bool = True, weights_only: bool = True, device: str = "cpu"
+) -> Any:
+    """Weights of a file or folder into a model of their architecture; position embeddings are interpolated to fit it.
+
+    Raises:
+        ValueError: no checkpoint, another architecture, or `strict` is False.
+    """
+    if not strict:
+        raise ValueError("strict is False, but what is missing or left over is refused: take model.load_state_dict")
+    config, found = model.config, read_checkpoint(checkpoint_path, model.config)
+    side, length = found.config.vision.image_size, found.config.text.context_length
+    if (positions := found.tensors.get("text.positional_embedding")) is not None:
+        length = len(positions)
+    if (places := found.tensors.get("visual.positional_embedding")) is not None:
+        side = round((len(places) - 1) ** 0.5) * config.vision.patch_size
+    found = replace(found, config=_resized(found.config, side, length))
+    found = _of_file(found, _resized(config, side, length), "the model", checkpoint_path)
+    found = _interpolated(resize(found, config.vision.image_size, None), config.text.context_length)
+    return model.load_state_dict(to_openai_keys(build(found, checkpoint_path).state_dict()))
+
+
+def get_model_config(model_name: str) -> dict[str, Any] | None:
+    """An architecture as open_clip's JSON has it, or None for a name that is none of `list_models`'."""
+    is_path = model_name.startswith((HUB_PREFIX, FOLDER_PREFIX))
+    if not is_path and model_name not in _published():
+        return None
+    return openclip_settings(_open(model_name, None, None)[0])["model_cfg"]
+
+
+def is_pretrained_cfg(model: str, tag: str) -> bool:
+    return _clean(tag) in list_pretrained_tags_by_model(model)
 
 
 def _report_random(name: str, is_error: bool) -> None:
@@ -449,6 +485,9 @@ class SimpleTokenizer(openai.SimpleTokenizer):
         super().__init__(bpe_path)
         self.context_length = context_length
 
+    clean_fn = staticmethod(clip_tokenizer.clean)
+    reduction_fn = None
+
     def encode(self, text: str) -> list[int]:
         return clip_tokenizer.encode(text)
 
@@ -489,9 +528,6 @@ def decode(output_ids: Tensor) -> str:
     return SimpleTokenizer().decode(output_ids.tolist())
 
 
-IMAGENET_CLASSNAMES = (ASSETS / "imagenet_classnames.txt").read_text(encoding="utf-8").splitlines()
-
-
 @torch.no_grad()
 def build_zero_shot_classifier(
     model: CLIP,
@@ -508,6 +544,18 @@ def build_zero_shot_classifier(
         texts = [template.format(name) if isinstance(template, str) else template(name) for template in templates]
         columns.append(model.encode_text(tokenizer(texts).to(device), normalize=True).mean(dim=0))
     return F.normalize(torch.stack(columns), dim=1).T
+
+
+def build_zero_shot_classifier_legacy(
+    model: CLIP,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Callable[[str], str] | str],
+    device: str | torch.device = "cpu",
+    use_tqdm: bool = False,
+) -> Tensor:
+    """As `build_zero_shot_classifier`, whose classes come one by one here, too."""
+    return build_zero_shot_classifier(model, tokenizer, classnames, templates, None, device, use_tqdm)
 
 
 class ClipLoss(nn.Module):
@@ -541,10 +589,63 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
+def create_loss(args: Any) -> ClipLoss:
+    """The loss that open_clip's training takes by its arguments.
+
+    Raises:
+        ValueError: they ask for another than the softmax loss of one process.
+    """
+    for name in ("distill", "siglip"):
+        if getattr(args, name, False):
+            loss = "DistillClipLoss" if name == "distill" else "SigLipLoss"
+            raise ValueError(f"args.{name} is {getattr(args, name)!r}; {missing(loss)}")
+    if "coca" in args.model.lower():
+        raise ValueError(f"args.model is {args.model!r}; {missing('CoCaLoss')}")
+    return ClipLoss(args.local_loss, args.gather_with_grad, True, args.rank, args.world_size, args.horovod)
+
+
+def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device = "cpu") -> Any:
+    """`torch.jit.trace_module` of the call and both towers, in evaluation mode."""
+    vision, text = model.config.vision, model.config.text
+    images = torch.ones(batch_size, 3, vision.image_size, vision.image_size, device=device)
+    tokens = torch.zeros(batch_size, text.context_length, dtype=torch.int, device=device)
+    inputs = {"forward": (images, tokens), "encode_text": (tokens,), "encode_image": (images,)}
+    traced = torch.jit.trace_module(model.eval(), inputs, check_trace=False)
+    traced.visual.image_size = model.visual.image_size
+    return traced
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_MODULES = ("factory", "model", "tokenizer", "transform", "pretrained", "loss")
+# Names of open_clip's that are written elsewhere.
+_HOMES = {
+    openai: ("AttentionPool2d", "LayerNorm", "QuickGELU", "basic_clean", "bytes_to_unicode", "default_bpe", "get_pairs",
+             "whitespace_clean"),
+    openclip_model: ("Bottleneck", "ModifiedResNet", "ResidualAttentionBlock", "TimmModel", "Transformer",
+                     "VisionTransformer", "freeze_batch_norm_2d"),
+    openclip_names: ("AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD", "INCEPTION_MEAN",
+                     "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
+                     "SIMPLE_IMAGENET_TEMPLATES", "get_cast_dtype", "get_input_dtype", "get_model_preprocess_cfg",
+                     "get_model_tokenize_cfg", "set_model_preprocess_cfg"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+convert_weights_to_lp = convert_weights_to_fp16 = openai.convert_weights
+LayerNormFp32 = openai.LayerNorm
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "_tokenizer":
+        return SimpleTokenizer()
+    if name not in _HOME_OF:
+        raise missing(name)
+    return getattr(_HOME_OF[name], name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
 
 
 def install() -> None:
@@ -553,7 +654,8 @@ def install() -> None:
     Raises:
         ValueError: another `open_clip` is imported already.
     """
-    openai.install_as(sys.modules[__name__], "open_clip", *(f"open_clip.{name}" for name in _MODULES))
+    openai.install_as(sys.modules[__name__], "open_clip", *(f"open_clip.{name}" for name in MODULES))
 
 
-factory = model = tokenizer = transform = pretrained = loss = sys.modules[__name__]
+constants = factory = loss = model = modified_resnet = pretrained = timm_model = sys.modules[__name__]
+tokenizer = transform = transformer = utils = zero_shot_classifier = zero_shot_metadata = version = constants

@@ -37,7 +37,7 @@ _HOOKS = "register_forward_hook of {} gives what each computes"
 _DRAWN = "CLIP.initialize_parameters draws the parameters that OpenAI's code draws"
 
 
-def _lock(groups: Sequence[Sequence[Any]], num_unlocked: int) -> None:
+def _unlock_last(groups: Sequence[Sequence[Any]], num_unlocked: int) -> None:
     """Has the last groups of modules and parameters learn, and the others not."""
     for number, group in enumerate(groups):
         for part in group:
@@ -157,7 +157,7 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         embeddings = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
         projection = [] if self.proj is None else [[self.proj]]
         self.requires_grad_(False)
-        _lock([embeddings, *([block] for block in blocks), [last, self.ln_post], *projection], unlocked_groups)
+        _unlock_last([embeddings, *([block] for block in blocks), [last, self.ln_post], *projection], unlocked_groups)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable  # type: ignore[assignment]
@@ -317,7 +317,7 @@ class CLIP(_Explained, openai.CLIP):
         *blocks, last = self.transformer.resblocks
         embeddings = [self.token_embedding, self.positional_embedding]
         projection = [] if self.text_projection is None else [[self.text_projection]]
-        _lock([embeddings, *([block] for block in blocks), [last, self.ln_final], *projection], unlocked_layers)
+        _unlock_last([embeddings, *([block] for block in blocks), [last, self.ln_final], *projection], unlocked_layers)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Blocks are computed again for the gradient, which saves memory."""

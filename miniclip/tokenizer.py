@@ -62,26 +62,31 @@ class TextTooLongError(ValueError, RuntimeError):
 
 
 @cache
-def _byte_ids() -> tuple[int, ...]:
-    """The id of each byte: Latin-1's 188 printable characters come first, then the other bytes, each in byte order."""
+def byte_symbols() -> dict[int, str]:
+    """Byte -> the printable character that OpenAI's file spells it as, in the order of their ids.
+
+    Latin-1's 188 printable characters come first and spell themselves; the other bytes follow as those from U+0100 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    order = printable + [byte for byte in range(256) if byte not in set(printable)]
-    ids = [0] * 256
-    for index, byte in enumerate(order):
-        ids[byte] = index
-    return tuple(ids)
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+@cache
+def _byte_ids() -> tuple[int, ...]:
+    """The id of each byte."""
+    ids = {byte: index for index, byte in enumerate(byte_symbols())}
+    return tuple(ids[byte] for byte in range(256))
 
 
 @cache
 def _read_merges() -> tuple[dict[tuple[int, int], int], dict[str, int]]:
     """(left id, right id) -> id of the two together, and symbol -> id; a symbol is a token as OpenAI's file spells it.
 
-    The file spells a byte as a printable character: Latin-1's own where it is printable, else the next one from
-    U+0100 on; "</w>" marks the end of a word.
+    The file spells a byte as `byte_symbols` does; "</w>" marks the end of a word.
     """
     symbols: dict[str, int] = {}
-    for byte, index in enumerate(_byte_ids()):
-        character = chr(byte) if index < 188 else chr(256 + index - 188)
+    for index, character in enumerate(byte_symbols().values()):
         symbols[character] = index
         symbols[character + "</w>"] = 256 + index
     lines = gzip.decompress((ASSETS / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode("utf-8").split("\n")
@@ -119,13 +124,13 @@ def encode_piece(piece: str) -> list[int]:
         return [_SPECIAL[piece]]
     # Most words are in the vocabulary whole, and the merges lead to that entry: a test tries all of them.
     whole = symbol_ids().get(piece + "</w>") if piece.isascii() else None
-    return merge(piece) if whole is None else [whole]
+    return merge(piece.encode("utf-8")) if whole is None else [whole]
 
 
-def merge(piece: str) -> list[int]:
-    """Starts from the bytes and applies the merge of smallest id first, and among equal ones the leftmost."""
+def merge(piece: bytes) -> list[int]:
+    """Starts from single bytes and applies the merge of smallest id first, and among equal ones the leftmost."""
     byte_ids = _byte_ids()
-    ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
+    ids = [byte_ids[byte] for byte in piece]
     ids[-1] += 256  # the last byte ends the word
     return _merge_by_search(ids) if len(ids) <= _MAX_SEARCHED_BYTES else _merge_by_heap(ids)
 

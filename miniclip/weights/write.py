@@ -76,13 +76,19 @@ def _as_module(tensors: Tensors) -> nn.Module:
 
 
 def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
-    config = checkpoint.config
-    vision, text = config.vision, config.text
+    config, vision = checkpoint.config, checkpoint.config.vision
     _require_largest_end(config)
     is_plain = vision.resize != "none" and vision.resize_size in (None, vision.image_size)
     require(is_plain, f"open_clip resizes pictures to the model's {vision.image_size} pixels, and this model does not")
     is_known = vision.interpolation in ("bicubic", "bilinear")
     require(is_known, f"open_clip resizes bicubic or bilinear, and this model {vision.interpolation}")
+    write_safetensors(out / "open_clip_model.safetensors", _plain(to_openai_keys(checkpoint.tensors)))
+    write_text(out / OPENCLIP_CONFIG_FILE, json.dumps(openclip_settings(config), indent=2) + "\n")
+
+
+def openclip_settings(config: CLIPConfig) -> dict[str, Any]:
+    """What stands in an `open_clip_config.json`."""
+    vision, text = config.vision, config.text
     tower: dict[str, Any] = {"image_size": vision.image_size}
     if vision.kind == "timm":
         projection = "" if vision.timm_projection == "classifier" else vision.timm_projection
@@ -101,9 +107,7 @@ def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
         model |= {"init_logit_bias": config.init_logit_bias}
     pixels: dict[str, Any] = {"mean": vision.mean, "std": vision.std}
     pixels |= {"interpolation": vision.interpolation, "resize_mode": vision.resize}
-    write_safetensors(out / "open_clip_model.safetensors", _plain(to_openai_keys(checkpoint.tensors)))
-    settings = {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
-    write_text(out / OPENCLIP_CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+    return {"model_cfg": {**model, "text_cfg": words}, "preprocess_cfg": pixels}
 
 
 def _write_hf(checkpoint: Checkpoint, out: Path) -> None:

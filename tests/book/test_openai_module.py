@@ -510,6 +510,33 @@ def test_ids_and_texts_are_openais(text):
     assert ours.decode(ids) == "".join(reference.decoder[i] for i in ids).replace("</w>", " ") or not text.isascii()
 
 
+@pytest.mark.parametrize("word", ["cat", "a", "zebrafish", "日本", "ünïcode", "!!??", "😀"])
+def test_words_are_split_into_symbols_as_openais(word):
+    ours, reference = clip.SimpleTokenizer(), OpenClipTokenizer()
+    assert [*ours.byte_encoder.items()] == [*reference.byte_encoder.items()]
+    assert ours.byte_decoder == reference.byte_decoder
+    token = "".join(ours.byte_encoder[byte] for byte in word.encode())
+    assert ours.bpe(token) == reference.bpe(token)
+    assert ours.bpe("<|endoftext|>") == ours.cache["<|endoftext|>"] == "<|endoftext|>"
+    assert ours.bpe(token[:1]) == reference.bpe(token[:1])  # half of a character, perhaps
+
+
+def test_the_functions_of_its_tokenizer_are_openais():
+    theirs = open_clip.tokenizer
+    assert [*clip.simple_tokenizer.bytes_to_unicode().items()] == [*theirs.bytes_to_unicode().items()]
+    for text in (" &amp;amp; Ã© \n a\t b ", "", "x"):
+        assert clip.basic_clean(text) == theirs.basic_clean(text)
+        assert clip.whitespace_clean(text) == theirs.whitespace_clean(text)
+    for word in (("a", "b", "a", "b</w>"), ("a</w>",)):
+        assert clip.get_pairs(word) == theirs.get_pairs(word)
+
+
+def test_a_name_that_openais_package_lacks_is_told():
+    with pytest.raises(AttributeError, match=r"miniclip\.openai has no bicubic; it has the names of OpenAI's"):
+        clip.bicubic  # noqa: B018
+    assert not hasattr(clip, "__path__")
+
+
 def test_a_text_that_is_too_long_is_a_runtime_error_or_is_cut():
     with pytest.raises(RuntimeError, match="too long for context length 77"):
         clip.tokenize("word " * 100)
@@ -536,7 +563,9 @@ import clip
 import clip.model as model
 from clip import clip as module
 from clip.model import build_model, convert_weights
-from clip.simple_tokenizer import SimpleTokenizer as Tokenizer
+from clip.simple_tokenizer import SimpleTokenizer as Tokenizer, bytes_to_unicode
+from clip.clip import BICUBIC, Compose, Normalize, _Tokenizer
+assert BICUBIC.value == "bicubic" and _Tokenizer is Tokenizer
 assert module._MODELS["ViT-B/32"].endswith("/ViT-B-32.pt") and module._download and module._transform(8)
 assert clip.model.CLIP is model.CLIP is miniclip.openai.CLIP and build_model and convert_weights
 assert len(module._tokenizer.encode("a cat")) == len(Tokenizer().encode("a cat")) == 2

@@ -1,10 +1,12 @@
 """Scripts written for open_clip run on `miniclip.openclip`. Oracle: open_clip itself, with the same weights."""
 
 import copy
+import importlib
 import inspect
 import json
 import subprocess
 import sys
+import types
 import warnings
 
 import open_clip
@@ -16,6 +18,7 @@ from torch import nn
 
 import miniclip
 import miniclip.openclip as ours
+from miniclip import openclip_names
 from miniclip.weights.download import OPENAI_FILES
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
@@ -749,7 +752,15 @@ from open_clip.factory import create_model_and_transforms
 from open_clip.tokenizer import SimpleTokenizer, tokenize
 from open_clip.transform import image_transform
 from open_clip.loss import ClipLoss
-from open_clip.model import CLIP
+from open_clip.model import CLIP, convert_weights_to_lp, get_cast_dtype
+import open_clip.transformer
+from open_clip.transformer import VisionTransformer
+from open_clip.constants import OPENAI_DATASET_MEAN
+from open_clip.utils import freeze_batch_norm_2d
+from open_clip.tokenizer import _tokenizer
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, zero_shot_classifier
+from open_clip.openai import load_openai_model
+assert open_clip.transformer.VisionTransformer is VisionTransformer
 model, _, preprocess = open_clip.create_model_and_transforms(sys.argv[1], device="cpu", jit=True)
 tokenizer = open_clip.get_tokenizer(sys.argv[1])
 model.eval()
@@ -769,3 +780,132 @@ def test_scripts_that_import_open_clip_get_this_module(vit):
 def test_another_open_clip_is_not_replaced_in_silence():
     with pytest.raises(ValueError, match=r"open_clip is imported already.*miniclip.openclip.install"):
         ours.install()
+
+
+# ---- names
+
+
+def test_every_name_of_theirs_is_here_or_what_stands_in_its_place_is_told():
+    lacking = set()
+    for module in [open_clip, *(importlib.import_module(f"open_clip.{name}") for name in openclip_names.MODULES)]:
+        for name, value in vars(module).items():
+            is_theirs = getattr(value, "__module__", "").startswith("open_clip") or name.isupper()
+            if not is_theirs or name.startswith("__") or isinstance(value, types.ModuleType):
+                continue
+            try:
+                getattr(ours, name)
+            except AttributeError as error:
+                lacking.add((name, str(error)))
+    assert {name for name, message in lacking if not message.startswith(f"miniclip.openclip has no {name}; ")} == set()
+    told = dict(lacking)
+    assert "miniclip.siglip_loss" in told["SigLipLoss"]
+    assert "openclip:NAME/TAG" in told["CoCa"]
+    assert "list_pretrained() has" in told["get_pretrained_url"]
+    assert not hasattr(ours, "__path__")
+    assert {"get_cast_dtype", "VisionTransformer", "create_loss"} <= {*dir(ours)}
+
+
+def test_templates_and_constants_are_theirs():
+    for name in ("OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES"):
+        found, expected = getattr(ours, name), getattr(open_clip, name)
+        assert [template("{cat}") for template in found] == [template("{cat}") for template in expected]
+    for name in ("OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "IMAGENET_MEAN", "IMAGENET_STD", "INCEPTION_MEAN"):
+        assert getattr(ours, name) == getattr(open_clip.constants, name)
+    for precision in ("fp32", "amp", "fp16", "bf16", "pure_fp16", "pure_bf16"):
+        assert ours.get_cast_dtype(precision) == open_clip.get_cast_dtype(precision)
+        assert ours.get_input_dtype(precision) == open_clip.get_input_dtype(precision)
+
+
+def test_settings_of_architectures_build_the_same():
+    to_config = miniclip.weights.architecture.config_from_openclip
+    for name in ours.list_models():
+        found, expected = ours.get_model_config(name), open_clip.get_model_config(name)
+        assert to_config({"model_cfg": found}, name) == to_config({"model_cfg": expected}, name)
+    assert ours.get_model_config("ViT-B-33") is open_clip.get_model_config("ViT-B-33") is None
+    assert ours.is_pretrained_cfg("ViT-B-32", "OpenAI")
+    assert not ours.is_pretrained_cfg("ViT-B-33", "openai")
+
+
+def test_settings_of_a_model_are_theirs(vit):
+    model, theirs = ours.create_model(vit[0]), vit[1]
+    assert ours.get_model_config(vit[0])["vision_cfg"]["patch_size"] == 16
+    assert ours.get_model_tokenize_cfg(model) == open_clip.get_model_tokenize_cfg(theirs)
+    found, expected = ours.get_model_preprocess_cfg(model), open_clip.get_model_preprocess_cfg(theirs)
+    assert {name: value for name, value in found.items() if name not in ("mean", "std")} == {
+        name: value for name, value in expected.items() if name not in ("mean", "std")
+    }
+    ours.set_model_preprocess_cfg(model, {**found, "mean": (0.1, 0.2, 0.3)})
+    assert model.visual.image_mean == model.visual.preprocess_cfg["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_the_loss_of_arguments_is_theirs(vit):
+    given = types.SimpleNamespace(distill=False, siglip=False, model="ViT-B-32", local_loss=False, rank=0, world_size=1,
+                                  gather_with_grad=False, horovod=False)  # fmt: skip
+    features = nn.functional.normalize(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    found, expected = (library.create_loss(given)(*features, torch.tensor(20.0)) for library in (ours, open_clip))
+    torch.testing.assert_close(found, expected)
+    for name, value, message in (
+        ("siglip", True, "args.siglip is True.*siglip_loss"),
+        ("distill", True, "args.distill is True.*model.teacher"),
+        ("model", "coca_ViT-B-32", "args.model is 'coca_ViT-B-32'.*openclip:NAME/TAG"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ours.create_loss(types.SimpleNamespace(**{**vars(given), name: value}))
+
+
+def test_a_traced_model_is_right_for_other_batches(vit):
+    name, theirs = vit
+    images, tokens = images_for(theirs), ours.tokenize(NAMES).int()
+    traced = ours.trace_model(ours.create_model(name), batch_size=2)
+    assert traced.visual.image_size == (32, 32)
+    assert_near(traced(images, tokens)[0], theirs(images, tokens)[0])
+    assert_near(traced.encode_image(images), theirs.encode_image(images))
+    assert_near(traced.encode_text(tokens), theirs.encode_text(tokens))
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("options", [{}, {"force_image_size": 64, "force_context_length": 40}])
+def test_a_checkpoint_is_loaded_into_a_model(tmp_path, kind, options):
+    name, _ = write_folder(tmp_path / "model", kind)
+    options = options if kind == "vit" else {}
+    file = str(tmp_path / "model" / "open_clip_pytorch_model.bin")
+    model, expected = (
+        library.create_model(name, load_weights=False, **options).eval() for library in (ours, open_clip)
+    )
+    for library, each in ((ours, model), (open_clip, expected)):
+        keys = library.load_checkpoint(each, file)
+        assert keys.missing_keys == keys.unexpected_keys == []
+    for key, tensor in expected.state_dict().items():
+        assert_near(model.state_dict()[key].double(), tensor.double(), 1e-6)
+
+
+def test_a_checkpoint_of_something_else_is_refused(vit, tmp_path):
+    model = ours.create_model(vit[0])
+    with pytest.raises(ValueError, match="strict is False"):
+        ours.load_checkpoint(model, "x.pt", strict=False)
+    miniclip.save(tiny_clip(), tmp_path / "other")
+    with pytest.raises(ValueError, match="other holds another architecture than the model"):
+        ours.load_checkpoint(model, str(tmp_path / "other"))
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt"):
+        ours.load_checkpoint(model, str(tmp_path / "w.pt"))
+    with pytest.raises(ValueError, match="belong to another architecture"):
+        ours.create_model("ViT-S-32-alt", pretrained=str(tmp_path / "w.pt"), force_context_length=32)
+
+
+def test_a_legacy_classifier_is_theirs(vit):
+    name, theirs = vit
+    model, tokenizer = ours.create_model(name).eval(), ours.get_tokenizer(name)
+    templates = ours.SIMPLE_IMAGENET_TEMPLATES[:2]
+    found = ours.build_zero_shot_classifier_legacy(model, tokenizer, NAMES, templates, "cpu")
+    assert_near(found, open_clip.build_zero_shot_classifier_legacy(theirs, tokenizer, NAMES, templates, "cpu"))
+
+
+def test_augmentation_by_its_class_is_theirs(vit):
+    found = []
+    for library in (ours, open_clip):
+        options = library.AugmentationCfg(scale=(0.2, 0.3))
+        torch.manual_seed(0)
+        found.append(library.create_model_and_transforms(vit[0], aug_cfg=options)[1](picture(0, (60, 60))))
+    with pytest.raises(ValueError, match="re_prob"):
+        ours.create_model_and_transforms(vit[0], aug_cfg=ours.AugmentationCfg(re_prob=0.1))

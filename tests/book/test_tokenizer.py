@@ -430,4 +430,4 @@ def test_a_word_of_the_vocabulary_is_what_its_merges_lead_to():
     words = {symbol.removesuffix("</w>"): i for symbol, i in tokenizer.symbol_ids().items() if symbol.endswith("</w>")}
     words = {word: i for word, i in words.items() if word.isascii() and word}
     assert len(words) > 33_000
-    assert all(tokenizer.merge(word) == [i] for word, i in words.items())
+    assert all(tokenizer.merge(word.encode()) == [i] for word, i in words.items())

@@ -1,0 +1,112 @@
+"""The small names of open_clip: constants, class names and prompts, precisions, settings of pixels and of texts.
+
+`openclip` has them all among its own; what it lacks is an AttributeError that says what stands in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .common.files import ASSETS
+from .config import OPENAI_MEAN, OPENAI_STD
+
+OPENAI_DATASET_MEAN, OPENAI_DATASET_STD = OPENAI_MEAN, OPENAI_STD
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INCEPTION_MEAN = INCEPTION_STD = (0.5, 0.5, 0.5)
+
+# Its modules whose names `openclip` takes.
+MODULES = (
+    "coca_model", "constants", "convert", "factory", "hf_configs", "hf_model", "loss", "model", "modified_resnet",
+    "openai", "pos_embed", "pretrained", "push_to_hf_hub", "timm_model", "tokenizer", "transform", "transformer",
+    "utils", "version", "zero_shot_classifier", "zero_shot_metadata",
+)  # fmt: skip
+
+_ELSEWHERE = "`miniclip eval` and other verbs take models that are no CLIP of ours as openclip:NAME/TAG"
+_WEIGHTS = "list_pretrained() has the names of weights, and create_model fetches them"
+_TEACHER = "`miniclip train` learns from a teacher with model.teacher"
+_INSTEAD = {
+    **dict.fromkeys(
+        ("CoCa", "CustomTextCLIP", "HFTextEncoder", "MultimodalTransformer", "TextTransformer"), _ELSEWHERE
+    ),
+    **dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), f"SimpleTokenizer makes CLIP's own ids; {_ELSEWHERE}"),
+    **dict.fromkeys(("CLIPTextCfg", "CLIPVisionCfg"), "miniclip.TextConfig and miniclip.VisionConfig have the sizes"),
+    **dict.fromkeys(("get_pretrained_cfg", "get_pretrained_url", "download_pretrained", "_PRETRAINED"), _WEIGHTS),
+    **dict.fromkeys(("download_pretrained_from_url", "download_pretrained_from_hf"), _WEIGHTS),
+    **dict.fromkeys(("push_to_hf_hub", "push_pretrained_to_hf_hub"), "`miniclip push` uploads a model"),
+    "CoCaLoss": _ELSEWHERE,
+    "DistillClipLoss": _TEACHER,
+    "SigLipLoss": "miniclip.siglip_loss is exact, over processes as well",
+    "add_model_config": "a folder with an open_clip_config.json is a model, as local-dir:DIR",
+}
+
+
+def missing(name: str) -> AttributeError:
+    """The error of a name that `openclip` lacks."""
+    otherwise = "it has what loads, encodes with and trains a CLIP (docs/openclip.md)"
+    return AttributeError(f"miniclip.openclip has no {name}; {_INSTEAD.get(name, otherwise)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classes and prompts
+
+
+def _read_lines(file: str) -> list[str]:
+    return (ASSETS / file).read_text(encoding="utf-8").splitlines()
+
+
+def _read_templates(file: str) -> tuple[Callable[[str], str], ...]:
+    return tuple((lambda name, line=line: line.format(c=name)) for line in _read_lines(file))
+
+
+IMAGENET_CLASSNAMES = _read_lines("imagenet_classnames.txt")
+OPENAI_IMAGENET_TEMPLATES = _read_templates("imagenet_templates_80.txt")
+SIMPLE_IMAGENET_TEMPLATES = _read_templates("imagenet_templates_7.txt")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precisions and settings
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def get_cast_dtype(precision: str) -> torch.dtype | None:
+    """The type of linear layers; None where it is float32, or where all weights have one type."""
+    return _DTYPES.get(precision)
+
+
+def get_input_dtype(precision: str) -> torch.dtype | None:
+    """The type of pictures; None where it is float32."""
+    return _DTYPES.get(precision.removeprefix("pure_"))
+
+
+@dataclass
+class AugmentationCfg:
+    """Augmentation of training: `scale` is of the crop's area, and the rest is refused unless it asks for nothing."""
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] | None = None
+    color_jitter: Any = None
+    re_prob: float | None = None
+    re_count: int | None = None
+    use_timm: bool = False
+    color_jitter_prob: float | None = None
+    gray_scale_prob: float | None = None
+
+
+def get_model_preprocess_cfg(model: Any) -> dict[str, Any]:
+    return getattr(model, "visual", model).preprocess_cfg
+
+
+def set_model_preprocess_cfg(model: Any, preprocess_cfg: dict[str, Any]) -> None:
+    tower = getattr(model, "visual", model)
+    tower.image_mean, tower.image_std = preprocess_cfg["mean"], preprocess_cfg["std"]
+    tower.preprocess_cfg = copy.deepcopy(preprocess_cfg)
+
+
+def get_model_tokenize_cfg(model: nn.Module) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in ("context_length", "vocab_size")}
