@@ -151,6 +151,8 @@ def is_unobserved(root: nn.Module, x: Tensor, is_causal: bool = False) -> bool:
             continue
         if not _takes_tokens(module.forward, is_block) or (is_causal and not module.__dict__.get("is_causal", True)):
             return False
+        if len(module.__dict__.get("normalized_shape", ())) > 1:  # a norm over tokens, too
+            return False
         if _has_hooks(module) and not all(_is_own(hook) for hook in _hooks(module)):
             return False
         is_list = type(module) is nn.ModuleList

@@ -270,6 +270,22 @@ def test_a_layer_of_pytorchs_may_mix_tokens_or_stand_in_for_a_block(vits, part, 
     assert_equal(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("part", ["ln_1", "ln_2"])
+@torch.no_grad()
+def test_a_norm_over_tokens_gets_them_all(vits, part, norm):
+    for model in vits:
+        text = model.text if model is vits[0] else model
+        for tower, num_tokens in ((model.visual, 10), (text, 77)):
+            width = tower.get_submodule(f"transformer.resblocks.2.{part}").normalized_shape[0]
+            replace_module(
+                tower, f"transformer.resblocks.2.{part}", lambda _, N=num_tokens, D=width: norm((N, D)).double()
+            )
+    images, tokens = random_images(3, 24), tokens_for_open_clip()
+    assert_equal(vits[0].encode_image(images), vits[1].encode_image(images))
+    assert_equal(vits[0].encode_text(tokens), vits[1].encode_text(tokens))
+
+
 @torch.no_grad()
 def test_a_transformer_that_takes_tokens_alone_may_stand_in_for_ours(vits):
     model, images, tokens = vits[0], random_images(2, 24), tokens_for_open_clip()
