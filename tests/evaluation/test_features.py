@@ -32,6 +32,7 @@ from miniclip.evaluation.features import (
     open_cache,
     own_tokenize,
 )
+from miniclip.inference.embedding.source_rows import SourceRows
 from miniclip.weights.load import preprocess_for
 
 NUM_IMAGES = 11
@@ -252,6 +253,72 @@ def test_pictures_bytes_and_addresses_are_known_by_what_they_are():
     prints = [EvaluationSet("x", (each,), keys=("key",)).fingerprint() for each in others]
     assert len(set(prints)) == len(others)
     assert EvaluationSet("x", (picture.copy(),), keys=("key",)).fingerprint() == prints[0]
+
+
+def test_pictures_of_equal_pixels_are_known_by_what_gives_them_their_colours():
+    picture = Image.frombytes("P", (2, 2), bytes([0, 1, 2, 1]))
+    colours = [255, 0, 0, 0, 255, 0, 0, 0, 255]
+
+    def painted(mode: str, palette: list[int], rawmode: str = "RGB", **info: object) -> Image.Image:
+        found = picture.copy() if mode == "P" else Image.frombytes(mode, (2, 2), picture.tobytes() * len(mode))
+        if palette:
+            found.putpalette(palette, rawmode)
+        found.info |= info
+        return found
+
+    def turned_colours(picture: Image.Image) -> Image.Image:
+        found = picture.copy()
+        found.putpalette(colours[3:] + colours[:3])
+        return found
+
+    pa = painted("P", colours).convert("PA")
+    kinds = [
+        painted("P", colours),
+        painted("P", colours[3:] + colours[:3]),
+        painted("P", colours, transparency=1),
+        painted("P", colours, transparency=2),
+        painted("P", colours, transparency=b"\x00\x80\xff"),
+        painted("P", [255, 0, 0, 9, 0, 255, 0, 9, 0, 0, 255, 9], "RGBA"),
+        painted("P", [255, 0, 0, 8, 0, 255, 0, 9, 0, 0, 255, 9], "RGBA"),
+        pa,
+        turned_colours(pa),
+        painted("L", []),
+        painted("L", [], transparency=1),
+        painted("RGB", []),
+        painted("RGB", [], transparency=(0, 1, 2)),
+    ]
+
+    def known(picture: Image.Image) -> tuple[str, str]:
+        data = EvaluationSet("x", (picture,), keys=("key",))
+        return data.fingerprint(), SourceRows(data).fingerprint()
+
+    prints = [known(each) for each in kinds]
+    assert [len(set(each)) for each in zip(*prints, strict=True)] == [len(kinds)] * 2
+    assert [known(each.copy()) for each in kinds] == prints
+    for each in kinds:
+        each.convert("RGBA")  # which brings a palette into another shape
+    assert [known(each) for each in kinds] == prints
+
+
+def test_a_palette_of_other_colours_is_not_answered_from_the_cache(tmp_path):
+    preprocess = preprocess_for(tiny_clip().config)
+    cache = FeatureCache(tmp_path)
+
+    def mean_colour(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(2).mean(2) + torch.tensor([3.0, 5.0, 7.0])
+
+    found = []
+    for colour in ([255, 0, 0], [0, 0, 255]):
+        picture = Image.new("P", (32, 32))
+        picture.putpalette(colour)
+        data = EvaluationSet("plain", (picture,), keys=("key",))
+        encoded = [
+            encode_images(mean_colour, preprocess, data, cache=kept, key=FeatureCache.key(data.fingerprint()))
+            for kept in (cache, None)
+        ]
+        assert torch.equal(encoded[0].features, encoded[1].features)
+        found.append(encoded[0].features)
+    assert not torch.equal(*found)
 
 
 def test_shards_are_known_by_their_content_wherever_they_lie(tmp_path):

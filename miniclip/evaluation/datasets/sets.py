@@ -120,8 +120,7 @@ def digest_lines(texts: Iterable[str]) -> str:
 def image_identity(image: Any, key: str) -> str:
     """A text that changes whenever the image does."""
     if isinstance(image, Image.Image):
-        pixels = hashlib.sha256(image.tobytes()).hexdigest()
-        return f"{image.mode} {image.size} {pixels}" + (f" {turn}" if (turn := orientation(image)) > 1 else "")
+        return _picture_identity(image)
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     if image is None or isinstance(image, NoImage) or (isinstance(image, str) and is_url(image)):
@@ -131,6 +130,17 @@ def image_identity(image: Any, key: str) -> str:
     except OSError:
         return f"{image} is missing"
     return f"{Path(image).resolve()} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def _picture_identity(picture: Image.Image) -> str:
+    """Its pixels; their colours, where a palette or a value that is transparent gives them those; and its turn."""
+    facts = [picture.mode, str(picture.size), hashlib.sha256(picture.tobytes()).hexdigest()]
+    transparent = picture.info.get("transparency")
+    if picture.mode in ("P", "PA") or transparent is not None:
+        facts += [repr(transparent), hashlib.sha256(picture.convert("RGBA").tobytes()).hexdigest()]
+    if (turn := orientation(picture)) > 1:
+        facts.append(str(turn))
+    return " ".join(facts)
 
 
 @dataclass(frozen=True)
