@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ class Change:
     """One number of two runs on the same images.
 
     Args:
-        metric: what was right or wrong of each image: top-1, or rank 1 of a retrieval.
+        metric: what was right or wrong of each: top-1, or rank 1 of a retrieval.
+        unit, count: of what, "image" or "caption", and how many there are.
         comparison: the second less the first, with its interval and p-value.
-        gained, lost: keys of images that only the second, and only the first, has right.
+        gained, lost: keys of those that only the second, and only the first, has right; a caption is known by its
+            image, and by its number if that has several.
         by_class: (class, images, share first, share second), the largest changes first.
     """
 
@@ -35,7 +38,8 @@ class Change:
     prompts: tuple[str, str]
     models: tuple[str, str]
     metric: str
-    num_images: int
+    unit: str
+    count: int
     shares: tuple[float, float]
     comparison: Comparison
     gained: tuple[str, ...]
@@ -114,10 +118,14 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         if x["image_of_text"] != y["image_of_text"] or (all(digests) and digests[0] != digests[1]):
             raise ValueError(f"{a['dataset']} has other captions in {second} than in {first}")
         found, groups = [], np.array(x["groups"])
-        for name, rows in (("image", x["image_of_text"]), ("text", sorted(set(x["image_of_text"])))):
+        captions, images = x["image_of_text"], sorted(set(x["image_of_text"]))
+        image_keys = [x["keys"][row] for row in images]
+        for name, unit, rows, keys in (
+            ("image", "caption", captions, _caption_keys(x)),
+            ("text", "image", images, image_keys),
+        ):
             right = [np.array(each[f"ranks_of_{name}s"]) == 1 for each in (x, y)]
-            keys = [x["keys"][row] for row in rows]
-            found.append(_change(which, f"{name}_retrieval_recall@1", right, keys, groups[rows]))
+            found.append(_change(which, f"{name}_retrieval_recall@1", unit, right, keys, groups[rows]))
         return found
     _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
     names = [[each["classnames"][label] for label in each["samples"]["labels"]] for each in (a, b)]
@@ -130,7 +138,16 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         for c in np.unique(labels)
     ]
     by_class.sort(key=lambda row: -abs(row[3] - row[2]) * row[1])
-    return [_change(which, "acc1", right, x["keys"], np.array(x["groups"]), tuple(by_class))]
+    return [_change(which, "acc1", "image", right, x["keys"], np.array(x["groups"]), tuple(by_class))]
+
+
+def _caption_keys(samples: dict[str, Any]) -> list[str]:
+    """What to call each caption of a retrieval, as results have no texts."""
+    keys, num_captions, num_before = [], Counter(samples["image_of_text"]), Counter[int]()
+    for image in samples["image_of_text"]:
+        num_before[image] += 1
+        keys.append(samples["keys"][image] + (f", caption {num_before[image]}" if num_captions[image] > 1 else ""))
+    return keys
 
 
 def _label(result: dict[str, Any]) -> str:
@@ -162,6 +179,7 @@ def _refuse_others(first_keys: list[str], second_keys: list[str], dataset: str, 
 def _change(
     which: tuple[Any, ...],
     metric: str,
+    unit: str,
     right: list[np.ndarray],
     keys: list[str],
     groups: np.ndarray,
@@ -175,7 +193,8 @@ def _change(
         prompts,
         models,
         metric,
-        len(keys),
+        unit,
+        len(groups),
         (float(right[0].mean()), float(right[1].mean())),
         found,
         tuple(keys[row] for row in found.gained),

@@ -25,7 +25,7 @@ _SIGNIFICANT = 0.05
 NO_VALUE = "–"
 _TEXTS = (
     "data", "model", "prompts", "find", "value", "images of none", "learnt from", "method", "chosen", "remark",
-    "metric", "change", "class", "images gained", "images lost",
+    "metric", "change", "class", "images gained", "images lost", "captions gained", "captions lost",
 )  # fmt: skip  # columns of words, which may be broken anywhere
 
 
@@ -299,8 +299,14 @@ _METRICS = {
 }
 
 
+_TEST = (
+    "p is of McNemar's exact test; where images or captions belong together, of its like for groups, an exact test of "
+    "sign flips."
+)
+
+
 def comparison_tables(changes: Sequence[Change]) -> list[Table]:
-    """What became better and worse, of which classes, and some of the images that did."""
+    """What became better and worse, of which classes, and some of the images or captions that did."""
     grids = [_change_grid(changes)]
     for change in changes:
         found, title = change.comparison, f"{change.dataset}, {_METRICS[change.metric]}, {_before_after(change.models)}"
@@ -321,7 +327,8 @@ def comparison_tables(changes: Sequence[Change]) -> list[Table]:
         pairs = list(zip_longest(change.gained[:10], change.lost[:10], fillvalue=""))
         if pairs:
             counts = f"the first of {len(found.gained)} gained and {len(found.lost)} lost"
-            grids.append(_grid(f"{counts}: {title}", [{"images gained": a, "images lost": b} for a, b in pairs]))
+            columns = f"{change.unit}s gained", f"{change.unit}s lost"
+            grids.append(_grid(f"{counts}: {title}", [dict(zip(columns, pair, strict=True)) for pair in pairs]))
     return [_printable(grid) for grid in grids]
 
 
@@ -332,12 +339,12 @@ def _change_grid(changes: Sequence[Change]) -> Grid:
             "metric": _METRICS[change.metric],
             "model": _before_after(change.models),
             "prompts": _before_after(change.prompts),
-            "images": str(change.num_images),
+            "of": f"{change.count} {change.unit}s",
             "before %": percent(change.shares[0]),
             "after %": percent(change.shares[1]),
             "difference": _points(change.comparison.difference),
             "95 % interval": " – ".join(_points(end) for end in change.comparison.interval),
-            "McNemar p": "<0.001" if change.comparison.p_value < 0.001 else f"{change.comparison.p_value:.3f}",
+            "p": "<0.001" if change.comparison.p_value < 0.001 else f"{change.comparison.p_value:.3f}",
             "gained": str(len(change.comparison.gained)),
             "lost": str(len(change.comparison.lost)),
             "change": verdict(change),
@@ -351,11 +358,12 @@ def _change_grid(changes: Sequence[Change]) -> Grid:
             f"{N} comparisons, each judged by p < {_SIGNIFICANT}: were nothing different, about {_SIGNIFICANT * N:.2g} "
             "of so many would seem to be."
         ]
+    notes.append(_TEST)
     return _grid("what changed", rows, ("model", "prompts"), main="difference", notes=notes)
 
 
 def verdict(change: Change) -> str:
-    """In words, by McNemar's test."""
+    """In words, by the p-value."""
     if change.comparison.p_value >= _SIGNIFICANT:
         return "no difference beyond chance"
     return "better" if change.comparison.difference > 0 else "worse"

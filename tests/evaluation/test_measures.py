@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import warnings
@@ -38,6 +39,7 @@ from miniclip.evaluation.measures.statistics import (
     effective_robustness,
     fit_robustness,
     mcnemar,
+    sign_flips,
     wilson_interval,
 )
 from miniclip.evaluation.measures.thresholds import apply_threshold, calibrate_threshold, separation
@@ -589,6 +591,39 @@ def test_mcnemars_p_value_is_exact():
         assert mcnemar(gained, lost) == pytest.approx(binomtest(gained, gained + lost).pvalue, rel=1e-9)
     assert mcnemar(10, 1990) == float(Fraction(2 * sum(math.comb(2000, k) for k in range(11)), 2**2000))
     assert mcnemar(0, 20_000) == 0.0
+
+
+def test_groups_are_compared_by_the_signs_of_their_sums():
+    """Every choice of signs, one after the other. Groups of one image, or of one size, are McNemar's."""
+    random = np.random.default_rng(0)
+    for G in (1, 2, 5, 11):
+        for _ in range(20):
+            differences = random.integers(-4, 5, G)
+            totals = [abs(sum(signs * differences)) for signs in itertools.product((-1, 1), repeat=G)]
+            share = np.mean(np.array(totals) >= abs(differences.sum()))
+            assert sign_flips(differences) == pytest.approx(share, rel=1e-12)
+    assert sign_flips(np.array([1, -1, 1, 0, 1, 1])) == mcnemar(4, 1)
+    assert sign_flips(np.array([10, 10, -10, 10])) == mcnemar(3, 1)
+    assert sign_flips(np.zeros(3, dtype=int)) == 1
+    # 2 ** 1500 choices, of which two have no sum that is smaller; and a normal distribution is near for many.
+    assert sign_flips(np.repeat([2, 3], 750)) == 0.0
+    many = random.integers(-5, 6, 3000) + (random.random(3000) < 0.04)
+    z = (abs(many.sum()) - 1) / math.sqrt((many**2).sum())
+    assert sign_flips(many) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+
+
+def test_images_of_a_group_are_no_evidence_of_their_own():
+    """Ten captions of each of two images were gained: two coins fell alike, which they do one time in two."""
+    first, second = np.zeros(120), np.repeat([1, 1, *[0] * 10], 10)
+    groups = np.repeat(np.arange(12), 10)
+    alone, together = compare(first, second), compare(first, second, groups)
+    assert alone.p_value == mcnemar(20, 0) < 1e-5
+    assert together.p_value == 0.5
+    assert together.interval[0] < 0
+    assert compare(first, second, np.arange(120)).p_value == alone.p_value
+    # 4 gained and 1 lost of the first, 1 gained of the second: ±3 ± 1 is as far from 0 as 4 in two of four cases.
+    first = np.array([0, 0, 0, 0, 1, 0, 1])
+    assert compare(first, 1 - first * [1, 1, 1, 1, 1, 1, 0], np.array([0, 0, 0, 0, 0, 1, 1])).p_value == 0.5
 
 
 def test_pairing_narrows_the_interval_and_groups_widen_it():

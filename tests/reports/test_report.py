@@ -178,10 +178,13 @@ def test_a_comparison_says_better_worse_or_chance_and_how_many_were_made(tmp_pat
         "little": "no difference beyond chance",
     }
     up = dict(zip(heading, rows[0], strict=True))
+    assert up["of"] == "12 images"
     assert (up["before %"], up["after %"], up["difference"]) == ("33.3", "100.0", "+66.7")
-    assert (up["McNemar p"], up["gained"], up["lost"]) == (f"{2 / 2**8:.3f}", "8", "0")
+    assert (up["p"], up["gained"], up["lost"]) == (f"{2 / 2**8:.3f}", "8", "0")
     assert what.caption == (
-        "4 comparisons, each judged by p < 0.05: were nothing different, about 0.2 of so many would seem to be."
+        "4 comparisons, each judged by p < 0.05: were nothing different, about 0.2 of so many would seem to be. "
+        "p is of McNemar's exact test; where images or captions belong together, of its like for groups, an exact test "
+        "of sign flips."
     )
     assert what.title == "what changed, runs/x/best"
     titles = [table.title for table in others]
@@ -198,6 +201,8 @@ def test_a_single_comparison_of_two_models_names_both(tmp_path):
     assert "what changed, runs/x/best → new" in text
     assert "images by text, R@1" in text
     assert "One comparison, judged by p < 0.05." in text
+    assert "4 captions" in text
+    assert "captions gained" in text
 
 
 @pytest.mark.parametrize("width", [160, 100, 80])

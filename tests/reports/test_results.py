@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from sample_results import GUESSES, NAMES, classified, everything, multilabelled, retrieved
 
 import miniclip
+from miniclip.evaluation.features import ImageFeatures
+from miniclip.evaluation.retrieval import retrieve
 from miniclip.evaluation.robustness import robustness
 from miniclip.evaluation.suite import Result
 from miniclip.reports.comparison import compare_runs, read
@@ -336,7 +339,7 @@ def test_what_changed_is_told_image_by_image(compare, tmp_path):
     before = classified(tmp_path, [(0, 0), (0, 1), (1, 1), (1, 0), (1, 0), (1, 0)])
     after = classified(tmp_path, [(0, 1), (0, 1), (1, 1), (1, 1), (1, 1), (1, 1)], model="new")
     (change,) = compare([before], [after])
-    assert (change.dataset, change.metric, change.num_images) == ("pets", "acc1", 6)
+    assert (change.dataset, change.metric, change.unit, change.count) == ("pets", "acc1", "image", 6)
     assert change.models == ("runs/x/best", "new")
     assert change.shares == (pytest.approx(2 / 6), pytest.approx(4 / 6))
     assert change.comparison.difference == pytest.approx(2 / 6)
@@ -411,9 +414,10 @@ def test_models_and_prompts_are_matched_where_a_run_has_several(compare, tmp_pat
 
 def test_retrieval_is_compared_in_both_directions(compare, tmp_path):
     images, texts = compare([retrieved(tmp_path)], [retrieved(tmp_path, flip=True)])
-    assert (images.metric, images.num_images, images.shares) == ("image_retrieval_recall@1", 4, (0.5, 0.75))
+    assert (images.metric, images.shares) == ("image_retrieval_recall@1", (0.5, 0.75))
+    assert (images.unit, images.count, texts.unit, texts.count) == ("caption", 4, "image", 3)
     assert images.gained == (str(tmp_path / "1.png"),)
-    assert (texts.metric, texts.num_images) == ("text_retrieval_recall@1", 3)
+    assert texts.metric == "text_retrieval_recall@1"
     assert texts.shares == (pytest.approx(2 / 3), 1.0)
     assert (texts.gained, texts.lost) == ((str(tmp_path / "1.png"),), ())
 
@@ -427,6 +431,23 @@ def test_images_of_one_group_count_as_few_in_a_comparison_of_retrieval(compare, 
     alone, together = compare([before], [after])[0], compare([grouped[0]], [grouped[1]])[0]
     (low, high), (lower, higher) = alone.comparison.interval, together.comparison.interval
     assert lower < low < 0.25 < high < higher
+
+
+def test_captions_of_an_image_are_named_by_it_and_by_their_number_and_judged_together(compare, tmp_path):
+    """Two of three images are found by all of their ten captions, and were by none: p is 2 / 4, not 2 / 2 ** 20."""
+    sample = retrieved(tmp_path)
+    captions = tuple(tuple(f"{image}, {number}" for number in range(10)) for image in range(3))
+    data = replace(sample.data, captions=captions)
+    features = ImageFeatures(data, np.arange(3), torch.eye(3), ())
+
+    def found(shown: list[int]) -> Result:
+        return replace(sample, scores=retrieve(features, data, torch.eye(3)[shown].repeat_interleave(10, 0)))
+
+    images, texts = compare([found([0, 2, 1])], [found([0, 1, 2])])
+    assert (images.unit, images.count, len(images.gained), len(set(images.gained))) == ("caption", 30, 20, 20)
+    assert images.gained[:2] == tuple(f"{tmp_path / '1.png'}, caption {number}" for number in (1, 2))
+    assert (images.comparison.p_value, texts.comparison.p_value) == (0.5, 0.5)
+    assert (texts.unit, texts.count, texts.gained) == ("image", 3, (str(tmp_path / "1.png"), str(tmp_path / "2.png")))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Intervals and tests: Wilson, Newcombe, McNemar, robustness fits; and arrays checked on their way in.
+"""Intervals and tests: Wilson, Newcombe, McNemar, sign flips, robustness fits; and arrays checked on their way in.
 
 N images, C classes, K guesses, G groups of images that are right or wrong together."""
 
@@ -133,8 +133,9 @@ class Comparison:
     Args:
         difference: the second's accuracy less the first's.
         interval: its 95 % interval, `difference_interval`.
-        p_value: McNemar's, exact: how likely a split of the images on which they differ would be that is as uneven as
-            this one, were they equally good. Takes images as independent; where groups are large, trust the interval.
+        p_value: of `sign_flips` of the groups' differences, exact: how likely a difference as large as this one would
+            be, were either model as likely to be the better one in each group. Where no images belong together, it is
+            McNemar's.
         gained, lost: indices of the images that only the second, and only the first, has right.
     """
 
@@ -150,11 +151,12 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = N
     first = as_truths(first, "right and wrong guesses of the first model")
     second = as_truths(second, "right and wrong guesses of the second model", len(first))
     differences = second.astype(np.int64) - first
+    group, _ = group_sizes(groups, len(first))
     gained, lost = np.flatnonzero(differences > 0), np.flatnonzero(differences < 0)
     return Comparison(
         float(differences.mean()),
         difference_interval(differences > 0, differences < 0, groups),
-        mcnemar(len(gained), len(lost)),
+        sign_flips(np.bincount(group, weights=differences).astype(np.int64)),
         gained,
         lost,
     )
@@ -201,6 +203,26 @@ def mcnemar(gained: int, lost: int) -> float:
         term = term * (flips - k) // (k + 1)
         total += term
     return min(1.0, 2 * total / 2**flips)  # whole numbers of any size, so nothing is rounded before the division
+
+
+def sign_flips(differences: np.ndarray) -> float:
+    """The exact two-sided p-value of a sum of whole numbers, were each as likely to have the opposite sign.
+
+    Fisher's test of matched pairs (1935, The Design of Experiments, section 21), here of groups: `differences` (G,) are
+    the images of a group that were gained, less those that were lost. Where all are of one size, it is McNemar's test
+    of the groups.
+    """
+    differences = as_column(differences, "differences of groups")
+    sizes = np.abs(differences[differences != 0])
+    gained, lost = differences[differences > 0], -differences[differences < 0]
+    if len(np.unique(sizes)) < 2:
+        return mcnemar(len(gained), len(lost))
+    chances = np.zeros(min(gained.sum(), lost.sum()) + 1)  # of each sum on the rarer side, which may be as large
+    chances[0] = 1
+    for size in sizes:
+        chances[size:] += chances[:-size]
+        chances /= 2
+    return min(1.0, 2 * float(chances.sum()))
 
 
 @dataclass(frozen=True)
