@@ -754,6 +754,40 @@ def test_numbers_in_tables_with_gaps_are_still_labels(tmp_path):
     assert (data.labels, data.classnames) == ((1, 0, 2), ("0", "1", "10"))
 
 
+@pytest.mark.parametrize(
+    "labels, classnames",
+    [
+        (["5,000", "1,000", "10,000"], ("1,000", "10,000", "5,000")),
+        (["10", "1,000", "500"], ("1,000", "10", "500")),
+        (["10", "1.000", "100"], ("1.000", "10", "100")),
+        (["1.0", "2.5", "2"], ("1.0", "2", "2.5")),
+        (["1,0", "0,0", "10,0"], ("0", "1", "10")),
+        (["1.0", "2.0", "10"], ("1", "2", "10")),
+    ],
+)
+def test_labels_lose_the_decimal_of_a_column_of_whole_numbers_and_no_other(tmp_path, labels, classnames):
+    rows = [f'{number}.png,"{label}"' for number, label in enumerate(labels)]
+    data = open_dataset(lines(tmp_path / "notes.csv", "image,label", *rows))
+    assert data.classnames == classnames
+    named = [label if label in classnames else label[:-2] for label in labels]
+    assert [data.classnames[label] for label in data.labels] == named
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (["1", "1.0", "2"], "the labels '1' and '1.0', which would be two classes of one name"),
+        (["281,282", "281", "282"], "the label '281,282', which is several in one cell"),
+        (["001,002", "001", "003"], "the label '001,002', which is several in one cell"),
+        (["-1.0", "0.0", "1.0"], "the label '-1'"),
+    ],
+)
+def test_labels_of_two_readings_are_refused(tmp_path, labels, message):
+    rows = [f'{number}.png,"{label}"' for number, label in enumerate(labels)]
+    with pytest.raises(ValueError, match=message):
+        open_dataset(lines(tmp_path / "notes.csv", "image,label", *rows))
+
+
 @pytest.mark.parametrize("label, message", [({"a": 1}, "row 1 .* for a label"), ([], "no label for any image")])
 def test_what_can_be_no_label_is_refused(tmp_path, label, message):
     with pytest.raises(ValueError, match=message):

@@ -343,10 +343,17 @@ def alike(labels: list[Any], source: str) -> list[Any]:
     if labels and isinstance(labels[0], list):
         _refuse_zeros_and_ones(labels, source)
         return labels
-    if all(re.fullmatch(r"\d+([.,]0+)?", label) for label in labels):
-        return [re.split("[.,]", label)[0] for label in labels]  # as tables with a gap in them write whole numbers
+    labels = _whole_numbers(labels)
     _refuse_joined(labels, source)
     return labels
+
+
+def _whole_numbers(labels: list[str]) -> list[str]:
+    """Whole numbers without the ".0" that a table with a gap in it writes them with, if all are such and no two become
+    one; 1.000 and 1,000 are names, as thousands are written so."""
+    whole = {label: re.sub(r"[.,](?!000$)0+$", "", label) for label in labels}
+    is_whole = all(re.fullmatch(r"-?\d+", number) for number in whole.values())
+    return [whole[label] for label in labels] if is_whole and len(set(whole.values())) == len(whole) else labels
 
 
 def _refuse_zeros_and_ones(labels: Sequence[Sequence[str]], source: str) -> None:
@@ -365,6 +372,9 @@ def _refuse_joined(labels: Sequence[str], source: str) -> None:
         raise ValueError(
             f"{source} has the label '-1'. -1 marks images without a label: choose another split or leave them out"
         )
+    are_thousands = all(re.fullmatch(r"(0|[1-9]\d{0,2})(,\d{3})*", label) for label in there)
+    if are_thousands and any(",0" in label for label in there):  # 1,000 is no list of 1 and 000
+        return
     are_numbers = all(re.fullmatch(r"\d+([\s,;|]+\d+)*", label) for label in there)
     for label in sorted(there):
         listed = label[1:-1] if label[:1] + label[-1:] == "[]" else label

@@ -151,7 +151,8 @@ def _refuse_one_name_twice(labels: Sequence[str], source: str) -> None:
     """Labels that differ in case or spelling alone would be two classes of the same prompt."""
     first_of: dict[str, str] = {}
     for label in labels:
-        same = str(int(label)) if label.isascii() and label.isdigit() else spoken(label)
+        number = re.fullmatch(r"0*(\d+)([.,](?!000$)0+)?", label, re.ASCII)
+        same = number[1] if number else spoken(label)
         if (first := first_of.setdefault(same, label)) != label:
             raise ValueError(
                 f"{source} has the labels {first!r} and {label!r}, which would be two classes of one name; spell them "
