@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import pytest
 from helpers import write_picture
 
@@ -326,6 +329,57 @@ def test_a_number_beyond_the_names_is_told_with_their_count(tmp_path):
     lines(tmp_path / "data.classnames.txt", "cat", "dog")
     with pytest.raises(ValueError, match=r"data\.csv has labels up to 2, but there are 2 class names"):
         open_dataset(source)
+
+
+def numbered(folder: Path, labels: Sequence[int], names: Sequence[str]) -> Path:
+    """A table of an image for each label, beside a list of names."""
+    lines(folder / "data.classnames.txt", *names)
+    rows = [f"{row}.png,{label}" for row, label in enumerate(labels)]
+    return lines(folder / "data.csv", "filepath,label", *rows)
+
+
+@pytest.mark.parametrize("labels, names", [((1, 2, 3), "12345"), ((2, 1), "0213"), ((1, 0), "10")])
+def test_labels_that_are_names_and_numbers_of_other_classes_are_refused(tmp_path, labels, names):
+    label = min(label for label in labels if names[label] != str(label))
+    says = f"has the label '{label}', which is the name of class {names.index(str(label))} and the number of the class "
+    with pytest.raises(ValueError, match=rf"{says}that is called '{names[label]}'\. If the labels are names, leave"):
+        open_dataset(numbered(tmp_path, labels, names))
+    (tmp_path / "data.classnames.txt").unlink()
+    assert open_dataset(tmp_path / "data.csv").classnames == tuple(sorted(map(str, labels)))
+
+
+@pytest.mark.parametrize(
+    "labels, names, indices",
+    [
+        ((3, 1, 2), "0123", (3, 1, 2)),  # both readings are the same
+        ((1, 0, 3), "1234", (1, 0, 3)),  # 0 is no name
+        ((1, 4, 2), "1234", (0, 3, 1)),  # 4 is no number of a class
+    ],
+)
+def test_labels_that_can_be_read_in_one_way_are(tmp_path, recwarn, labels, names, indices):
+    data = open_dataset(numbered(tmp_path, labels, names))
+    assert (data.labels, data.classnames) == (indices, tuple(names))
+    assert not recwarn.list
+
+
+def test_the_numbers_of_a_class_label_are_no_names(tmp_path, recwarn):
+    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list("1234"))})
+    rows = {"image": ["a.png", "b.png"], "label": [1, 2]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    assert open_dataset(tmp_path / "data.parquet").labels == (1, 2)
+    assert not [each for each in recwarn.list if issubclass(each.category, UserWarning)]
+
+
+def test_labels_that_may_be_numbered_from_1_are_told(tmp_path):
+    names = ("zero", "one", "two", "three")
+    for labels, is_told in (((1, 2, 3), True), ((2, 1), True), ((0, 1, 2), False), ((1, 3), False), ((2,), False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert open_dataset(numbered(tmp_path, labels, names)).labels == labels
+        says = f"no image has the label 0 ('zero'), and all from 1 to {len(labels)} occur"
+        assert [says in str(each.message) for each in caught] == [True] * is_told
+    with pytest.raises(ValueError, match=r"labels up to 4, but there are 4 class names\. Labels count from 0: are"):
+        open_dataset(numbered(tmp_path, (1, 2, 4), names))
 
 
 def test_a_negative_number_is_no_label(tmp_path):

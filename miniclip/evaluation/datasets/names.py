@@ -161,21 +161,32 @@ def _refuse_one_name_twice(labels: Sequence[str], source: str) -> None:
 
 
 def number_labels(
-    raw: Sequence[str], names: tuple[str, ...] | None, source: str
+    raw: Sequence[str], names: tuple[str, ...] | None, source: str, are_indices: bool = False
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Labels as indices, and the class names in that order.
 
     Labels are indices already, or names: of the list if there is one, else sorted. An underscore in a label's name
     is read as the space that folder names often lack.
+
+    Args:
+        are_indices: labels that are numbers are no names, whatever the names are, as the source's own list says.
+
+    Raises:
+        ValueError: labels that are none of the classes, or may be either of two.
     """
     raw = [same_name(label) for label in raw]
     spoken_names = None if names is None else tuple(spoken(name) for name in names)
     are_numbers = all(label.isascii() and label.isdigit() for label in raw)
     if are_numbers and names is not None:
         labels = tuple(int(label) for label in raw)
-        if max(labels, default=0) >= len(names):
-            raise ValueError(f"{source} has labels up to {max(labels)}, but there are {len(names)} class names")
-        return labels, names
+        most, are_names = max(labels, default=0), not are_indices and set(raw) <= set(spoken_names or ())
+        if most >= len(names) and not are_names:
+            from_1 = ". Labels count from 0: are these numbered from 1?" if most == len(names) and min(labels) else ""
+            raise ValueError(f"{source} has labels up to {most}, but there are {len(names)} class names{from_1}")
+        if most < len(names):
+            if are_names:
+                _refuse_names_elsewhere(sorted(set(raw), key=int), names, source)
+            return labels, names
     found = sorted(set(raw), key=lambda label: (int(label), label)) if are_numbers else sorted(set(raw))
     if not found:
         raise ValueError(f"{source} has no label for any image")
@@ -200,6 +211,25 @@ def number_labels(
         f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "
         f"{_with_near(unknown, names)}{hint}"
     )
+
+
+def seem_numbered_from_1(raw: Sequence[str], names: Sequence[str] | None) -> bool:
+    """Whether labels that are no names of the list, but indices, are 1, 2, 3 …, without a gap and without 0."""
+    there = set(raw)
+    is_counting = len(there) > 1 and there == {str(label) for label in range(1, len(there) + 1)}
+    return names is not None and is_counting and not there <= set(map(spoken, names))
+
+
+def _refuse_names_elsewhere(labels: Sequence[str], names: Sequence[str], source: str) -> None:
+    """Labels that are names of the list, and indices of others of its names."""
+    spoken_names = [spoken(name) for name in names]
+    for label in labels:
+        if spoken_names[int(label)] != label:
+            raise ValueError(
+                f"{source} has the label {label!r}, which is the name of class {spoken_names.index(label)} and the "
+                f"number of the class that is called {names[int(label)]!r}. If the labels are names, leave the list of "
+                "class names out; if they are numbers, give it names in words"
+            )
 
 
 def _refuse_two_orders(keys: Sequence[str], names: Sequence[str], source: str) -> None:

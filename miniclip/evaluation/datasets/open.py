@@ -34,7 +34,7 @@ from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, sum
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
 from .folders_and_tables import is_blank, read_datasets, read_labelled_table, read_pairs
-from .names import NUMBER_WORDS, number_labels, settle_names, settle_templates
+from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
 from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of
 from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars
 from .torchvision_sets import TORCHVISION_PREFIX, read_torchvision
@@ -89,14 +89,23 @@ def open_dataset(
         if classnames or templates:
             raise ValueError(f"{source} has captions, not classes; class names and templates are not for it")
         return CaptionedImages(found.name, found.images, found.captions, groups, **shared)
+    are_indices = found.classnames is not None
     found = settle_names(found, classnames, source)
     if found.task == "multilabel":
-        flat, names = number_labels([x for each in found.labels for x in each], found.classnames, source)
+        raw = [label for each in found.labels for label in each]
+        flat, names = number_labels(raw, found.classnames, source, are_indices)
         hot = np.zeros((len(found.labels), len(names)), dtype=bool)
         hot[np.repeat(np.arange(len(hot)), [len(each) for each in found.labels]), flat] = True
         labels: Any = hot
     else:
-        labels, names = number_labels([str(label) for label in found.labels], found.classnames, source)
+        raw = [str(label) for label in found.labels]
+        labels, names = number_labels(raw, found.classnames, source, are_indices)
+    if not are_indices and seem_numbered_from_1(raw, found.classnames) and rank_and_world_size()[0] == 0:
+        warnings.warn(
+            f"{source}: no image has the label 0 ({names[0]!r}), and all from 1 to {len(set(raw))} occur. Labels count "
+            f"from 0, so 1 is {names[1]!r}; if these are numbered from 1, each is off by one",
+            stacklevel=2,
+        )
     if not found.classnames_from:
         are_numbers = all(name.isdigit() for name in names)
         shared["classnames_from"] = NUMBER_WORDS if are_numbers else found.labels_from
