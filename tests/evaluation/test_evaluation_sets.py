@@ -658,6 +658,24 @@ def test_prompts_by_class_find_their_classes_and_make_the_classifier(tmp_path):
         torch.testing.assert_close(classifier[:, column], F.normalize(mean, dim=0), atol=1e-6, rtol=1e-5)
 
 
+def test_prompts_of_names_that_differ_in_case_go_to_each_its_own(tmp_path):
+    names = lines(tmp_path / "names.txt", "turkey", "Turkey", "barn_owl")
+    source = lines(tmp_path / "t.csv", "image,label", "a.png,0", "b.png,1", "c.png,2")
+
+    def prompts_of(**prompts: str) -> list[tuple[str, ...]]:
+        path = lines(tmp_path / "t.json", json.dumps({name: [prompt] for name, prompt in prompts.items()}))
+        return list(open_dataset(source, classnames=names, templates=path).templates.values())
+
+    owl = {"Barn owl": "an owl"}
+    assert prompts_of(turkey="a bird", Turkey="a country", **owl) == [("a bird",), ("a country",), ("an owl",)]
+    assert prompts_of(Turkey="a country", turkey="a bird", **owl) == [("a bird",), ("a country",), ("an owl",)]
+    assert prompts_of(TURKEY="either", turkey="a bird", Turkey="a country", **owl)[:2] == [("a bird",), ("a country",)]
+    assert prompts_of(TURKEY="either", **owl) == [("either",), ("either",), ("an owl",)]
+    assert prompts_of(TURKEY="either", TurKey="either", **owl)[0] == ("either",)
+    with pytest.raises(ValueError, match=r"other prompts for 'turkey' than for 'TURKEY', and .* the class 'Turkey'"):
+        prompts_of(turkey="a bird", TURKEY="a country", **owl)
+
+
 def test_prompts_for_each_class_that_come_of_templates_make_the_templates_classifier():
     model = tiny_clip()
     by_class = {name: [f"a {name}", f"the {name}!"] for name in NAMES}

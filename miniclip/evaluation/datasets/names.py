@@ -114,7 +114,8 @@ def _unfilled(template: str) -> str:
 
 def _prompts_by_class(path: Path, values: dict[str, Any], names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """A file of {class name: [its prompts]}, as CuPL's (Pratt et al. 2023), for the classes of the data."""
-    by_spoken = {}
+    exact: dict[str, tuple[str, ...]] = {}
+    by_spoken: dict[str, dict[tuple[str, ...], str]] = {}  # the first name of each list of prompts
     for name, prompts in values.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise ValueError(f"{path}: {name!r} must have a list of prompts, texts that are not empty")
@@ -122,14 +123,25 @@ def _prompts_by_class(path: Path, values: dict[str, Any], names: tuple[str, ...]
             raise ValueError(
                 f"{path}: nothing fills {unfilled!r}; the prompts of a class, here {name!r}, are whole texts"
             )
-        by_spoken[spoken(name)] = tuple(prompts)
+        exact[same_name(name)] = tuple(prompts)
+        by_spoken.setdefault(spoken(name), {}).setdefault(tuple(prompts), name)
     missing = [name for name in names if spoken(name) not in by_spoken]
     if missing:
         raise ValueError(
             f"{path} has prompts for {len(values)} classes and the data have {len(names)}; without any are "
             f"{_with_near(missing, list(values))}"
         )
-    return {name: by_spoken[spoken(name)] for name in names}
+    found = {}
+    for name in names:
+        own, alike = exact.get(same_name(name)), by_spoken[spoken(name)]
+        if own is None and len(alike) > 1:
+            first, second = list(alike.values())[:2]
+            raise ValueError(
+                f"{path} has other prompts for {first!r} than for {second!r}, and the data have the class {name!r}; "
+                "which are its own can't be known: spell one of those names as the data do"
+            )
+        found[name] = own or next(iter(alike))
+    return found
 
 
 def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
