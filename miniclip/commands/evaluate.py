@@ -76,7 +76,7 @@ miniclip eval --compare reports/digits-best after""",
     parser.add_argument("--model", nargs="+", default=[], metavar="MODEL", help="one or several models, as above")
     parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="one or several sets, as above")
     parser.add_argument("--out", help="folder for the results; default: reports/MODEL")
-    parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results in that folder and their files")
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -272,6 +272,7 @@ def _write(out: Path, found: list[Result], shifts: Any, explained_by: Callable[[
             PREDICTIONS_FOLDER,
             RESULTS_FILE,
             TABLE_FILE,
+            files_beside,
             write_benchmark,
             write_csv,
             write_json,
@@ -280,8 +281,11 @@ def _write(out: Path, found: list[Result], shifts: Any, explained_by: Callable[[
         from ..reports.tables import tables
 
     # First of all what is kept: whoever reads what is printed, as `head` does, may go before the end.
+    earlier = files_beside(out / RESULTS_FILE)
     write_json(out / RESULTS_FILE, found, shifts)
     write_csv(out / TABLE_FILE, found)
+    for path in earlier:  # of a run that is overwritten
+        path.unlink(missing_ok=True)
     write_benchmark(out / BENCHMARK_FOLDER, found)
     try:
         write_predictions(out / PREDICTIONS_FOLDER, found)

@@ -55,6 +55,10 @@ def as_dict(results: Sequence[Result], robustness: Robustness | None = None) -> 
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        "files": {
+            PREDICTIONS_FOLDER: [f"{name}.parquet" for name in _file_names(results)],
+            BENCHMARK_FOLDER: list(benchmark_records(results)),
+        },
         "results": [_result_as_dict(result) for result in results],
         "robustness": None if robustness is None else robustness.as_dict(),
     }
@@ -90,6 +94,16 @@ def write_json(path: str | Path, results: Sequence[Result], robustness: Robustne
     text = json.dumps(as_dict(results, robustness), ensure_ascii=False, indent=1, allow_nan=False)
     # Numbers of the samples in one line each list, as nobody reads them one by one. No text holds the end of a line.
     write_text(path, re.sub(r"\[\n\s*([^\[\]{}\"]*?)\n\s*\]", _in_one_line, text) + "\n")
+
+
+def files_beside(path: Path) -> list[Path]:
+    """The predictions and records that go with a results.json, as it lists them; none if it can't be read."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        names = [(folder, name) for folder in (PREDICTIONS_FOLDER, BENCHMARK_FOLDER) for name in files[folder]]
+        return [path.parent / folder / name for folder, name in names if Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _in_one_line(found: re.Match[str]) -> str:

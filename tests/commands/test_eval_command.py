@@ -19,6 +19,7 @@ from helpers import tiny_clip, write_pairs, write_picture
 
 import miniclip
 from miniclip.commands import main as cli
+from miniclip.reports.results import files_beside
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,34 @@ def test_a_second_run_takes_features_from_the_cache_and_says_the_same(models, se
         "--model", models[0], "--data", sets / "photos", "--out", tmp_path / "fourth", "--cache", tmp_path / "mine"
     )
     assert len(list((tmp_path / "mine").glob("*.safetensors"))) == 2
+
+
+def test_results_that_replace_others_replace_their_files_and_no_others(models, sets, tmp_path):
+    out = tmp_path / "out"
+
+    def files() -> set[str]:
+        return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+    ask = ["--data", sets / "photos", "--out", out]
+    evaluate("--model", *models, *ask, "--templates", "simple", "imagenet7")
+    before, both = files(), json.loads((out / "results.json").read_text())["files"]
+    assert [len(both[name]) for name in ("predictions", "clip_benchmark")] == [4, 4]
+    assert {f"{folder}/{name}" for folder, names in both.items() for name in names} < before
+    mine = ["predictions/mine.parquet", "clip_benchmark/mine.json", "mine.txt"]
+    for name in mine:
+        (out / name).write_text("mine")
+    evaluate("--model", models[0], *ask, "--templates", "simple", "--overwrite")
+    one = json.loads((out / "results.json").read_text())["files"]
+    assert [len(names) for names in one.values()] == [1, 1]
+    written = {f"{folder}/{name}" for folder, names in one.items() for name in names}
+    assert files() == {"results.json", "results.csv", "report.html", *written, *mine}
+
+
+def test_a_list_of_files_that_leaves_its_folders_is_not_followed(tmp_path):
+    for text in ('{"files": {"predictions": ["../a", "/a", "b"], "clip_benchmark": []}}', "{}", "[]", "no json"):
+        (tmp_path / "results.json").write_text(text)
+        assert files_beside(tmp_path / "results.json") == [tmp_path / "predictions/b"] * ("files" in text)
+    assert files_beside(tmp_path / "other.json") == []
 
 
 def test_all_that_can_be_asked_of_a_table(models, sets, tmp_path, capsys):

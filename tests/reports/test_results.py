@@ -60,7 +60,10 @@ def test_the_dictionary_holds_every_number_and_what_it_takes_to_measure_it_again
         same_prompts=(("owl", "tench"),),
     )
     found = as_dict([one])
-    assert set(found) == {"schema", "created", "versions", "results", "robustness"}
+    assert set(found) == {"schema", "created", "versions", "files", "results", "robustness"}
+    name = "pets_runs-x-best_simple"
+    records = [f"{name}_zeroshot_classification.json"]
+    assert found["files"] == {"predictions": [f"{name}.parquet"], "clip_benchmark": records}
     assert (found["schema"], found["robustness"]) == (2, None)
     assert found["versions"]["miniclip"] == miniclip.__version__
     assert set(found["versions"]) == {"miniclip", "torch", "python"}
