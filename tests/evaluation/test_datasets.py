@@ -284,6 +284,26 @@ def test_an_image_without_a_group_stands_alone(tmp_path, kind):
     assert len({a, b, c}) == 3
 
 
+def test_what_programs_write_for_a_missing_value_is_no_group_and_is_told(tmp_path):
+    written = ["nan", "<NA>", "NA", "None", "null", "N/A", "n/a", "#N/A", "\\N", " NA ", "\u200b", "", "  "]
+    rows = [f"{row}.png,cat,{scene}" for row, scene in enumerate(["x", *written, "NA", "x", "none", "NAM"])]
+    source = lines(tmp_path / "data.csv", "filepath,label,scene", *rows)
+    with pytest.warns(UserWarning, match=r"'nan' \(1 times\), .*'NA' \(3 times\), .* in column 'scene' are taken for"):
+        data = open_dataset(source, group_column="scene")
+    first, *alone, last, none, nam = data.groups
+    assert (first, last, none, nam) == ("x", "x", "none", "NAM")
+    assert len({*alone, first, none, nam}) == len(written) + 4
+    assert data.column("scene") == ["x", *[None] * (len(written) + 1), "x", "none", "NAM"]
+
+
+def test_a_class_may_have_the_name_of_nothing_and_a_cell_may_not(tmp_path):
+    rows = ("a.png,None", "b.png,NA", "c.png,null", "d.png,none")
+    assert open_dataset(lines(tmp_path / "a.csv", "filepath,label", *rows[:3])).classnames == ("NA", "None", "null")
+    for word in ("nan", "<NA>", "#N/A", "\\N", " nan ", "\u200b"):
+        with pytest.raises(ValueError, match=r"b\.csv: row 2 \(e\.png\) has no label"):
+            open_dataset(lines(tmp_path / "b.csv", "filepath,label", "d.png,none", f"e.png,{word}"))
+
+
 def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path):
     folder = class_folders(tmp_path, "cat", "dog")
     for name in ("cat/IMG_0001.HEIC", "dog/IMG_0002.heic", "dog/logo.svg", "dog/notes.txt"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from miniclip.evaluation.datasets.sets import CaptionedImages, EvaluationSet, La
 from miniclip.evaluation.encoder import from_clip
 from miniclip.evaluation.features import FeatureCache
 from miniclip.evaluation.measures import thresholds
-from miniclip.evaluation.measures.classification import multilabel
+from miniclip.evaluation.measures.classification import multilabel, subgroup_accuracy
 from miniclip.evaluation.splits import Labelled, make_splits
 from miniclip.evaluation.suite import Task, evaluate
 from miniclip.evaluation.zero_shot import zero_shot_classifier, zero_shot_scores
@@ -116,6 +120,30 @@ def test_subgroups_are_scored_by_the_values_of_a_column(tmp_path):
     found = {each.value: (each.num_images, each.accuracy) for each in result.subgroups["light"].subgroups}
     assert found == {"day": (6, right[::2].mean()), "night": (6, right[1::2].mean())}
     assert result.subgroups["camera"].subgroups[0].accuracy == result.scores.metrics.acc1
+
+
+def test_subgroups_of_any_column_are_texts(tmp_path):
+    """Of Parquet: dates, times, decimals, infinite numbers; of JSON: lists and mappings, which have no order."""
+    day = datetime.date(2024, 2, 29)
+    columns = {
+        "day": ([day, None], ["2024-02-29", None]),
+        "time": ([datetime.datetime(2024, 2, 29, 1, 2), None], ["2024-02-29 01:02:00", None]),
+        "price": ([decimal.Decimal("1.50"), decimal.Decimal("2")], ["1.50", "2"]),
+        "range": ([math.inf, math.nan], ["inf", None]),
+        "tags": ([["a", "ü"], []], ['["a", "ü"]', "[]"]),
+        "place": ([{"town": "Ü", "day": day}, None], ['{"town": "Ü", "day": "2024-02-29"}', None]),
+        "is_new": ([True, 1], ["True", "1"]),
+        "hat": (["None", "n/a"], [None, None]),
+    }
+    data = labelled(tmp_path, 12, metadata={name: cells * 6 for name, (cells, _) in columns.items()})
+    with pytest.warns(UserWarning, match=r"pets: 'None' \(6 times\), 'n/a' \(6 times\) in column 'hat' are taken"):
+        (result,) = evaluate(Watched().model, Task(data, subgroup_columns=tuple(columns)))
+    for name, (_, expected) in columns.items():
+        found = result.subgroups[name]
+        assert [each.value for each in found.subgroups] == list(dict.fromkeys(expected)), name
+        json.dumps(found.as_dict(), allow_nan=False)
+    gap = subgroup_accuracy([1, 0], data.column("price")[:2], min_groups=1).as_dict()
+    assert (gap["best"], gap["worst"]) == ("1.50", "2")
 
 
 def test_none_of_these_is_chosen_on_one_half_and_tried_on_the_other(tmp_path):

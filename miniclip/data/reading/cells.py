@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "texts", "description", "sentences", "sentence", "alt_text", "txt",
     "comment",
 )  # fmt: skip
-# What data bases and spreadsheets write for a cell that has no value, or an error for one.
-NO_VALUES = ("\\N", "#VALUE!", "#REF!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!")
-# What else programs write for it.
-_MISSING = {"nan", "NaN", "-nan", "<NA>", "None", "null", "NULL", "NA", "N/A", "n/a", "#N/A", "#NA", *NO_VALUES}
+# What data bases, spreadsheets and programs write for a cell that has no value, or an error for one.
+_NO_VALUES = {
+    "nan", "NaN", "-nan", "<NA>", "#N/A", "#NA", "\\N", "#VALUE!", "#REF!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!",
+}  # fmt: skip
+# What they also write for it, and what may be a name: Namibia's NA, a class of none.
+_NO_VALUES_OR_NAMES = {"None", "null", "NULL", "NA", "N/A", "n/a"}
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*(?:,\s*)?{_STRING})*\s*(?:,\s*)?\]", re.S)
 _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
@@ -98,7 +101,7 @@ def caption_lines(text: str) -> list[str]:
     lines = lines_in(text)
     if any(line[:1] in ("[", "{") for line in lines):
         return [each for line in lines for each in (texts_in(line) or [""])]
-    return ["" if line in _MISSING else line for line in lines]
+    return ["" if _is_no_value(line) else line for line in lines]
 
 
 def _no_captions(text: str) -> str:
@@ -127,6 +130,31 @@ def visible(text: str) -> str:
     return "".join(seen)
 
 
+def has_no_value(cell: Any, may_be_name: bool = False) -> bool:
+    """Whether a cell is empty, NaN, a text in which nothing can be seen, or what programs write for one of those.
+
+    Args:
+        may_be_name: None, null and NA are names, as a class may have them.
+    """
+    if isinstance(cell, str):
+        return _is_no_value(cell.strip() if cell.isprintable() else visible(cell), may_be_name)
+    return cell is None or (isinstance(cell, Number) and cell != cell)
+
+
+def _is_no_value(text: str, may_be_name: bool = False) -> bool:
+    """Of a text as `one_line` or `visible` has it."""
+    return not text or text in _NO_VALUES or (not may_be_name and text in _NO_VALUES_OR_NAMES)
+
+
+def text_of_cell(cell: Any) -> str | None:
+    """A cell of any type as a text, equal for equal ones; None for one without a value."""
+    if has_no_value(cell):
+        return None
+    if isinstance(cell, list | tuple | Mapping):
+        return json.dumps(cell, ensure_ascii=False, default=str)
+    return str(cell)
+
+
 def _is_visible(character: str) -> bool:
     """False for spaces, controls (NUL) and formats (zero-width spaces, marks of byte order)."""
     return unicodedata.category(character) not in ("Zs", "Zl", "Zp", "Cc", "Cf")
@@ -140,7 +168,7 @@ def texts_in(value: Any) -> list[str]:
         ValueError: a mapping without a known field, of which nothing says which part is the caption; or bytes that are
             no text.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if not isinstance(value, str) and has_no_value(value):
         return []
     if isinstance(value, bytes | bytearray):
         return texts_in(decode_text(bytes(value), "its caption"))
@@ -158,7 +186,7 @@ def texts_in(value: Any) -> list[str]:
     if (found := _written_value(text.strip())) is not None:
         return texts_in(found)
     text = one_line(text)
-    return [text] if text and text not in _MISSING else []
+    return [] if _is_no_value(text) else [text]
 
 
 def _written_value(text: str) -> list[Any] | dict[str, Any] | None:

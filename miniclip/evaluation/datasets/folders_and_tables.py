@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import warnings
@@ -18,7 +17,7 @@ import numpy as np
 from ...common.processes import rank_and_world_size
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
-from ...data.reading.cells import NO_VALUES, texts_in, visible
+from ...data.reading.cells import has_no_value, texts_in, visible
 from ...data.reading.folders import pair_splits
 from ...data.reading.huggingface import HUB_PREFIX, image_column_of, is_datasets_folder, load_datasets, undecoded
 from ...data.reading.paths import image_in
@@ -73,7 +72,7 @@ def image_of_row(folder: Path, column: str, row: Mapping[str, Any]) -> Any:
 
 def _image_of_cell(folder: Path, cell: Any) -> Any:
     """The image of a table's cell; what is no image is a reason, so that one cell does not stop the others."""
-    if is_blank(cell):
+    if has_no_value(cell, may_be_name=True):
         return None
     try:
         return image_in(cell, folder)
@@ -275,23 +274,16 @@ def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
     )
 
 
-_NOT_A_NUMBER = {"nan", "NaN", "-nan", "<NA>", "#N/A", "#NA", *NO_VALUES}  # None and null may be the name of a class
-
-
-def is_blank(cell: Any) -> bool:
-    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
-
-
 def label_in(cell: Any, where: str) -> str | list[str]:
     """A label, or those of a list, also of one that is written as a text, as it goes through a CSV."""
     if isinstance(cell, Mapping | bytes):
         raise ValueError(f"{where} has {str(cell)[:50]} for a label; it must be a name, a number, or a list of those")
     if isinstance(cell, list | tuple | np.ndarray):
         return [str(label_in(each, where)) for each in cell]
-    text = "" if is_blank(cell) else visible(str(cell))
-    if not text or text in _NOT_A_NUMBER:
-        shown = f" ({str(cell)!r}, as programs write a cell without a value)" if not is_blank(cell) else ""
+    if has_no_value(cell, may_be_name=True):
+        shown = f" ({cell!r}, as programs write a cell without a value)" if isinstance(cell, str) and cell else ""
         raise ValueError(f"{where} has no label{shown}")
+    text = visible(str(cell))
     return text if not isinstance(cell, str) else _written_labels(text, where)
 
 

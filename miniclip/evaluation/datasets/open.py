@@ -33,7 +33,7 @@ from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
 from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
-from .folders_and_tables import is_blank, read_datasets, read_labelled_table, read_pairs
+from .folders_and_tables import read_datasets, read_labelled_table, read_pairs
 from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
 from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of
 from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars
@@ -191,4 +191,4 @@ def _groups(found: Found | EvaluationSet, group_column: str | None, source: str)
         return tuple(map(str, range(len(found.images))))
     values = column_of(found.metadata, group_column, source)
     # An image without a value stands alone: those of unknown scenes are not of one scene.
-    return tuple(f"none, {number}" if is_blank(value) else str(value) for number, value in enumerate(values))
+    return tuple(f"none, {number}" if value is None else value for number, value in enumerate(values))

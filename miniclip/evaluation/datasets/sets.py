@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from ...common.processes import rank_and_world_size
 from ...common.storage import is_url, read_bytes
+from ...common.wording import some
+from ...data.reading.cells import has_no_value, text_of_cell
 from ...data.reading.scan import LeftOut
 from ...images import open_image, orientation, upright
 from ..prompts import Prompts
@@ -83,8 +88,8 @@ class EvaluationSet:
             raise ValueError(f"{self.key(index)} can't be read: {error.strerror or error}") from error
         return open_image(data, self.key(index))
 
-    def column(self, name: str) -> Sequence[Any]:
-        """N values of the metadata.
+    def column(self, name: str) -> list[str | None]:
+        """N values of the metadata as texts, None where there is none.
 
         Raises:
             ValueError: there is no such column; names those that are there.
@@ -103,11 +108,18 @@ class EvaluationSet:
         return digest_lines(chain(images, opened))
 
 
-def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> Sequence[Any]:
+def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> list[str | None]:
+    """As `EvaluationSet.column`; a warning names the texts that are taken for no value."""
     if name not in metadata:
         has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
         raise ValueError(f"{source} has no column {name!r}; {has}")
-    return metadata[name]
+    cells = metadata[name]
+    words = Counter(cell.strip() for cell in cells if isinstance(cell, str) and has_no_value(cell) and cell.strip())
+    if words and rank_and_world_size()[0] == 0:
+        shown = some([f"{text!r} ({count} times)" for text, count in words.items()])
+        # From here whoever calls, so that it is shown once for a set.
+        warnings.warn(f"{source}: {shown} in column {name!r} are taken for cells without a value", stacklevel=1)
+    return [text_of_cell(cell) for cell in cells]
 
 
 def digest_lines(texts: Iterable[str]) -> str:

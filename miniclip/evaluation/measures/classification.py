@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...common.files import as_plain
+from ...data.reading.cells import has_no_value
 from .statistics import as_classes, as_column, as_matrix, as_truths, check_k, group_sizes, wilson_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ class Subgroup:
     """The images that have one value of a column.
 
     Args:
-        value: as given; None for images without one (None, NaN, or an empty text).
+        value: as given; None for images without one (`has_no_value`).
         interval: the 95 % interval, `wilson_interval`.
         is_too_small: there are so few independent images that the accuracy says little.
     """
@@ -389,7 +390,7 @@ def subgroup_accuracy(
     group, _ = group_sizes(groups, len(correct))
     rows: dict[Any, list[int]] = {}
     for row, value in enumerate(values):
-        rows.setdefault(None if value is None or value == "" or value != value else value, []).append(row)
+        rows.setdefault(None if has_no_value(value) else value, []).append(row)
     found = []
     for value, own in rows.items():
         num_groups = len(np.unique(group[own]))
