@@ -355,13 +355,14 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
     from ..evaluation.suite import Task
 
     def opened(source: str, split: str | None = options.split, beside: str | None = None) -> EvaluationSet:
-        """The columns asked for are those of --data; what goes `beside` one of them may be of another kind."""
+        """The columns asked for are those of --data; what goes `beside` one of them may be of another kind, and nobody
+        asks about its classes."""
         is_alike = beside is None or Path(source).suffix.lower() == Path(beside).suffix.lower()
         columns = (options.group_column, options.label_column, options.image_column) if is_alike else (None,) * 3
         found = open_dataset(
             source,
             options.classnames,
-            None,
+            () if options.templates or beside else None,
             columns[0],
             split,
             columns[1],

@@ -148,6 +148,24 @@ def test_a_list_of_files_that_leaves_its_folders_is_not_followed(tmp_path):
     assert files_beside(tmp_path / "other.json") == []
 
 
+def test_templates_that_are_asked_for_come_before_bad_ones_beside_the_data(models, sets, tmp_path, capsys):
+    for name in ("table.csv", "table.classnames.txt"):
+        (tmp_path / name).write_text((sets / name).read_text().replace("sketches/", f"{sets}/sketches/"))
+    (tmp_path / "table.templates.json").write_text('{"dog": ["a dog"]}')  # of one class of three
+    ask = ["--model", models[0], "--data", tmp_path / "table.csv", "--out", tmp_path / "out"]
+    said = fails(capsys, ["eval", *map(str, ask)])
+    assert "table.templates.json has prompts for 1 classes and the data have 3" in said
+    evaluate(*ask, "--templates", "simple", "imagenet7")
+    assert [each["templates_from"] for each in results(tmp_path / "out")] == [
+        "the built-in set 'simple'",
+        "the built-in set 'imagenet7'",
+    ]
+    # Of what is learnt from, and of images of no class, nobody asks.
+    learn = ["--train", tmp_path / "table.csv", "--shots", 1, "--seeds", 0, "--outside", tmp_path / "table.csv"]
+    evaluate("--model", models[0], "--data", sets / "table.csv", "--out", tmp_path / "others", *learn)
+    assert results(tmp_path / "others")[0]["templates_from"] == "the built-in set 'simple'"
+
+
 def test_all_that_can_be_asked_of_a_table(models, sets, tmp_path, capsys):
     ask = [
         "--subgroups",

@@ -24,6 +24,7 @@ from miniclip.common import storage
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
+from miniclip.evaluation.prompts import template_set
 from miniclip.evaluation.zero_shot import zero_shot_classifier
 
 NAMES = ("barn owl", "crane", "kea")
@@ -684,6 +685,19 @@ def test_prompts_for_each_class_that_come_of_templates_make_the_templates_classi
     )
     with pytest.raises(ValueError, match="prompts for 3 classes, and none for 'keas'; near is 'kea'"):
         zero_shot_classifier(model, ["keas"], by_class)
+
+
+def test_templates_of_shards_are_read_if_no_others_are_asked_for(tmp_path):
+    source = benchmark_set(tmp_path / "set", {"cls": CLS}, **NAMED)
+    (source / "zeroshot_classification_templates.txt").write_text("a {domain} of {c}\n")
+    with pytest.raises(ValueError, match=r"nothing fills \{domain\} in template"):
+        open_dataset(source)
+    assert open_dataset(source, templates="simple").templates == template_set("simple")
+    assert open_dataset(source, templates=()).templates == ()
+    (source / "zeroshot_classification_templates.txt").write_text("")
+    with pytest.raises(ValueError, match=r"templates\.txt is empty"):
+        open_dataset(source)
+    assert open_dataset(source, templates="simple").templates == template_set("simple")
 
 
 def test_prompts_by_class_lie_beside_the_data_too(tmp_path):

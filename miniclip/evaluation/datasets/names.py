@@ -71,12 +71,17 @@ def _near_template_set(templates: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def settle_templates(found: Found, templates: str | Path | None, names: tuple[str, ...]) -> tuple[Prompts, str]:
-    """The templates to use, and where they came from."""
+def settle_templates(
+    found: Found, templates: str | Path | tuple[()] | None, names: tuple[str, ...]
+) -> tuple[Prompts, str]:
+    """The templates to use, and where they came from; those of the data are read if no others are given."""
+    if isinstance(templates, tuple):
+        return (), ""
     if templates is None:
         templates = next((path for path in found.beside.get("templates", ()) if path.is_file()), None)
     if templates is None and found.templates is not None:
-        return _checked_templates(found.templates, found.templates_from), found.templates_from
+        own = found.templates() if callable(found.templates) else found.templates
+        return _checked_templates(own, found.templates_from), found.templates_from
     if templates is None:
         return DefaultTemplates(template_set(DEFAULT_SET)), f"the built-in set {DEFAULT_SET!r}"
     if str(templates) in TEMPLATE_SETS:

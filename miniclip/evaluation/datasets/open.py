@@ -43,7 +43,7 @@ from .torchvision_sets import TORCHVISION_PREFIX, read_torchvision
 def open_dataset(
     source: str | Path,
     classnames: str | Path | None = None,
-    templates: str | Path | None = None,
+    templates: str | Path | tuple[()] | None = None,
     group_column: str | None = None,
     split: str | None = None,
     label_column: str | None = None,
@@ -58,7 +58,8 @@ def open_dataset(
         classnames: built-in ones ("imagenet", or another of `prompts.CLASSNAME_SETS`), or a file of one name a line, in
             label order; by default the data's own.
         templates: a built-in set (of `prompts.TEMPLATE_SETS`), a file of one a line, or a .json of
-            {class name: [its prompts]}; by default the data's own, else "simple".
+            {class name: [its prompts]}; by default the data's own, else "simple". () for none, of a set that nobody is
+            asked about, or that gets them by `with_templates`: files beside the data are not read.
         group_column: the column (or entry of shards' `.json`) whose equal values mark images that belong together.
         split: the part to evaluate on, of data that have several; by default "test", else the one for validation.
         label_column, image_column: of a table or a `datasets` set; by default found by their names and types.
@@ -131,7 +132,7 @@ def open_images(source: str | Path, group_column: str | None = None) -> Evaluati
             raise ValueError(f"{source} holds no images" + (f": {summary(left_out)}" if left_out else ""))
         _warn_of(left_out, str(source))
         return EvaluationSet(path.resolve().name, below.images, left_out=left_out)
-    data: Any = open_dataset(source)
+    data: Any = open_dataset(source, templates=())
     if group_column is not None and group_column in data.metadata:
         return replace(data, groups=_groups(data, group_column, str(source)))
     if group_column is not None and rank_and_world_size()[0] == 0:

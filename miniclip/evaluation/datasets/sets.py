@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -222,6 +222,7 @@ class Found:
         labels: N names or indices, as texts; lists of them for several labels each.
         labels_from: where the labels are read, which the class names are taken from if there are no others.
         classnames: the source's own, in the order of its labels.
+        templates: the source's own, or what reads them.
         beside: files that may hold names and prompts, in the order in which they count.
     """
 
@@ -234,7 +235,7 @@ class Found:
     captions: tuple[tuple[str, ...], ...] = ()
     classnames: tuple[str, ...] | None = None
     classnames_from: str = ""
-    templates: Prompts | None = None
+    templates: Prompts | Callable[[], Prompts] | None = None
     templates_from: str = ""
     beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     identity: str | None = None

@@ -164,7 +164,7 @@ def _read_shards(
         labels_from=f".{members[task]} of the shards",
         classnames=classnames,
         classnames_from="" if classnames is None else "classnames.txt of the data",
-        templates=None if wordings is None else templates_of(wordings, f"{source}/{templates}"),
+        templates=None if wordings is None else partial(templates_of, wordings, f"{source}/{templates}"),
         templates_from=f"{templates} of the data",
     )
 
