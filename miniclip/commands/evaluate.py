@@ -181,8 +181,11 @@ def _print_comparison(first: str, second: str) -> None:
         from ..reports.comparison import compare_runs
         from ..reports.tables import comparison_tables
 
-    for table in comparison_tables(compare_runs(first, second)):
+    compared = compare_runs(first, second)
+    for table in comparison_tables(compared.changes):
         console().print(table)
+    for each in compared.left_out:
+        print(f"not compared: {printable(each)}", file=sys.stderr)
 
 
 def _evaluate(options: argparse.Namespace, device: str | None) -> None:

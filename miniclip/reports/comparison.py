@@ -47,6 +47,19 @@ class Change:
     by_class: tuple[tuple[str, int, float, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Two runs.
+
+    Args:
+        changes: of the results that both have.
+        left_out: a sentence for each result that is not compared, with the reason.
+    """
+
+    changes: tuple[Change, ...]
+    left_out: tuple[str, ...]
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """What `write_json` wrote.
 
@@ -67,7 +80,7 @@ def read(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
+def compare_runs(first: str | Path, second: str | Path) -> Compared:
     """What changed from one results.json to another, on data sets that both have.
 
     Results are matched by data set and task; if a file has several of those (models, prompts), by model and prompts
@@ -77,18 +90,36 @@ def compare_runs(first: str | Path, second: str | Path) -> list[Change]:
         ValueError: nothing in common, or the same data set with other images.
     """
     one, two = (read(path)["results"] for path in (first, second))
-    changes = []
+    changes: list[Change] = []
+    left_out, matched = [], []
     for a in one:
-        b = _counterpart(a, one, two)
-        if b is not None:
-            changes += _changes(a, b, str(first), str(second))
+        if (b := _counterpart(a, one, two)) is None:
+            left_out.append(f"{_title(a)}: {second} has {_others(a, two)}")
+            continue
+        matched.append(b)
+        found = _changes(a, b, str(first), str(second))
+        changes += found
+        if not found:
+            left_out.append(f"{_title(a)}: images of several labels each are not right or wrong")
+    unmatched = [b for b in two if not any(b is each for each in matched)]
+    left_out += [f"{_title(b)}: {first} has {_others(b, one)}" for b in unmatched]
     if not changes:
         sets = [", ".join(dict.fromkeys(f"{r['dataset']} ({r['task']})" for r in each)) for each in (one, two)]
         raise ValueError(
             f"{first} and {second} have no results to compare: the first has {sets[0]}, the second {sets[1]}; images "
             "of several labels each are not right or wrong, so there is nothing to compare of them"
         )
-    return changes
+    return Compared(tuple(changes), tuple(left_out))
+
+
+def _title(result: dict[str, Any]) -> str:
+    return ", ".join(filter(None, [f"{result['dataset']} ({result['task']})", _model(result), _label(result)]))
+
+
+def _others(result: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """What a run has in place of a result's counterpart."""
+    of_set = [each for each in results if all(each[name] == result[name] for name in ("dataset", "task"))]
+    return f"{len(of_set)} of that set, and not one that matches it by model and prompts" if of_set else "no such set"
 
 
 def _counterpart(a: dict[str, Any], one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, Any] | None:

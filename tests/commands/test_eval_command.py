@@ -245,6 +245,13 @@ def test_two_results_are_compared_image_by_image(models, sets, tmp_path, capsys)
     evaluate("--model", models[0], "--data", sets / "sketches", "--out", tmp_path / "c")
     assert "no results to compare" in fails(capsys, ["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "c")])
     assert "no file" in fails(capsys, ["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "nowhere")])
+    merged = json.loads((tmp_path / "a/results.json").read_text())
+    merged["results"] += results(tmp_path / "c")
+    (tmp_path / "both.json").write_text(json.dumps(merged))
+    cli.main(["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "both.json")])
+    said = capsys.readouterr()
+    assert "photos" in said.out
+    assert re.fullmatch(r"not compared: sketches \(.*\), .*: .*a has no such set\n", said.err)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_robustness_is_printed_with_what_exceeds_the_line(tmp_path):
 def changes(folder: Path, before: list[Result], after: list[Result]) -> list[Any]:
     for name, results in (("before", before), ("after", after)):
         write_json(folder / name / "results.json", results)
-    return compare_runs(folder / "before", folder / "after")
+    return list(compare_runs(folder / "before", folder / "after").changes)
 
 
 def test_a_comparison_says_better_worse_or_chance_and_how_many_were_made(tmp_path):

@@ -333,7 +333,7 @@ def compare(tmp_path):
     def compare(first: list[Result], second: list[Result]):
         for name, results in (("a", first), ("b", second)):
             write_json(tmp_path / name / "results.json", results)
-        return compare_runs(tmp_path / "a", tmp_path / "b" / "results.json")
+        return compare_runs(tmp_path / "a", tmp_path / "b" / "results.json").changes
 
     return compare
 
@@ -359,6 +359,31 @@ def test_only_sets_of_both_runs_are_compared(compare, tmp_path):
         compare([one], [other])
 
 
+def test_what_is_not_compared_is_listed_with_the_reason(tmp_path):
+    def run(name: str, *results: Result) -> Path:
+        write_json(tmp_path / name / "results.json", results)
+        return tmp_path / name
+
+    pets, other = classified(tmp_path, GUESSES), classified(tmp_path, GUESSES, name="other")
+    x, y, z = (classified(tmp_path, GUESSES, model=name, name="zoo", templates_from="a") for name in "xyz")
+    first = run("first", pets, multilabelled(tmp_path), x, y)
+    second = run("second", multilabelled(tmp_path), y, z, retrieved(tmp_path), pets, other)
+    found = compare_runs(first, second)
+    assert [(each.dataset, each.models) for each in found.changes] == [
+        ("pets", ("runs/x/best", "runs/x/best")),
+        ("zoo", ("y", "y")),
+    ]
+    task = "zeroshot_classification"
+    assert found.left_out == (
+        "many (zeroshot_multilabel), runs/x/best: images of several labels each are not right or wrong",
+        f"zoo ({task}), x, a: {second} has 2 of that set, and not one that matches it by model and prompts",
+        f"zoo ({task}), z, a: {first} has 2 of that set, and not one that matches it by model and prompts",
+        f"scenes (zeroshot_retrieval), runs/x/best: {first} has no such set",
+        f"other ({task}), runs/x/best: {first} has no such set",
+    )
+    assert compare_runs(first, first).left_out == found.left_out[:1]
+
+
 def test_other_images_or_labels_are_refused(compare, tmp_path):
     one = classified(tmp_path / "1", GUESSES)
     with pytest.raises(ValueError, match=r"6 images in .* and 6 in .*, 0 of them the same"):
@@ -377,7 +402,7 @@ def test_other_classes_are_told_and_other_captions_refused(compare, tmp_path):
     one = classified(tmp_path, GUESSES)
     (same,) = compare([one], [one])
     more = changed("more.json", lambda result: result["classnames"].append("a kea"))
-    (change,) = compare_runs(tmp_path / "a", more)
+    (change,) = compare_runs(tmp_path / "a", more).changes
     first, second = (prompts.removeprefix(same.prompts[0]) for prompts in change.prompts)
     count = len(one.scores.data.classnames)
     assert re.fullmatch(rf", {count} classes \(cat, dog\b.*\)", first)
@@ -390,7 +415,7 @@ def test_other_classes_are_told_and_other_captions_refused(compare, tmp_path):
             with pytest.raises(ValueError, match="has other captions in"):
                 compare_runs(tmp_path / "a", other)
         else:
-            assert len(compare_runs(tmp_path / "a", other)) == 2
+            assert len(compare_runs(tmp_path / "a", other).changes) == 2
 
 
 def test_models_and_prompts_are_matched_where_a_run_has_several(compare, tmp_path):
