@@ -343,6 +343,63 @@ def test_a_reader_goes_on_while_old_versions_are_deleted(index, photos):
     assert len(reader.search("a", topk=99)) == 52
 
 
+def without_id(location: Path) -> None:
+    """Makes an index as it was before tables had ids, at the same place and of as many versions."""
+    import lancedb
+
+    rows = lancedb.connect(location).open_table("images").to_arrow()
+    facts = {name: value for name, value in rows.schema.metadata.items() if name != b"miniclip:id"}
+    shutil.rmtree(location)
+    table = lancedb.connect(location).create_table("images", schema=rows.schema.with_metadata(facts))
+    table.add(rows)
+
+
+@pytest.mark.parametrize("has_id", [True, False])
+def test_an_open_index_follows_one_that_is_made_anew_at_its_place(index, tmp_path, counting, has_id):
+    first, second = write(tmp_path / "first", ["a.png", "b.png"]), write(tmp_path / "second", ["c.png", "d.png"], 9)
+    location = Path(index.location)
+
+    def made_anew(photos: Path) -> None:
+        shutil.rmtree(location, ignore_errors=True)
+        Index(location, index.encoder).update(photos)
+        if not has_id:
+            without_id(location)
+
+    made_anew(first)
+    reader = Index(location, index.encoder)
+    query = counting.of(first / "a.png")
+    assert [Path(hit.path).name for hit in reader.search(like=first / "a.png", topk=1)] == ["a.png"]
+    version = reader.store.state[1]
+    made_anew(second)
+    expected = {str(path): float(query @ counting.of(path)) for path in second.iterdir()}
+    found = {hit.path: hit.cosine for hit in reader.search(like=first / "a.png")}
+    assert reader.store.state[1] == version
+    assert found == pytest.approx(expected, abs=1e-6)
+    shutil.rmtree(location)
+    with pytest.raises(ValueError, match=r"no index at .*photos\.index"):
+        reader.search("a")
+
+
+def test_an_index_that_is_made_anew_by_another_model_is_searched_with_that_or_refused(tmp_path, photos):
+    for name, seed in (("first", 0), ("other", 1)):
+        miniclip.save(tiny_clip(seed), tmp_path / name)
+    location = tmp_path / "an.index"
+    Index(location, str(tmp_path / "first"), device="cpu").update(photos)
+    named, open_one = Index(location, str(tmp_path / "first"), device="cpu"), Index(location, device="cpu")
+    before = [hit.cosine for hit in open_one.search("a", topk=12)]
+    assert [hit.cosine for hit in named.search("a", topk=12)] == before
+    shutil.rmtree(location)
+    Index(location, str(tmp_path / "other"), device="cpu").update(photos)
+    expected = Index(location, str(tmp_path / "other"), device="cpu").search("a", topk=12)
+    assert [hit.cosine for hit in expected] != before
+    assert open_one.search("a", topk=12) == expected
+    for _ in range(2):
+        with pytest.raises(ValueError, match="made with another model"):
+            named.search("a")
+    with pytest.raises(ValueError, match="made with another model"):
+        named.update(photos)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 

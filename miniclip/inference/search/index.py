@@ -117,8 +117,9 @@ class Index:
         _ = self.upright, self.precision
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
+        self._checked: Facts | None = None  # of the index whose model the encoder was found to be
         self._listings: dict[str, Listing] = {}  # of sources that hold pictures without a path
-        self._held: tuple[int, np.ndarray, Tensor] | None = None  # the version, ids and features of all rows
+        self._held: tuple[tuple[str, int], np.ndarray, Tensor] | None = None  # the state, ids and features of all rows
 
     def __len__(self) -> int:
         return 0 if self._known_store is None else len(self._known_store)
@@ -171,8 +172,9 @@ class Index:
         """
         if self._encoder is None:
             self._encoder = self._opened()
-            if self._known_store is not None:
-                check_model(self._encoder, self._known_store)
+        if self._known_store is not None and self._checked != self._known_store.facts:
+            check_model(self._encoder, self._known_store)
+            self._checked = self._known_store.facts
         return self._encoder
 
     def _opened(self) -> Encoder:
@@ -187,6 +189,15 @@ class Index:
             raise ValueError(
                 f"{error} (the index {self.location} was made with {name}; if that lies elsewhere now, name its model)"
             ) from error
+
+    def _follow(self, store: Store | None) -> None:
+        """Goes on with the index as it is now; nothing of another one, which was at its place before, is kept."""
+        before, self._known_store = self._known_store, store
+        if before is not None and store is not before:
+            self._listings = {}
+            if store is None or store.facts != before.facts:
+                self._encoder = None  # of another model, or in another precision
+        _ = self.upright, self.precision
 
     # -----------------------------------------------------------------------------------------------------------------
     # Update
@@ -231,9 +242,9 @@ class Index:
         if not dry_run and (self._known_store is None or self._model is not None):
             _ = self.encoder  # what is wrong with it is found before anything is made
         with nullcontext() if dry_run else writing(self.location):
-            self._known_store = find_store(self.location)
-            if self._known_store is not None and self._encoder is not None:  # another process may have made it since
-                check_model(self._encoder, self._known_store)
+            self._follow(find_store(self.location))
+            if self._encoder is not None or (self._model is not None and not dry_run):
+                _ = self.encoder  # another process may have made the index since
             listings = list_sources(
                 named,
                 image_column=image_column,
@@ -276,8 +287,9 @@ class Index:
             self.upright,
             self.precision,
         )
-        self._known_store = create_store(self.location, facts, dim, dtype)
-        return self._known_store
+        self._follow(create_store(self.location, facts, dim, dtype))
+        _ = self.encoder  # on S3 another process may have been faster
+        return self.store
 
     # -----------------------------------------------------------------------------------------------------------------
     # Search
@@ -320,8 +332,13 @@ class Index:
             raise ValueError(f'where is {shown(where)}; it must be a filter in SQL, as "year > 2010"')
         is_single = texts is None or isinstance(texts, str)
         several = [texts] if is_single else check_texts("texts", texts)
-        queries = self.queries(several, like, check_texts("minus", _several(minus)), unlike)  # type: ignore[arg-type]
-        found = self._consistently(lambda: self._search(queries, topk, where, exact))
+        removed = check_texts("minus", _several(minus))
+
+        def search() -> list[list[Hit]]:
+            queries = self.queries(several, like, removed, unlike)  # type: ignore[arg-type]
+            return self._search(queries, topk, where, exact)
+
+        found = self._consistently(search)
         hits = [[hit for hit in each if threshold is None or hit.cosine >= threshold - SAME] for each in found]
         return hits[0] if is_single else hits
 
@@ -455,7 +472,7 @@ class Index:
                 f"{_FEWEST_APPROXIMATE:,}, and pays from about 100,000"
             )
         with writing(self.location):
-            self.store.refresh()
+            self._follow(self.store.newest())
             queries = self._sampled_queries()
             num_partitions = self.store.build_approximate()
             wanted = {kind: nearest(self._blocks(None), rows, k)[1][:, -1] for kind, rows in queries.items()}
@@ -485,14 +502,14 @@ class Index:
 
     def _consistently(self, read: Callable[[], T]) -> T:
         """What is read of one version; again of the next, if another process deleted that one meanwhile."""
-        self.store.refresh()
+        self._follow(self.store.newest())
         while True:
-            version = self.store.version
+            state = self.store.state
             try:
                 return read()
             except (RuntimeError, OSError, ValueError):
-                self.store.refresh()
-                if self.store.version == version:
+                self._follow(self.store.newest())
+                if self.store.state == state:
                     raise
 
     def _blocks(self, where: str | None) -> Blocks:
@@ -514,7 +531,7 @@ class Index:
     def _hold(self) -> bool:
         """Reads the features into memory, if they fit."""
         store = self.store
-        if self._held is not None and self._held[0] == store.version:
+        if self._held is not None and self._held[0] == store.state:
             return True
         self._held = None
         num_rows = len(store)
@@ -527,7 +544,7 @@ class Index:
             there = slice(place, place + len(block))
             ids[there], features[there] = block_ids, block
             place += len(block)
-        self._held = store.version, ids, torch.from_numpy(features)
+        self._held = store.state, ids, torch.from_numpy(features)
         return True
 
 

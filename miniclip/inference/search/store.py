@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from ...common.files import expand_home, locked
 from ...common.storage import is_url
 
 OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
-_TABLE, _FACTS, _APPROXIMATE = "images", b"miniclip", b"miniclip:approximate"
+_TABLE, _FACTS, _ID, _APPROXIMATE = "images", b"miniclip", b"miniclip:id", b"miniclip:approximate"
 _FEWEST_OF_PARTITION = 256  # features, which its centre is learnt from
 DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
@@ -88,8 +89,7 @@ class Approximate:
 class Store:
     """An index that is there. `open_store` and `create_store` make one.
 
-    Every reading method sees the version that was the last one at opening, at `refresh`, or at this object's own
-    commit.
+    Every reading method sees the version that was the last one at opening, at `newest`, or at this object's own commit.
     """
 
     def __init__(self, location: str, table: Any) -> None:
@@ -106,8 +106,18 @@ class Store:
         return self._table.count_rows()
 
     @property
-    def version(self) -> int:
-        return self._table.version
+    def id(self) -> str:
+        """Of this table, and of no other that is made at the same place."""
+        if (written := self.schema.metadata.get(_ID)) is not None:
+            return written.decode()
+        # Tables from before there were ids: one for each version.
+        times = [each["timestamp"] for each in self._table.list_versions() if each["version"] == self._table.version]
+        return str(times)
+
+    @property
+    def state(self) -> tuple[str, int]:
+        """What is read: the table's id, and its version."""
+        return self.id, self._table.version
 
     @property
     def schema(self) -> Any:
@@ -126,9 +136,18 @@ class Store:
     def metadata_columns(self) -> list[str]:
         return [name for name in self.schema.names if name not in OWN_COLUMNS]
 
-    def refresh(self) -> None:
-        """Goes on to the newest version."""
-        self._table.checkout_latest()
+    def newest(self) -> Store:
+        """This index at its newest version; or the one that was made anew at its place.
+
+        Raises:
+            ValueError: there is none any more.
+        """
+        with suppress(RuntimeError, OSError, ValueError):
+            before = self.id
+            self._table.checkout_latest()
+            if self.id == before:
+                return self
+        return open_store(self.location)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -333,7 +352,7 @@ def create_store(location: str | Path, facts: Facts, dim: int, dtype: str = "flo
             pa.field("content", pa.string()),
             pa.field("features", pa.list_({"float32": pa.float32(), "float16": pa.float16()}[dtype], dim)),
         ],
-        metadata={_FACTS: json.dumps(asdict(facts))},
+        metadata={_FACTS: json.dumps(asdict(facts)), _ID: uuid.uuid4().hex},
     )
     if not is_url(location):
         Path(location).mkdir(parents=True, exist_ok=True)
