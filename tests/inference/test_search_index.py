@@ -52,6 +52,17 @@ def index(tmp_path, counting):
     return Index(tmp_path / "photos.index", from_object(counting, "counting"))
 
 
+@pytest.fixture
+def years(index, photos, tmp_path):
+    """An index of six pictures, by a table with years from 2000 and cameras X, of odd years, and Y."""
+    rows = [
+        {"image": f"photos/mon/{n}.png", "year": 2000 + n, "camera": "X" if n % 2 else "Y", "fast": n < 3}
+        for n in range(6)
+    ]
+    (tmp_path / "years.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index.update(tmp_path / "years.jsonl")
+
+
 def test_an_index_among_its_pictures_does_not_report_its_own_files(photos, counting):
     (photos / "notes.pdf").write_bytes(b"%PDF")
     index = Index(photos / "an.index", from_object(counting, "counting"))
@@ -233,6 +244,51 @@ def test_a_table_brings_columns_whose_changes_cost_no_encoding(index, photos, tm
     assert len(index.search("a", where="year IS NULL", topk=99)) == 6
     with pytest.raises(ValueError, match=r"'yeer > 3'.*yeer.*columns are key, path, .*year, camera"):
         index.search("a", where="yeer > 3")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        " year > 2003",
+        " banana",
+        "; DROP TABLE images",
+        ";",
+        " ORDER BY year LIMIT 1",
+        ") OR (year = 2001",
+        " AS BOOLEAN) OR CAST(year = 2001",
+        ", year > 2003",
+        " -- of all\n year > 2003",
+    ],
+)
+def test_a_filter_that_goes_on_behind_its_condition_is_refused(index, years, rest):
+    with pytest.raises(ValueError, match="goes on behind a condition that is complete") as caught:
+        index.search("a", where=f"camera = 'X'{rest}")
+    assert repr(f"camera = 'X'{rest}") in str(caught.value)
+    with pytest.raises(ValueError, match="goes on behind a condition"):
+        index.near_duplicates(0.5, where=f"camera = 'X'{rest}")
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("camera = 'X' AND year > 2001", {3, 5}),
+        ("(camera = 'X') OR (year = 2000)", {0, 1, 3, 5}),
+        ("year > 2001 -- and no older; one", {2, 3, 4, 5}),
+        ("year /* not ( */ IN (2001, 2004)\n", {1, 4}),
+        ("camera = 'it''s -- ) ; ('", set()),
+        ("NOT camera = 'X' AND year BETWEEN 2001 AND 2004", {2, 4}),
+        ("fast", {0, 1, 2}),
+        ("NOT fast", {3, 4, 5}),
+        ("camera", None),
+        ("camera = (", None),
+    ],
+)
+def test_a_filter_is_one_condition(index, years, where, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="can't be followed"):
+            index.search("a", where=where)
+    else:
+        assert {hit.metadata["year"] - 2000 for hit in index.search("a", where=where, topk=99)} == expected
 
 
 def test_pictures_in_shards_are_known_by_their_place_and_compared_by_content(index, tmp_path, counting):
