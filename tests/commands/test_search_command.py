@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from browser import WIDTHS
@@ -27,6 +28,7 @@ def made(tmp_path_factory):
         write_picture(folder / f"photos/{number}.png", number % 7)  # the last is a copy of the first
     rows = [{"image": f"photos/{n}.png", "Year": 2000 + n, "camera": "X" if n % 2 else "Y"} for n in range(8)]
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "queries.txt").write_text("a picture\n\na dog\n")
     miniclip.save(tiny_clip(), folder / "model")
     cli.main(["index", str(folder / "table.jsonl"), str(folder / "an.index"), "--model", str(folder / "model")])
     return folder
@@ -49,11 +51,50 @@ def test_results_come_as_a_table_json_csv_and_paths(world, capsys):
     assert capsys.readouterr().out.splitlines() == [row["path"] for row in found]
     cli.main(["search", "an.index", "--topk", "3", "a picture"])  # a text may stand behind options
     assert found[2]["path"] in capsys.readouterr().out
-    (world / "queries.txt").write_text("a picture\n\na dog\n")
     cli.main(["search", "an.index", "--queries", str(world / "queries.txt"), "--topk", "3", "--csv"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["query"] for row in rows] == ["a picture"] * 3 + ["a dog"] * 3
     assert [row["path"] for row in rows[:3]] == [row["path"] for row in found]
+
+
+OWN = {"group": 7, "query": "q", "rank": 99, "cosine": "c", "camera.make": "dot", "camera_make": "line", "_rowid": 3}
+
+
+def test_no_column_of_a_table_is_lost_for_its_name(world, capsys):
+    rows = [{"image": str(world / f"photos/{n}.png"), **OWN, "key": "k", "a`b": "tick"} for n in range(2)]
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = ["index", "t.jsonl", "t.index"]
+    cli.main([*index, "--model", str(world / "model")])
+    renamed = capsys.readouterr().err
+    assert "column 'rank' of" in renamed
+    assert "t.jsonl is given_rank in the index" in renamed
+    assert "column 'camera.make'" in renamed
+    assert "camera_make_2" in renamed
+    assert "'camera_make' of" not in renamed
+    expected = {f"given_{name}": value for name, value in OWN.items() if "camera" not in name}
+    expected |= {"camera_make": "line", "camera_make_2": "dot", "given_key": "k", "a_b": "tick"}
+    cli.main(["search", "t.index", "--queries", str(world / "queries.txt"), "--topk", "1", "--json"])
+    for row in json.loads(capsys.readouterr().out):
+        assert {name: row.pop(name) for name in expected} == expected
+        assert set(row) == {"query", "rank", "cosine", "path"}
+        assert (row["query"] in ("a picture", "a dog"), row["rank"], type(row["cosine"])) == (True, 1, float)
+    cli.main(["search", "t.index", "--near-duplicates", "-0.99", "--json", "--where", "given_group = 7"])
+    assert [(row["group"], row["given_group"]) for row in json.loads(capsys.readouterr().out)] == [(1, 7), (1, 7)]
+    cli.main([*index, "--dry-run", "--json"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[-1] == {"pictures": "unchanged", "count": 2}
+    assert "given_rank" in printed.err
+
+
+def test_an_index_from_before_may_have_columns_with_names_of_results(world, capsys):
+    import lancedb
+    import pyarrow as pa
+
+    lancedb.connect("an.index").open_table("images").add_columns([pa.field("rank", pa.int64())])
+    cli.main(["search", "an.index", "a picture", "--json"])
+    printed = capsys.readouterr()
+    assert [(row["rank"], row["given_rank"]) for row in json.loads(printed.out)] == [(n, None) for n in range(1, 9)]
+    assert "column 'rank' of the index is given_rank in the results" in printed.err
 
 
 def test_filters_and_near_duplicates(world, capsys):

@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _note(updated: Updated, is_dry: bool) -> None:
     note_left_out(updated.left_out)
+    for sentence in updated.renamed:
+        note(f"note: {sentence}")
     note_unreadable(updated.problems, updated.new + updated.changed + len(updated.problems))
     for key in updated.unreachable[:_MOST_NAMED]:
         note(f"stays in the index, and can't be looked at now: {key}")

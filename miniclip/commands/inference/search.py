@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> None:
     if options.model:
         index = Index(options.index, options.model, **opened)
     first = "group" if options.near_duplicates is not None else "query" if len(texts) > 1 else None
-    with nullcontext() if options.paths else results(options, _columns(index, first)) as write:
+    facts = {} if options.paths else _names_in_results(index)
+    with nullcontext() if options.paths else results(options, _columns(index, first, facts)) as write:
         if options.near_duplicates is not None:
             found = index.near_duplicates(options.near_duplicates, where=options.where, progress=progress_bar)
             titles: Sequence[Any] = range(1, len(found) + 1)
@@ -95,7 +96,8 @@ def run(options: argparse.Namespace) -> None:
         for title, hits in zip(titles, found, strict=True):
             for rank, hit in enumerate(hits, start=1):
                 shown = {"rank": rank, "cosine": hit.cosine, "path": hit.path or hit.key}
-                write({**hit.metadata, "group": title, "query": title, **shown})
+                others = {column: hit.metadata.get(name) for name, column in facts.items()}
+                write({"group": title, "query": title, **shown, **others})
 
 
 def _refuse_bad_query(options: argparse.Namespace) -> None:
@@ -142,7 +144,18 @@ def _asked_texts(options: argparse.Namespace) -> list[str | None]:
     return list(lines)
 
 
-def _columns(index: Index, first: str | None) -> dict[str, type]:
+def _names_in_results(index: Index) -> dict[str, str]:
+    """What the index's columns are called in results; those of an index from before may have names of results."""
+    from ...inference.search.columns import column_names
+
+    facts = column_names(index.store.metadata_columns)
+    for name, shown in facts.items():
+        if name != shown:
+            note(f"note: column {name!r} of the index is {shown} in the results")
+    return facts
+
+
+def _columns(index: Index, first: str | None, facts: Mapping[str, str]) -> dict[str, type]:
     import pyarrow as pa
 
     def kind(name: str) -> type:
@@ -151,8 +164,7 @@ def _columns(index: Index, first: str | None) -> dict[str, type]:
         return next((each for each, holds in numbers.items() if holds(column)), str)
 
     leading: dict[str, type] = {first: int if first == "group" else str} if first else {}
-    facts = {name: kind(name) for name in index.store.metadata_columns if name not in ("rank", "cosine", *leading)}
-    return {**leading, "rank": int, "cosine": float, "path": str, **facts}
+    return {**leading, "rank": int, "cosine": float, "path": str, **{facts[name]: kind(name) for name in facts}}
 
 
 def _search(index: Index, options: argparse.Namespace, texts: Sequence[str | None]) -> list[list[Hit]]:

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from typing import Any
 
 from .store import OWN_COLUMNS
 
+RESULT_COLUMNS = ("group", "query", "rank", "cosine")  # beside the path, in what a search prints
 
-def column_name(name: str) -> str:
-    """A column's name in an index, whose own columns have theirs; a dot would mean a part of a column.
 
-    >>> column_name("camera.make"), column_name("key")
-    ('camera_make', 'given_key')
+def column_names(names: Iterable[str]) -> dict[str, str]:
+    """The column of an index for each name: another where LanceDB, the index or its results have that name themselves,
+    where SQL would read a part of it, and where it is another name's already.
+
+    >>> column_names(["camera.make", "camera_make", "key", "year"])
+    {'camera.make': 'camera_make_2', 'camera_make': 'camera_make', 'key': 'given_key', 'year': 'year'}
     """
-    name = name.replace(".", "_").strip() or "unnamed"
-    return f"given_{name}" if name in OWN_COLUMNS else name
+    wanted = {name: _allowed(name) for name in names}
+    taken = {name for name, column in wanted.items() if name == column}
+    found = {}
+    for name, column in wanted.items():
+        if column != name:
+            numbered = (f"{column}_{number}" for number in count(2))
+            column = next(each for each in chain([column], numbered) if each not in taken)
+            taken.add(column)
+        found[name] = column
+    return found
+
+
+def _allowed(name: str) -> str:
+    name = _escaped(name).replace(".", "_").replace("`", "_").strip() or "unnamed"
+    is_other = name in (*OWN_COLUMNS, *RESULT_COLUMNS) or name.startswith("_row")  # LanceDB's _rowid, _rowaddr, …
+    return f"given_{name}" if is_other else name
 
 
 def as_columns(metadata: Mapping[str, Sequence[Any]], schema: Any, source: str) -> dict[str, Any]:
@@ -30,8 +48,9 @@ def as_columns(metadata: Mapping[str, Sequence[Any]], schema: Any, source: str) 
         ValueError: values that a column of the index can't hold.
     """
     found = {}
+    columns = column_names(metadata)
     for name, values in metadata.items():
-        column = column_name(name)
+        column = columns[name]
         known = schema.field(column).type if schema is not None and column in schema.names else None
         array = _array([_plain_cell(value) for value in values], known, column, source)
         if known is not None or array.null_count < len(array):
@@ -63,7 +82,11 @@ def _plain_cell(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, float) and math.isnan(value):
         return None
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+    return _escaped(value) if isinstance(value, str) else value
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cell_as_text(value: Any) -> str | None:

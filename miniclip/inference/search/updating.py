@@ -21,7 +21,7 @@ from ...data.reading.scan import LeftOut
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import encode_in_batches
 from .changes import At, Changes, Known, Listing, find_changes, storable
-from .columns import as_columns
+from .columns import as_columns, column_names
 from .store import Store
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Updated:
         problems: why pictures could not be read, or were left for the next update.
         unreachable: keys of pictures that can't be looked at, and stay in the index.
         left_out: what of the sources is no picture.
+        renamed: which columns of the sources have another name in the index.
     """
 
     new: int
@@ -55,6 +56,7 @@ class Updated:
     problems: Sequence[str] = ()
     unreachable: Sequence[str] = ()
     left_out: Sequence[LeftOut] = ()
+    renamed: Sequence[str] = ()
 
 
 @dataclass
@@ -87,6 +89,12 @@ class Plan:
             changes.unchanged,
             unreachable=changes.unreachable,
             left_out=changes.left_out,
+            renamed=[
+                f"column {name!r} of {listing.source} is {column} in the index"
+                for listing in self.listings
+                for name, column in column_names(listing.data.metadata).items()
+                if name != column
+            ],
         )
 
 
