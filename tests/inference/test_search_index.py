@@ -291,6 +291,17 @@ def test_a_filter_is_one_condition(index, years, where, expected):
         assert {hit.metadata["year"] - 2000 for hit in index.search("a", where=where, topk=99)} == expected
 
 
+def test_a_second_table_may_share_no_picture_with_the_first(index, photos, tmp_path):
+    for day, first in (("mon", 2000), ("tue", 2010)):
+        rows = [{"image": f"photos/{day}/{n}.png", "year": first + n} for n in range(6)]
+        (tmp_path / f"{day}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert counts(index.update(tmp_path / f"{day}.jsonl")) == {"new": 6}
+    found = {hit.key: hit.metadata["year"] for hit in index.search("a", topk=99)}
+    assert found == {
+        str(photos / day / f"{n}.png"): y + n for day, y in (("mon", 2000), ("tue", 2010)) for n in range(6)
+    }
+
+
 def test_pictures_in_shards_are_known_by_their_place_and_compared_by_content(index, tmp_path, counting):
     shards = tmp_path / "shards"
     pack_folder(write_pairs(tmp_path / "pairs", 6), shards)

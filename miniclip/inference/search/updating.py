@@ -119,9 +119,9 @@ def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any
         columns = as_columns(listing.data.metadata, store.schema, listing.source)
         pairs = [(index, row_of[key]) for index, key in enumerate(listing.keys) if columns and key in row_of]
         for name, values in columns.items():
-            now = values.take([index for index, _ in pairs]).to_pylist()
+            now = _taken(values, [index for index, _ in pairs]).to_pylist()
             is_known = name in table.column_names
-            before = table[name].take([row for _, row in pairs]).to_pylist() if is_known else [None] * len(now)
+            before = _taken(table[name], [row for _, row in pairs]).to_pylist() if is_known else [None] * len(now)
             found |= {(number, index) for (index, _), a, b in zip(pairs, now, before, strict=True) if a != b}
     return found
 
@@ -297,9 +297,9 @@ class Update:
         }
         for name in self.store.metadata_columns:
             if name in self._columns[number]:
-                columns[name] = self._columns[number][name].take(indices)
+                columns[name] = _taken(self._columns[number][name], indices)
             elif plan.table is not None and name in plan.table.column_names:
-                columns[name] = plan.table[name].take(pa.array(known_rows, pa.int64())).combine_chunks()
+                columns[name] = _taken(plan.table[name], known_rows).combine_chunks()
             else:
                 columns[name] = pa.nulls(len(indices), schema.field(name).type)
         arrays = [
@@ -307,6 +307,13 @@ class Update:
             for name in schema.names
         ]
         return pa.table(arrays, schema=schema.remove_metadata())
+
+
+def _taken(values: Any, places: Sequence[int | None]) -> Any:
+    """Arrow's values at some places, null at None; of none, too, where a plain list would have no type."""
+    import pyarrow as pa
+
+    return values.take(pa.array(places, pa.int64()))
 
 
 def _parts(values: Sequence[T]) -> Iterable[list[T]]:
