@@ -291,6 +291,59 @@ def test_a_filter_is_one_condition(index, years, where, expected):
         assert {hit.metadata["year"] - 2000 for hit in index.search("a", where=where, topk=99)} == expected
 
 
+def facts_of(index: Index) -> dict[str, dict]:
+    return {Path(row.pop("key")).stem: row for row in index.store.read(["key", "year", "a b"]).to_pylist()}
+
+
+def test_an_equal_file_of_another_source_has_its_own_metadata(index, tmp_path, counting):
+    """Features go by content; columns by name, also where a picture replaces another one's."""
+    for name, year in (("one", 2001), ("two", 2002), ("three", None)):
+        rows = {"a": 5, "b": 6}
+        write(tmp_path / name, [f"{name} {each}.png" for each in rows], first_seed=5)
+        lines = [
+            {"image": f"{name}/{name} {each}.png", "a b": each} | ({"year": year + n} if year else {})
+            for n, each in enumerate(rows)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert counts(index.update(tmp_path / "one.jsonl")) == {"new": 2}
+    assert counts(index.update(tmp_path / "two.jsonl")) == {"moved": 2}
+    assert counts(index.update(tmp_path / "three.jsonl")) == {"moved": 2}
+    write(tmp_path / "plain", ["plain.png"], first_seed=5)
+    assert counts(index.update(tmp_path / "plain")) == {"moved": 1}
+    expected = {f"one {name}": (2001 + n, name) for n, name in enumerate("ab")}
+    expected |= {f"two {name}": (2002 + n, name) for n, name in enumerate("ab")}
+    expected |= {f"three {name}": (None, name) for name in "ab"} | {"plain": (None, None)}
+    assert {key: (row["year"], row["a b"]) for key, row in facts_of(index).items()} == expected
+    check(index, counting, tmp_path)
+
+
+def test_a_column_that_a_table_no_longer_has_is_null_in_its_rows_alone(index, photos, tmp_path, counting):
+    def update(name: str, day: str, **columns) -> dict[str, int]:
+        rows = [{"image": f"photos/{day}/{n}.png", **columns} for n in range(6)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return counts(index.update(tmp_path / name))
+
+    assert update("mon.jsonl", "mon", year=1, **{"a b": "x"}) == {"new": 6}
+    index.update(photos)  # brings tue's
+    assert update("tue.jsonl", "tue", year=2, **{"a b": "x"}) == {"touched": 6}
+    assert update("marks.jsonl", "tue", mark=9) == {"touched": 6}  # another table about the same pictures
+    counting.num_images = 0
+    for name, day in (("mon.jsonl", "mon"), ("tue.jsonl", "tue")):
+        assert update(name, day, year=3) == {"touched": 6}
+        assert update(name, day, year=3) == {"unchanged": 6}
+    assert counts(index.update(photos)) == {"unchanged": 12}
+    rows = index.store.read(["year", "a b", "mark", "path"]).to_pylist()
+    assert {(row["year"], row["a b"], row["mark"], "/tue/" in row["path"]) for row in rows} == {
+        (3, None, None, False),
+        (3, None, 9, True),
+    }
+    assert update("tue.jsonl", "tue") == {"touched": 6}
+    assert index.search("a", where="year IS NULL AND mark = 9", topk=99)[0].metadata["year"] is None
+    assert update("tue.jsonl", "tue", year=4) == {"touched": 6}
+    assert len(index.search("a", where="year = 4 AND mark = 9", topk=99)) == 6
+    assert counting.num_images == 0
+
+
 def test_a_second_table_may_share_no_picture_with_the_first(index, photos, tmp_path):
     for day, first in (("mon", 2000), ("tue", 2010)):
         rows = [{"image": f"photos/{day}/{n}.png", "year": first + n} for n in range(6)]

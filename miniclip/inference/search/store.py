@@ -15,7 +15,7 @@ import re
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -29,7 +29,8 @@ from ...common.files import expand_home, locked
 from ...common.storage import is_url
 
 OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
-_TABLE, _FACTS, _ID, _APPROXIMATE = "images", b"miniclip", b"miniclip:id", b"miniclip:approximate"
+_TABLE, _FACTS, _ID = "images", b"miniclip", b"miniclip:id"
+_APPROXIMATE, _SOURCES = b"miniclip:approximate", b"miniclip:sources"  # of fields
 _FEWEST_OF_PARTITION = 256  # features, which its centre is learnt from
 DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
@@ -259,8 +260,7 @@ class Store:
         self._set_approximate(json.dumps(asdict(measured)))
 
     def _set_approximate(self, written: str | None) -> None:
-        with self._write_errors():
-            self._table.update_field_metadata({"path": "features", "metadata": {_APPROXIMATE.decode(): written}})
+        self._set_of_field("features", _APPROXIMATE, written)
 
     def search_approximate(
         self, queries: np.ndarray, k: int, nprobes: int, refined: int, where: str | None = None
@@ -282,6 +282,22 @@ class Store:
             return
         with self._write_errors():
             self._table.add_columns(list(fields))
+
+    def columns_of(self, source: str) -> set[str]:
+        """The columns that a source brought at its last update."""
+        return {name for name in self.metadata_columns if source in self._sources_of(name)}
+
+    def set_columns_of(self, source: str, columns: Set[str]) -> None:
+        for name in sorted(self.columns_of(source) ^ columns):
+            sources = {*self._sources_of(name)} ^ {source}
+            self._set_of_field(name, _SOURCES, json.dumps(sorted(sources)))
+
+    def _sources_of(self, column: str) -> list[str]:
+        return json.loads((self.schema.field(column).metadata or {}).get(_SOURCES, "[]"))
+
+    def _set_of_field(self, column: str, name: bytes, value: str | None) -> None:
+        with self._write_errors():
+            self._table.update_field_metadata({"path": f"`{column}`", "metadata": {name.decode(): value}})
 
     def put(self, rows: Any) -> None:
         """One version: the rows of an Arrow table of this schema replace those of the same keys, or are added."""

@@ -72,11 +72,6 @@ class Plan:
     table: Any = None
     row_of: dict[str, int] = field(default_factory=dict)
 
-    def known_row(self, at: At) -> int | None:
-        """The row that a picture replaces, or takes over."""
-        row = self.row_of.get(self.listings[at[0]].keys[at[1]])
-        return self.changes.moved.get(at) if row is None else row
-
     def updated(self) -> Updated:
         """What it would do."""
         changes = self.changes
@@ -116,7 +111,7 @@ def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any
     """The pictures whose metadata are not those of their row."""
     found: set[At] = set()
     for number, listing in enumerate(listings):
-        columns = as_columns(listing.data.metadata, store.schema, listing.source)
+        columns = _columns_of(listing, store)
         pairs = [(index, row_of[key]) for index, key in enumerate(listing.keys) if columns and key in row_of]
         for name, values in columns.items():
             now = _taken(values, [index for index, _ in pairs]).to_pylist()
@@ -124,6 +119,16 @@ def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any
             before = _taken(table[name], [row for _, row in pairs]).to_pylist() if is_known else [None] * len(now)
             found |= {(number, index) for (index, _), a, b in zip(pairs, now, before, strict=True) if a != b}
     return found
+
+
+def _columns_of(listing: Listing, store: Store) -> dict[str, Any]:
+    """The metadata of a listing as `as_columns` has them, null in the columns that its source no longer has."""
+    import pyarrow as pa
+
+    columns = as_columns(listing.data.metadata, store.schema, listing.source)
+    for name in store.columns_of(listing.source) - set(columns):
+        columns[name] = pa.nulls(len(listing.keys), store.schema.field(name).type)
+    return columns
 
 
 class Update:
@@ -196,6 +201,9 @@ class Update:
         """Deletes what is gone, and tidies up."""
         if self._known_store is None:
             return
+        for listing in self.plan.listings:
+            columns = {*column_names(listing.data.metadata).values()}
+            self.store.set_columns_of(listing.source, columns & {*self.store.metadata_columns})
         for part in _parts(self.plan.changes.gone):
             self.store.delete(part)
         self.store.clean()
@@ -268,9 +276,11 @@ class Update:
 
         found = []
         for listing in self.plan.listings:
-            columns = as_columns(listing.data.metadata, self.store.schema, listing.source)
+            columns = _columns_of(listing, self.store)
             there = self.store.schema.names
             self.store.add_columns([pa.field(name, each.type) for name, each in columns.items() if name not in there])
+            # Noted before there are rows with them, and forgotten when none is left: a killed update forgets none.
+            self.store.set_columns_of(listing.source, {*columns})
             found.append(columns)
         return found
 
@@ -278,8 +288,8 @@ class Update:
         import pyarrow as pa
 
         plan, listing, schema = self.plan, self.plan.listings[number], self.store.schema
-        known_rows = [plan.known_row((number, index)) for index in indices]
-        is_own = [listing.keys[index] in plan.row_of for index in indices]
+        # Features go by content; all else that is known of a picture goes by its name.
+        known_rows = [plan.row_of.get(listing.keys[index]) for index in indices]
         computed = plan.changes.contents
         missing = [index for index in indices if (number, index) not in computed]
         contents = dict(zip(missing, listing.contents(missing), strict=True))
@@ -287,10 +297,7 @@ class Update:
             "key": [listing.keys[index] for index in indices],
             "path": [None if (path := listing.paths[index]) is None else storable(path) for index in indices],
             # A picture belongs to the source that brought it first.
-            "source": [
-                plan.table["source"][row].as_py() if own else listing.source
-                for row, own in zip(known_rows, is_own, strict=True)
-            ],
+            "source": [listing.source if row is None else plan.table["source"][row].as_py() for row in known_rows],
             "stamp": [listing.stamps[index] for index in indices],
             "content": [computed.get((number, index), contents.get(index)) for index in indices],
             "features": self.store.as_features(features),
