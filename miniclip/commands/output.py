@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import csv
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from ..common.files import atomic_write
+from ..common.files import atomic_write, csv_line
 from ..common.wording import printable
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results, on standard output; without any of these, a table")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json", action="store_true", help="an array with an object for each row, in UTF-8 or ASCII")
-    one.add_argument("--csv", action="store_true", help="comma-separated values, in UTF-8")
+    one.add_argument("--csv", action="store_true", help="comma-separated values, in UTF-8; file names as they are")
     one.add_argument("--parquet", metavar="FILE", help="a new Parquet file; - for standard output")
 
 
@@ -172,27 +171,19 @@ class _Csv:
     def __init__(self, columns: Mapping[str, type]) -> None:
         _set_encoding("utf-8", "miniclip.bytes")
         self.columns, self.is_begun = list(columns), False
-        self.writer = csv.writer(_Printed(), lineterminator="\n")
 
     def _begin(self) -> None:
         if not self.is_begun:  # not before there is a result: the work may fail
-            self.writer.writerow(self.columns)
+            _print(csv_line(self.columns))
             self.is_begun = True
 
     def write(self, row: Row) -> None:
         self._begin()
-        self.writer.writerow([_csv_cell(row.get(name)) for name in self.columns])
+        _print(csv_line(_csv_cell(row.get(name)) for name in self.columns))
 
     def end(self) -> None:
         self._begin()
         _flush()
-
-
-class _Printed:
-    """What `csv` writes to."""
-
-    def write(self, text: str) -> None:
-        _print(text)
 
 
 def _csv_cell(value: Any) -> Any:

@@ -65,6 +65,17 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
         text.detach()
 
 
+def csv_line(cells: Iterable[object]) -> str:
+    """A line of a table, with its end.
+
+    >>> csv_line(["a,b", 1, None, "c\\rd"])
+    '"a,b",1,,"c\\rd"\\n'
+    """
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(cells)  # until Python 3.13 it quotes a lone \r only where its own lines end with one
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
 def sync(file: IO[bytes]) -> None:
     """Flushes a file to the disk; on a file system that knows no fsync, as far as it goes."""
     file.flush()

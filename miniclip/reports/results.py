@@ -4,9 +4,7 @@ Shares are of 1 in all files."""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import io
 import json
 import platform
 import re
@@ -15,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.files import atomic_write, write_text
+from ..common.files import atomic_write, csv_line, write_text
 from ..common.version import __version__
 from ..evaluation.prompts import MINED_FROM
 from ..evaluation.robustness import Robustness
@@ -172,11 +170,8 @@ def write_csv(path: str | Path, results: Sequence[Result]) -> None:
             row["none_of_these_auroc"] = result.outside.separation.auroc
         rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    lines: list[list[object]] = [[*columns], *([row.get(name) for name in columns] for row in rows)]
+    write_text(path, "".join(csv_line(line) for line in lines))
 
 
 def write_predictions(folder: str | Path, results: Sequence[Result]) -> list[Path]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pyarrow.parquet
 import pytest
 from reader import run_in_terminal
@@ -80,6 +81,27 @@ def test_csv_comes_back_as_it_was():
     assert rows[0] == ["a b.jpg", "Bär, grün", "0.75", "1", '["x", "y \\"z\\""]']
     assert rows[1] == ["写真.png", 'a "quoted"\nname', "", "12", "[]"]
     assert rows[2][:2] == [ROWS[2]["image"], r"half of one: \ud83d"]
+
+
+@pytest.mark.parametrize("name", ["a\rb.png", "a\nb.png", "a\r\nb.png", "\r", '"\r', "a,\r", "", " "])
+def test_every_name_comes_back_from_csv(tmp_path, name):
+    row = {**ROWS[0], "image": name}
+    program = command("--csv")
+    program[3] = repr([row, row])
+    (tmp_path / "rows.csv").write_bytes(subprocess.run(program, capture_output=True, check=True).stdout)
+    with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
+        assert [each["image"] for each in csv.DictReader(file)] == [name, name]
+    read = pandas.read_csv(tmp_path / "rows.csv", keep_default_na=False)
+    assert (read["image"].tolist(), read["rank"].tolist()) == ([name, name], [1, 1])
+    data = (tmp_path / "rows.csv").read_bytes()
+    assert data.count(b"\r\n") == 2 * name.count("\r\n")  # lines end as those of other commands do
+
+
+def test_pandas_reads_a_csv_with_a_name_that_is_no_utf_8(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(run("--csv").stdout)
+    read = pandas.read_csv(tmp_path / "rows.csv", encoding_errors="backslashreplace")
+    assert read["image"].tolist() == ["a b.jpg", "写真.png", r"caf\xe9.png"]
+    assert read["rank"].tolist() == [1, 12, 3]
 
 
 @pytest.mark.parametrize("name", ["-", "new/rows.parquet"])
