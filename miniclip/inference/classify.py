@@ -26,7 +26,7 @@ from ..evaluation.encoder import Encoder
 from ..evaluation.features import FeatureCache, ImageFeatures
 from ..evaluation.measures.ties import rank_classes
 from ..evaluation.other_libraries import as_encoder
-from ..evaluation.prompts import CLASSNAME_SETS, Prompts, class_prompts, suited, warn_if_unseen
+from ..evaluation.prompts import CLASSNAME_SETS, MINED_FROM, Prompts, class_prompts, suited, warn_if_unseen
 from ..evaluation.suite import CachedEncoder, Progress, silent
 from ..evaluation.zero_shot import check_classifier, class_cosines, different_columns, same_names
 from .thresholds import ModelThreshold
@@ -164,6 +164,15 @@ class Guesses:
         """The class of the image in a row, or NONE."""
         is_none = self.is_none is not None and self.is_none[row]
         return NONE if is_none else self.classes.classnames[self.ranked[row, 0]]
+
+    def notes(self) -> list[str]:
+        """What to know of the prompts: whose words they are, if nobody chose them, and what they don't tell apart."""
+        texts = [repr(each) for each in self.classes.templates if isinstance(each, str)]
+        mined = f"prompts are in {MINED_FROM}: {some(texts, 3)}; templates of your own take their place"
+        same = [
+            f"{len(each)} classes have the prompts of {each[0]!r}; all go to the first" for each in self.same_prompts
+        ]
+        return [mined] * (self.classes.templates_from == MINED_FROM) + same[:5]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each guess, with all columns of `result_columns`."""

@@ -4,10 +4,13 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import axe_core_python
@@ -23,6 +26,7 @@ from miniclip.inference.app.answers import Answers
 from miniclip.inference.app.limits import Limits
 from miniclip.inference.classify import Classes, classify_images
 from miniclip.inference.search.index import Index
+from miniclip.inference.thresholds import ModelThreshold
 from miniclip.weights.load import load, save
 
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
@@ -310,6 +314,68 @@ def test_labels_that_can_not_be_compared_are_answered_with_the_reason(answers, l
     assert names == ()
     assert 'role="alert"' in shown
     assert word in shown
+
+
+LONG = "a photo of a very old and rather dusty piece of furniture that stands in the corner of"
+
+
+def test_what_the_command_line_notes_stands_below_an_answer(answers, run):
+    def notes(shown):
+        assert 'role="alert"' not in shown
+        return re.findall("<p>Note: (.*?)</p>", shown)
+
+    assert notes(answers.guess(png(), "one, two")[0]) == []
+    (same,) = notes(answers.guess(png(), "one, One, two")[0])
+    assert "2 classes have the prompts of &#x27;one&#x27;; all go to the first" in same
+    for _ in range(2):  # Python's own filter shows a warning once
+        first, *others = notes(answers.guess(png(), f"{LONG} one, {LONG} two")[0])
+        assert "birds reads 16 tokens; 2 of 2 texts are longer and were cut" in first
+        assert f"2 classes have the prompts of &#x27;{LONG} one&#x27;" in others[-1]
+    assert same in notes(answers.compare(png(), "one, One", "{}\na {}"))
+    threshold = ModelThreshold(
+        -1.0, "at most 5 % of outside images accepted", classnames=("cat", "dog"), templates=("{}",)
+    )
+    calibrated = replace(answers, threshold=threshold)
+    assert notes(calibrated.guess(png(), "cat, dog")[0]) == []
+    (other,) = notes(calibrated.guess(png(), "cat, cow")[0])
+    assert "was calibrated with" in other
+
+
+def test_a_search_says_what_it_leaves_out(answers, index, tmp_path):
+    copy = tmp_path / "photos.index"
+    shutil.copytree(index, copy)
+    searched = replace(answers, index=Index(copy, answers.encoder), threshold=ModelThreshold(-1.0, "of nothing"))
+    found = searched.search("a robin", 12)
+    assert found.count("<li>") == 5
+    assert "Note: what is below the threshold is left out: cosine ≥ -1" in found
+    assert "Note" not in replace(searched, threshold=None).search("a robin", 12)
+    nothing = replace(searched, threshold=ModelThreshold(0.9999, "of nothing")).search("a robin", 12)
+    assert "No picture reaches the threshold, cosine ≥ 0.9999" in nothing
+    assert "Note: birds reads 16 tokens; 1 of 1 texts" in searched.search(LONG, 12)
+    shutil.rmtree(copy)
+    assert 'role="alert"' in searched.search("a robin", 12)
+    assert "there is no index at" in searched.search("a robin", 12)
+
+
+def test_a_file_that_is_gone_is_answered_in_a_sentence(answers, tmp_path):
+    for shown in (
+        answers.guess(tmp_path / "gone.png", "one, two")[0],
+        answers.compare(tmp_path / "gone.png", "one, two", "{}"),
+        answers.heat_map(tmp_path / "gone.png", "one"),
+    ):
+        assert "the picture is no longer here" in shown
+        assert "drop it anew" in shown
+    assert answers.guess(write_picture(tmp_path / "there.png"), "one, two")[1] == ("one", "two")
+    lost = replace(answers, reports=(("Training", tmp_path / "report.html"),)).report("Training")
+    assert 'role="alert"' in lost
+    assert "report.html" in lost
+
+
+def test_people_who_ask_at_once_get_their_own_notes(answers):
+    questions = ["one, two", "one, One", f"{LONG} one, two", "three, four"] * 2
+    alone = [answers.guess(png(), each) for each in questions]
+    with ThreadPoolExecutor(4) as people:
+        assert list(people.map(lambda each: answers.guess(png(), each), questions)) == alone
 
 
 def test_a_page_without_an_index_says_how_to_get_one(answers):

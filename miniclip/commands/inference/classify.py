@@ -161,15 +161,11 @@ def _refuse_labels_apart(options: argparse.Namespace) -> None:
 
 def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:
     """What the guesses leave out, and what they are relative to."""
-    from ...evaluation.prompts import MINED_FROM
     from ...inference.classify import NONE
 
     note_unreadable(guesses.unreadable, len(guesses.data))
-    if guesses.classes.templates_from == MINED_FROM:
-        texts = [repr(each) for each in guesses.classes.templates if isinstance(each, str)]
-        note(f"note: prompts are in {MINED_FROM}: {some(texts, 3)}; --templates takes others")
-    for same in guesses.same_prompts[:5]:
-        note(f"note: {len(same)} classes have the prompts of {same[0]!r}; all go to the first")
+    for sentence in guesses.notes():
+        note(f"note: {sentence}")
     if threshold is None:
         note(
             f"note: probabilities are relative to the {len(guesses.classes.classnames)} classes; without a threshold, "

@@ -1,4 +1,5 @@
-"""What the page answers: pictures and words in, HTML out. Every sentence that can be wrong with an input is an answer.
+"""What the page answers: pictures and words in, HTML out. Whatever can be wrong with an input is a sentence, and what
+the command line notes beside a result stands below it.
 
 C classes.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,8 @@ MOST_CLASSES, MOST_PROMPTS, MOST_FOUND = 1000, 20, 60
 _BARS = 10  # bars
 _FOUND_BOX = (200, 200)  # pixels
 _MAP_SIDE = 448  # pixels, of the longer side
+_ONE_AT_A_TIME = threading.Lock()  # Python catches the warnings of a process, not of a thread
+Picture = bytes | Path | None
 
 
 @dataclass(frozen=True)
@@ -58,25 +63,36 @@ class Answers:
         """Whether there are heat maps, which are gradients."""
         return self.encoder.precision == FLOAT32
 
-    def guess(self, picture: bytes | None, labels: str) -> tuple[str, tuple[str, ...]]:
+    def guess(self, picture: Picture, labels: str) -> tuple[str, tuple[str, ...]]:
         """A bar for each of the nearest classes; and the classes, none where the question is wrong."""
-        try:
-            (guesses,) = self._guesses(picture, labels, [()])
-        except ValueError as error:
-            return _alert(error), ()
-        return _bars(guesses, self.threshold), guesses.classes.classnames
+        names: list[str] = []
 
-    def _opened(self, picture: bytes | None) -> Image.Image:
+        def bars() -> str:
+            (guesses,) = self._guesses(picture, labels, [()])
+            if self.threshold is not None:
+                self.threshold.warn_if_other(guesses.classes.classnames, guesses.classes.templates, self.upright)
+            names.extend(guesses.classes.classnames)
+            return _bars(guesses, self.threshold)
+
+        return _answered(bars), tuple(names)
+
+    def _opened(self, picture: Picture) -> Image.Image:
         if picture is None:
             raise ValueError("there is no picture yet; drop one, or take one with the camera")
-        image = open_image(picture, "the picture")
+        try:
+            data = picture.read_bytes() if isinstance(picture, Path) else picture
+        except FileNotFoundError as error:
+            raise ValueError(
+                "the picture is no longer here, as uploads are deleted after a while; drop it anew"
+            ) from error
+        image = open_image(data, "the picture")
         return upright(image) if self.upright else image
 
-    def compare(self, picture: bytes | None, labels: str, templates: str) -> str:
+    def compare(self, picture: Picture, labels: str, templates: str) -> str:
         """A row for each template, and one for all of them together."""
         return _answered(lambda: self._compared(picture, labels, _template_lines(templates)))
 
-    def _compared(self, picture: bytes | None, labels: str, templates: Sequence[str]) -> str:
+    def _compared(self, picture: Picture, labels: str, templates: Sequence[str]) -> str:
         if not 1 <= len(templates) <= MOST_PROMPTS:
             raise ValueError(f"there are {len(templates)} templates; write one a line, 1 to {MOST_PROMPTS}")
         wordings: dict[str, tuple[str, ...]] = {template: (template,) for template in templates}
@@ -96,7 +112,7 @@ class Answers:
         head = f'<thead><tr><th scope="col">prompt</th>{header}</tr></thead>'
         return f'<div class="wide"><table>{caption}{head}<tbody>{"".join(body)}</tbody></table></div>'
 
-    def _guesses(self, picture: bytes | None, labels: str, wordings: Sequence[tuple[str, ...]]) -> list[Guesses]:
+    def _guesses(self, picture: Picture, labels: str, wordings: Sequence[tuple[str, ...]]) -> list[Guesses]:
         """For each set of templates; an empty one stands for those of the threshold, or the default."""
         image = self._opened(picture)
         chosen = suited(choose_classes(labels or None, threshold=self.threshold), self.encoder.wordings)
@@ -109,16 +125,19 @@ class Answers:
         for templates in wordings:
             classes = Classes(names, templates, "the page") if templates else chosen
             classifier = encoder.classifier(classes)
-            found.append(guess(images, classes, classifier, encoder.logit_scale, len(names), self.threshold))
+            guesses = guess(images, classes, classifier, encoder.logit_scale, len(names), self.threshold)
+            for sentence in guesses.notes():
+                warnings.warn(sentence, stacklevel=2)
+            found.append(guesses)
         return found
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def heat_map(self, picture: bytes | None, text: str) -> str:
+    def heat_map(self, picture: Picture, text: str) -> str:
         """The picture with what speaks for the text in it, and the text with the words that matter."""
         return _answered(lambda: self._explained(picture, text.strip()))
 
-    def _explained(self, picture: bytes | None, text: str) -> str:
+    def _explained(self, picture: Picture, text: str) -> str:
         from ...reports.heat import overlay
         from ..explanation.explain import Explainer
 
@@ -150,27 +169,37 @@ class Answers:
             raise ValueError("there is nothing to search for; write some words")
         threshold = None if self.threshold is None else self.threshold.cosine
         hits = self.index.search(words, topk=max(1, min(num, MOST_FOUND)), threshold=threshold)
+        if self.index.store.approximate is not None:
+            warnings.warn(f"approximate, {self.index.store.approximate}", stacklevel=2)
         if not hits:
-            return f"<p>No picture reaches the threshold, {self.threshold}.</p>"
+            nothing = (
+                "The index is empty." if threshold is None else f"No picture reaches the threshold, {self.threshold}."
+            )
+            return f"<p>{_text(nothing)}</p>"
+        if threshold is not None:
+            warnings.warn(f"what is below the threshold is left out: {self.threshold}", stacklevel=2)
         return f'<ol class="found">{"".join(_hit(hit, self.index.upright) for hit in hits)}</ol>'
 
     def report(self, title: str) -> str:
         """A page of the run, in a frame that can't reach this one."""
-        path = dict(self.reports)[title]
-        page = html.escape(path.read_text(encoding="utf-8"), quote=True)
-        return f'<iframe title="{_text(title)}" sandbox="allow-scripts" srcdoc="{page}"></iframe>'
+        return _answered(lambda: _framed(title, dict(self.reports)[title].read_text(encoding="utf-8")))
 
 
 def _answered(answer: Callable[[], str]) -> str:
-    """The answer, or the sentence that says what is wrong with the question."""
-    try:
-        return answer()
-    except ValueError as error:
-        return _alert(error)
+    """The answer, or the sentence that says what is wrong with the question; and what was warned of meanwhile."""
+    with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            shown = answer()
+        except (ValueError, OSError, RuntimeError) as error:
+            shown = f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+    # As on the command line, where other categories are for programmers.
+    sentences = dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning)
+    return shown + "".join(f"<p>Note: {_text(sentence)}</p>" for sentence in sentences)
 
 
-def _alert(error: ValueError) -> str:
-    return f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+def _framed(title: str, page: str) -> str:
+    return f'<iframe title="{_text(title)}" sandbox="allow-scripts" srcdoc="{html.escape(page, quote=True)}"></iframe>'
 
 
 def _template_lines(text: str) -> list[str]:

@@ -65,12 +65,12 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
             heat = gr.HTML(elem_id="heat")
 
     def classify(path: str | None, names: str) -> tuple[Any, Any, str]:
-        shown, classnames = answers.guess(_upload_bytes(path), names)
+        shown, classnames = answers.guess(_upload(path), names)
         choices = _choices(classnames)
         return shown, gr.Radio(choices, value=None, visible=bool(choices) and answers.can_explain), ""
 
     def explain(path: str | None, text: str | None) -> str:
-        return answers.heat_map(_upload_bytes(path), text) if text else ""
+        return answers.heat_map(_upload(path), text) if text else ""
 
     for event in (button.click, labels.submit):
         event(classify, [image, labels], [bars, word, heat], api_visibility="private")
@@ -112,7 +112,7 @@ def _prompts_tab(gr: Any, answers: Answers) -> None:
             table = gr.HTML(elem_id="table")
 
     def compare(path: str | None, names: str, wordings: str) -> str:
-        return answers.compare(_upload_bytes(path), names, wordings)
+        return answers.compare(_upload(path), names, wordings)
 
     button.click(compare, [image, labels, templates], table, api_visibility="private")
 
@@ -127,8 +127,8 @@ def _search_tab(gr: Any, answers: Answers) -> None:
         event(answers.search, [words, num], found, api_visibility="private")
 
 
-def _upload_bytes(path: str | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes()
+def _upload(path: str | None) -> Path | None:
+    return None if path is None else Path(path)
 
 
 def _first_labels(answers: Answers) -> str:
