@@ -709,6 +709,28 @@ def test_what_is_no_index_is_refused_and_left_alone(tmp_path, photos, counting):
         open_store(tmp_path / "db")
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)])
+@pytest.mark.parametrize("folder", ["data", "_versions"])
+def test_a_damaged_index_is_named_with_what_helps(index, years, damage, folder):
+    opened = Index(index.location, index.encoder)  # features are not read yet
+    for path in (Path(index.location) / "images.lance" / folder).iterdir():
+        damage(path)
+    asks = [
+        lambda: Index(index.location, index.encoder).search("a"),
+        lambda: Index(index.location, index.encoder).search("a", where="camera = 'X'"),
+        lambda: Index(index.location, index.encoder, memory_bytes=0).near_duplicates(0.5),
+        lambda: opened.search("a"),
+        lambda: opened.search("a", where="year > 2001"),
+    ]
+    if folder == "data":  # without a version it is no index
+        asks.append(lambda: index.update(Path(index.location).parent / "years.jsonl"))
+    for ask in asks:
+        with pytest.raises(ValueError, match=r"(the|no) index (at )?.*photos\.index") as caught:
+            ask()
+        assert f"miniclip index SRC {index.location} --model M" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 def test_an_index_lives_on_s3(photos, counting, s3):
     import boto3
 

@@ -157,16 +157,16 @@ class Store:
         """An Arrow table of the columns of all rows, or of those that a filter in SQL accepts; `_rowid` is their id.
 
         Raises:
-            ValueError: the filter can't be read, or names a column that is not there.
+            ValueError: the filter can't be followed, or a file of the index can't be read.
         """
-        with self._filter_errors(where):
+        with self._read_errors(where):
             return self._scan(columns, where).limit(None).to_arrow()
 
     def check_filter(self, where: str) -> None:
         """Raises ValueError if a filter can't be followed, before anything is read."""
         if not where.strip():
             raise ValueError(f"the filter is empty; columns are {self._column_names()}")
-        with self._filter_errors(where):
+        with self._read_errors(where):
             self._scan(["key"], where).limit(1).to_arrow()
         # LanceDB's parser stops behind a condition and ignores the rest. A text that is whole both in parentheses and
         # in a CAST is one condition: what closes the one from within leaves the other open. A comment ends at its line.
@@ -184,7 +184,7 @@ class Store:
 
     def blocks(self, where: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row ids (n,) and their features (n, E), float16 or float32, block by block."""
-        with self._filter_errors(where):
+        with self._read_errors(where):
             for batch in self._scan(["features"], where).to_batches(_ROWS_OF_BLOCK):
                 features = batch.column("features").flatten().to_numpy(zero_copy_only=False)
                 yield batch.column("_rowid").to_numpy(), features.reshape(batch.num_rows, self.dim)
@@ -194,7 +194,8 @@ class Store:
         ids = [int(row_id) for row_id in row_ids]
         if not ids:
             return self.schema.empty_table().select(list(columns))
-        found = self._table.take_row_ids(list(dict.fromkeys(ids))).with_row_id().select(list(columns)).to_arrow()
+        with self._read_errors():
+            found = self._table.take_row_ids(list(dict.fromkeys(ids))).with_row_id().select(list(columns)).to_arrow()
         place = {row_id: number for number, row_id in enumerate(found["_rowid"].to_pylist())}
         return found.select(list(columns)).take([place[row_id] for row_id in ids])
 
@@ -216,12 +217,13 @@ class Store:
         return scan if where is None else scan.where(where)
 
     @contextmanager
-    def _filter_errors(self, where: str | None) -> Iterator[None]:
+    def _read_errors(self, where: str | None = None) -> Iterator[None]:
         try:
             yield
-        except (ValueError, RuntimeError) as error:
-            if where is None:
-                raise
+        except (ValueError, RuntimeError, OSError) as error:
+            # A filter fails when it is read or, as 1 / 0, when it is computed; all else is the index.
+            if where is None or not (isinstance(error, ValueError) or "Query Execution error" in str(error)):
+                raise _unreadable(self.location, "read", error) from error
             quotes = "; texts stand in single quotes" if '"' in where else ""
             raise ValueError(
                 f"the filter {where!r} can't be followed: {_reason_of(error)}; columns are "
@@ -270,7 +272,8 @@ class Store:
             search = self._table.search(query, vector_column_name="features").distance_type("dot")
             search = search.minimum_nprobes(nprobes).maximum_nprobes(nprobes).refine_factor(refined).limit(k)
             search = search.with_row_id(True).select(["_distance"])
-            found = (search if where is None else search.where(where)).to_arrow()
+            with self._read_errors(where):
+                found = (search if where is None else search.where(where)).to_arrow()
             yield found["_rowid"].to_numpy(), 1 - found["_distance"].to_numpy()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -433,9 +436,16 @@ def _table_at(location: str) -> Any:
     except ValueError as error:
         if "not found" in str(error):
             return None
-        raise ValueError(f"the index {location} can't be opened: {_reason_of(error)}") from error
+        raise _unreadable(location, "opened", error) from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"the index {location} can't be opened: {_reason_of(error)}") from error
+        raise _unreadable(location, "opened", error) from error
+
+
+def _unreadable(location: str, what: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"the index {location} can't be {what}: {_reason_of(error)}; if a file of it is damaged or missing, delete the "
+        f"folder and make it anew: miniclip index SRC {location} --model M"
+    )
 
 
 def _connect(location: str) -> Any:
@@ -464,5 +474,7 @@ def _reason_of(error: Exception) -> str:
     """LanceDB's message without the places in its own code."""
     text = re.sub(r"(,|;)?\s*/\S+\.rs:\d+(:\d+)?", "", str(error))
     text = re.sub(r"\. Valid fields are .*", "", text)
-    text = re.sub(r"^(Invalid input, |lance error: |Schema error: |RuntimeError: )+", "", text.strip())
+    text = re.sub(
+        r"^(Invalid input, |lance error: |LanceError\(IO\): |Schema error: |RuntimeError: )+", "", text.strip()
+    )
     return text.splitlines()[0].rstrip(". ,") if text else type(error).__name__
