@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,19 @@ def test_an_index_from_before_may_have_columns_with_names_of_results(world, caps
     printed = capsys.readouterr()
     assert [(row["rank"], row["given_rank"]) for row in json.loads(printed.out)] == [(n, None) for n in range(1, 9)]
     assert "column 'rank' of the index is given_rank in the results" in printed.err
+
+
+def test_paths_and_pages_lead_to_a_file_whose_name_is_no_utf_8(world, tmp_path, capsys):
+    path = write_picture(tmp_path / "odd" / os.fsdecode(b"caf\xe9.png"))
+    cli.main(["index", "odd", "odd.index", "--model", str(world / "model")])
+    command = [sys.executable, "-m", "miniclip", "search", "odd.index", "a", "--paths", "--html", "odd.html"]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == os.fsencode(path) + b"\n"
+    page = Path("odd.html").read_text()
+    assert "caf%E9.png" in page
+    assert "can't be read" not in page
+    capsys.readouterr()
+    cli.main(["search", "odd.index", "a", "--json"])
+    assert json.loads(capsys.readouterr().out)[0]["path"] == str(path)
 
 
 def test_filters_and_near_duplicates(world, capsys):

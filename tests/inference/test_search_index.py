@@ -355,6 +355,25 @@ def test_a_second_table_may_share_no_picture_with_the_first(index, photos, tmp_p
     }
 
 
+def test_a_name_that_is_no_utf_8_is_found_as_it_is(index, tmp_path):
+    folder = tmp_path / os.fsdecode(b"cl\xe9s")
+    names = [os.fsdecode(b"caf\xe9.png"), r"caf\udce9.png", r"caf\u005cudce9.png", "back\\slash.png", "café.png"]
+    write(folder, names)
+    assert counts(index.update(folder)) == {"new": 5}
+    assert counts(index.update(folder)) == {"unchanged": 5}
+    for name in names:
+        (hit,) = index.search(like=folder / name, topk=1)
+        assert (hit.path, hit.key, hit.source) == (str(folder / name), str(folder / name), str(folder))
+        assert index.open(hit).size == (24, 20)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert counts(index.update(tmp_path / "copy")) == {"moved": 5}  # and what it was copied from is still there
+    for name in names[1:]:
+        (folder / name).unlink()
+    assert counts(index.update(folder, accept_gone=True)) == {"gone": 4, "unchanged": 1}
+    left = {hit.path for hit in index.search("a", topk=99)}
+    assert left == {str(tmp_path / "copy" / name) for name in names} | {str(folder / names[0])}
+
+
 def test_pictures_in_shards_are_known_by_their_place_and_compared_by_content(index, tmp_path, counting):
     shards = tmp_path / "shards"
     pack_folder(write_pairs(tmp_path / "pairs", 6), shards)

@@ -132,7 +132,7 @@ def _list_source(
     data = image_set(named, image_column=image_column, is_each_once=True, upright=upright, stdin=stdin)
     places = [_location(data, index) for index in range(len(data))]
     base = source if is_url(source) else os.path.dirname(source)  # noqa: PTH120
-    keys = [storable(place or os.path.join(base, data.key(index))) for index, place in enumerate(places)]  # noqa: PTH118
+    keys = [place or os.path.join(base, data.key(index)) for index, place in enumerate(places)]  # noqa: PTH118
     stamps = [data.identity or "" if place is None else _stamp_of(place) for place in places]
     return Listing(source, data, keys, places, stamps)
 
@@ -158,11 +158,6 @@ def _stamp_of(path: str, racy_ns: int = _RACY_NS) -> str:
         return ""
     # A file that takes another's name keeps its own size and time of modification, and gets a new time of change.
     return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
-
-
-def storable(text: str) -> str:
-    """Bytes of a file name that are no UTF-8 as \\udc.., since a table's texts are UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

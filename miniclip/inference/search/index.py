@@ -45,7 +45,7 @@ from ..sources import image_set
 from ..thresholds import CalibratedModel
 from .changes import Listing, list_sources
 from .nearest import TIES, Blocks, levels, near_duplicates, nearest
-from .store import DTYPES, Approximate, Facts, Store, create_store, find_store, open_store, writing
+from .store import DTYPES, NAMES, Approximate, Facts, Store, create_store, find_store, open_store, restored, writing
 from .updating import Progress, Update, Updated, make_plan
 
 T = TypeVar("T")
@@ -397,11 +397,12 @@ class Index:
         ]
 
     def _as_hits(self, row_ids: np.ndarray, cosines: np.ndarray) -> list[Hit]:
-        rows = self.store.take(row_ids, ["key", "path", "source", *self.store.metadata_columns]).to_pylist()
-        return [
-            Hit(row.pop("key"), row.pop("path"), row.pop("source"), float(cosine), row)
-            for row, cosine in zip(rows, cosines, strict=True)
-        ]
+        rows = self.store.take(row_ids, [*NAMES, *self.store.metadata_columns]).to_pylist()
+        hits = []
+        for row, cosine in zip(rows, cosines, strict=True):
+            key, path, source = (row.pop(name) for name in NAMES)
+            hits.append(Hit(restored(key), path and restored(path), restored(source), float(cosine), row))
+        return hits
 
     def open(self, hit: Hit) -> Image.Image:
         """The picture of a hit, as it was indexed: turned, or as it is stored.

@@ -28,7 +28,8 @@ from ...common.arguments import FLOAT32
 from ...common.files import expand_home, locked
 from ...common.storage import is_url
 
-OWN_COLUMNS = ("key", "path", "source", "stamp", "content", "features")
+NAMES = ("key", "path", "source")  # `storable`, since a table's texts are UTF-8
+OWN_COLUMNS = (*NAMES, "stamp", "content", "features")
 _TABLE, _FACTS, _ID = "images", b"miniclip", b"miniclip:id"
 _APPROXIMATE, _SOURCES = b"miniclip:approximate", b"miniclip:sources"  # of fields
 _FEWEST_OF_PARTITION = 256  # features, which its centre is learnt from
@@ -36,6 +37,7 @@ DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
 _ROWS_OF_BLOCK = 8192
+_ESCAPED = re.compile(r"\\((?:u005c)*ud[89a-f][0-9a-f]{2})")  # halves of characters, as a byte's \udc80 is
 _MOST_FRAGMENTS = 32  # pieces of the table, which every reader opens
 _REMOTE_GRACE = timedelta(hours=1)  # for readers of old versions, where no lock keeps others out
 
@@ -180,7 +182,7 @@ class Store:
             ) from error
 
     def num_by_source(self) -> dict[str, int]:
-        return dict(Counter(self.read(["source"])["source"].to_pylist()))
+        return dict(Counter(map(restored, self.read(["source"])["source"].to_pylist())))
 
     def blocks(self, where: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row ids (n,) and their features (n, E), float16 or float32, block by block."""
@@ -310,7 +312,7 @@ class Store:
     def delete(self, keys: Sequence[str]) -> None:
         """One version without the rows of these keys."""
         with self._write_errors():
-            self._table.delete(f"key IN ({', '.join(quoted(key) for key in keys)})")
+            self._table.delete(f"key IN ({', '.join(quoted(storable(key)) for key in keys)})")
 
     def clean(self) -> None:
         """Joins small pieces of the table once there are many, adds new rows to the approximate index, and deletes old
@@ -463,6 +465,24 @@ def _storage_options(location: str) -> dict[str, str] | None:
     if not location.startswith("s3://") or not endpoint:
         return None
     return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+
+
+def storable(name: str) -> str:
+    """A name with its bytes that are no UTF-8 as \\udc..; one that reads so itself gets another escape.
+
+    >>> storable("caf\\udce9"), storable(r"caf\\udce9")
+    ('caf\\\\udce9', 'caf\\\\u005cudce9')
+    """
+    return _ESCAPED.sub(r"\\u005c\1", name).encode("utf-8", "backslashreplace").decode()
+
+
+def restored(name: str) -> str:
+    """The name of which `storable` made this one."""
+    return _ESCAPED.sub(lambda found: _unescaped(found[1]), name)
+
+
+def _unescaped(escape: str) -> str:
+    return "\\" + escape.removeprefix("u005c") if escape.startswith("u005c") else chr(int(escape[1:], 16))
 
 
 def quoted(text: str) -> str:

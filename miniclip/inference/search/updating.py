@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from ...data.reading.scan import LeftOut
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import encode_in_batches
-from .changes import At, Changes, Known, Listing, find_changes, storable
+from .changes import At, Changes, Known, Listing, find_changes
 from .columns import as_columns, column_names
-from .store import Store
+from .store import NAMES, Store, restored, storable
 
 T = TypeVar("T")
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # for something, of a total number
@@ -101,7 +101,8 @@ def make_plan(listings: Sequence[Listing], store: Store | None, accept_gone: boo
     if store is None:
         return Plan(listings, find_changes(listings, Known([], [], [], [], [])))
     table = store.read([name for name in store.schema.names if name != "features"])
-    known = Known(*(table[name].to_pylist() for name in ("key", "path", "source", "stamp", "content")))
+    names = ([name and restored(name) for name in table[column].to_pylist()] for column in NAMES)
+    known = Known(*names, *(table[name].to_pylist() for name in ("stamp", "content")))
     row_of = {key: row for row, key in enumerate(known.keys)}
     other_facts = _other_facts(listings, row_of, table, store)
     return Plan(listings, find_changes(listings, known, other_facts, accept_gone=accept_gone), table, row_of)
@@ -294,10 +295,12 @@ class Update:
         missing = [index for index in indices if (number, index) not in computed]
         contents = dict(zip(missing, listing.contents(missing), strict=True))
         columns: dict[str, Any] = {
-            "key": [listing.keys[index] for index in indices],
+            "key": [storable(listing.keys[index]) for index in indices],
             "path": [None if (path := listing.paths[index]) is None else storable(path) for index in indices],
             # A picture belongs to the source that brought it first.
-            "source": [listing.source if row is None else plan.table["source"][row].as_py() for row in known_rows],
+            "source": [
+                storable(listing.source) if row is None else plan.table["source"][row].as_py() for row in known_rows
+            ],
             "stamp": [listing.stamps[index] for index in indices],
             "content": [computed.get((number, index), contents.get(index)) for index in indices],
             "features": self.store.as_features(features),
