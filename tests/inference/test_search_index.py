@@ -344,6 +344,36 @@ def test_a_column_that_a_table_no_longer_has_is_null_in_its_rows_alone(index, ph
     assert counting.num_images == 0
 
 
+@pytest.mark.parametrize(
+    "order", [("photos", "years", "marks"), ("years", "photos", "marks"), ("marks", "years", "photos")]
+)
+def test_sources_that_share_pictures_each_say_what_they_know(index, photos, tmp_path, counting, order):
+    """By the first of them that has a value."""
+    years = [{"image": f"photos/mon/{n}.png", "year": 2000 + n if n else None} for n in range(6)]
+    marks = [{"image": f"photos/mon/{n}.png", "mark": n, "year": 1} for n in range(3)]
+
+    def update(marks):
+        for name, rows in (("years", years), ("marks", marks)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources = {"photos": photos, "years": tmp_path / "years.jsonl", "marks": tmp_path / "marks.jsonl"}
+        found = [counts(index.update([sources[each] for each in order])) for _ in range(2)]
+        table = index.store.read(["key", "year", "mark"]).to_pylist()
+        facts = {row["key"]: (row["year"], row["mark"]) for row in table if row["year"] or row["mark"] is not None}
+        return found, {Path(key).relative_to(photos).as_posix(): value for key, value in facts.items()}
+
+    is_first = order.index("marks") < order.index("years")
+    found, facts = update(marks)
+    assert found == [{"new": 12}, {"unchanged": 12}]
+    of_years = {f"mon/{n}.png": (2000 + n, None) for n in range(3, 6)}
+    of_both = {f"mon/{n}.png": (1 if is_first or not n else 2000 + n, n) for n in range(3)}
+    assert facts == of_years | of_both
+    found, facts = update([{"image": row["image"], "mark": row["mark"]} for row in marks])
+    changed = 3 if is_first else 1
+    assert found == [{"touched": changed, "unchanged": 12 - changed}, {"unchanged": 12}]
+    assert facts == of_years | {f"mon/{n}.png": (2000 + n if n else None, n) for n in range(3)}
+    check(index, counting, photos)
+
+
 def test_a_second_table_may_share_no_picture_with_the_first(index, photos, tmp_path):
     for day, first in (("mon", 2000), ("tue", 2010)):
         rows = [{"image": f"photos/{day}/{n}.png", "year": first + n} for n in range(6)]

@@ -9,7 +9,7 @@ n pictures of a commit, E embedding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -111,14 +111,21 @@ def make_plan(listings: Sequence[Listing], store: Store | None, accept_gone: boo
 def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any, store: Store) -> set[At]:
     """The pictures whose metadata are not those of their row."""
     found: set[At] = set()
-    for number, listing in enumerate(listings):
-        columns = _columns_of(listing, store)
+    every = [_columns_of(listing, store) for listing in listings]
+    from_later = _from_later(listings, every)
+    for number, (listing, columns) in enumerate(zip(listings, every, strict=True)):
         pairs = [(index, row_of[key]) for index, key in enumerate(listing.keys) if columns and key in row_of]
         for name, values in columns.items():
             now = _taken(values, [index for index, _ in pairs]).to_pylist()
             is_known = name in table.column_names
             before = _taken(table[name], [row for _, row in pairs]).to_pylist() if is_known else [None] * len(now)
-            found |= {(number, index) for (index, _), a, b in zip(pairs, now, before, strict=True) if a != b}
+            others = {(number, index) for (index, _), a, b in zip(pairs, now, before, strict=True) if a != b}
+            found |= others - from_later.get(name, {}).keys()
+    for name, values in from_later.items():
+        for at, value in values.items():
+            row = row_of.get(listings[at[0]].keys[at[1]])
+            if row is not None and value != (table[name][row].as_py() if name in table.column_names else None):
+                found.add(at)
     return found
 
 
@@ -130,6 +137,22 @@ def _columns_of(listing: Listing, store: Store) -> dict[str, Any]:
     for name in store.columns_of(listing.source) - set(columns):
         columns[name] = pa.nulls(len(listing.keys), store.schema.field(name).type)
     return columns
+
+
+def _from_later(listings: Sequence[Listing], columns: Sequence[Mapping[str, Any]]) -> dict[str, dict[At, Any]]:
+    """By column, what listings say of pictures that an earlier one has as well, where those before say nothing."""
+    found: dict[str, dict[At, Any]] = {}
+    first: dict[str, At] = {}
+    for number, listing in enumerate(listings if len(listings) > 1 else ()):
+        ats = [first.setdefault(key, (number, index)) for index, key in enumerate(listing.keys)]
+        shared = [(index, at) for index, at in enumerate(ats) if at[0] != number]
+        for name, values in columns[number].items():
+            known = found.setdefault(name, {})
+            for (_, at), value in zip(shared, _taken(values, [index for index, _ in shared]).to_pylist(), strict=True):
+                own = columns[at[0]].get(name)
+                if (own is None or not own[at[1]].is_valid) and known.get(at) is None:
+                    known[at] = value
+    return found
 
 
 class Update:
@@ -144,6 +167,7 @@ class Update:
         self.problems: list[str] = []
         self._num_new = self._num_changed = 0
         self._columns: list[dict[str, Any]] = []  # of each listing
+        self._from_later: dict[str, dict[At, Any]] = {}
 
     @property
     def store(self) -> Store:
@@ -265,6 +289,7 @@ class Update:
             return
         if not self._columns:
             self._columns = self._made_columns()
+            self._from_later = _from_later(self.plan.listings, self._columns)
         parts = []
         for number in sorted({each for each, _ in pictures}):
             places = [place for place, (each, _) in enumerate(pictures) if each == number]
@@ -312,6 +337,9 @@ class Update:
                 columns[name] = _taken(plan.table[name], known_rows).combine_chunks()
             else:
                 columns[name] = pa.nulls(len(indices), schema.field(name).type)
+            if later := self._from_later.get(name):
+                pairs = zip(indices, columns[name].to_pylist(), strict=True)
+                columns[name] = [later.get((number, index), value) for index, value in pairs]
         arrays = [
             pa.array(columns[name], schema.field(name).type) if isinstance(columns[name], list) else columns[name]
             for name in schema.names
