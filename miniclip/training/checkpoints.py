@@ -40,10 +40,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints appear whole under their name or not at all, and are read without running code.
 
     Lightning's own writer goes through the system's temporary folder, and a move from there to another file system is
-    not atomic. A full disk raises nothing here: `failure` is the reason why the last checkpoint was not written.
+    not atomic. A full disk raises nothing here: `failure` is the reason why the last checkpoint was not written. `save`
+    returns it; for any other caller, such as Lightning's ModelCheckpoint, it is a warning.
     """
 
     failure: OSError | None = None
+    is_returned = False  # by `save`, to a caller that reports the failure
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.failure = None
@@ -56,6 +58,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if not isinstance(error.__context__, OSError):
                 raise
             self.failure = error.__context__
+        if self.failure and not self.is_returned:
+            print(
+                f"warning: {path} could not be written ({self.failure}). Training goes on, and the checkpoint that it "
+                "was to replace is kept; make room",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes nothing after a checkpoint that was not written: callers write the new one, then remove the old."""
+        if self.failure is None:
+            super().remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if not Path(path).is_file():
@@ -65,9 +79,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def save(trainer: pl.Trainer, path: Path) -> str | None:
     """Writes a checkpoint; called by all processes. Returns to all of them why it failed, or None."""
-    trainer.save_checkpoint(path)
-    failure = getattr(trainer.strategy.checkpoint_io, "failure", None)
-    return trainer.strategy.broadcast(str(failure) if failure else None)
+    writer = trainer.strategy.checkpoint_io
+    own = writer if isinstance(writer, AtomicCheckpointIO) else AtomicCheckpointIO()  # in a trainer of one's own
+    own.is_returned = True
+    try:
+        trainer.save_checkpoint(path)
+    finally:
+        own.is_returned = False
+    return trainer.strategy.broadcast(str(own.failure) if own.failure else None)
 
 
 class RandomStates(Checkpoint):

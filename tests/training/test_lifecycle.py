@@ -444,6 +444,44 @@ def test_a_disk_that_is_full_for_a_while_costs_warnings_and_nothing_else(data, t
     assert_same_weights(run, tmp_path / "straight")
 
 
+@pytest.mark.parametrize("monitor", [None, "train/samples"])  # the latter grows, so each is the best so far
+def test_a_full_disk_costs_no_checkpoint_of_lightnings_own_callback(data, tmp_path, capsys, room, monitor):
+    """It writes the new file, and then removes the one that it keeps no longer."""
+    run, own, noted = tmp_path / "run", tmp_path / "own", tmp_path / "noted"
+    settings = {"dirpath": str(own), "filename": "{step}", "every_n_train_steps": 1, "monitor": monitor, "mode": "max"}
+    given = [
+        {"class_path": f"{__name__}.FullDisk", "init_args": {"first": 3, "until": 5}},
+        {"class_path": f"{__name__}.FilesOnDisk", "init_args": {"folder": str(own), "path": str(noted)}},
+        {"class_path": "pytorch_lightning.callbacks.ModelCheckpoint", "init_args": settings},
+    ]
+    trainer.main(arguments(data, run, f"--trainer.callbacks={json.dumps(given)}"))
+    said = capsys.readouterr().err
+    for step in (3, 4):
+        warning = rf"warning: \S+own/step={step}\.ckpt could not be written \(.*File too large\)\. Training goes on"
+        assert len(re.findall(warning, said)) == 1, said
+    kept = [line.split() for line in noted.read_text().splitlines()]
+    assert kept == [
+        [],
+        ["step=1.ckpt"],
+        ["step=2.ckpt"],
+        ["step=2.ckpt"],
+        ["step=2.ckpt"],
+        ["step=2.ckpt", "step=5.ckpt"],
+    ]
+    assert torch.load(own / "step=6.ckpt", weights_only=True)["global_step"] == 6
+
+
+class FilesOnDisk(Callback):
+    """Notes the files of a folder as each step begins."""
+
+    def __init__(self, folder: str, path: str) -> None:
+        self.folder, self.path = folder, path
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        with open(self.path, "a") as file:
+            file.write(" ".join(sorted(path.name for path in Path(self.folder).glob("*"))) + "\n")
+
+
 def test_a_disk_that_is_full_at_the_end_is_an_error_and_keeps_the_previous_checkpoint(data, tmp_path, capsys, room):
     run = tmp_path / "run"
     said = fails(capsys, arguments(data, run, callbacks(FullDisk(3, 99)), "--save_every_n_steps=1"))
