@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from pytorch_lightning.callbacks import (
     WeightAveraging,
 )
 
-from ..reports.runs import PAGE_FILE
+from ..common.wording import some
+from ..data.wordings.kept import WORDINGS_FILE
+from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
 from ..training.finite import NON_FINITE
 from ..training.zero_shot import ZeroShotEvaluation
+from ..weights.folders import THRESHOLD_FILE
+from ..weights.write import FOLDER_FILES
 
 _HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 _REFUSED_CALLBACKS: dict[type[Callback], str] = {
@@ -191,12 +196,63 @@ def checkpoints(run: Path) -> Path:
 
 
 def holds_a_run(run: Path) -> bool:
-    return any(checkpoints(run).glob("*.ckpt")) or (run / "best").exists()
+    return any((checkpoints(run) / f"{name}.ckpt").exists() for name in ("last", "best")) or (run / "best").exists()
 
 
-def results(run: Path) -> tuple[Path, ...]:
-    """The files and folders of a run, which --overwrite removes."""
-    return checkpoints(run), run / "best", run / "logs", run / PAGE_FILE, run / NON_FINITE
+# Of the files of a run; of a model's folder what `save`, `convert` and `calibrate` write, and of a log's what its
+# loggers and a ModelCheckpoint without a folder do.
+_CHECKPOINTS = ("last.ckpt", "best.ckpt", ".last.ckpt.*.tmp", ".best.ckpt.*.tmp")
+_MODEL = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE)
+_LOG = (METRICS_FILE, RUN_FILE, "config.yaml", "hparams.yaml", "events.out.tfevents.*", "checkpoints/*.ckpt")
+
+
+def results(run: Path) -> list[Path]:
+    """The files that a run wrote into its folder, which --overwrite removes."""
+    logs = [path.parent for path in run.glob(f"logs/version_*/{RUN_FILE}")]  # other programs have such folders, too
+    patterns = [(checkpoints(run), _CHECKPOINTS), (run / "best", _MODEL), (run, (PAGE_FILE, NON_FINITE))]
+    patterns += [(log, _LOG) for log in logs]
+    return sorted(path for folder, names in patterns for name in names for path in folder.glob(name) if path.is_file())
+
+
+def others(run: Path) -> list[Path]:
+    """What lies in the folders of a run's results and was not written by it, which stays."""
+    written = set(results(run))
+    found = (path for name in ("checkpoints", "best", "logs") for path in (run / name).rglob("*"))
+    return sorted(path for path in found if path not in written and not path.is_dir())
+
+
+def refuse_inputs_within(run: Path, settings: Any) -> None:
+    """
+    Args:
+        settings: those of `fit`, of a run that would remove the results in this folder.
+
+    Raises:
+        ValueError: the run reads what it would remove, as the model that it starts from.
+    """
+    removed = {path.resolve() for path in results(run)}
+    folders = {path.parent for path in removed} - {run.resolve()}
+    named = {"ckpt_path": settings.ckpt_path}
+    named |= {f"{part}.{name}": value for part in ("model", "data") for name, value in settings[part].items()}
+    for name, value in named.items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and Path(path).resolve() in removed | folders:
+                raise ValueError(
+                    f"{name} is {path!r}, which --overwrite true would remove with the run in {run}; name another run "
+                    "by --name, or copy that elsewhere first"
+                )
+
+
+def remove_results(run: Path) -> None:
+    """Removes what a run wrote, and the folders that are empty then; what else lies there stays, and is printed."""
+    written = results(run)
+    if kept := others(run):
+        print(f"{run} also holds what no run wrote, which stays: {some([str(path.relative_to(run)) for path in kept])}")
+    for path in written:
+        path.unlink()
+    emptied = {folder for path in written for folder in path.parents if run in folder.parents}
+    for folder in sorted(emptied, key=lambda path: -len(path.parts)):
+        with suppress(OSError):  # not empty, or a link
+            folder.rmdir()
 
 
 def checkpoint_to_resume(settings: Any) -> Path | None:

@@ -9,7 +9,6 @@ import difflib
 import logging
 import math
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -43,7 +42,7 @@ from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, what_is_kept
 from ..training.zero_shot import CaptionWordings
-from ..weights.folders import refuse_to_save
+from ..weights.folders import refuse_misread
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
@@ -166,7 +165,7 @@ class TrainingCLI(LightningCLI):
             const=True,
             type=bool,
             default=False,
-            help="Removes the run that is in the folder already.",
+            help="Removes the run that is in the folder already; files that no run wrote stay.",
         )
         parser.add_argument(
             "--max_samples",
@@ -234,8 +233,13 @@ class TrainingCLI(LightningCLI):
                     f"{run} already holds a run. --ckpt_path last resumes it, --overwrite true starts it anew, and "
                     "--name names another"
                 )
-            if _is_rank_zero() and (self._goes_on() or not config.overwrite):  # what is overwritten is removed
-                refuse_to_save(run / "best", overwrite=True)
+            if _is_rank_zero():
+                is_removed = config.overwrite and not self._goes_on()
+                if is_removed:
+                    run_settings.refuse_inputs_within(run, config)
+                removed = run_settings.results(run) if is_removed else []
+                stays = {path.name for path in (run / "best").glob("*") if path not in removed}
+                refuse_misread(stays, str(run / "best"))
         elif not config.ckpt_path and not config.model.start_from:
             raise ValueError(
                 "validate needs --ckpt_path FILE (or last) or --model.start_from MODEL; without one it would score "
@@ -286,10 +290,7 @@ class TrainingCLI(LightningCLI):
             ):
                 print(f"warning: {warning}", file=sys.stderr)
         if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():
-            for part in run_settings.results(self.run_folder):
-                if part.is_dir():
-                    shutil.rmtree(part)
-                part.unlink(missing_ok=True)
+            run_settings.remove_results(self.run_folder)
         self._stalls.start(self.trainer)
 
     def before_validate(self) -> None:

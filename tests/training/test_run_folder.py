@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import warm
@@ -61,6 +63,55 @@ class StopNow(Callback):
 def test_a_refused_run_leaves_no_folder(data, tmp_path, capsys):
     fails(capsys, arguments(data, tmp_path / "run", "--trainer.max_steps=0"))
     assert not (tmp_path / "run").exists()
+
+
+FOREIGN = ("logs/notes.txt", "logs/version_7/metrics.csv", "checkpoints/resnet.ckpt", "best/cat.png", "checkpoints/a/b")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in FOREIGN:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    before = files(run)
+    trainer.main(arguments(data, run, "--overwrite=true", steps=3))  # before it ever held a run
+    assert before.items() <= files(run).items()
+    first = files(run)
+    (run / "best/threshold.json").write_text("{}")  # what verbs leave beside the model
+    (run / "logs/version_8/checkpoints").mkdir()
+    (run / "logs/version_8/checkpoints/epoch=0-step=3.ckpt").write_text("a ModelCheckpoint's")
+    capsys.readouterr()
+    trainer.main(arguments(data, run, "--overwrite=true", "--data.val=null", steps=2))
+    after = files(run)
+    assert {name: after[name] for name in FOREIGN} == before
+    written = {name for name in after if name not in FOREIGN}
+    assert written == {name for name in first if name not in FOREIGN} - {"checkpoints/best.ckpt"}
+    kept = re.search(r"also holds what no run wrote, which stays: (.*)", capsys.readouterr().out)[1]
+    assert set(kept.split(", ")) == set(FOREIGN)
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("model.start_from", "best"),
+        ("model.start_from", "checkpoints/best.ckpt"),
+        ("model.teacher", "best/../best/"),
+        ("ckpt_path", "logs/version_0/checkpoints/epoch=0-step=2.ckpt"),
+    ],
+)
+def test_a_run_that_reads_what_it_would_overwrite_is_refused(data, tmp_path, capsys, name, path):
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, steps=2))
+    (run / "logs/version_0/checkpoints").mkdir()
+    shutil.copyfile(run / "checkpoints/last.ckpt", run / "logs/version_0/checkpoints/epoch=0-step=2.ckpt")
+    before = files(run)
+    said = fails(capsys, arguments(data, run, "--overwrite=true", f"--{name}={run / path}"))
+    assert f"{name} is '{run / path}', which --overwrite true would remove with the run in {run}; name another" in said
+    assert files(run) == before
 
 
 class KillDataWorkers(Callback):
