@@ -230,6 +230,8 @@ class PairDataModule(pl.LightningDataModule):
         if self.val and self.val_shards is None:
             self.prepare_data()
             self.val_shards = Shards(self._places("val"), self.cache)
+            if self._group_field():
+                refuse_without_groups(self.val_shards, self.group, " of data.val")
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.train_stream is not None and (left_out := self.train_stream.summary()):
@@ -263,11 +265,15 @@ class PairDataModule(pl.LightningDataModule):
         return self.sample_order().num_samples
 
     def validation_pairs(self) -> str | None:
-        """A digest of which pairs validation is on: scores on others are not compared. None without any."""
+        """A digest of which pairs validation is on and of what fits them: other scores are not compared.
+
+        None without any.
+        """
         if self.val_shards is None:
             return None
         names = self.val_shards.checksums or [shard.name for shard in self.val_shards.entries]
-        return hashlib.sha256(" ".join([*names, str(self.val_pairs)]).encode()).hexdigest()
+        fitting = {"pair": [], "caption": ["caption"], "group": ["group", self.group]}[self.positives]
+        return hashlib.sha256(" ".join([*names, str(self.val_pairs), *fitting]).encode()).hexdigest()
 
     def sample_order(self) -> Order:
         """The sequence that exact training goes through."""
@@ -359,7 +365,7 @@ class PairDataModule(pl.LightningDataModule):
         step = min(self.batch_size, 256)
         batches = [[(0, n) for n in samples[i : i + step]] for i in range(0, len(samples), step)]
         first = replace(self.captions, order="first", per_image=1)
-        return self._loader(self._dataset(self.val_shards, None, first), batches)
+        return self._loader(self._dataset(self.val_shards, None, first, group=self._group_field()), batches)
 
     def held_out(self) -> list[int]:
         """The held-out pairs of a validation: a random sample, as sets often lie sorted."""

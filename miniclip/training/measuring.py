@@ -61,8 +61,7 @@ class StepMetrics(Callback):
 def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | float]:
     images, texts = gather(result.image_features), gather(result.text_features)
     mask = None if result.mask is None else gather(result.mask)
-    groups = gather(result.batch.caption_ids if result.groups is None else result.groups)
-    of_images, of_texts = in_batch_accuracy(images, texts, mask, groups)
+    of_images, of_texts = in_batch_accuracy(images, texts, mask, gather(result.answers))
     values: dict[str, Tensor | float] = {
         "loss": result.loss,
         "chance": _chance(module, result),

@@ -42,6 +42,7 @@ class StepResult(NamedTuple):
     batch: Batch
     mask: Tensor | None  # (b,) bool, the pairs that count; None if all do
     groups: Tensor | None  # (b,) equal where pairs share their target
+    answers: Tensor  # (b,) equal where an image or text finds a right one
     image_features: Tensor  # (b, E)
     text_features: Tensor  # (b, E)
     loss: Tensor  # this process's part; its mean over the processes is the loss of the whole batch
@@ -133,6 +134,7 @@ class CLIPTraining(pl.LightningModule):
             self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
         self.result: StepResult | None = None  # of the current step, until the weights have moved
         self._validation: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._shares_targets = False  # the pairs of the validation
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -161,8 +163,9 @@ class CLIPTraining(pl.LightningModule):
             loss = (1 - self.distillation) * loss + self.distillation * distance
             distance = distance.detach()
         self.result = StepResult(
-            batch, mask, groups, image_features.detach(), text_features.detach(), loss.detach(), distance
-        )
+            batch, mask, groups, self.answers(batch), image_features.detach(), text_features.detach(), loss.detach(),
+            distance,
+        )  # fmt: skip
         return loss
 
     def _seed_step(self) -> None:
@@ -181,6 +184,11 @@ class CLIPTraining(pl.LightningModule):
         if self.positives == "group" and batch.groups is None:
             raise ValueError("model.positives is 'group', and the batches have none: set data.positives to 'group'")
         return batch.groups
+
+    def answers(self, batch: Batch) -> Tensor:
+        """(b,), equal for pairs that are right answers to each other: those of a group, by default equal captions."""
+        groups = self.groups(batch)
+        return batch.caption_ids if groups is None else groups
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit features of images and texts, (b, E) each; an image with several texts is encoded once."""
@@ -238,7 +246,8 @@ class CLIPTraining(pl.LightningModule):
             image_features, text_features = self.features(batch)
         healthy = torch.ones(len(batch.keys), dtype=torch.bool) if batch.mask is None else batch.mask
         features = image_features.float().cpu(), text_features.float().cpu()
-        self._validation.append((*features, batch.caption_ids.cpu(), healthy.cpu()))
+        self._shares_targets = self.groups(batch) is not None
+        self._validation.append((*features, self.answers(batch).cpu(), healthy.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Scores the whole set at once, so that batch size and number of processes do not change the scores."""
@@ -246,11 +255,14 @@ class CLIPTraining(pl.LightningModule):
         self._validation.clear()
         count = len(self.trainer.datamodule.held_out())  # type: ignore[attr-defined]
         *columns, healthy = (torch.cat(column)[:count] for column in zip(*all_gather_objects(own), strict=True))
-        images, texts, captions = (column[healthy] for column in columns)
+        images, texts, answers = (column[healthy] for column in columns)
         if not len(images):
             raise ValueError("not one sample of data.val could be read; what was wrong is listed above")
-        loss = self.contrast(self.scored)(images, texts, local(self.scored.logit_scale).exp(), chunk_size=_LOSS_CHUNK)
-        recall = (recall_at_1(images, texts, groups=captions) + recall_at_1(texts, images, groups=captions)) / 2
+        loss = self.contrast(self.scored)(
+            images, texts, local(self.scored.logit_scale).exp(), chunk_size=_LOSS_CHUNK,
+            groups=answers if self._shares_targets else None,
+        )  # fmt: skip
+        recall = (recall_at_1(images, texts, groups=answers) + recall_at_1(texts, images, groups=answers)) / 2
         # As numbers, which Lightning moves to the device: NCCL takes no tensor on the host.
         self.log_dict({"val/loss": float(loss), "val/retrieval_r1": recall}, sync_dist=True)
 

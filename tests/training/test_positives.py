@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+import warm
 from batches import assert_near
 from helpers import table, tiny_clip, tiny_config, trainer_at, write_pairs
-from runs import arguments, metrics, state
+from PIL import Image
+from runs import arguments, command, metrics, state
 from torch.nn.functional import log_softmax
 
 import miniclip
@@ -237,11 +239,71 @@ def test_a_hard_run_of_groups_and_two_captions_stopped_midway_ends_at_the_same_b
     assert float(first["train/samples"]) == 12
 
 
+SIGMOID = ["--model.loss=siglip", "--model.clip.init_logit_bias=-2.0"]
+GROUPED = ["--model.positives=group", "--data.group=colour"]
+FITTING = {"pair": [], "caption": ["--model.positives=caption"], "group": GROUPED}
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+@pytest.mark.parametrize("positives", FITTING)
+def test_a_validation_counts_as_right_what_training_does(grouped, tmp_path, loss, positives):
+    """The definition, on all held-out pairs at once. By retrieval equal captions are right answers in any case."""
+    run = tmp_path / "run"
+    more = [*FITTING[positives], *(SIGMOID if loss == "siglip" else []), "--trainer.precision=64-true"]
+    trainer.main(arguments(grouped, run, *more, steps=1))
+    model, preprocess = miniclip.load(run / "checkpoints/last.ckpt", device="cpu")
+    model = model.double().eval().requires_grad_(False)
+    with open(grouped / "val.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    images = torch.stack([preprocess(Image.open(row["image"])) for row in rows]).double()
+    texts = miniclip.tokenize([row["caption_1"] for row in rows], model.context_length)
+    cosines = model.encode_image(images, normalize=True) @ model.encode_text(texts, normalize=True).T
+    logits = model.logit_scale.exp() * cosines + (model.logit_bias if loss == "siglip" else 0)
+    by = {"pair": range(16), "caption": [r["caption_1"] for r in rows], "group": [r["colour"] for r in rows]}
+    alike = {name: torch.tensor([[a == b for b in values] for a in values]) for name, values in by.items()}
+    assert [int(each.sum()) for each in alike.values()] == [16, 32, 64]  # 4 colours of 4, of two captions each
+    fits = alike[positives].double()
+    if loss == "siglip":
+        expected = -torch.nn.functional.logsigmoid((2 * fits - 1) * logits).sum() / 16
+    else:
+        targets = fits / fits.sum(dim=1, keepdim=True)
+        expected = -(targets * (log_softmax(logits, 1) + log_softmax(logits.T, 1))).sum() / 16 / 2
+    right = alike["caption" if positives == "pair" else positives]
+    found = [right[range(16), scores.argmax(1)].double().mean() for scores in (cosines, cosines.T)]
+    logged = next(row for row in metrics(run) if row["val/loss"])
+    assert float(logged["val/loss"]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(logged["val/retrieval_r1"]) == pytest.approx(float(sum(found)) / 2)
+
+
+@pytest.mark.long
+def test_processes_validate_groups_as_one_does(grouped, tmp_path):
+    logged = []
+    for devices, strategy in ((1, "auto"), (3, "ddp")):
+        more = [*GROUPED, *SIGMOID, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}"]
+        done = warm.run(command(grouped, tmp_path / strategy, *more, steps=3))
+        assert done.returncode == 0, done.stdout + done.stderr
+        logged.append(next(row for row in metrics(tmp_path / strategy) if row["val/loss"]))
+    one, three = logged
+    assert float(three["val/loss"]) == pytest.approx(float(one["val/loss"]), rel=1e-4)
+    assert three["val/retrieval_r1"] == one["val/retrieval_r1"]
+
+
+def test_a_score_by_other_positives_is_not_compared(grouped, tmp_path, capsys):
+    run = tmp_path / "run"
+    trainer.main(arguments(grouped, run, steps=1))
+    trainer.main(arguments(grouped, run, *GROUPED, "--ckpt_path=last", steps=2))
+    assert "best.ckpt was the best by val/retrieval_r1 on other validation pairs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
         (["--model.positives=group"], "data.group is 'group', and 00000.tar:000000000 has no such field"),
         (["--model.positives=group", "--data.group=color"], "has no such field: its .json has source, colour"),
+        (
+            ["--model.positives=group", "--data.group=colour", "--data.val={data}/shards/val"],
+            "data.group is 'colour', and 00000.tar:000000000 of data.val has no such field",
+        ),
         (["--model.positives=caption", "--data.captions.per_image=2"], "data.captions.per_image is 2"),
         (["--data.captions.per_image=0"], "per_image is 0; it must be at least 1"),
         (
@@ -250,9 +312,9 @@ def test_a_hard_run_of_groups_and_two_captions_stopped_midway_ends_at_the_same_b
         ),
     ],
 )
-def test_a_run_that_cannot_hold_is_refused_before_its_first_step(grouped, tmp_path, capsys, more, message):
+def test_a_run_that_cannot_hold_is_refused_before_its_first_step(data, grouped, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as ended:
-        trainer.main(arguments(grouped, tmp_path / "run", *more))
+        trainer.main(arguments(grouped, tmp_path / "run", *(each.format(data=data) for each in more)))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("run/checkpoints/*"))

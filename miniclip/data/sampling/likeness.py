@@ -44,8 +44,11 @@ def groups_in(shards: Shards, name: str) -> Groups:
     return Groups(group_of, name)
 
 
-def refuse_without_groups(shards: Shards, name: str) -> None:
+def refuse_without_groups(shards: Shards, name: str, whose: str = "") -> None:
     """Looks at a sample of each shard, of 64 at most, before the first step; remote shards are not fetched for it.
+
+    Args:
+        whose: what the shards are, for the error, as " of data.val".
 
     Raises:
         ValueError: its `.json` has no such field.
@@ -61,7 +64,7 @@ def refuse_without_groups(shards: Shards, name: str) -> None:
     else:
         return
     raise ValueError(
-        f"data.group is {name!r}, and {shards.name(index)} has no such field: its .json has "
+        f"data.group is {name!r}, and {shards.name(index)}{whose} has no such field: its .json has "
         f"{', '.join(facts) or 'none'}. Each column of a table that is packed becomes one, and `miniclip shards SRC "
         "OUT --groups FILE` adds one that is called group"
     )
