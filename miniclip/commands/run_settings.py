@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -21,6 +22,7 @@ from pytorch_lightning.callbacks import (
 )
 
 from ..common.wording import some
+from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
 from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
 from ..training.finite import NON_FINITE
@@ -122,6 +124,33 @@ def refuse_callbacks(callbacks: Callback | list[Callback] | None) -> None:
         for kind, why in _REFUSED_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise ValueError(f"trainer.callbacks has {type(callback).__name__}, which is not supported: {why}")
+
+
+def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | None) -> str:
+    """Has the run end after the steps that `max_epochs`, `max_steps` or `max_samples` is, whichever comes first.
+
+    An epoch is every sample once, in steps that go on across its end; Lightning's own is the whole batches of it.
+
+    Args:
+        trainer: whose max_steps is that of `max_samples`, if there is one.
+
+    Returns:
+        The length, for the log.
+    """
+    ends: dict[str, int] = {}
+    if trainer.max_steps != -1:
+        name = f"trainer.max_steps {trainer.max_steps:,}" if max_samples is None else f"max_samples {max_samples:,}"
+        ends[name] = trainer.max_steps
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        samples = trainer.max_epochs * data.epoch_samples()
+        ends[f"trainer.max_epochs {trainer.max_epochs}"] = math.ceil(samples / data.batch_size)
+    first, *others = sorted(ends, key=lambda name: ends[name])
+    steps = ends[first]
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, steps
+    length = f"the run is {steps:,} steps: {steps * data.batch_size:,} samples"
+    if data.train_stream is None:
+        length += f", {steps * data.batch_size / data.epoch_samples():,.1f} epochs"
+    return length + "".join(f"; {first} ends it before {other}" for other in others if ends[other] > steps)
 
 
 def refuse_validations(trainer: pl.Trainer, steps_per_epoch: int, has_val: bool) -> None:

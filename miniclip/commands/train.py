@@ -264,11 +264,11 @@ class TrainingCLI(LightningCLI):
         if data.train_stream is not None:
             data.train_stream.refuse_idle_readers(data.num_workers, self.trainer.world_size)
         steps_per_epoch = data.steps_per_epoch()
-        ends = self.trainer.max_steps, (self.trainer.max_epochs or -1) * steps_per_epoch
-        self.model.warmup_steps(min(end for end in ends if end >= 0), data)
+        length = run_settings.set_length(self.trainer, data, self.config.fit.max_samples)
+        self.model.warmup_steps(self.trainer.max_steps, data)
         run_settings.refuse_validations(self.trainer, steps_per_epoch, bool(data.val))
         if _is_rank_zero():
-            print(data.describe(), flush=True)
+            print(f"{data.describe()}\n{length}", flush=True)
             if shards := data.trained_on():
                 print(
                     f"warning: data.val has shards that are trained on ({some(shards, 3)}), so its scores say little "

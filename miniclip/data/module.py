@@ -249,7 +249,8 @@ class PairDataModule(pl.LightningDataModule):
         return [shard for shard, place in zip(held_out, _whereabouts(held_out), strict=True) if place in places]
 
     def steps_per_epoch(self) -> int:
-        """
+        """Those of Lightning's epoch, after which validations come: the batches that an epoch fills.
+
         Raises:
             ValueError: the training set does not fill a batch, or nobody knows how long an epoch is.
         """
@@ -305,7 +306,9 @@ class PairDataModule(pl.LightningDataModule):
             return self.train_stream.describe(self.num_workers, world_size, self.steps_per_epoch())
         assert self.train_shards is not None
         order = self.sample_order()
-        epoch = f"an epoch is {order.num_samples:,} samples in {order.num_samples // self.batch_size:,} steps"
+        steps, rest = divmod(order.num_samples, self.batch_size)
+        whole = f"{steps:,}" if not rest else f"{order.num_samples / self.batch_size:,.1f}"
+        epoch = f"an epoch is {order.num_samples:,} samples in {whole} steps"
         if left_out := summary(self.train_shards.left_out):
             epoch = f"{left_out}, as {REJECTED_FILE} beside the shards lists; {epoch}"
         if self.val_shards is not None and len(held_out := self.held_out()) < len(self.val_shards):

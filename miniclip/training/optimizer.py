@@ -234,7 +234,7 @@ def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
         raise ValueError(f"timm's optimiser {name!r} refuses options {config.options}: {error}") from error
 
 
-def warmup_steps(config: OptimizerConfig, total_steps: int, batch_size: int, steps_per_epoch: int) -> int:
+def warmup_steps(config: OptimizerConfig, total_steps: int, batch_size: int, steps_per_epoch: float) -> int:
     """The number of steps in which the learning rates rise.
 
     Raises:

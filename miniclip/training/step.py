@@ -293,7 +293,7 @@ class CLIPTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def warmup_steps(self, total_steps: int, data: PairDataModule) -> int:
-        return warmup_steps(self.optimizer_config, total_steps, data.batch_size, data.steps_per_epoch())
+        return warmup_steps(self.optimizer_config, total_steps, data.batch_size, data.epoch_samples() / data.batch_size)
 
     def on_train_start(self) -> None:
         if self.average is not None and self.global_step == 0:  # the weights may have been loaded since

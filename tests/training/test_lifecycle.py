@@ -633,7 +633,9 @@ def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(data, t
     assert step_of(broken) == stop
     trainer.main(arguments(data, broken, *ends, callbacks(Dropout()), "--ckpt_path=last"))
     assert_same_weights(straight, broken)
-    assert validated_at(broken) == validated_at(straight) == [3, 6, 9]
+    # Three epochs of 40 pairs are exactly ten batches of 12; Lightning's epochs end after three of them.
+    end = [10] if "epochs" in length else []
+    assert validated_at(broken) == validated_at(straight) == [3, 6, 9, *end]
 
 
 OTHER_SETTINGS = [  # what is given beside the same command; then what is said of it, and whether the run goes on

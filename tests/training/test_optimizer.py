@@ -702,6 +702,41 @@ def test_a_run_may_be_as_long_as_so_many_samples(data, tmp_path):
     assert rates(tmp_path / "run")[0] == 5
 
 
+PRESET = ["--trainer.max_steps=-1", "--trainer.max_epochs=2"]  # of 40 pairs, in batches of 12 or 8
+
+
+@pytest.mark.parametrize(
+    "more, steps, message",
+    [
+        ([*PRESET], 7, "an epoch is 40 samples in 3.3 steps: each once\nthe run is 7 steps: 84 samples, 2.1 epochs\n"),
+        (
+            [*PRESET, "--data.batch_size=8"],
+            10,
+            "40 samples in 5 steps: each once\nthe run is 10 steps: 80 samples, 2.0",
+        ),
+        ([*PRESET, "--data.batch_size=32"], 3, "the run is 3 steps: 96 samples, 2.4 epochs\n"),  # and not two
+        (
+            [*PRESET, "--max_samples=50"],
+            5,
+            "60 samples, 1.5 epochs; max_samples 50 ends it before trainer.max_epochs 2\n",
+        ),
+        ([*PRESET, "--max_samples=5000"], 7, "; trainer.max_epochs 2 ends it before max_samples 5,000\n"),
+        ([*PRESET[1:], "--trainer.max_steps=4"], 4, "; trainer.max_steps 4 ends it before trainer.max_epochs 2\n"),
+        (["--trainer.max_steps=4"], 4, "the run is 4 steps: 48 samples, 1.2 epochs\n"),
+    ],
+)
+def test_a_run_of_epochs_goes_through_all_their_samples_and_says_how_long_it_is(
+    data, tmp_path, capsys, more, steps, message
+):
+    trainer.main(arguments(data, tmp_path / "run", "--data.val=null", *more))
+    out = capsys.readouterr().out
+    assert message in out
+    assert f"run: new, {steps} steps" in out
+    step, ends, _ = rates(tmp_path / "run")
+    assert step == steps
+    assert ends == pytest.approx([0.0] * len(ends), abs=1e-12)  # the schedule has the same end
+
+
 def test_the_schedule_is_the_one_that_the_run_was_told(data, tmp_path):
     flags = ["--model.optimizer.schedule=linear", "--model.optimizer.final_lr=0.25", "--model.optimizer.warmup=24"]
     trainer.main(arguments(data, tmp_path / "run", *flags, "--model.optimizer.warmup_unit=samples", steps=6))
@@ -721,7 +756,7 @@ def test_the_schedule_is_the_one_that_the_run_was_told(data, tmp_path):
         ),
         (
             ["--model.optimizer.warmup=2", "--model.optimizer.warmup_unit=epochs", "--trainer.max_epochs=2"],
-            "warmup is 2 (epochs), which is 6 steps, and the run has 6",
+            "warmup is 2 (epochs), which is 7 steps, and the run has 7",  # of 12 pairs, and an epoch has 40
         ),
         (["--model.optimizer.warmup_unit=minutes"], "minutes"),
         (["--model.optimizer.kind=timm", "--model.optimizer.timm_name=lionn"], "did you mean lion"),
