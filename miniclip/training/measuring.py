@@ -64,7 +64,7 @@ def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | fl
     of_images, of_texts = in_batch_accuracy(images, texts, mask, gather(result.answers))
     values: dict[str, Tensor | float] = {
         "loss": result.loss,
-        "chance": _chance(module, result),
+        "chance": _chance(module, len(images), mask, None if result.groups is None else gather(result.groups)),
         "accuracy": (of_images + of_texts) / 2,
         "accuracy_image_to_text": of_images,
         "accuracy_text_to_image": of_texts,
@@ -77,15 +77,11 @@ def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | fl
     return {f"train/{name}": value for name, value in values.items()}
 
 
-def _chance(module: CLIPTraining, result: StepResult) -> float:
-    """The loss of features that say nothing, over the pairs of all processes."""
-    num_pairs = len(result.image_features) * module.trainer.world_size
-    if module.loss == "clip":
-        return math.log(num_pairs)
-    if result.groups is None:
-        return siglip_chance(num_pairs)
-    groups = gather(result.groups) if result.mask is None else gather(result.groups)[gather(result.mask)]
-    return siglip_chance(len(groups), groups)
+def _chance(module: CLIPTraining, num_pairs: int, mask: Tensor | None, groups: Tensor | None) -> float:
+    """The loss of features that say nothing, over the pairs of all processes that the mask leaves."""
+    if mask is not None:
+        num_pairs, groups = int(mask.sum()), None if groups is None else groups[mask]
+    return math.log(num_pairs) if module.loss == "clip" else siglip_chance(num_pairs, groups)
 
 
 def _gradient_norms(clip: CLIP) -> dict[str, Tensor]:

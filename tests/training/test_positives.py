@@ -275,6 +275,27 @@ def test_a_validation_counts_as_right_what_training_does(grouped, tmp_path, loss
     assert float(logged["val/retrieval_r1"]) == pytest.approx(float(sum(found)) / 2)
 
 
+def entropy(fitting: int, pairs: int) -> float:
+    share = fitting / pairs**2
+    return -pairs * (share * math.log(share) + (1 - share) * math.log(1 - share))
+
+
+@pytest.mark.parametrize(
+    "more, chance",
+    [  # of 12 pictures with two captions each, a damaged one and one with a single caption
+        ([], math.log(11)),
+        (["--data.captions.per_image=2"], math.log(21)),
+        (["--model.positives=group", "--data.group=kind"], math.log(11)),
+        (SIGMOID, entropy(11, 11)),
+        ([*SIGMOID, "--data.captions.per_image=2"], entropy(10 * 4 + 1, 21)),
+    ],
+)
+def test_chance_is_over_the_texts_that_are_there(shards, tmp_path, more, chance):
+    common = [f"--data.train={shards}", "--data.val=null", "--model.max_rejected=1"]
+    trainer.main([*arguments(tmp_path, tmp_path / "run", *more, steps=1), *common])
+    assert float(metrics(tmp_path / "run")[0]["train/chance"]) == pytest.approx(chance, rel=1e-6)
+
+
 @pytest.mark.long
 def test_processes_validate_groups_as_one_does(grouped, tmp_path):
     logged = []
