@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,52 @@ def refuse_what_would_mislead(config: Any) -> None:
         raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
     if config.monitor and config.data.val is None:
         raise ValueError(f"monitor is {config.monitor!r}, which is read at validations; set data.val for them")
+
+
+# Settings that change neither weights nor scores; or that are compared elsewhere, by what they come to.
+_IMMATERIAL = {
+    *("name", "overwrite", "save_every_n_steps", "save_every_minutes", "trainer.default_root_dir", "trainer.logger"),
+    *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler"),
+    *("model.micro_batch_size", "model.checkpoint_activations", "model.compile"),
+    *("data.num_workers", "data.cache_gb"),
+    *("ckpt_path", "model.start_from", "model.image_weights"),  # the checkpoint is what the run starts from
+    *("trainer.max_steps", "trainer.max_epochs", "max_samples"),  # the number of steps
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),  # that of processes
+    *("monitor", "monitor_mode", "data.train", "data.val", "data.neighbours"),
+}
+
+
+def material(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed run compares with its checkpoint: the settings of `fit` by dotted name.
+
+    Args:
+        settings: nested, as JSON has them.
+    """
+    listed = settings["trainer"]["callbacks"] or []
+    by_class: dict[str, list[Any]] = {}  # a callback is compared with the same one
+    for each in listed if isinstance(listed, list) else [listed]:
+        by_class.setdefault(each["class_path"], []).append(each.get("init_args", {}))
+    found = dotted({**settings, "trainer": {**settings["trainer"], "callbacks": None}})
+    found = {name: value for name, value in found.items() if not _IMMATERIAL & _prefixes(name)}
+    return {
+        **found,
+        "trainer.callbacks": {path: args[0] if len(args) == 1 else args for path, args in by_class.items()},
+    }
+
+
+def _prefixes(name: str) -> set[str]:
+    """a.b.c -> a, a.b and a.b.c."""
+    parts = name.split(".")
+    return {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values -> values by dotted name, which begins with the prefix."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        out |= dotted(value, name) if isinstance(value, dict) else {name: value}
+    return out
 
 
 def refuse_callbacks(callbacks: Callback | list[Callback] | None) -> None:

@@ -6,6 +6,7 @@ from ..common import lighter_lightning  # noqa: F401 (before Lightning)
 
 # isort: split
 import difflib
+import json
 import logging
 import math
 import re
@@ -190,7 +191,7 @@ class TrainingCLI(LightningCLI):
         if source is None or (resumed is not None and not resumed.is_file()):
             return
         start = read_checkpoint(locate(source)).config
-        self._parser(self.config.subcommand).set_defaults(_dotted_settings(start.to_dict(), "model.clip"))
+        self._parser(self.config.subcommand).set_defaults(run_settings.dotted(start.to_dict(), "model.clip"))
         super().parse_arguments(parser, args)
         settings = self.config[self.config.subcommand]
         asked = CLIPConfig.from_dict(settings.model.clip.as_dict(), "model.clip")
@@ -303,7 +304,9 @@ class TrainingCLI(LightningCLI):
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
         if self.subcommand == "fit":
-            callbacks += [Resumption(), StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
+            given = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
+            resumption = Resumption(run_settings.material(json.loads(given)))
+            callbacks += [resumption, StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
@@ -377,14 +380,6 @@ def _program() -> str:
 
 def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _dotted_settings(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested values -> values by dotted name."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= _dotted_settings(value, f"{prefix}.{name}") if isinstance(value, dict) else {f"{prefix}.{name}": value}
-    return out
 
 
 @contextmanager

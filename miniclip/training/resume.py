@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,15 +27,19 @@ class Resumption(Callback):
     """A resumed run refuses an optimiser state that is not its own, and prints which other settings differ.
 
     It goes on with its own rates and decays, where Lightning would silently take the checkpoint's.
+
+    Args:
+        configuration: further settings to compare, by name, as JSON has them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, configuration: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._configuration = configuration
         self._checkpoint: dict[str, Any] | None = None  # settings of the checkpoint that the run is resumed from
         self._until_end = ExitStack()  # products by the run's library
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
-        checkpoint[SETTINGS] = settings(trainer, module)
+        checkpoint[SETTINGS] = self._settings(trainer, module)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
@@ -52,10 +58,18 @@ class Resumption(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CLIPTraining)
         if self._checkpoint is not None:
-            lines = differences(self._checkpoint, settings(trainer, pl_module), "", ("the checkpoint has", "this run"))
+            lines = differences(
+                self._checkpoint, self._settings(trainer, pl_module), "", ("the checkpoint has", "this run")
+            )
             if lines and trainer.is_global_zero:
                 print("This run goes on under other settings than its checkpoint:\n" + "\n".join(lines), flush=True)
             _set_own_rates(trainer, pl_module)
+
+    def _settings(self, trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
+        own = settings(trainer, module)
+        parts = tuple(f"{name}." for name in own)
+        further = {name: value for name, value in self._configuration.items() if not f"{name}.".startswith(parts)}
+        return {**own, **further}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._until_end.close()
@@ -70,10 +84,12 @@ class Resumption(Callback):
 
 def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
     device = trainer.strategy.root_device.type
-    by_group = module.positives == "group"
+    by_group, optimizer = module.positives == "group", asdict(module.optimizer_config)
+    options = str(optimizer.pop("options"))  # whose names differ, so they are compared as one
     return {
         **({"data.group": trainer.datamodule.group} if by_group else {}),  # type: ignore[attr-defined]
-        "model.optimizer": {**asdict(module.optimizer_config), "betas": list(module.optimizer_config.betas)},
+        "model.optimizer": {**optimizer, "betas": list(optimizer["betas"])},
+        "model.optimizer.options": options,
         "model.loss": module.loss,
         "model.positives": module.positives,
         "model.locked": module.locked,

@@ -26,7 +26,7 @@ import pytest
 import runs
 import torch
 import warm
-from helpers import pack_folder, write_pairs
+from helpers import pack_folder, tiny_clip, write_pairs
 from pytorch_lightning import Callback
 
 import miniclip
@@ -653,6 +653,15 @@ OTHER_SETTINGS = [  # what is given beside the same command; then what is said o
     (["--trainer.precision=64-true"], "trainer.precision: the checkpoint has 32-true, this run 64-true", True),
     (["--model.patch_dropout=0.5"], "model.patch_dropout: the checkpoint has 0.0, this run 0.5", True),
     (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val: the checkpoint has None, this run 1", True),
+    (
+        ["--trainer.gradient_clip_algorithm=value"],
+        "trainer.gradient_clip_algorithm: the checkpoint has None, this run value",
+        True,
+    ),
+    (["--model.max_rejected=0.5"], "model.max_rejected: the checkpoint has 0.01, this run 0.5", True),
+    (["--data.val_pairs=7"], "data.val_pairs: the checkpoint has 5000, this run 7", True),
+    (["--trainer.max_time=00:10:00:00"], "trainer.max_time: the checkpoint has None, this run 00:10:00:00", True),
+    (["--model.checkpoint_activations=true", "--save_every_n_steps=2", "--monitor=val/retrieval_r1"], "", True),
     (["--model.micro_batch_size=4"], "", True),
     (["--data.num_workers=1"], "", True),
     ([], "", True),
@@ -730,6 +739,25 @@ def test_what_a_run_resumed_under_other_settings_says(data, tmp_path, capsys, ha
         share = (step - 1 - warmup) / (total - warmup)
         assert rate == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * share)))
         assert found == betas
+
+
+def test_a_resumed_run_prints_another_teacher_and_other_settings_of_its_callbacks(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("one", "other"):
+        miniclip.save(tiny_clip(), tmp_path / name)
+
+    def run_with(teacher: str, noted: str, steps: int) -> str:
+        more = [f"--model.teacher={tmp_path / teacher}", callbacks(StepsOnDisk(noted), Inference())]
+        trainer.main(arguments(data, run, *more, "--ckpt_path=last", steps=steps))
+        return capsys.readouterr().out
+
+    run_with("one", f"{tmp_path}/a", 2)
+    steps = "  steps: the checkpoint has 2, this run 4\n"
+    teacher = f"  model.teacher: the checkpoint has {tmp_path / 'one'}, this run {tmp_path / 'other'}\n"
+    path = f"  trainer.callbacks.{__name__}.StepsOnDisk.path: the checkpoint has {tmp_path}/a, this run {tmp_path}/b\n"
+    printed = run_with("other", f"{tmp_path}/b", 4).split("other settings than its checkpoint:\n")[1]
+    assert printed.startswith(steps + path + teacher)
+    assert "other settings" not in run_with("other", f"{tmp_path}/b", 4)
 
 
 def test_validate_needs_no_setting_of_training(data, tmp_path, capsys, half):
