@@ -74,11 +74,6 @@ def refuse_what_would_mislead(config: Any) -> None:
             "trainer.enable_checkpointing is false, and a run needs its checkpoints to be resumed and to leave best/; "
             "raise save_every_n_steps and save_every_minutes to write fewer"
         )
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; the loss contrasts the pairs of "
-            "one batch, and accumulating over batches does not do that. Raise data.batch_size instead"
-        )
     # Any value, because the parser turns 1 (one batch) into 1.0 (all of them) and back.
     if trainer.limit_train_batches is not None or trainer.overfit_batches:
         name = "limit_train_batches" if trainer.limit_train_batches is not None else "overfit_batches"
@@ -140,14 +135,14 @@ def material(settings: Mapping[str, Any]) -> dict[str, Any]:
     for each in listed if isinstance(listed, list) else [listed]:
         by_class.setdefault(each["class_path"], []).append(each.get("init_args", {}))
     found = dotted({**settings, "trainer": {**settings["trainer"], "callbacks": None}})
-    found = {name: value for name, value in found.items() if not _IMMATERIAL & _prefixes(name)}
+    found = {name: value for name, value in found.items() if not _IMMATERIAL & _with_parents(name)}
     return {
         **found,
         "trainer.callbacks": {path: args[0] if len(args) == 1 else args for path, args in by_class.items()},
     }
 
 
-def _prefixes(name: str) -> set[str]:
+def _with_parents(name: str) -> set[str]:
     """a.b.c -> a, a.b and a.b.c."""
     parts = name.split(".")
     return {".".join(parts[:length]) for length in range(1, len(parts) + 1)}

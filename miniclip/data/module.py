@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Sampler
 
 from ..common.cache import Cache
@@ -98,6 +99,29 @@ def _whereabouts(locations: Sequence[str]) -> list[str]:
     paths = {each: Path(each) for each in locations if not is_url(each)}
     real = {folder: folder.resolve() for folder in {path.parent for path in paths.values()}}
     return [str(real[paths[each].parent] / paths[each].name) if each in paths else each for each in locations]
+
+
+def _refuse_other_batches(trainer: pl.Trainer) -> None:
+    """Batch n is that of the trainer's step n, so each step has to take one batch, and each epoch all of its own.
+
+    Raises:
+        ValueError: they do not.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    schedules = [each.scheduling for each in callbacks if isinstance(each, GradientAccumulationScheduler)]
+    accumulated = max([trainer.accumulate_grad_batches, *(most for each in schedules for most in each.values())])
+    if accumulated != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {accumulated}; the loss contrasts the pairs of one batch, and "
+            "accumulating over batches does not do that. Raise data.batch_size instead"
+        )
+    limit = trainer.limit_train_batches  # 1.0 is all batches and 1 is one; overfit_batches sets it, too
+    is_trial: Any = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not is_trial and (isinstance(limit, int) or limit != 1):
+        raise ValueError(
+            f"trainer.limit_train_batches is {limit}; an epoch is every sample once, so use trainer.max_steps for a "
+            "shorter run (overfit_batches sets it, too)"
+        )
 
 
 class PairDataModule(pl.LightningDataModule):
@@ -218,6 +242,12 @@ class PairDataModule(pl.LightningDataModule):
         return [self._locations[source, split] for source in (self.train if split == "train" else self.val)]
 
     def setup(self, stage: str) -> None:
+        """
+        Raises:
+            ValueError: the trainer's steps are not one batch each or its epochs not whole, or shards are unusable.
+        """
+        if stage == "fit" and isinstance(self.trainer, pl.Trainer):
+            _refuse_other_batches(self.trainer)
         if stage == "fit" and self.train_shards is None and self.train_stream is None:
             self.prepare_data()  # tells this process where; one of them packs, if need be
             sources = self._places("train")

@@ -22,6 +22,7 @@ import warm
 from browser import WIDTHS, log
 from helpers import tiny_clip, tiny_config
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.plugins import MixedPrecision
 from runs import StopAt, arguments, command, fails, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +110,25 @@ def fit(folder: Path, callbacks: list[Callback], module: CLIPTraining | None = N
     )  # fmt: skip
     made.fit(module or CLIPTraining(tiny_config()), loader)
     return made
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches is 2; .* Raise data.batch_size"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({4: 3})]},
+            "accumulate_grad_batches is 3; .* Raise data.batch_size",
+        ),
+        ({"limit_train_batches": 4}, "limit_train_batches is 4; an epoch is every sample once"),
+        ({"limit_train_batches": 1}, "limit_train_batches is 1; an epoch is every sample once"),
+        ({"limit_train_batches": 0.5}, "limit_train_batches is 0.5; an epoch is every sample once"),
+        ({"overfit_batches": 2}, "limit_train_batches is 2; .*overfit_batches"),
+    ],
+)
+def test_a_trainer_of_ones_own_whose_steps_are_not_the_batches_is_refused(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(data, **{"callbacks": [], **options})
 
 
 def test_gradient_norms_are_those_of_unscaled_gradients(data):
