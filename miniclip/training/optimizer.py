@@ -31,7 +31,7 @@ class OptimizerConfig:
     Args:
         kind: "adamw"; "muon", which learns far faster on small models from scratch; or "timm", see `timm_name`.
         lr: AdamW's peak learning rate, or that of timm's optimiser.
-        betas, eps: AdamW's.
+        betas, eps: AdamW's; those of timm's optimisers are in `options`.
         weight_decay: AdamW's or timm's; applied to weights, never to gains, biases, and the logit scale.
         muon_lr: Muon's peak learning rate: the size of an update's singular values.
         muon_weight_decay: Muon's.
@@ -99,6 +99,9 @@ class OptimizerConfig:
             "options", self.kind == "timm" or not self.options, f"only kind timm has options, and kind is {self.kind}"
         )
         object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("betas", "eps"):
+            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            self._require(name, self.kind != "timm" or is_default, "kind timm does not use it; give it in options")
         if self.kind == "timm":  # mistakes show now, before a run is prepared
             _timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], self)
 

@@ -596,6 +596,14 @@ def test_a_run_of_timms_resumed_from_its_state_continues_bit_for_bit(name, tmp_p
             r"timm's optimiser 'lion' refuses options \{'beta': 1\}: .*beta",
         ),
         ({"timm_name": "lion", "options": {"betas": [2.0, 0.9]}}, r"refuses options .*beta"),
+        (
+            {"timm_name": "adamw", "betas": [0.5, 0.6]},
+            r"betas is \(0\.5, 0\.6\); kind timm does not use it; give it in op",
+        ),
+        (
+            {"timm_name": "adamw", "eps": 1e-3},
+            r"OptimizerConfig\.eps is 0\.001; kind timm does not use it; give it in options",
+        ),
         ({"timm_name": "lion", "options": {"lr": 1}}, r"options has 'lr'; set OptimizerConfig\.lr"),
         ({"timm_name": ""}, r"OptimizerConfig\.timm_name is ''"),
         ({"kind": "adamw", "timm_name": "lion"}, r"OptimizerConfig\.timm_name is 'lion'; .*kind"),
