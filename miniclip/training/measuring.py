@@ -140,6 +140,8 @@ class RunMetrics(Callback):
             self.peak = peak(trainer.strategy.root_device, str(trainer.precision))
             _forget_memory(trainer.strategy.root_device)
         self._samples = self._rejected = self._truncated = 0
+        self._loader: PatientLoader[Any] | None = None
+        self._waited_before_s = 0.0  # for the loaders before this one
         self.problems: list[str] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,6 +150,7 @@ class RunMetrics(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        waited_s = self._loader_waited(trainer)
         num_texts, num_tokens = batch.tokens.shape
         self._num_texts[num_tokens] += num_texts
         self._num_images += len(batch.keys)
@@ -157,7 +160,7 @@ class RunMetrics(Callback):
         if not is_logged(trainer, trainer.global_step):
             return
         seconds = time.perf_counter() - self._mark - self._paused
-        waited = self._loader_waited(trainer) - self._waited
+        waited = waited_s - self._waited
         flops = self._cost.flops(self._num_texts, self._num_images) / seconds * trainer.world_size
         measured = {
             "images_per_s": self._num_images * trainer.world_size / seconds,
@@ -178,10 +181,13 @@ class RunMetrics(Callback):
         self._num_texts: Counter[int] = Counter()  # by length in tokens
         self._num_images = 0
 
-    @staticmethod
-    def _loader_waited(trainer: pl.Trainer) -> float:
+    def _loader_waited(self, trainer: pl.Trainer) -> float:
+        """Seconds in all; a trainer may make a new loader for each epoch."""
         loader = trainer.train_dataloader
-        return loader.waited_s if isinstance(loader, PatientLoader) else 0.0
+        if isinstance(loader, PatientLoader) and loader is not self._loader:
+            self._waited_before_s += 0.0 if self._loader is None else self._loader.waited_s
+            self._loader = loader
+        return self._waited_before_s + (0.0 if self._loader is None else self._loader.waited_s)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pause_began = time.perf_counter()

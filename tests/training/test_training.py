@@ -258,6 +258,14 @@ def test_a_number_in_a_file_where_a_text_belongs_is_to_be_quoted(data, tmp_path,
     assert "name is 1, and it takes str or null; in YAML, write '1' with quotes" in message
 
 
+def test_a_new_loader_for_each_epoch_goes_on_counting_the_wait_for_data(data, tmp_path):
+    """Ten steps are four loaders of three steps each."""
+    trainer.main(arguments(data, tmp_path / "run", "--trainer.reload_dataloaders_every_n_epochs=1"))
+    waits = [float(row["train/data_wait"]) for row in metrics(tmp_path / "run") if row["train/data_wait"]]
+    assert len(waits) == 10
+    assert all(0 < wait <= 1 for wait in waits)
+
+
 def test_a_run_is_never_overwritten_unasked(data, tmp_path, capsys):
     run = tmp_path / "run"
     trainer.main(arguments(data, run, steps=3))
