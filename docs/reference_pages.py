@@ -21,7 +21,6 @@ GROUPS = {
 
 # Keys whose help is Lightning's; empty ones are left out.
 OF_LIGHTNING = {
-    "seed_everything": "Seeds everything random: initialisation, order of the data, augmentation, choice of captions.",
     "ckpt_path": "A checkpoint to resume from; `last` is the run's own, and begins the run if there is none.",
     "weights_only": "",
     "config": "",

@@ -125,6 +125,15 @@ class TrainingCLI(LightningCLI):
         self._until_end = until_end
         super().__init__(*args, **kwargs)
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Lightning's own also takes true, for a random seed, which each process of a run would draw for itself.
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seed of everything random: initialisation, order of the data, augmentation, choice of captions.",
+        )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.clip.vision.image_size", "data.image_size")
         parser.link_arguments("model.clip.text.context_length", "data.context_length")
@@ -183,6 +192,8 @@ class TrainingCLI(LightningCLI):
         """
         super().parse_arguments(parser, args)
         settings = self.config[self.config.subcommand]
+        if not 0 <= settings.seed_everything < 2**32:
+            raise ValueError(f"seed_everything is {settings.seed_everything}; it must be from 0 to {2**32 - 1}")
         model = settings.model
         if model.start_from is None and model.image_weights is None:
             return
