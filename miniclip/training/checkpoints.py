@@ -29,7 +29,7 @@ from ..data.module import PairDataModule
 from ..weights.read import read_torch_file
 from . import lightning_private
 from .finite import StopIfNotFinite
-from .stopping import StopSignals, requeue, slurm, what_is_kept
+from .stopping import StopSignals, requeue, slurm, stopped_early_by, what_is_kept
 
 _EVERY, _MOST_TIME = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
 _MAY, _DUE = 1, 2  # of a checkpoint: written at a step of its own, or at any step
@@ -238,6 +238,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps, self.every_s = every_n_steps, 60 * every_minutes
         self.signals = StopSignals(self._what_is_kept)
         self._resumed_step = 0
+        self._stopped_by: str | None = None  # the metric by which EarlyStopping ended the run
         self._last_took_s = 0.0
         self._question: StopIfNotFinite | None = None
 
@@ -254,6 +255,12 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_step = int(checkpoint["global_step"])
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped_by": self._stopped_by}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stopped_by = state_dict.get("stopped_by")
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, total, run = self._resumed_step, int(trainer.estimated_stepping_batches), trainer.default_root_dir
         if step > total:
@@ -261,6 +268,13 @@ class LastCheckpoint(Checkpoint):
         state = f"new, {total} steps"
         if step:
             state = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
+        self._stopped_by = stopped_early_by(trainer) if self._stopped_by is not None else None
+        if step < total and self._stopped_by is not None:
+            trainer.should_stop = True  # before the first step
+            state = (
+                f"is finished: EarlyStopping ended it by {self._stopped_by} at step {step} of {total}. To train on, "
+                "give it more patience or leave it out"
+            )
         if trainer.is_global_zero:
             print(f"Run {run}: {state}", flush=True)
             for left_over in self.path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it saved
@@ -337,6 +351,8 @@ class LastCheckpoint(Checkpoint):
         raise SystemExit(128 + number if trainer.is_global_zero else 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_early = trainer.global_step < trainer.estimated_stepping_batches
+        self._stopped_by = stopped_early_by(trainer) if is_early else None
         if failure := self._save(trainer):
             raise ValueError(f"{failure}. {self._what_is_kept()}")
 

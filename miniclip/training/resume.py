@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.trainer.states import TrainerFn
 
 from ..common.processes import all_gather_objects
@@ -26,7 +26,7 @@ SETTINGS = "miniclip_settings"  # key in a checkpoint
 class Resumption(Callback):
     """A resumed run refuses an optimiser state that is not its own, and prints which other settings differ.
 
-    It goes on with its own rates and decays, where Lightning would silently take the checkpoint's.
+    It goes on with its own rates, decays and patience, where Lightning would silently take the checkpoint's.
 
     Args:
         configuration: further settings to compare, by name, as JSON has them.
@@ -35,7 +35,13 @@ class Resumption(Callback):
     def __init__(self, configuration: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._configuration = configuration
         self._checkpoint: dict[str, Any] | None = None  # settings of the checkpoint that the run is resumed from
+        self._stoppings: dict[EarlyStopping, tuple[int, bool]] = {}  # their own patience and strictness
         self._until_end = ExitStack()  # products by the run's library
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        stoppings = [each for each in callbacks if isinstance(each, EarlyStopping)]
+        self._stoppings = {each: (each.patience, each.strict) for each in stoppings}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
@@ -49,6 +55,7 @@ class Resumption(Callback):
             refuse_another_state(module, self._checkpoint or {}, sizes)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep_own_patience()
         if trainer.strategy.root_device.type == "cpu":
             name = library_of_all((self._checkpoint or {"products": None}).get("products", matmul.MKL))
             self._until_end.enter_context(matmul.using(name))
@@ -57,6 +64,7 @@ class Resumption(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, CLIPTraining)
+        self._keep_own_patience()  # again, because a strategy that slices weights reads the checkpoint late
         if self._checkpoint is not None:
             lines = differences(
                 self._checkpoint, self._settings(trainer, pl_module), "", ("the checkpoint has", "this run")
@@ -64,6 +72,12 @@ class Resumption(Callback):
             if lines and trainer.is_global_zero:
                 print("This run goes on under other settings than its checkpoint:\n" + "\n".join(lines), flush=True)
             _set_own_rates(trainer, pl_module)
+
+    def _keep_own_patience(self) -> None:
+        for stopping, (patience, _) in self._stoppings.items():
+            stopping.patience = patience
+            # A run resumed at the end of an epoch ends that epoch once more, when nothing is logged yet.
+            stopping.strict = False
 
     def _settings(self, trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
         own = settings(trainer, module)
@@ -78,6 +92,8 @@ class Resumption(Callback):
         self._until_end.close()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        for stopping, (_, strict) in self._stoppings.items():
+            stopping.strict = strict
         # Lightning counts one too many in a run that had ended and is made longer.
         lightning_private.set_logged_step(trainer, trainer.global_step)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from . import lightning_private
 
@@ -65,6 +66,17 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+def stopped_early_by(trainer: pl.Trainer) -> str | None:
+    """The metric by which an EarlyStopping of Lightning's has asked for the run's end, if its patience still asks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for each in callbacks:
+        if isinstance(each, EarlyStopping) and each.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            by_patience = each.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
+            if not by_patience or each.wait_count >= each.patience:
+                return each.monitor
+    return None
 
 
 def slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:

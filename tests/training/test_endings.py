@@ -48,6 +48,35 @@ def test_the_last_step_is_validated(data, tmp_path, ending):
     assert steps == STEPS.get(ending, steps)
 
 
+def test_a_run_that_early_stopping_ended_is_finished(data, tmp_path, capsys):
+    """No validation, one every three steps, is better by 5 than the first: each uses up some of the patience."""
+    run = tmp_path / "run"
+
+    def train(*more: str) -> tuple[str, int]:
+        options = ["--model.optimizer.lr=1e-9", "--ckpt_path=last", *more]
+        trainer.main([*arguments(data, run, steps=90), *options])
+        return capsys.readouterr().out, torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+
+    stop = {"monitor": "val/loss", "min_delta": 5.0, "stopping_threshold": None}
+    assert train(early_stopping(**stop, patience=2))[1] == 9
+    for _ in range(2):
+        shutil.rmtree(run / "best")
+        printed, step = train(early_stopping(**stop, patience=2))
+        assert (
+            f"{run}: is finished: EarlyStopping ended it by val/loss at step 9 of 90. To train on, give it" in printed
+        )
+        assert step == 9
+        assert (run / "best/config.json").is_file()
+    printed, step = train(early_stopping(**stop, patience=4))
+    assert "goes on from step 9 of 90" in printed
+    assert "EarlyStopping.patience: the checkpoint has 2, this run 4" in printed
+    assert step == 15
+    assert sorted(validations(run)) == [2, 5, 8, 11, 14]
+    printed, step = train("--trainer.max_steps=17")
+    assert "goes on from step 15 of 17" in printed
+    assert step == 17
+
+
 def test_a_run_that_ends_before_its_first_step_says_so(data, tmp_path, capsys):
     message = fails(capsys, arguments(data, tmp_path / "run", "--trainer.max_time=00:00:00:00"))
     assert "trainer.max_time" in message
