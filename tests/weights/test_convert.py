@@ -298,9 +298,7 @@ def test_as_many_tokens_of_another_vocabulary_are_not_taken_for_clips(tmp_path, 
     words[one], words[other] = words[other], words[one]
     name, found = ("tokenizer.json", {"model": {"vocab": words}}) if as_tokenizers_do else ("vocab.json", words)
     (out / name).write_text(json.dumps(found))
-    with pytest.raises(
-        ValueError, match=rf"{name} is another vocabulary than CLIP's.*: 2 of CLIP's 49,406 .* the id"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} is another vocabulary than CLIP's.*: 2 of CLIP's 49,406 .* the id"):
         load(out, device="cpu")
     (out / name).write_text(json.dumps({"model": {"vocab": [["▁a", -1.0]]}} if as_tokenizers_do else {"▁a": 0}))
     with pytest.raises(ValueError, match=r"49,406 of CLIP's 49,406 .* and has no id"):
