@@ -116,7 +116,7 @@ def _parts_named(pairs: dict[str, Pairs], options: argparse.Namespace) -> list[S
         for name in dict.fromkeys(named):
             if name in pairs:
                 raise ValueError(f"{name} is named as PAIRS and as --{part}; every picture would be a leak")
-            found.append(of_images(part, name, image_set(name)))
+            found.append(of_images(part, name, image_set(name, split=part)))
     return found
 
 

@@ -111,7 +111,7 @@ def add_reading_options(parser: argparse.ArgumentParser, title: str) -> None:
         default=[],
         help="a table's column of captions; repeatable",
     )
-    read.add_argument("--split", default="train", help="of a source that has several; default: %(default)s")
+    read.add_argument("--split", metavar="NAME", help="the part to read; default: train, of a source that has several")
 
 
 def pairs_asked_for(source: str, options: argparse.Namespace) -> Pairs:

@@ -67,28 +67,39 @@ def open_pairs(
     images: str | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
-    split: str = "train",
+    split: str | None = None,
+    default_split: str = "train",
 ) -> Pairs:
     """The pairs of shards, or of anything that `read_pairs` reads.
+
+    Args:
+        split, default_split: as those of `read_pairs`.
 
     Raises:
         ValueError: as `Shards` and `read_pairs`.
     """
     if not is_shards(source):
         return read_pairs(
-            source, images=images, image_column=image_column, caption_columns=caption_columns, split=split
+            source,
+            images=images,
+            image_column=image_column,
+            caption_columns=caption_columns,
+            split=split,
+            default_split=default_split,
         )
     if images or image_column or caption_columns:
         raise ValueError(f"--images, --image-column and --caption-column are for tables; {source} is shards")
+    if split:
+        raise ValueError(f"{source} is shards, so --split {split} can't be followed; name the folder of that part")
     return shard_pairs(source)
 
 
-def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, split: str = "train") -> str:
+def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, default_split: str = "train") -> str:
     """The location of a source's shards. A source that is not packed yet is packed into the cache, and again whenever
     it has changed.
 
     Args:
-        split: of a source that has several.
+        default_split: the part of a source that has several.
         limit_bytes: sources that were not used for longest leave the cache, so that all together have no more than
             this; but none that a process uses, which began to when it called this.
 
@@ -100,7 +111,7 @@ def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, split: str = "tr
     if is_shards(source) or not is_packable:
         return source  # `Shards` raises if nothing is there
     try:
-        pairs = read_pairs(source, split=split)
+        pairs = read_pairs(source, default_split=default_split)
         name = hashlib.sha256(f"{_READ_AS} {path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
         out = cache_folder("packed") / f"{path.stem}-{name}"
         with _room(out.parent):

@@ -31,21 +31,24 @@ def read_pairs(
     images: str | Path | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
-    split: str = "train",
+    split: str | None = None,
+    default_split: str = "train",
 ) -> Pairs:
     """The pairs of any source in the table above.
 
     Args:
         images: the folder that a table's paths are relative to; by default the table's own.
         image_column, caption_columns: of a table; by default found by their names.
-        split: of a source that has several.
+        split: the part to read, which must be there.
+        default_split: where `split` is None, the part of a source that has several.
 
     Raises:
-        ValueError: no such source, a table without the columns that are needed, or paths that lead nowhere.
+        ValueError: no such source, no such split, a table without the columns that are needed, or paths that lead
+            nowhere.
     """
-    path = Path(source)
+    path, part, is_asked_for = Path(source), split or default_split, split is not None
     if str(source).startswith(HUB_PREFIX) or is_datasets_folder(path):
-        return read_datasets(str(source), image_column, caption_columns, split)
+        return read_datasets(str(source), image_column, caption_columns, part, is_asked_for)
     if is_pattern(str(source)):
         files = parquet_files(path)
         if any(file.suffix.lower() != ".parquet" for file in files):
@@ -56,8 +59,8 @@ def read_pairs(
         options = {"--images": images, "--image-column": image_column, "--caption-column": caption_columns}
         if given := [name for name, value in options.items() if value]:
             raise ValueError(f"{', '.join(given)} can't be followed: {source} is a folder")
-        return read_folder(path, split)
-    columns, rows = read_table(path, split)
+        return read_folder(path, part, is_asked_for)
+    columns, rows = read_table(path, part, is_asked_for=is_asked_for)
     left_out = list(getattr(rows, "left_out", ()))
     if isinstance(rows, ParquetRows) and path.is_dir():
         left_out += beside_parquet(path, rows.paths)

@@ -68,6 +68,7 @@ def image_set(
     sources: Any,
     *,
     image_column: str | None = None,
+    split: str | None = None,
     is_each_once: bool = False,
     upright: bool = False,
     stdin: BinaryIO | None = None,
@@ -77,6 +78,7 @@ def image_set(
     Args:
         sources: a sequence of them, or a single one.
         image_column: of tables and `datasets`; by default found by its name or type.
+        split: of tables and `datasets` that have several; None for all of them.
         is_each_once: leave out, and count, files and URLs that were named before, as those of a folder and of itself.
         upright: as that of `EvaluationSet`.
         stdin: in place of standard input.
@@ -85,7 +87,7 @@ def image_set(
         ValueError: a source that is not there or can't be read, or no image in any of them.
     """
     columns = _ColumnsAskedFor([image_column] if image_column else [])
-    reader = _Reader(columns, stdin)
+    reader = _Reader(columns, stdin, split)
     named = _as_list(sources)
     parts = [part for number, source in enumerate(named) for part in reader.parts_of(source, number)]
     columns.refuse_unused(named)
@@ -123,8 +125,8 @@ class _ColumnsAskedFor:
 class _Reader:
     """Reads sources as images; standard input once."""
 
-    def __init__(self, columns: _ColumnsAskedFor, stdin: BinaryIO | None) -> None:
-        self.columns, self.stdin = columns, StandardInput(stdin)
+    def __init__(self, columns: _ColumnsAskedFor, stdin: BinaryIO | None, split: str | None) -> None:
+        self.columns, self.stdin, self.split = columns, StandardInput(stdin), split
 
     def parts_of(self, source: Any, number: int) -> Iterator[EvaluationSet]:
         if isinstance(source, str | Path):
@@ -150,7 +152,7 @@ class _Reader:
                 is_tars = bool(benchmark_splits(location, None))
             except ValueError:  # not on the hub; the library below reports why, or has a token for it
                 is_tars = False
-            yield from [bare_tars(location)] if is_tars else bare_datasets(source, self.columns.name())
+            yield from [bare_tars(location)] if is_tars else bare_datasets(source, self.columns.name(), self.split)
             return
         check_scheme(source)
         yield bare_tars(hub_location(source)) if _is_remote_set(source) else EvaluationSet(source, (source,))
@@ -159,11 +161,11 @@ class _Reader:
         source = str(path)
         if path.is_dir():
             if is_datasets_folder(path):
-                yield from bare_datasets(source, self.columns.name())
+                yield from bare_datasets(source, self.columns.name(), self.split)
             elif _is_shards_folder(path):
                 yield bare_tars(source)
             elif is_parquet(path) and not image_files(path):
-                yield bare_table(path, self.columns.name())
+                yield bare_table(path, self.columns.name(), self.split)
             else:
                 found = bare_folder(path)
                 left_out = [replace(each, source=f"{path}/{each.source}") for each in found.left_out]
@@ -175,7 +177,7 @@ class _Reader:
         elif path.suffix.lower() == ".tar":
             yield bare_tars(source)
         elif table_suffix(path) in (*TABLE_SUFFIXES, ".json"):
-            yield bare_table(path, self.columns.name())
+            yield bare_table(path, self.columns.name(), self.split)
         else:
             yield _of_files([path], path.name)
 
@@ -186,7 +188,7 @@ class _Reader:
             for path in matches:
                 yield bare_tars(str(path))
         elif suffixes == {".parquet"}:
-            yield bare_table(Path(source), self.columns.name())
+            yield bare_table(Path(source), self.columns.name(), self.split)
         else:  # as in a folder, tables beside pictures are not read
             seen: set[str] = set()  # a folder and what is in it may both match
             for path in matches:

@@ -98,6 +98,22 @@ def test_any_source_and_several_are_looked_at(photos, tmp_path, kind):
         assert {row["source"] for row in groups} == {str(each) for each in sources}
 
 
+def test_parts_of_one_table_are_compared_with_each_other_and_not_with_themselves(tmp_path, capsys):
+    for number in range(4):
+        write_picture(tmp_path / f"{number}.png", number, (64, 64))
+    rows = [f"{n}.png,a word{n} in a field,{part}" for n, part in enumerate(("train", "val", "train", "test"))]
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("\n".join(["image,caption,split", *rows]))
+    doctor(tmp_path / "a.csv", "--val", tmp_path / "b.csv", "--test", tmp_path / "b.csv", "--out", tmp_path / "out")
+    assert "leak" not in {row["reason"] for row in rows_of(tmp_path / "out/findings.csv")}
+    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *(row.rpartition(",")[0] for row in rows)]))
+    doctor(tmp_path / "a.csv", "--val", tmp_path / "b.csv", "--out", tmp_path / "leaks")
+    leaks = [row["key"] for row in rows_of(tmp_path / "leaks/findings.csv") if row["reason"] == "leak"]
+    assert leaks == ["1.png"]
+    arguments = ["shards", str(tmp_path / "b.csv"), str(tmp_path / "packed"), "--split", "holdout"]
+    assert "is 'holdout'; valid for --split are test, train, val" in fails(capsys, arguments)
+
+
 def test_the_page_has_tables_and_pictures(photos, tmp_path, browser):
     (photos / "0001.txt").write_text("<script>document.title='x'</script> of a\u202ename")
     doctor(photos, "--test", tmp_path / "test", "--out", tmp_path / "out")

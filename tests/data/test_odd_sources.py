@@ -647,6 +647,86 @@ def test_a_column_that_names_two_parts_is_followed_and_another_leaves_all_rows(t
     assert (len(pairs), len(pairs.left_out)) == (kept, len(values) - kept)
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet", "datasets", "datasets in a mapping", "a folder"])
+def test_a_split_that_is_asked_for_is_read_by_its_name_or_refused_with_those_that_there_are(tmp_path, kind):
+    for number in range(3):
+        write_picture(tmp_path / f"{number}.jpg", number)
+    parts = ["train", "Holdout", "train"]
+    rows = [{"file_name": f"{n}.jpg", "text": f"text {n}", "split": part} for n, part in enumerate(parts)]
+    source = tmp_path / ("metadata.csv" if kind in ("csv", "a folder") else "set")
+    if kind in ("csv", "a folder"):
+        source.write_text("\n".join(["file_name,text,split", *(",".join(row.values()) for row in rows)]))
+    elif kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        source = source.with_suffix(".parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), source)
+    else:
+        saved = saved_set({"text": [row["text"] for row in rows], "split": parts})
+        (saved if kind == "datasets" else datasets_of({"test": saved})).save_to_disk(source)
+    source = tmp_path if kind == "a folder" else source
+
+    def captions(**split: str) -> list[str]:
+        return [caption for pair in read_pairs(source, **split) for caption in pair.captions]
+
+    assert captions(split="holdout") == ["text 1"]
+    assert captions(split="train") == ["text 0", "text 2"]
+    with pytest.raises(ValueError, match="column 'split' is 'nonsense'; valid for --split are holdout, train"):
+        captions(split="nonsense")
+    with pytest.raises(ValueError, match="'val'; valid for --split are holdout, train"):
+        captions(default_split="val")  # rows of train validate nothing
+    if kind == "datasets in a mapping":  # of a name that is not the default's
+        assert captions() == ["text 0", "text 2"]
+    else:
+        assert captions() == ["text 0", "text 1", "text 2"]
+        assert "all rows: column 'split' has holdout, train; --split takes those of one" in read_pairs(source).found
+
+
+def saved_set(columns: dict[str, list[str]]):
+    """A set of Hugging Face's `datasets` with a picture in each row."""
+    datasets = pytest.importorskip("datasets")
+    features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
+    count = len(next(iter(columns.values())))
+    pictures = [{"bytes": image_bytes(number), "path": None} for number in range(count)]
+    return datasets.Dataset.from_dict({**columns, "image": pictures}, features=datasets.Features(features))
+
+
+def datasets_of(parts: dict[str, object]):
+    return pytest.importorskip("datasets").DatasetDict(parts)
+
+
+def test_a_split_of_what_has_none_is_refused_but_for_one_that_the_name_tells(tmp_path):
+    write_picture(tmp_path / "0.jpg", 0)
+    (tmp_path / "0.txt").write_text("red")
+    for name in ("t.csv", "val.csv"):
+        (tmp_path / name).write_text("image,caption\n0.jpg,red\n")
+    assert len(read_pairs(tmp_path / "val.csv", split="validation")) == 1
+    for name in ("t.csv", "val.csv"):
+        with pytest.raises(ValueError, match=f"{name} has no split 'test'; a column 'split' would name the part"):
+            read_pairs(tmp_path / name, split="test")
+    with pytest.raises(ValueError, match=r"is a folder of pairs, so --split test can't be followed$"):
+        read_pairs(tmp_path, split="test")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match=r"can't be followed; name one of its parts: .*test, .*train$"):
+        read_pairs(tmp_path, split="test")
+
+
+def test_a_saved_set_of_one_name_is_read_by_its_column_of_splits(tmp_path):
+    """As Flickr30k is handed out: all of it is called test, and a column names the parts."""
+    columns = {"caption": list("abcd"), "split": ["train", "val", "train", "test"], "label": list("xyxy")}
+    datasets_of({"test": saved_set(columns).class_encode_column("label")}).save_to_disk(tmp_path / "set")
+    pairs = read_pairs(tmp_path / "set")
+    assert [(pair.source, pair.captions) for pair in pairs] == [("row 0", ("a",)), ("row 2", ("c",))]
+    assert [(each.source, each.reason) for each in pairs.left_out] == [
+        ("row 1", "a row of another split (val)"), ("row 3", "a row of another split (test)"),
+    ]  # fmt: skip
+    assert [pair.image for pair in read_pairs(tmp_path / "set", split="val")] == [image_bytes(1)]
+    with pytest.warns(UserWarning, match="a row of another split"):
+        assert open_dataset(tmp_path / "set", task="retrieval").captions == (("d",),)
+    with pytest.warns(UserWarning, match="a row of another split"):
+        assert len(open_dataset(tmp_path / "set", split="train")) == 2
+
+
 def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):
     for part in ("train", "test"):
         write_picture(tmp_path / part / "a.jpg", 1)

@@ -13,7 +13,7 @@ from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, is_skipped_folder, same_name, scan
-from .splits import different_splits, equal_splits, rows_of_split
+from .splits import different_splits, equal_splits, is_named, rows_of_split
 from .tables import read_table
 
 # What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
@@ -24,20 +24,28 @@ _ROLES = frozenset(
 )
 
 
-def read_folder(folder: Path, split: str = "train") -> Pairs:
+def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) -> Pairs:
     """The pairs of pictures with a text of the same name: beside them (a.txt, a.caption, a.jpg.txt, a.json), in folders
     of their own (images/a.jpg, texts/a.txt), or with roles in their names (a.image.jpg, a.text.txt); or those that a
     `metadata.jsonl` (or .csv, .parquet) names.
 
+    Args:
+        is_asked_for: as that of `rows_of_split`, unless the folder's name tells the split.
+
     Raises:
-        ValueError: neither pictures nor texts, or pictures without texts beside a table that may have them.
+        ValueError: neither pictures nor texts, pictures without texts beside a table that may have them, or no such
+            split.
     """
     files = scan(folder)
     metadata = [path for path in files.others if path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES]
     places = (folder, *(folder / name for name in equal_splits(split)))
     for path in metadata:
         if path.parent in places and "file_name" in read_table(path)[0]:
-            return _read_imagefolder(files, path, split)
+            return _read_imagefolder(files, path, split, is_asked_for)
+    if is_asked_for and not is_named(folder, split):
+        parts = pair_splits(folder)
+        there = f"; name one of its parts: {', '.join(str(folder / part) for part in parts)}" if parts else ""
+        raise ValueError(f"{folder} is a folder of pairs, so --split {split} can't be followed{there}")
     if not files.images and not files.texts:
         raise ValueError(f"no pairs found in {folder}: it holds {_what_lies_in(files)}")
     return _pairs_by_name(files)
@@ -199,10 +207,11 @@ def _may_be_table(path: Path) -> bool:
     return path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".gz", ".xlsx")
 
 
-def _read_imagefolder(files: Scan, metadata: Path, split: str) -> Pairs:
+def _read_imagefolder(files: Scan, metadata: Path, split: str, is_asked_for: bool) -> Pairs:
     """A folder of pictures with a table of theirs, as Hugging Face's `imagefolder` has it."""
     columns, all_rows = read_table(metadata)
-    rows = rows_of_split(metadata, columns, all_rows, split)
+    is_told = metadata.parent != files.folder or is_named(files.folder, split)
+    rows = rows_of_split(metadata, columns, all_rows, split, is_asked_for and not is_told)
     pairs = pairs_of_rows(metadata, columns, rows, folder=metadata.parent, left_out=rows.left_out)
     named = {find_file(metadata.parent, str(row["file_name"])) for row in all_rows if row.get("file_name")}
     rest = [path for path in (*files.images, *files.texts) if path not in named]

@@ -13,7 +13,8 @@ from .cells import picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
-from .splits import split_among
+from .scan import LeftOut
+from .splits import equal_splits, has_split_column, rows_of_split, split_among
 from .tables import IMAGE_COLUMNS, find_column
 
 HUB_PREFIX = "hf-hub:"
@@ -82,22 +83,56 @@ class _OwnLock:
         return type(self), ()
 
 
-def read_datasets(source: str, image_column: str | None, caption_columns: Sequence[str], split: str) -> Pairs:
+class DatasetsRows:
+    """The rows of a set, as `rows_of_split` takes them.
+
+    Args:
+        chosen: the numbers that the rows have in the set; None for all of it.
+    """
+
+    left_out: tuple[LeftOut, ...] = ()
+    note = ""
+
+    def __init__(self, loaded: Any, chosen: Sequence[int] | None = None) -> None:
+        self.loaded, self.chosen = loaded, chosen
+
+    def only(self, rows: Sequence[int]) -> DatasetsRows:
+        return DatasetsRows(self.loaded.select(rows), rows)
+
+    def column(self, name: str) -> list[Any]:
+        return list(self.loaded.select_columns([name])[:][name])
+
+
+def datasets_rows(loaded: Any, source: str, split: str, is_asked_for: bool = False) -> DatasetsRows:
+    """The rows of a part, by the names of the sets in a mapping, and by a column `split` where a set has one.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    if isinstance(loaded, dict):
+        is_told = not {*equal_splits(split)}.isdisjoint(loaded)
+        only = next(iter(loaded.values())) if len(loaded) == 1 else None
+        if only is not None and not is_told and has_split_column(only.column_names):
+            return rows_of_split(source, only.column_names, DatasetsRows(only), split, is_asked_for=True)
+        loaded, is_asked_for = loaded[split_among(list(loaded), split, source)], False
+    return rows_of_split(source, loaded.column_names, DatasetsRows(loaded), split, is_asked_for)
+
+
+def read_datasets(
+    source: str, image_column: str | None, caption_columns: Sequence[str], split: str, is_asked_for: bool = False
+) -> Pairs:
     """The pairs of a data set, one a row.
 
     Raises:
         ValueError: it can't be read, or has no such split or columns.
     """
-    loaded = load_datasets(source)
-    import datasets
-
-    if isinstance(loaded, datasets.DatasetDict):
-        loaded = loaded[split_among(list(loaded), split, source)]
+    rows = datasets_rows(load_datasets(source), source, split, is_asked_for)
+    loaded = rows.loaded
     columns = list(loaded.column_names)
     column = image_column or image_column_of(loaded, source)
     column, texts = choose_columns(source, columns, column, caption_columns)
     loaded = undecoded(loaded)
-    names = [f"row {index}" for index in range(len(loaded))]
+    names = [f"row {number}" for number in (range(len(loaded)) if rows.chosen is None else rows.chosen)]
     lock = _OwnLock()  # its formatting is not made for threads
 
     def read(index: int) -> Pair:
@@ -115,4 +150,4 @@ def read_datasets(source: str, image_column: str | None, caption_columns: Sequen
         return Pair(names[index], Path(image), captions, problem, extra)
 
     found = f"{counted(len(names), 'image')} from column {column!r}, captions from {', '.join(map(repr, texts))}"
-    return Pairs(names, read, found)
+    return Pairs(names, read, found + rows.note, left_out=rows.left_out)

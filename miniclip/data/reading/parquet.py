@@ -28,6 +28,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
     """
 
     left_out: tuple[LeftOut, ...] = ()
+    note = ""
 
     def __init__(self, paths: Sequence[Path], chosen: Sequence[int] | None = None) -> None:
         try:

@@ -94,6 +94,7 @@ def pairs_of_rows(
     found += f", captions from {', '.join(map(repr, text_columns))}"
     if len(rows) > len(names):
         found += f" ({len(rows)} rows: those of one image are put together)"
+    found += getattr(rows, "note", "")
     files = getattr(rows, "paths", [source])
     return Pairs(names, read, found, [*files, *(folder / name for name in names if not is_url(name))], left_out)
 

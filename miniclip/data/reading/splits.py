@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...common.wording import some
 from .scan import LeftOut
 
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
@@ -55,36 +56,69 @@ def split_among(there: Collection[str], split: str, source: str) -> str:
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows in memory, and what of their file is none. `ParquetRows` has the same methods."""
+    """Rows in memory, and what of their file is none. `ParquetRows` has the same methods.
+
+    Args:
+        chosen: the numbers that the rows have in their file; None for all of it.
+    """
 
     left_out: tuple[LeftOut, ...] = ()
+    note = ""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], chosen: Sequence[int] | None = None) -> None:
+        super().__init__(rows)
+        self.chosen = chosen
 
     def only(self, rows: Sequence[int]) -> Rows:
-        return Rows(self[row] for row in rows)
+        return Rows((self[row] for row in rows), rows)
 
     def column(self, name: str) -> list[Any]:
         return [row.get(name) for row in self]
 
 
 def splits_in(columns: Sequence[str], rows: Any) -> list[str]:
-    """The parts that the column names, sorted; none without one, or where it names fewer than two."""
-    return sorted(set(_part_of_each(columns, rows)[1]) - {""})
+    """The parts that the column names, sorted; none without one, or where it does not name two, as train and test."""
+    parts = set(_part_of_each(columns, rows)[1])
+    return sorted(parts - {""}) if len(_roles(parts)) > 1 else []
 
 
-def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> Any:
-    """The rows of a part, and those of the others in `left_out`; all rows where the column names fewer than two.
+def has_split_column(columns: Sequence[str]) -> bool:
+    return any(column.strip().lower() in SPLIT_COLUMNS for column in columns)
+
+
+def is_named(path: Path, split: str) -> bool:
+    """Whether the name of a file, a pattern or a folder says that this part is what it holds."""
+    told = role_of(path.resolve().name) if path.is_dir() else split_in(path.stem)
+    return told in equal_splits(split.strip().lower())
+
+
+def rows_of_split(source: str | Path, columns: Sequence[str], rows: Any, split: str, is_asked_for: bool = False) -> Any:
+    """The rows of a part, and those of the others in `left_out`.
+
+    Args:
+        is_asked_for: by its name, so that it must be there. One that is only usual is not looked for where the column
+            names no two parts, as train and test are, and none of train where val is usual: all rows are taken, and
+            `note` says so.
 
     Raises:
-        ValueError: several parts, and not the one that is asked for.
+        ValueError: there is no such part.
     """
-    column, parts = _part_of_each(columns, rows)
-    wanted = equal_splits(split)
-    if not (others := set(parts) - set(wanted)):
+    wanted = equal_splits(split.strip().lower())
+    column, parts = _part_of_each(columns, rows, wanted if is_asked_for else ())
+    there = sorted(set(parts) - {""})
+    if not column and is_asked_for:
+        raise ValueError(f"{source} has no split {split!r}; a column 'split' would name the part of each row")
+    roles = _roles(parts)
+    if not is_asked_for and len(roles) < 2 and not ("train" in roles and "val" in wanted):
+        if not set(there) <= set(wanted):
+            rows.note = f", all rows: column {column!r} has {some(there, 3)}; --split takes those of one"
         return rows
     kept = [row for row, part in enumerate(parts) if part in wanted]
     if not kept:
-        valid = ", ".join(sorted(others - {""}))
-        raise ValueError(f"{path} has no row whose column {column!r} is {split!r}; valid for --split are {valid}")
+        valid = some(there, 20) or "none, as it is blank"
+        raise ValueError(f"{source} has no row whose column {column!r} is {split!r}; valid for --split are {valid}")
+    if len(kept) == len(parts):
+        return rows
     left_out = [
         LeftOut(f"row {row}", f"a row of another split ({part or 'blank'})")
         for row, part in enumerate(parts)
@@ -95,13 +129,18 @@ def rows_of_split(path: Path, columns: Sequence[str], rows: Any, split: str) -> 
     return chosen
 
 
-def _part_of_each(columns: Sequence[str], rows: Any) -> tuple[str, list[str]]:
-    """The column, and the part of each row, "" for a blank one; no parts where the column does not name two of them,
-    as train and test are."""
+def _roles(parts: Iterable[str]) -> set[str]:
+    return {_ROLE_OF[part] for part in parts if part in _ROLE_OF}
+
+
+def _part_of_each(columns: Sequence[str], rows: Any, wanted: Collection[str] = ()) -> tuple[str, list[str]]:
+    """The column, and the part of each row in lower case, "" for a blank one. Of several columns that which has a part
+    that is wanted, else that which names two parts, as train and test are."""
+    found = []
     for column in columns:
-        if column.strip().lower() in SPLIT_COLUMNS:
+        if (name := column.strip().lower()) in SPLIT_COLUMNS:
             values = rows.column(column)
             parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
-            if sum(bool(set(names) & set(parts)) for names in EQUAL_SPLITS) > 1:
-                return column, parts
-    return "", []
+            rank = (set(wanted).isdisjoint(parts), len(_roles(parts)) < 2, SPLIT_COLUMNS.index(name))
+            found.append((rank, column, parts))
+    return min(found)[1:] if found else ("", [])

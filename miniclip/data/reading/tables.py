@@ -17,7 +17,7 @@ from .cells import decode_text
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, scan
-from .splits import Rows, rows_of_split, split_among, split_in
+from .splits import Rows, equal_splits, is_named, rows_of_split, split_among, split_in
 
 IMAGE_COLUMNS = (
     "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
@@ -37,19 +37,23 @@ _OTHER_FILES = {
 _IMAGE_CELL = re.compile(rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I)
 
 
-def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequence[dict[str, Any]]]:
+def read_table(
+    path: Path, split: str | None = None, *, is_asked_for: bool = False
+) -> tuple[list[str], Sequence[dict[str, Any]]]:
     """Column names and rows of a CSV, TSV, JSON, JSON Lines or Parquet file, perhaps compressed by gzip; or of the
     Parquet files of a folder or a pattern, one after the other.
 
     Args:
         split: rows of another one are left out of a table whose column `split` names them; None for all rows.
+        is_asked_for: as that of `rows_of_split`, unless the name of a file or of the files tells the split.
 
     Raises:
-        ValueError: an empty file, one that is not what its suffix says, or a row that does not fit the columns.
+        ValueError: an empty file, one that is not what its suffix says, a row that does not fit the columns, or no such
+            split.
     """
     if is_parquet(path):
         stored = ParquetRows(parquet_files(path, split))
-        return stored.columns, rows_of_split(path, stored.columns, stored, split) if split else stored
+        return stored.columns, _only_split(path, stored.columns, stored, split, is_asked_for)
     data = _unzipped(path)
     suffix = table_suffix(path)
     if suffix in _OTHER_FILES or (suffix not in (*TABLE_SUFFIXES, ".txt", ".json") and b"\0" in data[:1000]):
@@ -63,7 +67,14 @@ def read_table(path: Path, split: str | None = None) -> tuple[list[str], Sequenc
         columns, records, left_out = *_parse_csv(path, text), []
     rows = Rows(records)
     rows.left_out = tuple(left_out)
-    return columns, rows_of_split(path, columns, rows, split) if split else rows
+    return columns, _only_split(path, columns, rows, split, is_asked_for)
+
+
+def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is_asked_for: bool) -> Any:
+    if split is None:
+        return rows
+    is_told = is_named(path, split) or not {*equal_splits(split)}.isdisjoint(parquet_splits(path))
+    return rows_of_split(path, columns, rows, split, is_asked_for and not is_told)
 
 
 def table_suffix(path: Path) -> str:

@@ -1,16 +1,19 @@
 """Images alone: of a folder, a table, shards or Hugging Face's `datasets`, whether or not they have labels or captions.
 
-Nothing is chosen: all splits of a source are read, but for sets of CLIP_benchmark's, whose split is named.
+Unless a split is named, nothing is chosen: all of a table's and of a data set's are read. Of sets of CLIP_benchmark's
+the folder of a split is named.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from ...common.storage import check_scheme, exists, is_url, join, read_bytes
-from ...data.reading.huggingface import HUB_PREFIX, image_column_of, load_datasets, undecoded
+from ...data.reading.huggingface import HUB_PREFIX, datasets_rows, image_column_of, load_datasets, undecoded
 from ...data.reading.scan import LeftOut, scan
+from ...data.reading.splits import role_of
 from ...data.reading.tables import IMAGE_COLUMNS, find_column, read_table
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
@@ -26,16 +29,19 @@ def bare_folder(folder: Path) -> EvaluationSet:
     return EvaluationSet(folder.resolve().name, below.images, left_out=left_out_of_bare(below))
 
 
-def bare_table(path: Path, image_column: str | None = None) -> EvaluationSet:
+def bare_table(path: Path, image_column: str | None = None, split: str | None = None) -> EvaluationSet:
     """The images of a table, or of a folder or pattern of Parquet files.
+
+    Args:
+        split: rows of others are left out where a column or the names of files tell the splits; None for all.
 
     Raises:
         ValueError: no rows, or no column of images.
     """
-    names, rows = read_table(path)
+    names, rows = read_table(path, split)
     Columns(None, image_column, None).check(names, str(path))
     column = image_column or find_column(names, IMAGE_COLUMNS, "the images", path)
-    there = images_of_rows(path, names, rows, column)
+    there = images_of_rows(path, names, rows, column, split)
     metadata = {name: values for name, values in there.values.items() if name != column}
     return EvaluationSet(
         path.name,
@@ -47,32 +53,42 @@ def bare_table(path: Path, image_column: str | None = None) -> EvaluationSet:
     )
 
 
-def bare_datasets(source: str, image_column: str | None = None) -> list[EvaluationSet]:
+def bare_datasets(source: str, image_column: str | None = None, split: str | None = None) -> list[EvaluationSet]:
     """The images of each split of a set of Hugging Face's `datasets`.
 
+    Args:
+        split: the one to read, of sets that have several; None for all.
+
     Raises:
-        ValueError: the library is missing, or no column holds images.
+        ValueError: the library is missing, no column holds images, or there is no such split.
     """
     loaded = load_datasets(source)
     import datasets
 
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
+    left_out: Sequence[LeftOut] = ()
     splits = loaded if isinstance(loaded, dict) else {"": loaded}
+    if split is not None:
+        if len(splits) == 1 and role_of(next(iter(splits))) != "train":  # a set of test alone may be what validates
+            loaded = next(iter(splits.values()))
+        chosen = datasets_rows(loaded, source, split)
+        splits, left_out = {split: chosen.loaded}, chosen.left_out
     found = []
-    for split, rows in splits.items():
+    for part, rows in splits.items():
         names, features = list(rows.column_names), rows.features
         Columns(None, image_column, None).check(names, source)
         column = image_column or image_column_of(rows, source)
         rows = undecoded(rows)
         flat = [c for c in names if c != column and isinstance(features[c], datasets.Value | datasets.ClassLabel)]
-        label = f"{name}, {split}" if split else name
+        label = f"{name}, {part}" if part else name
         found.append(
             EvaluationSet(
                 label,
                 FromEach(rows, partial(image_of_row, Path(), column)),
                 keys=[f"{label}: row {number}" for number in range(1, len(rows) + 1)],
-                metadata={c: list(rows[c]) for c in flat} | ({"split": [split] * len(rows)} if split else {}),
-                identity=f"datasets {source} {split} {column} {rows._fingerprint}",
+                metadata={c: list(rows[c]) for c in flat} | ({"split": [part] * len(rows)} if part else {}),
+                identity=f"datasets {source} {part} {column} {rows._fingerprint}",
+                left_out=left_out,
             )
         )
     return found

@@ -19,7 +19,15 @@ from ...common.wording import some
 from ...data.open_pairs import open_pairs
 from ...data.reading.cells import has_no_value, texts_in, visible
 from ...data.reading.folders import pair_splits
-from ...data.reading.huggingface import HUB_PREFIX, image_column_of, is_datasets_folder, load_datasets, undecoded
+from ...data.reading.huggingface import (
+    HUB_PREFIX,
+    DatasetsRows,
+    image_column_of,
+    is_datasets_folder,
+    load_datasets,
+    undecoded,
+)
+from ...data.reading.pair import Pairs
 from ...data.reading.paths import image_in
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut
 from ...data.reading.splits import equal_splits, role_of, rows_of_split, splits_in
@@ -90,8 +98,12 @@ def _parquet_images(path: Path, split: str | None, folder: Path, column: str) ->
     return FromEach(read_table(path, split)[1], partial(image_of_row, folder, column))
 
 
-def _pair_images(source: str, image_column: str | None, split: str) -> Sequence[Any]:
-    return FromEach(open_pairs(source, image_column=image_column, split=split), _image_of_pair)
+def _pairs_in(source: str, image_column: str | None, split: str | None) -> Pairs:
+    return open_pairs(source, image_column=image_column, split=split, default_split="test")
+
+
+def _pair_images(source: str, image_column: str | None, split: str | None) -> Sequence[Any]:
+    return FromEach(_pairs_in(source, image_column, split), _image_of_pair)
 
 
 def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
@@ -227,11 +239,7 @@ def _schema_names(rows: Any, column: str) -> tuple[str, ...] | None:
 
 
 def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
-    loaded = load_datasets(source)
-    if isinstance(loaded, dict):
-        loaded = loaded[choose_split(list(loaded), split, source)]
-    elif split:
-        raise ValueError(f"{source} is one data set without splits, so --split {split} can't be followed")
+    loaded, split, left_out = _chosen_of_datasets(load_datasets(source), split, source)
     import datasets
 
     names, features = list(loaded.column_names), loaded.features
@@ -258,7 +266,23 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
         beside={} if source.startswith(HUB_PREFIX) else beside_folder(Path(source)),
         # The library's own fingerprint is of how the data were made.
         identity=f"datasets {source} {split} {image_column} {loaded._fingerprint}",
+        left_out=left_out,
     )
+
+
+def _chosen_of_datasets(loaded: Any, split: str | None, source: str) -> tuple[Any, str | None, Sequence[LeftOut]]:
+    """The rows of one split, by the names of sets or by a set's column `split`; the split as it was asked for."""
+    only = loaded if not isinstance(loaded, dict) else next(iter(loaded.values())) if len(loaded) == 1 else None
+    parts = [] if only is None else splits_in(only.column_names, DatasetsRows(only))
+    if only is not None and parts:
+        chosen = choose_split(parts, split, source)
+        rows = rows_of_split(source, only.column_names, DatasetsRows(only), chosen)
+        return rows.loaded, split, rows.left_out
+    if isinstance(loaded, dict):
+        return loaded[choose_split(list(loaded), split, source)], split, ()
+    if split:
+        raise ValueError(f"{source} is one data set without splits, so --split {split} can't be followed")
+    return loaded, split, ()
 
 
 def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
@@ -395,8 +419,7 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         source = str(folder / split) if (folder / split).is_dir() else source
     if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
-    split = split or "test"
-    pairs = open_pairs(source, image_column=columns.image, split=split)
+    pairs = _pairs_in(source, columns.image, split)
     captions, sources = [], []
     for pair in pairs:  # one at a time: some hold their image's bytes
         captions.append(pair.captions)
