@@ -22,7 +22,7 @@ from .reading.pair import Pairs
 from .reading.parquet import ParquetRows
 from .reading.rows import pairs_of_rows
 from .reading.scan import image_files
-from .reading.tables import beside_parquet, is_parquet, is_pattern, parquet_files, read_table
+from .reading.tables import beside_parquet, folder_of, is_parquet, is_pattern, parquet_files, read_table
 
 
 def read_pairs(
@@ -64,14 +64,11 @@ def read_pairs(
     left_out = list(getattr(rows, "left_out", ()))
     if isinstance(rows, ParquetRows) and path.is_dir():
         left_out += beside_parquet(path, rows.paths)
-    folder = path if path.is_dir() else path.parent
-    while not folder.is_dir():  # a pattern may hold folders
-        folder = folder.parent
     return pairs_of_rows(
         path,
         columns,
         rows,
-        folder=folder,
+        folder=folder_of(path),
         images=images,
         image_column=image_column,
         caption_columns=caption_columns,

@@ -30,6 +30,7 @@ from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.inference.doctor.parts import of_pairs
+from miniclip.inference.sources import image_set
 
 
 def image_bytes(seed: int = 0, file_format: str = "PNG") -> bytes:
@@ -725,6 +726,43 @@ def test_a_saved_set_of_one_name_is_read_by_its_column_of_splits(tmp_path):
         assert open_dataset(tmp_path / "set", task="retrieval").captions == (("d",),)
     with pytest.warns(UserWarning, match="a row of another split"):
         assert len(open_dataset(tmp_path / "set", split="train")) == 2
+
+
+def test_imagefolder_is_read_by_file_name_alone(tmp_path):
+    for number in range(3):
+        write_picture(tmp_path / f"{number}.jpg", number)
+    for other in ({"filename": "2.jpg"}, {"path": "/content/drive/0.jpg"}, {"image": "http://127.0.0.1:9/0.jpg"}):
+        rows = [{"file_name": f"{n}.jpg", "text": f"text {n}", **other} for n in range(3)]
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        found = [(pair.image, pair.captions, pair.problem) for pair in read_pairs(tmp_path)]
+        assert found == [(tmp_path / f"{n}.jpg", (f"text {n}",), None) for n in range(3)]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_pictures_in_a_table_come_before_the_addresses_that_they_are_from(tmp_path, suffix):
+    """As img2dataset writes Parquet: in its column `url` stands where a picture was; some could not be had."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pictures = [None, image_bytes(1), image_bytes(2)]
+    rows = [
+        {"url": "http://127.0.0.1:9/a.png", suffix: data, "caption": f"text {n}", "label": "a"}
+        for n, data in enumerate(pictures)
+    ]
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
+    pairs = read_pairs(tmp_path / "a.parquet")
+    assert [pair.image for pair in pairs] == pictures
+    assert f"from column '{suffix}', not from 'url', captions" in pairs.found
+    assert image_set(tmp_path / "a.parquet").open(1).getpixel((0, 0)) == picture(1).getpixel((0, 0))
+    assert open_dataset(tmp_path / "a.parquet").open(2).getpixel((0, 0)) == picture(2).getpixel((0, 0))
+
+
+def test_of_several_columns_that_is_taken_whose_cells_are_files(tmp_path):
+    write_picture(tmp_path / "photos" / "0.jpg", 0)
+    (tmp_path / "a.csv").write_text("image,url,image_path,caption\n17,http://127.0.0.1:9/0.jpg,photos/0.jpg,red\n")
+    (pair,) = pairs = read_pairs(tmp_path / "a.csv")
+    assert pair.image == tmp_path / "photos/0.jpg"
+    assert "1 image from column 'image_path', not from 'image', 'url', captions" in pairs.found
+    (tmp_path / "a.csv").write_text("url,file_name,caption\nhttp://127.0.0.1:9/0.jpg,gone.jpg,red\n")
+    assert "gone.jpg" in read_pairs(tmp_path / "a.csv")[0].problem  # the web is not read in place of a missing file
 
 
 def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):

@@ -17,7 +17,7 @@ from .cells import CAPTION_COLUMNS, from_base64, is_binary, picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
 from .scan import LeftOut, same_name
-from .tables import IMAGE_COLUMNS, find_column
+from .tables import find_column, find_image_column
 
 _NUMBERED_CAPTION = re.compile(r"((?:caption|title|text|sentence|description|comment)s?)[_ ]?\d+")
 _NUMBERED_IMAGE = re.compile(r"(.*\.\w+)#\d+")  # Flickr's 1000268201.jpg#0
@@ -45,10 +45,11 @@ def pairs_of_rows(
     Raises:
         ValueError: columns that are not there, or none of the first images is.
     """
-    column, text_columns = choose_columns(source, columns, image_column, caption_columns)
     folder = folder if images is None else Path(images)
     if not folder.is_dir():
         raise ValueError(f"there is no folder of images {folder}")
+    column, others = (image_column, []) if image_column else find_image_column(columns, rows, folder, source)
+    column, text_columns = choose_columns(source, columns, column, caption_columns)
     cells = rows.column(column) if hasattr(rows, "column") else [row.get(column) for row in rows]
     texts = [cell for cell in cells if isinstance(cell, str)]
     if texts and all(_NUMBERED_IMAGE.fullmatch(text) for text in texts):
@@ -91,6 +92,7 @@ def pairs_of_rows(
             f"{probed[0].problem}"
         )
     found = f"{counted(len(names), 'image')} from column {column!r}" + (f" in {images}" if images is not None else "")
+    found += f", not from {', '.join(map(repr, others))}" if others else ""
     found += f", captions from {', '.join(map(repr, text_columns))}"
     if len(rows) > len(names):
         found += f" ({len(rows)} rows: those of one image are put together)"
@@ -100,19 +102,18 @@ def pairs_of_rows(
 
 
 def choose_columns(
-    source: str | Path, columns: list[str], image: str | None, captions: Sequence[str]
+    source: str | Path, columns: list[str], image: str, captions: Sequence[str]
 ) -> tuple[str, list[str]]:
-    """The column of images and those of captions: as named, or known by their names.
+    """The column of images and those of captions, which are as named or known by their names.
 
     Raises:
         ValueError: a column that was named is not there, or none is known.
     """
     by_name = {column.strip(): column for column in columns}
-    for name in (*([image] if image else []), *captions):
+    for name in (image, *captions):
         if name.strip() not in by_name:
             raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
-    image = by_name[image.strip()] if image else find_column(columns, IMAGE_COLUMNS, "the image paths", source)
-    return image, [by_name[name.strip()] for name in captions] or caption_columns_of(source, columns)
+    return by_name[image.strip()], [by_name[name.strip()] for name in captions] or caption_columns_of(source, columns)
 
 
 def caption_columns_of(source: str | Path, columns: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from ...common.storage import expand, is_url
 from .cells import decode_text
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
+from .paths import image_in, is_file
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, scan
 from .splits import Rows, equal_splits, is_named, rows_of_split, split_among, split_in
 
 IMAGE_COLUMNS = (
-    "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "url",
-    "image_url", "images",
+    "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "jpeg",
+    "png", "webp", "url", "image_url", "images",
 )  # fmt: skip
+_ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
     ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
@@ -218,6 +220,48 @@ def _parse_json_lines(path: Path, text: str) -> tuple[list[str], list[dict[str, 
     if not columns:
         raise ValueError(f"{path} is empty; each line must be a mapping of column names to values: {{…}}")
     return list(columns), rows
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that the paths of a table, or of a folder or pattern of Parquet files, are relative to."""
+    folder = path if path.is_dir() else path.parent
+    while not folder.is_dir():  # a pattern may hold folders
+        folder = folder.parent
+    return folder
+
+
+def find_image_column(
+    columns: Iterable[str], rows: Sequence[Mapping[str, Any]], folder: Path, source: str | Path
+) -> tuple[str, list[str]]:
+    """The column of images, and the others that are called so: of several that which holds pictures, else the names of
+    files that are there, else the first known name.
+
+    Raises:
+        ValueError: none is known.
+    """
+    columns = list(columns)
+    known = [column for name in IMAGE_COLUMNS for column in columns if column.strip().lower() == name]
+    if not known:
+        return find_column(columns, IMAGE_COLUMNS, "the image paths", source), []
+    if len(known) > 1:
+        probed = [rows[row] for row in range(min(_ROWS_LOOKED_AT, len(rows)))]
+        known.sort(key=lambda column: _image_rank([row.get(column) for row in probed], folder))
+    return known[0], known[1:]
+
+
+def _image_rank(cells: Iterable[Any], folder: Path) -> int:
+    """0 where most cells that have a value are pictures, 1 where they are files, 2 where they are other names."""
+    ranks = []
+    for cell in cells:
+        if cell is None or cell == "" or cell != cell:
+            continue
+        try:
+            image = image_in(cell, folder)
+        except ValueError:
+            ranks.append(3)
+            continue
+        ranks.append(0 if isinstance(image, bytes) else 1 if isinstance(image, Path) and is_file(image) else 2)
+    return max(sorted(set(ranks)), key=ranks.count, default=3)
 
 
 def find_column(columns: Iterable[str], known: tuple[str, ...], what: str, source: str | Path) -> str:

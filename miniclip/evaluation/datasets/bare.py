@@ -14,7 +14,7 @@ from ...common.storage import check_scheme, exists, is_url, join, read_bytes
 from ...data.reading.huggingface import HUB_PREFIX, datasets_rows, image_column_of, load_datasets, undecoded
 from ...data.reading.scan import LeftOut, scan
 from ...data.reading.splits import role_of
-from ...data.reading.tables import IMAGE_COLUMNS, find_column, read_table
+from ...data.reading.tables import find_image_column, folder_of, read_table
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
 from .class_folders import left_out_of_bare
@@ -40,7 +40,7 @@ def bare_table(path: Path, image_column: str | None = None, split: str | None = 
     """
     names, rows = read_table(path, split)
     Columns(None, image_column, None).check(names, str(path))
-    column = image_column or find_column(names, IMAGE_COLUMNS, "the images", path)
+    column = image_column or find_image_column(names, rows, folder_of(path), path)[0]
     there = images_of_rows(path, names, rows, column, split)
     metadata = {name: values for name, values in there.values.items() if name != column}
     return EvaluationSet(

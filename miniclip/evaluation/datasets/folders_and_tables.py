@@ -30,8 +30,8 @@ from ...data.reading.huggingface import (
 from ...data.reading.pair import Pairs
 from ...data.reading.paths import image_in
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut
-from ...data.reading.splits import equal_splits, role_of, rows_of_split, splits_in
-from ...data.reading.tables import IMAGE_COLUMNS, beside_parquet, find_column, parquet_splits, read_table
+from ...data.reading.splits import equal_splits, has_split_column, role_of, rows_of_split, splits_in
+from ...data.reading.tables import beside_parquet, find_column, find_image_column, folder_of, parquet_splits, read_table
 from .class_folders import beside_folder
 from .sets import Columns, Found, NoImage, image_identity
 
@@ -98,12 +98,12 @@ def _parquet_images(path: Path, split: str | None, folder: Path, column: str) ->
     return FromEach(read_table(path, split)[1], partial(image_of_row, folder, column))
 
 
-def _pairs_in(source: str, image_column: str | None, split: str | None) -> Pairs:
+def _pairs_of_split(source: str, image_column: str | None, split: str | None) -> Pairs:
     return open_pairs(source, image_column=image_column, split=split, default_split="test")
 
 
 def _pair_images(source: str, image_column: str | None, split: str | None) -> Sequence[Any]:
-    return FromEach(_pairs_in(source, image_column, split), _image_of_pair)
+    return FromEach(_pairs_of_split(source, image_column, split), _image_of_pair)
 
 
 def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
@@ -139,7 +139,7 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
             f"{path} is a table and has no split {split!r}; a column 'split' would name the part of each row"
         )
     columns.check(names, str(path))
-    image_column = columns.image or find_column(names, IMAGE_COLUMNS, "the image paths", path)
+    image_column = columns.image or find_image_column(names, rows, folder_of(path), path)[0]
     # {file: label} is read as a file and its captions.
     known = (*LABEL_COLUMNS, *(("captions",) if list(names) == ["file", "captions"] else ()))
     label_column = columns.label or find_column(names, known, "the labels", path)
@@ -201,9 +201,7 @@ def images_of_rows(
     if not len(rows):
         raise ValueError(f"{path} has columns and no rows")
     values = {name: _column(rows, name) for name in names if name in (image_column, *also) or _is_flat(rows, name)}
-    folder = path if path.is_dir() else path.parent
-    while not folder.is_dir():  # a pattern may hold folders
-        folder = folder.parent
+    folder = folder_of(path)
     images: Sequence[Any] = tuple(_image_of_cell(folder, cell) for cell in values[image_column])
     is_path = [isinstance(image, str | Path) for image in images]
     keys = [str(image) if at else f"{path.name}: row {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
@@ -410,8 +408,10 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     """Images with captions, from any source that training reads."""
     columns.refuse(source, "a source of pairs", "label", "group")
     has_splits = source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))
-    if Path(source).is_file() and not source.endswith(".tar") and (parts := splits_in(*read_table(Path(source)))):
-        split, has_splits = choose_split(parts, split, source), True
+    if Path(source).is_file() and not source.endswith(".tar"):
+        names, rows = read_table(Path(source))
+        has_splits = has_split_column(names)
+        split = choose_split(parts, split, source) if (parts := splits_in(names, rows)) else split
     name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
     folder = Path(source)
     if not has_splits and folder.is_dir() and (parts := pair_splits(folder) or parquet_splits(folder)):
@@ -419,7 +419,7 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         source = str(folder / split) if (folder / split).is_dir() else source
     if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
-    pairs = _pairs_in(source, columns.image, split)
+    pairs = _pairs_of_split(source, columns.image, split)
     captions, sources = [], []
     for pair in pairs:  # one at a time: some hold their image's bytes
         captions.append(pair.captions)
