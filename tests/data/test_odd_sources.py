@@ -24,7 +24,7 @@ from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import captions_in, picture_in, texts_in
-from miniclip.data.reading.pair import Pair
+from miniclip.data.reading.pair import Pair, fingerprint
 from miniclip.data.reading.tables import read_table
 from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
@@ -763,6 +763,17 @@ def test_of_several_columns_that_is_taken_whose_cells_are_files(tmp_path):
     assert "1 image from column 'image_path', not from 'image', 'url', captions" in pairs.found
     (tmp_path / "a.csv").write_text("url,file_name,caption\nhttp://127.0.0.1:9/0.jpg,gone.jpg,red\n")
     assert "gone.jpg" in read_pairs(tmp_path / "a.csv")[0].problem  # the web is not read in place of a missing file
+
+
+@pytest.mark.parametrize("written", ["photos\\0.jpg", "photos/0", "photos/0.JPG", "./photos/0.jpg"])
+def test_a_picture_that_is_replaced_makes_another_source_however_its_path_is_written(tmp_path, written):
+    path = tmp_path / "photos" / "0.jpg"
+    write_picture(path, 0)
+    (tmp_path / "a.csv").write_text(f"image,caption\n{written},red\n")
+    before = fingerprint(read_pairs(tmp_path / "a.csv"))
+    assert fingerprint(read_pairs(tmp_path / "a.csv")) == before
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert fingerprint(read_pairs(tmp_path / "a.csv")) != before
 
 
 def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -56,11 +56,13 @@ def pairs_of_rows(
         cells = [cell.rpartition("#")[0] if isinstance(cell, str) else cell for cell in cells]
     rows_of: dict[str, list[int]] = {}
     names: list[str] = []
+    paths: list[str] = []
     for row, cell in enumerate(cells):
         name = _name_of(cell, row)
         key = name if is_url(name) else os.path.normpath(same_name(name.strip()))
         if key not in rows_of:
             names.append(name)
+            paths += [] if is_url(name) or name == f"row {row}" else [name]
         rows_of.setdefault(key, []).append(row)
     keys, groups = list(rows_of), list(rows_of.values())
     without = _rows_without_caption(rows, groups, text_columns) if len(rows) > len(names) else []
@@ -98,7 +100,18 @@ def pairs_of_rows(
         found += f" ({len(rows)} rows: those of one image are put together)"
     found += getattr(rows, "note", "")
     files = getattr(rows, "paths", [source])
-    return Pairs(names, read, found, [*files, *(folder / name for name in names if not is_url(name))], left_out)
+    return Pairs(names, read, found, _FilesFound(files, folder, paths), left_out)
+
+
+class _FilesFound:
+    """The table's files, and those that its paths mean, which are looked for when they are asked for."""
+
+    def __init__(self, files: Sequence[Path], folder: Path, paths: Sequence[str]) -> None:
+        self.files, self.folder, self.paths = files, folder, paths
+
+    def __iter__(self) -> Iterator[Path]:
+        yield from self.files
+        yield from (find_file(self.folder, path) for path in self.paths)
 
 
 def choose_columns(
