@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
@@ -23,13 +24,15 @@ from .shards import Shards
 from .sources import read_pairs
 
 _HASH = "[0-9a-f]" * 16  # a pattern of the last part of a packed source's name
-_READ_AS = 4  # raised where the same source is read as other pairs than by earlier versions
+_READ_AS = 5  # raised where the same source is read as other pairs than by earlier versions
 
 
 def shard_pairs(source: str) -> Pairs:
     """The samples of shards as pairs, to be sharded anew."""
     shards = Shards(source)
-    names = [f"{entry.name}:{key}" for s, entry in enumerate(shards.entries) for key in shards.keys(s)]
+    names = _numbered_where_equal(
+        [f"{entry.name}:{key}" for s, entry in enumerate(shards.entries) for key in shards.keys(s)]
+    )
 
     def read(index: int) -> Pair:
         try:
@@ -41,6 +44,20 @@ def shard_pairs(source: str) -> Pairs:
 
     found = f"{counted(len(names), 'sample')} of {counted(len(shards.entries), 'shard')}"
     return Pairs(names, read, found, left_out=shards.left_out)
+
+
+def _numbered_where_equal(names: list[str]) -> list[str]:
+    """The names, of which one that comes again gets the number of its repetition: a.tar:7, a.tar:7 (2)."""
+    there, times = set(names), Counter[str]()
+    numbered = []
+    for name in names:
+        times[name] += 1
+        unique = name
+        while times[name] > 1 and (unique := f"{name} ({times[name]})") in there:
+            times[name] += 1
+        there.add(unique)
+        numbered.append(unique)
+    return numbered
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from command_line import fails
-from helpers import pack_folder, rejected_rows, table, write_pairs
+from helpers import pack_folder, rejected_rows, table, write_pairs, write_picture
 
 from miniclip.commands import main as cli
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.open_pairs import shard_pairs
 from miniclip.data.reading.listed import rows_about, without_listed
+from miniclip.data.reading.pair import Pair, Pairs
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 
@@ -68,6 +72,43 @@ def test_pairs_of_any_source_are_dropped_by_the_names_that_reading_gives_them(tm
     assert reasons == {"listed": 2}
     assert [pair.captions[0].partition(",")[0] for pair in kept] == ["picture 0", "picture 2", "picture 3"]
     assert [(each.source, each.count) for each in kept.left_out] == [(pairs.names[1], 1), (pairs.names[4], 1)]
+
+
+def test_a_key_of_shards_that_comes_again_is_another_pair_to_a_list(tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        for number, key in enumerate(("a", "b", "a", "a (2)", "a")):
+            write_picture(tmp_path / "x.png", number)
+            for suffix, data in (("png", (tmp_path / "x.png").read_bytes()), ("txt", f"text {number}".encode())):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    index_shards(str(tmp_path / "tars"))
+    pairs = shard_pairs(str(tmp_path / "tars"))
+    assert list(pairs.names) == ["0.tar:a", "0.tar:b", "0.tar:a (3)", "0.tar:a (2)", "0.tar:a (4)"]
+    kept, _ = without_listed(pairs, rows_about(pairs, table(tmp_path / "d.csv", "key", "0.tar:a (3)"), "x"))
+    assert [pair.captions for pair in kept] == [(f"text {n}",) for n in (0, 1, 3, 4)]
+
+
+def test_a_row_has_the_tables_own_number_whichever_split_is_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_picture(tmp_path / "x.png", 1)
+    data = (tmp_path / "x.png").read_bytes()
+    rows = [{"image": data, "caption": f"text {n}", "split": ("val", "train")[n % 2]} for n in range(4)]
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "t.parquet")
+    drop = table(tmp_path / "drop.csv", "key", "row 1")
+    pairs = read_pairs(tmp_path / "t.parquet")
+    assert list(pairs.names) == ["row 1", "row 3"]
+    kept, _ = without_listed(pairs, rows_about(pairs, drop, "x"))
+    assert [pair.captions for pair in kept] == [("text 3",)]
+    with pytest.raises(ValueError, match=r"no row of .* names a pair of x: row 1"):
+        rows_about(read_pairs(tmp_path / "t.parquet", split="val"), drop, "x")
+
+
+def test_a_key_of_several_pairs_is_refused(tmp_path):
+    pairs = Pairs(["a", "b", "a"], Pair, "three")
+    with pytest.raises(ValueError, match=r"d\.csv, row 2: 2 pairs of x are called 'a', so which of them is meant"):
+        rows_about(pairs, table(tmp_path / "d.csv", "key", "b", "a"), "x")
 
 
 def test_a_list_without_rows_drops_nothing(tmp_path):

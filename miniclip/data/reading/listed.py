@@ -40,8 +40,8 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
         value: a column that the table must have, in which rows about one pair must agree.
 
     Raises:
-        ValueError: no table, one without its columns, a row without a key, rows that contradict each other, or no row
-            that is about a pair of these.
+        ValueError: no table, one without its columns, a row without a key, rows that contradict each other, a key of
+            several pairs, or no row that is about a pair of these.
     """
     if Path(table).is_dir():
         tables = [path for path in (Path(table) / f"{name}.csv" for name in ("drop", "groups")) if path.is_file()]
@@ -66,13 +66,17 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
         if about and not _is_same_place(about, source):
             elsewhere[about] += 1
         elif indices := index_of.get(_written(key)):
-            for index in indices:
-                first = found.setdefault(index, row)
-                if value and first.get(value) != row.get(value):
-                    raise ValueError(
-                        f"{table}, row {number}: {key} has the {value} {row.get(value)!r} and in a row before "
-                        f"{first.get(value)!r}; it may have one"
-                    )
+            if len(indices) > 1:
+                raise ValueError(
+                    f"{table}, row {number}: {len(indices)} pairs of {source} are called {key!r}, so which of them is "
+                    "meant can't be known; give each a name of its own"
+                )
+            first = found.setdefault(indices[0], row)
+            if value and first.get(value) != row.get(value):
+                raise ValueError(
+                    f"{table}, row {number}: {key} has the {value} {row.get(value)!r} and in a row before "
+                    f"{first.get(value)!r}; it may have one"
+                )
         else:
             unmatched.append(key)
     _refuse_other_table(pairs, table, source, Listed(found, tuple(unmatched), elsewhere))

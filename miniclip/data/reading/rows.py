@@ -57,16 +57,17 @@ def pairs_of_rows(
     rows_of: dict[str, list[int]] = {}
     names: list[str] = []
     paths: list[str] = []
+    numbers = getattr(rows, "chosen", None) or range(len(rows))  # of the table's own rows, whichever split is read
     for row, cell in enumerate(cells):
-        name = _name_of(cell, row)
+        name = _name_of(cell, numbers[row])
         key = name if is_url(name) else os.path.normpath(same_name(name.strip()))
         if key not in rows_of:
             names.append(name)
-            paths += [] if is_url(name) or name == f"row {row}" else [name]
+            paths += [] if is_url(name) or name == f"row {numbers[row]}" else [name]
         rows_of.setdefault(key, []).append(row)
     keys, groups = list(rows_of), list(rows_of.values())
     without = _rows_without_caption(rows, groups, text_columns) if len(rows) > len(names) else []
-    left_out = [*left_out, *(_row_left_out(row, rows[row]) for row in without)]
+    left_out = [*left_out, *(_row_left_out(numbers[row], rows[row]) for row in without)]
     skipped = set(without)
 
     def read(index: int) -> Pair:
