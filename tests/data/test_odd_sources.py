@@ -529,7 +529,7 @@ WRITTEN = [
     ("[a plate of food]", ["[a plate of food]"]),
     ("(left) a dog (right)", ["(left) a dog (right)"]),
     ("[1, 2]", ["[1, 2]"]),
-    ("{'x': 'a dog'}", ["{'x': 'a dog'}"]),
+    ("{x: a dog}", ["{x: a dog}"]),
     ("('a dog')", ["('a dog')"]),
 ]
 
@@ -543,6 +543,16 @@ def test_lists_and_mappings_that_were_written_as_text_give_their_captions_in_cel
     (pair,) = read_pairs(tmp_path)
     assert [text for text in pair.captions if text] == texts_in(text) == captions_in(text) == captions
     assert list(record_of("a", {"image": RED, "txt": text.encode()}.get).captions) == captions
+
+
+def test_a_mapping_of_unknown_fields_is_no_caption_in_cells_files_and_tars(tmp_path):
+    write_picture(tmp_path / "a.jpg", 1)
+    (tmp_path / "a.txt").write_text("{'x': 'a dog'}")
+    reason = "its caption is a mapping of 'x'; which of them is the caption can't be known"
+    assert [pair.problem for pair in read_pairs(tmp_path)] == [reason]
+    for read in (texts_in, captions_in, lambda text: record_of("a", {"image": RED, "txt": text.encode()}.get)):
+        with pytest.raises(ValueError, match=reason):
+            read("{'x': 'a dog'}")
 
 
 @pytest.mark.parametrize(
@@ -905,6 +915,41 @@ def test_columns_that_are_names_of_folders_are_kept(tmp_path):
     assert found == {"text 0": "de", "text 1": "pt BR", "text 2": None}
     rows = read_table(Path(f"{tmp_path}/*/*.parquet"))[1]
     assert pickle.loads(pickle.dumps(rows)).column("lang") == [row["lang"] for row in rows]
+
+
+def test_quotes_of_a_tsv_that_enclose_no_cells_are_part_of_captions(three):
+    """As in CC12M, whose lines are written as they are."""
+    texts = ["a dog", '"Quoted" title of film', '"open only']
+    (three / "t.tsv").write_text("".join(f"{n}.png\t{text}\n" for n, text in enumerate(texts)))
+    assert [pair.captions for pair in read_pairs(three / "t.tsv")] == [(text,) for text in texts]
+    (three / "t.tsv").write_text('image\tcaption\n0.png\t"Quoted" title\n1.png\ta\tdog\n')
+    with pytest.raises(ValueError, match=r"t\.tsv, line 2: .*; is a double quote not closed"):
+        read_pairs(three / "t.tsv")
+    (three / "t.csv").write_text('image,caption\n0.png,"Quoted" title\n')
+    with pytest.raises(ValueError, match=r"t\.csv, line 2: .*; is a double quote not closed"):
+        read_pairs(three / "t.csv")
+
+
+@pytest.mark.parametrize("missing", [None, [None]])
+def test_a_picture_without_a_caption_in_a_mapping_of_files_is_rejected_alone(three, missing):
+    captions = {"0.png": ["a dog"], "1.png": missing, "2.png": "a cat"}
+    (three / "t.json").write_text(json.dumps(captions))
+    assert [pair.captions for pair in read_pairs(three / "t.json")] == [("a dog",), (), ("a cat",)]
+
+
+@pytest.mark.parametrize("cell", ['{"en": "dog", "de": "Hund"}', "{'en': 'dog', 'de': 'Hund'}", '[{"en": 1, "de": 2}]'])
+def test_a_mapping_of_unknown_fields_in_a_cell_is_no_caption(three, cell):
+    (three / "t.csv").write_text(f'image,caption\n0.png,"{cell.replace(chr(34), chr(34) * 2)}"\n1.png,a cat\n')
+    first, second = read_pairs(three / "t.csv")
+    assert first.problem == "its caption is a mapping of 'en', 'de'; which of them is the caption can't be known"
+    assert second.captions == ("a cat",)
+
+
+def test_a_caption_that_is_the_files_own_name_is_rejected_as_such(three):
+    (three / "t.csv").write_text("image,caption\n0.png,0.png\n1.png,a cat\n2.png,\n")
+    pack(read_pairs(three / "t.csv"), three / "out", source="t.csv")
+    found = rejections(three / "out")
+    assert found == {"0.png": "its caption is the file's own name, 0.png", "2.png": "every caption is empty"}
 
 
 def test_a_quote_that_swallows_rows_of_a_tsv_is_refused(three):

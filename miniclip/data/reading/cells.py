@@ -226,9 +226,9 @@ def _value_in(node: ast.expr) -> Any:
 
 
 def _holds_texts(value: Any) -> bool:
-    """Whether a list or mapping may hold captions: texts, missing ones, or mappings of which a field is known."""
+    """Whether a list or mapping may hold captions: texts, missing ones, or mappings."""
     if isinstance(value, dict):
-        return any(name in value for name in ("raw", *CAPTION_COLUMNS))
+        return bool(value)  # `texts_in` refuses one without a known field
     if isinstance(value, list):
         return all(_holds_texts(each) for each in value)
     return value is None or isinstance(value, str | bytes) or value != value

@@ -135,7 +135,7 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
             indices = dict.fromkeys(index for column in mappings for index in column)
             return [{name: column.get(index) for name, column in values.items()} for index in indices]
         return [{"file": name, **record} for name, record in values.items()]
-    if any(values.values()) and all(isinstance(value, str) or _are_texts(value) for value in values.values()):
+    if any(values.values()) and all(_are_captions(value) for value in values.values()):
         return [{"file": name, "captions": value} for name, value in values.items()]
     return None
 
@@ -143,6 +143,11 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
 def _are_columns(lists: Mapping[str, list[Any]]) -> bool:
     """Lists of one length are columns if one is called so; {file: [captions]} has lists as well."""
     return len({len(each) for each in lists.values()}) == 1 and any(name.lower() in CAPTION_COLUMNS for name in lists)
+
+
+def _are_captions(value: Any) -> bool:
+    """A text, or a list of texts; none of a picture whose caption is missing."""
+    return all(text is None or isinstance(text, str) for text in (value if isinstance(value, list) else [value]))
 
 
 def _are_texts(value: Any) -> bool:

@@ -81,6 +81,8 @@ def pairs_of_rows(
             captions = tuple(text for text in texts if text != PurePath(names[index]).name or not PurePath(text).suffix)
         except ValueError as error:
             return Pair(names[index], problem=str(error), extra=extra)
+        if texts and not captions:
+            return Pair(names[index], problem=f"its caption is the file's own name, {texts[0]}", extra=extra)
         if isinstance(image, bytes) or is_url(image):
             return Pair(names[index], image, captions, None, extra)
         path = find_file(folder, image)

@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...common.storage import expand, is_url
 from .cells import decode_text
@@ -163,8 +163,20 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
     if not named and (expected not in header or "\t" in header):
         separator = "\t" if "\t" in header else max(_SEPARATORS, key=header.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    return _parse_cells(path, text, separator, csv.QUOTE_MINIMAL)
+
+
+def _parse_cells(
+    path: Path, text: str, separator: str, quoting: Literal[0, 3]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Tab-separated lines whose quotes enclose no cells (CC12M: "Quoted" title of film) are read as they are, if each
+    has as many cells as the first."""
     reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=separator == "|"
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        strict=True,
+        skipinitialspace=separator == "|",
+        quoting=quoting,
     )
     rows = []
     try:
@@ -190,6 +202,9 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
             cells += [""] * (len(columns) - len(cells))
             rows.append({name: cell for name, cell in zip(columns, cells, strict=True) if name})
     except csv.Error as error:
+        tabs = {line.count("\t") for line in text.split("\n") if line.strip("\r")}
+        if separator == "\t" and len(tabs) == 1 and quoting != csv.QUOTE_NONE:
+            return _parse_cells(path, text, separator, csv.QUOTE_NONE)
         raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
     return columns, rows
 

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -317,8 +318,9 @@ def _written_labels(text: str, where: str) -> str | list[str]:
     """
     if re.fullmatch(r"\[\s*(\d+(\.0*)?([\s,]+\d+(\.0*)?)*)?[\s,]*\]", text):
         return re.findall(r"(\d+)(?:\.0*)?", text)
-    if text[:1] + text[-1:] in ("[]", "()", "{}") and (texts := texts_in(text)) != [text]:
-        return texts
+    with suppress(ValueError):  # a mapping, which is code
+        if text[:1] + text[-1:] in ("[]", "()", "{}") and (texts := texts_in(text)) != [text]:
+            return texts
     is_code = re.fullmatch(r"[\w.]+\([\[\d].*\)|\{.*:.*\}|\[.*\d.*\]", text)
     if is_code:
         raise ValueError(f"{where} has the code {text[:50]!r} for a label; it must be a name, a number, or a list")
