@@ -130,6 +130,45 @@ def test_a_leak_from_test_into_val_names_the_picture_of_val(tmp_path):
     assert reasons_of(found) == {str(tmp_path / "val" / "c.png"): {"leak"}}
 
 
+def a_little_lighter(path: Path, out: Path) -> Path:
+    out.parent.mkdir(exist_ok=True)
+    Image.open(path).point(lambda level: min(255, level + 2)).save(out)
+    return out
+
+
+def test_a_leak_is_one_whichever_nearly_equal_picture_stands_first(tmp_path):
+    """The very pixels of a picture of val or test are a leak where that part holds another that is nearly the same."""
+    train, val, test = (tmp_path / part for part in ("train", "val", "test"))
+    frames = [draw(test, "a", "", 1), draw(test, "d", "", 3)]
+    second, of_val = a_little_lighter(frames[0], test / "b.png"), a_little_lighter(frames[1], val / "e.png")
+    for known, name in ((second, "c"), (of_val, "f")):
+        shutil.copy(known, draw(train, name, f"a scene, {name}"))
+    found = diagnose(train, val, test)
+    assert {(found.looked.key(each.row), each.reason, found.looked.key(each.like)) for each in found.findings} == {
+        ("c.png", "leak", str(second)),
+        ("f.png", "leak", str(of_val)),
+        (str(of_val), "near-leak", str(frames[1])),
+        (str(second), "near-duplicate", str(frames[0])),
+    }
+    assert sorted(found.looked.key(row) for row in found.dropped(CERTAIN)) == ["c.png", "f.png"]
+
+
+def test_a_copy_in_train_is_one_where_test_has_nearly_the_same_picture(tmp_path):
+    frame = draw(tmp_path / "test", "a", "", 1)
+    for name in ("b", "c"):
+        a_little_lighter(frame, tmp_path / "train" / f"{name}.png").with_suffix(".txt").write_text("one thing")
+    found = diagnose(tmp_path / "train", None, tmp_path / "test")
+    assert reasons_of(found) == {"b.png": {"near-leak"}, "c.png": {"near-leak", "copy"}}
+    assert [found.looked.key(row) for row in found.dropped(CERTAIN)] == ["c.png"]
+
+
+def test_of_nearly_equal_pictures_one_that_is_no_copy_is_kept(tmp_path):
+    """The first has nothing that its copy lacks: without both, the picture would be lost."""
+    draw(tmp_path, "a", "a thing", 1)
+    draw(tmp_path, "b", ["a thing", "more of it"], 1)
+    assert reasons_of(diagnose(tmp_path)) == {"a.png": {"copy"}}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Near duplicates
 

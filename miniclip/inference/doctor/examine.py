@@ -150,29 +150,38 @@ def _mildness(finding: Finding) -> float:
 
 
 def _alike_findings(looked: Looked, alike: Likeness) -> Iterator[Finding]:
-    """Of each group one is kept: of the part that must not be known before (test, then val), else the largest."""
+    """What a picture shares with a part that must not know it (train with val and test, val with test), and with its
+    own part, where one of each group is kept: the largest that is no copy."""
     rank = {TEST: 0, VAL: 1, TRAIN: 2}
     for rows in alike.groups():
         ordered = sorted(rows.tolist(), key=lambda row: (rank[looked.part(row)], -int(looked.sides[row].prod()), row))
-        kept = ordered[0]
-        for row in ordered[1:]:
-            is_same = looked.digests[row] == looked.digests[kept]
-            if looked.part(row) != looked.part(kept):
-                reason = "leak" if is_same else "near-leak"
-            elif looked.part(row) == TRAIN:
-                twin = next((each for each in ordered if each != row and _is_copy(looked, row, each)), None)
-                reason, kept_here = ("copy", twin) if twin is not None else ("near-duplicate", kept)
-                yield Finding(row, reason, float(alike.likeness[row]), f"as {looked.key(kept_here)}", kept_here)
-                continue
-            else:
-                reason = "near-duplicate"
-            where = f"in {looked.part(kept)}: {looked.key(kept)}"
-            yield Finding(row, reason, float(alike.likeness[row]), where, kept)
+        of_digest: dict[bytes, list[int]] = {}
+        for row in ordered:
+            of_digest.setdefault(looked.digests[row], []).append(row)
+        copied = {row: twin for same in of_digest.values() for row in same if (twin := _copied(looked, row, same)) >= 0}
+        kept = next(row for row in ordered if row not in copied)
+        for row in ordered:
+            part, likeness = looked.part(row), float(alike.likeness[row])
+            if part != looked.part(ordered[0]):
+                first = of_digest[looked.digests[row]][0]
+                reason, known = ("leak", first) if looked.part(first) != part else ("near-leak", ordered[0])
+                yield Finding(row, reason, likeness, f"in {looked.part(known)}: {looked.key(known)}", known)
+            if row in copied:
+                yield Finding(row, "copy", likeness, f"as {looked.key(copied[row])}", copied[row])
+            elif row != kept and part == looked.part(kept):
+                note = f"as {looked.key(kept)}" if part == TRAIN else f"in {part}: {looked.key(kept)}"
+                yield Finding(row, "near-duplicate", likeness, note, kept)
+
+
+def _copied(looked: Looked, row: int, same: Sequence[int]) -> int:
+    """The pair of train, of those with the same pixels, that makes this one a copy; -1 for none."""
+    return next((other for other in same if other != row and _is_copy(looked, row, other)), -1)
 
 
 def _is_copy(looked: Looked, row: int, other: int) -> bool:
-    """Whether another pair of train has all that this one has, and comes first where each has all of the other's."""
-    if looked.digests[row] != looked.digests[other] or looked.part(other) != TRAIN:
+    """Whether of two pictures of the same pixels, both of train, the other has all captions that this one has, and
+    comes first where each has all of the other's."""
+    if not looked.part(row) == looked.part(other) == TRAIN:
         return False
     own, others = ({normalised(caption) for caption in looked.captions[each]} for each in (row, other))
     return own < others or (own == others and other < row)
