@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..tokenizer import encode
+from .wordings.equal_captions import same_caption, words_of
 
 _TOP_CAPTIONS = 10
 
@@ -68,7 +69,8 @@ class Findings:
         captions_per_image: (N,)
         num_blank: captions without a character, beside others that have some.
         token_counts: (M,) before any cut.
-        num_repeated: captions that another image of the sample has too, but for case and white space.
+        num_repeated: captions that another image of the sample has too, but for case, white space and the
+            encoding of accents.
         top_captions: texts that several images have, the most frequent first, with their number of images.
         template, template_share, template_texts: the most frequent caption when digits and punctuation are taken out,
             its share of the captions, and how many different captions it stands for.
@@ -142,7 +144,7 @@ def count(looks: Sequence[Look], num_pairs: int, image_size: int, context_length
         if look.problem:
             kinds[look.kind].append(look)
     by_count = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    folded = [[text.casefold() for text in look.captions] for look in good]
+    folded = [[same_caption(text) for text in look.captions] for look in good]
     images_with = Counter(text for texts in folded for text in set(texts))
     templates = Counter(wording_of(text) for texts in folded for text in texts)
     (template, uses), *_ = templates.most_common(1) or [("", 0)]
@@ -178,7 +180,7 @@ def count(looks: Sequence[Look], num_pairs: int, image_size: int, context_length
 
 def wording_of(text: str) -> str:
     """What is left of a caption without digits and punctuation."""
-    return " ".join(re.sub(r"[\W\d_]+", " ", text).split())
+    return " ".join(words_of(re.sub(r"\d+", " ", text)))
 
 
 def false_negatives(captions: Sequence[Sequence[str]], batch_size: int) -> tuple[float, float]:

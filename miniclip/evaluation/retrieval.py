@@ -5,7 +5,6 @@ N images, T texts, E embedding.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.wordings.equal_captions import same_caption
 from .datasets.sets import CaptionedImages, digest_lines
 from .features import ImageFeatures
 from .measures.ranking import Ranking, Retrieval, retrieval
@@ -53,11 +53,6 @@ def retrieve(
         wilson_interval(found.texts.ranks == 1, groups[found.texts.queries]),
         images.unreadable,
     )
-
-
-def same_caption(text: str) -> str:
-    """Equal for texts that differ in case, spaces or the way in which accents are written alone."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 @dataclass(frozen=True)

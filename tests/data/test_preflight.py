@@ -177,6 +177,14 @@ def test_samples_to_look_at_are_those_that_can_be_used():
     assert len({contact.source for contact in found.contacts} - {"gone"}) == 24
 
 
+def test_captions_that_differ_in_marks_or_emoji_are_other_wordings_and_in_the_encoding_of_accents_none():
+    found = look(pairs_of("เสือ", "เสื่อ", "🐶", "🐱", "café 1", "cafe\u0301 2"))
+    assert (found.template, found.template_share, found.template_texts) == ("café", 2 / 6, 2)
+    assert found.lowest_loss == 0
+    found = look(pairs_of("café", "cafe\u0301"))
+    assert found.top_captions == (("café", 2),)
+
+
 def test_captions_that_differ_in_digits_are_one_wording():
     found = look(pairs_of("IMG_001.jpg", "IMG_002.jpg", "img 3 (jpg)", "a fox"))
     assert (found.template, found.template_share, found.template_texts) == ("img jpg", 3 / 4, 3)

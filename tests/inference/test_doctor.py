@@ -22,7 +22,9 @@ import digits
 import planted_faults
 import scenes
 
+from miniclip.data.findings import Look, count
 from miniclip.data.sources import read_pairs
+from miniclip.data.wordings.equal_captions import words_of
 from miniclip.evaluation.encoder import from_object
 from miniclip.inference.doctor import costs, lists
 from miniclip.inference.doctor.captions import junk_in, naming, normalised, repeated
@@ -430,6 +432,42 @@ def test_a_pair_is_dropped_once_for_its_gravest_reason():
 def test_normalised_captions_are_equal_but_for_case_accents_encoding_and_punctuation():
     assert normalised("A  Café, at night!") == normalised("a cafe\u0301 at NIGHT")
     assert normalised("room 1") != normalised("room 2")
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("เสือ", "เสื่อ"), ("दिन", "दान"), ("किताब", "कीताब"), ("بَيْت", "بيت"),  # tiger and mat, day and donation
+        ("C++", "C#"), ("C", "C#"), ("5 %", "5"), ("10²", "102"), ("🐶", "🐱"), ("!", "?"), ("...", "!"),
+    ],
+)  # fmt: skip
+def test_captions_that_differ_in_marks_and_symbols_are_different_ones(one, other, tmp_path):
+    assert normalised(one) != normalised(other)
+    for name, caption in (("a", one), ("b", other)):
+        draw(tmp_path, name, [caption, "one thing"], 1)
+    found = diagnose(tmp_path)
+    assert "copy" not in found.counts()
+
+
+def test_words_are_what_stands_between_punctuation_and_white_space():
+    assert words_of("“It’s” 3\u00a0o'clock: rock 'n' roll—AC/DC's dogs'!_x") == [
+        "it's", "3", "o'clock", "rock", "n", "roll", "ac", "dc's", "dogs", "x",
+    ]  # fmt: skip
+    assert words_of("นก กินปลา 🐈 C# e\u0301") == ["นก", "กินปลา", "🐈", "c#", "é"]
+
+
+def test_check_and_doctor_agree_on_what_equal_captions_cost(tmp_path):
+    captions = ["🐶", "🐱", "A dog", "a  DOG", "a dog!", "เสือ", "เสื่อ", "café", "cafe\u0301"]
+    for number, caption in enumerate(captions):
+        draw(tmp_path, str(number), caption, number)
+    cost = diagnose(tmp_path, batch_size=4).costs[0]
+    checked = count([Look(str(n), captions=(text,), size=(32, 32)) for n, text in enumerate(captions)], 9, 32, 77, 4)
+    assert cost.lowest_loss == pytest.approx(checked.lowest_loss)
+    # Two times two of nine rows have one other like them: one of 8, of which a batch of 4 draws 3 as if put back.
+    p = 1 / 8
+    chances = [math.comb(3, k) * p**k * (1 - p) ** (3 - k) for k in range(4)]
+    expected = 4 / 9 * sum(chance * math.log(k + 1) for k, chance in enumerate(chances))
+    assert cost.lowest_loss == pytest.approx(expected)
 
 
 def test_arguments_out_of_range_are_refused(tmp_path, monkeypatch):

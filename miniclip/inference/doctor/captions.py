@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...common.files import ASSETS
+from ...data.wordings.equal_captions import same_caption, words_of
 
 URL, FILE_NAME, PLACEHOLDER, MARKUP, NO_WORDS = "a URL", "a file name", "a placeholder", "markup", "no words"
 
@@ -46,13 +47,9 @@ _LONGEST_JUNK = 500  # characters
 
 
 def normalised(caption: str) -> str:
-    """Equal for captions that differ in case, accents' encoding, punctuation and white space alone."""
-    return " ".join(words_of(caption))
-
-
-def words_of(caption: str) -> list[str]:
-    text = unicodedata.normalize("NFKC", caption).casefold()
-    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text)
+    """Equal for captions that differ in case, accents' encoding, punctuation and white space alone; one of punctuation
+    stands for itself."""
+    return " ".join(words_of(caption)) or same_caption(caption)
 
 
 def content_of(caption: str) -> frozenset[str]:
@@ -93,7 +90,7 @@ def repeated(captions: Sequence[Sequence[str]]) -> dict[str, int]:
     counts = Counter(text for texts in of_picture for text in texts)
     typical = np.median([min(counts[text] for text in texts) for texts in of_picture if texts] or [0])
     least = max(_REPEATED_LEAST, _REPEATED_SHARE * len(captions), _REPEATED_TIMES * float(typical))
-    return {text: count for text, count in counts.most_common() if count >= least and text}
+    return {text: count for text, count in counts.most_common() if count >= least}
 
 
 @dataclass(frozen=True)

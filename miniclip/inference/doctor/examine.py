@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...data.wordings.equal_captions import same_caption
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import FeatureCache
 from . import costs
@@ -273,7 +274,7 @@ def _groups_of_train(
 
     for place, row in enumerate(train.tolist()):
         texts = frozenset(normalised(caption) for caption in looked.captions[row])
-        joined: list[object] = [] if are_junk[place] or texts & set(often) or "" in texts else [texts]
+        joined: list[object] = [] if are_junk[place] or texts & set(often) else [texts]
         joined += [int(alike.group[row])] if alike.group[row] >= 0 else []
         for label in joined:
             parent[root(label)] = root(("pair", row))
@@ -292,7 +293,7 @@ def _costs(
     fit: Fit | None,
     batch_size: int,
 ) -> list[Cost]:
-    equal = [[normalised(caption) for caption in each] for each in captions]
+    equal = [[same_caption(caption) for caption in each] for each in captions]
     same = [["blank"] if looked.levels[row] <= BLANK_LEVELS else [_picture_label(alike, row)] for row in train.tolist()]
     found = [
         costs.of_equal("equal captions", equal, batch_size),
