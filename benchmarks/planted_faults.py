@@ -9,9 +9,9 @@
     OUT/val, OUT/test    as drawn
     OUT/truth.csv the fault of each pair that has one
 
-Recall is the share of planted pairs that doctor reports under their kind. Precision is the share of those among the
-reported pairs that are planted under that kind or have no fault; pairs with another fault are counted apart, as a
-caption in the place of a picture's own may be both.
+Recall is the share of planted pairs that doctor reports under their kind (near-leak counts as leak, says-little as
+junk-caption). Precision is the share of those among the reported pairs that are planted under that kind or have no
+fault; pairs with another fault are counted apart, as a caption in the place of a picture's own may be both.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def score(planted: Path, found: Path) -> list[tuple[str, int, int, float, float,
     hit: dict[str, set[str]] = defaultdict(set)
     for row in rows_of(found / "findings.csv"):
         if Path(row["source"]).name == "train":
-            kind = {"near-leak": "leak"}.get(row["reason"], row["reason"])
+            kind = {"near-leak": "leak", "says-little": "junk-caption"}.get(row["reason"], row["reason"])
             reported[kind].add(row["key"])
             hit[kind] |= {row["key"], row["like"]}
     out = []

@@ -27,7 +27,7 @@ from miniclip.data.sources import read_pairs
 from miniclip.data.wordings.equal_captions import words_of
 from miniclip.evaluation.encoder import from_object
 from miniclip.inference.doctor import costs, lists
-from miniclip.inference.doctor.captions import junk_in, naming, normalised, repeated
+from miniclip.inference.doctor.captions import doubt_in, junk_in, naming, normalised, repeated
 from miniclip.inference.doctor.examine import Diagnosis, examine
 from miniclip.inference.doctor.findings import CERTAIN, REASONS, chosen_reasons
 from miniclip.inference.doctor.languages import languages
@@ -257,9 +257,9 @@ def test_what_is_blank_is_no_duplicate_of_anything(tmp_path):
     [
         ("https://example.com/a.jpg", "a URL"), ("www.example.com", "a URL"), ("see https://example.com", "a URL"),
         ("IMG_1234.JPG", "a file name"), ("photos/cat.png", "a file name"), ("DSC01234", "a file name"),
-        ("20210304_123456", "a file name"), ("image 12", "a file name"), ("a3f5e1b2c4d9c7b2", "a file name"),
+        ("20210304_123456", "a file name"), ("a3f5e1b2c4d9c7b2", "a file name"),
         ("Screenshot 2021-03-04 at 10.11.12", "a file name"), ("my holiday photo.jpeg", "a file name"),
-        ("image of", "a placeholder"), ("Untitled", "a placeholder"), ("no description available", "a placeholder"),
+        ("image of", "a placeholder"), ("no description available", "a placeholder"),
         ("<img src='x'>", "markup"), ("...", "no words"), ("https://x.org/" + "a" * 600, "a URL"),
         ("image of a dog", ""), ("7", ""), ("1984", ""), ("a cat, see https://example.com", ""), ("猫", ""), ("🐈", ""),
         ("p", ""), ("a dog.", ""), ("photo of the year 2021", ""), ("a " * 400, ""), ("red", ""), ("", "no words"),
@@ -267,6 +267,60 @@ def test_what_is_blank_is_no_duplicate_of_anything(tmp_path):
 )  # fmt: skip
 def test_a_caption_that_says_nothing_is_known_by_what_it_is(caption, reason):
     assert junk_in(caption) == reason
+    assert not (reason and junk_in(f"a red fox, {caption}"))
+
+
+@pytest.mark.parametrize(
+    "caption, reason",
+    [
+        ("Untitled", "a placeholder"), ("a picture", "a placeholder"), ("the", "a placeholder"),
+        ("empty", "a placeholder"), ("a tap", "a placeholder"), ("Zoom", "a placeholder"), ("banner", "a placeholder"),
+        ("<p>logo</p>", "a URL"), ("booking.com logo", "a URL"), ("https://booking.com logo", "a URL"),
+        ("image 12", "a file name"), ("photo 51", "a file name"), ("Scan 3", "a file name"),
+        ("001a2b3c4d5e", "a file name"),
+        ("1234567", "a number"), ("00012345", "a number"), ("10:30:45", "a number"), ("2021-03-04", "a number"),
+        ("737-800", "a number"), ("4006381333931", "a number"), ("?", "no words"), ("(", "no words"),
+        ("P-51", ""), ("P 38", ""), ("WP 7", ""), ("A320", ""), ("DC-10", ""), ("no findings", ""), ("normal", ""),
+        ("an empty street", ""), ("a photo of <sks>", ""), ("<cat-toy>", ""), ("C++", ""), ("+", ""), ("7", ""),
+        ("🐈", ""), ("a dog in snow https://x.org snow dog.jpg", ""),
+    ],
+)  # fmt: skip
+def test_a_word_or_a_number_may_be_a_caption_and_is_never_certainly_none(caption, reason):
+    assert junk_in(caption) == ""
+    assert doubt_in(caption) == reason
+    assert doubt_in(f"a red fox, {caption}") == ""
+
+
+def test_a_name_by_numbers_that_pictures_share_is_no_name_of_a_file(tmp_path):
+    for caption in ("IMG 2000", "a3f5e1b2c4d9c7b2"):
+        assert (junk_in(caption), doubt_in(caption)) == ("a file name", "a file name")
+        assert (junk_in(caption, is_shared=True), doubt_in(caption, is_shared=True)) == ("", "a file name")
+    for caption in ("737-800", "photo 51"):
+        assert doubt_in(caption, is_shared=True) == ""
+    assert junk_in("IMG_2000.jpg", is_shared=True) == "a file name"
+    for name, caption, seed in (("a", "IMG 2000", 1), ("b", "IMG 2000", 2), ("c", "IMG 2001", 3), ("d", "IMG 2001", 3)):
+        draw(tmp_path, name, caption, seed)
+    assert reasons_of(diagnose(tmp_path)) == {
+        "a.png": {"says-little"},
+        "b.png": {"says-little"},
+        "c.png": {"junk-caption"},
+        "d.png": {"junk-caption", "copy"},
+    }
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("empty", "occupied"), ("737-800", "747-400", "A320", "DC-10"), ("logo", "banner", "icon"),
+        ("?", "!", "&", "+"),
+    ],
+)  # fmt: skip
+def test_no_class_is_dropped_for_its_name(classes, tmp_path):
+    for number in range(12):
+        draw(tmp_path, str(number), classes[number % len(classes)], number)
+    found = diagnose(tmp_path)
+    assert not found.dropped(CERTAIN)
+    assert set(found.counts()) <= {"says-little"}
 
 
 def test_a_sentence_of_many_pictures_is_boilerplate_and_a_class_of_many_is_not():

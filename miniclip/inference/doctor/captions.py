@@ -17,26 +17,47 @@ from ...common.files import ASSETS
 from ...data.wordings.equal_captions import same_caption, words_of
 
 URL, FILE_NAME, PLACEHOLDER, MARKUP, NO_WORDS = "a URL", "a file name", "a placeholder", "markup", "no words"
+NUMBER = "a number"
 
-_URLS = re.compile(
-    r"(?:\w+://|www\.)\S+|\b[\w-]+(?:\.[\w-]+)*\.(?:com|org|net|de|fr|co|io|info|ru|cn|jp|uk)\b(?:/\S*)?", re.I
-)
+_URLS = re.compile(r"(?:\w+://|www\.)\S+", re.I)
+_SITES = re.compile(r"\b[\w-]+(?:\.[\w-]+)*\.(?:com|org|net|de|fr|co|io|info|ru|cn|jp|uk)\b(?:/\S*)?", re.I)
 _PICTURE_SUFFIXES = "jpe?g|jfif|png|gif|webp|bmp|tiff?|heic|avif|svg|raw|cr2|nef|psd|mp4|mov|pdf"
 _FILES = re.compile(rf"(?:[\w()+%-]+[\\/.])*[\w()+ %-]+\.(?:{_PICTURE_SUFFIXES})", re.I)
-# What cameras, phones and programs call a picture: IMG_1234, DSC01234, P1010203, 20210304_123456, image12, a hash.
-_STEMS = (
-    "img|dsc[nf]?|dscf|dcim|pict?|p|pxl|gopr|mvimg|wp|imag|image|photo|picture|foto|bild|screenshot|screen shot|scan|"
-    "untitled|unnamed|download|file|fb|whatsapp image"
-)
-_NUMBERED_NAMES = re.compile(
-    rf"(?:{_STEMS})[\s_-]*\d[\s\d_:.-]*(?:at[\s\d_:.-]*)?(?:\(\d+\)|copy|am|pm|edited)*"
-    r"|\d[\d\s_:./-]{6,}|(?=[0-9a-f-]*\d)[0-9a-f-]{12,}",
+# What cameras, phones and programs call a picture: IMG_1234, DSC01234, P1010203, 20210304_123456, a hash.
+_AFTER_A_NUMBER = r"[\s\d_:.-]*(?:at[\s\d_:.-]*|wa\d+)?(?:\(\d+\)|copy|am|pm|edited)*"
+_HEX = "(?=[0-9]*[a-f])(?=[a-f]*[0-9])[0-9a-f]"
+_SYSTEM_NAMES = re.compile(
+    r"(?:(?:img|imag|dsc[nf]?|dcim|pict|pxl|gopr|mvimg|fb[ _]img)[ _-]*\d{4,}|p[1-9a-c]\d{6}|wp[ _]\d{8}"
+    r"|(?:screen ?shot|whatsapp image)[ _-]*\d{4}-?\d\d-?\d\d|(?:19|20)\d{6}[_-]\d{6})"
+    rf"{_AFTER_A_NUMBER}|{_HEX}{{16,}}|[0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}",
     re.I,
 )
+# What may be a name or not: "image 12" and "photo 51", a short hash and a serial number.
+_NUMBERED_NAMES = re.compile(
+    r"(?:img|dsc[nf]?|dcim|pict?|imag|image|photo|picture|foto|bild|screen ?shot|scan|untitled|unnamed|download|file"
+    rf"|whatsapp image)[\s_-]*\d{_AFTER_A_NUMBER}|{_HEX}{{12,}}",
+    re.I,
+)
+_BARE_NUMBERS = re.compile(r"\d[\d\s_:./-]{6,}")
 _LONG_URL = re.compile(r"\w+://|data:", re.I)
-_MARKUP = re.compile(r"<\w+[^>]*>|</\w+>|\{\{.*?\}\}|\[/?(?:caption|img|url)[^\]]*\]", re.I)
-# Words that say that there is a picture, and words that join others: a caption is about the rest.
-_ABOUT_PICTURES, _JOINING = (
+_TAGS = (
+    "a|b|big|body|br|center|div|em|fig(?:caption|ure)|font|h[1-6]|hr|html|i|iframe|img|li|ol|p|pre|script|small|span|"
+    "strong|style|su[bp]|svg|table|tbody|t[dhr]|u|ul|video"
+)  # <sks> and <cat-toy> are words that a text-to-image model has learnt
+_MARKUP = re.compile(
+    rf"</?(?:{_TAGS})(?:\s[^>]*)?/?>|&(?:nbsp|amp|lt|gt|quot|#\d+);|\{{\{{.*?\}}\}}|\[/?(?:caption|img|url)[^\]]*\]",
+    re.I,
+)
+# Phrases that stand where a caption is missing, without punctuation.
+_NO_CAPTIONS = re.compile(
+    r"(?:(?:an?|the|eine?|une?|una?) )?(?:image|img|photo|photograph|pic|picture|screenshot|bild|foto)s?"
+    r" (?:of|showing|von|de)(?: (?:an?|the))?"
+    r"|(?:no )?alt text|no (?:alt text|caption|description)(?: is)? (?:available|found|given|provided|yet)"
+    r"|click (?:here |(?:on )?(?:the )?(?:image|photo|picture) )?(?:to (?:enlarge|expand|view|zoom)|for (?:a )?larger)"
+    r"(?: (?:the )?(?:image|photo|picture|version|view))?"
+)
+# Words about pictures; words that may be content, and say little by themselves; words that join others.
+_ABOUT_PICTURES, _SAYING_LITTLE, _JOINING = (
     frozenset(word for line in part.splitlines() if not line.startswith("#") for word in line.split())
     for part in (ASSETS / "caption_words.txt").read_text(encoding="utf-8").split("\n\n")
 )
@@ -57,23 +78,54 @@ def content_of(caption: str) -> frozenset[str]:
     return frozenset(words_of(caption)) - _JOINING - _ABOUT_PICTURES
 
 
-def junk_in(caption: str) -> str:
-    """Why a caption says nothing of a picture: one of the names above; empty if it does say something."""
-    text = unicodedata.normalize("NFKC", caption).strip().strip("\"'()[]-–— ")
+def junk_in(caption: str, is_shared: bool = False) -> str:
+    """What a caption is that no words about a picture can be: one of the names above; empty if it may be some.
+
+    Args:
+        is_shared: with other pictures, so that it is no camera's name for one of them.
+    """
+    text = _bare(caption)
     if len(text) > _LONGEST_JUNK:  # which the expressions below would take long for
         return URL if _LONG_URL.match(text) and " " not in text else ""
-    if _FILES.fullmatch(text) or _NUMBERED_NAMES.fullmatch(text):
+    if _FILES.fullmatch(text) or (not is_shared and _SYSTEM_NAMES.fullmatch(text)):
         return FILE_NAME
     without = _MARKUP.sub(" ", text)
-    if without != text and not content_of(without):
+    if without != text and junk_in(without, is_shared):
         return MARKUP
-    without = _URLS.sub(" ", without)
-    if without != text and not content_of(_FILES.sub(" ", without)):
+    without = _URLS.sub(" ", text)
+    if without != text and not content_of(without):
         return URL
     if not any(unicodedata.category(character)[0] in "LNS" for character in text):
+        return "" if len(caption.strip()) == 1 else NO_WORDS
+    return PLACEHOLDER if _NO_CAPTIONS.fullmatch(" ".join(words_of(text))) else ""
+
+
+def doubt_in(caption: str, is_shared: bool = False) -> str:
+    """What a caption may be that is not certainly junk, and says a word or a number at most; empty if it says more.
+
+    "empty", "Zoom" and 00012345 are what pages and programs write, and captions of a car park, a logo, a meter.
+
+    Args:
+        is_shared: with other pictures, as the names of classes are.
+    """
+    text = _bare(caption)
+    if len(text) > _LONGEST_JUNK:
+        return ""
+    if _SYSTEM_NAMES.fullmatch(text) or (not is_shared and _NUMBERED_NAMES.fullmatch(text)):
+        return FILE_NAME
+    if not is_shared and _BARE_NUMBERS.fullmatch(text):
+        return NUMBER
+    if len(caption.strip()) == 1 and not words_of(caption):
         return NO_WORDS
-    words = set(words_of(text))
-    return PLACEHOLDER if words and not words - _JOINING - _ABOUT_PICTURES else ""
+    without = _SITES.sub(" ", _URLS.sub(" ", _MARKUP.sub(" ", text)))
+    says_more = content_of(without) - _SAYING_LITTLE
+    if without != text and not says_more:
+        return URL
+    return PLACEHOLDER if words_of(text) and not says_more else ""
+
+
+def _bare(caption: str) -> str:
+    return unicodedata.normalize("NFKC", caption).strip().strip("\"'()[]-–— ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

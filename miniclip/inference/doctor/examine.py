@@ -17,7 +17,7 @@ from ...data.wordings.equal_captions import same_caption
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import FeatureCache
 from . import costs
-from .captions import Naming, junk_in, naming, normalised, repeated
+from .captions import Naming, doubt_in, junk_in, naming, normalised, repeated
 from .costs import Cost
 from .findings import REASONS, Finding
 from .fits import Fit, fit_of
@@ -108,8 +108,9 @@ def examine(
         raise ValueError(f"not one of the pairs can be used: {reasons or 'there are none'}")
     alike = find_alike(looked, near, progress)
     captions = [looked.captions[row] for row in train.tolist()]
-    junk = [_junk_of(each) for each in captions]
-    are_junk = [bool(each) for each in junk]
+    shared = _shared_captions(looked, train)
+    empty = [_emptiness(each, shared) for each in captions]
+    are_junk = [each is not None for each in empty]
     with progress("languages", len(captions)) as report:
         language, others = languages(captions, are_junk, report)
     named = naming(captions, are_junk)
@@ -121,7 +122,7 @@ def examine(
     found = [
         *_alike_findings(looked, alike),
         *_picture_findings(looked, train, image_size),
-        *_caption_findings(train, captions, junk, often, others, named),
+        *_caption_findings(train, captions, empty, often, others, named),
         *_fit_findings(train, fit),
     ]
     order = {reason: place for place, reason in enumerate(REASONS)}
@@ -217,25 +218,39 @@ def _blur_limit(blur: np.ndarray) -> float:
 # Captions
 
 
-def _junk_of(captions: Sequence[str]) -> str:
-    """Why none of the captions says anything; empty if one does."""
-    reasons = [junk_in(caption) for caption in captions]
-    return reasons[0] if all(reasons) else ""
+def _shared_captions(looked: Looked, train: np.ndarray) -> set[str]:
+    """Those of several pictures whose pixels differ."""
+    digests: dict[str, set[bytes]] = {}
+    for row in train.tolist():
+        for caption in looked.captions[row]:
+            digests.setdefault(caption, set()).add(looked.digests[row])
+    return {caption for caption, own in digests.items() if len(own) > 1}
+
+
+def _emptiness(captions: Sequence[str], shared: set[str]) -> tuple[str, str] | None:
+    """The reason where none of the captions says anything, or hardly anything, and what the first is; else None."""
+    junk = [junk_in(caption, caption in shared) for caption in captions]
+    if all(junk):
+        return "junk-caption", junk[0]
+    found = [why or doubt_in(caption, caption in shared) for caption, why in zip(captions, junk, strict=True)]
+    return ("says-little", found[0]) if all(found) else None
 
 
 def _caption_findings(
     train: np.ndarray,
     captions: Sequence[Sequence[str]],
-    junk: Sequence[str],
+    empty: Sequence[tuple[str, str] | None],
     often: Mapping[str, int],
     others: Sequence[tuple[str, float] | None],
     named: Naming,
 ) -> Iterator[Finding]:
     for place, row in enumerate(train.tolist()):
         first = captions[place][0]
-        if junk[place]:
-            yield Finding(row, "junk-caption", 1.0, f"{junk[place]}: {first}")
-            continue
+        if (found := empty[place]) is not None:
+            reason, what = found
+            yield Finding(row, reason, 1.0, f"{what}: {first}")
+            if reason == "junk-caption":
+                continue
         texts = [normalised(caption) for caption in captions[place]]
         if all(text in often for text in texts):
             yield Finding(row, "boilerplate", float(min(often[text] for text in texts)), first)
