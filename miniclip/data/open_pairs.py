@@ -18,6 +18,7 @@ from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES, image_files
+from .reading.splits import is_all_of, is_named
 from .reading.tables import is_parquet, is_pattern
 from .shard_index import INDEX_FILE, REJECTED_FILE
 from .shards import Shards
@@ -106,7 +107,7 @@ def open_pairs(
         )
     if images or image_column or caption_columns:
         raise ValueError(f"--images, --image-column and --caption-column are for tables; {source} is shards")
-    if split:
+    if split and not (is_all_of(split) or is_named(Path(source), split)):
         raise ValueError(f"{source} is shards, so --split {split} can't be followed; name the folder of that part")
     return shard_pairs(source)
 

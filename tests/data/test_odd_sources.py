@@ -22,10 +22,11 @@ from PIL import Image
 from miniclip.commands import main as cli
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
+from miniclip.data.open_pairs import open_pairs
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import captions_in, picture_in, texts_in
 from miniclip.data.reading.pair import Pair, fingerprint
-from miniclip.data.reading.tables import read_table
+from miniclip.data.reading.tables import find_image_column, read_table
 from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
 from miniclip.evaluation.datasets.open import open_dataset
@@ -722,6 +723,33 @@ def test_a_split_of_what_has_none_is_refused_but_for_one_that_the_name_tells(tmp
         read_pairs(tmp_path, split="test")
 
 
+def test_what_tells_of_no_parts_is_for_training_and_a_name_tells_a_part(tmp_path):
+    """`--split train` holds for any source without parts; folders are named as COCO's, or val_images."""
+    for name in ("plain", "val2017", "val_images", "train"):
+        (tmp_path / name).mkdir()
+        write_picture(tmp_path / name / "0.jpg", 0)
+        (tmp_path / name / "0.txt").write_text("red")
+        pack(read_pairs(tmp_path / name), tmp_path / "shards" / name, source=name)
+        (tmp_path / "tables" / name).mkdir(parents=True)
+        (tmp_path / "tables" / name / "t.csv").write_text(f"image,caption\n{tmp_path / name / '0.jpg'},red\n")
+        for source in (tmp_path / name, tmp_path / "shards" / name, tmp_path / "tables" / name / "t.csv"):
+            splits = ("val", "validation", *(["val2017"] if name == "val2017" else [])) if "val" in name else ("train",)
+            for split in splits:
+                assert len(open_pairs(str(source), split=split)) == 1
+            with pytest.raises(ValueError, match="test"):
+                open_pairs(str(source), split="test")
+
+
+def test_a_column_that_was_left_over_does_not_stand_against_the_name_of_its_file(tmp_path):
+    """As of a train table that was divided anew into train.csv and val.csv."""
+    write_picture(tmp_path / "0.jpg", 0)
+    for name in ("val.csv", "t.csv"):
+        (tmp_path / name).write_text("image,caption,split\n0.jpg,red,train\n")
+    assert len(read_pairs(tmp_path / "val.csv", default_split="val")) == 1
+    with pytest.raises(ValueError, match="column 'split' is 'val'; valid for --split are train"):
+        read_pairs(tmp_path / "t.csv", default_split="val")
+
+
 def test_a_saved_set_of_one_name_is_read_by_its_column_of_splits(tmp_path):
     """As Flickr30k is handed out: all of it is called test, and a column names the parts."""
     columns = {"caption": list("abcd"), "split": ["train", "val", "train", "test"], "label": list("xyxy")}
@@ -784,6 +812,23 @@ def test_a_picture_that_is_replaced_makes_another_source_however_its_path_is_wri
     assert fingerprint(read_pairs(tmp_path / "a.csv")) == before
     path.write_bytes(path.read_bytes() + b"\0")
     assert fingerprint(read_pairs(tmp_path / "a.csv")) != before
+
+
+def test_a_set_of_datasets_is_read_by_the_column_whose_cells_are_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    write_picture(tmp_path / "0.jpg", 0)
+    columns = {"image": ["17"], "image_path": [str(tmp_path / "0.jpg")], "caption": ["red"]}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "set")
+    assert [pair.image for pair in read_pairs(tmp_path / "set")] == [tmp_path / "0.jpg"]
+
+
+def test_only_known_columns_of_the_first_rows_tell_which_holds_images(tmp_path, monkeypatch):
+    """Not whole row groups, in which pictures and all else of thousands of rows lie."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"jpg": image_bytes(0), "url": "http://127.0.0.1:9/0", "caption": "red", "wide": "x"}] * 40
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", None)
+    assert find_image_column(*read_table(tmp_path / "a.parquet"), tmp_path, "a") == ("jpg", ["url"])
 
 
 def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):
@@ -922,6 +967,9 @@ def test_quotes_of_a_tsv_that_enclose_no_cells_are_part_of_captions(three):
     texts = ["a dog", '"Quoted" title of film', '"open only']
     (three / "t.tsv").write_text("".join(f"{n}.png\t{text}\n" for n, text in enumerate(texts)))
     assert [pair.captions for pair in read_pairs(three / "t.tsv")] == [(text,) for text in texts]
+    # One line that is not quoted well leaves those that are.
+    (three / "t.tsv").write_text('"image"\tcaption\n0.png\t"a red, ""big"" dog"\n1.png\t"a "bad" one"\n2.png\t"fine"\n')
+    assert [pair.captions[0] for pair in read_pairs(three / "t.tsv")] == ['a red, "big" dog', '"a "bad" one"', "fine"]
     (three / "t.tsv").write_text('image\tcaption\n0.png\t"Quoted" title\n1.png\ta\tdog\n')
     with pytest.raises(ValueError, match=r"t\.tsv, line 2: .*; is a double quote not closed"):
         read_pairs(three / "t.tsv")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -793,6 +794,7 @@ def test_numbers_in_tables_with_gaps_are_still_labels(tmp_path):
         (["10", "1,000", "500"], ("1,000", "10", "500")),
         (["10", "1.000", "100"], ("1.000", "10", "100")),
         (["1.0", "2.5", "2"], ("1.0", "2", "2.5")),
+        (["1.000", "0.000", "2.000"], ("0", "1", "2")),  # no number of thousands is 0.000
         (["1,0", "0,0", "10,0"], ("0", "1", "10")),
         (["1.0", "2.0", "10"], ("1", "2", "10")),
     ],
@@ -801,7 +803,7 @@ def test_labels_lose_the_decimal_of_a_column_of_whole_numbers_and_no_other(tmp_p
     rows = [f'{number}.png,"{label}"' for number, label in enumerate(labels)]
     data = open_dataset(lines(tmp_path / "notes.csv", "image,label", *rows))
     assert data.classnames == classnames
-    named = [label if label in classnames else label[:-2] for label in labels]
+    named = [label if label in classnames else re.split("[.,]", label)[0] for label in labels]
     assert [data.classnames[label] for label in data.labels] == named
 
 

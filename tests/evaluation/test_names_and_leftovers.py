@@ -575,13 +575,16 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path):
     assert open_dataset(tmp_path).classnames == ("car", "plane", "train")
 
 
-def test_folders_of_pairs_are_retrieved_from_by_their_split(tmp_path):
-    for number, part in enumerate(("train", "test")):
+@pytest.mark.parametrize("ending", ["", "2017", "_images"])
+def test_folders_of_pairs_are_retrieved_from_by_their_split(tmp_path, ending):
+    parts = [f"{part}{ending}" for part in ("train", "test")]
+    for number, part in enumerate(parts):
         write_picture(tmp_path / part / f"{part}.png", number)
         (tmp_path / part / f"{part}.txt").write_text(f"of {part}")
-    assert open_dataset(tmp_path, task="retrieval").captions == (("of test",),)
-    assert open_dataset(tmp_path, task="retrieval", split="train").captions == (("of train",),)
-    with pytest.raises(ValueError, match="has no split 'val'; it has test, train"):
+    assert open_dataset(tmp_path, task="retrieval").captions == ((f"of test{ending}",),)
+    for split in ("train", f"train{ending}"):
+        assert open_dataset(tmp_path, task="retrieval", split=split).captions == ((f"of train{ending}",),)
+    with pytest.raises(ValueError, match=f"has no split 'val'; it has test{ending}, train{ending}"):
         open_dataset(tmp_path, task="retrieval", split="val")
 
 

@@ -291,6 +291,18 @@ def test_a_word_or_a_number_may_be_a_caption_and_is_never_certainly_none(caption
     assert doubt_in(f"a red fox, {caption}") == ""
 
 
+def test_signs_that_stand_between_words_say_nothing_and_what_is_not_seen_makes_no_difference():
+    certain = {"► Click to enlarge": "a placeholder", "https://x.com/a © shutterstock": "a URL"}
+    assert {caption: junk_in(caption) for caption in certain} == certain
+    for caption in ("© Getty Images", "Photo | Alamy", "stock photo®", "image = ", "Copyright ©", "photo ~"):
+        assert junk_in(caption) == ""
+        assert doubt_in(caption) == "a placeholder", caption
+    for caption in ("C++", "🐈", "a cat → a dog", "5 %"):
+        assert (junk_in(caption), doubt_in(caption)) == ("", "")
+    for unseen in "\u200b\ufeff\u00ad\ufe0f\u200e":
+        assert normalised(f"a crow{unseen} on a roof") == normalised("a crow on a roof")
+
+
 def test_a_name_by_numbers_that_pictures_share_is_no_name_of_a_file(tmp_path):
     for caption in ("IMG 2000", "a3f5e1b2c4d9c7b2"):
         assert (junk_in(caption), doubt_in(caption)) == ("a file name", "a file name")

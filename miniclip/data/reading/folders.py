@@ -13,7 +13,7 @@ from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import pairs_of_rows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, is_skipped_folder, same_name, scan
-from .splits import different_splits, equal_splits, is_named, rows_of_split
+from .splits import different_splits, equal_splits, is_all_of, is_named, rows_of_split
 from .tables import read_table
 
 # What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
@@ -45,7 +45,8 @@ def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) 
     if is_asked_for and not is_named(folder, split):
         parts = pair_splits(folder)
         there = f"; name one of its parts: {', '.join(str(folder / part) for part in parts)}" if parts else ""
-        raise ValueError(f"{folder} is a folder of pairs, so --split {split} can't be followed{there}")
+        if parts or not is_all_of(split):
+            raise ValueError(f"{folder} is a folder of pairs, so --split {split} can't be followed{there}")
     if not files.images and not files.texts:
         raise ValueError(f"no pairs found in {folder}: it holds {_what_lies_in(files)}")
     return _pairs_by_name(files)

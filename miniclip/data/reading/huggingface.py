@@ -15,7 +15,7 @@ from .paths import is_file
 from .rows import choose_columns, extra_of
 from .scan import LeftOut
 from .splits import equal_splits, has_split_column, rows_of_split, split_among
-from .tables import IMAGE_COLUMNS, find_column
+from .tables import IMAGE_COLUMNS, find_image_column
 
 HUB_PREFIX = "hf-hub:"
 _DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
@@ -70,7 +70,7 @@ def image_column_of(loaded: Any, source: str) -> str:
     known = [column for name in IMAGE_COLUMNS for column in found if column.strip().lower() == name]
     if len(found) > 1 and not known:
         raise ValueError(f"{source} has several columns of images, {', '.join(found)}; choose one with --image-column")
-    return (known or found or [find_column(columns, IMAGE_COLUMNS, "the images", source)])[0]
+    return (known or found)[0] if found else find_image_column(columns, loaded, Path(), source)[0]
 
 
 class _OwnLock:
@@ -113,7 +113,10 @@ def datasets_rows(loaded: Any, source: str, split: str, is_asked_for: bool = Fal
         is_told = not {*equal_splits(split)}.isdisjoint(loaded)
         only = next(iter(loaded.values())) if len(loaded) == 1 else None
         if only is not None and not is_told and has_split_column(only.column_names):
-            return rows_of_split(source, only.column_names, DatasetsRows(only), split, is_asked_for=True)
+            try:
+                return rows_of_split(source, only.column_names, DatasetsRows(only), split, is_asked_for=True)
+            except ValueError as error:
+                raise ValueError(f"{error}; or all of its one set, {next(iter(loaded))}") from error
         loaded, is_asked_for = loaded[split_among(list(loaded), split, source)], False
     return rows_of_split(source, loaded.column_names, DatasetsRows(loaded), split, is_asked_for)
 

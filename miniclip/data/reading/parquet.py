@@ -91,6 +91,14 @@ class ParquetRows(Sequence[dict[str, Any]]):
         except (self.errors, OSError) as error:
             raise ValueError(f"{self.paths[file_index]} is damaged in its row group {group}: {error}") from error
 
+    def first(self, names: Sequence[str], number: int) -> list[dict[str, Any]]:
+        """Some columns of the first rows of the first file, whichever are chosen; no other column is read."""
+        try:
+            batches = self.file.iter_batches(number, columns=[name for name in names if name not in self.of_path])
+            return next((batch.to_pylist() for batch in batches), [])
+        except (self.errors, OSError) as error:
+            raise ValueError(f"{self.paths[0]} is damaged: {error}") from error
+
     def column(self, name: str) -> list[Any]:
         """A column's values; None in place of images that lie in it: their bytes, base64 or pixels."""
         if name in self.of_path:

@@ -114,7 +114,7 @@ class _FilesFound:
 
     def __iter__(self) -> Iterator[Path]:
         yield from self.files
-        yield from (find_file(self.folder, path) for path in self.paths)
+        yield from (find_file(self.folder, path) for path in sorted(self.paths))
 
 
 def choose_columns(

@@ -89,16 +89,24 @@ def has_split_column(columns: Sequence[str]) -> bool:
 def is_named(path: Path, split: str) -> bool:
     """Whether the name of a file, a pattern or a folder says that this part is what it holds."""
     told = role_of(path.resolve().name) if path.is_dir() else split_in(path.stem)
-    return told in equal_splits(split.strip().lower())
+    return told in equal_splits(role_of(split.strip()) or split.strip().lower())
 
 
-def rows_of_split(source: str | Path, columns: Sequence[str], rows: Any, split: str, is_asked_for: bool = False) -> Any:
+def is_all_of(split: str) -> bool:
+    """Whether a source that tells of no parts is this one as a whole: what nobody holds out is for training."""
+    return role_of(split.strip()) == "train"
+
+
+def rows_of_split(
+    source: str | Path, columns: Sequence[str], rows: Any, split: str, is_asked_for: bool = False, is_told: bool = False
+) -> Any:
     """The rows of a part, and those of the others in `left_out`.
 
     Args:
         is_asked_for: by its name, so that it must be there. One that is only usual is not looked for where the column
             names no two parts, as train and test are, and none of train where val is usual: all rows are taken, and
             `note` says so.
+        is_told: by the name of the file or the folder, so that it holds no other part.
 
     Raises:
         ValueError: there is no such part.
@@ -107,9 +115,11 @@ def rows_of_split(source: str | Path, columns: Sequence[str], rows: Any, split: 
     column, parts = _part_of_each(columns, rows, wanted if is_asked_for else ())
     there = sorted(set(parts) - {""})
     if not column and is_asked_for:
+        if is_all_of(split):
+            return rows
         raise ValueError(f"{source} has no split {split!r}; a column 'split' would name the part of each row")
     roles = _roles(parts)
-    if not is_asked_for and len(roles) < 2 and not ("train" in roles and "val" in wanted):
+    if not is_asked_for and len(roles) < 2 and (is_told or not ("train" in roles and "val" in wanted)):
         if not set(there) <= set(wanted):
             rows.note = f", all rows: column {column!r} has {some(there, 3)}; --split takes those of one"
         return rows

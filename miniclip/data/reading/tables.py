@@ -75,8 +75,12 @@ def read_table(
 def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is_asked_for: bool) -> Any:
     if split is None:
         return rows
-    is_told = is_named(path, split) or not {*equal_splits(split)}.isdisjoint(parquet_splits(path))
-    return rows_of_split(path, columns, rows, split, is_asked_for and not is_told)
+    is_told = (
+        is_named(path, split)
+        or is_named(folder_of(path), split)
+        or not {*equal_splits(split)}.isdisjoint(parquet_splits(path))
+    )
+    return rows_of_split(path, columns, rows, split, is_asked_for and not is_told, is_told)
 
 
 def table_suffix(path: Path) -> str:
@@ -181,6 +185,7 @@ def _parse_cells(
     rows = []
     try:
         first = next(reader)
+        first = [_without_quotes(cell) for cell in first] if quoting == csv.QUOTE_NONE else first
         is_row = any(_IMAGE_CELL.fullmatch(cell) for cell in first)
         columns = _columns_without_header(path, first) if is_row else [name.strip() for name in first]
         if twice := {name for name in columns if name and columns.count(name) > 1}:
@@ -199,6 +204,7 @@ def _parse_cells(
                     f"{path}, line {reader.line_num}: a cell holds tabs and the ends of lines; is a double quote not "
                     "closed?"
                 )
+            cells = [_without_quotes(cell) if quoting == csv.QUOTE_NONE else cell for cell in cells]
             cells += [""] * (len(columns) - len(cells))
             rows.append({name: cell for name, cell in zip(columns, cells, strict=True) if name})
     except csv.Error as error:
@@ -207,6 +213,11 @@ def _parse_cells(
             return _parse_cells(path, text, separator, csv.QUOTE_NONE)
         raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
     return columns, rows
+
+
+def _without_quotes(cell: str) -> str:
+    """A cell as CSV has it, where quotes enclose it whole and others within it are doubled."""
+    return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
 
 
 def _columns_without_header(path: Path, first: list[str]) -> list[str]:
@@ -259,7 +270,9 @@ def find_image_column(
     if not known:
         return find_column(columns, IMAGE_COLUMNS, "the image paths", source), []
     if len(known) > 1:
-        probed = [rows[row] for row in range(min(_ROWS_LOOKED_AT, len(rows)))]
+        number = min(_ROWS_LOOKED_AT, len(rows))
+        probed: Sequence[Mapping[str, Any]]
+        probed = rows.first(known, number) if isinstance(rows, ParquetRows) else [rows[row] for row in range(number)]
         known.sort(key=lambda column: _image_rank([row.get(column) for row in probed], folder))
     return known[0], known[1:]
 

@@ -7,6 +7,8 @@ import unicodedata
 # Unicode counts these as punctuation, and captions use them as symbols: C# is not C, and 5 % not 5.
 _SYMBOLS = "#%&@"
 _APOSTROPHES = "'’"
+# No width and no meaning: zero-width spaces, soft hyphens, marks of direction and of byte order, an emoji's style.
+_UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"))
 
 
 def same_caption(text: str) -> str:
@@ -21,7 +23,7 @@ def words_of(text: str) -> list[str]:
     Letters, numbers, symbols and the marks that go with them stay: a tone is a part of a Thai word, a vowel sign of one
     in Hindi, and 🐶 is a word. An apostrophe within a word stays, too.
     """
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text.translate(_UNSEEN)).casefold())
     words = (word.strip("'") for word in folded.translate(_SEPARATED).split())
     return [word for word in words if word]
 

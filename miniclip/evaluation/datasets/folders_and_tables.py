@@ -367,7 +367,9 @@ def alike(labels: list[Any], source: str) -> list[Any]:
 def _whole_numbers(labels: list[str]) -> list[str]:
     """Whole numbers without the ".0" that a table with a gap in it writes them with, if all are such and no two become
     one; 1.000 and 1,000 are names, as thousands are written so."""
-    whole = {label: re.sub(r"[.,](?!000$)0+$", "", label) for label in labels}
+    are_thousands = not any(re.fullmatch(r"0+[.,]000", label) for label in labels)  # 0.000 is none
+    end = re.compile(r"[.,](?!000$)0+$" if are_thousands else r"[.,]0+$")
+    whole = {label: end.sub("", label) for label in labels}
     is_whole = all(re.fullmatch(r"-?\d+", number) for number in whole.values())
     return [whole[label] for label in labels] if is_whole and len(set(whole.values())) == len(whole) else labels
 

@@ -148,8 +148,10 @@ def _picture_identity(picture: Image.Image) -> str:
     """Its pixels; their colours, where a palette or a value that is transparent gives them those; and its turn."""
     facts = [picture.mode, str(picture.size), hashlib.sha256(picture.tobytes()).hexdigest()]
     transparent = picture.info.get("transparency")
-    if picture.mode in ("P", "PA") or transparent is not None:
-        facts += [repr(transparent), hashlib.sha256(picture.convert("RGBA").tobytes()).hexdigest()]
+    if transparent is not None:
+        facts.append(repr(transparent))
+    if picture.mode in ("P", "PA"):
+        facts += [hashlib.sha256(picture.convert("RGBA").tobytes()).hexdigest()]
     if (turn := orientation(picture)) > 1:
         facts.append(str(turn))
     return " ".join(facts)

@@ -65,6 +65,8 @@ _REPEATED_LEAST, _REPEATED_SHARE, _REPEATED_TIMES = 10, 0.005, 2.5
 _MOST_NAMED_WORDS = 6  # a longer caption is no name
 _MOST_EXAMPLES = 20
 _LONGEST_JUNK = 500  # characters
+_RIGHTS = "©®™℠"
+_SEPARATING = "|<>=+~^`´¨→←►▶▸"
 
 
 def normalised(caption: str) -> str:
@@ -75,7 +77,13 @@ def normalised(caption: str) -> str:
 
 def content_of(caption: str) -> frozenset[str]:
     """The words that say what a picture shows: without those that join, and those about pictures."""
-    return frozenset(words_of(caption)) - _JOINING - _ABOUT_PICTURES
+    return frozenset(_spoken(caption)) - _JOINING - _ABOUT_PICTURES
+
+
+def _spoken(caption: str) -> list[str]:
+    """The words without the signs that stand between or beside them: | and © say nothing, and 🐶 and C++ do."""
+    words = (word.strip(_RIGHTS) for word in words_of(caption))
+    return [word for word in words if word.strip(_SEPARATING)]
 
 
 def junk_in(caption: str, is_shared: bool = False) -> str:
@@ -97,7 +105,7 @@ def junk_in(caption: str, is_shared: bool = False) -> str:
         return URL
     if not any(unicodedata.category(character)[0] in "LNS" for character in text):
         return "" if len(caption.strip()) == 1 else NO_WORDS
-    return PLACEHOLDER if _NO_CAPTIONS.fullmatch(" ".join(words_of(text))) else ""
+    return PLACEHOLDER if _NO_CAPTIONS.fullmatch(" ".join(_spoken(text))) else ""
 
 
 def doubt_in(caption: str, is_shared: bool = False) -> str:
@@ -121,7 +129,7 @@ def doubt_in(caption: str, is_shared: bool = False) -> str:
     says_more = content_of(without) - _SAYING_LITTLE
     if without != text and not says_more:
         return URL
-    return PLACEHOLDER if words_of(text) and not says_more else ""
+    return PLACEHOLDER if _spoken(text) and not says_more else ""
 
 
 def _bare(caption: str) -> str:
