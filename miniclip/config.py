@@ -306,7 +306,7 @@ def differences(first: Any, second: Any, name: str, whose: tuple[str, str]) -> l
         name: what the keys in the lines begin with; may be empty.
         whose: the words that a line has before the first's value and before the second's.
     """
-    if isinstance(first, dict):
+    if isinstance(first, dict) and isinstance(second, dict):
         both = [key for key in first if key in second]
         return [
             line for key in both for line in differences(first[key], second[key], f"{name}.{key}".lstrip("."), whose)

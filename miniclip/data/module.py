@@ -16,6 +16,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
+from pytorch_lightning.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Sampler
 
 from ..common.cache import Cache
@@ -231,7 +232,13 @@ class PairDataModule(pl.LightningDataModule):
         self.while_waiting: Callable[[float], None] | None = None  # `PatientLoader`'s, of every loader
 
     def prepare_data(self) -> None:
-        """Called once on each machine, before `setup` everywhere."""
+        """Called once on each machine, before `setup` everywhere.
+
+        Raises:
+            ValueError: the trainer's steps are not one batch each, or its epochs not whole.
+        """
+        if isinstance(self.trainer, pl.Trainer) and self.trainer.state.fn in (None, TrainerFn.FITTING):
+            _refuse_other_batches(self.trainer)  # before anything is packed
         for split, sources in (("train", self.train), ("val", self.val)):
             for source in sources:
                 if (source, split) not in self._locations:
@@ -244,7 +251,7 @@ class PairDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """
         Raises:
-            ValueError: the trainer's steps are not one batch each or its epochs not whole, or shards are unusable.
+            ValueError: as `prepare_data`, which other processes did not call; or shards are unusable.
         """
         if stage == "fit" and isinstance(self.trainer, pl.Trainer):
             _refuse_other_batches(self.trainer)

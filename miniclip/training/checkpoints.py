@@ -238,7 +238,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps, self.every_s = every_n_steps, 60 * every_minutes
         self.signals = StopSignals(self._what_is_kept)
         self._resumed_step = 0
-        self._stopped_by: str | None = None  # the metric by which EarlyStopping ended the run
+        self._stopped_by: list[Any] | None = None  # `stopped_early_by`, of a run that EarlyStopping ended
         self._last_took_s = 0.0
         self._question: StopIfNotFinite | None = None
 
@@ -262,18 +262,24 @@ class LastCheckpoint(Checkpoint):
         self._stopped_by = state_dict.get("stopped_by")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._is_late = trainer.strategy.restore_checkpoint_after_setup
+        if not self._is_late:
+            self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
         step, total, run = self._resumed_step, int(trainer.estimated_stepping_batches), trainer.default_root_dir
         if step > total:
             raise ValueError(f"the checkpoint is of step {step}, past the end of this run of {total} steps")
         state = f"new, {total} steps"
         if step:
             state = f"goes on from step {step} of {total}" if step < total else f"is finished: step {step} of {total}"
-        self._stopped_by = stopped_early_by(trainer) if self._stopped_by is not None else None
+        if self._stopped_by != stopped_early_by(trainer):  # under its settings of now
+            self._stopped_by = None
         if step < total and self._stopped_by is not None:
             trainer.should_stop = True  # before the first step
             state = (
-                f"is finished: EarlyStopping ended it by {self._stopped_by} at step {step} of {total}. To train on, "
-                "give it more patience or leave it out"
+                f"is finished: EarlyStopping ended it by {self._stopped_by[0]} at step {step} of {total}. To train on, "
+                "give it more patience or another threshold, or leave it out"
             )
         if trainer.is_global_zero:
             print(f"Run {run}: {state}", flush=True)
@@ -281,6 +287,8 @@ class LastCheckpoint(Checkpoint):
                 left_over.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_late:  # the checkpoint is read after on_fit_start
+            self._begin(trainer)
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:

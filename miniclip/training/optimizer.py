@@ -101,7 +101,11 @@ class OptimizerConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("betas", "eps"):
             is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
-            self._require(name, self.kind != "timm" or is_default, "kind timm does not use it; give it in options")
+            self._require(
+                name,
+                self.kind != "timm" or is_default,
+                "kind timm does not use it: give it in options, and leave it out here",
+            )
         if self.kind == "timm":  # mistakes show now, before a run is prepared
             _timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], self)
 

@@ -21,6 +21,7 @@ from .optimizer import make_optimizer, parameter_groups
 from .step import CLIPTraining
 
 SETTINGS = "miniclip_settings"  # key in a checkpoint
+_CALLBACKS = "trainer.callbacks"
 
 
 class Resumption(Callback):
@@ -66,9 +67,8 @@ class Resumption(Callback):
         assert isinstance(pl_module, CLIPTraining)
         self._keep_own_patience()  # again, because a strategy that slices weights reads the checkpoint late
         if self._checkpoint is not None:
-            lines = differences(
-                self._checkpoint, self._settings(trainer, pl_module), "", ("the checkpoint has", "this run")
-            )
+            before, now = _of_one_shape(self._checkpoint, self._settings(trainer, pl_module))
+            lines = differences(before, now, "", ("the checkpoint has", "this run"))
             if lines and trainer.is_global_zero:
                 print("This run goes on under other settings than its checkpoint:\n" + "\n".join(lines), flush=True)
             _set_own_rates(trainer, pl_module)
@@ -96,6 +96,21 @@ class Resumption(Callback):
             stopping.strict = strict
         # Lightning counts one too many in a run that had ended and is made longer.
         lightning_private.set_logged_step(trainer, trainer.global_step)
+
+
+def _of_one_shape(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings as `differences` compares them, which looks at names that both have: callbacks that are in one alone are
+    None in the other, and a setting that is a mapping in one (a.b, a.c) and null in the other (a) is one name."""
+    both = dict(first), dict(second)
+    if all(_CALLBACKS in each for each in both):
+        every = {**first[_CALLBACKS], **second[_CALLBACKS]}
+        for each in both:
+            each[_CALLBACKS] = {name: each[_CALLBACKS].get(name) for name in every}
+    for one, other in (both, both[::-1]):
+        for name in [name for name, value in one.items() if value is None and name not in other]:
+            if within := {key: other.pop(key) for key in list(other) if key.startswith(f"{name}.")}:
+                other[name] = within
+    return both
 
 
 def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:

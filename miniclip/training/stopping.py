@@ -68,14 +68,18 @@ class StopSignals:
         self._previous.clear()
 
 
-def stopped_early_by(trainer: pl.Trainer) -> str | None:
-    """The metric by which an EarlyStopping of Lightning's has asked for the run's end, if its patience still asks."""
+def stopped_early_by(trainer: pl.Trainer) -> list[Any] | None:
+    """The metric by which an EarlyStopping of Lightning's has asked for the run's end, and its limits if it passed one.
+
+    None if none has, or its patience no longer does.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for each in callbacks:
         if isinstance(each, EarlyStopping) and each.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
             by_patience = each.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
             if not by_patience or each.wait_count >= each.patience:
-                return each.monitor
+                limits = [each.stopping_threshold, each.divergence_threshold, each.check_finite]
+                return [each.monitor, *([] if by_patience else limits)]
     return None
 
 

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +357,26 @@ def test_a_search_says_what_it_leaves_out(answers, index, tmp_path):
     shutil.rmtree(copy)
     assert 'role="alert"' in searched.search("a robin", 12)
     assert "there is no index at" in searched.search("a robin", 12)
+
+
+def test_an_answer_waits_for_no_other_and_has_its_own_notes(answers, monkeypatch):
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow(*_) -> str:
+        began.set()
+        assert may_end.wait(60)
+        warnings.warn("of the map", stacklevel=2)
+        return "<p>a map</p>"
+
+    monkeypatch.setattr(Answers, "_explained", slow)
+    with ThreadPoolExecutor() as threads:
+        shown = threads.submit(answers.heat_map, png(), "one")
+        assert began.wait(60)
+        meanwhile, _ = answers.guess(png(), "one, One, two")
+        may_end.set()
+    assert shown.result() == "<p>a map</p><p>Note: of the map</p>"
+    assert "all go to the first" in meanwhile
+    assert "of the map" not in meanwhile
 
 
 def test_a_file_that_is_gone_is_answered_in_a_sentence(answers, tmp_path):

@@ -220,6 +220,21 @@ def test_unreadable_pictures_are_named_and_a_picture_that_became_one_leaves_the_
     assert (updated.gone, len(updated.problems), len(index)) == (1, 2, 11)
 
 
+def test_a_column_of_before_results_had_its_name_follows_its_table(index, photos, tmp_path, monkeypatch):
+    table = tmp_path / "table.jsonl"
+
+    def update(rank: int) -> None:
+        table.write_text(json.dumps({"image": "photos/mon/0.png", "rank": rank}))
+        index.update(table)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr("miniclip.inference.search.columns._allowed", lambda name: name)
+        update(1)
+    update(2)
+    (hit,) = index.search("a")
+    assert hit.metadata == {"rank": 2}
+
+
 def test_a_table_brings_columns_whose_changes_cost_no_encoding(index, photos, tmp_path, counting):
     table = tmp_path / "table.jsonl"
 
@@ -257,6 +272,7 @@ def test_a_table_brings_columns_whose_changes_cost_no_encoding(index, photos, tm
         ") OR (year = 2001",
         " AS BOOLEAN) OR CAST(year = 2001",
         ", year > 2003",
+        " AND regexp_match(camera, '^X') year > 2003",
         " -- of all\n year > 2003",
     ],
 )
@@ -279,6 +295,7 @@ def test_a_filter_that_goes_on_behind_its_condition_is_refused(index, years, res
         ("NOT camera = 'X' AND year BETWEEN 2001 AND 2004", {2, 4}),
         ("fast", {0, 1, 2}),
         ("NOT fast", {3, 4, 5}),
+        ("regexp_match(camera, '^X') AND NOT regexp_match(camera, 's$')", {1, 3, 5}),
         ("camera", None),
         ("camera = (", None),
     ],

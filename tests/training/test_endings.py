@@ -77,6 +77,24 @@ def test_a_run_that_early_stopping_ended_is_finished(data, tmp_path, capsys):
     assert step == 17
 
 
+def test_a_run_that_passed_a_threshold_is_finished_until_that_is_another(data, tmp_path, capsys):
+    run = tmp_path / "run"
+
+    def train(threshold: float) -> tuple[str, int]:
+        stopping = early_stopping(monitor="val/loss", stopping_threshold=threshold, patience=50)
+        trainer.main([*arguments(data, run, steps=6), "--ckpt_path=last", stopping])
+        return capsys.readouterr().out, torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+
+    assert train(100.0)[1] == 3
+    printed, step = train(100.0)
+    assert "is finished: EarlyStopping ended it by val/loss at step 3 of 6" in printed
+    assert step == 3
+    printed, step = train(0.001)
+    assert "goes on from step 3 of 6" in printed
+    assert "stopping_threshold: the checkpoint has 100.0, this run 0.001" in printed
+    assert step == 6
+
+
 def test_a_run_that_ends_before_its_first_step_says_so(data, tmp_path, capsys):
     message = fails(capsys, arguments(data, tmp_path / "run", "--trainer.max_time=00:00:00:00"))
     assert "trainer.max_time" in message

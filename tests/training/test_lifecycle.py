@@ -758,6 +758,10 @@ def test_a_resumed_run_prints_another_teacher_and_other_settings_of_its_callback
     printed = run_with("other", f"{tmp_path}/b", 4).split("other settings than its checkpoint:\n")[1]
     assert printed.startswith(steps + path + teacher)
     assert "other settings" not in run_with("other", f"{tmp_path}/b", 4)
+    trainer.main(arguments(data, run, callbacks(Inference()), "--ckpt_path=last", steps=6))
+    printed = capsys.readouterr().out
+    assert f"StepsOnDisk: the checkpoint has {{'path': '{tmp_path}/b'}}, this run None\n" in printed
+    assert f"  model.teacher: the checkpoint has {tmp_path / 'other'}, this run None\n" in printed
 
 
 def test_validate_needs_no_setting_of_training(data, tmp_path, capsys, half):

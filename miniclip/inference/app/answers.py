@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ MOST_CLASSES, MOST_PROMPTS, MOST_FOUND = 1000, 20, 60
 _BARS = 10  # bars
 _FOUND_BOX = (200, 200)  # pixels
 _MAP_SIDE = 448  # pixels, of the longer side
-_ONE_AT_A_TIME = threading.Lock()  # Python catches the warnings of a process, not of a thread
+_CAUGHT: ContextVar[list[str] | None] = ContextVar("caught", default=None)  # warnings of the answer under way
 Picture = bytes | Path | None
 
 
@@ -187,15 +187,34 @@ class Answers:
 
 def _answered(answer: Callable[[], str]) -> str:
     """The answer, or the sentence that says what is wrong with the question; and what was warned of meanwhile."""
-    with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            shown = answer()
-        except (ValueError, OSError, RuntimeError) as error:
-            shown = f'<p role="alert" class="wrong">{_text(str(error))}</p>'
-    # As on the command line, where other categories are for programmers.
-    sentences = dict.fromkeys(str(each.message) for each in caught if each.category is UserWarning)
-    return shown + "".join(f"<p>Note: {_text(sentence)}</p>" for sentence in sentences)
+    _collect_warnings()
+    caught: list[str] = []
+    under_way = _CAUGHT.set(caught)
+    try:
+        shown = answer()
+    except (ValueError, OSError, RuntimeError) as error:
+        shown = f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+    finally:
+        _CAUGHT.reset(under_way)
+    return shown + "".join(f"<p>Note: {_text(sentence)}</p>" for sentence in dict.fromkeys(caught))
+
+
+def _collect_warnings() -> None:
+    """From now on warnings are of the answer under way in their thread, where there is one."""
+    before: Any = warnings.showwarning
+    if getattr(before, "is_collecting", False):
+        return
+
+    def show(message: Any, category: type[Warning], *place: Any) -> None:
+        caught = _CAUGHT.get()
+        if caught is None:
+            before(message, category, *place)
+        elif category is UserWarning:  # as on the command line, where others are for programmers
+            caught.append(str(message))
+
+    show.is_collecting = True  # type: ignore[attr-defined]
+    warnings.simplefilter("always", UserWarning)
+    warnings.showwarning = show  # type: ignore[assignment]  # other arguments are the place
 
 
 def _framed(title: str, page: str) -> str:

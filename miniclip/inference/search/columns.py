@@ -13,14 +13,18 @@ from .store import OWN_COLUMNS
 RESULT_COLUMNS = ("group", "query", "rank", "cosine")  # beside the path, in what a search prints
 
 
-def column_names(names: Iterable[str]) -> dict[str, str]:
+def column_names(names: Iterable[str], there: Iterable[str] = ()) -> dict[str, str]:
     """The column of an index for each name: another where LanceDB, the index or its results have that name themselves,
     where SQL would read a part of it, and where it is another name's already.
 
     >>> column_names(["camera.make", "camera_make", "key", "year"])
     {'camera.make': 'camera_make_2', 'camera_make': 'camera_make', 'key': 'given_key', 'year': 'year'}
+
+    Args:
+        there: the index's columns; one from before may have a name of results, and keeps it.
     """
-    wanted = {name: _allowed(name) for name in names}
+    kept = {*RESULT_COLUMNS} & {*there}
+    wanted = {name: name if name in kept else _allowed(name) for name in names}
     taken = {name for name, column in wanted.items() if name == column}
     found = {}
     for name, column in wanted.items():
@@ -48,7 +52,7 @@ def as_columns(metadata: Mapping[str, Sequence[Any]], schema: Any, source: str) 
         ValueError: values that a column of the index can't hold.
     """
     found = {}
-    columns = column_names(metadata)
+    columns = column_names(metadata, () if schema is None else schema.names)
     for name, values in metadata.items():
         column = columns[name]
         known = schema.field(column).type if schema is not None and column in schema.names else None

@@ -74,7 +74,7 @@ class Plan:
 
     def updated(self) -> Updated:
         """What it would do."""
-        changes = self.changes
+        changes, there = self.changes, [] if self.table is None else self.table.column_names
         return Updated(
             len(changes.new),
             len(changes.changed),
@@ -87,7 +87,7 @@ class Plan:
             renamed=[
                 f"column {name!r} of {listing.source} is {column} in the index"
                 for listing in self.listings
-                for name, column in column_names(listing.data.metadata).items()
+                for name, column in column_names(listing.data.metadata, there).items()
                 if name != column
             ],
         )
@@ -227,7 +227,7 @@ class Update:
         if self._known_store is None:
             return
         for listing in self.plan.listings:
-            columns = {*column_names(listing.data.metadata).values()}
+            columns = {*column_names(listing.data.metadata, self.store.schema.names).values()}
             self.store.set_columns_of(listing.source, columns & {*self.store.metadata_columns})
         for part in _parts(self.plan.changes.gone):
             self.store.delete(part)
