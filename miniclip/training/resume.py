@@ -21,7 +21,6 @@ from .optimizer import make_optimizer, parameter_groups
 from .step import CLIPTraining
 
 SETTINGS = "miniclip_settings"  # key in a checkpoint
-_CALLBACKS = "trainer.callbacks"
 
 
 class Resumption(Callback):
@@ -99,13 +98,9 @@ class Resumption(Callback):
 
 
 def _of_one_shape(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings as `differences` compares them, which looks at names that both have: callbacks that are in one alone are
-    None in the other, and a setting that is a mapping in one (a.b, a.c) and null in the other (a) is one name."""
+    """Settings as `differences` compares them, which looks at names that both have: one that is a mapping in one (a.b,
+    a.c) and null in the other (a) gets one name."""
     both = dict(first), dict(second)
-    if all(_CALLBACKS in each for each in both):
-        every = {**first[_CALLBACKS], **second[_CALLBACKS]}
-        for each in both:
-            each[_CALLBACKS] = {name: each[_CALLBACKS].get(name) for name in every}
     for one, other in (both, both[::-1]):
         for name in [name for name, value in one.items() if value is None and name not in other]:
             if within := {key: other.pop(key) for key in list(other) if key.startswith(f"{name}.")}:
