@@ -168,7 +168,7 @@ class Guesses:
     def notes(self) -> list[str]:
         """What to know of the prompts: whose words they are, if nobody chose them, and what they don't tell apart."""
         texts = [repr(each) for each in self.classes.templates if isinstance(each, str)]
-        mined = f"prompts are in {MINED_FROM}: {some(texts, 3)}; templates of your own take their place"
+        mined = f"prompts are in {MINED_FROM}: {some(texts, 3)}; templates of your own (--templates) take their place"
         same = [
             f"{len(each)} classes have the prompts of {each[0]!r}; all go to the first" for each in self.same_prompts
         ]

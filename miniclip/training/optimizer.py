@@ -104,7 +104,7 @@ class OptimizerConfig:
             self._require(
                 name,
                 self.kind != "timm" or is_default,
-                "kind timm does not use it: give it in options, and leave it out here",
+                "kind timm does not use it; give it in options, and leave it out here",
             )
         if self.kind == "timm":  # mistakes show now, before a run is prepared
             _timm_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]}], self)

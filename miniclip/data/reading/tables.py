@@ -209,7 +209,8 @@ def _parse_cells(
             rows.append({name: cell for name, cell in zip(columns, cells, strict=True) if name})
     except csv.Error as error:
         tabs = {line.count("\t") for line in text.split("\n") if line.strip("\r")}
-        if separator == "\t" and len(tabs) == 1 and quoting != csv.QUOTE_NONE:
+        is_open = "end of data" in str(error)  # up to there a quote may enclose what it should not
+        if separator == "\t" and len(tabs) == 1 and not is_open and quoting != csv.QUOTE_NONE:
             return _parse_cells(path, text, separator, csv.QUOTE_NONE)
         raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
     return columns, rows
