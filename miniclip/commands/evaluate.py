@@ -418,6 +418,7 @@ def _renamed(task: Task, tasks: list[Task], source: str) -> Task:
 
 def print_what_was_read(found: list[Result]) -> None:
     """What was left out, and what was asked, of each set once."""
+    from ..evaluation.zero_shot import told_of_same_names
     from ..reports.tables import wordings
 
     seen: set[Any] = set()
@@ -436,11 +437,8 @@ def print_what_was_read(found: list[Result]) -> None:
             seen.add(asked)
             if data.name not in seen and all(name.isdigit() for name in names):
                 print(f"{shown_name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
-            for same in scores.same_prompts[:5]:
-                print(
-                    f"{shown_name}: {len(same)} classes have the prompts of {same[0]!r}; all go to the first",
-                    file=sys.stderr,
-                )
+            for sentence in told_of_same_names(scores.same_prompts):
+                print(f"{shown_name}: {sentence}", file=sys.stderr)
         seen.add(data.name)
 
 

@@ -242,6 +242,11 @@ def same_names(column: np.ndarray, names: Sequence[str]) -> tuple[tuple[str, ...
     return tuple(tuple(each) for each in alike.values() if len(each) > 1)
 
 
+def told_of_same_names(groups: Sequence[Sequence[str]]) -> list[str]:
+    """A sentence for each of the first groups of `same_names`."""
+    return [f"{len(same)} classes have the prompts of {same[0]!r}; all go to the first" for same in groups[:5]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it comes to
 

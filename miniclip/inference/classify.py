@@ -28,7 +28,7 @@ from ..evaluation.measures.ties import rank_classes
 from ..evaluation.other_libraries import as_encoder
 from ..evaluation.prompts import CLASSNAME_SETS, MINED_FROM, Prompts, class_prompts, suited, warn_if_unseen
 from ..evaluation.suite import CachedEncoder, Progress, silent
-from ..evaluation.zero_shot import check_classifier, class_cosines, different_columns, same_names
+from ..evaluation.zero_shot import check_classifier, class_cosines, different_columns, same_names, told_of_same_names
 from .thresholds import ModelThreshold
 
 NONE = "none of these"
@@ -169,10 +169,7 @@ class Guesses:
         """What to know of the prompts: whose words they are, if nobody chose them, and what they don't tell apart."""
         texts = [repr(each) for each in self.classes.templates if isinstance(each, str)]
         mined = f"prompts are in {MINED_FROM}: {some(texts, 3)}; templates of your own (--templates) take their place"
-        same = [
-            f"{len(each)} classes have the prompts of {each[0]!r}; all go to the first" for each in self.same_prompts
-        ]
-        return [mined] * (self.classes.templates_from == MINED_FROM) + same[:5]
+        return [mined] * (self.classes.templates_from == MINED_FROM) + told_of_same_names(self.same_prompts)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """A row for each guess, with all columns of `result_columns`."""

@@ -61,7 +61,7 @@ class StepMetrics(Callback):
 def _learning(module: CLIPTraining, result: StepResult) -> dict[str, Tensor | float]:
     images, texts = gather(result.image_features), gather(result.text_features)
     mask = None if result.mask is None else gather(result.mask)
-    of_images, of_texts = in_batch_accuracy(images, texts, mask, gather(result.answers))
+    of_images, of_texts = in_batch_accuracy(images, texts, mask, gather(module.answers(result.batch)))
     values: dict[str, Tensor | float] = {
         "loss": result.loss,
         "chance": _chance(module, len(images), mask, None if result.groups is None else gather(result.groups)),

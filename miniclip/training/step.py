@@ -42,7 +42,6 @@ class StepResult(NamedTuple):
     batch: Batch
     mask: Tensor | None  # (b,) bool, the pairs that count; None if all do
     groups: Tensor | None  # (b,) equal where pairs share their target
-    answers: Tensor  # (b,) equal where an image or text finds a right one
     image_features: Tensor  # (b, E)
     text_features: Tensor  # (b, E)
     loss: Tensor  # this process's part; its mean over the processes is the loss of the whole batch
@@ -163,9 +162,8 @@ class CLIPTraining(pl.LightningModule):
             loss = (1 - self.distillation) * loss + self.distillation * distance
             distance = distance.detach()
         self.result = StepResult(
-            batch, mask, groups, self.answers(batch), image_features.detach(), text_features.detach(), loss.detach(),
-            distance,
-        )  # fmt: skip
+            batch, mask, groups, image_features.detach(), text_features.detach(), loss.detach(), distance
+        )
         return loss
 
     def _seed_step(self) -> None:
