@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import tokenizer
+from ..evaluation.fingerprints import digest_value
 from ..fast.sliced_loss import gather_pairs, slices
 from ..images import normalize
 from ..weights.load import load
@@ -119,6 +120,7 @@ class Teacher:
         if config.towers != "both":
             raise ValueError(f"model.teacher {name!r} has the {config.towers} tower alone; a teacher needs both")
         tokenizer.refuse_other_ids(config.text, f"model.teacher {name!r}", "the student's")
+        self.digest = str(digest_value(self.model.state_dict()))[:16]  # as read, whatever device or precision comes
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self.model.to(device, dtype)

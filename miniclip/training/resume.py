@@ -120,6 +120,7 @@ def settings(trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:
         "model.positives": module.positives,
         "model.locked": module.locked,
         "model.distillation": 0.0 if module.teacher is None else module.distillation,
+        **({} if module.teacher is None else {"weights of model.teacher (digest)": module.teacher.digest}),
         "model.ema_decay": module.ema_decay,
         "model.patch_dropout": module.patch_dropout,
         "trainer.gradient_clip_val": trainer.gradient_clip_val,

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -587,6 +589,22 @@ def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data,
     undistilled = tmp_path / "undistilled"
     trainer.main(arguments(data, undistilled, steps=4))
     assert any(not torch.equal(state(undistilled)[name], tensor) for name, tensor in state(runs["straight"]).items())
+
+
+def test_a_resumed_run_says_that_its_teacher_has_other_weights(data, start, tmp_path, capsys):
+    teacher = shutil.copytree(start, tmp_path / "teacher")
+    go = arguments(data, tmp_path / "run", f"--model.teacher={teacher}", steps=3)
+    stopper = '[{"class_path": "test_training.StopAt", "init_args": {"step": 1}}]'
+    with pytest.raises(SystemExit):
+        trainer.main([*go, f"--trainer.callbacks={stopper}"])
+    model, _ = miniclip.load(teacher)
+    with torch.no_grad():
+        model.logit_scale.add_(0.5)
+    miniclip.save(model, teacher, overwrite=True)
+    capsys.readouterr()
+    trainer.main([*go, "--ckpt_path=last"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "model.teacher" in line]
+    assert re.fullmatch(r"  weights of model\.teacher \(digest\): the checkpoint has (\w+), this run (?!\1)\w+", line)
 
 
 def test_the_loss_is_shared_between_contrast_and_teacher(data, start, tmp_path):
