@@ -72,6 +72,9 @@ def nfd(text: str) -> str:
         ("semicolons_at_ends.txt", "".join(f"{name};\n" for name in FISH)),
         ("typographic.txt", "".join(f"“{name}”\n" for name in FISH)),
         ("bars.txt", "id|name\n" + "".join(f"{n}|{name}\n" for n, name in enumerate(FISH))),
+        ("camel_case.csv", "ClassId,ClassName\n" + "".join(f"{2 - n},{FISH[2 - n]}\n" for n in range(3))),
+        ("camel_case.txt", "ClassId,Name\n" + "".join(f"{2 - n},{FISH[2 - n]}\n" for n in range(3))),
+        ("mnist.json", json.dumps([{"coarse_label": n, "class": FISH[n]} for n in (1, 2, 0)])),
     ],
 )
 def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
@@ -121,6 +124,39 @@ def test_names_that_could_be_read_in_two_ways_are_refused_with_the_remedy(name, 
     assert re.search(remedy, str(caught.value))
 
 
+def names_by(header: str, *rows: str) -> tuple[str, ...]:
+    return names_of("\n".join([header, *rows]), "a.csv")
+
+
+@pytest.mark.parametrize("header", ["ClassId", "label_idx", "category_id", "#", "Nr.", "gt", "code", "y", "species_id"])
+def test_a_column_that_counts_the_rows_has_the_labels_whatever_its_header(header):
+    assert names_by(f"{header},Name", "1,goldfish", "0,tench", "2,great white shark") == FISH
+    assert names_by(f"Name,{header}", "great white shark,2.0", "tench,0.0", "goldfish,1.0") == FISH
+    with pytest.raises(ValueError, match=r"from 1 to 3 in column .*, and they begin with 1"):
+        names_by(f"{header},Name", "1,tench", "2,goldfish", "3,great white shark")
+
+
+def test_numbers_of_another_kind_are_no_labels_and_two_columns_of_labels_are_refused():
+    assert names_by("name,images", "tench,30", "goldfish,10", "great white shark,20") == FISH
+    assert names_by("name,kind", "tench,0", "goldfish,0", "great white shark,1") == FISH
+    assert (
+        names_by(",class_id,name", "0,2,great white shark", "1,0,tench", "2,1,goldfish") == FISH
+    )  # beside pandas' index
+    assert names_by("Nr.,gt,name", "1,2,great white shark", "2,0,tench", "3,1,goldfish") == FISH  # labels count from 0
+    assert names_by("rank,label,name", "0,2,great white shark", "1,0,tench", "2,1,goldfish") == FISH
+    assert names_by("id,gt,name", "0,0,tench", "1,1,goldfish", "2,2,great white shark") == FISH
+    assert names_by("count,name", "1,tench") == ("tench",)  # one class has no order
+    for header in ("rank,gt,name", "index,class_id,name", "id,rank,name"):
+        first, second, _ = header.split(",")
+        with pytest.raises(ValueError, match=f"'({first}|{second})' and '({first}|{second})', which differ; .*'label'"):
+            names_by(header, "0,2,great white shark", "1,0,tench", "2,1,goldfish")
+
+
+def test_two_keys_of_one_label_are_refused():
+    with pytest.raises(ValueError, match="gives one label to several names"):
+        names_of('{"0": "tench", "00": "shark", "1": "goldfish"}', "a.json")
+
+
 def test_numbers_that_belong_to_the_names_stay():
     assert names_of("3 doors\n5 doors", "a.txt") == ("3 doors", "5 doors")
     assert names_of("0\n1\n2", "a.txt") == ("0", "1", "2")
@@ -162,6 +198,13 @@ def test_a_template_may_begin_with_its_place(text):
 
 def test_numbered_templates_are_taken_without_their_numbers():
     assert templates_of("1. a photo of a {}.\n2. art of the {}", "a.txt") == ("a photo of a {}.", "art of the {}")
+
+
+def test_templates_of_a_table_need_no_labels_from_0():
+    assert templates_of("Nr.,template\n1,a photo of a {}.\n2,art of the {}", "a.csv") == (
+        "a photo of a {}.",
+        "art of the {}",
+    )
 
 
 def test_code_among_templates_is_not_run(tmp_path):

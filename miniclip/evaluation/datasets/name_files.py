@@ -8,7 +8,7 @@
 | a mapping to labels: `{"tench": 0}`      | likewise; within `id2label`, `label2id`, `names`, `classes`   |
 | numbered lines: `0: tench`, `tench: 0`   | by label, from 0                                              |
 | WordNet's ids: `n01440764 tench, …`      | the first name of each, if the ids are sorted                 |
-| a table with a header                    | its column of names, in the order of its column of labels     |
+| a table with a header                    | its column of names, by one that counts the rows from 0       |
 
 Code is read as data and never run. What could be read in two ways is refused: a line that is not a name would shift the
 label of every class after it.
@@ -81,7 +81,7 @@ def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str
     found = [text] if text.strip() in ("{}", "{c}") else _structure(text, source)
     if isinstance(found, Mapping):
         inner = next((found[name] for name in ("templates", "prompts") if name in found and len(found) == 1), None)
-        if all(_is_label(key) and isinstance(value, str) for key, value in found.items()):  # numbered lines
+        if all(_label_in(key) is not None and isinstance(value, str) for key, value in found.items()):  # numbered lines
             inner = list(found.values())
         if not isinstance(inner, Sequence):
             return {str(name): prompts for name, prompts in found.items()}
@@ -195,8 +195,8 @@ def _table(text: str, source: str, separator: str) -> Any:
 
 
 def _column_name(cell: Any) -> str:
-    """Equal for Class Name, class-name and class_name."""
-    return re.sub(r"[\s_-]+", "_", str(cell).strip().lower())
+    """Equal for Class Name, ClassName, class-name and class_name."""
+    return re.sub(r"[\s_-]+|(?<=[a-z])(?=[A-Z])", "_", str(cell).strip()).lower()
 
 
 def _is_program(text: str) -> bool:
@@ -322,8 +322,9 @@ def _lines(text: str, source: str) -> Any:
             "it is a header"
         )
     for separator in (",", "\t", ";", "|", " "):
-        cells = [cell.strip().lower() for cell in lines[0].split(separator)]
-        if len(cells) > 1 and all(cell in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in cells):
+        are_known = [_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in lines[0].split(separator)]
+        is_header = all(are_known) or (any(are_known) and separator != " " and _are_numbered(lines[1:], separator))
+        if len(are_known) > 1 and is_header:
             return _table(text, source, separator)
     if all(re.match(r"n\d{8}\b", line) for line in lines):
         return _wordnet(lines, source)
@@ -371,6 +372,12 @@ def _unquoted_line(line: str) -> str:
     """A name that a spreadsheet put in double quotes, as it does with one that holds a comma."""
     found = re.fullmatch(r'"((?:[^"]|"")*)"', line)
     return found[1].replace('""', '"') if found and re.search(r'[,;\t]|""', found[1]) else line
+
+
+def _are_numbered(lines: Sequence[str], separator: str) -> bool:
+    """Whether each line has a whole number in one of its cells."""
+    cells = [[_label_in(cell.strip()) for cell in line.split(separator)] for line in lines]
+    return bool(cells) and all(any(number is not None for number in each) for each in cells)
 
 
 def _shortened(labels: list[int]) -> str:
@@ -421,7 +428,7 @@ def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> dic
 
 
 def _valid_names(found: Any, source: str, what: str) -> tuple[str, ...]:
-    values = _in_order(found, source)
+    values = _in_order(found, source, what)
     texts = []
     for position, value in enumerate(values):
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -438,71 +445,105 @@ def _valid_names(found: Any, source: str, what: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _in_order(found: Any, source: str) -> Sequence[Any]:
+def _in_order(found: Any, source: str, what: str) -> Sequence[Any]:
     """The names of a list, a mapping or records, in the order of their labels."""
     if isinstance(found, list | tuple):
         if found and all(isinstance(each, Mapping) for each in found):
-            return _of_records(found, source)
+            return _of_records(found, source, what)
         return found
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{source} holds {type(found).__name__}; {_REMEDY}")
     inner = [name for name in _MAPPINGS if isinstance(found.get(name), list | tuple | Mapping)]
     if inner:
-        names = _in_order(found[inner[0]], source)
-        if _is_label(count := found.get("nc")) and int(str(count)) != len(names):
+        names = _in_order(found[inner[0]], source, what)
+        if (count := _label_in(found.get("nc"))) not in (None, len(names)):
             raise ValueError(f"{source} has {len(names)} {inner[0]}, and its nc, the number of classes, is {count}")
         return names
-    if all(_is_label(key) for key in found):
-        return _by_label({int(key): _name_in(value) for key, value in found.items()}, source)
-    if all(_is_label(value) for value in found.values()):
-        if len(set(map(int, found.values()))) < len(found):
+    for labels, named in ((found.keys(), found.values()), (found.values(), found.keys())):
+        if None in (numbers := [_label_in(label) for label in labels]):
+            continue
+        if len(set(numbers)) < len(numbers):
             raise ValueError(f"{source} gives one label to several names; {_REMEDY}")
-        return _by_label({int(label): name for name, label in found.items()}, source)
+        by_label = zip(numbers, named, strict=True)
+        return _by_label({n: _name_in(name) for n, name in by_label if n is not None}, source)
     keys = ", ".join(repr(str(key)[:30]) for key in list(found)[:5])
     raise ValueError(f"{source} holds a mapping of {keys}; labels from 0 must be its keys or its values, or {_REMEDY}")
 
 
-def _of_records(rows: Sequence[Mapping[str, Any]], source: str) -> Sequence[Any]:
+def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Sequence[Any]:
     columns = {_column_name(name): name for row in rows for name in row}
-    are_labels = {name for name in columns.values() if all(_is_label(row.get(name)) for row in rows)}
+    cells = {name: [_label_in(row.get(name)) for row in rows] for name in columns.values()}
+    numbers = {name: [n for n in each if n is not None] for name, each in cells.items() if None not in each}
     known_names = [columns[known] for known in _NAME_COLUMNS if known in columns]
-    # A column `class` of numbers beside one of names has the labels; so has pandas' index, which has no name.
-    name = next((each for each in known_names if each not in are_labels), next(iter(known_names), None))
-    known_labels = [columns[known] for known in (*_LABEL_COLUMNS, "") if known in columns]
-    label = next(iter([*known_labels, *(each for each in known_names if each in are_labels and each != name)]), None)
-    if name is None and label is not None and not all(_is_label(row.get(label)) for row in rows):
-        name, label = (
-            label,
-            next((columns[known] for known in _LABEL_COLUMNS if columns.get(known, label) != label), None),
-        )
+    known_labels = [columns[known] for known in _LABEL_COLUMNS if known in columns]
+    # A column `class` of numbers beside one of names has the labels.
+    name = next((each for each in known_names if each not in numbers), next(iter(known_names), None))
+    if name is None and known_labels and known_labels[0] not in numbers:
+        name = known_labels.pop(0)
     if name is None:
         raise ValueError(f"{source} has the columns {', '.join(columns)}; the one of names must be called 'name'")
-    if label is None or not all(_is_label(row.get(label)) for row in rows):
-        if label is not None:
-            raise ValueError(f"{source}: column {label!r} must hold the labels 0, 1, 2 …")
+    known_labels += [each for each in known_names if each in numbers and each != name]
+    label = _label_column({each: numbers[each] for each in numbers if each != name}, known_labels, source)
+    if label is None:
+        if unread := [each for each in (*known_labels, columns.get("", name)) if each != name]:
+            raise ValueError(f"{source}: column {unread[0]!r} must hold the labels 0, 1, 2 …")
         return [row.get(name) for row in rows]
-    labels = [int(row[label]) for row in rows]
+    labels = numbers[label]
     if len(set(labels)) < len(labels):
         raise ValueError(f"{source}: column {label!r} has a label twice")
-    return _by_label(dict(zip(labels, (row.get(name) for row in rows), strict=True)), source)
+    if what == "templates":  # which are in no order
+        return [row.get(name) for row in rows]
+    return _by_label(dict(zip(labels, (row.get(name) for row in rows), strict=True)), source, f" in column {label!r}")
 
 
-def _by_label(names: dict[int, Any], source: str) -> list[Any]:
+def _label_column(numbers: Mapping[str, list[int]], known: Sequence[str], source: str) -> str | None:
+    """The column of labels: one that is known by its header, or any that counts the rows from 0, in whatever order;
+    else one that counts them from 1; else pandas' index, which has no header. None if there is none.
+
+    Args:
+        numbers: the columns of whole numbers, without that of names.
+        known: columns that are known by their headers, some of which may hold no numbers.
+
+    Raises:
+        ValueError: several may be meant, and differ. A column `label` is meant before all others.
+    """
+    found = [name for name in known if name in numbers]
+    if found and _column_name(found[0]) in ("label", "labels"):
+        return found[0]
+    unknown = [name for name in numbers if _column_name(name) and name not in known and len(numbers[name]) > 1]
+    from_0, from_1 = (
+        [name for name in unknown if sorted(numbers[name]) == list(range(first, first + len(numbers[name])))]
+        for first in (0, 1)
+    )
+    candidates = [*found, *from_0] or from_1 or [name for name in numbers if not _column_name(name)]
+    if other := [name for name in candidates if numbers[name] != numbers[candidates[0]]]:
+        raise ValueError(
+            f"{source} has numbers in the columns {candidates[0]!r} and {other[0]!r}, which differ; which of them are "
+            "the labels can't be known: call that column 'label'"
+        )
+    return next(iter(candidates), None)
+
+
+def _by_label(names: dict[int, Any], source: str, where: str = "") -> list[Any]:
     labels = sorted(names)
     if labels != list(range(len(names))):
         missing = next(n for n in range(len(names) + 1) if n not in names)
         what = f"label {missing} has no name" if labels[0] == 0 else f"they begin with {labels[0]}"
         raise ValueError(
-            f"{source} has {len(names)} names with labels from {labels[0]} to {labels[-1]}; labels are 0, 1, 2 …, "
-            f"and {what}"
+            f"{source} has {len(names)} names with labels from {labels[0]} to {labels[-1]}{where}; labels are 0, 1, "
+            f"2 …, and {what}"
         )
     return [names[label] for label in labels]
 
 
-def _is_label(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (
-        isinstance(value, str) and value.isascii() and value.isdigit()
-    )
+def _label_in(value: Any) -> int | None:
+    """A label, also one that a program made a decimal number of (3.0; 3,0); None for what is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    found = re.fullmatch(r"(\d+)([.,](?!000$)0+)?", value, re.ASCII) if isinstance(value, str) else None
+    return int(found[1]) if found else None
 
 
 def _name_in(value: Any) -> Any:
