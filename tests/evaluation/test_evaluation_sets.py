@@ -739,6 +739,37 @@ def test_the_folder_above_the_classes_is_told(tmp_path):
         open_dataset(tmp_path / "all")
 
 
+@pytest.mark.parametrize("tops", [("fold0", "fold1"), ("images", "masks"), ("0", "1"), ("day", "dusk", "night")])
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("0", "1", "2"), ("cat", "dog", "rare")])
+def test_folders_that_hold_the_same_classes_are_no_classes(tmp_path, tops, classes):
+    for number, name in enumerate((top, name) for top in tops for name in classes):
+        if name != (tops[0], "rare"):
+            write_picture(tmp_path.joinpath(*name, "a.png"), number)
+    match = rf"{tops[0]}.* hold no image, but folders of the same names: {classes[0]}.* --split {tops[0]},"
+    remedy = "call the folders by their names" if tops == ("0", "1") else r"list them in .*classnames\.txt"
+    with pytest.raises(ValueError, match=f"{match}.* are the classes, {remedy}"):
+        open_dataset(tmp_path)
+    assert open_dataset(tmp_path, split=tops[-1]).classnames == classes
+    lines(tmp_path / "classnames.txt", *tops)
+    if tops != ("0", "1"):  # of which nothing says whether they are folds or labels
+        assert open_dataset(tmp_path).classnames == tops
+        with pytest.raises(ValueError, match=f"{len(tops)} class(es)?"):
+            open_dataset(tmp_path, classnames=lines(tmp_path / "others.txt", *classes))
+
+
+@pytest.mark.parametrize("inner", [("001", "002"), ("train", "test"), ("a", "b.c", "d"), ("only",)])
+def test_classes_may_have_folders_of_subjects_and_splits(tmp_path, inner):
+    for number, (top, name) in enumerate((top, name) for top in ("cat", "dog") for name in inner):
+        own = name if len(name) != 1 else f"{name} of {top}"  # some differ
+        write_picture(tmp_path / top / own / "a.png", number)
+    assert open_dataset(tmp_path).classnames == ("cat", "dog")
+    for number, top in enumerate(("cat", "dog")):  # images of its own make a folder a class
+        write_picture(tmp_path / top / "x" / "a.png", number)
+        write_picture(tmp_path / top / "y" / "a.png", number)
+    write_picture(tmp_path / "cat/a.png", 9)
+    assert open_dataset(tmp_path).classnames == ("cat", "dog")
+
+
 def test_the_folder_above_the_splits_is_told_and_a_split_is_followed(tmp_path):
     write("folder", tmp_path / "birds/val")
     write_picture(tmp_path / "birds/train/kea/9.png", 9)

@@ -27,7 +27,14 @@ def in_split(folder: Path, split: str | None) -> Path:
     return folder / split
 
 
-def read_class_folders(source: Path, split: str | None) -> Found:
+def read_class_folders(source: Path, split: str | None, is_named: bool = False) -> Found:
+    """
+    Args:
+        is_named: class names are asked for, which have to be those of the folders.
+
+    Raises:
+        ValueError: no image of any class, a class without one, or folders that are no classes.
+    """
     folder = in_split(source, split)
     below = scan(folder)
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
@@ -47,6 +54,11 @@ def read_class_folders(source: Path, split: str | None) -> Found:
         holds = f": {summary(left_out)}" if left_out else ""
         raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them{holds}")
     _refuse_other_level(folder, images)
+    # A list of names says that folders called so are the classes; of numbered ones it says nothing.
+    are_numbers = all(path.name.isdigit() for path in classes)
+    if are_numbers or not (is_named or any(path.is_file() for path in beside["classnames"])):
+        remedy = "call the folders by their names" if are_numbers else f"list them in {beside['classnames'][0]}"
+        _refuse_equal_folders(folder, images, remedy)
     if empty := [path.name for path in classes if not images[path]]:
         there = [each for each in left_out if each.source.split("/")[0] in empty]
         raise ValueError(
@@ -123,3 +135,24 @@ def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None
             f"{folder} has one class folder, {only.name!r}, which holds no image but the folders {some(inner)}. "
             f"If those are the classes, name {only}"
         )
+
+
+def _refuse_equal_folders(folder: Path, images: Mapping[Path, list[Path]], remedy: str) -> None:
+    """Folds, cameras or masks that hold the same classes each. Sub-folders of splits, and those that are numbered from
+    1 as subjects are, may well be equal in all classes.
+
+    Args:
+        remedy: what to do if they are the classes all the same.
+    """
+    inner = [{path.relative_to(top).parts[0] for path in paths if path.parent != top} for top, paths in images.items()]
+    is_class = any(path.parent == top for top, paths in images.items() for path in paths)
+    shared = set.intersection(*inner)
+    is_usual = all(role_of(name) or (name.isdigit() and int(name)) for name in shared)
+    if is_class or is_usual or len(shared) < 2 or 2 * len(shared) < len(set.union(*inner)):
+        return
+    tops = [path.name for path in images]
+    raise ValueError(
+        f"{folder} has the folders {some(tops)}, which hold no image, but folders of the same names: "
+        f"{some(sorted(shared))}. If those are the classes, choose one of the others with --split {tops[0]}, or name "
+        f"{folder / tops[0]}. If {some(tops, 2)} are the classes, {remedy}"
+    )

@@ -77,7 +77,7 @@ def open_dataset(
     if download and not source.startswith(TORCHVISION_PREFIX):
         raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {source} is none")
     columns = Columns(label_column, image_column, group_column)
-    found = _read_source(source, split, columns, Path(root), download, task)
+    found = _read_source(source, split, columns, Path(root), download, task, classnames is not None)
     if not len(found.images):
         raise ValueError(f"{source} holds no images")
     if task not in (None, found.task):
@@ -156,7 +156,13 @@ def with_templates(data: Any, templates: str | Path) -> Any:
 
 
 def _read_source(
-    source: str, split: str | None, columns: Columns, root: Path, download: bool, task: str | None
+    source: str,
+    split: str | None,
+    columns: Columns,
+    root: Path,
+    download: bool,
+    task: str | None,
+    is_named: bool,
 ) -> Found:
     if source.startswith(TORCHVISION_PREFIX):
         columns.refuse(source, "a set of torchvision's", "label", "image", "group")
@@ -178,7 +184,7 @@ def _read_source(
         return read_pairs(source, split, columns)
     if path.is_dir() and not (is_parquet(path) and not image_files(path)):
         columns.refuse(source, "a folder", "label", "image", "group")
-        return read_class_folders(path, split)
+        return read_class_folders(path, split, is_named)
     if is_pattern(source) and not (source.endswith(".parquet") and parquet_files(path)):
         raise ValueError(f"data {source!r} is a pattern; patterns are for tars and Parquet files")
     if path.is_dir() or is_pattern(source) or (path.is_file() and table_suffix(path) in (*TABLE_SUFFIXES, ".json")):
