@@ -145,15 +145,18 @@ def without_dropped(pairs: Pairs, options: argparse.Namespace) -> tuple[Pairs, M
 
 def grouped(pairs: Pairs, options: argparse.Namespace) -> Pairs:
     """The pairs with the groups of --groups. Prints how many are in how many."""
+    from ..data.reading.cells import has_no_value, words_for_no_value
     from ..data.reading.listed import rows_about, with_groups
 
     if options.groups is None:
         return pairs
     listed = rows_about(pairs, options.groups, options.source, "group")
     _print_unmatched(listed, options.groups, options.source)
-    groups = [row["group"] for row in listed.rows.values() if row["group"] not in (None, "")]
+    cells = [row["group"] for row in listed.rows.values()]
+    groups = [cell for cell in cells if not has_no_value(cell)]
+    words = f"; in no group are those of {told}" if (told := words_for_no_value(cells)) else ""
     print(
-        f"{len(groups):,} of {len(pairs):,} pairs are in {len(set(groups)):,} groups, by {options.groups}",
+        f"{len(groups):,} of {len(pairs):,} pairs are in {len(set(groups)):,} groups, by {options.groups}{words}",
         file=sys.stderr,
     )
     return with_groups(pairs, listed, options.groups)

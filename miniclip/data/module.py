@@ -32,7 +32,7 @@ from .pairs import Batch, CaptionChoice, PairDataset, Positives, Recipe, Sample,
 from .reading.scan import summary
 from .sampling.ahead import Ahead
 from .sampling.contradictions import refuse_contradictions
-from .sampling.likeness import groups_in, neighbours_in, refuse_without_groups
+from .sampling.likeness import check_groups, groups_in, neighbours_in
 from .sampling.negatives import HardOrder, Likeness, Negatives
 from .sampling.order import BatchSampler, Mixture, Order, SampleOrder
 from .sampling.stream import Streaming
@@ -263,12 +263,12 @@ class PairDataModule(pl.LightningDataModule):
             else:
                 self.train_shards = Shards(sources, self.cache)
                 if self.reads_groups():
-                    refuse_without_groups(self.train_shards, self.group)
+                    check_groups(self.train_shards, self.group)
         if self.val and self.val_shards is None:
             self.prepare_data()
             self.val_shards = Shards(self._places("val"), self.cache)
             if self._group_field():
-                refuse_without_groups(self.val_shards, self.group, " of data.val")
+                check_groups(self.val_shards, self.group, " of data.val")
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.train_stream is not None and (left_out := self.train_stream.summary()):

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..images import Preprocess, open_image
 from ..tokenizer import END_OF_TEXT, START_OF_TEXT, encode_for_model
 from .augmentation import Augmentation
-from .reading.cells import texts_in
+from .reading.cells import has_no_value, texts_in
 from .shards import Record, Shards
 
 Positives = Literal["pair", "caption", "group"]  # what makes an image and a text of a batch fit each other
@@ -244,7 +244,7 @@ class PairDataset(Dataset[Sample]):
 def group_id(facts: Mapping[str, Any], name: str, key: str) -> int:
     """The group that a sample names, as a number of 64 bits, equal for equal values in all shards.
 
-    A sample whose value is empty (null, or a blank text) is a group of its own.
+    A sample without a value (null, a blank text, or what programs write for one: `has_no_value`) is a group of its own.
 
     Args:
         facts: of the sample's `.json`, as `Shards.info` returns them.
@@ -259,9 +259,11 @@ def group_id(facts: Mapping[str, Any], name: str, key: str) -> int:
     value = facts[name]
     if isinstance(value, dict | list):
         raise ValueError(f"its field {name!r} is {str(value)[:50]!r}; a group is one text or number")
+    if has_no_value(value):
+        return own_group(key)
     is_whole = isinstance(value, float) and value.is_integer()  # tables with gaps make 7.0 of 7
-    text = "" if value is None or value != value else str(int(value) if is_whole else value).strip()
-    return hash64(b"group " + text.encode("utf-8", "surrogatepass")) if text else own_group(key)
+    text = str(int(value) if is_whole else value).strip()
+    return hash64(b"group " + text.encode("utf-8", "surrogatepass"))
 
 
 def own_group(key: str) -> int:

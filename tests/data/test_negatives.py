@@ -19,6 +19,7 @@ import miniclip
 from miniclip.commands import main as cli
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
+from miniclip.data.pairs import group_id
 from miniclip.data.sample_files import Packing
 from miniclip.data.sampling.negatives import Groups, HardOrder, Neighbours, _two_means, quantised
 from miniclip.data.sampling.order import BatchSampler, SampleOrder
@@ -341,6 +342,37 @@ def test_a_table_of_groups_is_put_into_shards_and_what_it_leaves_out_is_alone(sh
     of_sample = [by_key[Shards(tmp_path / "out").name(n)] for n in range(24)]
     assert of_sample[1] == of_sample[4]
     assert len(set(of_sample)) == 23
+
+
+NO_VALUES = ("nan", "nan", "NA", "<NA>", "None", "", " ")
+
+
+def test_cells_without_a_value_are_no_group(shelf, tmp_path, capsys):
+    rows = [f"{n:04d}.png,{group}" for n, group in enumerate(("red", "red", *NO_VALUES))]
+    groups = table(tmp_path / "groups.csv", "key,group", *rows)
+    cli.main(["shards", str(shelf / "src"), str(tmp_path / "out"), "--groups", str(groups)])
+    told = "2 of 24 pairs are in 1 groups, by .*in no group are those of 'nan' .2 times., 'NA' .1 times., '<NA>'"
+    assert re.search(told, capsys.readouterr().err)
+    assert groups_of(tmp_path / "out") == ["red", "red", *[None] * 22]
+
+
+@pytest.mark.parametrize("options", [{"positives": "group"}, {"negatives": "hard"}])
+def test_a_column_of_cells_without_a_value_groups_no_strangers(tmp_path, options):
+    kinds = ("red", "red", "nan", *NO_VALUES, "7", "7.0")
+    folder = write_pairs(tmp_path / "src", len(kinds))
+    rows = [f"{n:04d}.png,text {n},{kind}" for n, kind in enumerate(kinds)]
+    pack(read_pairs(table(folder / "t.csv", "image,caption,kind", *rows)), tmp_path / "out", source="t")
+    with pytest.warns(
+        UserWarning, match=r"of 12 samples that were looked at, 'nan' \(3 times\), 'NA' .* a group of its"
+    ):
+        data = module(tmp_path / "out", group="kind", batch_size=12, **options)
+    shards = Shards(tmp_path / "out")
+    of_sample = [group_id(shards.info(n), "kind", shards.name(n)) for n in range(12)]
+    assert of_sample[0] == of_sample[1]
+    assert len(set(of_sample)) == 11  # one pair alone: 7 and 7.0 are other texts
+    if "positives" in options:
+        (batch,) = data.train_dataloader()
+        assert Counter(batch.groups.tolist()) == Counter(of_sample)
 
 
 @pytest.mark.parametrize(

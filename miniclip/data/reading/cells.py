@@ -11,6 +11,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ...common.storage import is_url
+from ...common.wording import some
 from .scan import holds_picture
 
 CAPTION_COLUMNS = (
@@ -139,6 +141,12 @@ def has_no_value(cell: Any, may_be_name: bool = False) -> bool:
     if isinstance(cell, str):
         return _is_no_value(cell.strip() if cell.isprintable() else visible(cell), may_be_name)
     return cell is None or (isinstance(cell, Number) and cell != cell)
+
+
+def words_for_no_value(cells: Iterable[Any]) -> str:
+    """The texts among cells that are taken for no value, and how often each comes, for a message; empty if none is."""
+    words = Counter(cell.strip() for cell in cells if isinstance(cell, str) and has_no_value(cell) and cell.strip())
+    return some([f"{text!r} ({count} times)" for text, count in words.items()]) if words else ""
 
 
 def _is_no_value(text: str, may_be_name: bool = False) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.wording import some
+from .cells import has_no_value
 from .pair import Pair, Pairs
 from .scan import LeftOut, same_name
 from .tables import read_table
@@ -137,14 +138,14 @@ def without_listed(pairs: Pairs, listed: Listed) -> tuple[Pairs, Mapping[str, in
 
 
 def with_groups(pairs: Pairs, listed: Listed, table: str | Path) -> Pairs:
-    """The pairs, each with the `group` that its row gives it, and with an empty one if no row is about it.
+    """The pairs, each with the `group` that its row gives it, and with an empty one if none does.
 
     Args:
         table: of the rows; a change to it makes the pairs others.
     """
 
     def read(index: int) -> Pair:
-        pair, row = pairs.read(index), listed.rows.get(index, {})
-        return replace(pair, extra={**pair.extra, "group": row.get("group")})
+        pair, group = pairs.read(index), listed.rows.get(index, {}).get("group")
+        return replace(pair, extra={**pair.extra, "group": None if has_no_value(group) else group})
 
     return Pairs(pairs.names, read, pairs.found, [*pairs.files, Path(table)], pairs.left_out)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...common.arguments import FLOAT32
+from ...common.processes import rank_and_world_size
 from ...common.storage import is_url
 from ..pairs import group_id, hash64
+from ..reading.cells import words_for_no_value
 from ..shards import ShardEntry, Shards
 from .negatives import Groups, Neighbours, quantised
 
@@ -44,30 +46,40 @@ def groups_in(shards: Shards, name: str) -> Groups:
     return Groups(group_of, name)
 
 
-def refuse_without_groups(shards: Shards, name: str, whose: str = "") -> None:
-    """Looks at a sample of each shard, of 64 at most, before the first step; remote shards are not fetched for it.
+def check_groups(shards: Shards, name: str, whose: str = "") -> None:
+    """Looks at some samples of each shard, of 64 at most, before the first step; remote shards are not fetched for it.
+    Warns of texts that are taken for no value.
 
     Args:
-        whose: what the shards are, for the error, as " of data.val".
+        whose: what the shards are, for messages, as " of data.val".
 
     Raises:
-        ValueError: its `.json` has no such field.
+        ValueError: the `.json` of a shard's first sample has no such field.
     """
     starts = np.cumsum(shards.counts) - shards.counts
     local = [n for n, entry in enumerate(shards.entries) if entry.samples and not is_url(entry.location)]
+    values = []
     for number in np.linspace(0, len(local) - 1, min(len(local), 64)).astype(int):
-        index = int(starts[local[number]])
-        with suppress(ValueError):  # damaged JSON makes a hole
-            facts = shards.info(index)
-            if name not in facts:
-                break
-    else:
-        return
-    raise ValueError(
-        f"data.group is {name!r}, and {shards.name(index)}{whose} has no such field: its .json has "
-        f"{', '.join(facts) or 'none'}. Each column of a table that is packed becomes one, and `miniclip shards SRC "
-        "OUT --groups FILE` adds one that is called group"
-    )
+        count = shards.entries[local[number]].samples
+        for place in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist():
+            index = int(starts[local[number]]) + place
+            try:
+                facts = shards.info(index)
+            except ValueError:  # damaged JSON makes a hole
+                continue
+            if name not in facts and not place:
+                raise ValueError(
+                    f"data.group is {name!r}, and {shards.name(index)}{whose} has no such field: its .json has "
+                    f"{', '.join(facts) or 'none'}. Each column of a table that is packed becomes one, and `miniclip "
+                    "shards SRC OUT --groups FILE` adds one that is called group"
+                )
+            values.append(facts.get(name))
+    if (words := words_for_no_value(values)) and rank_and_world_size()[0] == 0:
+        warnings.warn(
+            f"data.group is {name!r}, and of {len(values):,} samples{whose} that were looked at, {words} are taken for "
+            "no value: each of those samples is a group of its own",
+            stacklevel=2,
+        )
 
 
 def _group(shards: Shards, index: int, name: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,8 +15,7 @@ from PIL import Image
 
 from ...common.processes import rank_and_world_size
 from ...common.storage import is_url, read_bytes
-from ...common.wording import some
-from ...data.reading.cells import has_no_value, text_of_cell
+from ...data.reading.cells import text_of_cell, words_for_no_value
 from ...data.reading.scan import LeftOut
 from ...images import open_image, orientation, upright
 from ..prompts import Prompts
@@ -114,11 +112,9 @@ def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> 
         has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
         raise ValueError(f"{source} has no column {name!r}; {has}")
     cells = metadata[name]
-    words = Counter(cell.strip() for cell in cells if isinstance(cell, str) and has_no_value(cell) and cell.strip())
-    if words and rank_and_world_size()[0] == 0:
-        shown = some([f"{text!r} ({count} times)" for text, count in words.items()])
+    if (words := words_for_no_value(cells)) and rank_and_world_size()[0] == 0:
         # From here whoever calls, so that it is shown once for a set.
-        warnings.warn(f"{source}: {shown} in column {name!r} are taken for cells without a value", stacklevel=1)
+        warnings.warn(f"{source}: {words} in column {name!r} are taken for cells without a value", stacklevel=1)
     return [text_of_cell(cell) for cell in cells]
 
 
