@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import tarfile
 import unicodedata
 import warnings
 from pathlib import Path
@@ -17,10 +18,11 @@ import torchvision
 from helpers import write_picture
 from PIL import Image
 
-from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_skipped_folder
+from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_leftover, is_skipped_folder
 from miniclip.evaluation.datasets.name_files import names_of, templates_of
 from miniclip.evaluation.datasets.open import open_dataset, open_images
 from miniclip.evaluation.datasets.sets import LabelledImages
+from miniclip.evaluation.datasets.tars import indexed
 
 FISH = ("tench", "goldfish", "great white shark")
 
@@ -268,6 +270,35 @@ def test_what_systems_leave_behind_is_no_class_and_is_counted(tmp_path):
     assert data.classnames == ("cat", "dog")
     assert len(data) == 3
     assert sum(each.count for each in data.left_out) == 8
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.jpg_original", "0.JPG.orig", "0.png.old", "0.jpg.backup", "0.jpg.1", ".1.jpg.Xa91bc", "#0.jpg#", "0.txt.1",
+        "0.jpg:Zone.Identifier", "Network Trash Folder", "Temporary Items", "$OneDriveTemp", "FOUND.000", "MSOCache",
+        "@sharebin", "~snapshot", "0.jpg@SynoEAStream",
+    ],
+)  # fmt: skip
+def test_backups_and_copies_are_leftovers_in_folders_and_in_tars(tmp_path, name):
+    for n, each in enumerate(("cat/a.png", "dog/a.png", f"cat/{name}", f"{name}/x.png")):
+        write_picture(tmp_path / "data" / f"{each}.png", n).rename(tmp_path / "data" / each)
+    with pytest.warns(UserWarning, match=r"2 left out: left behind by a system or a program: 2 \("):
+        data = open_dataset(tmp_path / "data")
+    assert (len(data), data.classnames) == (2, ("cat", "dog"))
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        tar.add(tmp_path / "data", arcname="data")
+    shards = indexed(str(tmp_path / "tars"))
+    assert len(shards) == 2
+    assert sum(each.count for each in shards.left_out) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["Recycled", "#猫#", "original", "photo_original.jpg", "v1.2", "a.b.001", "IMG.orig", "0.jpg_large", "old"]
+)
+def test_names_that_only_look_like_leftovers_are_read(name):
+    assert not is_leftover(name)
 
 
 def test_linked_folders_count_as_torchvision_counts_them(tmp_path):

@@ -28,14 +28,18 @@ _LEFTOVER_NAMES = frozenset(
     {  # of macOS, Windows, network storage, and others
         "__macosx", ".ds_store", "icon\r", ".localized", ".apdisk", ".appledouble", ".appledb", ".appledesktop",
         "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler",
-        "system volume information", "picasa.ini", ".picasa.ini",
-        "@eadir", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "@tmp", ".@__thumb",
-        "lost+found", "__pycache__",
+        "system volume information", "$onedrivetemp", "$windows.~bt", "$windows.~ws", "msocache", "recycle.bin",
+        "network trash folder", "temporary items", "picasa.ini", ".picasa.ini",
+        "@eadir", "#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "@tmp", "@sharebin",
+        ".@__thumb", "@__thumb", "lost+found", "__pycache__",
     }
 )  # fmt: skip
+_SUFFIX = "|".join(map(re.escape, (*IMAGE_SUFFIXES, *TEXT_SUFFIXES)))
 _LEFTOVER_PATTERN = re.compile(
     r"\._.*|.*~|~\$.*|\.~lock\..*|\.nfs[0-9a-f]+|\.fuse_hidden.*|.*\.(tmp|temp|part|partial|crdownload|download|swp|bak)"
-    r"|synophoto_.*|synofile_.*",
+    r"|synophoto_.*|synofile_.*|.*@syno(resource|eastream)|found\.\d{3}|.*:zone\.identifier"
+    # Around a picture's or text's name: exiftool's and merge tools' backups, wget's numbers, copies of Emacs and rsync.
+    rf"|.*({_SUFFIX})(_original|\.(orig|old|backup|\d{{1,3}}))|#.*({_SUFFIX})#|\..*({_SUFFIX})\.[a-z0-9]{{6}}",
     re.I | re.S,
 )
 LEFTOVER = "left behind by a system or a program"
