@@ -15,7 +15,7 @@ from PIL import Image, JpegImagePlugin
 from ..common.storage import read_bytes
 from ..images import open_image, orientation, read_header, upright
 from .augmentation import jpeg_size
-from .reading.cells import one_line
+from .reading.cells import captions_in, one_line
 from .reading.pair import Pair, Pairs
 
 # Formats, by Pillow's names, that are stored unchanged; pictures of others are stored as PNG.
@@ -100,6 +100,11 @@ def _members(pair: Pair, packing: Packing) -> Prepared:
     captions = [text for caption in pair.captions if (text := one_line(caption))]
     if not captions:
         raise ValueError("every caption is empty")
+    if broken := next((caption for caption in captions if "\0" in caption), None):
+        raise ValueError(f"its caption holds a zero byte: {broken[:60]!r}")
+    text = "\n".join(captions)
+    if captions_in(text) != captions:  # which raises its own reason for most
+        raise ValueError(f"its caption would not be read back as it is: {text[:60]!r}")
     assert pair.image is not None
     original = read_bytes(pair.image)
     name = pair.image.name if isinstance(pair.image, Path) else pair.source
@@ -108,7 +113,7 @@ def _members(pair: Pair, packing: Packing) -> Prepared:
     facts = {"source": pair.source, **pair.extra, "width": width, "height": height}
     members = {
         suffix: data,
-        "txt": "\n".join(captions).encode("utf-8"),
+        "txt": text.encode("utf-8"),
         # Bytes of a file name that are not UTF-8 become escapes, which JSON reads back.
         "json": json.dumps(facts, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"),
     }

@@ -15,6 +15,8 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import picture, rejections, write_picture
 from PIL import Image
@@ -590,6 +592,44 @@ def test_a_text_in_utf16_without_its_mark_is_refused_and_does_not_train_with_a_n
         (tmp_path / "t.csv").write_bytes("image,caption\na.jpg,red\n".encode(encoding))
         with pytest.raises(ValueError, match=r"t\.csv is not UTF-8.*UTF-16.*Save it as UTF-8"):
             read_pairs(tmp_path / "t.csv")
+
+
+PADDED = ["a\0", "cat\0", "é\0", "a cat on a mat" + "\0" * 60, "a cat" + "\0" * 200, "a cat \0\0\n"]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "txt"])
+def test_zeros_that_fill_a_field_up_are_no_caption_and_others_are_rejected(tmp_path, source):
+    captions = [*PADDED, "a\0cat on a mat, which is long", "\0\0", "cat"]
+    for number, caption in enumerate(captions):
+        path = write_picture(tmp_path / f"src/{number}.png", number)
+        if source == "txt":
+            path.with_suffix(".txt").write_bytes(caption.encode())
+    rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(captions)]
+    if source == "jsonl":
+        (tmp_path / "src/t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif source == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "src/t.parquet")
+    pack(
+        read_pairs(tmp_path / "src" if source == "txt" else tmp_path / f"src/t.{source}"), tmp_path / "out", source="s"
+    )
+    assert [record.captions for record in Shards(tmp_path / "out")] == [
+        (caption.rstrip("\0 \n"),) for caption in (*PADDED, "cat")
+    ]
+    assert set(rejections(tmp_path / "out").values()) == {
+        "its caption holds a zero byte: 'a\\x00cat on a mat, which is long'",
+        "every caption is empty",
+    }
+
+
+@pytest.mark.parametrize("caption", ["<html>a cat</html>", "{\\rtf1 a cat}", "0 0.5 0.5 0.1 0.1"])
+def test_a_cell_that_could_not_be_read_back_from_shards_is_rejected(tmp_path, caption):
+    for number in range(2):
+        write_picture(tmp_path / f"{number}.png", number)
+    rows = [{"image": f"{number}.png", "caption": text} for number, text in enumerate([caption, "a cat"])]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pack(read_pairs(tmp_path / "t.jsonl"), tmp_path / "out", source="t")
+    assert [record.captions for record in Shards(tmp_path / "out")] == [("a cat",)]
+    assert "its text is no caption but" in rejections(tmp_path / "out")["0.png"]
 
 
 def test_a_blank_text_in_a_tar_leaves_the_caption_to_the_facts():

@@ -60,7 +60,7 @@ def decode_text(data: bytes, name: object) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
-    if encoding == "utf-8" and b"\0" in data and _is_every_other_byte_0(data):
+    if encoding == "utf-8" and b"\0" in data and _is_every_other_byte_0(data.rstrip(b"\0")):
         raise ValueError(
             f"{name} is not UTF-8 text: every other byte is 0, as in UTF-16, which lacks its byte order mark here. "
             "Save it as UTF-8"
@@ -121,8 +121,9 @@ def _no_captions(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A caption without line breaks, with single spaces; nothing if no character of it can be seen."""
-    text = " ".join(text.split())
+    """A caption without line breaks, with single spaces, and without the zeros that fill a field of fixed width up;
+    nothing if no character of it can be seen."""
+    text = " ".join(text.split()).rstrip("\0 ")
     return text if text.isprintable() or any(map(_is_visible, text)) else ""
 
 
