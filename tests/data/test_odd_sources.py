@@ -106,6 +106,18 @@ def test_links_are_followed_and_those_to_nothing_are_named(tmp_path):
     assert rejections(tmp_path) == {"a.tar:d/e.jpg": "a link to nothing"}
 
 
+def test_links_to_links_are_followed_and_those_in_a_circle_end(tmp_path):
+    write_tar(
+        tmp_path / "a.tar", ("d/a.jpg", b"", "->b.jpg"), ("d/b.jpg", b"", "->../e/c.jpg"), ("e/c.jpg", b"", "->d.jpg"),
+        ("e/d.jpg", RED), ("e/f.jpg", b"", "e/c.jpg"), ("e/x.jpg", b"", "->y.jpg"), ("e/y.jpg", b"", "->x.jpg"),
+        *((f"{name}.txt", name.encode()) for name in ("d/a", "d/b", "e/c", "e/d", "e/f", "e/x")),
+    )  # fmt: skip
+    names = ["d/a", "d/b", "e/c", "e/d", "e/f"]
+    assert [each for each in sorted(samples_of(tmp_path)) if each[1]] == [(name, RED, (name,)) for name in names]
+    told = {name: reason for name, reason in rejections(tmp_path).items() if name.endswith(".jpg")}
+    assert told == dict.fromkeys(("a.tar:e/x.jpg", "a.tar:e/y.jpg"), "a link to nothing")
+
+
 def test_a_key_that_comes_again_is_another_sample(tmp_path):
     write_tar(
         tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", b"red"), ("b.jpg", RED), ("b.txt", b"b"),

@@ -88,8 +88,8 @@ def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pic
                             member = target._replace(name=info.name)
                             known[posixpath.normpath(info.name)] = member
                             yield member
-                        else:
-                            left_out.append(LeftOut(info.name, "a link to nothing"))
+                        else:  # but for a symbolic link
+                            links.append((info.name, info.linkname))
                     elif info.issparse() or not (info.isreg() or info.isdir()):
                         left_out.append(LeftOut(info.name, "no regular file"))
                     elif info.isreg():
@@ -106,8 +106,13 @@ def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pic
             left_out.append(LeftOut(f"from byte {start} on", "bytes after the tar's end that are no tar"))
             break
         start = _next_tar(path, file, end)
-    for name, target_name in links:  # a symbolic link may come before its target
-        if target := known.get(posixpath.normpath(target_name)):
+    target_of = {posixpath.normpath(name): posixpath.normpath(target) for name, target in links}
+    for name, target_name in links:  # a symbolic link may come before its target, which may be another link
+        place, passed = posixpath.normpath(target_name), set[str]()
+        while place in target_of and place not in known and place not in passed:
+            passed.add(place)
+            place = target_of[place]
+        if target := known.get(place):
             yield target._replace(name=name)
         else:
             left_out.append(LeftOut(name, "a link to nothing"))
