@@ -446,7 +446,12 @@ def _texts_of(source: str, columns: _ColumnsAskedFor, stdin: StandardInput) -> I
 
 
 def _texts_of_file(path: Path) -> Texts:
-    return _texts_in(path.read_bytes(), str(path), f"{path}:")
+    try:
+        return _texts_in(path.read_bytes(), str(path), f"{path}:")
+    except OSError as error:
+        return Texts((), (), left_out=[LeftOut(str(path), f"a text that can't be read ({error.strerror or error})")])
+    except ValueError as error:
+        return Texts((), (), left_out=[LeftOut(str(path), str(error).removeprefix(f"{path} is "))])
 
 
 def _texts_in(data: bytes, name: str, prefix: str) -> Texts:
@@ -454,6 +459,7 @@ def _texts_in(data: bytes, name: str, prefix: str) -> Texts:
     lines = lines_in(decode_text(data, name))
     texts = [(f"{prefix}{number}", line) for number, line in enumerate(lines, 1) if line]
     left_out = [LeftOut(name, "a blank line", len(lines) - len(texts))] if len(texts) < len(lines) else []
+    left_out += [] if lines else [LeftOut(name, "an empty text")]
     return Texts([text for _, text in texts], [key for key, _ in texts], left_out=left_out)
 
 
@@ -496,9 +502,12 @@ def _texts_of_rows(rows: Any, names: Sequence[str], chosen: list[str], table: st
     values: list[Mapping[str, Any]] = []
     others = [name for name in names if name not in chosen]
     for number, row in enumerate(rows, 1):
-        found = [text for name in chosen for text in texts_in(row.get(name))]
+        try:
+            found, reason = [text for name in chosen for text in texts_in(row.get(name))], "a row without a text"
+        except ValueError as error:
+            found, reason = [], str(error)
         if not found:
-            left_out.append(LeftOut(f"{table}: row {number}", "a row without a text"))
+            left_out.append(LeftOut(f"{table}: row {number}", reason))
         texts += found
         keys += [f"{table}: row {number}" + (f", text {n}" if n > 1 else "") for n in range(1, len(found) + 1)]
         values += [row] * len(found)
@@ -517,9 +526,12 @@ def _texts_of_shards(source: str) -> Texts:
     left_out = [LeftOut(source, each.reason, each.count) for each in shards.left_out]
     names = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
     for number, name in enumerate(names):
-        found = captions_of(shards, number)
+        try:
+            found, reason = captions_of(shards, number), "a sample without a text"
+        except ValueError as error:
+            found, reason = (), str(error).removeprefix(f"{shards.name(number)}: ")
         if not found:
-            left_out.append(LeftOut(name, "a sample without a text"))
+            left_out.append(LeftOut(name, reason))
         texts += found
         keys += [name + (f", text {n}" if n > 1 else "") for n in range(1, len(found) + 1)]
     return Texts(texts, keys, left_out=left_out)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +293,49 @@ def test_texts_of_files_folders_tables_shards_and_standard_input():
     assert "a picture, where texts are read: 2" in summary(text_set("pairs").left_out)
     assert shown(text_set("-", **piped("a dog\n\na cat"))) == [("line 1", "a dog"), ("line 3", "a cat")]
     assert shown(text_set("u.csv", text_columns=["id"]))[1] == ("u.csv: row 2", "8")
+
+
+LATIN = "ein Bär".encode("latin-1")
+
+
+def test_texts_of_a_folder_that_are_empty_or_of_another_encoding_are_counted():
+    files = {
+        "a": b"a cat\n",
+        "b": b"",
+        "c": b"\xef\xbb\xbf",
+        "d": b" \n",
+        "e": LATIN,
+        "f": b"a dog",
+        "g": b"\xef\xbb\xbf\n\n",
+    }
+    Path("texts").mkdir()
+    for name, data in files.items():
+        Path(f"texts/{name}.txt").write_bytes(data)
+    found = text_set("texts")
+    assert shown(found) == [("texts/a.txt:1", "a cat"), ("texts/f.txt:1", "a dog")]
+    reasons = {each.source[6]: (each.reason, each.count) for each in found.left_out}
+    assert reasons.pop("e")[0].startswith("not UTF-8 text: 'utf-8' codec can't decode byte 0xe4")
+    empty, blank = "an empty text", "a blank line"
+    assert reasons == {"b": (empty, 1), "c": (empty, 1), "d": (blank, 1), "g": (blank, 2)}
+    with pytest.raises(ValueError, match=r"no texts in texts/e\.txt: 1 left out: not UTF-8 text"):
+        text_set("texts/e.txt")
+
+
+def test_a_text_that_cannot_be_read_is_one_left_out_in_shards_and_tables_too():
+    with tarfile.open("0.tar", "w") as tar:
+        for name, data in (("a.txt", b"<html>a dog</html>"), ("b.txt", b"a cat"), ("a.png", b"1"), ("b.png", b"2")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    rows = [{"caption": {"what": "a dog"}}, {"caption": "a cat"}]
+    Path("t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for source, key, reason in (
+        ("0.tar", "0.tar:b", "its text is no caption but a page"),
+        ("t.jsonl", "t.jsonl: row 2", "its caption is a mapping of 'what'"),
+    ):
+        found = text_set(source)
+        assert shown(found) == [(key, "a cat")]
+        assert [each.reason[: len(reason)] for each in found.left_out] == [reason]
 
 
 @pytest.mark.parametrize(
