@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torchvision
 from helpers import write_picture
@@ -196,6 +198,18 @@ def test_templates_pasted_from_code_are_those_of_plain_lines(name, text):
 @pytest.mark.parametrize("text", ["{}", "{c}", "{c} in the snow", "{}, a bird\n{}", "{} at night\na photo of a {}"])
 def test_a_template_may_begin_with_its_place(text):
     assert templates_of(text, "a.txt") == tuple(text.split("\n"))
+
+
+def test_blank_lines_and_comments_among_templates_are_refused_as_no_templates():
+    for text, told in (
+        ("a photo of a {}.\n\nart of the {}", r"^a\.txt is blank in line 2; take it out$"),
+        (
+            "a photo of a {}.\n; for {}",
+            r"^a\.txt, line 2 looks like a comment \('; for {}'\), and would be a template; take",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told):
+            templates_of(text, "a.txt")
 
 
 def test_numbered_templates_are_taken_without_their_numbers():
@@ -476,6 +490,11 @@ def test_a_table_with_a_column_of_splits_is_scored_on_one_and_tells_the_others(t
         ("header.csv", "Class Name\ncat\ndog\n", ("cat", "dog")),
         ("tabs.csv", "id\tname\n0\tcat\n1\tdog\n", ("cat", "dog")),
         ("bars.csv", "id|name\n1|dog\n0|cat\n", ("cat", "dog")),
+        ("excel.csv", "sep=;\r\nid;name\r\n1;dog\r\n0;cat\r\n", ("cat", "dog")),
+        ("excel.txt", "sep=|\nid|name\n1|dog, tame\n0|cat\n", ("cat", "dog, tame")),
+        ("unused.csv", "id;name;;\n1;dog;;\n0;cat;;\n;;;\n", ("cat", "dog")),
+        ("pandas.csv", "id,name\n1.0,dog\n0.0,cat\n", ("cat", "dog")),
+        ("comma.csv", "id;name\n1,0;dog\n0,0;cat\n", ("cat", "dog")),
         ("quoted.txt", '"cat, tame"\ndog\n"the ""big"" cat"\n', ("cat, tame", "dog", 'the "big" cat')),
         ("invisible.txt", "cat\n\ufeffdog\u200b\nbig\u00a0\u2028bird\n", ("cat", "dog", "big bird")),
         ("numbers.txt", "Boeing 737\nBoeing 747\n", ("Boeing 737", "Boeing 747")),
@@ -504,6 +523,10 @@ def test_names_are_in_label_order_however_a_program_wrote_them(name, text, names
         ("ls-l.txt", "drwxr-xr-x 2 u u 4096 Jan 1 cat\ndrwxr-xr-x 2 u u 4096 Jan 1 dog\n", "a listing of files"),
         ("blank.csv", 'name\ncat\n""\ndog\n', "is blank in row 3; the rows are the labels"),
         ("blank_row.csv", "name,kind\ncat,x\n,\ndog,y\n", "is blank in row 3; the rows are the labels"),
+        ("comment.txt", "; pets\ncat\ndog\n", "line 1 looks like a comment .*class 0; write one name a line"),
+        ("tex.txt", "cat\n% pets\ndog\n", "line 2 looks like a comment .*class 1"),
+        ("sql.txt", "-- pets\ncat\ndog\n", "line 1 looks like a comment"),
+        ("java.txt", "/* pets */\ncat\ndog\n", "line 1 looks like a comment"),
         ("labels.txt", "labels\ncat\ndog\n", "begins with 'labels', which may be a header"),
         ("colon.txt", "Fish:\ntench\ngoldfish\n", "begins with 'Fish:', which may be a header"),
         ("blank.txt", "cat\n\u200b\ndog\n", "entry 1 of the class names has no character that can be seen"),
@@ -687,3 +710,12 @@ def test_parts_of_parquet_are_known_by_any_usual_name_and_those_of_trash_are_not
     }  # fmt: skip
     with warnings.catch_warnings(action="ignore"):  # of a folder for each part, one is read alone
         assert open_dataset(tmp_path, split="train", task="retrieval").captions == (("cat",),)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(3)])
+def test_labels_of_bytes_are_refused_by_their_kind(tmp_path, kind):
+    images = [str(write_picture(tmp_path / f"{n}.png", n)) for n in range(2)]
+    labels = pa.array([b"cat", b"dog"], kind)
+    pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"column 'label' has bytes for labels \(.*binary.*write the column as texts"):
+        open_dataset(tmp_path / "t.parquet")

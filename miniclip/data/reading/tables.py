@@ -154,16 +154,21 @@ def _unzipped(path: Path) -> bytes:
         raise ValueError(f"{path} is compressed by gzip, and damaged: {error}") from error
 
 
+def named_separator(text: str) -> tuple[str, str]:
+    """The separator that Excel's first line `sep=;` names, else an empty one; and the text without that line."""
+    named = re.match(r"sep=(.)\r?\n", text)
+    return (named[1], text[named.end() :]) if named else ("", text)
+
+
 def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
     """A separator other than the suffix's is found out, from Excel's `sep=;` or from the first line."""
-    named = re.match(r"sep=(.)\r?\n", text)
-    text = text[named.end() :] if named else text
+    named, text = named_separator(text)
     header = text.split("\n", 1)[0].strip("\r\n ")
     if not header.strip():
         what = "begins with a blank line" if text.strip() else "is empty"
         raise ValueError(f"{path} {what}; its first line must name the columns")
     expected = "\t" if table_suffix(path) == ".tsv" else ","
-    separator = named[1] if named else expected
+    separator = named or expected
     if not named and (expected not in header or "\t" in header):
         separator = "\t" if "\t" in header else max(_SEPARATORS, key=header.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))

@@ -144,6 +144,12 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
     # {file: label} is read as a file and its captions.
     known = (*LABEL_COLUMNS, *(("captions",) if list(names) == ["file", "captions"] else ()))
     label_column = columns.label or find_column(names, known, "the labels", path)
+    kind = _type_in_parquet(rows, label_column)
+    if re.match(r"(large_|fixed_size_)?binary", str(kind)):
+        raise ValueError(
+            f"{path}: column {label_column!r} has bytes for labels ({kind}); they must be names or numbers: write the "
+            "column as texts"
+        )
     there = images_of_rows(path, names, rows, image_column, split, label_column)
     values = there.values
     labels = []
@@ -223,7 +229,13 @@ def _column(rows: Any, name: str) -> list[Any]:
 
 def _is_flat(rows: Any, name: str) -> bool:
     """Whether a column holds one value a row; lists and structures in Parquet may be embeddings, or other images."""
-    return not hasattr(rows, "file") or name in rows.of_path or rows.file.schema_arrow.field(name).type.num_fields == 0
+    kind = _type_in_parquet(rows, name)
+    return kind is None or kind.num_fields == 0
+
+
+def _type_in_parquet(rows: Any, name: str) -> Any:
+    """The type of a column of Parquet files; None for one of their folders' names, and for other tables."""
+    return rows.file.schema_arrow.field(name).type if hasattr(rows, "file") and name not in rows.of_path else None
 
 
 def _schema_names(rows: Any, column: str) -> tuple[str, ...] | None:

@@ -31,6 +31,7 @@ from ...common.files import is_readable
 from ...data.reading.cells import decode_text, visible
 from ...data.reading.json_tables import RepeatedNameError, parse_json
 from ...data.reading.scan import same_name
+from ...data.reading.tables import named_separator
 
 _NAME_COLUMNS = (
     "name", "names", "classname", "class_name", "classnames", "class", "classes", "label_name", "category",
@@ -47,6 +48,7 @@ _CODE = re.compile(r"(?:#[^\n]*\n\s*)*(?:\w+\s*(?::[^=\n]*)?=\s*)?(?!\{c?\}.)[\[
 _QUOTED = re.compile(r"""(?:lambda\s+\w+\s*:\s*)?[rfu]{0,2}(['"]).*\1(?:\.format\(\w+\))?\s*,?""", re.I)
 _NUMBERED = re.compile(r"(?P<label>\d+)\s*(?P<between>[:;)=\t|]|[.,](?!\d)|\s)\s*(?P<name>\S.*)")
 _NUMBERED_AFTER = re.compile(r"(?P<name>.*?\S)\s*(?P<between>[:,;=\t|]|\s)\s*(?P<label>\d+)")
+_COMMENT = re.compile(r"#( |$)|//|/\*|<!|;|%( |$)|--")
 _TYPOGRAPHIC = re.compile(r"[“”„«‘’‚](?P<name>.+)[”“»’‘]\s*[,;]?")
 _REMEDY = "write one name a line, or a JSON list of them"
 
@@ -64,7 +66,7 @@ def read_names(path: str | Path) -> tuple[str, ...]:
 
 def names_of(text: str, source: str) -> tuple[str, ...]:
     """As `read_names`, for a text that was read already. The suffix of `source` and the text show the kind."""
-    found = _structure(text, source)
+    found = _structure(text, source, "class names")
     if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str):  # one class is none to tell apart
         line, found = found[0], re.split(r"[,;|\t]", found[0].rstrip(",;"))
         if any(re.search(r"""[][{}=<>"]|'$""", part.strip()) or part.count("(") != part.count(")") for part in found):
@@ -78,7 +80,7 @@ def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str
     Raises:
         ValueError: as `read_names`.
     """
-    found = [text] if text.strip() in ("{}", "{c}") else _structure(text, source)
+    found = [text] if text.strip() in ("{}", "{c}") else _structure(text, source, "templates")
     if isinstance(found, Mapping):
         inner = next((found[name] for name in ("templates", "prompts") if name in found and len(found) == 1), None)
         if all(_label_in(key) is not None and isinstance(value, str) for key, value in found.items()):  # numbered lines
@@ -105,7 +107,7 @@ def read_text(path: str | Path) -> str:
 # What a text holds: a list, a mapping, or rows
 
 
-def _structure(text: str, source: str) -> Any:
+def _structure(text: str, source: str, what: str) -> Any:
     """A list of names, a mapping, or a list of records."""
     suffix = Path(source).suffix.lower()
     if not text.strip():
@@ -114,11 +116,12 @@ def _structure(text: str, source: str) -> Any:
         return _json(text, source)
     if suffix in (".yaml", ".yml"):
         return _yaml(text, source)
-    if suffix in (".csv", ".tsv"):
-        return _table(text, source, "\t" if suffix == ".tsv" else ",")
+    separator, rest = named_separator(text)
+    if separator or suffix in (".csv", ".tsv"):
+        return _table(rest, source, separator or ("\t" if suffix == ".tsv" else ","), what)
     if suffix == ".py" or _CODE.match(text.strip()) or _is_program(text):
         return _code(text, source)
-    return _known_mapping(text, source) or _lines(text, source)
+    return _known_mapping(text, source) or _lines(text, source, what)
 
 
 def _json(text: str, source: str) -> Any:
@@ -165,7 +168,7 @@ def _known_mapping(text: str, source: str) -> Any:
     return _yaml(text, source) if is_known else None
 
 
-def _table(text: str, source: str, separator: str) -> Any:
+def _table(text: str, source: str, separator: str, what: str) -> Any:
     first_line = text.split("\n", 1)[0]
     if separator not in first_line:
         separator = next((each for each in "\t;|," if each in first_line), separator)
@@ -177,7 +180,9 @@ def _table(text: str, source: str, separator: str) -> Any:
     while not any(map(str.strip, rows[-1])):  # as Excel ends a table
         del rows[-1]
     if blank := next((number for number, row in enumerate(rows, 1) if not any(map(str.strip, row))), None):
-        raise ValueError(f"{source} is blank in row {blank}; the rows are the labels, so none may be blank")
+        raise ValueError(f"{source} is blank in row {blank}; {_why_not_blank('rows', what)}")
+    used = [n for n in range(len(rows[0])) if any(n < len(row) and row[n].strip() for row in rows)]  # Excel's id;name;;
+    rows = [[row[n] for n in used if n < len(row)] + row[len(rows[0]) :] for row in rows]
     header = [cell.strip() for cell in rows[0]]
     if not any(_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in header if cell):
         if len(header) == 1:
@@ -287,19 +292,22 @@ def _template(body: ast.expr, name: str | None) -> str:
 # Lines
 
 
-def _lines(text: str, source: str) -> Any:
+def _why_not_blank(parts: str, what: str) -> str:
+    return f"the {parts} are the labels, so none may be blank" if what == "class names" else "take it out"
+
+
+def _lines(text: str, source: str, what: str) -> Any:
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text.rstrip())]
     for number, line in enumerate(lines, 1):
         if not line:
-            raise ValueError(f"{source} is blank in line {number}; the lines are the labels, so none may be blank")
+            raise ValueError(f"{source} is blank in line {number}; {_why_not_blank('lines', what)}")
     if all(_QUOTED.fullmatch(line) for line in lines):  # copied from between the brackets of a list
         return _code("[" + ",\n".join(line.rstrip(", ") for line in lines) + "]", source)
-    if comment := next(
-        (n for n, line in enumerate(lines, 1) if line.startswith(("# ", "//", "<!")) or line == "#"), None
-    ):
+    if comment := next((n for n, line in enumerate(lines, 1) if _COMMENT.match(line)), None):
+        would = f"the name of class {comment - 1}" if what == "class names" else "a template"
         raise ValueError(
-            f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be the name of "
-            f"class {comment - 1}; {_REMEDY}"
+            f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be {would}; "
+            + (_REMEDY if what == "class names" else "take it out")
         )
     _refuse_what_names_no_class(lines, source)
     lines = [_unquoted_line(line) for line in lines]
@@ -325,7 +333,7 @@ def _lines(text: str, source: str) -> Any:
         are_known = [_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in lines[0].split(separator)]
         is_header = all(are_known) or (any(are_known) and separator != " " and _are_numbered(lines[1:], separator))
         if len(are_known) > 1 and is_header:
-            return _table(text, source, separator)
+            return _table(text, source, separator, what)
     if all(re.match(r"n\d{8}\b", line) for line in lines):
         return _wordnet(lines, source)
     for kind in (_NUMBERED, _NUMBERED_AFTER):
