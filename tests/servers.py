@@ -31,12 +31,14 @@ class InBackground:
 class Server(InBackground):
     """Serves `files` by path, in pieces, each after a call of `before` with its first byte.
 
-    `fault` maps a request's number to a status, or after how many bytes to hang up.
+    `fault` maps a request's number to a status, or after how many bytes to hang up. `etags` are sent by path, and no
+    length is where `has_length` is False.
     """
 
     def __init__(self, files, has_range=True, fault=lambda number: None, before=lambda path, start: None):
         self.files, self.has_range, self.fault, self.before = files, has_range, fault, before
         self.gets, self.heads, self.headers, self.has_head = [], [], [], True
+        self.etags, self.has_length = {}, True
         lock = threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -72,7 +74,11 @@ class Server(InBackground):
             status = 206 if start <= end else 416
         body = content[start : end + 1] if status in (200, 206) else b"no"
         handler.send_response(status)
-        handler.send_header("Content-Length", str(len(body)))
+        if self.has_length:
+            handler.send_header("Content-Length", str(len(body)))
+        handler.close_connection = handler.close_connection or not self.has_length
+        if etag := self.etags.get(handler.path.partition("?")[0]):
+            handler.send_header("ETag", etag)
         if status == 206:
             handler.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
         handler.end_headers()

@@ -34,11 +34,14 @@ class Cache:
     def folder(self) -> Path:
         return self._folder or cache_folder("shards")  # asked for late: who reads local files needs no home folder
 
-    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> IO[bytes]:
+    def open(self, url: str, size: int | None = None, sha256: str | None = None, version: str = "") -> IO[bytes]:
         """The file, open for reading, so that its deletion by another process does no harm. Local files are opened
         where they lie.
 
-        The cached file is taken to be what the URL has, unless `size` or `sha256` differ.
+        The cached file is taken to be what the URL has, unless `size`, or `sha256` or `version`, differ.
+
+        Args:
+            version: that of `stamp_of`, for who knows no checksum.
 
         Raises:
             ValueError: the scheme is refused, the file can't be had, is not what was expected, or exceeds the bound.
@@ -47,34 +50,36 @@ class Cache:
         if local:
             return patiently(url, lambda: open(local, "rb"))
         try:
-            return self._opened(url, size, sha256)
+            return self._opened(url, size, sha256, version)
         except OSError as error:
             raise ValueError(f"{url} can't be kept in {self.folder}: {error}") from error
 
-    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None) -> int:
+    def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, version: str = "") -> int:
         """Fetches a file for who opens it later. It stays where it is if that fails, or another process is at it: who
         opens it will wait for that process, or meet the error. Returns the bytes that it takes here."""
         if local_path(url) is None:
-            with suppress(ValueError, OSError), self._opened(url, size, sha256, patience_s=0) as file:
+            with suppress(ValueError, OSError), self._opened(url, size, sha256, version, patience_s=0) as file:
                 return os.fstat(file.fileno()).st_size
         return 0
 
-    def _opened(self, url: str, size: int | None, sha256: str | None, patience_s: float = -1) -> IO[bytes]:
-        path = self._path(url, sha256)
+    def _opened(
+        self, url: str, size: int | None, sha256: str | None, version: str, patience_s: float = -1
+    ) -> IO[bytes]:
+        path = self._path(url, sha256 or version)
         if file := self._reopen(path, size):
             return file
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(_beside(path, ".lock"), f"another process is fetching {url}", patience_s):
             return self._reopen(path, size) or self._fetch(url, path, size, sha256)
 
-    def verified(self, url: str, sha256: str) -> None:
+    def verified(self, url: str, sha256: str, version: str = "") -> None:
         """Records the checksum of a file that was fetched without one, so that who knows it finds the file."""
         with suppress(FileNotFoundError):
-            os.replace(self._path(url, None), self._path(url, sha256))
+            os.replace(self._path(url, version), self._path(url, sha256))
 
-    def _path(self, url: str, sha256: str | None) -> Path:
-        # The checksum is part of the name: a file that was replaced under the same URL is another file.
-        digest = hashlib.sha256(f"{url}\n{sha256 or ''}".encode()).hexdigest()[:32]
+    def _path(self, url: str, version: str) -> Path:
+        # Checksum or version are part of the name: a file that was replaced under the same URL is another file.
+        digest = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:32]
         basename = re.sub(r"[^A-Za-z0-9_.-]", "_", urlsplit(url).path.rpartition("/")[2])[-100:]
         return self.folder / f"{basename}-{digest}.cached"
 

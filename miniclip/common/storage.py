@@ -14,10 +14,11 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 SCHEMES = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "oss")
@@ -27,6 +28,9 @@ _WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the six tries of a request
 _TIMEOUT_S = 30  # of a connection, and between two answers
 _MOST_NAMES = 1_000_000
 _MOST_BYTES = 2**30  # of a file that is read into memory
+_ASKED_AT_ONCE = 16
+# What stores other than http call a file's checksum, its generation or its time.
+_VERSIONS = {"etag", "generation", "blob_id", "lastmodified", "last_modified", "mtime", "updated"}
 
 # `scheme://`, fsspec's chains (`scheme::`), and the forms that other libraries hand to a shell (`pipe:`, `file+pipe:`).
 _URL = re.compile(r"([a-z][\w.+-]*)(?:://|::)|((?:[\w.-]+\+)*(?:pipe|shell|exec|cmd|popen)(?:\+[\w.-]+)*):", re.I)
@@ -129,6 +133,20 @@ def local_path(location: str) -> Path | None:
     return Path(unquote(location.removeprefix("file://"))) if location.startswith("file://") else None
 
 
+def shown(source: str) -> str:
+    """A location as it may be printed: without a URL's user and password, and with … for the values of its query.
+
+    >>> shown("https://me:secret@host/a.tar?sv=2024&sig=abc%3D")
+    'https://host/a.tar?sv=…&sig=…'
+    """
+    if not is_url(source):
+        return source
+    path, mark, query = source.partition("?")
+    path = re.sub(r"(?<=://)[^/]*@", "", path, count=1)
+    values = [f"{name}=…" if equals else "…" for name, equals, _ in (each.partition("=") for each in query.split("&"))]
+    return path + mark + ("&".join(values) if mark else "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests
 
@@ -151,15 +169,65 @@ def exists(location: str) -> bool:
     return True
 
 
+class Stamp(NamedTuple):
+    """What changes when a file is replaced.
+
+    Args:
+        size: its bytes; None if its store does not say.
+        version: its ETag and time, as its store writes them; empty if it has neither.
+    """
+
+    size: int | None = None
+    version: str = ""
+
+
+def stamp_of(location: str) -> Stamp:
+    """One request to its store, which sends none of the file.
+
+    Raises:
+        ValueError: it is not there, or its store can't be asked.
+    """
+    if path := local_path(location):
+        facts = patiently(location, path.stat)
+        return Stamp(facts.st_size, str(facts.st_mtime_ns))
+    return patiently(location, lambda: (_web_stamp if _is_http(location) else _store_stamp)(location))
+
+
+def stamps_of(locations: Sequence[str]) -> list[Stamp | None]:
+    """Those of many files, asked for at the same time; None for one that is not there.
+
+    Raises:
+        ValueError: a store can't be asked; the others are not asked then.
+    """
+
+    def ask(location: str) -> Stamp | None:
+        try:
+            return stamp_of(location)
+        except ValueError as error:
+            if _is_absent(error.__cause__):
+                return None
+            raise
+
+    pool = ThreadPoolExecutor(_ASKED_AT_ONCE)
+    try:
+        return list(pool.map(ask, locations))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _store_stamp(url: str) -> Stamp:
+    facts = filesystem(url).info(url)
+    found = [str(facts[name]) for name in sorted(facts) if name.lower() in _VERSIONS and facts[name]]
+    return Stamp(facts.get("size"), " ".join(found))
+
+
 def size_of(url: str) -> int | None:
     """The bytes of a file; None if the store does not say.
 
     Raises:
         ValueError: it can't be read.
     """
-    if path := local_path(url):
-        return patiently(url, lambda: path.stat().st_size)
-    return patiently(url, lambda: _web_size(url) if _is_http(url) else filesystem(url).info(url).get("size"))
+    return stamp_of(url).size
 
 
 def read_bytes(source: str | Path | bytes) -> bytes:
@@ -282,20 +350,25 @@ def _web_open(url: str, bytes_range: str | None = None, method: str = "GET") -> 
     return _web().open(request, timeout=_TIMEOUT_S)
 
 
-def _web_size(url: str) -> int | None:
+def _web_stamp(url: str) -> Stamp:
     try:
         with _web_open(url, method="HEAD") as answer:
-            return _total(answer)
+            return _stamp_in(answer)
     except urllib.error.HTTPError as error:
         if error.code not in (403, 405, 501):  # signed URLs and small servers know GET alone
             raise
     try:
         with _web_open(url, "bytes=0-0") as answer:
-            return _total(answer)
+            return _stamp_in(answer)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # it has no first byte
-            return 0
+            return Stamp(0)
         raise
+
+
+def _stamp_in(answer: Any) -> Stamp:
+    found = [answer.headers[name] for name in ("ETag", "Last-Modified")]
+    return Stamp(_total(answer), " ".join(filter(None, found)))
 
 
 def _web_blocks(url: str, start: int, end: int | None) -> Iterator[tuple[int, int | None, bytes]]:
@@ -411,7 +484,7 @@ def _is_worth_a_retry(error: BaseException) -> bool:
 
 def _is_absent(error: BaseException | None) -> bool:
     status = _status(error)
-    return status in (404, 410) if status else isinstance(error, FileNotFoundError)
+    return status in (404, 410) if status else isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def _status(error: BaseException | None) -> int | None:

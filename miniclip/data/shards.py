@@ -46,6 +46,7 @@ class ShardEntry:
         offsets_sha256: of that, so that a copy kept of an older one is not taken for it.
         folder: where the index is.
         zeros_at: where the zeros at the tar's end begin; None if that is not known.
+        version: of the tar when it was indexed, as that of `storage.Stamp`.
     """
 
     file: str
@@ -56,6 +57,7 @@ class ShardEntry:
     offsets_sha256: str
     folder: str
     zeros_at: int | None = None
+    version: str = ""
 
     @property
     def name(self) -> str:
@@ -257,7 +259,7 @@ class Shards:
         """
         try:
             if is_url(entry.location):
-                return self.cache.open(entry.location, entry.bytes, entry.sha256)
+                return self.cache.open(entry.location, entry.bytes, entry.sha256, entry.version)
             file = open(entry.location, "rb")  # noqa: SIM115 (handed over)
         except OSError as error:
             raise ValueError(f"shard {entry.location} can't be read: {error}") from error
@@ -274,7 +276,7 @@ class Shards:
         with suppress(ValueError):  # a name that leads out of its folder
             taken += self.cache.prefetch(join(entry.folder, entry.offsets), sha256=entry.offsets_sha256)
             if taken <= room:
-                self.cache.prefetch(entry.location, entry.bytes, entry.sha256)
+                self.cache.prefetch(entry.location, entry.bytes, entry.sha256, entry.version)
         return taken
 
     def _shard(self, shard: int) -> tuple[IO[bytes], dict[str, np.ndarray]]:
@@ -402,6 +404,7 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
                 str(entry["offsets_sha256"]),
                 folder,
                 entry.get("zeros_at"),
+                str(entry["stamp"][1]) if entry.get("stamp") else "",
             )
             for entry in listed
         ]

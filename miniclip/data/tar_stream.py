@@ -42,7 +42,9 @@ def find_tars(source: str) -> Found:
         return Found([Tar(location) for location in tar_locations(source)], None)
     if exists(join(source, INDEX_FILE)):
         shards = Shards(source)
-        return Found([Tar(entry.location, entry.bytes, entry.sha256) for entry in shards.entries], len(shards))
+        return Found(
+            [Tar(entry.location, entry.bytes, entry.sha256, entry.version) for entry in shards.entries], len(shards)
+        )
     if is_url(source):
         raise ValueError(
             f"there is no {INDEX_FILE} at {source}, and the tars of a folder at a URL can't be listed; name them, as "

@@ -24,7 +24,7 @@ from miniclip.common import cache as cache_module
 from miniclip.common import storage
 from miniclip.common.cache import Cache
 from miniclip.common.ranges import RangeFile, ReadWholeError
-from miniclip.common.storage import check_scheme, exists, expand, is_url, join, read_bytes
+from miniclip.common.storage import check_scheme, exists, expand, is_url, join, read_bytes, shown, stamps_of
 
 CONTENT = random.Random(0).randbytes(1_000_003)
 CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
@@ -405,6 +405,50 @@ def test_a_file_too_large_for_memory_is_refused(serve, monkeypatch):
         read_bytes(server.url + "/b")
 
 
+# ---- what tells a file from another
+
+
+def test_a_stamp_is_what_a_server_says_of_size_and_version_by_head_or_by_a_byte(serve):
+    server = serve({"/a": b"12345", "/b": b"", "/c": b"123"})
+    server.etags = {"/a": '"x"', "/b": '"y"'}
+    urls = [f"{server.url}/{name}" for name in "abcd"]
+    expected = [(5, '"x"'), (0, '"y"'), (3, ""), None]
+    assert stamps_of(urls) == expected
+    server.has_head = False
+    assert stamps_of(urls) == [expected[0], (0, ""), *expected[2:]]  # of an empty file no byte can be had
+    server.has_head, server.has_length = True, False
+    assert stamps_of(urls[::2]) == [(None, '"x"'), (None, "")]
+    server.fault = lambda number: 503
+    with pytest.raises(ValueError, match=r"\(6 tries\).*503"):
+        stamps_of(urls)
+
+
+def test_a_stamp_of_a_local_file_is_its_size_and_time(tmp_path):
+    (tmp_path / "a").write_bytes(b"123")
+    os.utime(tmp_path / "a", ns=(5, 7))
+    assert stamps_of([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "a" / "c")]) == [(3, "7"), None, None]
+
+
+def test_another_version_under_the_same_url_is_another_file_and_both_are_kept(serve, cache):
+    server = serve({"/a": b"old"})
+    assert fetched(cache, server.url + "/a", size=3, version="1") == b"old"
+    server.files["/a"] = b"new"
+    assert fetched(cache, server.url + "/a", size=3, version="1") == b"old"
+    assert fetched(cache, server.url + "/a", size=3, version="2") == b"new"
+    assert len(server.gets) == 2
+    checksum = hashlib.sha256(b"new").hexdigest()
+    cache.verified(server.url + "/a", checksum, "2")
+    assert fetched(cache, server.url + "/a", sha256=checksum) == b"new"
+    assert len(server.gets) == 2
+
+
+def test_a_location_is_shown_without_what_gives_access():
+    assert shown("https://me:p@ss@h:1/a/b.tar?sv=1&sig=a%2F=&key") == "https://h:1/a/b.tar?sv=…&sig=…&…"
+    assert shown("s3://id:secret@bucket/a@b") == "s3://bucket/a@b"
+    for plain in ("http://h/a.tar", "data/a?.tar", "me@host/a.tar"):
+        assert shown(plain) == plain
+
+
 # ---- the bound
 
 
@@ -666,6 +710,19 @@ def test_s3_gives_files_and_what_exists(bucket, cache):
     assert exists("s3://shards/train/b.tar")
     assert not exists("s3://shards/train/x.tar")
     bucket.delete_object(Bucket="shards", Key="train/d.tar")
+
+
+def test_an_object_of_s3_that_is_replaced_by_one_of_its_size_has_another_stamp(bucket):
+    urls = [f"s3://shards/train/{name}.tar" for name in "cx"]
+    stamps = []
+    for body in (b"1", b"1", b"2"):
+        bucket.put_object(Bucket="shards", Key="train/c.tar", Body=body)
+        stamps.append(stamps_of(urls))
+    assert [found[0].size for found in stamps] == [1, 1, 1]
+    assert hashlib.md5(b"1").hexdigest() in stamps[0][0].version
+    assert hashlib.md5(b"2").hexdigest() in stamps[2][0].version
+    assert stamps[0][1] is None
+    bucket.delete_object(Bucket="shards", Key="train/c.tar")
 
 
 def check_ranges(url):

@@ -193,6 +193,39 @@ def test_s3_is_read_by_ranges_too(laion, tmp_path, s3):
     assert everything_read(Shards(tmp_path / "head")) == everything_read(Shards(tmp_path / "whole"))
 
 
+def test_remote_tars_that_were_replaced_meanwhile_are_indexed_anew_and_damaged_ones_once_they_are(laion, tmp_path):
+    files = {f"/{path.name}": path.read_bytes() for path in laion.glob("*.tar")}
+    sound = files["/00001.tar"]
+    with Server({**files, "/00001.tar": sound[:100_000]}) as server:
+        server.etags = dict.fromkeys(files, '"1"')
+        assert len(index_shards(pattern(server, 2), tmp_path / "out").damaged) == 1
+        server.gets.clear()
+        assert len(index_shards(pattern(server, 2), tmp_path / "out").damaged) == 1
+        assert server.gets == []
+        server.files["/00001.tar"] = sound
+        server.files["/00002.tar"] = files["/00002.tar"].replace(b"Satz", b"Sonn")
+        server.etags["/00002.tar"] = '"2"'
+        assert not index_shards(pattern(server, 2), tmp_path / "out").damaged
+        assert [path for path, _ in server.gets] == ["/00001.tar", "/00002.tar"]
+        found = everything_read(Shards(tmp_path / "out"))
+        assert [record.captions for record, *_ in found[-PER_TAR:]] == [(f"Sonn {n}",) for n in range(8, 12)]
+        index_shards(pattern(server, 2), tmp_path / "one")
+        assert found == everything_read(Shards(tmp_path / "one"))
+
+
+def test_an_index_by_headers_made_anew_reads_the_new_tars_and_not_those_in_the_cache(laion, tmp_path):
+    files = {"/00000.tar": (laion / "00000.tar").read_bytes()}
+    with Server(files) as server:
+        server.etags = {"/00000.tar": '"1"'}
+        index_shards(f"{server.url}/00000.tar", tmp_path / "head", head=1)
+        old = Shards(tmp_path / "head")[0].image
+        new = bytes(255 - byte for byte in old)
+        server.files = {"/00000.tar": files["/00000.tar"].replace(old, new)}
+        server.etags = {"/00000.tar": '"2"'}
+        index_shards(f"{server.url}/00000.tar", tmp_path / "head", head=1, overwrite=True)
+        assert Shards(tmp_path / "head")[0].image == new
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In parts
 

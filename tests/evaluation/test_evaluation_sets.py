@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Served, picture, tiny_clip, write_pairs, write_picture
+from servers import Server
 from torch.utils.data import ConcatDataset, DataLoader
 from written_sets import lines, tar
 
@@ -25,6 +26,7 @@ from miniclip.common import storage
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
+from miniclip.evaluation.datasets.tars import indexed
 from miniclip.evaluation.prompts import template_set
 from miniclip.evaluation.zero_shot import zero_shot_classifier
 
@@ -500,6 +502,55 @@ def test_a_set_at_a_url_is_the_same_and_fetched_once(tmp_path):
         (root / "test/nshards.txt").write_text("3")
         with pytest.raises(ValueError, match=r"test/2\.tar can't be read .*"):
             open_dataset(f"{server.url}/wds_birds")
+
+
+def tar_of(folder: Path, **labels: bytes) -> bytes:
+    """A tar of one picture for each key, with its label."""
+    tar(folder / "made.tar", {key: {"png": png(0), "cls": label} for key, label in labels.items()})
+    return (folder / "made.tar").read_bytes()
+
+
+def test_tars_at_a_url_that_have_changed_are_read_anew_by_their_version_or_else_their_size(tmp_path):
+    files = {"/s/0.tar": tar_of(tmp_path, a=b"0")}
+    other = {"/s/0.tar": tar_of(tmp_path, a=b"7")}
+    longer = {"/s/0.tar": tar_of(tmp_path, **{f"{n}": b"5" for n in range(9)})}
+    assert len(files["/s/0.tar"]) == len(other["/s/0.tar"]) < len(longer["/s/0.tar"])
+
+    def labels(server: Server) -> list[str]:
+        data = open_dataset(f"{server.url}/s/{{0..0}}.tar")
+        return [data.classnames[label] for label in data.labels]
+
+    with Server(files) as server:
+        for etag, content, expected in (("1", files, ["0"]), ("2", other, ["7"]), ("1", files, ["0"])):
+            server.files, server.etags = content, {"/s/0.tar": etag}
+            assert labels(server) == expected
+        assert len(server.gets) == 2  # the first index and its tar are still there
+        server.files, server.etags, server.has_head = longer, {}, False
+        assert labels(server) == ["5"] * 9
+
+
+def test_where_it_cannot_be_asked_whether_tars_have_changed_the_kept_index_is_used_with_a_warning(tmp_path):
+    with Server({"/0.tar": tar_of(tmp_path, a=b"0")}) as server:
+        source = f"{server.url.replace('//', '//me:pass@')}/{{0..0}}.tar"
+        assert len(indexed(source)) == 1
+        server.fault = lambda number: 503
+        with pytest.warns(UserWarning, match=r"can't be asked .*the index that was made of these tars before") as told:
+            assert len(indexed(source)) == 1
+        assert "pass" not in str(told[0].message)
+        with pytest.raises(ValueError, match="503"):
+            indexed(f"{server.url}/{{0..1}}.tar")  # of which no index is kept
+        server.fault = lambda number: None
+        del server.files["/0.tar"]
+        with pytest.raises(ValueError, match="404"):  # gone, which is an answer
+            indexed(source)
+
+
+def test_of_a_server_that_says_nothing_of_its_tars_the_kept_index_is_used_with_a_warning(tmp_path):
+    with Server({"/0.tar": tar_of(tmp_path, a=b"0")}) as server:
+        server.has_length = False
+        assert len(indexed(f"{server.url}/0.tar")) == 1
+        with pytest.warns(UserWarning, match="neither the size nor the version"):
+            assert len(indexed(f"{server.url}/0.tar")) == 1
 
 
 def test_indexed_shards_at_a_url(tmp_path):

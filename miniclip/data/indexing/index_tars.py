@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.cache import Cache
-from ...common.storage import check_scheme, expand, is_url
+from ...common.storage import check_scheme, expand, is_url, stamp_of
 from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder, scan
 from ..shard_index import (
     INDEX_FILE,
@@ -26,7 +26,7 @@ from ..shard_index import (
     write_index,
     write_rejected,
 )
-from .journal import Journal, Record, stamp_of
+from .journal import Journal, Record
 from .one_tar import index_tar
 
 _AT_ONCE = 16  # tars of which the headers are read at the same time: nearly all of it is waiting
@@ -137,9 +137,10 @@ def _indexed(
     cache, is_over = Cache(), threading.Event()
 
     def index(tar: str) -> tuple[Record, tuple[int, int]]:
-        record: Record = {"tar": tar, "stamp": stamp_of(tar)}
+        record: Record = {"tar": tar, "stamp": None}
         try:
-            found = index_tar(tar, folder / names[tar], cache, by_headers, is_over)
+            record["stamp"] = stamp = stamp_of(tar)
+            found = index_tar(tar, folder / names[tar], cache, by_headers, is_over, stamp)
         except (ValueError, OSError) as error:
             return {**record, "damaged": str(error)}, (0, 0)
         name = tar.rpartition("/")[2]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...common.files import locked
-from ...common.storage import is_url
+from ...common.storage import Stamp, stamps_of
 from ..shard_index import INDEX_FILE
 
 # Of a tar: its location as `tar`, its `stamp`, and either `entry` and `left_out` or the reason as `damaged`.
@@ -56,20 +56,26 @@ class Journal:
             file.write(f"\n{json.dumps(record)}\n")  # the line before may be torn
 
     def read(self) -> dict[str, Record]:
-        """The tars that are indexed, or found to be damaged, and have not been replaced since; by location."""
-        known: dict[str, Record] = {}
+        """The tars that are indexed, or found to be damaged, and have not been replaced since; by location.
+
+        Raises:
+            ValueError: whether one has been replaced can't be asked.
+        """
+        records = []
         for line in self.path.read_text(encoding="utf-8").split("\n") if self.is_begun else ():
-            try:
+            with suppress(ValueError, KeyError, TypeError):  # empty, or torn
                 record = json.loads(line)
-                if self._is_valid(record):
-                    known[record["tar"]] = record
-            except (ValueError, KeyError, TypeError, OSError):
-                continue  # empty, or torn; or the tar or its offsets are gone
+                records.append((str(record["tar"]), Stamp(*(record["stamp"] or ())), record))
+        tars = list(dict.fromkeys(tar for tar, _, _ in records))
+        stamps = dict(zip(tars, stamps_of(tars), strict=True))
+        known: dict[str, Record] = {}
+        for tar, stamp, record in records:
+            with suppress(KeyError, TypeError, OSError):  # torn, or its offsets are gone
+                if stamp == stamps[tar] and self._is_valid(record):
+                    known[tar] = record
         return known
 
     def _is_valid(self, record: Record) -> bool:
-        if stamp_of(record["tar"]) != record["stamp"]:
-            return False
         if "damaged" in record:
             return True
         entry = record["entry"]
@@ -77,11 +83,3 @@ class Journal:
             return False
         offsets = (self.folder / entry["offsets"]).read_bytes()
         return hashlib.sha256(offsets).hexdigest() == entry["offsets_sha256"]
-
-
-def stamp_of(location: str) -> list[int] | None:
-    """Size and time of a local tar, which change when it is replaced."""
-    if is_url(location):
-        return None
-    facts = Path(location).stat()
-    return [facts.st_size, facts.st_mtime_ns]

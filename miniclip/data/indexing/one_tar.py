@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 from ...common.cache import Cache
 from ...common.ranges import RangeFile, ReadWholeError
-from ...common.storage import is_url, size_of
+from ...common.storage import Stamp, is_url, stamp_of
 from ..reading.scan import LeftOut
 from ..shard_index import Member, Sample, index_entry, zeros_at
 from .tar_members import read_samples, with_content
@@ -36,7 +36,12 @@ class IndexedTar:
 
 
 def index_tar(
-    location: str, offsets: Path, cache: Cache, by_headers: bool = False, is_over: threading.Event | None = None
+    location: str,
+    offsets: Path,
+    cache: Cache,
+    by_headers: bool = False,
+    is_over: threading.Event | None = None,
+    stamp: Stamp | None = None,
 ) -> IndexedTar:
     """Writes the `.npz` of a tar. A remote one is fetched into the cache, unless its headers are enough.
 
@@ -45,24 +50,26 @@ def index_tar(
             as a whole all the same where its server sends nothing else, or its pictures are so small that little is
             saved.
         is_over: once it is set, reading headers ends with an InterruptedError.
+        stamp: the tar's, for who has asked for it.
 
     Raises:
         ValueError: it is no tar, or one that is damaged or cut short, or can't be read.
     """
-    pieces = RangeFile(location, (size_of(location) or 0) if by_headers else 0, is_over, max_share=0.5)
+    stamp = stamp or stamp_of(location)
+    pieces = RangeFile(location, (stamp.size or 0) if by_headers else 0, is_over, max_share=0.5)
     if pieces.size:
         with suppress(ReadWholeError):
             samples, left_out = _samples_of(cast(IO[bytes], pieces), location, skips_pictures=True)
             entry = index_entry(location.rpartition("/")[2], pieces.size, samples, offsets, None)
             return IndexedTar(entry, left_out, pieces.bytes_read, pieces.num_requests)
-    with cache.open(location) as file:
+    with cache.open(location, stamp.size, version=stamp.version) as file:
         samples, left_out = _samples_of(file, location, skips_pictures=False)
         file.seek(0)
         checksum = hashlib.file_digest(cast(io.BufferedIOBase, file), "sha256").hexdigest()
         size = file.tell()
         entry = index_entry(location.rpartition("/")[2], size, samples, offsets, checksum, zeros_at(file, size))
     if is_url(location):
-        cache.verified(location, checksum)
+        cache.verified(location, checksum, stamp.version)
     return IndexedTar(entry, left_out, pieces.bytes_read + entry["bytes"], pieces.num_requests + 1)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.cache import Cache
 from ...common.files import read_at
-from ...common.storage import is_url, size_of
+from ...common.storage import Stamp, is_url, stamp_of
 from ..indexing.tar_members import read_samples
 from ..pairs import Batch, Recipe, Sample
 from ..reading.scan import LeftOut
@@ -27,11 +27,12 @@ from .stream import Mark, Progress, TarOrder
 
 
 class Tar(NamedTuple):
-    """A tar, and where an index has them its size in bytes and its checksum."""
+    """A tar, and where an index has them its size in bytes, its checksum and its version."""
 
     location: str
     bytes: int | None = None
     sha256: str | None = None
+    version: str = ""
 
 
 class _Raw(NamedTuple):
@@ -183,11 +184,11 @@ def _with_last(items: Iterable[_Raw]) -> Iterator[tuple[_Raw, bool]]:
 
 
 def _open_tar(tar: Tar, cache: Cache) -> IO[bytes]:
-    """Remote tars come from the cache; one that has another size there by now is fetched again."""
+    """Remote tars come from the cache; one that has another size or version there by now is fetched again."""
     if not is_url(tar.location):
         return open(tar.location, "rb")
-    size = size_of(tar.location) if tar.bytes is None else tar.bytes
-    return cache.open(tar.location, size, tar.sha256)
+    stamp = stamp_of(tar.location) if tar.bytes is None else Stamp(tar.bytes, tar.version)
+    return cache.open(tar.location, stamp.size, tar.sha256, stamp.version)
 
 
 def _names(tars: list[Tar]) -> dict[Tar, str]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ...common.files import cache_folder, locked
-from ...common.storage import check_scheme, exists, is_url, join, read_bytes
+from ...common.processes import rank_and_world_size
+from ...common.storage import Stamp, check_scheme, exists, is_url, join, read_bytes, shown, stamps_of
 from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
@@ -106,20 +108,43 @@ def _text_at(folder: str, name: str) -> str | None:
 def indexed(source: str) -> Shards:
     """Shards that have no index: one is made in the cache, anew when they have changed. What is theirs stays as it is.
 
+    Whether remote ones have changed is asked of their server, by one request for each. Where it can't be asked, or does
+    not say, a warning says that the index that is kept is taken.
+
     Raises:
-        ValueError: a tar is not there, or damaged.
+        ValueError: a tar is not there, or damaged; or no index is kept, and the server can't be asked.
     """
-    digest = hashlib.sha256()
-    for tar in tar_locations(source):
-        digest.update(tar.encode() if is_url(tar) else str(Path(tar).resolve()).encode())
-        if not is_url(tar):
-            facts = Path(tar).stat()
-            digest.update(f" {facts.st_size} {facts.st_mtime_ns}\0".encode())
-    out = cache_folder("indexes") / digest.hexdigest()[:32]
-    with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {source}"):
-        if not (out / INDEX_FILE).is_file():
+    tars, folder = tar_locations(source), cache_folder("indexes")
+    of_names = _digest([tar if is_url(tar) else str(Path(tar).resolve()) for tar in tars])
+    try:
+        stamps = stamps_of(tars)
+    except ValueError:
+        kept = sorted(folder.glob(f"{of_names}-*/{INDEX_FILE}"), key=lambda path: path.stat().st_mtime_ns)
+        if not kept:
+            raise
+        _warn_of_kept(source, kept[-1].parent, "the server can't be asked whether they have changed")
+        return Shards(kept[-1].parent, needs_captions=False)
+    out = folder / f"{of_names}-{_digest(stamps)}"
+    with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {shown(source)}"):
+        is_kept = (out / INDEX_FILE).is_file()
+        if not is_kept:
             index_shards(source, out, overwrite=True, needs_all=True)  # replaces an interrupted one
+    if is_kept and Stamp() in stamps:
+        _warn_of_kept(source, out, "the server says neither the size nor the version of one")
     return Shards(out, needs_captions=False)
+
+
+def _digest(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+def _warn_of_kept(source: str, folder: Path, why: str) -> None:
+    if rank_and_world_size()[0] == 0:
+        warnings.warn(
+            f"{shown(source)}: {why}, so the index that was made of these tars before is used; to make it anew, "
+            f"delete {folder}",
+            stacklevel=4,
+        )
 
 
 def _read_shards(
