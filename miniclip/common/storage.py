@@ -65,12 +65,38 @@ def check_scheme(location: str) -> None:
         )
 
 
+def split_query(location: str) -> tuple[str, str]:
+    """A location, and the query of an http URL with its `?`, which gives access and is no part of names and patterns.
+
+    >>> split_query("https://host/a/0.tar?sig=b/c")
+    ('https://host/a/0.tar', '?sig=b/c')
+    """
+    path, mark, query = location.partition("?") if _is_http(location) else (location, "", "")
+    return path, mark + query
+
+
+def name_of(location: str) -> str:
+    """The last part of a path, or of a URL without its query."""
+    return split_query(location)[0].rpartition("/")[2]
+
+
+def parent_of(location: str) -> str:
+    """What a file lies in, as `join` takes it."""
+    path, query = split_query(location)
+    folder, slash, _ = path.rpartition("/")
+    return (folder or slash or ".") + query
+
+
 def expand(location: str) -> list[str]:
     """The names that a shell expands braces to, in its order: `{000..012}` (zeros kept), `{train,val}`, nested ones.
+    The query of a URL stays as it is, at each of them.
 
     Raises:
         ValueError: an unmatched brace, braces that hold neither a range nor a list, or too many names.
     """
+    location, query = split_query(location)
+    if query:
+        return [name + query for name in expand(location)]
     head, brace, _ = location.partition("{")
     place, depth, cuts = len(head), 0, [len(head)]
     while brace and place < len(location):
@@ -117,8 +143,8 @@ def join(folder: str, name: str) -> str:
         raise ValueError(f"{name!r} can't be a file in {folder}: it leads out of it")
     if not is_url(folder):
         return str(Path(folder) / name)
-    base, mark, query = folder.partition("?") if _is_http(folder) else (folder, "", "")
-    return f"{base.rstrip('/')}/{name}{mark}{query}"
+    base, query = split_query(folder)
+    return f"{base.rstrip('/')}/{name}{query}"
 
 
 def _is_http(location: str) -> bool:

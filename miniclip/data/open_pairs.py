@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..common.cache import make_room, remove_unused, use
 from ..common.files import cache_folder, locked, remove
-from ..common.storage import is_url
+from ..common.storage import is_url, name_of
 from ..common.wording import counted
 from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
@@ -71,7 +71,7 @@ def is_shards(source: str) -> bool:
     if source.startswith(HUB_PREFIX) or path.is_file():
         return source.endswith(".tar")
     if (
-        source.endswith(".tar")
+        name_of(source).endswith(".tar")
         or is_url(source)
         or any((path / name / INDEX_FILE).is_file() for name in (".", "train"))
     ):

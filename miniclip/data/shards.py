@@ -24,7 +24,7 @@ import numpy as np
 
 from ..common.cache import Cache
 from ..common.files import read_at
-from ..common.storage import check_scheme, exists, expand, is_url, join, read_bytes
+from ..common.storage import check_scheme, exists, expand, is_url, join, name_of, parent_of, read_bytes, shown
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.json_tables import RepeatedNameError, parse_json
@@ -61,7 +61,7 @@ class ShardEntry:
 
     @property
     def name(self) -> str:
-        return self.file.rpartition("/")[2]
+        return name_of(self.file)
 
     @property
     def location(self) -> str:
@@ -200,7 +200,9 @@ class Shards:
         shard, row = self.locate(index)
         entry = self.entries[shard]
         # The names of tars alone do not tell those of several sources apart.
-        return f"{entry.name if len(self.num_shards) == 1 else entry.location}:{self._shard(shard)[1]['key'][row]}"
+        return (
+            f"{entry.name if len(self.num_shards) == 1 else shown(entry.location)}:{self._shard(shard)[1]['key'][row]}"
+        )
 
     def info(self, index: int) -> dict[str, Any]:
         """The facts of the sample's `.json` and its `.cls`; empty if it has neither.
@@ -351,7 +353,7 @@ def _refuse_other_hosts(index: str, names: Sequence[str]) -> None:
         return
     own = urlsplit(index)
     for name in names:
-        there = urlsplit(name if is_url(name) else join(index.rpartition("/")[0], name))
+        there = urlsplit(name if is_url(name) else join(parent_of(index), name))
         if (there.scheme, there.netloc) != (own.scheme, own.netloc) or ".." in there.path.split("/"):
             raise ValueError(
                 f"{index} names {name!r}; the index of a server may name only files of {own.scheme}://{own.netloc}"
@@ -379,12 +381,12 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
     check_scheme(source)
     names: list[str] | None = None
     folder = source
-    if source.endswith(".tar"):
+    if name_of(source).endswith(".tar"):
         tars = expand(source)
-        folder = tars[0].rpartition("/")[0] or "."
-        if any((tar.rpartition("/")[0] or ".") != folder for tar in tars):
+        folder = parent_of(tars[0])
+        if any(parent_of(tar) != folder for tar in tars):
             raise ValueError(f"{source} names tars of several folders; give a list of patterns, one for each")
-        names = [tar.rpartition("/")[2] for tar in tars]
+        names = [name_of(tar) for tar in tars]
         if not is_url(source) and not exists(join(folder, INDEX_FILE)):
             tar_locations(source)  # raises for a tar that is missing
     path = join(folder, INDEX_FILE)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..common.cache import Cache
 from ..common.processes import all_gather_objects
-from ..common.storage import exists, is_url, join
+from ..common.storage import exists, is_url, join, name_of, shown
 from ..common.waiting import PatientLoader
 from ..common.wording import some
 from .indexing.index_tars import tar_locations
@@ -38,7 +38,7 @@ def find_tars(source: str) -> Found:
     Raises:
         ValueError: no tars there, or a folder at a URL without an index, whose tars can't be listed.
     """
-    if source.endswith(".tar"):
+    if name_of(source).endswith(".tar"):
         return Found([Tar(location) for location in tar_locations(source)], None)
     if exists(join(source, INDEX_FILE)):
         shards = Shards(source)
@@ -94,7 +94,7 @@ class StreamLoader(PatientLoader[Part]):
         return list(self._trained.values())
 
     def needed(self) -> str:
-        return f"a tar of {some([tar.location for tar in self.stream.tars], 2)}"
+        return f"a tar of {some([shown(tar.location) for tar in self.stream.tars], 2)}"
 
     def _report(self, left_out: list[LeftOut]) -> None:
         for each in left_out:
@@ -222,7 +222,7 @@ class TrainingStream:
 
     def sequence(self) -> dict[str, Any]:
         """All that the order depends on, besides the number of readers."""
-        names = "\n".join(tar.location.rpartition("/")[2] for tar in self.tars)
+        names = "\n".join(name_of(tar.location) for tar in self.tars)
         tars = f"{len(self.tars)} tars, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
         return {"tars": tars, "stream.shuffle": self.settings.shuffle, "stream.resampled": self.settings.resampled}
 

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.arguments import check_list, check_path, shown
-from ..common.storage import check_scheme, exists, is_url, join
+from ..common.storage import check_scheme, exists, is_url, join, name_of, split_query
 from ..common.wording import some
 from ..data.open_pairs import is_shards
 from ..data.reading.cells import decode_text, lines_in, picture_of_pixels, texts_in
@@ -234,13 +234,21 @@ def _is_shards_folder(folder: Path) -> bool:
 
 
 def _is_remote_set(url: str) -> bool:
-    """Whether a URL stands for shards. One whose path ends without a suffix and asks for nothing may be a folder."""
-    if hub_location(url) != url.rstrip("/") or urlsplit(url).path.endswith(".tar") or "{" in url:
+    """Whether a URL stands for shards. One whose path ends without a suffix may be a folder, or a picture."""
+    path, query = split_query(url)
+    name = name_of(urlsplit(path).path)
+    if split_query(hub_location(url))[0] != path.rstrip("/") or name.endswith(".tar") or "{" in path:
         return True
-    name = urlsplit(url).path.rpartition("/")[2]
-    if "." in name or urlsplit(url).query:
+    if "." in name:
         return False
-    return any(exists(join(url, file)) for file in (INDEX_FILE, NUM_SHARDS_FILE)) or bool(benchmark_splits(url, None))
+    try:
+        return any(exists(join(url, file)) for file in (INDEX_FILE, NUM_SHARDS_FILE)) or bool(
+            benchmark_splits(url, None)
+        )
+    except ValueError:
+        if query:  # a signature may be for one picture alone, and anything else is refused with it
+            return False
+        raise
 
 
 def _of_files(locations: Sequence[Path | str], name: str) -> EvaluationSet:

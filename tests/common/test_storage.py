@@ -24,7 +24,18 @@ from miniclip.common import cache as cache_module
 from miniclip.common import storage
 from miniclip.common.cache import Cache
 from miniclip.common.ranges import RangeFile, ReadWholeError
-from miniclip.common.storage import check_scheme, exists, expand, is_url, join, read_bytes, shown, stamps_of
+from miniclip.common.storage import (
+    check_scheme,
+    exists,
+    expand,
+    is_url,
+    join,
+    name_of,
+    parent_of,
+    read_bytes,
+    shown,
+    stamps_of,
+)
 
 CONTENT = random.Random(0).randbytes(1_000_003)
 CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
@@ -165,6 +176,16 @@ def test_names_are_joined_to_paths_and_urls():
     assert join("/", "c.tar") == "/c.tar"
     assert join("s3://bucket/a/", "b/c.tar") == "s3://bucket/a/b/c.tar"
     assert join("https://h/a?token=1/2", "c.tar") == "https://h/a/c.tar?token=1/2"
+
+
+def test_the_query_of_a_url_is_no_part_of_names_and_stays_at_each(tmp_path):
+    query = "?sv=2024-11-04&se=2026-01-01T00:00:00Z&sig=a/b{c}*%2F.tar"
+    assert expand(f"https://h/a/{{0..1}}.tar{query}") == [f"https://h/a/0.tar{query}", f"https://h/a/1.tar{query}"]
+    assert name_of(f"https://h/a/0.tar{query}") == name_of("a/0.tar") == name_of("0.tar") == "0.tar"
+    assert parent_of(f"https://h/a/0.tar{query}") == f"https://h/a{query}"
+    assert join(parent_of(f"https://h/a/0.tar{query}"), "index.json") == f"https://h/a/index.json{query}"
+    assert (parent_of("a/b/0.tar"), parent_of("0.tar"), parent_of("/0.tar")) == ("a/b", ".", "/")
+    assert (name_of("s3://b/a?.tar"), expand("a?{0..1}.tar")) == ("a?.tar", ["a?0.tar", "a?1.tar"])  # no query
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "file:///etc/passwd", "pipe:ls"])

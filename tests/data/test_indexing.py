@@ -226,6 +226,26 @@ def test_an_index_by_headers_made_anew_reads_the_new_tars_and_not_those_in_the_c
         assert Shards(tmp_path / "head")[0].image == new
 
 
+def test_tars_with_a_query_are_indexed_with_it_and_their_files_have_plain_names(laion, served, tmp_path):
+    query = "?sv=1&sig=a/b%2F"
+    index_shards(pattern(served) + query, tmp_path / "out")
+    index_shards(str(laion), tmp_path / "plain")
+    assert everything_read(Shards(tmp_path / "out")) == everything_read(Shards(tmp_path / "plain"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "plain").iterdir()
+    }
+    assert {path.partition("?")[2] for path, _ in served.gets} == {query[1:]}
+    with pytest.raises(ValueError, match="what lies at a URL can't be listed"):
+        index_shards(f"{served.url}/*.tar{query}", tmp_path / "none")
+    # A folder with an index at a URL, and some of its tars.
+    served.files |= {f"/s/{path.name}": path.read_bytes() for path in (tmp_path / "plain").iterdir()}
+    served.files |= {f"/s/{path.name}": path.read_bytes() for path in laion.iterdir()}
+    served.files["/s/index.json"] = served.files["/s/index.json"].replace(f"{laion}/".encode(), b"")
+    expected = everything_read(Shards(tmp_path / "plain"))
+    assert everything_read(Shards(f"{served.url}/s{query}")) == expected
+    assert everything_read(Shards(f"{served.url}/s/{{00001..00002}}.tar{query}")) == expected[PER_TAR : 3 * PER_TAR]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In parts
 

@@ -188,6 +188,19 @@ def test_a_tar_of_the_same_size_and_another_version_is_fetched_again_without_one
         assert Counter(server.heads) == dict.fromkeys(server.files, 4)  # one for each tar and pass
 
 
+def test_tars_with_a_query_are_read_with_it_and_another_signature_is_no_other_run(shelves):
+    expected = batches(module(pattern(shelves[8], 8)), 12)
+    sequences = []
+    with Server(content(shelves[8])) as server:
+        for query in ("?sv=1&sig=a%2Fb/c", "?sv=1&sig=other"):
+            data = module(f"{pattern(f'{server.url}/b', 8)}{query}")
+            assert [batch.keys for batch in batches(data, 12)] == [batch.keys for batch in expected]
+            assert {path.partition("?")[2] for path in server.heads} == {query[1:]}
+            sequences.append(data.train_stream.sequence())
+            server.heads.clear()
+    assert sequences[0] == sequences[1] == module(pattern(shelves[8], 8)).train_stream.sequence()
+
+
 def test_a_server_that_fails_one_time_in_five_changes_nothing(shelves):
     expected = keys(batches(module(pattern(shelves[8], 8)), 12))
     with Server(content(shelves[8]), fault=lambda number: 503 if number % 5 == 1 else None) as server:

@@ -553,6 +553,18 @@ def test_of_a_server_that_says_nothing_of_its_tars_the_kept_index_is_used_with_a
             assert len(indexed(f"{server.url}/0.tar")) == 1
 
 
+def test_sets_and_tars_at_a_url_with_a_query_are_read_with_it(tmp_path):
+    root = benchmark_set(tmp_path / "wds_birds", {"cls": CLS}, **NAMED)
+    query = "?token=a/b/"
+    with Server({f"/{path.relative_to(tmp_path)}": path.read_bytes() for path in root.rglob("*.*")}) as server:
+        for source in ("wds_birds", "wds_birds/test/{0..1}.tar"):
+            data = open_dataset(f"{server.url}/{source}{query}", classnames=root / "classnames.txt")
+            assert data.labels == LABELS
+            assert [data.open(n).tobytes() for n in range(7)] == [picture(n).tobytes() for n in range(7)]
+        assert {path.partition("?")[2] for path in [*server.heads, *(path for path, _ in server.gets)]} == {query[1:]}
+        assert open_dataset(f"{server.url}/wds_birds{query}").name == "wds_birds"
+
+
 def test_indexed_shards_at_a_url(tmp_path):
     write("shards", tmp_path)
     with Served(tmp_path) as server:

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 from helpers import Served, pack_folder, picture, table, write_pairs, write_picture
+from servers import Server
 
 from miniclip.data.reading.scan import summary
 from miniclip.inference.sources import Texts, image_set, text_set
@@ -208,6 +209,22 @@ def test_urls_are_pictures_or_shards():
         assert np.array_equal(np.asarray(found.open(0)), np.asarray(picture(1)))
         assert np.array_equal(np.asarray(found.open(2)), np.asarray(picture(1)))
         assert keys("-", **piped(f"{served.url}/photos/1.png\n")) == [f"{served.url}/photos/1.png"]
+
+
+@pytest.mark.parametrize("answer", [404, 403])
+def test_a_url_with_a_query_is_a_picture_unless_shards_are_there(answer, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    write_pairs(Path("pairs"), 3)
+    pack_folder(Path("pairs"), Path("shards"))
+    files = {f"/{path}": path.read_bytes() for path in Path("shards").iterdir()}
+    query = "?token=a/b.c"
+    with Server({**files, "/pictures/1": Path("photos/1.png").read_bytes()}) as server:
+        for source in (f"{server.url}/shards{query}", f"{server.url}/shards/{{00000..00000}}.tar{query}"):
+            assert keys(source) == [f"00000.tar:{n:09d}" for n in range(3)]
+            assert len(text_set(source)) == 3
+        server.refusal = answer
+        found = image_set(f"{server.url}/pictures/1{query}")
+        assert np.array_equal(np.asarray(found.open(0)), np.asarray(picture(1)))
 
 
 def test_pictures_in_memory():

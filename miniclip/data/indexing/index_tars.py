@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.cache import Cache
-from ...common.storage import check_scheme, expand, is_url, stamp_of
+from ...common.storage import check_scheme, expand, is_url, name_of, split_query, stamp_of
 from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder, scan
 from ..shard_index import (
     INDEX_FILE,
@@ -143,7 +143,7 @@ def _indexed(
             found = index_tar(tar, folder / names[tar], cache, by_headers, is_over, stamp)
         except (ValueError, OSError) as error:
             return {**record, "damaged": str(error)}, (0, 0)
-        name = tar.rpartition("/")[2]
+        name = name_of(tar)
         left_out = [(f"{name}:{each.source}", each.reason, each.count) for each in found.left_out]
         return {**record, "entry": found.entry, "left_out": left_out}, (found.bytes_read, found.num_requests)
 
@@ -173,7 +173,7 @@ def _publish_index(journal: Journal, found: dict[str, Record], is_beside: bool, 
     for each in left_out:
         counts[each.reason] += each.count
     if damaged or left_out:
-        rows = [("", tar.rpartition("/")[2], reason) for tar, reason in damaged.items()]
+        rows = [("", name_of(tar), reason) for tar, reason in damaged.items()]
         write_rejected(journal.folder, rows + rows_left_out(left_out))
     else:
         (journal.folder / REJECTED_FILE).unlink(missing_ok=True)
@@ -231,10 +231,11 @@ def _located(tar: str, record: Record, folder: Path, is_beside: bool) -> dict[st
 
 def _offset_names(tars: list[str], suffix: str) -> dict[str, str]:
     """The `.npz` of each tar: of its name, or of its number where several have one name."""
-    stems = Counter(Path(tar).stem for tar in tars)
+    stems = [Path(name_of(tar)).stem for tar in tars]
+    times = Counter(stems)
     return {
-        tar: ("" if stems[Path(tar).stem] == 1 else f"{number:05d}-") + Path(tar).stem + suffix
-        for number, tar in enumerate(tars)
+        tar: ("" if times[stem] == 1 else f"{number:05d}-") + stem + suffix
+        for number, (tar, stem) in enumerate(zip(tars, stems, strict=True))
     }
 
 
@@ -251,7 +252,7 @@ def tar_locations(source: str) -> list[str]:
         return found
     found = [location for name in expand(source) for location in _matching(name)]
     for location in found:
-        if not location.endswith(".tar"):
+        if not name_of(location).endswith(".tar"):
             raise ValueError(f"{location} is no .tar; give a folder of them, or a pattern as data/{{00000..00099}}.tar")
         if not is_url(location) and not Path(location).is_file():
             raise ValueError(f"there is no file {location}")
@@ -262,7 +263,7 @@ def _matching(name: str) -> list[str]:
     """The files that match `*`, `?` and `[…]`; a name without them, or of a file, as it is."""
     check_scheme(name)
     if is_url(name):
-        if "*" in name:
+        if "*" in split_query(name)[0]:
             raise ValueError(f"{name}: what lies at a URL can't be listed; write the range, as {{00000..00099}}.tar")
         return [name]
     if not glob.has_magic(name) or Path(name).is_file():

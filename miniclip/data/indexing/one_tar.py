@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 from ...common.cache import Cache
 from ...common.ranges import RangeFile, ReadWholeError
-from ...common.storage import Stamp, is_url, stamp_of
+from ...common.storage import Stamp, is_url, name_of, stamp_of
 from ..reading.scan import LeftOut
 from ..shard_index import Member, Sample, index_entry, zeros_at
 from .tar_members import read_samples, with_content
@@ -60,14 +60,14 @@ def index_tar(
     if pieces.size:
         with suppress(ReadWholeError):
             samples, left_out = _samples_of(cast(IO[bytes], pieces), location, skips_pictures=True)
-            entry = index_entry(location.rpartition("/")[2], pieces.size, samples, offsets, None)
+            entry = index_entry(name_of(location), pieces.size, samples, offsets, None)
             return IndexedTar(entry, left_out, pieces.bytes_read, pieces.num_requests)
     with cache.open(location, stamp.size, version=stamp.version) as file:
         samples, left_out = _samples_of(file, location, skips_pictures=False)
         file.seek(0)
         checksum = hashlib.file_digest(cast(io.BufferedIOBase, file), "sha256").hexdigest()
         size = file.tell()
-        entry = index_entry(location.rpartition("/")[2], size, samples, offsets, checksum, zeros_at(file, size))
+        entry = index_entry(name_of(location), size, samples, offsets, checksum, zeros_at(file, size))
     if is_url(location):
         cache.verified(location, checksum, stamp.version)
     return IndexedTar(entry, left_out, pieces.bytes_read + entry["bytes"], pieces.num_requests + 1)

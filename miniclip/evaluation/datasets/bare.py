@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ...common.storage import check_scheme, exists, is_url, join, read_bytes
+from ...common.storage import check_scheme, exists, is_url, join, name_of, parent_of, read_bytes
 from ...data.reading.huggingface import HUB_PREFIX, datasets_rows, image_column_of, load_datasets, undecoded
 from ...data.reading.scan import LeftOut, scan
 from ...data.reading.splits import role_of
@@ -115,8 +115,8 @@ def bare_tars(source: str) -> EvaluationSet:
 def open_shards(source: str) -> Shards:
     """Shards of ours, with an index, or tars from elsewhere, which are indexed in the cache."""
     check_scheme(source)
-    if source.endswith(".tar"):
-        folder = source.rpartition("/")[0] or "."
+    if name_of(source).endswith(".tar"):
+        folder = parent_of(source)
         return Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
     if exists(join(source, INDEX_FILE)):
         return Shards(source, needs_captions=False)
@@ -128,6 +128,6 @@ def open_shards(source: str) -> Shards:
     if exists(count := join(source, NUM_SHARDS_FILE)):
         text = read_bytes(count).decode("utf-8", "replace").strip()
         if text.isascii() and text.isdigit() and int(text):
-            return indexed(f"{source}/{{0..{int(text) - 1}}}.tar")
+            return indexed(join(source, f"{{0..{int(text) - 1}}}.tar"))
         raise ValueError(f"{count} holds {text[:50]!r}; it must be the number of shards")
     raise ValueError(f"{source} holds no shards: there is neither {INDEX_FILE} nor {NUM_SHARDS_FILE}")

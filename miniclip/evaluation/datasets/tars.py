@@ -18,7 +18,19 @@ import numpy as np
 
 from ...common.files import cache_folder, locked
 from ...common.processes import rank_and_world_size
-from ...common.storage import Stamp, check_scheme, exists, is_url, join, read_bytes, shown, stamps_of
+from ...common.storage import (
+    Stamp,
+    check_scheme,
+    exists,
+    is_url,
+    join,
+    name_of,
+    parent_of,
+    read_bytes,
+    shown,
+    split_query,
+    stamps_of,
+)
 from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
@@ -45,7 +57,8 @@ def hub_location(source: str) -> str:
     if source.startswith(HUB_PREFIX):
         return f"{hub}/datasets/{source.removeprefix(HUB_PREFIX)}/resolve/main"
     page = re.fullmatch(re.escape(hub) + r"/datasets/([\w.-]+/[\w.-]+)(/tree/main)?/?", source)
-    return f"{hub}/datasets/{page[1]}/resolve/main" if page else source.rstrip("/")
+    path, query = split_query(source)
+    return f"{hub}/datasets/{page[1]}/resolve/main" if page else path.rstrip("/") + query
 
 
 def benchmark_splits(location: str, split: str | None) -> list[str]:
@@ -58,10 +71,10 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
     """Shards with labels or captions, and what lies beside them."""
     check_scheme(source)
     name = set_name(source)
-    if source.endswith(".tar"):
+    if name_of(source).endswith(".tar"):
         if split:
             raise ValueError(f"{source} names tars, so --split {split} can't be followed")
-        folder = source.rpartition("/")[0] or "."
+        folder = parent_of(source)
         shards = Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
         return _read_shards(shards, name, source, task, [folder])
     splits = benchmark_splits(source, split)
@@ -71,7 +84,7 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
             raise ValueError(
                 f"{source} is no set to evaluate on: there is neither {INDEX_FILE} (shards) nor "
                 f"{split or 'test'}/{NUM_SHARDS_FILE} (CLIP_benchmark's sets). Name a pattern of tars as "
-                f"{source}/{{0..9}}.tar, or look whether the address is right"
+                f"{join(source, '{0..9}.tar')}, or look whether the address is right"
             )
         if not is_url(source):
             in_split(Path(source), split)
@@ -85,7 +98,7 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
     kind = (_text_at(source, "dataset_type.txt") or "classification").strip()
     if kind not in TASKS:
         raise ValueError(f"{source}/dataset_type.txt holds {kind[:50]!r}; known are {', '.join(TASKS)}")
-    shards = indexed(f"{join(source, chosen)}/{{0..{int(text) - 1}}}.tar")
+    shards = indexed(join(source, f"{chosen}/{{0..{int(text) - 1}}}.tar"))
     return _read_shards(shards, name, source, task or kind, [source], "zeroshot_classification_templates.txt")
 
 
@@ -96,7 +109,7 @@ def set_name(source: str) -> str:
     parts = [part for part in urlsplit(source).path.split("/") if part and not part.endswith(".tar")]
     while parts and parts[-1] in ("main", "resolve"):
         parts.pop()
-    return parts[-1] if parts else urlsplit(source).netloc
+    return parts[-1] if parts else urlsplit(shown(source)).netloc
 
 
 def _text_at(folder: str, name: str) -> str | None:
