@@ -8,14 +8,14 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
 from .files import cache_folder, locked, remove, sync
-from .storage import PIECE_BYTES, local_path, patiently, read_blocks, size_of
+from .storage import PIECE_BYTES, NotKeptError, local_path, patiently, read_blocks, shown, size_of
 
 
 class Cache:
@@ -45,14 +45,13 @@ class Cache:
 
         Raises:
             ValueError: the scheme is refused, the file can't be had, is not what was expected, or exceeds the bound.
+            NotKeptError: it can't be written to the cache.
         """
         local = local_path(url)
         if local:
             return patiently(url, lambda: open(local, "rb"))
-        try:
+        with _keeping(url, self.folder):
             return self._opened(url, size, sha256, version)
-        except OSError as error:
-            raise ValueError(f"{url} can't be kept in {self.folder}: {error}") from error
 
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, version: str = "") -> int:
         """Fetches a file for who opens it later. It stays where it is if that fails, or another process is at it: who
@@ -198,6 +197,14 @@ def remove_unused(folder: Path, used_as: Path) -> None:
 # One file
 
 
+@contextmanager
+def _keeping(url: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NotKeptError(f"{shown(url)} can't be kept in {folder}: {error}") from error
+
+
 def download(
     url: str,
     partial: Path,
@@ -215,6 +222,7 @@ def download(
 
     Raises:
         ValueError: it can't be had. What has come is kept.
+        NotKeptError: it can't be written here.
     """
 
     def go_on() -> bool:
@@ -222,19 +230,22 @@ def download(
         begin = file.tell()
         try:
             for position, total, block in read_blocks(url, begin, size):
-                if position != file.tell():
-                    file.truncate(position)  # the server knows no ranges
-                file.write(block)
-                file.flush()  # for who goes on after us; and a process forked now must not inherit what isn't written
+                with _keeping(url, partial.parent):
+                    if position != file.tell():
+                        file.truncate(position)  # the server knows no ranges
+                    file.write(block)
+                    file.flush()  # for who goes on after us; a process forked now must not inherit what isn't written
                 if progress:
                     progress(file.tell(), total)
+        except NotKeptError:
+            raise
         except Exception:
             if file.tell() - begin < PIECE_BYTES:
                 raise
             return False
         return True
 
-    with open(partial, "ab") as file:
+    with _keeping(url, partial.parent), open(partial, "ab") as file:
         while not patiently(url, go_on):
             pass
         sync(file)

@@ -42,6 +42,10 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 T = TypeVar("T")
 
 
+class NotKeptError(ValueError):
+    """A remote file can't be written to this machine's disk, which is full or can only be read; it may be sound."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
@@ -484,10 +488,13 @@ def patiently(url: str, action: Callable[[], T]) -> T:
 
     Raises:
         ValueError: it failed for good; names the URL, the number of tries and the last error.
+        NotKeptError: as the action does.
     """
     for tries, wait in enumerate((*_WAITS_S, None), start=1):
         try:
             return action()
+        except NotKeptError:
+            raise
         except Exception as error:
             if wait is None or not _is_worth_a_retry(error):
                 reason = f"{type(error).__name__}: {error}"

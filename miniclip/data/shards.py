@@ -302,8 +302,10 @@ class Shards:
 
     def _read_offsets(self, entry: ShardEntry) -> dict[str, np.ndarray]:
         path = join(entry.folder, entry.offsets)
+        # The cache's own errors tell a network that fails and a full disk from a file that is not what it was.
+        cached = self.cache.open(path, sha256=entry.offsets_sha256) if is_url(path) else None
         try:
-            with self.cache.open(path, sha256=entry.offsets_sha256) if is_url(path) else open(path, "rb") as file:
+            with cached or open(path, "rb") as file:
                 data = file.read()
             if hashlib.sha256(data).hexdigest() != entry.offsets_sha256:
                 raise ValueError(f"it is not the one that {INDEX_FILE} was written with")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..common import cache
 from ..common.files import expand_home, locked, user_cache
+from ..common.storage import NotKeptError
 from .folders import files_to_fetch
 
 # The published addresses (OpenAI's clip/clip.py): the folder is the file's SHA-256.
@@ -94,6 +95,8 @@ def download(url: str, path: Path, sha256: str) -> Path:
         try:
             with _progress_bar(path.name) as progress:
                 problem = cache.download(url, partial, sha256=sha256, progress=progress)
+        except NotKeptError:
+            raise
         except ValueError as error:
             if not partial.stat().st_size:
                 partial.unlink()

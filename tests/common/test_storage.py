@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from miniclip.common import storage
 from miniclip.common.cache import Cache
 from miniclip.common.ranges import RangeFile, ReadWholeError
 from miniclip.common.storage import (
+    NotKeptError,
     check_scheme,
     exists,
     expand,
@@ -515,6 +517,22 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_both(serve, tmp_p
     server = serve({"/a": b"a"})
     with pytest.raises(ValueError, match=f"{server.url}/a can't be kept in {tmp_path / 'file' / 'cache'}: "):
         Cache(tmp_path / "file" / "cache").open(server.url + "/a")
+
+
+def fetch_onto_a_full_disk(cache, url, most_bytes):
+    """What a process may write is bounded, which fails in the middle of a file as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    with pytest.raises(NotKeptError, match=f"{url} can't be kept in {cache.folder}: .*File too large"):
+        cache.open(url)
+
+
+def test_a_disk_that_is_full_is_said_to_be_at_fault_and_no_request_is_repeated_for_it(serve, cache):
+    server = serve({"/a": CONTENT})
+    for most_bytes in (0, PIECE // 2, 3 * PIECE):  # before and after enough has come to go on at once
+        server.gets.clear()
+        in_processes([partial(fetch_onto_a_full_disk, cache, server.url + "/a", most_bytes)])
+        assert len(server.gets) == 1
+    check_content(cache, server.url + "/a")
 
 
 # ---- many processes

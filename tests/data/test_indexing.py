@@ -246,6 +246,23 @@ def test_tars_with_a_query_are_indexed_with_it_and_their_files_have_plain_names(
     assert everything_read(Shards(f"{served.url}/s/{{00001..00002}}.tar{query}")) == expected[PER_TAR : 3 * PER_TAR]
 
 
+def test_a_cache_that_cannot_be_written_is_no_fault_of_tars_and_shards(laion, served, tmp_path, monkeypatch):
+    index_shards(str(laion), tmp_path / "there")
+    served.files |= {f"/s/{path.name}": path.read_bytes() for path in (tmp_path / "there").iterdir()}
+    served.files["/s/index.json"] = served.files["/s/index.json"].replace(f"{laion}/".encode(), b"")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"^http://\S+/s/00000\.npz can't be kept in \S+/file/shards: [^;]*$"):
+        Shards(f"{served.url}/s").keys(0)
+    with pytest.raises(ValueError, match=r"^http://\S+/00000\.tar can't be kept in \S+/file/shards: "):
+        index_shards(pattern(served), tmp_path / "out")
+    monkeypatch.setenv("MINICLIP_CACHE", str(tmp_path / "cache"))
+    assert index_shards(pattern(served), tmp_path / "out").shards == NUM_TARS  # none of them is taken for damaged
+    del served.files["/s/00000.npz"]
+    with pytest.raises(ValueError, match=r"^http://\S+/s/00000\.npz can't be read \(1 try\): .*404"):
+        Shards(f"{served.url}/s").keys(0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In parts
 

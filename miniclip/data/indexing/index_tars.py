@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.cache import Cache
-from ...common.storage import check_scheme, expand, is_url, name_of, split_query, stamp_of
+from ...common.storage import NotKeptError, check_scheme, expand, is_url, name_of, split_query, stamp_of
 from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder, scan
 from ..shard_index import (
     INDEX_FILE,
@@ -141,6 +141,8 @@ def _indexed(
         try:
             record["stamp"] = stamp = stamp_of(tar)
             found = index_tar(tar, folder / names[tar], cache, by_headers, is_over, stamp)
+        except NotKeptError:  # a full disk is no fault of the tar's: another call goes on with it
+            raise
         except (ValueError, OSError) as error:
             return {**record, "damaged": str(error)}, (0, 0)
         name = name_of(tar)
