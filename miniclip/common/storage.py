@@ -55,6 +55,12 @@ def is_url(location: str) -> bool:
     return _URL.match(location) is not None
 
 
+def lower_scheme(url: str) -> str:
+    """The URL for libraries that know schemes in lower case alone."""
+    scheme, mark, rest = url.partition("://")
+    return scheme.lower() + mark + rest
+
+
 def check_scheme(location: str) -> None:
     """Raises:
     ValueError: a URL of a scheme that is not in SCHEMES, such as those that would run a program, or a chain `a::b`.
@@ -63,7 +69,7 @@ def check_scheme(location: str) -> None:
     if found and "::" in re.sub(r"//\[[0-9a-fA-F:.]+\]", "//host", location):  # an IPv6 address is no chain
         raise ValueError(f"{location!r} chains several schemes with '::', which is refused; give the file's own URL")
     scheme = found and (found[1] or found[2])
-    if scheme and scheme not in SCHEMES:
+    if scheme and scheme.lower() not in SCHEMES:
         raise ValueError(
             f"{location!r} has the scheme {scheme!r}; allowed are {', '.join(SCHEMES)} (no program is run)"
         )
@@ -152,7 +158,7 @@ def join(folder: str, name: str) -> str:
 
 
 def _is_http(location: str) -> bool:
-    return location.startswith(("http://", "https://"))
+    return re.match("https?://", location, re.I) is not None
 
 
 def local_path(location: str) -> Path | None:
@@ -160,7 +166,8 @@ def local_path(location: str) -> Path | None:
     check_scheme(location)
     if not is_url(location):
         return Path(location)
-    return Path(unquote(location.removeprefix("file://"))) if location.startswith("file://") else None
+    scheme, _, path = location.partition("://")
+    return Path(unquote(path)) if scheme.lower() == "file" else None
 
 
 def shown(source: str) -> str:
@@ -246,7 +253,7 @@ def stamps_of(locations: Sequence[str]) -> list[Stamp | None]:
 
 
 def _store_stamp(url: str) -> Stamp:
-    facts = filesystem(url).info(url)
+    facts = filesystem(url).info(lower_scheme(url))
     found = [str(facts[name]) for name in sorted(facts) if name.lower() in _VERSIONS and facts[name]]
     return Stamp(facts.get("size"), " ".join(found))
 
@@ -296,10 +303,10 @@ def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[t
         yield from _web_blocks(url, start, None if size is None else size + 1)
         return
     if size is None:
-        size = int(filesystem(url).info(url)["size"])
+        size = int(filesystem(url).info(lower_scheme(url))["size"])
     while start < size:
         end = size + 1 if start + PIECE_BYTES >= size else start + PIECE_BYTES
-        data: bytes = filesystem(url).cat_file(url, start=start, end=end)
+        data: bytes = filesystem(url).cat_file(lower_scheme(url), start=start, end=end)
         if len(data) < min(end, size) - start:
             raise ConnectionError(
                 f"{len(data)} bytes came from byte {start} on, {min(end, size) - start} were expected"
@@ -337,7 +344,7 @@ def _web_range(url: str, start: int, end: int, size: int) -> bytes | None:
 
 
 def _store_range(url: str, start: int, end: int, size: int) -> bytes:
-    return _whole_range(filesystem(url).cat_file(url, start=start, end=end), start, end)
+    return _whole_range(filesystem(url).cat_file(lower_scheme(url), start=start, end=end), start, end)
 
 
 def _whole_range(data: bytes, start: int, end: int) -> bytes:

@@ -35,6 +35,7 @@ from miniclip.common.storage import (
     name_of,
     parent_of,
     read_bytes,
+    read_range,
     shown,
     stamps_of,
 )
@@ -162,6 +163,24 @@ def test_whatever_would_run_a_program_or_chains_schemes_is_refused_everywhere(lo
 def test_other_schemes_are_refused_with_those_that_are_allowed(location):
     with pytest.raises(ValueError, match=f"'{location.partition(':')[0]}'.*http, https, s3.*hf"):
         check_scheme(location)
+
+
+def test_schemes_have_no_case(serve, cache, tmp_path):
+    server = serve({"/a": CONTENT, "/b": b"b"})
+    for scheme in ("HTTP", "Http"):
+        url = server.url.replace("http", scheme)
+        check_content(cache, url + "/a", size=len(CONTENT))
+        assert read_bytes(url + "/b?key") == b"b"
+        assert exists(url + "/b")
+        assert not exists(url + "/c")
+        assert stamps_of([url + "/b"]) == [(1, "")]
+        assert read_range(url + "/a", 5, 9, len(CONTENT)) == CONTENT[5:9]
+        assert join(f"{url}/d?key", "e") == f"{url}/d/e?key"
+    (tmp_path / "f").write_bytes(b"f")
+    assert read_bytes((tmp_path / "f").as_uri().replace("file", "FILE")) == b"f"
+    for location in ("GOPHER://h/a", "Pipe:touch x", "ZIP://a.zip"):
+        with pytest.raises(ValueError, match="no program is run"):
+            check_scheme(location)
 
 
 def test_urls_and_paths_are_told_apart():
@@ -742,7 +761,7 @@ def bucket(s3):
 def test_s3_gives_files_and_what_exists(bucket, cache):
     check_content(cache, "s3://shards/train/a.tar")
     check_content(cache, "s3://shards/train/a.tar", size=len(CONTENT), sha256=CHECKSUM)
-    assert read_bytes("s3://shards/train/b.tar") == b"b"
+    assert read_bytes("s3://shards/train/b.tar") == read_bytes("S3://shards/train/b.tar") == b"b"
     assert not exists("s3://shards/train/d.tar")
     bucket.put_object(Bucket="shards", Key="train/d.tar", Body=b"d")
     assert exists("s3://shards/train/d.tar")

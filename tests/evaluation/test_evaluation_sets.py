@@ -26,7 +26,7 @@ from miniclip.common import storage
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import CaptionedImages, LabelledImages, MultilabelImages, labelled
-from miniclip.evaluation.datasets.tars import indexed
+from miniclip.evaluation.datasets.tars import hub_location, indexed
 from miniclip.evaluation.prompts import template_set
 from miniclip.evaluation.zero_shot import zero_shot_classifier
 
@@ -563,6 +563,12 @@ def test_sets_and_tars_at_a_url_with_a_query_are_read_with_it(tmp_path):
             assert [data.open(n).tobytes() for n in range(7)] == [picture(n).tobytes() for n in range(7)]
         assert {path.partition("?")[2] for path in [*server.heads, *(path for path, _ in server.gets)]} == {query[1:]}
         assert open_dataset(f"{server.url}/wds_birds{query}").name == "wds_birds"
+
+
+def test_the_address_of_a_hubs_page_has_no_case_but_in_the_names_of_its_sets(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    for page in ("https://hub.example/datasets/A/b", "HTTPS://Hub.example/datasets/A/b/tree/main"):
+        assert hub_location(page) == hub_location("hf-hub:A/b") == "https://hub.example/datasets/A/b/resolve/main"
 
 
 def test_indexed_shards_at_a_url(tmp_path):

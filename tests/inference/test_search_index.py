@@ -806,6 +806,7 @@ def test_an_index_lives_on_s3(photos, counting, s3):
     (photos / "mon/0.png").rename(photos / "moved.png")
     assert counts(index.update(photos)) == {"moved": 1, "gone": 1, "unchanged": 11}
     check(Index("s3://pictures/photos.index", index.encoder), counting, photos)
+    assert len(Index("S3://pictures/photos.index/", index.encoder)) == len(index)
     with pytest.raises(ValueError, match="no index at s3://pictures/other"):
         Index("s3://pictures/other")
 

@@ -56,7 +56,7 @@ def hub_location(source: str) -> str:
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if source.startswith(HUB_PREFIX):
         return f"{hub}/datasets/{source.removeprefix(HUB_PREFIX)}/resolve/main"
-    page = re.fullmatch(re.escape(hub) + r"/datasets/([\w.-]+/[\w.-]+)(/tree/main)?/?", source)
+    page = re.fullmatch(f"(?i:{re.escape(hub)})" + r"/datasets/([\w.-]+/[\w.-]+)(/tree/main)?/?", source)
     path, query = split_query(source)
     return f"{hub}/datasets/{page[1]}/resolve/main" if page else path.rstrip("/") + query
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from ...common.arguments import FLOAT32
 from ...common.files import expand_home, locked
-from ...common.storage import is_url
+from ...common.storage import is_url, lower_scheme
 
 NAMES = ("key", "path", "source")  # `storable`, since a table's texts are UTF-8
 OWN_COLUMNS = (*NAMES, "stamp", "content", "features")
@@ -423,7 +423,9 @@ def writing(location: str | Path) -> Iterator[None]:
 
 
 def settled(location: str | Path) -> str:
-    return str(location).rstrip("/") if is_url(str(location)) else str(Path(os.path.abspath(expand_home(location))))  # noqa: PTH100
+    if is_url(str(location)):
+        return lower_scheme(str(location)).rstrip("/")
+    return str(Path(os.path.abspath(expand_home(location))))  # noqa: PTH100
 
 
 def _is_empty(path: Path) -> bool:
@@ -465,7 +467,7 @@ def _storage_options(location: str) -> dict[str, str] | None:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if not location.startswith("s3://") or not endpoint:
         return None
-    return {"endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+    return {"endpoint": endpoint, "allow_http": str(endpoint.lower().startswith("http://")).lower()}
 
 
 def storable(name: str) -> str:
