@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -128,7 +127,7 @@ def indexed(source: str) -> Shards:
         ValueError: a tar is not there, or damaged; or no index is kept, and the server can't be asked.
     """
     tars, folder = tar_locations(source), cache_folder("indexes")
-    of_names = _digest([tar if is_url(tar) else str(Path(tar).resolve()) for tar in tars])
+    of_names = digest_lines(tar if is_url(tar) else str(Path(tar).resolve()) for tar in tars)[:16]
     try:
         stamps = stamps_of(tars)
     except ValueError:
@@ -137,7 +136,7 @@ def indexed(source: str) -> Shards:
             raise
         _warn_of_kept(source, kept[-1].parent, "the server can't be asked whether they have changed")
         return Shards(kept[-1].parent, needs_captions=False)
-    out = folder / f"{of_names}-{_digest(stamps)}"
+    out = folder / f"{of_names}-{digest_lines(map(repr, stamps))[:16]}"
     with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {shown(source)}"):
         is_kept = (out / INDEX_FILE).is_file()
         if not is_kept:
@@ -145,10 +144,6 @@ def indexed(source: str) -> Shards:
     if is_kept and Stamp() in stamps:
         _warn_of_kept(source, out, "the server says neither the size nor the version of one")
     return Shards(out, needs_captions=False)
-
-
-def _digest(facts: Sequence[Any]) -> str:
-    return hashlib.sha256(repr(facts).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def _warn_of_kept(source: str, folder: Path, why: str) -> None:
