@@ -6,16 +6,19 @@ once, and only then gets its name. So what has its name is whole, and is not has
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..common import cache
-from ..common.files import expand_home, locked, user_cache
+from ..common.files import expand_home, locked, user_cache, write_text
 from ..common.storage import NotKeptError
-from .folders import files_to_fetch
+from ..common.wording import some
+from .folders import CONFIG_FILE, files_to_fetch, pair_in
 
 # The published addresses (OpenAI's clip/clip.py): the folder is the file's SHA-256.
 OPENAI_BASE_URL = "https://openaipublic.azureedge.net/clip/models"
@@ -49,23 +52,63 @@ def fetch_openai(name: str, download_root: str | Path | None = None) -> Path:
 
 
 def fetch_hub(name: str, download_root: str | Path | None = None) -> Path:
-    """A model's folder in Hugging Face's cache, downloaded if it is not there yet.
+    """A model's folder in Hugging Face's cache, of the newest commit on the hub's main branch.
+
+    What is missing of it is fetched. Where the hub can't be asked, the commit that the cache has as `main` is taken. A
+    warning says so, and another one says when the commit is not the one that the cache had.
 
     Raises:
         ValueError: the model can't be had.
     """
-    from huggingface_hub import HfApi, snapshot_download  # only this needs it
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants, snapshot_download  # only this needs it
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    repository = name.removeprefix(HUB_PREFIX)
+    repository, cached = name.removeprefix(HUB_PREFIX), None
     with _refusing(name):
-        try:  # what is there already needs no network
-            return Path(snapshot_download(repository, cache_dir=download_root, local_files_only=True))
-        except LocalEntryNotFoundError:
-            listed = HfApi().model_info(repository)
+        with suppress(LocalEntryNotFoundError):  # whatever there is of it: another library may have fetched one file
+            cached = Path(
+                snapshot_download(repository, cache_dir=download_root, local_files_only=True, allow_patterns=[])
+            )
+        try:
+            listed = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as error:  # as for the hub's own libraries, what is here then stands for what is there
+            if cached is None:
+                raise
+            _refuse_part(cached, name)
+            if not isinstance(error, OfflineModeIsEnabled):
+                reason = f"the hub can't be asked ({_first_line(error)})"
+                warnings.warn(f"{name}: {reason}; the cache's commit {cached.name} is loaded", stacklevel=2)
+            return cached
     wanted = files_to_fetch([file.rfilename for file in listed.siblings or ()], name)
     with _refusing(name):
-        return Path(snapshot_download(repository, revision=listed.sha, allow_patterns=wanted, cache_dir=download_root))
+        folder = Path(
+            snapshot_download(repository, revision=listed.sha, allow_patterns=wanted, cache_dir=download_root)
+        )
+        # By the cache's documented layout. A download by number does not write it, and one of `main` does too early,
+        # when its files have not come.
+        write_text(folder.parent.parent / "refs" / "main", folder.name)
+    if cached is not None and cached.name != folder.name:
+        warnings.warn(f"{name} is commit {folder.name} now; the cache had {cached.name}", stacklevel=2)
+    return folder
+
+
+def _refuse_part(folder: Path, name: str) -> None:
+    """Raises a ValueError if a folder of the cache lacks configuration or weights, and warns if it may lack more.
+
+    Which files belong to it only the hub knows.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    try:
+        config, _ = pair_in(names, name)
+    except ValueError as error:
+        raise ValueError(f"the hub can't be asked, and of it the cache has only {some(names)}") from error
+    is_hf = config == CONFIG_FILE and "model_type" in json.loads((folder / config).read_bytes())
+    if is_hf and not any(each.endswith("processor_config.json") for each in names):
+        warnings.warn(
+            f"the cache has no preprocessor_config.json of {name}, and the hub can't be asked for one: pictures are "
+            "prepared as OpenAI's code does it",
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -73,10 +116,14 @@ def _refusing(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the hub's errors, and those of the library that it talks through
-        reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{name!r} can't be had: {reason}. Without a network, copy the model's folder here and give its path"
+            f"{name!r} can't be had: {_first_line(error)}. Without a network, copy the model's folder here and give "
+            "its path"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 def download(url: str, path: Path, sha256: str) -> Path:

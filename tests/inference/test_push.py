@@ -235,3 +235,82 @@ def test_converting_to_hugging_faces_layout_writes_a_card_that_shows_its_library
     images = torch.stack([load(model)[1](picture())])
     found, expected = (load(folder, "cpu")[0].encode_image(images) for folder in (tmp_path / "hf", model))
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+# ---- what is loaded from the hub, and from its cache
+
+LOADED = """
+import sys, warnings, miniclip
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        print(float(miniclip.from_pretrained("owner/birds", device="cpu")[0].text.text_projection.double().sum()))
+    except ValueError as error:
+        print(error)
+print(*(each.message for each in caught if "hf-hub" in str(each.message)), sep="\\n")
+"""
+CONFIG_ALONE = "from huggingface_hub import hf_hub_download; hf_hub_download('owner/birds', 'config.json')"
+
+
+def loaded(hub: Hub, home: Path, **offline: str) -> tuple[str, str]:
+    """What a process of its own loads (the sum of a weight) or why not, and its warnings."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **offline},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    value, _, warned = done.stdout.partition("\n")
+    return value, warned.strip()
+
+
+def weight_of(clip) -> str:
+    return str(float(clip.text.text_projection.double().sum()))
+
+
+@pytest.fixture
+def shared(model, tmp_path):
+    """A hub that has the model."""
+    with Hub() as hub:
+        assert push(hub, tmp_path / "pusher", str(model), "owner/birds").returncode == 0
+        yield hub
+
+
+def test_what_another_library_left_of_a_model_in_the_cache_is_completed(shared, tmp_path):
+    home = tmp_path / "home"
+    assert in_process(shared, home, "-c", CONFIG_ALONE).returncode == 0
+    value, _ = loaded(shared, home, HF_HUB_OFFLINE="1")
+    assert "of it the cache has only config.json" in value
+    assert loaded(shared, home) == (weight_of(tiny_clip(3)), "")
+    assert loaded(shared, home, HF_HUB_OFFLINE="1") == (weight_of(tiny_clip(3)), "")
+
+
+def test_a_model_that_was_loaded_once_is_loaded_offline(shared, tmp_path):
+    home = tmp_path / "home"
+    loaded(shared, home)
+    num_requests = len(shared.requests)
+    assert loaded(shared, home, HF_HUB_OFFLINE="1") == (weight_of(tiny_clip(3)), "")
+    assert len(shared.requests) == num_requests
+    shared.fault = lambda method, path: 503
+    value, warned = loaded(shared, home)
+    assert value == weight_of(tiny_clip(3))
+    assert f"the cache's commit {shared.repositories['owner/birds'].sha()}" in warned
+
+
+def test_a_second_load_fetches_nothing_and_one_after_a_push_says_which_commit_it_is(shared, model, tmp_path):
+    home = tmp_path / "home"
+    loaded(shared, home)
+    before, shared.requests[:] = shared.repositories["owner/birds"].sha(), []
+    assert loaded(shared, home) == (weight_of(tiny_clip(3)), "")
+    assert not [path for _, path in shared.requests if "/resolve/" in path]
+    save(tiny_clip(4), model, overwrite=True)
+    assert push(shared, tmp_path / "pusher", str(model), "owner/birds", "--overwrite").returncode == 0
+    shared.requests.clear()
+    value, warned = loaded(shared, home)
+    assert value == weight_of(tiny_clip(4))
+    assert (
+        warned == f"hf-hub:owner/birds is commit {shared.repositories['owner/birds'].sha()} now; the cache had {before}"
+    )
+    assert [path.rpartition("/")[2] for method, path in shared.requests if method == "GET" and "/resolve/" in path] == [
+        "model.safetensors"
+    ]
+    assert loaded(shared, home, HF_HUB_OFFLINE="1") == (weight_of(tiny_clip(4)), "")
