@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ..common.files import atomic_write, csv_line
+from ..common.storage import without_secrets
 from ..common.wording import printable
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def note(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+    print(printable(without_secrets(text)), file=sys.stderr, flush=True)
 
 
 def note_left_out(left_out: Sequence[LeftOut]) -> None:

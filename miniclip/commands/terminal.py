@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..common.arguments import PRECISIONS
+from ..common.storage import without_secrets
 from ..common.wording import printable
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def plain_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category is UserWarning:
-            print(f"note: {printable(str(message))}", file=sys.stderr)
+            print(f"note: {printable(without_secrets(str(message)))}", file=sys.stderr)
         else:
             shown(message, category, *place, **more)
 
@@ -206,6 +207,6 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         redirect_stdout=sys.stdout.isatty(),
     )
     with bar:
-        task = bar.add_task(printable(what), total=total, rate="")
+        task = bar.add_task(printable(without_secrets(what)), total=total, rate="")
         begin = time.perf_counter()
         yield lambda done: bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - begin):.0f}/s")

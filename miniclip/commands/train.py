@@ -27,6 +27,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 
 from ..common.files import user_errors, write_text
+from ..common.storage import without_secrets
 from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
@@ -83,7 +84,7 @@ class _Parser(LightningArgumentParser):
             message = f"class_path {unusable[1]!r} cannot be used: {unusable[2]}{_did_you_mean(unusable[1])}"
         elif wrong := re.match(r'Parser key "([\w.]+)":', message):
             message = _wrong_type(wrong[1], message) or message
-        print(f"error: {message}\n({_program()} fit --help lists every key)", file=sys.stderr)
+        print(f"error: {without_secrets(message)}\n({_program()} fit --help lists every key)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -280,11 +281,12 @@ class TrainingCLI(LightningCLI):
         self.model.warmup_steps(self.trainer.max_steps, data)
         run_settings.refuse_validations(self.trainer, steps_per_epoch, bool(data.val))
         if _is_rank_zero():
-            print(f"{data.describe()}\n{length}", flush=True)
+            print(f"{without_secrets(data.describe())}\n{length}", flush=True)
             if shards := data.trained_on():
+                first = without_secrets(some(shards, 3))
                 print(
-                    f"warning: data.val has shards that are trained on ({some(shards, 3)}), so its scores say little "
-                    "of other pairs",
+                    f"warning: data.val has shards that are trained on ({first}), so its scores say little of other "
+                    "pairs",
                     file=sys.stderr,
                 )
             for warning in (
@@ -300,7 +302,7 @@ class TrainingCLI(LightningCLI):
                     positives=self.model.positives,
                 )
             ):
-                print(f"warning: {warning}", file=sys.stderr)
+                print(f"warning: {without_secrets(warning)}", file=sys.stderr)
         if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():
             run_settings.remove_results(self.run_folder)
         self._stalls.start(self.trainer)
@@ -316,7 +318,7 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
         if self.subcommand == "fit":
             given = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
-            resumption = Resumption(run_settings.material(json.loads(given)))
+            resumption = Resumption(run_settings.material(json.loads(without_secrets(given))))
             callbacks += [resumption, StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
@@ -325,8 +327,8 @@ class TrainingCLI(LightningCLI):
                 trainer.max_steps = math.ceil(settings.max_samples / settings.data.batch_size)
             last, best = (run_settings.checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
             python = run_settings.interpreter()
-            typed = run_settings.command_line(sys.argv, python)
-            resume_command = run_settings.resume_command(sys.argv, python)
+            typed = without_secrets(run_settings.command_line(sys.argv, python))
+            resume_command = without_secrets(run_settings.resume_command(sys.argv, python))
             monitor, mode = run_settings.monitor(settings), settings.monitor_mode
             callbacks.append(LostProcesses(lambda: what_is_kept(last, resume_command)))
             callbacks.append(RunReport(run, typed, monitor, mode))

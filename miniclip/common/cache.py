@@ -15,7 +15,7 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from .files import cache_folder, locked, remove, sync
-from .storage import PIECE_BYTES, NotKeptError, local_path, patiently, read_blocks, shown, size_of
+from .storage import PIECE_BYTES, NotKeptError, local_path, patiently, read_blocks, size_of, without_secrets
 
 
 class Cache:
@@ -68,7 +68,7 @@ class Cache:
         if file := self._reopen(path, size):
             return file
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(_beside(path, ".lock"), f"another process is fetching {url}", patience_s):
+        with locked(_beside(path, ".lock"), f"another process is fetching {without_secrets(url)}", patience_s):
             return self._reopen(path, size) or self._fetch(url, path, size, sha256)
 
     def verified(self, url: str, sha256: str, version: str = "") -> None:
@@ -106,7 +106,7 @@ class Cache:
             partial.unlink(missing_ok=True)
         problem = download(url, partial, size, sha256) and download(url, partial, size, sha256)
         if problem:
-            raise ValueError(f"{url} has {problem}; it was fetched twice and thrown away")
+            raise ValueError(f"{without_secrets(url)} has {problem}; it was fetched twice and thrown away")
         with locked(*folder_lock):
             self._make_room(url, path, partial.stat().st_size)  # others may have come meanwhile
             os.replace(partial, path)
@@ -117,7 +117,9 @@ class Cache:
         partial = _beside(path, ".part")
         if size > self.limit_bytes:
             partial.unlink(missing_ok=True)
-            raise ValueError(f"{url} has {size:,} bytes; the cache holds at most limit_bytes={self.limit_bytes:,}")
+            raise ValueError(
+                f"{without_secrets(url)} has {size:,} bytes; the cache holds at most limit_bytes={self.limit_bytes:,}"
+            )
         # By a pattern of its own, as the folder may hold other people's files.
         names = "*-" + "[0-9a-f]" * 32 + ".cached*"
         others = (other for other in self.folder.glob(names) if other not in (path, partial))
@@ -202,7 +204,7 @@ def _keeping(url: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise NotKeptError(f"{shown(url)} can't be kept in {folder}: {error}") from error
+        raise NotKeptError(f"{without_secrets(url)} can't be kept in {folder}: {error}") from error
 
 
 def download(

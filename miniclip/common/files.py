@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .storage import without_secrets
 from .wording import printable, some
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
             raise SystemExit(0) from None
         if os.environ.get("MINICLIP_TRACEBACK"):
             raise
-        print(f"error: {printable(str(error))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {printable(without_secrets(str(error)))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("Stopped.", file=sys.stderr)

@@ -34,6 +34,12 @@ _VERSIONS = {"etag", "generation", "blob_id", "lastmodified", "last_modified", "
 
 # `scheme://`, fsspec's chains (`scheme::`), and the forms that other libraries hand to a shell (`pipe:`, `file+pipe:`).
 _URL = re.compile(r"([a-z][\w.+-]*)(?:://|::)|((?:[\w.-]+\+)*(?:pipe|shell|exec|cmd|popen)(?:\+[\w.-]+)*):", re.I)
+# Of a URL, also within a sentence, a command line or YAML: who asks, and what a query holds.
+_USER = re.compile(
+    r"""(\bhttps?://)[^/?#\s"<>]*@|(\b[a-z][\w.+-]*://)[^/?#\s"<>:\[]*:(?!\d*(?:[/?#]|$))[^\s"<>@]*@""", re.I
+)
+_VALUE = re.compile(r"""([?&](?:amp;)?[\w.~%+\[\]-]+=)[^\s&"<>]*?(?=['),.;:\]}]*(?:[\s&"<>]|$))""")
+_BARE_VALUE = re.compile(r"""(\b[a-z][\w.+-]*://[^\s"<>?]*\?(?:[^\s"<>]*&)?)[^\s"<>&=…]+(?=[\s"<>&]|$)""", re.I)
 # A generator of its own: retries must not advance the seeded ones, and forked workers must not wait in step.
 _jitter = random.SystemRandom()
 # Network errors have no common base class. These are the caller's mistakes, or permanent.
@@ -61,17 +67,29 @@ def lower_scheme(url: str) -> str:
     return scheme.lower() + mark + rest
 
 
+def without_secrets(text: str) -> str:
+    """A URL, or a text that may hold some, as it may be shown, kept and published: without user and password, and with
+    `…` for each value of a query, as `?token=…` has."""
+    text, found = _VALUE.sub(r"\1…", _USER.sub(lambda found: found[1] or found[2], text)), 1
+    while found:
+        text, found = _BARE_VALUE.subn(r"\1…", text)
+    return text
+
+
 def check_scheme(location: str) -> None:
     """Raises:
     ValueError: a URL of a scheme that is not in SCHEMES, such as those that would run a program, or a chain `a::b`.
     """
     found = _URL.match(location)
     if found and "::" in re.sub(r"//\[[0-9a-fA-F:.]+\]", "//host", location):  # an IPv6 address is no chain
-        raise ValueError(f"{location!r} chains several schemes with '::', which is refused; give the file's own URL")
+        raise ValueError(
+            f"{without_secrets(location)!r} chains several schemes with '::', which is refused; give the file's own URL"
+        )
     scheme = found and (found[1] or found[2])
     if scheme and scheme.lower() not in SCHEMES:
         raise ValueError(
-            f"{location!r} has the scheme {scheme!r}; allowed are {', '.join(SCHEMES)} (no program is run)"
+            f"{without_secrets(location)!r} has the scheme {scheme!r}; allowed are {', '.join(SCHEMES)} (no program is "
+            "run)"
         )
 
 
@@ -117,14 +135,14 @@ def expand(location: str) -> list[str]:
             cuts.append(place)
         place += 1
     if depth or "}" in head:
-        raise ValueError(f"{location!r} has an unmatched brace")
+        raise ValueError(f"{without_secrets(location)!r} has an unmatched brace")
     if not brace:
         return [location]
     parts = [location[start + 1 : end] for start, end in pairwise([*cuts, place])]
     names = [name for part in parts for name in expand(part)] if len(parts) > 1 else _range(parts[0], location)
     tails = expand(location[place + 1 :])
     if len(names) * len(tails) > _MOST_NAMES:
-        raise ValueError(f"{location!r} stands for more than {_MOST_NAMES:,} names")
+        raise ValueError(f"{without_secrets(location)!r} stands for more than {_MOST_NAMES:,} names")
     return [head + name + tail for name in names for tail in tails]
 
 
@@ -132,14 +150,15 @@ def _range(text: str, location: str) -> list[str]:
     found = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", text)
     if not found:
         raise ValueError(
-            f"{{{text}}} in {location!r} is neither a range such as {{000..012}} nor a list such as {{a,b}}"
+            f"{{{text}}} in {without_secrets(location)!r} is neither a range such as {{000..012}} nor a list such as "
+            "{a,b}"
         )
     first, last = int(found[1]), int(found[2])
     is_padded = any(len(end) > 1 and end.startswith("0") for end in found.groups())
     width = max(len(found[1]), len(found[2])) if is_padded else 0
     step = 1 if last >= first else -1
     if abs(last - first) >= _MOST_NAMES:
-        raise ValueError(f"{{{text}}} in {location!r} stands for more than {_MOST_NAMES:,} names")
+        raise ValueError(f"{{{text}}} in {without_secrets(location)!r} stands for more than {_MOST_NAMES:,} names")
     return [f"{number:0{width}d}" for number in range(first, last + step, step)]
 
 
@@ -150,7 +169,7 @@ def join(folder: str, name: str) -> str:
         ValueError: the name leads out of the folder (names may come from a file that someone else wrote).
     """
     if name.startswith("/") or ".." in name.split("/") or is_url(name):
-        raise ValueError(f"{name!r} can't be a file in {folder}: it leads out of it")
+        raise ValueError(f"{name!r} can't be a file in {without_secrets(folder)}: it leads out of it")
     if not is_url(folder):
         return str(Path(folder) / name)
     base, query = split_query(folder)
@@ -168,20 +187,6 @@ def local_path(location: str) -> Path | None:
         return Path(location)
     scheme, _, path = location.partition("://")
     return Path(unquote(path)) if scheme.lower() == "file" else None
-
-
-def shown(source: str) -> str:
-    """A location as it may be printed: without a URL's user and password, and with … for the values of its query.
-
-    >>> shown("https://me:secret@host/a.tar?sv=2024&sig=abc%3D")
-    'https://host/a.tar?sv=…&sig=…'
-    """
-    if not is_url(source):
-        return source
-    path, mark, query = source.partition("?")
-    path = re.sub(r"(?<=://)[^/]*@", "", path, count=1)
-    values = [f"{name}=…" if equals else "…" for name, equals, _ in (each.partition("=") for each in query.split("&"))]
-    return path + mark + ("&".join(values) if mark else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,10 +509,21 @@ def patiently(url: str, action: Callable[[], T]) -> T:
             raise
         except Exception as error:
             if wait is None or not _is_worth_a_retry(error):
-                reason = f"{type(error).__name__}: {error}"
-                raise ValueError(f"{url} can't be read ({tries} tr{'y' if tries == 1 else 'ies'}): {reason}") from error
+                reason = f"{type(error).__name__}: {_without_secrets_of(url, str(error))}"
+                shown = f"{without_secrets(url)} can't be read ({tries} tr{'y' if tries == 1 else 'ies'})"
+                raise ValueError(f"{shown}: {reason}") from error
             time.sleep(wait * _jitter.uniform(0.5, 1.0))
     raise AssertionError("the last try returns or raises")
+
+
+def _without_secrets_of(url: str, reason: str) -> str:
+    """A store's own words, which may quote a part of the URL."""
+    if is_url(url):
+        values = [part.partition("=")[2] for part in url.partition("?")[2].split("&")]
+        password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
+        for secret in sorted({password, *values, *map(unquote, (password, *values))}, key=len, reverse=True):
+            reason = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "…", reason) if secret else reason
+    return without_secrets(reason)
 
 
 def _is_worth_a_retry(error: BaseException) -> bool:

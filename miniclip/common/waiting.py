@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from .storage import without_secrets
+
 T_co = TypeVar("T_co", covariant=True)
 
 _POLL_S = 0.5
@@ -118,12 +120,15 @@ class PatientLoader(DataLoader[T_co]):
             if failure := self._failure(fetcher):
                 raise failure
             if waited >= silence_s:
-                print(f"No batch has come for {waited:.0f} s. The next one needs {self.needed()}.", file=sys.stderr)
+                print(
+                    f"No batch has come for {waited:.0f} s. The next one needs {without_secrets(self.needed())}.",
+                    file=sys.stderr,
+                )
                 silence_s = 2 * waited
             if activity.idle_s(waited) >= self.patience_s:
                 raise StalledDataError(
                     f"no batch has come for {waited:.0f} s, and nothing was read meanwhile: {activity.states()}. "
-                    f"The next batch needs {self.needed()}"
+                    f"The next batch needs {without_secrets(self.needed())}"
                 )
 
     def _failure(self, fetcher: _Fetcher) -> StalledDataError | None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..common.cache import Cache
 from ..common.processes import own_indices
-from ..common.storage import is_url
+from ..common.storage import is_url, without_secrets
 from ..common.waiting import PatientLoader
 from ..common.wording import some
 from ..config import Interpolation, Preprocessing, Resize
@@ -272,7 +272,7 @@ class PairDataModule(pl.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.train_stream is not None and (left_out := self.train_stream.summary()):
-            print(left_out, file=sys.stderr)
+            print(without_secrets(left_out), file=sys.stderr)
 
     def trained_on(self) -> list[str]:
         """The shards of `val` that are trained on, too."""

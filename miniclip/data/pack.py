@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import locked, refuse_foreign, swap_in, write_text
+from ..common.storage import without_secrets
 from .preparing import Results, prepared_by_threads, prepared_on_ray
 from .reading.pair import Pair, Pairs, fingerprint
 from .reading.scan import IMAGE_SUFFIXES, LeftOut
@@ -81,7 +82,7 @@ def pack(
     if not len(pairs):
         what = f"no image ({', '.join(IMAGE_SUFFIXES)}) with a .txt of the same name beside it"
         raise ValueError(f"no pairs found in {source}: it holds {what if Path(source).is_dir() else 'no rows'}")
-    here = str(Path(source).resolve()) if Path(source).exists() else source  # photos is photos/
+    here = str(Path(source).resolve()) if Path(source).exists() else without_secrets(source)  # photos is photos/
     plan = {"schema": SCHEMA_VERSION, "source": here, "pairs": len(pairs), "fingerprint": fingerprint(pairs)}
     plan |= {"found": pairs.found if isinstance(pairs, Pairs) else ""} | asdict(packing)
     work = out.with_name(f"{out.name}.partial")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..common.storage import is_url, read_bytes
+from ..common.storage import is_url, read_bytes, without_secrets
 from ..common.thumbnail import thumbnail
 from ..images import open_image, orientation, read_header
 from .advice import what_spoils
@@ -77,15 +77,17 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         picture = thumbnail(image, _CONTACT_BOX) if with_thumbnail else ""
         digest, blank = hashlib.sha256(data).digest(), len(lines) - len(captions)
         facts = (image.size, header.format or "?", mode, orientation(header) != 1, digest, len(data), picture)
-        return Look(pair.source, "", "", captions, blank, *facts)
+        return Look(without_secrets(pair.source), "", "", captions, blank, *facts)
     except Exception as error:  # a damaged picture can raise anything
-        return Look(pair.source, message_of(error), reason_kind(message_of(error), pair))
+        reason = message_of(error)
+        return Look(without_secrets(pair.source), reason, reason_kind(reason, pair))
 
 
 def reason_kind(reason: str, pair: Pair) -> str:
     """The reason without the sample's own names and numbers, so that equal ones can be counted."""
     known = [pair.source, pair.source.rpartition(":")[2], pair.image if isinstance(pair.image, Path | str) else ""]
     names = {part for name in map(str, known) for part in (name, Path(name).name, Path(name).stem + ".")} - {"", "."}
+    names |= {without_secrets(name) for name in names}
     for name in sorted(names, key=len, reverse=True):
         reason = re.sub(rf"(?<!\w){re.escape(name)}" + (r"\w+" if name[-1] == "." else r"(?!\w)"), "…", reason)
     return re.sub(r"\w+://\S+|(?<!\w)/\S+|(?<![\w-])(0x[0-9a-f]+|\d+)", "…", reason)
@@ -144,7 +146,7 @@ def examine(
     shown = [look for look in (looks[place] for place in candidates) if look.thumbnail][:_CONTACTS]
     return replace(
         count(looks, len(pairs), image_size, context_length, batch_size),
-        source=source,
+        source=without_secrets(source),
         needed=needed,
         read_bytes_per_s=read_size / read_s,
         decode_images_per_s=_decode_rate(timed, image_size),

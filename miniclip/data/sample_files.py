@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, JpegImagePlugin
 
-from ..common.storage import read_bytes
+from ..common.storage import read_bytes, without_secrets
 from ..images import open_image, orientation, read_header, upright
 from .augmentation import jpeg_size
 from .reading.cells import captions_in, one_line
@@ -91,7 +91,7 @@ def prepare(pairs: Sequence[Pair], index: int, packing: Packing) -> Prepared | R
         name, problem = pair.source, pair.problem
         return _members(pair, packing)
     except (OSError, ValueError) as error:
-        return Rejection(name, str(error), bool(problem) or isinstance(error, OSError))
+        return Rejection(without_secrets(name), str(error), bool(problem) or isinstance(error, OSError))
 
 
 def _members(pair: Pair, packing: Packing) -> Prepared:
@@ -110,7 +110,7 @@ def _members(pair: Pair, packing: Packing) -> Prepared:
     name = pair.image.name if isinstance(pair.image, Path) else pair.source
     is_turned = packing.upright and _is_turned(original)
     suffix, data, (width, height) = _stored_image(original, name, packing, is_turned)
-    facts = {"source": pair.source, **pair.extra, "width": width, "height": height}
+    facts = {"source": without_secrets(pair.source), **pair.extra, "width": width, "height": height}
     members = {
         suffix: data,
         "txt": text.encode("utf-8"),

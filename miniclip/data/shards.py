@@ -24,7 +24,7 @@ import numpy as np
 
 from ..common.cache import Cache
 from ..common.files import read_at
-from ..common.storage import check_scheme, exists, expand, is_url, join, name_of, parent_of, read_bytes, shown
+from ..common.storage import check_scheme, exists, expand, is_url, join, name_of, parent_of, read_bytes, without_secrets
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.json_tables import RepeatedNameError, parse_json
@@ -200,9 +200,8 @@ class Shards:
         shard, row = self.locate(index)
         entry = self.entries[shard]
         # The names of tars alone do not tell those of several sources apart.
-        return (
-            f"{entry.name if len(self.num_shards) == 1 else shown(entry.location)}:{self._shard(shard)[1]['key'][row]}"
-        )
+        name = entry.name if len(self.num_shards) == 1 else without_secrets(entry.location)
+        return f"{name}:{self._shard(shard)[1]['key'][row]}"
 
     def info(self, index: int) -> dict[str, Any]:
         """The facts of the sample's `.json` and its `.cls`; empty if it has neither.

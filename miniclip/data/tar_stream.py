@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..common.cache import Cache
 from ..common.processes import all_gather_objects
-from ..common.storage import exists, is_url, join, name_of, shown
+from ..common.storage import exists, is_url, join, name_of, without_secrets
 from ..common.waiting import PatientLoader
 from ..common.wording import some
 from .indexing.index_tars import tar_locations
@@ -94,12 +94,12 @@ class StreamLoader(PatientLoader[Part]):
         return list(self._trained.values())
 
     def needed(self) -> str:
-        return f"a tar of {some([shown(tar.location) for tar in self.stream.tars], 2)}"
+        return f"a tar of {some([without_secrets(tar.location) for tar in self.stream.tars], 2)}"
 
     def _report(self, left_out: list[LeftOut]) -> None:
         for each in left_out:
             if each.reason not in self.left_out:
-                print(f"left out of the stream: {each.source} ({each.reason})", file=sys.stderr)
+                print(f"left out of the stream: {without_secrets(each.source)} ({each.reason})", file=sys.stderr)
             self.left_out[each.reason] += each.count
 
     def state_dict(self) -> dict[str, Any]:

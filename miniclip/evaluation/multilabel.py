@@ -91,7 +91,7 @@ class MultilabelScores(ClassScores):
         names = np.array(self.classnames, dtype=object)
         return self.with_metadata(
             {
-                "image": [self.data.key(index) for index in self.indices],
+                "image": [self.data.shown(index) for index in self.indices],
                 "labels": [names[row].tolist() for row in self.labels],
                 "cosines": list(self.cosines),
             }

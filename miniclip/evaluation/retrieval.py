@@ -108,7 +108,7 @@ class RetrievalScores(Scores):
         return {
             "num_texts": len(self.captions),
             "samples": {
-                "keys": [self.data.key(index) for index in self.indices],
+                "keys": [self.data.shown(index) for index in self.indices],
                 "image_of_text": self.image_of_text.tolist(),
                 "captions": digest_lines(self.captions),
                 "ranks_of_images": self.metrics.images.ranks.tolist(),  # of each text
@@ -121,7 +121,7 @@ class RetrievalScores(Scores):
         texts = self.metrics.texts
         rank_of_texts = dict(zip(texts.queries.tolist(), texts.ranks.tolist(), strict=True))
         return {
-            "image": [self.data.key(self.indices[row]) for row in self.image_of_text],
+            "image": [self.data.shown(self.indices[row]) for row in self.image_of_text],
             "caption": list(self.captions),
             "rank_of_image": self.metrics.images.ranks,
             "rank_of_texts": [rank_of_texts[row] for row in self.image_of_text.tolist()],

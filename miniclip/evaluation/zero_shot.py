@@ -376,7 +376,7 @@ class ClassificationScores(ClassScores):
             "confusion": metrics.confusion.matrix().tolist() if len(names) <= _MOST_CONFUSION_CLASSES else None,
             "calibration": metrics.calibration.as_dict(),
             "samples": {
-                "keys": [self.data.key(index) for index in self.indices],
+                "keys": [self.data.shown(index) for index in self.indices],
                 "labels": self.labels.tolist(),
                 "guesses": self.ranked[:, 0].tolist(),
                 "cosines": [round(float(value), 6) for value in self.cosines[:, 0]],
@@ -389,7 +389,7 @@ class ClassificationScores(ClassScores):
         names = np.array(self.classnames, dtype=object)
         return self.with_metadata(
             {
-                "image": [self.data.key(index) for index in self.indices],
+                "image": [self.data.shown(index) for index in self.indices],
                 "label": names[self.labels].tolist(),
                 "guess": names[self.ranked[:, 0]].tolist(),
                 "is_right": self.is_right,

@@ -86,4 +86,4 @@ def queries(scores: Scores, thumbnails: Thumbnails) -> list[dict[str, Any]]:
 
 
 def _picture(data: Any, index: int, thumbnails: Thumbnails) -> dict[str, Any]:
-    return {"picture": thumbnails(data, index), "name": data.key(index).rpartition("/")[2]}
+    return {"picture": thumbnails(data, index), "name": data.shown(index).rpartition("/")[2]}

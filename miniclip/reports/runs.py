@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from ..common.storage import without_secrets
+
 PAGE_FILE, RUN_FILE, METRICS_FILE = "report.html", "run.json", "metrics.csv"
 # What every record has.
 _RECORDED = ("status", "seconds", "step", "max_steps", "command", "device", "precision", "peak_source", "versions")
@@ -27,7 +29,7 @@ class Run:
         name: its folder.
         curves: (step, value) by the name of the metric; steps count from 0.
         starts: what each start, or resumption, recorded of itself (`run.json`), in order.
-        config: its settings, as YAML.
+        config: its settings, as YAML, without the secrets of URLs.
         settings: what that YAML holds; empty where it is damaged.
         problems: what of its files is damaged and was left out.
     """
@@ -95,7 +97,7 @@ def read_run(folder: str | Path) -> Run:
         else:
             starts += [] if start is None else [start]
     config = logs[-1] / "config.yaml"
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    text = without_secrets(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else ""
     settings: dict[str, Any] = {}
     try:
         settings, tags = read_settings(text)
@@ -123,7 +125,7 @@ def _read_start(log: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        start = json.loads(path.read_text(encoding="utf-8"))
+        start = json.loads(without_secrets(path.read_text(encoding="utf-8")))
         began = datetime.datetime.fromisoformat(start["began"]).timestamp()
         if missing := [name for name in _RECORDED if name not in start]:
             raise ValueError(f"it lacks {', '.join(missing)}")

@@ -19,6 +19,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..common.processes import gather
+from ..common.storage import without_secrets
 from ..common.waiting import PatientLoader
 from ..data.pairs import Batch
 from ..evaluation.measures.ranking import finds_own
@@ -216,7 +217,7 @@ class RejectedSamples(Callback):
         self.num_rejected += len(batch.problems)
         self.num_truncated += batch.num_truncated
         for problem in batch.problems:
-            print(f"left out: {problem}", file=sys.stderr)
+            print(f"left out: {without_secrets(problem)}", file=sys.stderr)
         # At least as many samples as one rejected one is allowed for, else a single one would stop every run.
         seen = max(self.num_seen, 1 / max(module.max_rejected, 1e-9))
         if self.num_rejected > module.max_rejected * seen:

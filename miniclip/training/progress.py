@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..common.files import write_text
+from ..common.storage import without_secrets
 from ..common.watch import Watch, where_is
 from ..common.wording import counted
 from ..fast import matmul
@@ -201,7 +202,7 @@ class RunReport(Callback):
         elif isinstance(exception, KeyboardInterrupt):
             status = "stopped"
         else:
-            status = f"failed: {exception}"
+            status = without_secrets(f"failed: {exception}")
         self._end(trainer, status)
 
     def _end(self, trainer: pl.Trainer, status: str) -> None:

@@ -171,7 +171,7 @@ def _paths(data: EvaluationSet, texts: Sequence[str], options: argparse.Namespac
         raise ValueError(f"--out {out} is neither a folder nor a .png")
     else:
         used: Counter[str] = Counter()
-        found = [[out / _file_name(data.key(index), text, used) for text in texts] for index in range(len(data))]
+        found = [[out / _file_name(data.shown(index), text, used) for text in texts] for index in range(len(data))]
     targets = [path for row in found for path in row]
     if options.array:
         targets.append(Path(options.array))

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ...common.cache import Cache
-from ...common.storage import NotKeptError, check_scheme, expand, is_url, name_of, split_query, stamp_of
+from ...common.storage import (
+    NotKeptError,
+    check_scheme,
+    expand,
+    is_url,
+    name_of,
+    split_query,
+    stamp_of,
+    without_secrets,
+)
 from ..reading.scan import IMAGE_SUFFIXES, LeftOut, is_leftover, is_skipped_folder, scan
 from ..shard_index import (
     INDEX_FILE,
@@ -64,7 +73,10 @@ def index_shards(
         raise ValueError(f"head is {head}; it must be at least 1")
     all_tars = tar_locations(source)
     if out is None and is_url(all_tars[0]):
-        raise ValueError(f"{source} is remote; name a folder OUT here for its index, which then stands for the shards")
+        raise ValueError(
+            f"{without_secrets(source)} is remote; name a folder OUT here for its index, which then stands for the "
+            "shards"
+        )
     if out is not None and Path(out).is_file():
         raise ValueError(
             f"{out} is a file, and an index wants a folder; a pattern of tars stands in quotes: 'data/*.tar'"
@@ -73,7 +85,7 @@ def index_shards(
     # By a name of its own, so that a run which has begun with an index by headers keeps it when the whole one comes.
     tars, names = all_tars[:head], _offset_names(all_tars, ".npz" if head is None else ".headers.npz")
     own = tars[part[0] - 1 :: part[1]]
-    journal = Journal(folder, source, needs_checksums=head is None)
+    journal = Journal(folder, without_secrets(source), needs_checksums=head is None)
     if part[1] > 1 and (packed := _of_other_parts(journal, len(tars), overwrite)):
         return packed
     _begin_index(journal, [names[tar] for tar in own], overwrite)
@@ -255,7 +267,10 @@ def tar_locations(source: str) -> list[str]:
     found = [location for name in expand(source) for location in _matching(name)]
     for location in found:
         if not name_of(location).endswith(".tar"):
-            raise ValueError(f"{location} is no .tar; give a folder of them, or a pattern as data/{{00000..00099}}.tar")
+            raise ValueError(
+                f"{without_secrets(location)} is no .tar; give a folder of them, or a pattern as "
+                "data/{00000..00099}.tar"
+            )
         if not is_url(location) and not Path(location).is_file():
             raise ValueError(f"there is no file {location}")
     return found
@@ -266,7 +281,9 @@ def _matching(name: str) -> list[str]:
     check_scheme(name)
     if is_url(name):
         if "*" in split_query(name)[0]:
-            raise ValueError(f"{name}: what lies at a URL can't be listed; write the range, as {{00000..00099}}.tar")
+            raise ValueError(
+                f"{without_secrets(name)}: what lies at a URL can't be listed; write the range, as {{00000..00099}}.tar"
+            )
         return [name]
     if not glob.has_magic(name) or Path(name).is_file():
         return [name]

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.cache import Cache
 from ...common.files import read_at
-from ...common.storage import Stamp, is_url, name_of, shown, stamp_of
+from ...common.storage import Stamp, is_url, name_of, stamp_of, without_secrets
 from ..indexing.tar_members import read_samples
 from ..pairs import Batch, Recipe, Sample
 from ..reading.scan import LeftOut
@@ -195,4 +195,4 @@ def _names(tars: list[Tar]) -> dict[Tar, str]:
     """How samples name their tar: by its own name, or its whole location where several tars have one name."""
     own = {tar: name_of(tar.location) for tar in tars}
     times = Counter(own.values())
-    return {tar: name if times[name] == 1 else shown(tar.location) for tar, name in own.items()}
+    return {tar: name if times[name] == 1 else without_secrets(tar.location) for tar, name in own.items()}

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ...common.processes import rank_and_world_size
-from ...common.storage import is_url, read_bytes
+from ...common.storage import is_url, read_bytes, without_secrets
 from ...data.reading.cells import text_of_cell, words_for_no_value
 from ...data.reading.scan import LeftOut
 from ...images import open_image, orientation, upright
@@ -63,6 +63,10 @@ class EvaluationSet:
     def key(self, index: int) -> str:
         return str(self.images[index]) if self.keys is None else self.keys[index]
 
+    def shown(self, index: int) -> str:
+        """The key as it may be published."""
+        return without_secrets(self.key(index))
+
     def open(self, index: int) -> Image.Image:
         """The decoded image.
 
@@ -78,13 +82,13 @@ class EvaluationSet:
             if isinstance(image, Image.Image):
                 return image
             if image is None:
-                raise ValueError(f"{self.key(index)} has no image")
+                raise ValueError(f"{self.shown(index)} has no image")
             if isinstance(image, NoImage):
-                raise ValueError(f"{self.key(index)}: {image.reason}")
+                raise ValueError(f"{self.shown(index)}: {image.reason}")
             data = read_bytes(image)
         except OSError as error:
-            raise ValueError(f"{self.key(index)} can't be read: {error.strerror or error}") from error
-        return open_image(data, self.key(index))
+            raise ValueError(f"{self.shown(index)} can't be read: {error.strerror or error}") from error
+        return open_image(data, self.shown(index))
 
     def column(self, name: str) -> list[str | None]:
         """N values of the metadata as texts, None where there is none.

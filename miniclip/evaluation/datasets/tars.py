@@ -26,9 +26,9 @@ from ...common.storage import (
     name_of,
     parent_of,
     read_bytes,
-    shown,
     split_query,
     stamps_of,
+    without_secrets,
 )
 from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
@@ -108,7 +108,7 @@ def set_name(source: str) -> str:
     parts = [part for part in urlsplit(source).path.split("/") if part and not part.endswith(".tar")]
     while parts and parts[-1] in ("main", "resolve"):
         parts.pop()
-    return parts[-1] if parts else urlsplit(shown(source)).netloc
+    return parts[-1] if parts else urlsplit(without_secrets(source)).netloc
 
 
 def _text_at(folder: str, name: str) -> str | None:
@@ -137,7 +137,7 @@ def indexed(source: str) -> Shards:
         _warn_of_kept(source, kept[-1].parent, "the server can't be asked whether they have changed")
         return Shards(kept[-1].parent, needs_captions=False)
     out = folder / f"{of_names}-{digest_lines(map(repr, stamps))[:16]}"
-    with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {shown(source)}"):
+    with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {without_secrets(source)}"):
         is_kept = (out / INDEX_FILE).is_file()
         if not is_kept:
             index_shards(source, out, overwrite=True, needs_all=True)  # replaces an interrupted one
@@ -149,8 +149,8 @@ def indexed(source: str) -> Shards:
 def _warn_of_kept(source: str, folder: Path, why: str) -> None:
     if rank_and_world_size()[0] == 0:
         warnings.warn(
-            f"{shown(source)}: {why}, so the index that was made of these tars before is used; to make it anew, "
-            f"delete {folder}",
+            f"{without_secrets(source)}: {why}, so the index that was made of these tars before is used; to make it "
+            f"anew, delete {folder}",
             stacklevel=4,
         )
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.arguments import check_list
-from ...common.storage import is_url
+from ...common.storage import is_url, without_secrets
 from ...common.version import __version__
 from ...data.reading.scan import IMAGE_SUFFIXES
 from ...evaluation.datasets.sets import EvaluationSet
@@ -226,7 +226,7 @@ def plan_of(rows: SourceRows, encoder: Encoder, source: str, dtype: str, layout:
     )
     return Plan(
         kind=rows.kind,
-        source=str(Path(source).resolve()) if Path(source).exists() else source,
+        source=str(Path(source).resolve()) if Path(source).exists() else without_secrets(source),
         source_fingerprint=rows.fingerprint(),
         rows=len(rows.data),
         model=encoder.name,

@@ -28,6 +28,7 @@ import numpy as np
 
 from ...common.arguments import FLOAT32
 from ...common.files import atomic_write, locked, refuse_foreign, swap_in, write_csv, write_text
+from ...common.storage import without_secrets
 from ...data.reading.scan import LeftOut
 
 MANIFEST_FILE, LEFT_OUT_FILE = "_manifest.json", "_left_out.csv"
@@ -340,7 +341,8 @@ class Work:
             *((x.source, "left out", _reason_and_count(x)) for x in left_out),
         ]
         if rows:
-            write_csv(self.folder / LEFT_OUT_FILE, ("name", "what", "reason"), rows)
+            shown = [(without_secrets(name), what, reason) for name, what, reason in rows]
+            write_csv(self.folder / LEFT_OUT_FILE, ("name", "what", "reason"), shown)
         manifest = {"schema": MANIFEST_SCHEMA, "is_complete": True, **asdict(self.plan)}
         manifest |= {
             "embedding_size": parts[0].embedding_size,

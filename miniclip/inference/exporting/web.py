@@ -64,7 +64,7 @@ def write_search(
         name = _thumbnail_name(number)
         with atomic_write(folder / "search" / name) as file:
             file.write(_thumbnail(data.open(index)))
-        pictures.append({"name": Path(data.key(index)).name, "thumbnail": name})
+        pictures.append({"name": Path(data.shown(index)).name, "thumbnail": name})
     with atomic_write(folder / "search" / "features.bin") as file:
         file.write(found.unit.numpy().astype("<f4").tobytes())
     write_text(folder / "search" / "index.json", json.dumps(pictures, ensure_ascii=False))
