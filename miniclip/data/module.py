@@ -302,6 +302,13 @@ class PairDataModule(pl.LightningDataModule):
             return self.steps_per_epoch() * self.batch_size
         return self.sample_order().num_samples
 
+    def training_data(self) -> list[dict[str, Any]]:
+        """Of each source what `Shards.facts` has; of tars without an index the `source` alone."""
+        if self.train_stream is not None:
+            return self.train_stream.facts
+        assert self.train_shards is not None
+        return self.train_shards.facts
+
     def validation_pairs(self) -> str | None:
         """A digest of which pairs validation is on and of what fits them: other scores are not compared.
 

@@ -130,6 +130,8 @@ class Shards:
 
     Attributes:
         left_out: what was left out when the shards were packed or indexed, by reason.
+        facts: of each source, for a run's record: its `pairs`, and where they came from (`source`), what was `found`
+            there and how many were `rejected`, as far as its index says so of these shards.
 
     Raises:
         ValueError: no index, one that this version can't read, or shards without captions.
@@ -142,9 +144,11 @@ class Shards:
         self.entries: list[ShardEntry] = []
         self.num_shards: list[int] = []  # of each source
         self.left_out: list[LeftOut] = []
+        self.facts: list[dict[str, Any]] = []
         for source in [sources] if isinstance(sources, str | Path) else sources:
-            entries, left_out = _open_source(str(source), needs_captions)
+            entries, left_out, facts = _open_source(str(source), needs_captions)
             self.entries += entries
+            self.facts.append(facts)
             self.left_out += left_out
             self.num_shards.append(len(entries))
         self.counts = np.array([entry.samples for entry in self.entries], dtype=np.int64)
@@ -377,8 +381,8 @@ def _refuse_longer(file: IO[bytes], entry: ShardEntry) -> None:
     )
 
 
-def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], list[LeftOut]]:
-    """The shards of a folder with an index, or those of them that a pattern names."""
+def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], list[LeftOut], dict[str, Any]]:
+    """The shards of a folder with an index, or those of them that a pattern names; what was left out; the facts."""
     check_scheme(source)
     names: list[str] | None = None
     folder = source
@@ -430,7 +434,11 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
             f"the shards in {folder} hold images without captions ({kinds or 'nothing'} beside them, no .txt)"
             + (": they are labelled, for `miniclip eval`. Training needs a text for each" if members["cls"] else "")
         )
-    if names is not None:
+    facts: dict[str, Any] = {"source": without_secrets(source)}
+    if names is None:
+        facts |= {name: index[name] for name in ("source", "found", "rejected") if name in index}
+        facts["source"] = without_secrets(str(facts["source"]))
+    else:
         by_name = {entry.name: entry for entry in entries}
         if len(by_name) < len(entries):
             raise ValueError(f"{path} lists several shards of one name, so {source} does not tell which are meant")
@@ -438,7 +446,7 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
         if missing := [name for name, found in zip(names, matches, strict=True) if not found]:
             raise ValueError(f"{path} lists no {', '.join(missing[:5])}; it has {len(by_name)} shards")
         entries = [by_name[name] for found in matches for name in found]
-    return entries, left_out
+    return entries, left_out, {**facts, "pairs": sum(entry.samples for entry in entries)}
 
 
 def _no_index(source: str, folder: str) -> str:

@@ -26,10 +26,11 @@ from .shards import Shards
 
 
 class Found(NamedTuple):
-    """The tars of a source. num_samples: None where no index has it."""
+    """The tars of a source. num_samples: None where no index has it. facts: as those of `Shards`."""
 
     tars: list[Tar]
     num_samples: int | None
+    facts: dict[str, Any]
 
 
 def find_tars(source: str) -> Found:
@@ -39,18 +40,17 @@ def find_tars(source: str) -> Found:
         ValueError: no tars there, or a folder at a URL without an index, whose tars can't be listed.
     """
     if name_of(source).endswith(".tar"):
-        return Found([Tar(location) for location in tar_locations(source)], None)
+        return Found([Tar(location) for location in tar_locations(source)], None, {"source": without_secrets(source)})
     if exists(join(source, INDEX_FILE)):
         shards = Shards(source)
-        return Found(
-            [Tar(entry.location, entry.bytes, entry.sha256, entry.version) for entry in shards.entries], len(shards)
-        )
+        tars = [Tar(entry.location, entry.bytes, entry.sha256, entry.version) for entry in shards.entries]
+        return Found(tars, len(shards), shards.facts[0])
     if is_url(source):
         raise ValueError(
             f"there is no {INDEX_FILE} at {source}, and the tars of a folder at a URL can't be listed; name them, as "
             f"{join(source, '{00000..00099}.tar')}"
         )
-    return Found([Tar(location) for location in tar_locations(source)], None)
+    return Found([Tar(location) for location in tar_locations(source)], None, {"source": source})
 
 
 class StreamLoader(PatientLoader[Part]):
@@ -123,6 +123,7 @@ class TrainingStream:
     def __init__(self, sources: Sequence[str], settings: Streaming, seed: int) -> None:
         found = [find_tars(source) for source in sources]
         self.tars = [tar for each in found for tar in each.tars]
+        self.facts = [each.facts for each in found]
         counts = [each.num_samples for each in found]
         indexed = None if None in counts else sum(count or 0 for count in counts)
         self.settings, self.seed = settings, seed

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import jinja2
 
+from ..common.arguments import FLOAT32
 from ..common.files import ASSETS
+from ..common.storage import SCHEMES, is_url, without_secrets
 from ..common.version import __version__
 from ..common.wording import counted, cut_short, percent, some
 from ..config import CLIPConfig
+from ..reports.results import prompts_of
 from ..weights.read import locate, read_checkpoint
 from .origin import Origin, read_origin
 from .thresholds import FILE as THRESHOLD_FILE
@@ -26,6 +31,9 @@ from .thresholds import FILE as THRESHOLD_FILE
 CARD_FILE = "README.md"
 LIBRARIES = {"native": "miniclip", "openclip": "open_clip", "hf": "transformers"}
 _MARK = re.compile(r"<!-- written by miniclip [^>]*: ([0-9a-f]{16}) -->\n")
+_MARKDOWN_SIGNS = re.compile(r"[\\`*<&~|]|(?<!\w)_|_(?!\w)|(?<=\])\(")  # ](, because brackets alone are no link
+_IMAGES_FOLDER = re.compile(r"(?<=') in .+?(?=, (?:not|captions) from)")  # that --images named
+_USERS_FOLDER = re.compile(r"(?:[a-z]:)?[\\/]+(?:home|users)[\\/]+[^\\/]+|[\\/]root(?=[\\/]|$)|~[^\\/]*", re.I)
 _RECIPE = {  # what a reader asks first, by its place in the settings
     "loss": "model.loss",
     "positives": "model.positives",
@@ -101,12 +109,12 @@ def model_card(
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=False,  # Markdown, whose tables' cells are escaped by `cell`
+        autoescape=False,  # Markdown, in which names are escaped by `plain`
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _table_cell
+    environment.filters["plain"] = _markdown
     text = environment.get_template("model_card.md").render(
         title=origin.name,
         summary=_summary(origin, config),
@@ -129,8 +137,9 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.strip().encode()).hexdigest()[:16]
 
 
-def _table_cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|") or "–"
+def _markdown(text: str) -> str:
+    """A text in one line, in which nothing is Markdown, HTML or the end of a table's cell."""
+    return _MARKDOWN_SIGNS.sub(r"\\\g<0>", " ".join(str(text).split()))
 
 
 def _metadata(
@@ -151,6 +160,7 @@ def _metadata(
             dataset_name=_public(result["dataset"]),
             metric_type="accuracy" if metric == "acc1" else metric,
             metric_name=metric,
+            metric_args=_conditions(result) or None,
             metric_value=round(float(result["metrics"][metric]), 4),
         )
         for result in origin.results
@@ -169,14 +179,33 @@ def _metadata(
     return data.to_yaml().strip()
 
 
+def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What sets scores apart that are of the same pictures, by name."""
+    prompts = prompts_of(str(result.get("templates_from") or "")) if result.get("templates") else ""
+    precision = result.get("precision", FLOAT32)
+    return {
+        **({"prompts": prompts} if prompts else {}),
+        **({"upright": True} if result.get("upright") else {}),
+        **({} if precision == FLOAT32 else {"precision": precision}),
+    }
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "data"
 
 
-def _public(name: str) -> str:
-    """A path's last part: where data lie on the machine is nobody's business; other names stay."""
-    text = str(name)
-    return PurePath(text).name if text.startswith(("/", "~", ".")) else text
+def _public(name: Any, most: int = 1) -> str:
+    """The last parts of a path, at most so many: where data lie on the machine is nobody's business. A URL without its
+    secrets; other names stay."""
+    text = without_secrets(str(name))
+    if text.lower().startswith("file:"):
+        text = "/" + unquote(re.sub(r"^file:(//[^/]*)?/*", "", text, flags=re.I))
+    elif is_url(text):
+        return text if urlsplit(text).scheme in SCHEMES else f"{text.partition(':')[0]}:…"  # a program to run
+    if not re.match(r"[/\\~.$%]|[a-z]:[/\\]", text, re.I):
+        return text
+    parts = re.split(r"[\\/]+", _USERS_FOLDER.sub("", text, 1) if _USERS_FOLDER.match(text) else text)
+    return "/".join([part for part in parts if part not in ("", ".", "..", Path.home().name)][-most:]) or "…"
 
 
 def _summary(origin: Origin, config: CLIPConfig) -> str:
@@ -205,8 +234,11 @@ def _usage_lines(repository: str, layout: str, origin: Origin) -> str:
             f'model, preprocess = open_clip.create_model_from_pretrained("hf-hub:{repository}")',
         ]
         return "\n".join([*lines, f'tokenizer = open_clip.get_tokenizer("hf-hub:{repository}")'])
-    labels = next((each["classnames"] for each in origin.results if each.get("classnames")), ["cat", "dog"])
-    shown = ",".join(str(label) for label in labels[:3])
+    labels: list[str] = next((each["classnames"] for each in origin.results if each.get("classnames")), [])
+    # A comma parts labels, and a dash begins an option.
+    labels = [text for text in map(str, labels) if text.isprintable() and "," not in text and not text.startswith("-")]
+    listed = ",".join(labels[:3] or ["cat", "dog"])
+    shown = shlex.quote(listed) if set(listed) & set('"$`\\!') else f'"{listed}"'
     return "\n".join(
         [
             "import miniclip",
@@ -214,7 +246,7 @@ def _usage_lines(repository: str, layout: str, origin: Origin) -> str:
             f'model, preprocess = miniclip.from_pretrained("{repository}")',
             "",
             "# or, in a shell:",
-            f'# miniclip classify photo.jpg --model hf-hub:{repository} --labels "{shown}"',
+            f"# miniclip classify photo.jpg --model hf-hub:{repository} --labels {shown}",
         ]
     )
 
@@ -243,39 +275,38 @@ def _architecture_section(config: CLIPConfig) -> Section:
     return Section("Architecture", "", ("part", "what it is"), tuple(rows))
 
 
+def _training_data(origin: Origin) -> list[Mapping[str, Any]]:
+    """What the run recorded of each source when it read it. Nothing that lies there now is asked, as it may be other
+    data; a run that recorded nothing has its sources' names in its settings."""
+    assert origin.run is not None
+    train = _setting(origin.settings or {}, "data.train") or []
+    named = [{"source": each} for each in ([train] if isinstance(train, str) else train)]
+    return list(origin.run.record.get("training_data") or named)
+
+
 def _num_pairs(origin: Origin) -> int | None:
-    if origin.shards and len(origin.shards) == len(_sources(origin)):
-        return sum(int(index["samples"]) for index in origin.shards)
-    return origin.run.record.get("epoch_samples") if origin.run is not None else None
-
-
-def _sources(origin: Origin) -> list[str]:
-    train = ((origin.settings or {}).get("data") or {}).get("train") or []
-    return [train] if isinstance(train, str) else list(train)
+    data = [] if origin.run is None else _training_data(origin)
+    return sum(facts["pairs"] for facts in data) if data and all("pairs" in facts for facts in data) else None
 
 
 def _data_section(origin: Origin) -> Section:
     if origin.run is None:
         return Section("Data", notes=("What it was trained on is not recorded with these weights.",))
-    rows = [(_last_names(str(index.get("source", "shards"))), str(index.get("found", "–")), f"{index['samples']:,}",
-             f"{index.get('rejected', 0):,}") for index in origin.shards]  # fmt: skip
-    missing = len(_sources(origin)) - len(rows)
-    notes = []
-    if missing:
-        samples = _num_pairs(origin)
-        total = f"; an epoch had {samples:,} pairs" if samples else ""
-        notes.append(
-            f"{missing} of {len(_sources(origin))} training sources could not be read again for this card{total}."
+    data = _training_data(origin)
+    rows = [
+        (
+            _public(facts["source"], 2),
+            _IMAGES_FOLDER.sub("", str(facts.get("found", "unknown"))),
+            *(f"{facts[name]:,}" if name in facts else "unknown" for name in ("pairs", "rejected")),
         )
+        for facts in data
+    ]
+    notes = []
     if rejected := max(origin.run.values("train/rejected"), default=0.0):
         notes.append(f"{rejected:,.0f} samples could not be read while training, and were left out.")
     if truncated := max(origin.run.values("train/truncated"), default=0.0):
         notes.append(f"{truncated:,.0f} captions were longer than the context and were cut.")
     return Section("Data", "", ("source", "what was found", "pairs", "rejected"), tuple(rows), tuple(notes))
-
-
-def _last_names(path: str) -> str:
-    return "/".join(PurePath(path).parts[-2:]) if path.startswith(("/", "~", ".")) else path
 
 
 def _training_section(origin: Origin) -> Section:
@@ -294,10 +325,14 @@ def _training_section(origin: Origin) -> Section:
     for label, place in _RECIPE.items():
         value = _setting(origin.settings or {}, place)
         if value not in (None, "", "none") and (value or label == "seed"):
-            rows.append((label, _last_names(str(value)) if isinstance(value, str) else str(value)))
+            rows.append((label, _public(value, 2)))
     best = origin.run.best()
-    notes = [f"The best {best[0]} was {best[2]:.4g}, after {best[1]:,} steps."] if best else []
+    notes = [f"The best {_markdown(best[0])} was {best[2]:.4g}, after {best[1]:,} steps."] if best else []
     return Section("Training", "", ("setting", "value"), tuple(rows), tuple(notes))
+
+
+def _word(name: str, value: Any) -> str:
+    return name if value is True else f"{name} {value}"
 
 
 def _setting(settings: Mapping[str, Any], place: str) -> Any:
@@ -316,11 +351,14 @@ def _headline(result: Mapping[str, Any]) -> list[str]:
 def _scores_section(origin: Origin) -> Section:
     rows = []
     for result in origin.results:
-        prompts = len(result.get("templates") or ())
+        prompts, conditions = str(len(result.get("templates") or ()) or "–"), _conditions(result)
+        if name := conditions.pop("prompts", ""):
+            prompts = f"{prompts}, {name}"
+        name = ", ".join([_public(result["dataset"]), *(_word(*each) for each in conditions.items())])
         for metric in _headline(result):
             interval = result["intervals_95"].get(metric)
             between = f"{interval[0]:.3f} – {interval[1]:.3f}" if interval else "–"
-            rows.append((_public(result["dataset"]), f"{result['num_images']:,}", str(prompts or "–"), metric,
+            rows.append((name, f"{result['num_images']:,}", prompts, metric,
                          f"{result['metrics'][metric]:.3f}", between))  # fmt: skip
     unreadable = sum(len(result["unreadable"]) for result in origin.results)
     notes = [f"Left out: {counted(unreadable, 'picture')} that could not be read."] if unreadable else []
@@ -340,7 +378,7 @@ def _calibration_section(origin: Origin) -> Section:
     return Section(
         "None of these",
         notes=(
-            f"{THRESHOLD_FILE} rejects pictures of none of the classes: {text}.",
+            f"{THRESHOLD_FILE} rejects pictures of none of the classes: {_markdown(text)}.",
             "That holds for pictures like those it was calibrated on, and for its classes and prompts.",
         ),
     )
@@ -356,7 +394,11 @@ def _limits_section(origin: Origin, config: CLIPConfig, license: str | None) -> 
         )
         if weakest:
             named = some([f"{each['class']} ({percent(each['recall'])} %)" for each in weakest], 5)
-            notes.append(f"On {_public(result['dataset'])} it finds fewer than 90 % of: {cut_short(named, 300)}.")
+            where = "".join(
+                [_public(result["dataset"]), *(f", {_word(*each)}" for each in _conditions(result).items())]
+            )
+            where = _markdown(where) + ("," if _conditions(result) else "")
+            notes.append(f"On {where} it finds fewer than 90 % of: {_markdown(cut_short(named, 300))}.")
     if not origin.results:
         notes.append(
             "No scores are published with these weights: measure it on your own pictures before you rely on it."

@@ -25,7 +25,6 @@ class Origin:
         name: of the model, as the heading has it.
         run: the run that trained it.
         settings: of that run.
-        shards: index.json of each of the run's training sources that is still there.
         results: of results.json, those of this model.
         threshold: of its threshold.json.
     """
@@ -33,7 +32,6 @@ class Origin:
     name: str
     run: Run | None = None
     settings: Mapping[str, Any] | None = None
-    shards: tuple[Mapping[str, Any], ...] = ()
     results: tuple[Mapping[str, Any], ...] = ()
     threshold: ModelThreshold | None = None
 
@@ -55,8 +53,7 @@ def read_origin(model: str | Path, results: Sequence[str | Path] = ()) -> Origin
     threshold = read_threshold(threshold_file) if path.is_dir() and threshold_file.is_file() else None
     origin = Origin(_model_name(path), threshold=threshold)
     if found_run is not None:
-        settings = found_run.settings
-        origin = replace(origin, run=found_run, settings=settings, shards=tuple(_shards_of(settings, folder)))
+        origin = replace(origin, run=found_run, settings=found_run.settings)
     if results:
         return replace(origin, results=tuple(each for file in results for each in _results_of(Path(file), path)))
     report = folder.parent / "report" / RESULTS_FILE
@@ -70,7 +67,8 @@ def read_origin(model: str | Path, results: Sequence[str | Path] = ()) -> Origin
 
 
 def _model_name(path: Path) -> str:
-    parts = [part for part in path.parts if part not in ("/", ".", "..", "runs", "best", "checkpoints")]
+    unnamed = ("/", ".", "..", "runs", "best", "checkpoints", Path.home().name)
+    parts = [part for part in path.parts if part not in unnamed]
     return parts[-1] if parts else "CLIP"
 
 
@@ -80,18 +78,6 @@ def _run_of(model: Path) -> Run | None:
     model = model.resolve()
     folder = model.parent.parent if model.parent.name == "checkpoints" else model.parent
     return read_run(folder) if (folder / "logs").is_dir() else None
-
-
-def _shards_of(settings: Mapping[str, Any], folder: Path) -> list[Mapping[str, Any]]:
-    sources = (settings.get("data") or {}).get("train") or []
-    found = []
-    for source in [sources] if isinstance(sources, str) else sources:
-        for base in (Path(), *folder.resolve().parents):  # a run's paths count from where it was started
-            index = base / source / "index.json"
-            if index.is_file():
-                found.append(json.loads(index.read_bytes()))
-                break
-    return found
 
 
 def _results_of(file: Path, model: Path) -> list[Mapping[str, Any]]:

@@ -30,8 +30,12 @@ _MOST_NAME_BYTES = 60  # of each part of a file's name, which has three and may 
 
 
 def prompts_label(result: Result) -> str:
-    """A short name of the prompts: the built-in set's, the file's, or "captions'" where they are worded as those."""
-    where = getattr(result.data, "templates_from", "")
+    return prompts_of(getattr(result.data, "templates_from", ""))
+
+
+def prompts_of(where: str) -> str:
+    """A short name of prompts by where they came from: the built-in set's, the file's, or "captions'" where they are
+    worded as those."""
     if where == MINED_FROM:
         return "captions'"
     built_in = re.fullmatch(r"the built-in set '(.+)'", where)

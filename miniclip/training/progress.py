@@ -234,6 +234,7 @@ class RunReport(Callback):
             "validation_pairs": data.validation_pairs(),
             "batch_size": data.batch_size,
             "epoch_samples": data.epoch_samples(),
+            "training_data": data.training_data(),
             "world_size": trainer.world_size,
             "device": _device_name(trainer),
             "precision": str(trainer.precision),

@@ -1155,3 +1155,18 @@ def test_samples_are_read_where_the_system_has_no_pread(tmp_path, monkeypatch):
     expected = [Shards(str(tmp_path / "shards"))[row].image for row in range(3)]
     monkeypatch.delattr(os, "pread")
     assert [Shards(str(tmp_path / "shards"))[row].image for row in range(3)] == expected
+
+
+def test_what_a_run_records_of_its_shards_is_of_those_that_it_reads(tmp_path):
+    write_pairs(tmp_path / "pictures", 5)
+    (tmp_path / "pictures/0000.png").write_bytes(b"none")
+    packed = pack_folder(tmp_path / "pictures", tmp_path / "shards", samples_per_shard=2)
+    assert (packed.kept, packed.rejected) == (4, 1)
+    whole, first = Shards([tmp_path / "shards", f"{tmp_path}/shards/00000.tar"]).facts
+    assert whole | {"found": ""} == {
+        "source": str(tmp_path / "pictures"), "found": "", "pairs": 4, "rejected": 1
+    }  # fmt: skip
+    assert whole["found"].startswith("5 images")
+    with tarfile.open(tmp_path / "shards/00000.tar") as tar:
+        in_first = sum(name.endswith(".txt") for name in tar.getnames())
+    assert first == {"source": f"{tmp_path}/shards/00000.tar", "pairs": in_first}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_line import fails
 from helpers import picture, tiny_clip, write_picture
 from hub import Hub
@@ -155,18 +157,16 @@ def trained(tmp_path):
     """A run's folder with all that a card is made from, of numbers worked out by hand."""
     run = tmp_path / "runs/birds"
     save(tiny_clip(3), run / "best")
-    log, shards = run / "logs/version_0", tmp_path / "shards"
+    log = run / "logs/version_0"
     log.mkdir(parents=True)
-    shards.mkdir()
-    index = {"source": "/home/ada/secret/photos", "found": "1234 images", "samples": 1200, "rejected": 34}
-    (shards / "index.json").write_text(json.dumps(index))
+    data = {"source": "/home/ada/secret/photos", "found": "1234 images", "pairs": 1200, "rejected": 34}
     settings = "seed_everything: 0\nmodel: {loss: clip, optimizer: {lr: 0.001}}\ndata: {train: shards}\n"
     (log / "config.yaml").write_text(settings)
     (log / "metrics.csv").write_text("epoch,step,train/rejected,val/loss\n0,9,3.0,1.5\n0,19,5.0,1.25\n")
     record = {"status": "finished", "command": "train", "began": "2026-01-02T03:04:05+00:00", "seconds": 7200.0}
     record |= {"step": 20, "max_steps": 20, "monitor": "val/loss", "monitor_mode": "min", "batch_size": 64}
     record |= {"world_size": 1, "device": "CPU", "precision": "32-true", "peak_source": "", "versions": {"torch": "2"}}
-    (log / "run.json").write_text(json.dumps({**record, "epoch_samples": 1200}))
+    (log / "run.json").write_text(json.dumps({**record, "epoch_samples": 1200, "training_data": [data]}))
     return run
 
 
@@ -202,6 +202,83 @@ def test_a_card_has_data_recipe_scores_and_limits_and_no_path_of_the_machine(tra
         assert f"\n{line}\n" in card, line
     assert "/home/ada" not in card
     assert str(tmp_path) not in card
+
+
+def test_a_card_believes_what_the_run_recorded_and_no_shards_that_lie_about(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = trained / "logs/version_0/run.json"
+    recorded = json.loads(record.read_text())
+    other = {"source": "/data/others", "found": "9 images", "samples": 9, "rejected": 0}
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/index.json").write_text(json.dumps(other))
+    card = card_for(trained / "best")
+    assert "trained on 1,200 pairs" in card
+    assert "9 images" not in card
+    recorded["training_data"].append({"source": "stream/{0..3}.tar"})  # which nobody has counted
+    record.write_text(json.dumps(recorded | {"epoch_samples": 200}))
+    card = card_for(trained / "best")
+    assert (
+        "\n| secret/photos | 1234 images | 1,200 | 34 |\n| stream/{0..3}.tar | unknown | unknown | unknown |\n" in card
+    )
+    assert "trained on" not in card
+    del recorded["training_data"]  # a run of before
+    record.write_text(json.dumps(recorded))
+    card = card_for(trained / "best")
+    assert "\n| shards | unknown | unknown | unknown |\n" in card
+    assert "trained on" not in card
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/ada/photos", "photos"),
+        ("/home/ada", "…"),
+        ("/data/birds/2024/photos/", "2024/photos"),
+        ("~/photos", "photos"),
+        ("~ada/birds/photos", "birds/photos"),
+        ("$HOME/photos", "$HOME/photos"),
+        ("../ada/../photos", "ada/photos"),
+        ("file:///home/ada/my%20birds/{0..3}.tar", "my birds/{0..3}.tar"),
+        ("file://localhost/home/ada/x.tar", "x.tar"),
+        ("C:\\Users\\ada\\photos", "photos"),
+        ("d:/birds/photos", "birds/photos"),
+        ("\\\\server\\birds\\photos", "birds/photos"),
+        ("pipe:cat /home/ada/x.tar", "pipe:…"),
+        ("s3://key:word@bucket/birds", "s3://bucket/birds"),
+        ("https://ada:word@host/birds/{0..3}.tar?token=word", "https://host/birds/{0..3}.tar?token=…"),
+        ("hf-hub:owner/birds", "hf-hub:owner/birds"),
+        ("photos", "photos"),
+    ],
+)
+def test_no_user_folder_or_secret_of_a_source_is_published(trained, source, shown):
+    record = trained / "logs/version_0/run.json"
+    recorded = json.loads(record.read_text())
+    found = "3 images from column 'image' in /home/ada/my photos, captions from 'text'"
+    recorded["training_data"] = [{"source": source, "found": found, "pairs": 3, "rejected": 0}]
+    record.write_text(json.dumps(recorded))
+    assert f"\n| {shown} | 3 images from column 'image', captions from 'text' | 3 | 0 |\n" in card_for(trained / "best")
+
+
+def test_scores_of_several_prompts_are_told_apart_and_names_are_no_markdown(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_results(trained, "runs/birds/best", time.time() + 60) / "results.json"
+    content = json.loads(file.read_text())
+    (first,) = content["results"]
+    names = ['12" pizza `$HOME`', "cats, dogs", "--help", "*bold* <b>|[x](http://y)", "wren's"]
+    first |= {"classnames": names, "per_class": [{"class": name, "recall": 0.5} for name in names]}
+    own = first | {"templates_from": "the captions of the training", "templates": ["a {c}", "the {c}"]}
+    built_in = first | {"templates_from": "the built-in set 'openai'", "precision": "bf16", "upright": True}
+    file.write_text(json.dumps(content | {"results": [own, built_in]}))
+    card = card_for(trained / "best", "owner/birds")
+    line = next(line for line in card.splitlines() if "--labels" in line)
+    labels = shlex.split(line.removeprefix("# "))[-1]
+    assert labels == "12\" pizza `$HOME`,*bold* <b>|[x](http://y),wren's"
+    assert "\n| test, upright, precision bf16 | 40 | 1, openai | acc1 | 0.725 |" in card
+    assert '\n- On test, prompts openai, upright, precision bf16, it finds fewer than 90 % of: 12" pizza' in card
+    assert r"\*bold\* \<b>\|[x]\(http://y) (50.0 %)" in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    (results,) = metadata["model-index"][0]["results"]
+    assert [metric["args"]["prompts"] for metric in results["metrics"]] == ["the captions of the training", "openai"]
 
 
 def test_scores_of_other_weights_are_not_published(trained, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Passwords and tokens of URLs stand in the files that fetch by them, and nowhere else that a command writes."""
 
+import json
+
 import pytest
 from helpers import pack_folder, tiny_clip, write_pairs
 from runs import TINY
@@ -69,6 +71,9 @@ def test_a_run_and_its_scores_have_secrets_in_the_files_that_fetch_by_them_alone
     main(["train", "fit", *TINY, "--data.train=index", f"--data.val={served}/shards", *ends])
     main(["eval", "--model", "run/best", "--data", f"{served}/{{00000..00001}}.tar", "--task", "retrieval", "--out",
           "run/report", "--workers", "0"])  # fmt: skip
+    record = json.loads((tmp_path / "here/run/logs/version_0/run.json").read_text())
+    tars = served.replace("bob:s3cret@", "") + "/{00000..00001}.tar"
+    assert record["training_data"] == [{"source": tars, "pairs": 24}]
     main(["push", "run/best", "owner/name", "--dry-run"])
     out = "".join(capfd.readouterr())
     assert "owner/name" in out
