@@ -1,9 +1,11 @@
 """The page in a real browser, served by the real command; and what it refuses, by requests that no browser makes."""
 
+import asyncio
 import http.client
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -26,6 +28,7 @@ from miniclip.evaluation.datasets.sets import EvaluationSet
 from miniclip.evaluation.encoder import from_clip
 from miniclip.inference.app.answers import Answers
 from miniclip.inference.app.limits import Limits
+from miniclip.inference.app.page import build
 from miniclip.inference.classify import Classes, classify_images
 from miniclip.inference.search.index import Index
 from miniclip.inference.thresholds import ModelThreshold
@@ -252,6 +255,99 @@ def test_an_upload_of_200_mb_is_refused_by_its_size_before_it_comes(page):
     answer = connection.getresponse()
     assert (answer.status, answer.read()) == (413, b"an upload has at most 20 MB")
     assert ask(page, "POST", "/gradio_api/upload", iter([b"x"]), **{"Transfer-Encoding": "chunked"}).status == 411
+
+
+def asked(page, field, *data):
+    """What the page answers to the nth of its events, as a program would ask: the event that ends it, as text."""
+    session = secrets.token_hex(8)
+    body = json.dumps({"data": data, "fn_index": field, "session_hash": session})
+    assert ask(page, "POST", "/gradio_api/queue/join", body, **{"Content-Type": "application/json"}).status == 200
+    for line in ask(page, "GET", f"/gradio_api/queue/data?session_hash={session}"):
+        if b"process_completed" in line:
+            return line.decode()
+    raise AssertionError("no answer")
+
+
+def uploaded(page, data, **headers):
+    """What the page answers to a file that is sent to it."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + data + b"\r\n--x--\r\n"
+    return ask(
+        page, "POST", "/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"}, **headers
+    )
+
+
+META = {"_type": "gradio.FileData"}
+CLASSIFY, EXPLAIN, COMPARE = 0, 2, 3  # the page's events, in the order of page.py
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": META}])
+def test_a_picture_that_was_not_uploaded_is_not_opened(page, tmp_path, meta):
+    """Its path is what a client names: a picture of this machine, by a link, a pipe, what never ends."""
+    upload = Path(json.loads(uploaded(page, png(90 + len(meta))).read())[0])
+    assert 'role=\\"status' in asked(page, CLASSIFY, {"path": str(upload), **meta}, "one, two")
+    secret = write_picture(tmp_path / "secret.png")
+    os.mkfifo(tmp_path / "pipe")
+    link = upload.with_name("link.png")  # nobody can upload one
+    link.symlink_to(secret)
+    os.mkfifo(upload.with_name("pipe.png"))
+    paths = [secret, tmp_path / "pipe", "/dev/zero", "/proc/self/environ", link, upload.parents[1], upload.parent]
+    paths += [f"{upload.parent}/../../../{secret}", f"{upload.parents[1]}-other/a.png", "a\0b", "", "x" * 5000]
+    paths += ["http://127.0.0.1:9/a.png", f"file://{secret}", upload.with_name("pipe.png")]
+    for path in paths:
+        picture = {"path": str(path), **meta}
+        for answer in (
+            asked(page, CLASSIFY, picture, "one, two"),
+            asked(page, COMPARE, picture, "one, two", "{}"),
+        ):
+            assert 'role=\\"status' not in answer, path
+            assert "<table" not in answer, path
+            assert "bytes)" not in answer, path  # how large it is
+
+
+def test_no_field_fetches_what_a_client_writes_into_it(answers):
+    """Any of Gradio's fields takes a file, and would fetch it."""
+    blocks = build(answers, "x").blocks.values()
+    assert len(blocks) > 9
+    for block in blocks:
+        with pytest.raises(ValueError, match="not fetched from an address"):
+            asyncio.run(block.async_move_resource_to_block_cache("https://192.0.2.1/a.png"))
+
+
+def test_a_page_of_another_site_is_refused(page):
+    host = page.split("/")[2]
+    port = host.split(":")[1]
+    own = [f"http://{host}", f"http://localhost:{port}"]
+    for origin in ("http://evil.example", "null", f"https://{host}", f"http://localhost:{port}", "http://127.0.0.1:9999",
+                   "http://127.0.0.1", f"http://127.0.0.1.evil.example:{port}", "http://[::1", f"{own[0]}@evil.example",
+                   "file://", ""):  # fmt: skip
+        assert uploaded(page, png(), Origin=origin).status == 403, origin
+        assert ask(page, "GET", "/config", Origin=origin).status == 403, origin
+        assert ask(page, "POST", "/gradio_api/queue/join", "{}", Origin=origin).status == 403, origin
+    assert uploaded(page, png(), Origin=own[0]).status == 200
+    assert uploaded(page, png(), Origin=own[1], Host=f"localhost:{port}").status == 200
+    assert uploaded(page, png()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "origin", "is_answered"),
+    [
+        ("a.example", {}, "http://a.example:80", True),
+        ("A.example", {}, "http://a.example", True),
+        ("a.example", {}, "https://a.example", False),
+        ("a.example", {"x-forwarded-proto": "https"}, "https://a.example", True),
+        ("127.0.0.1:7860", {"x-forwarded-host": "a.example", "x-forwarded-proto": "https"}, "https://a.example", True),
+        ("127.0.0.1:7860", {"x-forwarded-host": "a.example"}, "http://b.example", False),
+        # What a page can send itself, because Gradio allows it: to this machine those of this machine, to others all.
+        ("127.0.0.1:7860", {"x-forwarded-host": "localhost:9"}, "http://localhost:9", False),
+        ("[::1]:7860", {"x-forwarded-host": "evil.example"}, "http://evil.example", False),
+        ("a.example", {"x-forwarded-host": "evil.example"}, "http://evil.example", False),
+    ],
+)
+def test_a_proxy_may_stand_before_the_page(host, headers, origin, is_answered):
+    given = {"host": host, "origin": origin, **headers}
+    pairs = [(name.encode(), value.encode()) for name, value in given.items()]
+    refusal = Limits(None, upload_bytes=10)._refusal({"type": "http", "path": "/", "method": "POST", "headers": pairs})
+    assert (refusal is None) == is_answered
 
 
 def test_uploads_are_counted_by_client_and_minute():

@@ -28,6 +28,7 @@ from ...evaluation.suite import CachedEncoder, silent
 from ...images import open_image, upright
 from ..classify import Classes, Guesses, choose_classes, guess
 from ..thresholds import ModelThreshold
+from .limits import read_upload
 
 if TYPE_CHECKING:
     from ..search.index import Index
@@ -80,7 +81,7 @@ class Answers:
         if picture is None:
             raise ValueError("there is no picture yet; drop one, or take one with the camera")
         try:
-            data = picture.read_bytes() if isinstance(picture, Path) else picture
+            data = read_upload(picture) if isinstance(picture, Path) else picture
         except FileNotFoundError as error:
             raise ValueError(
                 "the picture is no longer here, as uploads are deleted after a while; drop it anew"

@@ -1,17 +1,25 @@
-"""Which requests the page does not answer: too large, too many, or for something that it was not given."""
+"""Which requests the page does not answer: too large, too many, of another site, or for what it was not given."""
 
 from __future__ import annotations
 
+import os
+import stat
 import time
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+UPLOAD_MB = 20
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Pages of the first may send any header to the second: Gradio answers CORS's preflights so, before `Limits` is asked.
+_LOCAL_PAGES, _LOCAL_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0"), ("127.0.0.1", "localhost")
+_PORTS = {"http": 80, "https": 443}
 _UPLOAD, _FILE, _PROXY = "/gradio_api/upload", "/gradio_api/file=", "/gradio_api/proxy="
 
 
@@ -41,6 +49,8 @@ class Limits:
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
         if self.hosts and host.strip("[]") not in self.hosts:
             return 403, f"this page is not served as {host!r}"
+        if _is_foreign(headers, scope.get("scheme", "http")):
+            return 403, f"this page answers no page of {headers['origin']!r}"
         if path.startswith(_PROXY) or (path.startswith(_FILE) and "://" in path):
             return 403, "this page asks no other host"
         if path.startswith(_UPLOAD) and scope["method"] == "POST":
@@ -61,6 +71,65 @@ class Limits:
             return False
         uploads.append(now)
         return True
+
+
+def _is_foreign(headers: Mapping[str, str], scheme: str) -> bool:
+    """Whether a page of another origin asks. Browsers name it with every POST; other programs name none.
+
+    A proxy on this machine may say which host it was asked for, as Gradio makes its addresses of it. That is believed
+    only where no foreign page could have sent the header itself.
+    """
+    if "origin" not in headers:
+        return False
+    asking = _origin_of(headers["origin"])
+    if headers.get("x-forwarded-proto", "").partition(",")[0].strip() == "https":
+        scheme = "https"
+    own = [_origin_of(f"{scheme}://{headers.get('host', '')}")]
+    forwarded = headers.get("x-forwarded-host", "").partition(",")[0].strip()
+    if forwarded and own[0] and asking and own[0][1] in _LOCAL_HOSTS and asking[1] not in _LOCAL_PAGES:
+        own.append(_origin_of(f"{scheme}://{forwarded}"))
+    return asking is None or asking not in own
+
+
+def _origin_of(url: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port (RFC 6454); None for what has none, as "null"."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    return (parts.scheme, parts.hostname, port) if parts.hostname and port else None
+
+
+def own_upload(path: str, folder: str | Path) -> Path:
+    """The place of an upload, which may be deleted by now.
+
+    Raises:
+        ValueError: it is not below the folder of uploads, itself or by a link.
+    """
+    try:
+        found = Path(path).resolve()
+    except (OSError, RuntimeError, ValueError):
+        found = None
+    if found is None or Path(folder).resolve() not in found.parents:
+        raise ValueError("a picture is uploaded, and this is no upload of the page")
+    return found
+
+
+def read_upload(path: Path) -> bytes:
+    """
+    Raises:
+        ValueError: no regular file, or one of more than `UPLOAD_MB`.
+        OSError: it can't be read, or is a link.
+    """
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor wait for a pipe's writer
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | careful)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("the picture is no file")
+        data = file.read(UPLOAD_MB * 1_000_000 + 1)
+    if len(data) > UPLOAD_MB * 1_000_000:
+        raise ValueError(f"the picture has more than {UPLOAD_MB} MB")
+    return data
 
 
 async def _answer(send: Send, status: int, sentence: str) -> None:

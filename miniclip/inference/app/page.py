@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .answers import MOST_FOUND, Answers
-from .limits import Limits
+from .limits import LOOPBACK, UPLOAD_MB, Limits, own_upload
 
-UPLOAD_MB = 20
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MOST_CHOICES = 40
 _KEPT_S = 600  # how long an upload stays, and how often old ones are looked for
 STYLE = Path(__file__).parents[2] / "assets" / "app.css"
@@ -47,6 +45,8 @@ def build(answers: Answers, title: str) -> Any:
                 with gr.Tab(name) as tab:
                     shown = gr.HTML()
                     tab.select(lambda name=name: answers.report(name), None, shown, api_visibility="private")
+    for block in blocks.blocks.values():
+        _fetch_nothing(block)
     blocks.queue(max_size=32, default_concurrency_limit=2, api_open=False)
     return blocks
 
@@ -64,13 +64,13 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
             word = gr.Radio([], label="Show what in the picture speaks for", visible=False, elem_id="words")
             heat = gr.HTML(elem_id="heat")
 
-    def classify(path: str | None, names: str) -> tuple[Any, Any, str]:
-        shown, classnames = answers.guess(_upload(path), names)
+    def classify(path: Path | None, names: str) -> tuple[Any, Any, str]:
+        shown, classnames = answers.guess(path, names)
         choices = _choices(classnames)
         return shown, gr.Radio(choices, value=None, visible=bool(choices) and answers.can_explain), ""
 
-    def explain(path: str | None, text: str | None) -> str:
-        return answers.heat_map(_upload(path), text) if text else ""
+    def explain(path: Path | None, text: str | None) -> str:
+        return answers.heat_map(path, text) if text else ""
 
     for event in (button.click, labels.submit):
         event(classify, [image, labels], [bars, word, heat], api_visibility="private")
@@ -78,21 +78,31 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
 
 
 def _picture_field(gr: Any, name: str) -> Any:
-    """A field whose value is the path of an upload.
-
-    Gradio's own would open it with any decoder that Pillow has, or fetch it from an address.
-    """
+    """A field whose value is the path of an upload: Gradio's own would open it with any decoder that Pillow has."""
     field = gr.Image(label="Picture", sources=["upload", "webcam", "clipboard"], buttons=[], height=260, elem_id=name)
-    move = field.async_move_resource_to_block_cache
+
+    def upload(payload: Any) -> Path | None:
+        if payload is None or payload.path is None:
+            return None
+        try:
+            return own_upload(payload.path, field.GRADIO_CACHE)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    field.preprocess = upload
+    return field
+
+
+def _fetch_nothing(block: Any) -> None:
+    """A client may write the address of a file into any field, and Gradio would fetch it."""
+    move = block.async_move_resource_to_block_cache
 
     async def move_upload(path: Any) -> Any:
         if "://" in str(path):
             raise ValueError("a picture is uploaded, not fetched from an address")
         return await move(path)
 
-    field.async_move_resource_to_block_cache = move_upload
-    field.preprocess = lambda payload: None if payload is None else payload.path
-    return field
+    block.async_move_resource_to_block_cache = move_upload
 
 
 def _prompts_tab(gr: Any, answers: Answers) -> None:
@@ -111,8 +121,8 @@ def _prompts_tab(gr: Any, answers: Answers) -> None:
         with gr.Column():
             table = gr.HTML(elem_id="table")
 
-    def compare(path: str | None, names: str, wordings: str) -> str:
-        return answers.compare(_upload(path), names, wordings)
+    def compare(path: Path | None, names: str, wordings: str) -> str:
+        return answers.compare(path, names, wordings)
 
     button.click(compare, [image, labels, templates], table, api_visibility="private")
 
@@ -125,10 +135,6 @@ def _search_tab(gr: Any, answers: Answers) -> None:
     found = gr.HTML(elem_id="found")
     for event in (button.click, words.submit):
         event(answers.search, [words, num], found, api_visibility="private")
-
-
-def _upload(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def _first_labels(answers: Answers) -> str:
@@ -178,7 +184,7 @@ def served(answers: Answers, title: str, host: str = "127.0.0.1", port: int | No
         import gradio as gr
         from starlette.middleware import Middleware
 
-        hosts = _LOOPBACK if host in _LOOPBACK else ()
+        hosts = LOOPBACK if host in LOOPBACK else ()
         limits = Middleware(Limits, upload_bytes=UPLOAD_MB * 1_000_000, hosts=hosts)
         try:
             _, address, _ = blocks.launch(
