@@ -698,19 +698,26 @@ def test_queries_that_mean_nothing_are_refused(index, photos, tmp_path):
         index.near_duplicates(1.5)
 
 
-def test_an_approximate_index_reaches_the_recall_that_it_reports(tmp_path):
-    features = unit(3000, 32)
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """An index of three thousand random features, and these; every hundredth picture is red, and all have a number."""
+    features, folder = unit(3000, 32), tmp_path_factory.mktemp("many")
     model = tiny_clip(embed_dim=32)
-    miniclip.save(model, tmp_path / "model")
-    index = Index(tmp_path / "an.index", str(tmp_path / "model"), device="cpu")
-    encoder = index.encoder
-    facts = Facts(str(tmp_path / "model"), encoder.image_fingerprint(), encoder.text_fingerprint(), "")
-    store = create_store(tmp_path / "an.index", facts, 32)
+    miniclip.save(model, folder / "model")
+    encoder = Index(folder / "an.index", str(folder / "model"), device="cpu").encoder
+    facts = Facts(str(folder / "model"), encoder.image_fingerprint(), encoder.text_fingerprint(), "")
+    store = create_store(folder / "an.index", facts, 32)
+    store.add_columns([pa.field("number", pa.int64()), pa.field("colour", pa.string())])
     keys = [f"/nowhere/{number:05d}.png" for number in range(3000)]
     same = {"path": keys, "source": ["s"] * 3000, "stamp": keys, "content": keys}
-    rows = {"key": keys, **same, "features": store.as_features(features)}
+    known = {"number": list(range(3000)), "colour": ["red" if n % 100 == 7 else "blue" for n in range(3000)]}
+    rows = {"key": keys, **same, "features": store.as_features(features), **known}
     store.put(pa.table(rows, schema=store.schema.remove_metadata()))
-    index = Index(tmp_path / "an.index", device="cpu")
+    return Index(folder / "an.index", device="cpu"), features
+
+
+def test_an_approximate_index_reaches_the_recall_that_it_reports(many):
+    index, _ = many
     measured = index.build_approximate(0.9)
     assert set(measured.recall) == {"pictures", "texts"}
     assert min(measured.recall.values()) >= 0.9
@@ -722,6 +729,26 @@ def test_an_approximate_index_reaches_the_recall_that_it_reports(tmp_path):
     by_key = {hit.key: hit.cosine for hit in exact}
     found = [(hit.cosine, by_key[hit.key]) for hit in approximate if hit.key in by_key]
     np.testing.assert_allclose(*zip(*found, strict=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("topk", [10, 1500, 5000])
+@pytest.mark.parametrize("where", [None, "colour = 'red'", "number < 5", "number = 777", "colour = 'green'"])
+def test_an_approximate_index_leaves_out_nothing_that_was_asked_for(many, where, topk):
+    """As many hits as there are, and with a filter those of brute force: the codes' recall was measured without."""
+    index, features = many
+    if index.store.approximate is None or index.store.approximate.nprobes > 1:
+        assert index.build_approximate(0.01).nprobes == 1
+    accepts = {None: lambda n: True, "colour = 'red'": lambda n: n % 100 == 7, "number < 5": lambda n: n < 5,
+               "number = 777": lambda n: n == 777, "colour = 'green'": lambda n: False}[where]  # fmt: skip
+    numbers = [number for number in range(3000) if accepts(number)]
+    texts = ["a photo of a cat", "a red circle"]
+    for text, hits in zip(texts, index.search(texts, topk=topk, where=where), strict=True):
+        cosines = features[numbers] @ index.queries([text], (), (), ())[0].numpy()
+        assert len(hits) == min(topk, len(numbers))
+        if where is not None or topk >= 3000:
+            order = np.argsort(-cosines)[:topk]
+            assert {hit.metadata["number"] for hit in hits} == {numbers[place] for place in order}
+            np.testing.assert_allclose([hit.cosine for hit in hits], cosines[order], atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

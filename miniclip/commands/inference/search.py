@@ -177,7 +177,7 @@ def _search(index: Index, options: argparse.Namespace, texts: Sequence[str | Non
     if threshold is not None:
         threshold.check_model(index.encoder)
         note(f"applied: {threshold}")
-    if index.store.approximate is not None and not options.exact:
+    if index.store.approximate is not None and not options.exact and not options.where:
         note(f"approximate, {index.store.approximate}; --exact compares all")
     found = index.search(
         None if texts[0] is None else [text for text in texts if text is not None],

@@ -315,7 +315,8 @@ class Index:
             topk: how many at most.
             where: a filter in LanceDB's SQL on the index's columns: "year > 2010 AND camera = 'X'".
             threshold: hits of a lower cosine are none.
-            exact: do not use the approximate index, where there is one.
+            exact: do not use the approximate index, where there is one. Nor is it used with a filter, or where it finds
+                fewer than `topk`.
 
         Returns:
             Hits, the nearest first, those of equal cosines in the order of their keys; a list of such lists for
@@ -379,13 +380,13 @@ class Index:
     def _search(self, queries: Tensor, topk: int, where: str | None, exact: bool) -> list[list[Hit]]:
         if where is not None:
             self.store.check_filter(where)
-        approximate = None if exact else self.store.approximate
-        if approximate is not None:
-            found = self.store.search_approximate(
-                queries.numpy(), topk + TIES, approximate.nprobes, approximate.refined, where
-            )
-        else:
-            found = zip(*nearest(self._blocks(where), queries, topk + TIES), strict=True)
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        # Its recall was measured among all pictures: of those that a filter accepts it may look at none.
+        if not exact and where is None and (approximate := self.store.approximate) is not None:
+            effort = approximate.nprobes, approximate.refined
+            found = list(self.store.search_approximate(queries.numpy(), topk + TIES, *effort))
+        if not found or min(len(row_ids) for row_ids, _ in found) < min(topk, len(self.store)):
+            found = list(zip(*nearest(self._blocks(where), queries, topk + TIES), strict=True))
         return [self._hits(row_ids, cosines, topk) for row_ids, cosines in found]
 
     def _hits(self, row_ids: np.ndarray, cosines: np.ndarray, topk: int) -> list[Hit]:

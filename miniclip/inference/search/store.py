@@ -268,15 +268,15 @@ class Store:
         self._set_of_field("features", _APPROXIMATE, written)
 
     def search_approximate(
-        self, queries: np.ndarray, k: int, nprobes: int, refined: int, where: str | None = None
+        self, queries: np.ndarray, k: int, nprobes: int, refined: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and cosines of about the k rows nearest to each query (Q, E), as `nearest` gives them."""
         for query in queries:
             search = self._table.search(query, vector_column_name="features").distance_type("dot")
             search = search.minimum_nprobes(nprobes).maximum_nprobes(nprobes).refine_factor(refined).limit(k)
             search = search.with_row_id(True).select(["_distance"])
-            with self._read_errors(where):
-                found = (search if where is None else search.where(where)).to_arrow()
+            with self._read_errors():
+                found = search.to_arrow()
             yield found["_rowid"].to_numpy(), 1 - found["_distance"].to_numpy()
 
     # -----------------------------------------------------------------------------------------------------------------
