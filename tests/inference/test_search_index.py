@@ -540,6 +540,38 @@ def without_id(location: Path) -> None:
     table.add(rows)
 
 
+@pytest.mark.parametrize("num_updates", [1, 3, 35])  # by which the old tables get cleaned
+@pytest.mark.parametrize("num_anew", [1, 2])
+def test_an_open_index_follows_one_that_is_made_anew_after_it_was_updated(
+    index, tmp_path, counting, num_updates, num_anew
+):
+    """The new one's versions have lower numbers."""
+    first, second = write(tmp_path / "first", ["a.png", "b.png"]), write(tmp_path / "second", ["c.png", "d.png"], 9)
+    reader = Index(index.location, index.encoder)
+    for number in range(num_updates):
+        write(first, [f"{number}.png"], 20 + number)
+        index.update(first)
+        reader.search("a")
+    shutil.rmtree(index.location)
+    for each in [second, write(tmp_path / "third", ["e.png"], 30)][:num_anew]:
+        Index(index.location, index.encoder).update(each)
+        expected = {row["key"] for row in open_store(index.location).read(["key"]).to_pylist()}
+        assert {hit.path for hit in reader.search("a", topk=99)} == expected
+
+
+def test_a_search_looks_at_the_versions_of_an_old_index_once(index, photos, monkeypatch):
+    index.update(photos)
+    without_id(Path(index.location))
+    reader = Index(index.location, index.encoder)
+    looks = []
+    table = type(reader.store._table)
+    monkeypatch.setattr(table, "list_versions", lambda self, look=table.list_versions: looks.append(1) or look(self))
+    reader.search("a")
+    looks.clear()
+    assert len(reader.search("a", topk=99)) == 12
+    assert len(looks) == 1
+
+
 @pytest.mark.parametrize("has_id", [True, False])
 def test_an_open_index_follows_one_that_is_made_anew_at_its_place(index, tmp_path, counting, has_id):
     first, second = write(tmp_path / "first", ["a.png", "b.png"]), write(tmp_path / "second", ["c.png", "d.png"], 9)

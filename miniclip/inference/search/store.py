@@ -92,7 +92,7 @@ class Approximate:
 class Store:
     """An index that is there. `open_store` and `create_store` make one.
 
-    Every reading method sees the version that was the last one at opening, at `newest`, or at this object's own commit.
+    Every reading method sees the version that was the last one at opening, or at this object's own commit.
     """
 
     def __init__(self, location: str, table: Any) -> None:
@@ -104,6 +104,7 @@ class Store:
         if facts.get("format") != Facts.format:
             raise ValueError(f"{location} has the format {facts.get('format')} of a newer miniclip; install that")
         self.facts = Facts(**facts)
+        self._times: dict[int, str] = {}
 
     def __len__(self) -> int:
         return self._table.count_rows()
@@ -113,9 +114,12 @@ class Store:
         """Of this table, and of no other that is made at the same place."""
         if (written := self.schema.metadata.get(_ID)) is not None:
             return written.decode()
-        # Tables from before there were ids: one for each version.
-        times = [each["timestamp"] for each in self._table.list_versions() if each["version"] == self._table.version]
-        return str(times)
+        # Tables from before there were ids: one for each version, which takes a look at all of them.
+        version = self._table.version
+        if version not in self._times:
+            times = [each["timestamp"] for each in self._table.list_versions() if each["version"] == version]
+            self._times = {version: str(times)}
+        return self._times[version]
 
     @property
     def state(self) -> tuple[str, int]:
@@ -140,17 +144,14 @@ class Store:
         return [name for name in self.schema.names if name not in OWN_COLUMNS]
 
     def newest(self) -> Store:
-        """This index at its newest version; or the one that was made anew at its place.
+        """The index at its newest version, or the one that was made anew at its place; this one, if nothing changed.
 
         Raises:
             ValueError: there is none any more.
         """
-        with suppress(RuntimeError, OSError, ValueError):
-            before = self.id
-            self._table.checkout_latest()
-            if self.id == before:
-                return self
-        return open_store(self.location)
+        # Opened anew: an open table's `checkout_latest` stays with what it knows where the newest has a lower number.
+        found = open_store(self.location)
+        return self if found.state == self.state else found
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
