@@ -24,6 +24,7 @@ class Entry:
         open: gives the picture, or raises ValueError; called once.
         name: the path, the URL or the key; a `link` leads to it.
         facts: what else is shown, by name.
+        note: a sentence below them.
     """
 
     open: Callable[[], Image.Image]
@@ -31,6 +32,7 @@ class Entry:
     cosine: float | None = None
     link: str | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,4 +89,5 @@ def _figure(entry: Entry) -> dict[str, object]:
         "cosine": entry.cosine,
         "link": entry.link,
         "facts": entry.facts,
+        "note": entry.note,
     }

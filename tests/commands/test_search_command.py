@@ -111,6 +111,16 @@ def test_paths_and_pages_lead_to_a_file_whose_name_is_no_utf_8(world, tmp_path, 
     assert json.loads(capsys.readouterr().out)[0]["path"] == str(path)
 
 
+def test_a_page_names_what_changed_since_it_was_indexed(world, tmp_path):
+    pictures = [write_picture(tmp_path / f"few/{n}.png", seed=n) for n in range(2)]
+    cli.main(["index", "few", "few.index", "--model", str(world / "model")])
+    write_picture(pictures[1], seed=9)
+    cli.main(["search", "few.index", "a", "--html", "few.html"])
+    figures = Path("few.html").read_text().split("<figure>")[1:]
+    (changed,) = [figure for figure in figures if "changed since it was indexed" in figure]
+    assert (len(figures), "few/1.png" in changed) == (2, True)
+
+
 def test_filters_and_near_duplicates(world, capsys):
     cli.main(["search", "an.index", "a", "--where", "`Year` > 2003 AND camera = 'X'", "--json"])
     assert sorted(row["Year"] for row in json.loads(capsys.readouterr().out)) == [2005, 2007]

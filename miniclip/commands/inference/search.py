@@ -205,6 +205,7 @@ def _write_sheet(
     options: argparse.Namespace, index: Index, titles: Sequence[str], found: Sequence[Sequence[Hit]]
 ) -> None:
     from ...common.storage import is_url
+    from ...inference.search.index import CHANGED
     from ...inference.sources import image_set
     from ...reports.sheet import Entry, Section, write_sheet
 
@@ -227,6 +228,7 @@ def _write_sheet(
                 hit.cosine,
                 link(hit),
                 {name: str(value) for name, value in hit.metadata.items() if value is not None},
+                CHANGED if index.has_changed(hit) else "",
             )
             for hit in hits
         ]

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -43,13 +43,14 @@ from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSF
 from ...evaluation.prompts import classname_set
 from ..sources import image_set
 from ..thresholds import CalibratedModel
-from .changes import Listing, list_sources
+from .changes import Listing, list_sources, stamp_of
 from .nearest import TIES, Blocks, levels, near_duplicates, nearest
 from .store import DTYPES, NAMES, Approximate, Facts, Store, create_store, find_store, open_store, restored, writing
 from .updating import Progress, Update, Updated, make_plan
 
 T = TypeVar("T")
 
+CHANGED = "changed since it was indexed"
 _SAME_FEATURE = 0.005  # between unit features of one picture by one model on two machines, at most
 _SMALLEST_SUM = 1e-3  # of unit vectors that do not cancel each other
 _FILTERED_AT_ONCE = 1 << 16
@@ -66,6 +67,7 @@ class Hit:
         path: the path or the URL, where there is one.
         source: where it was found: a folder, a pattern, a table, …
         metadata: what else the index knows of it.
+        stamp, content: by which `has_changed` knows the picture again.
     """
 
     key: str
@@ -73,6 +75,8 @@ class Hit:
     source: str
     cosine: float
     metadata: Mapping[str, Any]
+    stamp: str = field(default="", repr=False)
+    content: str | None = field(default=None, repr=False)
 
 
 class Index:
@@ -118,7 +122,9 @@ class Index:
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
         self._checked: Facts | None = None  # of the index whose model the encoder was found to be
-        self._listings: dict[str, Listing] = {}  # of sources that hold pictures without a path
+        self._listings: dict[
+            str, tuple[str, Listing]
+        ] = {}  # of sources that hold pictures without a path; their stamps
         self._held: tuple[tuple[str, int], np.ndarray, Tensor] | None = None  # the state, ids and features of all rows
 
     def __len__(self) -> int:
@@ -398,11 +404,12 @@ class Index:
         ]
 
     def _as_hits(self, row_ids: np.ndarray, cosines: np.ndarray) -> list[Hit]:
-        rows = self.store.take(row_ids, [*NAMES, *self.store.metadata_columns]).to_pylist()
+        rows = self.store.take(row_ids, [*NAMES, "stamp", "content", *self.store.metadata_columns]).to_pylist()
         hits = []
         for row, cosine in zip(rows, cosines, strict=True):
             key, path, source = (row.pop(name) for name in NAMES)
-            hits.append(Hit(restored(key), path and restored(path), restored(source), float(cosine), row))
+            facts = row.pop("stamp"), row.pop("content")
+            hits.append(Hit(restored(key), path and restored(path), restored(source), float(cosine), row, *facts))
         return hits
 
     def open(self, hit: Hit) -> Image.Image:
@@ -411,17 +418,36 @@ class Index:
         Raises:
             ValueError: it can't be read any more.
         """
+        listing, number = self._listed(hit)
+        return listing.data.open(number)
+
+    def has_changed(self, hit: Hit) -> bool:
+        """Whether another picture is now in the place of a hit than when it was indexed, by its bytes. What lies at a
+        URL is taken to stay the same, and of what can't be read any more `open` says so."""
+        try:
+            listing, number = self._listed(hit)
+        except ValueError:
+            return False
+        if hit.content is None or (hit.stamp and hit.stamp == listing.stamps[number]):
+            return False
+        return listing.content(number) not in (None, hit.content)
+
+    def _listed(self, hit: Hit) -> tuple[Listing, int]:
+        """Where the picture of a hit can be read, and its index there."""
         if not isinstance(hit, Hit):
             raise ValueError(f"hit is {shown(hit)}; it must be one that a search found")
         if hit.path is not None:
             path = hit.path if is_url(hit.path) else Path(hit.path)
-            return EvaluationSet(hit.key, (path,), upright=self.upright).open(0)
-        if hit.source not in self._listings:
-            self._listings[hit.source] = list_sources([hit.source], upright=self.upright)[0]
-        listing = self._listings[hit.source]
+            data = EvaluationSet(hit.key, (path,), upright=self.upright)
+            return Listing(hit.source, data, [hit.key], [hit.path], [stamp_of(hit.path, racy_ns=0)]), 0
+        stamp = stamp_of(hit.source, racy_ns=0)  # an open index outlives the tables that it was made from
+        known = self._listings.get(hit.source)
+        if known is None or known[0] != stamp:
+            known = self._listings[hit.source] = stamp, list_sources([hit.source], upright=self.upright)[0]
+        listing = known[1]
         if hit.key not in listing.keys:
             raise ValueError(f"{hit.key} is no longer in {hit.source}")
-        return listing.data.open(listing.keys.index(hit.key))
+        return listing, listing.keys.index(hit.key)
 
     def near_duplicates(
         self,
