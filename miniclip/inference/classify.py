@@ -60,6 +60,8 @@ def choose_classes(
     classnames: str | Path | None = None,
     templates: str | Path | None = None,
     threshold: ModelThreshold | None = None,
+    *,
+    field: str | None = None,
 ) -> Classes:
     """The classes that are asked for; without any, those that the threshold was calibrated for.
 
@@ -69,6 +71,7 @@ def choose_classes(
         templates: a built-in set of `TEMPLATE_SETS`, or a file; by default the threshold's, else "simple", which
             `classify_images` replaces by the wordings of a model's captions.
         threshold: of the model.
+        field: of a page, in which the labels stand: errors name it, and none of the command's options.
 
     Raises:
         ValueError: no class, one without a threshold, an empty name, or a name that comes twice.
@@ -81,8 +84,9 @@ def choose_classes(
     if labels is not None and classnames is not None:
         raise ValueError("--labels and --classnames both name the classes; give one of them")
     nothing = Found("the classes", ())
+    labels_from = field or "--labels"
     if labels is not None:
-        names = _checked(_names_in(labels), "--labels")
+        names = _checked(_names_in(labels, labels_from), labels_from)
     elif classnames is not None:
         found = settle_names(nothing, classnames, "").classnames or ()
         # Two of ImageNet's classes have the names of others.
@@ -90,11 +94,15 @@ def choose_classes(
     elif threshold is not None and threshold.classnames:
         names = threshold.classnames
     else:
-        raise ValueError('no classes are named; name them with --labels "cat,dog", or --classnames FILE')
+        how = (
+            f"write some into {field}: cat, dog" if field else 'name them with --labels "cat,dog", or --classnames FILE'
+        )
+        raise ValueError(f"no classes are named; {how}")
     if len(names) == 1 and threshold is None:
+        how = '(--labels "cat,dog"), or give a cosine that it must reach with --threshold'
         raise ValueError(
             f"there is one class, {names[0]!r}, and its probability would be 1 for any picture; name several "
-            '(--labels "cat,dog"), or give a cosine that it must reach with --threshold'
+            f"{'(cat, dog)' if field else how}"
         )
     if threshold is not None and NONE in names:
         raise ValueError(
@@ -106,15 +114,15 @@ def choose_classes(
     return Classes(names, *settle_templates(nothing, templates, names))
 
 
-def _names_in(labels: str | Sequence[str]) -> tuple[str, ...]:
+def _names_in(labels: str | Sequence[str], source: str) -> tuple[str, ...]:
     if not isinstance(labels, str):
         return tuple(map(visible, check_texts("labels", labels)))
     if (text := labels.strip())[:1] + text[-1:] in ("[]", "{}"):  # a list of JSON's or Python's
-        return names_of(text, "--labels")
+        return names_of(text, source)
     rows = list(csv.reader([labels.replace("\n", ",")], skipinitialspace=True))
     names = tuple(map(visible, rows[0])) if rows else ()
     if len(names) > 1 and all(re.match(r"\d+\s*[:=]", name) for name in names):
-        raise ValueError(f'--labels numbers its names ({names[0]!r}); write the names alone: "cat,dog"')
+        raise ValueError(f'{source} numbers its names ({names[0]!r}); write the names alone: "cat,dog"')
     return names
 
 
@@ -165,10 +173,16 @@ class Guesses:
         is_none = self.is_none is not None and self.is_none[row]
         return NONE if is_none else self.classes.classnames[self.ranked[row, 0]]
 
-    def notes(self) -> list[str]:
-        """What to know of the prompts: whose words they are, if nobody chose them, and what they don't tell apart."""
+    def notes(self, templates_by: str = "--templates") -> list[str]:
+        """What to know of the prompts: whose words they are, if nobody chose them, and what they don't tell apart.
+
+        Args:
+            templates_by: where others are given.
+        """
         texts = [repr(each) for each in self.classes.templates if isinstance(each, str)]
-        mined = f"prompts are in {MINED_FROM}: {some(texts, 3)}; templates of your own (--templates) take their place"
+        mined = (
+            f"prompts are in {MINED_FROM}: {some(texts, 3)}; templates of your own ({templates_by}) take their place"
+        )
         return [mined] * (self.classes.templates_from == MINED_FROM) + told_of_same_names(self.same_prompts)
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """The page in a real browser, served by the real command; and what it refuses, by requests that no browser makes."""
 
 import asyncio
+import base64
 import http.client
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +24,19 @@ import axe_core_python
 import pytest
 from command_line import fails
 from helpers import picture, tiny_clip, write_picture
+from PIL import ExifTags, Image
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from miniclip.common.thumbnail import thumbnail
 from miniclip.evaluation.datasets.sets import EvaluationSet
 from miniclip.evaluation.encoder import from_clip
 from miniclip.inference.app.answers import Answers
 from miniclip.inference.app.limits import Limits
 from miniclip.inference.app.page import build
 from miniclip.inference.classify import Classes, classify_images
-from miniclip.inference.search.index import Index
+from miniclip.inference.search.index import Hit, Index
 from miniclip.inference.thresholds import ModelThreshold
 from miniclip.weights.load import load, save
 
@@ -172,6 +178,40 @@ def test_a_word_is_chosen_for_its_heat_map(page, browser, tmp_path):
     assert visitor.problems() == []
 
 
+def test_of_many_labels_those_of_the_answer_can_be_looked_for(page, browser, tmp_path):
+    """And what is left out is counted: here the words of labels, and the labels that are furthest."""
+    visitor = Visitor(browser.driver, page)
+    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
+    visitor.one("#picture img")
+    visitor.classify(", ".join(f"bird {number}" for number in range(60)))
+    answered = [cell.text for cell in browser.driver.find_elements(By.CSS_SELECTOR, "#bars tbody th")]
+    visitor.one("#words label")
+    offered = [label.text for label in browser.driver.find_elements(By.CSS_SELECTOR, "#words label")]
+    assert len(answered) == 10
+    assert (offered[:10], len(offered)) == (answered, 40)
+    assert "left out here: 81 more labels, or words of labels" in visitor.one("#words").text  # bird, 0 to 59
+    assert visitor.problems() == []
+
+
+def test_a_removed_picture_takes_its_answers_along(page, browser, tmp_path):
+    visitor = Visitor(browser.driver, page)
+    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
+    visitor.one("#picture img")
+    visitor.classify("a robin, a wren")
+    visitor.one("#words input[value='wren']").click()
+    visitor.answer("#heat")
+    visitor.one("#picture .icon-button-wrapper button").click()
+    visitor.wait.until(lambda driver: not driver.find_elements(By.CSS_SELECTOR, "#bars table, #heat img, #words input"))
+
+
+def test_enter_asks(page, browser, tmp_path):
+    visitor = Visitor(browser.driver, page)
+    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
+    visitor.one("#picture img")
+    visitor.write("#labels textarea", "a robin, a wren" + Keys.ENTER)
+    assert "a wren" in visitor.answer("#bars")
+
+
 def test_a_phone_shows_all_of_it(page, browser, tmp_path):
     visitor = Visitor(browser.driver, page, width=390)
     visitor.upload(write_picture(tmp_path / "robin.png"))
@@ -257,10 +297,13 @@ def test_an_upload_of_200_mb_is_refused_by_its_size_before_it_comes(page):
     assert ask(page, "POST", "/gradio_api/upload", iter([b"x"]), **{"Transfer-Encoding": "chunked"}).status == 411
 
 
-def asked(page, field, *data):
-    """What the page answers to the nth of its events, as a program would ask: the event that ends it, as text."""
+def asked(page, button, *data):
+    """What the page answers to a button, as a program would ask: the event that ends it, as text."""
+    config = json.loads(ask(page, "GET", "/config").read())
+    (target,) = [each["id"] for each in config["components"] if each["props"].get("elem_id") == button]
+    (number,) = [each["id"] for each in config["dependencies"] if [target, "click"] in map(list, each["targets"])]
     session = secrets.token_hex(8)
-    body = json.dumps({"data": data, "fn_index": field, "session_hash": session})
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": session})
     assert ask(page, "POST", "/gradio_api/queue/join", body, **{"Content-Type": "application/json"}).status == 200
     for line in ask(page, "GET", f"/gradio_api/queue/data?session_hash={session}"):
         if b"process_completed" in line:
@@ -277,14 +320,13 @@ def uploaded(page, data, **headers):
 
 
 META = {"_type": "gradio.FileData"}
-CLASSIFY, EXPLAIN, COMPARE = 0, 2, 3  # the page's events, in the order of page.py
 
 
 @pytest.mark.parametrize("meta", [{}, {"meta": META}])
 def test_a_picture_that_was_not_uploaded_is_not_opened(page, tmp_path, meta):
     """Its path is what a client names: a picture of this machine, by a link, a pipe, what never ends."""
     upload = Path(json.loads(uploaded(page, png(90 + len(meta))).read())[0])
-    assert 'role=\\"status' in asked(page, CLASSIFY, {"path": str(upload), **meta}, "one, two")
+    assert 'role=\\"status' in asked(page, "classify", {"path": str(upload), **meta}, "one, two")
     secret = write_picture(tmp_path / "secret.png")
     os.mkfifo(tmp_path / "pipe")
     link = upload.with_name("link.png")  # nobody can upload one
@@ -296,8 +338,8 @@ def test_a_picture_that_was_not_uploaded_is_not_opened(page, tmp_path, meta):
     for path in paths:
         picture = {"path": str(path), **meta}
         for answer in (
-            asked(page, CLASSIFY, picture, "one, two"),
-            asked(page, COMPARE, picture, "one, two", "{}"),
+            asked(page, "classify", picture, "one, two"),
+            asked(page, "compare", picture, "one, two", "{}"),
         ):
             assert 'role=\\"status' not in answer, path
             assert "<table" not in answer, path
@@ -405,6 +447,31 @@ def test_all_prompts_together_are_those_that_classify_takes(answers):
 
 
 @pytest.mark.parametrize(
+    "labels", ["a cat, a dog\n", "a cat\na dog", "a cat,\n\na dog", '["a cat",\n"a dog"\n]', "a cat, a dog"]
+)
+def test_labels_may_stand_on_lines(answers, labels):
+    assert answers.guess(png(), labels)[1] == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    ["", ",", "cat", "cat, cat", "cat,,dog", "1: cat, 2: dog", '["a", "a"]', '["a", ""]', "{", "none of these, b"],
+)
+def test_what_is_wrong_with_labels_is_said_in_words_of_the_page(answers, labels):
+    """It has none of the command's options."""
+    threshold = ModelThreshold(-1.0, "of nothing") if "none" in labels else None
+    shown, _ = replace(answers, threshold=threshold).guess(png(), labels)
+    assert 'role="alert"' in shown
+    assert "--" not in shown
+
+
+def test_a_label_of_half_a_character_is_answered(answers):
+    """As a program may send it; an answer in UTF-8 can't hold it."""
+    shown, _ = answers.guess(png(), "caf\udce9, b")
+    shown.encode()
+
+
+@pytest.mark.parametrize(
     ("labels", "word"), [("cat", "there is one class"), ("cat, cat", "twice"), (",", "holds no name")]
 )
 def test_labels_that_can_not_be_compared_are_answered_with_the_reason(answers, labels, word):
@@ -453,6 +520,115 @@ def test_a_search_says_what_it_leaves_out(answers, index, tmp_path):
     shutil.rmtree(copy)
     assert 'role="alert"' in searched.search("a robin", 12)
     assert "there is no index at" in searched.search("a robin", 12)
+
+
+def test_a_hit_whose_name_is_no_utf_8_is_shown(answers, tmp_path):
+    write_picture(tmp_path / "odd" / os.fsdecode(b"caf\xe9.png"))
+    index = Index(tmp_path / "an.index", answers.encoder)
+    index.update(tmp_path / "odd")
+    shown = replace(answers, index=index).search("a robin", 12)
+    assert r">caf\udce9.png<" in shown
+    assert "<img" in shown
+    shown.encode()
+
+
+def test_a_mistake_of_the_program_is_an_answer_in_words(answers, monkeypatch, capsys):
+    def broken(*_):
+        return {}["x"]
+
+    monkeypatch.setattr(Answers, "_found", broken)
+    assert "by a mistake of the program: KeyError" in answers.search("a robin", 12)
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert "how many pictures" in replace(answers, index=1).search("a robin", None)
+
+
+@pytest.mark.parametrize("kind", ["table", "shards"])
+def test_hits_of_a_table_or_of_shards_are_shown_as_they_were_indexed(answers, tmp_path, kind):
+    folder = tmp_path / "photos"
+    pictures = [write_picture(folder / f"{n}.png", seed=n) for n in range(3)]
+    if kind == "table":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        source = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"image": [each.read_bytes() for each in pictures]}), source)
+    else:
+        source = tmp_path / "a.tar"
+        with tarfile.open(source, "w") as tar:
+            for each in pictures:
+                tar.add(each, each.name)
+    index = Index(tmp_path / "an.index", answers.encoder)
+    index.update(source)
+    searched = replace(answers, index=index)
+    found = re.findall(r'<img src="([^"]+)"', searched.search("a robin", 12))
+    expected = [thumbnail(Image.open(each), (200, 200)) for each in pictures]
+    assert sorted(found) == sorted(expected)
+    source.unlink()
+    gone = searched.search("a robin", 12)
+    assert gone.count("<li>") == 3
+    assert str(source) in gone
+    assert "0 bytes" not in gone
+    assert "<img" not in gone
+
+
+def test_a_file_that_was_replaced_or_is_gone_says_so(answers, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    names = ("same", "touched", "other", "gone")
+    _, touched, other, gone = (write_picture(folder / f"{name}.png", seed=n) for n, name in enumerate(names))
+    index = Index(tmp_path / "an.index", answers.encoder)
+    index.update(folder)
+    os.utime(touched, (5, 5))
+    write_picture(other, seed=9)
+    gone.unlink()
+    shown = replace(answers, index=index).search("a robin", 12)
+    captions = {name: text for text in shown.split("<li>")[1:] for name in names
+                if f">{name}.png<" in text}  # fmt: skip
+    assert {name for name, text in captions.items() if "changed since it was indexed" in text} == {"other"}
+    assert {name for name, text in captions.items() if "<img" not in text} == {"gone"}
+    assert "No such file" in captions["gone"]
+    hits = index.search("a robin", topk=4)
+    assert [Path(hit.path).stem for hit in hits if index.has_changed(hit)] == ["other"]
+
+
+def test_pictures_at_addresses_are_not_fetched_for_the_page(answers, index, monkeypatch):
+    hit = Hit("https://192.0.2.1/a.png", "https://192.0.2.1/a.png", "s", 0.5, {})
+    searched = Index(index, answers.encoder)
+    monkeypatch.setattr(searched, "search", lambda *_, **__: [hit])
+    assert "asks no other host" in replace(answers, index=searched).search("a robin", 12)
+
+
+def test_a_wide_picture_is_explained_as_the_command_does(run, answers, tmp_path):
+    """From all of its pixels, and not from a strip of 448 by 13."""
+    import numpy as np
+
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 2000, 3), dtype=np.uint8))
+    wide.save(tmp_path / "wide.png")
+    shown = answers.heat_map(tmp_path / "wide.png", "a robin")
+    where = ["--model", str(run / "best"), "--device", "cpu", "--out", str(tmp_path / "m.png"), "--json"]
+    command = [sys.executable, "-m", "miniclip", "explain", str(tmp_path / "wide.png"), "a robin", *where]
+    (row,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert f"(cosine {row['cosine']:.3f})" in shown
+    for name in ("deletion", "insertion"):
+        assert f"{name} {row[name]:.2f}" in shown
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", shown)[1])
+    assert Image.open(io.BytesIO(data)).size == (448, 13)
+
+
+def test_a_turned_pictures_map_stands_as_the_browser_shows_the_picture(answers):
+    stored = Image.new("RGB", (300, 200), "navy")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    stored.save(file, "jpeg", exif=exif, quality=95)
+
+    def shown_map(answers):
+        data = base64.b64decode(re.search(r"base64,([^\"]+)", answers.heat_map(file.getvalue(), "a robin"))[1])
+        return Image.open(io.BytesIO(data))
+
+    for each in (answers, replace(answers, upright=True)):
+        width, height = shown_map(each).size
+        assert width * 3 == height * 2
 
 
 def test_an_answer_waits_for_no_other_and_has_its_own_notes(answers, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -19,22 +20,26 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ...common.arguments import FLOAT32
+from ...common.storage import is_url
 from ...common.thumbnail import thumbnail
 from ...common.wording import percent, printable
+from ...data.reading.huggingface import HUB_PREFIX
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
 from ...evaluation.prompts import suited
 from ...evaluation.suite import CachedEncoder, silent
-from ...images import open_image, upright
+from ...images import open_image, orientation, turned, upright
 from ..classify import Classes, Guesses, choose_classes, guess
 from ..thresholds import ModelThreshold
 from .limits import read_upload
 
 if TYPE_CHECKING:
-    from ..search.index import Index
+    from ..search.index import Hit, Index
 
 MOST_CLASSES, MOST_PROMPTS, MOST_FOUND = 1000, 20, 60
+MOST_CHOICES = 40  # of what is looked for in the picture
 _BARS = 10  # bars
+_FIELD = "the field of labels"
 _FOUND_BOX = (200, 200)  # pixels
 _MAP_SIDE = 448  # pixels, of the longer side
 _CAUGHT: ContextVar[list[str] | None] = ContextVar("caught", default=None)  # warnings of the answer under way
@@ -65,14 +70,17 @@ class Answers:
         return self.encoder.precision == FLOAT32
 
     def guess(self, picture: Picture, labels: str) -> tuple[str, tuple[str, ...]]:
-        """A bar for each of the nearest classes; and the classes, none where the question is wrong."""
+        """A bar for each of the nearest classes; and the classes, none where the question is wrong. They are in their
+        own order, or the nearest first where there are more than `MOST_CHOICES`."""
         names: list[str] = []
 
         def bars() -> str:
             (guesses,) = self._guesses(picture, labels, [()])
             if self.threshold is not None:
                 self.threshold.warn_if_other(guesses.classes.classnames, guesses.classes.templates, self.upright)
-            names.extend(guesses.classes.classnames)
+            classnames = guesses.classes.classnames
+            is_long = len(classnames) > MOST_CHOICES
+            names.extend([classnames[c] for c in guesses.ranked[0]] if is_long else classnames)
             return _bars(guesses, self.threshold)
 
         return _answered(bars), tuple(names)
@@ -116,7 +124,9 @@ class Answers:
     def _guesses(self, picture: Picture, labels: str, wordings: Sequence[tuple[str, ...]]) -> list[Guesses]:
         """For each set of templates; an empty one stands for those of the threshold, or the default."""
         image = self._opened(picture)
-        chosen = suited(choose_classes(labels or None, threshold=self.threshold), self.encoder.wordings)
+        chosen = suited(
+            choose_classes(_on_one_line(labels) or None, threshold=self.threshold, field=_FIELD), self.encoder.wordings
+        )
         names = chosen.classnames
         if len(names) > MOST_CLASSES:
             raise ValueError(f"there are {len(names):,} labels; at most {MOST_CLASSES:,} are compared here")
@@ -127,7 +137,7 @@ class Answers:
             classes = Classes(names, templates, "the page") if templates else chosen
             classifier = encoder.classifier(classes)
             guesses = guess(images, classes, classifier, encoder.logit_scale, len(names), self.threshold)
-            for sentence in guesses.notes():
+            for sentence in guesses.notes("the tab Compare prompts"):
                 warnings.warn(sentence, stacklevel=2)
             found.append(guesses)
         return found
@@ -142,10 +152,12 @@ class Answers:
         from ...reports.heat import overlay
         from ..explanation.explain import Explainer
 
-        image = self._opened(picture).convert("RGB")
-        image.thumbnail((_MAP_SIDE, _MAP_SIDE))
+        image = self._opened(picture)
         (explanation,) = Explainer(self.encoder)(image, [text])
-        shown = _data_url(overlay(image, explanation.map.on_picture()))
+        small = image.convert("RGB")
+        small.thumbnail((_MAP_SIDE, _MAP_SIDE))
+        heat = overlay(small, explanation.map.on_picture(small.size))
+        shown = _data_url(turned(heat, orientation(image)))  # as the browser shows the picture beside it
         about = f"Heat map: what in the picture speaks for “{_text(text)}” (cosine {explanation.map.cosine:.3f})"
         most = max((abs(value) for value in explanation.words.relevances), default=0.0) or 1.0
         words = " ".join(
@@ -159,17 +171,19 @@ class Answers:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def search(self, words: str, num: int) -> str:
+    def search(self, words: str, num: int | None) -> str:
         """The nearest pictures of the index."""
-        return _answered(lambda: self._found(words.strip(), int(num)))
+        return _answered(lambda: self._found(words.strip(), num))
 
-    def _found(self, words: str, num: int) -> str:
+    def _found(self, words: str, num: int | None) -> str:
         if self.index is None:
             raise ValueError("there is no index; start the page with one: miniclip app MODEL INDEX")
         if not words:
             raise ValueError("there is nothing to search for; write some words")
+        if num is None:
+            raise ValueError(f"it is not said how many pictures to show; give a number from 1 to {MOST_FOUND}")
         threshold = None if self.threshold is None else self.threshold.cosine
-        hits = self.index.search(words, topk=max(1, min(num, MOST_FOUND)), threshold=threshold)
+        hits = self.index.search(words, topk=max(1, min(int(num), MOST_FOUND)), threshold=threshold)
         if self.index.store.approximate is not None:
             warnings.warn(f"approximate, {self.index.store.approximate}", stacklevel=2)
         if not hits:
@@ -179,7 +193,7 @@ class Answers:
             return f"<p>{_text(nothing)}</p>"
         if threshold is not None:
             warnings.warn(f"what is below the threshold is left out: {self.threshold}", stacklevel=2)
-        return f'<ol class="found">{"".join(_hit(hit, self.index.upright) for hit in hits)}</ol>'
+        return f'<ol class="found">{"".join(_hit(hit, self.index) for hit in hits)}</ol>'
 
     def report(self, title: str) -> str:
         """A page of the run, in a frame that can't reach this one."""
@@ -194,10 +208,19 @@ def _answered(answer: Callable[[], str]) -> str:
     try:
         shown = answer()
     except (ValueError, OSError, RuntimeError) as error:
-        shown = f'<p role="alert" class="wrong">{_text(str(error))}</p>'
+        shown = wrong(str(error))
+    except Exception as error:  # Gradio would leave the answer to another question in its place
+        traceback.print_exc()
+        shown = wrong(f"this could not be answered, by a mistake of the program: {type(error).__name__}: {error}")
     finally:
         _CAUGHT.reset(under_way)
-    return shown + "".join(f"<p>Note: {_text(sentence)}</p>" for sentence in dict.fromkeys(caught))
+    shown += "".join(f"<p>Note: {_text(sentence)}</p>" for sentence in dict.fromkeys(caught))
+    return shown.encode("utf-8", "backslashreplace").decode()  # bytes of a file's name may be no UTF-8, and JSON is
+
+
+def wrong(sentence: str) -> str:
+    """What is shown in the place of an answer."""
+    return f'<p role="alert" class="wrong">{_text(sentence)}</p>'
 
 
 def _collect_warnings() -> None:
@@ -220,6 +243,15 @@ def _collect_warnings() -> None:
 
 def _framed(title: str, page: str) -> str:
     return f'<iframe title="{_text(title)}" sandbox="allow-scripts" srcdoc="{html.escape(page, quote=True)}"></iframe>'
+
+
+def _on_one_line(labels: str) -> str:
+    """Labels with commas between them, which may stand at the ends of lines, too; lists as JSON has them stay."""
+    if labels.strip()[:1] in ("[", "{"):
+        return labels
+    *others, last = labels.split("\n")
+    lines = [line.strip().removesuffix(",") for line in others] + [last.strip()]
+    return ", ".join(line for line in lines if line)
 
 
 def _template_lines(text: str) -> list[str]:
@@ -250,16 +282,19 @@ def _bars(guesses: Guesses, threshold: ModelThreshold | None) -> str:
     return f"{title}<table>{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}<p>{_text(note)}</p>"
 
 
-def _hit(hit: Any, is_upright: bool) -> str:
-    name = _text(hit.key.rpartition("/")[2])
+def _hit(hit: Hit, index: Index) -> str:
+    from ..search.index import CHANGED
+
+    name, place = _text(hit.key.rpartition("/")[2]), hit.path or hit.source
+    note = ""
     try:
-        data = Path(hit.path).read_bytes() if hit.path and Path(hit.path).is_file() else b""
-        image = open_image(data, hit.key)
-        shown = thumbnail(upright(image) if is_upright else image, _FOUND_BOX)
-        picture = f'<img src="{shown}" alt="{name}" loading="lazy">'
+        if is_url(place) or place.startswith(HUB_PREFIX):
+            raise ValueError(f"{hit.key} is at an address, and this page asks no other host")
+        picture = f'<img src="{thumbnail(index.open(hit), _FOUND_BOX)}" alt="{name}" loading="lazy">'
+        note = f"<br>{CHANGED}" if index.has_changed(hit) else ""
     except (ValueError, OSError) as error:
         picture = f"<span>{_text(str(error))}</span>"
-    caption = f'<figcaption title="{_text(hit.key)}">{name}<br>{hit.cosine:.3f}</figcaption>'
+    caption = f'<figcaption title="{_text(hit.key)}">{name}<br>{hit.cosine:.3f}{note}</figcaption>'
     return f"<li><figure>{picture}{caption}</figure></li>"
 
 

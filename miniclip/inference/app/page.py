@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .answers import MOST_FOUND, Answers
+from .answers import MOST_CHOICES, MOST_FOUND, Answers, wrong
 from .limits import LOOPBACK, UPLOAD_MB, Limits, own_upload
 
-_MOST_CHOICES = 40
 _KEPT_S = 600  # how long an upload stays, and how often old ones are looked for
 STYLE = Path(__file__).parents[2] / "assets" / "app.css"
 # Set before Gradio is imported: no visits counted, nothing looked up on the hub.
@@ -56,7 +55,7 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
         with gr.Column():
             image = _picture_field(gr, "picture")
             labels = gr.Textbox(
-                label="Labels, with commas between them", value=_first_labels(answers), lines=2, elem_id="labels"
+                label="Labels, with commas between them", value=_first_labels(answers), max_lines=4, elem_id="labels"
             )
             button = gr.Button("Classify", variant="primary", elem_id="classify")
         with gr.Column():
@@ -67,14 +66,17 @@ def _classify_tab(gr: Any, answers: Answers) -> None:
     def classify(path: Path | None, names: str) -> tuple[Any, Any, str]:
         shown, classnames = answers.guess(path, names)
         choices = _choices(classnames)
-        return shown, gr.Radio(choices, value=None, visible=bool(choices) and answers.can_explain), ""
+        offered, num_others = choices[:MOST_CHOICES], len(choices) - MOST_CHOICES
+        info = f"left out here: {num_others:,} more labels, or words of labels" if num_others > 0 else ""
+        return shown, gr.Radio(offered, value=None, visible=bool(choices) and answers.can_explain, info=info), ""
 
     def explain(path: Path | None, text: str | None) -> str:
         return answers.heat_map(path, text) if text else ""
 
     for event in (button.click, labels.submit):
-        event(classify, [image, labels], [bars, word, heat], api_visibility="private")
-    word.change(explain, [image, word], heat, api_visibility="private")
+        _ask(event, classify, [image, labels], [bars, word, heat])
+    _ask(word.change, explain, [image, word], [heat])
+    _clear(image.change, lambda: ("", gr.Radio([], value=None, visible=False), ""), [bars, word, heat])
 
 
 def _picture_field(gr: Any, name: str) -> Any:
@@ -124,7 +126,8 @@ def _prompts_tab(gr: Any, answers: Answers) -> None:
     def compare(path: Path | None, names: str, wordings: str) -> str:
         return answers.compare(path, names, wordings)
 
-    button.click(compare, [image, labels, templates], table, api_visibility="private")
+    _ask(button.click, compare, [image, labels, templates], [table])
+    _clear(image.change, lambda: "", [table])
 
 
 def _search_tab(gr: Any, answers: Answers) -> None:
@@ -134,7 +137,19 @@ def _search_tab(gr: Any, answers: Answers) -> None:
     button = gr.Button("Search", variant="primary", elem_id="search")
     found = gr.HTML(elem_id="found")
     for event in (button.click, words.submit):
-        event(answers.search, [words, num], found, api_visibility="private")
+        _ask(event, answers.search, [words, num], [found])
+
+
+def _ask(event: Any, answer: Callable[..., Any], fields: Sequence[Any], places: Sequence[Any]) -> None:
+    """Answers an event; what Gradio itself refuses leaves no answer to another question in its place."""
+    failed = wrong("this could not be answered; the page says why, or is no longer there")
+    asked = event(answer, fields, places, api_visibility="private")
+    _clear(asked.failure, lambda: [failed, *[None] * (len(places) - 1)] if places[1:] else failed, places)
+
+
+def _clear(event: Any, values: Callable[[], Any], places: Sequence[Any]) -> None:
+    """At once, while answers may be under way."""
+    event(values, None, places, queue=False, api_visibility="private", show_progress="hidden")
 
 
 def _first_labels(answers: Answers) -> str:
@@ -145,7 +160,7 @@ def _first_labels(answers: Answers) -> str:
 def _choices(classnames: Sequence[str]) -> list[str]:
     """What can be asked for in the picture: each label, and each of its words."""
     words = [word for name in classnames for word in name.split()]
-    return list(dict.fromkeys([*classnames, *words]))[:_MOST_CHOICES]
+    return list(dict.fromkeys([*classnames, *words]))
 
 
 def _theme(gr: Any) -> Any:
@@ -159,6 +174,8 @@ def _theme(gr: Any) -> Any:
         button_primary_text_color="white",
         block_label_text_color="*neutral_700",
         block_title_text_color="*neutral_700",
+        block_info_text_color="*neutral_700",
+        block_info_text_color_dark="*neutral_200",
         block_label_text_color_dark="*neutral_200",
         block_title_text_color_dark="*neutral_200",
         color_accent=dark,

@@ -53,9 +53,16 @@ class Map:
     deletion: Deletion
     method: Method
 
-    def on_picture(self) -> np.ndarray:
-        """float32, one number for each of the picture's pixels; NaN where the model does not look."""
-        return laid_on(self.relevance, self.box, self.size)
+    def on_picture(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """float32, one number for each of the picture's pixels; NaN where the model does not look.
+
+        Args:
+            size: width and height of the picture, where it is shown in another than its own.
+        """
+        size = size or self.size
+        across, down = size[0] / self.size[0], size[1] / self.size[1]
+        left, top, right, bottom = self.box
+        return laid_on(self.relevance, Box(across * left, down * top, across * right, down * bottom), size)
 
 
 @dataclass(frozen=True)
