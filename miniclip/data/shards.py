@@ -229,6 +229,11 @@ class Shards:
         """The keys of a shard's samples, in order; the tar itself is not touched."""
         return [str(key) for key in self._read_offsets(self.entries[shard])["key"]]
 
+    def holds(self, kind: str) -> bool:
+        """Whether any sample has a member of this suffix; the tars themselves are not touched."""
+        offsets = (self._read_offsets(entry) for entry in self.entries)
+        return any(kind in each and bool(each[kind][:, 1].any()) for each in offsets)
+
     def webdataset(self, resampled: bool = False) -> Any:
         """These shards as a pipeline of webdataset's own, to go on from: `.shuffle(1000).decode("pil").batched(64)`.
 

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -35,8 +36,9 @@ from ..common.arguments import check_list, check_path, shown
 from ..common.storage import check_scheme, exists, is_url, join, name_of, split_query
 from ..common.wording import some
 from ..data.open_pairs import is_shards
+from ..data.reading.arrow_column import ArrowColumn, joined
 from ..data.reading.cells import decode_text, lines_in, picture_of_pixels, texts_in
-from ..data.reading.huggingface import HUB_PREFIX, is_datasets_folder, load_datasets
+from ..data.reading.huggingface import HUB_PREFIX, DatasetsRows, is_datasets_folder, load_datasets, undecoded
 from ..data.reading.rows import caption_columns_of
 from ..data.reading.scan import (
     IMAGE_SUFFIXES,
@@ -54,7 +56,13 @@ from ..data.reading.tables import is_parquet, read_table, table_suffix
 from ..data.shard_index import INDEX_FILE
 from ..evaluation.datasets.bare import bare_datasets, bare_folder, bare_table, bare_tars, open_shards
 from ..evaluation.datasets.sets import EvaluationSet, digest_lines
-from ..evaluation.datasets.tars import NUM_SHARDS_FILE, benchmark_splits, captions_of, hub_location
+from ..evaluation.datasets.tars import (
+    NUM_SHARDS_FILE,
+    benchmark_splits,
+    captions_of,
+    hub_location,
+    shard_metadata,
+)
 from .names import STANDARD_INPUT, StandardInput, existing, lines_of, matching
 
 TWICE = "named more than once"
@@ -313,7 +321,7 @@ def _without_known(part: EvaluationSet, seen: set[str]) -> EvaluationSet:
     if len(kept) == len(part):
         return part
     keys = None if part.keys is None else [part.keys[index] for index in kept]
-    metadata = {name: [values[index] for index in kept] for name, values in part.metadata.items()}
+    metadata = {name: _only(values, kept) for name, values in part.metadata.items()}
     identity = None if part.identity is None else digest_lines([part.identity, *map(str, kept)])
     return replace(
         part,
@@ -362,10 +370,19 @@ def _as_one(parts: Sequence[EvaluationSet]) -> EvaluationSet:
     )
 
 
-def _columns_as_one(parts: Sequence[Any]) -> dict[str, list[Any]]:
+def _columns_as_one(parts: Sequence[Any]) -> dict[str, Sequence[Any]]:
     """The columns of all parts; None where a part has no such column."""
-    names = dict.fromkeys(name for part in parts for name in part.metadata)
-    return {name: [v for part in parts for v in part.metadata.get(name) or [None] * len(part)] for name in names}
+    found: dict[str, Sequence[Any]] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.metadata):
+        columns = [part.metadata.get(name, [None] * len(part)) for part in parts if len(part)]
+        of_arrow = [each for each in columns if isinstance(each, ArrowColumn)]
+        whole = joined(of_arrow) if len(of_arrow) == len(columns) else None
+        found[name] = [value for values in columns for value in values] if whole is None else whole
+    return found
+
+
+def _only(values: Sequence[Any], rows: Sequence[int]) -> Sequence[Any]:
+    return values.only(rows) if isinstance(values, ArrowColumn) else [values[row] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +395,7 @@ class Texts:
 
     Args:
         keys: T names by which a user knows them: file and line, table and row, a sample's key.
-        metadata: what else is known of them, T values under each name.
+        metadata: what else is known of them, T values under each name: a list of them, or an `ArrowColumn`.
         left_out: what of the sources is no text of the set, with the reason.
     """
 
@@ -492,10 +509,8 @@ def _texts_of_datasets(source: str, columns: _ColumnsAskedFor) -> Iterator[Texts
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
     for split, rows in (loaded if isinstance(loaded, dict) else {"": loaded}).items():
         names = list(rows.column_names)
-        flat = [c for c in names if type(rows.features[c]).__name__ in ("Value", "ClassLabel")]
         chosen = _text_columns(names, columns.names(), source)
-        rows = rows.select_columns(list(dict.fromkeys([*flat, *chosen])))
-        yield _texts_of_rows(rows, flat, chosen, f"{name}, {split}" if split else name, [])
+        yield _texts_of_rows(DatasetsRows(undecoded(rows)), names, chosen, f"{name}, {split}" if split else name, [])
 
 
 def _text_columns(names: list[str], columns: Sequence[str], source: str) -> list[str]:
@@ -505,41 +520,48 @@ def _text_columns(names: list[str], columns: Sequence[str], source: str) -> list
 
 
 def _texts_of_rows(rows: Any, names: Sequence[str], chosen: list[str], table: str, left_out: list[LeftOut]) -> Texts:
+    found = (partial(_texts_in_cells, cells) for cells in zip(*map(rows.whole, chosen), strict=True))
+    metadata = {name: rows.whole(name) for name in names if name not in chosen}
+    return _as_texts(found, (f"{table}: row {n}" for n in count(1)), metadata, left_out, "a row without a text")
+
+
+def _texts_in_cells(cells: Sequence[Any]) -> list[str]:
+    return [text for cell in cells for text in texts_in(cell)]
+
+
+def _as_texts(
+    found: Iterable[Callable[[], Sequence[str]]],
+    names: Iterable[str],
+    metadata: Mapping[str, Sequence[Any]],
+    left_out: list[LeftOut],
+    without: str,
+) -> Texts:
+    """The texts of rows or samples, of which each may have several.
+
+    Args:
+        found: what reads the texts of each; its ValueError is why they are left out.
+        metadata: a value for each row under each name.
+        without: why a row that has none is left out.
+    """
     texts: list[str] = []
     keys: list[str] = []
-    values: list[Mapping[str, Any]] = []
-    others = [name for name in names if name not in chosen]
-    for number, row in enumerate(rows, 1):
+    rows: list[int] = []  # of each text
+    for row, (read, name) in enumerate(zip(found, names, strict=False)):
         try:
-            found, reason = [text for name in chosen for text in texts_in(row.get(name))], "a row without a text"
+            own, reason = read(), without
         except ValueError as error:
-            found, reason = [], str(error)
-        if not found:
-            left_out.append(LeftOut(f"{table}: row {number}", reason))
-        texts += found
-        keys += [f"{table}: row {number}" + (f", text {n}" if n > 1 else "") for n in range(1, len(found) + 1)]
-        values += [row] * len(found)
-    metadata = {name: [row.get(name) for row in values] for name in others if _are_flat(values, name)}
-    return Texts(texts, keys, metadata, left_out)
-
-
-def _are_flat(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return all(not isinstance(row.get(name), bytes | list | tuple | Mapping | np.ndarray) for row in rows)
+            own, reason = (), str(error).removeprefix(f"{name}: ")
+        if not own:
+            left_out.append(LeftOut(name, reason))
+        texts += own
+        keys += [name + (f", text {n}" if n > 1 else "") for n in range(1, len(own) + 1)]
+        rows += [row] * len(own)
+    return Texts(texts, keys, {name: _only(values, rows) for name, values in metadata.items()}, left_out)
 
 
 def _texts_of_shards(source: str) -> Texts:
     shards = open_shards(source)
-    texts: list[str] = []
-    keys: list[str] = []
     left_out = [LeftOut(source, each.reason, each.count) for each in shards.left_out]
     names = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
-    for number, name in enumerate(names):
-        try:
-            found, reason = captions_of(shards, number), "a sample without a text"
-        except ValueError as error:
-            found, reason = (), str(error).removeprefix(f"{shards.name(number)}: ")
-        if not found:
-            left_out.append(LeftOut(name, reason))
-        texts += found
-        keys += [name + (f", text {n}" if n > 1 else "") for n in range(1, len(found) + 1)]
-    return Texts(texts, keys, left_out=left_out)
+    found = (partial(captions_of, shards, number) for number in range(len(shards)))
+    return _as_texts(found, names, shard_metadata(shards), left_out, "a sample without a text")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import pack_folder, picture, table, tiny_clip, write_pairs, write_picture
 from libraries import LIBRARIES
+from PIL import Image
 
 import miniclip
 from miniclip.evaluation.other_libraries import open_model
@@ -162,6 +167,125 @@ def test_columns_of_the_source_come_along_with_their_types(tmp_path, model):
     assert found["ok"] == [False, False, True, True]
 
 
+def typed_table(folder):
+    """Eight pictures, the fourth of which is not there, and a column of each kind."""
+    for n in range(8):
+        if n != 3:
+            write_picture(folder / f"{n}.png", n)
+    columns = {
+        "image": [f"{n}.png" for n in range(8)],
+        "caption": [f"caption {n}" for n in range(8)],
+        "i8": pa.array(range(8), pa.int8()),
+        "u64": pa.array([2**63 + n for n in range(8)], pa.uint64()),
+        "f16": pa.array(np.full(8, 0.1, "float16")),
+        "f32": pa.array([float("nan"), None, 0.1, 1, 2, 3, 4, 5], pa.float32()),
+        "time": pa.array([1700000000123456789 + n for n in range(8)], pa.timestamp("ns")),
+        "price": pa.array([Decimal("1.10")] * 8, pa.decimal128(10, 2)),
+        "kind": pa.array(list("abacbcab")).dictionary_encode(),
+        "tags": [["a", str(n)] for n in range(8)],
+        "box": pa.array([{"x": n, "y": [n / 2]} for n in range(8)]),
+        "vector": pa.array([[n, 0.5] for n in range(8)], pa.list_(pa.float32(), 2)),
+        "digest": pa.array([bytes([n, 255]) for n in range(8)]),
+        "marks": pa.array([[("a", n)] for n in range(8)], pa.map_(pa.string(), pa.int16())),
+        "nothing": pa.nulls(8),
+    }
+    pq.write_table(found := pa.table(columns), folder / "t.parquet", row_group_size=3)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["parquet", "clip-retrieval"])
+def test_columns_of_parquet_come_along_as_they_are(tmp_path, model, layout):
+    source = typed_table(tmp_path)
+    write(tmp_path / "t.parquet", tmp_path / "images", model, layout=layout, rows_per_file=2)
+    write(tmp_path / "t.parquet", tmp_path / "texts", model, texts=True, layout=layout, rows_per_file=5)
+    within = "" if layout == "parquet" else "metadata"
+    for out, own, rows in (("images", "image", [0, 1, 2, 4, 5, 6, 7]), ("texts", "caption", range(8))):
+        found = pa.concat_tables(pq.read_table(path) for path in sorted((tmp_path / out / within).glob("*.parquet")))
+        expected = source.take(list(rows)).drop_columns([own])
+        for name in expected.column_names:
+            assert found.schema.field(name).type == expected.schema.field(name).type
+            as_text = [repr(column.to_pylist()) for column in (found[name], expected[name])]  # NaN is no NaN's equal
+            assert as_text[0] == as_text[1]
+
+
+def test_several_files_of_parquet_with_other_types_of_a_column_keep_its_values(tmp_path, model):
+    for n, year in enumerate([[1990, 1991], [None, 1992.5]]):
+        columns = {"caption": ["a", "b"], "year": year, "tags": [["x"], None] if n else pa.nulls(2)}
+        columns |= {"of": pa.array([[1], [2]], pa.list_([pa.int8(), pa.int32()][n]))}
+        pq.write_table(pa.table(columns), tmp_path / f"{n}.parquet")
+    write(str(tmp_path / "*.parquet"), tmp_path / "out", model, texts=True)
+    found = ds.dataset(tmp_path / "out").to_table().to_pydict()
+    assert found["year"] == [1990, 1991, None, 1992.5]
+    assert found["tags"] == [None, None, ["x"], None]
+    assert found["of"] == ["[1]", "[2]", "[1]", "[2]"]
+
+
+def test_lists_and_mappings_of_json_come_along_as_json_for_images_and_for_texts(tmp_path, model):
+    write_pairs(tmp_path / "pairs", 3)
+    facts = [{"id": n, "tags": ["a", n], "box": {"x": n}, "mixed": [n, "x", None][n]} for n in range(3)]
+    lines = [json.dumps({"image": f"pairs/{n:04d}.png", "caption": [f"c {n}", "d"], **facts[n]}) for n in range(3)]
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for n in range(3):
+            picture_bytes = (tmp_path / f"pairs/{n:04d}.png").read_bytes()
+            files = {"png": picture_bytes, "txt": f"c {n}\nd".encode(), "json": json.dumps(facts[n]).encode()}
+            for suffix, data in (files | {"cls": str(n).encode()}).items():
+                member = tarfile.TarInfo(f"{n}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    expected = {
+        "id": [0, 1, 2],
+        "tags": ['["a", 0]', '["a", 1]', '["a", 2]'],
+        "box": ['{"x": 0}', '{"x": 1}', '{"x": 2}'],
+        "mixed": ["0", "x", None],
+    }
+    for source in (table(tmp_path / "t.jsonl", *lines), tmp_path / "t.tar"):
+        of_shards = {"cls": ["0", "1", "2"]} if source.suffix == ".tar" else {}
+        for texts in (False, True):
+            write(source, out := tmp_path / f"{source.suffix}{texts}", model, texts=texts)
+            found = ds.dataset(out).to_table().to_pydict()
+            for name, values in (expected | of_shards).items():
+                assert found[name] == ([each for each in values for _ in range(2)] if texts else values)
+
+
+def test_columns_of_datasets_come_along_as_they_are_and_classes_by_their_names(tmp_path, model):
+    datasets = pytest.importorskip("datasets")
+    features = {
+        "image": datasets.Image(),
+        "mask": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "tags": datasets.Sequence(datasets.Value("string")),
+        "small": datasets.Value("int8"),
+        "caption": datasets.Value("string"),
+    }
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 255, (90, 90, 3), dtype=np.uint8)) for _ in range(4)]
+    rows = {
+        "image": noise,
+        "mask": noise,
+        "label": [1, 0, -1, 1],
+        "tags": [[str(n)] * n for n in range(4)],
+        "small": list(range(4)),
+        "caption": list("abcd"),
+    }
+    every = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    datasets.DatasetDict({"test": every.select([3, 0]), "train": every}).save_to_disk(tmp_path / "data")
+    chosen = [3, 0, 0, 1, 2, 3]
+    for texts, missing in ((False, ["mask"]), (True, ["image", "mask"])):
+        done = write(tmp_path / "data", out := tmp_path / f"out{texts}", model, texts=texts, rows_per_file=4)
+        found = ds.dataset(out).to_table()
+        assert found["label"].to_pylist() == [["dog", "cat", None, "dog"][n] for n in chosen]
+        assert found["tags"].to_pylist() == [[str(n)] * n for n in chosen]
+        assert found.schema.field("small").type == pa.int8()
+        assert found["small"].to_pylist() == chosen
+        assert not {*missing} & {*found.column_names}
+        assert done.left_out == len(missing)
+        listed = pd.read_csv(out / "_left_out.csv")
+        assert listed.name.tolist() == [f"column {name!r}" for name in missing]
+        assert json.loads((out / "_manifest.json").read_text())["left_out"] == {
+            "a column of pictures or of texts as large, which is not copied": len(missing)
+        }
+
+
 def test_shards_are_embedded_under_their_keys(tmp_path, model):
     write_pairs(tmp_path / "pairs", 5, captions=2)
     pack_folder(tmp_path / "pairs", tmp_path / "shards")
@@ -194,6 +318,14 @@ def test_texts_that_are_cut_are_reported_once_and_counted(tmp_path, model):
     assert len(messages) == 2
     assert "reads 16 tokens; 256 of 256 texts are longer and were cut" in messages[0]
     assert messages[1] == "the same of 2 more batches of texts"
+
+
+def test_a_run_goes_on_only_with_the_same_columns_of_a_parquet_file(tmp_path, model):
+    source = typed_table(tmp_path)
+    write(tmp_path / "t.parquet", tmp_path / "out", model, rows_per_file=2, part=(1, 2))
+    pq.write_table(source.set_column(2, "i8", source["i8"].cast(pa.int16())), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"out\.partial was begun otherwise: files, keys or columns of .*--overwrite"):
+        write(tmp_path / "t.parquet", tmp_path / "out", model, rows_per_file=2)
 
 
 @pytest.mark.parametrize(("change", "says"), [("source", "files, keys or columns of"), ("model", "the model was")])

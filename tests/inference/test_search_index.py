@@ -15,6 +15,7 @@ from pathlib import Path
 import libraries
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from counting import Counting
@@ -24,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 
 import miniclip
 from miniclip.evaluation.encoder import from_object
+from miniclip.inference.search.changes import list_sources
 from miniclip.inference.search.index import Index, absolute_model
 from miniclip.inference.search.nearest import near_duplicates, nearest
 from miniclip.inference.search.store import Facts, create_store, open_store, writing
@@ -332,6 +334,14 @@ def test_an_equal_file_of_another_source_has_its_own_metadata(index, tmp_path, c
     expected |= {f"three {name}": (None, name) for name in "ab"} | {"plain": (None, None)}
     assert {key: (row["year"], row["a b"]) for key, row in facts_of(index).items()} == expected
     check(index, counting, tmp_path)
+
+
+def test_of_a_parquet_file_an_index_has_the_columns_that_a_filter_can_compare(photos):
+    names = [f"{n:04d}.png" for n in range(3)]
+    columns = {"image": names, "year": [1, 2, None], "tags": [["a"]] * 3, "digest": [b"\0"] * 3, "box": [{"x": 1}] * 3}
+    pq.write_table(pa.table(columns), photos / "t.parquet")
+    metadata = list_sources([str(photos / "t.parquet")])[0].data.metadata
+    assert {name: list(values) for name, values in metadata.items()} == {"year": [1, 2, None]}
 
 
 def test_a_column_that_a_table_no_longer_has_is_null_in_its_rows_alone(index, photos, tmp_path, counting):

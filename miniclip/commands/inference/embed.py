@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
     with lasting_imports():
         from ...evaluation.other_libraries import open_model
         from ...inference.embedding.embed import embed_source
+        from ...inference.embedding.source_rows import columns_left_out
         from ...inference.sources import image_set, text_set
 
     column, columns = next(iter(options.column), None), options.column
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
         else image_set(options.source, image_column=column, upright=options.upright)
     )
     if rank == 0:
-        note_left_out(data.left_out)
+        note_left_out([*data.left_out, *columns_left_out(data)])
     part, parts = options.part
     device = "cpu" if options.engine == "ray" else _own_gpu(options.device) if num_processes > 1 else options.device
     encoder = open_model(options.model, device, options.precision)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...common.storage import is_url
 from ...common.wording import counted
+from .arrow_column import ArrowColumn, holds_bytes, is_large
 from .cells import picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import is_file
@@ -101,6 +102,29 @@ class DatasetsRows:
 
     def column(self, name: str) -> list[Any]:
         return list(self.loaded.select_columns([name])[:][name])
+
+    def whole(self, name: str) -> ArrowColumn:
+        """A column with all of its values."""
+        kind = self.loaded.features.arrow_schema.field(name).type
+        num_bytes = self.loaded.data.column(name).nbytes if holds_bytes(kind) else 0
+        identity = f"{name} {kind} {self.loaded._fingerprint}"
+        large = is_large(num_bytes, len(self.loaded.data))
+        return ArrowColumn(
+            [_SetColumn(self.loaded, name)], kind, identity, large, getattr(self.loaded.features[name], "names", ())
+        )
+
+
+class _SetColumn:
+    """A column of a set."""
+
+    def __init__(self, loaded: Any, name: str) -> None:
+        self.loaded, self.name = loaded.select_columns([name]).with_format("arrow"), name
+
+    def __len__(self) -> int:
+        return len(self.loaded)
+
+    def take(self, indices: Sequence[int]) -> Any:
+        return self.loaded[list(indices)][self.name]
 
 
 def datasets_rows(loaded: Any, source: str, split: str, is_asked_for: bool = False) -> DatasetsRows:

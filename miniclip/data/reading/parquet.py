@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +13,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import unquote
 
+from .arrow_column import ArrowColumn, is_large
 from .scan import LeftOut
 
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
@@ -63,6 +65,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         self.ends = list(accumulate(count for _, _, count in self.groups))
         self._lock = Lock()
         self._group = lru_cache(maxsize=2)(lambda file_index, group: self.files[file_index].read_row_group(group))
+        self._part = lru_cache(maxsize=len(self.columns))(self._read_part)  # the last group of each column
 
     def __reduce__(self) -> Any:
         return type(self), (self.paths, self.chosen)  # another process opens the files anew
@@ -99,6 +102,38 @@ class ParquetRows(Sequence[dict[str, Any]]):
         except (self.errors, OSError) as error:
             raise ValueError(f"{self.paths[0]} is damaged: {error}") from error
 
+    def whole(self, name: str) -> Sequence[Any]:
+        """A column with all of its values: an `ArrowColumn`, or a list where its type is not the same in all files."""
+        if name in self.of_path:
+            return self.column(name)
+        kinds = list(dict.fromkeys(file.schema_arrow.field(name).type for file in self.files))
+        kinds = [kind for kind in kinds if not _is_null(kind)] or kinds
+        pieces = [_GroupColumn(self, name, *group) for group in self.groups]
+        large = is_large(sum(_bytes_of(file, name) for file in self.files), sum(map(len, pieces)))
+        if len(kinds) > 1 and not large:
+            values = [value for each in pieces for value in self.part(name, each.file_index, each.group).to_pylist()]
+            return values if self.chosen is None else [values[row] for row in self.chosen]
+        facts = [path.stat() for path in self.paths]
+        identity = "\n".join(
+            f"{path.name} {fact.st_size} {fact.st_mtime_ns}" for path, fact in zip(self.paths, facts, strict=True)
+        )
+        return ArrowColumn(pieces, kinds[0], f"{name} {kinds[0]} {identity}", large, chosen=self.chosen)
+
+    def part(self, name: str, file_index: int, group: int) -> Any:
+        """A column of a row group, a `pyarrow.ChunkedArray`.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        with self._lock:
+            return self._part(name, file_index, group)
+
+    def _read_part(self, name: str, file_index: int, group: int) -> Any:
+        try:
+            return self.files[file_index].read_row_group(group, columns=[name])[name]
+        except (self.errors, OSError) as error:
+            raise ValueError(f"{self.paths[file_index]} is damaged in its row group {group}: {error}") from error
+
     def column(self, name: str) -> list[Any]:
         """A column's values; None in place of images that lie in it: their bytes, base64 or pixels."""
         if name in self.of_path:
@@ -109,8 +144,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         return values if self.chosen is None else [values[row] for row in self.chosen]
 
     def _column_of(self, file: Any, name: str) -> list[Any]:
-        paths = [file.schema.column(leaf).path for leaf in range(len(file.schema))]
-        leaves = [leaf for leaf, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+        paths, leaves = _leaves_of(file, name)
         kind, depth = file.schema_arrow.field(name).type, 0
         while hasattr(kind, "value_type") and kind.num_fields == 1:
             kind, depth = kind.value_type, depth + 1
@@ -119,9 +153,45 @@ class ParquetRows(Sequence[dict[str, Any]]):
         return file.read([f"{name}.path" if f"{name}.bytes" in paths else name]).column(0).to_pylist()
 
 
+@dataclass(frozen=True)
+class _GroupColumn:
+    """A column of a row group."""
+
+    rows: ParquetRows
+    name: str
+    file_index: int
+    group: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, indices: Sequence[int]) -> Any:
+        return self.rows.part(self.name, self.file_index, self.group).take(indices)
+
+
+def _is_null(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_null(kind)
+
+
 def _columns_of_path(path: Path) -> dict[str, str | None]:
     parts = (part.partition("=") for part in path.parts[:-1] if re.fullmatch(r"[^=]+=.*", part))
     return {name: None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value) for name, _, value in parts}
+
+
+def _leaves_of(file: Any, name: str) -> tuple[list[str], list[int]]:
+    """The paths of all of a file's columns without parts, and which of them are a column, or in it."""
+    paths = [file.schema.column(leaf).path for leaf in range(len(file.schema))]
+    return paths, [leaf for leaf, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+
+
+def _bytes_of(file: Any, name: str) -> int:
+    """The bytes that a column's values of bytes or texts take, before they are compressed."""
+    leaves = [leaf for leaf in _leaves_of(file, name)[1] if file.schema.column(leaf).physical_type == "BYTE_ARRAY"]
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    return sum(group.column(leaf).total_uncompressed_size for group in groups for leaf in leaves)
 
 
 def _holds_pictures(file: Any, leaf: int) -> bool:

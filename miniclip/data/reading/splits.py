@@ -75,6 +75,10 @@ class Rows(list[dict[str, Any]]):
     def column(self, name: str) -> list[Any]:
         return [row.get(name) for row in self]
 
+    def whole(self, name: str) -> Sequence[Any]:
+        """A column with all of its values, whatever they are."""
+        return self.column(name)
+
 
 def splits_in(columns: Sequence[str], rows: Any) -> list[str]:
     """The parts that the column names, sorted; none without one, or where it does not name two, as train and test."""

@@ -9,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ...common.storage import check_scheme, exists, is_url, join, name_of, parent_of, read_bytes
-from ...data.reading.huggingface import HUB_PREFIX, datasets_rows, image_column_of, load_datasets, undecoded
+from ...data.reading.huggingface import (
+    HUB_PREFIX,
+    DatasetsRows,
+    datasets_rows,
+    image_column_of,
+    load_datasets,
+    undecoded,
+)
 from ...data.reading.scan import LeftOut, scan
 from ...data.reading.splits import role_of
 from ...data.reading.tables import find_image_column, folder_of, read_table
@@ -38,11 +46,12 @@ def bare_table(path: Path, image_column: str | None = None, split: str | None = 
     Raises:
         ValueError: no rows, or no column of images.
     """
+    rows: Any
     names, rows = read_table(path, split)
     Columns(None, image_column, None).check(names, str(path))
     column = image_column or find_image_column(names, rows, folder_of(path), path)[0]
-    there = images_of_rows(path, names, rows, column, split)
-    metadata = {name: values for name, values in there.values.items() if name != column}
+    there = images_of_rows(path, [column], rows, column, split)
+    metadata = {name: rows.whole(name) for name in names if name != column}
     return EvaluationSet(
         path.name,
         there.images,
@@ -63,8 +72,6 @@ def bare_datasets(source: str, image_column: str | None = None, split: str | Non
         ValueError: the library is missing, no column holds images, or there is no such split.
     """
     loaded = load_datasets(source)
-    import datasets
-
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
     left_out: Sequence[LeftOut] = ()
     splits = loaded if isinstance(loaded, dict) else {"": loaded}
@@ -75,18 +82,20 @@ def bare_datasets(source: str, image_column: str | None = None, split: str | Non
         splits, left_out = {split: chosen.loaded}, chosen.left_out
     found = []
     for part, rows in splits.items():
-        names, features = list(rows.column_names), rows.features
+        names = list(rows.column_names)
         Columns(None, image_column, None).check(names, source)
         column = image_column or image_column_of(rows, source)
         rows = undecoded(rows)
-        flat = [c for c in names if c != column and isinstance(features[c], datasets.Value | datasets.ClassLabel)]
+        metadata: dict[str, Sequence[Any]] = {c: DatasetsRows(rows).whole(c) for c in names if c != column}
+        if part:
+            metadata.setdefault("split", [part] * len(rows))
         label = f"{name}, {part}" if part else name
         found.append(
             EvaluationSet(
                 label,
                 FromEach(rows, partial(image_of_row, Path(), column)),
                 keys=[f"{label}: row {number}" for number in range(1, len(rows) + 1)],
-                metadata={c: list(rows[c]) for c in flat} | ({"split": [part] * len(rows)} if part else {}),
+                metadata=metadata,
                 identity=f"datasets {source} {part} {column} {rows._fingerprint}",
                 left_out=left_out,
             )

@@ -38,7 +38,8 @@ class EvaluationSet:
         name: for reports.
         images: N times a path, a URL, bytes, or a picture; may read them only when it is asked for one.
         keys: what the user knows each image by; by default its path.
-        metadata: what else is known of the images, N values under each name, for scores of parts of them.
+        metadata: what else is known of the images, N values under each name, for scores of parts of them: a list of
+            them, or an `ArrowColumn`.
         identity: changes whenever an image does, and can be computed without reading them.
         left_out: files and rows of the source that are no image of the set, with the reason.
         upright: pictures that EXIF turns are opened as viewers show them; by default as they are stored, which is how

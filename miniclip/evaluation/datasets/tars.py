@@ -173,7 +173,7 @@ def _read_shards(
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(shards.checksums) if shards.checksums else None
-    images, metadata = images_of(shards), shard_metadata(shards)
+    images, metadata = images_of(shards), _of_one_value(shard_metadata(shards))
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
@@ -230,18 +230,18 @@ def _probes(count: int) -> list[int]:
 
 
 def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
-    """The entries of the samples' `.json`, where they have one."""
-    if not any(shards.read(n, "json") for n in _probes(len(shards))):
+    """The entries of the samples' `.json`, and their `.cls`; None where a sample has no such entry."""
+    if not (shards.holds("json") or shards.holds("cls")):
         return {}
     facts = [_facts_of_sample(shards, number) for number in range(len(shards))]
-    names = dict.fromkeys(
-        name
-        for each in facts
-        for name, value in each.items()
-        if value is None or isinstance(value, str | int | float | bool)
-    )
-    names.pop("cls", None)
+    names = dict.fromkeys(name for each in facts for name in each)
     return {name: [each.get(name) for each in facts] for name in names}
+
+
+def _of_one_value(metadata: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Those that group images, which lists and mappings don't, and without the labels."""
+    kept = {name for name, values in metadata.items() if any(isinstance(v, str | int | float) for v in values)}
+    return {name: values for name, values in metadata.items() if name in kept - {"cls"}}
 
 
 def _facts_of_sample(shards: Shards, index: int) -> dict[str, Any]:

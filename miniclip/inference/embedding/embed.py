@@ -31,7 +31,7 @@ from ...evaluation.other_libraries import as_encoder
 from ..names import existing
 from ..sources import Texts, image_set
 from .parts import KINDS, Embedded, Plan, Work
-from .source_rows import SourceRows
+from .source_rows import SourceRows, columns_left_out
 
 _TEXTS_AT_ONCE = 2048  # sorted by length together; more is slower to show its progress
 
@@ -192,7 +192,9 @@ def embed_source(
             done += len(batch.indices) + len(batch.problems)
             if progress:
                 progress(done)
-        return work.finish(data.left_out, versions(encoder), getattr(data, "identity", None))
+        return work.finish(
+            [*data.left_out, *columns_left_out(data)], versions(encoder), getattr(data, "identity", None)
+        )
 
 
 def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]]) -> Iterator[EncodedBatch]:

@@ -105,7 +105,7 @@ class Embedded:
     """The result of a run; kept and unreadable add up to the source's rows, once no part is missing.
 
     Args:
-        left_out: files and rows of the source that are none of its rows.
+        left_out: files and rows of the source that are none of its rows, and columns that are not copied.
         missing: parts that other processes have not written yet; until then the folder has not got its name.
         was_there: the folder was complete before this run.
         is_last: this process gave the folder its name.
@@ -195,19 +195,31 @@ def _first_known(values: Any, otherwise: Any) -> Any:
 def _write_parquet(path: Path, table: Any, note: bytes) -> None:
     import pyarrow.parquet as pq
 
-    others = [name for name in table.column_names if name != "embedding"]
+    leaves = {leaf: field.name for field in table.schema for leaf in _leaves(field.name, field.type)}
+    others = [leaf for leaf, name in leaves.items() if name != "embedding"]
     with atomic_write(path) as file:
         pq.write_table(
             table.replace_schema_metadata({_NOTE: note}),
             file,
             use_dictionary=others,  # numbers of an embedding neither repeat nor shrink
             write_statistics=others,
-            compression={name: "zstd" if name in others else "none" for name in _leaves(table.schema)},
+            compression={leaf: "none" if name == "embedding" else "zstd" for leaf, name in leaves.items()},
         )
 
 
-def _leaves(schema: Any) -> list[str]:
-    return ["embedding.list.element" if name == "embedding" else name for name in schema.names]
+def _leaves(path: str, kind: Any) -> list[str]:
+    """The columns that Parquet keeps for one of this type, by their paths."""
+    from pyarrow import types
+
+    if hasattr(kind, "storage_type"):  # an extension
+        return _leaves(path, kind.storage_type)
+    if types.is_map(kind):
+        return [*_leaves(f"{path}.key_value.key", kind.key_type), *_leaves(f"{path}.key_value.value", kind.item_type)]
+    if types.is_struct(kind):
+        return [leaf for field in kind for leaf in _leaves(f"{path}.{field.name}", field.type)]
+    if types.is_nested(kind):
+        return _leaves(f"{path}.list.element", kind.value_type)
+    return [path]
 
 
 def layout_of(folder: Path, plan: Plan) -> Layout:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common.storage import is_url
+from ...data.reading.arrow_column import ArrowColumn
+from ...data.reading.scan import LeftOut
 from ...evaluation.datasets.sets import EvaluationSet, digest_lines
 from ..names import existing
 from ..sources import Texts
@@ -21,16 +23,17 @@ class SourceRows:
     """
 
     def __init__(self, data: EvaluationSet | Texts) -> None:
-
         self.data = data
         self.kind = "text" if isinstance(data, Texts) else "image"
         own = {"key", "embedding", *(("text", "caption") if self.kind == "text" else ("path", "image_path"))}
         self.columns: dict[str, Any] = {}
         for name, values in data.metadata.items():
+            if _reason_against(values):
+                continue
             called = name
             while called in own or (called != name and called in data.metadata):
                 called = f"source_{called}"
-            self.columns[_as_utf8(called)] = as_arrow(values)
+            self.columns[_as_utf8(called)] = values if isinstance(values, ArrowColumn) else _as_arrow(values)
 
     def key(self, index: int) -> str:
         return self.data.keys[index] if isinstance(self.data, Texts) else self.data.key(index)
@@ -44,8 +47,9 @@ class SourceRows:
         else:
             texts["path"] = [_place(self.key(index)) for index in indices]
         found = pa.table({name: pa.array(values, pa.string()) for name, values in texts.items()})
-        for name in self.columns:
-            found = found.append_column(name, self.columns[name].take(pa.array(indices, pa.int64())))
+        for name, column in self.columns.items():
+            values = column.take(pa.array(indices, pa.int64()))
+            found = found.append_column(name, _of_classes(values, column.names) if _has_names(column) else values)
         return found
 
     def fingerprint(self) -> str:
@@ -56,8 +60,48 @@ class SourceRows:
         else:
             stored = replace(data, upright=False)  # a plan has that as a fact of its own
             of_rows = digest_lines([stored.fingerprint(), *(data.key(index) for index in range(len(data)))])
-        columns = (json.dumps([name, list(values)], default=str) for name, values in data.metadata.items())
+        columns = (
+            json.dumps(
+                [name, values.identity] if isinstance(values, ArrowColumn) else [name, list(values)], default=str
+            )
+            for name, values in data.metadata.items()
+        )
         return digest_lines([of_rows, *columns])
+
+
+def columns_left_out(data: EvaluationSet | Texts) -> list[LeftOut]:
+    """The columns of the source that its embeddings go without."""
+    reasons = ((name, _reason_against(values)) for name, values in data.metadata.items())
+    return [LeftOut(f"column {name!r}", reason) for name, reason in reasons if reason]
+
+
+def _reason_against(values: Sequence[Any]) -> str:
+    """Why a column is not copied; empty if it is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not isinstance(values, ArrowColumn):
+        return ""
+    if values.is_large:
+        return "a column of pictures or of texts as large, which is not copied"
+    try:
+        pq.write_table(pa.table({"column": values.take([0])}), pa.BufferOutputStream())
+    except pa.ArrowException:
+        return f"a column of a type that can't be copied, {values.kind}"
+    return ""
+
+
+def _has_names(column: Any) -> bool:
+    return isinstance(column, ArrowColumn) and bool(column.names)
+
+
+def _of_classes(numbers: Any, names: Sequence[str]) -> Any:
+    """Numbers of classes as their names; a number without one, as -1 is for no class, is null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    is_class = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(names)))
+    return pa.chunked_array([pa.array(names, pa.string())]).take(pc.if_else(is_class, numbers, None))
 
 
 def _place(key: str) -> str | None:
@@ -72,12 +116,12 @@ def _as_utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def as_arrow(values: Sequence[Any]) -> Any:
+def _as_arrow(values: Sequence[Any]) -> Any:
     """A column as it is, if it is of numbers, of booleans or of texts; of mixed or other values, as texts."""
     import pyarrow as pa
 
     try:
-        found = pa.array(values, from_pandas=True)
+        found = pa.array(values)
         if not (pa.types.is_null(found.type) or pa.types.is_nested(found.type)):
             return found
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -130,6 +130,8 @@ def _list_source(
     source: str, named: Sequence[str], image_column: str | None, upright: bool, stdin: BinaryIO | None
 ) -> Listing:
     data = image_set(named, image_column=image_column, is_each_once=True, upright=upright, stdin=stdin)
+    plain = {name: values for name, values in data.metadata.items() if getattr(values, "is_plain", True)}
+    data = replace(data, metadata=plain)  # what a filter can compare
     places = [_location(data, index) for index in range(len(data))]
     base = source if is_url(source) else os.path.dirname(source)  # noqa: PTH120
     keys = [place or os.path.join(base, data.key(index)) for index, place in enumerate(places)]  # noqa: PTH118
