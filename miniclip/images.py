@@ -157,12 +157,18 @@ def open_image(data: bytes, source: str, is_whole: bool = False) -> Image.Image:
         ) from error
     except Exception as error:  # a damaged picture can raise anything
         raise ValueError(f"{source} is an unreadable image: {error}") from error
-    return _to_8_bits(image, source) if image.mode.startswith(("I", "F")) else image
+    return to_8_bits(image, source)
 
 
-def _to_8_bits(image: Image.Image, source: str) -> Image.Image:
-    """A picture of 16 bits (Pillow's modes I;16 and I) or floats (F) as 8-bit. Pillow's conversion would make all above
-    255 white, and floats from 0 to 1 black."""
+def to_8_bits(image: Image.Image, source: str) -> Image.Image:
+    """A picture of 16 bits (Pillow's modes I;16 and I) or floats (F) as 8-bit, any other as it is. Pillow's conversion
+    would make all above 255 white, and floats from 0 to 1 black.
+
+    Raises:
+        ValueError: floats whose black and white can't be known.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
     values = np.asarray(image)
     if image.mode == "F":
         low, high = float(values.min(initial=0)), float(values.max(initial=0))

@@ -157,6 +157,37 @@ def test_a_person_classifies_and_searches_and_nothing_leaves_the_host(page, fold
     assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     hosts = {url.split("/")[2] for url in page.requests() if url.startswith("http")}
     assert hosts == {page.url.split("/")[2]}
+    labels.clear()
+    labels.send_keys('"Paris, ""Texas""", London\t')  # the tab leaves the field
+    WebDriverWait(driver, 300).until(lambda driver: 'Paris, "Texas": ' in page.text("#answers"))
+    assert page.text("#answers").count(" %, cosine ") == 2
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_it_turns_pictures_only_where_the_threshold_was_calibrated_with_upright_ones(page, folder, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "turned").mkdir(exist_ok=True)
+    Image.open(folder / "RGB.png").save(folder / f"turned/a.{suffix}", exif=exif, quality=90)
+    stored, name = Image.open(folder / f"turned/a.{suffix}"), f"turned/a.{suffix}"
+    body = (
+        "const { data, width, height } = await pixels.decode(await open(args[0]), args[1]);"
+        "return [width, height, [...data]]"
+    )
+    for turns, expected in ((False, stored), (True, stored.transpose(Image.Transpose.ROTATE_270))):
+        width, height, values = in_page(page, body, name, turns)
+        assert (width, height) == expected.size
+        pixels = np.array(values).reshape(height, width, 4)[..., :3]
+        assert np.abs(pixels - np.asarray(expected.convert("RGB"), dtype=int)).max() <= 2
+    body = (
+        "const files = [await open(args[0])], plain = clip.facts; clip.facts = { ...plain, upright: true };"
+        "try { return (await clip.classify(files))[0].guesses } finally { clip.facts = plain }"
+    )
+    runner = Clip(folder / "page")
+    runner.facts["upright"] = True
+    ((label, probability, _),) = runner.classify([stored])
+    best = in_page(page, body, name)[0]
+    assert (best["name"], best["probability"]) == (label, pytest.approx(probability, abs=2e-3))
 
 
 def test_a_page_is_replaced_and_what_a_host_needs_beside_it_is_not(folder):

@@ -20,7 +20,7 @@ from miniclip import tokenizer
 from miniclip.commands import main as cli
 from miniclip.config import TextConfig
 from miniclip.inference.exporting import onnx_files
-from miniclip.inference.exporting.export import TARGETS, export, refuse_existing
+from miniclip.inference.exporting.export import TARGETS, ExportDiffersError, export, refuse_existing
 from miniclip.inference.exporting.facts import write_facts
 from miniclip.inference.exporting.onnx_files import shrink_onnx, write_onnx
 from miniclip.inference.exporting.openvino_files import write_openvino
@@ -99,6 +99,81 @@ def test_the_runner_alone_gives_miniclips_answers(exported, model, pictures, lab
 
 def test_the_runner_reports_a_picture_that_is_not_there(exported):
     assert "nothing.png" in run_alone(exported, "nothing.png", code=2).splitlines()[-1]
+
+
+def test_the_runner_names_a_picture_that_cant_be_read_and_goes_on(exported, pictures, tmp_path):
+    whole = (pictures / "cat/0.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[:60])
+    (tmp_path / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    there = [str(path) for path in sorted(pictures.rglob("*.png"))[:2]]
+    lines = run_alone(exported, there[0], f"{tmp_path}/torn.png", f"{tmp_path}/program.jpg", there[1], code=2)
+    lines = lines.splitlines()
+    assert [line.split("\t")[0] for line in lines[:2]] == there
+    assert [line.split(": ")[:2] for line in lines[2:]] == [
+        ["left out", f"{tmp_path}/{name}"] for name in ("torn.png", "program.jpg")
+    ]
+
+
+@pytest.mark.parametrize(
+    "labels", ['"Paris, Texas",London', ' cat , "a ""red"" dog"', '["a, b", "c"]', "dog,dog", "cat,,dog", "", "cat, "]
+)
+def test_the_runner_reads_labels_as_classify_does(labels):
+    from miniclip.inference.classify import choose_classes
+    from miniclip.inference.exporting.runner import names_in
+
+    try:
+        expected = list(choose_classes(labels).classnames)
+    except ValueError:
+        with pytest.raises(ValueError, match="--labels has"):
+            names_in(labels)
+    else:
+        assert names_in(labels) == expected
+
+
+def test_the_runner_refuses_templates_without_a_place_and_a_class_that_comes_twice(exported, pictures):
+    path = str(pictures / "cat/0.png")
+    said = run_alone(exported, path, "--labels", "dog,cat", "--templates", "a {}", "noplace", code=2)
+    assert "template 'noplace' has no place for the class name" in said.splitlines()[-1]
+    assert "'dog' twice" in run_alone(exported, path, "--labels", "dog,dog", code=2)
+
+
+def test_an_export_of_a_threshold_of_upright_pictures_turns_them(tmp_path):
+    clip = small_clip()
+    name = saved(tmp_path / "model", clip)
+    by_eye = ModelThreshold(0.0, "by eye", classnames=CLASSES, templates=("a {}",), upright=True)
+    write_threshold(tmp_path / "model/threshold.json", by_eye)
+    write_picture(tmp_path / "photos/a.png", 3, (40, 24))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright, stored on its side
+    Image.open(tmp_path / "photos/a.png").save(tmp_path / "photos/a.png", exif=exif)
+    found = export(name, tmp_path / "out", "torch", prove=str(tmp_path / "photos"))
+    assert found.proof.agreements[-1].cosine_min > 0.9999
+    stored = np.asarray(Image.open(tmp_path / "photos/a.png"))
+    as_seen = Image.fromarray(np.rot90(stored, -1))  # 90 degrees clockwise
+    expected = preprocess_for(clip.config)(as_seen).numpy()
+    np.testing.assert_allclose(
+        Clip(tmp_path / "out").pixels(Image.open(tmp_path / "photos/a.png")), expected, atol=1e-6
+    )
+
+
+def test_the_proof_is_from_the_files_on(model, tmp_path, monkeypatch):
+    """A runner that reads floats as Pillow does, as black, is found out; what it can't read at all is named."""
+    from miniclip.inference.exporting import runner
+
+    for n in range(2):
+        path = tmp_path / f"data/{n}.tif"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.asarray(picture(n, (30, 24), "L")).astype(np.float32) / 255).save(path)
+    found = export(model, tmp_path / "out", "torch", prove=str(tmp_path / "data"))
+    assert found.proof.agreements[-1].cosine_min > 0.9999
+    monkeypatch.setattr(runner, "to_8_bits", lambda image: image)
+    with pytest.raises(ExportDiffersError, match="features of the pictures of data differ"):
+        export(model, tmp_path / "other", "torch", prove=str(tmp_path / "data"))
+    monkeypatch.undo()
+    (write_picture(tmp_path / "data/3.png", 3)).rename(tmp_path / "data/3.bmp")
+    monkeypatch.setattr(runner, "FORMATS", ("TIFF",))
+    with pytest.raises(ValueError, match=r"the export reads 2 pictures, and miniclip 3; .*3\.bmp"):
+        export(model, tmp_path / "third", "torch", prove=str(tmp_path / "data"))
 
 
 def test_the_folder_says_what_the_model_is_and_how_it_was_proven(exported, model):
@@ -344,7 +419,7 @@ def test_a_name_of_a_special_token_is_refused(front):
         front.tokenize(["a <END_OF_TEXT> b"])
 
 
-MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"]
+MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "F", "F of 255"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -373,9 +448,12 @@ def test_its_pixels_are_ours(mode, changes, tmp_path):
     for size in ((24, 20), (9, 50), (61, 16), (16, 16), (2000, 3)):
         if mode == "I;16":
             image = Image.fromarray(np.asarray(picture(1, size, "L")).astype(np.uint16) * 257)
+        elif mode.startswith("F"):
+            scale = 255 if mode == "F" else 1.1
+            image = Image.fromarray(np.asarray(picture(1, size, "L")).astype(np.float32) / scale)
         else:
             image = picture(1, size, "RGB").convert(mode)
-        path = tmp_path / ("picture.tif" if mode in ("CMYK", "I;16") else "picture.png")
+        path = tmp_path / ("picture.tif" if mode in ("CMYK", "I;16") or "F" in mode else "picture.png")
         image.save(path)
         expected = preprocess(open_image(path.read_bytes(), "picture")).numpy()
         np.testing.assert_allclose(runner.pixels(Image.open(path)), expected, atol=1e-6)

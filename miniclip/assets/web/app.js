@@ -15,8 +15,15 @@ function made(tag, text = "", properties = {}) {
   return Object.assign(document.createElement(tag), { textContent: text }, properties);
 }
 
+// Names with commas between them; one that holds a comma stands in double quotes.
 function names() {
-  return [...new Set($("labels").value.split(",").map((name) => name.trim()).filter(Boolean))];
+  const cells = $("labels").value.matchAll(/\s*(?:"((?:[^"]|"")*)"|([^,]*))\s*(?:,|$)/g);
+  const found = [...cells].map(([, quoted, plain]) => (quoted?.replaceAll('""', '"') ?? plain).trim());
+  return [...new Set(found.filter(Boolean))];
+}
+
+function quoted(name) {
+  return /[,"]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name;
 }
 
 function templates(classes) {
@@ -88,7 +95,7 @@ async function start() {
   clip = await Clip.load();
   $("title").textContent = clip.facts.model;
   document.title = clip.facts.model;
-  $("labels").value = clip.facts.classnames.join(", ");
+  $("labels").value = clip.facts.classnames.map(quoted).join(", ");
   $("labels").addEventListener("change", classify);
   $("files").addEventListener("change", () => take($("files").files));
   document.addEventListener("dragover", (event) => event.preventDefault());

@@ -41,7 +41,7 @@ export class Clip {
     const R = this.facts.pixels.size, features = [];
     for (let start = 0; start < files.length; start += BATCH) {
       const batch = files.slice(start, start + BATCH), data = new Float32Array(batch.length * 3 * R * R);
-      for (const [row, file] of batch.entries()) data.set(toInput(await decode(file), this.facts.pixels), row * 3 * R * R);
+      for (const [row, file] of batch.entries()) data.set(toInput(await decode(file, this.facts.upright), this.facts.pixels), row * 3 * R * R);
       features.push(...(await this.run("image", "float32", data, [batch.length, 3, R, R])));
     }
     return features;

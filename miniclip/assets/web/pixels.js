@@ -97,14 +97,38 @@ function places(from, size) {
   });
 }
 
-// A file's pixels as they are in it: neither turned, nor converted to the screen's colours.
-export async function decode(file) {
-  const options = { imageOrientation: "none", colorSpaceConversion: "none", premultiplyAlpha: "none" };
-  const bitmap = await createImageBitmap(file, options);
+// A file's pixels as they are in it: not converted to the screen's colours, and turned only where EXIF is to be followed.
+export async function decode(file, isUpright = false) {
+  const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
+  const bitmap = await createImageBitmap(isUpright ? file : await withoutExif(file), options);
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
   const { data, width, height } = context.getImageData(0, 0, bitmap.width, bitmap.height);
   return { data, width, height, channels: 4, hasPalette: hasPalette(new Uint8Array(await file.slice(0, 64).arrayBuffer())) };
+}
+
+// A file of JPEG or PNG without its EXIF, which browsers turn pictures by whatever `imageOrientation` asks for.
+async function withoutExif(file) {
+  const view = new DataView(await file.arrayBuffer()), kept = [];
+  let done = 0;
+  const cut = (start, end) => {
+    kept.push(file.slice(done, start));
+    done = end;
+  };
+  const begin = view.byteLength < 16 ? 0 : view.getUint32(0);
+  if (begin >>> 16 === 0xffd8)
+    for (let at = 2, end; at + 4 <= view.byteLength && view.getUint8(at) === 0xff; at = end) {
+      const marker = view.getUint8(at + 1);
+      if (marker === 0xda) break; // the picture itself
+      end = marker === 0xff ? at + 1 : at + 2 + view.getUint16(at + 2);
+      if (marker === 0xe1) cut(at, end);
+    }
+  if (begin === 0x89504e47)
+    for (let at = 8, end; at + 12 <= view.byteLength; at = end) {
+      end = at + 12 + view.getUint32(at);
+      if (view.getUint32(at + 4) === 0x65584966) cut(at, end);
+    }
+  return new Blob([...kept, file.slice(done)], { type: file.type });
 }
 
 // Pillow resizes pictures with a palette, and those of one bit, by nearest neighbours.

@@ -17,7 +17,7 @@ from ...common.processes import rank_and_world_size
 from ...common.storage import is_url, read_bytes, without_secrets
 from ...data.reading.cells import text_of_cell, words_for_no_value
 from ...data.reading.scan import LeftOut
-from ...images import open_image, orientation, upright
+from ...images import open_image, orientation, to_8_bits, upright
 from ..prompts import Prompts
 
 TASKS = ("classification", "multilabel", "retrieval")
@@ -74,10 +74,16 @@ class EvaluationSet:
         Raises:
             ValueError: it can't be read; names its source.
         """
-        image = self._stored(index)
+        stored, key = self.stored(index), self.shown(index)
+        image = open_image(stored, key) if isinstance(stored, bytes) else to_8_bits(stored, key)
         return upright(image) if self.upright else image
 
-    def _stored(self, index: int) -> Image.Image:
+    def stored(self, index: int) -> Image.Image | bytes:
+        """The bytes of a file; or a picture that was opened before.
+
+        Raises:
+            ValueError: there is none, or it can't be had; names its source.
+        """
         try:
             image = self.images[index]
             if isinstance(image, Image.Image):
@@ -86,10 +92,9 @@ class EvaluationSet:
                 raise ValueError(f"{self.shown(index)} has no image")
             if isinstance(image, NoImage):
                 raise ValueError(f"{self.shown(index)}: {image.reason}")
-            data = read_bytes(image)
+            return read_bytes(image)
         except OSError as error:
             raise ValueError(f"{self.shown(index)} can't be read: {error.strerror or error}") from error
-        return open_image(data, self.shown(index))
 
     def column(self, name: str) -> list[str | None]:
         """N values of the metadata as texts, None where there is none.

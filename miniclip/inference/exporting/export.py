@@ -102,6 +102,7 @@ def export(
     threshold = find_threshold(name)
     if threshold is not None:
         threshold.check_model(from_clip(model, preprocess, name))
+        data, pictures = (each and replace(each, upright=threshold.upright) for each in (data, pictures))
     elif isinstance(data, LabelledImages):
         data = suited(data, model.wordings)
     classes = _classes_of(threshold, data, model)
@@ -143,7 +144,7 @@ def export(
 def _classes_of(threshold: ModelThreshold | None, data: EvaluationSet | None, model: CLIP) -> Classes:
     """Those of the model's threshold, else of the images that prove it, else no more than the wordings it knows."""
     if threshold is not None:
-        return Classes(threshold.classnames, threshold.templates or (), threshold.cosine)
+        return Classes(threshold.classnames, threshold.templates or (), threshold.cosine, threshold.upright)
     if isinstance(data, LabelledImages):
         return Classes(data.classnames, data.templates)
     return Classes() if model.wordings is None else Classes((), model.wordings.templates())

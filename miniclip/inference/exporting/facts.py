@@ -33,11 +33,13 @@ class Classes:
     Args:
         classnames, templates: as those of `LabelledImages`.
         threshold: the cosine below which a picture is none of them; None for no such limit.
+        upright: it was calibrated with pictures that were turned as EXIF says.
     """
 
     classnames: Sequence[str] = ()
     templates: Prompts = ()
     threshold: float | None = None
+    upright: bool = False
 
 
 def export_facts(
@@ -75,6 +77,7 @@ def export_facts(
         "classnames": list(classes.classnames),
         "templates": dict(templates) if isinstance(templates, Mapping) else list(templates),
         "threshold": classes.threshold,
+        "upright": classes.upright,
     }
 
 

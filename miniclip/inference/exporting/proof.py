@@ -5,6 +5,7 @@ N images or texts, C classes, E embedding.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,14 +20,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...common.wording import counted
+from ...common.wording import counted, some
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import ImageFeatures, encode_images
 from ...evaluation.measures.statistics import Comparison, compare
 from ...evaluation.zero_shot import zero_shot_classifier
 from ...model import CLIP
-from .runner import Clip
+from .runner import Clip, open_picture
 from .towers import random_tokens
 
 BATCHES, LENGTHS = (1, 7, 32), (5, 77)
@@ -204,6 +205,17 @@ def _fastest_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
 # On pictures
 
 
+class _OpenedByRunner(EvaluationSet):
+    """Pictures from their files on, as the runner reads them."""
+
+    def open(self, index: int) -> Image.Image:
+        stored = self.stored(index)
+        try:
+            return stored if isinstance(stored, Image.Image) else open_picture(io.BytesIO(stored))
+        except ValueError as error:
+            raise ValueError(f"{self.key(index)}: {error}") from error
+
+
 class RunnerPixels:
     """The runner's preprocessing, for processes that decode."""
 
@@ -241,13 +253,14 @@ def prove_on_pictures(
         theirs = encode_images(
             runner_features(runner),
             RunnerPixels(runner.folder),
-            data,
+            _OpenedByRunner(data.name, data.images, keys=data.keys),
             progress=advance,
             **options,
         )
     if not np.array_equal(ours.indices, theirs.indices):
         raise ValueError(
-            f"{data.name}: the export reads {len(theirs.indices)} pictures, and miniclip {len(ours.indices)}"
+            f"{data.name}: the export reads {len(theirs.indices)} pictures, and miniclip {len(ours.indices)}; of one "
+            f"of them are: {some(sorted({*theirs.unreadable} ^ {*ours.unreadable}), 3)}"
         )
     found = [Agreement.of(f"the pictures of {data.name}", theirs.unit.numpy(), ours.unit.numpy())]
     if not (isinstance(data, LabelledImages) and runner.facts["text"]):

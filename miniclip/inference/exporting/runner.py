@@ -1,11 +1,13 @@
 """Runs the model in this folder, without miniclip:  python run.py PICTURE… --labels "cat,dog"
 
 Needs numpy, pillow, tokenizers, and onnxruntime (for .onnx), openvino (for .xml) or torch (for .pt2). As a module:
-`Clip(FOLDER).classify(pictures, ["cat", "dog"])`. Pictures are read as they are stored:
-EXIF turns none. N pictures or texts, C classes, E embedding, R pixels.
+`Clip(FOLDER).classify([open_picture("cat.jpg")], ["cat", "dog"])`. Pictures are read as they are stored: EXIF turns
+none, unless the export's threshold was calibrated with upright ones ("upright" in export.json).
+N pictures or texts, C classes, E embedding, R pixels.
 """
 
 import argparse
+import csv
 import ctypes
 import html
 import json
@@ -13,13 +15,15 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+# The formats that are read. The list is closed, because other plugins of Pillow's run programs, as for PostScript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 ASCII = re.compile(r"[\t\n\r -%'-~]*")  # text that cleaning only lower-cases
 
 
@@ -45,7 +49,13 @@ class Clip:
         return unit(self.run("text", self.tokenize(texts)))
 
     def class_features(self, classnames: Sequence[str], templates: Any) -> np.ndarray:
-        """(C, E): the mean of each class's prompts; templates are for every class, or a list for each."""
+        """(C, E): the mean of each class's prompts; templates are for every class, or a list for each.
+
+        Raises a ValueError for a template without a place for the name: every class would get the same prompt.
+        """
+        for template in () if isinstance(templates, dict) else templates:
+            if "{}" not in template and "{c}" not in template:
+                raise ValueError(f"template {template!r} has no place for the class name; write {{}} where it goes")
         rows = []
         for name in classnames:
             forms = templates[name] if isinstance(templates, dict) else templates
@@ -58,12 +68,18 @@ class Clip:
     ) -> list[tuple[str, float, float]]:
         """For each picture the best class, its probability among the classes, and its cosine; by default the export's
         own classes. The class is "" where the export has a threshold and the cosine does not reach it."""
-        classes = self.class_features(classnames or self.facts["classnames"], templates or self.facts["templates"])
+        names = classnames or self.facts["classnames"]
+        return self.nearest(pictures, names, self.class_features(names, templates or self.facts["templates"]))
+
+    def nearest(
+        self, pictures: Sequence[Image.Image], names: Sequence[str], classes: np.ndarray
+    ) -> list[tuple[str, float, float]]:
+        """As `classify`, of classes whose features (C, E) are known."""
         cosines = self.encode_images(pictures) @ classes.T  # (N, C)
         odds = np.exp(self.facts["logit_scale"] * (cosines - cosines.max(axis=1, keepdims=True)))
         answers = []
         for row, best in enumerate(cosines.argmax(axis=1).tolist()):
-            cosine, names = float(cosines[row, best]), classnames or self.facts["classnames"]
+            cosine = float(cosines[row, best])
             is_none = self.facts["threshold"] is not None and cosine < self.facts["threshold"]
             answers.append(("" if is_none else names[best], float(odds[row, best] / odds[row].sum()), cosine))
         return answers
@@ -76,12 +92,9 @@ class Clip:
         return self.towers[tower](x)
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """(3, R, R) float32, normalised."""
+        """(3, R, R) float32, normalised. Raises a ValueError for floats whose black and white can't be known."""
         p = self.facts["pixels"]
-        if image.mode.startswith("I"):  # 16 bits
-            values = np.asarray(image).astype(np.int64)
-            is_wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
-            image = Image.fromarray((values >> 8 if is_wide else values).clip(0, 255).astype(np.uint8))
+        image = to_8_bits(upright(image) if self.facts["upright"] else image)
         if p["style"] == "hf":
             image = on_white(image)
         W, H = image.size
@@ -156,6 +169,42 @@ def own_signal_stack() -> Iterator[None]:
         library.sigaltstack(before, None)
 
 
+def open_picture(file: str | Path | BinaryIO) -> Image.Image:
+    """A picture, decoded whole. Raises an OSError where there is no file, and a ValueError where it can't be read."""
+    with open(file, "rb") if isinstance(file, str | Path) else nullcontext(file) as stream:
+        Image.init()
+        try:
+            image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+            image.load()
+        except Exception as error:  # a damaged picture can raise anything
+            raise ValueError(f"it is no picture that can be read: {error}") from error
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As EXIF says that viewers show it; damaged EXIF turns nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """One of 16 bits (modes I;16 and I) or of floats (F) in 8 bits; Pillow would make most of it white, or black."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high = float(values.min(initial=0)), float(values.max(initial=0))
+        if not (low >= 0 and high <= 255):
+            raise ValueError(f"it has floats from {low:g} to {high:g} for pixels; scale them to 0 to 1, or 0 to 255")
+        values = values * 255 if high <= 1 else values
+    else:
+        values = values.astype(np.int64)
+        values = values >> 8 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else values
+    return Image.fromarray(np.round(values).clip(0, 255).astype(np.uint8))
+
+
 def on_white(image: Image.Image) -> Image.Image:
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
@@ -205,26 +254,55 @@ class Cleaning:
         return text if ";" in found else found
 
 
+def names_in(labels: str) -> list[str]:
+    """The names with commas between them; one that holds a comma stands in double quotes. Or a list, as JSON has it."""
+    if labels.strip()[:1] + labels.strip()[-1:] == "[]":
+        found = json.loads(labels)
+    else:
+        found = next(csv.reader([labels.replace("\n", ",")], skipinitialspace=True), [])
+    names = [" ".join(name.split()) if isinstance(name, str) else "" for name in found]
+    if not all(names) or not names:
+        raise ValueError(f'--labels has an empty name: {labels!r}; write "cat,dog"')
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"--labels has {twice[0]!r} twice; once will do")
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE")
-    parser.add_argument("--labels", default="", help='such as "cat,dog"; by default the classes of the export')
+    parser.add_argument(
+        "--labels", help='such as "cat,dog"; one with a comma in double quotes; by default the classes of the export'
+    )
     parser.add_argument("--templates", nargs="+", help='such as "a photo of a {}."')
     options = parser.parse_args()
     clip = Clip()
-    names = [name.strip() for name in options.labels.split(",") if name.strip()]
+    try:
+        names = [] if options.labels is None else names_in(options.labels)
+    except ValueError as error:
+        parser.error(str(error))
+    if len(names) == 1 and clip.facts["threshold"] is None:
+        parser.error(f"there is one class, {names[0]!r}, and its probability would be 1 for any picture; name several")
     if not (names or clip.facts["classnames"]):
         parser.error('this export has no classes of its own; name them, as --labels "cat,dog"')
     own = clip.facts["templates"]
     templates = options.templates or (own if own and not (names and isinstance(own, dict)) else ["a photo of a {}."])
     if clip.facts["threshold"] is not None and names and set(names) != set(clip.facts["classnames"]):
         print('note: the threshold for "none of these" was calibrated with other classes', file=sys.stderr)
+    names = names or clip.facts["classnames"]
     try:
-        for path in options.pictures:
-            ((name, probability, cosine),) = clip.classify([Image.open(path)], names, templates)
-            print(f"{path}\t{name or 'none of these'}\t{probability:.3f}\t{cosine:.4f}")
-    except (OSError, ValueError) as error:
+        classes = clip.class_features(names, templates)
+    except ValueError as error:
         parser.error(str(error))
+    is_whole = True
+    for path in options.pictures:
+        try:
+            ((name, probability, cosine),) = clip.nearest([open_picture(path)], names, classes)
+            print(f"{path}\t{name or 'none of these'}\t{probability:.3f}\t{cosine:.4f}")
+        except (OSError, ValueError) as error:
+            print(f"left out: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+            is_whole = False
+    sys.exit(0 if is_whole else 2)
 
 
 if __name__ == "__main__":
