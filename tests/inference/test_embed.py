@@ -444,6 +444,17 @@ def test_all_that_holds_a_picture_gives_the_same_row(tmp_path, model):
     np.testing.assert_allclose(miniclip.embed(str(path), model=model, kind="image"), expected, atol=1e-6)
 
 
+def test_booleans_are_black_and_white_and_floats_in_memory_those_of_a_file(tmp_path, model):
+    levels = np.asarray(picture(3, mode="L"))
+    is_white = levels > levels.mean()
+    expected = miniclip.embed(Image.fromarray(np.where(is_white, 255, 0).astype(np.uint8)), model=model)
+    for each in (is_white, torch.from_numpy(is_white), is_white[..., None]):
+        np.testing.assert_allclose(miniclip.embed(each, model=model), expected, atol=1e-6)
+    expected = miniclip.embed(Image.fromarray(levels), model=model)
+    floats = Image.fromarray(levels.astype(np.float32) / 255)
+    np.testing.assert_allclose(miniclip.embed(floats, model=model), expected, atol=1e-6)
+
+
 def test_all_that_is_a_model_gives_the_same_rows(model):
     expected = miniclip.embed(["a cat"], model=model, device="cpu")
     assert np.array_equal(miniclip.embed("a cat", model=miniclip.load(model, "cpu")), expected)

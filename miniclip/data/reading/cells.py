@@ -339,7 +339,8 @@ def _png(cell: Any) -> bytes:
 
 
 def picture_of_pixels(cell: Any) -> Image.Image:
-    """The picture of H x W, H x W x C or C x H x W whole numbers from 0 to 255; C is 1, 3 or 4.
+    """The picture of H x W, H x W x C or C x H x W whole numbers from 0 to 255, or of booleans, which are black and
+    white; C is 1, 3 or 4.
 
     Raises:
         ValueError: another shape, or other numbers.
@@ -362,7 +363,8 @@ def picture_of_pixels(cell: Any) -> Image.Image:
             f"an array of {shape} values ({pixels.dtype}) is in the place of an image; pixels are whole numbers from 0 "
             "to 255 in H x W, H x W x 3 or 3 x H x W"
         )
-    return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8)))
+    white = 255 if pixels.dtype.kind == "b" else 1
+    return Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8) * np.uint8(white)))
 
 
 def is_binary(value: Any) -> bool:
