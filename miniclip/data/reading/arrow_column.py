@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-_ROWS_AT_ONCE = 1024
+_VALUES_AT_ONCE = 1024
 _LARGE_BYTES = 1 << 14  # pictures, also as base64, are larger on the average; articles and thumbnails smaller
 
 
@@ -65,8 +65,8 @@ class ArrowColumn(Sequence[Any]):
         return self.take([index])[0].as_py()
 
     def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self), _ROWS_AT_ONCE):
-            yield from self.take(range(start, min(start + _ROWS_AT_ONCE, len(self)))).to_pylist()
+        for start in range(0, len(self), _VALUES_AT_ONCE):
+            yield from self.take(range(start, min(start + _VALUES_AT_ONCE, len(self)))).to_pylist()
 
     def only(self, rows: Sequence[int]) -> ArrowColumn:
         """These rows of all, in this order; one may come several times."""

@@ -28,7 +28,7 @@ class SourceRows:
         own = {"key", "embedding", *(("text", "caption") if self.kind == "text" else ("path", "image_path"))}
         self.columns: dict[str, Any] = {}
         for name, values in data.metadata.items():
-            if _reason_against(values):
+            if _why_left_out(values):
                 continue
             called = name
             while called in own or (called != name and called in data.metadata):
@@ -71,11 +71,11 @@ class SourceRows:
 
 def columns_left_out(data: EvaluationSet | Texts) -> list[LeftOut]:
     """The columns of the source that its embeddings go without."""
-    reasons = ((name, _reason_against(values)) for name, values in data.metadata.items())
+    reasons = ((name, _why_left_out(values)) for name, values in data.metadata.items())
     return [LeftOut(f"column {name!r}", reason) for name, reason in reasons if reason]
 
 
-def _reason_against(values: Sequence[Any]) -> str:
+def _why_left_out(values: Sequence[Any]) -> str:
     """Why a column is not copied; empty if it is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
