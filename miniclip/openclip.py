@@ -316,7 +316,7 @@ def _refuse_foreign(config: CLIPConfig, name: str) -> None:
         raise ValueError(f"{name} has the {config.towers} tower alone; open_clip's models have both (miniclip.load)")
     if config.text.eot_token not in (None, config.text.vocab_size - 1):
         raise ValueError(
-            f"{name} ends texts with {config.text.eot_token}, and open_clip's models with the largest id; "
+            f"{name} ends texts with {config.text.eot_token}, and miniclip.openclip reads them at the largest id; "
             "miniclip.load takes it"
         )
 

@@ -53,6 +53,7 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CL
     activation = _activation(hints, source)
     context_length, width = shape("text.positional_embedding", 2)
     vocab_size, _ = shape("text.token_embedding.weight", 2)
+    eot_token = _PUBLISHED_ENDS.get(vocab_size, _largest_id(vocab_size))
     _, embed_dim = shape("text.text_projection", 2)
     text = transformer("text", width)
     if "visual.proj" in tensors:
@@ -72,7 +73,7 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CL
         embed_dim,
         activation,
         VisionConfig(head_width=image_heads, **vision),
-        TextConfig(context_length, vocab_size, eot_token=_largest_id(vocab_size), head_width=text_heads, **text),
+        TextConfig(context_length, vocab_size, eot_token, head_width=text_heads, **text),
     )
     if "logit_bias" not in tensors:
         return config
@@ -83,6 +84,10 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CL
 def _largest_id(vocab_size: int) -> int | None:
     """The end of a text for a library that looks for the largest id; which that is, only CLIP's own vocabulary says."""
     return vocab_size - 1 if vocab_size <= VOCAB_SIZE else None
+
+
+# Where a text ends in vocabularies that are larger than CLIP's, by their sizes: MetaCLIP 2's, XLM-V's and mT5's.
+_PUBLISHED_ENDS = {901629: 2, 250100: 1}
 
 
 def has_sizes_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
@@ -172,8 +177,9 @@ def _refuse_unknown(values: Mapping[str, Any], supported: Mapping[str, Any], sou
         if key not in supported:
             raise ValueError(f"{source} has the setting {key!r}: {value!r}, which is not supported")
         expected = supported[key]
-        if expected is not _ANY and value != expected:
-            raise ValueError(f"{source} has {key!r}: {value!r}; only {expected!r} is supported")
+        valid = expected if isinstance(expected, tuple) else (expected,)
+        if expected is not _ANY and value not in valid:
+            raise ValueError(f"{source} has {key!r}: {value!r}; only {' or '.join(map(repr, valid))} is supported")
 
 
 _ANY = object()
@@ -190,9 +196,11 @@ _OPENCLIP_VISION = dict.fromkeys(("layers", "width", "head_width", "mlp_ratio", 
 }  # fmt: skip
 _OPENCLIP_TEXT = dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), _ANY) | {
     "hf_model_name": None, "hf_tokenizer_name": None, "ls_init_value": None, "embed_cls": False, "pad_id": _ANY,
-    "no_causal_mask": False, "final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False,
-    "output_tokens": _ANY, "act_kwargs": None, "norm_kwargs": None, "tokenizer_kwargs": None, "proj_type": "linear",
+    "no_causal_mask": False, "final_ln_after_pool": False, "pool_type": ("argmax", "eos"), "eos_id": _ANY,
+    "proj_bias": False, "output_tokens": _ANY, "act_kwargs": None, "norm_kwargs": None, "tokenizer_kwargs": None,
+    "proj_type": "linear",
 }  # fmt: skip
+_OTHER_TOKENIZER = {"hf_tokenizer_name": _ANY, "tokenizer_kwargs": _ANY}
 _OPENCLIP_PREPROCESS = {"mean": _ANY, "std": _ANY, "size": _ANY, "mode": "RGB", "interpolation": _ANY,
                         "resize_mode": _ANY, "fill_color": _ANY}  # fmt: skip
 
@@ -207,10 +215,13 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
     if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict):
         raise ValueError(f"{source} has no model_cfg with a vision_cfg")
     vision, text, pixels = model["vision_cfg"], model.get("text_cfg", {}), values.get("preprocess_cfg", {})
+    vocab_size, has_end = text.get("vocab_size", 49408), text.get("pool_type") == "eos"
+    # Another tokenizer's ids may go in where they can't be taken for CLIP's.
+    other_tokenizer = _OTHER_TOKENIZER if has_end and vocab_size != VOCAB_SIZE else {}
     for section, supported, name in (
         (model, _OPENCLIP_MODEL, "model_cfg"),
         (vision, _OPENCLIP_VISION, "vision_cfg"),
-        (text, _OPENCLIP_TEXT, "text_cfg"),
+        (text, _OPENCLIP_TEXT | other_tokenizer, "text_cfg"),
         (pixels, _OPENCLIP_PREPROCESS, "preprocess_cfg"),
     ):
         _refuse_unknown(section, supported, f"{source}, {name}")
@@ -225,11 +236,11 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         shared |= {"head_width": vision.get("head_width", 64)}
         patch_size, mlp_ratio = vision.get("patch_size", 16), vision.get("mlp_ratio", 4.0)
         tower = VisionConfig(layers=layers, width=width, patch_size=patch_size, mlp_ratio=mlp_ratio, **shared)
-    vocab_size, width = text.get("vocab_size", 49408), text.get("width", 512)
+    width = text.get("width", 512)
     words = TextConfig(
         context_length=text.get("context_length", 77),
         vocab_size=vocab_size,
-        eot_token=_largest_id(vocab_size),
+        eot_token=text.get("eos_id", 2) if has_end else _largest_id(vocab_size),
         width=width,
         layers=text.get("layers", 12),
         head_width=_head_width(width, text.get("heads", 8), source),

@@ -227,12 +227,15 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
     beside = _config_beside(path, tensors, hints)
     file_format = "hf" if is_hf(given) else "openclip"
     wordings = None if beside is None else read_wordings(path.parent)
-    config = beside or assumed or _inferred(tensors, hints, path)
-    if file_format == "hf" and beside is None and config.text.eot_token is None:
-        raise ValueError(
-            f"{path} has {config.text.vocab_size} tokens and does not tell which of them ends a text "
-            "(transformers takes eos_token_id, or the largest id); put the model's config.json beside it"
-        )
+    config = beside or assumed
+    if config is None:
+        config = _inferred(tensors, hints, path)
+        if config.text.eot_token is None:
+            raise ValueError(
+                f"{path} has {config.text.vocab_size} tokens and does not tell which of them ends a text (open_clip "
+                "takes the largest id or eos_id, as pool_type says; transformers eos_token_id, or the largest id); put "
+                "the model's open_clip_config.json or config.json beside it"
+            )
     return Checkpoint(file_format, tensors, config, wordings)
 
 

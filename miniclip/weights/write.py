@@ -42,7 +42,9 @@ def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
     require(config.init_logit_bias is None, "OpenAI's code has no bias of the logits, which the sigmoid loss needs")
     require(config.activation == "quick_gelu", "OpenAI's code knows QuickGELU alone, and this model has GELU")
     require(_has_heads_of_64(config), "OpenAI's code makes every attention head 64 channels wide")
-    _require_largest_end(config)
+    end, vocab_size = config.text.eot_token, config.text.vocab_size
+    is_largest = end in (None, vocab_size - 1)
+    require(is_largest, f"its library reads texts at the largest id, and here {end} of {vocab_size} ids ends a text")
     require(config.vision.mlp_ratio == config.text.mlp_ratio == 4, "OpenAI's code has an mlp_ratio of 4")
     sizes = (config.vision.image_size, config.text.context_length, config.text.vocab_size)
     tensors = to_openai_keys(_plain(checkpoint.tensors))
@@ -77,7 +79,6 @@ def _as_module(tensors: Tensors) -> nn.Module:
 
 def _write_openclip(checkpoint: Checkpoint, out: Path) -> None:
     config, vision = checkpoint.config, checkpoint.config.vision
-    _require_largest_end(config)
     is_plain = vision.resize != "none" and vision.resize_size in (None, vision.image_size)
     require(is_plain, f"open_clip resizes pictures to the model's {vision.image_size} pixels, and this model does not")
     is_known = vision.interpolation in ("bicubic", "bilinear")
@@ -99,8 +100,11 @@ def openclip_settings(config: CLIPConfig) -> dict[str, Any]:
     else:
         tower |= {"layers": vision.layers, "width": vision.width, "head_width": vision.head_width}
         tower |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_ratio}
+    words: dict[str, Any]
     words = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
              "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_ratio}  # fmt: skip
+    if text.eot_token not in (None, text.vocab_size - 1):  # else open_clip looks for the largest id
+        words |= {"pool_type": "eos", "eos_id": text.eot_token}
     model = {"embed_dim": config.embed_dim, "quick_gelu": config.activation == "quick_gelu", "vision_cfg": tower}
     model |= {"init_logit_scale": config.init_logit_scale}
     if config.init_logit_bias is not None:
@@ -144,12 +148,6 @@ def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
 
 def _has_heads_of_64(config: CLIPConfig) -> bool:
     return config.vision.head_width == config.text.head_width == 64
-
-
-def _require_largest_end(config: CLIPConfig) -> None:
-    end, vocab_size = config.text.eot_token, config.text.vocab_size
-    is_largest = end in (None, vocab_size - 1)
-    require(is_largest, f"its library reads texts at the largest id, and here {end} of {vocab_size} ids ends a text")
 
 
 def require(holds: bool, otherwise: str) -> None:

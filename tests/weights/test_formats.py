@@ -35,7 +35,7 @@ from foreign_models import (
     write_archive,
     write_openai_state_dict,
 )
-from open_clip.model import CustomTextCLIP, resize_pos_embed
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, resize_pos_embed
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -46,10 +46,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+import miniclip.openclip
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
 from miniclip.tokenizer import random_ids
 from miniclip.weights import pickles
+from miniclip.weights.architecture import config_from_openclip
 from miniclip.weights.convert import convert
 from miniclip.weights.facts import inspect
 from miniclip.weights.load import load, save
@@ -297,8 +299,6 @@ OPENAI_NAMES_AT_OPENCLIP = {
 
 @pytest.mark.parametrize("name", OPENAI_MODELS)
 def test_openclips_own_configuration_of_an_openai_model_is_read_as_ours(name):
-    from miniclip.weights.architecture import config_from_openclip
-
     settings = open_clip.get_model_config(OPENAI_NAMES_AT_OPENCLIP[name])
     assert config_from_openclip({"model_cfg": settings}, "x") == OPENAI_MODELS[name]
 
@@ -460,8 +460,8 @@ def test_an_openclip_folder_with_added_tokens_is_read_at_the_largest_id_as_open_
     assert_same_texts_on_every_path(load(folder, device="cpu")[0], reference.encode_text)
     save(load(folder, device="cpu")[0], tmp_path / "ours")
     assert_same_texts_on_every_path(load(tmp_path / "ours", device="cpu")[0], reference.encode_text)
-    torch.save(reference.state_dict(), tmp_path / "bare.pt")
-    model, _ = load(tmp_path / "bare.pt", device="cpu", activation="gelu", head_width=64)
+    torch.save(reference.state_dict(), folder / "open_clip_pytorch_model.bin")
+    model, _ = load(folder / "open_clip_pytorch_model.bin", device="cpu")
     assert_same_texts_on_every_path(model, reference.encode_text)
     assert "by open_clip" in convert(folder, tmp_path / "again", "openclip")
     assert "by transformers" in convert(folder, tmp_path / "hf", "hf")
@@ -477,20 +477,72 @@ def test_a_hugging_face_folder_with_added_tokens_gives_transformers_numbers(tmp_
     assert_same_texts_on_every_path(model, lambda tokens: reference(input_ids=tokens).text_embeds)
 
 
-def test_a_bare_state_dict_of_hugging_faces_with_added_tokens_does_not_tell_its_end_and_is_refused(tmp_path):
-    tensors = hf_model(seed=24).state_dict()
-    tensors["text_model.embeddings.token_embedding.weight"] = torch.zeros(49410, 32)
+@pytest.mark.parametrize("names", ["openclip", "hf"])
+def test_a_bare_state_dict_with_added_tokens_does_not_tell_its_end_and_is_refused(tmp_path, names):
+    tensors = (openclip_model(TINY_VIT) if names == "openclip" else hf_model(seed=24)).state_dict()
+    name = "token_embedding.weight" if names == "openclip" else "text_model.embeddings.token_embedding.weight"
+    tensors[name] = torch.zeros(49410, tensors[name].shape[1])
     torch.save(tensors, tmp_path / "model.pt")
     hints = {"activation": "gelu", "head_width": (16, 8)}
     refused(tmp_path / "model.pt", "49410 tokens and does not tell which of them ends a text", **hints)
 
 
-@pytest.mark.parametrize("to", ["openai", "openclip"])
-def test_an_end_that_is_not_the_largest_id_is_refused_where_the_layout_can_not_say_so(tmp_path, to):
+def worldwide(vocab_size, end, seed=0):
+    """open_clip's model with the text tower of a MetaCLIP 2, its settings, and texts as their tokenizer pads them."""
+    settings = openclip_settings(CLIPConfig(24, "gelu", TINY_VIT.vision, ENLARGED))
+    settings["text_cfg"] |= {"vocab_size": vocab_size, "pool_type": "eos", "eos_id": end}
+    text = CLIPTextCfg(**settings["text_cfg"])
+    model = randomised(OpenClip(24, CLIPVisionCfg(**settings["vision_cfg"]), text), seed)
+    tokens = torch.zeros(3, 12, dtype=torch.long)
+    for row, length in zip(tokens, (3, 7, 12), strict=True):
+        row[:length] = torch.tensor([*range(20, 19 + length), end])
+    tokens[1, 2] = vocab_size - 1  # the largest id ends nothing
+    return model, {"model_cfg": settings}, tokens
+
+
+@pytest.mark.parametrize("other_tokenizer", [False, True])
+@torch.no_grad()
+def test_an_openclip_folder_whose_texts_end_with_an_id_of_their_own_gives_open_clips_numbers(tmp_path, other_tokenizer):
+    reference, settings, tokens = worldwide(300, 2, seed=25)
+    if other_tokenizer:
+        of_theirs = {"hf_tokenizer_name": "google/mt5-base", "tokenizer_kwargs": {"clean": "canonicalize"}}
+        settings["model_cfg"]["text_cfg"] |= of_theirs
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(reference.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    model, _ = load(folder, device="cpu")
+    assert_close(model.encode_text(tokens), reference.encode_text(tokens))
+    assert "by open_clip" in convert(folder, tmp_path / "again", "openclip")
+    again, _ = load(tmp_path / "again", device="cpu")
+    assert again.config == model.config
+    with pytest.raises(ValueError, match=r"ends texts with 2.*miniclip.load takes it"):
+        miniclip.openclip.create_model(f"local-dir:{folder}")
+
+
+def test_another_tokenizer_whose_ids_could_be_taken_for_clips_is_refused(tmp_path):
+    _, settings, _ = worldwide(49408, 2)
+    settings["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "google/mt5-base"
+    with pytest.raises(ValueError, match="'hf_tokenizer_name': 'google/mt5-base'"):
+        config_from_openclip(settings, "x")
+
+
+@pytest.mark.parametrize("name", ["ViT-H-14-worldwide", "ViT-L-14-worldwide-quickgelu"])
+@torch.no_grad()
+def test_a_bare_state_dict_of_a_published_vocabulary_is_read_at_its_end_token(tmp_path, name):
+    published = open_clip.get_model_config(name)["text_cfg"]
+    reference, _, tokens = worldwide(published["vocab_size"], published["eos_id"], seed=26)
+    torch.save(reference.state_dict(), tmp_path / "bare.pt")
+    model, _ = load(tmp_path / "bare.pt", device="cpu", activation="gelu", head_width=(16, 64))
+    assert_close(model.encode_text(tokens), reference.encode_text(tokens))
+
+
+def test_an_end_that_is_not_the_largest_id_is_refused_where_the_layout_can_not_say_so(tmp_path):
     text = TextConfig(**vars(ENLARGED) | {"eot_token": 49407})
     save(CLIP(CLIPConfig(24, "quick_gelu", TINY_VIT.vision, text)), tmp_path / "model")
     with pytest.raises(ValueError, match="reads texts at the largest id, and here 49407 of 49410"):
-        convert(tmp_path / "model", tmp_path / "out", to)
+        convert(tmp_path / "model", tmp_path / "out", "openai")
+    assert "by open_clip" in convert(tmp_path / "model", tmp_path / "out", "openclip")
 
 
 @pytest.mark.parametrize(("vocab_size", "eot", "end"), [(49410, None, 49407), (60, None, 59), (60, 7, 7)])
