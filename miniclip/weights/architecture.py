@@ -267,20 +267,21 @@ def _openclip_pixels(pixels: Mapping[str, Any], source: str) -> dict[str, Any]:
     return fields
 
 
-_TIMM_PROJECTIONS: dict[str, TimmProjection] = {"linear": "linear", "mlp": "mlp", "none": "none", "": "classifier"}
+_TIMM_PROJECTIONS: dict[str, TimmProjection] = {"linear": "linear", "mlp": "mlp", "none": "none"}
 
 
 def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], source: str) -> VisionConfig:
     pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
-    if pool in ("abs_attn", "rot_attn") or projection not in _TIMM_PROJECTIONS:
-        raise ValueError(
-            f"{source} has timm_pool {pool!r} and timm_proj {projection!r}, which are not supported together"
-        )
+    if pool in ("abs_attn", "rot_attn"):
+        raise ValueError(f"{source} has 'timm_pool': {pool!r}; only pools that timm's models have are supported")
+    if projection and projection not in _TIMM_PROJECTIONS:
+        valid = ", ".join(map(repr, _TIMM_PROJECTIONS))
+        raise ValueError(f"{source} has 'timm_proj': {projection!r}; supported are {valid} and null or ''")
     return VisionConfig(
         kind="timm",
         timm_model=vision["timm_model_name"],
         timm_pool=pool,
-        timm_projection=_TIMM_PROJECTIONS[projection],
+        timm_projection=_TIMM_PROJECTIONS[projection] if projection else "classifier",
         timm_projection_bias=vision.get("timm_proj_bias", False),
         **shared,
     )

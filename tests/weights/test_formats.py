@@ -250,6 +250,38 @@ def test_an_openclip_folder_gives_the_references_numbers(tmp_path, kind, activat
     assert_same_as_openclip(folder, reference, config)
 
 
+def timm_settings(name, size, **changes):
+    return {"image_size": size, "timm_model_name": name, "timm_pool": "token", **changes}
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("eva02_tiny_patch14_224", 224)])
+@pytest.mark.parametrize("projection", [None, ""])
+@torch.no_grad()
+def test_an_openclip_folder_with_timms_own_classifier_as_the_projection_gives_open_clips_numbers(
+    tmp_path, name, size, projection
+):
+    model = openclip_settings(TINY_VIT) | {"vision_cfg": timm_settings(name, size, timm_proj=projection)}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model | {"custom_text": True}}))
+    reference = randomised(open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False), 27)
+    save_file(reference.state_dict(), tmp_path / "open_clip_model.safetensors")
+    found, _ = load(tmp_path, device="cpu")
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert_close(found.encode_image(images), reference.encode_image(images))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"timm_pool": "abs_attn", "timm_proj": None}, "'timm_pool': 'abs_attn'"),
+        ({"timm_proj": "quadratic"}, "'timm_proj': 'quadratic'; supported are 'linear', 'mlp', 'none' and null or ''"),
+    ],
+)
+def test_a_projection_after_a_timm_tower_that_ours_do_not_have_is_refused_by_its_value(changes, says):
+    model = openclip_settings(TINY_VIT) | {"vision_cfg": timm_settings("test_vit", 160, **changes)}
+    with pytest.raises(ValueError, match=says):
+        config_from_openclip({"model_cfg": model}, "x")
+
+
 @pytest.mark.parametrize("cls", [OpenClip, CustomTextCLIP])
 def test_wrappers_that_trainers_put_around_a_state_dict_are_taken_off(tmp_path, cls):
     reference = openclip_model(TINY_VIT, seed=10, cls=cls)
