@@ -296,10 +296,10 @@ class _HuggingFaceTokenize:
         self.options = {"padding": "max_length" if self.attends_to_padding else True}
         self.options |= getattr(type(processor), "text_kwargs", {})
         lengths = (longest, tokenize.model_max_length, self.options.get("max_length", longest))
-        self.options |= {"truncation": True, "max_length": min(lengths)}
+        self.options |= {"truncation": True, "max_length": min(lengths), "return_tensors": "pt"}
 
     def __call__(self, texts: list[str]) -> Any:
-        found = self.tokenizer(texts, return_tensors="pt", **self.options)
+        found = self.tokenizer(texts, **self.options)
         if self.attends_to_padding:
             found.pop("attention_mask", None)
         return found

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,7 +292,18 @@ def hf_align(folder: Path) -> tuple[transformers.PreTrainedModel, transformers.P
     return transformers.AlignModel(config), transformers.AlignProcessor(images, word_tokenizer())
 
 
+def hf_owl(version: str) -> Callable[[Path], tuple[transformers.PreTrainedModel, transformers.ProcessorMixin]]:
+    def made(folder: Path) -> tuple[transformers.PreTrainedModel, transformers.ProcessorMixin]:
+        config = getattr(transformers, f"{version}Config")(text_config=TEXT, vision_config=VISION, projection_dim=20)
+        images = getattr(transformers, f"{version}ImageProcessor")(size={"height": 24, "width": 24})
+        processor = getattr(transformers, f"{version}Processor")(images, word_tokenizer())
+        return getattr(transformers, f"{version}Model")(config), processor
+
+    return made
+
+
 KINDS = {"clip": hf_clip, "siglip": hf_siglip, "siglip2": hf_siglip2, "align": hf_align}
+KINDS |= {"owlvit": hf_owl("OwlViT"), "owlv2": hf_owl("Owlv2")}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -320,7 +332,8 @@ def test_transformers_models_give_what_the_library_gives(hf):
     texts = ["a photo of a cat.", "two", " ".join(["dog"] * 70)]
     assert found.library == f"transformers {transformers.__version__}"
     longest = {"max_length": 64 if kind == "align" else 16}
-    padding = {"padding": "max_length" if "siglip" in kind else True, "truncation": True} | longest
+    is_full = "siglip" in kind or "owl" in kind
+    padding = {"padding": "max_length" if is_full else True, "truncation": True} | longest
     inputs = processor.image_processor(images=pictures(), return_tensors="pt")
     words = processor.tokenizer(texts, return_tensors="pt", **padding)
     if "siglip" in kind:  # trained to attend to padding
@@ -573,10 +586,13 @@ def make(kind: str, tmp_path: Path) -> tuple[Encoder, torch.nn.Module, str, str]
         return openclip_of(kind, model), model, image.get(kind, "visual.proj"), text
     torch.manual_seed(0)
     hugging_face, processor = KINDS[kind](tmp_path)
-    text = {"clip": "text_projection.weight", "align": "text_projection.bias"}.get(kind, "text_model.head.bias")
-    image = {"clip": "visual_projection.weight", "align": "vision_model.embeddings.batchnorm.running_var"}
+    like_clip = "clip", "owlvit", "owlv2"
+    text = dict.fromkeys(like_clip, "text_projection.weight") | {"align": "text_projection.bias"}
+    image = dict.fromkeys(like_clip, "visual_projection.weight")
+    image |= {"align": "vision_model.embeddings.batchnorm.running_var"}
     found = from_transformers(hugging_face, processor, "theirs")
-    return found, hugging_face, image.get(kind, "vision_model.head.probe"), text
+    text_name, image_name = text.get(kind, "text_model.head.bias"), image.get(kind, "vision_model.head.probe")
+    return found, hugging_face, image_name, text_name
 
 
 @pytest.mark.parametrize("kind", ["ours", *ARCHITECTURES, *KINDS])
@@ -603,7 +619,7 @@ def test_images_and_tokens_are_moved_to_the_device_and_precision_of_the_model(tm
     size = found.encode_image(images).shape
     found, module, _, _ = make(kind, tmp_path)
     # A device without numbers, where what stays behind on the CPU is an error. Some of transformers' look at numbers.
-    device = "cpu" if kind in ("clip", "siglip2", "align") else "meta"
+    device = "cpu" if kind in ("clip", "siglip2", "align", "owlvit", "owlv2") else "meta"
     module.to(device, torch.bfloat16)
     again = {"ours": lambda: ours(module), **dict.fromkeys(ARCHITECTURES, lambda: openclip_of(kind, module))}
     found = again[kind]() if kind in again else from_transformers(module, KINDS[kind](tmp_path)[1], "theirs")
