@@ -23,7 +23,9 @@ from ..common.device import find_device
 from ..common.files import expand_home
 from ..data.wordings.kept import Wordings
 from ..model import CLIP
+from ..weights.containers import read_json
 from ..weights.download import HUB_PREFIX
+from ..weights.folders import OPENCLIP_CONFIG_FILE
 from ..weights.load import load, preprocess_for
 from ..weights.read import read_wordings
 from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object, in_bf16, moved
@@ -164,23 +166,25 @@ def _open_openclip(name: str, device: torch.device) -> Encoder:
     architecture, pretrained = name.removeprefix(OPENCLIP_PREFIX), None
     options = {}
     if architecture.startswith(_FOLDER_PREFIX):
-        _check_folder(name, architecture.removeprefix(_FOLDER_PREFIX), "open_clip_config.json")
+        _check_folder(name, architecture.removeprefix(_FOLDER_PREFIX), OPENCLIP_CONFIG_FILE)
     elif not architecture.startswith(HUB_PREFIX):
         architecture, _, pretrained = architecture.partition("/")
         options = _openclip_weights(name, architecture, pretrained)
     with _library_errors("open_clip", name), warnings.catch_warnings():
-        if options:  # the activation is the tag's
+        if "quick_gelu" in options:  # the activation is that of the weights
             warnings.filterwarnings("ignore", "QuickGELU mismatch")
         model, preprocess = open_clip.create_model_from_pretrained(architecture, pretrained, device=device, **options)
         tokenize = open_clip.get_tokenizer(architecture)
     return from_openclip(model, preprocess, tokenize, name)
 
 
-def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str, bool]:
+def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str, Any]:
     """The options of open_clip beside the names of a model and its weights.
 
     A tag may know whether its weights were trained with QuickGELU. open_clip takes the activation from the
-    architecture's name, so OpenAI's weights in "ViT-B-32" lose points with a mere warning; here the tag decides.
+    architecture's name, so OpenAI's weights in "ViT-B-32" lose points with a mere warning; here the tag decides. For a
+    file it also takes OpenAI's pixels, whatever the architecture; here those of the configuration beside the file
+    decide, or those that all tags agree on.
     """
     import open_clip
 
@@ -196,19 +200,77 @@ def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str
             f"model {name!r} would be open_clip's {architecture} with random weights; name some after a slash: a file, "
             f"or {', '.join(tags) or 'nothing else, as open_clip has no weights for it'}"
         )
-    tag = open_clip.pretrained.get_pretrained_cfg(architecture, pretrained)
-    if not tag and not Path(pretrained).is_file():
-        near = difflib.get_close_matches(pretrained, tags, n=1)
-        raise ValueError(
-            f"model {name!r}: {pretrained!r} is no file, and none of open_clip's tags for {architecture}: "
-            f"{', '.join(tags) or 'there are none'}" + (f"; did you mean {near[0]}?" if near else "")
-        )
+    tag, options = open_clip.pretrained.get_pretrained_cfg(architecture, pretrained), {}
     quick_gelu = tag.get("quick_gelu")
-    if quick_gelu in (None, open_clip.get_model_config(architecture).get("quick_gelu", False)):
-        return {}
-    activation = "QuickGELU" if quick_gelu else "GELU"
-    warnings.warn(f"{name}: these weights were trained with {activation}, so {activation} is used", stacklevel=4)
-    return {"quick_gelu": quick_gelu}
+    if not tag:
+        if not Path(pretrained).is_file():
+            near = difflib.get_close_matches(pretrained, tags, n=1)
+            raise ValueError(
+                f"model {name!r}: {pretrained!r} is no file, and none of open_clip's tags for {architecture}: "
+                f"{', '.join(tags) or 'there are none'}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        beside = _openclip_config_beside(Path(pretrained), architecture)
+        quick_gelu = beside.get("model_cfg", {}).get("quick_gelu", False) if beside else None
+        pixels, why = _openclip_preprocessing(architecture, beside)
+        if why:
+            warnings.warn(f"{name}: {why}", stacklevel=4)
+        options = {f"image_{field}": value for field, value in pixels.items()}
+    if quick_gelu not in (None, open_clip.get_model_config(architecture).get("quick_gelu", False)):
+        activation = "QuickGELU" if quick_gelu else "GELU"
+        warnings.warn(f"{name}: these weights were trained with {activation}, so {activation} is used", stacklevel=4)
+        options["quick_gelu"] = quick_gelu
+    return options
+
+
+def _openclip_config_beside(file: Path, architecture: str) -> dict[str, Any] | None:
+    """The `open_clip_config.json` in a file's folder, unless it is another architecture's."""
+    import open_clip
+
+    path = file.parent / OPENCLIP_CONFIG_FILE
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    model, own = found.get("model_cfg", {}), open_clip.get_model_config(architecture)
+    theirs, ours = ({"embed_dim": each.get("embed_dim"), **each.get("vision_cfg", {})} for each in (model, own))
+    is_same = all((theirs[key] or None) == (ours[key] or None) for key in theirs.keys() & ours.keys())
+    return found if is_same else None
+
+
+def _openclip_preprocessing(architecture: str, beside: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """How pictures are prepared for a file of weights, where not OpenAI's way, and what is to be said about it."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    usual = vars(PreprocessCfg())
+
+    def unusual(settings: dict[str, Any]) -> dict[str, Any]:
+        found = {name: settings.get(name) or usual[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return {name: value for name, value in plain.items() if value != usual[name]}
+
+    def in_words(pixels: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in pixels.items())
+
+    if beside is not None:
+        pixels = unusual(beside.get("preprocess_cfg", {}))
+        why = f"pictures are prepared as the {OPENCLIP_CONFIG_FILE} beside it says: {in_words(pixels)}"
+        return pixels, why if pixels else ""
+    told = {
+        tag: unusual(open_clip.get_pretrained_cfg(architecture, tag))
+        for tag in open_clip.list_pretrained_tags_by_model(architecture)
+    }
+    others = {tag: pixels for tag, pixels in told.items() if pixels}
+    if not others:
+        return {}, ""
+    pixels = next(iter(others.values()))
+    unsaid = "a file does not say how its pictures are to be prepared"
+    if all(each == pixels for each in told.values()):
+        return pixels, f"{unsaid}; they are, as for all of open_clip's weights for {architecture}: {in_words(pixels)}"
+    named = "; ".join(f"{tag}: {in_words(each)}" for tag, each in others.items())
+    return {}, (
+        f"{unsaid}, and they are prepared OpenAI's way. Of open_clip's weights for {architecture}, some need another "
+        f"({named}); if these are such, name the tag, or put their {OPENCLIP_CONFIG_FILE} beside the file"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

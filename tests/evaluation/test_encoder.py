@@ -29,7 +29,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from miniclip import tokenizer
-from miniclip.config import VisionConfig
+from miniclip.config import OPENAI_MEAN, OPENAI_STD, VisionConfig
 from miniclip.evaluation import encoder
 from miniclip.evaluation.encoder import Encoder, ModelError, from_clip, from_object
 from miniclip.evaluation.fingerprints import _HASHED_AT_ONCE, digest_module, probe_pictures
@@ -239,6 +239,53 @@ def test_weights_of_a_tag_run_with_the_activation_that_they_were_trained_with(
     assert said == (
         [f"openclip:{name}/web-text: these weights were trained with {says}, so {says} is used"] if says else []
     )
+
+
+def as_tag(**pixels):
+    """A tag as open_clip writes them: all settings, OpenAI's where nothing else is given."""
+    usual = {"mean": OPENAI_MEAN, "std": OPENAI_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"url": "https://example.org/weights.pt", **usual, **pixels}
+
+
+SIGLIPS = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+MOBILE = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "beside", "used", "says"),
+    [
+        ({"a": MOBILE, "b": MOBILE}, None, MOBILE, r"all of open_clip's weights for tiny: mean \(0.0, 0.0, 0.0\), std"),
+        ({"a": SIGLIPS}, None, SIGLIPS, "resize_mode squash"),
+        ({"a": {}, "b": {}}, None, {}, None),
+        ({}, None, {}, None),
+        ({"a": {}, "b": SIGLIPS}, None, {}, r"OpenAI's way.*some need another \(b: mean \(0.5, 0.5, 0.5\)"),
+        ({"a": MOBILE, "b": SIGLIPS}, None, {}, r"OpenAI's way.*\(a: mean \(0.0.*; b: mean \(0.5"),
+        ({"a": MOBILE}, TINY, SIGLIPS, "as the open_clip_config.json beside it says: mean"),
+        ({"a": MOBILE}, {**TINY, "quick_gelu": True}, SIGLIPS, "trained with QuickGELU, so QuickGELU is used"),
+        ({"a": MOBILE}, {**TINY, "embed_dim": 99}, MOBILE, "all of open_clip's weights for tiny"),
+        ({"a": MOBILE}, {**TINY, "vision_cfg": TINY["vision_cfg"] | {"layers": 9}}, MOBILE, "all of"),
+    ],
+)
+@torch.no_grad()
+def test_pictures_for_a_file_are_prepared_as_for_the_architectures_weights(
+    tmp_path, monkeypatch, recwarn, tags, beside, used, says
+):
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {tag: as_tag(**each) for tag, each in tags.items()})
+    is_quick = bool(beside and beside.get("quick_gelu"))
+    twin = openclip_twin("tiny-quickgelu" if is_quick else "tiny")
+    torch.save(twin.state_dict(), tmp_path / "weights.pt")
+    if beside:
+        settings = {"model_cfg": beside, "preprocess_cfg": SIGLIPS}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    found = open_model(f"openclip:tiny/{tmp_path / 'weights.pt'}", "cpu")
+    expected = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=32, **used), is_train=False
+    )
+    assert torch.equal(batch(found), torch.stack([expected(image) for image in pictures()]))
+    close(found.encode_image(batch(found)), twin.encode_image(batch(found)))
+    said = [str(warning.message) for warning in recwarn if str(tmp_path) in str(warning.message)]
+    assert len(said) == (0 if says is None else 2 if is_quick else 1)
+    assert says is None or re.search(says, said[-1])
 
 
 # ---- transformers'
