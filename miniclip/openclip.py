@@ -62,10 +62,13 @@ class _Weights:
     def is_quick(self) -> bool:
         return self.changes.get("activation") == "quick_gelu"
 
+    @property
+    def pixels(self) -> dict[str, Any]:
+        return {name: value for name, value in self.changes.items() if name != "activation"}
+
     def applied(self, config: CLIPConfig) -> CLIPConfig:
         activation: Activation = "quick_gelu" if self.is_quick else "gelu"
-        pixels = {name: value for name, value in self.changes.items() if name != "activation"}
-        return replace(config, activation=activation, vision=replace(config.vision, **pixels))
+        return replace(config, activation=activation, vision=replace(config.vision, **self.pixels))
 
 
 @cache
@@ -225,6 +228,14 @@ def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLI
         found = replace(read_checkpoint(path), config=wanted)
     elif Path(pretrained).exists():
         found = _of_file(read_checkpoint(pretrained, config), config, name, pretrained)
+        others = [f"{tag}: {each.pixels}" for tag, each in weights.items() if each.pixels]
+        if found.config is config and others:
+            warnings.warn(
+                f"{pretrained} does not say how its pictures are to be prepared, and they are OpenAI's way, as in "
+                f"open_clip. Of the weights of {name} some need another ({'; '.join(others)}); if these are such, "
+                "name the tag, or pass image_mean, image_std and image_resize_mode",
+                stacklevel=4,
+            )
     else:
         near = difflib.get_close_matches(_clean(pretrained), weights, n=1)
         raise ValueError(

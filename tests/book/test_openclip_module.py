@@ -14,6 +14,7 @@ import pytest
 import torch
 from foreign_models import TINY_RESNET, TINY_VIT, openclip_model, openclip_settings, probe, randomised, write_archive
 from helpers import picture, tiny_clip
+from PIL import Image
 from torch import nn
 
 import miniclip
@@ -623,6 +624,20 @@ def test_a_file_belongs_to_the_architecture_of_the_name(tmp_path, model):
     assert isinstance(quick.transformer.resblocks[0].mlp.gelu, ours.openai.QuickGELU)
     with pytest.raises(ValueError, match="another architecture"):
         ours.create_model("ViT-S-16", pretrained=str(tmp_path / "w.pt"))
+
+
+def test_a_file_of_an_architecture_some_of_whose_weights_need_other_pictures_is_named(tmp_path, monkeypatch, recwarn):
+    name, file = "ViT-S-32-alt", str(tmp_path / "w.pt")
+    torch.save(open_clip.create_model(name).state_dict(), file)
+    ours.create_model(name, pretrained=file)
+    assert not [each for each in recwarn if "pictures" in str(each.message)]
+    tags = {"usual": ours._Weights("x", {"activation": "quick_gelu"}), "odd": ours._Weights("x", {"resize": "squash"})}
+    monkeypatch.setitem(ours._published(), name, (ours._published()[name][0], tags))
+    with pytest.warns(UserWarning, match=rf"w.pt does not say how its pictures.*weights of {name}.*\(odd: .*squash"):
+        _, _, preprocess = ours.create_model_and_transforms(name, pretrained=file)
+    _, _, theirs = open_clip.create_model_and_transforms(name, pretrained=file)
+    noise = Image.effect_noise((300, 250), 50).convert("RGB")
+    assert torch.equal(preprocess(noise), theirs(noise))
 
 
 def test_a_file_that_tells_its_architecture_must_have_the_names(tmp_path):
