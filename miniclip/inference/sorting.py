@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other file would fare b
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # no file of these names on Windows
 _MOST_FOLDER_BYTES = 200  # of a folder's name; file systems allow 255
+_NUM_SAMPLES, _SAMPLE_BYTES = 8, 16 * 1024  # of a file, to recognise it by
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,10 +81,15 @@ def _name_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """A file, and where it goes."""
+    """A file, and where it goes.
+
+    Args:
+        content: what a file that is moved is recognised by, as the list has it; None if it is not known.
+    """
 
     source: Path
     target: Path
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,9 @@ def _part_of(target: Path) -> Path:
 def undo_sorting(folder: str | Path, progress: Callable[[int], Any] | None = None) -> Done:
     """Takes the last sorting into a folder back: files that were moved return, and copies are deleted.
 
-    A copy that was changed, or whose original is gone, stays; so does what has another file in its way.
+    A copy that was changed stays, and is no longer listed. A copy whose original is gone, as that of a disk that is
+    away, stays listed, as do a moved file in whose place is another one, or that was changed, and what has another
+    file in its way.
 
     Raises:
         ValueError: no sorting is listed there.
@@ -341,7 +349,7 @@ def _return_file(step: Step, is_move: bool) -> bool:
     """Whether there was something to do.
 
     Raises:
-        ValueError: another file is in the way.
+        ValueError: nothing can be done as things are.
     """
     source, target = step.source, step.target
     for path in (source, target):
@@ -350,18 +358,23 @@ def _return_file(step: Step, is_move: bool) -> bool:
         if is_move and not os.path.lexists(source):
             raise _StaysError(f"{target} is not there any more, and not at {source} either")
         return False
-    if source.resolve() == target.resolve():  # somebody keeps the old path working
-        if not (is_move and source.is_symlink()):
-            raise _StaysError(f"{target} stays: with {source} it is one file, by a link")
-        source.unlink()
-    if _is_reserved(target, source) or _have_equal_bytes(source, target):
+    is_one_file = source.resolve() == target.resolve()
+    if is_one_file and not (is_move and source.is_symlink()):
+        raise _StaysError(f"{target} stays: with {source} it is one file, by a link")
+    if not is_one_file and (_is_reserved(target, source) or _have_equal_bytes(source, target)):
         target.unlink()
         return True
-    if is_move and _is_reserved(source, target):  # by a taking back that was killed
-        source.unlink()
+    if not is_move and source.exists():
+        raise _StaysError(f"{target} stays: it was changed since")
     if not is_move:
-        why = "it was changed since" if source.exists() else f"its original, {source}, is gone"
-        raise _StaysError(f"{target} stays: {why}")
+        raise ValueError(f"{target} stays: its original, {source}, is gone")
+    if step.content is not None and (target.is_symlink() or _content(target) != step.content):
+        raise ValueError(
+            f"{target} stays: it is another file than the one that came from {source}, or was changed since; move it "
+            "by hand"
+        )
+    if is_one_file or _is_reserved(source, target):  # by who keeps the old path working; by a killed taking back
+        source.unlink()
     if os.path.lexists(source):
         raise ValueError(f"{target} stays: another file is in its way, {source}")
     source.parent.mkdir(parents=True, exist_ok=True)
@@ -372,6 +385,20 @@ def _return_file(step: Step, is_move: bool) -> bool:
 def _is_reserved(path: Path, other: Path) -> bool:
     """Whether this is the empty file of a killed process, and the other what should have replaced it."""
     return path.exists() and other.exists() and path.stat().st_size == 0 < other.stat().st_size
+
+
+def _content(path: Path) -> str:
+    """The same wherever a file is moved: a digest of its size and of samples of its bytes, all of them of a small one.
+
+    Times and inodes would be cheaper, but other disks round the one and number the other anew.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(f"{size} ".encode())
+        for number in range(_NUM_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def _remove_empty(folder: Path) -> None:
@@ -401,7 +428,14 @@ def _last_list(folder: Path) -> Path:
 def _write_list(plan: Plan, is_new: bool) -> None:
     number = max(_lists(plan.folder), default=0) + 1
     facts = {"version": 1, "is_move": plan.is_move, "is_new": is_new}
-    write_text(plan.folder / LISTS / f"sorted-{number}.jsonl", _as_lines(facts, plan.steps, plan.folder))
+    steps = [_recognisable(step) for step in plan.steps] if plan.is_move else plan.steps
+    write_text(plan.folder / LISTS / f"sorted-{number}.jsonl", _as_lines(facts, steps, plan.folder))
+
+
+def _recognisable(step: Step) -> Step:
+    with suppress(OSError):  # it can't be moved either, or only unread
+        return replace(step, content=_content(step.source))
+    return step
 
 
 def _as_lines(facts: dict[str, Any], steps: Sequence[Step], folder: Path) -> str:
@@ -410,8 +444,11 @@ def _as_lines(facts: dict[str, Any], steps: Sequence[Step], folder: Path) -> str
     def written(path: Path) -> str:
         return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
-    rows = [facts, *({"from": written(step.source), "to": written(step.target)} for step in steps)]
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    def row(step: Step) -> dict[str, str]:
+        content = {} if step.content is None else {"content": step.content}
+        return {"from": written(step.source), "to": written(step.target), **content}
+
+    return "".join(json.dumps(each) + "\n" for each in [facts, *map(row, steps)])
 
 
 def _read_list(path: Path, folder: Path) -> tuple[dict[str, Any], list[Step]]:
@@ -421,6 +458,7 @@ def _read_list(path: Path, folder: Path) -> tuple[dict[str, Any], list[Step]]:
             raise ValueError(f"version {facts['version']!r}, and this miniclip reads 1")
         if leads_out := [row["to"] for row in rows if Path(row["to"]).is_absolute() or ".." in Path(row["to"]).parts]:
             raise ValueError(f"{leads_out[0]!r} is not in the folder")
-        return facts, [Step(folder / row["from"], folder / row["to"]) for row in rows]
+        # A list of before files were recognised has no content.
+        return facts, [Step(folder / row["from"], folder / row["to"], row.get("content")) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of sorted files, or a damaged one: {error!r}") from error

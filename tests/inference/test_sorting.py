@@ -248,9 +248,79 @@ def test_copies_that_are_more_than_copies_by_now_stay(photos, tmp_path):
     assert len(done.problems) == 2
     assert f"{out}/dog/b.png stays: its original, {photos}/b.png, is gone" in done.problems
     assert f"{out}/cat/a.jpg stays: it was changed since" in done.problems
-    assert sorted(contents(out)) == sorted([b"retouched", b"the bytes of b'b.png'", b"the bytes of b'deep/a.jpg'"])
-    with pytest.raises(ValueError, match="has no list of files"):  # they are no longer its business
+    there = contents(out / "cat", out / "dog")
+    assert sorted(there) == sorted([b"retouched", b"the bytes of b'b.png'", b"the bytes of b'deep/a.jpg'"])
+    (photos / "b.png").write_bytes((out / "dog/b.png").read_bytes())
+    assert undo_sorting(out).problems == []  # of what was changed or renamed it says no more
+    assert sorted(contents(out)) == sorted([b"retouched", b"the bytes of b'deep/a.jpg'"])
+    with pytest.raises(ValueError, match="has no list of files"):
         undo_sorting(out)
+
+
+def test_copies_whose_originals_are_on_a_disk_that_is_away_are_taken_back_once_it_is_there(photos, tmp_path):
+    out, before = tmp_path / "out", everything_below(photos)
+    sort_files(plan(photos, out, is_move=False))
+    away = photos.rename(tmp_path / "away")
+    for _ in range(2):
+        done = undo_sorting(out)
+        assert (done.num_files, len(done.problems)) == (0, 5)
+        assert len(contents(out)) == 5 + 1  # and the list
+    away.rename(photos)
+    done = undo_sorting(out)
+    assert (done.num_files, done.problems) == (5, [])
+    assert everything_below(photos) == before
+    assert not out.exists()
+
+
+def test_moved_files_that_were_corrected_by_hand_never_come_back_under_each_others_names(photos, tmp_path):
+    out, before = tmp_path / "out", everything_below(photos)
+    sort_files(plan(photos, out, is_move=True))  # all are of one time
+    (out / "cat/a.jpg").rename(out / "dog/a.jpg")  # is a dog
+    (out / "cat/a (2).jpg").rename(out / "cat/a.jpg")  # loses its number
+    (out / "dog/b.png").write_text("retouched")
+    (out / "cat/A (3).JPG").touch()
+    done = undo_sorting(out)
+    assert done.num_files == 2
+    assert done.problems == [
+        f"{out}/dog/b.png stays: it is another file than the one that came from {photos}/b.png, or was changed since; "
+        "move it by hand",
+        f"{out}/cat/a (2).jpg is not there any more, and not at {photos}/deep/a.jpg either",
+        f"{out}/cat/a.jpg stays: it is another file than the one that came from {photos}/a.jpg, or was changed since; "
+        "move it by hand",
+    ]
+    there = {name: content for name, content in everything_below(photos).items() if content is not None}
+    assert there == {name: before[name] for name in ("deep/er/A.JPG", ODD)}
+    assert (out / "cat/a.jpg").read_bytes() == before["deep/a.jpg"]
+    # The list still has where the first came from.
+    (out / "dog/a.jpg").replace(out / "cat/a.jpg")
+    done = undo_sorting(out)
+    assert (done.num_files, len(done.problems)) == (1, 1)
+    assert (photos / "a.jpg").read_bytes() == before["a.jpg"]
+
+
+@pytest.mark.parametrize("position", [0, 70_000, 140_000, 999_999])
+def test_large_files_of_one_size_are_told_apart(photos, tmp_path, position):
+    out, content = tmp_path / "out", bytearray(os.urandom(1000) * 1000)
+    (photos / "a.jpg").write_bytes(content)
+    sort_files(plan(photos, out, is_move=True, most=1))
+    # Of compressed pictures all that follows is another, too.
+    other = bytes(each ^ 1 for each in content[position:])
+    (out / "cat/a.jpg").write_bytes(content[:position] + other)
+    assert len(undo_sorting(out).problems) == 1
+    (out / "cat/a.jpg").write_bytes(content)
+    assert undo_sorting(out).problems == []
+    assert (photos / "a.jpg").read_bytes() == content
+
+
+def test_a_list_that_an_earlier_version_wrote_is_taken_back(photos, tmp_path):
+    before, out = everything_below(photos), tmp_path / "out"
+    sort_files(plan(photos, out, is_move=True))
+    path = out / ".miniclip/sorted-1.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "content"}) + "\n" for row in rows))
+    assert path.read_text().count('"content"') == 0
+    assert undo_sorting(out).problems == []
+    assert everything_below(photos) == before
 
 
 @pytest.mark.parametrize("is_move", [True, False], ids=["move", "copy"])
