@@ -205,11 +205,13 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
         from ..evaluation.robustness import robustness
         from ..evaluation.suite import evaluate
         from ..inference.calibration import refuse_too_few, threshold_of
-        from ..inference.thresholds import write_threshold
+        from ..inference.thresholds import refuse_class_called_none, write_threshold
 
     _refuse_contradictions(options)
     paths = _threshold_paths(options)
     tasks = _tasks(options)
+    if paths:
+        refuse_class_called_none(getattr(tasks[0].data, "classnames", ()))
     if paths and options.false_acceptance is not None:
         refuse_too_few(tasks[0].outside, 1 - options.false_acceptance, f"--false-acceptance {options.false_acceptance}")
     cache = open_cache(options.cache, not options.no_cache)

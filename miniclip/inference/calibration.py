@@ -13,7 +13,7 @@ from ..evaluation.features import FeatureCache
 from ..evaluation.measures.conformal import least_groups
 from ..evaluation.prompts import suited
 from ..evaluation.suite import Progress, Result, Task, evaluate
-from .thresholds import CalibratedModel, ModelThreshold, Tried, plain_templates
+from .thresholds import CalibratedModel, ModelThreshold, Tried, plain_templates, refuse_class_called_none
 
 
 def calibrate(
@@ -37,10 +37,12 @@ def calibrate(
         coverages: of sets of classes; by default 0.9, 0.95 and 0.99 as far as there are enough images.
 
     Raises:
-        ValueError: too few independent images for a promise, before any is read; or as `evaluate`.
+        ValueError: a class called "none of these", or too few independent images for a promise, before any is read; or
+            as `evaluate`.
     """
     if not 0 < false_acceptance < 1:
         raise ValueError(f"a false acceptance of {false_acceptance:g}; it is a share between 0 and 1, such as 0.05")
+    refuse_class_called_none(data.classnames)
     refuse_too_few(outside, 1 - false_acceptance, f"a false acceptance of {false_acceptance:g}")
     for coverage in coverages or ():
         refuse_too_few(data, coverage, f"a coverage of {coverage:g}")

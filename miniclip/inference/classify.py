@@ -19,6 +19,7 @@ from torch import Tensor
 from ..common.arguments import check_count, check_number, check_texts, shown
 from ..common.wording import some
 from ..data.reading.cells import visible
+from ..evaluation.datasets.class_folders import NONE
 from ..evaluation.datasets.name_files import names_of
 from ..evaluation.datasets.names import settle_names, settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
@@ -29,9 +30,8 @@ from ..evaluation.other_libraries import as_encoder
 from ..evaluation.prompts import CLASSNAME_SETS, MINED_FROM, Prompts, class_prompts, suited, warn_if_unseen
 from ..evaluation.suite import CachedEncoder, Progress, silent
 from ..evaluation.zero_shot import check_classifier, class_cosines, different_columns, same_names, told_of_same_names
-from .thresholds import ModelThreshold
+from .thresholds import ModelThreshold, refuse_class_called_none
 
-NONE = "none of these"
 _WORTH_A_CACHE = 64  # images, or prompts: fewer are encoded sooner than a model's weights are hashed
 
 
@@ -104,10 +104,8 @@ def choose_classes(
             f"there is one class, {names[0]!r}, and its probability would be 1 for any picture; name several "
             f"{'(cat, dog)' if field else how}"
         )
-    if threshold is not None and NONE in names:
-        raise ValueError(
-            f"a class is called {NONE!r}, which is what a picture below the threshold is called; rename it"
-        )
+    if threshold is not None:
+        refuse_class_called_none(names)
     own = None if threshold is None else threshold.templates
     if templates is None and own is not None and (not isinstance(own, dict) or set(names) <= set(own)):
         return Classes(names, own, f"those of {threshold.source}" if threshold is not None else "")

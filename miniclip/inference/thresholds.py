@@ -25,6 +25,7 @@ from ..common.arguments import FLOAT32
 from ..common.files import expand_home, write_text
 from ..common.version import __version__
 from ..common.wording import cut_short, some
+from ..evaluation.datasets.class_folders import NONE
 from ..evaluation.encoder import Encoder
 from ..evaluation.fingerprints import probe_pictures
 from ..evaluation.measures.conformal import Coverage, is_in_set, surprisals
@@ -238,6 +239,14 @@ class ModelThreshold:
 
 def _counted(names: Sequence[str]) -> str:
     return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({some([repr(name) for name in names], 3)})"
+
+
+def refuse_class_called_none(classnames: Sequence[str]) -> None:
+    """Raises ValueError if a class has the name of what is below the threshold."""
+    if NONE in classnames:
+        raise ValueError(
+            f"a class is called {NONE!r}, which is what a picture below the threshold is called; rename it"
+        )
 
 
 def plain_templates(classnames: Sequence[str], templates: Prompts) -> tuple[str, ...] | dict[str, tuple[str, ...]]:

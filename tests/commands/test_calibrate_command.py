@@ -44,7 +44,8 @@ def sets(tmp_path_factory) -> Path:
         path = write_picture(folder / "streets" / f"{n}.png", 200 + n, mode="L")
         other_rows.append((path.relative_to(folder), "street", n // 2))
     (folder / "streets" / "torn.png").write_bytes(b"no picture")
-    for name, content in (("animals", rows), ("streets", other_rows)):
+    sorted_rows = [(image, label.replace("owl", "none of these"), scene) for image, label, scene in rows]
+    for name, content in (("animals", rows), ("streets", other_rows), ("sorted", sorted_rows)):
         with open(folder / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows(content)
     write_picture(folder / "one" / "only.png")
@@ -142,6 +143,10 @@ MISTAKES = {
         ["MODEL", "--data", "animals", "--outside", "streets", "--false-acceptance", "0.2", "--coverage", "0.95"],
         "a coverage of 0.95 needs 38 independent images",
     ),
+    "a class of classify's own name": (
+        ["MODEL", "--data", "sorted.csv", "--outside", "streets", "--false-acceptance", "0.2"],
+        "a class is called 'none of these'",
+    ),
     "a folder as file": (["MODEL", "--data", "animals", "--outside", "streets", "--out", "one"], "is a folder"),
 }
 
@@ -163,6 +168,7 @@ def test_a_mistake_is_answered_in_words_before_any_work(model, sets, capsys, mon
         (["--outside", "streets", "--data", "animals", "animals.csv"], "--data has 2"),
         (["--outside", "streets", "--false-acceptance", "0.05"], "needs 38 independent images"),
         (["--outside", "streets", "--false-acceptance", "0"], "infinitely many images"),
+        (["--outside", "streets", "--data", "sorted.csv"], "a class is called 'none of these'"),
     ],
 )
 def test_eval_refuses_what_it_could_not_save_before_any_work(model, sets, tmp_path, capsys, monkeypatch, more, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from helpers import write_picture
 
 from miniclip.data.reading.tables import IMAGE_COLUMNS
 from miniclip.evaluation.datasets.folders_and_tables import LABEL_COLUMNS
-from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.datasets.open import open_dataset, open_images
 from miniclip.evaluation.prompts import (
     CLASSNAME_SETS,
     TEMPLATE_SETS,
@@ -426,6 +427,21 @@ def test_a_folder_without_class_folders_is_refused(tmp_path):
     write_picture(tmp_path / "a.png")
     (tmp_path / ".hidden").mkdir()
     with pytest.raises(ValueError, match="has no classes: it must hold one folder of images for each class"):
+        open_dataset(tmp_path)
+
+
+def test_classifys_folder_of_what_is_no_class_is_left_out_and_named(tmp_path):
+    class_folders(tmp_path, "cat", "dog")
+    class_folders(tmp_path, "none of these", images=3)
+    write_picture(tmp_path / "none of these/deep/4.png")
+    with pytest.warns(UserWarning, match=r"in classify's folder of what is none.*: 4 \(none of these/\)"):
+        data = open_dataset(tmp_path)
+    assert labels_by_file(data) == {"cat/0.png": "cat", "cat/1.png": "cat", "dog/0.png": "dog", "dog/1.png": "dog"}
+    assert sum(each.count for each in data.left_out) == 4
+    assert len(open_images(tmp_path / "none of these")) == 4
+    for name in ("cat", "dog"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(ValueError, match=r"has no classes: .*, and 'none of these' is classify's folder"):
         open_dataset(tmp_path)
 
 

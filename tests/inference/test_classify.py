@@ -11,11 +11,12 @@ from helpers import table, tiny_clip, write_picture
 from libraries import LIBRARIES
 from scipy.special import softmax
 
+from miniclip.evaluation.datasets.class_folders import NONE
 from miniclip.evaluation.encoder import from_clip
 from miniclip.evaluation.features import FeatureCache, ImageFeatures
 from miniclip.evaluation.measures.conformal import Coverage
 from miniclip.evaluation.other_libraries import open_model
-from miniclip.inference.classify import NONE, Classes, choose_classes, classify_images, guess, result_columns
+from miniclip.inference.classify import Classes, choose_classes, classify_images, guess, result_columns
 from miniclip.inference.sources import image_set
 from miniclip.inference.thresholds import CalibratedModel, ModelThreshold
 from miniclip.weights.load import preprocess_for

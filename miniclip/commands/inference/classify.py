@@ -161,7 +161,7 @@ def _refuse_labels_apart(options: argparse.Namespace) -> None:
 
 def _note_terms(guesses: Guesses, threshold: ModelThreshold | None) -> None:
     """What the guesses leave out, and what they are relative to."""
-    from ...inference.classify import NONE
+    from ...evaluation.datasets.class_folders import NONE
 
     note_unreadable(guesses.unreadable, len(guesses.data))
     for sentence in guesses.notes():
@@ -200,7 +200,7 @@ def _can_ask() -> bool:
 
 
 def _sort_guesses(guesses: Guesses, folder: str, options: argparse.Namespace) -> None:
-    from ...inference.classify import NONE
+    from ...evaluation.datasets.class_folders import NONE
     from ...inference.sorting import plan_sorting, sort_files
 
     is_move = bool(options.move_to)

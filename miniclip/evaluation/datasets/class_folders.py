@@ -16,6 +16,7 @@ from ...data.reading.splits import different_splits, role_of
 from .sets import Found
 
 UNREAD_TEXT = "a text, where pictures alone are read"
+NONE = "none of these"  # what classify calls a picture below the threshold, and the folder that it sorts those into
 
 
 def in_split(folder: Path, split: str | None) -> Path:
@@ -37,9 +38,11 @@ def read_class_folders(source: Path, split: str | None, is_named: bool = False) 
     """
     folder = in_split(source, split)
     below = scan(folder)
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
+    classes = [path for path in folders if path.name != NONE]
     if not classes:
         has = f"it holds {len(below.images)} images directly" if below.images else "it holds neither folders nor images"
+        has = f"{folders[0].name!r} is classify's folder of what is none of them" if folders else has
         raise ValueError(
             f"{folder} has no classes: it must hold one folder of images for each class, and {has}. If their labels "
             "are in a table (.csv, .tsv, .jsonl, .json, .parquet), name that"
@@ -101,11 +104,16 @@ def left_out_of_bare(below: Scan) -> tuple[LeftOut, ...]:
 
 def _left_out(below: Scan, images: Mapping[Path, list[Path]], used: set[Path]) -> tuple[LeftOut, ...]:
     taken = {path for each in images.values() for path in each}
+    of_no_class = [path.relative_to(below.folder) for path in below.images if path not in taken]
     direct = [
-        LeftOut(str(path.relative_to(below.folder)), "an image beside the class folders, of no class")
-        for path in below.images
-        if path not in taken
+        LeftOut(str(path), "an image beside the class folders, of no class")
+        for path in of_no_class
+        if len(path.parts) == 1
     ]
+    if count := len(of_no_class) - len(direct):
+        direct.append(
+            LeftOut(f"{NONE}/", "in classify's folder of what is none of the classes, which --outside reads", count)
+        )
     texts = _texts(path for path in below.texts if path not in used)
     return (*below.left_out, *direct, *texts, *below.unread(set(below.others) - used))
 
