@@ -28,10 +28,10 @@ def parser() -> argparse.ArgumentParser:
         "or are of another language; pictures that are blank, tiny, blurred or turned. With --model also captions\n"
         "that do not fit their picture, and pictures that fit when they are turned.\n\n"
         "PAIRS is whatever `miniclip shards` packs: a folder, a table, a data set of Hugging Face's, shards.",
-        notes="OUT gets doctor.html, findings.csv (all), drop.csv (the pairs to drop) and groups.csv (the pairs that\n"
-        "should share a target). Only what is certain is in drop.csv: leak, copy, blank, junk-caption. All else is a\n"
-        "suspicion, and there if --drop-reasons names it. Nothing is changed or deleted: `miniclip shards PAIRS\n"
-        "SHARDS --drop OUT/drop.csv` packs the rest.",
+        notes="OUT gets doctor.html, findings.csv (all), drop.csv (the pairs to drop), groups.csv (the pairs that\n"
+        "should share a target) and sources.csv. Only what is certain is in drop.csv: leak, copy, blank,\n"
+        "junk-caption. All else is a suspicion, and there if --drop-reasons names it. Nothing is changed or\n"
+        "deleted: `miniclip shards PAIRS SHARDS --drop OUT/drop.csv` packs the rest.",
         examples="""
 miniclip doctor photos --out doctored
 miniclip doctor photos --val my_photos --test street_scenes --out checked --drop-reasons certain,near-leak
@@ -136,6 +136,7 @@ def _show(found: Diagnosis, reasons: tuple[str, ...], options: argparse.Namespac
     tables = tables_of(found, reasons, options.batch_size)
     if options.out:
         out = Path(options.out)
+        lists.write_sources(out, found)
         lists.write_findings(out, found)
         dropped = lists.write_drop(out, found, reasons)
         groups = lists.write_groups(out, found)

@@ -114,6 +114,45 @@ def test_parts_of_one_table_are_compared_with_each_other_and_not_with_themselves
     assert "is 'holdout'; valid for --split are test, train, val" in fails(capsys, arguments)
 
 
+def test_what_of_val_is_in_test_counts_against_val_and_is_dropped_from_it_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, numbers in (("train", range(4)), ("val", range(10, 16))):
+        for number in numbers:
+            write_picture(Path(name, "deep", f"{number}.png"), number, (64, 64))
+            Path(name, "deep", f"{number}.txt").write_text(f"a word{number} in a field")
+    shutil.copytree("val/deep", "test", ignore=shutil.ignore_patterns("15.*", "*.txt"))
+    doctor("train", "--val", "val", "--test", "test", "--out", "out")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "leak" in line and "val or test" in line]
+    assert [cell.strip() for cell in line.split("│")[1:-1]][:4] == ["leak, val", "5", "83.3 %", "5"]
+    assert [(row["key"], row["source"]) for row in rows_of(Path("out/drop.csv"))] == [
+        (f"deep/{number}.png", "val") for number in range(10, 15)
+    ]
+    cli.main(["shards", "train", "train_shards", "--drop", "out/drop.csv"])
+    assert "rows of out/drop.csv about other sources: val (5)" in capsys.readouterr().err
+    cli.main(["shards", "./val/", "val_shards", "--drop", "out/drop.csv"])
+    assert "5 dropped (leak 5)" in capsys.readouterr().out
+    assert (len(Shards("train_shards")), len(Shards("val_shards"))) == (4, 1)
+    # What doctor did not see may be another's list.
+    shutil.copytree("train", "other")
+    assert "out/drop.csv is about val, not about other" in fails(
+        capsys, ["shards", "other", "x", "--drop", "out/drop.csv"]
+    )
+    shutil.copy("out/drop.csv", "drop.csv")
+    assert "is about val, not about train" in fails(capsys, ["shards", "train", "x", "--drop", "drop.csv"])
+
+
+def test_rows_about_val_as_a_table_have_the_keys_of_its_pairs(tmp_path):
+    for number in range(4):
+        write_picture(tmp_path / "data/deep" / f"{number}.png", number, (64, 64))
+    for name, numbers in (("train", (0, 1)), ("val", (2, 3)), ("test", (3,))):
+        lines = [f"deep/{number}.png,a word{number} in a field" for number in numbers]
+        table(tmp_path / "data" / f"{name}.csv", "image,caption", *lines)
+    train, val, test = (tmp_path / "data" / f"{name}.csv" for name in ("train", "val", "test"))
+    doctor(train, "--val", val, "--test", test, "--out", tmp_path / "out")
+    cli.main(["shards", str(val), str(tmp_path / "packed"), "--drop", str(tmp_path / "out/drop.csv")])
+    assert [Shards(tmp_path / "packed")[0].captions] == [("a word2 in a field",)]
+
+
 def test_the_page_has_tables_and_pictures(photos, tmp_path, browser):
     (photos / "0001.txt").write_text("<script>document.title='x'</script> of a\u202ename")
     doctor(photos, "--test", tmp_path / "test", "--out", tmp_path / "out")

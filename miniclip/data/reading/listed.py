@@ -1,7 +1,7 @@
 """A table that names pairs by their keys, put to the pairs of a source: what is known of each, or which to leave out.
 
 `miniclip doctor` writes such tables. Their column `key` has the names of pairs; where a `source` stands beside it, a
-row is about the pairs of that source alone."""
+row is about the pairs of that source alone. `sources.csv` beside them has the sources that were looked at."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .cells import has_no_value
 from .pair import Pair, Pairs
 from .scan import LeftOut, same_name
 from .tables import read_table
+
+SOURCES_FILE = "sources.csv"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
 
     Raises:
         ValueError: no table, one without its columns, a row without a key, rows that contradict each other, a key of
-            several pairs, or no row that is about a pair of these.
+            several pairs, or no row that is about a pair of these, unless doctor looked at them and found nothing.
     """
     if Path(table).is_dir():
         tables = [path for path in (Path(table) / f"{name}.csv" for name in ("drop", "groups")) if path.is_file()]
@@ -98,6 +100,8 @@ def _is_same_place(one: str, other: str) -> bool:
 def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Listed) -> None:
     if listed.rows or not (listed.unmatched or listed.elsewhere):
         return
+    if not listed.unmatched and any(_is_same_place(each, source) for each in _looked_at(Path(table))):
+        return
     if listed.unmatched:
         own = f"; a pair of it is called {pairs.names[0]!r}" if len(pairs) else ""
         raise ValueError(f"no row of {table} names a pair of {source}: {some(listed.unmatched, 3)}{own}")
@@ -105,6 +109,12 @@ def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Li
         f"{table} is about {some(list(listed.elsewhere), 3)}, not about {source}. If that is the same under another "
         "name, take the column 'source' out of the table: keys alone are compared then"
     )
+
+
+def _looked_at(table: Path) -> list[str]:
+    """The sources that doctor looked at when it wrote a table; none of a table that it did not write."""
+    path = table.with_name(SOURCES_FILE)
+    return [str(row.get("source") or "") for row in read_table(path)[1]] if path.is_file() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A diagnosis -> tables: every finding, the pairs to drop, and the groups that should share a target."""
+"""A diagnosis -> tables: every finding, the pairs to drop, the groups that should share a target, and the sources."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...common.files import write_csv
+from ...data.reading.listed import SOURCES_FILE
 from .examine import Diagnosis
 from .findings import Finding
 from .parts import TRAIN
@@ -45,7 +46,21 @@ def write_groups(folder: Path, found: Diagnosis) -> int:
     return len(found.groups)
 
 
+def write_sources(folder: Path, found: Diagnosis) -> None:
+    """What was looked at, so that a source that no row is about is not taken for one that the lists don't know."""
+    write_csv(folder / SOURCES_FILE, ("part", "source"), [(each.part, each.name) for each in found.looked.sources])
+
+
 def _listed_line(found: Diagnosis, finding: Finding) -> tuple[str, str, str, str]:
     looked = found.looked
-    source = looked.sources[looked.source[finding.row]].name
-    return looked.key(finding.row), source, finding.reason, f"{finding.score:.4g}"
+    source = looked.sources[looked.source[finding.row]]
+    key = source.keys[looked.index[finding.row]]
+    key = key if source.part == TRAIN else _key_in(source.name, key)
+    return key, source.name, finding.reason, f"{finding.score:.4g}"
+
+
+def _key_in(source: str, key: str) -> str:
+    """A picture of val or test as `miniclip shards` calls it where it packs that source: by its path in there."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    is_below = folder != Path() and Path(key).is_relative_to(folder)
+    return str(Path(key).relative_to(folder)) if is_below else key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,9 @@ def tables_of(found: Diagnosis, reasons: Sequence[str], batch_size: int) -> dict
         reasons: those for which a pair is dropped.
     """
     looked, dropped = found.looked, found.dropped(reasons)
-    by_reason: dict[str, int] = {}
-    for finding in dropped.values():
-        by_reason[finding.reason] = by_reason.get(finding.reason, 0) + 1
-    total = len(looked.rows_of(TRAIN))
+    there = {part: len(looked.rows_of(part)) for part in (TRAIN, VAL, TEST)}
+    counts = Counter((each.reason, part) for part in there for each in found.findings if looked.part(each.row) == part)
+    listed = Counter((each.reason, looked.part(row)) for row, each in dropped.items())
     out: dict[str, list[tuple[str, ...]]] = {
         "what was looked at": [
             ("part", "source", "usable", "of"),
@@ -45,8 +45,16 @@ def tables_of(found: Diagnosis, reasons: Sequence[str], batch_size: int) -> dict
         "findings": [
             ("reason", "pairs", "share", "in drop.csv", "what it is"),
             *(
-                (reason, f"{count:,}", portion(count / total), f"{by_reason.get(reason, 0):,}", REASONS[reason])
-                for reason, count in found.counts().items()
+                (
+                    reason if part == TRAIN else f"{reason}, {part}",
+                    f"{count:,}",
+                    portion(count / there[part]),
+                    f"{listed[reason, part]:,}",
+                    REASONS[reason],
+                )
+                for reason in REASONS
+                for part in there
+                if (count := counts[reason, part])
             ),
         ],
         f"the loss at batch size {batch_size:,} (chance is {chance(batch_size):.3f})": [
