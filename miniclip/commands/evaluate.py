@@ -418,6 +418,15 @@ def _renamed(task: Task, tasks: list[Task], source: str) -> Task:
     return replace(task, data=replace(task.data, name=source), variants=variants)
 
 
+def told_of_prompts(data: Any, classnames: Sequence[str]) -> str:
+    """The classes and prompts of a set, and where they came from."""
+    from ..reports.tables import wordings
+
+    classes, prompts = (some([repr(each) for each in texts], 10) for texts in (classnames, wordings(data.templates)))
+    origins = f"(from {data.classnames_from})", f"({data.templates_from})"
+    return printable(f"{data.name}: classes {classes} {origins[0]}; prompts {prompts} {origins[1]}")
+
+
 def print_what_was_read(found: list[Result]) -> None:
     """What was left out, and what was asked, of each set once."""
     from ..evaluation.zero_shot import told_of_same_names
@@ -433,9 +442,7 @@ def print_what_was_read(found: list[Result]) -> None:
             seen.add(result.outside.name)
         names = scores.classnames
         if names and (asked := (data.name, data.templates_from, wordings(data.templates))) not in seen:
-            classes, prompts = (some([repr(each) for each in texts], 10) for texts in (names, wordings(data.templates)))
-            origins = f"(from {data.classnames_from})", f"({data.templates_from})"
-            print(printable(f"{data.name}: classes {classes} {origins[0]}; prompts {prompts} {origins[1]}"))
+            print(told_of_prompts(data, names))
             seen.add(asked)
             if data.name not in seen and all(name.isdigit() for name in names):
                 print(f"{shown_name}: its classes are called by number; --classnames gives them words", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..weights.folders import refuse_to_save
+from .evaluate import told_of_prompts
 from .terminal import add_encoding, add_upright, console, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
         from ..evaluation.datasets.open import open_dataset
         from ..evaluation.datasets.sets import labelled
         from ..evaluation.interpolation import best, interpolate, sweep
+        from ..evaluation.prompts import suited
         from ..reports.interpolation import table, told_of_losses, write_json, write_picture
         from ..weights.load import load, save
 
@@ -78,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
     model = None if options.alpha is None else interpolate(start, finetuned, options.alpha)
     alpha = options.alpha
     if new:
+        new, old = ([suited(data, finetuned.wordings) for data in sets] for sets in (new, old))
         alphas = sorted({0.0, 1.0, *options.alphas, *([] if alpha is None else [alpha])})
         with progress_bar("scoring", len(alphas)) as progress:
             points = sweep(
@@ -95,6 +98,8 @@ def run(options: argparse.Namespace) -> None:
             alpha = best(points, may_lose).alpha
             model = interpolate(start, finetuned, alpha)
         names = _told_apart(options.data, new), _told_apart(options.retain, old)
+        for data in (*new, *old):
+            print(told_of_prompts(data, data.classnames))
         console().print(table(points, *names, alpha))
         (chosen,) = (point for point in points if point.alpha == alpha)
         for line in told_of_losses(chosen, names[1], may_lose):

@@ -114,12 +114,14 @@ def sweep(
 ) -> list[Point]:
     """Zero-shot scores of the models at `alphas`, in rising order and with both ends.
 
+    Prompts that nobody chose are in the wordings of `finetuned`, which `interpolate` hands on.
+
     Raises:
         ValueError: as `interpolate` and `zero_shot_scores`.
     """
     preprocess = preprocess_for(start.config)
-    # The same prompts for all models of the way: what changes is the weights.
-    new, old = [suited(data, finetuned.wordings) for data in new], [suited(data, start.wordings) for data in old]
+    # The same prompts for all models of the way, the start too: what changes is the weights.
+    new, old = ([suited(data, finetuned.wordings) for data in sets] for sets in (new, old))
     points: list[Point] = []
     first: list[ClassificationScores] = []  # the start's, on the old tasks
     for alpha in sorted({0.0, 1.0, *alphas}):

@@ -124,7 +124,37 @@ def test_models_between_two_are_asked_alike(photos):
     own = replace(data, templates=WORDINGS.templates(data.classnames))
     preprocess = preprocess_for(start.config)
     assert points[0].new == (zero_shot_scores(start, preprocess, own).metrics.acc1,)
-    assert points[1].old == (zero_shot_scores(finetuned, preprocess, data).metrics.acc1,)
+    assert points[1].old == (zero_shot_scores(finetuned, preprocess, own).metrics.acc1,)
+
+
+def test_an_interpolated_models_scores_are_those_that_eval_gives_it(photos, tmp_path, capsys, own_cache):
+    """The start has wordings of its own, by which it would score otherwise on the old task."""
+    start, finetuned = tiny_clip(0), tiny_clip(6)
+    start.wordings, finetuned.wordings = Wordings((Wording("a dull {} of 1900", 1.0),), (), 500), WORDINGS
+    for name, clip in (("start", start), ("finetuned", finetuned)):
+        miniclip.save(clip, tmp_path / name)
+    for name, other in (("cat", "kea"), ("dog", "cat"), ("kea", "dog")):  # so that it can be learnt and forgotten
+        shutil.copytree(photos / name, tmp_path / "new" / other)
+    out, options = tmp_path / "out", ["--device", "cpu", "--workers", "0"]
+    sets = ["--data", str(tmp_path / "new"), "--retain", str(photos), "--alphas", "0,0.5,1", "--may-lose", "10"]
+    cli.main(["interpolate", str(tmp_path / "start"), str(tmp_path / "finetuned"), *sets, "--out", str(out), *options])
+    shown = capsys.readouterr().out
+    assert shown.count(f"prompts 'a sketch of a {{}}', 'picture: {{}}' ({MINED_FROM})") == 2
+    assert "8.3 points lost with alpha 1, of 12 images" in shown
+    points = json.loads((out / "interpolation.json").read_text())["points"]
+
+    def evaluated(model: Path) -> list[float]:
+        arguments = ["--model", str(model), "--data", str(tmp_path / "new"), str(photos), "--out", f"{model} report"]
+        cli.main(["eval", *arguments, *options])
+        found = json.loads(Path(f"{model} report", "results.json").read_text())["results"]
+        return [each["metrics"]["acc1"] for each in found if each["templates_from"] == MINED_FROM]
+
+    shutil.copy(out / "wordings.json", tmp_path / "start")
+    for model, point in ((tmp_path / "start", points[0]), (out, points[-1])):
+        assert evaluated(model) == [*point["new"].values(), *point["old"].values()]
+    data = open_dataset(photos)
+    unlike = replace(data, templates=start.wordings.templates(data.classnames))
+    assert zero_shot_scores(start, preprocess_for(start.config), unlike).metrics.acc1 not in points[0]["old"].values()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
