@@ -120,6 +120,8 @@ def plan_sorting(
 ) -> Plan:
     """Where each file goes. A name that is taken gets a number; content that is there is not copied again.
 
+    A file that comes twice, as it does through a link to its folder, goes once.
+
     Args:
         files: N of them.
         labels: N classes, of `classnames`.
@@ -132,10 +134,14 @@ def plan_sorting(
     into = {name: folder / each for name, each in folder_names(classnames).items()}
     there: dict[str, _Names] = {}  # in the folder of each class
     steps, left, num_there = [], [], 0
+    first: dict[Path, Path] = {}  # of the names of one file, by way of linked folders
     for source, label in zip(files, labels, strict=True):
         if label not in there:
             there[label] = _Names(into[label])
-        if is_move and source.is_symlink():
+        entry = source.parent.resolve() / source.name
+        if entry in first:
+            left.append(f"{source} is {first[entry]} once more")
+        elif is_move and source.is_symlink():
             left.append(f"{source} is a link, which is not moved")
         elif source.parent.resolve() == into[label].resolve():
             left.append(f"{source} is in its folder already")
@@ -143,6 +149,7 @@ def plan_sorting(
             num_there += 1
         else:
             steps.append(Step(source.absolute(), into[label] / there[label].take(source)))
+        first.setdefault(entry, source)
     return Plan(folder, is_move, steps, num_there, left)
 
 

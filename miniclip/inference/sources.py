@@ -19,11 +19,10 @@ opened.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,7 +86,8 @@ def image_set(
         sources: a sequence of them, or a single one.
         image_column: of tables and `datasets`; by default found by its name or type.
         split: of tables and `datasets` that have several; None for all of them.
-        is_each_once: leave out, and count, files and URLs that were named before, as those of a folder and of itself.
+        is_each_once: leave out, and count, files and URLs that were named before, as those of a folder and of itself,
+            or of a link to it.
         upright: as that of `EvaluationSet`.
         stdin: in place of standard input.
 
@@ -304,15 +304,14 @@ def _without_known(part: EvaluationSet, seen: set[str]) -> EvaluationSet:
     if not isinstance(part.images, tuple):
         return part
     kept, left_out = [], list(part.left_out)
+    real_folder = cache(Path.resolve)  # a linked one has the files of the other
     for index, image in enumerate(part.images):
-        is_named = isinstance(image, str | Path)
-        name = (
-            image
-            if isinstance(image, str) and is_url(image)
-            else os.path.normpath(Path(image).absolute())
-            if is_named
-            else ""
-        )
+        name = ""
+        if isinstance(image, str) and is_url(image):
+            name = image
+        elif isinstance(image, str | Path):
+            path = Path(image).absolute()
+            name = str(real_folder(path.parent) / path.name)
         if name and name in seen:
             left_out.append(LeftOut(part.key(index), TWICE))
         else:

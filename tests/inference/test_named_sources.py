@@ -98,6 +98,17 @@ def test_what_is_left_out_is_counted_and_named():
     assert len(left_out) == 8  # with the texts of the folder
 
 
+def test_a_file_is_known_again_through_a_link_to_its_folder():
+    Path("photos/again").symlink_to("deep")
+    Path("linked").symlink_to("photos")
+    Path("photos/0 as well.png").symlink_to("0.png")  # a link to a file is one by itself
+    found = image_set(["linked", "photos"], is_each_once=True)
+    names = ["0 as well.png", "0.png", "1.png", "2.png", "again/er.jpg"]
+    assert [found.key(index) for index in range(len(found))] == [f"linked/{name}" for name in names]
+    twice = [each.source for each in found.left_out if each.reason == "named more than once"]
+    assert twice == ["linked/deep/er.jpg", *(f"photos/{name}" for name in names), "photos/deep/er.jpg"]
+
+
 def test_several_mentions_are_several_images_where_that_is_wanted():
     assert keys(["photos/0.png", "photos/0.png"]) == ["photos/0.png", "photos/0.png"]
 

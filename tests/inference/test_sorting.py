@@ -133,6 +133,24 @@ def test_links_are_copied_as_what_they_lead_to_and_never_moved(photos, tmp_path)
     assert not (tmp_path / "out/cat/link.jpg").is_symlink()
 
 
+@pytest.mark.parametrize("is_move", [True, False], ids=["move", "copy"])
+def test_a_file_that_is_found_again_through_a_linked_folder_goes_once(photos, tmp_path, is_move):
+    out, before = tmp_path / "out", {name: data for name, data in everything_below(photos).items() if data is not None}
+    (photos / "again").symlink_to("deep")
+    names = ["again/a.jpg", "again/er/A.JPG", "b.png", "deep/a.jpg", "deep/er/A.JPG"]
+    planned = plan_sorting([photos / name for name in names], ["cat"] * 5, CLASSES, out, is_move=is_move)
+    assert len(planned.steps) == 3
+    assert planned.left == [
+        f"{photos}/deep/{name} is {photos}/again/{name} once more" for name in ("a.jpg", "er/A.JPG")
+    ]
+    done = sort_files(planned)
+    assert (done.num_files, done.problems) == (3, [])
+    assert len(list((out / "cat").iterdir())) == 3
+    done = undo_sorting(out)
+    assert (done.num_files, done.problems) == (3, [])
+    assert {str(p.relative_to(photos)): p.read_bytes() for p in photos.rglob("*") if p.is_file()} == before
+
+
 def other_disk() -> Path | None:
     shared = Path("/dev/shm")
     is_other = shared.is_dir() and shared.stat().st_dev != Path(tempfile.gettempdir()).stat().st_dev
