@@ -297,12 +297,18 @@ def observations(run: Run) -> list[str]:
     samples = run.last("train/samples") or math.inf
     if rejected := run.last("train/rejected"):
         lines.append(f"{rejected:,.0f} samples ({100 * rejected / samples:.2g} %) could not be read and were left out")
-    if (cut := run.last("train/truncated") or 0) > 0.01 * samples:
-        lines.append(f"{100 * cut / samples:.2g} % of the captions were cut: model.clip.text.context_length is short")
+    captions = (samples - (rejected or 0)) * _captions_per_image(run)
+    if (cut := run.last("train/truncated") or 0) > 0.01 * captions:
+        lines.append(f"{100 * cut / captions:.2g} % of the captions were cut: model.clip.text.context_length is short")
     norms = [value for name in run.curves if "grad_norm" in name for _, value in run.curves[name]]
     if infinite := sum(not math.isfinite(value) for value in norms):
         lines.append(f"{infinite} of {len(norms)} logged gradient norms are not finite: overflows of half precision")
     return lines
+
+
+def _captions_per_image(run: Run) -> int:
+    captions = (run.settings.get("data") or {}).get("captions") or {}
+    return int(captions.get("per_image") or 1)
 
 
 def _score(value: float) -> str:

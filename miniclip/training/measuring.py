@@ -203,6 +203,7 @@ class RejectedSamples(Callback):
 
     def __init__(self) -> None:
         self.num_seen = self.num_rejected = self.num_truncated = 0
+        self._num_captions: int | torch.Tensor = 0  # of those that could be read; on the device, so that none waits
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         self._count(batch, pl_module)
@@ -216,6 +217,7 @@ class RejectedSamples(Callback):
         self.num_seen += len(batch.keys)
         self.num_rejected += len(batch.problems)
         self.num_truncated += batch.num_truncated
+        self._num_captions = self._num_captions + (len(batch.tokens) if batch.mask is None else batch.mask.sum())
         for problem in batch.problems:
             print(f"left out: {without_secrets(problem)}", file=sys.stderr)
         # At least as many samples as one rejected one is allowed for, else a single one would stop every run.
@@ -229,7 +231,8 @@ class RejectedSamples(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.num_truncated:
             length = pl_module.clip.context_length
-            print(f"{self.num_truncated} of {self.num_seen} captions were cut to {length} tokens.", file=sys.stderr)
+            total = int(self._num_captions)
+            print(f"{self.num_truncated} of {total} captions were cut to {length} tokens.", file=sys.stderr)
 
 
 class StepCost:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -33,12 +34,13 @@ from miniclip.common.watch import Watch
 from miniclip.config import TextConfig, VisionConfig
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
+from miniclip.data.pairs import Batch
 from miniclip.data.sample_files import Packing
 from miniclip.data.sources import read_pairs
 from miniclip.reports.run_page import differences, numbers, observations, write_page
 from miniclip.reports.runs import Run, read_run, run_curves
 from miniclip.training import measuring as device
-from miniclip.training.measuring import RunMetrics, StepCost, StepMetrics
+from miniclip.training.measuring import RejectedSamples, RunMetrics, StepCost, StepMetrics
 from miniclip.training.optimizer import OptimizerConfig, learning_rate_factor
 from miniclip.training.progress import Stalls
 from miniclip.training.step import CLIPTraining
@@ -532,6 +534,10 @@ def test_numbers_of_a_run():
         ({"train__data_wait": [0.2, 0.3, 0.25]}, ["waited for data 25 % of the time"]),
         ({"train__rejected": [0, 3], "train__samples": [100, 200]}, ["3 samples (1.5 %) could not be read"]),
         ({"train__truncated": [0, 30], "train__samples": [100, 200]}, ["15 % of the captions were cut"]),
+        (
+            {"train__truncated": [0, 30], "train__samples": [100, 200], "train__rejected": [0, 50]},
+            ["50 samples (25 %) could not be read", "20 % of the captions were cut"],
+        ),
         ({"train__grad_norm_text": [1, math.inf, 2]}, ["1 of 3 logged gradient norms"]),
     ],
 )
@@ -539,6 +545,28 @@ def test_what_stands_out_is_said(curves, words):
     found = observations(made_up(**curves))
     assert len(found) == len(words)
     assert all(word in sentence for word, sentence in zip(words, found, strict=True))
+
+
+def test_what_was_cut_is_a_share_of_the_captions_that_could_be_read(capsys):
+    """Of two samples with two captions each, and one with one; a third of four could not be read."""
+    seen = RejectedSamples()
+    module = SimpleNamespace(max_rejected=1.0, clip=SimpleNamespace(context_length=5))
+    tokens, ids = torch.ones(8, 5, dtype=torch.long), torch.arange(8)
+    mask = torch.tensor([True, True, True, True, False, False, True, False])
+    for batch in (
+        Batch(torch.zeros(4, 3, 1, 1), tokens, mask, list("abcd"), ["c: no picture"], 2, ids),
+        Batch(torch.zeros(4, 3, 1, 1), tokens, None, list("efgh"), [], 1, ids),
+    ):
+        seen.on_train_batch_start(None, module, batch, 0)
+    seen.on_train_end(None, module)
+    assert "3 of 13 captions were cut to 5 tokens." in capsys.readouterr().err
+    assert (seen.num_seen, seen.num_rejected) == (8, 1)
+
+
+def test_of_several_captions_an_image_all_count():
+    run = made_up(train__truncated=[0, 30], train__samples=[100, 200], train__rejected=[0, 50])
+    run = dataclasses.replace(run, settings={"data": {"captions": {"per_image": 2}}})
+    assert "10 % of the captions were cut" in observations(run)[-1]
 
 
 def test_the_settings_in_which_runs_differ():
