@@ -114,6 +114,20 @@ def test_eval_saves_the_same_threshold(model, sets, tmp_path, capsys):
     assert (balanced.rule, balanced.false_acceptance) == ("best balanced accuracy", None)
 
 
+def test_images_of_none_of_the_classes_need_no_labels(model, sets, tmp_path):
+    args = ["--data", sets / "animals.csv", "--false-acceptance", "0.3", "--group-column", "scene"]
+    calibrate(model, *args, "--outside", sets / "streets.csv", "--out", tmp_path / "labelled.json")
+    bare = sets / "bare.csv"
+    with open(sets / "streets.csv") as labelled, open(bare, "w", newline="") as file:
+        csv.writer(file).writerows((row[0], row[2]) for row in csv.reader(labelled))
+    calibrate(model, *args, "--outside", bare, "--out", tmp_path / "bare.json")
+    found, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("bare", "labelled"))
+    expected["outside"]["name"] = "bare"
+    for name in ("outside", "inside", "rule", "false_acceptance", "classnames"):
+        assert found[name] == expected[name], name
+    assert found["cosine"] == pytest.approx(expected["cosine"], abs=1e-6)
+
+
 def test_groups_stay_together_on_both_sides(model, sets, tmp_path, capsys):
     args = ["--data", sets / "animals.csv", "--group-column", "scene", "--false-acceptance", "0.25"]
     calibrate(model, *args, "--outside", sets / "streets.csv", "--out", tmp_path / "a.json")

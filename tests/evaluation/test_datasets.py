@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers import write_picture
+from PIL import Image
 
 from miniclip.data.reading.tables import IMAGE_COLUMNS
 from miniclip.evaluation.datasets.folders_and_tables import LABEL_COLUMNS
@@ -443,6 +444,32 @@ def test_classifys_folder_of_what_is_no_class_is_left_out_and_named(tmp_path):
         shutil.rmtree(tmp_path / name)
     with pytest.raises(ValueError, match=r"has no classes: .*, and 'none of these' is classify's folder"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "folder of parquet"])
+def test_images_of_no_class_need_no_labels_in_a_table(tmp_path, kind):
+    rows = [{"image": f"{n}.png", "scene": f"s{n // 2}", "split": ("test", "train")[n == 5]} for n in range(6)]
+    for row in rows:
+        write_picture(tmp_path / row["image"], 7)
+    if kind == "folder of parquet":  # whose splits are in the names of its files
+        rows = [{"image": row["image"], "scene": row["scene"]} for row in rows[:5]]
+    source = tmp_path / "outside.csv"
+    if kind == "csv":
+        lines(source, *(",".join(row) for row in (list(rows[0]), *(list(row.values()) for row in rows))))
+    else:
+        source = tmp_path / "tables" / "outside.parquet"
+        datasets.Dataset.from_list(
+            [{**row, "image": (tmp_path / row["image"]).read_bytes()} for row in rows]
+        ).to_parquet(source.parent.mkdir() or source)
+        source = source.parent if kind == "folder of parquet" else source
+    with pytest.raises(ValueError, match="has no column for the labels"):
+        open_dataset(source)
+    data = open_images(source, "scene")
+    assert data.groups == ("s0", "s0", "s1", "s1", "s2")  # of the split that a labelled set would be read of
+    assert [data.open(index).size for index in range(len(data))] == [Image.open(tmp_path / "0.png").size] * 5
+    assert open_images(source).groups == tuple("01234")
+    with pytest.warns(UserWarning, match="has no column 'photographer'; each of its images counts as independent"):
+        assert open_images(source, "photographer").groups == tuple("01234")
 
 
 def test_class_folders_without_any_image_are_refused(tmp_path):

@@ -126,8 +126,8 @@ def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
 # Tables and Hugging Face's data sets
 
 
-def read_labelled_table(path: Path, columns: Columns, split: str | None = None) -> Found:
-    """A table, or a folder or pattern of Parquet files, of which one split is read."""
+def _rows_of_one_split(path: Path, split: str | None) -> tuple[list[str], Any, str | None]:
+    """The columns and rows of a table, or of a folder or pattern of Parquet files, and the split that was chosen."""
     is_several = not path.is_file()
     if is_several and (splits := parquet_splits(path)):
         split = choose_split(splits, split, str(path))
@@ -139,6 +139,21 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
         raise ValueError(
             f"{path} is a table and has no split {split!r}; a column 'split' would name the part of each row"
         )
+    return names, rows, split
+
+
+def read_unlabelled_table(path: Path) -> Found:
+    """The images of the split that `read_labelled_table` would read, whether or not they have labels."""
+    names, rows, split = _rows_of_one_split(path, None)
+    image_column = find_image_column(names, rows, folder_of(path), path)[0]
+    there = images_of_rows(path, names, rows, image_column, split)
+    metadata = {name: column for name, column in there.values.items() if name != image_column}
+    return Found(path.stem, there.images, there.keys, metadata, identity=there.identity, left_out=there.left_out)
+
+
+def read_labelled_table(path: Path, columns: Columns, split: str | None = None) -> Found:
+    """A table, or a folder or pattern of Parquet files, of which one split is read."""
+    names, rows, split = _rows_of_one_split(path, split)
     columns.check(names, str(path))
     image_column = columns.image or find_image_column(names, rows, folder_of(path), path)[0]
     # {file: label} is read as a file and its captions.
@@ -170,7 +185,7 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
         identity=there.identity,
         left_out=there.left_out,
         beside=beside_folder(path)
-        if is_several
+        if not path.is_file()
         else {
             "classnames": [path.with_suffix(".classnames.txt")],
             "templates": [path.with_suffix(".templates.txt"), path.with_suffix(".templates.json")],

@@ -33,9 +33,19 @@ from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
 from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
-from .folders_and_tables import read_datasets, read_labelled_table, read_pairs
+from .folders_and_tables import read_datasets, read_labelled_table, read_pairs, read_unlabelled_table
 from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
-from .sets import TASKS, CaptionedImages, Columns, EvaluationSet, Found, LabelledImages, MultilabelImages, column_of
+from .sets import (
+    TASKS,
+    CaptionedImages,
+    Columns,
+    EvaluationSet,
+    Found,
+    GroupedImages,
+    LabelledImages,
+    MultilabelImages,
+    column_of,
+)
 from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars
 from .torchvision_sets import TORCHVISION_PREFIX, read_torchvision
 
@@ -118,21 +128,30 @@ def open_dataset(
 
 
 def open_images(source: str | Path, group_column: str | None = None) -> EvaluationSet:
-    """Images whose labels don't matter: a folder of them, however deep, or any source of the table above.
+    """Images whose labels don't matter: a folder of them, however deep, or any source of the table above. Tables need
+    have none.
 
     Args:
         group_column: as in `open_dataset`, if the source has such a column; a warning says if it has not.
     """
     path = Path(source)
     is_plain = path.is_dir() and not is_shards(str(source)) and not is_datasets_folder(path)
-    if is_plain and not any(path.glob(f"*/{NUM_SHARDS_FILE}")):
+    if is_plain and not _is_table(str(source)) and not any(path.glob(f"*/{NUM_SHARDS_FILE}")):
         below = scan(path)
         left_out = left_out_of_bare(below)
         if not below.images:
             raise ValueError(f"{source} holds no images" + (f": {summary(left_out)}" if left_out else ""))
         _warn_of(left_out, str(source))
         return EvaluationSet(path.resolve().name, below.images, left_out=left_out)
-    data: Any = open_dataset(source, templates=())
+    data: Any
+    if not is_shards(str(source)) and not is_datasets_folder(path) and _is_table(str(source)):
+        found = read_unlabelled_table(path)
+        _warn_of(found.left_out, str(source))
+        shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata, "identity": found.identity}
+        groups = _groups(found, None, str(source))
+        data = GroupedImages(found.name, found.images, groups, left_out=tuple(found.left_out), **shared)
+    else:
+        data = open_dataset(source, templates=())
     if group_column is not None and group_column in data.metadata:
         return replace(data, groups=_groups(data, group_column, str(source)))
     if group_column is not None and rank_and_world_size()[0] == 0:
@@ -182,15 +201,25 @@ def _read_source(
         return read_tars(location, split, task)
     if task == "retrieval" and (path.exists() or is_pattern(source)):
         return read_pairs(source, split, columns)
-    if path.is_dir() and not (is_parquet(path) and not image_files(path)):
+    if _is_table(source):
+        return read_labelled_table(path, columns, split)
+    if path.is_dir():
         columns.refuse(source, "a folder", "label", "image", "group")
         return read_class_folders(path, split, is_named)
-    if is_pattern(source) and not (source.endswith(".parquet") and parquet_files(path)):
+    if is_pattern(source):
         raise ValueError(f"data {source!r} is a pattern; patterns are for tars and Parquet files")
-    if path.is_dir() or is_pattern(source) or (path.is_file() and table_suffix(path) in (*TABLE_SUFFIXES, ".json")):
-        return read_labelled_table(path, columns, split)
     what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)}, .json)"
     raise ValueError(f"data {source!r} is {what if path.exists() else 'not there'}")
+
+
+def _is_table(source: str) -> bool:
+    """Whether a source is a table, or a folder or pattern of Parquet files."""
+    path = Path(source)
+    if path.is_dir():
+        return is_parquet(path) and not image_files(path)
+    if is_pattern(source):
+        return source.endswith(".parquet") and bool(parquet_files(path))
+    return path.is_file() and table_suffix(path) in (*TABLE_SUFFIXES, ".json")
 
 
 def _groups(found: Found | EvaluationSet, group_column: str | None, source: str) -> tuple[str, ...]:

@@ -164,6 +164,17 @@ def _picture_identity(picture: Image.Image) -> str:
 
 
 @dataclass(frozen=True)
+class GroupedImages(EvaluationSet):
+    """N images that nothing is asked of but what they are like.
+
+    Args:
+        groups: as those of `LabelledImages`.
+    """
+
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LabelledImages(EvaluationSet):
     """N images of C classes, each of one.
 
