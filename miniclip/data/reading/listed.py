@@ -100,7 +100,7 @@ def _is_same_place(one: str, other: str) -> bool:
 def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Listed) -> None:
     if listed.rows or not (listed.unmatched or listed.elsewhere):
         return
-    if not listed.unmatched and any(_is_same_place(each, source) for each in _looked_at(Path(table))):
+    if not listed.unmatched and any(_is_same_place(each, source) for each in _sources_beside(Path(table))):
         return
     if listed.unmatched:
         own = f"; a pair of it is called {pairs.names[0]!r}" if len(pairs) else ""
@@ -111,7 +111,7 @@ def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Li
     )
 
 
-def _looked_at(table: Path) -> list[str]:
+def _sources_beside(table: Path) -> list[str]:
     """The sources that doctor looked at when it wrote a table; none of a table that it did not write."""
     path = table.with_name(SOURCES_FILE)
     return [str(row.get("source") or "") for row in read_table(path)[1]] if path.is_file() else []
