@@ -27,7 +27,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 
 from ..common.files import user_errors, write_text
-from ..common.storage import without_secrets
+from ..common.storage import without_secrets, without_secrets_in
 from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
@@ -318,7 +318,7 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
         if self.subcommand == "fit":
             given = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
-            resumption = Resumption(run_settings.material(json.loads(without_secrets(given))))
+            resumption = Resumption(run_settings.material(without_secrets_in(json.loads(given))))
             callbacks += [resumption, StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
@@ -328,7 +328,9 @@ class TrainingCLI(LightningCLI):
             last, best = (run_settings.checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
             python = run_settings.interpreter()
             typed = without_secrets(run_settings.command_line(sys.argv, python))
-            resume_command = without_secrets(run_settings.resume_command(sys.argv, python))
+            resume_command = run_settings.resume_command(sys.argv, python)
+            if (shown := without_secrets(resume_command)) != resume_command:
+                resume_command = f"{shown}  # with each … as it was"
             monitor, mode = run_settings.monitor(settings), settings.monitor_mode
             callbacks.append(LostProcesses(lambda: what_is_kept(last, resume_command)))
             callbacks.append(RunReport(run, typed, monitor, mode))

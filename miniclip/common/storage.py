@@ -34,12 +34,14 @@ _VERSIONS = {"etag", "generation", "blob_id", "lastmodified", "last_modified", "
 
 # `scheme://`, fsspec's chains (`scheme::`), and the forms that other libraries hand to a shell (`pipe:`, `file+pipe:`).
 _URL = re.compile(r"([a-z][\w.+-]*)(?:://|::)|((?:[\w.-]+\+)*(?:pipe|shell|exec|cmd|popen)(?:\+[\w.-]+)*):", re.I)
-# Of a URL, also within a sentence, a command line or YAML: who asks, and what a query holds.
-_USER = re.compile(
-    r"""(\bhttps?://)[^/?#\s"<>]*@|(\b[a-z][\w.+-]*://)[^/?#\s"<>:\[]*:(?!\d*(?:[/?#]|$))[^\s"<>@]*@""", re.I
-)
-_VALUE = re.compile(r"""([?&](?:amp;)?[\w.~%+\[\]-]+=)[^\s&"<>]*?(?=['),.;:\]}]*(?:[\s&"<>]|$))""")
-_BARE_VALUE = re.compile(r"""(\b[a-z][\w.+-]*://[^\s"<>?]*\?(?:[^\s"<>]*&)?)[^\s"<>&=…]+(?=[\s"<>&]|$)""", re.I)
+# A URL within a sentence, a command line or YAML: its scheme, its place and its query.
+_URL_IN_TEXT = re.compile(r"""\b([a-z][a-z0-9+.-]{1,15}://)([^\s"<>\\?]*)(\?[^\s"<>\\]*)?""", re.I)
+_VALUE = re.compile(r"""([?&](?:amp;)?)([\w.~%+\[\]-]{1,80})=([^\s&"<>\\]*)""")  # behind a blank within a URL
+_PASSWORD = re.compile(r"[^/:\[]*:(?!\d*(?:[/#]|$))[^@]*@")  # of whoever writes / and # into it, and of stores
+_PUNCTUATION = "'),.;:]}"  # of the sentence
+# Values that give no access: numbers, sizes and names of files. They may be all that tells two pictures apart.
+_PLAIN_VALUE = re.compile(r"\d{1,12}|[\w ./%-]{1,100}\.(?:jpe?g|png|webp|gif|bmp|tiff?|tar|txt|json|csv|parquet)", re.I)
+_NAMES_OF_SECRETS = re.compile(r"auth|code|credential|key|pass|pin|pwd|secret|sig|token", re.I)
 # A generator of its own: retries must not advance the seeded ones, and forked workers must not wait in step.
 _jitter = random.SystemRandom()
 # Network errors have no common base class. These are the caller's mistakes, or permanent.
@@ -69,11 +71,44 @@ def lower_scheme(url: str) -> str:
 
 def without_secrets(text: str) -> str:
     """A URL, or a text that may hold some, as it may be shown, kept and published: without user and password, and with
-    `…` for each value of a query, as `?token=…` has."""
-    text, found = _VALUE.sub(r"\1…", _USER.sub(lambda found: found[1] or found[2], text)), 1
-    while found:
-        text, found = _BARE_VALUE.subn(r"\1…", text)
-    return text
+    `…` for each value of a query, as `?token=…` has, but for numbers and names of files (`?id=7&file=a.png`).
+
+    >>> without_secrets("https://me:secret@host/a.tar?sv=2024&sig=abc%3D")
+    'https://host/a.tar?sv=2024&sig=…'
+    """
+    begin = text.find("://")
+    if begin < 0:
+        return text
+    text, begin = _URL_IN_TEXT.sub(_shown_url, text), max(0, begin - 16)
+    return text[:begin] + _VALUE.sub(lambda found: found[1] + _shown_value(found[2], "=", found[3]), text[begin:])
+
+
+def without_secrets_in(value: Any) -> Any:
+    """A value as JSON has them, each of its texts as `without_secrets` has it."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {without_secrets_in(name): without_secrets_in(each) for name, each in value.items()}
+    return [without_secrets_in(each) for each in value] if isinstance(value, list) else value
+
+
+def _shown_url(found: re.Match[str]) -> str:
+    scheme, place, query = found[1], found[2], found[3] or ""
+    host = re.split("[/#]", place, maxsplit=1)[0]
+    if _is_http(scheme) and "@" in host:
+        place = place[host.rindex("@") + 1 :]
+    else:
+        place = _PASSWORD.sub("", place, count=1) if _PASSWORD.match(place) else place
+    values = (_shown_value(*each.partition("=")) for each in query[1:].split("&"))
+    return scheme + place + query[:1] + ("&".join(values) if query else "")
+
+
+def _shown_value(name: str, equals: str, value: str) -> str:
+    value = value if equals else name
+    kept = value.rstrip(_PUNCTUATION)
+    is_plain = equals and _PLAIN_VALUE.fullmatch(kept) and not _NAMES_OF_SECRETS.search(name)
+    shown = kept if is_plain or not value else "…"
+    return (name + equals if equals else "") + shown + value[len(kept) :]
 
 
 def check_scheme(location: str) -> None:
@@ -519,9 +554,10 @@ def patiently(url: str, action: Callable[[], T]) -> T:
 def _without_secrets_of(url: str, reason: str) -> str:
     """A store's own words, which may quote a part of the URL."""
     if is_url(url):
-        values = [part.partition("=")[2] for part in url.partition("?")[2].split("&")]
+        parts = [part.partition("=") for part in url.partition("?")[2].split("&")]
+        cut = [value or name for name, equals, value in parts if "…" in _shown_value(name, equals, value)]
         password = url.partition("://")[2].rpartition("@")[0].partition(":")[2]
-        for secret in sorted({password, *values, *map(unquote, (password, *values))}, key=len, reverse=True):
+        for secret in sorted({password, *cut, *map(unquote, (password, *cut))}, key=len, reverse=True):
             reason = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "…", reason) if secret else reason
     return without_secrets(reason)
 

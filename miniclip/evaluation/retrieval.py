@@ -108,7 +108,7 @@ class RetrievalScores(Scores):
         return {
             "num_texts": len(self.captions),
             "samples": {
-                "keys": [self.data.shown(index) for index in self.indices],
+                "keys": self.data.shown_keys(self.indices),
                 "image_of_text": self.image_of_text.tolist(),
                 "captions": digest_lines(self.captions),
                 "ranks_of_images": self.metrics.images.ranks.tolist(),  # of each text

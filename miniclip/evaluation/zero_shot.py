@@ -376,7 +376,7 @@ class ClassificationScores(ClassScores):
             "confusion": metrics.confusion.matrix().tolist() if len(names) <= _MOST_CONFUSION_CLASSES else None,
             "calibration": metrics.calibration.as_dict(),
             "samples": {
-                "keys": [self.data.shown(index) for index in self.indices],
+                "keys": self.data.shown_keys(self.indices),
                 "labels": self.labels.tolist(),
                 "guesses": self.ranked[:, 0].tolist(),
                 "cosines": [round(float(value), 6) for value in self.cosines[:, 0]],

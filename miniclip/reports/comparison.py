@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arguments import FLOAT32
+from ..common.storage import without_secrets
 from ..common.wording import some
 from ..evaluation.measures.statistics import Comparison, compare
 from ..evaluation.zero_shot import ClassificationScores
@@ -142,7 +143,8 @@ def _changes(a: dict[str, Any], b: dict[str, Any], first: str, second: str) -> l
         return []
     prompts = (_label(a) + _other_classes(a, b), _label(b) + _other_classes(b, a))
     which = (a["dataset"], a["task"], prompts, tuple(_model(each) for each in (a, b)))
-    x, y = a["samples"], b["samples"]
+    # Earlier versions wrote keys whole.
+    x, y = ({**each["samples"], "keys": list(map(without_secrets, each["samples"]["keys"]))} for each in (a, b))
     if a["task"] != ClassificationScores.task:
         _refuse_others(x["keys"], y["keys"], a["dataset"], first, second)
         digests = [each.get("captions") for each in (x, y)]  # earlier versions wrote none

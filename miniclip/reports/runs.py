@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..common.storage import without_secrets
+from ..common.storage import without_secrets, without_secrets_in
 
 PAGE_FILE, RUN_FILE, METRICS_FILE = "report.html", "run.json", "metrics.csv"
 # What every record has.
@@ -97,7 +97,7 @@ def read_run(folder: str | Path) -> Run:
         else:
             starts += [] if start is None else [start]
     config = logs[-1] / "config.yaml"
-    text = without_secrets(config.read_text(encoding="utf-8", errors="replace")) if config.is_file() else ""
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     settings: dict[str, Any] = {}
     try:
         settings, tags = read_settings(text)
@@ -112,7 +112,8 @@ def read_run(folder: str | Path) -> Run:
     curves, damages = _read_logs(folder)
     for problem in problems:
         warnings.warn(problem, stacklevel=2)
-    return Run(str(folder), curves, tuple(starts), text, settings, (*problems, *damages))
+    settings = without_secrets_in(settings)
+    return Run(str(folder), curves, tuple(starts), without_secrets(text), settings, (*problems, *damages))
 
 
 def _read_start(log: Path) -> dict[str, Any] | None:
@@ -125,7 +126,7 @@ def _read_start(log: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        start = json.loads(without_secrets(path.read_text(encoding="utf-8")))
+        start = without_secrets_in(json.loads(path.read_text(encoding="utf-8")))
         began = datetime.datetime.fromisoformat(start["began"]).timestamp()
         if missing := [name for name in _RECORDED if name not in start]:
             raise ValueError(f"it lacks {', '.join(missing)}")

@@ -86,7 +86,9 @@ def fetch_hub(name: str, download_root: str | Path | None = None) -> Path:
         )
         # By the cache's documented layout. A download by number does not write it, and one of `main` does too early,
         # when its files have not come.
-        write_text(folder.parent.parent / "refs" / "main", folder.name)
+        if cached is None or cached.name != folder.name:
+            with suppress(OSError):  # a cache that others may only read
+                write_text(folder.parent.parent / "refs" / "main", folder.name)
     if cached is not None and cached.name != folder.name:
         warnings.warn(f"{name} is commit {folder.name} now; the cache had {cached.name}", stacklevel=2)
     return folder

@@ -1,6 +1,7 @@
 """Passwords and tokens of URLs stand in the files that fetch by them, and nowhere else that a command writes."""
 
 import json
+import re
 
 import pytest
 from helpers import pack_folder, tiny_clip, write_pairs
@@ -8,7 +9,8 @@ from runs import TINY
 from servers import Server
 
 from miniclip.commands.main import main
-from miniclip.common.storage import read_bytes, without_secrets
+from miniclip.common.storage import read_bytes, without_secrets, without_secrets_in
+from miniclip.evaluation.datasets.sets import EvaluationSet
 from miniclip.weights.load import save
 
 
@@ -28,10 +30,33 @@ from miniclip.weights.load import save
         ("http://[::1]:80/x and http://host:80/x@y", "http://[::1]:80/x and http://host:80/x@y"),
         ('{"a":"http://host","b":"x@y"}', '{"a":"http://host","b":"x@y"}'),
         ("is it? a=b, and C:\\photos", "is it? a=b, and C:\\photos"),
+        ("http://host/x?id=31&file=a.png&w=s3cret", "http://host/x?id=31&file=a.png&w=…"),
+        ("http://host/x?pin=1234&api_key=1234", "http://host/x?pin=…&api_key=…"),
+        ("--out 'sweep/lr=1&wd=0.1', R&D=1.png, a?b=c.png", "--out 'sweep/lr=1&wd=0.1', R&D=1.png, a?b=c.png"),
     ],
 )
 def test_what_is_shown_of_a_url_has_no_user_and_no_values(text, shown):
     assert without_secrets(text) == shown
+
+
+def test_long_texts_take_no_time_that_grows_with_the_square_of_their_length():
+    # which would be hours
+    for long in ("http://h/?" + "a&" * 200_000, "x://a:" * 60_000, "a.b" * 100_000 + "://", "http://" * 60_000 + " @"):
+        assert len(without_secrets(long)) <= len(long)
+
+
+def test_texts_within_a_value_lose_their_secrets_and_its_json_stays_whole():
+    value = {"a": ['http://h?token=s3cret" x', 7], "http://me:s3cret@h": None}
+    assert without_secrets_in(value) == {"a": ['http://h?token=…" x', 7], "http://h": None}
+
+
+def test_keys_that_differ_in_what_is_not_shown_stay_different():
+    urls = [f"http://host/photo?name={name}" for name in ("cat", "dog", "cat")] + ["a.png"]
+    found = EvaluationSet("set", urls).shown_keys(range(4))
+    assert found[0] == found[2] != found[1]
+    assert all(re.fullmatch(r"http://host/photo\?name=… \([0-9a-f]{8}\)", key) for key in found[:3])
+    assert found[3] == "a.png"
+    assert EvaluationSet("set", urls[1:2]).shown_keys([0]) == ["http://host/photo?name=…"]
 
 
 @pytest.mark.parametrize("url", ["http://bob:s3cret@{}/gone?a=s3cret", "http://bob:s3/cret@{}/gone?a=s3cret"])

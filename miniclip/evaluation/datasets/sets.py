@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -67,6 +68,18 @@ class EvaluationSet:
     def shown(self, index: int) -> str:
         """The key as it may be published."""
         return without_secrets(self.key(index))
+
+    def shown_keys(self, indices: Iterable[int]) -> list[str]:
+        """The keys as they may be published. Those that differ in what is not shown have a digest behind them."""
+        indices = list(indices)
+        found = [self.shown(index) for index in indices]
+        whole = defaultdict[str, set[str]](set)
+        for index, name in zip(indices, found, strict=True):
+            whole[name].add(self.key(index))
+        return [
+            name if len(whole[name]) == 1 else f"{name} ({digest_lines([self.key(index)])[:8]})"
+            for index, name in zip(indices, found, strict=True)
+        ]
 
     def open(self, index: int) -> Image.Image:
         """The decoded image.

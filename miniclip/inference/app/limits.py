@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections import defaultdict, deque
@@ -49,7 +50,7 @@ class Limits:
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
         if self.hosts and host.strip("[]") not in self.hosts:
             return 403, f"this page is not served as {host!r}"
-        if _is_foreign(headers, scope.get("scheme", "http")):
+        if _is_foreign(headers, scope):
             return 403, f"this page answers no page of {headers['origin']!r}"
         if path.startswith(_PROXY) or (path.startswith(_FILE) and "://" in path):
             return 403, "this page asks no other host"
@@ -73,21 +74,25 @@ class Limits:
         return True
 
 
-def _is_foreign(headers: Mapping[str, str], scheme: str) -> bool:
+def _is_foreign(headers: Mapping[str, str], scope: Scope) -> bool:
     """Whether a page of another origin asks. Browsers name it with every POST; other programs name none.
 
     A proxy on this machine may say which host it was asked for, as Gradio makes its addresses of it. That is believed
-    only where no foreign page could have sent the header itself.
+    only where no foreign page could have sent the header itself. Browsers name the port in Host, unless it is the
+    scheme's own; where it lacks, a proxy has left it out, and the hosts are compared without ports.
     """
     if "origin" not in headers:
         return False
     asking = _origin_of(headers["origin"])
-    if headers.get("x-forwarded-proto", "").partition(",")[0].strip() == "https":
-        scheme = "https"
+    is_https = headers.get("x-forwarded-proto", "").partition(",")[0].strip() == "https"
+    scheme = "https" if is_https else scope.get("scheme", "http")
     own = [_origin_of(f"{scheme}://{headers.get('host', '')}")]
     forwarded = headers.get("x-forwarded-host", "").partition(",")[0].strip()
     if forwarded and own[0] and asking and own[0][1] in _LOCAL_HOSTS and asking[1] not in _LOCAL_PAGES:
         own.append(_origin_of(f"{scheme}://{forwarded}"))
+    _, port = scope.get("server") or ("", None)
+    if asking and not re.search(r":\d+$", headers.get("host", "")) and port not in (None, *_PORTS.values()):
+        return asking[1] not in [each[1] for each in own if each]
     return asking is None or asking not in own
 
 
