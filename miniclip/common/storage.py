@@ -270,20 +270,23 @@ def stamp_of(location: str) -> Stamp:
     return patiently(location, lambda: (_web_stamp if _is_http(location) else _store_stamp)(location))
 
 
-def stamps_of(locations: Sequence[str]) -> list[Stamp | None]:
+def stamps_of(locations: Sequence[str], needs_all: bool = True) -> list[Stamp | None]:
     """Those of many files, asked for at the same time; None for one that is not there.
 
+    Args:
+        needs_all: else None stands for those whose store can't be asked, too.
+
     Raises:
-        ValueError: a store can't be asked; the others are not asked then.
+        ValueError: a store can't be asked, and `needs_all`; the others are not asked then.
     """
 
     def ask(location: str) -> Stamp | None:
         try:
             return stamp_of(location)
         except ValueError as error:
-            if _is_absent(error.__cause__):
-                return None
-            raise
+            if needs_all and not _is_absent(error.__cause__):
+                raise
+            return None
 
     pool = ThreadPoolExecutor(_ASKED_AT_ONCE)
     try:

@@ -463,6 +463,10 @@ def test_a_stamp_is_what_a_server_says_of_size_and_version_by_head_or_by_a_byte(
     server.fault = lambda number: 503
     with pytest.raises(ValueError, match=r"\(6 tries\).*503"):
         stamps_of(urls)
+    server.fault, server.refusal = (lambda number: None), 403
+    assert stamps_of(urls[::3], needs_all=False) == [(None, '"x"'), None]
+    with pytest.raises(ValueError, match=r"/d can't be read \(1 try\): .*403"):
+        stamps_of(urls[::3])
 
 
 def test_a_stamp_of_a_local_file_is_its_size_and_time(tmp_path):

@@ -246,6 +246,41 @@ def test_tars_with_a_query_are_indexed_with_it_and_their_files_have_plain_names(
     assert everything_read(Shards(f"{served.url}/s/{{00001..00002}}.tar{query}")) == expected[PER_TAR : 3 * PER_TAR]
 
 
+def test_an_index_that_was_begun_goes_on_at_another_address_when_the_old_one_refuses(laion, tmp_path):
+    files = {f"/new/{path.name}": path.read_bytes() for path in laion.glob("*.tar")}
+    with Server({name.replace("new", "old"): content for name, content in files.items()}) as server:
+        server.refusal = 403
+        new, old = (f"{server.url}/{place}/{{00000..00002}}.tar" for place in ("new", "old"))
+        index_shards(old, tmp_path / "out", head=1)
+        server.files = files
+        server.heads.clear()
+        done = index_shards(new, tmp_path / "out")
+        assert server.heads == [f"/new/0000{number}.tar" for number in range(3)]
+        assert done == index_shards(new, tmp_path / "one")
+    gone = {"index.partial.jsonl", "00000.headers.npz"}
+    found = everything_below(tmp_path / "out")
+    assert {name: found[name] for name in found if name not in gone} == everything_below(tmp_path / "one")
+
+
+def test_a_tar_that_cannot_be_asked_for_when_an_index_goes_on_is_named_and_another_call_has_it(laion, tmp_path):
+    files = {f"/{path.name}": path.read_bytes() for path in laion.glob("*.tar")}
+    with Server({**files, "/00000.tar": files["/00000.tar"][:9_000]}) as server:
+        server.refusal = 403
+        assert len(index_shards(pattern(server, 2), tmp_path / "out").damaged) == 1
+        server.files = {name: files[name] for name in ("/00000.tar", "/00002.tar")}
+        (damaged,) = index_shards(pattern(server, 2), tmp_path / "out").damaged
+        assert re.match(r"http://\S+/00001\.tar can't be read \(1 try\): .*403", damaged)
+        server.files = {}
+        with pytest.raises(ValueError, match=r"no tar in .* can be indexed"):
+            index_shards(pattern(server, 2), tmp_path / "out")
+        server.files = files
+        server.gets.clear()
+        done = index_shards(pattern(server, 2), tmp_path / "out")
+        assert (done.shards, done.damaged, server.gets) == (3, (), [])
+        index_shards(pattern(server, 2), tmp_path / "one")
+    assert everything_below(tmp_path / "out") == everything_below(tmp_path / "one")
+
+
 def test_a_cache_that_cannot_be_written_is_no_fault_of_tars_and_shards(laion, served, tmp_path, monkeypatch):
     index_shards(str(laion), tmp_path / "there")
     served.files |= {f"/s/{path.name}": path.read_bytes() for path in (tmp_path / "there").iterdir()}
@@ -353,6 +388,26 @@ def test_a_part_that_comes_after_the_end_finds_the_index(laion, tmp_path, capsys
     assert said[0] == "part 1 of 2 is done; the index comes when 2 tars more are"
     assert said[1] == said[2]
     assert "20 samples in 5 shards" in said[1]
+
+
+def test_a_part_asks_for_its_own_tars_once_and_for_no_others(served, tmp_path):
+    for number in (1, 2, 3):
+        served.heads.clear()
+        done = index_shards(pattern(served), tmp_path / "index", part=(number, 3))
+        assert served.heads == [f"/{tar:05d}.tar" for tar in range(NUM_TARS)[number - 1 :: 3]]
+    assert done == index_shards(pattern(served), tmp_path / "one")
+    assert everything_below(tmp_path / "index") == everything_below(tmp_path / "one")
+
+
+def test_a_part_whose_server_refused_for_a_while_is_no_damaged_one_to_the_others(laion, tmp_path):
+    files = {f"/{path.name}": path.read_bytes() for path in laion.glob("*.tar")}
+    with Server(files) as server:
+        server.refusal = 403
+        for server.files in (files, {}, files):
+            index_shards(pattern(server), tmp_path / "index", part=(1, 2))
+        assert not index_shards(pattern(server), tmp_path / "index", part=(2, 2)).damaged
+        index_shards(pattern(server), tmp_path / "one")
+    assert everything_below(tmp_path / "index") == everything_below(tmp_path / "one")
 
 
 def test_parts_and_headers_go_together(laion, tmp_path):

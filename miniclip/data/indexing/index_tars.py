@@ -88,8 +88,10 @@ def index_shards(
     journal = Journal(folder, without_secrets(source), needs_checksums=head is None)
     if part[1] > 1 and (packed := _of_other_parts(journal, len(tars), overwrite)):
         return packed
-    _begin_index(journal, [names[tar] for tar in own], overwrite)
-    known = journal.read()
+    goes_on = journal.is_begun and not overwrite
+    if not goes_on:
+        _begin_index(journal, [names[tar] for tar in own], overwrite)
+    known = journal.unchanged(own)
     todo = [tar for tar in own if "entry" not in known.get(tar, {})]
     done = len(own) - len(todo)
     report_progress(progress, done, 0)
@@ -101,12 +103,12 @@ def index_shards(
         report_progress(progress, done, number)
     with journal.locked():
         if part[1] > 1:
-            known = {**journal.read(), **known}
+            known = {**journal.latest(tars), **known}  # the other parts have asked for theirs
             if not journal.is_begun and (packed := _of_other_parts(journal, len(tars), overwrite)):
                 return packed
         if missing := sum(tar not in known for tar in tars):
             return Packed(0, 0, 0, 0, missing=missing)
-        packed = _publish_index(journal, {tar: known[tar] for tar in tars}, out is None, needs_all)
+        packed = _publish_index(journal, {tar: known[tar] for tar in tars}, out is None, needs_all, goes_on)
         return replace(packed, bytes_read=bytes_read, num_requests=num_requests)
 
 
@@ -132,8 +134,6 @@ def _of_other_parts(journal: Journal, num_tars: int, overwrite: bool) -> Packed 
 
 
 def _begin_index(journal: Journal, offsets: list[str], overwrite: bool) -> None:
-    if journal.is_begun and not overwrite:
-        return
     for name in (INDEX_FILE, *offsets):
         if (journal.folder / name).exists() and not overwrite:
             raise ValueError(f"{journal.folder / name} exists already; pass --overwrite to write it anew")
@@ -172,12 +172,19 @@ def _indexed(
         pool.shutdown(cancel_futures=True)
 
 
-def _publish_index(journal: Journal, found: dict[str, Record], is_beside: bool, needs_all: bool) -> Packed:
-    """Writes `index.json` and `rejected.csv`."""
+def _publish_index(
+    journal: Journal, found: dict[str, Record], is_beside: bool, needs_all: bool, goes_on: bool
+) -> Packed:
+    """Writes `index.json` and `rejected.csv`.
+
+    Args:
+        goes_on: other calls have added to the journal, which stays for them if there is nothing to write.
+    """
     damaged = {tar: record["damaged"] for tar, record in found.items() if "damaged" in record}
     healthy = {tar: record for tar, record in found.items() if tar not in damaged}
     if not healthy or (damaged and needs_all):
-        journal.end()
+        if not goes_on:
+            journal.end()
         how_many = f"{len(damaged)} of the {len(found)} tars in {journal.source} can't be indexed"
         what = how_many if healthy else f"no tar in {journal.source} can be indexed"
         raise ValueError(f"{what}: {'; '.join(damaged.values())}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,25 +55,40 @@ class Journal:
         with self.locked(), open(self.path, "a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(record)}\n")  # the line before may be torn
 
-    def read(self) -> dict[str, Record]:
-        """The tars that are indexed, or found to be damaged, and have not been replaced since; by location.
+    def unchanged(self, tars: Sequence[str]) -> dict[str, Record]:
+        """Those of the tars that are indexed, or found to be damaged, and have not been replaced since; by location.
 
-        Raises:
-            ValueError: whether one has been replaced can't be asked.
+        Each is asked for, and one that can't be is not among them.
         """
-        records = []
+        records = [(tar, record) for tar, record in self._records(tars) if record["stamp"] is not None]
+        asked = list(dict.fromkeys(tar for tar, _ in records))
+        stamps = dict(zip(asked, stamps_of(asked, needs_all=False), strict=True))
+        known: dict[str, Record] = {}
+        for tar, record in records:
+            with suppress(KeyError, TypeError, OSError):  # torn, or its offsets are gone
+                if Stamp(*record["stamp"]) == stamps[tar] and self._is_valid(record):
+                    known[tar] = record
+        return known
+
+    def latest(self, tars: Sequence[str]) -> dict[str, Record]:
+        """Those of the tars that are indexed, or found to be damaged, by location; none of them is asked for."""
+        known: dict[str, Record] = {}
+        for tar, record in self._records(tars):
+            with suppress(KeyError, TypeError, OSError):  # torn, or its offsets are gone
+                # That a tar could not be asked for says nothing against what was found in it.
+                if self._is_valid(record) and (record["stamp"] is not None or tar not in known):
+                    known[tar] = record
+        return known
+
+    def _records(self, tars: Sequence[str]) -> list[tuple[str, Record]]:
+        """The tar and the record of each line about one of the tars."""
+        named, records = set(tars), list[tuple[str, Record]]()
         for line in self.path.read_text(encoding="utf-8").split("\n") if self.is_begun else ():
             with suppress(ValueError, KeyError, TypeError):  # empty, or torn
                 record = json.loads(line)
-                records.append((str(record["tar"]), Stamp(*(record["stamp"] or ())), record))
-        tars = list(dict.fromkeys(tar for tar, _, _ in records))
-        stamps = dict(zip(tars, stamps_of(tars), strict=True))
-        known: dict[str, Record] = {}
-        for tar, stamp, record in records:
-            with suppress(KeyError, TypeError, OSError):  # torn, or its offsets are gone
-                if stamp == stamps[tar] and self._is_valid(record):
-                    known[tar] = record
-        return known
+                if record["tar"] in named and "stamp" in record:
+                    records.append((record["tar"], record))
+        return records
 
     def _is_valid(self, record: Record) -> bool:
         if "damaged" in record:
