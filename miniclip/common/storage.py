@@ -51,7 +51,8 @@ T = TypeVar("T")
 
 
 class NotKeptError(ValueError):
-    """A remote file can't be written to this machine's disk, which is full or can only be read; it may be sound."""
+    """What was read of a file can't be written to this machine's disk, which is full or can only be read; the file may
+    be sound."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

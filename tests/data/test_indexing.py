@@ -298,6 +298,33 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_tars_and_shards(laion, se
         Shards(f"{served.url}/s").keys(0)
 
 
+FULL_DISK = """
+import resource, sys
+from miniclip.data.indexing.index_tars import index_shards
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+index_shards(sys.argv[1], "out")
+"""
+
+
+def test_an_index_that_cannot_be_written_is_no_fault_of_its_tar(laion, tmp_path):
+    tars = shutil.copytree(laion, tmp_path / "tars")
+    with TarWriter(str(tars / "00003.tar"), encoder=False) as writer:  # of an index that is larger than the others
+        for key in range(500):
+            writer.write({"__key__": f"{key:09d}", "jpg": b"jpg", "txt": b"text"})
+    # What a process may write is bounded, which fails in the middle of a file as a full disk does.
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "tars"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert re.search(
+        r"NotKeptError: the index of tars/00003\.tar can't be written to out/00003\.npz: .*large", done.stderr
+    )
+    kept = {"index.partial.jsonl", *(f"{number:05d}.npz" for number in range(3))}
+    assert everything_below(tmp_path / "out").keys() == kept
+    with contextlib.chdir(tmp_path):
+        assert index_shards("tars", tmp_path / "out") == index_shards("tars", tmp_path / "one")
+    assert everything_below(tmp_path / "out") == everything_below(tmp_path / "one")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In parts
 

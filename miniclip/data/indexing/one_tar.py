@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 
 from ...common.cache import Cache
 from ...common.ranges import RangeFile, ReadWholeError
-from ...common.storage import Stamp, is_url, name_of, stamp_of
+from ...common.storage import NotKeptError, Stamp, is_url, name_of, stamp_of, without_secrets
 from ..reading.scan import LeftOut
 from ..shard_index import Member, Sample, index_entry, zeros_at
 from .tar_members import read_samples, with_content
@@ -54,23 +54,35 @@ def index_tar(
 
     Raises:
         ValueError: it is no tar, or one that is damaged or cut short, or can't be read.
+        NotKeptError: it can't be written to the cache, or its `.npz` can't be written.
     """
     stamp = stamp or stamp_of(location)
     pieces = RangeFile(location, (stamp.size or 0) if by_headers else 0, is_over, max_share=0.5)
     if pieces.size:
         with suppress(ReadWholeError):
             samples, left_out = _samples_of(cast(IO[bytes], pieces), location, skips_pictures=True)
-            entry = index_entry(name_of(location), pieces.size, samples, offsets, None)
+            entry = _written_entry(location, pieces.size, samples, offsets, None)
             return IndexedTar(entry, left_out, pieces.bytes_read, pieces.num_requests)
     with cache.open(location, stamp.size, version=stamp.version) as file:
         samples, left_out = _samples_of(file, location, skips_pictures=False)
         file.seek(0)
         checksum = hashlib.file_digest(cast(io.BufferedIOBase, file), "sha256").hexdigest()
         size = file.tell()
-        entry = index_entry(name_of(location), size, samples, offsets, checksum, zeros_at(file, size))
+        entry = _written_entry(location, size, samples, offsets, checksum, zeros_at(file, size))
     if is_url(location):
         cache.verified(location, checksum, stamp.version)
     return IndexedTar(entry, left_out, pieces.bytes_read + entry["bytes"], pieces.num_requests + 1)
+
+
+def _written_entry(
+    location: str, size: int, samples: list[Sample], offsets: Path, checksum: str | None, zeros: int | None = None
+) -> dict[str, Any]:
+    try:
+        return index_entry(name_of(location), size, samples, offsets, checksum, zeros)
+    except OSError as error:
+        raise NotKeptError(
+            f"the index of {without_secrets(location)} can't be written to {offsets}: {error}"
+        ) from error
 
 
 def _samples_of(file: IO[bytes], location: str, skips_pictures: bool) -> tuple[list[Sample], list[LeftOut]]:
