@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import time
 import unicodedata
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 from miniclip.commands import main as cli
 from miniclip.data.indexing.index_tars import index_shards
+from miniclip.data.indexing.tar_members import read_samples
 from miniclip.data.module import PairDataModule
 from miniclip.data.open_pairs import open_pairs
 from miniclip.data.pack import pack
@@ -116,6 +118,21 @@ def test_links_to_links_are_followed_and_those_in_a_circle_end(tmp_path):
     assert [each for each in sorted(samples_of(tmp_path)) if each[1]] == [(name, RED, (name,)) for name in names]
     told = {name: reason for name, reason in rejections(tmp_path).items() if name.endswith(".jpg")}
     assert told == dict.fromkeys(("a.tar:e/x.jpg", "a.tar:e/y.jpg"), "a link to nothing")
+
+
+@pytest.mark.parametrize("first", ["0.jpg", "0.jpg.gone", "5.jpg"], ids=["sound", "to nothing", "in a circle"])
+def test_a_long_chain_of_links_is_passed_once(tmp_path, first):
+    links = [(f"{number}.jpg", b"", f"->{number - 1}.jpg") for number in range(20_000, 1, -1)]
+    write_tar(tmp_path / "a.tar", ("0.jpg", RED), ("0.txt", b"red"), *links, ("1.jpg", b"", f"->{first}"))
+    begin = time.process_time()
+    samples, left_out = read_samples(io.BytesIO((tmp_path / "a.tar").read_bytes()), "a.tar")
+    assert time.process_time() - begin < 8
+    images = {members["image"][1:3] for _, members in samples}
+    assert len(images) == 1
+    assert len(samples) == (20_001 if first == "0.jpg" else 1)
+    assert [each.source for each in left_out] == (
+        [] if len(samples) > 1 else [name for name, *_ in [*links, ("1.jpg",)]]
+    )
 
 
 def test_a_key_that_comes_again_is_another_sample(tmp_path):

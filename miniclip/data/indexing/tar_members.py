@@ -67,7 +67,7 @@ def read_samples(file: IO[bytes], name: str, skips_pictures: bool = False) -> tu
 def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pictures: bool) -> Iterator[Member]:
     """Files and links to files; `cat a.tar b.tar` makes a file of two tars, whose members come one after the other."""
     size = file.seek(0, os.SEEK_END)
-    known: dict[str, Member] = {}
+    known: dict[str, Member | None] = {}  # by place; None for a link to nothing
     links: list[tuple[str, str]] = []
     start = 0
     while start < size or not start:
@@ -112,7 +112,9 @@ def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pic
         while place in target_of and place not in known and place not in passed:
             passed.add(place)
             place = target_of[place]
-        if target := known.get(place):
+        target = known.get(place)
+        known |= dict.fromkeys(passed, target)  # each link of a chain is passed once
+        if target:
             yield target._replace(name=name)
         else:
             left_out.append(LeftOut(name, "a link to nothing"))
