@@ -12,9 +12,10 @@
 | `-`, or a named pipe                               | names, one a line; or one picture   | a text a line           |
 | in Python: PIL images, arrays of pixels, bytes     | themselves                          |                         |
 
-A name that is there is never read as a pattern. Order is kept; of a folder or pattern it is that of the paths. What is
-no image or text of the set is counted in `left_out`, by reason; pictures that can't be read are noticed where they are
-opened.
+A name that is there is never read as a pattern. A URL with a query and no suffix is a picture, as most are; a folder of
+shards ends in `/` before the query, or is the only source and has an index. Order is kept; of a folder or pattern it is
+that of the paths. What is no image or text of the set is counted in `left_out`, by reason; pictures that can't be read
+are noticed where they are opened.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.arguments import check_list, check_path, shown
-from ..common.storage import check_scheme, exists, is_url, join, name_of, split_query
+from ..common.storage import check_scheme, exists, is_url, join, name_of, read_blocks, split_query
 from ..common.wording import some
 from ..data.open_pairs import is_shards
 from ..data.reading.arrow_column import ArrowColumn, joined
@@ -95,8 +96,8 @@ def image_set(
         ValueError: a source that is not there or can't be read, or no image in any of them.
     """
     columns = _ColumnsAskedFor([image_column] if image_column else [])
-    reader = _Reader(columns, stdin, split)
     named = _as_list(sources)
+    reader = _Reader(columns, stdin, split, is_only=len(named) == 1)
     parts = [part for number, source in enumerate(named) for part in reader.parts_of(source, number)]
     columns.refuse_unused(named)
     if is_each_once:
@@ -133,8 +134,8 @@ class _ColumnsAskedFor:
 class _Reader:
     """Reads sources as images; standard input once."""
 
-    def __init__(self, columns: _ColumnsAskedFor, stdin: BinaryIO | None, split: str | None) -> None:
-        self.columns, self.stdin, self.split = columns, StandardInput(stdin), split
+    def __init__(self, columns: _ColumnsAskedFor, stdin: BinaryIO | None, split: str | None, is_only: bool) -> None:
+        self.columns, self.stdin, self.split, self.is_only = columns, StandardInput(stdin), split, is_only
 
     def parts_of(self, source: Any, number: int) -> Iterator[EvaluationSet]:
         if isinstance(source, str | Path):
@@ -163,7 +164,8 @@ class _Reader:
             yield from [bare_tars(location)] if is_tars else bare_datasets(source, self.columns.name(), self.split)
             return
         check_scheme(source)
-        yield bare_tars(hub_location(source)) if _is_remote_set(source) else EvaluationSet(source, (source,))
+        is_set = _is_remote_set(source, self.is_only)
+        yield bare_tars(hub_location(source)) if is_set else EvaluationSet(source, (source,))
 
     def local(self, path: Path) -> Iterator[EvaluationSet]:
         source = str(path)
@@ -241,14 +243,21 @@ def _is_shards_folder(folder: Path) -> bool:
     )
 
 
-def _is_remote_set(url: str) -> bool:
-    """Whether a URL stands for shards. One whose path ends without a suffix may be a folder, or a picture."""
+def _is_remote_set(url: str, is_only: bool) -> bool:
+    """Whether a URL stands for shards. One whose path ends without a suffix may be a folder, or a picture.
+
+    Args:
+        is_only: else it is one of many: with a query most likely a picture of a server that resizes or signs, which is
+            not to be asked for each of them what else it has.
+    """
     path, query = split_query(url)
     name = name_of(urlsplit(path).path)
     if split_query(hub_location(url))[0] != path.rstrip("/") or name.endswith(".tar") or "{" in path:
         return True
     if "." in name:
         return False
+    if query and not path.endswith("/"):
+        return is_only and _begins_as_json(join(url, INDEX_FILE))
     try:
         return any(exists(join(url, file)) for file in (INDEX_FILE, NUM_SHARDS_FILE)) or bool(
             benchmark_splits(url, None)
@@ -257,6 +266,14 @@ def _is_remote_set(url: str) -> bool:
         if query:  # a signature may be for one picture alone, and anything else is refused with it
             return False
         raise
+
+
+def _begins_as_json(url: str) -> bool:
+    """By one request, which is not repeated: a server may send its picture, or an error, whatever is asked of it."""
+    try:
+        return next((block for *_, block in read_blocks(url) if block), b"").lstrip().startswith(b"{")
+    except Exception:  # network errors have no common base class
+        return False
 
 
 def _of_files(locations: Sequence[Path | str], name: str) -> EvaluationSet:

@@ -238,6 +238,34 @@ def test_a_url_with_a_query_is_a_picture_unless_shards_are_there(answer, monkeyp
         assert np.array_equal(np.asarray(found.open(0)), np.asarray(picture(1)))
 
 
+@pytest.mark.parametrize("query", ["/photo-1?w=400", "/uc?export=download&id=7", "?format=jpg"])
+def test_pictures_with_a_query_and_no_suffix_are_not_searched_for_shards(query, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    path = query.partition("?")[0] or "/"
+    with Server({path: Path("photos/1.png").read_bytes()}) as server:
+        server.refusal = 503
+        url = server.url + query
+        assert image_set([url] * 3 + ["photos/1.png"]).images[:3] == (url,) * 3
+        assert server.heads == server.gets == []
+        found = image_set(url)
+        assert [each.partition("?")[0] for each, _ in server.gets] == [path.rstrip("/") + "/index.json"]
+        assert server.heads == []
+        assert np.array_equal(np.asarray(found.open(0)), np.asarray(picture(1)))
+        server.files |= {f"{path.rstrip('/')}/index.json": server.files[path]}  # whatever is asked, the picture comes
+        assert np.array_equal(np.asarray(image_set(url).open(0)), np.asarray(picture(1)))
+
+
+def test_a_folder_of_shards_with_a_query_ends_in_a_slash_where_it_is_one_of_several(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    write_pairs(Path("pairs"), 3)
+    pack_folder(Path("pairs"), Path("shards"))
+    with Server({f"/{path}": path.read_bytes() for path in Path("shards").iterdir()}) as server:
+        of_shards = [f"00000.tar:{n:09d}" for n in range(3)]
+        assert keys([f"{server.url}/shards/?w=4", "photos/1.png"]) == [*of_shards, "photos/1.png"]
+        assert keys([f"{server.url}/shards?w=4", "photos/1.png"]) == [f"{server.url}/shards?w=4", "photos/1.png"]
+        assert keys(f"{server.url}/shards?w=4") == keys(f"{server.url}/shards/?w=4") == of_shards
+
+
 def test_pictures_in_memory():
     pixels = np.asarray(picture(1))
     held = [picture(1), pixels, pixels.transpose(2, 0, 1), Path("photos/1.png").read_bytes(), "photos/1.png"]
