@@ -150,10 +150,41 @@ def test_numbers_of_another_kind_are_no_labels_and_two_columns_of_labels_are_ref
     assert names_by("rank,label,name", "0,2,great white shark", "1,0,tench", "2,1,goldfish") == FISH
     assert names_by("id,gt,name", "0,0,tench", "1,1,goldfish", "2,2,great white shark") == FISH
     assert names_by("count,name", "1,tench") == ("tench",)  # one class has no order
-    for header in ("rank,gt,name", "index,class_id,name", "id,rank,name"):
+    for header in ("rank,gt,name", "index,class_id,name", "id,category_id,name", "rank,place,name"):
         first, second, _ = header.split(",")
         with pytest.raises(ValueError, match=f"'({first}|{second})' and '({first}|{second})', which differ; .*'label'"):
             names_by(header, "0,2,great white shark", "1,0,tench", "2,1,goldfish")
+    with pytest.raises(ValueError, match="'id' and 'rank', which differ"):
+        names_by("id,rank,name", "1,2,great white shark", "2,0,tench", "3,1,goldfish")
+
+
+def test_of_several_columns_of_numbers_the_one_of_a_known_header_that_counts_from_0_has_the_labels():
+    assert names_by("id,rank,name", "1,2,goldfish", "0,1,tench", "2,0,great white shark") == FISH
+    assert names_by("id,parent,name", "0,1,tench", "1,2,goldfish", "2,0,great white shark") == FISH
+    assert names_by("index,number,name", "2,9,great white shark", "0,7,tench", "1,3,goldfish") == FISH
+    for header in ("index,id,name", "class_id,id,name"):
+        assert names_by(header, "2,13,great white shark", "0,1,tench", "1,2,goldfish") == FISH
+    assert names_by("id,trainId,name", "7,0,tench", "8,1,goldfish", "11,2,great white shark") == FISH
+    assert names_by("id,place,name", "7,0,tench", "8,1,goldfish", "11,2,great white shark") == FISH
+    with pytest.raises(ValueError, match=r"from 1 to 3 in column 'id'.* and they begin with 1"):
+        names_by("id,rank,name", "1,1,tench", "2,2,goldfish", "3,3,great white shark")
+
+
+@pytest.mark.parametrize("header", ["rank", "floors", "digit", "order"])
+def test_a_column_that_counts_something_else_from_1_is_no_label(header):
+    assert names_by(f"name,{header}", "tench,2", "goldfish,1", "great white shark,3") == FISH
+
+
+def test_yes_and_no_of_two_classes_is_no_label():
+    assert names_by("name,is_animal", "dog,1", "car,0") == ("dog", "car")
+    assert names_by("name,train,test", "dog,0,1", "car,1,0") == ("dog", "car")
+    assert names_by("id,name,is_animal", "0,dog,1", "1,car,0") == ("dog", "car")
+    assert names_by("id,name,is_animal", "1,car,1", "0,dog,0") == ("dog", "car")
+    assert names_by("y,name,is_animal", "1,car,0", "0,dog,1") == ("dog", "car")
+    panoptic = [{"id": 0, "name": "dog", "isthing": 1}, {"id": 1, "name": "car", "isthing": 0}]
+    assert names_of(json.dumps(panoptic), "a.json") == ("dog", "car")
+    with pytest.raises(ValueError, match=r"from 1 to 2 in column 'id'.* and they begin with 1"):
+        names_of(json.dumps([{**each, "id": each["id"] + 1} for each in panoptic]), "a.json")
 
 
 def test_two_keys_of_one_label_are_refused():
@@ -221,6 +252,10 @@ def test_templates_of_a_table_need_no_labels_from_0():
         "a photo of a {}.",
         "art of the {}",
     )
+    for header in ("id,order,template", "order,id,template", "rank,place,template", ",number,template"):
+        assert templates_of(f"{header}\n0,1,a {{}}\n1,0,the {{}}", "a.csv") == ("a {}", "the {}")
+    with pytest.raises(ValueError, match="'label' has a label twice"):  # the prompts of each class are not for all
+        templates_of("label,template\n0,a {}\n0,the {}\n1,my {}", "a.csv")
 
 
 def test_code_among_templates_is_not_run(tmp_path):

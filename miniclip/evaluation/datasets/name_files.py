@@ -8,7 +8,7 @@
 | a mapping to labels: `{"tench": 0}`      | likewise; within `id2label`, `label2id`, `names`, `classes`   |
 | numbered lines: `0: tench`, `tench: 0`   | by label, from 0                                              |
 | WordNet's ids: `n01440764 tench, …`      | the first name of each, if the ids are sorted                 |
-| a table with a header                    | its column of names, by one that counts the rows from 0       |
+| a table with a header                    | its column of names, by that of labels: `_label_column`       |
 
 Code is read as data and never run. What could be read in two ways is refused: a line that is not a name would shift the
 label of every class after it.
@@ -40,6 +40,9 @@ _NAME_COLUMNS = (
 _LABEL_COLUMNS = (
     "label", "labels", "id", "index", "idx", "class_id", "class_index", "label_id", "number", "no", "target",
 )  # fmt: skip
+_LIKE_LABELS = re.compile(
+    r"#|(\w+_)?(id|idx|index|label|nr|no|num|number|code)\.?|(class|label|cat|category|train)id|gt|y"
+)
 _MAPPINGS = (
     "id2label", "label2id", "names", "classnames", "class_names", "classes", "labels", "categories", "templates",
 )  # fmt: skip
@@ -491,7 +494,10 @@ def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Se
     if name is None:
         raise ValueError(f"{source} has the columns {', '.join(columns)}; the one of names must be called 'name'")
     known_labels += [each for each in known_names if each in numbers and each != name]
-    label = _label_column({each: numbers[each] for each in numbers if each != name}, known_labels, source)
+    if what == "templates":  # which are in no order
+        label = next((each for each in (*known_labels, "") if each in numbers), None)
+    else:
+        label = _label_column({each: numbers[each] for each in numbers if each != name}, known_labels, source)
     if label is None:
         if unread := [each for each in (*known_labels, columns.get("", name)) if each != name]:
             raise ValueError(f"{source}: column {unread[0]!r} must hold the labels 0, 1, 2 …")
@@ -505,31 +511,43 @@ def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Se
 
 
 def _label_column(numbers: Mapping[str, list[int]], known: Sequence[str], source: str) -> str | None:
-    """The column of labels: one that is known by its header, or any that counts the rows from 0, in whatever order;
-    else one that counts them from 1; else pandas' index, which has no header. None if there is none.
+    """The column of labels, None if there is none. It counts the rows from 0, in whatever order, and is known by its
+    header; else any column that does so, if its header is like one of labels (`category_id`, `#`) or the rows are more
+    than two, as a column of 0 and 1 may say yes and no. If none counts from 0, one with such a header is taken, for its
+    numbers to be refused, or pandas' index, which has no header.
 
     Args:
         numbers: the columns of whole numbers, without that of names.
         known: columns that are known by their headers, some of which may hold no numbers.
 
     Raises:
-        ValueError: several may be meant, and differ. A column `label` is meant before all others.
+        ValueError: several may be meant, and order the rows differently. A column `label` is meant before all others.
     """
     found = [name for name in known if name in numbers]
     if found and _column_name(found[0]) in ("label", "labels"):
         return found[0]
-    unknown = [name for name in numbers if _column_name(name) and name not in known and len(numbers[name]) > 1]
-    from_0, from_1 = (
-        [name for name in unknown if sorted(numbers[name]) == list(range(first, first + len(numbers[name])))]
-        for first in (0, 1)
-    )
-    candidates = [*found, *from_0] or from_1 or [name for name in numbers if not _column_name(name)]
-    if other := [name for name in candidates if numbers[name] != numbers[candidates[0]]]:
+    from_0, from_1 = ([name for name in numbers if _counts(numbers[name], first)] for first in (0, 1))
+    others = [name for name in numbers if _column_name(name) and name not in known and len(numbers[name]) > 1]
+    like_labels = [name for name in others if _LIKE_LABELS.fullmatch(_column_name(name))]
+    counting = [name for name in others if name in from_0 and (name in like_labels or len(numbers[name]) > 2)]
+    if fitting := [name for name in found if name in from_0]:
+        candidates = fitting + [name for name in counting if name in like_labels]
+    else:
+        is_told = any(name in like_labels for name in counting)
+        candidates = found + counting + [name for name in like_labels if name in from_1 and not is_told]
+    candidates = candidates or [name for name in numbers if not _column_name(name)]
+    order = {name: sorted(range(len(numbers[name])), key=numbers[name].__getitem__) for name in candidates}
+    if other := [name for name in candidates if order[name] != order[candidates[0]]]:
         raise ValueError(
             f"{source} has numbers in the columns {candidates[0]!r} and {other[0]!r}, which differ; which of them are "
             "the labels can't be known: call that column 'label'"
         )
-    return next(iter(candidates), None)
+    return next((name for name in candidates if name in from_0), next(iter(candidates), None))
+
+
+def _counts(numbers: Sequence[int | None], first: int) -> bool:
+    """Whether the numbers are those from `first` on, in whatever order."""
+    return set(numbers) == set(range(first, first + len(numbers)))
 
 
 def _by_label(names: dict[int, Any], source: str, where: str = "") -> list[Any]:
