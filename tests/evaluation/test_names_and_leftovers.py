@@ -187,6 +187,24 @@ def test_yes_and_no_of_two_classes_is_no_label():
         names_of(json.dumps([{**each, "id": each["id"] + 1} for each in panoptic]), "a.json")
 
 
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|", ", "])
+@pytest.mark.parametrize("names", [("text", "title", "list"), ("class", "name", "category"), ("description", "a", "b")])
+def test_a_numbered_list_whose_first_class_is_called_as_a_column_is_no_table(separator, names):
+    before = [f"{n}{separator}{name}\n" for n, name in enumerate(names)]
+    after = [f"{name}{separator}{n}\n" for n, name in enumerate(names)]
+    for lines in (before, after):
+        assert names_of("".join(lines), "a.txt") == names
+        assert names_of("".join([lines[0], lines[2], lines[1]]), "a.txt") == names
+    for lines in (before, [before[0], before[2], before[1]], after):
+        with pytest.raises(ValueError, match=f"begins with '.*{names[0]}.*no header; name the columns.*label and name"):
+            names_of("".join(lines), "a.csv")
+    assert names_of(f"2{separator}{names[2]}\n0{separator}{names[0]}\n1{separator}{names[1]}", "a.txt") == names
+
+
+def test_a_year_may_be_a_columns_header():
+    assert names_by("name,2020,2021", "tench,3,7", "goldfish,2,9", "great white shark,9,1") == FISH
+
+
 def test_two_keys_of_one_label_are_refused():
     with pytest.raises(ValueError, match="gives one label to several names"):
         names_of('{"0": "tench", "00": "shark", "1": "goldfish"}', "a.json")
@@ -245,6 +263,7 @@ def test_blank_lines_and_comments_among_templates_are_refused_as_no_templates():
 
 def test_numbered_templates_are_taken_without_their_numbers():
     assert templates_of("1. a photo of a {}.\n2. art of the {}", "a.txt") == ("a photo of a {}.", "art of the {}")
+    assert templates_of("prompt, 1\na {c}, 2", "a.txt") == ("prompt", "a {c}")
 
 
 def test_templates_of_a_table_need_no_labels_from_0():

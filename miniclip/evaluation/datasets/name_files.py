@@ -199,6 +199,12 @@ def _table(text: str, source: str, separator: str, what: str) -> Any:
         )
     if bad := next((number for number, row in enumerate(rows, 1) if len(row) != len(header)), None):
         raise ValueError(f"{source}, row {bad} has {len(rows[bad - 1])} cells and the header {len(header)}")
+    columns = ([_label_in(cell.strip()) for cell in column] for column in zip(*rows, strict=True))
+    if len(rows) > 1 and any(None not in column and (_counts(column, 0) or _counts(column, 1)) for column in columns):
+        raise ValueError(
+            f"{source} begins with {separator.join(rows[0])[:60]!r}, whose number the rows below count on from, so "
+            "it may be a row and no header; name the columns in a first line, label and name"
+        )
     return [dict(zip(header, (cell.strip() for cell in row), strict=True)) for row in rows[1:]]
 
 
@@ -334,7 +340,10 @@ def _lines(text: str, source: str, what: str) -> Any:
         )
     for separator in (",", "\t", ";", "|", " "):
         are_known = [_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in lines[0].split(separator)]
-        is_header = all(are_known) or (any(are_known) and separator != " " and _are_numbered(lines[1:], separator))
+        is_numbered = (
+            separator != " " and _are_numbered(lines[1:], separator) and not _are_numbered(lines[:1], separator)
+        )
+        is_header = all(are_known) or (any(are_known) and is_numbered)
         if len(are_known) > 1 and is_header:
             return _table(text, source, separator, what)
     if all(re.match(r"n\d{8}\b", line) for line in lines):
