@@ -815,7 +815,11 @@ def test_folders_that_hold_the_same_classes_are_no_classes(tmp_path, tops, class
         if name != (tops[0], "rare"):
             write_picture(tmp_path.joinpath(*name, "a.png"), number)
     match = rf"{tops[0]}.* hold no image, but folders of the same names: {classes[0]}.* --split {tops[0]},"
-    remedy = "call the folders by their names" if tops == ("0", "1") else r"list them in .*classnames\.txt"
+    remedy = (
+        "call the folders by their names"
+        if tops == ("0", "1")
+        else r"list them with --classnames or in .*classnames\.txt"
+    )
     with pytest.raises(ValueError, match=f"{match}.* are the classes, {remedy}"):
         open_dataset(tmp_path)
     assert open_dataset(tmp_path, split=tops[-1]).classnames == classes
@@ -824,6 +828,31 @@ def test_folders_that_hold_the_same_classes_are_no_classes(tmp_path, tops, class
         assert open_dataset(tmp_path).classnames == tops
         with pytest.raises(ValueError, match=f"{len(tops)} class(es)?"):
             open_dataset(tmp_path, classnames=lines(tmp_path / "others.txt", *classes))
+
+
+def test_numbered_folders_are_the_classes_of_as_many_names_and_their_folders_are_not(tmp_path):
+    for number, (top, side) in enumerate((top, side) for top in "0123" for side in ("left", "right")):
+        write_picture(tmp_path / "set" / top / side / "a.png", number)
+    with pytest.raises(
+        ValueError, match=r"by their names, or list the names of all 4 with --classnames or in .*\.txt$"
+    ):
+        open_dataset(tmp_path / "set")
+    names = ("car", "bus", "train", "plane")
+    data = open_dataset(tmp_path / "set", classnames=lines(tmp_path / "names.txt", *names))
+    assert (data.classnames, data.labels) == (names, (0, 0, 1, 1, 2, 2, 3, 3))
+    for others in (names[:2], (*names, "boat"), ("left", "right", "up", "down"), ("Left", "right")):
+        with pytest.raises(ValueError, match="hold no image, but folders of the same names: left, right"):
+            open_dataset(tmp_path / "set", classnames=lines(tmp_path / "others.txt", *others))
+    lines(tmp_path / "set/classnames.txt", *names)
+    assert open_dataset(tmp_path / "set").classnames == names
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("0", "1")])
+def test_as_many_names_as_folds_do_not_make_classes_of_them(tmp_path, classes):
+    for number, (top, name) in enumerate((top, name) for top in "01" for name in classes):
+        write_picture(tmp_path / "set" / top / name / "a.png", number)
+    with pytest.raises(ValueError, match=r"call the folders by their names$"):
+        open_dataset(tmp_path / "set", classnames=lines(tmp_path / "names.txt", "cat", "dog"))
 
 
 @pytest.mark.parametrize("inner", [("001", "002"), ("train", "test"), ("a", "b.c", "d"), ("only",)])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...common.wording import some
 from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
 from ...data.reading.splits import different_splits, role_of
+from .names import settle_names, spoken
 from .sets import Found
 
 UNREAD_TEXT = "a text, where pictures alone are read"
@@ -28,10 +29,10 @@ def in_split(folder: Path, split: str | None) -> Path:
     return folder / split
 
 
-def read_class_folders(source: Path, split: str | None, is_named: bool = False) -> Found:
+def read_class_folders(source: Path, split: str | None, classnames: str | Path | None = None) -> Found:
     """
     Args:
-        is_named: class names are asked for, which have to be those of the folders.
+        classnames: as in `open_dataset`; names have to be those of the folders, or as many as numbered folders.
 
     Raises:
         ValueError: no image of any class, a class without one, or folders that are no classes.
@@ -57,11 +58,8 @@ def read_class_folders(source: Path, split: str | None, is_named: bool = False) 
         holds = f": {summary(left_out)}" if left_out else ""
         raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them{holds}")
     _refuse_other_level(folder, images)
-    # A list of names says that folders called so are the classes; of numbered ones it says nothing.
-    are_numbers = all(path.name.isdigit() for path in classes)
-    if are_numbers or not (is_named or any(path.is_file() for path in beside["classnames"])):
-        remedy = "call the folders by their names" if are_numbers else f"list them in {beside['classnames'][0]}"
-        _refuse_equal_folders(folder, images, remedy)
+    names = settle_names(Found(source.name, (), beside=beside), classnames, str(source)).classnames
+    _refuse_equal_folders(folder, images, names, beside["classnames"][0])
     if empty := [path.name for path in classes if not images[path]]:
         there = [each for each in left_out if each.source.split("/")[0] in empty]
         raise ValueError(
@@ -145,22 +143,39 @@ def _refuse_other_level(folder: Path, images: Mapping[Path, list[Path]]) -> None
         )
 
 
-def _refuse_equal_folders(folder: Path, images: Mapping[Path, list[Path]], remedy: str) -> None:
+def _refuse_equal_folders(
+    folder: Path, images: Mapping[Path, list[Path]], names: Sequence[str] | None, file: Path
+) -> None:
     """Folds, cameras or masks that hold the same classes each. Sub-folders of splits, and those that are numbered from
     1 as subjects are, may well be equal in all classes.
 
     Args:
-        remedy: what to do if they are the classes all the same.
+        names: says that folders called so are the classes; or numbered ones, if they are as many, and the folders
+            within may not be called so just as well.
+        file: where names may be listed.
     """
+    tops = [path.name for path in images]
+    are_numbers = all(map(str.isdigit, tops))
+    if names is not None and not are_numbers:
+        return
     inner = [{path.relative_to(top).parts[0] for path in paths if path.parent != top} for top, paths in images.items()]
     is_class = any(path.parent == top for top, paths in images.items() for path in paths)
     shared = set.intersection(*inner)
     is_usual = all(role_of(name) or (name.isdigit() and int(name)) for name in shared)
     if is_class or is_usual or len(shared) < 2 or 2 * len(shared) < len(set.union(*inner)):
         return
-    tops = [path.name for path in images]
+    are_inner_numbers = all(map(str.isdigit, shared))
+    may_be_inner = are_inner_numbers and len(set.union(*inner)) == len(tops)
+    if names is not None:
+        may_be_inner |= set(map(spoken, shared)) <= set(map(spoken, names))
+        if len(names) == len(tops) and not may_be_inner:
+            return
+    listed = f"list them with --classnames or in {file}"
+    if are_numbers:
+        by_list = f", or list the names of all {len(tops)} with --classnames or in {file}"
+        listed = "call the folders by their names" + ("" if may_be_inner else by_list)
     raise ValueError(
         f"{folder} has the folders {some(tops)}, which hold no image, but folders of the same names: "
         f"{some(sorted(shared))}. If those are the classes, choose one of the others with --split {tops[0]}, or name "
-        f"{folder / tops[0]}. If {some(tops, 2)} are the classes, {remedy}"
+        f"{folder / tops[0]}. If {some(tops, 2)} are the classes, {listed}"
     )

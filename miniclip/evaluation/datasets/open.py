@@ -87,7 +87,7 @@ def open_dataset(
     if download and not source.startswith(TORCHVISION_PREFIX):
         raise ValueError(f"a download is for torchvision's sets (torchvision:CIFAR10), and {source} is none")
     columns = Columns(label_column, image_column, group_column)
-    found = _read_source(source, split, columns, Path(root), download, task, classnames is not None)
+    found = _read_source(source, split, columns, Path(root), download, task, classnames)
     if not len(found.images):
         raise ValueError(f"{source} holds no images")
     if task not in (None, found.task):
@@ -181,7 +181,7 @@ def _read_source(
     root: Path,
     download: bool,
     task: str | None,
-    is_named: bool,
+    classnames: str | Path | None,
 ) -> Found:
     if source.startswith(TORCHVISION_PREFIX):
         columns.refuse(source, "a set of torchvision's", "label", "image", "group")
@@ -205,7 +205,7 @@ def _read_source(
         return read_labelled_table(path, columns, split)
     if path.is_dir():
         columns.refuse(source, "a folder", "label", "image", "group")
-        return read_class_folders(path, split, is_named)
+        return read_class_folders(path, split, classnames)
     if is_pattern(source):
         raise ValueError(f"data {source!r} is a pattern; patterns are for tars and Parquet files")
     what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)}, .json)"
