@@ -28,7 +28,7 @@ from miniclip.data.indexing.tar_members import read_samples
 from miniclip.data.module import PairDataModule
 from miniclip.data.open_pairs import open_pairs
 from miniclip.data.pack import pack
-from miniclip.data.reading.cells import captions_in, picture_in, texts_in
+from miniclip.data.reading.cells import captions_in, decode_text, picture_in, texts_in
 from miniclip.data.reading.pair import Pair, fingerprint
 from miniclip.data.reading.tables import find_image_column, read_table
 from miniclip.data.shards import Shards, record_of
@@ -615,12 +615,39 @@ def test_what_stands_beside_a_picture_and_is_no_caption_is_rejected_by_its_kind(
 
 def test_a_text_in_utf16_without_its_mark_is_refused_and_does_not_train_with_a_nul_after_each_letter(tmp_path):
     write_picture(tmp_path / "a.jpg", 1)
-    for encoding in ("utf-16-le", "utf-16-be"):
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         (tmp_path / "a.txt").write_bytes("a red bird\nin a tree".encode(encoding))
         assert re.search("a.txt is not UTF-8.*UTF-16.*Save it as UTF-8", read_pairs(tmp_path)[0].problem)
         (tmp_path / "t.csv").write_bytes("image,caption\na.jpg,red\n".encode(encoding))
         with pytest.raises(ValueError, match=r"t\.csv is not UTF-8.*UTF-16.*Save it as UTF-8"):
             read_pairs(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("width", [6, 7, 8, 9, 32, 64, 1001])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_zeros_that_fill_lines_up_are_not_utf16(width, end):
+    for count in (1, 2, 5):
+        for field in ("a cat", "a"):
+            data = (field.ljust(width, "\0") + end).encode() * count
+            assert captions_in(decode_text(data, "a.txt")) == [field] * count
+            assert captions_in(decode_text(data.rstrip(end.encode()), "a.txt")) == [field] * count
+    assert captions_in(decode_text(b"a\0\nb\0\n", "a.txt")) == ["a", "b"]
+    table = ("name".ljust(width, "\0") + "," + "a cat".ljust(width, "\0") + end) * 3
+    assert decode_text(table.encode(), "a.csv") == table
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_utf16_is_known_in_lines_that_zeros_fill_up(encoding, end):
+    for text in (
+        f"a cat{end}",
+        f"a{end}b{end}",
+        f"a cat{end}\0\0",
+        ("a cat".ljust(16, "\0") + end) * 3,
+        f"chat ĀĂ 一{end}",
+    ):
+        with pytest.raises(ValueError, match=r"every other byte is 0, as in UTF-16"):
+            decode_text(text.encode(encoding), "a.txt")
 
 
 PADDED = ["a\0", "cat\0", "é\0", "a cat on a mat" + "\0" * 60, "a cat" + "\0" * 200, "a cat \0\0\n"]

@@ -40,6 +40,7 @@ _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": 
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
+_FILLING = re.compile(rb"\0{4,}|\0+(?=\r?\n(?!\0)|\Z)")  # the line feed of UTF-16 has a zero of its own
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -60,7 +61,7 @@ def decode_text(data: bytes, name: object) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
-    if encoding == "utf-8" and b"\0" in data and _is_every_other_byte_0(data.rstrip(b"\0")):
+    if encoding == "utf-8" and b"\0" in data and _is_every_other_byte_0(data):
         raise ValueError(
             f"{name} is not UTF-8 text: every other byte is 0, as in UTF-16, which lacks its byte order mark here. "
             "Save it as UTF-8"
@@ -69,7 +70,9 @@ def decode_text(data: bytes, name: object) -> str:
 
 
 def _is_every_other_byte_0(data: bytes) -> bool:
-    """Or half of these at least, as other scripts than the Latin have characters between."""
+    """Or half of these at least, as other scripts than the Latin have characters between. Zeros that fill fields of
+    fixed width up do not count, however many there are: long runs, and those before the end of a line."""
+    data = _FILLING.sub(lambda run: b" " * (len(run[0]) % 2), data)  # the others stay on even or odd places
     return len(data) > 1 and max(data[::2].count(0), data[1::2].count(0)) * 4 > len(data)
 
 
