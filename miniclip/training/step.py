@@ -325,7 +325,7 @@ class CLIPTraining(pl.LightningModule):
         if LIGHTNING_WORDINGS_KEY in checkpoint:
             self.keep_wordings(Wordings.from_json(checkpoint[LIGHTNING_WORDINGS_KEY], "the checkpoint"))
 
-    def keep_wordings(self, wordings: Wordings) -> None:
+    def keep_wordings(self, wordings: Wordings | None) -> None:
         """The wordings of the captions; every copy of the model knows them."""
         for model in (self.clip, self.average):
             if model is not None:

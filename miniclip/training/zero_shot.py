@@ -29,24 +29,36 @@ class CaptionWordings(Callback):
     """Finds the wordings of the captions in the first steps, and gives them to the model, which keeps them.
 
     The order is random, so the first captions are a sample of all; what is read are the texts of the batches, so
-    nothing is read twice. All processes share theirs and find the same.
+    nothing is read twice. All processes share theirs and find the same, in the order in which one would read them.
+
+    What is found depends on the captions so far alone, whenever it was looked for. Checkpoints hold them until there
+    are enough; they leave with nothing that is made of a checkpoint.
     """
 
     def __init__(self) -> None:
-        self._captions: list[list[int]] = []  # token ids without start and end
+        self._own: list[list[list[int]]] = []  # of this process's steps that are not shared yet: token ids
+        self._captions: list[list[int]] = []  # of all processes and the steps before, without start and end
         self._num_steps = self._num_looked_at = 0
-        self._is_done, self._num_found_in = False, 0
+        self._is_done = False
+        self._before: Wordings | None = None  # which the model has as long as none are found
+        self._num_before = 0  # captions that those are of, in a checkpoint that holds none
+        self._is_loaded = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, CLIPTraining)
+        if not self._is_loaded:
+            self._before = pl_module.clip.wordings
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if self._is_done:
             return
-        length = trainer.datamodule.context_length  # type: ignore[attr-defined]
-        self._captions += _whole_texts(batch, length)
+        self._own.append(_whole_texts(batch, trainer.datamodule.context_length))  # type: ignore[attr-defined]
         self._num_steps += 1
         if self._num_steps * trainer.datamodule.batch_size >= NUM_CAPTIONS:  # type: ignore[attr-defined]
-            self._end(trainer, pl_module)
+            self._tell(trainer, pl_module)
+            self._is_done, self._captions = True, []
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._find(pl_module)
@@ -56,11 +68,10 @@ class CaptionWordings(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._is_done:
-            self._end(trainer, pl_module)
+            self._tell(trainer, pl_module)
 
-    def _end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _tell(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         found = self._find(module)
-        self._is_done, self._captions = True, []
         if trainer.is_global_zero:
             print(f"Wordings of the captions: {found or _NONE_FOUND}", flush=True)
 
@@ -69,18 +80,33 @@ class CaptionWordings(Callback):
         assert isinstance(module, CLIPTraining)
         if not self._is_done and self._num_steps > self._num_looked_at:
             self._num_looked_at = self._num_steps
-            captions = [each for own in all_gather_objects(self._captions) for each in own]
-            found = mine([units_of_tokens(each) for each in captions])
-            if found is not None and found.num_captions >= self._num_found_in:  # before the run was resumed
-                module.keep_wordings(found)
-                self._num_found_in = found.num_captions
+            self._share()
+            found = mine([units_of_tokens(each) for each in self._captions])
+            if found is None or found.num_captions < self._num_before:
+                found = self._before
+            module.keep_wordings(found)
         return module.clip.wordings
 
+    def _share(self) -> None:
+        """Joins the captions of all processes, step by step; a collective of them."""
+        for step in zip(*all_gather_objects(self._own), strict=True):
+            self._captions += [caption for own in step for caption in own]
+        self._own = []
+
     def state_dict(self) -> dict[str, Any]:
-        return {"is_done": self._is_done, "num_found_in": self._num_found_in}
+        self._share()
+        before = None if self._before is None else self._before.to_json()
+        state = {"is_done": self._is_done, "num_found_in": self._num_before, "before": before}
+        return {**state, "num_steps": self._num_steps, "captions": self._captions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._is_done, self._num_found_in = state_dict["is_done"], state_dict["num_found_in"]
+        self._is_done, self._num_before = state_dict["is_done"], state_dict["num_found_in"]
+        if "captions" not in state_dict:  # of an earlier version, which goes on with later captions
+            return
+        before = state_dict["before"]
+        self._before = None if before is None else Wordings.from_json(before, "the checkpoint")
+        self._num_steps, self._captions = state_dict["num_steps"], list(state_dict["captions"])
+        self._is_loaded = True
 
 
 _NONE_FOUND = "none in common, so `miniclip eval` asks with 'a photo of a {}.'"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from helpers import pack_folder, tiny_clip, tiny_config, write_picture
 from pytorch_lightning import Callback
-from runs import COLOURS, StopAt, arguments, metrics
+from runs import COLOURS, StopAt, arguments, command, metrics
 
 import miniclip
 from miniclip.commands import train as trainer
@@ -21,8 +23,10 @@ from miniclip.data.wordings.kept import Wording, Wordings
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.other_libraries import open_model
 from miniclip.evaluation.suite import Task, evaluate
+from miniclip.tokenizer import decode, encode
 from miniclip.training.step import CLIPTraining
 from miniclip.training.zero_shot import CaptionWordings
+from miniclip.weights.convert import convert
 
 WORDINGS = {"a {} square", "something {}", "a picture of {}", "{} paint"}  # of the captions of `data`
 
@@ -34,15 +38,18 @@ def prompts(path: Path) -> set[str]:
     return set() if wordings is None else set(wordings.templates(tuple(COLOURS)))
 
 
+def nine_steps(data: Path, run: Path) -> list[str]:
+    scored = f"{{class_path: miniclip.training.zero_shot.ZeroShotEvaluation, init_args: {{data: {data / 'val.csv'}}}}}"
+    options = [f"--trainer.callbacks+={scored}", "--model.ema_decay=0.9", "--data.num_workers=0"]
+    return arguments(data, run, *options, steps=9)
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory) -> Path:
     """A run that was stopped at step 4 and went on to step 9."""
     folder = tmp_path_factory.mktemp("wordings") / "run"
-    scored = f"{{class_path: miniclip.training.zero_shot.ZeroShotEvaluation, init_args: {{data: {data / 'val.csv'}}}}}"
     stop = f"{{class_path: {StopAt.__module__}.StopAt, init_args: {{step: 4}}}}"
-    args = arguments(
-        data, folder, f"--trainer.callbacks+={scored}", "--model.ema_decay=0.9", "--data.num_workers=0", steps=9
-    )
+    args = nine_steps(data, folder)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         trainer.main([*args, f"--trainer.callbacks+={stop}"])
@@ -58,7 +65,79 @@ def test_a_run_keeps_the_wordings_in_its_checkpoints_and_its_model(run):
     kept = json.loads((run / "best/wordings.json").read_text())
     assert set(kept["examples"]) <= {wording.replace("{}", colour) for wording in WORDINGS for colour in COLOURS}
     assert kept["num_captions"] == 36  # the first validation was best
-    assert miniclip.load(run / "checkpoints/last.ckpt", device="cpu")[0].wordings.num_captions == 60
+    assert miniclip.load(run / "checkpoints/last.ckpt", device="cpu")[0].wordings.num_captions == 9 * 12
+
+
+def looked_at(run: Path, name: str = "last") -> tuple[Any, Any]:
+    """What a checkpoint holds of the captions so far, and what was found in them."""
+    found = torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)
+    return found["callbacks"]["CaptionWordings"], found["miniclip_wordings"]
+
+
+def test_a_run_that_was_stopped_finds_what_one_does_that_was_not(run, data, tmp_path):
+    trainer.main(nine_steps(data, tmp_path / "straight"))
+    for name in ("last", "best"):
+        assert looked_at(run, name) == looked_at(tmp_path / "straight", name), name
+    captions = looked_at(run)[0]["captions"]
+    assert len(captions) == 9 * 12
+    assert {decode(each).strip() for each in captions} <= {
+        each.format(colour) for each in WORDINGS for colour in COLOURS
+    }
+
+
+def test_processes_read_the_captions_in_the_order_of_one_which_goes_on_with_them(run, data, tmp_path):
+    options = ["--data.num_workers=0", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    subprocess.run(
+        command(data, tmp_path / "run", *options, steps=4), check=True, env={**os.environ, "PYTHONPATH": "."}
+    )
+    trainer.main(arguments(data, tmp_path / "run", "--data.num_workers=0", "--ckpt_path=last", steps=9))
+    assert looked_at(tmp_path / "run") == looked_at(run)
+
+
+def test_what_was_found_is_a_matter_of_the_captions_and_not_of_when_it_was_looked_for(tmp_path):
+    """The first batches have a wording, and all together have none."""
+    rare = [encode(f"a sketch of a {each}") for each in ("cat", "dog", "cow")]
+    free_pairs(tmp_path)
+    free = [encode(path.read_text()) for path in sorted((tmp_path / "train").glob("*.txt"))]
+    watched, module = CaptionWordings(), CLIPTraining(clip=tiny_config())
+    state = {"is_done": False, "num_found_in": 0, "before": None}
+    for num_steps, captions, texts in ((1, rare, ["a sketch of a {}"]), (2, rare + free, None)):
+        watched.load_state_dict({**state, "num_steps": num_steps, "captions": captions})
+        watched.on_validation_start(pl.Trainer(logger=False), module)
+        found = module.clip.wordings
+        assert (found and [each.text for each in found.wordings]) == texts
+
+
+def test_a_checkpoint_without_the_captions_goes_on_with_what_it_found_as_before(run, data, tmp_path):
+    """It keeps that until more captions were read than it is of."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    kept = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    assert kept["global_step"] == 3
+    kept["callbacks"]["CaptionWordings"] = {"is_done": False, "num_found_in": 36}
+    torch.save(kept, folder / "checkpoints/last.ckpt")
+    found = []
+    for steps in (5, 9):  # 24 and then 72 captions
+        more = ["--model.ema_decay=0.9", "--data.num_workers=0", "--ckpt_path=last"]
+        trainer.main(arguments(data, folder, *more, steps=steps))
+        found.append(miniclip.load(folder / "checkpoints/last.ckpt", device="cpu")[0].wordings.num_captions)
+    assert found == [36, 72]
+
+
+def test_nothing_that_is_made_of_a_checkpoint_has_the_captions_that_it_holds(run, tmp_path):
+    whole = run / "checkpoints/last.ckpt"
+    values = torch.load(whole, weights_only=True)
+    assert values["callbacks"].pop("CaptionWordings")["captions"]
+    torch.save(values, tmp_path / "without.ckpt")
+    for name, path in (("of", whole), ("without", tmp_path / "without.ckpt")):
+        convert(path, tmp_path / "converted" / name, "native")
+        miniclip.save(miniclip.load(path, device="cpu")[0], tmp_path / "saved" / name)
+    for way in ("converted", "saved"):
+        one, other = (
+            {path.name: path.read_bytes() for path in (tmp_path / way / name).iterdir()} for name in ("of", "without")
+        )
+        assert one == other
+        assert set(one) == {"config.json", "model.safetensors", "wordings.json"}
 
 
 def test_a_run_is_scored_by_the_prompts_that_eval_takes(run, data):
