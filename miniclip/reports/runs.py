@@ -62,10 +62,12 @@ class Run:
         """The metric that chooses the best checkpoint, its best value, and how many steps were done by then.
 
         Scores from before the first step are ignored: no checkpoint belongs to them. So are those of earlier starts on
-        other validation pairs, or by another metric, which are not compared with those of the last.
+        other data (labelled images where the metric is of those, else validation pairs), or by another metric, which
+        are not compared with those of the last.
         """
         name = self.record.get("monitor", "val/retrieval_r1")
-        first, kind = 0, ("monitor", "monitor_mode", "validation_pairs")
+        data = "validation_pairs" if self.record.get("labelled_images") is None else "labelled_images"
+        first, kind = 0, ("monitor", "monitor_mode", data)
         for start in reversed(self.starts):
             if any(start.get(key, self.record.get(key)) != self.record.get(key) for key in kind):
                 break

@@ -133,10 +133,21 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
+def scored_data(trainer: pl.Trainer, metric: str) -> str | None:
+    """A digest of the data that a callback scores the model on by a metric; None for one of the validation pairs.
+
+    A callback tells it by an attribute of this name, {metric: digest}, from its `setup` on.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    digests = (getattr(each, "scored_data", {}).get(metric) for each in callbacks)
+    return next((digest for digest in digests if digest is not None), None)
+
+
 class BestCheckpoint(Checkpoint):
     """Keeps `best.ckpt`: the checkpoint of the validation whose logged metric was best.
 
-    The last step is validated, too, so that the final weights are among the candidates.
+    The last step is validated, too, so that the final weights are among the candidates. Scores on other data (the
+    validation pairs, or what `scored_data` is of) are not compared.
 
     Args:
         monitor: name of any metric that is logged by the time a validation ends.
@@ -146,7 +157,8 @@ class BestCheckpoint(Checkpoint):
     def __init__(self, path: Path, monitor: str, mode: Literal["max", "min"]) -> None:
         self.path, self.monitor, self.mode = path, monitor, mode
         self.score: float | None = None
-        self.pairs: str | None = None  # which pairs it is of
+        self.pairs: str | None = None  # which pairs it is of,
+        self.labelled: str | None = None  # or which labelled images
         self._validated_step = -1
         self._is_next_last = False
 
@@ -154,6 +166,7 @@ class BestCheckpoint(Checkpoint):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PairDataModule):
             self.pairs = data.validation_pairs()
+        self.labelled = scored_data(trainer, self.monitor)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         is_end = trainer.global_step >= trainer.estimated_stepping_batches
@@ -193,14 +206,15 @@ class BestCheckpoint(Checkpoint):
         return score > than if self.mode == "max" else score < than
 
     def state_dict(self) -> dict[str, Any]:
-        return {"monitor": self.monitor, "mode": self.mode, "score": self.score, "pairs": self.pairs}
+        data = {"pairs": self.pairs, "labelled": self.labelled}
+        return {"monitor": self.monitor, "mode": self.mode, "score": self.score, **data}
 
     @rank_zero_only
     def _tell(self, what: str) -> None:
         print(f"{self.path} was the best {what}, so the next validation replaces it whatever its score", flush=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Another metric's or other pairs' score, or one without its checkpoint (a run resumed in a new folder), means
+        # Another metric's or other data's score, or one without its checkpoint (a run resumed in a new folder), means
         # nothing here.
         if not self.path.is_file() or state_dict["score"] is None:
             return
@@ -208,8 +222,10 @@ class BestCheckpoint(Checkpoint):
             self._tell(
                 f"by {state_dict['monitor']} ({state_dict['mode']}), and {self.monitor} ({self.mode}) is asked for"
             )
-        elif state_dict.get("pairs", self.pairs) != self.pairs:
-            self._tell(f"by {self.monitor} on other validation pairs ({state_dict['score']:.4f})")
+            return
+        name, what = ("pairs", "validation pairs") if self.labelled is None else ("labelled", "labelled images")
+        if state_dict.get(name, getattr(self, name)) != getattr(self, name):  # of earlier versions it is unknown
+            self._tell(f"by {self.monitor} on other {what} ({state_dict['score']:.4f})")
         else:
             self.score = state_dict["score"]
 

@@ -29,6 +29,7 @@ from ..fast import matmul
 from ..reports.results import versions
 from ..reports.run_page import write_page
 from ..reports.runs import PAGE_FILE, RUN_FILE
+from .checkpoints import scored_data
 from .measuring import RunMetrics, is_logged
 
 
@@ -232,6 +233,7 @@ class RunReport(Callback):
             "monitor": self.monitor,
             "monitor_mode": self.monitor_mode,
             "validation_pairs": data.validation_pairs(),
+            "labelled_images": scored_data(trainer, self.monitor),
             "batch_size": data.batch_size,
             "epoch_samples": data.epoch_samples(),
             "training_data": data.training_data(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +17,8 @@ from ..data.wordings.kept import Wordings
 from ..data.wordings.mine import NUM_CAPTIONS, mine
 from ..data.wordings.units import units_of_tokens
 from ..evaluation.datasets.open import open_dataset
-from ..evaluation.datasets.sets import labelled
-from ..evaluation.prompts import suited
+from ..evaluation.datasets.sets import LabelledImages, labelled
+from ..evaluation.prompts import DefaultTemplates, class_prompts, suited
 from ..evaluation.zero_shot import zero_shot_scores
 from ..model import CLIP
 from ..tokenizer import END_OF_TEXT
@@ -139,11 +141,16 @@ class ZeroShotEvaluation(Callback):
         self.data, self.templates, self.batch_size, self.others = data, templates, batch_size, others or {}
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.scored_data: dict[str, str] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.datasets = {"val/zero_shot_acc1": labelled(open_dataset(self.data, templates=self.templates))}
         for name, data in self.others.items():
             self.datasets[f"val/zero_shot_acc1_{name}"] = labelled(open_dataset(data))
+        if stage == "fit":  # the first process's, because times of files differ on another machine
+            asked = self.datasets if trainer.is_global_zero else {}
+            own = {name: _labelled_digest(data) for name, data in asked.items()}
+            self.scored_data = all_gather_objects(own)[0]
 
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         model = pl_module.scored
@@ -187,6 +194,15 @@ class ZeroShotEvaluation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before, self.after = state_dict["before"], state_dict["after"]
+
+
+def _labelled_digest(data: LabelledImages) -> str:
+    """Changes whenever an image, a label, a name or a prompt does; not with the prompts that nobody chose, which follow
+    the model."""
+    is_default = isinstance(data.templates, DefaultTemplates)
+    prompts = [] if is_default else [class_prompts(data.templates, name) for name in data.classnames]
+    facts = json.dumps([[int(label) for label in data.labels], data.classnames, prompts])
+    return hashlib.sha256(f"{data.fingerprint()} {facts}".encode()).hexdigest()
 
 
 def num_decoders(trainer: pl.Trainer) -> int:

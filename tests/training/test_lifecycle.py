@@ -693,6 +693,47 @@ def test_a_score_of_another_kind_is_not_compared_and_the_last_line_tells_what_th
     assert read_run(run).best() == (state["monitor"], best["global_step"], pytest.approx(state["score"], abs=1e-6))
 
 
+def labelled_table(path: Path, data: Path, count: int, first: str) -> Path:
+    """Pictures of `data.val`: the first has the label `first`, the rest "b"."""
+    pictures = sorted((data / "src/val").glob("*.png"))
+    rows = [f"{picture},{'b' if number else first}" for number, picture in enumerate(pictures[:count])]
+    path.write_text("\n".join(["file,label", *rows]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "is_anew"),
+    [("a label", True), ("a row", True), ("another table", True), ("prompts", True), ("data.val_pairs", False)],
+)
+def test_a_score_on_other_labelled_images_is_not_compared(data, tmp_path, capsys, change, is_anew):
+    run, table = tmp_path / "run", labelled_table(tmp_path / "table.csv", data, 8, "a")
+
+    def start(steps: int, *more: str) -> str:
+        given = {"data": str(table), "templates": "imagenet7" if change == "prompts" and steps == 4 else None}
+        callback = {"class_path": "miniclip.training.zero_shot.ZeroShotEvaluation", "init_args": given}
+        flag = f"--trainer.callbacks={json.dumps([callback])}"
+        trainer.main(arguments(data, run, flag, "--ckpt_path=last", *more, steps=steps))
+        return capsys.readouterr().out
+
+    start(2)
+    state = next(each for name, each in last(run)["callbacks"].items() if name.startswith("BestCheckpoint"))
+    for name in ("last", "best"):  # a score that no other can reach
+        kept = last(run, name)
+        next(each for key, each in kept["callbacks"].items() if key.startswith("BestCheckpoint"))["score"] = 1.5
+        torch.save(kept, run / f"checkpoints/{name}.ckpt")
+    if change == "another table":
+        table = labelled_table(tmp_path / "other.csv", data, 7, "a")
+    elif change != "prompts":
+        labelled_table(table, data, 9 if change == "a row" else 8, "c" if change == "a label" else "a")
+    out = start(4, *(["--data.val_pairs=2"] if change == "data.val_pairs" else []))
+    said = f"{run}/checkpoints/best.ckpt was the best by val/zero_shot_acc1 on other labelled images (1.5000), so the"
+    assert (said in out) == is_anew
+    assert (step_of(run, "best") > 2) == is_anew
+    now = next(each for name, each in last(run)["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert (now["labelled"] != state["labelled"]) == is_anew
+    assert [start["labelled_images"] for start in read_run(run).starts] == [state["labelled"], now["labelled"]]
+
+
 class Rates(Callback):
     """Notes the settings that the optimiser goes by in each step."""
 

@@ -502,6 +502,10 @@ def test_the_best_is_among_scores_of_the_same_kind():
     for name, before, now in (("validation_pairs", "a", "b"), ("monitor", "val/loss", "val/zero_shot_acc1")):
         other = dataclasses.replace(run, starts=({**first, name: before}, {**last, name: now}))
         assert other.best() == ("val/zero_shot_acc1", 4, 0.7)
+    for before, now, best in (("a", "b", (4, 0.7)), ("a", "a", (2, 0.9))):  # whatever the pairs
+        kinds = ({"labelled_images": before, "validation_pairs": "c"}, {"labelled_images": now})
+        other = dataclasses.replace(run, starts=({**first, **kinds[0]}, {**last, "validation_pairs": "d", **kinds[1]}))
+        assert other.best() == ("val/zero_shot_acc1", *best)
     same = dataclasses.replace(run, starts=({**first, "validation_pairs": "a"}, {**last, "validation_pairs": "a"}))
     assert same.best() == run.best()
     unknown = dataclasses.replace(run, starts=(first, {**last, "validation_pairs": "a"}))
