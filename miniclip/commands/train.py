@@ -333,6 +333,7 @@ class TrainingCLI(LightningCLI):
                 resume_command = f"{shown}  # with each … as it was"
             monitor, mode = run_settings.monitor(settings), settings.monitor_mode
             callbacks.append(LostProcesses(lambda: what_is_kept(last, resume_command)))
+            self._resume_command = resume_command
             callbacks.append(RunReport(run, typed, monitor, mode))
             # last.ckpt is written after everything else that a step leaves, and so knows of it.
             callbacks.append(RandomStates())
@@ -375,7 +376,15 @@ class TrainingCLI(LightningCLI):
             return
         source = found[0]
         model, _ = load(source, device="cpu")
-        save(model, self.run_folder / "best", overwrite=True)
+        try:
+            save(model, self.run_folder / "best", overwrite=True)
+        except OSError as error:
+            whole = " and ".join(str(path) for path in found)
+            raise ValueError(
+                f"{self.run_folder / 'best'} could not be written ({error}). Training is complete, and {whole} "
+                f"{'is' if len(found) == 1 else 'are'} whole. Once there is room, this writes it and trains nothing:\n"
+                f"  {self._resume_command}"
+            ) from error
         message = f"Trained model: {self.run_folder / 'best'} (from {source.name}); miniclip.load reads it."
         if (page := self.run_folder / PAGE_FILE).is_file():
             best = score_in(source) if source.name == "best.ckpt" else None

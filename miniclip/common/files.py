@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # What network disks, FUSE and old NFS answer where they have no such call.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # which reading does not answer
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole or not at all
 
@@ -47,6 +49,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             sync(file)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:  # the system names no file of a write that fails
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -5,6 +5,7 @@ Whatever can be is done in this process; signals of a scheduler and processes th
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -489,6 +490,30 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_keeps_the_previous_check
     assert "last.ckpt is the last checkpoint. To go on:\n" in said
     assert step_of(run) == 2
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+class FullAfterTraining(Callback):
+    """Once the run has left all its checkpoints, no file may grow past 4 kB."""
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_disk_that_is_full_for_the_trained_model_costs_no_training(data, tmp_path, capsys, room):
+    run = tmp_path / "run"
+    said = fails(capsys, arguments(data, run, callbacks(FullAfterTraining())))
+    weights, (best, kept) = (
+        run / "best/model.safetensors",
+        (run / f"checkpoints/{name}.ckpt" for name in ("best", "last")),
+    )
+    assert f"{run / 'best'} could not be written ([Errno {errno.EFBIG}] File too large: '{weights}')" in said
+    assert f"Training is complete, and {best} and {kept} are whole" in said
+    assert re.search(r"this writes it and trains nothing:\n  .*--ckpt_path last\n", said)
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    trainer.main(arguments(data, run, "--ckpt_path=last"))
+    assert "is finished: step 6 of 6" in capsys.readouterr().out
+    assert miniclip.load(run / "best", device="cpu")
 
 
 class FullLog(Callback):
