@@ -274,7 +274,15 @@ def holds_a_run(run: Path) -> bool:
 # loggers and a ModelCheckpoint without a folder do.
 _CHECKPOINTS = ("last.ckpt", "best.ckpt", ".last.ckpt.*.tmp", ".best.ckpt.*.tmp")
 _MODEL = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE)
-_LOG = (METRICS_FILE, RUN_FILE, "config.yaml", "hparams.yaml", "events.out.tfevents.*", "checkpoints/*.ckpt")
+_LOG = (
+    METRICS_FILE,
+    RUN_FILE,
+    "config.yaml",
+    "hparams.yaml",
+    "events.out.tfevents.*",
+    "checkpoints/*.ckpt",
+    "fit-profile*",
+)
 
 
 def results(run: Path) -> list[Path]:

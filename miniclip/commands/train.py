@@ -25,6 +25,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.profilers import PassThroughProfiler, Profiler
+from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
 
 from ..common.files import user_errors, write_text
 from ..common.storage import without_secrets, without_secrets_in
@@ -331,9 +333,9 @@ class TrainingCLI(LightningCLI):
             resume_command = run_settings.resume_command(sys.argv, python)
             if (shown := without_secrets(resume_command)) != resume_command:
                 resume_command = f"{shown}  # with each … as it was"
+            self._resume_command = resume_command
             monitor, mode = run_settings.monitor(settings), settings.monitor_mode
             callbacks.append(LostProcesses(lambda: what_is_kept(last, resume_command)))
-            self._resume_command = resume_command
             callbacks.append(RunReport(run, typed, monitor, mode))
             # last.ckpt is written after everything else that a step leaves, and so knows of it.
             callbacks.append(RandomStates())
@@ -360,10 +362,26 @@ class TrainingCLI(LightningCLI):
                 f"trainer.strategy {trainer.strategy!r} starts processes by fork or spawn, which would begin without "
                 "this command's state; use --trainer.strategy ddp"
             )
+        if trainer.sync_batchnorm and isinstance(made.strategy, ParallelStrategy):
+            _refuse_unsynchronised(self.model, made.strategy)
+        profiler: Profiler = made.profiler  # type: ignore[attr-defined]
+        if not isinstance(profiler, PassThroughProfiler) and profiler.filename is None:
+            profiler.filename = "profile"  # beside the run's log; otherwise it goes to Lightning's own
         return made
+
+    def after_validate(self) -> None:
+        self._tell_of_profile()
+
+    @rank_zero_only
+    def _tell_of_profile(self) -> None:
+        profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]
+        if profiler.dirpath is not None and profiler.filename is not None:
+            found = sorted(Path(profiler.dirpath).glob(f"*{profiler.filename}*"))
+            print(f"Profile: {some([str(path) for path in found], 3)}", flush=True)
 
     @rank_zero_only
     def after_fit(self) -> None:
+        self._tell_of_profile()
         checkpoints = run_settings.checkpoints(self.run_folder)
         found = [path for name in ("best.ckpt", "last.ckpt") if (path := checkpoints / name).is_file()]
         settings = self.config.fit
@@ -391,6 +409,24 @@ class TrainingCLI(LightningCLI):
             score = f"Best {best[0]}: {best[2]:.4f} at step {best[1]}. " if best else ""
             message = f"{score}{message} Report: {page}"
         print(message)
+
+
+def _refuse_unsynchronised(model: CLIPTraining, strategy: ParallelStrategy) -> None:
+    """Raises a ValueError if trainer.sync_batchnorm would have no effect, or torch's error, with several processes."""
+    if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return
+    device = strategy.root_device.type
+    alone = "leave it out: each process then normalises by its own part of the batch"
+    if not isinstance(strategy, DDPStrategy):
+        raise ValueError(
+            f"trainer.sync_batchnorm is true, which has no effect under this strategy: {alone}; or take "
+            "--trainer.strategy ddp on GPUs"
+        )
+    if device != "cuda":
+        raise ValueError(
+            f"trainer.sync_batchnorm is true and the device is {device}, where torch cannot synchronise batch norm: "
+            f"{alone}; or train on GPUs, or in one process (--trainer.devices 1 --trainer.strategy auto)"
+        )
 
 
 def _text_length_multiple(is_compiled: bool) -> int:

@@ -516,6 +516,17 @@ def test_a_disk_that_is_full_for_the_trained_model_costs_no_training(data, tmp_p
     assert miniclip.load(run / "best", device="cpu")
 
 
+@pytest.mark.parametrize("given", ["simple", "advanced", "SimpleProfiler"])
+def test_a_profile_lies_beside_the_log_and_the_run_says_where(data, tmp_path, capsys, given):
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, f"--trainer.profiler={given}", steps=2))
+    profile = run / "logs/version_0/fit-profile.txt"
+    assert f"Profile: {profile}\n" in capsys.readouterr().out
+    assert "on_train_batch_start" in profile.read_text()
+    trainer.main(arguments(data, run, "--overwrite=true", steps=2))
+    assert not profile.exists()
+
+
 class FullLog(Callback):
     """A folder has the log's name, so no file can be written there."""
 

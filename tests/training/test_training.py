@@ -176,6 +176,11 @@ def callback(class_path: str, **options: Any) -> str:
     return "--trainer.callbacks=" + json.dumps([{"class_path": class_path, "init_args": options}])
 
 
+RESNET = [
+    "--model.clip.vision.kind=resnet",
+    "--model.clip.vision.blocks=[1,1,1,1]",
+    "--model.clip.vision.image_size=32",
+]
 MISTAKES = [
     (["--data.batchsize=3"], "unknown key 'data.batchsize'; did you mean 'data.batch_size'?"),
     (["--model.clip.vision.widht=32"], "did you mean 'model.clip.vision.width'?"),
@@ -221,6 +226,14 @@ MISTAKES = [
     (["--trainer.check_val_every_n_epoch=-1"], "trainer.check_val_every_n_epoch is -1; it must be above 0"),
     (["--trainer.val_check_interval=4"], "trainer.val_check_interval is 4 and an epoch has 3 steps"),
     (["--trainer.logger=WandbLogger"], "loggers.WandbLogger' cannot be used: Requirement 'wandb"),
+    (
+        [*RESNET, "--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"],
+        "trainer.sync_batchnorm is true and the device is cpu, where torch cannot synchronise",
+    ),
+    (
+        [*RESNET, "--trainer.strategy=fsdp2", "--trainer.sync_batchnorm=true"],
+        "trainer.sync_batchnorm is true, which has no effect under this strategy",
+    ),
     (["--trainer.strategy=ddp_spawn"], "use --trainer.strategy ddp"),
     (["--trainer.strategy=ddp_notebook"], "use --trainer.strategy ddp"),
     ([callback("StochasticWeightAveraging", swa_lrs=0.1)], "set model.ema_decay"),
