@@ -274,6 +274,7 @@ def holds_a_run(run: Path) -> bool:
 # loggers and a ModelCheckpoint without a folder do.
 _CHECKPOINTS = ("last.ckpt", "best.ckpt", ".last.ckpt.*.tmp", ".best.ckpt.*.tmp")
 _MODEL = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE)
+_PROFILES = "fit-profile*.txt"  # beside the log; without a logger in the run's folder
 _LOG = (
     METRICS_FILE,
     RUN_FILE,
@@ -281,14 +282,14 @@ _LOG = (
     "hparams.yaml",
     "events.out.tfevents.*",
     "checkpoints/*.ckpt",
-    "fit-profile*",
+    _PROFILES,
 )
 
 
 def results(run: Path) -> list[Path]:
     """The files that a run wrote into its folder, which --overwrite removes."""
     logs = [path.parent for path in run.glob(f"logs/version_*/{RUN_FILE}")]  # other programs have such folders, too
-    patterns = [(checkpoints(run), _CHECKPOINTS), (run / "best", _MODEL), (run, (PAGE_FILE, NON_FINITE))]
+    patterns = [(checkpoints(run), _CHECKPOINTS), (run / "best", _MODEL), (run, (PAGE_FILE, NON_FINITE, _PROFILES))]
     patterns += [(log, _LOG) for log in logs]
     return sorted(path for folder, names in patterns for name in names for path in folder.glob(name) if path.is_file())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ..common.processes import all_gather_objects
+from ..common.storage import is_url
 from ..data.pairs import Batch
 from ..data.wordings.kept import Wordings
 from ..data.wordings.mine import NUM_CAPTIONS, mine
@@ -94,6 +96,7 @@ class CaptionWordings(Callback):
         for step in zip(*all_gather_objects(self._own), strict=True):
             self._captions += [caption for own in step for caption in own]
         self._own = []
+        del self._captions[NUM_CAPTIONS:]  # of images with several
 
     def state_dict(self) -> dict[str, Any]:
         self._share()
@@ -147,7 +150,7 @@ class ZeroShotEvaluation(Callback):
         self.datasets = {"val/zero_shot_acc1": labelled(open_dataset(self.data, templates=self.templates))}
         for name, data in self.others.items():
             self.datasets[f"val/zero_shot_acc1_{name}"] = labelled(open_dataset(data))
-        if stage == "fit":  # the first process's, because times of files differ on another machine
+        if stage == "fit":  # the first process's
             asked = self.datasets if trainer.is_global_zero else {}
             own = {name: _labelled_digest(data) for name, data in asked.items()}
             self.scored_data = all_gather_objects(own)[0]
@@ -197,12 +200,28 @@ class ZeroShotEvaluation(Callback):
 
 
 def _labelled_digest(data: LabelledImages) -> str:
-    """Changes whenever an image, a label, a name or a prompt does; not with the prompts that nobody chose, which follow
-    the model."""
+    """Changes with the images' names, sizes, labels or prompts; not with the folder that they lie in or their times,
+    which are others on another machine, and not with the prompts that nobody chose, which follow the model."""
     is_default = isinstance(data.templates, DefaultTemplates)
     prompts = [] if is_default else [class_prompts(data.templates, name) for name in data.classnames]
-    facts = json.dumps([[int(label) for label in data.labels], data.classnames, prompts])
-    return hashlib.sha256(f"{data.fingerprint()} {facts}".encode()).hexdigest()
+    keys = [data.shown(index).split("/") for index in range(len(data))]
+    at_each_depth = enumerate(zip(*(key[:-1] for key in keys), strict=False))
+    shared = next((depth for depth, parts in at_each_depth if len(set(parts)) > 1), min(map(len, keys)) - 1)
+    names = ["/".join(key[shared:]) for key in keys]
+    sizes = [_size(image) for image in data.images] if isinstance(data.images, list | tuple) else None
+    facts = [names, sizes, [int(label) for label in data.labels], data.classnames, prompts, data.upright]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _size(image: Any) -> int | None:
+    """Bytes of a file that lies here or in memory."""
+    if isinstance(image, bytes):
+        return len(image)
+    if not isinstance(image, str | Path) or is_url(str(image)):
+        return None
+    with suppress(OSError):
+        return Path(image).stat().st_size
+    return None
 
 
 def num_decoders(trainer: pl.Trainer) -> int:

@@ -739,7 +739,14 @@ def labelled_table(path: Path, data: Path, count: int, first: str) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "is_anew"),
-    [("a label", True), ("a row", True), ("another table", True), ("prompts", True), ("data.val_pairs", False)],
+    [
+        ("a label", True),
+        ("a row", True),
+        ("another table", True),
+        ("prompts", True),
+        ("data.val_pairs", False),
+        ("a copy elsewhere", False),
+    ],
 )
 def test_a_score_on_other_labelled_images_is_not_compared(data, tmp_path, capsys, change, is_anew):
     run, table = tmp_path / "run", labelled_table(tmp_path / "table.csv", data, 8, "a")
@@ -759,6 +766,9 @@ def test_a_score_on_other_labelled_images_is_not_compared(data, tmp_path, capsys
         torch.save(kept, run / f"checkpoints/{name}.ckpt")
     if change == "another table":
         table = labelled_table(tmp_path / "other.csv", data, 7, "a")
+    elif change == "a copy elsewhere":  # with other times
+        copied = shutil.copytree(data, tmp_path / "elsewhere/copied", copy_function=shutil.copyfile)
+        table = labelled_table(tmp_path / "copied.csv", copied, 8, "a")
     elif change != "prompts":
         labelled_table(table, data, 9 if change == "a row" else 8, "c" if change == "a label" else "a")
     out = start(4, *(["--data.val_pairs=2"] if change == "data.val_pairs" else []))
