@@ -227,7 +227,7 @@ class _OurTokenize:
         if cut:
             warnings.warn(
                 f"{self.name} reads {length} tokens; {len(cut)} of {len(texts)} texts are longer and were cut, "
-                f"one of them: {cut[0][:200]!r}",
+                f"the first: {cut[0][:200]!r}",
                 stacklevel=2,
             )
         return tokens
