@@ -208,6 +208,28 @@ def test_columns_of_parquet_come_along_as_they_are(tmp_path, model, layout):
             assert as_text[0] == as_text[1]
 
 
+def test_views_of_texts_and_bytes_in_parquet_are_read_and_come_along(tmp_path, model):
+    view = pa.string_view()
+    long = "longer than the twelve bytes of a short view"
+    rows = {
+        "caption": pa.array(["a", None, long, "b"], view),
+        "text": pa.array(["x", None, long, ""], view),
+        "bytes": pa.array([b"x", None, b"\xff", b""], pa.binary_view()),
+        "list": pa.array([["x"], None, [long, None], []], pa.list_(view)),
+        "large": pa.array([["x"], None, [long, None], []], pa.large_list(view)),
+        "two": pa.array([["x", "y"], None, [long, None], ["", ""]], pa.list_(view, 2)),
+        "struct": pa.array([{"in": "x"}, None, {"in": None}, {"in": long}], pa.struct([("in", view)])),
+        "map": pa.array([[("k", "x")], None, [], [(long, None)]], pa.map_(view, view)),
+    }
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    write(tmp_path / "t.parquet", tmp_path / "out", model, texts=True)
+    found = ds.dataset(tmp_path / "out").to_table()
+    assert found["source_text"].to_pylist() == ["x", long, ""]
+    for name in ("bytes", "list", "large", "two", "struct", "map"):
+        expected = rows[name].to_pylist()
+        assert found[name].to_pylist() == [expected[0], *expected[2:]]
+
+
 def test_several_files_of_parquet_with_other_types_of_a_column_keep_its_values(tmp_path, model):
     for n, year in enumerate([[1990, 1991], [None, 1992.5]]):
         columns = {"caption": ["a", "b"], "year": year, "tags": [["x"], None] if n else pa.nulls(2)}

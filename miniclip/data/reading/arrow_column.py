@@ -126,6 +126,39 @@ def holds_bytes(kind: Any) -> bool:
     return is_text or _is_binary(kind) or any(holds_bytes(each) for each in within)
 
 
+def without_views(kind: Any) -> Any:
+    """A type of Arrow's with large texts and bytes where it has views of them, of which Arrow can't take rows."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_string_view(kind):
+        return pa.large_string()
+    if types.is_binary_view(kind):
+        return pa.large_binary()
+    if types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, without_views(kind.value_type), kind.ordered)
+    within = [field.with_type(without_views(field.type)) for field in map(kind.field, range(kind.num_fields))]
+    if types.is_struct(kind):
+        return pa.struct(within)
+    if types.is_map(kind):
+        return pa.map_(*(field.with_type(without_views(field.type)) for field in (kind.key_field, kind.item_field)))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(*within, kind.list_size)
+    if types.is_large_list(kind):
+        return pa.large_list(*within)
+    return pa.list_(*within) if types.is_list(kind) else kind
+
+
+def taken(values: Any, indices: Sequence[int]) -> Any:
+    """Rows of a `pyarrow.ChunkedArray`, as one; row by row where Arrow can't take several of its type."""
+    import pyarrow as pa
+
+    try:
+        return values.take(pa.array(indices, pa.int64()))
+    except NotImplementedError:
+        return pa.chunked_array([part for row in indices for part in values.slice(row, 1).chunks], values.type)
+
+
 def _is_binary(kind: Any) -> bool:
     from pyarrow import types
 

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import unquote
 
-from .arrow_column import ArrowColumn, is_large
+from .arrow_column import ArrowColumn, is_large, taken, without_views
 from .scan import LeftOut
 
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
@@ -106,7 +106,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         """A column with all of its values: an `ArrowColumn`, or a list where its type is not the same in all files."""
         if name in self.of_path:
             return self.column(name)
-        kinds = list(dict.fromkeys(file.schema_arrow.field(name).type for file in self.files))
+        kinds = list(dict.fromkeys(without_views(file.schema_arrow.field(name).type) for file in self.files))
         kinds = [kind for kind in kinds if not _is_null(kind)] or kinds
         pieces = [_GroupColumn(self, name, *group) for group in self.groups]
         large = is_large(sum(_bytes_of(file, name) for file in self.files), sum(map(len, pieces)))
@@ -129,10 +129,16 @@ class ParquetRows(Sequence[dict[str, Any]]):
             return self._part(name, file_index, group)
 
     def _read_part(self, name: str, file_index: int, group: int) -> Any:
+        path = self.paths[file_index]
         try:
-            return self.files[file_index].read_row_group(group, columns=[name])[name]
+            values = self.files[file_index].read_row_group(group, columns=[name])[name]
         except (self.errors, OSError) as error:
-            raise ValueError(f"{self.paths[file_index]} is damaged in its row group {group}: {error}") from error
+            raise ValueError(f"{path} is damaged in its row group {group}: {error}") from error
+        kind = without_views(values.type)
+        try:
+            return values if values.type == kind else values.cast(kind)
+        except self.errors as error:
+            raise ValueError(f"{path}: column {name!r} of type {values.type} can't be read: {error}") from error
 
     def column(self, name: str) -> list[Any]:
         """A column's values; None in place of images that lie in it: their bytes, base64 or pixels."""
@@ -167,7 +173,12 @@ class _GroupColumn:
         return self.count
 
     def take(self, indices: Sequence[int]) -> Any:
-        return self.rows.part(self.name, self.file_index, self.group).take(indices)
+        values = self.rows.part(self.name, self.file_index, self.group)
+        try:
+            return taken(values, indices)
+        except self.rows.errors as error:
+            path = self.rows.paths[self.file_index]
+            raise ValueError(f"{path}: column {self.name!r} of type {values.type} can't be read: {error}") from error
 
 
 def _is_null(kind: Any) -> bool:
