@@ -61,7 +61,7 @@ from ..evaluation.datasets.tars import (
     benchmark_splits,
     captions_of,
     hub_location,
-    shard_metadata,
+    shard_columns,
 )
 from .names import STANDARD_INPUT, StandardInput, existing, lines_of, matching
 
@@ -390,10 +390,7 @@ def _columns_as_one(parts: Sequence[Any]) -> dict[str, Sequence[Any]]:
     """The columns of all parts; None where a part has no such column."""
     found: dict[str, Sequence[Any]] = {}
     for name in dict.fromkeys(name for part in parts for name in part.metadata):
-        columns = [part.metadata.get(name, [None] * len(part)) for part in parts if len(part)]
-        of_arrow = [each for each in columns if isinstance(each, ArrowColumn)]
-        whole = joined(of_arrow) if len(of_arrow) == len(columns) else None
-        found[name] = [value for values in columns for value in values] if whole is None else whole
+        found[name] = joined([part.metadata.get(name, [None] * len(part)) for part in parts if len(part)])
     return found
 
 
@@ -577,7 +574,8 @@ def _as_texts(
 
 def _texts_of_shards(source: str) -> Texts:
     shards = open_shards(source)
-    left_out = [LeftOut(source, each.reason, each.count) for each in shards.left_out]
+    metadata, damaged = shard_columns(shards)
+    left_out = [*(LeftOut(source, each.reason, each.count) for each in shards.left_out), *damaged]
     names = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
     found = (partial(captions_of, shards, number) for number in range(len(shards)))
-    return _as_texts(found, names, shard_metadata(shards), left_out, "a sample without a text")
+    return _as_texts(found, names, metadata, left_out, "a sample without a text")

@@ -24,9 +24,11 @@ from libraries import LIBRARIES
 from PIL import Image
 
 import miniclip
+from miniclip.data.reading.parquet import ParquetRows
+from miniclip.data.shards import Shards
 from miniclip.evaluation.other_libraries import open_model
 from miniclip.inference.embedding.embed import embed_source
-from miniclip.inference.embedding.source_rows import SourceRows
+from miniclip.inference.embedding.source_rows import SourceRows, columns_left_out
 from miniclip.inference.sources import image_set, text_set
 
 TEXTS = ["a picture of a cat.", "two dogs", "red", "a picture of two red dogs ."]
@@ -228,6 +230,98 @@ def test_views_of_texts_and_bytes_in_parquet_are_read_and_come_along(tmp_path, m
     for name in ("bytes", "list", "large", "two", "struct", "map"):
         expected = rows[name].to_pylist()
         assert found[name].to_pylist() == [expected[0], *expected[2:]]
+
+
+def tar_of(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for suffix, data in members.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_a_damaged_json_of_a_sample_costs_its_columns_alone_and_is_told(tmp_path, model):
+    picture_bytes = write_picture(tmp_path / "a.png").read_bytes()
+    facts = [b'{"id": 0}', b'{"id": 1,', b'{"id": 2}']
+    members = [{"png": picture_bytes, "txt": b"c", "cls": b"%d" % n, "json": facts[n]} for n in range(3)]
+    tar_of(tmp_path / "t.tar", {str(n): each for n, each in enumerate(members)})
+    for texts in (False, True):
+        done = write(tmp_path / "t.tar", out := tmp_path / f"out{texts}", model, texts=texts)
+        found = ds.dataset(out).to_table()
+        assert found["id"].to_pylist() == [0, None, 2]
+        assert found["cls"].to_pylist() == ["0", "1", "2"]
+        assert done.left_out == 1
+        listed = pd.read_csv(out / "_left_out.csv")
+        assert (listed.name[0], listed.reason[0].startswith("a .json that can't be read")) == ("t.tar:1", True)
+
+
+def test_labels_of_shards_are_read_of_the_rows_that_are_asked_for(tmp_path, monkeypatch):
+    picture_bytes = write_picture(tmp_path / "a.png").read_bytes()
+    for shard in range(3):
+        tar_of(tmp_path / f"{shard}.tar", {f"{shard}": {"png": picture_bytes, "cls": b"%d" % shard}})
+    asked, read = [], Shards.read
+    monkeypatch.setattr(
+        Shards, "read", lambda self, index, kind: (asked.append(self.name(index)), read(self, index, kind))[1]
+    )
+    rows = SourceRows(image_set(str(tmp_path / "{0..2}.tar")))
+    rows.fingerprint()
+    assert not asked
+    assert rows.table([1, 2])["cls"].to_pylist() == ["1", "2"]
+    assert {*asked} == {"1.tar:1", "2.tar:2"}
+
+
+def test_sources_that_are_joined_keep_classes_by_name_and_go_without_pictures(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    noise = [Image.fromarray(np.random.default_rng(n).integers(0, 255, (90, 90, 3), np.uint8)) for n in range(3)]
+    columns = {"image": noise, "mask": noise, "label": [1, 0, -1]}
+    features = {"image": datasets.Image(), "mask": datasets.Image()}
+    sets = [
+        datasets.Dataset.from_dict(columns, datasets.Features(features | {"label": datasets.ClassLabel(names=names)}))
+        for names in (["cat", "dog"], ["owl", "fox", "bat"])
+    ]
+    sets.append(sets[0].remove_columns(["mask", "label"]))
+    for name, chosen, expected in (
+        ("missing", [0, 2], ["dog", "cat", None, None, None, None]),
+        ("other", [0, 1], ["dog", "cat", None, "fox", "owl", None]),
+        ("all", [2, 1, 0], [None, None, None, "fox", "owl", None, "dog", "cat", None]),
+    ):
+        parts = {f"part{n}": sets[n] for n in chosen}
+        datasets.DatasetDict(parts).save_to_disk(tmp_path / name)
+        data = image_set(tmp_path / name)
+        assert SourceRows(data).table(range(len(data)))["label"].to_pylist() == expected
+        assert [each.source for each in columns_left_out(data)] == ["column 'mask'"]
+
+
+def test_pictures_stay_out_beside_a_table_that_has_a_text_in_their_column(tmp_path):
+    pictures = {"caption": ["a", "b"], "pixels": [b"x" * 50_000] * 2, "thumb": [b"y"] * 2, "n": pa.array([1, 2])}
+    pq.write_table(pa.table(pictures), tmp_path / "a.parquet")
+    table(tmp_path / "b.csv", "caption,pixels,thumb,n", "c,path,path,x")
+    data = text_set([tmp_path / "a.parquet", tmp_path / "b.csv"])
+    assert {each.source for each in columns_left_out(data)} == {"column 'pixels'", "column 'thumb'"}
+    assert SourceRows(data).table([0, 2])["n"].to_pylist() == ["1", "x"]
+
+
+def test_a_run_goes_on_with_a_parquet_file_that_was_copied_and_not_with_other_values(tmp_path):
+    def fingerprint(labels):
+        pq.write_table(pa.table({"caption": list("abcd"), "label": labels}), tmp_path / "t.parquet", row_group_size=2)
+        return SourceRows(text_set(tmp_path / "t.parquet")).fingerprint()
+
+    first = fingerprint([0, 1, 1, 0])
+    os.utime(tmp_path / "t.parquet", (1, 1))
+    assert SourceRows(text_set(tmp_path / "t.parquet")).fingerprint() == first == fingerprint([0, 1, 1, 0])
+    assert fingerprint([1, 0, 1, 0]) != first  # of the same size, and with the same statistics
+
+
+def test_of_a_column_of_parquet_one_group_is_kept(tmp_path):
+    columns = {"value": np.arange(1_000_000), **{f"c{n}": np.zeros(1_000_000, np.int8) for n in range(9)}}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=100_000)
+    del columns
+    rows = ParquetRows([tmp_path / "t.parquet"])
+    before = pa.total_allocated_bytes()
+    assert sum(rows.whole("value")) == 499_999_500_000
+    assert pa.total_allocated_bytes() - before < 2_000_000  # a group has 800 kB
 
 
 def test_several_files_of_parquet_with_other_types_of_a_column_keep_its_values(tmp_path, model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any, Protocol
 
@@ -17,6 +19,9 @@ class Piece(Protocol):
 
     def __len__(self) -> int: ...
 
+    def identity(self) -> str:
+        """Changes whenever a value does."""
+
     def take(self, indices: Sequence[int]) -> Any:
         """The values of these rows, a `pyarrow.ChunkedArray`."""
 
@@ -27,7 +32,6 @@ class ArrowColumn(Sequence[Any]):
     Args:
         pieces: one after the other.
         kind: the type of the values, Arrow's.
-        identity: changes whenever a value does, and can be computed without reading them.
         is_large: as `is_large` says it of a column.
         names: what the values stand for, if they are numbers of classes.
         chosen: the rows to have, by number, in any order; None for all.
@@ -37,15 +41,20 @@ class ArrowColumn(Sequence[Any]):
         self,
         pieces: Sequence[Piece],
         kind: Any,
-        identity: str,
         is_large: bool = False,
         names: Sequence[str] = (),
         chosen: Any = None,
     ) -> None:
-        self.pieces, self.kind, self.identity = list(pieces), kind, identity
+        self.pieces, self.kind = list(pieces), kind
         self.is_large, self.names = is_large, tuple(names)
         self.chosen = None if chosen is None else np.asarray(chosen, dtype=np.int64)
         self._ends = list(accumulate(map(len, self.pieces)))
+
+    @property
+    def identity(self) -> str:
+        """Changes with the type, and whenever a value does, unless they are large, which are not read for it."""
+        of_values = [] if self.is_large else [piece.identity() for piece in self.pieces]
+        return "\n".join([str(self.kind), str(len(self)), *of_values])
 
     @property
     def is_plain(self) -> bool:
@@ -71,13 +80,22 @@ class ArrowColumn(Sequence[Any]):
     def only(self, rows: Sequence[int]) -> ArrowColumn:
         """These rows of all, in this order; one may come several times."""
         chosen = np.asarray(rows, dtype=np.int64) if self.chosen is None else self.chosen[rows]
-        return ArrowColumn(self.pieces, self.kind, self.identity, self.is_large, self.names, chosen)
+        return ArrowColumn(self.pieces, self.kind, self.is_large, self.names, chosen)
+
+    def by_name(self) -> ArrowColumn:
+        """Classes as their names, null for a number without one; itself if it is not of classes."""
+        import pyarrow as pa
+
+        if not self.names:
+            return self
+        pieces = [_Named(piece, self.names) for piece in self.pieces]
+        return ArrowColumn(pieces, pa.string(), self.is_large, chosen=self.chosen)
 
     def take(self, indices: Sequence[int]) -> Any:
         """A `pyarrow.ChunkedArray` of these rows, in this order. Pieces are read one at a time.
 
         Raises:
-            ValueError: a file is damaged.
+            ValueError: a file is damaged, or holds values of another type.
         """
         import pyarrow as pa
 
@@ -90,26 +108,100 @@ class ArrowColumn(Sequence[Any]):
             start = self._ends[place] - len(self.pieces[place])
             chunks += self.pieces[place].take((rows[done : done + count] - start).tolist()).chunks
             done += count
-        return pa.chunked_array(
-            [chunk.cast(self.kind) if chunk.type != self.kind else chunk for chunk in chunks], self.kind
-        )
+        try:
+            chunks = [chunk.cast(self.kind) if chunk.type != self.kind else chunk for chunk in chunks]
+        except pa.ArrowException as error:
+            raise ValueError(f"a column of type {self.kind} has values of another type: {error}") from error
+        return pa.chunked_array(chunks, self.kind)
 
 
-def joined(columns: Sequence[ArrowColumn]) -> ArrowColumn | None:
-    """Columns of one type as one, one after the other; None where they are of several types or classes."""
-    first, *others = columns
-    if any((each.kind, each.names) != (first.kind, first.names) for each in others):
-        return None
-    pieces = [piece for each in columns for piece in each.pieces]
-    identity, is_large = "\n".join(each.identity for each in columns), any(each.is_large for each in columns)
-    if all(each.chosen is None for each in columns):
-        return ArrowColumn(pieces, first.kind, identity, is_large, first.names)
+def joined(columns: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """Columns as one, one after the other: an `ArrowColumn` where they have a type in common, or only some have values.
+
+    Else a list of their values, of classes the names. One with bytes or large texts stays an `ArrowColumn` that is
+    large, since neither is to be read as other values.
+    """
+    of_arrow = [each for each in columns if isinstance(each, ArrowColumn)]
+    has_others = any(any(value is not None for value in each) for each in columns if not isinstance(each, ArrowColumn))
+    if has_others or len({each.names for each in of_arrow}) > 1:
+        columns = [each.by_name() if isinstance(each, ArrowColumn) else each for each in columns]
+        of_arrow = [each for each in columns if isinstance(each, ArrowColumn)]
+    kind = None if has_others or not of_arrow else _common_kind([each.kind for each in of_arrow])
+    is_large = any(each.is_large for each in of_arrow)
+    if kind is None and (is_large or any(_has_bytes(each.kind) for each in of_arrow)):
+        kind, is_large = of_arrow[0].kind, True
+    if kind is None:
+        return [value for values in columns for value in values]
+    pieces: list[Piece] = []
     chosen, start = [], 0
     for each in columns:
-        length = sum(map(len, each.pieces))
-        chosen.append(start + (np.arange(length) if each.chosen is None else each.chosen))
-        start += length
-    return ArrowColumn(pieces, first.kind, identity, is_large, first.names, np.concatenate(chosen))
+        own = each.pieces if isinstance(each, ArrowColumn) else [_Values(each)]
+        length = sum(map(len, own))
+        rows = each.chosen if isinstance(each, ArrowColumn) else None
+        chosen.append(start + (np.arange(length) if rows is None else rows))
+        pieces, start = [*pieces, *own], start + length
+    is_whole = all(each.chosen is None for each in of_arrow)
+    return ArrowColumn(pieces, kind, is_large, of_arrow[0].names, None if is_whole else np.concatenate(chosen))
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Values as Python has them."""
+
+    values: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def identity(self) -> str:
+        return json.dumps(list(self.values), default=str)
+
+    def take(self, indices: Sequence[int]) -> Any:
+        import pyarrow as pa
+
+        return pa.chunked_array([pa.array([self.values[index] for index in indices])])
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Numbers of classes as their names; a number without one, as -1 is for no class, is null."""
+
+    piece: Piece
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.piece)
+
+    def identity(self) -> str:
+        return json.dumps([self.names, self.piece.identity()])
+
+    def take(self, indices: Sequence[int]) -> Any:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        numbers = self.piece.take(indices).cast(pa.int64())  # of a part without values it is null
+        is_class = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(self.names)))
+        return pa.chunked_array([pa.array(self.names, pa.string())]).take(pc.if_else(is_class, numbers, None))
+
+
+def _common_kind(kinds: Sequence[Any]) -> Any:
+    """The type that holds the values of all; None if there is none but that of their texts."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    kinds = list(dict.fromkeys(kind for kind in kinds if not types.is_null(kind))) or [kinds[0]]
+    if len(kinds) == 1:
+        return kinds[0]
+    alike = (types.is_signed_integer, types.is_unsigned_integer, types.is_floating, _is_text, _is_binary)
+    if not any(all(map(is_alike, kinds)) for is_alike in alike):
+        return None
+    schemas = [pa.schema([("column", kind)]) for kind in kinds]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+
+
+def _has_bytes(kind: Any) -> bool:
+    within = (kind.field(number).type for number in range(kind.num_fields))
+    return _is_binary(kind) or any(map(_has_bytes, within))
 
 
 def is_large(num_bytes: int, num_rows: int) -> bool:
@@ -119,11 +211,14 @@ def is_large(num_bytes: int, num_rows: int) -> bool:
 
 def holds_bytes(kind: Any) -> bool:
     """Whether a type of Arrow's is of bytes or of texts, or has some within."""
+    within = (kind.field(number).type for number in range(kind.num_fields))
+    return _is_text(kind) or _is_binary(kind) or any(holds_bytes(each) for each in within)
+
+
+def _is_text(kind: Any) -> bool:
     from pyarrow import types
 
-    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    within = (kind.field(number).type for number in range(kind.num_fields))
-    return is_text or _is_binary(kind) or any(holds_bytes(each) for each in within)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def without_views(kind: Any) -> Any:

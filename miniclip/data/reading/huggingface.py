@@ -107,11 +107,8 @@ class DatasetsRows:
         """A column with all of its values."""
         kind = self.loaded.features.arrow_schema.field(name).type
         num_bytes = self.loaded.data.column(name).nbytes if holds_bytes(kind) else 0
-        identity = f"{name} {kind} {self.loaded._fingerprint}"
-        large = is_large(num_bytes, len(self.loaded.data))
-        return ArrowColumn(
-            [_SetColumn(self.loaded, name)], kind, identity, large, getattr(self.loaded.features[name], "names", ())
-        )
+        large, names = is_large(num_bytes, len(self.loaded.data)), getattr(self.loaded.features[name], "names", ())
+        return ArrowColumn([_SetColumn(self.loaded, name)], kind, large, names)
 
 
 class _SetColumn:
@@ -119,9 +116,13 @@ class _SetColumn:
 
     def __init__(self, loaded: Any, name: str) -> None:
         self.loaded, self.name = loaded.select_columns([name]).with_format("arrow"), name
+        self.of_set = loaded._fingerprint
 
     def __len__(self) -> int:
         return len(self.loaded)
+
+    def identity(self) -> str:
+        return f"{self.name} {self.of_set}"
 
     def take(self, indices: Sequence[int]) -> Any:
         return self.loaded[list(indices)][self.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         self.ends = list(accumulate(count for _, _, count in self.groups))
         self._lock = Lock()
         self._group = lru_cache(maxsize=2)(lambda file_index, group: self.files[file_index].read_row_group(group))
-        self._part = lru_cache(maxsize=len(self.columns))(self._read_part)  # the last group of each column
+        self._parts: dict[str, tuple[tuple[int, int], Any]] = {}  # the last group of each column
 
     def __reduce__(self) -> Any:
         return type(self), (self.paths, self.chosen)  # another process opens the files anew
@@ -113,11 +114,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         if len(kinds) > 1 and not large:
             values = [value for each in pieces for value in self.part(name, each.file_index, each.group).to_pylist()]
             return values if self.chosen is None else [values[row] for row in self.chosen]
-        facts = [path.stat() for path in self.paths]
-        identity = "\n".join(
-            f"{path.name} {fact.st_size} {fact.st_mtime_ns}" for path, fact in zip(self.paths, facts, strict=True)
-        )
-        return ArrowColumn(pieces, kinds[0], f"{name} {kinds[0]} {identity}", large, chosen=self.chosen)
+        return ArrowColumn(pieces, kinds[0], large, chosen=self.chosen)
 
     def part(self, name: str, file_index: int, group: int) -> Any:
         """A column of a row group, a `pyarrow.ChunkedArray`.
@@ -126,7 +123,12 @@ class ParquetRows(Sequence[dict[str, Any]]):
             ValueError: the file is damaged.
         """
         with self._lock:
-            return self._part(name, file_index, group)
+            place, values = self._parts.get(name, (None, None))
+            if place != (file_index, group):
+                self._parts.pop(name, None)
+                values = self._read_part(name, file_index, group)
+                self._parts[name] = (file_index, group), values
+            return values
 
     def _read_part(self, name: str, file_index: int, group: int) -> Any:
         path = self.paths[file_index]
@@ -171,6 +173,21 @@ class _GroupColumn:
 
     def __len__(self) -> int:
         return self.count
+
+    def identity(self) -> str:
+        """A digest of the column as the file has it, compressed; when it was written does not matter."""
+        file, path, digest = self.rows.files[self.file_index], self.rows.paths[self.file_index], hashlib.blake2b()
+        digest.update(f"{self.name} {self.count}".encode())
+        for leaf in _leaves_of(file, self.name)[1]:
+            facts = file.metadata.row_group(self.group).column(leaf)
+            starts = [facts.data_page_offset, *([facts.dictionary_page_offset] if facts.has_dictionary_page else [])]
+            try:
+                with open(path, "rb") as data:
+                    data.seek(min(starts))
+                    digest.update(data.read(facts.total_compressed_size))
+            except OSError as error:
+                raise ValueError(f"{path} can't be read: {error.strerror or error}") from error
+        return digest.hexdigest()
 
     def take(self, indices: Sequence[int]) -> Any:
         values = self.rows.part(self.name, self.file_index, self.group)

@@ -28,7 +28,7 @@ from ...data.shards import Shards
 from .class_folders import left_out_of_bare
 from .folders_and_tables import FromEach, image_of_row, images_of_rows
 from .sets import Columns, EvaluationSet, digest_lines
-from .tars import NUM_SHARDS_FILE, benchmark_splits, images_of, indexed, set_name, shard_metadata
+from .tars import NUM_SHARDS_FILE, benchmark_splits, images_of, indexed, set_name, shard_columns
 
 
 def bare_folder(folder: Path) -> EvaluationSet:
@@ -111,13 +111,14 @@ def bare_tars(source: str) -> EvaluationSet:
     """
     shards = open_shards(source)
     keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
+    metadata, damaged = shard_columns(shards) if len(shards) else ({}, [])
     return EvaluationSet(
         set_name(source),
         images_of(shards),
         keys=keys,
-        metadata=shard_metadata(shards) if len(shards) else {},
+        metadata=metadata,
         identity=digest_lines(shards.checksums) if shards.checksums else None,
-        left_out=[LeftOut(source, each.reason, each.count) for each in shards.left_out],
+        left_out=[*(LeftOut(source, each.reason, each.count) for each in shards.left_out), *damaged],
     )
 
 

@@ -6,8 +6,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from ...common.storage import (
     without_secrets,
 )
 from ...data.indexing.index_tars import index_shards, tar_locations
+from ...data.reading.arrow_column import ArrowColumn
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
-from ...data.reading.scan import summary
+from ...data.reading.scan import LeftOut, summary
 from ...data.shard_index import INDEX_FILE
-from ...data.shards import Shards
+from ...data.shards import Shards, facts_of
 from .class_folders import in_split
 from .folders_and_tables import FromEach, alike, all_captioned, choose_split, label_in
 from .name_files import names_of, templates_of
@@ -173,7 +174,7 @@ def _read_shards(
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(shards.checksums) if shards.checksums else None
-    images, metadata = images_of(shards), _of_one_value(shard_metadata(shards))
+    images, metadata = images_of(shards), _groups_of(shards)
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
@@ -229,17 +230,62 @@ def _probes(count: int) -> list[int]:
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, 10))})
 
 
-def shard_metadata(shards: Shards) -> dict[str, list[Any]]:
-    """The entries of the samples' `.json`, and their `.cls`; None where a sample has no such entry."""
-    if not (shards.holds("json") or shards.holds("cls")):
-        return {}
-    facts = [_facts_of_sample(shards, number) for number in range(len(shards))]
+def shard_columns(shards: Shards) -> tuple[dict[str, Sequence[Any]], list[LeftOut]]:
+    """The entries of the samples' `.json`, and their `.cls`, N values under each name: None where a sample has no such
+    entry, or a `.json` that can't be read, which is told. Without any `.json`, tars are read when values are asked for.
+    """
+    if not shards.holds("json"):
+        return ({"cls": _cls_column(shards)} if shards.holds("cls") else {}), []
+    facts, damaged = [], []
+    for number in range(len(shards)):
+        own = _members_of(shards, number)
+        try:
+            facts.append(facts_of(own.__getitem__))
+        except ValueError:
+            facts.append(facts_of((own | {"json": b""}).__getitem__))
+            damaged.append(LeftOut(shards.name(number), "a .json that can't be read, so its columns have no value"))
+    return _by_name(facts), damaged
+
+
+def _cls_column(shards: Shards) -> ArrowColumn:
+    import pyarrow as pa
+
+    return ArrowColumn([_ClsColumn(shards)], pa.string())
+
+
+@dataclass(frozen=True)
+class _ClsColumn:
+    """The `.cls` of shards without any `.json`, as texts."""
+
+    shards: Shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def identity(self) -> str:
+        return digest_lines(self.shards.checksums or map(str, self.take(range(len(self)))))
+
+    def take(self, indices: Sequence[int]) -> Any:
+        import pyarrow as pa
+
+        facts = [facts_of(_members_of(self.shards, index).__getitem__) for index in indices]
+        return pa.chunked_array([pa.array([each.get("cls") for each in facts], pa.string())])
+
+
+def _members_of(shards: Shards, index: int) -> dict[str, bytes]:
+    return {kind: shards.read(index, kind) for kind in ("json", "cls")}
+
+
+def _by_name(facts: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
     names = dict.fromkeys(name for each in facts for name in each)
     return {name: [each.get(name) for each in facts] for name in names}
 
 
-def _of_one_value(metadata: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Those that group images, which lists and mappings don't, and without the labels."""
+def _groups_of(shards: Shards) -> dict[str, Sequence[Any]]:
+    """What groups images: entries of their `.json` of one value, which lists and mappings aren't; not the labels."""
+    if not shards.holds("json"):
+        return {}
+    metadata = _by_name([_facts_of_sample(shards, number) for number in range(len(shards))])
     kept = {name for name, values in metadata.items() if any(isinstance(v, str | int | float) for v in values)}
     return {name: values for name, values in metadata.items() if name in kept - {"cls"}}
 

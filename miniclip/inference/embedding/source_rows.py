@@ -33,7 +33,7 @@ class SourceRows:
             called = name
             while called in own or (called != name and called in data.metadata):
                 called = f"source_{called}"
-            self.columns[_as_utf8(called)] = values if isinstance(values, ArrowColumn) else _as_arrow(values)
+            self.columns[_as_utf8(called)] = values.by_name() if isinstance(values, ArrowColumn) else _as_arrow(values)
 
     def key(self, index: int) -> str:
         return self.data.keys[index] if isinstance(self.data, Texts) else self.data.key(index)
@@ -48,8 +48,7 @@ class SourceRows:
             texts["path"] = [_place(self.key(index)) for index in indices]
         found = pa.table({name: pa.array(values, pa.string()) for name, values in texts.items()})
         for name, column in self.columns.items():
-            values = column.take(pa.array(indices, pa.int64()))
-            found = found.append_column(name, _of_classes(values, column.names) if _has_names(column) else values)
+            found = found.append_column(name, column.take(pa.array(indices, pa.int64())))
         return found
 
     def fingerprint(self) -> str:
@@ -84,24 +83,13 @@ def _why_left_out(values: Sequence[Any]) -> str:
         return ""
     if values.is_large:
         return "a column of pictures or of texts as large, which is not copied"
+    if pa.types.is_string(values.kind):
+        return ""
     try:
         pq.write_table(pa.table({"column": values.take([0])}), pa.BufferOutputStream())
     except pa.ArrowException:
         return f"a column of a type that can't be copied, {values.kind}"
     return ""
-
-
-def _has_names(column: Any) -> bool:
-    return isinstance(column, ArrowColumn) and bool(column.names)
-
-
-def _of_classes(numbers: Any, names: Sequence[str]) -> Any:
-    """Numbers of classes as their names; a number without one, as -1 is for no class, is null."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    is_class = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(names)))
-    return pa.chunked_array([pa.array(names, pa.string())]).take(pc.if_else(is_class, numbers, None))
 
 
 def _place(key: str) -> str | None:
