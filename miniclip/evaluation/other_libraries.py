@@ -230,6 +230,9 @@ def _openclip_config_beside(file: Path, architecture: str) -> dict[str, Any] | N
     if not path.is_file():
         return None
     found = read_json(path)
+    for within, name in ((found, "model_cfg"), (found.get("model_cfg", {}), "vision_cfg"), (found, "preprocess_cfg")):
+        if name in within and not isinstance(within[name], dict):
+            raise ValueError(f"{path}: {name} is {str(within[name])[:50]!r}; it must be a mapping of settings")
     model, own = found.get("model_cfg", {}), open_clip.get_model_config(architecture)
     theirs, ours = ({"embed_dim": each.get("embed_dim"), **each.get("vision_cfg", {})} for each in (model, own))
     is_same = all((theirs[key] or None) == (ours[key] or None) for key in theirs.keys() & ours.keys())

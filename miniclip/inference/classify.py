@@ -117,7 +117,10 @@ def _names_in(labels: str | Sequence[str], source: str) -> tuple[str, ...]:
         return tuple(map(visible, check_texts("labels", labels)))
     if (text := labels.strip())[:1] + text[-1:] in ("[]", "{}"):  # a list of JSON's or Python's
         return names_of(text, source)
-    rows = list(csv.reader([labels.replace("\n", ",")], skipinitialspace=True))
+    try:
+        rows = list(csv.reader([re.sub(r"\r\n?|\n", ",", labels)], skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f'{source} can\'t be read: {error}; write "cat,dog"') from error
     names = tuple(map(visible, rows[0])) if rows else ()
     if len(names) > 1 and all(re.match(r"\d+\s*[:=]", name) for name in names):
         raise ValueError(f'{source} numbers its names ({names[0]!r}); write the names alone: "cat,dog"')

@@ -288,6 +288,21 @@ def test_pictures_for_a_file_are_prepared_as_for_the_architectures_weights(
     assert says is None or re.search(says, said[-1])
 
 
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        ({"model_cfg": None}, "model_cfg is 'None'"),
+        ({"model_cfg": {"vision_cfg": None}}, "vision_cfg is 'None'"),
+        ({"model_cfg": TINY, "preprocess_cfg": None}, "preprocess_cfg is 'None'"),
+    ],
+)
+def test_settings_beside_a_file_that_are_no_mappings_are_named(tmp_path, beside, says):
+    torch.save(openclip_twin("tiny").state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(beside))
+    with pytest.raises(ValueError, match=rf"open_clip_config\.json: {says}; it must be a mapping"):
+        open_model(f"openclip:tiny/{tmp_path / 'weights.pt'}", "cpu")
+
+
 # ---- transformers'
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

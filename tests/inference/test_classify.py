@@ -187,6 +187,7 @@ def test_a_threshold_brings_the_classes_and_prompts_it_was_calibrated_with():
         ({"labels": "0: cat,1: dog"}, "--labels numbers its names .'0: cat'.; write the names alone"),
         ({"labels": "['cat' 'dog']"}, "--labels .*no comma stands between 'cat' and 'dog'"),
         ({"labels": "cat,dog, cat"}, r"--labels has 'cat' twice \(names 1 and 3\)"),
+        ({"labels": f"cat,{'a' * 140_000}"}, "--labels can't be read: field larger than"),
         ({"labels": "a,b", "classnames": "imagenet"}, "--labels and --classnames"),
         ({"classnames": "names.txt"}, r"names\.txt has 'cat' twice \(names 1 and 3\)"),
         ({"classnames": "imagnet"}, "imagnet"),

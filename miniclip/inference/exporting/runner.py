@@ -256,10 +256,13 @@ class Cleaning:
 
 def names_in(labels: str) -> list[str]:
     """The names with commas between them; one that holds a comma stands in double quotes. Or a list, as JSON has it."""
-    if labels.strip()[:1] + labels.strip()[-1:] == "[]":
-        found = json.loads(labels)
-    else:
-        found = next(csv.reader([labels.replace("\n", ",")], skipinitialspace=True), [])
+    try:
+        if labels.strip()[:1] + labels.strip()[-1:] == "[]":
+            found = json.loads(labels)
+        else:
+            found = next(csv.reader([re.sub(r"\r\n?|\n", ",", labels)], skipinitialspace=True), [])
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f'--labels {labels[:100]!r} can\'t be read: {error}; write "cat,dog"') from error
     names = [" ".join(name.split()) if isinstance(name, str) else "" for name in found]
     if not all(names) or not names:
         raise ValueError(f'--labels has an empty name: {labels!r}; write "cat,dog"')
