@@ -84,7 +84,7 @@ class Step:
     """A file, and where it goes.
 
     Args:
-        content: what a file that is moved is recognised by, as the list has it; None if it is not known.
+        content: what the file is recognised by, as the list has it; None if it is not known.
     """
 
     source: Path
@@ -138,7 +138,7 @@ def plan_sorting(
     for source, label in zip(files, labels, strict=True):
         if label not in there:
             there[label] = _Names(into[label])
-        entry = source.parent.resolve() / source.name
+        entry = _entry(source)
         if entry in first:
             left.append(f"{source} is {first[entry]} once more")
         elif is_move and source.is_symlink():
@@ -316,36 +316,81 @@ def undo_sorting(folder: str | Path, progress: Callable[[int], Any] | None = Non
 
     A copy that was changed stays, and is no longer listed. A copy whose original is gone, as that of a disk that is
     away, stays listed, as do a moved file in whose place is another one, or that was changed, and what has another
-    file in its way.
+    file in its way. If that is all that the last list has left, the list before it is taken back, and so on; the
+    problems name what stays of each. A file that has yet to come back from a later sorting waits for it.
 
     Raises:
         ValueError: no sorting is listed there.
     """
     folder = Path(folder).absolute()
-    path = _last_list(folder)
-    done, open_steps = Done(), []
-    with _held(folder):
-        facts, steps = _read_list(path, folder)
-        for number, step in enumerate(reversed(steps), 1):
+    paths = _lists_from_last(folder)
+    done, waiting = Done(), _Waiting(folder)
+    numbers = count(1)
+
+    def return_files(steps: Sequence[Step], is_move: bool) -> list[Step]:
+        """Those that stay listed."""
+        open_steps = []
+        for step in reversed(steps):
             try:
-                done.num_files += _return_file(step, facts["is_move"])
+                if waiting.has(step.target):
+                    open_steps.append(step)
+                else:
+                    done.num_files += _return_file(step, is_move)
             except _StaysError as reason:
                 done.problems.append(str(reason))
             except (OSError, ValueError) as error:
                 done.problems.append(str(error))
                 open_steps.append(step)
             if progress:
-                progress(number)
-        for into in {step.target.parent for step in steps}:
-            _remove_empty(into)
-        if open_steps:
-            write_text(path, _as_lines(facts, open_steps[::-1], folder))
-        else:
-            path.unlink()
+                progress(next(numbers))
+        return open_steps[::-1]
+
+    with _held(folder):
+        for path in paths:
+            facts, steps = _read_list(path, folder)
+            open_steps = return_files(steps, facts["is_move"])
+            for into in {step.target.parent for step in steps}:
+                _remove_empty(into)
+            if open_steps:
+                waiting.add(path, facts, open_steps)
+            else:
+                waiting.inherit(facts)
+                path.unlink()
+            if done.num_files or not open_steps:
+                break
     _remove_empty(folder / LISTS)
     if facts["is_new"]:
         _remove_empty(folder)
     return done
+
+
+class _Waiting:
+    """The lists of which something is still to be taken back, while those before them are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sources: set[Path] = set()
+        self.first: tuple[Path, dict[str, Any], Sequence[Step]] | None = None
+
+    def has(self, target: Path) -> bool:
+        """Whether a file has yet to come back to this path."""
+        return _entry(target) in self.sources
+
+    def add(self, path: Path, facts: dict[str, Any], steps: Sequence[Step]) -> None:
+        write_text(path, _as_lines(facts, steps, self.folder))
+        self.sources.update(_entry(step.source) for step in steps)
+        self.first = self.first or (path, facts, steps)
+
+    def inherit(self, facts: dict[str, Any]) -> None:
+        """Of a list that goes: that the folder was made for it, and goes with the last file."""
+        if self.first and facts["is_new"]:
+            path, own, steps = self.first
+            write_text(path, _as_lines({**own, "is_new": True}, steps, self.folder))
+
+
+def _entry(path: Path) -> Path:
+    """The same by whichever links to its folder; the file itself may be one."""
+    return path.parent.resolve() / path.name
 
 
 class _StaysError(Exception):
@@ -373,8 +418,13 @@ def _return_file(step: Step, is_move: bool) -> bool:
         return True
     if not is_move and source.exists():
         raise _StaysError(f"{target} stays: it was changed since")
+    if not is_move and (target.is_symlink() or _is_changed(step)):
+        raise _StaysError(f"{target} stays: it was changed since, and its original, {source}, is gone")
     if not is_move:
-        raise ValueError(f"{target} stays: its original, {source}, is gone")
+        raise ValueError(
+            f"{target} stays: its original, {source}, is gone; bring that back, or if it was deleted for good, delete "
+            "or rename the copy by hand to be rid of this"
+        )
     if step.content is not None and (target.is_symlink() or _content(target) != step.content):
         raise ValueError(
             f"{target} stays: it is another file than the one that came from {source}, or was changed since; move it "
@@ -387,6 +437,11 @@ def _return_file(step: Step, is_move: bool) -> bool:
     source.parent.mkdir(parents=True, exist_ok=True)
     _bring(target, source, is_move=True)
     return True
+
+
+def _is_changed(step: Step) -> bool:
+    """Whether a copy is known to be another file by now; an empty one may be a killed process's."""
+    return step.content is not None and step.target.stat().st_size > 0 and _content(step.target) != step.content
 
 
 def _is_reserved(path: Path, other: Path) -> bool:
@@ -423,19 +478,19 @@ def _lists(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in found.items() if match}
 
 
-def _last_list(folder: Path) -> Path:
+def _lists_from_last(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}")
     there = _lists(folder)
     if not there:
         raise ValueError(f"{folder} has no list of files that were sorted into it ({LISTS}/sorted-1.jsonl)")
-    return there[max(there)]
+    return [there[number] for number in sorted(there, reverse=True)]
 
 
 def _write_list(plan: Plan, is_new: bool) -> None:
     number = max(_lists(plan.folder), default=0) + 1
     facts = {"version": 1, "is_move": plan.is_move, "is_new": is_new}
-    steps = [_recognisable(step) for step in plan.steps] if plan.is_move else plan.steps
+    steps = [_recognisable(step) for step in plan.steps]
     write_text(plan.folder / LISTS / f"sorted-{number}.jsonl", _as_lines(facts, steps, plan.folder))
 
 

@@ -264,7 +264,10 @@ def test_copies_that_are_more_than_copies_by_now_stay(photos, tmp_path):
     done = undo_sorting(out)
     assert done.num_files == 2
     assert len(done.problems) == 2
-    assert f"{out}/dog/b.png stays: its original, {photos}/b.png, is gone" in done.problems
+    assert (
+        f"{out}/dog/b.png stays: its original, {photos}/b.png, is gone; bring that back, or if it was deleted for "
+        "good, delete or rename the copy by hand to be rid of this"
+    ) in done.problems
     assert f"{out}/cat/a.jpg stays: it was changed since" in done.problems
     there = contents(out / "cat", out / "dog")
     assert sorted(there) == sorted([b"retouched", b"the bytes of b'b.png'", b"the bytes of b'deep/a.jpg'"])
@@ -393,6 +396,50 @@ def test_the_last_of_several_sortings_is_taken_back_first(photos, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [".miniclip", "cat"]
     undo_sorting(out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("is_move", [True, False], ids=["move", "copy"])
+def test_what_can_never_be_taken_back_bars_no_earlier_sorting(photos, tmp_path, is_move):
+    out = tmp_path / "out"
+    sort_files(plan_sorting([photos / "a.jpg"], ["cat"], CLASSES, out, is_move=is_move))
+    sort_files(plan_sorting([photos / "b.png", photos / ODD], ["dog"] * 2, CLASSES, out, is_move=is_move))
+    if is_move:
+        (out / "dog/b.png").write_text("retouched")
+    else:
+        (photos / "b.png").unlink()
+    for num_files, left in ((1, {"cat/a.jpg", "dog/b.png"}), (1, {"dog/b.png"}), (0, {"dog/b.png"})):
+        done = undo_sorting(out)
+        assert (done.num_files, len(done.problems)) == (num_files, 1)
+        assert f"{out}/dog/b.png stays" in done.problems[0]
+        assert {str(path.relative_to(out)) for path in out.glob("[!.]*/*")} == left
+    (out / "dog/b.png").unlink()
+    undo_sorting(out)
+    assert not out.exists()  # it was made for the first
+
+
+def test_a_file_that_was_sorted_twice_comes_back_by_both_lists(photos, tmp_path):
+    before, out = everything_below(photos), tmp_path / "out"
+    sort_files(plan_sorting([photos / "a.jpg", photos / "b.png"], ["cat"] * 2, CLASSES, out, is_move=True))
+    sort_files(plan_sorting([out / "cat/a.jpg"], ["dog"], CLASSES, out, is_move=True))
+    (out / "dog/a.jpg").write_text("retouched")
+    done = undo_sorting(out)
+    assert (done.num_files, len(done.problems)) == (1, 1)  # b.png; where a.jpg came from stays in both lists
+    assert (photos / "b.png").exists()
+    (out / "dog/a.jpg").write_bytes(before["a.jpg"])
+    for _ in range(2):
+        assert undo_sorting(out).problems == []
+    assert everything_below(photos) == before
+    assert not out.exists()
+
+
+def test_a_changed_copy_without_its_original_is_named_once(photos, tmp_path):
+    out = tmp_path / "out"
+    sort_files(plan_sorting([photos / "a.jpg", photos / "b.png"], ["cat"] * 2, CLASSES, out, is_move=False))
+    (out / "cat/a.jpg").write_text("retouched")
+    (photos / "a.jpg").unlink()
+    done = undo_sorting(out)
+    assert done.problems == [f"{out}/cat/a.jpg stays: it was changed since, and its original, {photos}/a.jpg, is gone"]
+    assert everything_below(out) == {"cat": None, "cat/a.jpg": b"retouched"}
 
 
 def test_a_damaged_list_is_named_and_two_processes_do_not_sort_into_one_folder(photos, tmp_path):
