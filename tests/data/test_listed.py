@@ -155,3 +155,14 @@ def test_a_list_that_is_not_there_or_is_for_an_index_is_refused(tmp_path, capsys
     folder = write_pairs(tmp_path / "photos", 1)
     assert "no file nothing.csv" in fails(capsys, ["shards", str(folder), "out", "--drop", "nothing.csv"])
     assert "--drop is for packing" in fails(capsys, ["shards", str(folder), "--index-only", "--drop", "x"])
+
+
+def test_groups_that_were_looked_for_in_train_alone_are_not_those_of_val(tmp_path):
+    groups = table(tmp_path / "groups.csv", "key,group,source", "0000.png,0,one", "0001.png,0,one")
+    table(tmp_path / "sources.csv", "part,source", "train,one", "train,two", "val,held_out")
+    pairs = read_pairs(write_pairs(tmp_path / "photos", 3))
+    assert rows_about(pairs, groups, "two", "group").rows == {}
+    with pytest.raises(ValueError, match=r"groups\.csv is about one, not about held_out"):
+        rows_about(pairs, groups, "held_out", "group")
+    drop = table(tmp_path / "drop.csv", "key,source", "0000.png,one")
+    assert rows_about(pairs, drop, "held_out").rows == {}  # of which there might have been rows

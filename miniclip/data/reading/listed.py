@@ -6,7 +6,7 @@ row is about the pairs of that source alone. `sources.csv` beside them has the s
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,8 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
 
     Raises:
         ValueError: no table, one without its columns, a row without a key, rows that contradict each other, a key of
-            several pairs, or no row that is about a pair of these, unless doctor looked at them and found nothing.
+            several pairs, or no row that is about a pair of these, unless doctor looked at them and found nothing (it
+            looks for groups in train alone).
     """
     if Path(table).is_dir():
         tables = [path for path in (Path(table) / f"{name}.csv" for name in ("drop", "groups")) if path.is_file()]
@@ -82,7 +83,8 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
                 )
         else:
             unmatched.append(key)
-    _refuse_other_table(pairs, table, source, Listed(found, tuple(unmatched), elsewhere))
+    looked = _sources_beside(Path(table), "train" if value == "group" else None)
+    _refuse_other_table(pairs, table, source, Listed(found, tuple(unmatched), elsewhere), looked)
     return Listed(found, tuple(dict.fromkeys(unmatched)), elsewhere)
 
 
@@ -97,10 +99,10 @@ def _is_same_place(one: str, other: str) -> bool:
     return False
 
 
-def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Listed) -> None:
+def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Listed, looked: Sequence[str]) -> None:
     if listed.rows or not (listed.unmatched or listed.elsewhere):
         return
-    if not listed.unmatched and any(_is_same_place(each, source) for each in _sources_beside(Path(table))):
+    if not listed.unmatched and any(_is_same_place(each, source) for each in looked):
         return
     if listed.unmatched:
         own = f"; a pair of it is called {pairs.names[0]!r}" if len(pairs) else ""
@@ -111,10 +113,11 @@ def _refuse_other_table(pairs: Pairs, table: str | Path, source: str, listed: Li
     )
 
 
-def _sources_beside(table: Path) -> list[str]:
-    """The sources that doctor looked at when it wrote a table; none of a table that it did not write."""
+def _sources_beside(table: Path, part: str | None) -> list[str]:
+    """The sources, of one part or of all, that doctor looked at for a table; none of a table that it did not write."""
     path = table.with_name(SOURCES_FILE)
-    return [str(row.get("source") or "") for row in read_table(path)[1]] if path.is_file() else []
+    rows = read_table(path)[1] if path.is_file() else []
+    return [str(row.get("source") or "") for row in rows if part in (None, row.get("part"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
