@@ -66,11 +66,14 @@ class Run:
         are not compared with those of the last.
         """
         name = self.record.get("monitor", "val/retrieval_r1")
-        data = "validation_pairs" if self.record.get("labelled_images") is None else "labelled_images"
-        first, kind = 0, ("monitor", "monitor_mode", data)
+        first, known = 0, dict[str, Any]()  # of the last start, and of those before it where that recorded nothing
         for start in reversed(self.starts):
-            if any(start.get(key, self.record.get(key)) != self.record.get(key) for key in kind):
+            # A start of before labelled images were recorded is compared with others of that kind, by its pairs.
+            pairs = ("validation_pairs",) if start.get("labelled_images") is None else ()
+            facts = {key: start[key] for key in ("monitor", "monitor_mode", "labelled_images", *pairs) if key in start}
+            if any(known.get(key, value) != value for key, value in facts.items()):
                 break
+            known = facts | known
             first = start.get("first_step", 0)
         points = [(step, value) for step, value in self.curves.get(name, []) if step >= first and math.isfinite(value)]
         if not points:

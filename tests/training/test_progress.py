@@ -510,6 +510,11 @@ def test_the_best_is_among_scores_of_the_same_kind():
     assert same.best() == run.best()
     unknown = dataclasses.replace(run, starts=(first, {**last, "validation_pairs": "a"}))
     assert unknown.best() == run.best()
+    # Two starts of before labelled images were recorded, and then one that records them.
+    for before, best in (("a", (4, 0.7)), ("b", (2, 0.9))):
+        newest = {**last, "first_step": 3, "labelled_images": "x", "validation_pairs": "b"}
+        starts = ({**first, "validation_pairs": before}, {**last, "validation_pairs": "b"}, newest)
+        assert dataclasses.replace(run, starts=starts).best() == ("val/zero_shot_acc1", *best)
 
 
 def test_numbers_of_a_run():
