@@ -446,6 +446,16 @@ def test_classifys_folder_of_what_is_no_class_is_left_out_and_named(tmp_path):
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_classifys_folder_is_a_class_where_the_names_are_listed_and_have_it(tmp_path, is_beside):
+    class_folders(tmp_path / "data", "cat", "dog", "none of these")
+    listed = lines(tmp_path / ("data/classnames.txt" if is_beside else "names"), "cat", "none of these", "dog")
+    data = open_dataset(tmp_path / "data", None if is_beside else listed)
+    assert data.classnames == ("cat", "none of these", "dog")
+    assert sorted(data.labels) == [0, 0, 1, 1, 2, 2]
+    assert not data.left_out
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "folder of parquet"])
 def test_images_of_no_class_need_no_labels_in_a_table(tmp_path, kind):
     rows = [{"image": f"{n}.png", "scene": f"s{n // 2}", "split": ("test", "train")[n == 5]} for n in range(6)]

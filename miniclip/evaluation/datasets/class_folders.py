@@ -32,7 +32,8 @@ def in_split(folder: Path, split: str | None) -> Path:
 def read_class_folders(source: Path, split: str | None, classnames: str | Path | None = None) -> Found:
     """
     Args:
-        classnames: as in `open_dataset`; names have to be those of the folders, or as many as numbered folders.
+        classnames: as in `open_dataset`; names have to be those of the folders, or as many as numbered folders. The
+            folder "none of these" is a class if they, or the data's own, have it.
 
     Raises:
         ValueError: no image of any class, a class without one, or folders that are no classes.
@@ -40,7 +41,10 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     folder = in_split(source, split)
     below = scan(folder)
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
-    classes = [path for path in folders if path.name != NONE]
+    beside = beside_folder(folder, source)
+    names = settle_names(Found(source.name, (), beside=beside), classnames, str(source)).classnames
+    is_listed = spoken(NONE) in map(spoken, names or ())
+    classes = [path for path in folders if path.name != NONE or is_listed]
     if not classes:
         has = f"it holds {len(below.images)} images directly" if below.images else "it holds neither folders nor images"
         has = f"{folders[0].name!r} is classify's folder of what is none of them" if folders else has
@@ -52,13 +56,11 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     for path in below.images:
         if (top := folder / path.relative_to(folder).parts[0]) in images:
             images[top].append(path)
-    beside = beside_folder(folder, source)
     left_out = _left_out(below, images, {path for paths in beside.values() for path in paths})
     if not any(images.values()):
         holds = f": {summary(left_out)}" if left_out else ""
         raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them{holds}")
     _refuse_other_level(folder, images)
-    names = settle_names(Found(source.name, (), beside=beside), classnames, str(source)).classnames
     _refuse_equal_folders(folder, images, names, beside["classnames"][0])
     if empty := [path.name for path in classes if not images[path]]:
         there = [each for each in left_out if each.source.split("/")[0] in empty]
