@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -480,6 +481,30 @@ def test_images_of_no_class_need_no_labels_in_a_table(tmp_path, kind):
     assert open_images(source).groups == tuple("01234")
     with pytest.warns(UserWarning, match="has no column 'photographer'; each of its images counts as independent"):
         assert open_images(source, "photographer").groups == tuple("01234")
+
+
+def test_an_image_that_has_a_row_for_each_caption_is_one_of_no_class(tmp_path):
+    for number in range(3):
+        write_picture(tmp_path / f"{number}.png", number)
+    names = ["0.png", "1.png", "./0.png", "2.png", "1.png"]
+    rows = [
+        f"{name},a caption {row},{scene}" for row, (name, scene) in enumerate(zip(names, ["", *"tsut"], strict=True))
+    ]
+    table = lines(tmp_path / "captions.csv", "file,caption,scene", *rows)
+    with pytest.warns(UserWarning, match="2 left out: a further row of an image: 2"):
+        data = open_images(table)
+    assert [Path(data.key(index)).name for index in range(len(data))] == ["0.png", "1.png", "2.png"]
+    assert data.groups == tuple("012")
+    assert [data.open(n).tobytes() for n in range(3)] == [
+        Image.open(tmp_path / f"{n}.png").convert("RGB").tobytes() for n in range(3)
+    ]
+    assert len(pickle.loads(pickle.dumps(data)).images) == 3
+    with pytest.warns(UserWarning, match="a further row"):
+        assert open_images(table, "scene").groups == tuple("stu")
+    with pytest.raises(
+        ValueError, match=r"0\.png has the caption 'a caption 0' in one row and 'a caption 2' in another"
+    ):
+        open_images(table, "caption")
 
 
 def test_class_folders_without_any_image_are_refused(tmp_path):

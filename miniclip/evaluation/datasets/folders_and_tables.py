@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...common.processes import rank_and_world_size
+from ...common.storage import is_url
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
 from ...data.reading.cells import has_no_value, texts_in, visible
@@ -142,13 +143,53 @@ def _rows_of_one_split(path: Path, split: str | None) -> tuple[list[str], Any, s
     return names, rows, split
 
 
-def read_unlabelled_table(path: Path) -> Found:
-    """The images of the split that `read_labelled_table` would read, whether or not they have labels."""
+def read_unlabelled_table(path: Path, group_column: str | None = None) -> Found:
+    """The images of the split that `read_labelled_table` would read, whether or not they have labels.
+
+    A file or URL that several rows name, as where each caption has a row, is one image; the other rows are left out.
+
+    Args:
+        group_column: whose values rows of one image have to agree in, if there is such a column.
+
+    Raises:
+        ValueError: they do not.
+    """
     names, rows, split = _rows_of_one_split(path, None)
     image_column = find_image_column(names, rows, folder_of(path), path)[0]
     there = images_of_rows(path, names, rows, image_column, split)
-    metadata = {name: column for name, column in there.values.items() if name != image_column}
-    return Found(path.stem, there.images, there.keys, metadata, identity=there.identity, left_out=there.left_out)
+    metadata: dict[str, Any] = {name: column for name, column in there.values.items() if name != image_column}
+    rows_of: dict[str, list[int]] = {}  # by what says which file it is; an image within the table has its own row's
+    for row, key in enumerate(there.keys):
+        rows_of.setdefault(key if is_url(key) else os.path.realpath(key), []).append(row)
+    first = [same[0] for same in rows_of.values()]
+    images, keys, left_out = there.images, there.keys, there.left_out
+    if count := len(keys) - len(first):
+        if group_column in metadata:
+            _refuse_several_groups(path, keys, rows_of.values(), metadata[group_column], group_column)
+        metadata = {
+            name: [_first_value(column, same) for same in rows_of.values()] for name, column in metadata.items()
+        }
+        repeated = next(same[1] for same in rows_of.values() if len(same) > 1)
+        left_out = [*left_out, LeftOut(keys[repeated], "a further row of an image", count)]
+        images = FromEach(first, images.__getitem__)
+        keys = [keys[row] for row in first]
+    return Found(path.stem, images, keys, metadata, identity=there.identity, left_out=left_out)
+
+
+def _first_value(column: Sequence[Any], rows: Sequence[int]) -> Any:
+    return next((column[row] for row in rows if not has_no_value(column[row])), None)
+
+
+def _refuse_several_groups(
+    path: Path, keys: Sequence[str], images: Iterable[Sequence[int]], column: Sequence[Any], name: str
+) -> None:
+    for rows in images:
+        groups = list(dict.fromkeys(str(column[row]) for row in rows if not has_no_value(column[row])))
+        if len(groups) > 1:
+            raise ValueError(
+                f"{path}: {keys[rows[0]]} has the {name} {groups[0]!r} in one row and {groups[1]!r} in another; an "
+                "image may be of one group"
+            )
 
 
 def read_labelled_table(path: Path, columns: Columns, split: str | None = None) -> Found:

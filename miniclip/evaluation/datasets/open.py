@@ -129,7 +129,7 @@ def open_dataset(
 
 def open_images(source: str | Path, group_column: str | None = None) -> EvaluationSet:
     """Images whose labels don't matter: a folder of them, however deep, or any source of the table above. Tables need
-    have none.
+    have none, and an image that several of their rows name counts once.
 
     Args:
         group_column: as in `open_dataset`, if the source has such a column; a warning says if it has not.
@@ -145,7 +145,7 @@ def open_images(source: str | Path, group_column: str | None = None) -> Evaluati
         return EvaluationSet(path.resolve().name, below.images, left_out=left_out)
     data: Any
     if not is_shards(str(source)) and not is_datasets_folder(path) and _is_table(str(source)):
-        found = read_unlabelled_table(path)
+        found = read_unlabelled_table(path, group_column)
         _warn_of(found.left_out, str(source))
         shared: dict[str, Any] = {"keys": found.keys, "metadata": found.metadata, "identity": found.identity}
         groups = _groups(found, None, str(source))
