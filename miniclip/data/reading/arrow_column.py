@@ -88,7 +88,7 @@ class ArrowColumn(Sequence[Any]):
 
         if not self.names:
             return self
-        pieces = [_Named(piece, self.names) for piece in self.pieces]
+        pieces = [_NamesOfClasses(piece, self.names) for piece in self.pieces]
         return ArrowColumn(pieces, pa.string(), self.is_large, chosen=self.chosen)
 
     def take(self, indices: Sequence[int]) -> Any:
@@ -163,7 +163,7 @@ class _Values:
 
 
 @dataclass(frozen=True)
-class _Named:
+class _NamesOfClasses:
     """Numbers of classes as their names; a number without one, as -1 is for no class, is null."""
 
     piece: Piece

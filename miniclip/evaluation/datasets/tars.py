@@ -244,7 +244,7 @@ def shard_columns(shards: Shards) -> tuple[dict[str, Sequence[Any]], list[LeftOu
         except ValueError:
             facts.append(facts_of((own | {"json": b""}).__getitem__))
             damaged.append(LeftOut(shards.name(number), "a .json that can't be read, so its columns have no value"))
-    return _by_name(facts), damaged
+    return _facts_by_name(facts), damaged
 
 
 def _cls_column(shards: Shards) -> ArrowColumn:
@@ -276,7 +276,7 @@ def _members_of(shards: Shards, index: int) -> dict[str, bytes]:
     return {kind: shards.read(index, kind) for kind in ("json", "cls")}
 
 
-def _by_name(facts: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
+def _facts_by_name(facts: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
     names = dict.fromkeys(name for each in facts for name in each)
     return {name: [each.get(name) for each in facts] for name in names}
 
@@ -285,7 +285,7 @@ def _groups_of(shards: Shards) -> dict[str, Sequence[Any]]:
     """What groups images: entries of their `.json` of one value, which lists and mappings aren't; not the labels."""
     if not shards.holds("json"):
         return {}
-    metadata = _by_name([_facts_of_sample(shards, number) for number in range(len(shards))])
+    metadata = _facts_by_name([_facts_of_sample(shards, number) for number in range(len(shards))])
     kept = {name for name, values in metadata.items() if any(isinstance(v, str | int | float) for v in values)}
     return {name: values for name, values in metadata.items() if name in kept - {"cls"}}
 
