@@ -208,12 +208,12 @@ def _labelled_digest(data: LabelledImages) -> str:
     at_each_depth = enumerate(zip(*(key[:-1] for key in keys), strict=False))
     shared = next((depth for depth, parts in at_each_depth if len(set(parts)) > 1), min(map(len, keys)) - 1)
     names = ["/".join(key[shared:]) for key in keys]
-    sizes = [_size(image) for image in data.images] if isinstance(data.images, list | tuple) else None
+    sizes = [_bytes_of_image(image) for image in data.images] if isinstance(data.images, list | tuple) else None
     facts = [names, sizes, [int(label) for label in data.labels], data.classnames, prompts, data.upright]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _size(image: Any) -> int | None:
+def _bytes_of_image(image: Any) -> int | None:
     """Bytes of a file that lies here or in memory."""
     if isinstance(image, bytes):
         return len(image)
