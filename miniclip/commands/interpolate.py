@@ -80,7 +80,6 @@ def run(options: argparse.Namespace) -> None:
     model = None if options.alpha is None else interpolate(start, finetuned, options.alpha)
     alpha = options.alpha
     if new:
-        new, old = ([suited(data, finetuned.wordings) for data in sets] for sets in (new, old))
         alphas = sorted({0.0, 1.0, *options.alphas, *([] if alpha is None else [alpha])})
         with progress_bar("scoring", len(alphas)) as progress:
             points = sweep(
@@ -99,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
             model = interpolate(start, finetuned, alpha)
         names = _told_apart(options.data, new), _told_apart(options.retain, old)
         for data in (*new, *old):
-            print(told_of_prompts(data, data.classnames))
+            print(told_of_prompts(suited(data, finetuned.wordings), data.classnames))
         console().print(table(points, *names, alpha))
         (chosen,) = (point for point in points if point.alpha == alpha)
         for line in told_of_losses(chosen, names[1], may_lose):

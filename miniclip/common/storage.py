@@ -37,7 +37,7 @@ _URL = re.compile(r"([a-z][\w.+-]*)(?:://|::)|((?:[\w.-]+\+)*(?:pipe|shell|exec|
 # A URL within a sentence, a command line or YAML: its scheme, its place and its query.
 _URL_IN_TEXT = re.compile(r"""\b([a-z][a-z0-9+.-]{1,15}://)([^\s"<>\\?]*)(\?[^\s"<>\\]*)?""", re.I)
 _VALUE = re.compile(r"""([?&](?:amp;)?)([\w.~%+\[\]-]{1,80})=([^\s&"<>\\]*)""")  # behind a blank within a URL
-_PASSWORD = re.compile(r"[^/:\[]*:(?!\d*(?:[/#]|$))[^@]*@")  # of whoever writes / and # into it, and of stores
+_PASSWORD = re.compile(r"^[^/:\[]*:(?!\d*(?:[/#]|$))[^@]*@")  # of whoever writes / and # into it, and of stores
 _PUNCTUATION = "'),.;:]}"  # of the sentence
 # Values that give no access: numbers, sizes and names of files. They may be all that tells two pictures apart.
 _PLAIN_VALUE = re.compile(r"\d{1,12}|[\w ./%-]{1,100}\.(?:jpe?g|png|webp|gif|bmp|tiff?|tar|txt|json|csv|parquet)", re.I)
@@ -96,10 +96,8 @@ def without_secrets_in(value: Any) -> Any:
 def _shown_url(found: re.Match[str]) -> str:
     scheme, place, query = found[1], found[2], found[3] or ""
     host = re.split("[/#]", place, maxsplit=1)[0]
-    if _is_http(scheme) and "@" in host:
-        place = place[host.rindex("@") + 1 :]
-    else:
-        place = _PASSWORD.sub("", place, count=1) if _PASSWORD.match(place) else place
+    has_user = _is_http(scheme) and "@" in host
+    place = place[host.rindex("@") + 1 :] if has_user else _PASSWORD.sub("", place)
     values = (_shown_value(*each.partition("=")) for each in query[1:].split("&"))
     return scheme + place + query[:1] + ("&".join(values) if query else "")
 

@@ -99,7 +99,8 @@ class CaptionWordings(Callback):
         del self._captions[NUM_CAPTIONS:]  # of images with several
 
     def state_dict(self) -> dict[str, Any]:
-        self._share()
+        if not self._is_done:
+            self._share()
         before = None if self._before is None else self._before.to_json()
         state = {"is_done": self._is_done, "num_found_in": self._num_before, "before": before}
         return {**state, "num_steps": self._num_steps, "captions": self._captions}

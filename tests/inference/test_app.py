@@ -107,6 +107,11 @@ class Visitor:
     def upload(self, path):
         self.one("#picture input[type=file]").send_keys(str(path))
 
+    def show(self, path):
+        """Uploads a picture that the browser can draw, and waits for it."""
+        self.upload(path)
+        self.one("#picture img")
+
     def write(self, css, text):
         field = self.one(css)
         field.clear()
@@ -138,8 +143,7 @@ def test_a_picture_is_classified_as_in_python_and_no_other_host_is_asked(page, b
     path = write_picture(tmp_path / "robin.png", seed=5)
     visitor = Visitor(browser.driver, page)
     assert visitor.problems() == []
-    visitor.upload(path)
-    visitor.one("#picture img")
+    visitor.show(path)
     shown = visitor.classify("a robin, a wren, an owl")
     model, preprocess = load(run / "best", device="cpu")
     expected, _ = Answers(from_clip(model, preprocess, "x")).guess(path.read_bytes(), "a robin, a wren, an owl")
@@ -169,8 +173,7 @@ def test_an_index_is_searched_by_words(page, browser, index):
 
 def test_a_word_is_chosen_for_its_heat_map(page, browser, tmp_path):
     visitor = Visitor(browser.driver, page)
-    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
-    visitor.one("#picture img")
+    visitor.show(write_picture(tmp_path / "robin.png", seed=5))
     visitor.classify("a robin, a wren")
     visitor.one("#words input[value='wren']").click()
     assert "speaks for “wren”" in visitor.answer("#heat")
@@ -181,8 +184,7 @@ def test_a_word_is_chosen_for_its_heat_map(page, browser, tmp_path):
 def test_of_many_labels_those_of_the_answer_can_be_looked_for(page, browser, tmp_path):
     """And what is left out is counted: here the words of labels, and the labels that are furthest."""
     visitor = Visitor(browser.driver, page)
-    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
-    visitor.one("#picture img")
+    visitor.show(write_picture(tmp_path / "robin.png", seed=5))
     visitor.classify(", ".join(f"bird {number}" for number in range(60)))
     answered = [cell.text for cell in browser.driver.find_elements(By.CSS_SELECTOR, "#bars tbody th")]
     visitor.one("#words label")
@@ -195,8 +197,7 @@ def test_of_many_labels_those_of_the_answer_can_be_looked_for(page, browser, tmp
 
 def test_a_removed_picture_takes_its_answers_along(page, browser, tmp_path):
     visitor = Visitor(browser.driver, page)
-    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
-    visitor.one("#picture img")
+    visitor.show(write_picture(tmp_path / "robin.png", seed=5))
     visitor.classify("a robin, a wren")
     visitor.one("#words input[value='wren']").click()
     visitor.answer("#heat")
@@ -206,16 +207,14 @@ def test_a_removed_picture_takes_its_answers_along(page, browser, tmp_path):
 
 def test_enter_asks(page, browser, tmp_path):
     visitor = Visitor(browser.driver, page)
-    visitor.upload(write_picture(tmp_path / "robin.png", seed=5))
-    visitor.one("#picture img")
+    visitor.show(write_picture(tmp_path / "robin.png", seed=5))
     visitor.write("#labels textarea", "a robin, a wren" + Keys.ENTER)
     assert "a wren" in visitor.answer("#bars")
 
 
 def test_a_phone_shows_all_of_it(page, browser, tmp_path):
     visitor = Visitor(browser.driver, page, width=390)
-    visitor.upload(write_picture(tmp_path / "robin.png"))
-    visitor.one("#picture img")
+    visitor.show(write_picture(tmp_path / "robin.png"))
     visitor.classify("a robin with a rather long name, a wren")
     assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= 390
     assert visitor.problems() == []
@@ -237,16 +236,14 @@ def test_a_file_that_is_no_picture_is_answered_in_a_sentence(page, browser, tmp_
     """Neither by its name nor by its bytes; PostScript, which Pillow would hand to Ghostscript, is none."""
     (tmp_path / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     visitor = Visitor(browser.driver, page)
-    visitor.upload(tmp_path / "evil.png")
-    visitor.one("#picture img")
+    visitor.show(tmp_path / "evil.png")
     assert "the picture is not an image that can be read" in visitor.classify("a robin, a wren")
     assert "there is no picture yet" in Visitor(browser.driver, page).classify("a robin, a wren")
 
 
 def test_two_people_get_their_own_answers(page, browser, tmp_path):
     visitor = Visitor(browser.driver, page)
-    visitor.upload(write_picture(tmp_path / "robin.png", seed=1))
-    visitor.one("#picture img")
+    visitor.show(write_picture(tmp_path / "robin.png", seed=1))
     first = browser.driver.current_window_handle
     browser.driver.switch_to.new_window("window")
     other = Visitor(browser.driver, page)

@@ -76,7 +76,7 @@ class Listing:
     def has_changed(self, index: int) -> bool:
         """Whether a file has another size, or other times, than when it was listed."""
         path, stamp = self.paths[index], self.stamps[index]
-        return bool(path is not None and not is_url(path) and stamp and stamp_of(path, racy_ns=0) != stamp)
+        return bool(path is not None and not is_url(path) and stamp and file_stamp(path, racy_ns=0) != stamp)
 
 
 def list_sources(
@@ -135,7 +135,7 @@ def _list_source(
     places = [_location(data, index) for index in range(len(data))]
     base = source if is_url(source) else os.path.dirname(source)  # noqa: PTH120
     keys = [place or os.path.join(base, data.key(index)) for index, place in enumerate(places)]  # noqa: PTH118
-    stamps = [data.identity or "" if place is None else stamp_of(place) for place in places]
+    stamps = [data.identity or "" if place is None else file_stamp(place) for place in places]
     return Listing(source, data, keys, places, stamps)
 
 
@@ -149,7 +149,7 @@ def _location(data: EvaluationSet, index: int) -> str | None:
     return os.path.abspath(image) if isinstance(image, str | Path) else None  # noqa: PTH100
 
 
-def stamp_of(path: str, racy_ns: int = _RACY_NS) -> str:
+def file_stamp(path: str, racy_ns: int = _RACY_NS) -> str:
     """Changes whenever a file may have; empty for one that is not there, or was modified within the last `racy_ns`."""
     if is_url(path):
         return "address"  # what lies at an address is taken to stay the same
@@ -253,7 +253,7 @@ def _size_in(stamp: str) -> str:
 def _size_of(listing: Listing, index: int) -> str:
     """The size by which a picture may be one that is known; of a file that was modified a moment ago, too."""
     path = listing.paths[index]
-    return "" if path is None or is_url(path) else _size_in(stamp_of(path, racy_ns=0))
+    return "" if path is None or is_url(path) else _size_in(file_stamp(path, racy_ns=0))
 
 
 def _compare(

@@ -43,7 +43,7 @@ from ...evaluation.other_libraries import OPENCLIP_PREFIX, PYTHON_PREFIX, TRANSF
 from ...evaluation.prompts import classname_set
 from ..sources import image_set
 from ..thresholds import CalibratedModel
-from .changes import Listing, list_sources, stamp_of
+from .changes import Listing, file_stamp, list_sources
 from .nearest import TIES, Blocks, levels, near_duplicates, nearest
 from .store import DTYPES, NAMES, Approximate, Facts, Store, create_store, find_store, open_store, restored, writing
 from .updating import Progress, Update, Updated, make_plan
@@ -122,9 +122,8 @@ class Index:
         self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
         self._checked: Facts | None = None  # of the index whose model the encoder was found to be
-        self._listings: dict[
-            str, tuple[str, Listing]
-        ] = {}  # of sources that hold pictures without a path; their stamps
+        # By source, those that hold pictures without a path, with the source's stamp.
+        self._listings: dict[str, tuple[str, Listing]] = {}
         self._held: tuple[tuple[str, int], np.ndarray, Tensor] | None = None  # the state, ids and features of all rows
 
     def __len__(self) -> int:
@@ -439,8 +438,8 @@ class Index:
         if hit.path is not None:
             path = hit.path if is_url(hit.path) else Path(hit.path)
             data = EvaluationSet(hit.key, (path,), upright=self.upright)
-            return Listing(hit.source, data, [hit.key], [hit.path], [stamp_of(hit.path, racy_ns=0)]), 0
-        stamp = stamp_of(hit.source, racy_ns=0)  # an open index outlives the tables that it was made from
+            return Listing(hit.source, data, [hit.key], [hit.path], [file_stamp(hit.path, racy_ns=0)]), 0
+        stamp = file_stamp(hit.source, racy_ns=0)  # an open index outlives the tables that it was made from
         known = self._listings.get(hit.source)
         if known is None or known[0] != stamp:
             known = self._listings[hit.source] = stamp, list_sources([hit.source], upright=self.upright)[0]
