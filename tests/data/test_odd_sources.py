@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -894,6 +895,115 @@ def test_of_several_columns_that_is_taken_whose_cells_are_files(tmp_path):
     assert "1 image from column 'image_path', not from 'image', 'url', captions" in pairs.found
     (tmp_path / "a.csv").write_text("url,file_name,caption\nhttp://127.0.0.1:9/0.jpg,gone.jpg,red\n")
     assert "gone.jpg" in read_pairs(tmp_path / "a.csv")[0].problem  # the web is not read in place of a missing file
+
+
+NAMES = sorted(f"{n}.jpg" for n in range(12))  # 0, 1, 10, 11, 2: a row's number is another picture's name
+
+
+@pytest.fixture
+def twelve(tmp_path) -> Path:
+    for name in NAMES:
+        write_picture(tmp_path / name, int(name.removesuffix(".jpg")))
+    return tmp_path
+
+
+def check_names_are_captions(source: Path, folder: Path, **options: Any) -> None:
+    pairs = read_pairs(source, **options)
+    assert [(pair.image, pair.captions, pair.problem) for pair in pairs] == [
+        (folder / name, (name.removesuffix(".jpg"),), None) for name in NAMES
+    ]
+
+
+@pytest.mark.parametrize("orient", ["index", "columns", "split", "records", "table"])
+@pytest.mark.parametrize("column", ["filename", "file_name", "image_name", "img", "file", "bild"])
+def test_a_row_number_of_pandas_is_not_taken_for_the_picture(twelve, orient, column):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({column: NAMES, "caption": [name.removesuffix(".jpg") for name in NAMES]})
+    frame.to_json(twelve / "t.json", orient=orient)
+    if column == "bild":
+        with pytest.raises(ValueError, match=r"no column for the image paths: its columns are .*'bild', 'caption'"):
+            read_pairs(twelve / "t.json")
+        check_names_are_captions(twelve / "t.json", twelve, image_column="bild")
+        return
+    check_names_are_captions(twelve / "t.json", twelve)
+    frame.rename(columns={"caption": "label"}).to_json(twelve / "t.json", orient=orient)
+    data = open_dataset(twelve / "t.json")
+    labels = {Path(key).name: data.classnames[label] for key, label in zip(data.keys, data.labels, strict=True)}
+    assert labels == {name: name.removesuffix(".jpg") for name in NAMES}
+
+
+@pytest.mark.parametrize("orient", ["index", "columns"])
+def test_an_index_of_file_names_is_the_pictures(twelve, orient):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"caption": [name.removesuffix(".jpg") for name in NAMES]}, index=NAMES)
+    frame.to_json(twelve / "t.json", orient=orient)
+    check_names_are_captions(twelve / "t.json", twelve)
+    frame.rename(columns={"caption": "label"}).to_json(twelve / "t.json", orient=orient)
+    assert [Path(key).name for key in open_dataset(twelve / "t.json").keys] == NAMES
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+@pytest.mark.parametrize("number", ["{}", "{:06d}"])
+def test_a_number_is_not_taken_for_the_picture_where_another_column_names_it(twelve, kind, number):
+    """An id and a file's name side by side: the number of each row is the next picture's name."""
+    pandas = pytest.importorskip("pandas")
+    for n in range(13):
+        shutil.copy(twelve / "0.jpg", twelve / f"{n:06d}.jpg")
+    columns = {"image": range(1, 13), "file_name": NAMES, "caption": [name.removesuffix(".jpg") for name in NAMES]}
+    frame = pandas.DataFrame(columns)
+    if number != "{}":
+        frame["image"] = frame["image"].map(number.format)
+    write = {"csv": lambda path: frame.to_csv(path, index=False), "parquet": frame.to_parquet, "json": frame.to_json}
+    path = twelve / f"t.{kind}"
+    write[kind](path)
+    check_names_are_captions(path, twelve)
+    assert "from column 'file_name', not from 'image'" in read_pairs(path).found
+    for name in NAMES:  # the numbers alone fit files now, all of them others than are named
+        (twelve / name).rename(twelve / f"gone{name}")
+    with pytest.raises(
+        ValueError, match=r"none of the first 12 .* no image file .*0\.jpg.*; --image-column may name 'image'"
+    ):
+        read_pairs(path)
+
+
+def test_a_name_without_a_suffix_is_the_picture_where_another_column_has_it_of_another_place(twelve):
+    rows = [f"{name.removesuffix('.jpg')},/home/me/{name},{name.removesuffix('.jpg')}" for name in NAMES]
+    (twelve / "t.csv").write_text("\n".join(["image,filepath,caption", *rows]))
+    check_names_are_captions(twelve / "t.csv", twelve, image_column="image")
+    pairs = read_pairs(twelve / "t.csv")
+    assert "from column 'image', not from 'filepath'" in pairs.found
+    assert [pair.image for pair in pairs] == [twelve / name for name in NAMES]
+
+
+@pytest.mark.parametrize("write", [lambda columns: columns, lambda columns: {
+    name: {str(2 * n): value for n, value in enumerate(values)} for name, values in columns.items()
+}], ids=["lists", "indices"])  # fmt: skip
+def test_columns_in_json_are_known_by_any_name_that_columns_have(three, write):
+    names = ["0.png", "1.png", "2.png"]
+    columns = {"filename": names, "caption_0": ["a", "b", "c"], "caption_1": ["d", "e", "f"]}
+    for each in (columns, {"bild": names, **{name: columns[name] for name in ("caption_0", "caption_1")}}):
+        (three / "t.json").write_text(json.dumps(write(each)))
+        pairs = read_pairs(three / "t.json", image_column=next(iter(each)))
+        assert [pair.captions for pair in pairs] == [("a", "d"), ("b", "e"), ("c", "f")]
+    (three / "t.json").write_text(json.dumps(write({"filename": names, "label": ["cat", "dog", "cat"]})))
+    data = open_dataset(three / "t.json")
+    assert (data.classnames, data.labels, data.keys) == (("cat", "dog"), (0, 1, 0), [str(three / n) for n in names])
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells", "column"),
+    [
+        ("url,image_url", "http://127.0.0.1:9/product/{0},http://127.0.0.1:9/{0}.jpg?w=4", "image_url"),
+        ("url,image_url", "http://127.0.0.1:9/product/{0},http://127.0.0.1:9/photo?id={0}", "image_url"),
+        ("image_url,url", "http://127.0.0.1:9/product/{0},http://127.0.0.1:9/{0}.JPG", "url"),
+        ("url,images", "http://127.0.0.1:9/product/{0},http://127.0.0.1:9/{0}.webp", "images"),
+        ("url,image", "http://127.0.0.1:9/{0}.jpg,gone{0}", "image"),  # the web is not read in place of missing files
+    ],
+)
+def test_of_several_addresses_the_pictures_are_taken(tmp_path, columns, cells, column):
+    rows = [f"{cells.format(n)},red" for n in range(2)]
+    (tmp_path / "a.csv").write_text("\n".join([f"{columns},caption", *rows]))
+    assert find_image_column(*read_table(tmp_path / "a.csv"), tmp_path, "a")[0] == column
 
 
 @pytest.mark.parametrize("written", ["photos\\0.jpg", "photos/0", "photos/0.JPG", "./photos/0.jpg"])

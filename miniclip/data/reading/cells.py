@@ -21,12 +21,20 @@ from PIL import Image
 
 from ...common.storage import is_url
 from ...common.wording import some
-from .scan import holds_picture
+from .scan import IMAGE_SUFFIXES, holds_picture
 
 CAPTION_COLUMNS = (
     "caption", "captions", "title", "text", "texts", "description", "sentences", "sentence", "alt_text", "txt",
     "comment",
 )  # fmt: skip
+NUMBERED_CAPTION = re.compile(r"((?:caption|title|text|sentence|description|comment)s?)[_ ]?\d+")
+IMAGE_COLUMNS = (
+    "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "jpeg",
+    "png", "webp", "image_url", "url", "images",
+)  # fmt: skip
+_PICTURES_NAME = re.compile(
+    rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I
+)
 # What data bases, spreadsheets and programs write for a cell that has no value, or an error for one.
 _NO_VALUES = {
     "nan", "NaN", "-nan", "<NA>", "#N/A", "#NA", "\\N", "#VALUE!", "#REF!", "#NAME?", "#DIV/0!", "#NULL!", "#NUM!",
@@ -271,6 +279,12 @@ def _unquoted(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
+
+
+def names_picture(text: str) -> bool:
+    """Whether a text is written as the name of a picture: a URL, or a path with a picture's suffix (perhaps Flickr's
+    number of a caption, #0)."""
+    return _PICTURES_NAME.fullmatch(text) is not None
 
 
 def picture_in(cell: Any) -> bytes | str:

@@ -10,13 +10,13 @@ from typing import Any
 from ...common.storage import is_url
 from ...common.wording import counted
 from .arrow_column import ArrowColumn, holds_bytes, is_large
-from .cells import picture_in, texts_in
+from .cells import IMAGE_COLUMNS, picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
 from .scan import LeftOut
 from .splits import equal_splits, has_split_column, rows_of_split, split_among
-from .tables import IMAGE_COLUMNS, find_image_column
+from .tables import find_image_column
 
 HUB_PREFIX = "hf-hub:"
 _DATASETS_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")

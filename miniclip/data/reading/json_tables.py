@@ -13,11 +13,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cells import CAPTION_COLUMNS
+from .cells import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, names_picture
 from .scan import LeftOut
 
 Records = list[dict[str, Any]]
@@ -129,20 +130,49 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
     records = [value for value in lists.values() if _are_records(value)]
     if len(records) == 1:
         return [dict(row) for row in records[0]]
-    mappings = [value for value in values.values() if isinstance(value, Mapping)]
+    mappings = {name: value for name, value in values.items() if isinstance(value, Mapping)}
     if mappings and len(mappings) == len(values):
-        if any(name.lower() in CAPTION_COLUMNS for name in values):  # {column: {index: value}}
-            indices = dict.fromkeys(index for column in mappings for index in column)
-            return [{name: column.get(index) for name, column in values.items()} for index in indices]
-        return [{"file": name, **record} for name, record in values.items()]
+        return _of_names(_by_index(mappings) if _are_columns_of_indices(mappings) else mappings)
     if any(values.values()) and all(_are_captions(value) for value in values.values()):
         return [{"file": name, "captions": value} for name, value in values.items()]
     return None
 
 
+def _of_names(records: Mapping[str, Mapping[str, Any]]) -> Records:
+    """{file: record}. A number is an index where the records name pictures, as pandas counts rows."""
+    cells = [cell for record in records.values() for cell in record.items()]
+    has_images = any(
+        name.strip().lower() in IMAGE_COLUMNS or (isinstance(value, str) and names_picture(value))
+        for name, value in cells
+    )
+    key = "index" if has_images and all(map(_is_number, records)) else "file"
+    return [{key: name, **record} for name, record in records.items()]
+
+
+def _by_index(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    indices = dict.fromkeys(index for column in columns.values() for index in column)
+    return {index: {name: column.get(index) for name, column in columns.items()} for index in indices}
+
+
+def _are_columns_of_indices(mappings: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether this is {column: {index: value}}, by the names of columns or by indices; {file: record} has mappings as
+    well."""
+    are_indices = all(_is_number(name) or names_picture(name) for each in mappings.values() for name in each)
+    return any(map(_is_column, mappings)) or (are_indices and not any(map(names_picture, mappings)))
+
+
 def _are_columns(lists: Mapping[str, list[Any]]) -> bool:
     """Lists of one length are columns if one is called so; {file: [captions]} has lists as well."""
-    return len({len(each) for each in lists.values()}) == 1 and any(name.lower() in CAPTION_COLUMNS for name in lists)
+    return len({len(each) for each in lists.values()}) == 1 and any(map(_is_column, lists))
+
+
+def _is_column(name: str) -> bool:
+    known = name.strip().lower()
+    return known in (*IMAGE_COLUMNS, *CAPTION_COLUMNS) or NUMBERED_CAPTION.fullmatch(known) is not None
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch(r"0|[1-9]\d*", name) is not None
 
 
 def _are_captions(value: Any) -> bool:

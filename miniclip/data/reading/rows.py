@@ -13,13 +13,12 @@ import numpy as np
 
 from ...common.storage import is_url
 from ...common.wording import counted
-from .cells import CAPTION_COLUMNS, from_base64, is_binary, picture_in, texts_in
+from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, picture_in, texts_in
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
 from .scan import LeftOut, same_name
 from .tables import find_column, find_image_column
 
-_NUMBERED_CAPTION = re.compile(r"((?:caption|title|text|sentence|description|comment)s?)[_ ]?\d+")
 _NUMBERED_IMAGE = re.compile(r"(.*\.\w+)#\d+")  # Flickr's 1000268201.jpg#0
 _PROBED = 100
 
@@ -94,7 +93,7 @@ def pairs_of_rows(
     if len(probed) > 1 and all(pair.problem for pair in probed):
         raise ValueError(
             f"none of the first {len(probed)} images of {source} is there, {names[0][:200]!r} to begin with: "
-            f"{probed[0].problem}"
+            f"{probed[0].problem}" + (f"; --image-column may name {' or '.join(map(repr, others))}" if others else "")
         )
     found = f"{counted(len(names), 'image')} from column {column!r}" + (f" in {images}" if images is not None else "")
     found += f", not from {', '.join(map(repr, others))}" if others else ""
@@ -138,7 +137,7 @@ def caption_columns_of(source: str | Path, columns: list[str]) -> list[str]:
     Raises:
         ValueError: none is.
     """
-    matches = {column: _NUMBERED_CAPTION.fullmatch(column.strip().lower()) for column in columns}
+    matches = {column: NUMBERED_CAPTION.fullmatch(column.strip().lower()) for column in columns}
     stems = {found[1] for found in matches.values() if found}
     numbered = [column for column, found in matches.items() if found or column.strip().lower() in stems]
     return numbered or [find_column(columns, CAPTION_COLUMNS, "the captions", source)]

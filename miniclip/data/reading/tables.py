@@ -9,21 +9,19 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from enum import IntEnum
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from ...common.storage import expand, is_url
-from .cells import decode_text
+from .cells import IMAGE_COLUMNS, decode_text, names_picture, picture_in
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
-from .paths import image_in, is_file
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, scan
+from .paths import find_file, is_file
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, same_name, scan
 from .splits import Rows, equal_splits, is_named, rows_of_split, split_among, split_in
 
-IMAGE_COLUMNS = (
-    "filepath", "image", "image_path", "path", "file", "filename", "file_name", "image_name", "img", "jpg", "jpeg",
-    "png", "webp", "url", "image_url", "images",
-)  # fmt: skip
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
@@ -36,7 +34,6 @@ _OTHER_FILES = {
     **dict.fromkeys((".db", ".sqlite"), "a data base; export a CSV"),
     ".lmdb": "a data base; write its images into a folder and its texts into a CSV",
 }  # fmt: skip
-_IMAGE_CELL = re.compile(rf"\s*(?:\w+://\S+|[^\n]*(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})(?:\#\d+)?)\s*", re.I)
 
 
 def read_table(
@@ -191,7 +188,7 @@ def _parse_cells(
     try:
         first = next(reader)
         first = [_without_quotes(cell) for cell in first] if quoting == csv.QUOTE_NONE else first
-        is_row = any(_IMAGE_CELL.fullmatch(cell) for cell in first)
+        is_row = any(map(names_picture, first))
         columns = _columns_without_header(path, first) if is_row else [name.strip() for name in first]
         if twice := {name for name in columns if name and columns.count(name) > 1}:
             raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
@@ -229,7 +226,7 @@ def _without_quotes(cell: str) -> str:
 def _columns_without_header(path: Path, first: list[str]) -> list[str]:
     """Flickr8k's and Conceptual Captions' tables name no columns: an image and a caption, in either order."""
     if len(first) == 2:
-        return ["image", "caption"] if _IMAGE_CELL.fullmatch(first[0]) else ["caption", "image"]
+        return ["image", "caption"] if names_picture(first[0]) else ["caption", "image"]
     raise ValueError(
         f"{path} has no header: its first line holds an image ({', '.join(first)[:100]}); put a line above it that "
         "names the columns, such as image,caption"
@@ -265,8 +262,8 @@ def folder_of(path: Path) -> Path:
 def find_image_column(
     columns: Iterable[str], rows: Sequence[Mapping[str, Any]], folder: Path, source: str | Path
 ) -> tuple[str, list[str]]:
-    """The column of images, and the others that are called so: of several that which holds pictures, else the names of
-    files that are there, else the first known name.
+    """The column of images, and the others that are called so: of several that which holds pictures, else that which
+    names files that are there, else the first known name.
 
     Raises:
         ValueError: none is known.
@@ -279,23 +276,63 @@ def find_image_column(
         number = min(_ROWS_LOOKED_AT, len(rows))
         probed: Sequence[Mapping[str, Any]]
         probed = rows.first(known, number) if isinstance(rows, ParquetRows) else [rows[row] for row in range(number)]
-        known.sort(key=lambda column: _image_rank([row.get(column) for row in probed], folder))
+        kinds = [_kinds_of_images([row.get(name) for name in known], folder) for row in probed]
+        usual = {name: _most_of([each[place] for each in kinds]) for place, name in enumerate(known)}
+        known.sort(key=usual.__getitem__)
     return known[0], known[1:]
 
 
-def _image_rank(cells: Iterable[Any], folder: Path) -> int:
-    """0 where most cells that have a value are pictures, 1 where they are files, 2 where they are other names."""
-    ranks = []
-    for cell in cells:
-        if cell is None or cell == "" or cell != cell:
-            continue
+class _Image(IntEnum):
+    """What a cell of a column of images is; the best comes first."""
+
+    PICTURE = 0
+    NAMED_FILE = 1
+    FILE = 2  # by a name without a suffix
+    NAME = 3  # of a picture that is not there
+    OTHER = 4
+    URL_OF_PICTURE = 5
+    URL = 6
+    NONE = 7
+
+
+def _most_of(kinds: Sequence[_Image | None]) -> _Image:
+    there = [kind for kind in kinds if kind is not None]
+    return max(sorted(set(there)), key=there.count, default=_Image.NONE)
+
+
+def _kinds_of_images(row: Sequence[Any], folder: Path) -> list[_Image | None]:
+    """What the cells of a row are; None for those without a value.
+
+    A file that is found by a name without a suffix may be another row's, where the name is an id or a row's number. It
+    is no file if another cell of the row names a picture of another stem.
+    """
+    images: list[Any] = []
+    for cell in row:
         try:
-            image = image_in(cell, folder)
+            images.append("" if cell is None or cell != cell or cell == "" else picture_in(cell))
         except ValueError:
-            ranks.append(3)
-            continue
-        ranks.append(0 if isinstance(image, bytes) else 1 if isinstance(image, Path) and is_file(image) else 2)
-    return max(sorted(set(ranks)), key=ranks.count, default=3)
+            images.append(None)
+    names = [each for each in images if isinstance(each, str) and names_picture(each) and not is_url(each)]
+    stems = set(map(_stem, names))
+
+    def kind(image: Any) -> _Image | None:
+        if not isinstance(image, str):
+            return _Image.NONE if image is None else _Image.PICTURE
+        if not image:
+            return None
+        if is_url(image):
+            is_picture = PurePath(urlsplit(image).path).suffix.lower() in IMAGE_SUFFIXES
+            return _Image.URL_OF_PICTURE if is_picture else _Image.URL
+        file = find_file(folder, image)
+        if image in names:
+            return _Image.NAMED_FILE if is_file(file) else _Image.NAME
+        return _Image.FILE if is_file(file) and stems <= {_stem(file.name)} else _Image.OTHER
+
+    return list(map(kind, images))
+
+
+def _stem(text: str) -> str:
+    return same_name(PureWindowsPath(text.strip()).stem).casefold()  # which knows / as well
 
 
 def find_column(columns: Iterable[str], known: tuple[str, ...], what: str, source: str | Path) -> str:
