@@ -29,6 +29,7 @@ from pyarrow import parquet
 from miniclip.commands import main as cli
 from miniclip.data.pack import pack
 from miniclip.data.reading.pair import Pairs, fingerprint
+from miniclip.data.reading.rows import caption_columns_of
 from miniclip.data.shards import Shards
 from miniclip.data.sources import read_pairs
 
@@ -280,6 +281,24 @@ def test_numbered_columns_are_the_captions_in_their_order(images, tmp_path, form
     pairs = read_pairs(source)
     assert pairs.found.endswith(f"captions from {', '.join(map(repr, names))}")
     assert check(pairs, tmp_path / "out")[0].captions == tuple(f"text {n}" for n in range(5))
+
+
+@pytest.mark.parametrize(
+    ("columns", "captions"),
+    [
+        ("caption,comment_1,comment_2", ["caption"]),
+        ("title 2,caption", ["caption"]),
+        ("Text,description_1,comments_1", ["Text"]),
+        ("caption,caption_2,comment_1", ["caption", "caption_2"]),
+        ("comment_1,caption_0,caption_1", ["caption_0", "caption_1"]),
+        ("title,caption_1,caption_2", ["caption_1", "caption_2"]),
+        ("captions_1,captions_2,title_1", ["captions_1", "captions_2"]),
+        ("titles_1,titles_2,comment", ["titles_1", "titles_2"]),
+        ("caption,captions", ["caption"]),
+    ],
+)
+def test_numbered_columns_come_in_the_order_of_their_names_as_others_do(columns, captions):
+    assert caption_columns_of("t.csv", ["image", *columns.split(",")]) == captions
 
 
 def test_blank_cells_of_numbered_columns_are_no_captions(images, tmp_path):

@@ -132,15 +132,18 @@ def choose_columns(
 
 
 def caption_columns_of(source: str | Path, columns: list[str]) -> list[str]:
-    """The columns that are known by their names to hold captions: one, or several that are numbered.
+    """The columns of the first name that is known to hold captions: one, or several that are numbered, caption_1.
 
     Raises:
-        ValueError: none is.
+        ValueError: no name is known.
     """
-    matches = {column: NUMBERED_CAPTION.fullmatch(column.strip().lower()) for column in columns}
-    stems = {found[1] for found in matches.values() if found}
-    numbered = [column for column, found in matches.items() if found or column.strip().lower() in stems]
-    return numbered or [find_column(columns, CAPTION_COLUMNS, "the captions", source)]
+    names = {column: column.strip().lower() for column in columns}
+    numbered = {column: found[1] for column, name in names.items() if (found := NUMBERED_CAPTION.fullmatch(name))}
+    stems = {column: stem if stem in CAPTION_COLUMNS else stem.removesuffix("s") for column, stem in numbered.items()}
+    first = next((name for name in CAPTION_COLUMNS if name in (*names.values(), *stems.values())), "")
+    if first not in stems.values():
+        return [find_column(columns, CAPTION_COLUMNS, "the captions", source)]
+    return [column for column, name in names.items() if stems.get(column, name) == first]
 
 
 def extra_of(row: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
