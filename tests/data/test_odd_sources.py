@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -484,6 +485,93 @@ def test_folders_and_patterns_of_parquet_files_are_one_table(tmp_path):
     assert len(read_pairs(tmp_path / "hub", split="test")) == 2
     for pattern in ("train-*.parquet", "train-{00000..00001}-of-00003.parquet"):
         assert len(read_pairs(f"{tmp_path}/hub/data/{pattern}")) == 4
+
+
+def write_parquet(folder: Path, *names: str) -> Path:
+    """Files of one picture each, whose caption and label are the file's path."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        cells = [{"bytes": image_bytes(number), "path": None}]
+        pq.write_table(pa.table({"image": cells, "caption": [name], "label": [name]}), folder / name)
+    return folder
+
+
+def captions_of(source: Path | str, **options: Any) -> list[str]:
+    return [caption for pair in read_pairs(source, **options) for caption in pair.captions]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "data/{}-00000-of-00001.parquet",
+        "{}-00000-of-00001-0a1b2c3d4e5f6071.parquet",
+        "{}-0.parquet",
+        "{}.parquet",
+        "{}/0.parquet",
+        "default/{}/part-0000.parquet",
+        "split={}/lang=de/part-0.parquet",
+        "Set={}/0.parquet",
+    ],
+)
+@pytest.mark.parametrize("splits", [["train", "validation", "testA"], ["trainval", "test"], ["train", "minival2014"]])
+def test_parquet_files_of_a_split_that_nobody_knows_are_in_no_other_split(tmp_path, form, splits):
+    file_of = {split: form.format(split) for split in splits}
+    folder = write_parquet(tmp_path / "set", *file_of.values())
+    for split, name in file_of.items():
+        pairs = read_pairs(folder, split=split)
+        assert [pair.captions for pair in pairs] == [(name,)]
+        reason = "a file of another split"
+        assert {each.source: each.reason for each in pairs.left_out} == dict.fromkeys(
+            {*file_of.values()} - {name}, reason
+        )
+        with warnings.catch_warnings(action="ignore"):  # of what is left out
+            data = open_dataset(folder, split=split)
+            captions = open_dataset(folder, split=split, task="retrieval").captions
+        assert (data.classnames, set(data.left_out), captions) == ((name,), set(pairs.left_out), ((name,),))
+    valid = ", ".join(sorted(splits))
+    for asked in ("val", "train", "testB"):
+        same = {"val": "validation"}.get(asked, asked)
+        if same in splits:
+            assert captions_of(folder, default_split=asked) == [file_of[same]]
+            continue
+        for options in ({"split": asked}, {"default_split": asked}):
+            with pytest.raises(ValueError, match=f"has no split '{asked}'; valid are {valid}$"):
+                read_pairs(folder, **options)
+
+
+def test_a_parquet_file_of_no_split_beside_those_of_splits_is_left_out_and_named(tmp_path):
+    names = ("train-0.parquet", "train-1.parquet", "val-0.parquet", "sizes.parquet", "0001.parquet")
+    pairs = read_pairs(write_parquet(tmp_path, *names))
+    assert [pair.captions for pair in pairs] == [("train-0.parquet",), ("train-1.parquet",)]
+    assert {each.source for each in pairs.left_out} == {*names[2:]}
+    assert len(read_pairs(f"{tmp_path}/*.parquet")) == 5
+
+
+def test_parquet_files_whose_names_tell_no_known_split_are_one_set_or_asked_for_by_name(tmp_path):
+    plain = write_parquet(tmp_path / "plain", "00000.parquet", "part-1-abc.parquet", "lang=de/0.parquet")
+    assert len(read_pairs(plain)) == len(read_pairs(plain, split="train")) == 3
+    assert "all files" not in read_pairs(plain).found
+    one = write_parquet(tmp_path / "one", *(f"data-{n:05d}-of-00002.parquet" for n in range(2)))
+    assert len(read_pairs(one)) == len(open_dataset(one).images) == 2
+    names = [f"test{letter}-{n:05d}-of-00002.parquet" for letter in "AB" for n in range(2)]
+    two = write_parquet(tmp_path / "two", *names)
+    assert captions_of(two, split="testA") == names[:2]
+    assert read_pairs(two).found.endswith(", all files: their names are of testA, testB; --split takes those of one")
+    for folder, valid in ((one, "data"), (two, "testA, testB")):
+        with pytest.raises(ValueError, match=f"has no split 'train'; valid are {valid}$"):
+            read_pairs(folder, split="train")
+    with pytest.raises(ValueError, match="has no split 'test'; it has testA, testB"):
+        open_dataset(two)
+    folders = write_parquet(tmp_path / "folders", "split=testA/0.parquet", "split=testB/0.parquet")
+    assert captions_of(folders, split="testB") == ["split=testB/0.parquet"]
+    assert captions_of(folders / "split=testB", split="testB") == ["split=testB/0.parquet"]
+    assert captions_of(two / names[0], split="testA") == names[:1]
+
+
+def test_words_that_are_joined_to_a_split_tell_it(tmp_path):
+    folder = write_parquet(tmp_path, "trainset.parquet", "coco_valset-0.parquet", "testdata.parquet")
+    assert captions_of(folder) == ["trainset.parquet"]
+    assert captions_of(folder, split="val") == ["coco_valset-0.parquet"]
 
 
 def test_an_imagefolder_with_metadata_is_read_and_what_it_does_not_name_is_left_out(three):

@@ -16,6 +16,8 @@ EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation",
 
 
 _ROLE_OF = {name: names[0] for names in EQUAL_SPLITS for name in names}
+_FOLDER = re.compile(rf"(?:{'|'.join(SPLIT_COLUMNS)})=(.+)", re.I)  # as Spark and pandas partition
+_SHARD = re.compile(r"(.+?)[-_.](?:([\d*]+-of-[\d*]+).*|[\d*]+)", re.S)  # testA-00000-of-00001, as the hub has them
 _PART = re.compile(rf"({'|'.join(_ROLE_OF)})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I)  # COCO's train2017
 
 
@@ -34,8 +36,25 @@ def different_splits(names: Iterable[str]) -> list[str]:
 def split_in(name: str) -> str:
     """The part that a file's or a folder's name tells among other words: train-00000-of-00002, coco_test, split=val."""
     words = [word for word in re.split(r"[^a-z]+", name.lower()) if word]
-    found = [word for word in words if word in _ROLE_OF]
-    return found[0] if found and (len(set(found)) == 1 or words[0] == found[0]) else ""
+    found = [word if word in _ROLE_OF else role_of(word) for word in words if role_of(word)]  # trainset is train
+    return found[0] if found and (len(set(found)) == 1 or role_of(words[0])) else ""
+
+
+def is_split_folder(name: str) -> bool:
+    """Whether a folder says that its name is a split's: split=testA."""
+    return _FOLDER.fullmatch(name) is not None
+
+
+def is_shard_of_split(name: str) -> bool:
+    """Whether a file is called as Hugging Face's hub calls those of a split, known or not: testA-00000-of-00001."""
+    found = _SHARD.fullmatch(name)
+    return found is not None and found[2] is not None
+
+
+def part_called(name: str) -> str:
+    """A file's or a folder's name as that of a part: without a shard's number, and without `split=`."""
+    name = found[1] if (found := _FOLDER.fullmatch(name)) else name
+    return found[1] if (found := _SHARD.fullmatch(name)) else name
 
 
 def equal_splits(split: str) -> tuple[str, ...]:
@@ -92,8 +111,9 @@ def has_split_column(columns: Sequence[str]) -> bool:
 
 def is_named(path: Path, split: str) -> bool:
     """Whether the name of a file, a pattern or a folder says that this part is what it holds."""
-    told = role_of(path.resolve().name) if path.is_dir() else split_in(path.stem)
-    return told in equal_splits(role_of(split.strip()) or split.strip().lower())
+    name, part = path.resolve().name if path.is_dir() else path.stem, split.strip()
+    told = role_of(name) if path.is_dir() else split_in(name)
+    return told in equal_splits(role_of(part) or part.lower()) or part_called(name) == part
 
 
 def is_all_of(split: str) -> bool:

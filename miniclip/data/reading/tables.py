@@ -8,19 +8,32 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ...common.storage import expand, is_url
+from ...common.wording import some
 from .cells import IMAGE_COLUMNS, decode_text, names_picture, picture_in
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .paths import find_file, is_file
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, same_name, scan
-from .splits import Rows, equal_splits, is_named, rows_of_split, split_among, split_in
+from .splits import (
+    Rows,
+    equal_splits,
+    has_split_column,
+    is_named,
+    is_shard_of_split,
+    is_split_folder,
+    part_called,
+    role_of,
+    rows_of_split,
+    split_among,
+    split_in,
+)
 
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
@@ -72,12 +85,15 @@ def read_table(
 def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is_asked_for: bool) -> Any:
     if split is None:
         return rows
-    is_told = (
-        is_named(path, split)
-        or is_named(folder_of(path), split)
-        or not {*equal_splits(split)}.isdisjoint(parquet_splits(path))
-    )
-    return rows_of_split(path, columns, rows, split, is_asked_for and not is_told, is_told)
+    parts = parquet_splits(path)
+    is_of_files = not {*equal_splits(split)}.isdisjoint(parts)
+    is_told = is_named(path, split) or is_named(folder_of(path), split) or is_of_files
+    if parts and is_asked_for and not is_told and not has_split_column(columns):
+        split_among(parts, split, str(path))  # raises
+    chosen = rows_of_split(path, columns, rows, split, is_asked_for and not is_told, is_told)
+    if len(parts) > 1 and not is_of_files:
+        chosen.note += f", all files: their names are of {some(parts, 3)}; --split takes those of one"
+    return chosen
 
 
 def table_suffix(path: Path) -> str:
@@ -96,8 +112,10 @@ def is_pattern(source: str) -> bool:
 
 
 def parquet_files(path: Path, split: str | None = None) -> list[Path]:
-    """The files that a Parquet file, a folder of them or a pattern stands for, sorted; those of one split where their
-    names tell it, as `train-00000-of-00002.parquet` or a folder `train/` does.
+    """The files that a Parquet file, a folder of them or a pattern stands for, sorted; of a folder those of one split
+    where names tell it, as `train-00000-of-00002.parquet` or a folder `train/` does. Beside such a file any other is of
+    a split of its own name (`testA-00000-of-00001`, `holdout/`). Where all are, one that is asked for is taken, else
+    all.
 
     Raises:
         ValueError: none, or none of that split.
@@ -112,11 +130,11 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         )
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
-    splits = {file: _split_of(file, path) for file in found}
-    names = sorted({name for name in splits.values() if name})
-    if len(names) > 1 and split and path.is_dir():
+    splits = _splits_of(found, path) if split and path.is_dir() else {}
+    names = sorted(set(splits.values()))
+    if split and len(names) > 1 and (split in names or any(map(role_of, names))):
         chosen = split_among(names, split, str(path))
-        return [file for file in found if splits[file] in (chosen, "")]
+        return [file for file in found if splits[file] == chosen]
     return found
 
 
@@ -124,7 +142,7 @@ def parquet_splits(path: Path) -> list[str]:
     """The splits that the names of a folder's Parquet files tell of; none for a file or a pattern."""
     if not path.is_dir():
         return []
-    return sorted({_split_of(file, path) for file in files_below(path, ".parquet")} - {""})
+    return sorted(set(_splits_of(list(files_below(path, ".parquet")), path).values()))
 
 
 def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
@@ -136,9 +154,21 @@ def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
     return [*below.left_out, *of_splits, *below.unread(others - set(tables))]
 
 
-def _split_of(file: Path, folder: Path) -> str:
-    folders = file.relative_to(folder).parts[:-1] if folder.is_dir() else ()
-    return next((split for name in (file.stem, *reversed(folders)) if (split := split_in(name))), "")
+def _splits_of(files: Sequence[Path], folder: Path) -> dict[Path, str]:
+    """The split of each file, by its name or a folder's; none of any where no name tells one.
+
+    A name that tells no known split is a split's own at the level at which others tell theirs: of files, or of folders.
+    """
+    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
+
+    def levels(tells: Callable[[str], Any]) -> set[int]:
+        return {level for each in names.values() for level, name in enumerate(each) if tells(name)}
+
+    told = levels(split_in) or levels(is_split_folder) or levels(is_shard_of_split)
+    if not told:
+        return {}
+    own = {file: part_called(each[min(*told, len(each) - 1)]) for file, each in names.items()}
+    return {file: next(filter(None, map(split_in, each)), own[file]) for file, each in names.items()}
 
 
 def _unzipped(path: Path) -> bytes:

@@ -31,7 +31,7 @@ from ...data.reading.huggingface import (
 )
 from ...data.reading.pair import Pairs
 from ...data.reading.paths import image_in
-from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut
+from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files
 from ...data.reading.splits import equal_splits, has_split_column, role_of, rows_of_split, splits_in
 from ...data.reading.tables import beside_parquet, find_column, find_image_column, folder_of, parquet_splits, read_table
 from .class_folders import beside_folder
@@ -486,7 +486,8 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         split = choose_split(parts, split, source) if (parts := splits_in(names, rows)) else split
     name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
     folder = Path(source)
-    if not has_splits and folder.is_dir() and (parts := pair_splits(folder) or parquet_splits(folder)):
+    splits_of = pair_splits if folder.is_dir() and image_files(folder) else parquet_splits
+    if not has_splits and folder.is_dir() and (parts := splits_of(folder)):
         split, has_splits = choose_split(parts, split, source), True
         source = str(folder / split) if (folder / split).is_dir() else source
     if split and not has_splits:
