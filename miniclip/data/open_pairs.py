@@ -25,7 +25,7 @@ from .shards import Shards
 from .sources import read_pairs
 
 _HASH = "[0-9a-f]" * 16  # a pattern of the last part of a packed source's name
-_READ_AS = 6  # raised where the same source is read as other pairs than by earlier versions
+_READ_AS = 7  # raised where the same source is read as other pairs than by earlier versions
 
 
 def shard_pairs(source: str) -> Pairs:

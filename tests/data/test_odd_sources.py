@@ -1237,6 +1237,66 @@ def test_a_title_that_is_the_files_own_name_is_no_caption(tmp_path):
     assert read_pairs(tmp_path / "t.csv")[0].captions == ("IMG_1",)
 
 
+def test_a_text_comes_before_json_wherever_it_lies_and_a_shorter_name_before_the_whole_one(tmp_path):
+    """gallery-dl's and Takeout's metadata, a.jpg.json, and a.jpg.txt of another program beside one's own a.txt."""
+    facts = json.dumps({"category": "flickr", "description": "Buy prints at my shop!"})
+    files: dict[str, str | int] = {
+        "a.jpg": 1, "a.jpg.json": facts, "a.txt": "a red bicycle",
+        "b.jpg": 2, "b.jpg.json": json.dumps({"title": "b.jpg", "description": ""}), "b.txt": "a blue car",
+        "c.jpg": 3, "c.jpg.txt": "another's", "c.txt": "a green tree", "c.cap": "a third",
+        "d.jpg": 4, "d.json": facts, "d.jpg.txt": "a dog",
+        "images/e.jpg": 5, "images/e.jpg.json": facts, "captions/e.txt": "an elk",
+        "f.jpg": 6, "f.json": json.dumps({"caption": "a fox"}), "f.jpg.json": facts,
+        "g.jpg": 7, "g.jpg.txt": "a goose", "g.png": 8, "g.png.txt": "its mask", "g.txt": "both",
+    }  # fmt: skip
+    for name, held in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_picture(tmp_path / name, held) if isinstance(held, int) else (tmp_path / name).write_text(held)
+    pairs = read_pairs(tmp_path)
+    assert {pair.source: pair.captions for pair in pairs} == {
+        "a.jpg": ("a red bicycle",), "b.jpg": ("a blue car",), "c.jpg": ("a green tree",), "d.jpg": ("a dog",),
+        "images/e.jpg": ("an elk",), "f.jpg": ("a fox",), "g.jpg": ("a goose",), "g.png": ("its mask",),
+    }  # fmt: skip
+    spare = {each.source for each in pairs.left_out if each.reason == "another text for a picture that has one"}
+    assert spare == {"c.jpg.txt", "c.cap", "g.txt"}
+    assert len(pairs) + len(pairs.left_out) + sum(pair.problem is None for pair in pairs) == len(files)
+
+
+@pytest.mark.parametrize(
+    ("image", "metadata"),
+    [
+        ("b.jpg", "b.jpg.supplemental-metadata.json"),
+        ("IMG_20200101_123456789.jpg", "IMG_20200101_123456789.jpg.supplemental-metada.json"),
+        ("b.jpg", "b.jpg.s.json"),
+        ("b.jpg", "b.jpg..json"),
+        ("IMG(1).jpg", "IMG.jpg.supplemental-metadata(1).json"),
+        ("IMG(12).JPG", "IMG.JPG.suppl(12).json"),
+        ("IMG(1).jpg", "IMG.jpg(1).json"),
+        ("IMG(1).jpg", "IMG(1).jpg.json"),
+        ("IMG(1).jpg", "IMG(1).json"),
+    ],
+)
+def test_the_names_that_googles_takeout_gives_the_json_of_a_picture(tmp_path, image, metadata):
+    """Its title is the name that the picture had before it was numbered, or cut."""
+    write_picture(tmp_path / image, 1)
+    title = "a very long name & more" + Path(image).suffix.lower()
+    (tmp_path / metadata).write_text(json.dumps({"title": title, "description": "a cat on the sofa"}))
+    write_picture(tmp_path / "IMG.png", 2)  # not of this number, nor of this kind
+    pairs = read_pairs(tmp_path)
+    assert {pair.source: pair.captions for pair in pairs} == {image: ("a cat on the sofa",), "IMG.png": ()}
+
+
+def test_json_of_another_word_or_without_a_description_is_not_taken_for_a_picture(tmp_path):
+    for name in ("a", "z"):
+        write_picture(tmp_path / f"{name}.jpg", ord(name))
+    (tmp_path / "z.txt").write_text("a zebra")
+    for name in ("a.jpg.exif.json", "a.s.json", "a.jpg.supplemental-metadata(1).json"):
+        (tmp_path / name).write_text('{"description": "of another"}')
+    assert "there is no a.txt beside it" in str(read_pairs(tmp_path)[0].problem)
+    (tmp_path / "a.jpg.json").write_text('{"title": "a.jpg"}')
+    assert read_pairs(tmp_path)[0].problem == "no captions: there is no a.txt beside it, and a.jpg.json has no caption"
+
+
 def test_columns_that_are_names_of_folders_are_kept(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -259,13 +260,16 @@ def captions_of_facts(facts: Any, image: str = "") -> list[str]:
     texts alone.
 
     Args:
-        image: the name of the picture's file, which is no caption, though Google's albums have it for a title.
+        image: the name of the picture's file. A text that ends as it does, .jpg, is the name of a file and no caption:
+            Google's albums have it for a title, before it was cut or numbered.
     """
+    suffix = PurePath(image).suffix.lower()
     if isinstance(facts, str) or (isinstance(facts, list) and all(isinstance(each, str) for each in facts)):
         return texts_in(facts)
     if isinstance(facts, Mapping):
         for name in CAPTION_COLUMNS:
-            if texts := [text for text in texts_in(facts.get(name)) if text != image]:
+            texts = texts_in(facts.get(name))
+            if texts := [text for text in texts if text != image and not (suffix and text.lower().endswith(suffix))]:
                 return texts
     return []
 

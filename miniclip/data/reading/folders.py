@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from ...common.wording import counted, some
@@ -82,7 +83,7 @@ def preference(path: PurePath | str) -> tuple[int, str]:
 
 def _pairs_by_name(files: Scan) -> Pairs:
     folder = files.folder
-    text_of = _match(files)
+    text_of, beside = _match(files)
     by_text: dict[Path, list[Path]] = defaultdict(list)
     for image, text in text_of.items():
         by_text[text].append(image)
@@ -91,7 +92,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
         first, *others = sorted(claimants, key=lambda path: (path.stem != text.stem, preference(path)))
         taken_for |= dict.fromkeys(others, first)
     used = set(text_of.values())
-    alone = [text for text in files.texts if text not in used and not _has_namesake(text, used)]
+    alone = [text for text in files.texts if text not in used and text not in beside]
     alone_set = set(alone)
     left_out = [
         LeftOut(str(text.relative_to(folder)), "another text for a picture that has one")
@@ -124,7 +125,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
             return Pair(name, problem=f"no captions: there is no {image.stem}.txt beside it{hint}")
         text = text_of[image]
         try:
-            return Pair(name, image, tuple(_captions_of(text, image.name)))
+            return Pair(name, image, tuple(_captions_of(text, image)))
         except FileNotFoundError:
             return Pair(name, problem=f"no captions: there is no {text.name} beside it")
         except OSError as error:
@@ -143,18 +144,32 @@ def _pairs_by_name(files: Scan) -> Pairs:
     return Pairs(names, read, found, [*read_from, *alone], left_out)
 
 
-def _match(files: Scan) -> dict[Path, Path]:
-    """The text of each picture that has one."""
-    captions = [*files.texts, *(path for path in files.others if path.suffix.lower() == ".json")]
-    by_name: dict[tuple[Path, str], list[Path]] = defaultdict(list)
-    for path in captions:
-        by_name[path.parent, same_name(path.stem)].append(path)
+def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
+    """The text of each picture that has one, and all that lie beside a picture under its name. Texts come before JSON,
+    which programs put beside a picture as well."""
     text_of: dict[Path, Path] = {}
-    for image in files.images:
-        for stem in (image.name, image.stem):
-            if texts := by_name.get((image.parent, same_name(stem))):
-                text_of[image] = min(texts, key=lambda path: (path.stem != stem, _text_rank(path)))
-                break
+    beside: set[Path] = set()
+    images_of_stem = Counter((image.parent, same_name(image.stem)) for image in files.images)
+    for captions in (files.texts, [path for path in files.others if path.suffix.lower() == ".json"]):
+        by_name: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+        for path in captions:
+            by_name[path.parent, same_name(_takeout_picture(path.stem))].append(path)
+        for image in files.images:
+            own = (image.stem, image.name)
+            names = list(map(same_name, own))
+            if images_of_stem[image.parent, names[0]] > 1:  # a.jpg.txt tells whose it is, where a.txt does not
+                names.reverse()
+            for name in dict.fromkeys(names):
+                if texts := by_name.get((image.parent, name)):
+                    beside.update(texts)
+                    if image not in text_of:
+                        text_of[image] = min(texts, key=lambda path: (path.stem not in own, _text_rank(path), path))
+        text_of |= _match_apart(files, captions, text_of)
+    return text_of, beside
+
+
+def _match_apart(files: Scan, captions: Iterable[Path], text_of: Mapping[Path, Path]) -> dict[Path, Path]:
+    """Pictures and texts of one name in folders of their own, or with roles in their names, if there is one of each."""
     used = set(text_of.values())
     images_of, texts_of = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
     for image in files.images:
@@ -163,10 +178,18 @@ def _match(files: Scan) -> dict[Path, Path]:
     for text in captions if images_of else ():
         if text not in used:
             texts_of[same_sample(text.relative_to(files.folder).with_suffix(""))].append(text)
-    for key, images in images_of.items():
-        if len(images) == len(texts_of.get(key, ())) == 1:
-            text_of[images[0]] = texts_of[key][0]
-    return text_of
+    return {images[0]: texts_of[key][0] for key, images in images_of.items() if len(images) == len(texts_of[key]) == 1}
+
+
+def _takeout_picture(stem: str) -> str:
+    """The picture of a JSON of Google's Takeout: that of `IMG(1).jpg` is IMG.jpg.supplemental-metadata(1).json, whose
+    last word is cut where the name would be too long. Any other stem as it is."""
+    name, number = re.fullmatch(r"(.*?)(\(\d+\))?", stem, re.S).groups("")  # type: ignore[union-attr]
+    picture, _, word = name.rpartition(".")
+    if "supplemental-metadata".startswith(word) and PurePath(picture).suffix.lower() in IMAGE_SUFFIXES:
+        name = picture
+    path = PurePath(name)
+    return f"{path.stem}{number}{path.suffix}" if path.suffix.lower() in IMAGE_SUFFIXES else stem
 
 
 def _text_rank(path: Path) -> int:
@@ -174,20 +197,16 @@ def _text_rank(path: Path) -> int:
     return TEXT_SUFFIXES.index(suffix) if suffix in TEXT_SUFFIXES else len(TEXT_SUFFIXES)
 
 
-def _has_namesake(text: Path, used: set[Path]) -> bool:
-    return any(text.with_suffix(suffix) in used for suffix in (*TEXT_SUFFIXES, ".json"))
-
-
-def _captions_of(path: Path, image: str) -> list[str]:
+def _captions_of(path: Path, image: Path) -> list[str]:
     text = decode_text(path.read_bytes(), path.name)
     if path.suffix.lower() != ".json":
         return caption_lines(text)
     try:
-        captions = captions_of_facts(parse_json(text), image)
+        captions = captions_of_facts(parse_json(text), image.name)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON with a caption: {error}") from error
     if not captions:
-        raise ValueError(f"no captions: there is no {path.stem}.txt beside it, and {path.name} has no caption")
+        raise ValueError(f"no captions: there is no {image.stem}.txt beside it, and {path.name} has no caption")
     return captions
 
 
