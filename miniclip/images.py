@@ -115,6 +115,9 @@ FORMATS = {
 }  # fmt: skip
 
 
+_NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706  # tags of TIFF
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """FORMATS as far as this Pillow has them; no other plugin is imported."""
@@ -125,8 +128,22 @@ def _formats() -> tuple[str, ...]:
 
 
 def read_header(data: bytes) -> Image.Image:
-    """A picture of one of FORMATS, not decoded yet. Errors are Pillow's, which can be of any kind."""
-    return Image.open(io.BytesIO(data), formats=_formats())
+    """A picture of one of FORMATS, not decoded yet. Errors are Pillow's, which can be of any kind.
+
+    Raises:
+        ValueError: a camera's raw file, a TIFF whose first picture is a small preview.
+    """
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    if _is_raw(image, data):
+        raise ValueError("a camera's raw file, whose first picture is a preview; save it as .jpg or .png")
+    return image
+
+
+def _is_raw(image: Image.Image, data: bytes) -> bool:
+    """DNG and Canon's CR2 say what they are; in others (TIFF/EP) the first picture is a smaller copy of another one."""
+    tags = getattr(image, "tag_v2", {})
+    is_smaller = tags.get(_NEW_SUBFILE_TYPE) == 1 and (_SUB_IFDS in tags or getattr(image, "n_frames", 1) > 1)
+    return is_smaller or _DNG_VERSION in tags or (bool(tags) and data[8:10] == b"CR")
 
 
 def run_no_program() -> None:

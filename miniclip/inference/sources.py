@@ -308,7 +308,7 @@ def _reason_against(path: Path) -> str:
         return "a folder, where names of files are read"
     try:
         with open(path, "rb") as file:
-            return "" if holds_picture(file.read(32)) else unread_reason(path.name)
+            return "" if holds_picture(file.read(32), path.name) else unread_reason(path.name)
     except OSError:
         return ""
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from helpers import write_pairs
 from PIL import Image, features
 
 from miniclip.images import FORMATS, open_image
+from miniclip.inference.exporting.runner import open_picture
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 32 32
@@ -35,6 +37,41 @@ def test_any_other_format_is_refused_with_the_list(kind):
     mode = {"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB")
     with pytest.raises(ValueError, match=r"^cat\.jpg is not an image.*allowed are JPEG, PNG, "):
         open_image(written(kind, mode), "cat.jpg")
+
+
+def tiff(*directories, mark=b""):
+    """A TIFF by hand (TIFF 6.0, section 2): grey pictures of 4 x 4 pixels, each with further tags {number: value}."""
+    start = 8 + len(mark)
+    data = b"II*\0" + struct.pack("<I", start + 16) + mark + bytes(16)  # all pictures are these 16 pixels
+    for number, more in enumerate(directories):
+        tags = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: start, 277: 1, 278: 4, 279: 16, **more}
+        data += struct.pack("<H", len(tags))
+        data += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+        data += struct.pack("<I", len(data) + 4 if number < len(directories) - 1 else 0)
+    return data
+
+
+RAW = {
+    "Nikon's and Sony's": tiff({254: 1}, {254: 0}),
+    "with the picture in a directory below": tiff({254: 1, 330: 8}),
+    "DNG": tiff({50706: 0x0401}),
+    "CR2": tiff({}, mark=b"CR\2\0\0\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_a_raw_file_of_a_camera_is_refused_as_its_first_picture_is_a_preview(kind):
+    with pytest.raises(ValueError, match=r"^it is an unreadable image: a camera's raw file, .* is a preview"):
+        open_image(RAW[kind], "it")
+    with pytest.raises(ValueError, match=r"a camera's raw file, .* is a preview"):
+        open_picture(io.BytesIO(RAW[kind]))
+
+
+@pytest.mark.parametrize("directories", [({},), ({254: 0}, {254: 1}), ({254: 1},), ({254: 2}, {254: 2})])
+def test_a_tiff_whose_first_picture_is_the_whole_or_the_only_one_is_read(directories):
+    for image in (open_image(tiff(*directories), "it"), open_picture(io.BytesIO(tiff(*directories)))):
+        assert image.size == (4, 4)
+        assert image.getextrema() == (0, 0)
 
 
 @pytest.fixture

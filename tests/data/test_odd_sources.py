@@ -1297,6 +1297,36 @@ def test_json_of_another_word_or_without_a_description_is_not_taken_for_a_pictur
     assert read_pairs(tmp_path)[0].problem == "no captions: there is no a.txt beside it, and a.jpg.json has no caption"
 
 
+def test_raw_files_of_cameras_are_named_as_a_kind_that_is_not_read_wherever_they_lie(tmp_path):
+    """They begin as TIFF does, and the first picture of such a file is a preview."""
+    raw = image_bytes(1, "TIFF")
+    reason = "a picture of a kind that is not read ({}; as .jpg or .png it would be)".format
+    for name, data in {
+        "cat/1.NEF": raw, "cat/1.jpg": RED, "cat/1.txt": b"a cat", "dog/2.dng": raw, "dog/2.txt": b"a dog",
+        "dog/3.jpg": GREEN, "dog/scan": raw, "dog/scan.txt": b"a scan", "dog/4.heic": GREEN, "dog/4.txt": b"by content",
+    }.items():  # fmt: skip
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(data)
+    pairs = read_pairs(tmp_path / "d")
+    good = ["cat/1.jpg", "dog/4.heic", "dog/scan"]
+    assert sorted(pair.source for pair in pairs if not pair.problem) == good
+    unread = {"cat/1.NEF": reason(".nef"), "dog/2.dng": reason(".dng")}
+    assert {each.source: each.reason for each in pairs.left_out} == unread
+    with pytest.warns(UserWarning, match=r"\.nef; .*: 1 \(cat/1\.NEF\)"):
+        data = open_dataset(tmp_path / "d")
+    assert [Path(data.key(index)).name for index in range(len(data))] == ["1.jpg", "3.jpg", "4.heic", "scan"]
+    named = image_set([str(tmp_path / "d/cat/1.NEF"), str(tmp_path / "d/dog/scan")])
+    assert ([each.reason for each in named.left_out], len(named)) == ([reason(".nef")], 1)
+    tar = [("1.nef", raw), ("1.txt", b"a cat"), ("2.dng", raw), ("2.jpg", RED), ("2.txt", b"a dog"), ("3.x", raw)]
+    write_tar(tmp_path / "tars" / "0.tar", *tar)
+    kept = samples_of(tmp_path / "tars")
+    assert [(key, image) for key, image, _ in kept if image] == [("2", RED), ("3", raw)]
+    assert rejections(tmp_path / "tars") == {
+        "0.tar:1.nef": "a member of a kind that is not read (.nef)",
+        "0.tar:2.dng": "a member of a kind that is not read (.dng)",
+    }
+
+
 def test_columns_that_are_names_of_folders_are_kept(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

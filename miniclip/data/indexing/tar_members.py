@@ -196,7 +196,7 @@ def _sample(file: IO[bytes], parts: list[tuple[str, Member]], left_out: list[Lef
         by_kind[kind_of(suffix)].append(member)
     unknown = by_kind.pop(None, [])
     if "image" not in by_kind:
-        pictures = [member for member in unknown if holds_picture(_head(file, member))]
+        pictures = [member for member in unknown if holds_picture(_head(file, member), member.name)]
         unknown = [member for member in unknown if member not in pictures]
         if pictures:
             by_kind["image"] = pictures

@@ -23,6 +23,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _UNREAD_PICTURES = (
     ".heic", ".heif", ".jxl", ".ico", ".tga", ".exr", ".hdr", ".svg", ".psd", ".eps",
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
+    ".nrw", ".sr2", ".srf", ".srw", ".pef", ".raw", ".rwl", ".gpr",
+    ".3fr", ".fff", ".iiq", ".mos", ".mef", ".erf", ".kdc", ".dcr",
 )  # fmt: skip
 _LEFTOVER_NAMES = frozenset(
     {  # of macOS, Windows, network storage, and others
@@ -134,10 +136,16 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def holds_picture(head: bytes) -> bool:
-    """Whether a file's first 32 bytes are those of a picture that can be read."""
+def holds_picture(head: bytes, name: str = "") -> bool:
+    """Whether a file's first 32 bytes are those of a picture that can be read.
+
+    Args:
+        name: of the file, if it has one. Raw files of cameras begin as TIFF does, with a small preview.
+    """
+    if head.startswith((b"II*\0", b"MM\0*")):
+        return Path(name).suffix.lower() not in _UNREAD_PICTURES
     return (
-        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
+        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"))
         or head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
         or head[4:12] in (b"ftypavif", b"ftypavis")
         or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
@@ -210,7 +218,7 @@ def _kind_of(path: Path) -> str:
         return "others"
     try:
         with open(path, "rb") as file:
-            return "images" if holds_picture(file.read(32)) else "others"
+            return "images" if holds_picture(file.read(32), path.name) else "others"
     except OSError:
         return "others"
 

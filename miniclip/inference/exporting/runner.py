@@ -175,10 +175,21 @@ def open_picture(file: str | Path | BinaryIO) -> Image.Image:
         Image.init()
         try:
             image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+            if is_raw(image, stream):
+                raise ValueError("a camera's raw file, whose first picture is a preview; save it as .jpg or .png")
             image.load()
         except Exception as error:  # a damaged picture can raise anything
             raise ValueError(f"it is no picture that can be read: {error}") from error
     return image
+
+
+def is_raw(image: Image.Image, stream: BinaryIO) -> bool:
+    """By the tags of TIFF, as miniclip.images does: NewSubfileType, SubIFDs, DNGVersion; or by the mark of a CR2."""
+    if not (tags := getattr(image, "tag_v2", {})):
+        return False
+    is_smaller = tags.get(254) == 1 and (330 in tags or getattr(image, "n_frames", 1) > 1)
+    stream.seek(8)
+    return is_smaller or 50706 in tags or stream.read(2) == b"CR"
 
 
 def upright(image: Image.Image) -> Image.Image:
