@@ -21,6 +21,7 @@ from helpers import write_picture
 from PIL import Image
 
 from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_leftover, is_skipped_folder
+from miniclip.evaluation.datasets.folders_and_tables import alike
 from miniclip.evaluation.datasets.name_files import names_of, templates_of
 from miniclip.evaluation.datasets.open import open_dataset, open_images
 from miniclip.evaluation.datasets.sets import LabelledImages
@@ -619,6 +620,13 @@ def open_labels(folder: Path, *labels: str, **options: object) -> LabelledImages
         (("cat+dog", "dog", "cat"), "the label 'cat\\+dog', which is several"),
         (("cat/dog", "dog", "cat"), "the label 'cat/dog', which is several"),
         (("[cat, dog]", "dog", "cat"), r"the label '\[cat, dog\]', which is several"),
+        (("cat|dog", "dog|bird", "bird|fish", "cat|fish"), "the label 'bird|fish', and 'bird' is in others, too"),
+        (("bird|dog", "cat|dog", "bird|fish"), r"several in one cell; write them as a list, \[.bird., .dog.\]"),
+        (("cat;dog", "dog"), "the label 'cat;dog', and 'dog' is in others, too"),
+        (("cat, dog", "dog, bird", "bird, fish", "cat, fish"), "the label 'bird, fish', and 'bird' is in others, too"),
+        (("cat, dog", "dog, bird", "bird, fish"), "the label 'dog, bird', and 'dog' is in others, too"),
+        (("cat/dog", "dog/bird", "bird/fish", "elk/fox"), "the label 'dog/bird'"),
+        (("a+b", "b+c", "c+a", "d"), "the label 'a\\+b'.* If it is one class, call it otherwise"),
         ((r"\N", "cat"), r"row 1 .* has no label .'\\\\N', as programs"),
         (("#VALUE!", "cat"), "row 1 .* has no label"),
         (("Cat", "cat"), "labels 'Cat' and 'cat', which would be two classes of one name.*--classnames"),
@@ -646,6 +654,29 @@ def test_labels_that_would_be_other_classes_without_a_word_are_refused(tmp_path,
 def test_labels_that_differ_in_nothing_that_can_be_seen_are_one(tmp_path, labels, names, indices):
     data = open_labels(tmp_path, *labels)
     assert (data.classnames, tuple(data.labels)) == (names, indices)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("salt, pepper", "pepper, chili", "sugar"),
+        ("church/indoor", "church/outdoor", "garage/indoor", "garage/outdoor", "kitchen"),  # Places365's
+        ("Tomato, healthy", "Tomato, blight", "Potato, healthy", "Potato, blight"),  # PlantVillage's
+        ("polecat, fitch", "skunk, polecat, wood pussy", "crane, bird", "crane, machine"),
+        ("1/2", "2/3", "3/4", "1/3"),
+        ("A+", "B+", "A", "AB+"),
+        ("Yes|No", "Maybe"),
+    ],
+)
+def test_classes_whose_names_have_parts_in_common_are_no_lists(tmp_path, names):
+    assert open_labels(tmp_path, *names).classnames == tuple(sorted(names))
+
+
+def test_the_synonyms_of_imagenets_classes_are_no_lists():
+    info = pytest.importorskip("timm.data").ImageNetInfo()
+    names = [info.label_name_to_description(synset, detailed=False) for synset in info.label_names()]
+    assert (len(names), sum(", " in name for name in names) > 400) == (1000, True)
+    assert alike(names, "ImageNet") == names
 
 
 def test_sets_and_tuples_of_labels_that_were_written_as_text_are_lists(tmp_path):

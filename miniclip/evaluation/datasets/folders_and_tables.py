@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -462,14 +463,46 @@ def _refuse_joined(labels: Sequence[str], source: str) -> None:
     if are_thousands and any(",0" in label for label in there):  # 1,000 is no list of 1 and 000
         return
     are_numbers = all(re.fullmatch(r"\d+([\s,;|]+\d+)*", label) for label in there)
-    for label in sorted(there):
-        listed = label[1:-1] if label[:1] + label[-1:] == "[]" else label
-        parts = [part.strip() for part in re.split(r"[\s,;|]+" if are_numbers else r"[,;|+/]", listed)]
+    for label, parts in _parts_of_labels(there, r"[\s,;|]+" if are_numbers else r"[,;|+/]").items():
         if len(parts) > 1 and (are_numbers or there.issuperset(parts)):
             raise ValueError(
                 f"{source} has the label {label!r}, which is several in one cell; write them as a list, "
                 f"{json.dumps(parts, ensure_ascii=False)}"
             )
+    _refuse_parts_in_common(there, source)
+
+
+def _refuse_parts_in_common(there: set[str], source: str) -> None:
+    """Several labels in one cell that no cell has alone, by parts that they share.
+
+    Class names hardly have bars and semicolons. Commas and slashes they have: between synonyms, few of which another
+    class has as well, and in kinds of one thing (church/indoor), whose first part is no other's last. Labels in one
+    cell share most parts, and one of them is the first here and the last there.
+    """
+    for separators, are_usual in ((r"[|;]", False), (r"[,;|+/]", True)):
+        parts_of = _parts_of_labels(there, separators)
+        joined = {label: parts for label, parts in parts_of.items() if len(set(parts)) == len(parts) > 1 and all(parts)}
+        num_labels = Counter(part for parts in parts_of.values() for part in set(parts))
+        shared = [label for label, parts in joined.items() if any(num_labels[part] > 1 for part in parts)]
+        if are_usual:
+            if 2 * len(shared) < len(joined) or any(part.isdigit() for parts in joined.values() for part in parts):
+                continue
+            ends = {parts[0] for parts in joined.values()} & {parts[-1] for parts in joined.values()}
+            shared = [label for label in shared if all(num_labels[part] > 1 for part in joined[label])]
+            shared = [label for label in shared if not ends.isdisjoint(joined[label])]
+        if shared:
+            common = next(part for part in joined[shared[0]] if num_labels[part] > 1)
+            raise ValueError(
+                f"{source} has the label {shared[0]!r}, and {common!r} is in others, too: they seem to be several in "
+                f"one cell; write them as a list, {json.dumps(joined[shared[0]], ensure_ascii=False)}. If it is one "
+                "class, call it otherwise, such as by spaces or underscores for the marks between"
+            )
+
+
+def _parts_of_labels(labels: Iterable[str], separators: str) -> dict[str, list[str]]:
+    """Each label with what stands between the separators in it, [brackets] around all aside."""
+    listed = {label: label[1:-1] if label[:1] + label[-1:] == "[]" else label for label in sorted(labels)}
+    return {label: [part.strip() for part in re.split(separators, text)] for label, text in listed.items()}
 
 
 def readable_sources(names: Iterable[str]) -> tuple[str, ...]:
