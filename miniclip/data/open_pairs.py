@@ -17,7 +17,7 @@ from ..common.wording import counted
 from .pack import pack, read_packed
 from .reading.huggingface import HUB_PREFIX
 from .reading.pair import Pair, Pairs, fingerprint
-from .reading.scan import IMAGE_SUFFIXES, image_files
+from .reading.scan import image_files
 from .reading.splits import is_all_of, is_named
 from .reading.tables import is_parquet, is_pattern
 from .shard_index import INDEX_FILE, REJECTED_FILE
@@ -66,17 +66,15 @@ def _numbered_where_equal(names: list[str]) -> list[str]:
 
 
 def is_shards(source: str) -> bool:
-    """Whether a source is a folder, pattern or URL of shards, rather than one for `read_pairs`."""
+    """Whether a source is a folder, pattern or URL of shards, rather than one for `read_pairs`. A folder has an index,
+    or tars and no picture, however deep: a tar may be left over from what was unpacked."""
     path = Path(source)
     if source.startswith(HUB_PREFIX) or path.is_file():
         return source.endswith(".tar")
-    if (
-        name_of(source).endswith(".tar")
-        or is_url(source)
-        or any((path / name / INDEX_FILE).is_file() for name in (".", "train"))
-    ):
-        return True
-    return any(path.glob("*.tar")) and not any(image.suffix.lower() in IMAGE_SUFFIXES for image in path.iterdir())
+    if not path.is_dir():
+        return name_of(source).endswith(".tar") or is_url(source)
+    is_indexed = any((path / name / INDEX_FILE).is_file() for name in (".", "train"))
+    return is_indexed or (any(path.glob("*.tar")) and not image_files(path))
 
 
 def open_pairs(

@@ -236,11 +236,8 @@ def _as_list(sources: Any) -> list[Any]:
 
 
 def _is_shards_folder(folder: Path) -> bool:
-    """Whether a folder holds shards: an index of them, CLIP_benchmark's splits, or tars and no picture anywhere."""
-    is_indexed = (folder / INDEX_FILE).is_file() or any(folder.glob(f"*/{INDEX_FILE}"))
-    return (
-        is_indexed or any(folder.glob(f"*/{NUM_SHARDS_FILE}")) or (is_shards(str(folder)) and not image_files(folder))
-    )
+    """Whether a folder holds shards, or an index of them or CLIP_benchmark's splits below."""
+    return is_shards(str(folder)) or any(any(folder.glob(f"*/{name}")) for name in (INDEX_FILE, NUM_SHARDS_FILE))
 
 
 def _is_remote_set(url: str, is_only: bool) -> bool:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from rich.console import Console
 
 from miniclip.data.advice import advice
 from miniclip.data.findings import Findings, false_negatives
-from miniclip.data.open_pairs import is_shards, shard_pairs
+from miniclip.data.open_pairs import is_shards, open_pairs, shard_pairs
 from miniclip.data.pipeline_speed import time_pipeline
 from miniclip.data.preflight import brief, examine, sample_indices
 from miniclip.data.reading.pair import Pair
@@ -535,6 +536,26 @@ def test_shards_are_told_from_what_is_not_packed(tmp_path):
     assert is_shards("a/{00000..00009}.tar")
     assert not is_shards("hf-hub:owner/name")
     assert not is_shards("pairs.csv")
+
+
+@pytest.mark.parametrize("layout", ["images/{}.jpg captions/{}.txt", "{}.jpg {}.txt", "deep/down/{} deep/down/{}.txt"])
+def test_a_tar_that_was_left_beside_what_it_held_makes_no_shards_of_it(tmp_path, layout):
+    image, text = layout.split()
+    for name in "ab":
+        for path in (tmp_path / "d" / image.format(name), tmp_path / "d" / text.format(name)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"text of {name}")
+        picture(ord(name)).save(tmp_path / "d" / image.format(name), "JPEG")
+    with tarfile.open(tmp_path / "d" / "images.tar", "w") as tar:
+        tar.add(tmp_path / "d" / image.format("a"), "a.jpg")
+    assert not is_shards(str(tmp_path / "d"))
+    pairs = open_pairs(str(tmp_path / "d"))
+    assert [pair.captions for pair in pairs] == [("text of a",), ("text of b",)]
+    reason = "a tar, which is read where it is named itself"
+    assert [(each.source, each.reason) for each in pairs.left_out] == [("images.tar", reason)]
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "d" / "images.tar").rename(tmp_path / "tars" / "images.tar")
+    assert is_shards(str(tmp_path / "tars"))
 
 
 def test_help_teaches_without_waiting_for_torch():

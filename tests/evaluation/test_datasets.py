@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import tarfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -314,6 +315,16 @@ def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path):
     with pytest.warns(UserWarning, match=r"4 left out: .*\.heic.*: 2 \(cat/IMG_0001\.HEIC.*\*\.txt.*\.svg"):
         data = open_dataset(folder)
     assert len(data) == 4
+
+
+def test_a_tar_that_was_left_above_class_folders_is_told_and_makes_no_shards_of_them(tmp_path):
+    folder = class_folders(tmp_path, "cat", "dog")
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        tar.add(folder / "cat", "cat")
+    for data in (open_dataset, open_images):
+        with pytest.warns(UserWarning, match=r"1 left out: a tar, which is read.*: 1 \(ILSVRC2012_img_val\.tar\)"):
+            assert len(data(folder)) == 4
+    assert open_dataset(folder).classnames == ("cat", "dog")
 
 
 def test_an_unknown_group_column_is_named_with_those_there_are(tmp_path):

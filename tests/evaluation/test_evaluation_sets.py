@@ -453,6 +453,7 @@ def test_shards_without_labels_are_told(tmp_path):
 def test_a_tar_beside_folders_per_class_without_labels_tells_of_them(tmp_path):
     tar(tmp_path / "backup.tar", {"cat/1": {"png": png(0)}})
     write_picture(tmp_path / "cat" / "1.png", 0)
+    index_shards(str(tmp_path))  # without an index the folder is that of the pictures
     with pytest.raises(ValueError, match=r"neither labels .*1 left out: in a folder below, a picture beside the tars"):
         open_dataset(tmp_path)
 

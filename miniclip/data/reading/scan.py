@@ -158,6 +158,8 @@ def unread_reason(name: str) -> str:
     suffix = Path(name).suffix.lower()
     if suffix in _UNREAD_PICTURES:
         return f"a picture of a kind that is not read ({suffix}; as .jpg or .png it would be)"
+    if suffix == ".tar":
+        return "a tar, which is read where it is named itself"
     return f"neither a picture nor a caption ({suffix or 'no suffix'})"
 
 
