@@ -1191,7 +1191,11 @@ def test_doctor_and_retrieval_name_the_reason_why_a_pair_has_no_caption(tmp_path
     for index, reason in ((1, "detectors label boxes"), (2, "there is no c.txt beside it")):
         with pytest.raises(ValueError, match=reason):
             source.captions(index)
-    with pytest.raises(ValueError, match=r"2 of 3 images have no caption: b.jpg \(.*boxes.*c.jpg \(.*no c.txt beside"):
+    reasons = r"2 left out: .*boxes .*: 1 \(b.jpg\); no captions: there is no ….* beside it: 1 \(c.jpg\)"
+    with pytest.warns(UserWarning, match=reasons):
+        open_dataset(tmp_path, task="retrieval")
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"no images with captions: 3 left out: .*a.jpg.*b.jpg.*c.jpg"):
         open_dataset(tmp_path, task="retrieval")
     tars = write_tar(tmp_path / "tars" / "0.tar", ("a.jpg", RED), ("a.txt", b"0 0.5 0.5 0.1 0.1")).parent
     with pytest.raises(ValueError, match=r"0.tar:a: its text is no caption but .*boxes"):

@@ -395,6 +395,28 @@ def test_what_can_be_trained_on_can_be_retrieved_from(tmp_path):
         data.open(2)
 
 
+def test_what_training_rejects_of_a_source_of_pairs_is_left_out_of_retrieval_and_told(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", 5)
+    (folder / "README.txt").write_text("Pictures of 2019")
+    (folder / "0001.txt").unlink()
+    (folder / "0002.txt").write_text("a bird\n\n \n")
+    (folder / "0003.txt").write_text("\n")
+    with pytest.warns(UserWarning, match=r"3 left out: .*0001\.png.*0003\.png.*README\.txt"):
+        data = open_dataset(folder, task="retrieval")
+    assert data.captions == (("picture 0, caption 0",), ("a bird",), ("picture 4, caption 0",))
+    assert [data.key(index) for index in range(3)] == ["0000.png", "0002.png", "0004.png"]
+    assert seeds_of(data) == [0, 2, 4]
+    assert seeds_of(pickle.loads(pickle.dumps(data))) == [0, 2, 4]
+    reasons = {each.source: each.reason for each in data.left_out}
+    assert reasons["README.txt"].startswith("no image: ")
+    assert reasons["0001.png"].startswith("no captions: ")
+    assert reasons["0003.png"] == "it has no caption"
+    rows = ["pairs/0000.png,one of 0", "pairs/0001.png,", "pairs/0002.png,one of 2"]
+    with pytest.warns(UserWarning, match=r"1 left out: it has no caption: 1 \(pairs/0001\.png\)"):
+        table = open_dataset(lines(tmp_path / "pairs.csv", "filepath,caption", *rows), task="retrieval")
+    assert (table.captions, seeds_of(table)) == ((("one of 0",), ("one of 2",)), [0, 2])
+
+
 @pytest.mark.parametrize(
     "task, message",
     [

@@ -20,7 +20,8 @@ from ...common.processes import rank_and_world_size
 from ...common.storage import is_url
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
-from ...data.reading.cells import has_no_value, texts_in, visible
+from ...data.preflight import reason_kind
+from ...data.reading.cells import has_no_value, one_line, texts_in, visible
 from ...data.reading.folders import pair_splits
 from ...data.reading.huggingface import (
     HUB_PREFIX,
@@ -32,7 +33,7 @@ from ...data.reading.huggingface import (
 )
 from ...data.reading.pair import Pairs
 from ...data.reading.paths import image_in
-from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files
+from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
 from ...data.reading.splits import equal_splits, has_split_column, role_of, rows_of_split, splits_in
 from ...data.reading.tables import beside_parquet, find_column, find_image_column, folder_of, parquet_splits, read_table
 from .class_folders import beside_folder
@@ -510,7 +511,11 @@ def readable_sources(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
-    """Images with captions, from any source that training reads."""
+    """Images with captions, from any source that training reads. Pairs without a caption are left out.
+
+    Raises:
+        ValueError: no pair has one.
+    """
     columns.refuse(source, "a source of pairs", "label", "group")
     has_splits = source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))
     if Path(source).is_file() and not source.endswith(".tar"):
@@ -526,21 +531,20 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     if split and not has_splits:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     pairs = _pairs_of_split(source, columns.image, split)
-    captions, sources = [], []
-    for pair in pairs:  # one at a time: some hold their image's bytes
-        captions.append(pair.captions)
-        sources.append(f"{pair.source} ({pair.problem})" if pair.problem else pair.source)
-    images = _OfEachProcess(partial(_pair_images, source, columns.image, split), len(pairs))
-    kept = all_captioned(tuple(captions), sources, source)
-    return Found(name, images, list(pairs.names), captions=kept, left_out=pairs.left_out)
-
-
-def all_captioned(
-    captions: tuple[tuple[str, ...], ...], keys: Sequence[str], source: str
-) -> tuple[tuple[str, ...], ...]:
+    captions: dict[int, tuple[str, ...]] = {}
+    left_out = list(pairs.left_out)
+    for index, pair in enumerate(pairs):  # one at a time: some hold their image's bytes
+        if texts := tuple(text for caption in pair.captions if (text := one_line(caption))):
+            captions[index] = texts
+        else:
+            left_out.append(LeftOut(pair.source, reason_kind(pair.problem or "it has no caption", pair)))
     if not captions:
-        raise ValueError(f"{source} holds no images with captions")
-    bare = [key for key, texts in zip(keys, captions, strict=True) if not texts]
-    if bare:
-        raise ValueError(f"{source}: {len(bare)} of {len(captions)} images have no caption: {some(bare)}")
-    return captions
+        raise ValueError(f"{source} holds no images with captions" + (f": {summary(left_out)}" if left_out else ""))
+    images = _OfEachProcess(partial(_pair_images, source, columns.image, split), len(pairs))
+    return Found(
+        name,
+        FromEach(list(captions), images.__getitem__),
+        [pairs.names[index] for index in captions],
+        captions=tuple(captions.values()),
+        left_out=left_out,
+    )

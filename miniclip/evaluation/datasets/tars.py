@@ -30,6 +30,7 @@ from ...common.storage import (
     stamps_of,
     without_secrets,
 )
+from ...common.wording import some
 from ...data.indexing.index_tars import index_shards, tar_locations
 from ...data.reading.arrow_column import ArrowColumn
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
@@ -39,7 +40,7 @@ from ...data.reading.scan import LeftOut, summary
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards, facts_of
 from .class_folders import in_split
-from .folders_and_tables import FromEach, alike, all_captioned, choose_split, label_in
+from .folders_and_tables import FromEach, alike, choose_split, label_in
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
@@ -178,7 +179,7 @@ def _read_shards(
     found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
-        return replace(found, captions=all_captioned(captions, keys, source))
+        return replace(found, captions=_all_captioned(captions, keys, source))
     names = next((text for folder in folders if (text := _text_at(folder, "classnames.txt")) is not None), None)
     classnames = None if names is None else names_of(names, f"{source}/classnames.txt")
     wordings = next((text for folder in folders if (text := _text_at(folder, templates)) is not None), None)
@@ -201,6 +202,17 @@ def _read_shards(
         templates=None if wordings is None else partial(templates_of, wordings, f"{source}/{templates}"),
         templates_from=f"{templates} of the data",
     )
+
+
+def _all_captioned(
+    captions: tuple[tuple[str, ...], ...], keys: Sequence[str], source: str
+) -> tuple[tuple[str, ...], ...]:
+    if not captions:
+        raise ValueError(f"{source} holds no images with captions")
+    bare = [key for key, texts in zip(keys, captions, strict=True) if not texts]
+    if bare:
+        raise ValueError(f"{source}: {len(bare)} of {len(captions)} images have no caption: {some(bare)}")
+    return captions
 
 
 def images_of(shards: Shards) -> Sequence[bytes]:
