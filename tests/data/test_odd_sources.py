@@ -590,6 +590,44 @@ def test_a_folder_of_images_beside_a_table_asks_for_the_table(three):
         read_pairs(three)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "pictures"),
+    [
+        ("captions.txt", "image,caption\n0.png,a dog\n1.png,a cat\n", "Images"),  # Flickr8k's as Kaggle has it
+        ("Flickr8k.token.txt", "0.png#0\ta dog\n0.png#1\tone\n1.png#0\ta cat\n", "Flicker8k_Dataset"),
+        ("results.token", "0.png#0\ta dog\n", "flickr30k-images"),
+        ("list.txt", "photos/1.png\ta cat\nphotos/0.png\ta dog\n", "."),
+        ("captions.csv", "image,caption\n0.png,words\n", "images"),
+    ],
+)
+def test_a_text_or_table_that_names_the_pictures_of_a_folder_is_named_as_the_source(three, name, text, pictures):
+    (three / pictures).mkdir(exist_ok=True)
+    for path in three.glob("*.png"):
+        path.rename(three / pictures / path.name)
+    (three / name).write_text(text)
+    (three / "readme.txt").write_text("Pictures of dogs, 2006.")
+    with pytest.raises(
+        ValueError, match=rf"beside them, and {re.escape(name)}\. If that has their captions, name it: "
+    ):
+        read_pairs(three)
+
+
+@pytest.mark.parametrize("text", ["file_name,label\n0.png,cat\n", "name,caption\n0.png,words\n"])
+def test_a_table_of_a_folder_without_captions_leaves_them_to_the_texts(three, text):
+    (three / "metadata.csv").write_text(text)
+    for number in range(3):
+        (three / f"{number}.txt").write_text(f"picture {number}")
+    pairs = read_pairs(three)
+    assert [pair.captions for pair in pairs] == [("picture 0",), ("picture 1",), ("picture 2",)]
+    assert [each.source for each in pairs.left_out] == ["metadata.csv"]
+
+
+def test_a_table_of_a_folder_without_captions_is_refused_by_its_columns_where_there_are_no_texts(three):
+    (three / "metadata.csv").write_text("file_name,label\n0.png,cat\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv has no column for the captions: .*'file_name', 'label'"):
+        read_pairs(three)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath
 
 from ...common.wording import counted, some
@@ -12,7 +13,7 @@ from .cells import caption_lines, captions_of_facts, decode_text
 from .json_tables import parse_json
 from .pair import Pair, Pairs
 from .paths import find_file
-from .rows import pairs_of_rows
+from .rows import caption_columns_of, pairs_of_rows
 from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, is_skipped_folder, same_name, scan
 from .splits import different_splits, equal_splits, is_all_of, is_named, rows_of_split
 from .tables import read_table
@@ -23,6 +24,8 @@ _ROLES = frozenset(
     {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "jpg", "jpgs", "jpeg", "jpegs", "png"}
     | {"text", "texts", "txt", "txts", "caption", "captions"}  # not labels: those of detectors are numbers
 )
+
+_FILES_LOOKED_INTO = 100  # where no picture has a text
 
 
 def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) -> Pairs:
@@ -38,10 +41,9 @@ def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) 
             split.
     """
     files = scan(folder)
-    metadata = [path for path in files.others if path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES]
     places = (folder, *(folder / name for name in equal_splits(split)))
-    for path in metadata:
-        if path.parent in places and "file_name" in read_table(path)[0]:
+    for path in files.others:
+        if path.parent in places and _is_imagefolders(path, needs_captions=bool(files.texts)):
             return _read_imagefolder(files, path, split, is_asked_for)
     if is_asked_for and not is_named(folder, split):
         parts = pair_splits(folder)
@@ -56,7 +58,7 @@ def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) 
 def pair_splits(folder: Path) -> list[str]:
     """The folders that are parts of a folder's pairs, as train and test are; none where a table names the pairs."""
     below = [path for path in folder.iterdir() if not is_skipped_folder(path.name)]
-    if any(path.stem.lower() == "metadata" and path.suffix in TABLE_SUFFIXES for path in below):
+    if any(path.is_file() and _is_imagefolders(path, needs_captions=True) for path in below):
         return []
     return different_splits(path.name for path in below if path.is_dir())
 
@@ -101,7 +103,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
     ]
     left_out += files.left_out
     left_out += files.unread(path for path in files.others if path not in used)
-    if not used and files.images and (tables := [path for path in files.others if _may_be_table(path)]):
+    if not used and files.images and (tables := _possible_tables(files)):
         where = files.images[0].parent
         raise ValueError(
             f"{folder} holds {len(files.images)} images without a text beside them, and "
@@ -223,8 +225,33 @@ def _hint(elsewhere: dict[str, list[Path]], path: Path) -> str:
     return f"; {others[0].name} lies in {others[0].parent}" if others else ""
 
 
-def _may_be_table(path: Path) -> bool:
-    return path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".gz", ".xlsx")
+def _possible_tables(files: Scan) -> list[Path]:
+    """What may hold the captions of all pictures: tables, and files that begin with the names of some (Flickr8k's)."""
+    found = {path for path in files.others if path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".gz", ".xlsx")}
+    names = {image.name for image in files.images}
+    for path in (*files.texts, *files.others)[:_FILES_LOOKED_INTO]:
+        with suppress(OSError), open(path, "rb") as file:
+            head = file.read(4096).decode("utf-8", "replace")
+            cells = [*re.split(r"[\t\r\n,;|#\"]", head), *head.split()]
+            found |= {path} if any(PurePath(cell.strip()).name in names for cell in cells) else set()
+    return sorted(found)
+
+
+def _is_imagefolders(path: Path, needs_captions: bool) -> bool:
+    """Whether this is the table of a folder, as Hugging Face's `imagefolder` has it.
+
+    Args:
+        needs_captions: one without them, of labels or sizes, does not count: the captions are elsewhere.
+    """
+    if path.stem.lower() != "metadata" or path.suffix not in TABLE_SUFFIXES:
+        return False
+    columns = read_table(path)[0]
+    if "file_name" not in columns or not needs_captions:
+        return "file_name" in columns
+    try:
+        return bool(caption_columns_of(path, columns))
+    except ValueError:
+        return False
 
 
 def _read_imagefolder(files: Scan, metadata: Path, split: str, is_asked_for: bool) -> Pairs:
