@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
@@ -31,9 +30,7 @@ _READ_AS = 7  # raised where the same source is read as other pairs than by earl
 def shard_pairs(source: str) -> Pairs:
     """The samples of shards as pairs, to be sharded anew."""
     shards = Shards(source)
-    names = _numbered_where_equal(
-        [f"{entry.name}:{key}" for s, entry in enumerate(shards.entries) for key in shards.keys(s)]
-    )
+    names = shards.names()
 
     def read(index: int) -> Pair:
         try:
@@ -45,20 +42,6 @@ def shard_pairs(source: str) -> Pairs:
 
     found = f"{counted(len(names), 'sample')} of {counted(len(shards.entries), 'shard')}"
     return Pairs(names, read, found, left_out=shards.left_out)
-
-
-def _numbered_where_equal(names: list[str]) -> list[str]:
-    """The names, of which one that comes again gets the number of its repetition: a.tar:7, a.tar:7 (2)."""
-    there, times = set(names), Counter[str]()
-    numbered = []
-    for name in names:
-        times[name] += 1
-        unique = name
-        while times[name] > 1 and (unique := f"{name} ({times[name]})") in there:
-            times[name] += 1
-        there.add(unique)
-        numbered.append(unique)
-    return numbered
 
 
 # ---------------------------------------------------------------------------------------------------------------------

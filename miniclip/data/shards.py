@@ -24,7 +24,18 @@ import numpy as np
 
 from ..common.cache import Cache
 from ..common.files import read_at
-from ..common.storage import check_scheme, exists, expand, is_url, join, name_of, parent_of, read_bytes, without_secrets
+from ..common.storage import (
+    check_scheme,
+    exists,
+    expand,
+    is_url,
+    join,
+    name_of,
+    parent_of,
+    read_bytes,
+    split_query,
+    without_secrets,
+)
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.json_tables import RepeatedNameError, parse_json
@@ -105,6 +116,50 @@ def record_of(key: str, read: Callable[[str], bytes]) -> Record:
     return Record(key, image, tuple(captions))
 
 
+def tar_names(locations: Sequence[str]) -> list[str]:
+    """What tars are called where their folder is known: each by its own name, or by its whole location where several
+    have one name.
+
+    >>> tar_names(["a/0.tar", "b/0.tar", "b/1.tar"])
+    ['a/0.tar', 'b/0.tar', '1.tar']
+    """
+    times = Counter(map(name_of, locations))
+    return [name if times[name := name_of(each)] == 1 else _place_of(each) for each in locations]
+
+
+def _place_of(location: str) -> str:
+    """A tar's location as it may be shown; a query gives access and is no part of its name."""
+    return without_secrets(split_query(location)[0])
+
+
+def sample_names(tar: str, keys: Sequence[str]) -> list[str]:
+    """The samples of a tar: its name and their keys, of which one that comes again gets the number of its repetition.
+
+    >>> sample_names("a.tar", ["7", "7"])
+    ['a.tar:7', 'a.tar:7 (2)']
+    """
+    there, times = set(keys), Counter[str]()
+    names = []
+    for key in keys:
+        times[key] += 1
+        unique = key
+        while times[key] > 1 and (unique := f"{key} ({times[key]})") in there:
+            times[key] += 1
+        there.add(unique)
+        names.append(f"{tar}:{unique}")
+    return names
+
+
+def split_sample_name(name: str) -> tuple[str, str]:
+    """The tar of a sample's name, and the rest; "" and the name of anything else.
+
+    >>> split_sample_name("a/0.tar:7"), split_sample_name("a/7.jpg")
+    (('a/0.tar', '7'), ('', 'a/7.jpg'))
+    """
+    tar, colon, key = name.partition(".tar:")
+    return (f"{tar}.tar", key) if colon else ("", name)
+
+
 def facts_of(read: Callable[[str], bytes]) -> dict[str, Any]:
     """The facts of a sample's `.json` and its `.cls`; empty if it has neither.
 
@@ -127,8 +182,11 @@ class Shards:
         sources: a folder with an index, here or at a URL; a pattern of tars in such a folder,
             "data/{00000..00009}.tar"; or several of either, whose samples are numbered one after the other.
         needs_captions: refuse shards that have none, as those of labelled images; for training they are of no use.
+        locations: of the tars as the user names them, where an index that lies elsewhere has them otherwise.
+        is_by_place: the names of samples have the whole location of their tar, whatever else is in the sources.
 
     Attributes:
+        tars: what the names of samples call each tar.
         left_out: what was left out when the shards were packed or indexed, by reason.
         facts: of each source, for a run's record: its `pairs`, and where they came from (`source`), what was `found`
             there and how many were `rejected`, as far as its index says so of these shards.
@@ -138,7 +196,13 @@ class Shards:
     """
 
     def __init__(
-        self, sources: str | Path | Sequence[str | Path], cache: Cache | None = None, needs_captions: bool = True
+        self,
+        sources: str | Path | Sequence[str | Path],
+        cache: Cache | None = None,
+        needs_captions: bool = True,
+        *,
+        locations: Sequence[str] = (),
+        is_by_place: bool = False,
     ) -> None:
         self.cache = cache or Cache()
         self.entries: list[ShardEntry] = []
@@ -151,6 +215,10 @@ class Shards:
             self.facts.append(facts)
             self.left_out += left_out
             self.num_shards.append(len(entries))
+        locations = locations or [entry.location for entry in self.entries]
+        # The names of tars alone do not tell those of several sources apart.
+        is_by_place = is_by_place or len(self.num_shards) > 1
+        self.tars = list(map(_place_of, locations)) if is_by_place else tar_names(locations)
         self.counts = np.array([entry.samples for entry in self.entries], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
         self._offsets: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
@@ -202,10 +270,11 @@ class Shards:
             ValueError: the shard can't be opened.
         """
         shard, row = self.locate(index)
-        entry = self.entries[shard]
-        # The names of tars alone do not tell those of several sources apart.
-        name = entry.name if len(self.num_shards) == 1 else without_secrets(entry.location)
-        return f"{name}:{self._shard(shard)[1]['key'][row]}"
+        return f"{self.tars[shard]}:{self._shard(shard)[1]['key'][row]}"
+
+    def names(self) -> list[str]:
+        """Those of all samples, in order, none of them twice; the tars themselves are not touched."""
+        return [name for shard, tar in enumerate(self.tars) for name in sample_names(tar, self.keys(shard))]
 
     def info(self, index: int) -> dict[str, Any]:
         """The facts of the sample's `.json` and its `.cls`; empty if it has neither.

@@ -573,6 +573,5 @@ def _texts_of_shards(source: str) -> Texts:
     shards = open_shards(source)
     metadata, damaged = shard_columns(shards)
     left_out = [*(LeftOut(source, each.reason, each.count) for each in shards.left_out), *damaged]
-    names = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
     found = (partial(captions_of, shards, number) for number in range(len(shards)))
-    return _as_texts(found, names, metadata, left_out, "a sample without a text")
+    return _as_texts(found, shards.names(), metadata, left_out, "a sample without a text")

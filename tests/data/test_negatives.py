@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import miniclip
 from miniclip.commands import main as cli
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
 from miniclip.data.pack import pack
 from miniclip.data.pairs import group_id
@@ -187,16 +189,42 @@ def hard(shelf: Path, **options: Any) -> PairDataModule:
     return module(shelf / "shards", negatives="hard", neighbours=str(shelf / "embeddings"), **options)
 
 
-def test_neighbours_are_what_miniclip_embed_wrote_for_each_sample(shelf):
+def check_neighbours(data: PairDataModule, embeddings: Path, expected_keys: list[str]) -> None:
     import pandas as pd
 
-    features = hard(shelf).likeness().features
-    rows = pd.read_parquet(shelf / "embeddings").set_index("key")
-    shards = Shards(shelf / "shards")
-    assert len(features) == 24
-    for index in range(24):
-        embedding = np.stack([rows.embedding[shards.name(index)]])
-        np.testing.assert_array_equal(features[index], quantised(embedding)[0])
+    features = data.likeness().features
+    rows = pd.read_parquet(embeddings).set_index("key")
+    assert len(features) == len(expected_keys) == len(rows)
+    for index, key in enumerate(expected_keys):
+        np.testing.assert_array_equal(features[index], quantised(np.stack([rows.embedding[key]]))[0])
+
+
+def test_neighbours_are_what_miniclip_embed_wrote_for_each_sample(shelf):
+    keys = [f"{n // 10:05d}.tar:{n:09d}" for n in range(24)]
+    check_neighbours(hard(shelf), shelf / "embeddings", [f"{shelf / 'shards'}/{key}" for key in keys])
+
+
+def test_embeddings_whose_keys_have_no_folder_are_those_of_their_samples_too(shelf, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.copytree(shelf / "embeddings", tmp_path / "before")  # as earlier versions wrote them
+    table = pq.read_table(tmp_path / "before/part-00000.parquet")
+    keys = [f"{n // 10:05d}.tar:{n:09d}" for n in range(24)]
+    pq.write_table(table.set_column(0, "key", pa.array(keys)), tmp_path / "before/part-00000.parquet")
+    data = module(shelf / "shards", negatives="hard", neighbours=str(tmp_path / "before"))
+    check_neighbours(data, tmp_path / "before", keys)
+    np.testing.assert_array_equal(data.likeness().features, hard(shelf).likeness().features)
+
+
+def test_neighbours_of_tars_of_one_name_are_those_of_their_own_folder(shelf, tmp_path):
+    index_shards(f"{shelf}/{{other,shards}}/00000.tar", tmp_path / "both")
+    cli.main(["embed", str(tmp_path / "both"), str(tmp_path / "out"), "--model", str(shelf / "model")])
+    data = module(tmp_path / "both", negatives="hard", neighbours=str(tmp_path / "out"))
+    keys = [f"{shelf.resolve()}/other/00000.tar:{n:09d}" for n in range(7)]
+    keys += [f"{shelf.resolve()}/shards/00000.tar:{n:09d}" for n in range(10)]
+    check_neighbours(data, tmp_path / "out", keys)
+    assert Shards(tmp_path / "both").names() == keys
 
 
 def test_batches_of_neighbours_come_from_the_loader_with_their_pictures(shelf):

@@ -19,7 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import pack_folder, picture, table, tiny_clip, write_pairs, write_picture
+from helpers import Served, pack_folder, picture, table, tiny_clip, write_pairs, write_picture
 from libraries import LIBRARIES
 from PIL import Image
 
@@ -254,7 +254,8 @@ def test_a_damaged_json_of_a_sample_costs_its_columns_alone_and_is_told(tmp_path
         assert found["cls"].to_pylist() == ["0", "1", "2"]
         assert done.left_out == 1
         listed = pd.read_csv(out / "_left_out.csv")
-        assert (listed.name[0], listed.reason[0].startswith("a .json that can't be read")) == ("t.tar:1", True)
+        assert listed.name[0] == f"{tmp_path / 't.tar'}:1"
+        assert listed.reason[0].startswith("a .json that can't be read")
 
 
 def test_labels_of_shards_are_read_of_the_rows_that_are_asked_for(tmp_path, monkeypatch):
@@ -269,7 +270,7 @@ def test_labels_of_shards_are_read_of_the_rows_that_are_asked_for(tmp_path, monk
     rows.fingerprint()
     assert not asked
     assert rows.table([1, 2])["cls"].to_pylist() == ["1", "2"]
-    assert {*asked} == {"1.tar:1", "2.tar:2"}
+    assert {*asked} == {f"{tmp_path / '1.tar'}:1", f"{tmp_path / '2.tar'}:2"}
 
 
 def test_sources_that_are_joined_keep_classes_by_name_and_go_without_pictures(tmp_path):
@@ -402,12 +403,39 @@ def test_columns_of_datasets_come_along_as_they_are_and_classes_by_their_names(t
         }
 
 
+def test_samples_of_tars_of_one_name_have_keys_of_their_own(tmp_path, model, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    for part in "ab":
+        write_pairs(tmp_path / part, 2 + (part == "b"))
+        pack_folder(tmp_path / part, tmp_path / "s" / part)
+    with Served(tmp_path / "s") as served:
+        places = [str(tmp_path / "s/a"), f"{served.url}/b"]
+        expected = [f"{places[0]}/00000.tar:{n:09d}" for n in range(2)]
+        expected += [f"{places[1]}/00000.tar:{n:09d}" for n in range(3)]
+        for texts in (False, True):
+            data = (text_set if texts else image_set)(places)
+            done = embed_source(data, open_model(model, "cpu"), out := tmp_path / f"out{texts}", source="s")
+            assert (done.kept, done.unreadable) == (5, 0)
+            rows, found = embeddings(out)
+            assert rows.key.tolist() == expected
+            pictures = [tmp_path / part / f"{n:04d}" for part, count in (("a", 2), ("b", 3)) for n in range(count)]
+            own = [f.with_suffix(".txt").read_text().strip() if texts else f.with_suffix(".png") for f in pictures]
+            np.testing.assert_allclose(found, miniclip.embed(own, model=model), atol=1e-5)
+            assert texts or rows.path.isna().all()
+    expected = [
+        f"{tmp_path}/s/{part}/00000.tar:{n:09d}" for part, n in ("a0", "a1", "b0", "b1", "b2") for n in [int(n)]
+    ]
+    for source in ("s", "s/*/*.tar"):
+        data = image_set(str(tmp_path / source))
+        assert [data.key(index) for index in range(len(data))] == expected
+
+
 def test_shards_are_embedded_under_their_keys(tmp_path, model):
     write_pairs(tmp_path / "pairs", 5, captions=2)
     pack_folder(tmp_path / "pairs", tmp_path / "shards")
     write(tmp_path / "shards", tmp_path / "out", model)
     rows, found = embeddings(tmp_path / "out")
-    assert rows.key.tolist() == [f"00000.tar:{n:09d}" for n in range(5)]
+    assert rows.key.tolist() == [f"{tmp_path / 'shards'}/00000.tar:{n:09d}" for n in range(5)]
     assert rows.path.isna().all()
     np.testing.assert_allclose(
         found, miniclip.embed(sorted((tmp_path / "pairs").glob("*.png")), model=model), atol=1e-6

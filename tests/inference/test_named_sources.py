@@ -231,7 +231,7 @@ def test_a_url_with_a_query_is_a_picture_unless_shards_are_there(answer, monkeyp
     query = "?token=a/b.c"
     with Server({**files, "/pictures/1": Path("photos/1.png").read_bytes()}) as server:
         for source in (f"{server.url}/shards{query}", f"{server.url}/shards/{{00000..00000}}.tar{query}"):
-            assert keys(source) == [f"00000.tar:{n:09d}" for n in range(3)]
+            assert keys(source) == [f"{server.url}/shards/00000.tar:{n:09d}" for n in range(3)]
             assert len(text_set(source)) == 3
         server.refusal = answer
         found = image_set(f"{server.url}/pictures/1{query}")
@@ -260,7 +260,7 @@ def test_a_folder_of_shards_with_a_query_ends_in_a_slash_where_it_is_one_of_seve
     write_pairs(Path("pairs"), 3)
     pack_folder(Path("pairs"), Path("shards"))
     with Server({f"/{path}": path.read_bytes() for path in Path("shards").iterdir()}) as server:
-        of_shards = [f"00000.tar:{n:09d}" for n in range(3)]
+        of_shards = [f"{server.url}/shards/00000.tar:{n:09d}" for n in range(3)]
         assert keys([f"{server.url}/shards/?w=4", "photos/1.png"]) == [*of_shards, "photos/1.png"]
         assert keys([f"{server.url}/shards?w=4", "photos/1.png"]) == [f"{server.url}/shards?w=4", "photos/1.png"]
         assert keys(f"{server.url}/shards?w=4") == keys(f"{server.url}/shards/?w=4") == of_shards

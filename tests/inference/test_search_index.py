@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import lancedb
 import libraries
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from counting import Counting
-from helpers import pack_folder, tiny_clip, write_pairs, write_picture
+from helpers import pack_folder, table, tiny_clip, write_pairs, write_picture
+from PIL import Image
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -445,6 +448,111 @@ def test_pictures_in_shards_are_known_by_their_place_and_compared_by_content(ind
     hit = index.search("a")[0]
     assert hit.path is None
     assert index.open(hit).size == (24, 20)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Shards of equal names, train and val; the picture of each sample by where it lies."""
+    pictures = {}
+    for part, count in (("train", 5), ("val", 4)):
+        write(tmp_path / part, [f"{n}.png" for n in range(count)], first_seed=100 * count)
+        lines = ["image,caption", *(f"{tmp_path / part}/{n}.png,a" for n in range(count))]
+        pack_folder(table(tmp_path / f"{part}.csv", *lines), tmp_path / "shards" / part)
+        tar = tmp_path / "shards" / part / "00000.tar"
+        pictures |= {f"{tar}:{n:09d}": tmp_path / part / f"{n}.png" for n in range(count)}
+    return pictures
+
+
+def check_parts(index: Index, counting: Counting, pictures: dict[str, Path]) -> None:
+    """Each sample has a row, with the features of its picture, and a hit that opens as that picture."""
+    rows = index.store.read(["key", "features"]).to_pylist()
+    assert sorted(row["key"] for row in rows) == sorted(pictures)
+    for row in rows:
+        np.testing.assert_allclose(row["features"], counting.of(pictures[row["key"]]), atol=1e-6)
+    for hit in index.search("a", topk=99):
+        assert np.array_equal(np.asarray(index.open(hit)), np.asarray(Image.open(pictures[hit.key])))
+        assert Path(hit.key.partition(".tar:")[0] + ".tar").is_file()
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [["shards/train", "shards/val"], ["shards/*/*.tar"], ["shards"], ["shards/val/00000.tar", "shards/train"]],
+    ids=str,
+)
+@pytest.mark.parametrize("is_one_by_one", [True, False])
+def test_tars_of_one_name_in_several_folders_are_indexed_each_with_its_own_pictures(
+    index, counting, parts, tmp_path, sources, is_one_by_one, monkeypatch
+):
+    monkeypatch.chdir(tmp_path / "train")
+    named = [f"../{source}" for source in sources]
+    for several in [[each] for each in named] if is_one_by_one else [named]:
+        assert index.update(several).left_out == []
+    check_parts(index, counting, parts)
+    assert counts(index.update(named)) == {"unchanged": 9}
+
+
+def rename_rows(index: Index, where: str, **values: str) -> None:
+    """Leaves rows as an earlier version wrote them: without the folder of the tar in their keys."""
+    lancedb.connect(str(index.location)).open_table("images").update(where=where, values_sql=values)
+
+
+def test_an_index_that_knows_samples_without_the_folder_of_their_tar_is_opened_and_updated(
+    index, counting, parts, tmp_path
+):
+    shards = tmp_path / "shards"
+    index.update(shards / "train")
+    rename_rows(index, "true", key="replace(key, '/shards/train/', '/shards/')")
+    index = Index(index.location, from_object(counting, "counting"))
+    hits = index.search("a", topk=99)
+    assert {hit.key for hit in hits} == {f"{shards}/00000.tar:{n:09d}" for n in range(5)}
+    for hit in hits:
+        picture = tmp_path / "train" / f"{int(hit.key[-9:])}.png"
+        assert np.array_equal(np.asarray(index.open(hit)), np.asarray(Image.open(picture)))
+        assert not index.has_changed(hit)
+    counting.num_images = 0
+    renamed = f"5 pictures have another key: {shards}/00000.tar:000000000 is {shards}/train/00000.tar:000000000"
+    for is_dry in (True, False):
+        updated = index.update([shards / "train", shards / "val"], dry_run=is_dry)
+        assert (counts(updated), updated.renamed[-1]) == ({"new": 4, "touched": 5}, renamed)
+    assert counting.num_images == 4
+    check_parts(index, counting, parts)
+    updated = index.update([shards / "train", shards / "val"])
+    assert (counts(updated), "another key" in str(updated.renamed)) == ({"unchanged": 9}, False)
+
+
+def test_rows_that_got_the_pictures_of_another_folder_open_as_none_and_are_encoded_anew(
+    index, counting, parts, tmp_path
+):
+    """Earlier versions kept the source of a row whose tar had the name of another folder's."""
+    shards = tmp_path / "shards"
+    index.update(shards / "val")
+    train = f"'{shards / 'train'}'"
+    rename_rows(index, "true", key="replace(key, '/shards/val/', '/shards/')", source=train)
+    index = Index(index.location, from_object(counting, "counting"))
+    for hit in index.search("a", topk=99):
+        with pytest.raises(ValueError, match=r"was indexed by an earlier version, and is another picture in .*train"):
+            index.open(hit)
+    assert counts(index.update([shards / "train", shards / "val"])) == {"new": 5, "changed": 4}
+    check_parts(index, counting, parts)
+
+
+def test_what_a_source_has_twice_is_one_picture_and_named(index, photos, tmp_path):
+    names = ["mon/0.png", "mon/1.png", "mon/0.png"]
+    pq.write_table(pa.table({"image": names}), photos / "t.parquet")
+    updated = index.update(photos / "t.parquet")
+    assert counts(updated) == {"new": 2}
+    assert [(each.source, each.reason) for each in updated.left_out] == [
+        (str(photos / "mon/0.png"), "named more than once")
+    ]
+
+
+def test_samples_of_one_key_in_a_tar_are_pictures_each(index, counting, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in (pictures := [write_picture(tmp_path / f"{n}.png", n) for n in range(2)]):
+            tar.add(path, "a.png")
+    assert counts(index.update(tmp_path / "0.tar")) == {"new": 2}
+    tar = tmp_path / "0.tar"
+    check_parts(index, counting, dict(zip([f"{tar}:a", f"{tar}:a (2)"], pictures, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import numpy as np
 
 from ...common.arguments import FLOAT32
 from ...common.processes import rank_and_world_size
-from ...common.storage import is_url
+from ...common.storage import is_url, name_of
 from ..pairs import group_id, hash64
 from ..reading.cells import words_for_no_value
-from ..shards import ShardEntry, Shards
+from ..shards import ShardEntry, Shards, sample_names, split_sample_name, tar_names
 from .negatives import Groups, Neighbours, quantised
 
 _MANIFEST = "_manifest.json"
@@ -110,7 +110,8 @@ def neighbours_in(folders: Sequence[str], shards: Shards, sources: Sequence[str]
     features = np.zeros((len(shards), manifests[0]["embedding_size"]), dtype=np.int8)
     start = 0
     for folder, manifest, own in zip(folders, manifests, numbers, strict=True):
-        keys = _hashed(f"{shards.entries[n].name}:{key}" for n in own for key in shards.keys(n))
+        tars = dict(zip(own, tar_names([shards.entries[n].location for n in own]), strict=True))
+        keys = _hashed(name for n in own for name in sample_names(tars[n], shards.keys(n)))
         _fill(features[start : start + len(keys)], keys, folder, manifest)
         start += len(keys)
     return Neighbours(features)
@@ -137,11 +138,15 @@ def _hashed(keys: Iterable[str]) -> np.ndarray:
 
 
 def _fill(features: np.ndarray, keys: np.ndarray, folder: str, manifest: dict[str, Any]) -> None:
-    """Puts each row's embedding where its key is among `keys`."""
+    """Puts each row's embedding where its key is among `keys`, with its tar's own name or with where that lies."""
     order = keys.argsort()
     is_found = np.zeros(len(keys), dtype=bool)
-    for row_keys, embeddings in _embedded_rows(folder, manifest):
+    for names, embeddings in _embedded_rows(folder, manifest):
+        row_keys = _hashed(map(_within_folder, names))
         places = order[np.searchsorted(keys, row_keys, sorter=order).clip(max=len(keys) - 1)]
+        if len(others := np.flatnonzero(keys[places] != row_keys)):
+            row_keys[others] = _hashed(names[row] for row in others)
+            places = order[np.searchsorted(keys, row_keys, sorter=order).clip(max=len(keys) - 1)]
         is_known = keys[places] == row_keys
         features[places[is_known]] = quantised(embeddings[is_known])
         is_found[places[is_known]] = True
@@ -152,8 +157,13 @@ def _fill(features: np.ndarray, keys: np.ndarray, folder: str, manifest: dict[st
         )
 
 
-def _embedded_rows(folder: str, manifest: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Hashes of keys (n,) and embeddings (n, E), part by part."""
+def _within_folder(name: str) -> str:
+    tar, key = split_sample_name(name)
+    return f"{name_of(tar)}:{key}" if tar else name
+
+
+def _embedded_rows(folder: str, manifest: dict[str, Any]) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Keys (n) and embeddings (n, E), part by part."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
@@ -165,7 +175,7 @@ def _embedded_rows(folder: str, manifest: dict[str, Any]) -> Iterator[tuple[np.n
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or gone ({error}); repeat `miniclip embed … --overwrite`") from error
         flat = table["embedding"].combine_chunks().flatten().to_numpy()
-        yield _hashed(table["key"].to_pylist()), flat.reshape(-1, manifest["embedding_size"])
+        yield table["key"].to_pylist(), flat.reshape(-1, manifest["embedding_size"])
 
 
 def _manifest(folder: str, entries: Sequence[ShardEntry], source: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A tar is fetched when its turn comes, and read from its first member to its last
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,11 +17,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...common.cache import Cache
 from ...common.files import read_at
-from ...common.storage import Stamp, is_url, name_of, stamp_of, without_secrets
+from ...common.storage import Stamp, is_url, stamp_of
 from ..indexing.tar_members import read_samples
 from ..pairs import Batch, Recipe, Sample
 from ..reading.scan import LeftOut
-from ..shards import facts_of, record_of
+from ..shards import facts_of, record_of, tar_names
 from .stream import Mark, Progress, TarOrder
 
 
@@ -81,7 +80,7 @@ class TarStream(IterableDataset[Part]):
         self.tars, self.order, self.progress, self.recipe, self.collate = tars, order, progress, recipe, collate
         self.cache, self.shuffle, self.batch_size = cache, shuffle, batch_size
         self.first_step, self.rank, self.world_size = first_step, rank, world_size
-        self.names = _names(tars)
+        self.names = dict(zip(tars, tar_names([tar.location for tar in tars]), strict=True))
 
     def reader(self) -> int:
         """The number of this process and worker among all, as webdataset's split_by_node and split_by_worker have it.
@@ -189,10 +188,3 @@ def _open_tar(tar: Tar, cache: Cache) -> IO[bytes]:
         return open(tar.location, "rb")
     stamp = stamp_of(tar.location) if tar.bytes is None else Stamp(tar.bytes, tar.version)
     return cache.open(tar.location, stamp.size, tar.sha256, stamp.version)
-
-
-def _names(tars: list[Tar]) -> dict[Tar, str]:
-    """How samples name their tar: by its own name, or its whole location where several tars have one name."""
-    own = {tar: name_of(tar.location) for tar in tars}
-    times = Counter(own.values())
-    return {tar: name if times[name] == 1 else without_secrets(tar.location) for tar, name in own.items()}

@@ -110,12 +110,11 @@ def bare_tars(source: str) -> EvaluationSet:
         ValueError: no tars, damaged ones, or a set of several splits.
     """
     shards = open_shards(source)
-    keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
     metadata, damaged = shard_columns(shards) if len(shards) else ({}, [])
     return EvaluationSet(
         set_name(source),
         images_of(shards),
-        keys=keys,
+        keys=shards.names(),
         metadata=metadata,
         identity=digest_lines(shards.checksums) if shards.checksums else None,
         left_out=[*(LeftOut(source, each.reason, each.count) for each in shards.left_out), *damaged],
@@ -123,21 +122,25 @@ def bare_tars(source: str) -> EvaluationSet:
 
 
 def open_shards(source: str) -> Shards:
-    """Shards of ours, with an index, or tars from elsewhere, which are indexed in the cache."""
+    """Shards of ours, with an index, or tars from elsewhere, which are indexed in the cache.
+
+    Their samples have the place of their tar in their names, as pictures in folders have theirs.
+    """
+    opened = partial(Shards, needs_captions=False, is_by_place=True)
     check_scheme(source)
     if name_of(source).endswith(".tar"):
         folder = parent_of(source)
-        return Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
+        return opened(source) if exists(join(folder, INDEX_FILE)) else indexed(source, is_by_place=True)
     if exists(join(source, INDEX_FILE)):
-        return Shards(source, needs_captions=False)
+        return opened(source)
     if splits := benchmark_splits(source, None):
         raise ValueError(f"{source} has the splits {', '.join(splits)}; name one of them: {join(source, splits[0])}")
     if not is_url(source):
         parts = sorted(path.parent for path in Path(source).glob(f"*/{INDEX_FILE}"))
-        return Shards(parts, needs_captions=False) if parts else indexed(source)
+        return opened(parts) if parts else indexed(source, is_by_place=True)
     if exists(count := join(source, NUM_SHARDS_FILE)):
         text = read_bytes(count).decode("utf-8", "replace").strip()
         if text.isascii() and text.isdigit() and int(text):
-            return indexed(join(source, f"{{0..{int(text) - 1}}}.tar"))
+            return indexed(join(source, f"{{0..{int(text) - 1}}}.tar"), is_by_place=True)
         raise ValueError(f"{count} holds {text[:50]!r}; it must be the number of shards")
     raise ValueError(f"{source} holds no shards: there is neither {INDEX_FILE} nor {NUM_SHARDS_FILE}")

@@ -119,11 +119,14 @@ def _text_at(folder: str, name: str) -> str | None:
     return decode_text(read_bytes(location), location) if exists(location) else None
 
 
-def indexed(source: str) -> Shards:
+def indexed(source: str, is_by_place: bool = False) -> Shards:
     """Shards that have no index: one is made in the cache, anew when they have changed. What is theirs stays as it is.
 
     Whether remote ones have changed is asked of their server, by one request for each. Where it can't be asked, or does
     not say, a warning says that the index that is kept is taken.
+
+    Args:
+        is_by_place: as that of `Shards`.
 
     Raises:
         ValueError: a tar is not there, or damaged; or no index is kept, and the server can't be asked.
@@ -137,7 +140,7 @@ def indexed(source: str) -> Shards:
         if not kept:
             raise
         _warn_of_kept(source, kept[-1].parent, "the server can't be asked whether they have changed")
-        return Shards(kept[-1].parent, needs_captions=False)
+        return Shards(kept[-1].parent, needs_captions=False, locations=tars, is_by_place=is_by_place)
     out = folder / f"{of_names}-{digest_lines(map(repr, stamps))[:16]}"
     with locked(out.with_name(f"{out.name}.lock"), f"another process is indexing {without_secrets(source)}"):
         is_kept = (out / INDEX_FILE).is_file()
@@ -145,7 +148,7 @@ def indexed(source: str) -> Shards:
             index_shards(source, out, overwrite=True, needs_all=True)  # replaces an interrupted one
     if is_kept and Stamp() in stamps:
         _warn_of_kept(source, out, "the server says neither the size nor the version of one")
-    return Shards(out, needs_captions=False)
+    return Shards(out, needs_captions=False, locations=tars, is_by_place=is_by_place)
 
 
 def _warn_of_kept(source: str, folder: Path, why: str) -> None:
@@ -160,7 +163,7 @@ def _warn_of_kept(source: str, folder: Path, why: str) -> None:
 def _read_shards(
     shards: Shards, name: str, source: str, task: str | None, folders: Sequence[str], templates: str = "templates.txt"
 ) -> Found:
-    keys = [f"{entry.name}:{key}" for number, entry in enumerate(shards.entries) for key in shards.keys(number)]
+    keys = shards.names()
     members = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
     probed = _probes(len(shards))
     present = [kind for kind, member in members.items() if any(shards.read(n, member) for n in probed)]

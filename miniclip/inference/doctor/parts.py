@@ -20,6 +20,7 @@ from PIL import Image
 from ...common.storage import read_bytes
 from ...data.preflight import message_of, reason_kind
 from ...data.reading.pair import Pair, Pairs
+from ...data.shards import split_sample_name, tar_names
 from ...evaluation.datasets.sets import EvaluationSet, NoImage
 from ...images import open_image
 from .pictures import SMALL, Seen, see
@@ -59,7 +60,11 @@ def of_pairs(name: str, pairs: Pairs) -> Source:
 
 
 def of_images(part: str, name: str, images: EvaluationSet) -> Source:
-    return Source(part, name, [images.key(index) for index in range(len(images))], images.open)
+    """Pictures alone; samples of tars have the names by which `miniclip shards` packs them."""
+    named = [split_sample_name(images.key(index)) for index in range(len(images))]
+    tars = list(dict.fromkeys(tar for tar, _ in named if tar))
+    called = dict(zip(tars, tar_names(tars), strict=True))
+    return Source(part, name, [f"{called[tar]}:{key}" if tar else key for tar, key in named], images.open)
 
 
 @dataclass(frozen=True)

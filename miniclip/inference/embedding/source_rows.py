@@ -11,6 +11,7 @@ from typing import Any
 from ...common.storage import is_url
 from ...data.reading.arrow_column import ArrowColumn
 from ...data.reading.scan import LeftOut
+from ...data.shards import split_sample_name
 from ...evaluation.datasets.sets import EvaluationSet, digest_lines
 from ..names import existing
 from ..sources import Texts
@@ -95,7 +96,7 @@ def _why_left_out(values: Sequence[Any]) -> str:
 def _place(key: str) -> str | None:
     """The absolute path, or URL, of an image that has one; a key may also be a table's row, or a tar's member."""
     if is_url(key):
-        return _as_utf8(key)
+        return None if split_sample_name(key)[0] else _as_utf8(key)
     return _as_utf8(str(Path(key).absolute())) if existing(key) else None
 
 

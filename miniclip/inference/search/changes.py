@@ -1,6 +1,6 @@
 """What lies in some sources now, compared with what an index knows of them: new, changed, moved, gone.
 
-A picture is known by its key (the path, the URL, or its place in a table or in shards), and has a stamp that changes
+A picture is known by its key (the path, the URL, or its place in a table or a tar), and has a stamp that changes
 whenever the picture may have: size and times of a file, the identity of the table or the shards that hold it. Pictures
 of another stamp are compared by content, so that a copied disk or a renamed folder costs reading and no encoding.
 """
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...common.files import expand_home
-from ...common.storage import is_url, read_bytes
+from ...common.storage import is_url, name_of, read_bytes
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut
+from ...data.shards import split_sample_name
 from ...evaluation.datasets.sets import EvaluationSet
 from ..names import STANDARD_INPUT, existing
-from ..sources import image_set
+from ..sources import TWICE, image_set
 
 At = tuple[int, int]  # the number of a listing, and the index of a picture in it
 BY_NAME = "-"  # the source of pictures that were named one by one
@@ -72,6 +73,30 @@ class Listing:
             return [self.content(index) for index in indices]
         with ThreadPoolExecutor() as threads:
             return list(threads.map(self.content, indices))
+
+    def key_before(self, index: int) -> str:
+        """The key of a sample by earlier versions, which did not say in which folder of the source its tar lies."""
+        tar, sample = split_sample_name(self.keys[index])
+        return _beside(self.source, f"{name_of(tar)}:{sample}") if tar else self.keys[index]
+
+    def place_of(self, key: str, content: str | None) -> int:
+        """The index of a row's picture.
+
+        Raises:
+            ValueError: it is not there, or has a key of earlier versions and is not the only one that had that.
+        """
+        if key in self.keys:
+            return self.keys.index(key)
+        before = [index for index in range(len(self.keys)) if self.key_before(index) == key]
+        if not before:
+            raise ValueError(f"{key} is no longer in {self.source}")
+        found = [index for index in before if content is not None and self.content(index) == content]
+        if not found:
+            raise ValueError(
+                f"{key} was indexed by an earlier version, and is another picture in {self.source} now; update the "
+                "index from there"
+            )
+        return found[0]
 
     def has_changed(self, index: int) -> bool:
         """Whether a file has another size, or other times, than when it was listed."""
@@ -133,10 +158,21 @@ def _list_source(
     plain = {name: values for name, values in data.metadata.items() if getattr(values, "is_plain", True)}
     data = replace(data, metadata=plain)  # what a filter can compare
     places = [_location(data, index) for index in range(len(data))]
-    base = source if is_url(source) else os.path.dirname(source)  # noqa: PTH120
-    keys = [place or os.path.join(base, data.key(index)) for index, place in enumerate(places)]  # noqa: PTH118
+    keys = [place or _absolute_key(source, data.key(index)) for index, place in enumerate(places)]
     stamps = [data.identity or "" if place is None else file_stamp(place) for place in places]
     return Listing(source, data, keys, places, stamps)
+
+
+def _absolute_key(source: str, key: str) -> str:
+    """Of a picture in a tar by where that lies, of one in a table by where the source does."""
+    tar, sample = split_sample_name(key)
+    if not tar:
+        return _beside(source, key)
+    return key if is_url(tar) else f"{os.path.abspath(tar)}:{sample}"  # noqa: PTH100 (links stay as they are)
+
+
+def _beside(source: str, name: str) -> str:
+    return os.path.join(source if is_url(source) else os.path.dirname(source), name)  # noqa: PTH118, PTH120
 
 
 def _location(data: EvaluationSet, index: int) -> str | None:
@@ -179,7 +215,7 @@ class Changes:
         unreachable: keys of rows whose picture can't be looked at, which stay.
         unchanged: how many rows stay as they are.
         contents: digests that were computed on the way.
-        left_out: of all sources.
+        left_out: of all sources, and what is in one of them twice.
     """
 
     new: list[At] = field(default_factory=list)
@@ -202,6 +238,24 @@ class Known:
     sources: list[str]
     stamps: list[str]
     contents: list[str | None]
+
+
+def keys_from_before(listings: Sequence[Listing], known: Known) -> dict[int, At]:
+    """Where the pictures are listed of rows that have a key of earlier versions, as `Listing.key_before` has it."""
+    taken = {*known.keys}
+    found: dict[int, At] = {}
+    for number, listing in enumerate(listings):
+        now = {*listing.keys}
+        rows = {
+            key: row
+            for row, key in enumerate(known.keys)
+            if known.sources[row] == listing.source and known.paths[row] is None and key not in now
+        }
+        for index, key in enumerate(listing.keys if rows else ()):
+            row = None if key in taken else rows.pop(listing.key_before(index), None)
+            if row is not None:
+                found[row] = number, index
+    return found
 
 
 def find_changes(
@@ -227,7 +281,9 @@ def find_changes(
     to_compare: list[At] = []
     for number, listing in enumerate(listings):
         for index, key in enumerate(listing.keys):
-            if key in listed:
+            if key in listed:  # of another listing it is the same picture
+                if listed[key][0] == number:
+                    changes.left_out.append(LeftOut(key, TWICE))
                 continue
             at = listed[key] = number, index
             row = row_of.get(key)

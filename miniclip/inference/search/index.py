@@ -443,10 +443,7 @@ class Index:
         known = self._listings.get(hit.source)
         if known is None or known[0] != stamp:
             known = self._listings[hit.source] = stamp, list_sources([hit.source], upright=self.upright)[0]
-        listing = known[1]
-        if hit.key not in listing.keys:
-            raise ValueError(f"{hit.key} is no longer in {hit.source}")
-        return listing, listing.keys.index(hit.key)
+        return known[1], known[1].place_of(hit.key, hit.content)
 
     def near_duplicates(
         self,

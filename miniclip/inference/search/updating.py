@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ...data.reading.scan import LeftOut
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import encode_in_batches
-from .changes import At, Changes, Known, Listing, find_changes
+from .changes import At, Changes, Known, Listing, find_changes, keys_from_before
 from .columns import as_columns, column_names
 from .store import NAMES, Store, restored, storable
 
@@ -44,7 +44,7 @@ class Updated:
         problems: why pictures could not be read, or were left for the next update.
         unreachable: keys of pictures that can't be looked at, and stay in the index.
         left_out: what of the sources is no picture.
-        renamed: which columns of the sources have another name in the index.
+        renamed: which columns of the sources have another name in the index, and which pictures got another key.
     """
 
     new: int
@@ -65,16 +65,20 @@ class Plan:
 
     Args:
         table: the rows that the index has, without features, as `changes` numbers them; None for a new index.
+        row_of: the rows by the keys that their pictures have now.
+        renamed: those keys, by the ones that an earlier version gave.
     """
 
     listings: Sequence[Listing]
     changes: Changes
     table: Any = None
     row_of: dict[str, int] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def updated(self) -> Updated:
         """What it would do."""
         changes, there = self.changes, [] if self.table is None else self.table.column_names
+        first = next(iter(self.renamed.items()), None)
         return Updated(
             len(changes.new),
             len(changes.changed),
@@ -85,10 +89,13 @@ class Plan:
             unreachable=changes.unreachable,
             left_out=changes.left_out,
             renamed=[
-                f"column {name!r} of {listing.source} is {column} in the index"
-                for listing in self.listings
-                for name, column in column_names(listing.data.metadata, there).items()
-                if name != column
+                *(
+                    f"column {name!r} of {listing.source} is {column} in the index"
+                    for listing in self.listings
+                    for name, column in column_names(listing.data.metadata, there).items()
+                    if name != column
+                ),
+                *([f"{len(self.renamed):,} pictures have another key: {first[0]} is {first[1]}"] if first else []),
             ],
         )
 
@@ -103,9 +110,13 @@ def make_plan(listings: Sequence[Listing], store: Store | None, accept_gone: boo
     table = store.read([name for name in store.schema.names if name != "features"])
     names = ([name and restored(name) for name in table[column].to_pylist()] for column in NAMES)
     known = Known(*names, *(table[name].to_pylist() for name in ("stamp", "content")))
+    listed = keys_from_before(listings, known)
+    renamed = {known.keys[row]: listings[number].keys[index] for row, (number, index) in listed.items()}
+    known = replace(known, keys=[renamed.get(key, key) for key in known.keys])
     row_of = {key: row for row, key in enumerate(known.keys)}
-    other_facts = _other_facts(listings, row_of, table, store)
-    return Plan(listings, find_changes(listings, known, other_facts, accept_gone=accept_gone), table, row_of)
+    other_facts = _other_facts(listings, row_of, table, store) | {*listed.values()}
+    changes = find_changes(listings, known, other_facts, accept_gone=accept_gone)
+    return Plan(listings, changes, table, row_of, renamed)
 
 
 def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any, store: Store) -> set[At]:
@@ -229,7 +240,7 @@ class Update:
         for listing in self.plan.listings:
             columns = {*column_names(listing.data.metadata, self.store.schema.names).values()}
             self.store.set_columns_of(listing.source, columns & {*self.store.metadata_columns})
-        for part in _parts(self.plan.changes.gone):
+        for part in _parts([*self.plan.changes.gone, *self.plan.renamed]):
             self.store.delete(part)
         self.store.clean()
 
