@@ -161,6 +161,24 @@ def test_a_person_classifies_and_searches_and_nothing_leaves_the_host(page, fold
     labels.send_keys('"Paris, ""Texas""", London\t')  # the tab leaves the field
     WebDriverWait(driver, 300).until(lambda driver: 'Paris, "Texas": ' in page.text("#answers"))
     assert page.text("#answers").count(" %, cosine ") == 2
+    words = driver.find_element(By.ID, "words")
+    for query, message in (
+        ("   ", "a query is empty; it must be a text"),
+        ("<|endoftext|>", "holds the name of a special token"),
+        ("", "a query is empty; it must be a text"),
+    ):
+        words.clear()
+        words.send_keys(query, "\n")
+        WebDriverWait(driver, 300).until(lambda driver, message=message: message in page.text("#state"))
+        assert page.count("#found li") == 0  # the hits of another query are no answer to this one
+        words.clear()
+        words.send_keys("a dog\n")
+        WebDriverWait(driver, 300).until(lambda driver: page.count("#found li") == 12)
+        assert page.text("#state") == ""
+    labels.clear()
+    labels.send_keys(" \t")
+    WebDriverWait(driver, 300).until(lambda driver: "Name the classes first" in page.text("#state"))
+    assert page.count("#answers li") == 0
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

@@ -4,7 +4,7 @@ import { Clip } from "./clip.js";
 
 const $ = (id) => document.getElementById(id);
 const SHOWN = 5; // classes of each picture
-let clip = null, chosen = [], run = 0;
+let clip = null, chosen = [], run = 0, asked = 0;
 
 function say(text, isError = false) {
   $("state").textContent = text;
@@ -35,7 +35,10 @@ function templates(classes) {
 async function classify() {
   const own = ++run, classes = names(), files = chosen;
   if (!files.length) return;
-  if (!classes.length) return say("Name the classes first, separated by commas.", true);
+  if (!classes.length) {
+    $("answers").replaceChildren();
+    return say("Name the classes first, separated by commas.", true);
+  }
   say("Looking…");
   const rows = [];
   for (const file of files) {
@@ -72,18 +75,22 @@ function row(file, answer, problem) {
 
 async function search(event) {
   event.preventDefault();
+  const own = ++asked, query = $("words").value;
+  let items = [], problem = "";
   try {
-    const [words] = await clip.encodeTexts([$("words").value]);
-    const items = (await clip.search(words)).map(({ name, thumbnail, cosine }) => {
+    if (!query.trim()) throw new Error("a query is empty; it must be a text");
+    const [words] = await clip.encodeTexts([query]);
+    items = (await clip.search(words)).map(({ name, thumbnail, cosine }) => {
       const item = made("li");
       item.append(made("img", "", { src: `search/${thumbnail}`, alt: name }), made("span", `${name}, ${cosine.toFixed(3)}`));
       return item;
     });
-    $("found").replaceChildren(...items);
-    say("");
   } catch (error) {
-    say(error.message, true);
+    problem = error.message;
   }
+  if (own !== asked) return; // newer words
+  $("found").replaceChildren(...items);
+  say(problem, Boolean(problem));
 }
 
 function take(files) {
