@@ -28,7 +28,6 @@ from scipy.sparse.csgraph import connected_components
 
 import miniclip
 from miniclip.evaluation.encoder import from_object
-from miniclip.inference.search.changes import list_sources
 from miniclip.inference.search.index import Index, absolute_model
 from miniclip.inference.search.nearest import near_duplicates, nearest
 from miniclip.inference.search.store import Facts, create_store, open_store, writing
@@ -339,12 +338,36 @@ def test_an_equal_file_of_another_source_has_its_own_metadata(index, tmp_path, c
     check(index, counting, tmp_path)
 
 
-def test_of_a_parquet_file_an_index_has_the_columns_that_a_filter_can_compare(photos):
-    names = [f"{n:04d}.png" for n in range(3)]
-    columns = {"image": names, "year": [1, 2, None], "tags": [["a"]] * 3, "digest": [b"\0"] * 3, "box": [{"x": 1}] * 3}
-    pq.write_table(pa.table(columns), photos / "t.parquet")
-    metadata = list_sources([str(photos / "t.parquet")])[0].data.metadata
-    assert {name: list(values) for name, values in metadata.items()} == {"year": [1, 2, None]}
+def test_of_a_parquet_file_an_index_has_the_columns_that_json_lines_of_its_rows_have(index, counting, photos, tmp_path):
+    """But for bytes and for lists as long as embeddings, which are named."""
+    rows = [
+        {"image": "mon/0.png", "year": 1, "tags": ["é", "b"], "box": {"x": 1, "at": [0.5]}, "pairs": [["a"], []]},
+        {"image": "mon/1.png", "year": None, "tags": [], "box": None, "pairs": None},
+        {"image": "mon/2.png", "year": 2, "tags": None, "box": {"x": None, "at": []}, "pairs": [[None]]},
+    ]
+    (photos / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = pa.Table.from_pylist(rows)
+    for name, values in (("digest", [b"\0"] * 3), ("digests", [[b"\0"]] * 3), ("vector", [[0.5] * 512] * 3)):
+        columns = columns.append_column(name, [values])
+    pq.write_table(columns, photos / "t.parquet")
+    of_lines = Index(tmp_path / "lines.index", from_object(counting, "counting"))
+    assert of_lines.update(photos / "t.jsonl").left_out == []
+    assert [each.reason for each in index.update(photos / "t.parquet").left_out] == [
+        "column 'digest', of bytes or of large texts",
+        "column 'digests', of bytes or of large texts",
+        "column 'vector', of lists of more than 1024 bytes",
+    ]
+    names = ["key", "year", "tags", "box", "pairs"]
+    found, expected = (
+        sorted(each.store.read(names).select(names).to_pylist(), key=lambda row: row["key"])
+        for each in (index, of_lines)
+    )
+    assert found == expected
+    assert [row["tags"] for row in found] == ['["é", "b"]', "[]", None]
+    assert json.loads(found[0]["box"]) == {"x": 1, "at": [0.5]}
+    (hit,) = index.search("a", where="tags LIKE '%\"b\"%'")
+    assert hit.path == str(photos / "mon/0.png")
+    assert counts(index.update(photos / "t.parquet")) == {"unchanged": 3}
 
 
 def test_a_column_that_a_table_no_longer_has_is_null_in_its_rows_alone(index, photos, tmp_path, counting):

@@ -57,11 +57,9 @@ class ArrowColumn(Sequence[Any]):
         return "\n".join([str(self.kind), str(len(self)), *of_values])
 
     @property
-    def is_plain(self) -> bool:
-        """Whether a value is a number, a text or a time: neither several values nor bytes."""
-        from pyarrow import types
-
-        return not (self.is_large or types.is_nested(self.kind) or _is_binary(self.kind))
+    def has_bytes(self) -> bool:
+        """Whether values are bytes, or have some within."""
+        return _has_bytes(self.kind)
 
     def __len__(self) -> int:
         if self.chosen is not None:

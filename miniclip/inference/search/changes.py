@@ -24,6 +24,7 @@ from ...data.shards import split_sample_name
 from ...evaluation.datasets.sets import EvaluationSet
 from ..names import STANDARD_INPUT, existing
 from ..sources import TWICE, image_set
+from .columns import why_left_out
 
 At = tuple[int, int]  # the number of a listing, and the index of a picture in it
 BY_NAME = "-"  # the source of pictures that were named one by one
@@ -77,7 +78,7 @@ class Listing:
     def key_before(self, index: int) -> str:
         """The key of a sample by earlier versions, which did not say in which folder of the source its tar lies."""
         tar, sample = split_sample_name(self.keys[index])
-        return _beside(self.source, f"{name_of(tar)}:{sample}") if tar else self.keys[index]
+        return _in_folder_of(self.source, f"{name_of(tar)}:{sample}") if tar else self.keys[index]
 
     def place_of(self, key: str, content: str | None) -> int:
         """The index of a row's picture.
@@ -155,8 +156,10 @@ def _list_source(
     source: str, named: Sequence[str], image_column: str | None, upright: bool, stdin: BinaryIO | None
 ) -> Listing:
     data = image_set(named, image_column=image_column, is_each_once=True, upright=upright, stdin=stdin)
-    plain = {name: values for name, values in data.metadata.items() if getattr(values, "is_plain", True)}
-    data = replace(data, metadata=plain)  # what a filter can compare
+    reasons = {name: why for name, values in data.metadata.items() if (why := why_left_out(values))}
+    kept = {name: values for name, values in data.metadata.items() if name not in reasons}
+    left_out = [LeftOut(source, f"column {name!r}, {why}") for name, why in reasons.items()]
+    data = replace(data, metadata=kept, left_out=[*data.left_out, *left_out])
     places = [_location(data, index) for index in range(len(data))]
     keys = [place or _absolute_key(source, data.key(index)) for index, place in enumerate(places)]
     stamps = [data.identity or "" if place is None else file_stamp(place) for place in places]
@@ -167,11 +170,11 @@ def _absolute_key(source: str, key: str) -> str:
     """Of a picture in a tar by where that lies, of one in a table by where the source does."""
     tar, sample = split_sample_name(key)
     if not tar:
-        return _beside(source, key)
+        return _in_folder_of(source, key)
     return key if is_url(tar) else f"{os.path.abspath(tar)}:{sample}"  # noqa: PTH100 (links stay as they are)
 
 
-def _beside(source: str, name: str) -> str:
+def _in_folder_of(source: str, name: str) -> str:
     return os.path.join(source if is_url(source) else os.path.dirname(source), name)  # noqa: PTH118, PTH120
 
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
+from ...data.reading.arrow_column import ArrowColumn
 from .store import OWN_COLUMNS
 
 RESULT_COLUMNS = ("group", "query", "rank", "cosine")  # beside the path, in what a search prints
+_LOOKED_AT, _LONG_BYTES = 64, 1024  # values of a column, and what one takes at most on the average
 
 
 def column_names(names: Iterable[str], there: Iterable[str] = ()) -> dict[str, str]:
@@ -40,6 +42,24 @@ def _allowed(name: str) -> str:
     name = _escaped(name).replace(".", "_").replace("`", "_").strip() or "unnamed"
     is_other = name in (*OWN_COLUMNS, *RESULT_COLUMNS) or name.startswith("_row")  # LanceDB's _rowid, _rowaddr, …
     return f"given_{name}" if is_other else name
+
+
+def why_left_out(values: Sequence[Any]) -> str:
+    """Why a column of a source is not one of an index, which a filter is to compare; empty if it is.
+
+    Lists, structures and mappings become JSON, but for those as long as the numbers of an embedding.
+    """
+    from pyarrow import types
+
+    if not isinstance(values, ArrowColumn):
+        return ""
+    if values.is_large or values.has_bytes:
+        return "of bytes or of large texts"
+    if types.is_nested(values.kind) and len(values):
+        first = values.take(range(min(len(values), _LOOKED_AT)))
+        if first.nbytes > _LONG_BYTES * len(first):
+            return f"of lists of more than {_LONG_BYTES} bytes"
+    return ""
 
 
 def as_columns(metadata: Mapping[str, Sequence[Any]], schema: Any, source: str) -> dict[str, Any]:
