@@ -511,7 +511,7 @@ def _texts_of_folder(folder: Path) -> Iterator[Texts]:
 def _texts_of_table(path: Path, columns: _ColumnsAskedFor) -> Texts:
     names, rows = read_table(path)
     chosen = _text_columns(names, columns.names(), str(path))
-    return _texts_of_rows(rows, names, chosen, path.name, list(getattr(rows, "left_out", ())))
+    return _texts_of_rows(rows, names, chosen, str(path), list(getattr(rows, "left_out", ())))
 
 
 def _texts_of_datasets(source: str, columns: _ColumnsAskedFor) -> Iterator[Texts]:

@@ -645,4 +645,4 @@ def test_a_picture_that_cant_be_read_is_an_error_as_rows_are_those_of_the_list(p
 def test_a_column_called_as_one_of_ours_is_renamed_until_it_is_another(tmp_path, model):
     source = table(tmp_path / "t.csv", "text,key,source_key", "a cat,1,2")
     rows = SourceRows(text_set(source)).table([0]).to_pydict()
-    assert rows == {"key": ["t.csv: row 1"], "text": ["a cat"], "source_source_key": ["1"], "source_key": ["2"]}
+    assert rows == {"key": [f"{source}: row 1"], "text": ["a cat"], "source_source_key": ["1"], "source_key": ["2"]}

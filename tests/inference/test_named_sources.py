@@ -17,6 +17,7 @@ from helpers import Served, pack_folder, picture, table, write_pairs, write_pict
 from servers import Server
 
 from miniclip.data.reading.scan import summary
+from miniclip.inference.search.changes import list_sources
 from miniclip.inference.sources import Texts, image_set, text_set
 
 
@@ -220,6 +221,19 @@ def test_urls_are_pictures_or_shards():
         assert np.array_equal(np.asarray(found.open(0)), np.asarray(picture(1)))
         assert np.array_equal(np.asarray(found.open(2)), np.asarray(picture(1)))
         assert keys("-", **piped(f"{served.url}/photos/1.png\n")) == [f"{served.url}/photos/1.png"]
+
+
+def test_rows_of_tables_of_one_name_have_keys_of_their_own():
+    for folder, count in (("a", 1), ("b/c", 2)):
+        Path(folder).mkdir(parents=True)
+        cells = [write_picture(Path(f"{folder}/{n}.png"), n).read_bytes() for n in range(count)]
+        columns = pa.table({"image": cells, "caption": ["a dog"] * count})
+        pyarrow.parquet.write_table(columns, f"{folder}/t.parquet")
+    named = ["a/t.parquet", "b/c/t.parquet"]
+    expected = ["a/t.parquet: row 1", "b/c/t.parquet: row 1", "b/c/t.parquet: row 2"]
+    assert keys(named) == list(text_set(named).keys) == expected
+    places = [key for listing in list_sources(named) for key in listing.keys]
+    assert places == [str(Path(key).absolute()) for key in expected]
 
 
 @pytest.mark.parametrize("answer", [404, 403])

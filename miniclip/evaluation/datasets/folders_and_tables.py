@@ -253,12 +253,19 @@ class TableImages:
 
 
 def images_of_rows(
-    path: Path, names: Sequence[str], rows: Any, image_column: str, split: str | None = None, *also: str
+    path: Path,
+    names: Sequence[str],
+    rows: Any,
+    image_column: str,
+    split: str | None = None,
+    *also: str,
+    called: str = "",
 ) -> TableImages:
     """The images of what `read_table` gave, of a table or of a folder or pattern of Parquet files.
 
     Args:
         also: columns to have the values of, even if they are lists.
+        called: the table, in the keys of images that lie in it; by default its own name.
 
     Raises:
         ValueError: there are no rows.
@@ -269,7 +276,8 @@ def images_of_rows(
     folder = folder_of(path)
     images: Sequence[Any] = tuple(_image_of_cell(folder, cell) for cell in values[image_column])
     is_path = [isinstance(image, str | Path) for image in images]
-    keys = [str(image) if at else f"{path.name}: row {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
+    row_of = f"{called or path.name}: row"
+    keys = [str(image) if at else f"{row_of} {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
     if hasattr(rows, "files"):  # Parquet, whose images may lie in it
         images = _OfEachProcess(partial(_parquet_images, path, split, folder, image_column), len(rows))
     # A table that holds its images, perhaps several columns of them.

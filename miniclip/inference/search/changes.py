@@ -170,7 +170,7 @@ def _absolute_key(source: str, key: str) -> str:
     """Of a picture in a tar by where that lies, of one in a table by where the source does."""
     tar, sample = split_sample_name(key)
     if not tar:
-        return _in_folder_of(source, key)
+        return _in_folder_of(source, key.rpartition("/")[2])
     return key if is_url(tar) else f"{os.path.abspath(tar)}:{sample}"  # noqa: PTH100 (links stay as they are)
 
 
