@@ -65,7 +65,14 @@ def run(options: argparse.Namespace) -> None:
         from ..evaluation.datasets.sets import labelled
         from ..evaluation.interpolation import best, interpolate, sweep
         from ..evaluation.prompts import suited
-        from ..reports.interpolation import table, told_of_losses, write_json, write_picture
+        from ..reports.interpolation import (
+            PICTURE_FILE,
+            RECORD_FILE,
+            table,
+            told_of_losses,
+            write_json,
+            write_picture,
+        )
         from ..weights.load import load, save
 
     for option, sources in (("--data", options.data), ("--retain", options.retain)):
@@ -108,12 +115,15 @@ def run(options: argparse.Namespace) -> None:
                 f"alpha {alpha:g} was chosen on the images that it is scored on here, so its score is a little too "
                 "high; report scores on other images."
             )
-        write_json(out / "interpolation.json", options.start, options.finetuned, points, *names, alpha)
-        picture = out / "interpolation.png"
+    assert model is not None
+    record, picture = out / RECORD_FILE, out / PICTURE_FILE
+    for path in (record, picture):  # of the mixture that is replaced
+        path.unlink(missing_ok=True)
+    save(model, out, overwrite=options.overwrite)
+    if new:
+        write_json(record, options.start, options.finetuned, points, *names, alpha)
         write_picture(picture, points, " and ".join(names[0]), " and ".join(names[1]), alpha)
         print(f"picture: {picture}")
-    assert model is not None
-    save(model, out, overwrite=options.overwrite)
     print(f"model of alpha {alpha:g}: {out}; miniclip.load reads it")
 
 

@@ -23,7 +23,9 @@ from ..common.storage import SCHEMES, is_url, without_secrets
 from ..common.version import __version__
 from ..common.wording import counted, cut_short, percent, some
 from ..config import CLIPConfig
+from ..evaluation.encoder import from_clip
 from ..reports.results import prompts_of
+from ..weights.load import load
 from ..weights.read import locate, read_checkpoint
 from .origin import Origin, read_origin
 from .thresholds import FILE as THRESHOLD_FILE
@@ -84,10 +86,12 @@ def card_for(
         hints: as `read_checkpoint` takes them.
 
     Raises:
-        ValueError: as `read_checkpoint` and `read_origin`.
+        ValueError: the threshold was calibrated with other weights; or as `read_checkpoint` and `read_origin`.
     """
     config = read_checkpoint(locate(model), **hints).config
     origin = read_origin(model, results)
+    if origin.threshold is not None:
+        origin.threshold.check_model(from_clip(*load(model, device="cpu", **hints), str(model)))
     return model_card(origin, config, repository=repository, layout=to, license=license, thumbnails=thumbnails)
 
 

@@ -15,6 +15,8 @@ from ..common.wording import percent, printable
 from ..evaluation.interpolation import Point
 from .page_parts import bare_axes
 
+RECORD_FILE, PICTURE_FILE = "interpolation.json", "interpolation.png"
+
 
 def table(points: Sequence[Point], new: Sequence[str], old: Sequence[str], chosen: float) -> Table:
     out = Table(title="weights between start (alpha 0) and fine-tuned (alpha 1): zero-shot top-1 %")

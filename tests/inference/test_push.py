@@ -17,7 +17,9 @@ from hub import Hub
 from PIL import Image
 
 from miniclip.data.wordings.kept import Wording, Wordings
+from miniclip.evaluation.encoder import from_clip
 from miniclip.inference.card import CARD_FILE, card_for, is_untouched
+from miniclip.inference.thresholds import CalibratedModel, ModelThreshold, write_threshold
 from miniclip.weights.load import load, save
 
 CAME_BACK = """
@@ -291,6 +293,15 @@ def test_scores_of_other_weights_are_not_published(trained, tmp_path, monkeypatc
     write_results(trained, "runs/cats/best", time.time() + 60)
     with pytest.raises(ValueError, match=r"no scores of .*birds/best; it has those of runs/cats/best"):
         card_for(trained / "best", results=[report])
+
+
+def test_a_threshold_of_other_weights_is_not_published(model):
+    encoder = from_clip(*load(model, "cpu"), str(model))
+    write_threshold(model / "threshold.json", ModelThreshold(0.25, "by eye", model=CalibratedModel.of(encoder)))
+    assert "a cosine of at least 0.2500" in card_for(model)
+    save(tiny_clip(4), model, overwrite=True)
+    with pytest.raises(ValueError, match=r"threshold\.json was calibrated with other weights"):
+        card_for(model)
 
 
 def test_a_card_knows_whether_its_body_was_edited(model):

@@ -416,6 +416,22 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
     assert all(torch.equal(tensor, half[name]) for name, tensor in tensors(tmp_path / "half").items())
 
 
+def test_no_record_of_another_mixture_stays_beside_the_weights(sets, tmp_path):
+    for seed in (0, 1):
+        miniclip.save(tiny_clip(seed), tmp_path / f"model{seed}")
+    out = tmp_path / "out"
+    command = ["interpolate", str(tmp_path / "model0"), str(tmp_path / "model1"), "--device", "cpu", "--out", str(out)]
+    scored = ["--data", str(sets[0]), "--retain", str(sets[1]), "--alphas", "0,1"]
+    cli.main([*command, *scored, "--alpha", "1"])
+    assert {path.name for path in out.iterdir()} > {"interpolation.json", "interpolation.png"}
+    cli.main([*command, "--alpha", "0.5", "--overwrite"])
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
+    cli.main([*command, *scored, "--alpha", "0.25", "--overwrite"])
+    assert json.loads((out / "interpolation.json").read_text())["saved_alpha"] == 0.25
+    quarter = finetune.interpolate(tiny_clip(0), tiny_clip(1), 0.25).state_dict()
+    assert all(torch.equal(tensor, quarter[name]) for name, tensor in tensors(out).items())
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
