@@ -260,10 +260,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         raise ValueError(f"classnames has names for {len(names)} {what}, and none for {label!r}")
 
     def _templates(self, threshold: ModelThreshold | None) -> Prompts:
-        own = None if threshold is None else threshold.templates
-        if self.templates is None and own is not None and not isinstance(own, dict):
-            return own
-        if self.templates is None and isinstance(own, dict) and own.keys() >= set(self.classnames_):
+        own = None if threshold is None or self.templates is not None else threshold.templates_for(self.classnames_)
+        if own is not None:
             return own
         if self.templates is not None and not isinstance(self.templates, str | Path):
             return self.templates

@@ -106,9 +106,9 @@ def choose_classes(
         )
     if threshold is not None:
         refuse_class_called_none(names)
-    own = None if threshold is None else threshold.templates
-    if templates is None and own is not None and (not isinstance(own, dict) or set(names) <= set(own)):
-        return Classes(names, own, f"those of {threshold.source}" if threshold is not None else "")
+    own = None if threshold is None or templates is not None else threshold.templates_for(names)
+    if threshold is not None and own is not None:
+        return Classes(names, own, f"those of {threshold.source}")
     return Classes(names, *settle_templates(nothing, templates, names))
 
 

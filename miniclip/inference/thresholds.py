@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -184,6 +184,11 @@ class ModelThreshold:
                 f"(N, {len(self.classnames)}); these have {values.shape}"
             )
         return is_in_set(surprisals(values, self.model.logit_scale), found.cut, self.model.logit_scale)
+
+    def templates_for(self, classnames: Iterable[str]) -> Prompts | None:
+        """The prompts of the calibration; None if it has none, or not for all of these classes."""
+        is_whole = not isinstance(self.templates, Mapping) or self.templates.keys() >= set(classnames)
+        return self.templates if is_whole else None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Does it belong here?

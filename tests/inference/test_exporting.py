@@ -19,6 +19,7 @@ import miniclip
 from miniclip import tokenizer
 from miniclip.commands import main as cli
 from miniclip.config import TextConfig
+from miniclip.data.wordings.kept import Wording, Wordings
 from miniclip.inference.exporting import onnx_files
 from miniclip.inference.exporting.export import TARGETS, ExportDiffersError, export, refuse_existing
 from miniclip.inference.exporting.facts import write_facts
@@ -377,11 +378,32 @@ def test_an_export_that_differs_is_kept_aside_and_not_called_done(tmp_path, caps
 def test_a_table_of_the_models_own_guesses_is_proven_right(model, pictures, tmp_path):
     clip, preprocess = miniclip.load(model, "cpu")
     paths = sorted(pictures.rglob("*.png"))
-    guesses = [name for name, *_ in answers(clip, preprocess, paths, list(CLASSES), "a photo of a {}.")]
+    guesses = [name for name, *_ in answers(clip, preprocess, paths, list(CLASSES))]
     with open(tmp_path / "set.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "label"), *zip(paths, guesses, strict=True)])
     found = export(model, tmp_path / "out", "torch", prove=str(tmp_path / "set.csv"))
     assert (found.proof.guesses.before, found.proof.guesses.after) == (1, 1)
+
+
+@pytest.mark.parametrize("template, is_by_class", [("a drawing of the number {}", False), ("{}!", True)])
+def test_the_proof_asks_with_the_prompts_of_the_export(template, is_by_class, pictures, tmp_path, capsys):
+    clip = small_clip()
+    clip.wordings = Wordings((Wording("picture: {}", 0.9),), (), 100)
+    name = saved(tmp_path / "model", clip)
+    paths = sorted(pictures.rglob("*.png"))
+    best = [answer for answer, *_ in answers(clip, preprocess_for(clip.config), paths, CLASSES, template)]
+    assert best != [answer for answer, *_ in answers(clip, preprocess_for(clip.config), paths, CLASSES, "picture: {}")]
+    right = sum(answer == path.parent.name for answer, path in zip(best, paths, strict=True)) / len(paths)
+    templates = {each: (template.format(each),) for each in CLASSES} if is_by_class else (template,)
+    by_eye = ModelThreshold(-1.0, "by eye", classnames=CLASSES, templates=templates)
+    write_threshold(tmp_path / "model/threshold.json", by_eye)
+    cli.main(["export", name, str(tmp_path / "out"), "--to", "onnx", "--prove", str(pictures), "--workers", "0"])
+    said = capsys.readouterr().out
+    proof = json.loads((tmp_path / "out/proof.json").read_text())["guesses"]
+    assert (proof["before"], proof["after"]) == (pytest.approx(right), pytest.approx(right))
+    assert f"(those of {name}/threshold.json)" in said
+    printed = run_alone(tmp_path / "out", *map(str, paths), "--labels", ",".join(CLASSES[::-1]))
+    assert [line.split("\t")[1] for line in printed.splitlines()] == best
 
 
 # ---------------------------------------------------------------------------------------------------------------------

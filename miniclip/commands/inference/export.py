@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...common.wording import printable, some
+from ..evaluate import told_of_prompts
 from ..terminal import CHECKPOINTS, lasting_imports, new_parser, progress_bar, refuse_bad_encoding
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _lines_of(found: Exported) -> list[str]:
             lines.append(_agreement_line(f"random {kind}s, {len(of_kind)} kinds of batch", of_kind))
     lines += [_agreement_line(f"{each.what} ({each.count})", [each]) for each in proof.agreements
               if not each.what.startswith("random")]  # fmt: skip
-    return lines + _guess_lines(proof) + _time_lines(proof)
+    return lines + _guess_lines(found) + _time_lines(proof)
 
 
 def _agreement_line(what: str, agreements: Sequence[Agreement]) -> str:
@@ -90,7 +91,8 @@ def _agreement_line(what: str, agreements: Sequence[Agreement]) -> str:
     return f"  {what}: cosine {least:.6f} at least, {mean:.6f} in the mean; coordinates differ by at most {most:.1e}"
 
 
-def _guess_lines(proof: Proof) -> list[str]:
+def _guess_lines(found: Exported) -> list[str]:
+    proof = found.proof
     lines, guesses = [], proof.guesses
     if guesses is not None:
         lines.append(
@@ -99,6 +101,8 @@ def _guess_lines(proof: Proof) -> list[str]:
             f"({len(guesses.comparison.gained)} gained, {len(guesses.comparison.lost)} lost, McNemar's p = "
             f"{guesses.comparison.p_value:.2g})"
         )
+        data: Any = found.data  # of labelled images, as there are guesses
+        lines.append(f"  {told_of_prompts(data, data.classnames)}")
     elif proof.precision == "int8":
         lines.append("  int8 is another computation; --prove DATA counts the guesses that it changes on your pictures")
     if proof.unreadable:

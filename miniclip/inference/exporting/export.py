@@ -103,8 +103,8 @@ def export(
     if threshold is not None:
         threshold.check_model(from_clip(model, preprocess, name))
         data, pictures = (each and replace(each, upright=threshold.upright) for each in (data, pictures))
-    elif isinstance(data, LabelledImages):
-        data = suited(data, model.wordings)
+    if isinstance(data, LabelledImages):
+        data = _with_prompts(data, model, threshold)
     classes = _classes_of(threshold, data, model)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -139,6 +139,16 @@ def export(
     finally:
         remove(temporary)
     return Exported(out, target, facts, proof, data)
+
+
+def _with_prompts(data: LabelledImages, model: CLIP, threshold: ModelThreshold | None) -> LabelledImages:
+    """With the prompts that the verbs ask the model with: those of its threshold, else those with the data."""
+    if threshold is not None and (own := threshold.templates_for(data.classnames)) is not None:
+        data = replace(data, templates=own, templates_from=f"those of {threshold.source}")
+    data = suited(data, model.wordings)
+    if threshold is not None:
+        threshold.warn_if_other(data.classnames, data.templates, data.upright)
+    return data
 
 
 def _classes_of(threshold: ModelThreshold | None, data: EvaluationSet | None, model: CLIP) -> Classes:

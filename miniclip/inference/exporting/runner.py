@@ -300,7 +300,8 @@ def main() -> None:
     if not (names or clip.facts["classnames"]):
         parser.error('this export has no classes of its own; name them, as --labels "cat,dog"')
     own = clip.facts["templates"]
-    templates = options.templates or (own if own and not (names and isinstance(own, dict)) else ["a photo of a {}."])
+    has_own = bool(own) and not (isinstance(own, dict) and not own.keys() >= set(names))
+    templates = options.templates or (own if has_own else ["a photo of a {}."])
     if clip.facts["threshold"] is not None and names and set(names) != set(clip.facts["classnames"]):
         print('note: the threshold for "none of these" was calibrated with other classes', file=sys.stderr)
     names = names or clip.facts["classnames"]
