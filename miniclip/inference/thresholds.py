@@ -172,10 +172,12 @@ class ModelThreshold:
         """
         found = next((each for each in self.coverages if math.isclose(each.coverage, coverage)), None)
         if found is None or self.model is None:
-            has = ", ".join(f"{each.coverage:g}" for each in self.coverages) or "none"
+            known = [each.coverage for each in self.coverages]
+            has = ", ".join(f"{each:g}" for each in known) or "none"
+            every = " ".join(f"{each:g}" for each in sorted([*known, coverage])) + " --overwrite" * bool(self.source)
             raise ValueError(
                 f"sets of coverage {coverage:g} were not calibrated; {self.source or 'a threshold given by hand'} has "
-                f"{has}; `miniclip calibrate … --coverage {coverage:g}` adds it"
+                f"{has}; `miniclip calibrate … --coverage {every}` calibrates these"
             )
         values = np.asarray(cosines)
         if values.ndim != 2 or values.shape[1] != len(self.classnames):

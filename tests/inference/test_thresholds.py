@@ -81,8 +81,8 @@ def test_a_set_has_the_classes_that_are_likely_enough():
 
 
 def test_sets_of_another_coverage_or_number_of_classes_are_refused():
-    with pytest.raises(ValueError, match=r"coverage 0\.95 .* has 0\.9; .*--coverage 0\.95"):
-        threshold().sets(np.zeros((1, 3)), 0.95)
+    with pytest.raises(ValueError, match=r"coverage 0\.95 .* has 0\.9; .*--coverage 0\.9 0\.95 --overwrite` calib"):
+        threshold(source="m/threshold.json").sets(np.zeros((1, 3)), 0.95)
     with pytest.raises(ValueError, match=r"for 3 classes.*these have \(1, 2\)"):
         threshold().sets(np.zeros((1, 2)), 0.9)
     with pytest.raises(ValueError, match="given by hand has none"):
