@@ -29,6 +29,7 @@ from ..data.module import PairDataModule
 from ..weights.read import read_torch_file
 from . import lightning_private
 from .finite import StopIfNotFinite
+from .measuring import is_logged
 from .stopping import StopSignals, requeue, slurm, stopped_early_by, what_is_kept
 
 _EVERY, _MOST_TIME = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
@@ -143,6 +144,10 @@ def scored_data(trainer: pl.Trainer, metric: str) -> str | None:
     return next((digest for digest in digests if digest is not None), None)
 
 
+class UnloggedMonitorError(ValueError):
+    """Nothing logs the metric that is to choose the best checkpoint."""
+
+
 class BestCheckpoint(Checkpoint):
     """Keeps `best.ckpt`: the checkpoint of the validation whose logged metric was best.
 
@@ -150,7 +155,8 @@ class BestCheckpoint(Checkpoint):
     validation pairs, or what `scored_data` is of) are not compared.
 
     Args:
-        monitor: name of any metric that is logged by the time a validation ends.
+        monitor: name of any metric that is logged by the time a validation ends. Validations before the first logged
+            step choose nothing by a metric of steps.
         mode: whether "max" or "min" is best.
     """
 
@@ -161,6 +167,7 @@ class BestCheckpoint(Checkpoint):
         self.labelled: str | None = None  # or which labelled images
         self._validated_step = -1
         self._is_next_last = False
+        self._has_logged_step = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -169,6 +176,7 @@ class BestCheckpoint(Checkpoint):
         self.labelled = scored_data(trainer, self.monitor)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._has_logged_step |= is_logged(trainer, trainer.global_step)
         is_end = trainer.global_step >= trainer.estimated_stepping_batches
         if is_end or self._is_next_last or lightning_private.stops_early(trainer):
             lightning_private.end_with_validation(trainer)
@@ -184,10 +192,8 @@ class BestCheckpoint(Checkpoint):
             return
         self._validated_step = trainer.global_step
         if self.monitor not in trainer.callback_metrics:
-            raise ValueError(
-                f"monitor is {self.monitor!r}, which nothing logs; logged are "
-                f"{', '.join(sorted(trainer.callback_metrics))}"
-            )
+            self._refuse_unlogged(trainer)
+            return
         score = float(trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor])))
         if math.isnan(score) or (self.score is not None and not self._is_better(score, self.score)):
             return
@@ -201,6 +207,23 @@ class BestCheckpoint(Checkpoint):
                     file=sys.stderr,
                     flush=True,
                 )
+
+    def _refuse_unlogged(self, trainer: pl.Trainer) -> None:
+        """
+        Raises:
+            UnloggedMonitorError: a step was logged, and the metric was not among what it logs.
+        """
+        every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+        logged = ", ".join(sorted(trainer.callback_metrics))
+        if self._has_logged_step or not every:
+            raise UnloggedMonitorError(f"monitor is {self.monitor!r}, which nothing logs; logged are {logged}")
+        if trainer.is_global_zero:
+            print(
+                f"The validation at step {trainer.global_step} chooses no {self.path.name}: {self.monitor} is not "
+                f"among what is logged by now ({logged}), and steps are logged at every {every}th "
+                "(trainer.log_every_n_steps)",
+                flush=True,
+            )
 
     def _is_better(self, score: float, than: float) -> bool:
         return score > than if self.mode == "max" else score < than
@@ -394,6 +417,14 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.signals.restore()
+        if isinstance(exception, UnloggedMonitorError):  # in all processes
+            print(
+                self._save(trainer)
+                or f"{self.path} is of step {trainer.global_step}: the same command with --ckpt_path last and another "
+                "--monitor goes on",
+                file=sys.stderr,
+                flush=True,
+            )
         if isinstance(exception, StalledDataError):
             failure = self._save(trainer) if self._can_save_between_steps(trainer) else None
             print(f"{failure}\n" if failure else "", self._what_is_kept(), sep="", file=sys.stderr, flush=True)

@@ -246,6 +246,30 @@ def test_a_monitor_that_nothing_logs_ends_the_run_at_the_first_validation(data, 
     assert "monitor is 'val/typo', which nothing logs; logged are " in said
     assert all(name in said for name in ("train/loss", "val/loss", "val/retrieval_r1"))
     assert validated_at(tmp_path / "run") in ([], [3])
+    assert "checkpoints/last.ckpt is of step 3: the same command with --ckpt_path last and another --monitor" in said
+    more = ["--monitor=val/loss", "--monitor_mode=min", "--ckpt_path=last"]
+    trainer.main(arguments(data, tmp_path / "run", *more))
+    assert "goes on from step 3 of 6" in capsys.readouterr().out
+    trainer.main(arguments(data, tmp_path / "straight", *more[:2]))
+    one, other = (miniclip.load(tmp_path / name / "checkpoints/last.ckpt", "cpu")[0] for name in ("run", "straight"))
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_monitor_of_steps_that_are_logged_later_than_the_first_validation_chooses_among_later_ones(
+    data, tmp_path, capsys
+):
+    run = tmp_path / "run"  # validations at steps 3, 6, 9 and 11, logs at 5, 10 and 11
+    options = ["--monitor=train/loss", "--monitor_mode=min", "--trainer.log_every_n_steps=5"]
+    trainer.main(arguments(data, run, *options, steps=11))
+    said = capsys.readouterr().out
+    assert said.count("chooses no best.ckpt: train/loss is not among what is logged by now") == 1
+    assert "The validation at step 3 chooses" in said
+    header, *rows = (line.split(",") for line in (run / "logs/version_0/metrics.csv").read_text().splitlines())
+    column = header.index("train/loss")
+    at = {int(row[header.index("step")]) + 1: float(row[column]) for row in rows if row[column]}
+    assert set(at) == {5, 10, 11}
+    by_validation = {6: at[5], 9: at[5], 11: at[11]}
+    assert step_of(run, "best") == min(by_validation, key=by_validation.get)
 
 
 @pytest.mark.parametrize("every", ["--trainer.check_val_every_n_epoch=1", "--trainer.check_val_every_n_epoch=2"])
