@@ -675,6 +675,22 @@ WRITTEN = [
     ("('a dog', 'a cat')", ["a dog", "a cat"]),
     ("array(['a dog', 'a cat'], dtype=object)", ["a dog", "a cat"]),
     ('{"a dog","a cat"}', ["a dog", "a cat"]),  # PostgreSQL's array
+    ('{dog,"a red dog"}', ["dog", "a red dog"]),  # which quotes an element only where it has to
+    ('{"a red dog",NULL}', ["a red dog"]),
+    ('{dog,wet,"NULL"}', ["dog", "wet"]),
+    ("{NULL}", []),
+    ('{"a \\"big\\" dog, {wet}",o\'clock,""}', ['a "big" dog, {wet}', "o'clock"]),
+    ('{"a \\"dog\\"","\\\\o\\\\",x}', ['a "dog"', "\\o\\", "x"]),
+    ('{"one\ntwo",cat}', ["one two", "cat"]),
+    ('{3,"a dog"}', ["3", "a dog"]),
+    ("{犬,猫}", ["犬", "猫"]),
+    ("{1,2}", ["{1,2}"]),  # as [1, 2]
+    ("{a red dog}", ["{a red dog}"]),
+    ("{dog, cat}", ["{dog, cat}"]),
+    ('{a man, "the boss"}', ['{a man, "the boss"}']),
+    ("{dog} and {cat}", ["{dog} and {cat}"]),
+    ("{dog},{cat}", ["{dog},{cat}"]),
+    ("{{dog}}", ["{{dog}}"]),
     ('{"caption": "a dog", "lang": "en"}', ["a dog"]),
     ('{"raw": "A dog.", "tokens": ["a", "dog"]}', ["A dog."]),
     ("b'caf\\xc3\\xa9'", ["café"]),  # Python's bytes
@@ -709,6 +725,18 @@ def test_a_mapping_of_unknown_fields_is_no_caption_in_cells_files_and_tars(tmp_p
     for read in (texts_in, captions_in, lambda text: record_of("a", {"image": RED, "txt": text.encode()}.get)):
         with pytest.raises(ValueError, match=reason):
             read("{'x': 'a dog'}")
+
+
+@pytest.mark.parametrize("text", ["{dog}", "{caption:dog,id:3}", '{note=wet,"a red dog"}'])
+def test_braces_that_may_be_a_list_or_a_text_are_refused_with_how_to_write_the_list(tmp_path, text):
+    write_picture(tmp_path / "a.jpg", 1)
+    (tmp_path / "a.txt").write_text(text)
+    (pair,) = read_pairs(tmp_path)
+    assert pair.problem.startswith(f"its caption is {text}, which may be a list of PostgreSQL's or a text in braces")
+    assert texts_in(pair.problem.partition("JSON: ")[2]) == texts_in(text[1:-1].replace('"', "").split(","))
+    for read in (texts_in, captions_in, lambda text: record_of("a", {"image": RED, "txt": text.encode()}.get)):
+        with pytest.raises(ValueError, match=r"its caption is .*PostgreSQL"):
+            read(text)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ...common.storage import is_url
-from ...common.wording import some
+from ...common.wording import cut_short, some
 from .scan import IMAGE_SUFFIXES, holds_picture
 
 CAPTION_COLUMNS = (
@@ -46,6 +46,9 @@ _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _WRITTEN_LIST = re.compile(rf"\[\s*{_STRING}(?:\s*(?:,\s*)?{_STRING})*\s*(?:,\s*)?\]", re.S)
 _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.S)
 _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": True, "false": False}
+# PostgreSQL quotes an element that is empty or the word NULL, or has spaces, braces, quotes, commas or backslashes.
+_ELEMENT = r"""(?:"(?:[^"\\]|\\.)*"|[^ \t\n\r\v\f{}",\\]+)"""
+_POSTGRES_ARRAY = re.compile(rf"\{{{_ELEMENT}(?:,{_ELEMENT})*\}}", re.S)
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
@@ -212,7 +215,11 @@ def texts_in(value: Any) -> list[str]:
 
 def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
     """The list or mapping of texts that a cell's text was before it went through a CSV, as JSON, Python, NumPy and
-    PostgreSQL write it, or the list of Python's b'bytes'; None for any other text, such as [a plate of food]."""
+    PostgreSQL write it, or the list of Python's b'bytes'; None for any other text, such as [a plate of food].
+
+    Raises:
+        ValueError: a text that may be a list of PostgreSQL's, or something else.
+    """
     if array := _WRITTEN_ARRAY.fullmatch(text):
         text = array[1]
     ends = text[:1] + text[-1:]
@@ -226,10 +233,33 @@ def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
         try:
             value = _value_in(ast.parse(text, mode="eval").body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
+            value = None
     if isinstance(value, bytes):
         return [value]
-    return value if isinstance(value, list | dict) and _holds_texts(value) else None
+    return value if isinstance(value, list | dict) and _holds_texts(value) else _postgres_array(text)
+
+
+def _postgres_array(text: str) -> list[Any] | None:
+    """The elements of an array of texts; None for any other text.
+
+    Raises:
+        ValueError: braces around one bare word, which a caption may have, or around fields and their values.
+    """
+    if not _POSTGRES_ARRAY.fullmatch(text):
+        return None
+    written = re.findall(_ELEMENT, text, re.S)
+    bare = [each for each in written if each[0] != '"' and each != "NULL"]
+    if bare and all(re.fullmatch(r"[-+\d.]+", each) for each in written):
+        return None  # numbers, as within [1, 2]
+    plain = (each[1:-1] if each[0] == '"' else each for each in written)
+    texts = [re.sub(r"\\(.)", r"\1", each, flags=re.S) for each in plain]
+    values = [None if each == "NULL" else text for each, text in zip(written, texts, strict=True)]
+    if len(written) == len(bare) == 1 or any(re.search("[:=]", each) for each in bare):
+        raise ValueError(
+            f"its caption is {cut_short(text)}, which may be a list of PostgreSQL's or a text in braces; a list is "
+            f"known as JSON: {cut_short(json.dumps(values, ensure_ascii=False))}"
+        )
+    return values
 
 
 def _value_in(node: ast.expr) -> Any:
