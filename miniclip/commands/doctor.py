@@ -72,7 +72,8 @@ def run(options: argparse.Namespace) -> None:
         from ..inference.doctor.examine import examine
         from ..inference.doctor.findings import chosen_reasons
 
-    reasons = chosen_reasons(options.drop_reasons)
+    given = {"--val": options.val, "--test": options.test, "--model": options.model}
+    reasons = chosen_reasons(options.drop_reasons, [name for name, value in given.items() if value])
     pairs = {source: pairs_asked_for(source, options) for source in dict.fromkeys(options.pairs)}
     sources = _parts_named(pairs, options)
     model = open_model(options.model, options.device, options.precision) if options.model else None

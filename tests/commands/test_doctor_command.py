@@ -174,6 +174,7 @@ def test_what_cannot_be_done_is_refused_with_a_remedy(photos, tmp_path, capsys):
     assert "pass --overwrite" in refused(photos, "--out", tmp_path / "full")
     assert "is a file; name a folder" in refused(photos, "--out", photos / "0001.txt")
     assert "'leek' is no reason to drop" in refused(photos, "--drop-reasons", "leek")
+    assert "names mismatch, which is looked for only with --model" in refused(photos, "--drop-reasons", "mismatch")
     assert "every picture would be a leak" in refused(photos, "--val", photos)
     assert "no folder or file" in refused(tmp_path / "nothing")
     assert "no pairs found" in refused(tmp_path / "empty")

@@ -495,6 +495,24 @@ def test_a_pair_is_dropped_once_for_its_gravest_reason():
         chosen_reasons("leeks")
 
 
+@pytest.mark.parametrize("given, lacks", [
+    ([], {"leak", "near-leak", "mismatch", "turned-pixels"}),
+    (["--test"], {"mismatch", "turned-pixels"}),
+    (["--model"], {"leak", "near-leak"}),
+    (["--val", "--model"], set()),
+])
+def test_what_is_not_looked_for_is_no_reason(given, lacks):
+    assert chosen_reasons("all", given) == tuple(reason for reason in REASONS if reason not in lacks)
+    assert chosen_reasons("certain", given) == tuple(reason for reason in CERTAIN if reason not in lacks)
+    for reason in REASONS:
+        if reason not in lacks:
+            assert chosen_reasons(reason, given) == (reason,)
+            continue
+        option = "--val or --test" if "leak" in reason else "--model"
+        with pytest.raises(ValueError, match=f"names {reason}, which is looked for only with {option}"):
+            chosen_reasons(f"all,{reason}", given)
+
+
 def test_normalised_captions_are_equal_but_for_case_accents_encoding_and_punctuation():
     assert normalised("A  Café, at night!") == normalised("a cafe\u0301 at NIGHT")
     assert normalised("room 1") != normalised("room 2")

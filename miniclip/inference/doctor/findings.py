@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 # Gravest first: the one under which a pair is listed that has several. What each means, and what its score is.
@@ -24,7 +25,13 @@ REASONS = {
 }
 # Nothing is lost with these pairs. All else is a suspicion, and dropped only if it is asked for.
 CERTAIN = ("leak", "copy", "blank", "junk-caption")
-ONLY_WITH_MODEL = ("mismatch", "turned-pixels")
+_ONLY_WITH = {
+    **dict.fromkeys(("leak", "near-leak"), ("--val", "--test")),
+    **dict.fromkeys(("mismatch", "turned-pixels"), ("--model",)),
+}
+
+
+_SETS = {"certain": CERTAIN, "all": tuple(REASONS), "none": ()}
 
 
 class Finding(NamedTuple):
@@ -42,15 +49,23 @@ class Finding(NamedTuple):
     like: int = -1
 
 
-def chosen_reasons(text: str) -> tuple[str, ...]:
+def chosen_reasons(text: str, given: Collection[str] = ("--val", "--test", "--model")) -> tuple[str, ...]:
     """What `--drop-reasons` names: reasons with commas between them, or `certain`, `all`, `none`.
 
+    Args:
+        given: the options by which more is looked for; without them, sets of reasons have fewer.
+
     Raises:
-        ValueError: another name.
+        ValueError: another name, or a reason that is not looked for without another option.
     """
+    unlooked = {reason: options for reason, options in _ONLY_WITH.items() if not {*options} & {*given}}
     names = [name for part in text.split(",") if (name := part.strip())]
-    sets = {"certain": CERTAIN, "all": tuple(REASONS), "none": ()}
+    sets = {name: [each for each in reasons if each not in unlooked] for name, reasons in _SETS.items()}
     out = dict.fromkeys(reason for name in names for reason in sets.get(name, (name,)))
     if unknown := [name for name in out if name not in REASONS]:
         raise ValueError(f"{unknown[0]!r} is no reason to drop a pair; valid are {', '.join((*sets, *REASONS))}")
+    if unasked := [name for name in out if name in unlooked]:
+        raise ValueError(
+            f"--drop-reasons names {unasked[0]}, which is looked for only with {' or '.join(unlooked[unasked[0]])}"
+        )
     return tuple(reason for reason in REASONS if reason in out)
