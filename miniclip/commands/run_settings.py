@@ -266,6 +266,12 @@ def checkpoints(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def checkpoints_near(path: Path, run: Path) -> list[Path]:
+    """Of a run, and of where a path leads to nothing: beside it, in it, and in the run that it is a folder of."""
+    folders = [path.parent, path, *(checkpoints(each) for each in (run, path, path.parent))]
+    return sorted({found for folder in folders for found in folder.glob("*.ckpt")})
+
+
 def holds_a_run(run: Path) -> bool:
     return any((checkpoints(run) / f"{name}.ckpt").exists() for name in ("last", "best")) or (run / "best").exists()
 

@@ -233,14 +233,20 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit" and _is_rank_zero():
             self._until_end.enter_context(hold(run))
         holds_a_run = run_settings.holds_a_run(run)
-        if config.ckpt_path == "last":
+        asked_for = config.ckpt_path
+        if asked_for == "last":
             last = run_settings.checkpoints(run) / "last.ckpt"
             # A job that SLURM requeues has the same command for its first start and for every later one.
             is_new = self.subcommand == "fit" and not last.is_file() and (config.overwrite or not holds_a_run)
             config.ckpt_path = None if is_new else str(last)
         if config.ckpt_path and not Path(config.ckpt_path).is_file():
-            also = f", though {run} holds a run; --overwrite true starts it anew" if holds_a_run else ""
-            raise ValueError(f"no checkpoint {config.ckpt_path} to resume from{also}")
+            is_restart = self.subcommand == "fit" and asked_for == "last" and holds_a_run
+            also = f", though {run} holds a run; --overwrite true starts it anew" if is_restart else ""
+            what = "it is a folder" if Path(config.ckpt_path).is_dir() else "it is not there"
+            if found := run_settings.checkpoints_near(Path(config.ckpt_path), run):
+                what += f"; there {'is' if len(found) == 1 else 'are'} {some(list(map(str, found)))}"
+            purpose = "to resume from" if self.subcommand == "fit" else "to score"
+            raise ValueError(f"no checkpoint {config.ckpt_path} {purpose}{also} ({what})")
         if self.subcommand == "fit":
             run_settings.refuse_what_would_mislead(config)
             if _is_rank_zero() and holds_a_run and not self._goes_on() and not config.overwrite:

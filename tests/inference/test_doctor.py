@@ -495,12 +495,15 @@ def test_a_pair_is_dropped_once_for_its_gravest_reason():
         chosen_reasons("leeks")
 
 
-@pytest.mark.parametrize("given, lacks", [
-    ([], {"leak", "near-leak", "mismatch", "turned-pixels"}),
-    (["--test"], {"mismatch", "turned-pixels"}),
-    (["--model"], {"leak", "near-leak"}),
-    (["--val", "--model"], set()),
-])
+@pytest.mark.parametrize(
+    "given, lacks",
+    [
+        ([], {"leak", "near-leak", "mismatch", "turned-pixels"}),
+        (["--test"], {"mismatch", "turned-pixels"}),
+        (["--model"], {"leak", "near-leak"}),
+        (["--val", "--model"], set()),
+    ],
+)
 def test_what_is_not_looked_for_is_no_reason(given, lacks):
     assert chosen_reasons("all", given) == tuple(reason for reason in REASONS if reason not in lacks)
     assert chosen_reasons("certain", given) == tuple(reason for reason in CERTAIN if reason not in lacks)

@@ -179,6 +179,12 @@ def test_a_name_is_the_runs_folder_and_one_command_begins_goes_on_and_ends(data,
     (run / "checkpoints/last.ckpt").unlink()
     said = fails(capsys, command)
     assert "last.ckpt to resume from, though runs/digits-2 holds a run; --overwrite true starts it anew" in said
+    for path in ("runs/digits-2/checkpoints/nope.ckpt", "runs/digits-2/best", "runs/digits-2", "elsewhere.ckpt"):
+        said = fails(capsys, [*command[:-1], f"--ckpt_path={path}"])
+        assert f"no checkpoint {path} to resume from (" in said
+        assert "there is runs/digits-2/checkpoints/best.ckpt" in said
+        assert "--overwrite" not in said
+        assert ("is a folder" in said) == Path(path).is_dir()
     trainer.main([*command, "--overwrite=true"])
     assert "new, 6 steps" in capsys.readouterr().out
 
