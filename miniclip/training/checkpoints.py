@@ -29,7 +29,6 @@ from ..data.module import PairDataModule
 from ..weights.read import read_torch_file
 from . import lightning_private
 from .finite import StopIfNotFinite
-from .measuring import is_logged
 from .stopping import StopSignals, requeue, slurm, stopped_early_by, what_is_kept
 
 _EVERY, _MOST_TIME = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
@@ -176,7 +175,7 @@ class BestCheckpoint(Checkpoint):
         self.labelled = scored_data(trainer, self.monitor)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._has_logged_step |= is_logged(trainer, trainer.global_step)
+        self._has_logged_step |= lightning_private.is_logged(trainer, trainer.global_step)
         is_end = trainer.global_step >= trainer.estimated_stepping_batches
         if is_end or self._is_next_last or lightning_private.stops_early(trainer):
             lightning_private.end_with_validation(trainer)
@@ -213,7 +212,7 @@ class BestCheckpoint(Checkpoint):
         Raises:
             UnloggedMonitorError: a step was logged, and the metric was not among what it logs.
         """
-        every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+        every = lightning_private.logged_every(trainer)
         logged = ", ".join(sorted(trainer.callback_metrics))
         if self._has_logged_step or not every:
             raise UnloggedMonitorError(f"monitor is {self.monitor!r}, which nothing logs; logged are {logged}")

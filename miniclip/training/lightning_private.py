@@ -39,6 +39,17 @@ def write_step_metrics(trainer: pl.Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
+def logged_every(trainer: pl.Trainer) -> int:
+    """How many steps there are from one logged step to the next; 0 if none is logged."""
+    return int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
+
+
+def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
+    """Whether the step that completes `steps` steps is logged, and is the last or every `of_those`-th of those."""
+    every = logged_every(trainer)
+    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
+
+
 def install_no_signal_handlers(trainer: pl.Trainer) -> None:
     setattr(trainer._signal_connector, "register_signal_handlers", lambda: None)  # noqa: B010
 

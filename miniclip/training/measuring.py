@@ -29,16 +29,11 @@ from ..model import CLIP
 from ..timm_tower import TimmTower
 from ..weights.facts import forward_flops
 from .fsdp import local, whole
+from .lightning_private import is_logged
 from .recompute import drop_patches_in_training
 from .step import CLIPTraining, StepResult
 
 _MOST_KEPT_REASONS = 100  # rejected samples whose reason the run's record keeps
-
-
-def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
-    """Whether the step that completes `steps` steps is logged, and is the last or every `of_those`-th of those."""
-    every = int(getattr(trainer, "log_every_n_steps"))  # noqa: B009 (Lightning sets it without declaring it)
-    return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
 
 
 class StepMetrics(Callback):

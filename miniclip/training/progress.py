@@ -30,7 +30,8 @@ from ..reports.results import versions
 from ..reports.run_page import write_page
 from ..reports.runs import PAGE_FILE, RUN_FILE
 from .checkpoints import scored_data
-from .measuring import RunMetrics, is_logged
+from .lightning_private import is_logged
+from .measuring import RunMetrics
 
 
 class Stalls(Callback):
