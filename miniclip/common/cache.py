@@ -8,18 +8,22 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from .files import cache_folder, locked, remove, sync
+from .files import cache_folder, locked, remove, sync, write_text
 from .storage import PIECE_BYTES, NotKeptError, local_path, patiently, read_blocks, size_of, without_secrets
 
 
 class Cache:
     """Remote files kept on the local disk, each fetched once per machine, however many processes want it.
+
+    A file that came twice and is not what was expected is then refused without a request, here and in all processes
+    with a copy of this cache. A new `Cache` fetches it again.
 
     Args:
         folder: where; by default `cache_folder("shards")`.
@@ -29,6 +33,7 @@ class Cache:
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = 50 * 10**9) -> None:
         self._folder, self.limit_bytes = folder, limit_bytes
+        self._made_ns = time.time_ns()
 
     @property
     def folder(self) -> Path:
@@ -69,7 +74,17 @@ class Cache:
             return file
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(_beside(path, ".lock"), f"another process is fetching {without_secrets(url)}", patience_s):
-            return self._reopen(path, size) or self._fetch(url, path, size, sha256)
+            if file := self._reopen(path, size):
+                return file
+            note = _beside(path, f".{size}.refused")
+            self._heed(note)
+            return self._fetch(url, path, size, sha256, note)
+
+    def _heed(self, note: Path) -> None:
+        """Raises what was found wrong with a file, if that was since this cache was made."""
+        with suppress(FileNotFoundError):
+            if note.stat().st_mtime_ns >= self._made_ns:
+                raise ValueError(note.read_text(encoding="utf-8"))
 
     def verified(self, url: str, sha256: str, version: str = "") -> None:
         """Records the checksum of a file that was fetched without one, so that who knows it finds the file."""
@@ -95,7 +110,7 @@ class Cache:
             os.utime(path)
         return file
 
-    def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None) -> IO[bytes]:
+    def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None, note: Path) -> IO[bytes]:
         size = size_of(url) if size is None else size
         partial = _beside(path, ".part")
         folder_lock = self.folder / "folder.lock", f"another process makes room in {self.folder}"
@@ -106,7 +121,10 @@ class Cache:
             partial.unlink(missing_ok=True)
         problem = download(url, partial, size, sha256) and download(url, partial, size, sha256)
         if problem:
-            raise ValueError(f"{without_secrets(url)} has {problem}; it was fetched twice and thrown away")
+            problem = f"{without_secrets(url)} has {problem}; it was fetched twice and thrown away"
+            write_text(note, problem)
+            os.utime(note, ns=(time.time_ns(),) * 2)  # the clock of `_made_ns`; a network disk may have another
+            raise ValueError(problem)
         with locked(*folder_lock):
             self._make_room(url, path, partial.stat().st_size)  # others may have come meanwhile
             os.replace(partial, path)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -381,7 +382,32 @@ def test_a_wrong_checksum_is_tried_once_more_and_named(serve, cache):
     with pytest.raises(ValueError, match=f"{server.url}/a.tar has the checksum {CHECKSUM}, 0{{64}} is expected"):
         cache.open(server.url + "/a.tar", size=len(CONTENT), sha256="0" * 64)
     assert len(server.gets) == 2
-    assert held(cache) == []
+    assert held(cache) == [f"a.tar.{len(CONTENT)}.refused"]
+
+
+def open_what_is_not_as_expected(cache, url):
+    for _ in range(20):
+        with pytest.raises(ValueError, match=f"{url} has the checksum {CHECKSUM}, 0{{64}} is expected; it was fetched"):
+            cache.open(url, sha256="0" * 64)
+
+
+def test_a_wrong_checksum_costs_two_requests_however_often_and_in_however_many_processes_it_is_asked_for(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    in_processes([partial(open_what_is_not_as_expected, cache, server.url + "/a.tar")] * 4)
+    open_what_is_not_as_expected(pickle.loads(pickle.dumps(cache)), server.url + "/a.tar")
+    assert (len(server.heads), len(server.gets)) == (1, 2)
+
+
+def test_a_file_that_was_refused_is_had_by_a_new_cache_once_its_server_has_the_right_one(serve, cache):
+    server = serve({"/a.tar": b"wrong"})
+    expected = {"size": len(CONTENT), "sha256": CHECKSUM}
+    with pytest.raises(ValueError, match=r"has 5 bytes, 1,000,003 are expected"):
+        cache.open(server.url + "/a.tar", **expected)
+    server.files = {"/a.tar": CONTENT}
+    with pytest.raises(ValueError, match=r"has 5 bytes, 1,000,003 are expected"):
+        cache.open(server.url + "/a.tar", **expected)
+    check_content(Cache(cache.folder), server.url + "/a.tar", **expected)
+    check_content(cache, server.url + "/a.tar", **expected)
 
 
 def test_a_file_that_came_damaged_is_fetched_again(serve, cache):
