@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from .storage import without_secrets
+from .wording import reason_of
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -149,7 +150,8 @@ class PatientLoader(DataLoader[T_co]):
         while not (failure := self._failure(fetcher)) and time.monotonic() < end:
             time.sleep(0.05)
         if failure or is_cut_off:
-            broke = f"the connection to a worker that reads data broke ({error!r}), most often by too many open files"
+            broke = f"the connection to a worker that reads data broke ({reason_of(error)}), "
+            broke += "most often by too many open files"
             return failure or StalledDataError(self._diagnosis(broke))
         if _OPEN_FILES.search(str(error)) or _TORCHS_MEMORY.search(str(error)):
             return StalledDataError(self._diagnosis(str(error).strip().rpartition("\n")[2]))

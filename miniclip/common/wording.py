@@ -40,6 +40,17 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says in a sentence, which of a name that is missing is the bare name.
+
+    >>> reason_of(KeyError("shards"))
+    "'shards' is missing"
+    """
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    return str(error) or type(error).__name__
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -36,6 +36,7 @@ from ..common.storage import (
     split_query,
     without_secrets,
 )
+from ..common.wording import reason_of
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.json_tables import RepeatedNameError, parse_json
@@ -471,8 +472,9 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
     path = join(folder, INDEX_FILE)
     if not exists(path):
         raise ValueError(_no_index(source, folder))
+    content = read_bytes(path)  # its error is the network's, or the disk's
     try:
-        index = json.loads(read_bytes(path))
+        index = json.loads(content)
         version = index["schema"]
         listed = index["shards"] if version == SCHEMA_VERSION else []
         entries = [
@@ -489,12 +491,12 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
             )
             for entry in listed
         ]
-        _refuse_other_hosts(path, [name for entry in entries for name in (entry.file, entry.offsets)])
         members = Counter[str](index["members"] if version == SCHEMA_VERSION else {"txt": 1})
         left_out = [LeftOut(folder, reason, int(count)) for reason, count in index.get("left_out", {}).items()]
         left_out += [LeftOut(name, "a damaged tar") for name in index.get("damaged", {})]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; write the shards again") from error
+        raise ValueError(f"{path} is damaged: {reason_of(error)}; write the shards again") from error
+    _refuse_other_hosts(path, [name for entry in entries for name in (entry.file, entry.offsets)])
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema {version!r}, this version of miniclip reads {SCHEMA_VERSION}; "

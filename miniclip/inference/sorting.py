@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import locked, sync, write_text
+from ..common.wording import reason_of
 from ..data.reading.scan import is_skipped_folder, same_name
 
 LISTS = ".miniclip"
@@ -523,4 +524,4 @@ def _read_list(path: Path, folder: Path) -> tuple[dict[str, Any], list[Step]]:
         # A list of before files were recognised has no content.
         return facts, [Step(folder / row["from"], folder / row["to"], row.get("content")) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a list of sorted files, or a damaged one: {error!r}") from error
+        raise ValueError(f"{path} is not a list of sorted files, or a damaged one: {reason_of(error)}") from error

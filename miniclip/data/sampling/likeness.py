@@ -14,6 +14,7 @@ import numpy as np
 from ...common.arguments import FLOAT32
 from ...common.processes import rank_and_world_size
 from ...common.storage import is_url, name_of
+from ...common.wording import reason_of
 from ..pairs import group_id, hash64
 from ..reading.cells import words_for_no_value
 from ..shards import ShardEntry, Shards, sample_names, split_sample_name, tar_names
@@ -190,7 +191,7 @@ def _manifest(folder: str, entries: Sequence[ShardEntry], source: str) -> dict[s
         manifest = dict(json.loads(path.read_text(encoding="utf-8")))
         kind, layout, identity = manifest["kind"], manifest["layout"], manifest.get("identity")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); {remedy}") from error
+        raise ValueError(f"{path} is damaged ({reason_of(error)}); {remedy}") from error
     if not manifest.get("is_complete"):
         raise ValueError(f"{folder} is not complete: repeat the `miniclip embed` that began it, until it has its name")
     if (kind, layout) != ("image", "parquet"):
