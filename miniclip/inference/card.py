@@ -27,6 +27,7 @@ from ..evaluation.encoder import from_clip
 from ..reports.results import prompts_of
 from ..weights.load import load
 from ..weights.read import locate, read_checkpoint
+from ..weights.write import pixel_changes
 from .origin import Origin, read_origin
 from .thresholds import FILE as THRESHOLD_FILE
 
@@ -111,6 +112,8 @@ def model_card(
         license: an identifier of the hub's, such as "mit"; the card says that none is stated if there is none.
         thumbnails: names of pictures in the repository.
     """
+    changes = pixel_changes(config, layout)
+    origin = replace(origin, threshold=None) if changes else origin  # `convert` leaves it out
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=False,  # Markdown, in which names are escaped by `plain`
@@ -124,7 +127,7 @@ def model_card(
         summary=_summary(origin, config),
         thumbnails=thumbnails,
         usage=_usage_lines(repository, layout, origin),
-        sections=[section for section in _sections(origin, config, license) if section.rows or section.notes],
+        sections=[section for section in _sections(origin, config, license, changes) if section.rows or section.notes],
     )
     body = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     mark = f"<!-- written by miniclip {__version__}: {_digest(body)} -->"
@@ -255,14 +258,19 @@ def _usage_lines(repository: str, layout: str, origin: Origin) -> str:
     )
 
 
-def _sections(origin: Origin, config: CLIPConfig, license: str | None) -> list[Section]:  # noqa: A002
+def _sections(
+    origin: Origin,
+    config: CLIPConfig,
+    license: str | None,  # noqa: A002
+    changes: Sequence[str],
+) -> list[Section]:
     return [
         _architecture_section(config),
         _data_section(origin),
         _training_section(origin),
         _scores_section(origin),
         _calibration_section(origin),
-        _limits_section(origin, config, license),
+        _limits_section(origin, config, license, changes),
     ]
 
 
@@ -388,7 +396,12 @@ def _calibration_section(origin: Origin) -> Section:
     )
 
 
-def _limits_section(origin: Origin, config: CLIPConfig, license: str | None) -> Section:  # noqa: A002
+def _limits_section(
+    origin: Origin,
+    config: CLIPConfig,
+    license: str | None,  # noqa: A002
+    changes: Sequence[str],
+) -> Section:
     notes = ["Probabilities are relative to the list of labels: some label always wins, even if none fits"]
     notes[0] += "." if origin.threshold is None else ", unless the threshold is applied."
     for result in origin.results:
@@ -409,6 +422,7 @@ def _limits_section(origin: Origin, config: CLIPConfig, license: str | None) -> 
         )
     notes.append(f"Texts are cut after {config.text.context_length} tokens, and pictures are seen at "
                  f"{config.vision.image_size} pixels: smaller detail is lost.")  # fmt: skip
+    notes += [f"{change}. Training and scores are of the latter." for change in changes]
     if origin.run is not None:
         notes.append("It knows what its captions named. Words, styles and languages that they lack were never learnt.")
     notes.append("It repeats what its training data are biased to; it was not examined for that.")

@@ -1,32 +1,37 @@
 """Checkpoints from one library's layout to another's.
 
 A conversion is believed only after it was loaded back and gave the same embeddings: by our own reader, and by the other
-library where it is installed.
+library where it is installed. Pictures go through each side's own preprocessing, which is another where the layout has
+no place for the model's: that is a warning, with how far their embeddings then differ.
 """
 
 from __future__ import annotations
 
 import secrets
 import shutil
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..common.files import refuse_foreign, remove, swap_in, write_text
 from ..config import CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
+from ..images import Preprocess
 from ..model import CLIP
 from ..tokenizer import random_ids
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
-from .load import build
+from .load import build, preprocess_for
 from .read import locate, read_checkpoint
-from .write import FOLDER_FILES, WRITERS, require
+from .write import FOLDER_FILES, WRITERS, pixel_changes, require
 
 FORMATS = tuple(WRITERS)
+_SAME = 1e-5  # of the largest feature
 
 
 def convert(
@@ -40,7 +45,7 @@ def convert(
 ) -> str:
     """Writes a checkpoint in another layout, then loads it back and compares.
 
-    threshold.json and wordings.json come along into a folder, where they still hold.
+    wordings.json comes along into a folder, and threshold.json where pictures still become the same pixels.
 
     Args:
         out: a file for "openai" (a state dict, which OpenAI's package loads), a folder for the others.
@@ -50,7 +55,7 @@ def convert(
         options: `activation` and the like, as `read_checkpoint` takes them.
 
     Returns:
-        What was compared with what, and how far they differ.
+        What was compared with what, and how far they differ; of pictures that become other pixels, their cosines.
 
     Raises:
         ValueError: the other library has no such model, `out` exists or holds files that this did not write, or the
@@ -71,29 +76,63 @@ def convert(
     checkpoint = read_checkpoint(found_at, **options)
     require(to == "native" or checkpoint.config.towers == "both", f"it has the {checkpoint.config.towers} tower alone")
     taken = replace(checkpoint, tensors=dict(checkpoint.tensors))
-    expected = _embeddings(build(taken, str(source)))
+    expected = _seen(build(taken, str(source)), preprocess_for(checkpoint.config))
     # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
     temporary = out.with_name(f".{out.stem}.{secrets.token_hex(8)}.tmp{out.suffix}")
     try:
         WRITERS[to](checkpoint, temporary)
         for name, content in (texts or {}).items():
             write_text(temporary / name, content)
-        if temporary.is_dir() and (found_at / THRESHOLD_FILE).is_file():
+        is_threshold = temporary.is_dir() and (found_at / THRESHOLD_FILE).is_file()
+        changes = pixel_changes(checkpoint.config, to)
+        if changes and is_threshold:
+            changes.append(f"{THRESHOLD_FILE} is left out, as pictures become other pixels; calibrate the new model")
+        for change in changes:
+            warnings.warn(change, stacklevel=2)
+        if is_threshold and not changes:
             shutil.copyfile(found_at / THRESHOLD_FILE, temporary / THRESHOLD_FILE)
         if temporary.is_dir() and checkpoint.wordings is not None:
             write_text(temporary / WORDINGS_FILE, checkpoint.wordings.to_json())
-        compared = {"miniclip": _embeddings(build(read_checkpoint(temporary), str(temporary)))}
-        compared |= _embeddings_by_the_other(to, temporary, checkpoint.config)
-        said = []
-        for name, found in compared.items():
-            differences = [_difference(a, b) for a, b in zip(found, expected, strict=True)]
-            if not all(difference <= 1e-5 for difference in differences):  # a comparison with NaN is False, too
-                raise ValueError(f"{name} gives other embeddings from the converted file, by {differences}")
-            said.append(f"same embeddings by {name} (to {max(differences):.0e})")
+        written = read_checkpoint(temporary)
+        compared = {"miniclip": _seen(build(written, str(temporary)), preprocess_for(written.config))}
+        compared |= _seen_by_the_other(to, temporary, checkpoint.config)
+        said = [_verdict(name, found, expected) for name, found in compared.items()]
         swap_in(temporary, out)
     finally:
         remove(temporary)
     return ", ".join(said)
+
+
+class _Seen(NamedTuple):
+    """What a library makes of a model.
+
+    Args:
+        features: of each tower, of the same tensors for every library.
+        pictures: (3, E) of two opaque ones and a partly transparent one, each prepared by the library itself.
+    """
+
+    features: list[Tensor]
+    pictures: Tensor | None
+
+
+def _verdict(name: str, found: _Seen, expected: _Seen) -> str:
+    """
+    Raises:
+        ValueError: the features of the same tensors differ.
+    """
+    differences = [_difference(a, b) for a, b in zip(found.features, expected.features, strict=True)]
+    if not all(difference <= _SAME for difference in differences):  # a comparison with NaN is False, too
+        raise ValueError(f"{name} gives other embeddings from the converted file, by {differences}")
+    if found.pictures is None or expected.pictures is None:
+        return f"same embeddings by {name} (to {max(differences):.0e})"
+    of_pictures = _difference(found.pictures, expected.pictures)
+    if of_pictures <= _SAME:
+        return f"same embeddings by {name} (to {max(*differences, of_pictures):.0e})"
+    *opaque, transparent = torch.cosine_similarity(found.pictures, expected.pictures).tolist()
+    return (
+        f"same embeddings of the same pixels by {name} (to {max(differences):.0e}), but of pictures cosine "
+        f"{min(opaque):.4f} (opaque) and {transparent:.4f} (partly transparent)"
+    )
 
 
 def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
@@ -105,13 +144,27 @@ def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, R, R, generator=random), tokens
 
 
+def _probe_pictures(config: CLIPConfig) -> list[Image.Image]:
+    """Wide, tall, and partly transparent, of sides whose crop begins between two pixels."""
+    R = config.vision.image_size
+    noise = torch.randint(256, (8, 8, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    transparent = Image.fromarray(noise.numpy()).resize((2 * R + 6, 2 * R), Image.Resampling.BICUBIC)
+    wide = transparent.convert("RGB")
+    return [wide, wide.transpose(Image.Transpose.ROTATE_90), transparent]
+
+
 @torch.inference_mode()
-def _embeddings(model: CLIP) -> list[Tensor]:
-    """By each of its towers."""
+def _seen(model: CLIP, preprocess: Preprocess) -> _Seen:
     images, tokens = _probe(model.config)
     model.eval()
     encodings = {"image": (model.encode_image, images), "text": (model.encode_text, tokens)}
-    return [encode(inputs) for name, (encode, inputs) in encodings.items() if model.config.towers in (name, "both")]
+    towers = [name for name in encodings if model.config.towers in (name, "both")]
+    features = [encode(inputs) for encode, inputs in (encodings[name] for name in towers)]
+    if "image" not in towers:
+        return _Seen(features, None)
+    return _Seen(
+        features, model.encode_image(torch.stack([preprocess(each) for each in _probe_pictures(model.config)]))
+    )
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -119,26 +172,32 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _embeddings_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, list[Tensor]]:
+def _seen_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, _Seen]:
     """What the library that the layout belongs to makes of it; nothing if it is not installed."""
     images, tokens = _probe(config)
+    pictures = _probe_pictures(config)
     if to == "openclip":
         try:
             import open_clip
         except ImportError:
             return {}
-        model, *_ = open_clip.create_model_and_transforms(f"local-dir:{out.resolve()}")
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out.resolve()}")
         padded = torch.zeros(2, config.text.context_length, dtype=torch.long)
         padded[:, : tokens.shape[1]] = tokens
         model.eval()
-        return {"open_clip": [model.encode_image(images), model.encode_text(padded)]}
+        features = [model.encode_image(images), model.encode_text(padded)]
+        return {"open_clip": _Seen(features, model.encode_image(torch.stack([preprocess(each) for each in pictures])))}
     if to == "hf":
         try:
-            from transformers import CLIPModel
+            import transformers
         except ImportError:
             return {}
-        other = CLIPModel.from_pretrained(out, dtype=torch.float32).eval()
-        features = other.get_image_features(pixel_values=images), other.get_text_features(input_ids=tokens)
+        other = transformers.CLIPModel.from_pretrained(out, dtype=torch.float32).eval()
+        # transformers 5 has two image processors; its older one, which reads with Pillow, is the only one of 4.
+        processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor).from_pretrained(out)
+        pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+        by_image = other.get_image_features(pixel_values=images), other.get_image_features(pixel_values=pixels)
         # transformers 5 wraps the features; 4 gives them as they are.
-        return {"transformers": [getattr(f, "pooler_output", f) for f in features]}
+        found = [getattr(f, "pooler_output", f) for f in (*by_image, other.get_text_features(input_ids=tokens))]
+        return {"transformers": _Seen([found[0], found[2]], found[1])}
     return {}

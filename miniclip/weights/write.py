@@ -50,13 +50,9 @@ def _write_openai(checkpoint: Checkpoint, out: Path) -> None:
     tensors = to_openai_keys(_plain(checkpoint.tensors))
     names = ("input_resolution", "context_length", "vocab_size")
     tensors |= {name: torch.tensor(size) for name, size in zip(names, sizes, strict=True)}
-    plain = VisionConfig()
-    for field in ("mean", "std", "resize", "resize_size", "interpolation"):
-        found = getattr(config.vision, field)
-        if found not in (getattr(plain, field), config.vision.image_size):
-            warnings.warn(f"OpenAI's package prepares pictures without this model's {field}, {found}", stacklevel=2)
     with warnings.catch_warnings(), atomic_write(out) as file:
-        warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI's package reads nothing else than TorchScript
+        for category in (DeprecationWarning, FutureWarning):  # torch's; OpenAI's package reads nothing but TorchScript
+            warnings.simplefilter("ignore", category)
         torch.jit.save(torch.jit.script(_as_module(tensors)), file)
 
 
@@ -174,3 +170,32 @@ def vocabulary_files(context_length: int = CONTEXT_LENGTH) -> dict[str, str]:
 
 
 WRITERS = {"native": _write_native, "openai": _write_openai, "openclip": _write_openclip, "hf": _write_hf}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+_LIBRARIES = {"openai": "OpenAI's package", "openclip": "open_clip", "hf": "transformers"}
+_STYLES = {
+    "openai": "OpenAI's way (the colour under transparency, RGB after the crop, its offset rounded)",
+    "hf": "Hugging Face's way (transparency laid on white, RGB before resizing, the crop's offset rounded down)",
+}
+
+
+def pixel_changes(config: CLIPConfig, to: str) -> list[str]:
+    """What the library of a layout does otherwise than the model's own preprocessing, each in a sentence; empty if it
+    makes the same pixels. The layouts have no place to say it.
+    """
+    if to == "native" or config.towers == "text":
+        return []
+    vision, plain, library = config.vision, VisionConfig(), _LIBRARIES[to]
+    style = "hf" if to == "hf" else "openai"
+    changes = []
+    if vision.preprocess != style:
+        ways = f"in {_STYLES[style]}, this model in {_STYLES[vision.preprocess]}"
+        changes.append(f"{library} prepares pictures {ways}")
+    for field in ("mean", "std", "resize", "resize_size", "interpolation") if to == "openai" else ():
+        found = getattr(vision, field)
+        if found not in (getattr(plain, field), vision.image_size):
+            changes.append(f"{library} prepares pictures without this model's {field}, {found}")
+    return changes

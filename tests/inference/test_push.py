@@ -206,6 +206,17 @@ def test_a_card_has_data_recipe_scores_and_limits_and_no_path_of_the_machine(tra
     assert str(tmp_path) not in card
 
 
+def test_a_card_promises_a_threshold_only_in_a_layout_whose_library_makes_the_same_pixels(trained):
+    threshold = ModelThreshold(0.2, "by eye", classnames=("cat", "dog"), templates=("a {}",))
+    write_threshold(trained / "best/threshold.json", threshold)
+    ways = "transformers prepares pictures in Hugging Face's way"
+    for to, is_promised in (("native", True), ("openclip", True), ("hf", False)):
+        card = card_for(trained / "best", to=to)
+        assert ("threshold.json rejects pictures of none of the classes" in card) == is_promised
+        assert ("unless the threshold is applied" in card) == is_promised
+        assert (ways in card) == (not is_promised)
+
+
 def test_a_card_believes_what_the_run_recorded_and_no_shards_that_lie_about(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = trained / "logs/version_0/run.json"

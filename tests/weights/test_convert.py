@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from inspect import signature
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from foreign_models import (
 )
 from helpers import picture, tiny_clip
 from open_clip.openai import load_openai_model
+from PIL import Image
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 from transformers import CLIPModel as HFModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -237,12 +239,14 @@ def test_the_first_of_many_files_in_the_way_are_named_and_links_are_files(tmp_pa
 def test_all_that_the_command_writes_is_replaced_and_an_edited_card_is_not(tmp_path, full_vocabulary, capsys):
     out = tmp_path / "out"
     main(["convert", str(full_vocabulary), str(out), "--to", "hf"])
-    write_threshold(out / "threshold.json", ModelThreshold(0.2, "by eye", classnames=("cat", "dog")))
     (out / "wordings.json").write_text(Wordings((Wording("a photo of a {}", 0.9),), (), 100).to_json())
-    for to in ("openclip", "native", "hf"):
+    for to, keeps_pixels in (("openclip", False), ("native", True), ("hf", False)):
+        if not (out / "threshold.json").exists():
+            write_threshold(out / "threshold.json", ModelThreshold(0.2, "by eye", classnames=("cat", "dog")))
         main(["convert", str(out), str(out), "--to", to, "--overwrite"])
         names = {path.name for path in out.iterdir()}
-        assert {"threshold.json", "wordings.json"} < names
+        assert "wordings.json" in names
+        assert ("threshold.json" in names) == keeps_pixels
         assert read_checkpoint(out).format == to
     assert {"README.md", "merges.txt", "vocab.json"} < names
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words.\n")
@@ -265,6 +269,73 @@ def test_folders_that_are_not_there_yet_are_made(tmp_path, source):
     for to in FORMATS:
         convert(source, target(tmp_path / "a" / to / "b", to), to)
         assert read_checkpoint(target(tmp_path / "a" / to / "b", to)).format == to
+
+
+# ---- what becomes of pictures
+
+LOGO = Image.new("RGBA", (100, 100), (0, 0, 0, 0))
+LOGO.paste((200, 30, 30, 255), (30, 30, 70, 70))
+
+
+@pytest.mark.parametrize("began", ["openai", "hf"])
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_conversion_says_whether_pictures_still_become_the_same_pixels(tmp_path, source, to, began, capsys):
+    path = source
+    if began == "hf":
+        path = tmp_path / "began"
+        convert(source, path, "hf")
+    capsys.readouterr()
+    out = target(tmp_path, to)
+    main(["convert", str(path), str(out), "--to", to])
+    said = capsys.readouterr()
+    (before, before_pixels), (after, after_pixels) = (load(each, device="cpu") for each in (path, out))
+    pictures = [picture(1, (77, 50)), LOGO]
+    is_same = all(torch.equal(before_pixels(each), after_pixels(each)) for each in pictures)
+    assert is_same == (to in ("native", began) or (began, to) == ("openai", "openclip"))
+    assert (" prepares pictures in " in said.err) == (not is_same)
+    assert ("but of pictures cosine" in said.out) == (not is_same)
+    with torch.no_grad():
+        a, b = (
+            model.encode_image(pixels(LOGO)[None]) for model, pixels in ((before, before_pixels), (after, after_pixels))
+        )
+    assert (float(torch.cosine_similarity(a, b)) > 0.99999) == is_same
+
+
+@pytest.mark.parametrize("to", ["openclip", "hf"])
+def test_the_pictures_of_the_proof_are_prepared_by_the_other_library_itself(tmp_path, source, to, monkeypatch):
+    """With a preprocessing of its own for squares of the model's size, which no warning of ours could know of."""
+    if to == "hf":
+        monkeypatch.setattr(
+            CLIPImageProcessorPil, "__call__", lambda _, pictures, **__: {"pixel_values": torch.zeros(3, 3, 24, 24)}
+        )
+    else:
+        create = open_clip.create_model_and_transforms
+        monkeypatch.setattr(
+            open_clip,
+            "create_model_and_transforms",
+            lambda name: (create(name)[0], None, lambda _: torch.zeros(3, 24, 24)),
+        )
+    name = {"hf": "transformers", "openclip": "open_clip"}[to]
+    assert f"same embeddings of the same pixels by {name} " in convert(source, tmp_path / "out", to)
+
+
+def test_a_threshold_comes_along_where_pictures_stay_as_they_were_and_is_else_left_out_by_name(tmp_path, source):
+    convert(source, tmp_path / "model", "openclip")
+    write_threshold(tmp_path / "model/threshold.json", ModelThreshold(0.2, "by eye", classnames=("cat", "dog")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        convert(tmp_path / "model", tmp_path / "native", "native")
+    assert (tmp_path / "native/threshold.json").read_bytes() == (tmp_path / "model/threshold.json").read_bytes()
+    with pytest.warns(UserWarning, match=r"threshold\.json is left out"):
+        convert(tmp_path / "model", tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf/threshold.json").exists()
+
+
+def test_writing_for_openais_package_shows_no_warnings_of_torchs(tmp_path, source):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        convert(source, tmp_path / "out.pt", "openai")
+    assert [str(each.message) for each in shown] == []
 
 
 # ---- as the other libraries see it
