@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,13 @@ from .measures.statistics import difference_interval
 from .prompts import suited
 from .zero_shot import ClassificationScores, zero_shot_scores
 
+_PIXELS = ("preprocess", "resize", "resize_size", "interpolation", "mean", "std")  # of `VisionConfig`: no architecture
+
 
 def interpolate(start: CLIP, finetuned: CLIP, alpha: float) -> CLIP:
     """A new model of the weights (1 - alpha) * start + alpha * finetuned.
+
+    It prepares pictures as the fine-tuned one does; a warning says so where the start does otherwise.
 
     Args:
         alpha: 0 gives the start, 1 the fine-tuned model, both bit for bit.
@@ -37,11 +42,19 @@ def interpolate(start: CLIP, finetuned: CLIP, alpha: float) -> CLIP:
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it must be from 0, the start, to 1, the fine-tuned model")
-    if start.config != finetuned.config:
-        lines = differences(
-            start.config.to_dict(), finetuned.config.to_dict(), "config", ("the start has", "the fine-tuned model")
-        )
+    end = finetuned.config
+    own, others = ({field: getattr(config.vision, field) for field in _PIXELS} for config in (end, start.config))
+    prepared = replace(start.config, init_logit_scale=end.init_logit_scale, vision=replace(start.config.vision, **own))
+    if prepared != end:
+        lines = differences(prepared.to_dict(), end.to_dict(), "config", ("the start has", "the fine-tuned model"))
         raise ValueError("only models of one architecture can be interpolated, and these differ:\n" + "\n".join(lines))
+    if own != others:
+        lines = differences(others, own, "config.vision", ("the start has", "the fine-tuned model"))
+        warnings.warn(
+            "pictures are prepared as for the fine-tuned model, and for the start they were not: "
+            + "; ".join(map(str.strip, lines)),
+            stacklevel=1,  # one place, so that a sweep says it once
+        )
     model = copy.deepcopy(finetuned)
     ends = start.state_dict()
     with torch.no_grad():
@@ -114,12 +127,13 @@ def sweep(
 ) -> list[Point]:
     """Zero-shot scores of the models at `alphas`, in rising order and with both ends.
 
-    Prompts that nobody chose are in the wordings of `finetuned`, which `interpolate` hands on.
+    Pictures are prepared as for `finetuned`, for the start too. Prompts that nobody chose are in its wordings, which
+    `interpolate` hands on.
 
     Raises:
         ValueError: as `interpolate` and `zero_shot_scores`.
     """
-    preprocess = preprocess_for(start.config)
+    preprocess = preprocess_for(finetuned.config)
     # The same prompts for all models of the way, the start too: what changes is the weights.
     new, old = ([suited(data, finetuned.wordings) for data in sets] for sets in (new, old))
     points: list[Point] = []

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,19 @@ def test_an_alpha_outside_is_refused(alpha):
 def test_two_architectures_are_refused_by_the_field():
     with pytest.raises(ValueError, match=r"config\.embed_dim: the start has 16, the fine-tuned model 8"):
         finetune.interpolate(tiny_clip(), tiny_clip(embed_dim=8), 0.5)
+
+
+def test_what_pictures_go_through_is_the_fine_tuned_models_and_no_architecture():
+    start, end = tiny_clip(0), tiny_clip(1)
+    other = {"preprocess": "hf", "mean": (0.5, 0.5, 0.5), "resize": "squash", "interpolation": "bilinear"}
+    end.config = replace(end.config, init_logit_scale=1.0, vision=replace(end.config.vision, **other))
+    with pytest.warns(
+        UserWarning, match=r"config\.vision\.preprocess: the start has openai, the fine-tuned model hf; "
+    ):
+        model = finetune.interpolate(start, end, 0.25)
+    assert model.config == end.config
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, 0.75 * start.state_dict()[name] + 0.25 * end.state_dict()[name], msg=name)
 
 
 def test_the_best_is_of_the_highest_mean_and_of_equals_the_nearest_to_the_start():
