@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..common.wording import some
+from ..common.wording import counted, some
 from .layouts import Tensors
 
 _Model = tuple[str, str]  # the entry of a checkpoint, and the prefix of the names in it
@@ -73,6 +73,10 @@ def unwrap(values: Any, source: str) -> Tensors:
         warnings.warn(
             f"{source} holds several CLIPs; {_description(model)} is loaded, not {some(others)}", stacklevel=2
         )
+    if averages := list(_nameless_averages(values)):
+        warnings.warn(
+            f"{source}: averages of the weights without their names are left out: {some(averages)}", stacklevel=2
+        )
     # Where other models lie below this one's prefix, or beside it, their tensors are theirs.
     theirs = tuple(other for of, other in models if of == entry and other != prefix and not prefix.startswith(other))
     mine = {key: t for key, t in entries[entry].items() if key.startswith(prefix) and not key.startswith(theirs)}
@@ -93,6 +97,16 @@ def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple
         return
     for key, value in values.items():
         yield from _state_dicts(value, f"{entry}.{key}".lstrip("."), depth + 1)
+
+
+def _nameless_averages(values: Any, entry: str = "", depth: int = 0) -> Iterator[str]:
+    """Entries that hold averages as a list of tensors, as torch_ema's and diffusers' `shadow_params`."""
+    if isinstance(values, Mapping) and depth <= 3:
+        for key, value in values.items():
+            yield from _nameless_averages(value, f"{entry}.{key}".lstrip("."), depth + 1)
+    is_average = isinstance(values, list | tuple) and any(word in entry.lower() for word in _AVERAGES)
+    if is_average and (num_tensors := sum(isinstance(value, Tensor) for value in values)):
+        yield f"{entry} ({counted(num_tensors, 'tensor')})"
 
 
 def refuse_no_weights(names: Iterable[str], source: str, then: str) -> None:
