@@ -105,6 +105,20 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+def utf8_text(text: str) -> str:
+    """The type of an argument that is read as words, in UTF-8 as files of them are. Paths may be any bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: it has other bytes.
+    """
+    if not any("\ud800" <= sign <= "\udfff" for sign in text):
+        return text
+    try:
+        return os.fsencode(text).decode()  # in a locale of ASCII, Python holds all other bytes as halves of characters
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8 text: {error}. Give it as UTF-8") from error
+
+
 def add_reading(parser: argparse.ArgumentParser) -> Any:
     """Which parts and columns of a labelled set; the group of options, for more."""
     read = parser.add_argument_group("reading the data")

@@ -1,6 +1,7 @@
 import csv
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,32 @@ except SystemExit:
     count, is_enabled = done.stdout.split()[-2:]
     assert int(count) > 50_000
     assert is_enabled == "True"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        ["classify", "x.png", "--model", "nowhere", "--labels"],
+        ["search", "nowhere.index"],
+        ["search", "nowhere.index", "red", "--minus"],
+        ["search", "nowhere.index", "red", "--where"],
+        ["explain", "--model", "nowhere", "x.png"],
+    ],
+    ids=" ".join,
+)
+def test_words_on_the_command_line_that_are_not_utf8_are_refused_and_paths_are_not(before, capsys):
+    latin_1 = os.fsdecode("grün".encode("latin-1"))
+    assert r"'gr\udcfcn' is not UTF-8 text: 'utf-8' codec can't decode byte 0xfc in position 2" in fails(
+        capsys, [*before, latin_1]
+    )
+    before = [part.replace("nowhere", latin_1) for part in before]
+    assert "is not UTF-8" not in fails(capsys, [*before, "green"])
+
+
+def test_words_in_utf8_are_read_in_a_locale_that_does_not_know_them():
+    options = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    program = "import sys; from miniclip.commands.terminal import utf8_text; print(ascii(utf8_text(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "grün".encode()], env={**os.environ, **options}, capture_output=True, check=True
+    )
+    assert done.stdout.decode().strip() == r"'gr\xfcn'"

@@ -20,6 +20,7 @@ from ..terminal import (
     new_parser,
     progress_bar,
     refuse_bad_encoding,
+    utf8_text,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ miniclip classify --undo sorted""",
     add_model(parser)
     classes = parser.add_argument_group("classes")
     classes.add_argument(
-        "--labels", metavar="NAMES", help='with commas between them: "cat,dog"; one with a comma in double quotes'
+        "--labels",
+        type=utf8_text,
+        metavar="NAMES",
+        help='with commas between them: "cat,dog"; one with a comma in double quotes',
     )
     classes.add_argument("--classnames", metavar="FILE", help='instead: a file with one a line, or "imagenet", …')
     classes.add_argument(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...common.files import atomic_write
 from ...common.wording import some
 from ..output import MODELS, add_model, add_output, note, note_left_out, note_unreadable, results
-from ..terminal import add_upright, lasting_imports, new_parser, progress_bar
+from ..terminal import add_upright, lasting_imports, new_parser, progress_bar, utf8_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ miniclip explain picture.jpg "a red car" --method gradients --out car.png --arra
 miniclip explain 'photos/dog/1*.png' "a dog" --json""",
     )
     parser.add_argument("image", metavar="IMAGE", help="as below")
-    parser.add_argument("text", metavar="TEXT", nargs="*", help="what to look for, in quotes")
+    parser.add_argument("text", type=utf8_text, metavar="TEXT", nargs="*", help="what to look for, in quotes")
     parser.add_argument("--texts", metavar="FILE", help="more of them: a file with one a line, or - for standard input")
     add_model(parser)
     parser.add_argument(

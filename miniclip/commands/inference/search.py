@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...common.files import is_readable
 from ..output import add_output, note, print_lines, results
-from ..terminal import add_device, add_threshold, add_upright, lasting_imports, new_parser, progress_bar
+from ..terminal import add_device, add_threshold, add_upright, lasting_imports, new_parser, progress_bar, utf8_text
 
 if TYPE_CHECKING:
     from ...inference.search.index import Hit, Index
@@ -39,15 +39,17 @@ ls photos | miniclip search photos.index - --csv
 miniclip search photos.index --near-duplicates 0.97""",
     )
     parser.add_argument("index", metavar="INDEX", help="that `miniclip index` made: a folder or an s3:// URL")
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="what is looked for; - reads a query a line")
+    parser.add_argument(
+        "text", nargs="*", type=utf8_text, metavar="TEXT", help="what is looked for; - reads a query a line"
+    )
     ask = parser.add_argument_group("the query")
     ask.add_argument(
         "--like", action="append", default=[], metavar="IMAGE", help="add a picture; repeat it for several"
     )
-    ask.add_argument("--minus", action="append", default=[], metavar="TEXT", help="subtract a text")
+    ask.add_argument("--minus", action="append", type=utf8_text, default=[], metavar="TEXT", help="subtract a text")
     ask.add_argument("--unlike", action="append", default=[], metavar="IMAGE", help="subtract a picture")
     ask.add_argument("--queries", metavar="FILE", help="a file with a text a line, each a query; - for standard input")
-    ask.add_argument("--where", metavar="SQL", help="among pictures of which this holds, as below")
+    ask.add_argument("--where", type=utf8_text, metavar="SQL", help="among pictures of which this holds, as below")
     ask.add_argument("--topk", type=int, default=10, metavar="K", help="pictures at most, for each query")
     ask.add_argument(
         "--near-duplicates",
