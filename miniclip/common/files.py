@@ -243,12 +243,13 @@ def cache_folder(name: str) -> Path:
 
 @contextmanager
 def user_errors(*others: type[Exception]) -> Iterator[None]:
-    """Turns what users can cause (a ValueError, an OSError, and `others`) into its message and exit status 2.
+    """Turns what users can cause (a ValueError, an OSError, a lack of memory, and `others`) into its message and exit
+    status 2.
 
     Where the reader of standard output has gone, as `head` goes, the command ends quietly with status 0. With
     MINICLIP_TRACEBACK=1 in the environment the traceback is shown.
     """
-    shown: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+    shown: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *others)
     try:
         yield
     except shown as error:
@@ -257,7 +258,12 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
             raise SystemExit(0) from None
         if os.environ.get("MINICLIP_TRACEBACK"):
             raise
-        print(f"error: {printable(without_secrets(str(error)))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, MemoryError):
+            message = (
+                f"the memory of this machine, or what this process may have of it, is not enough. {message}".strip()
+            )
+        print(f"error: {printable(without_secrets(message))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print("Stopped.", file=sys.stderr)
@@ -291,3 +297,13 @@ def read_at(file: IO[bytes], offset: int, size: int) -> bytes:
     with _reading:  # systems without pread do not fork either
         file.seek(offset)
         return file.read(size)
+
+
+def free_memory() -> int:
+    """Bytes that are free, or can be freed, where the system says so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30

@@ -11,10 +11,12 @@ import pickle
 import re
 import shutil
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import fails
 from helpers import (
     Served,
     all_members,
@@ -38,6 +40,7 @@ from miniclip.data.indexing import index_tars
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.indexing.one_tar import index_tar
 from miniclip.data.pack import pack
+from miniclip.data.reading import tables
 from miniclip.data.reading.cells import CAPTION_COLUMNS
 from miniclip.data.reading.pair import Pair
 from miniclip.data.reading.tables import IMAGE_COLUMNS
@@ -229,6 +232,32 @@ def test_a_caption_of_a_hundred_thousand_words_is_no_crash(tmp_path):
     write_picture(tmp_path / "a.png")
     (pair,) = read_pairs(table(tmp_path / "pairs.csv", "filepath,title", "a.png," + "word " * 100_000))
     assert pair.captions[0].split() == ["word"] * 100_000
+
+
+@pytest.mark.parametrize("is_zipped", [True, False])
+def test_a_table_that_memory_has_no_room_for_is_named_before_it_is_unpacked(tmp_path, monkeypatch, is_zipped, capsys):
+    text = b"image,caption\n" + bytes(2**27)
+    path = tmp_path / f"t.csv{'.gz' if is_zipped else ''}"
+    path.write_bytes(gzip.compress(text, 1) if is_zipped else text)
+    monkeypatch.setattr(tables, "free_memory", lambda: 2**26)
+    tracemalloc.start()
+    said = fails(capsys, ["shards", str(path), str(tmp_path / "out")])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert f"error: {path} has more than 50,331,648 bytes of text, too many for the memory that is free here" in said
+    assert peak < 2**27
+
+
+def test_a_lack_of_memory_is_a_sentence_and_no_traceback(tmp_path, monkeypatch, capsys):
+    def lack(*_):
+        raise MemoryError("Unable to allocate 3 TiB")
+
+    monkeypatch.setattr(tables, "_parse_csv", lack)
+    said = fails(capsys, ["shards", str(table(tmp_path / "t.csv", "image,caption", "a.png,b")), str(tmp_path / "out")])
+    assert (
+        "error: the memory of this machine, or what this process may have of it, is not enough. Unable to all" in said
+    )
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("missing", ["filepath", "title"])

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ...common.files import free_memory
 from ...common.storage import expand, is_url
 from ...common.wording import some
 from .cells import IMAGE_COLUMNS, decode_text, names_picture, picture_in
@@ -35,6 +36,7 @@ from .splits import (
     split_in,
 )
 
+_PIECE_BYTES = 2**24
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
@@ -172,13 +174,25 @@ def _splits_of(files: Sequence[Path], folder: Path) -> dict[Path, str]:
 
 
 def _unzipped(path: Path) -> bytes:
-    data = path.read_bytes()
-    if not data.startswith(b"\x1f\x8b"):
-        return data
+    """
+    Raises:
+        ValueError: it is damaged, or more than half of the free memory: its text is held beside its bytes.
+    """
+    whole, most = io.BytesIO(), free_memory() // 2
     try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        with open(path, "rb") as file:  # once, as a pipe is
+            pieces = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(b"\x1f\x8b") else file
+            while piece := pieces.read(_PIECE_BYTES):
+                if whole.write(piece) and whole.tell() > most:
+                    raise MemoryError
+        return whole.getvalue()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is compressed by gzip, and damaged: {error}") from error
+    except MemoryError as error:
+        raise ValueError(
+            f"{path} has more than {whole.tell():,} bytes of text, too many for the memory that is free here; write "
+            "several tables, or Parquet, which is read in parts"
+        ) from error
 
 
 def named_separator(text: str) -> tuple[str, str]:
@@ -190,7 +204,8 @@ def named_separator(text: str) -> tuple[str, str]:
 def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
     """A separator other than the suffix's is found out, from Excel's `sep=;` or from the first line."""
     named, text = named_separator(text)
-    header = text.split("\n", 1)[0].strip("\r\n ")
+    end = text.find("\n")
+    header = (text if end < 0 else text[:end]).strip("\r\n ")
     if not header.strip():
         what = "begins with a blank line" if text.strip() else "is empty"
         raise ValueError(f"{path} {what}; its first line must name the columns")

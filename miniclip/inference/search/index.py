@@ -10,7 +10,6 @@ Q queries, K hits of each, E embedding.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from ...common.arguments import (
     check_texts,
     shown,
 )
-from ...common.files import expand_home
+from ...common.files import expand_home, free_memory
 from ...common.storage import is_url
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
@@ -119,7 +118,7 @@ class Index:
         self._known_store = open_store(location) if model is None else find_store(location)
         self._model, self._device, self._precision, self._upright = model, device, precision, upright
         _ = self.upright, self.precision
-        self._memory_bytes = _free_memory() // 2 if memory_bytes is None else memory_bytes
+        self._memory_bytes = free_memory() // 2 if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
         self._checked: Facts | None = None  # of the index whose model the encoder was found to be
         # By source, those that hold pictures without a path, with the source's stamp.
@@ -643,13 +642,3 @@ def _efforts(num_partitions: int) -> Iterator[tuple[int, int]]:
         nprobes *= 2
     for refined in (4, 16, 64):
         yield num_partitions, refined
-
-
-def _free_memory() -> int:
-    """Bytes that are free, or can be freed, where the system says so."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
