@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from ..common.files import user_errors
 from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding
@@ -60,14 +61,27 @@ def main(argv: list[str] | None = None) -> None:
     verb = parser.parse_known_args(argv[:1])[0].verb
     if verb == "train" and argv[1:2] in ([], ["-h"], ["--help"]):
         _train_parser().parse_args(["--help"])
-    with lasting_imports():
-        module = importlib.import_module(f".{VERBS[verb][0]}", __package__)
+    with user_errors():
+        _refuse_gone_folder()
+        with lasting_imports():
+            module = importlib.import_module(f".{VERBS[verb][0]}", __package__)
     if verb == "train":
         module.main(argv[1:])
         return
     options = module.parser().parse_args(argv[1:])
     with user_errors(), plain_warnings():
         module.run(options)
+
+
+def _refuse_gone_folder() -> None:
+    """
+    Raises:
+        ValueError: the working folder was deleted, which libraries report as anything but that.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ValueError("the working folder is gone; change to one that is there (cd)") from error
 
 
 class _Version(argparse.Action):

@@ -273,3 +273,23 @@ def test_words_in_utf8_are_read_in_a_locale_that_does_not_know_them():
         [sys.executable, "-c", program, "grün".encode()], env={**os.environ, **options}, capture_output=True, check=True
     )
     assert done.stdout.decode().strip() == r"'gr\xfcn'"
+
+
+@pytest.mark.parametrize("verb", ["info", "train"])
+def test_a_working_folder_that_was_deleted_is_said_to_be_gone(tmp_path, verb):
+    (tmp_path / "gone").mkdir()
+    program = "import os; from miniclip.commands.main import main; os.rmdir(os.getcwd()); main(%r)"
+    command = sys.executable, "-c", program % [verb, "fit" if verb == "train" else "ViT-B/32"]
+    assert run(*command, code=2, cwd=tmp_path / "gone").stderr.startswith(
+        "error: the working folder is gone; change to"
+    )
+
+
+def test_ctrl_c_while_a_verb_is_imported_is_no_traceback():
+    program = """
+import importlib, os, signal
+from miniclip.commands.main import main
+importlib.import_module = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+main(["train", "fit"])
+"""
+    assert run(sys.executable, "-c", program, code=130).stderr == "Stopped.\n"
