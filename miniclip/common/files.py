@@ -50,7 +50,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             sync(file)
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None and error.errno in _FULL:  # the system names no file of a write that fails
+        is_nameless = error.filename is None and error.errno in _FULL  # as the system's error of a write is
+        if is_nameless or error.filename == str(temporary):
             error.filename = str(path)
         raise
     finally:
@@ -165,10 +166,12 @@ def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
     import filelock  # longer than all of a verb's help takes
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(
-        dir=path.parent
-    ):  # where that is refused, a lock would be waited for as if it were held
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:  # a lock would be waited for as if it were held
+        error.filename = str(path.parent)
+        raise
     try:
         lock = _acquired(filelock.FileLock(path), busy, patience_s)
     except (OSError, NotImplementedError) as error:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -148,4 +149,14 @@ def test_a_lock_ends_with_its_process(tmp_path):
     path = tmp_path / ".lock"
     assert subprocess.run([sys.executable, "-c", hold, str(path)], check=False).returncode == 7
     with locked(path, "it is gone", patience_s=0):
+        pass
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="it needs a folder in which nobody can write, root neither"
+)
+def test_where_nothing_can_be_written_the_error_names_what_was_asked_for_and_no_temporary_file():
+    with pytest.raises(OSError, match=r"'/proc/report\.json'$"), atomic_write("/proc/report.json"):
+        pass
+    with pytest.raises(OSError, match=r"'/proc'$"), locked(Path("/proc/.out.lock"), "another process writes"):
         pass
