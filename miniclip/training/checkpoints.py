@@ -276,6 +276,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps, self.every_s = every_n_steps, 60 * every_minutes
         self.signals = StopSignals(self._what_is_kept)
         self._resumed_step = 0
+        self._kept_step: int | None = None  # of the file; of another run's it is not known
         self._stopped_by: list[Any] | None = None  # `stopped_early_by`, of a run that EarlyStopping ended
         self._last_took_s = 0.0
         self._question: StopIfNotFinite | None = None
@@ -407,12 +408,13 @@ class LastCheckpoint(Checkpoint):
         began = time.monotonic()
         with self.signals.ignored():
             failure = save(trainer, self.path)
+        self._kept_step = self._kept_step if failure else trainer.global_step
         self._saved_at = time.monotonic()
         self._last_took_s = self._saved_at - began
         return f"{self.path} of step {trainer.global_step} could not be written ({failure})" if failure else None
 
     def _what_is_kept(self) -> str:
-        return what_is_kept(self.path, self.resume_command)
+        return what_is_kept(self.path, self.resume_command, self._kept_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.signals.restore()

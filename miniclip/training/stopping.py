@@ -102,10 +102,15 @@ def requeue() -> str:
     return f"SLURM requeues job {job}, which goes on here if its command has --ckpt_path last."
 
 
-def what_is_kept(last: Path, resume_command: str) -> str:
+def what_is_kept(last: Path, resume_command: str, step: int | None = None) -> str:
+    """
+    Args:
+        step: that of the checkpoint, where it is known.
+    """
     if not last.is_file():
         return f"{last} was not written yet."
-    return f"{last} is the last checkpoint. To go on:\n  {resume_command}"
+    of_step = "" if step is None else f"Step {step} is kept: "
+    return f"{of_step}{last} is the last checkpoint. To go on:\n  {resume_command}"
 
 
 class LostProcesses(Callback):

@@ -518,6 +518,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_keeps_the_previous_check
     said = fails(capsys, arguments(data, run, callbacks(FullDisk(3, 99)), "--save_every_n_steps=1"))
     assert re.search(r"error: \S+last.ckpt of step 6 could not be written .*File too large", said)
     assert "last.ckpt is the last checkpoint. To go on:\n" in said
+    assert f"Step 2 is kept: {run / 'checkpoints/last.ckpt'} is" in said
     assert step_of(run) == 2
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
 
