@@ -31,7 +31,7 @@ from .read import locate, read_checkpoint
 from .write import FOLDER_FILES, WRITERS, pixel_changes, require
 
 FORMATS = tuple(WRITERS)
-_SAME = 1e-5  # of the largest feature
+_MOST_APART = 1e-5  # of the largest feature
 
 
 def convert(
@@ -121,12 +121,12 @@ def _verdict(name: str, found: _Seen, expected: _Seen) -> str:
         ValueError: the features of the same tensors differ.
     """
     differences = [_difference(a, b) for a, b in zip(found.features, expected.features, strict=True)]
-    if not all(difference <= _SAME for difference in differences):  # a comparison with NaN is False, too
+    if not all(difference <= _MOST_APART for difference in differences):  # a comparison with NaN is False, too
         raise ValueError(f"{name} gives other embeddings from the converted file, by {differences}")
     if found.pictures is None or expected.pictures is None:
         return f"same embeddings by {name} (to {max(differences):.0e})"
     of_pictures = _difference(found.pictures, expected.pictures)
-    if of_pictures <= _SAME:
+    if of_pictures <= _MOST_APART:
         return f"same embeddings by {name} (to {max(*differences, of_pictures):.0e})"
     *opaque, transparent = torch.cosine_similarity(found.pictures, expected.pictures).tolist()
     return (
