@@ -176,22 +176,24 @@ def _splits_of(files: Sequence[Path], folder: Path) -> dict[Path, str]:
 def _unzipped(path: Path) -> bytes:
     """
     Raises:
-        ValueError: it is damaged, or more than half of the free memory: its text is held beside its bytes.
+        ValueError: it is damaged, or too large: reading it takes five times its bytes of memory, at the least.
     """
-    whole, most = io.BytesIO(), free_memory() // 2
+    whole, num_bytes, most = io.BytesIO(), 0, free_memory() // 5
     try:
         with open(path, "rb") as file:  # once, as a pipe is
             pieces = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(b"\x1f\x8b") else file
             while piece := pieces.read(_PIECE_BYTES):
-                if whole.write(piece) and whole.tell() > most:
+                num_bytes += len(piece)
+                if num_bytes > most:
                     raise MemoryError
+                whole.write(piece)
         return whole.getvalue()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is compressed by gzip, and damaged: {error}") from error
     except MemoryError as error:
         raise ValueError(
-            f"{path} has more than {whole.tell():,} bytes of text, too many for the memory that is free here; write "
-            "several tables, or Parquet, which is read in parts"
+            f"{path} has {num_bytes:,} bytes of text or more, too many for the memory that is free here; write several "
+            "tables, or Parquet, which is read in parts"
         ) from error
 
 
