@@ -42,7 +42,9 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     below = scan(folder)
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
     beside = beside_folder(folder, source)
-    names = settle_names(Found(source.name, (), beside=beside), classnames, str(source)).classnames
+    labels = [path.name for path in folders if path.name != NONE]
+    settled = settle_names(Found(source.name, (), labels=labels, beside=beside), classnames, str(source))
+    names = settled.class_labels or settled.classnames
     is_listed = spoken(NONE) in map(spoken, names or ())
     classes = [path for path in folders if path.name != NONE or is_listed]
     if not classes:

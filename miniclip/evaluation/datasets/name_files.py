@@ -1,4 +1,5 @@
-"""Class names and templates as people keep them in files -> a list in label order, or a refusal.
+"""Class names and templates as people keep them in files -> a list in label order, or by the labels that a file gives
+them; else a refusal.
 
 | file                                     | names                                                         |
 |------------------------------------------|---------------------------------------------------------------|
@@ -7,8 +8,9 @@
 | a mapping from labels: `{"0": "tench"}`  | by label, from 0; the second of `["n01440764", "tench"]`      |
 | a mapping to labels: `{"tench": 0}`      | likewise; within `id2label`, `label2id`, `names`, `classes`   |
 | numbered lines: `0: tench`, `tench: 0`   | by label, from 0                                              |
-| WordNet's ids: `n01440764 tench, …`      | the first name of each, if the ids are sorted                 |
+| WordNet's ids: `n01440764 tench, …`      | the first name of each, by id, or in order if they are sorted |
 | a table with a header                    | its column of names, by that of labels: `_label_column`       |
+| either, with labels of another kind      | by label, if those of the data are among them                 |
 
 Code is read as data and never run. What could be read in two ways is refused: a line that is not a name would shift the
 label of every class after it.
@@ -21,7 +23,7 @@ import csv
 import io
 import re
 import tokenize
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ _CODE = re.compile(r"(?:#[^\n]*\n\s*)*(?:\w+\s*(?::[^=\n]*)?=\s*)?(?!\{c?\}.)[\[
 _QUOTED = re.compile(r"""(?:lambda\s+\w+\s*:\s*)?[rfu]{0,2}(['"]).*\1(?:\.format\(\w+\))?\s*,?""", re.I)
 _NUMBERED = re.compile(r"(?P<label>\d+)\s*(?P<between>[:;)=\t|]|[.,](?!\d)|\s)\s*(?P<name>\S.*)")
 _NUMBERED_AFTER = re.compile(r"(?P<name>.*?\S)\s*(?P<between>[:,;=\t|]|\s)\s*(?P<label>\d+)")
+_CODE_OF_CLASS = re.compile(r"[A-Za-z]\d+")
 _COMMENT = re.compile(r"#( |$)|//|/\*|<!|;|%( |$)|--")
 _TYPOGRAPHIC = re.compile(r"[“”„«‘’‚](?P<name>.+)[”“»’‘]\s*[,;]?")
 _REMEDY = "write one name a line, or a JSON list of them"
@@ -58,17 +61,12 @@ _REMEDY = "write one name a line, or a JSON list of them"
 Entry = str | Callable[[str], str]
 
 
-def read_names(path: str | Path) -> tuple[str, ...]:
-    """The class names of a file in label order.
+def names_of(text: str, source: str) -> tuple[str, ...]:
+    """The class names of a file's text in label order. The suffix of `source` and the text show the kind.
 
     Raises:
-        ValueError: no such file, none of the kinds above, or one that could be read in two ways.
+        ValueError: none of the kinds above, or one that could be read in two ways.
     """
-    return names_of(read_text(path), str(path))
-
-
-def names_of(text: str, source: str) -> tuple[str, ...]:
-    """As `read_names`, for a text that was read already. The suffix of `source` and the text show the kind."""
     found = _structure(text, source, "class names")
     if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str):  # one class is none to tell apart
         line, found = found[0], re.split(r"[,;|\t]", found[0].rstrip(",;"))
@@ -77,11 +75,40 @@ def names_of(text: str, source: str) -> tuple[str, ...]:
     return _valid_names(found, source, "class names")
 
 
+def keyed_names_of(text: str, source: str) -> dict[str, dict[str, str]]:
+    """Names by what the file itself calls their classes: by each column of a table beside that of the names, and by
+    either side of a mapping, if its values are all different.
+
+    Returns:
+        By where the keys stand: the names by key (as `keys_in` has them), sorted by key.
+
+    Raises:
+        ValueError: as `names_of`.
+    """
+    found = {}
+    for where, values, names in _beside_names(_structure(text, source, "class names"), source):
+        keys = keys_in(values)
+        if all(keys) and len(set(keys)) == len(keys):
+            named = dict(zip(keys, _valid_names(names, source, "class names"), strict=True))
+            order = sorted(keys, key=int) if all(map(str.isdecimal, keys)) else sorted(keys)
+            found[where] = {key: named[key] for key in order}
+    return found
+
+
+def keys_in(values: Iterable[Any]) -> list[str]:
+    """Labels as texts that are equal for equal ones: 3, 03 and 3.0 are one label, where all are numbers."""
+    values = list(values)
+    numbers = [_label_in(value) for value in values]
+    if None not in numbers:
+        return [str(number) for number in numbers]
+    return ["" if value is None else same_name(visible(str(value))) for value in values]
+
+
 def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str]]:
     """Templates for all classes; or, of a mapping, the prompts of each class.
 
     Raises:
-        ValueError: as `read_names`.
+        ValueError: as `names_of`.
     """
     found = [text] if text.strip() in ("{}", "{c}") else _structure(text, source, "templates")
     if isinstance(found, Mapping):
@@ -404,7 +431,7 @@ def _shortened(labels: list[int]) -> str:
     return ", ".join(map(str, labels[:8])) + (" …" if len(labels) > 8 else "")
 
 
-def _wordnet(lines: list[str], source: str) -> list[str]:
+def _wordnet(lines: list[str], source: str) -> list[dict[str, str]]:
     ids, names = [line[:9] for line in lines], [line[9:].strip(" \t:,;|=") for line in lines]
     if not all(names):
         raise ValueError(f"{source} holds WordNet's ids ({ids[0]}), which are no words to compare with; {_REMEDY}")
@@ -413,12 +440,21 @@ def _wordnet(lines: list[str], source: str) -> list[str]:
             f"{source} has WordNet's ids and numbers ({lines[0][:40]!r}); which of them are the labels can't be known: "
             f"{_REMEDY}, in label order"
         )
-    if ids != sorted(set(ids)):
-        raise ValueError(
-            f"{source} lists WordNet's ids in another order than the sorted one, or twice; whether labels follow the "
-            f"lines or the ids can't be known: {_REMEDY}, in label order"
-        )
-    return [name.split(",")[0].strip() for name in names]
+    return [{"wnid": key, "name": name.split(",")[0].strip()} for key, name in zip(ids, names, strict=True)]
+
+
+def _refuse_unsorted(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], source: str) -> None:
+    """Rows without labels are in label order, but for those with keys of their own (n01440764) in another order."""
+    for column in columns:
+        keys = [str(row.get(column)) for row in rows]
+        are_wordnets = all(re.fullmatch(r"n\d{8}", key) for key in keys)
+        are_keys = are_wordnets or (len(set(keys)) == len(keys) and all(_CODE_OF_CLASS.fullmatch(k) for k in keys))
+        if are_keys and keys != sorted(set(keys)):
+            what = "WordNet's ids" if are_wordnets else f"keys ({keys[0]!r} and others in column {column!r})"
+            raise ValueError(
+                f"{source} lists {what} in another order than the sorted one, or twice; whether labels follow the "
+                f"lines or the keys can't be known: {_REMEDY}, in label order"
+            )
 
 
 def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> dict[str, str] | None:
@@ -428,14 +464,15 @@ def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> dic
     names = [part["name"].strip().rstrip(",").strip("'\"") for part in parts]
     is_counting = sorted(labels) in (list(range(len(lines))), list(range(1, len(lines) + 1)))
     is_list = kind is _NUMBERED and min(labels) in (0, 1) and len(set(names)) == len(lines)
-    if is_list and not is_counting:
+    is_marked = all(part["between"] != " " for part in parts)
+    if is_list and not is_counting and not is_marked:
         raise ValueError(
             f"{source}: each line has a number ({lines[0][:40]!r}), and they are not 0, 1, 2 …: {_shortened(labels)}. "
             "Labels have no gaps; a JSON list keeps numbers in names"
         )
-    if not is_counting or (kind is _NUMBERED_AFTER and len(set(names)) < len(names)):
+    if not (is_counting or is_list) or (kind is _NUMBERED_AFTER and len(set(names)) < len(names)):
         return None
-    if any(part["between"] == " " for part in parts):
+    if not is_marked:
         raise ValueError(
             f"{source}: each line has a number ({lines[0][:40]!r}); whether it is the label or part of the name can't "
             f"be known. Write '0: {names[0][:30]}' for a label; a JSON list keeps numbers in names"
@@ -473,11 +510,10 @@ def _in_order(found: Any, source: str, what: str) -> Sequence[Any]:
         return found
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{source} holds {type(found).__name__}; {_REMEDY}")
-    inner = [name for name in _MAPPINGS if isinstance(found.get(name), list | tuple | Mapping)]
-    if inner:
-        names = _in_order(found[inner[0]], source, what)
+    if inner := _inner(found):
+        names = _in_order(found[inner], source, what)
         if (count := _label_in(found.get("nc"))) not in (None, len(names)):
-            raise ValueError(f"{source} has {len(names)} {inner[0]}, and its nc, the number of classes, is {count}")
+            raise ValueError(f"{source} has {len(names)} {inner}, and its nc, the number of classes, is {count}")
         return names
     for labels, named in ((found.keys(), found.values()), (found.values(), found.keys())):
         if None in (numbers := [_label_in(label) for label in labels]):
@@ -487,10 +523,53 @@ def _in_order(found: Any, source: str, what: str) -> Sequence[Any]:
         by_label = zip(numbers, named, strict=True)
         return _by_label({n: _name_in(name) for n, name in by_label if n is not None}, source)
     keys = ", ".join(repr(str(key)[:30]) for key in list(found)[:5])
-    raise ValueError(f"{source} holds a mapping of {keys}; labels from 0 must be its keys or its values, or {_REMEDY}")
+    raise ValueError(
+        f"{source} holds a mapping of {keys}; labels from 0, or those of the data, must be "
+        f"its keys or its values, or {_REMEDY}"
+    )
 
 
-def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Sequence[Any]:
+def _inner(found: Mapping[str, Any]) -> str:
+    """The entry of a mapping that holds the names, as YOLO's `names`; empty if it is the mapping itself."""
+    return next((name for name in _MAPPINGS if isinstance(found.get(name), list | tuple | Mapping)), "")
+
+
+def _beside_names(found: Any, source: str) -> Iterator[tuple[str, Sequence[Any], Sequence[Any]]]:
+    """What stands beside the names of a mapping or records, each with where that is, and the names.
+
+    Of a mapping's two sides, numbers and codes beside words are no names.
+    """
+    if isinstance(found, list) and found and all(isinstance(each, Mapping) for each in found):
+        name, _, columns, _ = _columns_of_records(found, source)
+        names = [row.get(name) for row in found]
+        for column in columns.values():
+            if column != name:
+                yield f"column {column!r}", [row.get(column) for row in found], names
+    elif isinstance(found, Mapping) and (inner := _inner(found)):
+        yield from _beside_names(found[inner], source)
+    elif isinstance(found, Mapping):
+        keys, values = list(found), list(found.values())
+        names = [_name_in(value) for value in values]
+        if all(isinstance(value, list | tuple) and len(value) == 2 for value in values):
+            yield from (("its keys", keys, names), ("its ids", [value[0] for value in values], names))
+        elif all(isinstance(value, str | int) for value in values):
+            of_keys, of_values = (max(map(_likeness_to_words, side)) for side in (keys, values))
+            if of_values and of_values >= of_keys:
+                yield "its keys", keys, values
+            if of_keys and of_keys >= of_values:
+                yield "its values", values, keys
+
+
+def _likeness_to_words(value: Any) -> int:
+    """0 of a number, 1 of a code such as n01440764, 2 of what may be a word."""
+    return 0 if _label_in(value) is not None else 1 if _CODE_OF_CLASS.fullmatch(str(value)) else 2
+
+
+def _columns_of_records(
+    rows: Sequence[Mapping[str, Any]], source: str
+) -> tuple[str, list[str], dict[str, str], dict[str, list[int]]]:
+    """Of records: the column of names, those known by their headers to hold labels, all by their plain names, and the
+    numbers of those that hold whole numbers."""
     columns = {_column_name(name): name for row in rows for name in row}
     cells = {name: [_label_in(row.get(name)) for row in rows] for name in columns.values()}
     numbers = {name: [n for n in each if n is not None] for name, each in cells.items() if None not in each}
@@ -503,13 +582,20 @@ def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Se
     if name is None:
         raise ValueError(f"{source} has the columns {', '.join(columns)}; the one of names must be called 'name'")
     known_labels += [each for each in known_names if each in numbers and each != name]
+    return name, known_labels, columns, numbers
+
+
+def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Sequence[Any]:
+    name, known_labels, columns, numbers = _columns_of_records(rows, source)
     if what == "templates":  # which are in no order
         label = next((each for each in (*known_labels, "") if each in numbers), None)
     else:
         label = _label_column({each: numbers[each] for each in numbers if each != name}, known_labels, source)
     if label is None:
         if unread := [each for each in (*known_labels, columns.get("", name)) if each != name]:
-            raise ValueError(f"{source}: column {unread[0]!r} must hold the labels 0, 1, 2 …")
+            raise ValueError(f"{source}: column {unread[0]!r} must hold the labels 0, 1, 2 …, or those of the data")
+        if what == "class names":
+            _refuse_unsorted(rows, (each for each in columns.values() if each != name), source)
         return [row.get(name) for row in rows]
     labels = numbers[label]
     if len(set(labels)) < len(labels):
@@ -565,8 +651,8 @@ def _by_label(names: dict[int, Any], source: str, where: str = "") -> list[Any]:
         missing = next(n for n in range(len(names) + 1) if n not in names)
         what = f"label {missing} has no name" if labels[0] == 0 else f"they begin with {labels[0]}"
         raise ValueError(
-            f"{source} has {len(names)} names with labels from {labels[0]} to {labels[-1]}{where}; labels are 0, 1, "
-            f"2 …, and {what}"
+            f"{source} has {len(names)} names with labels from {labels[0]} to {labels[-1]}{where}, which are not 0, 1, "
+            f"2 …: {_shortened(labels)}; labels are 0, 1, 2 … with no gaps, or those of the data, and {what}"
         )
     return [names[label] for label in labels]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..prompts import (
     fill,
     template_set,
 )
-from .name_files import read_names, read_text, templates_of
+from .name_files import keyed_names_of, keys_in, names_of, read_text, templates_of
 from .sets import Found
 
 NUMBER_WORDS = "the labels, which are numbers"
@@ -34,13 +34,12 @@ NUMBER_WORDS = "the labels, which are numbers"
 
 def settle_names(found: Found, classnames: str | Path | None, source: str) -> Found:
     """The class names to use: those asked for, else those beside the data, else the data's own."""
-    names, names_from = found.classnames, found.classnames_from
-    if classnames is not None:
-        is_built_in = str(classnames) in CLASSNAME_SETS
-        names = classname_set(str(classnames)) if is_built_in else read_names(classnames)
-        names_from = f"the built-in {str(classnames)!r}" if is_built_in else str(classnames)
-    elif beside := next((path for path in found.beside.get("classnames", ()) if path.is_file()), None):
-        names, names_from = read_names(beside), str(beside)
+    names, names_from, class_labels = found.classnames, found.classnames_from, None
+    beside = next((path for path in found.beside.get("classnames", ()) if path.is_file()), None)
+    if classnames is not None and str(classnames) in CLASSNAME_SETS:
+        names, names_from = classname_set(str(classnames)), f"the built-in {str(classnames)!r}"
+    elif file := beside if classnames is None else classnames:
+        names, names_from, class_labels = _names_in_file(file, found, source)
     if names is not None and found.classnames is not None and len(names) != len(found.classnames):
         raise ValueError(
             f"{source} has {len(found.classnames)} classes ({found.classnames_from}), and there are {len(names)} "
@@ -48,7 +47,67 @@ def settle_names(found: Found, classnames: str | Path | None, source: str) -> Fo
         )
     if names is not None and found.classnames is not None:
         _refuse_another_order(found.classnames, names, source, found.classnames_from, names_from)
-    return replace(found, classnames=names, classnames_from=names_from)
+    return replace(found, classnames=names, classnames_from=names_from, class_labels=class_labels)
+
+
+def _names_in_file(path: str | Path, found: Found, source: str) -> tuple[tuple[str, ...], str, tuple[str, ...] | None]:
+    """The names of a file, where in it they are from, and the label of each, if the file has the data's own labels.
+
+    Labels that are numbers from 0 say no more than the order does.
+
+    Raises:
+        ValueError: as `names_of`; the file has some of the labels and not all, or several names for one.
+    """
+    text, own = read_text(path), found.classnames
+    each_label = (each for label in found.labels for each in (label if isinstance(label, list) else [label]))
+    labels = sorted(set(keys_in(dict.fromkeys(map(str, each_label)) if own is None else own)))
+    keyed = keyed_names_of(text, str(path))
+    if own is not None:  # which are as readable as names
+        keyed = {where: {key.replace("_", " "): name for key, name in each.items()} for where, each in keyed.items()}
+    fitting = {where: names for where, names in keyed.items() if labels and names.keys() >= set(labels)}
+    told = [where for where in fitting if where.lower() in ("column 'label'", "column 'labels'")]
+    fitting = {where: fitting[where] for where in told or fitting}
+    try:
+        names, refusal = names_of(text, str(path)), None
+    except ValueError as error:
+        names, refusal = (), error
+    if not fitting or any(list(each) == list(map(str, range(len(each)))) for each in fitting.values()):
+        if refusal or not {spoken(name) for name in names} >= set(map(spoken, labels)):
+            _refuse_some_of_the_labels(path, keyed, labels, source)
+        if refusal:
+            raise refusal
+        return names, str(path), None
+    where, by_label = next(iter(fitting.items()))
+    readings = {place: [each[label] for label in labels] for place, each in fitting.items()}
+    if all(label.isdecimal() and int(label) < len(names) for label in labels):
+        readings["their order"] = [names[int(label)] for label in labels]
+    if set(labels) <= set(names):
+        readings["the names themselves"] = labels
+    for other, reading in readings.items():
+        if reading != readings[where]:
+            label, one, two = next(z for z in zip(labels, readings[where], reading, strict=True) if z[1] != z[2])
+            raise ValueError(
+                f"{path}: the label {label!r} of {source} is {one!r} by {where} and {two!r} by {other}; which is meant "
+                "can't be known: call the column of labels 'label', or leave the other out"
+            )
+    names_from = f"{path}, by {where}"
+    if own is not None:
+        return tuple(by_label[label] for label in own), names_from, None
+    return tuple(by_label.values()), names_from, tuple(by_label)
+
+
+def _refuse_some_of_the_labels(
+    path: str | Path, keyed: Mapping[str, Mapping[str, str]], labels: Sequence[str], source: str
+) -> None:
+    """Keys that are some of the data's labels, codes or words, are meant to be all of them."""
+    there = {where: sorted(names.keys() & set(labels)) for where, names in keyed.items()}
+    where = max(there, key=lambda where: len(there[where]), default="")
+    if where and there[where] and not all(map(str.isdecimal, labels)):
+        missing = [label for label in labels if label not in keyed[where]]
+        raise ValueError(
+            f"{path} has names by {where} for {len(there[where])} of the {len(labels)} labels of {source}; without any "
+            f"are {_with_near(missing, list(keyed[where]))}"
+        )
 
 
 def _refuse_another_order(
@@ -178,19 +237,27 @@ def _refuse_one_name_twice(labels: Sequence[str], source: str) -> None:
 
 
 def number_labels(
-    raw: Sequence[str], names: tuple[str, ...] | None, source: str, are_indices: bool = False
+    raw: Sequence[str],
+    names: tuple[str, ...] | None,
+    source: str,
+    are_indices: bool = False,
+    class_labels: Sequence[str] | None = None,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Labels as indices, and the class names in that order.
 
     Labels are indices already, or names: of the list if there is one, else sorted. An underscore in a label's name
-    is read as the space that folder names often lack.
+    is read as the space that folder names often lack. Where the names' file has labels, those decide.
 
     Args:
         are_indices: labels that are numbers are no names, whatever the names are, as the source's own list says.
+        class_labels: as those of `Found`.
 
     Raises:
         ValueError: labels that are none of the classes, or may be either of two.
     """
+    if class_labels is not None and names is not None:
+        index = {label: c for c, label in enumerate(class_labels)}
+        return tuple(index[label] for label in keys_in(raw)), names
     raw = [same_name(label) for label in raw]
     spoken_names = None if names is None else tuple(spoken(name) for name in names)
     are_numbers = all(label.isascii() and label.isdigit() for label in raw)

@@ -104,14 +104,15 @@ def open_dataset(
     found = settle_names(found, classnames, source)
     if found.task == "multilabel":
         raw = [label for each in found.labels for label in each]
-        flat, names = number_labels(raw, found.classnames, source, are_indices)
+        flat, names = number_labels(raw, found.classnames, source, are_indices, found.class_labels)
         hot = np.zeros((len(found.labels), len(names)), dtype=bool)
         hot[np.repeat(np.arange(len(hot)), [len(each) for each in found.labels]), flat] = True
         labels: Any = hot
     else:
         raw = [str(label) for label in found.labels]
-        labels, names = number_labels(raw, found.classnames, source, are_indices)
-    if not are_indices and seem_numbered_from_1(raw, found.classnames) and rank_and_world_size()[0] == 0:
+        labels, names = number_labels(raw, found.classnames, source, are_indices, found.class_labels)
+    is_by_order = not are_indices and found.class_labels is None
+    if is_by_order and seem_numbered_from_1(raw, found.classnames) and rank_and_world_size()[0] == 0:
         warnings.warn(
             f"{source}: no image has the label 0 ({names[0]!r}), and all from 1 to {len(set(raw))} occur. Labels count "
             f"from 0, so 1 is {names[1]!r}; if these are numbered from 1, each is off by one",

@@ -254,6 +254,7 @@ class Found:
         labels: N names or indices, as texts; lists of them for several labels each.
         labels_from: where the labels are read, which the class names are taken from if there are no others.
         classnames: the source's own, in the order of its labels.
+        class_labels: the label of each of the class names, where their file says it.
         templates: the source's own, or what reads them.
         beside: files that may hold names and prompts, in the order in which they count.
     """
@@ -267,6 +268,7 @@ class Found:
     captions: tuple[tuple[str, ...], ...] = ()
     classnames: tuple[str, ...] | None = None
     classnames_from: str = ""
+    class_labels: tuple[str, ...] | None = None
     templates: Prompts | Callable[[], Prompts] | None = None
     templates_from: str = ""
     beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)

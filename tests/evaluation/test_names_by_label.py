@@ -1,0 +1,140 @@
+"""A file of names that holds the data's own labels: those decide, whatever the order of its lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import write_picture
+
+from miniclip.evaluation.datasets.name_files import names_of
+from miniclip.evaluation.datasets.open import open_dataset
+
+CODES = {"FELCA": "ant", "ALPHA": "bee", "ZETA": "cow", "MID": "doe"}
+WORDNETS = {"n00000002": "cow", "n00000000": "ant", "n00000003": "doe", "n00000001": "bee"}
+GAPS = {"10": "cow", "2": "ant", "33": "doe", "4": "bee"}  # as COCO's ids have
+
+
+def folders(root: Path, labels: list[str]) -> Path:
+    for number, label in enumerate(labels):
+        write_picture(root / label / "0.png", number)
+    return root
+
+
+def table(header: str, names: dict[str, str]) -> str:
+    return "\n".join([header, *(f"{key},{name}" for key, name in names.items())])
+
+
+def written(kind: str, names: dict[str, str]) -> tuple[str, str]:
+    """A file's name and text, as people write such a mapping."""
+    if kind == "json":
+        return "a.json", json.dumps(names)
+    if kind == "json to labels":
+        return "a.json", json.dumps({name: key for key, name in names.items()})
+    if kind == "records":
+        return "a.json", json.dumps({"categories": [{"id": key, "name": name} for key, name in names.items()]})
+    if kind == "yaml":
+        return "a.yaml", "\n".join(f"{key}: {name}" for key, name in names.items())
+    if kind == "yaml within names":
+        return "a.yaml", "names:\n" + "\n".join(f"  {key}: {name}" for key, name in names.items())
+    if kind == "python":
+        return "a.py", f"NAMES = {names}"
+    return "a.csv", table(kind, names)
+
+
+@pytest.mark.parametrize("names", [CODES, WORDNETS, GAPS])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("json", "json to labels", "records", "yaml", "yaml within names", "python"),
+        *("wnid,name", "code,name", "label,name", "id,class", "folder,class"),
+    ],
+)
+def test_each_folder_has_the_name_that_the_file_gives_it(tmp_path, names, kind):
+    name, text = written(kind, names)
+    (tmp_path / name).write_text(text)
+    data = open_dataset(folders(tmp_path / "data", list(names)), classnames=tmp_path / name)
+    found = {path.parent.name: data.classnames[label] for path, label in zip(data.images, data.labels, strict=True)}
+    assert found == names
+    assert str(tmp_path / name) + ", by " in data.classnames_from
+
+
+@pytest.mark.parametrize("between", [" ", ": ", "\t"])
+def test_lines_with_wordnets_ids_are_read_by_id_in_any_order(tmp_path, between):
+    (tmp_path / "words.txt").write_text("\n".join(f"{key}{between}{name}, Latin" for key, name in WORDNETS.items()))
+    data = open_dataset(folders(tmp_path / "data", list(WORDNETS)), classnames=tmp_path / "words.txt")
+    assert [data.classnames[label] for label in data.labels] == ["ant", "bee", "cow", "doe"]
+
+
+def test_lines_with_labels_that_have_gaps_are_read_by_label(tmp_path):
+    (tmp_path / "names.txt").write_text("1: ant\n3: bee\n90: cow\n")
+    data = open_dataset(folders(tmp_path / "data", ["1", "03", "90"]), classnames=tmp_path / "names.txt")
+    found = {path.parent.name: data.classnames[label] for path, label in zip(data.images, data.labels, strict=True)}
+    assert found == {"1": "ant", "03": "bee", "90": "cow"}
+
+
+def test_imagenets_class_index_names_its_folders_in_any_order(tmp_path):
+    index = {str(n): list(entry) for n, entry in enumerate(WORDNETS.items())}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    data = open_dataset(folders(tmp_path / "data", list(WORDNETS)), classnames=tmp_path / "index.json")
+    assert [data.classnames[label] for label in data.labels] == ["ant", "bee", "cow", "doe"]
+
+
+def test_names_beside_the_data_and_labels_of_tables_and_lists_are_read_alike(tmp_path):
+    folders(tmp_path, list(CODES))
+    (tmp_path / "classnames.txt").write_text("classes:\n" + "\n".join(f"  {k}: {name}" for k, name in CODES.items()))
+    assert [open_dataset(tmp_path).classnames[label] for label in (0, 1, 2, 3)] == ["bee", "ant", "doe", "cow"]
+    (tmp_path / "names.json").write_text(json.dumps(CODES))
+    (tmp_path / "t.csv").write_text("image,label\nFELCA/0.png,FELCA\nMID/0.png,MID\n")
+    data = open_dataset(tmp_path / "t.csv", classnames=tmp_path / "names.json")
+    assert [data.classnames[label] for label in data.labels] == ["ant", "doe"]
+    assert sorted(data.classnames) == ["ant", "bee", "cow", "doe"]  # classes without an image may be guessed, too
+    (tmp_path / "t.jsonl").write_text('{"image": "MID/0.png", "label": ["ZETA", "MID"]}\n')
+    data = open_dataset(tmp_path / "t.jsonl", classnames=tmp_path / "names.json")
+    assert {data.classnames[c] for c in data.labels[0].nonzero()[0]} == {"cow", "doe"}
+
+
+def test_a_list_of_the_datas_own_is_translated_by_its_names(tmp_path):
+    import datasets
+
+    folders(tmp_path, list(CODES))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["MID_1", "FELCA"])})
+    rows = {"image": [str(tmp_path / "MID" / "0.png"), str(tmp_path / "FELCA" / "0.png")], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    (tmp_path / "names.json").write_text(json.dumps({"FELCA": "ant", "MID_1": "doe", "ZETA": "cow"}))
+    data = open_dataset(tmp_path / "set", classnames=tmp_path / "names.json")
+    assert [data.classnames[label] for label in data.labels] == ["doe", "ant"]
+
+
+def test_what_the_file_says_besides_does_not_change_the_order_of_its_labels(tmp_path):
+    (tmp_path / "names.csv").write_text("index,coco_id,name\n1,1,bee\n0,3,ant\n2,2,cow\n")
+    data = open_dataset(folders(tmp_path / "data", ["0", "1", "2"]), classnames=tmp_path / "names.csv")
+    assert [data.classnames[label] for label in data.labels] == ["ant", "bee", "cow"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "name", "text", "says"),
+    [
+        (["FELCA", "ALPHA", "MIT"], "a.json", json.dumps(CODES), "2 of the 3 labels.*'MIT' .near 'MID'"),
+        (["n00000000", "n00000009"], "a.csv", table("wnid,name", WORDNETS), "column 'wnid' for 1 of the 2.*n00000009"),
+        (["1", "2"], "a.csv", "coco_id,name\n2,a\n1,b\n7,c", "'a' by column 'coco_id' and 'c' by their order"),
+        (["1", "2"], "a.csv", "left,right,name\n1,2,a\n2,1,b\n9,8,c", "'a' by column 'left' and 'b' by column 'right'"),
+        (["a", "b"], "a.json", '{"a": "b", "b": "c", "c": "a"}', "'b' by its keys and 'c' by its values"),
+        (["k1", "k2", "k3"], "a.csv", "code,name\nq2,b\nq1,a\nq3,c", "'q2' and others in column 'code'"),
+    ],
+)  # fmt: skip
+def test_labels_that_a_file_has_in_part_or_twice_are_refused(tmp_path, labels, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=says):
+        open_dataset(folders(tmp_path / "data", labels), classnames=tmp_path / name)
+
+
+def test_numbers_and_codes_of_a_mapping_are_no_names():
+    assert names_of('{"n00000001": 1, "n00000000": 0}', "a.json") == ("n00000000", "n00000001")
+
+
+def test_a_mapping_between_words_and_numbers_names_in_words(tmp_path):
+    (tmp_path / "a.json").write_text('{"ant": 5, "bee": 9}')
+    with pytest.raises(ValueError, match=r"labels from 5 to 9.*those of the data"):
+        open_dataset(folders(tmp_path / "data", ["ant", "bee"]), classnames=tmp_path / "a.json")
