@@ -62,6 +62,16 @@ def equal_splits(split: str) -> tuple[str, ...]:
     return next((names for names in EQUAL_SPLITS if split in names), (split,))
 
 
+def same_parts(there: Iterable[str], split: str) -> list[str]:
+    """Those of the names that are this part, or mean the same; else those of the same purpose, if one of the two says
+    no more: val and val2017, but not val2014 and val2017."""
+    there, asked = list(there), split.strip().lower()
+    plain = equal_splits(role_of(asked)) if role_of(asked) else ()
+    return [name for name in there if name.lower() in equal_splits(asked)] or [
+        name for name in there if role_of(name) in plain and not {name.lower(), asked}.isdisjoint(plain)
+    ]
+
+
 def split_among(there: Collection[str], split: str, source: str) -> str:
     """The part of this name, else the first that means the same.
 
@@ -99,10 +109,14 @@ class Rows(list[dict[str, Any]]):
         return self.column(name)
 
 
-def splits_in(columns: Sequence[str], rows: Any) -> list[str]:
-    """The parts that the column names, sorted; none without one, or where it does not name two, as train and test."""
-    parts = set(_part_of_each(columns, rows)[1])
-    return sorted(parts - {""}) if len(_roles(parts)) > 1 else []
+def parts_in(columns: Sequence[str], rows: Any, split: str | None = None) -> tuple[str, list[str]]:
+    """The column that names the part of each row, and the parts, sorted, "" if one is blank; none without one.
+
+    Args:
+        split: one that is asked for: of several columns that which has it.
+    """
+    column, parts = _part_of_each(columns, rows, equal_splits(split.strip().lower()) if split else ())
+    return column, sorted(set(parts))
 
 
 def has_split_column(columns: Sequence[str]) -> bool:
@@ -135,16 +149,17 @@ def rows_of_split(
     Raises:
         ValueError: there is no such part.
     """
-    wanted = equal_splits(split.strip().lower())
-    column, parts = _part_of_each(columns, rows, wanted if is_asked_for else ())
+    equal = equal_splits(split.strip().lower())
+    column, parts = _part_of_each(columns, rows, equal if is_asked_for else ())
+    wanted = set(same_parts(set(parts), split))
     there = sorted(set(parts) - {""})
     if not column and is_asked_for:
         if is_all_of(split):
             return rows
         raise ValueError(f"{source} has no split {split!r}; a column 'split' would name the part of each row")
     roles = _roles(parts)
-    if not is_asked_for and len(roles) < 2 and (is_told or not ("train" in roles and "val" in wanted)):
-        if not set(there) <= set(wanted):
+    if not is_asked_for and len(roles) < 2 and (is_told or not ("train" in roles and "val" in equal)):
+        if not set(there) <= wanted:
             rows.note = f", all rows: column {column!r} has {some(there, 3)}; --split takes those of one"
         return rows
     kept = [row for row, part in enumerate(parts) if part in wanted]
@@ -164,7 +179,7 @@ def rows_of_split(
 
 
 def _roles(parts: Iterable[str]) -> set[str]:
-    return {_ROLE_OF[part] for part in parts if part in _ROLE_OF}
+    return {role for part in parts if (role := role_of(part))}
 
 
 def _part_of_each(columns: Sequence[str], rows: Any, wanted: Collection[str] = ()) -> tuple[str, list[str]]:

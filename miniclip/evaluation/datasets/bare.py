@@ -50,7 +50,7 @@ def bare_table(path: Path, image_column: str | None = None, split: str | None = 
     names, rows = read_table(path, split)
     Columns(None, image_column, None).check(names, str(path))
     column = image_column or find_image_column(names, rows, folder_of(path), path)[0]
-    there = images_of_rows(path, [column], rows, column, split, called=str(path))
+    there = images_of_rows(path, [column], rows, column, called=str(path))
     metadata = {name: rows.whole(name) for name in names if name != column}
     return EvaluationSet(
         path.name,

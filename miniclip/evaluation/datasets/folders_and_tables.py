@@ -32,10 +32,19 @@ from ...data.reading.huggingface import (
     undecoded,
 )
 from ...data.reading.pair import Pairs
+from ...data.reading.parquet import ParquetRows
 from ...data.reading.paths import image_in
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
-from ...data.reading.splits import equal_splits, has_split_column, role_of, rows_of_split, splits_in
-from ...data.reading.tables import beside_parquet, find_column, find_image_column, folder_of, parquet_splits, read_table
+from ...data.reading.splits import equal_splits, has_split_column, parts_in, role_of, rows_of_split, same_parts
+from ...data.reading.tables import (
+    beside_parquet,
+    find_column,
+    find_image_column,
+    folder_of,
+    is_parquet,
+    parquet_splits,
+    read_table,
+)
 from .class_folders import beside_folder
 from .sets import Columns, Found, NoImage, image_identity
 
@@ -98,8 +107,8 @@ def _image_of_pair(pair: Any) -> Any:
     return pair.image
 
 
-def _parquet_images(path: Path, split: str | None, folder: Path, column: str) -> Sequence[Any]:
-    return FromEach(read_table(path, split)[1], partial(image_of_row, folder, column))
+def _parquet_images(files: Sequence[Path], chosen: Sequence[int] | None, folder: Path, column: str) -> Sequence[Any]:
+    return FromEach(ParquetRows(files, chosen), partial(image_of_row, folder, column))
 
 
 def _pairs_of_split(source: str, image_column: str | None, split: str | None) -> Pairs:
@@ -112,37 +121,63 @@ def _pair_images(source: str, image_column: str | None, split: str | None) -> Se
 
 def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
     """The one that is asked for, by its name or the only one for the same; else the one for testing, or validation, or
-    the only one."""
-    chosen = split
-    if split is None:
-        usual = [name for role in ("test", "val") for name in (*equal_splits(role), *there) if role_of(name) == role]
-        chosen = next((name for name in usual if name in there), there[0] if len(there) == 1 else None)
-    elif split not in there:
-        same = [name for name in there if role_of(split) and role_of(name) == role_of(split)]
-        chosen = same[0] if len(same) == 1 else None
-    if chosen is None:
-        raise ValueError(f"{source} has no split {split or 'test'!r}; it has {', '.join(there)}")
-    return chosen
+    the only one that is not for training, or the only one.
+
+    Raises:
+        ValueError: there is none, or several may be meant.
+    """
+    found: list[str] = []
+    if split is not None:
+        found = [split] if split in there else same_parts(there, split)
+    for role in ("test", "val") if split is None else ():
+        usual = [name for name in equal_splits(role) if name in there][:1]
+        found = found or usual or [name for name in there if role_of(name) == role]
+    if split is None and not found:
+        others = [name for name in there if not (name.lower().startswith("train") or role_of(name) == "train")]
+        found = others if len(there) > 1 else list(there)
+    if len(found) != 1 or not found[0]:
+        has = ", ".join(name or "blank cells" for name in there)
+        raise ValueError(f"{source} has no split {split or 'test'!r}; it has {has}")
+    return found[0]
+
+
+def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | None) -> tuple[Any, str | None]:
+    """The rows of one part of those that a column `split` names, and the part; all, with a warning, where none of their
+    names is known and none is asked for.
+
+    Raises:
+        ValueError: there is no such part, or no such column.
+    """
+    column, parts = parts_in(columns, rows, split)
+    if not column and split:
+        raise ValueError(
+            f"{source} is a table and has no split {split!r}; a column 'split' would name the part of each row"
+        )
+    if split is None and not any(map(role_of, parts)):
+        if len(parts) > 1 and rank_and_world_size()[0] == 0:
+            there = some([part or "blank" for part in parts], 3)
+            warnings.warn(
+                f"{source}: all rows are read. Its column {column!r} has {there}, of which none is known to be for "
+                "testing; --split takes the rows of one",
+                stacklevel=5,
+            )
+        return rows, None
+    chosen = choose_split(parts, split, source)
+    return rows_of_split(source, columns, rows, chosen, is_asked_for=True), chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and Hugging Face's data sets
 
 
-def _rows_of_one_split(path: Path, split: str | None) -> tuple[list[str], Any, str | None]:
-    """The columns and rows of a table, or of a folder or pattern of Parquet files, and the split that was chosen."""
-    is_several = not path.is_file()
-    if is_several and (splits := parquet_splits(path)):
+def _rows_of_one_split(path: Path, split: str | None) -> tuple[list[str], Any]:
+    """The columns and rows of a table, or of a folder or pattern of Parquet files, of which one split is read."""
+    names, rows = read_table(path)
+    splits = parquet_splits(path)
+    if splits and not (len(splits) == 1 and has_split_column(names)):
         split = choose_split(splits, split, str(path))
-    names, rows = read_table(path, split if is_several else None)
-    if not is_several and (parts := splits_in(names, rows)):
-        split = choose_split(parts, split, str(path))
-        rows = rows_of_split(path, names, rows, split)
-    elif not is_several and split:
-        raise ValueError(
-            f"{path} is a table and has no split {split!r}; a column 'split' would name the part of each row"
-        )
-    return names, rows, split
+        return names, read_table(path, split)[1]
+    return names, _rows_of_part(str(path), names, rows, split)[0]
 
 
 def read_unlabelled_table(path: Path, group_column: str | None = None) -> Found:
@@ -156,9 +191,9 @@ def read_unlabelled_table(path: Path, group_column: str | None = None) -> Found:
     Raises:
         ValueError: they do not.
     """
-    names, rows, split = _rows_of_one_split(path, None)
+    names, rows = _rows_of_one_split(path, None)
     image_column = find_image_column(names, rows, folder_of(path), path)[0]
-    there = images_of_rows(path, names, rows, image_column, split)
+    there = images_of_rows(path, names, rows, image_column)
     metadata: dict[str, Any] = {name: column for name, column in there.values.items() if name != image_column}
     rows_of: dict[str, list[int]] = {}  # by what says which file it is; an image within the table has its own row's
     for row, key in enumerate(there.keys):
@@ -196,7 +231,7 @@ def _refuse_several_groups(
 
 def read_labelled_table(path: Path, columns: Columns, split: str | None = None) -> Found:
     """A table, or a folder or pattern of Parquet files, of which one split is read."""
-    names, rows, split = _rows_of_one_split(path, split)
+    names, rows = _rows_of_one_split(path, split)
     columns.check(names, str(path))
     image_column = columns.image or find_image_column(names, rows, folder_of(path), path)[0]
     # {file: label} is read as a file and its captions.
@@ -208,7 +243,7 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
             f"{path}: column {label_column!r} has bytes for labels ({kind}); they must be names or numbers: write the "
             "column as texts"
         )
-    there = images_of_rows(path, names, rows, image_column, split, label_column)
+    there = images_of_rows(path, names, rows, image_column, label_column)
     values = there.values
     labels = []
     for number, (label, image) in enumerate(zip(values[label_column], values[image_column], strict=True), start=1):
@@ -253,13 +288,7 @@ class TableImages:
 
 
 def images_of_rows(
-    path: Path,
-    names: Sequence[str],
-    rows: Any,
-    image_column: str,
-    split: str | None = None,
-    *also: str,
-    called: str = "",
+    path: Path, names: Sequence[str], rows: Any, image_column: str, *also: str, called: str = ""
 ) -> TableImages:
     """The images of what `read_table` gave, of a table or of a folder or pattern of Parquet files.
 
@@ -279,7 +308,7 @@ def images_of_rows(
     row_of = f"{called or path.name}: row"
     keys = [str(image) if at else f"{row_of} {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
     if hasattr(rows, "files"):  # Parquet, whose images may lie in it
-        images = _OfEachProcess(partial(_parquet_images, path, split, folder, image_column), len(rows))
+        images = _OfEachProcess(partial(_parquet_images, rows.paths, rows.chosen, folder, image_column), len(rows))
     # A table that holds its images, perhaps several columns of them.
     files = getattr(rows, "paths", [path])
     identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
@@ -348,15 +377,18 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
 
 
 def _chosen_of_datasets(loaded: Any, split: str | None, source: str) -> tuple[Any, str | None, Sequence[LeftOut]]:
-    """The rows of one split, by the names of sets or by a set's column `split`; the split as it was asked for."""
+    """The rows of one split, by the names of sets or by a set's column `split`; and the split."""
     only = loaded if not isinstance(loaded, dict) else next(iter(loaded.values())) if len(loaded) == 1 else None
-    parts = [] if only is None else splits_in(only.column_names, DatasetsRows(only))
-    if only is not None and parts:
-        chosen = choose_split(parts, split, source)
-        rows = rows_of_split(source, only.column_names, DatasetsRows(only), chosen)
-        return rows.loaded, split, rows.left_out
+    parts = [] if only is None else parts_in(only.column_names, DatasetsRows(only), split)[1]
+    is_of_set = isinstance(loaded, dict) and split and not same_parts(parts, split)  # by the name of the only set
+    if only is not None and parts and not is_of_set:
+        rows, chosen = _rows_of_part(source, only.column_names, DatasetsRows(only), split)
+        if isinstance(loaded, dict):
+            chosen = chosen or next(iter(loaded))
+        return rows.loaded, chosen, rows.left_out
     if isinstance(loaded, dict):
-        return loaded[choose_split(list(loaded), split, source)], split, ()
+        chosen = choose_split(list(loaded), split, source)
+        return loaded[chosen], chosen, ()
     if split:
         raise ValueError(f"{source} is one data set without splits, so --split {split} can't be followed")
     return loaded, split, ()
@@ -525,18 +557,17 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         ValueError: no pair has one.
     """
     columns.refuse(source, "a source of pairs", "label", "group")
-    has_splits = source.startswith(HUB_PREFIX) or is_datasets_folder(Path(source))
-    if Path(source).is_file() and not source.endswith(".tar"):
-        names, rows = read_table(Path(source))
-        has_splits = has_split_column(names)
-        split = choose_split(parts, split, source) if (parts := splits_in(names, rows)) else split
-    name = Path(source).stem if Path(source).is_file() else source.rstrip("/").rpartition("/")[2]
-    folder = Path(source)
-    splits_of = pair_splits if folder.is_dir() and image_files(folder) else parquet_splits
-    if not has_splits and folder.is_dir() and (parts := splits_of(folder)):
-        split, has_splits = choose_split(parts, split, source), True
-        source = str(folder / split) if (folder / split).is_dir() else source
-    if split and not has_splits:
+    path = Path(source)
+    name = path.stem if path.is_file() else source.rstrip("/").rpartition("/")[2]
+    has_pictures = path.is_dir() and bool(image_files(path))
+    if source.startswith(HUB_PREFIX) or is_datasets_folder(path):
+        split = _chosen_of_datasets(load_datasets(source), split, source)[1]
+    elif path.is_dir() and (parts := (pair_splits if has_pictures else parquet_splits)(path)):
+        split = choose_split(parts, split, source)
+        source = str(path / split) if (path / split).is_dir() else source
+    elif (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
+        split = _rows_of_part(source, *read_table(path), split)[1]
+    elif split:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     pairs = _pairs_of_split(source, columns.image, split)
     captions: dict[int, tuple[str, ...]] = {}

@@ -1,0 +1,100 @@
+"""Which rows of a table are scored, where a column names the part of each."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import write_picture
+from PIL import Image
+
+from miniclip.evaluation.datasets.open import open_dataset
+
+
+def write_table(root: Path, kind: str, parts: list[str]) -> Path:
+    """A table of a picture for each part."""
+    rows = [
+        {"image": f"{n}.png", "label": "ab"[n % 2], "caption": f"text {n}", "split": part}
+        for n, part in enumerate(parts)
+    ]
+    for number in range(len(rows)):
+        write_picture(root / f"{number}.png", number)
+    source = root / "table" if kind.startswith("datasets") or kind == "folder" else root / f"t.{kind}"
+    if kind == "csv":
+        source.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
+    elif kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)))
+    elif kind in ("parquet", "folder"):
+        cells = [{"bytes": (root / f"{n}.png").read_bytes(), "path": None} for n in range(len(rows))]
+        source.mkdir() if kind == "folder" else None
+        held = pa.Table.from_pylist([{**row, "image": cell} for row, cell in zip(rows, cells, strict=True)])
+        pq.write_table(held, source / "a.parquet" if kind == "folder" else source)
+    else:
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns["image"] = [str(root / name) for name in columns["image"]]
+        features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
+        saved = datasets.Dataset.from_dict(columns, features=features)
+        (saved if kind == "datasets" else datasets.DatasetDict({"all": saved})).save_to_disk(source)
+    return source
+
+
+def rows_read(root: Path, source: Path, num_rows: int, split: str | None, task: str) -> list[int]:
+    """The rows whose pictures a set opens, by their pixels."""
+    label_column = "label" if task == "classification" else None
+    data = open_dataset(source, split=split, task=task, label_column=label_column)
+    row_of = {Image.open(root / f"{n}.png").convert("RGB").tobytes(): n for n in range(num_rows)}
+    return [row_of[data.open(n).convert("RGB").tobytes()] for n in range(len(data))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder", "datasets", "datasets in a mapping"])
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+@pytest.mark.parametrize(
+    ("parts", "scored", "asked"),
+    [
+        ("train2017 val2017 train2017 val2017", [1, 3], {"val": [1, 3], "train": [0, 2], "validation": [1, 3]}),
+        ("train holdout holdout train", [1, 2], {"Holdout": [1, 2], "train": [0, 3]}),
+        ("Training Testing Training Testing", [1, 3], {"test": [1, 3], "Training": [0, 2]}),
+        ("train val2014 test2015 test2015", [2, 3], {"val": [1]}),
+        ("train dev extra dev", [1, 3], {"extra": [2]}),
+        ("train train", [0, 1], {"train": [0, 1]}),
+        ("Training PublicTest PrivateTest", "it has privatetest, publictest, training", {"PrivateTest": [2]}),
+        ("train test2014 test2015", "it has test2014, test2015, train", {"test2014": [1]}),
+        ("train trainval train", "it has train, trainval", {"trainval": [1]}),
+        ("train  train", "it has blank cells, train", {"train": [0, 2]}),
+        ("tr te tr", None, {"te": [1]}),
+        ("0 1 2 1", None, {"1": [1, 3]}),
+    ],
+)  # fmt: skip
+def test_rows_of_train_are_not_scored_where_there_are_others(tmp_path, kind, task, parts, scored, asked):
+    parts = parts.split(" ")
+    source = write_table(tmp_path, kind, parts)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if isinstance(scored, list):
+            assert rows_read(tmp_path, source, len(parts), None, task) == scored
+        elif scored is None:  # names that say nothing of what they are for
+            assert rows_read(tmp_path, source, len(parts), None, task) == list(range(len(parts)))
+            assert any("all rows are read. Its column 'split' has" in str(each.message) for each in caught)
+        else:
+            with pytest.raises(ValueError, match=f"has no split 'test'; {scored}"):
+                open_dataset(source, task=task)
+        for split, rows in asked.items():
+            assert rows_read(tmp_path, source, len(parts), split, task) == rows
+        with pytest.raises(ValueError, match="has no split 'tset'; it has "):
+            open_dataset(source, task=task, split="tset")
+
+
+def test_a_set_is_asked_for_by_its_name_beside_a_column_that_names_no_part(tmp_path):
+    source = write_table(tmp_path, "csv", ["winter", "summer"])
+    rows = {"image": [str(tmp_path / "0.png"), str(tmp_path / "1.png")], "label": ["a", "b"], "set": ["chess", "tea"]}
+    features = datasets.Features({name: datasets.Value("string") for name in rows} | {"image": datasets.Image()})
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "set")
+    assert len(open_dataset(tmp_path / "set", split="train", label_column="label")) == 2
+    with pytest.raises(ValueError, match="has no split 'test'; it has summer, winter"):
+        open_dataset(source, split="test")
