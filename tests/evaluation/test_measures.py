@@ -862,6 +862,35 @@ def test_retrieval_in_blocks_of_any_size_equals_the_long_way(monkeypatch, blocks
     assert_is_long_way(retrieval(images, texts, owner), images, texts, owner)
 
 
+@pytest.mark.parametrize("blocks", [(2048, 4096), (3, 4)])
+def test_each_text_asks_with_its_own_features_whatever_counts_as_the_same_caption(monkeypatch, blocks):
+    """A model that knows "a dog" from "A dog": both captions have the same images, and each its own ranks."""
+    monkeypatch.setattr(metrics, "_NUM_ROWS", blocks[0])
+    monkeypatch.setattr(metrics, "_NUM_COLUMNS", blocks[1])
+    random = np.random.default_rng(3)
+    captions, spellings = random.integers(0, 7, size=40), random.integers(0, 3, size=40)
+    features_of_spelling = random.normal(size=(7, 3, 4))
+    texts = features_of_spelling[captions, spellings]
+    images, owner = random.normal(size=(12, 4)), random.integers(0, 12, size=40)
+    found = retrieval(images, texts, owner, ks=(1, 3), captions=captions.tolist())
+
+    unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (images, texts)]
+    cosines = unit[0] @ unit[1].T  # (I, T)
+    image_has = np.array([[c in captions[owner == i] for c in captions] for i in range(12)])  # that text's caption
+    by_text, precision = [], []
+    for t in range(40):
+        right, wrong = cosines[image_has[:, t], t], cosines[~image_has[:, t], t]
+        by_text.append(1 + (wrong >= right.max()).sum())
+        places = sorted(n + 1 + (wrong >= each).sum() for n, each in enumerate(sorted(right)[::-1]))
+        precision.append(sum((n + 1) / place for n, place in enumerate(places) if place <= 3) / min(3, len(places)))
+    assert found.images.ranks.tolist() == by_text
+    assert found.images.mean_average_precision[3] == pytest.approx(np.mean(precision))
+    asking = sorted(set(owner.tolist()))
+    by_image = [1 + (cosines[i, ~image_has[i]] >= cosines[i, image_has[i]].max()).sum() for i in asking]
+    assert found.texts.ranks.tolist() == by_image
+    assert (found.images.num_candidates, found.texts.num_candidates) == (12, 40)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_features_of_any_precision_are_compared_as_they_are(dtype):
     images, texts, owner = features_of(40, 90)

@@ -66,7 +66,8 @@ def retrieval(
     """Images by texts and texts by images, exact, over blocks of the matrix of cosines and never the whole.
 
     Cosines closer than `ties.SAME` are equal, and equal ones count against the model. An image of the same caption is
-    a right answer to it, and so is the same caption of another image.
+    a right answer to it, and so is the same caption of another image. Each text asks with its own features: to a model
+    that knows "a dog" from "A dog", captions that count as the same may have other ranks.
 
     Where there are several processes, all call this with the same features, and each takes a part of the images.
 
@@ -96,11 +97,15 @@ def retrieval(
         raise ValueError(f"image_of_text says image {wrong}; with {len(images)} images they are 0 to {len(images) - 1}")
     owner = owner.astype(np.int64)
     caption = _numbered(captions, len(texts))
-    better_images, better_texts = _count_better(images, texts, owner, caption)
-    # A caption asks once for all texts that are it, and finds the images that have it.
-    _, pairs = np.unique(np.stack([caption, owner]), axis=1, return_index=True)
-    by_caption = _ranking(better_images[pairs], caption[pairs], len(images), ks, caption)
-    return Retrieval(by_caption, _ranking(better_texts, owner, len(texts), ks))
+    query = _asking(texts, caption)
+    further, to, own = _further_answers(query, owner, caption)
+    asked, answers = np.concatenate([np.arange(len(texts)), further]), np.concatenate([owner, to])
+    better_images, better_texts = _count_better(images, texts, asked, answers, caption)
+    # Equal texts ask once, and find all images of their caption; an image finds the best spelling of its caption.
+    _, pairs = np.unique(np.stack([query[asked], answers]), axis=1, return_index=True)
+    by_text = _ranking(better_images[pairs], query[asked][pairs], len(images), ks, query)
+    np.minimum.at(better_texts, own, better_texts[len(texts) :])
+    return Retrieval(by_text, _ranking(better_texts[: len(texts)], owner, len(texts), ks))
 
 
 def _numbered(captions: Sequence[Hashable] | None, num_texts: int) -> np.ndarray:
@@ -111,6 +116,42 @@ def _numbered(captions: Sequence[Hashable] | None, num_texts: int) -> np.ndarray
         raise ValueError(f"{len(captions)} captions for {num_texts} text features; there is one for each")
     number: dict[Hashable, int] = {}
     return np.array([number.setdefault(caption, len(number)) for caption in captions], dtype=np.int64)
+
+
+def _asking(texts: Tensor, caption: np.ndarray) -> np.ndarray:
+    """(T,) for each text the first of its caption with the same features."""
+    query = np.arange(len(caption))
+    first: dict[tuple[int, bytes], int] = {}
+    shared = np.flatnonzero(np.bincount(caption)[caption] > 1)
+    for start in range(0, len(shared), _NUM_ROWS):
+        rows = shared[start : start + _NUM_ROWS]
+        features = texts[torch.from_numpy(rows).to(texts.device)].cpu().double().numpy()
+        for text, row in zip(rows.tolist(), features, strict=True):
+            query[text] = first.setdefault((int(caption[text]), row.tobytes()), text)
+    return query
+
+
+def _further_answers(
+    query: np.ndarray, owner: np.ndarray, caption: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right answers to texts beside the images that have a text of the same features: those of another spelling.
+
+    Returns:
+        Three arrays (X,): a text, an image of its caption, and a text of that image and caption.
+    """
+    found: list[tuple[int, int, int]] = []
+    order = np.lexsort((query, caption))
+    _, starts = np.unique(caption[order], return_index=True)
+    ends = np.append(starts[1:], len(order))
+    is_spelt_otherwise = query[order[starts]] != query[order[ends - 1]]
+    for start, end in zip(starts[is_spelt_otherwise], ends[is_spelt_otherwise], strict=True):
+        texts = order[start:end]
+        own_of = dict(zip(owner[texts].tolist(), texts.tolist(), strict=True))
+        there = set(zip(query[texts].tolist(), owner[texts].tolist(), strict=True))
+        for text in np.unique(query[texts]).tolist():
+            found += [(text, image, own) for image, own in own_of.items() if (text, image) not in there]
+    text, image, own = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    return text, image, own
 
 
 def _ranking(
@@ -145,9 +186,14 @@ def _ranking(
 
 @torch.inference_mode()
 def _count_better(
-    images: Tensor, texts: Tensor, owner: np.ndarray, caption: np.ndarray
+    images: Tensor, texts: Tensor, asked: np.ndarray, owner: np.ndarray, caption: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each text: wrong images at least as near to it as its own, and wrong texts as near to its image.
+    """For each pair of a text and a right image: wrong images at least as near to the text, and wrong texts as near to
+    the image.
+
+    Args:
+        asked, owner: (P,) text and image of each pair; the first T are the texts, each once.
+        caption: (T,) of each text.
 
     Images are taken by falling number of texts, and texts in the order of their images. So the images that have an
     n-th text are the first rows of a block, and a block's own pairs are neighbours.
@@ -167,24 +213,24 @@ def _count_better(
     ends = np.cumsum(num_texts[image_order])  # of the texts of each row
     starts = ends - num_texts[image_order]
 
-    own = torch.empty(len(texts), dtype=torch.float64, device=device)  # cosines of texts with their images, in order
-    for start in range(0, len(texts), _NUM_ROWS):
+    own = torch.empty(len(asked), dtype=torch.float64, device=device)  # cosines of texts with their images, in order
+    for start in range(0, len(asked), _NUM_ROWS):
         chosen = text_order[start : start + _NUM_ROWS]
-        pair = unit(images, image_norms, owner[chosen]), unit(texts, text_norms, chosen)
+        pair = unit(images, image_norms, owner[chosen]), unit(texts, text_norms, asked[chosen])
         own[start : start + _NUM_ROWS] = (pair[0] * pair[1]).sum(dim=1) - SAME
 
-    others = _SharedCaptions(owner, caption)
+    others = _SharedCaptions(owner, caption[asked])
     rank, world_size = rank_and_world_size()
     num_rows = min(_NUM_ROWS, -(-len(images) // world_size))
-    better = torch.zeros(2, len(texts), dtype=torch.int64, device=device)
+    better = torch.zeros(2, len(asked), dtype=torch.int64, device=device)
     for top in range(rank * num_rows, len(images), world_size * num_rows):
         chosen = image_order[top : top + num_rows]
         block_images = unit(images, image_norms, chosen)
         first_texts = torch.from_numpy(starts[top : top + num_rows]).to(device)
         own_texts = range(int(starts[top]), int(ends[top + len(chosen) - 1]))
-        for left in range(0, len(texts), _NUM_COLUMNS):
-            columns = slice(left, min(left + _NUM_COLUMNS, len(texts)))
-            cosines = block_images @ unit(texts, text_norms, text_order[columns]).T  # (n, m)
+        for left in range(0, len(asked), _NUM_COLUMNS):
+            columns = slice(left, min(left + _NUM_COLUMNS, len(asked)))
+            cosines = block_images @ unit(texts, text_norms, asked[text_order[columns]]).T  # (n, m)
             low, high = max(own_texts.start, columns.start), min(own_texts.stop, columns.stop)
             if low < high:
                 pairs = rows[owner[text_order[low:high]]] - top, np.arange(low, high) - left
@@ -192,11 +238,13 @@ def _count_better(
             pairs = others.between(chosen, text_order[columns])
             cosines[torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)] = -torch.inf
             better[0, columns] += _count(cosines >= own[columns], dim=0)
+            if len(asked) > len(texts):  # a text is a candidate once
+                cosines[:, torch.from_numpy(text_order[columns] >= len(texts)).to(device)] = -torch.inf
             for number in range(int(num_texts[chosen[0]])):
                 having = int((num_texts[chosen] > number).sum())
                 numbered = first_texts[:having] + number
                 better[1, numbered] += _count(cosines[:having] >= own[numbered, None], dim=1)
-    counts = np.empty((2, len(texts)), dtype=np.int64)
+    counts = np.empty((2, len(asked)), dtype=np.int64)
     counts[:, text_order] = sum(all_gather_objects(better.cpu().numpy()))
     return counts[0], counts[1]
 
