@@ -894,9 +894,11 @@ def test_classes_may_have_folders_of_subjects_and_splits(tmp_path, inner):
 def test_the_folder_above_the_splits_is_told_and_a_split_is_followed(tmp_path):
     write("folder", tmp_path / "birds/val")
     write_picture(tmp_path / "birds/train/kea/9.png", 9)
-    with pytest.raises(ValueError, match="holds the splits train, val, not the classes; choose one with --split"):
-        open_dataset(tmp_path / "birds")
+    with pytest.warns(UserWarning, match="1 left out: beside val/, the split that is read: 1 .train/"):
+        by_default = open_dataset(tmp_path / "birds")
     data = open_dataset(tmp_path / "birds", split="val")
+    assert by_default.images == data.images
+    assert {path.parent.parent.name for path in data.images} == {"val"}
     assert (data.name, data.classnames) == ("birds", NAMES)
     lines(tmp_path / "birds/classnames.txt", *reversed(NAMES))
     assert open_dataset(tmp_path / "birds", split="val").classnames == NAMES[::-1]

@@ -10,6 +10,7 @@ import re
 import tarfile
 import unicodedata
 import warnings
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -737,10 +738,8 @@ def test_keys_that_sort_as_texts_and_as_numbers_in_other_orders_get_no_names_by_
 @pytest.mark.parametrize(
     "folders",
     [
-        ("Training/cat/0.png", "Testing/cat/1.png"),
         ("train/cat.0.png", "test/1.png"),  # the pictures lie right in the splits
         ("Train/0/0.png", "Test/1.png", "Meta/2.png"),
-        ("training_set/cat/0.png", "test_set/cat/1.png"),
         ("train2017/0.png", "val2017/1.png"),
     ],
 )
@@ -749,6 +748,33 @@ def test_folders_of_splits_are_no_classes(tmp_path, folders):
         write_picture(tmp_path / name, number)
     with pytest.raises(ValueError, match=r"holds the splits .*, not the classes; choose one with --split"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "scored"),
+    [
+        ("train val test", "test"),
+        ("train val", "val"),
+        ("Training Testing", "Testing"),
+        ("training_set test_set Meta", "test_set"),
+        ("train validation dev", "validation"),
+        ("train test2014 test2015", "has no split 'test'; it has test2014, test2015, train"),
+    ],
+)
+def test_a_folder_above_the_splits_is_scored_on_that_of_testing_or_validation(tmp_path, folders, scored):
+    names = folders.split()
+    for number, (part, name) in enumerate(product(names, ("cat", "dog"))):
+        write_picture(tmp_path / part / name / f"{number}.png", number)
+    if scored not in names:
+        with pytest.raises(ValueError, match=scored):
+            open_dataset(tmp_path)
+        return
+    with pytest.warns(UserWarning, match=f"{len(names) - 1} left out: beside {scored}/, the split that is read"):
+        data = open_dataset(tmp_path)
+    assert data.classnames == ("cat", "dog")
+    assert [path.parent for path in data.images] == [tmp_path / scored / name for name in ("cat", "dog")]
+    (asked,) = [name for name in names if name.lower().startswith("train")]
+    assert {path.parent.parent.name for path in open_dataset(tmp_path, split="train").images} == {asked}
 
 
 def test_a_class_may_be_called_as_a_split_is(tmp_path):

@@ -84,6 +84,28 @@ def split_among(there: Collection[str], split: str, source: str) -> str:
     return chosen
 
 
+def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
+    """The part to evaluate on: the one that is asked for, by its name or the only one for the same; else the one for
+    testing, or validation, or the only one that is not for training, or the only one.
+
+    Raises:
+        ValueError: there is none, or several may be meant.
+    """
+    found: list[str] = []
+    if split is not None:
+        found = [split] if split in there else same_parts(there, split)
+    for role in ("test", "val") if split is None else ():
+        usual = [name for name in equal_splits(role) if name in there][:1]
+        found = found or usual or [name for name in there if role_of(name) == role]
+    if split is None and not found:
+        others = [name for name in there if not (name.lower().startswith("train") or role_of(name) == "train")]
+        found = others if len(there) > 1 else list(there)
+    if len(found) != 1 or not found[0]:
+        has = ", ".join(name or "blank cells" for name in there)
+        raise ValueError(f"{source} has no split {split or 'test'!r}; it has {has}")
+    return found[0]
+
+
 class Rows(list[dict[str, Any]]):
     """Rows in memory, and what of their file is none. `ParquetRows` has the same methods.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...common.wording import some
 from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
-from ...data.reading.splits import different_splits, role_of
+from ...data.reading.splits import choose_split, different_splits, role_of, same_parts
 from .names import settle_names, spoken
 from .sets import Found
 
@@ -21,12 +21,24 @@ NONE = "none of these"  # what classify calls a picture below the threshold, and
 
 
 def in_split(folder: Path, split: str | None) -> Path:
+    """The folder of the part that is asked for; by default of the one to evaluate on, where parts lie above classes.
+
+    Raises:
+        ValueError: there is no such folder, or several may be meant.
+    """
+    names = [path.name for path in _folders_in(folder)]
     if split is None:
-        return folder
-    found = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not is_skipped_folder(path.name)]
-    if split not in found:
-        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(found)}")
-    return folder / split
+        parts = different_splits(names)
+        chosen = folder / choose_split(parts, None, str(folder)) if parts else folder
+        return chosen if _folders_in(chosen) else folder
+    same = [split] if split in names else same_parts(names, split)
+    if len(same) != 1:
+        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(names)}")
+    return folder / same[0]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
 
 
 def read_class_folders(source: Path, split: str | None, classnames: str | Path | None = None) -> Found:
@@ -40,7 +52,7 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     """
     folder = in_split(source, split)
     below = scan(folder)
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
+    folders = _folders_in(folder)
     beside = beside_folder(folder, source)
     labels = [path.name for path in folders if path.name != NONE]
     settled = settle_names(Found(source.name, (), labels=labels, beside=beside), classnames, str(source))
@@ -59,6 +71,12 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
         if (top := folder / path.relative_to(folder).parts[0]) in images:
             images[top].append(path)
     left_out = _left_out(below, images, {path for paths in beside.values() for path in paths})
+    if split is None and folder != source:
+        others = [path.name for path in _folders_in(source) if path != folder]
+        left_out = (
+            *left_out,
+            *(LeftOut(f"{name}/", f"beside {folder.name}/, the split that is read") for name in others),
+        )
     if not any(images.values()):
         holds = f": {summary(left_out)}" if left_out else ""
         raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them{holds}")

@@ -35,7 +35,7 @@ from ...data.reading.pair import Pairs
 from ...data.reading.parquet import ParquetRows
 from ...data.reading.paths import image_in
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
-from ...data.reading.splits import equal_splits, has_split_column, parts_in, role_of, rows_of_split, same_parts
+from ...data.reading.splits import choose_split, has_split_column, parts_in, role_of, rows_of_split, same_parts
 from ...data.reading.tables import (
     beside_parquet,
     find_column,
@@ -117,28 +117,6 @@ def _pairs_of_split(source: str, image_column: str | None, split: str | None) ->
 
 def _pair_images(source: str, image_column: str | None, split: str | None) -> Sequence[Any]:
     return FromEach(_pairs_of_split(source, image_column, split), _image_of_pair)
-
-
-def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
-    """The one that is asked for, by its name or the only one for the same; else the one for testing, or validation, or
-    the only one that is not for training, or the only one.
-
-    Raises:
-        ValueError: there is none, or several may be meant.
-    """
-    found: list[str] = []
-    if split is not None:
-        found = [split] if split in there else same_parts(there, split)
-    for role in ("test", "val") if split is None else ():
-        usual = [name for name in equal_splits(role) if name in there][:1]
-        found = found or usual or [name for name in there if role_of(name) == role]
-    if split is None and not found:
-        others = [name for name in there if not (name.lower().startswith("train") or role_of(name) == "train")]
-        found = others if len(there) > 1 else list(there)
-    if len(found) != 1 or not found[0]:
-        has = ", ".join(name or "blank cells" for name in there)
-        raise ValueError(f"{source} has no split {split or 'test'!r}; it has {has}")
-    return found[0]
 
 
 def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | None) -> tuple[Any, str | None]:

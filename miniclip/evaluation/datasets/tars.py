@@ -37,10 +37,11 @@ from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
 from ...data.reading.scan import LeftOut, summary
+from ...data.reading.splits import choose_split
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards, facts_of
 from .class_folders import in_split
-from .folders_and_tables import FromEach, alike, choose_split, label_in
+from .folders_and_tables import FromEach, alike, label_in
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
