@@ -98,7 +98,11 @@ miniclip eval --compare reports/digits-best after""",
         "are compared, at the cost of one look at the images",
     )
     ask.add_argument(
-        "--topk", type=int, nargs="+", default=[1, 5], metavar="K", help="accuracies among the first K guesses"
+        "--topk",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="accuracies among the first K guesses, and of retrieval R@K beside R@1; default: 1 5, of retrieval 1 5 10",
     )
     ask.add_argument(
         "--subgroups", nargs="+", default=[], metavar="COLUMN", help="columns to score by value: for whom is it good?"
@@ -403,6 +407,8 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
         )
     if options.templates and not any(task.data.has_classes for task in tasks):
         raise ValueError("--templates are for classes, and all sets of --data have captions instead")
+    if options.topk and all(task.data.task == "multilabel" for task in tasks):
+        raise ValueError("--topk is for one label an image, or captions, and all sets of --data have several labels")
     if options.explain and not any(task.data.has_classes for task in tasks):
         raise ValueError("--explain maps mistaken classes, and all sets of --data have captions instead")
     if options.standard:

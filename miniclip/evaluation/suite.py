@@ -113,7 +113,7 @@ def evaluate(
     model: Encoder,
     task: Task,
     *,
-    ks: Sequence[int] = (1, 5),
+    ks: Sequence[int] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     cache: FeatureCache | None = None,
@@ -124,7 +124,8 @@ def evaluate(
     Subgroups, images of no class and probes go with the first set of prompts.
 
     Args:
-        ks: top-k accuracies of classification.
+        ks: of top-k accuracies, by default 1 and 5, and of retrieval's R@k, by default 1, 5 and 10. R@1 is there in
+            any case, and sets of several labels have no such score.
         cache: features that are there are not computed again.
 
     Raises:
@@ -134,7 +135,7 @@ def evaluate(
     task = _suited(task, model)
     evaluate_task = {"classification": _classify, "multilabel": _score_labels, "retrieval": _retrieve}[task.data.task]
     results, begin = [], time.perf_counter()
-    for scores, more in evaluate_task(encoder, task, tuple(ks)):
+    for scores, more in evaluate_task(encoder, task, None if ks is None else tuple(ks)):
         seconds = time.perf_counter() - begin
         shared: dict[str, Any] = {"library": model.library, "precision": model.precision}
         shared["logit_scale"] = encoder.logit_scale
@@ -157,12 +158,12 @@ def _suited(task: Task, model: Encoder) -> Task:
 _Answers = Iterator[tuple[Scores, dict[str, Any]]]
 
 
-def _classify(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answers:
+def _classify(encoder: CachedEncoder, task: Task, ks: tuple[int, ...] | None) -> _Answers:
     variants = (task.data, *task.variants)
     classifiers = [encoder.classifier(variant) for variant in variants]
     images = encoder.images(task.data)
     for variant, classifier in zip(variants, classifiers, strict=True):
-        scores = classify(images, variant, classifier, encoder.logit_scale, ks)
+        scores = classify(images, variant, classifier, encoder.logit_scale, ks or (1, 5))
         more: dict[str, Any] = {}
         if variant is task.data:
             more["subgroups"] = {column: scores.subgroups(column) for column in task.subgroup_columns}
@@ -171,7 +172,7 @@ def _classify(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answe
         yield scores, more
 
 
-def _score_labels(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answers:
+def _score_labels(encoder: CachedEncoder, task: Task, ks: tuple[int, ...] | None) -> _Answers:
     variants = (task.data, *task.variants)
     classifiers = [encoder.classifier(variant) for variant in variants]
     images = encoder.images(task.data)
@@ -179,10 +180,10 @@ def _score_labels(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _A
         yield score_labels(images, variant, classifier), {}
 
 
-def _retrieve(encoder: CachedEncoder, task: Task, ks: tuple[int, ...]) -> _Answers:
+def _retrieve(encoder: CachedEncoder, task: Task, ks: tuple[int, ...] | None) -> _Answers:
     data: Any = task.data
     texts = encoder.texts([text for each in data.captions for text in each], f"{data.name}, captions")
-    yield retrieve(encoder.images(data), data, texts), {}
+    yield retrieve(encoder.images(data), data, texts, sorted({1, *(ks or (5, 10))})), {}
 
 
 def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:

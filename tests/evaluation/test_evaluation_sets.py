@@ -1049,6 +1049,18 @@ def test_options_that_can_not_be_followed_are_told(tmp_path, model, capsys, more
     assert message in capsys.readouterr().err
 
 
+def test_sets_of_several_labels_have_no_accuracy_among_the_first(tmp_path, model, capsys):
+    for n in range(2):
+        write_picture(tmp_path / f"{n}.png", n)
+    table = lines(
+        tmp_path / "t.jsonl", *(json.dumps({"image": f"{n}.png", "label": ["cat", "dog"][n:]}) for n in (0, 1))
+    )
+    command = ["eval", "--model", str(model), "--data", str(table), "--out", str(tmp_path / "out"), "--topk", "3"]
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "--topk is for one label an image, or captions, and all sets of --data" in capsys.readouterr().err
+
+
 def test_a_set_with_captions_is_for_retrieval_and_has_no_classes(tmp_path, model, capsys):
     texts = [b"a bird of kind %d" % n for n in range(len(LABELS))]
     source = benchmark_set(tmp_path / "set", {"txt": texts}, dataset_type="retrieval")

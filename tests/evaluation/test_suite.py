@@ -18,12 +18,13 @@ from PIL import Image
 
 from miniclip import tokenizer
 from miniclip.evaluation import probes
-from miniclip.evaluation.datasets.open import with_templates
+from miniclip.evaluation.datasets.open import open_dataset, with_templates
 from miniclip.evaluation.datasets.sets import CaptionedImages, EvaluationSet, LabelledImages, MultilabelImages
 from miniclip.evaluation.encoder import from_clip
 from miniclip.evaluation.features import FeatureCache
 from miniclip.evaluation.measures import thresholds
 from miniclip.evaluation.measures.classification import multilabel, subgroup_accuracy
+from miniclip.evaluation.measures.statistics import wilson_interval
 from miniclip.evaluation.splits import Labelled, make_splits
 from miniclip.evaluation.suite import Task, evaluate
 from miniclip.evaluation.zero_shot import zero_shot_classifier, zero_shot_scores
@@ -288,3 +289,44 @@ def test_prompts_that_are_cut_are_told_and_so_are_classes_that_they_make_alike(t
     with pytest.warns(UserWarning, match="tiny reads 16 tokens; 3 of 3 texts are longer and were cut"):
         (result,) = evaluate(Watched().model, Task(data))
     assert result.scores.same_prompts == (NAMES,)
+
+
+def write_pairs(root: Path) -> Path:
+    rows = [f"{n}.png,a text {n},{n // 4}" for n in range(12)]
+    for number in range(12):
+        write_picture(root / f"{number}.png", number)
+    (root / "pairs.csv").write_text("\n".join(["image,caption,scene", *rows, "0.png,the first,0"]))
+    return root / "pairs.csv"
+
+
+def test_retrieval_is_scored_at_the_ks_that_are_asked_for(tmp_path):
+    data = open_dataset(write_pairs(tmp_path), task="retrieval")
+    (usual,) = evaluate(Watched().model, Task(data))
+    (found,) = evaluate(Watched().model, Task(data), ks=(2, 12))
+    assert list(usual.scores.metrics.images.recall) == [1, 5, 10]
+    for usual_ranking, ranking in (
+        (usual.scores.metrics.images, found.scores.metrics.images),
+        (usual.scores.metrics.texts, found.scores.metrics.texts),
+    ):
+        assert ranking.recall == {k: (usual_ranking.ranks <= k).mean() for k in (1, 2, 12)}
+    assert {"R@1 %", "R@2 %", "R@12 %", "mAP@12 %"} <= set(found.scores.rows()[0])
+
+
+def test_images_of_a_group_count_as_fewer_in_retrieval(tmp_path):
+    source = write_pairs(tmp_path)
+    data = open_dataset(source, task="retrieval", group_column="scene")
+    assert data.groups == tuple("000011112222")
+    (found,) = evaluate(Watched().model, Task(data))
+    (alone,) = evaluate(Watched().model, Task(open_dataset(source, task="retrieval")))
+    images = found.scores.metrics.images
+    assert images.ranks.tolist() == alone.scores.metrics.images.ranks.tolist()
+    groups = np.array(list("0000011112222"))  # of the captions: the first image has two
+    assert found.scores.interval_images == wilson_interval(images.ranks == 1, groups)
+    assert found.scores.interval_images != alone.scores.interval_images
+    with pytest.raises(ValueError, match=r"has no column 'place' beside its images and captions; it has scene"):
+        open_dataset(source, task="retrieval", group_column="place")
+    with pytest.raises(ValueError, match=r"is read for its captions, so --label-column scene can't be followed"):
+        open_dataset(source, task="retrieval", label_column="scene")
+    source.write_text(source.read_text() + "\n0.png,once more,2")
+    with pytest.raises(ValueError, match=r"0\.png has the scene '0' in one row and '2' in another"):
+        open_dataset(source, task="retrieval", group_column="scene")

@@ -31,7 +31,7 @@ from ...data.reading.huggingface import (
     load_datasets,
     undecoded,
 )
-from ...data.reading.pair import Pairs
+from ...data.reading.pair import Pair, Pairs
 from ...data.reading.parquet import ParquetRows
 from ...data.reading.paths import image_in
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
@@ -528,13 +528,30 @@ def readable_sources(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name.replace("_", " ") for name in names)
 
 
+def _group_of_pair(pair: Pair, name: str) -> Any:
+    """The value of a column, which several rows of one image have to agree in; None for none.
+
+    Raises:
+        ValueError: they do not.
+    """
+    found = pair.extra.get(name)
+    values = [value for value in (found if isinstance(found, list) else [found]) if not has_no_value(value)]
+    if len(groups := list(dict.fromkeys(map(str, values)))) > 1:
+        raise ValueError(
+            f"{pair.source} has the {name} {groups[0]!r} in one row and {groups[1]!r} in another; an image may be of "
+            "one group"
+        )
+    return next(iter(values), None)
+
+
 def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     """Images with captions, from any source that training reads. Pairs without a caption are left out.
 
     Raises:
         ValueError: no pair has one.
     """
-    columns.refuse(source, "a source of pairs", "label", "group")
+    if columns.label:
+        raise ValueError(f"{source} is read for its captions, so --label-column {columns.label} can't be followed")
     path = Path(source)
     name = path.stem if path.is_file() else source.rstrip("/").rpartition("/")[2]
     has_pictures = path.is_dir() and bool(image_files(path))
@@ -549,19 +566,28 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     pairs = _pairs_of_split(source, columns.image, split)
     captions: dict[int, tuple[str, ...]] = {}
+    groups, others = [], dict[str, None]()
     left_out = list(pairs.left_out)
     for index, pair in enumerate(pairs):  # one at a time: some hold their image's bytes
         if texts := tuple(text for caption in pair.captions if (text := one_line(caption))):
             captions[index] = texts
+            others |= dict.fromkeys(pair.extra)
+            groups.append(_group_of_pair(pair, columns.group) if columns.group else None)
         else:
             left_out.append(LeftOut(pair.source, reason_kind(pair.problem or "it has no caption", pair)))
     if not captions:
         raise ValueError(f"{source} holds no images with captions" + (f": {summary(left_out)}" if left_out else ""))
+    if columns.group and columns.group not in others:
+        raise ValueError(
+            f"{source} has no column {columns.group!r} beside its images and captions; "
+            + (f"it has {', '.join(others)}" if others else "there is none")
+        )
     images = _OfEachProcess(partial(_pair_images, source, columns.image, split), len(pairs))
     return Found(
         name,
         FromEach(list(captions), images.__getitem__),
         [pairs.names[index] for index in captions],
+        {columns.group: groups} if columns.group else {},
         captions=tuple(captions.values()),
         left_out=left_out,
     )
