@@ -31,6 +31,7 @@ from . import openai, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
+from .common.modes import evaluation_mode
 from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
 from .loss import clip_loss
 from .openclip_model import CLIP
@@ -621,7 +622,8 @@ def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device =
     images = torch.ones(batch_size, 3, vision.image_size, vision.image_size, device=device)
     tokens = torch.zeros(batch_size, text.context_length, dtype=torch.int, device=device)
     inputs = {"forward": (images, tokens), "encode_text": (tokens,), "encode_image": (images,)}
-    traced = torch.jit.trace_module(model.eval(), inputs, check_trace=False)
+    with evaluation_mode(model):
+        traced = torch.jit.trace_module(model, inputs, check_trace=False)
     traced.visual.image_size = model.visual.image_size
     return traced
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from .. import tokenizer
 from ..common.arguments import BF16, FLOAT32
+from ..common.modes import evaluating, evaluation_mode
 from ..common.version import __version__
 from ..common.wording import cut_short
 from ..data.wordings.kept import Wordings
@@ -193,20 +194,26 @@ def moved(images: Tensor, to: Tensor) -> Tensor:
 
 
 def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
-    """One of miniclip's models, put into evaluation mode.
+    """One of miniclip's models, which encodes in evaluation mode and then has its own mode again.
 
     Longer texts than it can read are cut, and a warning says how many. A model that reads other token ids than CLIP's
     refuses texts.
     """
-    model.eval()
+
+    def encode_image(images: Tensor) -> Tensor:
+        return model.encode_image(moved(images, model.logit_scale))
+
+    def encode_pooled(images: Tensor) -> Tensor:
+        return pooled_features(model, moved(images, model.logit_scale))
+
     return Encoder(
         name=name,
-        encode_image=torch.no_grad()(lambda images: model.encode_image(moved(images, model.logit_scale))),
-        encode_text=torch.no_grad()(model.encode_text),
+        encode_image=torch.no_grad()(evaluating(model, encode_image)),
+        encode_text=torch.no_grad()(evaluating(model, model.encode_text)),
         tokenize=_OurTokenize(model, name),
         preprocess=preprocess,
         logit_scale=model.logit_scale,
-        encode_pooled=lambda images: pooled_features(model, moved(images, model.logit_scale)),
+        encode_pooled=evaluating(model, encode_pooled),
         library=f"miniclip {__version__}",
         image_module=model.visual,
         text_module=model.text,
@@ -303,10 +310,10 @@ class _NamedPreprocess(_Named):
 def from_object(obj: Any, name: str) -> Encoder:
     """Any object with the five things: encode_image, encode_text, tokenize, preprocess, logit_scale.
 
-    A module of torch's is put into evaluation mode. Images, and tokens that are tensors, come to its functions on the
-    device of its `logit_scale`, which may also be a number. Features may be NumPy's. Its code can't be recognised, so
-    neither can the object, unless it has a `fingerprint`: a text that changes whenever what it makes of images or texts
-    does.
+    A module of torch's encodes in evaluation mode and then has its own mode again. Images, and tokens that are tensors,
+    come to its functions on the device of its `logit_scale`, which may also be a number. Features may be NumPy's. Its
+    code can't be recognised, so neither can the object, unless it has a `fingerprint`: a text that changes whenever
+    what it makes of images or texts does.
 
     Raises:
         ValueError: one of the five is missing or of no use; it is named. What its functions raise later is a
@@ -327,15 +334,14 @@ def from_object(obj: Any, name: str) -> Encoder:
     if identity is not None and not isinstance(identity, str):
         raise ValueError(f"fingerprint of {name} is {identity!r}; it must be a text")
     pooled = getattr(obj, "encode_pooled", None)
-    if isinstance(obj, nn.Module):
-        obj.eval()
 
     def checked(function: Callable[[Any], Any], what: str) -> Callable[[Any], Tensor]:
         encode = _Named(function, f"{what} of {name}")
 
         @torch.no_grad()
         def encode_on_device(batch: Any) -> Tensor:
-            features = encode(batch.to(scale.device) if isinstance(batch, Tensor) else batch)
+            with evaluation_mode(obj):
+                features = encode(batch.to(scale.device) if isinstance(batch, Tensor) else batch)
             if isinstance(features, np.ndarray):
                 features = torch.from_numpy(features)
             if not isinstance(features, Tensor) or features.ndim != 2:

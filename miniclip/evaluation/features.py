@@ -36,6 +36,7 @@ from .. import tokenizer
 from ..common.arguments import check_count
 from ..common.cache import make_room
 from ..common.files import atomic_write, cache_folder, expand_home
+from ..common.modes import evaluation_mode
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from ..common.waiting import PatientLoader
 from .datasets.sets import EvaluationSet
@@ -175,7 +176,9 @@ def encode_texts(
     own = own_indices(len(batches))
     parts = []
     for number in own:
-        features = model.encode_text(tokenize(batches[number]))
+        tokens = tokenize(batches[number])
+        with evaluation_mode(model):
+            features = model.encode_text(tokens)
         _refuse_other_count(features, len(batches[number]), "texts")
         parts.append(F.normalize(features.float(), dim=-1))
         if progress:

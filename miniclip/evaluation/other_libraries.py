@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..common.arguments import BF16, FLOAT32, check_precision, shown
 from ..common.device import find_device
 from ..common.files import expand_home
+from ..common.modes import evaluating
 from ..data.wordings.kept import Wordings
 from ..model import CLIP
 from ..weights.containers import read_json
@@ -107,7 +108,7 @@ def as_encoder(model: Any, device: str | torch.device | None = None, precision: 
 
 
 def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list[str]], Tensor], name: str) -> Encoder:
-    """A model of open_clip's (CLIP, CustomTextCLIP, CoCa), which is put into evaluation mode.
+    """A model of open_clip's (CLIP, CustomTextCLIP, CoCa), which encodes in evaluation mode.
 
     Args:
         preprocess: the one for validation.
@@ -115,11 +116,15 @@ def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list
     """
     import open_clip
 
-    model.eval()
-
     def images_on_device(images: Tensor) -> Tensor:
         parameter = next(model.visual.parameters())
         return moved(images, parameter).to(parameter.dtype)
+
+    def encode_image(images: Tensor) -> Tensor:
+        return model.encode_image(images_on_device(images))
+
+    def encode_text(tokens: Tensor) -> Tensor:
+        return model.encode_text(tokens.to(model.logit_scale.device))
 
     def encode_pooled(images: Tensor) -> Tensor:
         features = pooled(images_on_device(images))
@@ -131,12 +136,12 @@ def from_openclip(model: Any, preprocess: Preprocessor, tokenize: Callable[[list
     text_module = model.text if hasattr(model, "text") else _part(model, lambda part: part != "visual")
     return Encoder(
         name=name,
-        encode_image=torch.no_grad()(lambda images: model.encode_image(images_on_device(images))),
-        encode_text=torch.no_grad()(lambda tokens: model.encode_text(tokens.to(model.logit_scale.device))),
+        encode_image=torch.no_grad()(evaluating(model, encode_image)),
+        encode_text=torch.no_grad()(evaluating(model, encode_text)),
         tokenize=tokenize,
         preprocess=preprocess,
         logit_scale=as_number(model.logit_scale),
-        encode_pooled=torch.no_grad()(encode_pooled) if pooled is not None else None,
+        encode_pooled=torch.no_grad()(evaluating(model, encode_pooled)) if pooled is not None else None,
         library=f"open_clip {open_clip.__version__}",
         image_module=model.visual,
         text_module=text_module,
@@ -156,6 +161,7 @@ def _without_projection(visual: Any) -> Any:
     if isinstance(visual, OpenClipVisionTransformer):
         bare = copy.copy(visual)  # a module's dictionaries of tensors are shared with its copy: this one gets its own
         bare._parameters = {**visual._parameters, "proj": None}
+        bare.training = False  # its modules are those of the model, and have the model's mode
         return bare
     return None
 
@@ -175,7 +181,7 @@ def _open_openclip(name: str, device: torch.device) -> Encoder:
             warnings.filterwarnings("ignore", "QuickGELU mismatch")
         model, preprocess = open_clip.create_model_from_pretrained(architecture, pretrained, device=device, **options)
         tokenize = open_clip.get_tokenizer(architecture)
-    return from_openclip(model, preprocess, tokenize, name)
+    return from_openclip(model.eval(), preprocess, tokenize, name)
 
 
 def _openclip_weights(name: str, architecture: str, pretrained: str) -> dict[str, Any]:
@@ -281,7 +287,7 @@ def _openclip_preprocessing(architecture: str, beside: dict[str, Any] | None) ->
 
 
 def from_transformers(model: Any, processor: Any, name: str) -> Encoder:
-    """A model of transformers' that has get_image_features and get_text_features; it is put into evaluation mode.
+    """A model of transformers' that has get_image_features and get_text_features; it encodes in evaluation mode.
 
     Args:
         processor: has its image_processor and its tokenizer. Texts are padded and cut as the processor says, else
@@ -297,7 +303,6 @@ def from_transformers(model: Any, processor: Any, name: str) -> Encoder:
             if getattr(owner, attribute, None) is None:
                 raise ValueError(f"{name} is a {type(owner).__name__} and has no {attribute}; a CLIP-like one has")
     tokenize = _HuggingFaceTokenize(model.config, processor, name)
-    model.eval()
 
     def encode_image(images: Tensor) -> Tensor:
         return _features(model.get_image_features(**_image_inputs(images.to(model.device), model.dtype)), name)
@@ -310,12 +315,12 @@ def from_transformers(model: Any, processor: Any, name: str) -> Encoder:
 
     return Encoder(
         name=name,
-        encode_image=torch.no_grad()(encode_image),
-        encode_text=torch.no_grad()(encode_text),
+        encode_image=torch.no_grad()(evaluating(model, encode_image)),
+        encode_text=torch.no_grad()(evaluating(model, encode_text)),
         tokenize=tokenize,
         preprocess=_HuggingFacePreprocess(processor.image_processor),
         logit_scale=_logit_scale(model, name),
-        encode_pooled=torch.no_grad()(encode_pooled) if hasattr(model, "vision_model") else None,
+        encode_pooled=torch.no_grad()(evaluating(model, encode_pooled)) if hasattr(model, "vision_model") else None,
         library=f"transformers {transformers.__version__}",
         image_module=_part(model, lambda part: not part.startswith("text")),
         text_module=_part(model, lambda part: part.startswith("text")),

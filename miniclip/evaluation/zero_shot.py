@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..common.arguments import check_list, check_texts, shown
+from ..common.modes import evaluating
 from ..common.wording import percent
 from .datasets.sets import LabelledImages
 from .features import ImageFeatures, encode_images, encode_texts, own_tokenize
@@ -55,7 +56,8 @@ def zero_shot_classifier(
 ) -> Tensor:
     """One unit vector for each class: the mean of its prompts' unit features, made unit again (paper section 3.1.4).
 
-    Classes of the same prompts get the same vector, bit for bit.
+    Classes of the same prompts get the same vector, bit for bit. The model encodes in evaluation mode, and then has its
+    own mode again.
 
     Args:
         model: has `encode_text`.
@@ -135,7 +137,7 @@ def zero_shot_scores(
     """
     classifier = zero_shot_classifier(model, data.classnames, data.templates, tokenize)
     images = encode_images(
-        model.encode_image,
+        evaluating(model, model.encode_image),
         preprocess,
         data,
         device=model.logit_scale.device,

@@ -176,9 +176,7 @@ class ZeroShotEvaluation(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step or not getattr(pl_module, "starts_trained", False):
             return
-        pl_module.eval()
         self.before = self._score(trainer, pl_module)
-        pl_module.train()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, step=-1)  # the first step is 0

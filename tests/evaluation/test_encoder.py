@@ -690,6 +690,26 @@ def test_images_and_tokens_are_moved_to_the_device_and_precision_of_the_model(tm
     assert (features[0].shape, features[1].shape) == (size, (1, size[1]))
 
 
+@pytest.mark.parametrize("kind", ["ours", *ARCHITECTURES, *KINDS])
+def test_a_model_in_training_encodes_in_evaluation_mode_and_goes_on_training(tmp_path, kind):
+    found, module, _, _ = make(kind, tmp_path)
+    images, tokens = batch(found), found.tokenize(["two dogs"])
+    module.train()
+    first = next(module.children())
+    first.eval()
+    modes, seen = [each.training for each in module.modules()], []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda part, _: seen.append(part.training))
+    for encode, inputs in (
+        (found.encode_image, images), (found.encode_text, tokens), (found.encode_pooled, images)
+    ):  # fmt: skip
+        encode(inputs)
+        assert len(seen) > 3
+        assert not any(seen)
+        assert [each.training for each in module.modules()] == modes
+        seen.clear()
+    hook.remove()
+
+
 def test_a_fingerprint_is_computed_once():
     clip = tiny_clip()
     found = ours(clip)
