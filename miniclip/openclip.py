@@ -31,7 +31,7 @@ from . import openai, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
-from .common.modes import evaluation_mode
+from .common.modules import evaluation_mode
 from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
 from .loss import clip_loss
 from .openclip_model import CLIP

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .. import tokenizer
 from ..common.arguments import BF16, FLOAT32
-from ..common.modes import evaluating, evaluation_mode
+from ..common.modules import evaluating, evaluation_mode
 from ..common.version import __version__
 from ..common.wording import cut_short
 from ..data.wordings.kept import Wordings

@@ -36,7 +36,7 @@ from .. import tokenizer
 from ..common.arguments import check_count
 from ..common.cache import make_room
 from ..common.files import atomic_write, cache_folder, expand_home
-from ..common.modes import evaluation_mode
+from ..common.modules import evaluation_mode
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from ..common.waiting import PatientLoader
 from .datasets.sets import EvaluationSet

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..common.modules import plain_attributes
+
 _HASHED_AT_ONCE = 1 << 24  # bytes
 
 
@@ -117,8 +119,7 @@ def _bytes(tensor: Tensor) -> Any:  # a buffer
 
 def _architecture(module: nn.Module) -> Iterator[str]:
     for name, part in module.named_modules(remove_duplicate=False):
-        kept = {key: value for key, value in sorted(vars(part).items()) if key not in PASSING_STATE and key[0] != "_"}
-        plain = {key: value for key, value in kept.items() if is_plain_value(value)}
+        plain = {key: value for key, value in plain_attributes(part).items() if key not in PASSING_STATE}
         yield f"{name} {type(part).__module__}.{type(part).__qualname__} {plain}"
         if hasattr(part, "config") and hasattr(part.config, "to_dict"):  # transformers' parts also act by it
             config = {key: value for key, value in part.config.to_dict().items() if key not in PASSING_STATE}
@@ -135,12 +136,6 @@ PASSING_STATE = {
     "dtype",
     "torch_dtype",
 }
-
-
-def is_plain_value(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(is_plain_value(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def digest_arrays(*parts: str) -> str:

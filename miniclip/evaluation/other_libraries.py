@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..common.arguments import BF16, FLOAT32, check_precision, shown
 from ..common.device import find_device
 from ..common.files import expand_home
-from ..common.modes import evaluating
+from ..common.modules import evaluating, is_plain_value
 from ..data.wordings.kept import Wordings
 from ..model import CLIP
 from ..weights.containers import read_json
@@ -30,7 +30,7 @@ from ..weights.folders import OPENCLIP_CONFIG_FILE
 from ..weights.load import load, preprocess_for
 from ..weights.read import read_wordings
 from .encoder import Encoder, ModelError, Preprocessor, as_number, errors_named, from_clip, from_object, in_bf16, moved
-from .fingerprints import PASSING_STATE, is_plain_value
+from .fingerprints import PASSING_STATE
 
 OPENCLIP_PREFIX, TRANSFORMERS_PREFIX, PYTHON_PREFIX = "openclip:", "transformers:", "python:"
 _FOLDER_PREFIX = "local-dir:"  # open_clip's own, beside the hub's

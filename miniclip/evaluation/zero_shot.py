@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..common.arguments import check_list, check_texts, shown
-from ..common.modes import evaluating
+from ..common.modules import evaluating
 from ..common.wording import percent
 from .datasets.sets import LabelledImages
 from .features import ImageFeatures, encode_images, encode_texts, own_tokenize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -24,6 +25,7 @@ from ..evaluation.measures.ranking import recall_at_1
 from ..images import normalize
 from ..loss import clip_loss, siglip_loss
 from ..model import CLIP
+from ..weights.computation import other_computation
 from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
@@ -266,6 +268,11 @@ class CLIPTraining(pl.LightningModule):
 
     # -----------------------------------------------------------------------------------------------------------------
     # Setting up
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and (lines := other_computation(self.clip)):
+            what = "the model computes something else than its config describes, so `miniclip.load` gives another model"
+            warnings.warn("\n".join([f"{what} of this run's checkpoints:", *lines]), stacklevel=2)
 
     def configure_model(self) -> None:
         # Lightning converts later, too, but a checkpoint in double precision would have been rounded by then.

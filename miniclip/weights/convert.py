@@ -24,7 +24,7 @@ from ..config import CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
 from ..model import CLIP
-from ..tokenizer import random_ids
+from .computation import embeddings, probe, relative_difference
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
 from .load import build, preprocess_for
 from .read import locate, read_checkpoint
@@ -120,12 +120,12 @@ def _verdict(name: str, found: _Seen, expected: _Seen) -> str:
     Raises:
         ValueError: the features of the same tensors differ.
     """
-    differences = [_difference(a, b) for a, b in zip(found.features, expected.features, strict=True)]
+    differences = [relative_difference(a, b) for a, b in zip(found.features, expected.features, strict=True)]
     if not all(difference <= _MOST_APART for difference in differences):  # a comparison with NaN is False, too
         raise ValueError(f"{name} gives other embeddings from the converted file, by {differences}")
     if found.pictures is None or expected.pictures is None:
         return f"same embeddings by {name} (to {max(differences):.0e})"
-    of_pictures = _difference(found.pictures, expected.pictures)
+    of_pictures = relative_difference(found.pictures, expected.pictures)
     if of_pictures <= _MOST_APART:
         return f"same embeddings by {name} (to {max(*differences, of_pictures):.0e})"
     *opaque, transparent = torch.cosine_similarity(found.pictures, expected.pictures).tolist()
@@ -133,15 +133,6 @@ def _verdict(name: str, found: _Seen, expected: _Seen) -> str:
         f"same embeddings of the same pixels by {name} (to {max(differences):.0e}), but of pictures cosine "
         f"{min(opaque):.4f} (opaque) and {transparent:.4f} (partly transparent)"
     )
-
-
-def _probe(config: CLIPConfig) -> tuple[Tensor, Tensor]:
-    """Two noise images and two texts that fit a model."""
-    random = torch.Generator().manual_seed(0)
-    R, L = config.vision.image_size, min(config.text.context_length, 12)
-    tokens, end = random_ids(config.text, (2, L), random)
-    tokens[:, -1] = end
-    return torch.randn(2, 3, R, R, generator=random), tokens
 
 
 def _probe_pictures(config: CLIPConfig) -> list[Image.Image]:
@@ -155,26 +146,17 @@ def _probe_pictures(config: CLIPConfig) -> list[Image.Image]:
 
 @torch.inference_mode()
 def _seen(model: CLIP, preprocess: Preprocess) -> _Seen:
-    images, tokens = _probe(model.config)
-    model.eval()
-    encodings = {"image": (model.encode_image, images), "text": (model.encode_text, tokens)}
-    towers = [name for name in encodings if model.config.towers in (name, "both")]
-    features = [encode(inputs) for encode, inputs in (encodings[name] for name in towers)]
-    if "image" not in towers:
+    features = embeddings(model)
+    if model.config.towers == "text":
         return _Seen(features, None)
-    return _Seen(
-        features, model.encode_image(torch.stack([preprocess(each) for each in _probe_pictures(model.config)]))
-    )
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    pixels = torch.stack([preprocess(each) for each in _probe_pictures(model.config)])
+    return _Seen(features, model.encode_image(pixels))
 
 
 @torch.inference_mode()
 def _seen_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, _Seen]:
     """What the library that the layout belongs to makes of it; nothing if it is not installed."""
-    images, tokens = _probe(config)
+    images, tokens = probe(config)
     pictures = _probe_pictures(config)
     if to == "openclip":
         try:

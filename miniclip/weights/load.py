@@ -33,6 +33,7 @@ from ..config import OPENAI_MODELS, Activation, CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
 from ..model import CLIP
+from .computation import refuse_other_computation
 from .containers import write_safetensors
 from .download import HUB_PREFIX
 from .folders import CONFIG_FILE, WEIGHTS_FILE, refuse_to_save
@@ -111,7 +112,9 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
 
     Raises:
         ValueError: the directory already holds a model, and `overwrite` is False; it holds one that `load` would read
-            in place of this one; or the model is no CLIP, or one that `load` could not read back. Nothing is written.
+            in place of this one; or the model is no CLIP, one that `load` could not read back, or one that computes
+            something else than its config describes (another activation, a hook that changes features). Nothing is
+            written.
     """
     if not isinstance(getattr(model, "config", None), CLIPConfig):
         raise ValueError(
@@ -144,6 +147,7 @@ def _tensors_to_save(model: CLIP) -> Tensors:
         what = "the model has other tensors than its config describes, so `load` could not read it back:"
         remedy = "set model.config to its sizes (dataclasses.replace), or keep its state_dict() with torch.save"
         raise ValueError("\n".join([what, *wrong, remedy]))
+    refuse_other_computation(model)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(

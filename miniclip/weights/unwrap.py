@@ -124,11 +124,15 @@ def refuse_no_weights(names: Iterable[str], source: str, then: str) -> None:
                 raise ValueError(f"{source} holds {what} ({key}); {remedy}, and {then}")
 
 
+def without_wrapper_parts(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def without_wrappers(tensors: Tensors, source: str) -> Tensors:
     """Of the model alone, by its own names; its logits' scale and bias are single numbers, however they are shaped."""
     out: Tensors = {}
     for key, tensor in tensors.items():
-        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        name = without_wrapper_parts(key)
         is_number = name.split(".")[-1] in ("logit_scale", "logit_bias") and tuple(tensor.shape) == (1,)
         if name in out:
             raise ValueError(

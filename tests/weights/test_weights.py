@@ -23,6 +23,7 @@ from miniclip import openai, openclip_model
 from miniclip.common.files import write_text
 from miniclip.config import CLIPConfig, TextConfig, VisionConfig
 from miniclip.model import CLIP
+from miniclip.training.recompute import drop_patches_in_training, recompute_blocks
 from miniclip.weights.containers import write_safetensors
 from miniclip.weights.convert import convert
 from miniclip.weights.folders import CONFIG_FILE, WEIGHTS_FILE
@@ -296,6 +297,139 @@ def test_a_model_that_could_not_be_read_back_is_refused_and_the_good_one_stays(m
     for word in UNREADABLE[change]:
         assert word in str(caught.value), caught.value
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def blocks(model):
+    return [block for tower in (model.visual, model.text) for block in tower.transformer.resblocks]
+
+
+def with_gelu(model):
+    for block in blocks(model):
+        block.mlp.activation = torch.nn.GELU()
+
+
+def with_tanh(model):
+    model.config = dataclasses.replace(model.config, activation="gelu")
+    with_gelu(model)
+    blocks(model)[0].mlp.activation.approximate = "tanh"
+
+
+def without_causality(model):
+    for block in model.text.transformer.resblocks:
+        block.attn.is_causal = False
+
+
+def with_other_heads(model):
+    blocks(model)[0].attn.heads *= 2
+
+
+def with_another_eps(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+
+
+def with_a_hook(model):
+    model.visual.ln_pre.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def with_another_forward(model):
+    forward = model.text.forward
+    model.text.forward = lambda *inputs, **options: 2 * forward(*inputs, **options)
+
+
+def with_another_class(model):
+    class Doubled(CLIP):
+        def encode_image(self, images, normalize=False):
+            return 2 * super().encode_image(images, normalize)
+
+    model.__class__ = Doubled
+
+
+OTHERWISE = {
+    with_gelu: r"blocks\.0\.mlp\.activation is GELU\(approximate='none'\), and QuickGELU\(\) by the config",
+    with_tanh: r"resblocks\.0\.mlp\.activation\.approximate is 'tanh', and 'none' by the config",
+    without_causality: r"text\.transformer\.resblocks\.1\.attn\.is_causal is False, and True by the config",
+    with_other_heads: r"visual\.transformer\.resblocks\.0\.attn\.heads is 4, and 2 by the config",
+    with_another_eps: r"visual\.ln_pre\.eps is 1e-06, and 1e-05 by the config",
+    with_a_hook: r"visual\.ln_pre has the hook .*lambda.*, and none by the config",
+    with_another_forward: r"text\.forward is .*lambda.*, and its class's by the config",
+    with_another_class: "the model is Doubled, and CLIP by the config",
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE, ids=lambda change: change.__name__)
+def test_a_model_that_computes_otherwise_than_its_config_says_is_refused(tmp_path, change):
+    model = CLIP(TINY["vit"]).eval()
+    change(model)
+    with pytest.raises(ValueError, match=r"computes something else than its config describes") as caught:
+        save(model, tmp_path / "model")
+    assert re.search(OTHERWISE[change], str(caught.value)), caught.value
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_activation_is_saved_once_the_configuration_has_it(tmp_path):
+    model = CLIP(TINY["vit"]).eval()
+    with_gelu(model)
+    model.config = dataclasses.replace(model.config, activation="gelu")
+    save(model, tmp_path / "model")
+    images, tokens = probe(model.config)
+    loaded, _ = load(tmp_path / "model", device="cpu")
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    assert torch.equal(loaded.encode_text(tokens), model.encode_text(tokens))
+
+
+@pytest.mark.parametrize("what", ["gelu", "mask"])
+def test_a_model_of_our_open_clip_that_computes_otherwise_is_refused(tmp_path, what):
+    model = openclip_model.CLIP(TINY["vit"])
+    if what == "mask":
+        model.attn_mask.zero_()
+    else:
+        model.transformer.resblocks[0].mlp.gelu = torch.nn.GELU()
+    names = {"gelu": r"transformer\.resblocks\.0\.mlp\.gelu is GELU", "mask": "  attn_mask holds other numbers"}
+    with pytest.raises(ValueError, match=names[what]):
+        save(model, tmp_path / "model")
+
+
+def looked_at(model):
+    model.visual.register_forward_hook(lambda module, inputs, output: None)
+
+
+def subclassed(model):
+    class Named(CLIP):
+        nickname = "owl"
+
+    model.__class__ = Named
+
+
+def with_dropout(model):
+    for block in blocks(model):
+        block.mlp.activation = torch.nn.Sequential(block.mlp.activation, torch.nn.Dropout(0.5))
+
+
+def recomputing(model):
+    recompute_blocks(model)
+    drop_patches_in_training(model, 0.5)
+
+
+def compiled(model):
+    model.visual.compile(backend="eager")
+
+
+def in_half_precision(model):
+    model.half()
+
+
+@pytest.mark.parametrize("change", [looked_at, subclassed, with_dropout, recomputing, compiled, in_half_precision])
+def test_what_changes_no_feature_keeps_no_model_from_being_saved(tmp_path, change):
+    model = CLIP(TINY["vit"]).train()
+    expected, state = CLIP(TINY["vit"]), torch.random.get_rng_state()
+    change(model)
+    expected.load_state_dict(model.state_dict())
+    save(model, tmp_path / "model")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], expected)
 
 
 def test_more_tokens_are_saved_once_the_configuration_has_them(model, tmp_path):

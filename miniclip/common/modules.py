@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as a model encodes; then each of its modules has its own mode again."""
+"""Modules of torch's: evaluation mode for as long as one encodes, and the plain values that it computes by."""
 
 from __future__ import annotations
 
@@ -60,6 +60,17 @@ def _leave(model: nn.Module, held: _Held) -> None:
             for module, mode in held.modes:  # a module comes before those in it, whose modes its own sets, too
                 if module.training != mode:
                     module.train(mode)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers, words and truth values among a module's public attributes (heads, strides, pooling), by name."""
+    return {key: value for key, value in sorted(vars(module).items()) if key[0] != "_" and is_plain_value(value)}
+
+
+def is_plain_value(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(is_plain_value(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _is_training(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from helpers import picture, tiny_clip, tiny_config
 from torch import nn
 
 import miniclip
-from miniclip.common.modes import evaluation_mode
+from miniclip.common.modules import evaluation_mode
 from miniclip.evaluation.encoder import from_clip
 from miniclip.weights.load import preprocess_for
 
