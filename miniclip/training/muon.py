@@ -30,6 +30,21 @@ class Muon(torch.optim.AdamW):
         # Without this flag the gradient scaler unscales all of them and looks for overflows before it calls `step`.
         self._step_supports_amp_scaling = False
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A group moves as AdamW's unless it has a `momentum`. One that has no `weight_decay` either, as of parameters
+        that are unfrozen during a run, becomes two, because gains and biases do not decay."""
+        group = {"momentum": None, **param_group}
+        if "weight_decay" in group:
+            super().add_param_group(group)
+            return
+        params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        for own, more in (
+            ([p for p in params if p.ndim >= 2], {}),
+            ([p for p in params if p.ndim < 2], {"weight_decay": 0.0}),
+        ):
+            if own:
+                super().add_param_group({**group, "params": own, **more})
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -213,7 +213,8 @@ def make_optimizer(model: CLIP, config: OptimizerConfig) -> torch.optim.Optimize
         return _timm_optimizer(groups, config)
     # One kernel for all parameters; torch has it for these devices and refuses to step on any other.
     is_fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=is_fused or None)
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    return Muon(groups, lr=config.lr, fused=is_fused or None, **options)
 
 
 def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -239,6 +240,18 @@ def _timm_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
         return timm_optim.create_optimizer_v2(groups, name, lr=config.lr, **config.options)
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"timm's optimiser {name!r} refuses options {config.options}: {error}") from error
+
+
+class CommonSchedule(torch.optim.lr_scheduler.LambdaLR):
+    """One factor on the learning rates of all groups. A group that is added during the run begins with the rate that it
+    was given, which then rises and falls with the others'."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        factor = self.lr_lambdas[0]
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            before = factor(self.last_epoch - 1)
+            self.base_lrs.append(group["lr"] / before if before else 0.0)
+        return [lr * factor(self.last_epoch) for lr in self.base_lrs]
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int, batch_size: int, steps_per_epoch: float) -> int:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..common.processes import all_gather_objects
+from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.pairs import Batch, Positives
@@ -29,12 +31,13 @@ from ..weights.computation import other_computation
 from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
-from .optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
+from .optimizer import CommonSchedule, OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .recompute import drop_patches_in_training, encode_in_parts, recompute_blocks
 from .start import Locked, LossKind, locked_part, refuse_other_weights, starting_model
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
+_UNFROZEN_KEY = "miniclip_unfrozen"  # of a checkpoint: parameters that were frozen first and are trained now
 COMPILED_LENGTH_MULTIPLE = 8  # compiled towers see text lengths that are multiples of this
 
 
@@ -133,6 +136,8 @@ class CLIPTraining(pl.LightningModule):
             self.clip.visual.compile()
             self.clip.text.compile()
             self.clip.text_length_multiple = COMPILED_LENGTH_MULTIPLE
+        self._frozen: dict[str, nn.Parameter] = {}  # when the optimizer was made, and still
+        self._unfrozen: set[str] = set()  # since
         self.result: StepResult | None = None  # of the current step, until the weights have moved
         self._validation: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._shares_targets = False  # the pairs of the validation
@@ -291,7 +296,8 @@ class CLIPTraining(pl.LightningModule):
         config, total = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps(total, self.trainer.datamodule)  # type: ignore[attr-defined]
         optimizer = make_optimizer(self.clip, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        self._frozen = {name: p for name, p in self.clip.named_parameters() if not p.requires_grad}
+        schedule = CommonSchedule(
             optimizer,
             lambda step: learning_rate_factor(step, total, warmup, config.schedule, config.cooldown, config.final_lr),
         )
@@ -303,6 +309,35 @@ class CLIPTraining(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.average is not None and self.global_step == 0:  # the weights may have been loaded since
             self.average.load_state_dict(self.clip.state_dict())
+        for name in self._unfrozen:  # before the checkpoint of a resumed run
+            self.clip.get_parameter(name).requires_grad_(True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if unfrozen := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            self._refuse_untrained(unfrozen)
+            self._unfrozen.update(unfrozen)
+            self._frozen = {name: p for name, p in self._frozen.items() if not p.requires_grad}
+
+    def _refuse_untrained(self, unfrozen: list[str]) -> None:
+        """
+        Args:
+            unfrozen: parameters of the model that were frozen when the optimizer was made.
+
+        Raises:
+            ValueError: they would not move, or the processes' would move apart.
+        """
+        trained = {id(p) for each in self.trainer.optimizers for group in each.param_groups for p in group["params"]}
+        if missing := [name for name in unfrozen if id(self._frozen[name]) not in trained]:
+            raise ValueError(
+                f"{some(missing)} were frozen when the optimizer was made and are not now, and the optimizer has them "
+                "in no group, so they would not move. Add them to it, as Lightning's "
+                "BaseFinetuning.unfreeze_and_add_param_group does; or freeze them at on_train_start, not before"
+            )
+        if isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1:
+            raise ValueError(
+                f"{some(unfrozen)} were frozen when DDP was set up and are not now, and DDP would not exchange their "
+                "gradients; train in one process"
+            )
 
     def train(self, mode: bool = True) -> CLIPTraining:
         """A locked tower stays in evaluation mode: its batch norms keep their running statistics."""
@@ -326,11 +361,14 @@ class CLIPTraining(pl.LightningModule):
         checkpoint[LIGHTNING_CONFIG_KEY] = self.clip.config.to_json()
         if self.clip.wordings is not None:
             checkpoint[LIGHTNING_WORDINGS_KEY] = self.clip.wordings.to_json()
+        if self._unfrozen:
+            checkpoint[_UNFROZEN_KEY] = sorted(self._unfrozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_other_weights(checkpoint, self.clip.config, self.ema_decay)
         if LIGHTNING_WORDINGS_KEY in checkpoint:
             self.keep_wordings(Wordings.from_json(checkpoint[LIGHTNING_WORDINGS_KEY], "the checkpoint"))
+        self._unfrozen = set(checkpoint.get(_UNFROZEN_KEY, ()))
 
     def keep_wordings(self, wordings: Wordings | None) -> None:
         """The wordings of the captions; every copy of the model knows them."""

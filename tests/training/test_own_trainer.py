@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from helpers import tiny_config
+from pytorch_lightning.callbacks import BaseFinetuning, Callback
 from torch import nn
 
 from miniclip.data.module import PairDataModule
+from miniclip.training.optimizer import OptimizerConfig
 from miniclip.training.step import CLIPTraining
 
 
@@ -22,6 +28,97 @@ def trainer(**options: Any) -> pl.Trainer:
 def pairs(data, **options: Any) -> PairDataModule:
     sizes = {"batch_size": 8, "num_workers": 0, "image_size": 16, "context_length": 16}
     return PairDataModule(str(data / "shards/train"), str(data / "shards/val"), **{**sizes, **options})
+
+
+class Unfreezing(Callback):
+    """Freezes the image tower at first, and has it learn from the second epoch on."""
+
+    def setup(self, trainer, module, stage) -> None:
+        module.clip.visual.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if trainer.current_epoch == 1:
+            module.clip.visual.requires_grad_(True)
+
+
+class Adding(BaseFinetuning):
+    """The same, by Lightning's recipe."""
+
+    def freeze_before_training(self, module) -> None:
+        self.freeze(module.clip.visual)
+
+    def finetune_function(self, module, epoch, optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.clip.visual, optimizer, lr=1e-3)
+
+
+class Rates(Callback):
+    """The learning rates of the groups of each step, and whether the image tower has moved after it."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.has_moved: list[bool] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.before = copy.deepcopy(module.clip.visual.state_dict())
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        moved = module.clip.visual.state_dict()
+        self.has_moved.append(all(not torch.equal(moved[name], tensor) for name, tensor in self.before.items()))
+
+
+def unfrozen_tower(kind: str) -> CLIPTraining:
+    torch.manual_seed(0)
+    return CLIPTraining(tiny_config(), OptimizerConfig(kind=kind, warmup=0.0))
+
+
+def test_a_tower_that_is_unfrozen_and_in_no_group_of_the_optimizer_is_refused(data):
+    with pytest.raises(
+        ValueError, match=r"visual\.class_embedding, .* and \d+ more were frozen when the optimizer was"
+    ):
+        trainer(max_epochs=2, callbacks=[Unfreezing()]).fit(unfrozen_tower("adamw"), pairs(data))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_lightnings_recipe_trains_a_tower_from_the_epoch_that_unfreezes_it(data, kind):
+    """5 steps an epoch and 3 epochs; the cosine schedule by hand."""
+    module, rates = unfrozen_tower(kind), Rates()
+    fit = trainer(max_epochs=3, callbacks=[Adding(), rates])
+    fit.fit(module, pairs(data))
+    assert rates.has_moved == [False] * 5 + [True] * 10
+    factors = [(1 + math.cos(math.pi * step / 15)) / 2 for step in range(15)]
+    num_groups = len(rates.rates[0])
+    peaks = {"adamw": [5e-4, 5e-4], "muon": [5e-4, 5e-4, 0.03, 0.03]}[kind]
+    for step, factor in enumerate(factors):
+        added = [] if step < 5 else [1e-3 * factor / factors[5]] * 2
+        assert rates.rates[step] == pytest.approx([peak * factor for peak in peaks] + added)
+    matrices, vectors = fit.optimizers[0].param_groups[num_groups:]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.2, 0.0)
+    assert {p.ndim for p in vectors["params"]} == {1}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_that_unfroze_a_tower_resumes_to_the_bit(data, tmp_path, kind):
+    straight = unfrozen_tower(kind)
+    trainer(max_epochs=3, callbacks=[Adding()]).fit(straight, pairs(data))
+    broken = trainer(max_epochs=3, callbacks=[Adding(), KeptAt(7, tmp_path / "7.ckpt")])
+    broken.fit(unfrozen_tower(kind), pairs(data))
+    resumed = unfrozen_tower(kind)
+    trainer(max_epochs=3, callbacks=[Adding()]).fit(
+        resumed, pairs(data), ckpt_path=tmp_path / "7.ckpt", weights_only=False
+    )
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+class KeptAt(Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
