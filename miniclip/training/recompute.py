@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
@@ -50,25 +49,24 @@ def recompute_blocks(model: CLIP) -> None:
     """
     for module in model.modules():
         if isinstance(module, ResidualAttentionBlock | Bottleneck):
-            module.forward = MethodType(_recomputed_forward, module)  # type: ignore[method-assign]
+            module.forward = _Recomputed(module, "forward")  # type: ignore[assignment,method-assign]
         elif isinstance(module, ModifiedResNet):
-            module.stem = MethodType(_recomputed_stem, module)  # type: ignore[method-assign]
+            module.stem = _Recomputed(module, "stem")  # type: ignore[assignment,method-assign]
         elif isinstance(module, TimmTower):
             module.checkpoint_blocks()
 
 
-def _recomputed_forward(block: nn.Module, *inputs: Any) -> Any:
-    return _recomputed_in_training(block, type(block).forward, *inputs)
+class _Recomputed:
+    """A method of a module's class, recomputed in training; a bound function could not be pickled with the module."""
 
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
 
-def _recomputed_stem(tower: ModifiedResNet, images: Tensor) -> Tensor:
-    return _recomputed_in_training(tower, ModifiedResNet.stem, images)
-
-
-def _recomputed_in_training(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-    if module.training and torch.is_grad_enabled():
-        return recomputed(function, module, *inputs, within=module)
-    return function(module, *inputs)
+    def __call__(self, *inputs: Any) -> Any:
+        method = getattr(type(self.module), self.name)
+        if self.module.training and torch.is_grad_enabled():
+            return recomputed(method, self.module, *inputs, within=self.module)
+        return method(self.module, *inputs)
 
 
 def encode_in_parts(encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, within: nn.Module | None) -> Tensor:
@@ -93,14 +91,21 @@ def drop_patches_in_training(model: CLIP, share: float) -> None:
         share: of the patches that are left out.
     """
 
-    def drop(module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
+    assert isinstance(model.visual, VisionTransformer)
+    model.visual.transformer.register_forward_pre_hook(_Dropping(share), with_kwargs=True)
+
+
+class _Dropping:
+    """A hook that can be pickled with its model."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor], options: dict[str, Any]) -> Any:
         is_pooled = "pool" in options  # a caller that wants all tokens names none, and gets all
         if module.training and is_pooled:
-            return (drop_patches(inputs[0], share),), options
+            return (drop_patches(inputs[0], self.share),), options
         return None
-
-    assert isinstance(model.visual, VisionTransformer)
-    model.visual.transformer.register_forward_pre_hook(drop, with_kwargs=True)
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:

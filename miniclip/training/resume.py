@@ -174,7 +174,8 @@ def _set_own_rates(trainer: pl.Trainer, module: CLIPTraining) -> None:
     optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
     fresh = make_optimizer(module.clip, module.optimizer_config).param_groups
     assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-    scheduler.base_lrs = [group["lr"] for group in fresh]
-    for group, own, factor in zip(optimizer.param_groups, fresh, scheduler.lr_lambdas, strict=True):
+    first = slice(len(fresh))  # groups that were added during the run have no rates of the settings'
+    scheduler.base_lrs[first] = [group["lr"] for group in fresh]
+    for group, own, factor in zip(optimizer.param_groups[first], fresh, scheduler.lr_lambdas, strict=True):
         group.update({name: value for name, value in own.items() if name != "params"})
         group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor(scheduler.last_epoch)

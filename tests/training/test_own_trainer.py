@@ -17,6 +17,7 @@ from torch import nn
 
 from miniclip.data.module import PairDataModule
 from miniclip.training.optimizer import OptimizerConfig
+from miniclip.training.resume import Resumption
 from miniclip.training.step import CLIPTraining
 
 
@@ -101,11 +102,11 @@ def test_lightnings_recipe_trains_a_tower_from_the_epoch_that_unfreezes_it(data,
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_run_that_unfroze_a_tower_resumes_to_the_bit(data, tmp_path, kind):
     straight = unfrozen_tower(kind)
-    trainer(max_epochs=3, callbacks=[Adding()]).fit(straight, pairs(data))
-    broken = trainer(max_epochs=3, callbacks=[Adding(), KeptAt(7, tmp_path / "7.ckpt")])
+    trainer(max_epochs=3, callbacks=[Adding(), Resumption({})]).fit(straight, pairs(data))
+    broken = trainer(max_epochs=3, callbacks=[Adding(), Resumption({}), KeptAt(7, tmp_path / "7.ckpt")])
     broken.fit(unfrozen_tower(kind), pairs(data))
     resumed = unfrozen_tower(kind)
-    trainer(max_epochs=3, callbacks=[Adding()]).fit(
+    trainer(max_epochs=3, callbacks=[Adding(), Resumption({})]).fit(
         resumed, pairs(data), ckpt_path=tmp_path / "7.ckpt", weights_only=False
     )
     for name, tensor in straight.state_dict().items():

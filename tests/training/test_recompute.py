@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_micro_batches_with_patch_dropout_equal_plain_backpropagation_through_th
     loss.backward()
     gradients = {f"{name}.grad": parameter.grad for name, parameter in plain.named_parameters()}
     assert_same(found, {"loss": loss.detach(), **gradients})
+
+
+def test_a_model_that_is_trained_with_less_can_be_pickled_and_goes_on_dropping_patches():
+    module = CLIPTraining(tiny_config(), patch_dropout=0.5, checkpoint_activations=True)
+    images = torch.randn(2, 3, 16, 16)
+    found = pickle.loads(pickle.dumps(module.clip.train()))
+    features = []
+    for model in (module.clip, found):
+        torch.manual_seed(0)
+        features.append(model.encode_image(images))
+    assert torch.equal(*features)
+    assert not torch.equal(features[0], module.clip.eval().encode_image(images))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
