@@ -326,10 +326,12 @@ class CLIP(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """Raises the ValueError of `encode_image`."""
-        R = self.visual.input_resolution
         check_tensor("images", images, "floats", "pixels normalised as the model's preprocess does")
-        if images.ndim != 4 or images.shape[1:] != (3, R, R):
-            raise ValueError(f"images have the shape {tuple(images.shape)}; this model takes (N, 3, {R}, {R})")
+        R = getattr(self.visual, "input_resolution", None)  # a tower of one's own need not have one
+        if images.ndim != 4 or images.shape[1:] != (3, *((R, R) if R else images.shape[2:])):
+            raise ValueError(
+                f"images have the shape {tuple(images.shape)}; this model takes (N, 3, {R or 'H'}, {R or 'W'})"
+            )
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Token ids (N, L), L up to the context length -> features (N, E), of unit length if `normalize`.

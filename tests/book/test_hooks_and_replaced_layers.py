@@ -342,6 +342,15 @@ def test_an_activation_derived_from_ours_is_called(vits):
 
 
 @torch.no_grad()
+def test_an_image_tower_of_ones_own_takes_what_it_takes(vits):
+    model, _ = vits
+    model.visual = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(model.dtype)
+    images = torch.randn(2, 3, 24, 40)
+    assert torch.equal(model.encode_image(images), model.visual(images.to(model.dtype)))
+    with pytest.raises(ValueError, match=r"images have the shape \(2, 1, 8, 8\); this model takes \(N, 3, H, W\)"):
+        model.encode_image(torch.randn(2, 1, 8, 8))
+
+
 def test_a_text_tower_that_sees_ahead_is_neither_packed_nor_cut(vits):
     model, tokens = vits[0], tokens_for_open_clip((5, 9, 30))
     for block in model.text.transformer.resblocks:
