@@ -12,33 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 
 from ..common.wording import some
 from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
 from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
+from ..training.agreement import refuse_half_weights
 from ..training.finite import NON_FINITE
 from ..training.zero_shot import ZeroShotEvaluation
 from ..weights.folders import THRESHOLD_FILE
 from ..weights.write import FOLDER_FILES
-
-_HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
-_REFUSED_CALLBACKS: dict[type[Callback], str] = {
-    StochasticWeightAveraging: "it replaces the schedule and averages after the last validation; set model.ema_decay",
-    WeightAveraging: "the average would be neither validated nor saved as best/; set model.ema_decay",
-    GradientAccumulationScheduler: "the loss contrasts the pairs of one batch; raise data.batch_size instead",
-    BatchSizeFinder: "the batch size changes the loss; set data.batch_size, and model.micro_batch_size for the memory",
-    LearningRateFinder: "it takes steps before the run, which are not in its log; set model.optimizer.lr",
-}
 
 
 def refuse_what_would_mislead(config: Any) -> None:
@@ -95,12 +79,7 @@ def refuse_what_would_mislead(config: Any) -> None:
         value = getattr(trainer, name)
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"trainer.{name} is {value}; it must be above 0. Without data.val there is no validation")
-    if str(trainer.precision) in _HALF_WEIGHTS:
-        mixed = "bf16-mixed" if str(trainer.precision).startswith("bf16") else "16-mixed"
-        raise ValueError(
-            f"trainer.precision is {trainer.precision}, which keeps the weights themselves in half precision, where "
-            f"small steps are lost to rounding. {mixed} is as fast and keeps them in float32"
-        )
+    refuse_half_weights(str(trainer.precision))
     if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
     if not config.save_every_minutes > 0:
@@ -155,17 +134,6 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}.{key}" if prefix else key
         out |= dotted(value, name) if isinstance(value, dict) else {name: value}
     return out
-
-
-def refuse_callbacks(callbacks: Callback | list[Callback] | None) -> None:
-    """
-    Raises:
-        ValueError: a callback of Lightning's that changes what a step or a run is.
-    """
-    for callback in callback_list(callbacks):
-        for kind, why in _REFUSED_CALLBACKS.items():
-            if isinstance(callback, kind):
-                raise ValueError(f"trainer.callbacks has {type(callback).__name__}, which is not supported: {why}")
 
 
 def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | None) -> str:

@@ -36,6 +36,7 @@ from ..data.module import PairDataModule
 from ..data.preflight import brief
 from ..reports.runs import PAGE_FILE
 from ..training import lightning_private
+from ..training.agreement import refuse_callbacks
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates, score_in
 from ..training.finite import StopIfNotFinite
 from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
@@ -320,7 +321,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
-        run_settings.refuse_callbacks(settings.trainer.callbacks)
+        refuse_callbacks(run_settings.callback_list(settings.trainer.callbacks))
         trainer, run = settings.trainer, self.run_folder
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]

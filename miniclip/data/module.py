@@ -144,16 +144,19 @@ class PairDataModule(pl.LightningDataModule):
         negatives: "random", or "hard" to make batches of samples that are hard to tell apart.
         neighbours: what makes negatives hard: a folder that `miniclip embed` wrote for the shards of `train`, or one
             for each source. By default the members of a group are put together.
-        positives: set from `model.positives`.
-        image_size: side of the model's input, pixels; set from the model.
-        context_length: most tokens of a text; longer ones are cut and counted; set from the model.
-        preprocess: how held-out images are made square; set from the model.
-        seed: of order, augmentation and captions; set from `seed_everything`.
+        positives: that of `CLIPTraining`, as the next four: the command line sets them from the model, and
+            `CLIPTraining` refuses others.
+        image_size: side of the model's input, pixels.
+        context_length: most tokens of a text; longer ones are cut and counted.
+        preprocess, resize, resize_size, interpolation: how held-out images are made square (`VisionConfig`).
+        seed: of order, augmentation and captions. The command line sets it from `seed_everything`; in Python,
+            Lightning's function of that name does not reach it.
         cache_gb: the most that remote shards, and that sources packed into the cache, may take each on this machine's
             disk, 10^9 bytes. What is used stays.
         val_pairs: the most held-out pairs that a validation takes: the same random ones in every validation of every
             run. None takes all.
-        text_length_multiple: texts of a batch are padded to a multiple of so many tokens; set from `model.compile`.
+        text_length_multiple: texts of a batch are padded to a multiple of so many tokens; the command line sets it from
+            `model.compile`.
         order: "exact", every sample once an epoch in an order that workers and ranks can't change; or "stream",
             straight from tars without an index, inexact. Validation is exact always.
         stream: the settings of "stream".
@@ -371,7 +374,15 @@ class PairDataModule(pl.LightningDataModule):
         return f"{epoch}: {', '.join(parts)}"
 
     def train_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None
+        """
+        Raises:
+            ValueError: no trainer has this module; its step is the place in the sequence of batches.
+        """
+        if self.trainer is None:
+            raise ValueError(
+                "this PairDataModule belongs to no Trainer, whose step tells which batch comes next; give both to "
+                "Trainer.fit. For a loop of your own, `webdataset` reads the same shards"
+            )
         trainer = self.trainer
 
         def step() -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..common.arguments import shown
 from ..common.processes import all_gather_objects
 from ..common.wording import some
 from ..config import CLIPConfig
@@ -29,6 +30,7 @@ from ..loss import clip_loss, siglip_loss
 from ..model import CLIP
 from ..weights.computation import other_computation
 from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
+from .agreement import refuse_callbacks, refuse_half_weights, refuse_other_data
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
 from .optimizer import CommonSchedule, OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
@@ -88,7 +90,12 @@ class CLIPTraining(pl.LightningModule):
         patch_dropout: share of each image's patches that a step leaves out (ViT only): faster, at some price in
             accuracy (Li et al. 2022, https://arxiv.org/abs/2212.00794). Validation always sees all patches.
         compile: torch.compile for the towers in training. Costs minutes at the start; worth it on GPUs.
-        seed: seed of the steps' random numbers; set from `seed_everything`.
+        seed: seed of the steps' random numbers. The command line sets it from `seed_everything`; in Python Lightning's
+            function of that name does not reach it, so give it here and to `PairDataModule`.
+
+    Raises (at the start of a run):
+        ValueError: a `PairDataModule` prepares other pairs than the model takes; weights in half precision; a callback
+            of Lightning's that changes what a step or a run is.
     """
 
     def __init__(
@@ -146,6 +153,7 @@ class CLIPTraining(pl.LightningModule):
     # One step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        _check_batch(batch)
         self._seed_step()
         image_features, text_features = self.features(batch)
         is_shared = self.trainer.world_size > 1
@@ -246,6 +254,7 @@ class CLIPTraining(pl.LightningModule):
         return self.clip if self.average is None else self.average
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        _check_batch(batch)
         # Validation has other batch sizes and no gradient: compiling for it takes longer than it does.
         with torch.compiler.set_stance("force_eager"):
             image_features, text_features = self.features(batch)
@@ -258,7 +267,7 @@ class CLIPTraining(pl.LightningModule):
         """Scores the whole set at once, so that batch size and number of processes do not change the scores."""
         own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
         self._validation.clear()
-        count = len(self.trainer.datamodule.held_out())  # type: ignore[attr-defined]
+        count = None if (data := self._data()) is None else len(data.held_out())  # the last is there several times
         *columns, healthy = (torch.cat(column)[:count] for column in zip(*all_gather_objects(own), strict=True))
         images, texts, answers = (column[healthy] for column in columns)
         if not len(images):
@@ -275,9 +284,24 @@ class CLIPTraining(pl.LightningModule):
     # Setting up
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and (lines := other_computation(self.clip)):
+        """
+        Raises:
+            ValueError: the trainer, its data and the model do not agree (`agreement.py`).
+        """
+        if (data := self._data()) is not None:
+            refuse_other_data(self.clip.config, self.positives, data)
+        if stage != "fit":
+            return
+        refuse_half_weights(str(self.trainer.precision))
+        refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if lines := other_computation(self.clip):
             what = "the model computes something else than its config describes, so `miniclip.load` gives another model"
             warnings.warn("\n".join([f"{what} of this run's checkpoints:", *lines]), stacklevel=2)
+
+    def _data(self) -> PairDataModule | None:
+        """None for loaders of one's own."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data if isinstance(data, PairDataModule) else None
 
     def configure_model(self) -> None:
         # Lightning converts later, too, but a checkpoint in double precision would have been rounded by then.
@@ -294,7 +318,7 @@ class CLIPTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config, total = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
-        warmup = self.warmup_steps(total, self.trainer.datamodule)  # type: ignore[attr-defined]
+        warmup = self.warmup_steps(total, self._data())
         optimizer = make_optimizer(self.clip, config)
         self._frozen = {name: p for name, p in self.clip.named_parameters() if not p.requires_grad}
         schedule = CommonSchedule(
@@ -303,8 +327,23 @@ class CLIPTraining(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def warmup_steps(self, total_steps: int, data: PairDataModule) -> int:
-        return warmup_steps(self.optimizer_config, total_steps, data.batch_size, data.epoch_samples() / data.batch_size)
+    def warmup_steps(self, total_steps: int, data: PairDataModule | None) -> int:
+        """
+        Args:
+            data: None for loaders of one's own, whose samples and epochs are not known.
+
+        Raises:
+            ValueError: as `optimizer.warmup_steps`; or samples or epochs count the steps, and they are not known.
+        """
+        config = self.optimizer_config
+        if data is not None:
+            return warmup_steps(config, total_steps, data.batch_size, data.epoch_samples() / data.batch_size)
+        if config.warmup_unit in ("samples", "epochs"):
+            raise ValueError(
+                f"OptimizerConfig.warmup_unit is {config.warmup_unit!r}, which needs a PairDataModule; with a loader "
+                "of your own give steps or a share of the run"
+            )
+        return warmup_steps(config, total_steps, 1, 1)
 
     def on_train_start(self) -> None:
         if self.average is not None and self.global_step == 0:  # the weights may have been loaded since
@@ -375,6 +414,14 @@ class CLIPTraining(pl.LightningModule):
         for model in (self.clip, self.average):
             if model is not None:
                 model.wordings = wordings
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, Batch):
+        raise ValueError(
+            f"the loader gives {shown(batch)} for a batch; CLIPTraining takes a miniclip.data.pairs.Batch, as "
+            "PairDataModule's loaders and `pairs.collate` give it"
+        )
 
 
 def _autocast(precision: str) -> torch.dtype | None:

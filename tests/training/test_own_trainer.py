@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import tiny_config
-from pytorch_lightning.callbacks import BaseFinetuning, Callback
+from pytorch_lightning.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging
 from torch import nn
+from torch.utils.data import DataLoader
 
 from miniclip.data.module import PairDataModule
 from miniclip.training.optimizer import OptimizerConfig
@@ -134,3 +136,82 @@ def test_a_run_of_a_model_that_computes_otherwise_than_its_config_warns(data):
         UserWarning, match=r"this run's checkpoints:\n  text.*\.1\.mlp\.activation is ReLU\(\), and Quick"
     ):
         trainer(max_steps=1).fit(module, pairs(data))
+
+
+@pytest.mark.parametrize(
+    ("clip", "options", "lines"),
+    [
+        ({"resize": "squash"}, {}, ["resize: the model has 'squash', the data 'shortest'"]),
+        ({}, {"interpolation": "bilinear"}, ["interpolation: the model has 'bicubic', the data 'bilinear'"]),
+        ({}, {"preprocess": "hf", "resize_size": 18}, ["preprocess: the model has 'openai'", "resize_size: the model"]),
+        ({}, {"image_size": 24}, ["image_size: the model has 16, the data 24"]),
+        ({}, {"context_length": 12}, ["context_length: the model has 16, the data 12"]),
+        ({}, {"positives": "caption"}, ["positives: the model has 'pair', the data 'caption'"]),
+    ],
+)
+@pytest.mark.parametrize("what", ["fit", "validate"])
+def test_data_that_prepare_other_pairs_than_the_model_takes_are_refused(data, clip, options, lines, what):
+    module = CLIPTraining(tiny_config(vision=dataclasses.replace(tiny_config().vision, **clip)))
+    with pytest.raises(ValueError, match="prepares other pairs than the model takes") as caught:
+        getattr(trainer(), what)(module, datamodule=pairs(data, **options))
+    for line in lines:
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16-true"}, "trainer.precision is bf16-true, .* bf16-mixed is as fast"),
+        ({"callbacks": [StochasticWeightAveraging(1e-3)]}, "StochasticWeightAveraging, which is not supported: .*ema"),
+    ],
+)
+def test_what_the_command_line_refuses_a_trainer_of_ones_own_does_not_run(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(**options).fit(CLIPTraining(tiny_config()), pairs(data))
+
+
+def own_loaders(data, steps: int) -> list[DataLoader[Any]]:
+    """The batches of a run under PairDataModule, and those of its validation."""
+    seen: list[Any] = []
+
+    class Kept(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            seen.append(batch)
+
+    module = pairs(data)
+    trainer(max_steps=steps, callbacks=[Kept()], num_sanity_val_steps=0).fit(CLIPTraining(tiny_config()), module)
+    return [DataLoader(batches, None, collate_fn=lambda batch: batch) for batches in (seen, [*module.val_dataloader()])]
+
+
+def test_loaders_of_ones_own_train_and_validate_as_the_module_whose_batches_they_give(data):
+    train, val = own_loaders(data, steps=3)
+    found = []
+    for loaders in ({"datamodule": pairs(data)}, {"train_dataloaders": train, "val_dataloaders": val}):
+        torch.manual_seed(0)
+        module, run = CLIPTraining(tiny_config()), trainer(max_steps=3, val_check_interval=3, num_sanity_val_steps=0)
+        run.fit(module, **loaders)
+        found.append((module.state_dict(), {key: float(value) for key, value in run.callback_metrics.items()}))
+    (of_module, scores), (of_loaders, own_scores) = found
+    assert all(torch.equal(of_loaders[name], tensor) for name, tensor in of_module.items())
+    assert own_scores == scores
+    assert "val/retrieval_r1" in scores
+
+
+def test_loaders_of_other_batches_and_warm_ups_in_samples_are_refused():
+    loader = DataLoader([0] * 4, batch_size=2)
+    for what in ("fit", "validate"):
+        with pytest.raises(
+            ValueError, match=r"the loader gives a Tensor for a batch; .*a miniclip\.data\.pairs\.Batch"
+        ):
+            getattr(trainer(), what)(CLIPTraining(tiny_config()), loader)
+    module = CLIPTraining(tiny_config(), OptimizerConfig(warmup=8, warmup_unit="samples"))
+    with pytest.raises(ValueError, match=r"warmup_unit is 'samples', which needs a PairDataModule"):
+        trainer().fit(module, loader)
+
+
+def test_a_data_module_without_a_trainer_says_what_its_batches_need(data):
+    module = pairs(data)
+    module.setup("fit")
+    assert len(next(iter(module.val_dataloader())).keys) == 8
+    with pytest.raises(ValueError, match="belongs to no Trainer, whose step tells which batch comes next"):
+        module.train_dataloader()
