@@ -57,13 +57,16 @@ def clip_loss(
             texts are all equal, or whose images are, changes nothing: the softmax gives equal ones equal shares.
         across_processes: contrast the pairs of all processes, b on each. Every process returns its own pairs' share
             times the number of processes, so the average over processes, which DDP takes of gradients, is that of one
-            process with all pairs. Each process computes its b rows of logits and no more.
+            process with all pairs. Each process computes its b rows of logits and no more. One with fewer pairs fills
+            up with any rows and leaves them out by `mask`: unequal numbers are refused on CPUs, and on GPUs, where a
+            look at them would stop the host in each step, what NCCL does is not defined.
 
     Returns:
         A scalar, the mean over pairs and both directions.
 
     Raises:
-        ValueError: features that are no floats or do not pair up, no pairs, or a mask that leaves none.
+        ValueError: features that are no floats or do not pair up, no pairs, a mask that leaves none, or (on CPUs)
+            unequal numbers of pairs on the processes.
     """
     with in_full_precision(image_features, text_features):
         p = gather_pairs(image_features, text_features, chunk_size, mask, groups, across_processes)

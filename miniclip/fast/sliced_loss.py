@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.arguments import check_count, shown
-from ..common.processes import gather, rank_and_world_size
+from ..common.processes import counts_of_all, gather, rank_and_world_size
 from ..common.tensors import check_tensor
 from .matmul import product_into
 
@@ -81,6 +81,14 @@ def gather_pairs(
             kept = f" keeps {int(value.sum())} pairs" if name == "mask" else ""
             raise ValueError(f"{name} of shape {tuple(value.shape)}{kept}; it must be (B,) and keep one")
     rank, world_size = rank_and_world_size() if across_processes else (0, 1)
+    # Gloo ends the process where counts differ. On a GPU, looking at them would have the host wait in each step.
+    if world_size > 1 and image_features.is_cpu and not torch.compiler.is_compiling():
+        counts = counts_of_all(len(image_features))
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the processes hold {', '.join(map(str, counts))} pairs, and across_processes needs as many on each; "
+                "fill up with any rows, and leave those out by `mask`"
+            )
     everywhere = gather if world_size > 1 else (lambda rows: rows)
     dtype = torch.promote_types(image_features.dtype, torch.float32)
     texts, b = text_features.to(dtype), len(text_features)

@@ -3,6 +3,7 @@
 import itertools
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,12 @@ def work(rank, world_size, folder):
             optimizer.step()
         results[loss_name, case, dtype] = (*first, {name: p.detach() for name, p in towers.module.named_parameters()})
     results["gathered"] = gather(torch.arange(2) + 10 * rank)
+    few = F.normalize(torch.ones(4 - rank, 2), dim=1)
+    for name, loss in (("clip", clip_loss), ("siglip", partial(siglip_loss, logit_bias=0.0))):
+        try:
+            results[f"unequal {name}"] = float(loss(few, few, 10.0, across_processes=True))
+        except ValueError as error:
+            results[f"unequal {name}"] = str(error)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -113,3 +120,13 @@ def test_processes_get_the_loss_gradients_and_weights_of_one_with_the_whole_batc
 def test_rows_are_gathered_in_the_order_of_the_ranks(results):
     expected = [n for rank in range(len(results)) for n in (10 * rank, 10 * rank + 1)]
     assert all(result["gathered"].tolist() == expected for result in results)
+
+
+@pytest.mark.parametrize("loss_name", ["clip", "siglip"])
+def test_unequal_numbers_of_pairs_are_an_error_in_every_process(results, loss_name):
+    found = [result[f"unequal {loss_name}"] for result in results]
+    if len(results) == 1:
+        assert isinstance(found[0], float)
+        return
+    counts = ", ".join(str(4 - rank) for rank in range(len(results)))
+    assert all(f"the processes hold {counts} pairs" in each and "`mask`" in each for each in found)
