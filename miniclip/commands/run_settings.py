@@ -18,8 +18,8 @@ from ..common.wording import some
 from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
 from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
-from ..training.agreement import refuse_half_weights
 from ..training.finite import NON_FINITE
+from ..training.start import refuse_half_weights
 from ..training.zero_shot import ZeroShotEvaluation
 from ..weights.folders import THRESHOLD_FILE
 from ..weights.write import FOLDER_FILES

@@ -36,14 +36,13 @@ from ..data.module import PairDataModule
 from ..data.preflight import brief
 from ..reports.runs import PAGE_FILE
 from ..training import lightning_private
-from ..training.agreement import refuse_callbacks
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates, score_in
 from ..training.finite import StopIfNotFinite
 from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
 from ..training.resume import Resumption
 from ..training.run_folder import TableLogger, hold
-from ..training.start import refuse_another_architecture
+from ..training.start import refuse_another_architecture, refuse_callbacks
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, what_is_kept
 from ..training.zero_shot import CaptionWordings

@@ -13,7 +13,7 @@ from torch import nn
 T = TypeVar("T")
 
 
-class _Held:
+class _Modes:
     """The modes that the modules of a model had, and how many calls are in it now."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -21,8 +21,8 @@ class _Held:
         self.modes = [(module, module.training) for module in model.modules()]
 
 
-_lock = threading.Lock()
-_held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+_modes_lock = threading.Lock()
+_encoding: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -32,31 +32,31 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     Calls may nest, and those of several threads overlap: the last one gives the modes back. What is no module of
     torch's is left alone.
     """
-    held = _enter(model) if isinstance(model, nn.Module) else None
+    held = _hold_modes(model) if isinstance(model, nn.Module) else None
     try:
         yield
     finally:
         if held is not None:
-            _leave(model, held)
+            _give_modes_back(model, held)
 
 
-def _enter(model: nn.Module) -> _Held | None:
+def _hold_modes(model: nn.Module) -> _Modes | None:
     """None for a model that is in evaluation mode by itself."""
-    with _lock:
-        if model not in _held:
-            if not _is_training(model):
+    with _modes_lock:
+        if model not in _encoding:
+            if not _has_training_part(model):
                 return None
-            _held[model] = _Held(model)
+            _encoding[model] = _Modes(model)
             model.eval()
-        _held[model].num_calls += 1
-        return _held[model]
+        _encoding[model].num_calls += 1
+        return _encoding[model]
 
 
-def _leave(model: nn.Module, held: _Held) -> None:
-    with _lock:
+def _give_modes_back(model: nn.Module, held: _Modes) -> None:
+    with _modes_lock:
         held.num_calls -= 1
         if not held.num_calls:
-            del _held[model]
+            del _encoding[model]
             for module, mode in held.modes:  # a module comes before those in it, whose modes its own sets, too
                 if module.training != mode:
                     module.train(mode)
@@ -73,7 +73,7 @@ def is_plain_value(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _is_training(model: nn.Module) -> bool:
+def _has_training_part(model: nn.Module) -> bool:
     """Whether one of its modules is; four times as fast as `model.modules()`."""
     modules: list[nn.Module | None] = [model]
     while modules:

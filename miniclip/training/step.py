@@ -28,14 +28,22 @@ from ..evaluation.measures.ranking import recall_at_1
 from ..images import normalize
 from ..loss import clip_loss, siglip_loss
 from ..model import CLIP
-from ..weights.computation import other_computation
 from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
-from .agreement import refuse_callbacks, refuse_half_weights, refuse_other_data
+from ..weights.shapes import other_computation
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
 from .optimizer import CommonSchedule, OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .recompute import drop_patches_in_training, encode_in_parts, recompute_blocks
-from .start import Locked, LossKind, locked_part, refuse_other_weights, starting_model
+from .start import (
+    Locked,
+    LossKind,
+    locked_part,
+    refuse_callbacks,
+    refuse_half_weights,
+    refuse_other_data,
+    refuse_other_weights,
+    starting_model,
+)
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
@@ -286,7 +294,7 @@ class CLIPTraining(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """
         Raises:
-            ValueError: the trainer, its data and the model do not agree (`agreement.py`).
+            ValueError: the trainer, its data and the model do not agree (`start.py`).
         """
         if (data := self._data()) is not None:
             refuse_other_data(self.clip.config, self.positives, data)
