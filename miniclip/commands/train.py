@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse._actions import ActionConfigFile, _ActionConfigLoad
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -57,6 +58,33 @@ class _Parser(LightningArgumentParser):
 
     Configurations are UTF-8 on every system; jsonargparse reads and writes them in the encoding of the locale.
     """
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        """A flag beats the files wherever it stands, and a later file an earlier one."""
+        if args is not None and self._subcommands_action is None:
+            args = self._files_first(list(args))
+        return super().parse_args(args, *more, **options)
+
+    def _files_first(self, args: list[str]) -> list[str]:
+        files: list[str] = []
+        flags: list[str] = []
+        while args:
+            count = self._arguments_of_file(args)
+            (files if count else flags).extend(args[: count or 1])
+            del args[: count or 1]
+        return files + flags
+
+    def _arguments_of_file(self, args: list[str]) -> int:
+        """How many of the first arguments name a file of settings: `--config FILE`, `-cFILE`, `--trainer=FILE`, …"""
+        name, sign, value = args[0].partition("=")
+        if name[:2] in self._option_string_actions:  # -c
+            name, sign, value = name[:2], sign or name[2:], value or name[2:]
+        count = 1 if sign else 2
+        value = value if sign else "".join(args[1:2])
+        action = self._option_string_actions.get(name)
+        if isinstance(action, ActionConfigFile):
+            return count if value and not value.startswith("--") else 0
+        return count if isinstance(action, _ActionConfigLoad) and Path(value).is_file() else 0
 
     def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
         if not Path(path).is_file():  # `-`, a URL, or a mistake

@@ -42,7 +42,7 @@ def work(tmp_path_factory) -> Path:
     (folder / "pairs/空.png").write_bytes(b"no picture")
     (folder / "pairs/空.txt").write_text("空", encoding="utf-8")
     (folder / "t.txt").write_text("{} – 照片", encoding="utf-8")
-    (folder / "run.yaml").write_text("# 设置 – café\ndata:\n  train: shards\n  batch_size: 4\n", encoding="utf-8")
+    (folder / "run.yaml").write_text("# 设置 – café\ndata:\n  train: shards\n", encoding="utf-8")
     return folder
 
 
@@ -55,7 +55,7 @@ def test_every_verb_ends_well_and_its_files_hold_every_sign(work, tmp_path, enco
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *TINY, "--trainer.max_steps=1", "--trainer.default_root_dir=run",
-         "--data.num_workers=0"],
+         "--data.batch_size=4", "--data.num_workers=0"],
         cwd=here, capture_output=True, check=False,
         env=kept | {"PYTHONPATH": str(Path(miniclip.__file__).parents[1])} | ENCODINGS[encoding],
     )  # fmt: skip

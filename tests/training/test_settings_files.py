@@ -1,0 +1,53 @@
+"""Settings from files and flags: which wins, and what a file cannot say."""
+
+import pytest
+import yaml
+
+from miniclip.commands import train as trainer
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(
+        "name: a\nseed_everything: 5\ntrainer:\n  max_steps: 10\n  callbacks: [{class_path: LearningRateMonitor}]\n"
+    )
+    (tmp_path / "b.yaml").write_text("name: b\ntrainer: {max_steps: 20}\n")
+    (tmp_path / "trainer.yaml").write_text("{max_steps: 30, log_every_n_steps: 7}\n")
+    return tmp_path
+
+
+def settings(capsys, *args: str) -> dict:
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(["fit", *args, "--print_config"])
+    printed = capsys.readouterr()
+    assert stopped.value.code in (0, None), printed.err
+    return yaml.safe_load(printed.out)
+
+
+ORDERS = [
+    # flags and files, name, seed_everything, trainer.max_steps
+    (["--config", "a.yaml", "--name", "mine", "--trainer.max_steps", "2"], "mine", 5, 2),
+    (["--name", "mine", "--trainer.max_steps", "2", "--config", "a.yaml"], "mine", 5, 2),
+    (["--name=mine", "--trainer.max_steps=2", "--config=a.yaml"], "mine", 5, 2),
+    (["--name", "mine", "-c", "a.yaml", "--trainer.max_steps", "2"], "mine", 5, 2),
+    (["--name", "mine", "--trainer.max_steps", "2", "-ca.yaml"], "mine", 5, 2),
+    (["--config", "a.yaml", "--trainer.max_steps", "4", "--config", "b.yaml"], "b", 5, 4),
+    (["--config", "b.yaml", "--trainer.max_steps", "4", "--config", "a.yaml"], "a", 5, 4),
+    (["--overwrite", "--config", "b.yaml", "--config", "a.yaml"], "a", 5, 10),
+    (["--trainer.max_steps", "4", "--config", "a.yaml", "--trainer", "trainer.yaml"], "a", 5, 4),
+    (["--config", "a.yaml", "--trainer", "trainer.yaml"], "a", 5, 30),
+    (["--trainer", "trainer.yaml", "--config", "a.yaml"], "a", 5, 10),
+]
+
+
+@pytest.mark.parametrize("args, name, seed, steps", ORDERS, ids=[" ".join(order[0]) for order in ORDERS])
+def test_flags_beat_files_and_later_files_earlier_ones(files, capsys, args, name, seed, steps):
+    found = settings(capsys, *args)
+    assert (found["name"], found["seed_everything"], found["trainer"]["max_steps"]) == (name, seed, steps)
+
+
+def test_what_a_flag_appends_follows_what_the_files_have(files, capsys):
+    found = settings(capsys, "--trainer.callbacks+=DeviceStatsMonitor", "--config", "b.yaml", "--config", "a.yaml")
+    names = [each["class_path"].split(".")[-1] for each in found["trainer"]["callbacks"]]
+    assert names == ["LearningRateMonitor", "DeviceStatsMonitor"]
