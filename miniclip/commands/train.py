@@ -19,7 +19,9 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from jsonargparse._actions import ActionConfigFile, _ActionConfigLoad
+from jsonargparse._loaders_dumpers import get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -31,6 +33,7 @@ from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
 
 from ..common.files import user_errors, write_text
 from ..common.storage import without_secrets, without_secrets_in
+from ..common.unique_keys import RepeatedKeyError, UniqueKeys
 from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
@@ -51,6 +54,19 @@ from ..weights.folders import refuse_misread
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
+
+
+def _load_yaml(text: str) -> Any:
+    """What jsonargparse's own loader makes of a text in which no key comes twice."""
+    try:
+        yaml.load(text, UniqueKeys)
+    except RepeatedKeyError as error:
+        raise TypeError(str(error)) from error  # which jsonargparse reports with the key
+    return get_loader("yaml")(text)
+
+
+_YAML = "yaml_of_unique_keys"  # jsonargparse's name of a way to read a text
+set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
 
 
 class _Parser(LightningArgumentParser):
@@ -93,6 +109,10 @@ class _Parser(LightningArgumentParser):
             text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,})") from error
+        try:
+            yaml.load(text, UniqueKeys)
+        except (yaml.YAMLError, RepeatedKeyError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         return self.parse_string(text, Path(path).name, *args, **options)
 
     def save(self, namespace: Any, path: Any, *, skip_none: bool = False, **options: Any) -> None:
@@ -520,6 +540,7 @@ def main(args: list[str] | None = None) -> None:
             parser_kwargs={
                 "prog": _program(),
                 "allow_abbrev": False,
+                "parser_mode": _YAML,
                 "description": "Train a CLIP on shards of image-text pairs.",
             },
         )

@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from ...common.files import is_readable
+from ...common.unique_keys import RepeatedKeyError, UniqueKeys
 from ...data.reading.cells import decode_text, visible
 from ...data.reading.json_tables import RepeatedNameError, parse_json
 from ...data.reading.scan import same_name
@@ -166,24 +167,11 @@ def _json(text: str, source: str) -> Any:
             raise ValueError(f"{source} is not JSON: {error}") from error
 
 
-class _UniqueKeys(yaml.BaseLoader):
-    """PyYAML's loader, which keeps the last of several values of one key without a word.
-
-    0017, no and 12:30 are texts as they are written.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := [key for number, key in enumerate(keys) if key in keys[:number]]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{repeated[0]} comes twice in one mapping", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 def _yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeys)
+        return yaml.load(text, UniqueKeys)
+    except RepeatedKeyError as error:
+        raise ValueError(f"{source}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
