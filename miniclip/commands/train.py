@@ -22,6 +22,7 @@ import torch
 import yaml
 from jsonargparse._actions import ActionConfigFile, _ActionConfigLoad
 from jsonargparse._loaders_dumpers import get_loader, set_loader
+from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -115,6 +116,19 @@ class _Parser(LightningArgumentParser):
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         return self.parse_string(text, Path(path).name, *args, **options)
 
+    def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **options: Any) -> Any:
+        """jsonargparse takes null for every key of a file, whatever the key's type."""
+        if value is None and action.default is not None:
+            if isinstance(action, _ActionConfigLoad):
+                within = [each.dest for each in self._actions if each.dest.startswith(f"{action.dest}.")]
+                keys = dict.fromkeys(name[len(action.dest) + 1 :].split(".")[0] for name in within)
+                raise TypeError(
+                    f"{key} is null, and it takes keys: {some(list(keys))}; leave it out for their defaults"
+                )
+            if isinstance(action, ActionTypeHint):
+                return action._check_type_(value, mode=self.parser_mode)
+        return super()._check_value_key(action, value, key, *args, **options)
+
     def save(self, namespace: Any, path: Any, *, skip_none: bool = False, **options: Any) -> None:
         del options
         write_text(path, self.dump(namespace, skip_none=skip_none))
@@ -143,15 +157,21 @@ _UNUSABLE = re.compile(r"Problem with given class_path '([^']+)':\s*([^\n]*)")
 
 def _wrong_type(key: str, message: str) -> str | None:
     """jsonargparse's ten lines about a value of a wrong type, as one; None for a key of a complicated type."""
-    expected = re.findall(r"Expected a <class '(\w+)'>", message)
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if not expected or value is None or "Not a valid subclass" in message:
+    one_of = re.search(r"Subtypes: \[(.*)\]", message)
+    types = one_of or re.search(r"Expected a (.*)\. Got value: ", message)
+    value = re.search(r"Given value: (.*)" if one_of else r"Got value: (.*)", message)
+    if types is None or value is None or "Not a valid subclass" in message:
         return None
-    types = " or ".join("null" if name == "NoneType" else name for name in dict.fromkeys(expected))
+    plain = re.sub(r"([a-z_]+\.)+(?=\w)", "", types[1])  # without names of modules
+    expected: list[str] = []
+    for name, values, generic in re.findall(r"<class '(\w+)'>|Literal\[([^]]*)\]|(\w+\[[^]]*\])", plain):
+        expected += [each.strip("'") for each in values.split(", ")] if values else [name or generic]
+    *most, last = dict.fromkeys("null" if name == "NoneType" else name for name in expected)
+    allowed = f"{', '.join(most)} or {last}" if most else last
     is_number = re.search(r"value type: <class '(int|float|bool)'>", message)
     quote = f"; in YAML, write '{value[1]}' with quotes" if "str" in expected and is_number else ""
     no_limit = "; -1 sets no limit" if key == "trainer.max_steps" else ""
-    return f"{key} is {value[1]}, and it takes {types}{quote}{no_limit}"
+    return f"{key} is {value[1]}, and it takes {allowed}{quote}{no_limit}"
 
 
 def _did_you_mean(class_path: str) -> str:

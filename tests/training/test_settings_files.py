@@ -80,3 +80,69 @@ def test_one_key_in_several_mappings_and_a_merged_one_are_no_repetition(files, c
     )
     towers = settings(capsys, "--config", "c.yaml")["model"]["clip"]
     assert [(towers[name]["width"], towers[name]["layers"]) for name in ("vision", "text")] == [(32, 2), (48, 2)]
+
+
+NULLS = {
+    "data": "data is null, and it takes keys: train, val, weights, batch_size, num_workers and ",
+    "data.augmentation": "data.augmentation is null, and it takes keys: scale, ratio, flip, color, color_probability",
+    "data.captions": "data.captions is null, and it takes keys: order, fields, line_weights, per_image; leave it out",
+    "data.batch_size": "data.batch_size is None, and it takes int",
+    "data.num_workers": "data.num_workers is None, and it takes int",
+    "model": "model is null, and it takes keys: clip, optimizer, ",
+    "model.clip.vision": "model.clip.vision is null, and it takes keys: kind, ",
+    "model.clip.vision.width": "model.clip.vision.width is None, and it takes int",
+    "model.optimizer": "model.optimizer is null, and it takes keys: kind, lr, ",
+    "model.optimizer.final_lr": "model.optimizer.final_lr is None, and it takes float",
+    "model.optimizer.betas": "model.optimizer.betas is None, and it takes tuple",
+    "model.patch_dropout": "model.patch_dropout is None, and it takes float",
+    "model.max_rejected": "model.max_rejected is None, and it takes float",
+    "model.positives": "model.positives is None, and it takes pair, caption or group",
+    "save_every_minutes": "save_every_minutes is None, and it takes float",
+    "seed_everything": "seed_everything is None, and it takes int",
+    "trainer": "trainer is null, and it takes keys: accelerator, ",
+    "trainer.devices": "trainer.devices is None, and it takes list[int], str or int",
+    "trainer.max_steps": "trainer.max_steps is None, and it takes int; -1 sets no limit",
+}
+
+
+@pytest.mark.parametrize("key", NULLS)
+def test_a_key_without_a_value_is_named_with_what_it_takes(files, capsys, key):
+    *parents, last = key.split(".")
+    text = f"{last}:"  # as one whose lines were commented out
+    for parent in reversed(parents):
+        text = f"{parent}:\n" + "\n".join(f"  {line}" for line in text.split("\n"))
+    (files / "c.yaml").write_text(f"monitor: val/loss\n{text}\n")
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(["fit", "--config", "a.yaml", "--config", "c.yaml", "--data.train=shards"])
+    assert stopped.value.code == 2
+    assert NULLS[key] in capsys.readouterr().err
+
+
+def test_null_stays_a_value_where_it_is_one(files, capsys):
+    """Each is the default, or an int or the like of which null is another value."""
+    (files / "c.yaml").write_text(
+        "name: null\nmodel: {ema_decay: null, clip: {text: {eot_token: null}}}\ndata: {train: null, val_pairs: null}\n"
+        "trainer: {callbacks: null, check_val_every_n_epoch: null, precision: null}\n"
+    )
+    found = settings(capsys, "--config", "a.yaml", "--config", "c.yaml")
+    assert found["name"] is None
+    assert found["model"]["clip"]["text"]["eot_token"] is None
+    assert (found["data"]["train"], found["data"]["val_pairs"]) == (None, None)
+    assert (found["trainer"]["callbacks"], found["trainer"]["check_val_every_n_epoch"]) == (None, None)
+
+
+ALLOWED = {
+    "trainer.precision=fp16": "trainer.precision is fp16, and it takes 64, 32, 16, transformer-engine, ",
+    "trainer.precision=8": ", bf16-mixed, 32-true, 64-true, bf16 or null",
+    "trainer.deterministic=perhaps": "trainer.deterministic is perhaps, and it takes bool, warn or null",
+    "monitor_mode=lowest": "monitor_mode is lowest, and it takes max or min",
+    "data.weights=[x]": "data.weights is ['x'], and it takes list[float] or null",
+    "data.augmentation.scale=[a,b]": "data.augmentation.scale is a, and it takes float",
+}
+
+
+@pytest.mark.parametrize("flag", ALLOWED)
+def test_a_value_that_is_none_of_those_allowed_is_answered_with_all_of_them(files, capsys, flag):
+    with pytest.raises(SystemExit):
+        trainer.main(["fit", "--config", "a.yaml", f"--{flag}"])
+    assert ALLOWED[flag] in capsys.readouterr().err
