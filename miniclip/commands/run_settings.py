@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 
 from ..common.wording import some
 from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
 from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
+from ..training import start
 from ..training.finite import NON_FINITE
-from ..training.start import refuse_half_weights
 from ..training.zero_shot import ZeroShotEvaluation
 from ..weights.folders import THRESHOLD_FILE
 from ..weights.write import FOLDER_FILES
@@ -79,7 +79,7 @@ def refuse_what_would_mislead(config: Any) -> None:
         value = getattr(trainer, name)
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"trainer.{name} is {value}; it must be above 0. Without data.val there is no validation")
-    refuse_half_weights(str(trainer.precision))
+    start.refuse_half_weights(str(trainer.precision))
     if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")
     if not config.save_every_minutes > 0:
@@ -134,6 +134,23 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}.{key}" if prefix else key
         out |= dotted(value, name) if isinstance(value, dict) else {name: value}
     return out
+
+
+def refuse_callbacks(trainer: Any) -> None:
+    """
+    Args:
+        trainer: its settings, with the callbacks made.
+
+    Raises:
+        ValueError: a callback of Lightning's that changes what a step or a run is, or makes a setting do nothing.
+    """
+    callbacks = callback_list(trainer.callbacks)
+    start.refuse_callbacks(callbacks)
+    if trainer.max_time is not None and any(isinstance(each, Timer) for each in callbacks):
+        raise ValueError(
+            f"trainer.max_time is {trainer.max_time} and trainer.callbacks has a Timer, beside which Lightning ignores "
+            "it; leave one of them out"
+        )
 
 
 def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | None) -> str:

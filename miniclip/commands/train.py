@@ -21,7 +21,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse._actions import ActionConfigFile, _ActionConfigLoad
-from jsonargparse._loaders_dumpers import get_loader, set_loader
+from jsonargparse._loaders_dumpers import comment_prefix, get_loader, set_dumper, set_loader
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -47,9 +47,9 @@ from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
 from ..training.resume import Resumption
 from ..training.run_folder import TableLogger, hold
-from ..training.start import refuse_another_architecture, refuse_callbacks
+from ..training.start import refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
-from ..training.stopping import LostProcesses, what_is_kept
+from ..training.stopping import LostProcesses, is_out_of_time, what_is_kept
 from ..training.zero_shot import CaptionWordings
 from ..weights.folders import refuse_misread
 from ..weights.load import load, save
@@ -66,8 +66,21 @@ def _load_yaml(text: str) -> Any:
     return get_loader("yaml")(text)
 
 
-_YAML = "yaml_of_unique_keys"  # jsonargparse's name of a way to read a text
+class _Dumper(yaml.SafeDumper):
+    """Writes what is a text and more, as the member of an enumeration that is a callback's default."""
+
+
+_Dumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
+
+
+def _dump_yaml(settings: Any) -> str:
+    return yaml.dump(settings, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+_YAML = "yaml_of_unique_keys"  # jsonargparse's name of a way to read and write settings
 set_loader(_YAML, _load_yaml, (yaml.YAMLError,))
+set_dumper(_YAML, _dump_yaml)
+comment_prefix[_YAML] = comment_prefix["yaml"]
 
 
 class _Parser(LightningArgumentParser):
@@ -388,7 +401,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
-        refuse_callbacks(run_settings.callback_list(settings.trainer.callbacks))
+        run_settings.refuse_callbacks(settings.trainer)
         trainer, run = settings.trainer, self.run_folder
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
@@ -463,6 +476,12 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"the run ended before its first step, so {self.run_folder} holds no model; trainer.max_time is "
                 f"{settings.trainer.max_time}"
+            )
+        if is_out_of_time(self.trainer):
+            limit = "the callback Timer" if (time := settings.trainer.max_time) is None else f"trainer.max_time {time}"
+            print(
+                f"The time is up ({limit}, counted from each start) at step {self.trainer.global_step} of "
+                f"{self.trainer.max_steps}. To go on:\n  {self._resume_command}"
             )
         if not found:  # a finished run of another folder was resumed, so this folder has nothing of its own
             return

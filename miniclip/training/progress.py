@@ -32,6 +32,7 @@ from ..reports.runs import PAGE_FILE, RUN_FILE
 from .checkpoints import scored_data
 from .lightning_private import is_logged
 from .measuring import RunMetrics
+from .stopping import is_out_of_time
 
 
 class Stalls(Callback):
@@ -193,7 +194,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer, "finished")
+        self._end(trainer, "stopped by its limit of time" if is_out_of_time(trainer) else "finished")
 
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -205,16 +206,18 @@ class RunReport(Callback):
             status = "stopped"
         else:
             status = without_secrets(f"failed: {exception}")
-        self._end(trainer, status)
+        if self._end(trainer, status):
+            print(f"Report: {self.run / PAGE_FILE}", flush=True)
 
-    def _end(self, trainer: pl.Trainer, status: str) -> None:
+    def _end(self, trainer: pl.Trainer, status: str) -> bool:
+        """Whether the page could be written."""
         try:
             if self._write(trainer, status):
                 write_page(self.run / PAGE_FILE, [self.run])
-                if status != "finished":  # a finished run prints it with the trained model
-                    print(f"Report: {self.run / PAGE_FILE}", flush=True)
+                return True
         except Exception as error:  # the run's own end, or error, matters more than its page
             print(f"warning: no page of the run could be written: {error}", file=sys.stderr)
+        return False
 
     def _write(self, trainer: pl.Trainer, status: str) -> bool:
         """The record beside the log; False if nothing is logged."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 from pytorch_lightning.trainer.states import TrainerFn
 
 from ..common.processes import all_gather_objects
@@ -26,7 +26,8 @@ SETTINGS = "miniclip_settings"  # key in a checkpoint
 class Resumption(Callback):
     """A resumed run refuses an optimiser state that is not its own, and prints which other settings differ.
 
-    It goes on with its own rates, decays and patience, where Lightning would silently take the checkpoint's.
+    It goes on with its own rates, decays and patience, where Lightning would silently take the checkpoint's. A limit of
+    time counts from each start: Lightning's adds up, so that a start after the limit would train nothing.
 
     Args:
         configuration: further settings to compare, by name, as JSON has them.
@@ -53,6 +54,7 @@ class Resumption(Callback):
             self._checkpoint = checkpoint.get(SETTINGS)
             sizes = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
             refuse_another_state(module, self._checkpoint or {}, sizes)
+            checkpoint["callbacks"].pop(Timer.__qualname__, None)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._keep_own_patience()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 
 from . import lightning_private
@@ -81,6 +81,14 @@ def stopped_early_by(trainer: pl.Trainer) -> list[Any] | None:
                 limits = [each.stopping_threshold, each.divergence_threshold, each.check_finite]
                 return [each.monitor, *([] if by_patience else limits)]
     return None
+
+
+def is_out_of_time(trainer: pl.Trainer) -> bool:
+    """Whether trainer.max_time, or a callback Timer, ended the run before its last step."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+    is_up = any(seconds is not None and seconds <= 0 for seconds in left)
+    return is_up and trainer.global_step < trainer.max_steps and stopped_early_by(trainer) is None
 
 
 def slurm(trainer: pl.Trainer) -> SLURMEnvironment | None:

@@ -101,6 +101,31 @@ def test_a_run_that_ends_before_its_first_step_says_so(data, tmp_path, capsys):
     assert "before its first step" in message
 
 
+TIMER = '--trainer.callbacks=[{"class_path": "Timer", "init_args": {"duration": "00:00:00:01"}}]'
+
+
+@pytest.mark.parametrize("limit, name", [("--trainer.max_time=00:00:00:01", "trainer.max_time 00"), (TIMER, "Timer")])
+def test_a_limit_of_time_counts_from_each_start_and_is_named(data, tmp_path, capsys, limit, name):
+    run, reached = tmp_path / "run", [0]
+    for _ in range(2):
+        trainer.main([*arguments(data, run, steps=100_000), "--ckpt_path=last", limit])
+        reached.append(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"])
+        printed = capsys.readouterr().out
+        assert f"at step {reached[-1]} of 100000. To go on:\n" in printed
+        assert name in printed
+        assert printed.count("report.html") == 1
+        assert f"stopped by its limit of time, {reached[-1]:,} of 100,000 steps" in (run / "report.html").read_text()
+    assert reached[0] < reached[1] < reached[2]
+    trainer.main([*arguments(data, run, steps=reached[2] + 2), "--ckpt_path=last", "--trainer.max_time=00:01:00:00"])
+    assert "The time is up" not in capsys.readouterr().out
+    assert "finished, " in (run / "report.html").read_text()
+
+
+def test_two_limits_of_time_of_which_one_would_be_ignored_are_refused(data, tmp_path, capsys):
+    message = fails(capsys, arguments(data, tmp_path / "run", TIMER, "--trainer.max_time=00:00:00:05"))
+    assert "trainer.max_time is 00:00:00:05 and trainer.callbacks has a Timer" in message
+
+
 def test_early_stopping_on_a_metric_that_nothing_logs_is_an_error_that_names_those_that_are(data, tmp_path, capsys):
     message = fails(capsys, [*arguments(data, tmp_path / "run", steps=6), early_stopping(monitor="val_loss")])
     assert "'val_loss'" in message
