@@ -444,6 +444,9 @@ class TrainingCLI(LightningCLI):
             inference_mode=False,  # FSDP2 cannot gather weights in it, nor train after it
             **kwargs,
         )
+        seconds = lightning_private.keep_validation_interval(made, trainer.val_check_interval)
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"trainer.val_check_interval is {trainer.val_check_interval}; a time must be above 0")
         if lightning_private.forks_or_spawns(made):
             raise ValueError(
                 f"trainer.strategy {trainer.strategy!r} starts processes by fork or spawn, which would begin without "

@@ -23,6 +23,18 @@ def is_validation_due(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def keep_validation_interval(trainer: pl.Trainer, interval: Any) -> float | None:
+    """Sets trainer.val_check_interval where Lightning leaves it out, though its callbacks ask for it: if it is a time.
+
+    Returns:
+        The time in seconds.
+    """
+    seconds: float | None = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    if seconds is not None:
+        trainer.val_check_interval = interval
+    return seconds
+
+
 def stops_early(trainer: pl.Trainer) -> bool:
     """Whether something asked the run to stop (early stopping, max_time) and min_epochs and min_steps let it."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early

@@ -3,10 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.loops import evaluation_loop, fit_loop, training_epoch_loop
 from runs import arguments, fails, validations
 
 from miniclip.commands import train as trainer
@@ -99,6 +102,33 @@ def test_a_run_that_ends_before_its_first_step_says_so(data, tmp_path, capsys):
     message = fails(capsys, arguments(data, tmp_path / "run", "--trainer.max_time=00:00:00:00"))
     assert "trainer.max_time" in message
     assert "before its first step" in message
+
+
+class Tick(Callback):
+    """A step takes a second of a clock of its own."""
+
+    now = 0
+
+    def on_train_batch_start(self, *args) -> None:
+        Tick.now += 1
+
+
+@pytest.mark.parametrize("interval, apart", [("00:00:00:10", 10), ('{"seconds": 4}', 4)])
+def test_validations_come_at_times_and_at_the_last_step(data, tmp_path, monkeypatch, interval, apart):
+    for module in (evaluation_loop, fit_loop, training_epoch_loop):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: Tick.now))
+    run = tmp_path / "run"
+    callbacks = [json.loads(early_stopping(stopping_threshold=None, monitor="val/loss", patience=99).partition("=")[2])]
+    options = [
+        f"--trainer.val_check_interval={interval}",
+        f"--trainer.callbacks={json.dumps([*callbacks[0], {'class_path': 'test_endings.Tick'}])}",
+        "--ckpt_path=last",
+    ]
+    trainer.main([*arguments(data, run, steps=2 * apart + 2), *options])
+    first = [apart, 2 * apart, 2 * apart + 2]
+    assert sorted(validations(run)) == [step - 1 for step in first]
+    trainer.main([*arguments(data, run, steps=3 * apart + 4), *options])  # a start begins to count anew
+    assert sorted(validations(run)) == [step - 1 for step in [*first, 3 * apart + 2, 3 * apart + 4]]
 
 
 TIMER = '--trainer.callbacks=[{"class_path": "Timer", "init_args": {"duration": "00:00:00:01"}}]'

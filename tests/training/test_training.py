@@ -223,6 +223,7 @@ MISTAKES = [
     (["--trainer.enable_checkpointing=false"], "raise save_every_n_steps and save_every_minutes"),
     (["--trainer.num_sanity_val_steps=2"], "trainer.num_sanity_val_steps is 2"),
     (["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; it must be above 0"),
+    (["--trainer.val_check_interval=00:00:00:00"], "trainer.val_check_interval is 00:00:00:00; a time must be above 0"),
     (["--trainer.check_val_every_n_epoch=-1"], "trainer.check_val_every_n_epoch is -1; it must be above 0"),
     (["--trainer.val_check_interval=4"], "trainer.val_check_interval is 4 and an epoch has 3 steps"),
     (["--trainer.logger=WandbLogger"], "loggers.WandbLogger' cannot be used: Requirement 'wandb"),
