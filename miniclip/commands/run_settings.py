@@ -79,6 +79,15 @@ def refuse_what_would_mislead(config: Any) -> None:
         value = getattr(trainer, name)
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"trainer.{name} is {value}; it must be above 0. Without data.val there is no validation")
+    for name, least in (("log_every_n_steps", 1), ("gradient_clip_val", 0), ("min_steps", 0), ("min_epochs", 0)):
+        value = getattr(trainer, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"trainer.{name} is {value}; it must be at least {least}")
+    if trainer.gradient_clip_algorithm is not None and not trainer.gradient_clip_val:
+        raise ValueError(
+            f"trainer.gradient_clip_algorithm is {trainer.gradient_clip_algorithm}, and nothing is clipped: set "
+            "trainer.gradient_clip_val, too"
+        )
     start.refuse_half_weights(str(trainer.precision))
     if config.save_every_n_steps is not None and config.save_every_n_steps < 1:
         raise ValueError(f"save_every_n_steps is {config.save_every_n_steps}; it must be at least 1")

@@ -201,6 +201,10 @@ class PairDataModule(pl.LightningDataModule):
             raise ValueError(f"data.weights is {weights}; they must be numbers above 0")
         if val_pairs is not None and val_pairs < 2:
             raise ValueError(f"data.val_pairs is {val_pairs}; contrastive training needs at least two pairs")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers is {num_workers}; it must be at least 0, which decodes in this process")
+        if not cache_gb >= 0:
+            raise ValueError(f"data.cache_gb is {cache_gb}; it must be at least 0")
         self.val_pairs = val_pairs
         if text_length_multiple < 1:
             raise ValueError(f"data.text_length_multiple is {text_length_multiple}; it must be at least 1")

@@ -130,6 +130,8 @@ class CLIPTraining(pl.LightningModule):
             raise ValueError(f"model.micro_batch_size is {micro_batch_size}; it must be at least 1")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"model.ema_decay is {ema_decay}; it must be above 0 and below 1, such as 0.999")
+        if not 0 <= max_rejected <= 1:
+            raise ValueError(f"model.max_rejected is {max_rejected}; it is a share of the samples, 0 to 1")
         if teacher is not None and not 0 < distillation <= 1:
             raise ValueError(f"model.distillation is {distillation}; it is a share of the loss, above 0 to 1")
         self.clip = starting_model(clip, start_from, image_weights, locked, loss, patch_dropout)

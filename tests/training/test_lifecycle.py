@@ -721,7 +721,7 @@ OTHER_SETTINGS = [  # what is given beside the same command; then what is said o
     (["--model.patch_dropout=0.5"], "model.patch_dropout: the checkpoint has 0.0, this run 0.5", True),
     (["--trainer.gradient_clip_val=1"], "trainer.gradient_clip_val: the checkpoint has None, this run 1", True),
     (
-        ["--trainer.gradient_clip_algorithm=value"],
+        ["--trainer.gradient_clip_algorithm=value", "--trainer.gradient_clip_val=1"],
         "trainer.gradient_clip_algorithm: the checkpoint has None, this run value",
         True,
     ),
