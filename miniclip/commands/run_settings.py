@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,25 @@ def refuse_what_would_mislead(config: Any) -> None:
         raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
     if config.monitor and config.data.val is None:
         raise ValueError(f"monitor is {config.monitor!r}, which is read at validations; set data.val for them")
+
+
+def refuse_unused_flags(flags: Sequence[str], model: Any) -> None:
+    """
+    Args:
+        flags: as they were typed. What a file sets may be meant for another kind, that a flag has replaced.
+        model: the settings of `model`.
+
+    Raises:
+        ValueError: a flag that nothing would use.
+    """
+    kind = model.optimizer.kind
+    for name, is_used, otherwise in (
+        ("model.optimizer.muon_", kind == "muon", f"model.optimizer.kind is {kind}; only muon uses it"),
+        ("model.distillation", model.teacher is not None, "model.teacher is null, from whom it would distil"),
+    ):
+        unused = next((flag for flag in flags if flag.startswith(f"--{name}")), None)
+        if unused is not None and not is_used:
+            raise ValueError(f"{unused.partition('=')[0]} has no effect: {otherwise}")
 
 
 # Settings that change neither weights nor scores; or that are compared elsewhere, by what they come to.

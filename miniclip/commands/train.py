@@ -330,6 +330,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"no checkpoint {config.ckpt_path} {purpose}{also} ({what})")
         if self.subcommand == "fit":
             run_settings.refuse_what_would_mislead(config)
+            run_settings.refuse_unused_flags(self._parser("fit").args, config.model)
             if _is_rank_zero() and holds_a_run and not self._goes_on() and not config.overwrite:
                 raise ValueError(
                     f"{run} already holds a run. --ckpt_path last resumes it, --overwrite true starts it anew, and "

@@ -235,6 +235,8 @@ MISTAKES = [
     (["--model.max_rejected=5"], "model.max_rejected is 5.0; it is a share of the samples, 0 to 1"),
     (["--data.num_workers=-1"], "data.num_workers is -1; it must be at least 0"),
     (["--data.cache_gb=-1"], "data.cache_gb is -1.0; it must be at least 0"),
+    (["--model.optimizer.muon_lr=0.1"], "--model.optimizer.muon_lr has no effect: model.optimizer.kind is adamw"),
+    (["--model.distillation", "0.7"], "--model.distillation has no effect: model.teacher is null"),
     (["--trainer.logger=WandbLogger"], "loggers.WandbLogger' cannot be used: Requirement 'wandb"),
     (
         [*RESNET, "--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"],
