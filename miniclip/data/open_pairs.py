@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
 from ..common.cache import make_room, remove_unused, use
 from ..common.files import cache_folder, locked, remove
 from ..common.storage import is_url, name_of
 from ..common.wording import counted
 from .pack import pack, read_packed
+from .reading.folders import same_sample
 from .reading.huggingface import HUB_PREFIX
 from .reading.pair import Pair, Pairs, fingerprint
-from .reading.scan import image_files
+from .reading.scan import image_files, is_leftover, same_name, scan
 from .reading.splits import is_all_of, is_named
 from .reading.tables import is_parquet, is_pattern
-from .shard_index import INDEX_FILE, REJECTED_FILE
+from .shard_index import INDEX_FILE, REJECTED_FILE, kind_of
 from .shards import Shards
 from .sources import read_pairs
 
 _HASH = "[0-9a-f]" * 16  # a pattern of the last part of a packed source's name
+_MEMBERS_LOOKED_AT = 1000  # of each tar beside pictures
 _READ_AS = 7  # raised where the same source is read as other pairs than by earlier versions
 
 
@@ -49,15 +54,52 @@ def shard_pairs(source: str) -> Pairs:
 
 
 def is_shards(source: str) -> bool:
-    """Whether a source is a folder, pattern or URL of shards, rather than one for `read_pairs`. A folder has an index,
-    or tars and no picture, however deep: a tar may be left over from what was unpacked."""
+    """Whether a source is a folder, pattern or URL of shards, rather than one for `read_pairs`.
+
+    A folder has an index, or tars that are not left over from unpacking the pictures below them. A few further pictures
+    (docs/preview.png) are none of the samples.
+
+    Raises:
+        ValueError: a folder of tars without an index holds as many other pictures, or pairs, or a folder per class.
+    """
     path = Path(source)
     if source.startswith(HUB_PREFIX) or path.is_file():
         return source.endswith(".tar")
     if not path.is_dir():
         return name_of(source).endswith(".tar") or is_url(source)
     is_indexed = any((path / name / INDEX_FILE).is_file() for name in (".", "train"))
-    return is_indexed or (any(path.glob("*.tar")) and not image_files(path))
+    return is_indexed or (any(path.glob("*.tar")) and not _is_of_pictures(path))
+
+
+def _is_of_pictures(folder: Path) -> bool:
+    """Whether a folder of tars is read for the pictures in and below it. See `is_shards`."""
+    below = scan(folder)
+    tars = [tar for tar in sorted(folder.glob("*.tar")) if tar.is_file() and tar.stat().st_size]
+    if not below.images:
+        return False
+    there, held, are_whole = {same_name(image.stem) for image in below.images}, list[str](), True
+    for tar in tars:
+        try:
+            with tarfile.open(tar, "r:") as file:
+                names = [PurePosixPath(member.name) for member in islice(file, _MEMBERS_LOOKED_AT)]
+        except (tarfile.TarError, OSError):
+            names, are_whole = [], False
+        images = [name for name in names if kind_of(name.suffix[1:]) == "image" and not is_leftover(name.name)]
+        held += [same_name(image.stem) for image in images]
+    if 2 * sum(name in there for name in held) >= len(held) and (held or are_whole):
+        return True
+    own = {same_sample(image.relative_to(folder).with_suffix("")) for image in below.images}
+    has_pairs = any(same_sample(text.relative_to(folder).with_suffix("")) in own for text in below.texts)
+    in_each = Counter(image.parent for image in below.images)
+    are_classes = sum(count > 1 for place, count in in_each.items() if place != folder) > 1
+    if len(below.images) < len(held) and not has_pairs and not are_classes:
+        return False
+    place = Path(os.path.commonpath([image.parent for image in below.images]))
+    pictures = "move the tars elsewhere" if place == folder else f"name {place}"
+    raise ValueError(
+        f"{folder} holds {counted(len(tars), 'tar')} without an index, and {counted(len(below.images), 'picture')} not "
+        f"in them; which are meant can't be known. For the tars name '{folder}/*.tar'; for the pictures {pictures}"
+    )
 
 
 def open_pairs(

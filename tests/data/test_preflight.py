@@ -558,6 +558,55 @@ def test_a_tar_that_was_left_beside_what_it_held_makes_no_shards_of_it(tmp_path,
     assert is_shards(str(tmp_path / "tars"))
 
 
+def write_tars(folder: Path, *names_of_each: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, names in enumerate(names_of_each):
+        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
+            for name in names.split():
+                tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+
+def write_files(folder: Path, names: str) -> None:
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize("others", ["docs/preview.png", "docs/preview.png logos/logo.png", "preview.png", "docs/0.jpg"])
+def test_a_few_pictures_below_tars_leave_them_shards(tmp_path, others):
+    write_tars(tmp_path / "d", "0.jpg 0.txt 1.jpg 1.txt", "2.jpg 2.cls x/3.jpg x/._3.jpg")
+    write_files(tmp_path / "d", others)
+    assert is_shards(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    "others",
+    ["a.jpg b.jpg c.jpg d.jpg", "x/a.jpg x/b.jpg x/c.jpg x/0.jpg", "images/a.jpg texts/a.txt", "x/a.jpg x/b y/c.jpg"],
+)
+def test_pictures_that_may_be_meant_as_well_as_tars_are_refused(tmp_path, others):
+    write_tars(tmp_path / "d", "0.jpg 0.txt 1.jpg 1.txt", "2.jpg 2.cls x/3.jpg x/._3.jpg")
+    write_files(tmp_path / "d", others.replace("x/b y/c.jpg", "x/b.png y/c.jpg y/d.jpg"))
+    with pytest.raises(ValueError, match=r"holds 2 tars without an index, and \d pictures? .*/d/\*\.tar'"):
+        is_shards(str(tmp_path / "d"))
+    assert is_shards(str(tmp_path / "d" / "*.tar"))
+
+
+@pytest.mark.parametrize("held", [("n01/0.JPEG n02/1.JPEG",), ("0.JPEG", "1.JPEG"), ("n01.tar n02.tar",), ("0.npy",)])
+def test_tars_whose_pictures_were_unpacked_or_that_hold_none_are_no_shards(tmp_path, held):
+    write_tars(tmp_path / "d", *held)
+    write_files(tmp_path / "d", "n01/0.JPEG n02/1.JPEG n02/2.JPEG")
+    assert not is_shards(str(tmp_path / "d"))
+
+
+def test_a_tar_that_can_not_be_read_beside_pictures_is_refused(tmp_path):
+    write_files(tmp_path / "d", "docs/preview.png")
+    (tmp_path / "d" / "0.tar").write_bytes(b"no tar" * 100)
+    with pytest.raises(
+        ValueError, match=r"holds 1 tar without an index, and 1 picture .* for the pictures name .*docs"
+    ):
+        is_shards(str(tmp_path / "d"))
+
+
 def test_help_teaches_without_waiting_for_torch():
     code = "import sys; from miniclip.commands.main import main\ntry: main(['check', '--help'])\n"
     done = run(sys.executable, "-c", code + "except SystemExit: print('torch' in sys.modules)")
