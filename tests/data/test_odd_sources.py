@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import unicodedata
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from miniclip.data.reading.pair import Pair, fingerprint
 from miniclip.data.reading.tables import find_image_column, read_table
 from miniclip.data.shards import Shards, record_of
 from miniclip.data.sources import read_pairs
-from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.datasets.open import open_dataset, open_images
 from miniclip.inference.doctor.parts import of_pairs
 from miniclip.inference.sources import image_set
 
@@ -558,14 +559,43 @@ def test_parquet_files_whose_names_tell_no_known_split_are_one_set_or_asked_for_
     assert captions_of(two, split="testA") == names[:2]
     assert read_pairs(two).found.endswith(", all files: their names are of testA, testB; --split takes those of one")
     for folder, valid in ((one, "data"), (two, "testA, testB")):
-        with pytest.raises(ValueError, match=f"has no split 'train'; valid are {valid}$"):
-            read_pairs(folder, split="train")
-    with pytest.raises(ValueError, match="has no split 'test'; it has testA, testB"):
-        open_dataset(two)
+        files = sorted(path.name for path in folder.iterdir())
+        assert captions_of(folder, split="train") == list(open_dataset(folder, split="train").classnames) == files
+        with pytest.raises(ValueError, match=f"has no split 'val'; valid are {valid}$"):
+            read_pairs(folder, split="val")
+        for task in (None, "retrieval"):
+            with pytest.raises(ValueError, match=f"has no split 'val'; its files are of {valid}$"):
+                open_dataset(folder, split="val", task=task)
+    for data in (open_dataset, open_images, partial(open_dataset, task="retrieval")):
+        with pytest.warns(
+            UserWarning, match="all files are read. Their names are of testA, testB, of which none"
+        ) as told:
+            assert (len(data(two).images), len(told)) == (4, 1)
+    assert open_dataset(two, split="testB").classnames == tuple(names[2:])
     folders = write_parquet(tmp_path / "folders", "split=testA/0.parquet", "split=testB/0.parquet")
     assert captions_of(folders, split="testB") == ["split=testB/0.parquet"]
     assert captions_of(folders / "split=testB", split="testB") == ["split=testB/0.parquet"]
     assert captions_of(two / names[0], split="testA") == names[:1]
+
+
+@pytest.mark.parametrize("place", ["partition={}/part-0.parquet", "partition={}-00000-of-00001.parquet"])
+def test_partitions_of_numbers_are_one_set_which_is_said_once(tmp_path, place):
+    folder = write_parquet(tmp_path / "set", place.format(0), place.format(1))
+    pairs = read_pairs(folder)
+    assert (len(pairs), pairs.found.count("--split takes those of one")) == (2, 1)
+    with pytest.warns(UserWarning, match="of which none is known to be for testing; --split takes") as told:
+        assert (len(open_dataset(folder).images), len(told)) == (2, 1)
+
+
+def test_a_column_tells_the_splits_of_files_whose_names_tell_none(tmp_path):
+    for name in ("en-00000-of-00001", "de-00000-of-00001"):
+        cells = [{"bytes": image_bytes(number), "path": None} for number in range(2)]
+        table = {"image": cells, "caption": [f"{name} train", f"{name} test"], "split": ["train", "test"]}
+        pq.write_table(pa.table({**table, "label": table["caption"]}), tmp_path / f"{name}.parquet")
+    for split in ("train", "test"):
+        assert captions_of(tmp_path, split=split) == [f"{name}-00000-of-00001 {split}" for name in ("de", "en")]
+        with warnings.catch_warnings(action="ignore"):  # of what is left out
+            assert [name.split()[1] for name in open_dataset(tmp_path, split=split).classnames] == [split] * 2
 
 
 def test_words_that_are_joined_to_a_split_tell_it(tmp_path):

@@ -26,6 +26,7 @@ from .splits import (
     Rows,
     equal_splits,
     has_split_column,
+    is_all_of,
     is_named,
     is_shard_of_split,
     is_split_folder,
@@ -87,14 +88,16 @@ def read_table(
 def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is_asked_for: bool) -> Any:
     if split is None:
         return rows
-    parts = parquet_splits(path)
+    named = names_of_files(path)
+    parts = parquet_splits(path, split)
     is_of_files = not {*equal_splits(split)}.isdisjoint(parts)
     is_told = is_named(path, split) or is_named(folder_of(path), split) or is_of_files
-    if parts and is_asked_for and not is_told and not has_split_column(columns):
-        split_among(parts, split, str(path))  # raises
+    is_one_set = not parts and is_all_of(split)
+    if named and is_asked_for and not is_told and not is_one_set and not has_split_column(columns):
+        split_among(named, split, str(path))  # raises
     chosen = rows_of_split(path, columns, rows, split, is_asked_for and not is_told, is_told)
-    if len(parts) > 1 and not is_of_files:
-        chosen.note += f", all files: their names are of {some(parts, 3)}; --split takes those of one"
+    if len(named) > 1 and not is_of_files and not chosen.note:
+        chosen.note = f", all files: their names are of {some(named, 3)}; --split takes those of one"
     return chosen
 
 
@@ -116,8 +119,8 @@ def is_pattern(source: str) -> bool:
 def parquet_files(path: Path, split: str | None = None) -> list[Path]:
     """The files that a Parquet file, a folder of them or a pattern stands for, sorted; of a folder those of one split
     where names tell it, as `train-00000-of-00002.parquet` or a folder `train/` does. Beside such a file any other is of
-    a split of its own name (`testA-00000-of-00001`, `holdout/`). Where all are, one that is asked for is taken, else
-    all.
+    a split of its own name (`testA-00000-of-00001`, `holdout/`). Where all are, that which is asked for is taken, if
+    it is one of them, else all.
 
     Raises:
         ValueError: none, or none of that split.
@@ -132,19 +135,26 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         )
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
-    splits = _splits_of(found, path) if split and path.is_dir() else {}
-    names = sorted(set(splits.values()))
-    if split and len(names) > 1 and (split in names or any(map(role_of, names))):
-        chosen = split_among(names, split, str(path))
+    if split and len(names := parquet_splits(path, split)) > 1:
+        chosen, splits = split_among(names, split, str(path)), _splits_of(path)
         return [file for file in found if splits[file] == chosen]
     return found
 
 
-def parquet_splits(path: Path) -> list[str]:
-    """The splits that the names of a folder's Parquet files tell of; none for a file or a pattern."""
-    if not path.is_dir():
-        return []
-    return sorted(set(_splits_of(list(files_below(path, ".parquet")), path).values()))
+def parquet_splits(path: Path, split: str | None = None) -> list[str]:
+    """The splits that the names of a folder's Parquet files tell of; none for a file or a pattern.
+
+    Args:
+        split: one that is asked for. Names of which none is known (of train, val and test) tell of splits only if this
+            is one of them; else all files are one set.
+    """
+    names = names_of_files(path)
+    return names if split in names or any(map(role_of, names)) else []
+
+
+def names_of_files(path: Path) -> list[str]:
+    """What the names of a folder's Parquet files may mean for splits, known or not (testA-00000-of-00001, split=0/)."""
+    return sorted(set(_splits_of(path).values()))
 
 
 def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
@@ -156,11 +166,12 @@ def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
     return [*below.left_out, *of_splits, *below.unread(others - set(tables))]
 
 
-def _splits_of(files: Sequence[Path], folder: Path) -> dict[Path, str]:
-    """The split of each file, by its name or a folder's; none of any where no name tells one.
+def _splits_of(folder: Path) -> dict[Path, str]:
+    """The split of each Parquet file, by its name or a folder's; none of any where no name tells one.
 
     A name that tells no known split is a split's own at the level at which others tell theirs: of files, or of folders.
     """
+    files = files_below(folder, ".parquet") if folder.is_dir() else ()
     names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
 
     def levels(tells: Callable[[str], Any]) -> set[int]:

@@ -35,13 +35,22 @@ from ...data.reading.pair import Pair, Pairs
 from ...data.reading.parquet import ParquetRows
 from ...data.reading.paths import image_in
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
-from ...data.reading.splits import choose_split, has_split_column, parts_in, role_of, rows_of_split, same_parts
+from ...data.reading.splits import (
+    choose_split,
+    has_split_column,
+    is_all_of,
+    parts_in,
+    role_of,
+    rows_of_split,
+    same_parts,
+)
 from ...data.reading.tables import (
     beside_parquet,
     find_column,
     find_image_column,
     folder_of,
     is_parquet,
+    names_of_files,
     parquet_splits,
     read_table,
 )
@@ -121,16 +130,24 @@ def _pair_images(source: str, image_column: str | None, split: str | None) -> Se
 
 def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | None) -> tuple[Any, str | None]:
     """The rows of one part of those that a column `split` names, and the part; all, with a warning, where none of their
-    names is known and none is asked for.
+    names is known and none is asked for. Without such a column all rows are train.
 
     Raises:
         ValueError: there is no such part, or no such column.
     """
     column, parts = parts_in(columns, rows, split)
-    if not column and split:
-        raise ValueError(
-            f"{source} is a table and has no split {split!r}; a column 'split' would name the part of each row"
-        )
+    files = [] if column else names_of_files(Path(source))
+    if not column and split and not (Path(source).is_dir() and is_all_of(split)):
+        of_files = f"its files are of {some(files)}" if files else "a column 'split' would name the part of each row"
+        raise ValueError(f"{source} is a table and has no split {split!r}; {of_files}")
+    if not column:
+        if len(files) > 1 and rank_and_world_size()[0] == 0:
+            warnings.warn(
+                f"{source}: all files are read. Their names are of {some(files, 3)}, of which none is known to be for "
+                "testing; --split takes those of one",
+                stacklevel=5,
+            )
+        return rows, None
     if split is None and not any(map(role_of, parts)):
         if len(parts) > 1 and rank_and_world_size()[0] == 0:
             there = some([part or "blank" for part in parts], 3)
@@ -151,7 +168,7 @@ def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | N
 def _rows_of_one_split(path: Path, split: str | None) -> tuple[list[str], Any]:
     """The columns and rows of a table, or of a folder or pattern of Parquet files, of which one split is read."""
     names, rows = read_table(path)
-    splits = parquet_splits(path)
+    splits = parquet_splits(path, split)
     if splits and not (len(splits) == 1 and has_split_column(names)):
         split = choose_split(splits, split, str(path))
         return names, read_table(path, split)[1]
@@ -557,7 +574,7 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     has_pictures = path.is_dir() and bool(image_files(path))
     if source.startswith(HUB_PREFIX) or is_datasets_folder(path):
         split = _chosen_of_datasets(load_datasets(source), split, source)[1]
-    elif path.is_dir() and (parts := (pair_splits if has_pictures else parquet_splits)(path)):
+    elif path.is_dir() and (parts := pair_splits(path) if has_pictures else parquet_splits(path, split)):
         split = choose_split(parts, split, source)
         source = str(path / split) if (path / split).is_dir() else source
     elif (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
