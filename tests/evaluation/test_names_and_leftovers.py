@@ -22,7 +22,7 @@ from helpers import write_picture
 from PIL import Image
 
 from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_leftover, is_skipped_folder
-from miniclip.evaluation.datasets.folders_and_tables import alike
+from miniclip.evaluation.datasets.folders_and_tables import refuse_joined
 from miniclip.evaluation.datasets.name_files import names_of, templates_of
 from miniclip.evaluation.datasets.open import open_dataset, open_images
 from miniclip.evaluation.datasets.sets import LabelledImages
@@ -622,11 +622,9 @@ def open_labels(folder: Path, *labels: str, **options: object) -> LabelledImages
         (("cat/dog", "dog", "cat"), "the label 'cat/dog', which is several"),
         (("[cat, dog]", "dog", "cat"), r"the label '\[cat, dog\]', which is several"),
         (("cat|dog", "dog|bird", "bird|fish", "cat|fish"), "the label 'bird|fish', and 'bird' is in others, too"),
-        (("bird|dog", "cat|dog", "bird|fish"), r"several in one cell; write them as a list, \[.bird., .dog.\]"),
         (("cat;dog", "dog"), "the label 'cat;dog', and 'dog' is in others, too"),
         (("cat, dog", "dog, bird", "bird, fish", "cat, fish"), "the label 'bird, fish', and 'bird' is in others, too"),
-        (("cat, dog", "dog, bird", "bird, fish"), "the label 'dog, bird', and 'dog' is in others, too"),
-        (("cat/dog", "dog/bird", "bird/fish", "elk/fox"), "the label 'dog/bird'"),
+        (("bird|cat|dog", "cat|fish"), r"several in one cell; write them as a list, \[.bird., .cat., .dog.\]"),
         (("a+b", "b+c", "c+a", "d"), "the label 'a\\+b'.* If it is one class, call it otherwise"),
         ((r"\N", "cat"), r"row 1 .* has no label .'\\\\N', as programs"),
         (("#VALUE!", "cat"), "row 1 .* has no label"),
@@ -673,11 +671,44 @@ def test_classes_whose_names_have_parts_in_common_are_no_lists(tmp_path, names):
     assert open_labels(tmp_path, *names).classnames == tuple(sorted(names))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Toys|Puzzles", "Toys|Games", "Home|Chairs", "Home"),
+        ("Animalia;Chordata;Aves", "Animalia;Chordata;Mammalia", "Animalia;Arthropoda;Insecta"),
+        ("Corn|Healthy", "Corn|Rust", "Apple|Healthy"),
+        ("male;young", "male;old", "female;young", "female;old"),
+        ("en/de", "de/en", "fr/en", "en/fr"),
+        ("black/white", "white/black", "brown/white", "red/white"),
+        ("Georgia, USA", "Tbilisi, Georgia", "Atlanta, USA"),
+        ("cat, dog", "dog, bird", "bird, fish"),
+        ("cat/dog", "dog/bird", "bird/fish", "elk/fox"),
+    ],
+)
+def test_classes_that_may_be_several_labels_in_a_cell_are_read_with_a_warning_unless_they_are_listed(tmp_path, names):
+    with pytest.warns(UserWarning, match=r"has the label .* If it is several in one cell, write .* --classnames"):
+        assert open_labels(tmp_path, *names).classnames == tuple(sorted(names))
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    with warnings.catch_warnings(action="error"):
+        data = open_labels(tmp_path, *names, classnames=tmp_path / "names.json")
+    assert (data.classnames, tuple(data.labels)) == (names, tuple(range(len(names))))
+
+
+@pytest.mark.parametrize("names", [("cat|dog", "dog|bird"), ("cat, dog", "cat", "dog"), ("a+b", "b+c", "c+a")])
+def test_names_that_are_listed_are_classes_whatever_they_share(tmp_path, names):
+    with pytest.raises(ValueError, match=r"in one cell; .*, or list the names of all classes with --classnames"):
+        open_labels(tmp_path, *names)
+    for file, text in (("names.txt", "\n".join(names)), ("names.json", json.dumps(names))):
+        (tmp_path / file).write_text(text)
+        assert open_labels(tmp_path, *names, classnames=tmp_path / file).classnames == names
+
+
 def test_the_synonyms_of_imagenets_classes_are_no_lists():
     info = pytest.importorskip("timm.data").ImageNetInfo()
     names = [info.label_name_to_description(synset, detailed=False) for synset in info.label_names()]
     assert (len(names), sum(", " in name for name in names) > 400) == (1000, True)
-    assert alike(names, "ImageNet") == names
+    with warnings.catch_warnings(action="error"):
+        refuse_joined(names, "ImageNet")
 
 
 def test_sets_and_tuples_of_labels_that_were_written_as_text_are_lists(tmp_path):

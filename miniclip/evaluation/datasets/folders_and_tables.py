@@ -253,6 +253,7 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
         {name: column for name, column in values.items() if name not in (image_column, label_column)},
         alike(labels, str(path)),
         f"column {label_column!r}",
+        are_cells=True,
         classnames=class_names,
         classnames_from=f"column {label_column!r}, a ClassLabel" if class_names else "",
         identity=there.identity,
@@ -362,6 +363,7 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
         {c: list(loaded[c]) for c in scalar if c not in (image_column, label_column)},
         alike(labels, source),
         f"column {label_column!r}",
+        are_cells=True,
         classnames=readable_sources(label_feature.names) if label_feature else None,
         classnames_from=f"column {label_column!r}, a ClassLabel" if label_feature else "",
         beside={} if source.startswith(HUB_PREFIX) else beside_folder(Path(source)),
@@ -465,7 +467,10 @@ def alike(labels: list[Any], source: str) -> list[Any]:
         _refuse_zeros_and_ones(labels, source)
         return labels
     labels = _whole_numbers(labels)
-    _refuse_joined(labels, source)
+    if "-1" in labels and all(label.isdigit() for label in {*labels} - {"-1"}):
+        raise ValueError(
+            f"{source} has the label '-1'. -1 marks images without a label: choose another split or leave them out"
+        )
     return labels
 
 
@@ -488,51 +493,62 @@ def _refuse_zeros_and_ones(labels: Sequence[Sequence[str]], source: str) -> None
         raise ValueError(f"{source} gives every image all of the labels {', '.join(labels[0])[:60]!r}; {remedy}")
 
 
-def _refuse_joined(labels: Sequence[str], source: str) -> None:
-    """Several labels in one cell would be a class of their own, and -1 is none."""
+def refuse_joined(labels: Sequence[str], source: str) -> None:
+    """Several labels in one cell would be a class of their own.
+
+    Raises:
+        ValueError: a label surely is several. Where it may be, a warning names it.
+    """
     there = set(labels)
-    if "-1" in there and all(label.isdigit() for label in there - {"-1"}):
-        raise ValueError(
-            f"{source} has the label '-1'. -1 marks images without a label: choose another split or leave them out"
-        )
     are_thousands = all(re.fullmatch(r"(0|[1-9]\d{0,2})(,\d{3})*", label) for label in there)
     if are_thousands and any(",0" in label for label in there):  # 1,000 is no list of 1 and 000
         return
     are_numbers = all(re.fullmatch(r"\d+([\s,;|]+\d+)*", label) for label in there)
     for label, parts in _parts_of_labels(there, r"[\s,;|]+" if are_numbers else r"[,;|+/]").items():
         if len(parts) > 1 and (are_numbers or there.issuperset(parts)):
-            raise ValueError(
-                f"{source} has the label {label!r}, which is several in one cell; write them as a list, "
-                f"{json.dumps(parts, ensure_ascii=False)}"
-            )
+            raise ValueError(f"{source} has the label {label!r}, which is several in one cell; {_how_to_list(parts)}")
     _refuse_parts_in_common(there, source)
+
+
+def _how_to_list(parts: Sequence[str]) -> str:
+    return (
+        f"write them as a list, {json.dumps(parts, ensure_ascii=False)}. If it is one class, call it otherwise, such "
+        "as by spaces or underscores for the marks between, or list the names of all classes with --classnames"
+    )
 
 
 def _refuse_parts_in_common(there: set[str], source: str) -> None:
     """Several labels in one cell that no cell has alone, by parts that they share.
 
-    Class names hardly have bars and semicolons. Commas and slashes they have: between synonyms, few of which another
-    class has as well, and in kinds of one thing (church/indoor), whose first part is no other's last. Labels in one
-    cell share most parts, and one of them is the first here and the last there.
+    A part that is the first of one label and a later one of another is of no taxonomy (Corn|Rust, church/indoor), whose
+    levels stand in order. With bars and semicolons, which class names hardly have, that tells labels in one cell.
+    Commas and slashes also stand between synonyms, places and pairs in order (en/de): there every part has to be in
+    another label as well, and no two labels may be of the same parts. Short of that there is a warning.
     """
-    for separators, are_usual in ((r"[|;]", False), (r"[,;|+/]", True)):
+    for separators, are_usual in ((r"[|;]", False), (r"[,+/]", True)):
         parts_of = _parts_of_labels(there, separators)
         joined = {label: parts for label, parts in parts_of.items() if len(set(parts)) == len(parts) > 1 and all(parts)}
         num_labels = Counter(part for parts in parts_of.values() for part in set(parts))
+        moved = {parts[0] for parts in parts_of.values()} & {part for parts in joined.values() for part in parts[1:]}
         shared = [label for label, parts in joined.items() if any(num_labels[part] > 1 for part in parts)]
+        is_sure = bool(moved)
         if are_usual:
             if 2 * len(shared) < len(joined) or any(part.isdigit() for parts in joined.values() for part in parts):
                 continue
-            ends = {parts[0] for parts in joined.values()} & {parts[-1] for parts in joined.values()}
-            shared = [label for label in shared if all(num_labels[part] > 1 for part in joined[label])]
-            shared = [label for label in shared if not ends.isdisjoint(joined[label])]
-        if shared:
-            common = next(part for part in joined[shared[0]] if num_labels[part] > 1)
-            raise ValueError(
-                f"{source} has the label {shared[0]!r}, and {common!r} is in others, too: they seem to be several in "
-                f"one cell; write them as a list, {json.dumps(joined[shared[0]], ensure_ascii=False)}. If it is one "
-                "class, call it otherwise, such as by spaces or underscores for the marks between"
-            )
+            whole = [label for label in shared if all(num_labels[part] > 1 for part in joined[label])]
+            is_sure = len(whole) == len(joined) == len(set(map(frozenset, joined.values())))
+            shared = [label for label in whole if not moved.isdisjoint(joined[label])]
+        if not shared:
+            continue
+        label = next((label for label in shared if not moved.isdisjoint(joined[label])), shared[0])
+        parts = joined[label]
+        common = next(part for part in parts if num_labels[part] > 1 and (part in moved or not moved))
+        told = f"{source} has the label {label!r}, and {common!r} is in others, too"
+        if is_sure:
+            raise ValueError(f"{told}: they seem to be several in one cell; {_how_to_list(parts)}")
+        if rank_and_world_size()[0] == 0:
+            message = f"{told}: each is a class of its own. If it is several in one cell, {_how_to_list(parts)}"
+            warnings.warn(message, stacklevel=4)
 
 
 def _parts_of_labels(labels: Iterable[str], separators: str) -> dict[str, list[str]]:

@@ -33,8 +33,8 @@ from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
 from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
-from .folders_and_tables import read_datasets, read_labelled_table, read_pairs, read_unlabelled_table
-from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
+from .folders_and_tables import read_datasets, read_labelled_table, read_pairs, read_unlabelled_table, refuse_joined
+from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates, spoken
 from .sets import (
     TASKS,
     CaptionedImages,
@@ -110,6 +110,9 @@ def open_dataset(
         labels: Any = hot
     else:
         raw = [str(label) for label in found.labels]
+        listed = set(map(spoken, found.class_labels or found.classnames or ()))
+        if found.are_cells and not listed.issuperset(map(spoken, raw)):
+            refuse_joined(raw, source)
         labels, names = number_labels(raw, found.classnames, source, are_indices, found.class_labels)
     is_by_order = not are_indices and found.class_labels is None
     if is_by_order and seem_numbered_from_1(raw, found.classnames) and rank_and_world_size()[0] == 0:

@@ -253,6 +253,7 @@ class Found:
     Args:
         labels: N names or indices, as texts; lists of them for several labels each.
         labels_from: where the labels are read, which the class names are taken from if there are no others.
+        are_cells: labels are what somebody wrote into cells of a table, or files, and may be several in one.
         classnames: the source's own, in the order of its labels.
         class_labels: the label of each of the class names, where their file says it.
         templates: the source's own, or what reads them.
@@ -265,6 +266,7 @@ class Found:
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     labels: Sequence[str] | Sequence[list[str]] = ()
     labels_from: str = ""
+    are_cells: bool = False
     captions: tuple[tuple[str, ...], ...] = ()
     classnames: tuple[str, ...] | None = None
     classnames_from: str = ""

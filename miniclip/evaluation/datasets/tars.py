@@ -201,6 +201,7 @@ def _read_shards(
         found,
         labels=labels,
         labels_from=f".{members[task]} of the shards",
+        are_cells=True,
         classnames=classnames,
         classnames_from="" if classnames is None else "classnames.txt of the data",
         templates=None if wordings is None else partial(templates_of, wordings, f"{source}/{templates}"),
