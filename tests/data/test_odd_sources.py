@@ -1159,6 +1159,72 @@ def test_a_name_without_a_suffix_is_the_picture_where_another_column_has_it_of_a
     assert [pair.image for pair in pairs] == [twelve / name for name in NAMES]
 
 
+@pytest.mark.parametrize(
+    ("columns", "cells", "column"),
+    [
+        ("image,filename", "isic_{0},DSC_{1}.JPG", "image"),
+        ("file,path", "{0:05d},raw/IMG_{1}.png", "file"),
+        ("image,thumbnail", "isic_{0},thumbnails/{0}_small.png", "image"),
+        ("image,thumbnail", "{0:05d},thumbnails/{0}.png", "image"),
+        ("file,page", "{0:05d},https://example.org/{1}.jpg", "file"),
+        ("file,url", "{0:05d},https://example.org/{1}.jpg", "file"),
+        ("image,url", "7{0},https://example.org/{1}.jpg", "url"),  # a number that is no file's name
+    ],
+)
+def test_an_id_is_the_picture_where_the_names_beside_it_are_of_no_files(tmp_path, columns, cells, column):
+    """The original's name, which the camera gave, and addresses say nothing of the files that there are."""
+    for n in range(4):
+        for name in (f"isic_{n}.jpg", f"{n:05d}.jpg", f"thumbnails/{n}_small.png", f"thumbnails/{n}.png"):
+            write_picture(tmp_path / name, n)
+    rows = [cells.format(n, 3 - n) for n in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join([f"{columns},caption", *(f"{row},a mole" for row in rows)]))
+    assert find_image_column(*read_table(tmp_path / "t.csv"), tmp_path, "t")[0] == column
+    if column != "url":
+        stem = "isic_{}" if rows[0].startswith("isic") else "{:05d}"
+        pairs = read_pairs(tmp_path / "t.csv")
+        assert [pair.image for pair in pairs] == [tmp_path / f"{stem.format(n)}.jpg" for n in range(4)]
+
+
+@pytest.mark.parametrize("shape", ["records", "columns"])
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"license": "https://creativecommons.org/licenses/by/4.0/"},
+        {"url": "https://flickr.com/p/{}"},
+        {"flickr_url": "http://example.org/{}_z.jpg"},
+        {"thumb": "t/{}.png"},
+        {"filename": "orig_{}.jpg"},
+    ],
+)
+def test_numbers_as_keys_of_json_are_the_files_that_are_there_whatever_else_the_records_name(tmp_path, shape, fact):
+    for n in range(4):
+        write_picture(tmp_path / f"{n}.jpg", n)
+    records = {
+        str(n): {"caption": f"a cat {n}", **{name: text.format(3 - n) for name, text in fact.items()}} for n in range(4)
+    }
+    columns = {name: {key: record[name] for key, record in records.items()} for name in records["0"]}
+    (tmp_path / "t.json").write_text(json.dumps(records if shape == "records" else columns))
+    pairs = read_pairs(tmp_path / "t.json")
+    assert [(pair.image, pair.captions) for pair in pairs] == [
+        (tmp_path / f"{n}.jpg", (f"a cat {n}",)) for n in range(4)
+    ]
+
+
+def test_numbers_as_keys_of_json_are_no_files_where_there_are_none(tmp_path):
+    (tmp_path / "t.json").write_text('{"0": {"url": "http://127.0.0.1:9/a.jpg", "caption": "red"}}')
+    assert read_pairs(tmp_path / "t.json")[0].source == "http://127.0.0.1:9/a.jpg"
+
+
+def test_a_table_whose_numbers_are_those_of_others_files_is_refused(twelve):
+    rows = [f"{n},{name},{name.removesuffix('.jpg')}" for n, name in enumerate(NAMES)]
+    (twelve / "t.csv").write_text("\n".join(["image,bild,caption", *rows]))
+    with pytest.raises(
+        ValueError, match=r"'image' holds numbers and 'bild' names files that are there; name the right"
+    ):
+        read_pairs(twelve / "t.csv")
+    check_names_are_captions(twelve / "t.csv", twelve, image_column="bild")
+
+
 @pytest.mark.parametrize("write", [lambda columns: columns, lambda columns: {
     name: {str(2 * n): value for n, value in enumerate(values)} for name, values in columns.items()
 }], ids=["lists", "indices"])  # fmt: skip

@@ -132,21 +132,11 @@ def _of_mapping(values: Mapping[str, Any]) -> Records | None:
         return [dict(row) for row in records[0]]
     mappings = {name: value for name, value in values.items() if isinstance(value, Mapping)}
     if mappings and len(mappings) == len(values):
-        return _of_names(_by_index(mappings) if _are_columns_of_indices(mappings) else mappings)
+        by_name = _by_index(mappings) if _are_columns_of_indices(mappings) else mappings
+        return [{"file": name, **record} for name, record in by_name.items()]
     if any(values.values()) and all(_are_captions(value) for value in values.values()):
         return [{"file": name, "captions": value} for name, value in values.items()]
     return None
-
-
-def _of_names(records: Mapping[str, Mapping[str, Any]]) -> Records:
-    """{file: record}. A number is an index where the records name pictures, as pandas counts rows."""
-    cells = [cell for record in records.values() for cell in record.items()]
-    has_images = any(
-        name.strip().lower() in IMAGE_COLUMNS or (isinstance(value, str) and names_picture(value))
-        for name, value in cells
-    )
-    key = "index" if has_images and all(map(_is_number, records)) else "file"
-    return [{key: name, **record} for name, record in records.items()]
 
 
 def _by_index(columns: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 from urllib.parse import urlsplit
 
 from ...common.files import free_memory
@@ -21,7 +21,7 @@ from .cells import IMAGE_COLUMNS, decode_text, names_picture, picture_in
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .paths import find_file, is_file
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, same_name, scan
+from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, scan
 from .splits import (
     Rows,
     equal_splits,
@@ -324,20 +324,32 @@ def find_image_column(
     names files that are there, else the first known name.
 
     Raises:
-        ValueError: none is known.
+        ValueError: none is known, or what is known holds other numbers than the files that an unknown column names.
     """
     columns = list(columns)
     known = [column for name in IMAGE_COLUMNS for column in columns if column.strip().lower() == name]
     if not known:
         return find_column(columns, IMAGE_COLUMNS, "the image paths", source), []
-    if len(known) > 1:
-        number = min(_ROWS_LOOKED_AT, len(rows))
-        probed: Sequence[Mapping[str, Any]]
-        probed = rows.first(known, number) if isinstance(rows, ParquetRows) else [rows[row] for row in range(number)]
-        kinds = [_kinds_of_images([row.get(name) for name in known], folder) for row in probed]
-        usual = {name: _most_of([each[place] for each in kinds]) for place, name in enumerate(known)}
-        known.sort(key=usual.__getitem__)
-    return known[0], known[1:]
+    in_memory = isinstance(rows, list)  # elsewhere other columns would have to be read
+    if len(known) == 1 and not in_memory:
+        return known[0], []
+    number = min(_ROWS_LOOKED_AT, len(rows))
+    probed: Sequence[Mapping[str, Any]]
+    probed = rows.first(known, number) if isinstance(rows, ParquetRows) else [rows[row] for row in range(number)]
+    unknown = [name for name in columns if name not in known] if in_memory else []
+    others = [name for name in unknown if _names_files(probed, name, folder)]
+    kinds = [
+        _kinds_of_images([row.get(name) for name in known], [row.get(name) for name in others], folder)
+        for row in probed
+    ]
+    usual = {name: _most_of([each[place] for each in kinds]) for place, name in enumerate(known)}
+    best = min(known, key=usual.__getitem__)
+    if others and usual[best] is _Image.NUMBER:
+        raise ValueError(
+            f"{source} has no column for the image paths: its columns are {', '.join(map(repr, columns))}, of which "
+            f"{best!r} holds numbers and {others[0]!r} names files that are there; name the right one to the command"
+        )
+    return best, [name for name in known if name != best]
 
 
 class _Image(IntEnum):
@@ -350,7 +362,8 @@ class _Image(IntEnum):
     OTHER = 4
     URL_OF_PICTURE = 5
     URL = 6
-    NONE = 7
+    NUMBER = 7  # of a row or an image, and no file
+    NONE = 8
 
 
 def _most_of(kinds: Sequence[_Image | None]) -> _Image:
@@ -358,11 +371,14 @@ def _most_of(kinds: Sequence[_Image | None]) -> _Image:
     return max(sorted(set(there)), key=there.count, default=_Image.NONE)
 
 
-def _kinds_of_images(row: Sequence[Any], folder: Path) -> list[_Image | None]:
+def _kinds_of_images(row: Sequence[Any], others: Sequence[Any], folder: Path) -> list[_Image | None]:
     """What the cells of a row are; None for those without a value.
 
-    A file that is found by a name without a suffix may be another row's, where the name is an id or a row's number. It
-    is no file if another cell of the row names a picture of another stem.
+    A number fits another row's file where it is an id, or counts the rows. So it is no file if the picture that another
+    cell of the row names has another number.
+
+    Args:
+        others: cells of columns that are not called as images are, and name files.
     """
     images: list[Any] = []
     for cell in row:
@@ -370,8 +386,8 @@ def _kinds_of_images(row: Sequence[Any], folder: Path) -> list[_Image | None]:
             images.append("" if cell is None or cell != cell or cell == "" else picture_in(cell))
         except ValueError:
             images.append(None)
-    names = [each for each in images if isinstance(each, str) and names_picture(each) and not is_url(each)]
-    stems = set(map(_stem, names))
+    stems = [PureWindowsPath(name.strip()).stem for name in filter(_is_picture_path, [*images, *others])]
+    numbers = {stem.lstrip("0") for stem in stems if stem.isdecimal()}
 
     def kind(image: Any) -> _Image | None:
         if not isinstance(image, str):
@@ -381,16 +397,23 @@ def _kinds_of_images(row: Sequence[Any], folder: Path) -> list[_Image | None]:
         if is_url(image):
             is_picture = PurePath(urlsplit(image).path).suffix.lower() in IMAGE_SUFFIXES
             return _Image.URL_OF_PICTURE if is_picture else _Image.URL
-        file = find_file(folder, image)
-        if image in names:
-            return _Image.NAMED_FILE if is_file(file) else _Image.NAME
-        return _Image.FILE if is_file(file) and stems <= {_stem(file.name)} else _Image.OTHER
+        is_there = is_file(find_file(folder, image))
+        if names_picture(image):
+            return _Image.NAMED_FILE if is_there else _Image.NAME
+        if image.isdecimal():
+            return _Image.FILE if is_there and numbers <= {image.lstrip("0")} else _Image.NUMBER
+        return _Image.FILE if is_there else _Image.OTHER
 
     return list(map(kind, images))
 
 
-def _stem(text: str) -> str:
-    return same_name(PureWindowsPath(text.strip()).stem).casefold()  # which knows / as well
+def _names_files(rows: Iterable[Mapping[str, Any]], name: str, folder: Path) -> bool:
+    """Whether a column has the name of a picture that is there."""
+    return any(is_file(find_file(folder, cell)) for row in rows if _is_picture_path(cell := row.get(name)))
+
+
+def _is_picture_path(cell: Any) -> TypeGuard[str]:
+    return isinstance(cell, str) and names_picture(cell) and not is_url(cell)
 
 
 def find_column(columns: Iterable[str], known: tuple[str, ...], what: str, source: str | Path) -> str:
