@@ -141,9 +141,20 @@ def read_header(data: bytes) -> Image.Image:
 
 def _is_raw(image: Image.Image, data: bytes) -> bool:
     """DNG and Canon's CR2 say what they are; in others (TIFF/EP) the first picture is a smaller copy of another one."""
-    tags = getattr(image, "tag_v2", {})
-    is_smaller = tags.get(_NEW_SUBFILE_TYPE) == 1 and (_SUB_IFDS in tags or getattr(image, "n_frames", 1) > 1)
-    return is_smaller or _DNG_VERSION in tags or (bool(tags) and data[8:10] == b"CR")
+    if not (tags := getattr(image, "tag_v2", {})):
+        return False
+    is_canons = data[4:12] == b"\x10\0\0\0CR\2\0"  # where the first directory is, and the mark before it
+    is_copy = tags.get(_NEW_SUBFILE_TYPE) == 1
+    return is_canons or _DNG_VERSION in tags or (is_copy and (_SUB_IFDS in tags or not _is_largest_page(image)))
+
+
+def _is_largest_page(image: Image.Image) -> bool:
+    sizes = []
+    for page in range(getattr(image, "n_frames", 1)):
+        image.seek(page)
+        sizes.append(image.width * image.height)
+    image.seek(0)
+    return all(size < sizes[0] for size in sizes[1:])
 
 
 def run_no_program() -> None:

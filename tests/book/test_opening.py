@@ -39,23 +39,24 @@ def test_any_other_format_is_refused_with_the_list(kind):
         open_image(written(kind, mode), "cat.jpg")
 
 
-def tiff(*directories, mark=b""):
+def tiff(*directories, pixels=bytes(16)):
     """A TIFF by hand (TIFF 6.0, section 2): grey pictures of 4 x 4 pixels, each with further tags {number: value}."""
-    start = 8 + len(mark)
-    data = b"II*\0" + struct.pack("<I", start + 16) + mark + bytes(16)  # all pictures are these 16 pixels
+    data = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels  # which are those of all pictures
     for number, more in enumerate(directories):
-        tags = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: start, 277: 1, 278: 4, 279: 16, **more}
+        tags = {256: 4, 257: 4, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 4, 279: 16, **more}
         data += struct.pack("<H", len(tags))
         data += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
         data += struct.pack("<I", len(data) + 4 if number < len(directories) - 1 else 0)
     return data
 
 
+SMALLER = {256: 2, 257: 2, 278: 2, 279: 4}
 RAW = {
     "Nikon's and Sony's": tiff({254: 1}, {254: 0}),
     "with the picture in a directory below": tiff({254: 1, 330: 8}),
     "DNG": tiff({50706: 0x0401}),
-    "CR2": tiff({}, mark=b"CR\2\0\0\0\0\0"),
+    "with a larger page after a smaller one": tiff({254: 1}, SMALLER, {256: 4, 257: 5, 278: 5, 279: 20}),
+    "CR2": tiff({}, pixels=b"CR\2\0\0\0\0\0"),
 }
 
 
@@ -67,11 +68,22 @@ def test_a_raw_file_of_a_camera_is_refused_as_its_first_picture_is_a_preview(kin
         open_picture(io.BytesIO(RAW[kind]))
 
 
-@pytest.mark.parametrize("directories", [({},), ({254: 0}, {254: 1}), ({254: 1},), ({254: 2}, {254: 2})])
+@pytest.mark.parametrize(
+    "directories",
+    [({},), ({254: 0}, {254: 1}), ({254: 1},), ({254: 2}, {254: 2}), ({254: 1}, SMALLER), ({254: 1}, SMALLER, SMALLER)],
+)
 def test_a_tiff_whose_first_picture_is_the_whole_or_the_only_one_is_read(directories):
     for image in (open_image(tiff(*directories), "it"), open_picture(io.BytesIO(tiff(*directories)))):
         assert image.size == (4, 4)
         assert image.getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("mark", [b"CR\2\0", b"CRT ", b"CR\0\2"])
+def test_a_tiff_whose_first_pixels_are_the_letters_cr_is_read(mark):
+    """libtiff writes the pixels before the directory, at 8, where a CR2 has its mark before the directory at 16."""
+    data = tiff({}, pixels=mark + bytes(12))
+    for image in (open_image(data, "it"), open_picture(io.BytesIO(data))):
+        assert image.tobytes() == mark + bytes(12)
 
 
 @pytest.fixture

@@ -184,12 +184,21 @@ def open_picture(file: str | Path | BinaryIO) -> Image.Image:
 
 
 def is_raw(image: Image.Image, stream: BinaryIO) -> bool:
-    """By the tags of TIFF, as miniclip.images does: NewSubfileType, SubIFDs, DNGVersion; or by the mark of a CR2."""
+    """By the tags of TIFF, as miniclip.images does: NewSubfileType (with the sizes of pages), SubIFDs, DNGVersion;
+    or by the mark of a CR2."""
     if not (tags := getattr(image, "tag_v2", {})):
         return False
-    is_smaller = tags.get(254) == 1 and (330 in tags or getattr(image, "n_frames", 1) > 1)
-    stream.seek(8)
-    return is_smaller or 50706 in tags or stream.read(2) == b"CR"
+    stream.seek(4)
+    if 50706 in tags or stream.read(8) == b"\x10\0\0\0CR\2\0":
+        return True
+    if tags.get(254) != 1 or 330 in tags:
+        return tags.get(254) == 1
+    sizes = []
+    for page in range(getattr(image, "n_frames", 1)):
+        image.seek(page)
+        sizes.append(image.width * image.height)
+    image.seek(0)
+    return any(size >= sizes[0] for size in sizes[1:])
 
 
 def upright(image: Image.Image) -> Image.Image:
