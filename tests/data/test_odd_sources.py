@@ -1428,6 +1428,43 @@ def test_a_text_comes_before_json_wherever_it_lies_and_a_shorter_name_before_the
     assert len(pairs) + len(pairs.left_out) + sum(pair.problem is None for pair in pairs) == len(files)
 
 
+@pytest.mark.parametrize("number", [1, 3, 250])
+@pytest.mark.parametrize(
+    ("first", "bare", "second", "held"),
+    [
+        (".txt", "0 0.51 0.43 0.2 0.3\n1 0.1 0.2 0.3 0.4\n", ".jpg.txt", "a cat {}"),
+        (".txt", "", ".jpg.txt", "a cat {}"),
+        (".txt", " \n", ".caption", "a cat {}"),
+        (".txt", "", ".json", '{{"caption": "a cat {}"}}'),
+        (".json", '{"boxes": []}', ".jpg.json", '{{"caption": "a cat {}"}}'),
+    ],
+)
+def test_texts_without_captions_give_way_to_others_of_their_pictures(tmp_path, number, first, bare, second, held):
+    for n in range(number):
+        write_picture(tmp_path / f"{n}.jpg", 1)
+        (tmp_path / f"{n}{first}").write_text(bare)
+        (tmp_path / f"{n}{second}").write_text(held.format(n))
+    pairs = read_pairs(tmp_path)
+    assert {pair.source: pair.captions for pair in pairs} == {f"{n}.jpg": (f"a cat {n}",) for n in range(number)}
+    assert {each.source for each in pairs.left_out} == {f"{n}{first}" for n in range(number)}
+
+
+def test_a_text_that_can_not_be_read_or_is_empty_now_and_then_does_not_give_way(tmp_path):
+    for name, held in {"a": "a bär".encode("cp1252"), "b": b"version https://git-lfs.github.com/spec/v1"}.items():
+        write_picture(tmp_path / name / "1.jpg", 1)
+        (tmp_path / name / "1.txt").write_bytes(held)
+        (tmp_path / name / "1.jpg.json").write_text('{"description": "Buy prints!"}')
+        (pair,) = read_pairs(tmp_path / name)
+        assert pair.problem
+        assert not pair.captions
+    for n in range(3):
+        write_picture(tmp_path / f"c/{n}.jpg", 1)
+        (tmp_path / f"c/{n}.txt").write_text("a cat" if n else "")
+        (tmp_path / f"c/{n}.json").write_text('{"description": "Buy prints!"}')
+    assert [pair.captions for pair in read_pairs(tmp_path / "c")][1:] == [("a cat",)] * 2
+    assert "Buy" not in str(read_pairs(tmp_path / "c")[0])
+
+
 @pytest.mark.parametrize(
     ("image", "metadata"),
     [

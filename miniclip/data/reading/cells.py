@@ -104,15 +104,26 @@ def captions_in(text: str) -> list[str]:
     return [line for line in caption_lines(text) if line]
 
 
+class NoCaptionsError(ValueError):
+    """A file that was meant to hold something else than captions."""
+
+
 def caption_lines(text: str) -> list[str]:
     """The lines of a text file as captions, blank ones too; what programs write for a missing one is blank. A list or
     a mapping that a program wrote holds captions as a table's cell does.
 
     Raises:
-        ValueError: a text that stands beside pictures and is no caption, such as a detector's boxes.
+        ValueError: a text that stands beside pictures and is no caption; a `NoCaptionsError` for a detector's boxes.
     """
-    if reason := _no_captions(text.lstrip("\ufeff").strip()):
+    stripped = text.lstrip("\ufeff").strip()
+    if reason := _no_captions(stripped):
         raise ValueError(f"its text is no caption but {reason}")
+    lines = stripped.split("\n") if stripped[:1].isdigit() and "." in stripped else []  # boxes are shares of the sides
+    if lines and all(_BOXES.fullmatch(line.strip()) for line in lines):
+        raise NoCaptionsError(
+            f"its text is no caption but numbers, as detectors label boxes ({lines[0].strip()[:40]}); put words there, "
+            "or another folder beside"
+        )
     if (value := _written_value(text.strip())) is not None:
         return texts_in(value)
     lines = lines_in(text)
@@ -129,9 +140,6 @@ def _no_captions(text: str) -> str:
         return "a document in RTF; save it as plain text"
     if re.match(r"<(!doctype|html|\?xml)\b", text[:20], re.I):
         return "a page or record in HTML or XML; write the caption alone"
-    lines = text.split("\n") if text[:1].isdigit() and "." in text else []  # boxes are shares of the picture's sides
-    if lines and all(_BOXES.fullmatch(line.strip()) for line in lines):
-        return f"numbers, as detectors label boxes ({lines[0].strip()[:40]}); put words there, or another folder beside"
     return ""
 
 

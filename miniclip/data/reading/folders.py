@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path, PurePath
 
 from ...common.wording import counted, some
-from .cells import caption_lines, captions_of_facts, decode_text
+from .cells import NoCaptionsError, caption_lines, captions_of_facts, decode_text, one_line
 from .json_tables import parse_json
 from .pair import Pair, Pairs
 from .paths import find_file
@@ -25,7 +25,7 @@ _ROLES = frozenset(
     | {"text", "texts", "txt", "txts", "caption", "captions"}  # not labels: those of detectors are numbers
 )
 
-_FILES_LOOKED_INTO = 100  # where no picture has a text
+_FILES_LOOKED_INTO = 100  # where no picture has a text, or many have several
 
 
 def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) -> Pairs:
@@ -148,8 +148,8 @@ def _pairs_by_name(files: Scan) -> Pairs:
 
 def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
     """The text of each picture that has one, and all that lie beside a picture under its name. Texts come before JSON,
-    which programs put beside a picture as well."""
-    text_of: dict[Path, Path] = {}
+    which programs put beside a picture as well, unless they hold no captions."""
+    texts_of: dict[Path, list[Path]] = {}  # the best first
     beside: set[Path] = set()
     images_of_stem = Counter((image.parent, same_name(image.stem)) for image in files.images)
     for captions in (files.texts, [path for path in files.others if path.suffix.lower() == ".json"]):
@@ -164,10 +164,43 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
             for name in dict.fromkeys(names):
                 if texts := by_name.get((image.parent, name)):
                     beside.update(texts)
-                    if image not in text_of:
-                        text_of[image] = min(texts, key=lambda path: (path.stem not in own, _text_rank(path), path))
-        text_of |= _match_apart(files, captions, text_of)
-    return text_of, beside
+                    texts_of.setdefault(image, []).extend(
+                        sorted(texts, key=lambda path: (path.stem not in own, _text_rank(path), path))
+                    )
+        apart = _match_apart(files, captions, {image: texts[0] for image, texts in texts_of.items()})
+        texts_of |= {image: [text] for image, text in apart.items()}
+    bare = _suffixes_without_captions({image: texts for image, texts in texts_of.items() if len(texts) > 1})
+    return {
+        image: next((text for text in texts if _own_suffix(text, image) not in bare), texts[0])
+        for image, texts in texts_of.items()
+    }, beside
+
+
+def _suffixes_without_captions(texts_of: Mapping[Path, Sequence[Path]]) -> set[str]:
+    """Of pictures with several texts: the suffixes of those that hold no captions, such as a.txt of a detector beside
+    a.jpg.txt. Some pictures tell it, as reading all texts here would read them twice."""
+    has_captions: dict[str, bool] = {}
+    images = list(texts_of)
+    for image in images[:: -(-len(images) // _FILES_LOOKED_INTO) or 1]:
+        for text in texts_of[image]:
+            suffix = _own_suffix(text, image)
+            if not has_captions.get(suffix):
+                has_captions[suffix] = _has_captions(text, image)
+    return {suffix for suffix, has_any in has_captions.items() if not has_any}
+
+
+def _own_suffix(text: Path, image: Path) -> str:
+    """What a text's name adds to its picture's: .txt, .jpg.txt."""
+    return text.name.removeprefix(image.stem)
+
+
+def _has_captions(text: Path, image: Path) -> bool:
+    try:
+        return any(map(one_line, _captions_of(text, image)))
+    except NoCaptionsError:
+        return False
+    except (OSError, ValueError):  # of another encoding, say, which is reported where it is read
+        return True
 
 
 def _match_apart(files: Scan, captions: Iterable[Path], text_of: Mapping[Path, Path]) -> dict[Path, Path]:
@@ -208,7 +241,7 @@ def _captions_of(path: Path, image: Path) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON with a caption: {error}") from error
     if not captions:
-        raise ValueError(f"no captions: there is no {image.stem}.txt beside it, and {path.name} has no caption")
+        raise NoCaptionsError(f"no captions: there is no {image.stem}.txt beside it, and {path.name} has no caption")
     return captions
 
 
