@@ -295,6 +295,17 @@ def test_numbered_columns_are_the_captions_in_their_order(images, tmp_path, form
         ("captions_1,captions_2,title_1", ["captions_1", "captions_2"]),
         ("titles_1,titles_2,comment", ["titles_1", "titles_2"]),
         ("caption,captions", ["caption"]),
+        ("title,text_1,text_2", ["text_1", "text_2"]),
+        ("title,sentences_1,sentences_2", ["sentences_1", "sentences_2"]),
+        ("caption,text_1,text_2", ["text_1", "text_2"]),
+        ("text_1,caption_1,title", ["caption_1"]),
+        ("title_1,title_2,text", ["text"]),
+        ("title_1,title_2,texts", ["texts"]),
+        ("description_1,description_2,captions", ["captions"]),
+        ("title_1,title_2,description", ["title_1", "title_2"]),
+        ("title,text,comment_1", ["title"]),
+        ("title,title_1,text", ["text"]),
+        ("Caption,caption,title_1", ["Caption"]),
     ],
 )
 def test_numbered_columns_come_in_the_order_of_their_names_as_others_do(columns, captions):

@@ -132,7 +132,10 @@ def choose_columns(
 
 
 def caption_columns_of(source: str | Path, columns: list[str]) -> list[str]:
-    """The columns of the first name that is known to hold captions: one, or several that are numbered, caption_1.
+    """The columns of one name that is known to hold captions: one, or several that are numbered, caption_1.
+
+    Numbered captions, texts and sentences come before a single column of any name. Titles, descriptions and comments
+    are numbered where a picture has several beside its caption, so those come after `text`.
 
     Raises:
         ValueError: no name is known.
@@ -140,10 +143,20 @@ def caption_columns_of(source: str | Path, columns: list[str]) -> list[str]:
     names = {column: column.strip().lower() for column in columns}
     numbered = {column: found[1] for column, name in names.items() if (found := NUMBERED_CAPTION.fullmatch(name))}
     stems = {column: stem if stem in CAPTION_COLUMNS else stem.removesuffix("s") for column, stem in numbered.items()}
-    first = next((name for name in CAPTION_COLUMNS if name in (*names.values(), *stems.values())), "")
-    if first not in stems.values():
+
+    def place(name: str) -> int:
+        place = CAPTION_COLUMNS.index(name)
+        if name not in stems.values():
+            return place
+        is_caption = name.startswith(("caption", "text", "sentence"))
+        return place - len(CAPTION_COLUMNS) if is_caption else max(place, CAPTION_COLUMNS.index("description"))
+
+    known = [name for name in CAPTION_COLUMNS if name in (*names.values(), *stems.values())]
+    if not known:
         return [find_column(columns, CAPTION_COLUMNS, "the captions", source)]
-    return [column for column, name in names.items() if stems.get(column, name) == first]
+    first = min(known, key=place)
+    chosen = [column for column, name in names.items() if stems.get(column, name) == first]
+    return chosen if first in stems.values() else chosen[:1]
 
 
 def extra_of(row: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
