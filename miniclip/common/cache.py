@@ -18,12 +18,14 @@ from urllib.parse import urlsplit
 from .files import cache_folder, locked, remove, sync, write_text
 from .storage import PIECE_BYTES, NotKeptError, local_path, patiently, read_blocks, size_of, without_secrets
 
+_REFUSED_S = 60  # a server that gives wrong bytes may be mended, and each try costs two whole files
+
 
 class Cache:
     """Remote files kept on the local disk, each fetched once per machine, however many processes want it.
 
-    A file that came twice and is not what was expected is then refused without a request, here and in all processes
-    with a copy of this cache. A new `Cache` fetches it again.
+    A file that came twice and is not what was expected is refused without a request for a minute, here and in the
+    processes with a copy of this cache, as a loader's workers have one. Another `Cache` fetches it again.
 
     Args:
         folder: where; by default `cache_folder("shards")`.
@@ -33,7 +35,7 @@ class Cache:
 
     def __init__(self, folder: Path | None = None, limit_bytes: int = 50 * 10**9) -> None:
         self._folder, self.limit_bytes = folder, limit_bytes
-        self._made_ns = time.time_ns()
+        self._name = secrets.token_hex(8)  # of this cache and its copies
 
     @property
     def folder(self) -> Path:
@@ -60,31 +62,27 @@ class Cache:
 
     def prefetch(self, url: str, size: int | None = None, sha256: str | None = None, version: str = "") -> int:
         """Fetches a file for who opens it later. It stays where it is if that fails, or another process is at it: who
-        opens it will wait for that process, or meet the error. Returns the bytes that it takes here."""
+        opens it will wait for that process, or ask the server anew. Returns the bytes that it takes here."""
         if local_path(url) is None:
-            with suppress(ValueError, OSError), self._opened(url, size, sha256, version, patience_s=0) as file:
+            with suppress(ValueError, OSError), self._opened(url, size, sha256, version, is_ahead=True) as file:
                 return os.fstat(file.fileno()).st_size
         return 0
 
     def _opened(
-        self, url: str, size: int | None, sha256: str | None, version: str, patience_s: float = -1
+        self, url: str, size: int | None, sha256: str | None, version: str, is_ahead: bool = False
     ) -> IO[bytes]:
         path = self._path(url, sha256 or version)
         if file := self._reopen(path, size):
             return file
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(_beside(path, ".lock"), f"another process is fetching {without_secrets(url)}", patience_s):
+        busy, patience_s = f"another process is fetching {without_secrets(url)}", 0 if is_ahead else -1
+        with locked(_beside(path, ".lock"), busy, patience_s):
             if file := self._reopen(path, size):
                 return file
-            note = _beside(path, f".{size}.refused")
-            self._heed(note)
-            return self._fetch(url, path, size, sha256, note)
-
-    def _heed(self, note: Path) -> None:
-        """Raises what was found wrong with a file, if that was since this cache was made."""
-        with suppress(FileNotFoundError):
-            if note.stat().st_mtime_ns >= self._made_ns:
+            note = _beside(path, f".{size}.{self._name}.refused")
+            if _is_recent(note):
                 raise ValueError(note.read_text(encoding="utf-8"))
+            return self._fetch(url, path, size, sha256, None if is_ahead else note)
 
     def verified(self, url: str, sha256: str, version: str = "") -> None:
         """Records the checksum of a file that was fetched without one, so that who knows it finds the file."""
@@ -110,7 +108,11 @@ class Cache:
             os.utime(path)
         return file
 
-    def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None, note: Path) -> IO[bytes]:
+    def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None, note: Path | None) -> IO[bytes]:
+        """
+        Args:
+            note: where a finding against the file is kept for others who want it; None keeps none.
+        """
         size = size_of(url) if size is None else size
         partial = _beside(path, ".part")
         folder_lock = self.folder / "folder.lock", f"another process makes room in {self.folder}"
@@ -120,10 +122,17 @@ class Cache:
         if sha256 is None:  # without a checksum, what a broken process left may belong to another file
             partial.unlink(missing_ok=True)
         problem = download(url, partial, size, sha256) and download(url, partial, size, sha256)
+        for other in self.folder.glob(f"{path.name}.*.refused"):
+            if not (problem and _is_recent(other)):
+                other.unlink(missing_ok=True)
         if problem:
-            problem = f"{without_secrets(url)} has {problem}; it was fetched twice and thrown away"
-            write_text(note, problem)
-            os.utime(note, ns=(time.time_ns(),) * 2)  # the clock of `_made_ns`; a network disk may have another
+            problem = (
+                f"{without_secrets(url)} has {problem}; it was fetched twice and thrown away, and is asked for again "
+                f"after {_REFUSED_S} seconds"
+            )
+            if note:
+                write_text(note, problem)
+                os.utime(note, ns=(time.time_ns(),) * 2)  # our own clock; a network disk may have another
             raise ValueError(problem)
         with locked(*folder_lock):
             self._make_room(url, path, partial.stat().st_size)  # others may have come meanwhile
@@ -150,6 +159,14 @@ def _delete(path: Path) -> None:
         return
     with locked(_beside(path.with_suffix(""), ".lock"), "another process is fetching it", patience_s=0):
         path.unlink(missing_ok=True)  # its process is gone
+
+
+def _is_recent(note: Path) -> bool:
+    """Whether what a note says of a file still holds; one from a later time is of a clock that was set back."""
+    try:
+        return 0 <= time.time_ns() - note.stat().st_mtime_ns < _REFUSED_S * 10**9
+    except FileNotFoundError:
+        return False
 
 
 def _beside(path: Path, suffix: str) -> Path:

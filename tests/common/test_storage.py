@@ -382,7 +382,8 @@ def test_a_wrong_checksum_is_tried_once_more_and_named(serve, cache):
     with pytest.raises(ValueError, match=f"{server.url}/a.tar has the checksum {CHECKSUM}, 0{{64}} is expected"):
         cache.open(server.url + "/a.tar", size=len(CONTENT), sha256="0" * 64)
     assert len(server.gets) == 2
-    assert held(cache) == [f"a.tar.{len(CONTENT)}.refused"]
+    (note,) = held(cache)
+    assert re.fullmatch(rf"a\.tar\.{len(CONTENT)}\.[0-9a-f]{{16}}\.refused", note)
 
 
 def open_what_is_not_as_expected(cache, url):
@@ -396,6 +397,55 @@ def test_a_wrong_checksum_costs_two_requests_however_often_and_in_however_many_p
     in_processes([partial(open_what_is_not_as_expected, cache, server.url + "/a.tar")] * 4)
     open_what_is_not_as_expected(pickle.loads(pickle.dumps(cache)), server.url + "/a.tar")
     assert (len(server.heads), len(server.gets)) == (1, 2)
+
+
+def let_time_pass(cache, seconds):
+    """For the notes of what was refused, which tell its time by their own."""
+    for note in cache.folder.glob("*.refused"):
+        then_ns = note.stat().st_mtime_ns - int(seconds * 1e9)
+        os.utime(note, ns=(then_ns, then_ns))
+
+
+def test_a_file_that_was_refused_is_asked_for_again_after_a_minute(serve, cache):
+    server = serve({"/a.tar": b"wrong"})
+    expected = {"size": len(CONTENT), "sha256": CHECKSUM}
+    for age, requests in ((0, 2), (50, 2), (15, 4), (50, 4)):
+        let_time_pass(cache, age)
+        with pytest.raises(ValueError, match="fetched twice and thrown away, and is asked for again after 60 seconds"):
+            cache.open(server.url + "/a.tar", **expected)
+        assert len(server.gets) == requests
+    let_time_pass(cache, -1000)  # the clock was set back
+    server.files = {"/a.tar": CONTENT}
+    check_content(cache, server.url + "/a.tar", **expected)
+    assert held(cache) == ["a.tar"]
+
+
+def test_each_cache_finds_for_itself_that_a_file_is_wrong_and_none_asks_for_it_more_often_for_the_others(serve, cache):
+    server = serve({"/a.tar": CONTENT})
+    caches = [cache, Cache(cache.folder), Cache(cache.folder)]
+    for each in caches * 5:
+        with pytest.raises(ValueError, match="fetched twice"):
+            each.open(server.url + "/a.tar", size=len(CONTENT), sha256="0" * 64)
+    assert len(server.gets) == 2 * len(caches)
+    server.files = {"/a.tar": b"right"}
+    sha256 = hashlib.sha256(b"right").hexdigest()
+    with pytest.raises(ValueError, match="fetched twice"):
+        cache.open(server.url + "/a.tar", size=7, sha256=sha256)
+    assert [fetched(each, server.url + "/a.tar", size=5, sha256=sha256) for each in caches] == [b"right"] * 3
+
+
+def test_what_came_wrong_ahead_is_asked_for_again_by_who_opens_it(serve, cache):
+    server = serve({"/a.tar": b"wrong"})
+    expected = {"size": len(CONTENT), "sha256": CHECKSUM}
+    assert cache.prefetch(server.url + "/a.tar", **expected) == 0
+    assert (len(server.gets), held(cache)) == (2, [])
+    with pytest.raises(ValueError, match="fetched twice"):
+        cache.open(server.url + "/a.tar", **expected)
+    assert cache.prefetch(server.url + "/a.tar", **expected) == 0  # what is known to be wrong is not fetched ahead
+    assert len(server.gets) == 4
+    let_time_pass(cache, 61)
+    server.files = {"/a.tar": CONTENT}
+    assert cache.prefetch(server.url + "/a.tar", **expected) == len(CONTENT)
 
 
 def test_a_file_that_was_refused_is_had_by_a_new_cache_once_its_server_has_the_right_one(serve, cache):
