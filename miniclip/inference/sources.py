@@ -37,7 +37,7 @@ from ..common.storage import check_scheme, exists, is_url, join, name_of, read_b
 from ..common.wording import some
 from ..data.open_pairs import is_shards
 from ..data.reading.arrow_column import ArrowColumn, joined
-from ..data.reading.cells import decode_text, lines_in, picture_of_pixels, texts_in
+from ..data.reading.cells import decode_text, lines_in, picture_of_pixels, texts_in_cell
 from ..data.reading.huggingface import HUB_PREFIX, DatasetsRows, is_datasets_folder, load_datasets, undecoded
 from ..data.reading.rows import caption_columns_of
 from ..data.reading.scan import (
@@ -536,7 +536,7 @@ def _texts_of_rows(rows: Any, names: Sequence[str], chosen: list[str], table: st
 
 
 def _texts_in_cells(cells: Sequence[Any]) -> list[str]:
-    return [text for cell in cells for text in texts_in(cell)]
+    return [text for cell in cells for text in texts_in_cell(cell)]
 
 
 def _as_texts(

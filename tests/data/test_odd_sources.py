@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
 import io
 import json
@@ -30,7 +31,7 @@ from miniclip.data.indexing.tar_members import read_samples
 from miniclip.data.module import PairDataModule
 from miniclip.data.open_pairs import open_pairs
 from miniclip.data.pack import pack
-from miniclip.data.reading.cells import captions_in, decode_text, picture_in, texts_in
+from miniclip.data.reading.cells import captions_in, decode_text, picture_in, texts_in, texts_in_cell
 from miniclip.data.reading.pair import Pair, fingerprint
 from miniclip.data.reading.tables import find_image_column, read_table
 from miniclip.data.shards import Shards, record_of
@@ -705,22 +706,6 @@ WRITTEN = [
     ("('a dog', 'a cat')", ["a dog", "a cat"]),
     ("array(['a dog', 'a cat'], dtype=object)", ["a dog", "a cat"]),
     ('{"a dog","a cat"}', ["a dog", "a cat"]),  # PostgreSQL's array
-    ('{dog,"a red dog"}', ["dog", "a red dog"]),  # which quotes an element only where it has to
-    ('{"a red dog",NULL}', ["a red dog"]),
-    ('{dog,wet,"NULL"}', ["dog", "wet"]),
-    ("{NULL}", []),
-    ('{"a \\"big\\" dog, {wet}",o\'clock,""}', ['a "big" dog, {wet}', "o'clock"]),
-    ('{"a \\"dog\\"","\\\\o\\\\",x}', ['a "dog"', "\\o\\", "x"]),
-    ('{"one\ntwo",cat}', ["one two", "cat"]),
-    ('{3,"a dog"}', ["3", "a dog"]),
-    ("{犬,猫}", ["犬", "猫"]),
-    ("{1,2}", ["{1,2}"]),  # as [1, 2]
-    ("{a red dog}", ["{a red dog}"]),
-    ("{dog, cat}", ["{dog, cat}"]),
-    ('{a man, "the boss"}', ['{a man, "the boss"}']),
-    ("{dog} and {cat}", ["{dog} and {cat}"]),
-    ("{dog},{cat}", ["{dog},{cat}"]),
-    ("{{dog}}", ["{{dog}}"]),
     ('{"caption": "a dog", "lang": "en"}', ["a dog"]),
     ('{"raw": "A dog.", "tokens": ["a", "dog"]}', ["A dog."]),
     ("b'caf\\xc3\\xa9'", ["café"]),  # Python's bytes
@@ -757,16 +742,75 @@ def test_a_mapping_of_unknown_fields_is_no_caption_in_cells_files_and_tars(tmp_p
             read("{'x': 'a dog'}")
 
 
-@pytest.mark.parametrize("text", ["{dog}", "{caption:dog,id:3}", '{note=wet,"a red dog"}'])
-def test_braces_that_may_be_a_list_or_a_text_are_refused_with_how_to_write_the_list(tmp_path, text):
-    write_picture(tmp_path / "a.jpg", 1)
-    (tmp_path / "a.txt").write_text(text)
-    (pair,) = read_pairs(tmp_path)
+def csv_of_cells(path, *cells):
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *((f"{n}.png", cell) for n, cell in enumerate(cells))])
+    for n, _ in enumerate(cells):
+        write_picture(path.parent / f"{n}.png", n)
+    return path
+
+
+POSTGRES = [
+    ('{dog,"a red dog"}', ["dog", "a red dog"]),  # which quotes an element only where it has to
+    ('{"a red dog",NULL}', ["a red dog"]),
+    ('{dog,wet,"NULL"}', ["dog", "wet"]),
+    ("{NULL}", []),
+    ('{"a \\"big\\" dog, {wet}",o\'clock,""}', ['a "big" dog, {wet}', "o'clock"]),
+    ('{"a \\"dog\\"","\\\\o\\\\",x}', ['a "dog"', "\\o\\", "x"]),
+    ('{"one\ntwo",cat}', ["one two", "cat"]),
+    ('{3,"a dog"}', ["3", "a dog"]),
+    ("{犬,猫}", ["犬", "猫"]),
+    ("{1,2}", ["{1,2}"]),  # as [1, 2]
+    ("{a red dog}", ["{a red dog}"]),
+    ("{dog, cat}", ["{dog, cat}"]),
+    ('{a man, "the boss"}', ['{a man, "the boss"}']),
+    ("{dog} and {cat}", ["{dog} and {cat}"]),
+    ("{dog},{cat}", ["{dog},{cat}"]),
+    ("{{dog}}", ["{{dog}}"]),
+    ("{}", []),
+    ("{1}", ["{1}"]),
+    ("{1e5,2}", ["{1e5,2}"]),
+    ("{0.1,NaN}", ["{0.1,NaN}"]),
+    ("{-Infinity,NULL}", ["{-Infinity,NULL}"]),
+    ("{a,1}", ["a", "1"]),
+    ('{"{dog}",cat}', ["{dog}", "cat"]),
+]
+
+
+def test_arrays_that_postgresql_wrote_into_a_table_give_their_captions(tmp_path):
+    pairs = list(read_pairs(csv_of_cells(tmp_path / "a.csv", *(text for text, _ in POSTGRES))))
+    assert [[" ".join(each.split()) for each in pair.captions] for pair in pairs] == [texts for _, texts in POSTGRES]
+    for text, texts in POSTGRES:
+        assert texts_in_cell(text) == texts_in_cell(text.encode()) == texts
+
+
+@pytest.mark.parametrize("text", ["{dog}", "{?}", "{red|blue}", "{caption:dog,id:3}", '{note=wet,"a red dog"}'])
+def test_braces_that_may_be_a_list_or_a_text_are_refused_with_how_to_write_either(tmp_path, text):
+    (pair,) = read_pairs(csv_of_cells(tmp_path / "a.csv", text))
     assert pair.problem.startswith(f"its caption is {text}, which may be a list of PostgreSQL's or a text in braces")
-    assert texts_in(pair.problem.partition("JSON: ")[2]) == texts_in(text[1:-1].replace('"', "").split(","))
-    for read in (texts_in, captions_in, lambda text: record_of("a", {"image": RED, "txt": text.encode()}.get)):
-        with pytest.raises(ValueError, match=r"its caption is .*PostgreSQL"):
-            read(text)
+    ways = re.fullmatch(".*write as JSON the list, (.*), or the text alone in a list, (.*)", pair.problem)
+    (of_list, of_text) = read_pairs(csv_of_cells(tmp_path / "b.csv", *ways.groups()))
+    assert list(of_list.captions) == text[1:-1].replace('"', "").split(",")
+    assert of_text.captions == (text,)
+
+
+@pytest.mark.parametrize("text", ["{name}", "{red|blue}", "{?}", "{cat,dog}", "{}"])
+def test_a_caption_in_braces_stays_one_wherever_postgresql_did_not_write_it(tmp_path, text):
+    mapping = json.dumps([{"caption": text}])
+    pairs = list(read_pairs(csv_of_cells(tmp_path / "table" / "a.csv", json.dumps([text, "a dog"]), mapping)))
+    assert [pair.captions for pair in pairs] == [(text, "a dog"), (text,)]
+    pack(pairs, tmp_path / "shards", source="here")
+    assert [record.captions for record in map(Shards(tmp_path / "shards").__getitem__, range(2))] == [
+        (text, "a dog"),
+        (text,),
+    ]
+    for name, facts in (("0", None), ("1", {"caption": text}), ("2", [text]), ("3", text)):
+        write_picture(tmp_path / "folder" / f"{name}.jpg", int(name))
+        beside = tmp_path / "folder" / f"{name}.{'txt' if facts is None else 'json'}"
+        beside.write_text(text if facts is None else json.dumps(facts))
+    assert [pair.captions for pair in read_pairs(tmp_path / "folder")] == [(text,)] * 4
+    assert list(record_of("a", {"image": RED, "txt": f"{text}\na dog".encode()}.get).captions) == [text, "a dog"]
 
 
 @pytest.mark.parametrize(

@@ -607,6 +607,29 @@ def open_labels(folder: Path, *labels: str, **options: object) -> LabelledImages
 
 
 @pytest.mark.parametrize(
+    "meant",
+    [
+        {"{cat,dog}": ["cat", "dog"], "{cat}": ["cat"], '{dog,"fire truck"}': ["dog", "fire truck"], "{}": []},
+        {'{NULL,"cat"}': ["cat"], "{NA,dog}": ["NA", "dog"]},
+        {"{1,2}": ["1", "2"], "{1}": ["1"], "{3.0,1}": ["1", "3"], "{NULL}": [], "[2]": ["2"]},
+        {'["{cat}", "dog"]': ["dog", "{cat}"], "{cat}": ["cat"], '["{cat,dog}"]': ["{cat,dog}"]},
+    ],
+)
+def test_arrays_of_labels_that_postgresql_wrote_are_lists_of_them(tmp_path, meant):
+    data = open_labels(tmp_path, *meant)
+    found = [[name for name, holds in zip(data.classnames, row, strict=True) if holds] for row in data.labels]
+    assert found == list(meant.values())
+
+
+def test_elements_of_a_list_of_labels_are_not_taken_for_arrays(tmp_path):
+    rows = [{"image": f"{n}.png", "label": label} for n, label in enumerate((["{a,b}", "c"], ["{a}"], ["c"]))]
+    for n in range(3):
+        write_picture(tmp_path / f"{n}.png", n)
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(open_dataset(tmp_path / "t.jsonl").classnames) == ["c", "{a,b}", "{a}"]
+
+
+@pytest.mark.parametrize(
     ("labels", "reason"),
     [
         (("[0, 1, 0]", "[1, 0, 0]"), "a label twice in one list, '0, 1, 0'; a list holds an image's own labels"),
@@ -617,6 +640,12 @@ def open_labels(folder: Path, *labels: str, **options: object) -> LabelledImages
         (("cat, dog", "dog", "cat"), "the label 'cat, dog', which is several"),
         (("16 0", "3"), "the label '16 0', which is several"),
         (("{'label': 'cat'}", "dog"), "row 1 .* has the code .* for a label"),
+        (
+            ("{0.5,1}", "{1}"),
+            r"row 1 .* has the code '\{0.5,1\}' for a label; .* list of those, as \[\"cat\", \"dog\"\]",
+        ),
+        (("{a=1,b}", "{b}"), r"row 1 .* has the code '\{a=1,b\}' for a label"),
+        (("{a:1,b}", "{b}"), r"row 1 .* has the code '\{a:1,b\}' for a label"),
         (("tensor(3)", "tensor(1)"), r"row 1 .* has the code 'tensor\(3\)' for a label"),
         (("cat+dog", "dog", "cat"), "the label 'cat\\+dog', which is several"),
         (("cat/dog", "dog", "cat"), "the label 'cat/dog', which is several"),

@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Number
 from pathlib import PurePath
 from typing import Any
@@ -48,7 +49,7 @@ _WRITTEN_ARRAY = re.compile(r"(?:(?:np|numpy)\.)?(?:array|Index)\((\[.*\])(?:,\s
 _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": True, "false": False}
 # PostgreSQL quotes an element that is empty or the word NULL, or has spaces, braces, quotes, commas or backslashes.
 _ELEMENT = r"""(?:"(?:[^"\\]|\\.)*"|[^ \t\n\r\v\f{}",\\]+)"""
-_POSTGRES_ARRAY = re.compile(rf"\{{{_ELEMENT}(?:,{_ELEMENT})*\}}", re.S)
+_POSTGRES_ARRAY = re.compile(rf"\{{(?:{_ELEMENT}(?:,{_ELEMENT})*)?\}}", re.S)
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
@@ -221,13 +222,31 @@ def texts_in(value: Any) -> list[str]:
     return [] if _is_no_value(text) else [text]
 
 
-def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
-    """The list or mapping of texts that a cell's text was before it went through a CSV, as JSON, Python, NumPy and
-    PostgreSQL write it, or the list of Python's b'bytes'; None for any other text, such as [a plate of food].
+def texts_in_cell(cell: Any) -> list[str]:
+    """The captions of a table's cell: as `texts_in`, or those of an array that PostgreSQL wrote there.
 
     Raises:
-        ValueError: a text that may be a list of PostgreSQL's, or something else.
+        ValueError: as `texts_in`; or braces around one bare word, which a caption may have, or around fields and their
+            values.
     """
+    if isinstance(cell, bytes | bytearray):
+        cell = decode_text(bytes(cell), "its caption")
+    text = cell.strip() if isinstance(cell, str) else ""
+    array = postgres_array(text)
+    if array is None or array.has_numbers or _written_value(text) is not None:
+        return texts_in(cell)
+    if len(array.values) == len(array.bare) == 1 or array.has_fields:
+        ways = (cut_short(json.dumps(values, ensure_ascii=False)) for values in (array.values, [text]))
+        raise ValueError(
+            f"its caption is {cut_short(text)}, which may be a list of PostgreSQL's or a text in braces; write as JSON "
+            f"the list, {next(ways)}, or the text alone in a list, {next(ways)}"
+        )
+    return [caption for value in array.values for caption in texts_in(value)]
+
+
+def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or mapping of texts that a cell's text was before it went through a CSV, as JSON, Python and NumPy write
+    it, or the list of Python's b'bytes'; None for any other text, such as [a plate of food]."""
     if array := _WRITTEN_ARRAY.fullmatch(text):
         text = array[1]
     ends = text[:1] + text[-1:]
@@ -241,33 +260,54 @@ def _written_value(text: str) -> list[Any] | dict[str, Any] | None:
         try:
             value = _value_in(ast.parse(text, mode="eval").body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            value = None
+            return None
     if isinstance(value, bytes):
         return [value]
-    return value if isinstance(value, list | dict) and _holds_texts(value) else _postgres_array(text)
+    return value if isinstance(value, list | dict) and _holds_texts(value) else None
 
 
-def _postgres_array(text: str) -> list[Any] | None:
-    """The elements of an array of texts; None for any other text.
+@dataclass
+class PostgresArray:
+    """An array of one dimension as PostgreSQL writes it, of texts or numbers.
 
-    Raises:
-        ValueError: braces around one bare word, which a caption may have, or around fields and their values.
+    Args:
+        values: its elements; None for NULL.
+        bare: those that stand without quotes.
     """
+
+    values: list[str | None]
+    bare: list[str]
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether each of its elements is a number, as within [1, 2]."""
+        return bool(self.bare) and all(value is None or _is_float(value) for value in self.values)
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether an element may be a field and its value."""
+        return any(re.search("[:=]", each) for each in self.bare)
+
+
+def postgres_array(text: str) -> PostgresArray | None:
+    """None for any other text: one of an array's has no space outside of quotes."""
     if not _POSTGRES_ARRAY.fullmatch(text):
         return None
-    written = re.findall(_ELEMENT, text, re.S)
-    bare = [each for each in written if each[0] != '"' and each != "NULL"]
-    if bare and all(re.fullmatch(r"[-+\d.]+", each) for each in written):
-        return None  # numbers, as within [1, 2]
-    plain = (each[1:-1] if each[0] == '"' else each for each in written)
-    texts = [re.sub(r"\\(.)", r"\1", each, flags=re.S) for each in plain]
-    values = [None if each == "NULL" else text for each, text in zip(written, texts, strict=True)]
-    if len(written) == len(bare) == 1 or any(re.search("[:=]", each) for each in bare):
-        raise ValueError(
-            f"its caption is {cut_short(text)}, which may be a list of PostgreSQL's or a text in braces; a list is "
-            f"known as JSON: {cut_short(json.dumps(values, ensure_ascii=False))}"
-        )
-    return values
+    values: list[str | None] = []
+    bare: list[str] = []
+    for each in re.findall(_ELEMENT, text[1:-1], re.S):
+        is_bare = each[0] != '"' and each != "NULL"
+        values.append(None if each == "NULL" else re.sub(r"\\(.)", r"\1", each if is_bare else each[1:-1], flags=re.S))
+        bare += [each] if is_bare else []
+    return PostgresArray(values, bare)
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _value_in(node: ast.expr) -> Any:

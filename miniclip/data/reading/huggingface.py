@@ -10,7 +10,7 @@ from typing import Any
 from ...common.storage import is_url
 from ...common.wording import counted
 from .arrow_column import ArrowColumn, holds_bytes, is_large
-from .cells import IMAGE_COLUMNS, picture_in, texts_in
+from .cells import IMAGE_COLUMNS, picture_in, texts_in_cell
 from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
@@ -169,7 +169,7 @@ def read_datasets(
         extra = extra_of(row, (column, *texts))
         try:
             image = picture_in(row[column])
-            captions = tuple(text for caption in texts for text in texts_in(row[caption]))
+            captions = tuple(text for caption in texts for text in texts_in_cell(row[caption]))
         except ValueError as error:
             return Pair(names[index], problem=str(error), extra=extra)
         if isinstance(image, bytes) or is_url(image):

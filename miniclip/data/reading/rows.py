@@ -13,7 +13,7 @@ import numpy as np
 
 from ...common.storage import is_url
 from ...common.wording import counted
-from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, picture_in, texts_in
+from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, picture_in, texts_in_cell
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
 from .scan import LeftOut, same_name
@@ -75,7 +75,7 @@ def pairs_of_rows(
         try:
             cell = cells[groups[index][0]]
             image = picture_in(chosen[0].get(column) if cell is None or not isinstance(cell, str) else cell)
-            texts = [text for row in chosen for each in text_columns for text in texts_in(row.get(each))]
+            texts = [text for row in chosen for each in text_columns for text in texts_in_cell(row.get(each))]
             # Albums have the file's own name for a title, which is no caption.
             captions = tuple(text for text in texts if text != PurePath(names[index]).name or not PurePath(text).suffix)
         except ValueError as error:
@@ -184,7 +184,7 @@ def _rows_without_caption(
             if isinstance(cell, str) and cell.strip():
                 return True
             try:
-                if texts_in(cell):
+                if texts_in_cell(cell):
                     return True
             except ValueError:
                 return True

@@ -21,7 +21,7 @@ from ...common.storage import is_url
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
 from ...data.preflight import reason_kind
-from ...data.reading.cells import has_no_value, one_line, texts_in, visible
+from ...data.reading.cells import PostgresArray, has_no_value, one_line, postgres_array, texts_in, visible
 from ...data.reading.folders import pair_splits
 from ...data.reading.huggingface import (
     HUB_PREFIX,
@@ -404,20 +404,27 @@ def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
     )
 
 
-def label_in(cell: Any, where: str) -> str | list[str]:
-    """A label, or those of a list, also of one that is written as a text, as it goes through a CSV."""
+_MAY_BE = 'it must be a name, a number, or a list of those, as ["cat", "dog"]'
+
+
+def label_in(cell: Any, where: str, is_element: bool = False) -> str | list[str]:
+    """A label, or those of a list, also of one that is written as a text, as it goes through a CSV.
+
+    Args:
+        is_element: of a list, which PostgreSQL did not write.
+    """
     if isinstance(cell, Mapping | bytes):
-        raise ValueError(f"{where} has {str(cell)[:50]} for a label; it must be a name, a number, or a list of those")
+        raise ValueError(f"{where} has {str(cell)[:50]} for a label; {_MAY_BE}")
     if isinstance(cell, list | tuple | np.ndarray):
-        return [str(label_in(each, where)) for each in cell]
+        return [str(label_in(each, where, is_element=True)) for each in cell]
     if has_no_value(cell, may_be_name=True):
         shown = f" ({cell!r}, as programs write a cell without a value)" if isinstance(cell, str) and cell else ""
         raise ValueError(f"{where} has no label{shown}")
     text = visible(str(cell))
-    return text if not isinstance(cell, str) else _written_labels(text, where)
+    return text if not isinstance(cell, str) else _written_labels(text, where, is_element)
 
 
-def _written_labels(text: str, where: str) -> str | list[str]:
+def _written_labels(text: str, where: str, is_element: bool) -> str | list[str]:
     """The labels of a list that was written as a text; a text that is none.
 
     Raises:
@@ -428,10 +435,22 @@ def _written_labels(text: str, where: str) -> str | list[str]:
     with suppress(ValueError):  # a mapping, which is code
         if text[:1] + text[-1:] in ("[]", "()", "{}") and (texts := texts_in(text)) != [text]:
             return texts
-    is_code = re.fullmatch(r"[\w.]+\([\[\d].*\)|\{.*:.*\}|\[.*\d.*\]", text)
-    if is_code:
-        raise ValueError(f"{where} has the code {text[:50]!r} for a label; it must be a name, a number, or a list")
+    array = None if is_element else postgres_array(text)
+    labels = None if array is None else _labels_of(array)
+    if labels is not None:
+        return labels
+    if array or re.fullmatch(r"[\w.]+\([\[\d].*\)|\{.*:.*\}|\[.*\d.*\]", text):
+        raise ValueError(f"{where} has the code {text[:50]!r} for a label; {_MAY_BE}")
     return text
+
+
+def _labels_of(array: PostgresArray) -> list[str] | None:
+    """None for numbers that are not whole, and for fields and their values."""
+    texts = [visible(value) for value in array.values if value is not None]
+    if array.has_numbers:
+        numbers = [re.fullmatch(r"(\d+)(?:\.0*)?", text) for text in texts]
+        return [number[1] for number in numbers if number] if all(numbers) else None
+    return None if array.has_fields else [text for text in texts if text]
 
 
 def _look_at_rows(images: Sequence[Any], labels: Sequence[Any], path: Path) -> None:
