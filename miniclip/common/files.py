@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from .storage import without_secrets
@@ -302,11 +302,47 @@ def read_at(file: IO[bytes], offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def free_memory() -> int:
-    """Bytes that are free, or can be freed, where the system says so."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that are free, or can be freed, within the limits of this process's container; None where the system says
+    nothing of either.
+
+    Args:
+        root: of Linux' own files.
+    """
+    found = list(_left_in_groups(root))
+    if available := _numbers_in(root / "proc/meminfo").get("MemAvailable:"):
+        found.append(available * 1024)
+    return min(found, default=None)
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each memory limit of this process's control groups, of version 1 or 2, leaves. Files' pages count as used
+    there, and can be freed."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        controllers, group = line.split(":", 2)[1:]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        most, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        prefix = "total_" if controllers else ""
+        path = PurePosixPath(group)
+        for each in (path, *path.parents):  # up to the top, which a container's own group may be under another name
+            folder = top / str(each).lstrip("/")
+            with suppress(OSError, ValueError):  # no group, or no limit: "max"
+                limit, taken = (int((folder / f"memory.{name}").read_text()) for name in (most, used))
+                facts = _numbers_in(folder / "memory.stat")
+                freed = sum(facts.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+                yield max(limit - taken + freed, 0)
+
+
+def _numbers_in(path: Path) -> dict[str, int]:
+    """The number of each line, by the word before it; none of a file that is not there."""
+    try:
+        cells = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+        return {line[0]: int(line[1]) for line in cells}
+    except (OSError, IndexError, ValueError):
+        return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from miniclip.common.files import atomic_write, locked, swap_in, write_text
+from miniclip.common.files import atomic_write, free_memory, locked, swap_in, write_text
 
 LACKING = [errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]  # answers of FUSE, old NFS and SMB
 
@@ -160,3 +160,86 @@ def test_where_nothing_can_be_written_the_error_names_what_was_asked_for_and_no_
         pass
     with pytest.raises(OSError, match=r"'/proc'$"), locked(Path("/proc/.out.lock"), "another process writes"):
         pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Free memory
+
+
+def system(root, available_kb=None, groups="", **files):
+    """Linux' files on memory, by their paths below the control groups."""
+    (root / "proc/self").mkdir(parents=True)
+    if available_kb is not None:
+        (root / "proc/meminfo").write_text(f"MemTotal: 9999 kB\nMemAvailable: {available_kb} kB\nHugePages_Free: 0\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+STAT = "anon 500\nfile 370\nshmem 70\ninactive_file 200\nactive_file 100\n"
+STAT_1 = "active_file 7\ninactive_file 7\ntotal_active_file 100\ntotal_inactive_file 200\n"
+
+
+@pytest.mark.parametrize(
+    ("linux", "free"),
+    [
+        ({}, None),
+        ({"available_kb": 3}, 3072),
+        ({"available_kb": 3, "groups": "0::/a\n"}, 3072),  # of a container, where the group is not to be seen
+        (
+            # 2000 - 900 + 200 + 100; the group above leaves more
+            {
+                "available_kb": 3,
+                "groups": "0::/user/a:b\n",
+                "user/a:b/memory.max": "2000\n",
+                "user/a:b/memory.current": "900\n",
+                "user/a:b/memory.stat": STAT,
+                "user/memory.max": "5000\n",
+                "user/memory.current": "900\n",
+                "memory.stat": STAT,
+            },
+            1400,
+        ),
+        (
+            {
+                "available_kb": 3,
+                "groups": "0::/user/a\n",
+                "user/a/memory.max": "max\n",
+                "user/a/memory.current": "900\n",
+                "user/memory.max": "1000\n",
+                "user/memory.current": "1000\n",
+            },
+            0,
+        ),
+        ({"groups": "0::/\n", "memory.max": "1000\n", "memory.current": "400\n"}, 600),
+        (
+            {
+                "available_kb": 3,
+                "groups": "9:name=systemd:/\n4:cpu,memory:/docker/0a1b\n0::/\n",
+                "memory/memory.limit_in_bytes": "1000\n",
+                "memory/memory.usage_in_bytes": "950\n",
+                "memory/memory.stat": STAT_1,
+            },
+            350,
+        ),
+        (
+            {
+                "available_kb": 3,
+                "groups": "4:memory:/\n",
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/memory.usage_in_bytes": "950\n",
+                "memory/memory.stat": STAT_1,
+            },
+            3072,
+        ),
+    ],
+)
+def test_free_memory_is_what_the_system_and_the_limits_of_a_container_leave(tmp_path, linux, free):
+    assert free_memory(system(tmp_path, **linux)) == free
+
+
+def test_free_memory_is_unknown_where_the_system_has_no_such_files(tmp_path):
+    assert free_memory(tmp_path) is None

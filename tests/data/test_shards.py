@@ -248,6 +248,12 @@ def test_a_table_that_memory_has_no_room_for_is_named_before_it_is_unpacked(tmp_
     assert peak < 2**27
 
 
+def test_a_table_is_read_where_the_system_does_not_say_what_memory_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "free_memory", lambda: None)
+    _, rows = tables.read_table(table(tmp_path / "t.csv", "image,caption", "a.png,b"))
+    assert list(rows) == [{"image": "a.png", "caption": "b"}]
+
+
 def test_a_lack_of_memory_is_a_sentence_and_no_traceback(tmp_path, monkeypatch, capsys):
     def lack(*_):
         raise MemoryError("Unable to allocate 3 TiB")

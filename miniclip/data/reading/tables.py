@@ -189,13 +189,13 @@ def _unzipped(path: Path) -> bytes:
     Raises:
         ValueError: it is damaged, or too large: reading it takes five times its bytes of memory, at the least.
     """
-    whole, num_bytes, most = io.BytesIO(), 0, free_memory() // 5
+    whole, num_bytes, free = io.BytesIO(), 0, free_memory()
     try:
         with open(path, "rb") as file:  # once, as a pipe is
             pieces = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(b"\x1f\x8b") else file
             while piece := pieces.read(_PIECE_BYTES):
                 num_bytes += len(piece)
-                if num_bytes > most:
+                if free is not None and num_bytes > free // 5:
                     raise MemoryError
                 whole.write(piece)
         return whole.getvalue()

@@ -10,6 +10,7 @@ Q queries, K hits of each, E embedding.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ class Index:
         self._known_store = open_store(location) if model is None else find_store(location)
         self._model, self._device, self._precision, self._upright = model, device, precision, upright
         _ = self.upright, self.precision
-        self._memory_bytes = free_memory() // 2 if memory_bytes is None else memory_bytes
+        self._memory_bytes = _memory_for_features() if memory_bytes is None else memory_bytes
         self._encoder: Encoder | None = None
         self._checked: Facts | None = None  # of the index whose model the encoder was found to be
         # By source, those that hold pictures without a path, with the source's stamp.
@@ -628,6 +629,14 @@ def absolute_model(name: str) -> str:
         before, separator, after = name.partition("local-dir:" if "local-dir:" in name else "/")
         return f"{before}{separator}{settled(after)}"
     return settled(name)
+
+
+def _memory_for_features() -> int:
+    """Half of what is free; where that is unknown, of half of the machine's memory or of 4 GiB."""
+    free = free_memory()
+    if free is None:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 4 << 30
+    return free // 2
 
 
 def _several(texts: str | Sequence[str]) -> Sequence[str]:
