@@ -117,9 +117,9 @@ def run(options: argparse.Namespace) -> None:
             )
     assert model is not None
     record, picture = out / RECORD_FILE, out / PICTURE_FILE
-    for path in (record, picture):  # of the mixture that is replaced
-        path.unlink(missing_ok=True)
     save(model, out, overwrite=options.overwrite)
+    for path in (record, picture):  # of the mixture that was replaced; they stay with it if that fails
+        path.unlink(missing_ok=True)
     if new:
         write_json(record, options.start, options.finetuned, points, *names, alpha)
         write_picture(picture, points, " and ".join(names[0]), " and ".join(names[1]), alpha)

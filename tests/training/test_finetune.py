@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -430,7 +431,7 @@ def test_the_verb_scores_draws_and_saves(sets, tmp_path, capsys):
     assert all(torch.equal(tensor, half[name]) for name, tensor in tensors(tmp_path / "half").items())
 
 
-def test_no_record_of_another_mixture_stays_beside_the_weights(sets, tmp_path):
+def test_no_record_of_another_mixture_stays_beside_the_weights(sets, tmp_path, capsys):
     for seed in (0, 1):
         miniclip.save(tiny_clip(seed), tmp_path / f"model{seed}")
     out = tmp_path / "out"
@@ -444,6 +445,16 @@ def test_no_record_of_another_mixture_stays_beside_the_weights(sets, tmp_path):
     assert json.loads((out / "interpolation.json").read_text())["saved_alpha"] == 0.25
     quarter = finetune.interpolate(tiny_clip(0), tiny_clip(1), 0.25).state_dict()
     assert all(torch.equal(tensor, quarter[name]) for name, tensor in tensors(out).items())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) - 1, limit[1]))
+    try:
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--alpha", "0.5", "--overwrite"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "model.safetensors" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(
