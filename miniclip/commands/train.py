@@ -34,11 +34,11 @@ from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
 
 from ..common.files import user_errors, write_text
 from ..common.storage import without_secrets, without_secrets_in
-from ..common.unique_keys import RepeatedKeyError, UniqueKeys
 from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
 from ..data.preflight import brief
+from ..data.reading.unique_keys import RepeatedKeyError, UniqueKeys
 from ..reports.runs import PAGE_FILE
 from ..training import lightning_private
 from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, RandomStates, score_in

@@ -30,11 +30,11 @@ from typing import Any
 import yaml
 
 from ...common.files import is_readable
-from ...common.unique_keys import RepeatedKeyError, UniqueKeys
 from ...data.reading.cells import decode_text, visible
 from ...data.reading.json_tables import RepeatedNameError, parse_json
 from ...data.reading.scan import same_name
 from ...data.reading.tables import named_separator
+from ...data.reading.unique_keys import RepeatedKeyError, UniqueKeys
 
 _NAME_COLUMNS = (
     "name", "names", "classname", "class_name", "classnames", "class", "classes", "label_name", "category",
