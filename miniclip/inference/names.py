@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from ..common.files import expand_home
 from ..common.storage import expand
 from ..data.reading.cells import decode_text
 from ..data.reading.scan import is_skipped_folder
+from ..data.shards import split_sample_name
 
 STANDARD_INPUT = "-"
 _SIGNS = "*?[{"
@@ -50,6 +52,29 @@ def matching(source: str) -> list[Path]:
     if not found:
         raise ValueError(f"nothing matches {source!r}")
     return list(found)
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """The tar or the table that a key begins with, and the rest; "" and the key of anything else.
+
+    >>> split_key("a/0.tar:7"), split_key("b/t.csv: row 3, text 2"), split_key("a/7.jpg")
+    (('a/0.tar', ':7'), ('b/t.csv', ': row 3, text 2'), ('', 'a/7.jpg'))
+    """
+    tar, sample = split_sample_name(key)
+    if tar:
+        return tar, f":{sample}"
+    row = re.search(r": row \d+(, text \d+)?$", key)
+    return (key[: row.start()], row[0]) if row else ("", key)
+
+
+def key_without_folder(key: str) -> str:
+    """The key that earlier versions gave a sample or a row, which did not say where its tar or its table lies.
+
+    >>> key_without_folder("a/0.tar:7"), key_without_folder(".: row 3"), key_without_folder("a/7.jpg")
+    ('0.tar:7', ': row 3', 'a/7.jpg')
+    """
+    place, rest = split_key(key)
+    return Path(place).name + rest if place else key
 
 
 def _below(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:

@@ -26,6 +26,7 @@ from PIL import Image
 import miniclip
 from miniclip.data.reading.parquet import ParquetRows
 from miniclip.data.shards import Shards
+from miniclip.evaluation.datasets.sets import digest_lines
 from miniclip.evaluation.other_libraries import open_model
 from miniclip.inference.embedding.embed import embed_source
 from miniclip.inference.embedding.source_rows import SourceRows, columns_left_out
@@ -428,6 +429,52 @@ def test_samples_of_tars_of_one_name_have_keys_of_their_own(tmp_path, model, mon
     for source in ("s", "s/*/*.tar"):
         data = image_set(str(tmp_path / source))
         assert [data.key(index) for index in range(len(data))] == expected
+
+
+@pytest.fixture
+def of_places(tmp_path, monkeypatch):
+    """Shards, a table that holds its pictures, its folder, and a table of texts; the keys of the four rows of each."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs(Path("pairs"), 4)
+    pack_folder(Path("pairs"), Path("s/shards"))
+    cells = [path.read_bytes() for path in sorted(Path("pairs").glob("*.png"))]
+    Path("s/pq").mkdir()
+    pq.write_table(pa.table({"image": cells}), "s/pq/t.parquet")
+    table(Path("s/t.csv"), "caption", *TEXTS)
+    rows = ["s/shards/00000.tar:{:09d}", "s/pq: row {}", "s/pq/t.parquet: row {}", "s/t.csv: row {}"]
+    keys = [[row.format(n + ("row" in row)) for n in range(4)] for row in rows]
+    return dict(zip(["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv"], keys, strict=True))
+
+
+@pytest.mark.parametrize("source", ["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv"])
+def test_embeddings_go_on_wherever_their_source_is_named_from_with_the_keys_that_were_begun(
+    of_places, source, model, tmp_path, monkeypatch
+):
+    texts = source.endswith(".csv")
+    for number, name in enumerate([f"../{tmp_path.name}/{source}", str(tmp_path / source)], 1):
+        write(source, f"out{number}", model, texts, rows_per_file=1, part=(1, 2))
+        assert write(name, f"out{number}", model, texts, rows_per_file=1).is_last
+        assert embeddings(f"out{number}")[0].key.tolist() == of_places[source]
+    monkeypatch.chdir("s")
+    assert write(Path(source).relative_to("s"), tmp_path / "out1", model, texts, rows_per_file=1).was_there
+
+
+@pytest.mark.parametrize("source", ["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv"])
+def test_embeddings_that_an_earlier_version_began_go_on_with_its_keys(of_places, source, model):
+    """It left the folder of a tar or a table out, of keys and of what the manifest says of the source."""
+    texts = source.endswith(".csv")
+    data = (text_set if texts else image_set)(source)
+    keys = [key.removeprefix(f"{Path(source).parent}/").removeprefix("shards/") for key in of_places[source]]
+    columns = [json.dumps([name, list(values)]) for name, values in data.metadata.items()]
+    first = TEXTS if texts else [digest_lines([data.identity])]
+    write(source, "out", model, texts, rows_per_file=2, part=(1, 2))
+    manifest = json.loads((path := Path("out.partial/_manifest.json")).read_text())
+    del manifest["place"]
+    path.write_text(
+        json.dumps(manifest | {"source_fingerprint": digest_lines([digest_lines([*first, *keys]), *columns])})
+    )
+    assert write(source, "out", model, texts, rows_per_file=2).is_last
+    assert pq.read_table("out/part-00001.parquet")["key"].to_pylist() == keys[2:]
 
 
 def test_shards_are_embedded_under_their_keys(tmp_path, model):

@@ -171,6 +171,7 @@ def embed_source(
     rows = SourceRows(data)
     dtype = dtype or ("float16" if layout == "clip-retrieval" else "float32")
     work = Work(out, plan_of(rows, encoder, source, dtype, layout, rows_per_file), part, overwrite)
+    rows.begun_at = work.plan.place
     with work.part_lock():
         missing = work.missing()
         done = sum(len(work.plan.indices(each)) for each in set(work.own()) - set(missing))
@@ -240,6 +241,7 @@ def plan_of(rows: SourceRows, encoder: Encoder, source: str, dtype: str, layout:
         layout=layout,
         rows_per_file=rows_per_file,
         upright=isinstance(rows.data, EvaluationSet) and rows.data.upright,
+        place=rows.place,
     )
 
 

@@ -36,7 +36,7 @@ LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), 
 UNREADABLE = "could not be read"
 MANIFEST_SCHEMA = 1
 _NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
-_BEFORE: dict[str, Any] = {"upright": False, "precision": FLOAT32}  # of manifests without them
+_BEFORE: dict[str, Any] = {"upright": False, "precision": FLOAT32, "place": None}  # of manifests without them
 _NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
 
 
@@ -52,6 +52,8 @@ class Plan:
         rows_per_file: of the source, so a part has fewer where some can't be read.
         upright: images were turned as EXIF says.
         precision: of the towers' products.
+        place: the tar or table that the first row lies in, as it was named where the folder was begun; all its keys
+            begin so. None where an earlier version began it.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Plan:
     rows_per_file: int
     upright: bool = False
     precision: str = FLOAT32
+    place: str | None = None
 
     @property
     def num_files(self) -> int:
@@ -79,7 +82,7 @@ class Plan:
     def differences(self, begun: dict[str, Any]) -> list[str]:
         """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
         now, begun = asdict(self), _BEFORE | begun
-        other = {name for name in now if begun.get(name) != now[name]} - {"source"}
+        other = {name for name in now if begun.get(name) != now[name]} - {"source", "place"}
         if self.model_fingerprint is not None:  # the same weights may have moved
             other -= {"model"}
         if {"model_fingerprint", "library"} <= other or {"model_fingerprint", "preprocessing"} <= other:
@@ -273,7 +276,9 @@ class Work:
     def _begin(self, overwrite: bool) -> None:
         manifest = self.folder / MANIFEST_FILE
         if manifest.is_file():
-            if not (other := self.plan.differences(_read_json(manifest))):
+            begun = _read_json(manifest)
+            if not (other := self.plan.differences(begun)):
+                self.plan = replace(self.plan, place=begun.get("place"))
                 return
             if not overwrite:
                 raise ValueError(

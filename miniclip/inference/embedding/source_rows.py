@@ -13,7 +13,7 @@ from ...data.reading.arrow_column import ArrowColumn
 from ...data.reading.scan import LeftOut
 from ...data.shards import split_sample_name
 from ...evaluation.datasets.sets import EvaluationSet, digest_lines
-from ..names import existing
+from ..names import existing, key_without_folder, split_key
 from ..sources import Texts
 
 
@@ -21,11 +21,18 @@ class SourceRows:
     """Key, path (or text) and the source's own columns of each row, as tables of one schema.
 
     A column of the source that has the name of one of ours is called source_NAME.
+
+    Attributes:
+        place: the tar or table that the first row lies in, as it was named; "" for another kind of row.
+        begun_at: the same as the rows named it that were written before: keys begin as those do. None of an earlier
+            version, whose keys begin with the tar's or table's own name.
     """
 
     def __init__(self, data: EvaluationSet | Texts) -> None:
         self.data = data
         self.kind = "text" if isinstance(data, Texts) else "image"
+        self.begun_at: str | None
+        self.place = self.begun_at = split_key(self._key(0))[0] if len(data) else ""
         own = {"key", "embedding", *(("text", "caption") if self.kind == "text" else ("path", "image_path"))}
         self.columns: dict[str, Any] = {}
         for name, values in data.metadata.items():
@@ -37,6 +44,13 @@ class SourceRows:
             self.columns[_as_utf8(called)] = values.by_name() if isinstance(values, ArrowColumn) else _as_arrow(values)
 
     def key(self, index: int) -> str:
+        key = self._key(index)
+        if self.begun_at is None:
+            return key_without_folder(key)
+        now, begun = _beginnings(self.place, self.begun_at)
+        return begun + key.removeprefix(now) if now != begun and key.startswith(now) else key
+
+    def _key(self, index: int) -> str:
         return self.data.keys[index] if isinstance(self.data, Texts) else self.data.key(index)
 
     def table(self, indices: Sequence[int]) -> Any:
@@ -46,20 +60,22 @@ class SourceRows:
         if isinstance(self.data, Texts):
             texts["text"] = [_as_utf8(self.data.texts[index]) for index in indices]
         else:
-            texts["path"] = [_place(self.key(index)) for index in indices]
+            texts["path"] = [_place(self._key(index)) for index in indices]
         found = pa.table({name: pa.array(values, pa.string()) for name, values in texts.items()})
         for name, column in self.columns.items():
             found = found.append_column(name, column.take(pa.array(indices, pa.int64())))
         return found
 
     def fingerprint(self) -> str:
-        """Changes with the source's files, their order, keys, and columns."""
+        """Changes with the source's files, their order, keys, and columns; not with where a tar or a table lies, as a
+        source may be named relatively, absolutely, or on another machine."""
         data = self.data
+        keys = (key_without_folder(self._key(index)) for index in range(len(data)))
         if isinstance(data, Texts):
-            of_rows = digest_lines([*data.texts, *data.keys])
+            of_rows = digest_lines([*data.texts, *keys])
         else:
             stored = replace(data, upright=False)  # a plan has that as a fact of its own
-            of_rows = digest_lines([stored.fingerprint(), *(data.key(index) for index in range(len(data)))])
+            of_rows = digest_lines([stored.fingerprint(), *keys])
         columns = (
             json.dumps(
                 [name, values.identity] if isinstance(values, ArrowColumn) else [name, list(values)], default=str
@@ -91,6 +107,18 @@ def _why_left_out(values: Sequence[Any]) -> str:
     except pa.ArrowException:
         return f"a column of a type that can't be copied, {values.kind}"
     return ""
+
+
+def _beginnings(now: str, begun: str) -> tuple[str, str]:
+    """What two names of one thing begin with, before the folders that they share.
+
+    >>> _beginnings("/data/sh/0.tar", "sh/0.tar"), _beginnings("/mnt/a1/0.tar", "../b1/0.tar")
+    (('/data/', ''), ('/mnt/a1/', '../b1/'))
+    """
+    parts, others = now.split("/"), begun.split("/")
+    while parts and others and parts[-1] == others[-1]:
+        parts, others = parts[:-1], others[:-1]
+    return "".join(f"{part}/" for part in parts), "".join(f"{part}/" for part in others)
 
 
 def _place(key: str) -> str | None:
