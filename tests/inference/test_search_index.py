@@ -559,6 +559,35 @@ def test_rows_that_got_the_pictures_of_another_folder_open_as_none_and_are_encod
     check_parts(index, counting, parts)
 
 
+@pytest.mark.parametrize("before", ["", ".", ".."])
+def test_a_folder_of_parquet_files_is_one_source_wherever_it_is_named_from(
+    index, counting, photos, tmp_path, monkeypatch, before
+):
+    """Earlier versions called its rows by how it was named from within: "" is what they took as the name of "."."""
+    folder = tmp_path / "tables/pq"
+    (folder / "within").mkdir(parents=True)
+    pictures = sorted(photos.glob("*/*.png"))
+    pq.write_table(pa.table({"image": [path.read_bytes() for path in pictures]}), folder / "t.parquet")
+    expected = {f"{folder}: row {n}": path for n, path in enumerate(pictures, 1)}
+    monkeypatch.chdir(folder)
+    assert counts(index.update(".")) == {"new": 12}
+    rename_rows(index, "true", key=f"replace(key, '/pq: row', '/{before}: row')")
+    index = Index(index.location, from_object(counting, "counting"))
+    for hit in index.search("a", topk=99):
+        picture = pictures[int(hit.key.rpartition(" ")[2]) - 1]
+        assert np.array_equal(np.asarray(index.open(hit)), np.asarray(Image.open(picture)))
+    counting.num_images = 0
+    updated = index.update(".")
+    assert (counts(updated), len(updated.renamed)) == ({"touched": 12}, 1)
+    assert {row["key"] for row in index.store.read(["key"]).to_pylist()} == {*expected}
+    for here, name in ((tmp_path, "tables/pq"), (folder, "../pq"), (folder / "within", ".."), (folder, str(folder))):
+        monkeypatch.chdir(here)
+        assert counts(index.update(name)) == {"unchanged": 12}
+    assert counting.num_images == 0
+    for hit in index.search("a", topk=99):
+        assert np.array_equal(np.asarray(index.open(hit)), np.asarray(Image.open(expected[hit.key])))
+
+
 def test_what_a_source_has_twice_is_one_picture_and_named(index, photos, tmp_path):
     names = ["mon/0.png", "mon/1.png", "mon/0.png"]
     pq.write_table(pa.table({"image": names}), photos / "t.parquet")

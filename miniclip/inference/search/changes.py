@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...common.files import expand_home
-from ...common.storage import is_url, name_of, read_bytes
+from ...common.storage import is_url, read_bytes
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut
-from ...data.shards import split_sample_name
 from ...evaluation.datasets.sets import EvaluationSet
-from ..names import STANDARD_INPUT, existing
+from ..names import STANDARD_INPUT, existing, key_without_folder, split_key
 from ..sources import TWICE, image_set
 from .columns import why_left_out
 
@@ -75,10 +74,13 @@ class Listing:
         with ThreadPoolExecutor() as threads:
             return list(threads.map(self.content, indices))
 
-    def key_before(self, index: int) -> str:
-        """The key of a sample by earlier versions, which did not say in which folder of the source its tar lies."""
-        tar, sample = split_sample_name(self.keys[index])
-        return _in_folder_of(self.source, f"{name_of(tar)}:{sample}") if tar else self.keys[index]
+    def keys_before(self, index: int) -> list[str]:
+        """The keys that earlier versions gave a sample, without the folder of the source that its tar lies in, and a
+        row of a folder that was named from within, as "." or "..": its own name was left out."""
+        place, rest = split_key(self.keys[index])
+        if place == self.source:
+            return [_in_folder_of(self.source, f"{name}{rest}") for name in ("", ".", "..")]
+        return [_in_folder_of(self.source, key_without_folder(self.keys[index]))] if place else []
 
     def place_of(self, key: str, content: str | None) -> int:
         """The index of a row's picture.
@@ -88,7 +90,7 @@ class Listing:
         """
         if key in self.keys:
             return self.keys.index(key)
-        before = [index for index in range(len(self.keys)) if self.key_before(index) == key]
+        before = [index for index in range(len(self.keys)) if key in self.keys_before(index)]
         if not before:
             raise ValueError(f"{key} is no longer in {self.source}")
         found = [index for index in before if content is not None and self.content(index) == content]
@@ -167,11 +169,13 @@ def _list_source(
 
 
 def _absolute_key(source: str, key: str) -> str:
-    """Of a picture in a tar by where that lies, of one in a table by where the source does."""
-    tar, sample = split_sample_name(key)
-    if not tar:
-        return _in_folder_of(source, key.rpartition("/")[2])
-    return key if is_url(tar) else f"{os.path.abspath(tar)}:{sample}"  # noqa: PTH100 (links stay as they are)
+    """Of a picture in a tar by where that lies, of one in a table by the source, which is the table; a set of
+    `datasets` has its name."""
+    place, rest = split_key(key)
+    if place.endswith(".tar"):
+        return key if is_url(place) else f"{os.path.abspath(place)}{rest}"  # noqa: PTH100 (links stay as they are)
+    is_table = bool(place) and Path(place).name in ("", "..", os.path.basename(source))  # noqa: PTH119
+    return f"{source}{rest}" if is_table else _in_folder_of(source, key)
 
 
 def _in_folder_of(source: str, name: str) -> str:
@@ -244,7 +248,7 @@ class Known:
 
 
 def keys_from_before(listings: Sequence[Listing], known: Known) -> dict[int, At]:
-    """Where the pictures are listed of rows that have a key of earlier versions, as `Listing.key_before` has it."""
+    """Where the pictures are listed of rows that have a key of earlier versions, as `Listing.keys_before` has them."""
     taken = {*known.keys}
     found: dict[int, At] = {}
     for number, listing in enumerate(listings):
@@ -255,7 +259,8 @@ def keys_from_before(listings: Sequence[Listing], known: Known) -> dict[int, At]
             if known.sources[row] == listing.source and known.paths[row] is None and key not in now
         }
         for index, key in enumerate(listing.keys if rows else ()):
-            row = None if key in taken else rows.pop(listing.key_before(index), None)
+            before = () if key in taken else listing.keys_before(index)
+            row = next((rows.pop(each) for each in before if each in rows), None)
             if row is not None:
                 found[row] = number, index
     return found
