@@ -28,6 +28,7 @@ from scipy.sparse.csgraph import connected_components
 
 import miniclip
 from miniclip.evaluation.encoder import from_object
+from miniclip.inference.search.changes import Listing
 from miniclip.inference.search.index import Index, absolute_model
 from miniclip.inference.search.nearest import near_duplicates, nearest
 from miniclip.inference.search.store import Facts, create_store, open_store, writing
@@ -573,9 +574,13 @@ def test_a_folder_of_parquet_files_is_one_source_wherever_it_is_named_from(
     assert counts(index.update(".")) == {"new": 12}
     rename_rows(index, "true", key=f"replace(key, '/pq: row', '/{before}: row')")
     index = Index(index.location, from_object(counting, "counting"))
+    calls = []
+    keys_before = Listing.keys_before
+    monkeypatch.setattr(Listing, "keys_before", lambda *given: calls.append(given) or keys_before(*given))
     for hit in index.search("a", topk=99):
         picture = pictures[int(hit.key.rpartition(" ")[2]) - 1]
         assert np.array_equal(np.asarray(index.open(hit)), np.asarray(Image.open(picture)))
+    assert len(calls) == 12  # once for a picture, and not for each hit
     counting.num_images = 0
     updated = index.update(".")
     assert (counts(updated), len(updated.renamed)) == ({"touched": 12}, 1)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,16 +84,30 @@ class Listing:
             return [_in_folder_of(self.source, f"{name}{rest}") for name in ("", ".", "..")]
         return [_in_folder_of(self.source, key_without_folder(self.keys[index]))] if place else []
 
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        """The first picture of each key."""
+        return {key: index for index, key in reversed([*enumerate(self.keys)])}
+
+    @cached_property
+    def _indices_before(self) -> dict[str, list[int]]:
+        """The pictures by the keys that they may have had before."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for index in range(len(self.keys)):
+            for key in self.keys_before(index):
+                found[key].append(index)
+        return dict(found)
+
     def place_of(self, key: str, content: str | None) -> int:
         """The index of a row's picture.
 
         Raises:
             ValueError: it is not there, or has a key of earlier versions and is not the only one that had that.
         """
-        if key in self.keys:
-            return self.keys.index(key)
-        before = [index for index in range(len(self.keys)) if key in self.keys_before(index)]
-        if not before:
+        if key in self._index_of:
+            return self._index_of[key]
+        before = self._indices_before.get(key)
+        if before is None:
             raise ValueError(f"{key} is no longer in {self.source}")
         found = [index for index in before if content is not None and self.content(index) == content]
         if not found:
