@@ -227,6 +227,43 @@ def test_neighbours_of_tars_of_one_name_are_those_of_their_own_folder(shelf, tmp
     assert Shards(tmp_path / "both").names() == keys
 
 
+def rewrite_keys(folder: Path, keys: list[str], rows: list[int], unreadable: int = 0) -> None:
+    """Some rows of embeddings in one file, with the keys that another version or another place gave them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    part = folder / "part-00000.parquet"
+    table = pq.read_table(part)
+    pq.write_table(table.set_column(0, "key", pa.array(keys)).take(rows), part)
+    manifest = json.loads((folder / "_manifest.json").read_text())
+    (folder / "_manifest.json").write_text(json.dumps(manifest | {"unreadable": unreadable}))
+
+
+def test_tars_of_one_name_have_their_neighbours_whatever_folder_is_in_the_keys(shelf, tmp_path):
+    """The oracle is the order: seven samples of other, then ten of shards, whose first seven have the same keys."""
+    index_shards(f"{shelf}/{{other,shards}}/00000.tar", tmp_path / "both")
+    cli.main(["embed", str(tmp_path / "both"), str(tmp_path / "out"), "--model", str(shelf / "model")])
+    expected = module(tmp_path / "both", negatives="hard", neighbours=str(tmp_path / "out")).likeness().features
+    samples = [("other", n) for n in range(7)] + [("shards", n) for n in range(10)]
+    bare = [f"00000.tar:{n:09d}" for _, n in samples]
+    places = [f"{shelf.resolve()}/{part}/00000.tar:{n:09d}" for part, n in samples]
+    moved = [f"/mnt/{part}/00000.tar:{n:09d}" for part, n in samples]
+    every, but_own, but_shared = [*range(17)], [n for n in range(17) if n != 15], [n for n in range(17) if n != 3]
+
+    def features(keys: list[str], rows: list[int]) -> np.ndarray:
+        shutil.copytree(tmp_path / "out", tmp_path / "other", dirs_exist_ok=True)
+        rewrite_keys(tmp_path / "other", keys, rows, 17 - len(rows))
+        return module(tmp_path / "both", negatives="hard", neighbours=str(tmp_path / "other")).likeness().features
+
+    for keys in (bare, places, moved):
+        np.testing.assert_array_equal(features(keys, every), expected)
+        np.testing.assert_array_equal(features(keys, but_own), np.where(np.arange(17)[:, None] == 15, 0, expected))
+    np.testing.assert_array_equal(features(places, but_shared), np.where(np.arange(17)[:, None] == 3, 0, expected))
+    for keys in (bare, moved):
+        with pytest.raises(ValueError, match=r"other has fewer rows than samples of 1 names that come several times"):
+            features(keys, but_shared)
+
+
 def test_batches_of_neighbours_come_from_the_loader_with_their_pictures(shelf):
     data = hard(shelf)
     keys = [key for batch in data.train_dataloader() for key in batch.keys]

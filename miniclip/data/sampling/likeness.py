@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,9 @@ def neighbours_in(folders: Sequence[str], shards: Shards, sources: Sequence[str]
     features = np.zeros((len(shards), manifests[0]["embedding_size"]), dtype=np.int8)
     start = 0
     for folder, manifest, own in zip(folders, manifests, numbers, strict=True):
-        tars = dict(zip(own, tar_names([shards.entries[n].location for n in own]), strict=True))
-        keys = _hashed(name for n in own for name in sample_names(tars[n], shards.keys(n)))
-        _fill(features[start : start + len(keys)], keys, folder, manifest)
-        start += len(keys)
+        count = int(shards.counts[own].sum())
+        _fill(features[start : start + count], shards, own.tolist(), folder, manifest)
+        start += count
     return Neighbours(features)
 
 
@@ -138,29 +137,58 @@ def _hashed(keys: Iterable[str]) -> np.ndarray:
     return np.array([hash64(key.encode("utf-8", "backslashreplace")) for key in keys], dtype=np.int64)
 
 
-def _fill(features: np.ndarray, keys: np.ndarray, folder: str, manifest: dict[str, Any]) -> None:
-    """Puts each row's embedding where its key is among `keys`, with its tar's own name or with where that lies."""
-    order = keys.argsort()
-    is_found = np.zeros(len(keys), dtype=bool)
+def _fill(features: np.ndarray, shards: Shards, own: Sequence[int], folder: str, manifest: dict[str, Any]) -> None:
+    """Puts each row's embedding in the place of its sample, of the shards of the numbers `own`.
+
+    Tars of one name are known by where they lie. If that is not how the rows have them, as of tars that have moved and
+    of earlier versions, which wrote no folder, rows of one name are those of its samples in their order.
+    """
+    locations = [shards.entries[n].location for n in own]
+    found = doubtful = 0
+    for tars in (tar_names(locations), [name_of(each) for each in locations]):
+        features[:] = 0
+        keys = _hashed(name for n, tar in zip(own, tars, strict=True) for name in sample_names(tar, shards.keys(n)))
+        found, doubtful = max((found, doubtful), _matched(features, keys, {*tars}, folder, manifest))
+        if found + manifest["unreadable"] == len(keys) and not doubtful:
+            return
+    why = f"has embeddings of {found:,} of the {len(keys):,} samples and lists {manifest['unreadable']:,}"
+    if found + manifest["unreadable"] == len(keys):
+        why = f"has fewer rows than samples of {doubtful:,} names that come several times, and does not tell those"
+    raise ValueError(f"{folder} {why} that could not be read; write it anew, with `miniclip embed … --overwrite`")
+
+
+def _matched(
+    features: np.ndarray, keys: np.ndarray, tars: Set[str], folder: str, manifest: dict[str, Any]
+) -> tuple[int, int]:
+    """How many rows have a sample, and how many names that come several times have fewer rows than samples.
+
+    Args:
+        keys: (N,) the samples' names; the k-th row of a name is the k-th sample of it.
+        tars: as those names have them; a row that has another names its tar within its folder.
+    """
+    order = keys.argsort(kind="stable")
+    ordered = keys[order]
+    num_rows = np.zeros(len(keys) + 1, dtype=np.int64)  # of each name, where that begins in the order
+    found = 0
     for names, embeddings in _embedded_rows(folder, manifest):
-        row_keys = _hashed(map(_within_folder, names))
-        places = order[np.searchsorted(keys, row_keys, sorter=order).clip(max=len(keys) - 1)]
-        if len(others := np.flatnonzero(keys[places] != row_keys)):
-            row_keys[others] = _hashed(names[row] for row in others)
-            places = order[np.searchsorted(keys, row_keys, sorter=order).clip(max=len(keys) - 1)]
-        is_known = keys[places] == row_keys
-        features[places[is_known]] = quantised(embeddings[is_known])
-        is_found[places[is_known]] = True
-    if (found := int(is_found.sum())) + manifest["unreadable"] != len(keys):
-        raise ValueError(
-            f"{folder} has embeddings of {found:,} of the {len(keys):,} samples and lists {manifest['unreadable']:,} "
-            "that could not be read; write it anew, with `miniclip embed … --overwrite`"
-        )
+        rows = _hashed(_as_called(name, tars) for name in names)
+        by_key = rows.argsort(kind="stable")
+        repetition = np.empty(len(rows), dtype=np.int64)
+        repetition[by_key] = np.arange(len(rows)) - np.searchsorted(rows[by_key], rows[by_key])
+        first = np.searchsorted(ordered, rows)
+        at = first + num_rows[first] + repetition
+        is_known = at < len(keys)
+        is_known[is_known] = ordered[at[is_known]] == rows[is_known]
+        features[order[at[is_known]]] = quantised(embeddings[is_known])
+        np.add.at(num_rows, first[is_known], 1)
+        found += int(is_known.sum())
+    _, first, times = np.unique(ordered, return_index=True, return_counts=True)
+    return found, int(((times > 1) & (num_rows[first] < times)).sum())
 
 
-def _within_folder(name: str) -> str:
+def _as_called(name: str, tars: Set[str]) -> str:
     tar, key = split_sample_name(name)
-    return f"{name_of(tar)}:{key}" if tar else name
+    return f"{name_of(tar)}:{key}" if tar and tar not in tars else name
 
 
 def _embedded_rows(folder: str, manifest: dict[str, Any]) -> Iterator[tuple[list[str], np.ndarray]]:
