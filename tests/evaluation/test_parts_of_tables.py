@@ -13,7 +13,7 @@ import pytest
 from helpers import write_picture
 from PIL import Image
 
-from miniclip.evaluation.datasets.open import open_dataset
+from miniclip.evaluation.datasets.open import open_dataset, open_images
 
 
 def write_table(root: Path, kind: str, parts: list[str]) -> Path:
@@ -98,3 +98,67 @@ def test_a_set_is_asked_for_by_its_name_beside_a_column_that_names_no_part(tmp_p
     assert len(open_dataset(tmp_path / "set", split="train", label_column="label")) == 2
     with pytest.raises(ValueError, match="has no split 'test'; it has summer, winter"):
         open_dataset(source, split="test")
+
+
+def parquet_files(root: Path, **columns_of: dict[str, list[str]]) -> Path:
+    root.mkdir(exist_ok=True)
+    for stem, columns in columns_of.items():
+        count = len(next(iter(columns.values())))
+        images = [str(write_picture(root.parent / "pictures" / f"{stem}{n}.png", n)) for n in range(count)]
+        pq.write_table(pa.table({"image": images, **columns}), root / f"{stem}.parquet")
+    return root
+
+
+def test_parquet_files_of_other_splits_are_not_opened(tmp_path):
+    source = parquet_files(
+        tmp_path / "set", test={"label": ["a", "b"], "note": ["x", "y"]}, train={"label": ["a"], "split": ["train"]}
+    )
+    for split in (None, "test", "testing"):
+        assert [Path(image).name for image in open_dataset(source, split=split).images] == ["test0.png", "test1.png"]
+    (source / "train.parquet").write_bytes(b"PAR1 and then nothing")
+    assert len(open_dataset(source)) == len(open_images(source)) == 2
+    with pytest.raises(ValueError, match=r"train\.parquet is no Parquet file, or a damaged one"):
+        open_dataset(source, split="train")
+
+
+@pytest.mark.parametrize("name", ["set/test-00000-of-00001.parquet", "set", "test.csv", "test/labels.csv"])
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_a_column_of_other_things_does_not_hide_the_split_that_the_name_tells(tmp_path, name, task):
+    columns = {"label": ["a", "b"], "caption": ["an a", "a b"], "set": ["chess", "tea"]}
+    parquet_files(tmp_path / "set", **{"test-00000-of-00001": columns})
+    source = tmp_path / name
+    if source.suffix == ".csv":
+        source.parent.mkdir(exist_ok=True)
+        rows = zip(sorted(map(str, (tmp_path / "pictures").iterdir())), *columns.values(), strict=True)
+        source.write_text("\n".join(["image,label,caption,set", *map(",".join, rows)]))
+    with pytest.warns(UserWarning, match="all rows are read. Its column 'set' has chess, tea"):
+        assert len(open_dataset(source, split="test", task=task)) == 2
+    with pytest.warns(UserWarning, match="a row of another split"):
+        assert len(open_dataset(source, split="tea", task=task)) == 1
+    with pytest.raises(ValueError, match="no split 'val'; it has"):
+        open_dataset(source, split="val", task=task)
+
+
+def test_a_name_does_not_overrule_a_column_of_parts(tmp_path):
+    source = write_table(tmp_path, "csv", ["train", "val"]).rename(tmp_path / "test.csv")
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, val"):
+        open_dataset(source, split="test", label_column="label")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("parts", "rows", "says"),
+    [
+        ("train  train", [1], "rows of blank are read, as its column 'split' has blank, train"),
+        ("train test2014 test2015", [1, 2], "rows of test2014, test2015 are read"),
+        ("train trainval", [0, 1], "all rows are read, as its column 'split' has train, trainval"),
+        ("tr te", [0, 1], "all rows are read. .*none is known to be for testing$"),
+    ],
+)
+def test_images_of_no_class_may_be_of_several_parts(tmp_path, kind, parts, rows, says):
+    parts = parts.split(" ")
+    source = write_table(tmp_path, kind, parts)
+    with pytest.warns(UserWarning, match=says):
+        data = open_images(source)
+    row_of = {Image.open(tmp_path / f"{n}.png").convert("RGB").tobytes(): n for n in range(len(parts))}
+    assert [row_of[data.open(n).convert("RGB").tobytes()] for n in range(len(data))] == rows

@@ -98,12 +98,16 @@ def choose_split(there: Sequence[str], split: str | None, source: str) -> str:
         usual = [name for name in equal_splits(role) if name in there][:1]
         found = found or usual or [name for name in there if role_of(name) == role]
     if split is None and not found:
-        others = [name for name in there if not (name.lower().startswith("train") or role_of(name) == "train")]
-        found = others if len(there) > 1 else list(there)
+        found = not_for_training(there) if len(there) > 1 else list(there)
     if len(found) != 1 or not found[0]:
         has = ", ".join(name or "blank cells" for name in there)
         raise ValueError(f"{source} has no split {split or 'test'!r}; it has {has}")
     return found[0]
+
+
+def not_for_training(there: Iterable[str]) -> list[str]:
+    """Those of the names that do not begin with train, blank ones too."""
+    return [name for name in there if not (name.lower().startswith("train") or role_of(name) == "train")]
 
 
 class Rows(list[dict[str, Any]]):
@@ -184,10 +188,19 @@ def rows_of_split(
         if not set(there) <= wanted:
             rows.note = f", all rows: column {column!r} has {some(there, 3)}; --split takes those of one"
         return rows
-    kept = [row for row, part in enumerate(parts) if part in wanted]
-    if not kept:
+    if wanted.isdisjoint(parts):
         valid = some(there, 20) or "none, as it is blank"
         raise ValueError(f"{source} has no row whose column {column!r} is {split!r}; valid for --split are {valid}")
+    return _rows_with(rows, parts, wanted)
+
+
+def rows_of_parts(columns: Sequence[str], rows: Any, wanted: Collection[str]) -> Any:
+    """The rows of several of the parts that `parts_in` gives, and those of the others in `left_out`."""
+    return _rows_with(rows, _part_of_each(columns, rows)[1], wanted)
+
+
+def _rows_with(rows: Any, parts: Sequence[str], wanted: Collection[str]) -> Any:
+    kept = [row for row, part in enumerate(parts) if part in wanted]
     if len(kept) == len(parts):
         return rows
     left_out = [

@@ -91,7 +91,7 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
     named = names_of_files(path)
     parts = parquet_splits(path, split)
     is_of_files = not {*equal_splits(split)}.isdisjoint(parts)
-    is_told = is_named(path, split) or is_named(folder_of(path), split) or is_of_files
+    is_told = is_told_by_name(path, split)
     is_one_set = not parts and is_all_of(split)
     if named and is_asked_for and not is_told and not is_one_set and not has_split_column(columns):
         split_among(named, split, str(path))  # raises
@@ -99,6 +99,12 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
     if len(named) > 1 and not is_of_files and not chosen.note:
         chosen.note = f", all files: their names are of {some(named, 3)}; --split takes those of one"
     return chosen
+
+
+def is_told_by_name(path: Path, split: str) -> bool:
+    """Whether the name of a table, of its folder or of a folder's Parquet files says that they are of this split."""
+    is_of_files = not {*equal_splits(split)}.isdisjoint(parquet_splits(path, split))
+    return is_of_files or is_named(path, split) or is_named(folder_of(path), split)
 
 
 def table_suffix(path: Path) -> str:

@@ -39,8 +39,10 @@ from ...data.reading.splits import (
     choose_split,
     has_split_column,
     is_all_of,
+    not_for_training,
     parts_in,
     role_of,
+    rows_of_parts,
     rows_of_split,
     same_parts,
 )
@@ -50,6 +52,7 @@ from ...data.reading.tables import (
     find_image_column,
     folder_of,
     is_parquet,
+    is_told_by_name,
     names_of_files,
     parquet_splits,
     read_table,
@@ -128,16 +131,29 @@ def _pair_images(source: str, image_column: str | None, split: str | None) -> Se
     return FromEach(_pairs_of_split(source, image_column, split), _image_of_pair)
 
 
-def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | None) -> tuple[Any, str | None]:
+def _rows_of_part(
+    source: str,
+    columns: Sequence[str],
+    rows: Any,
+    split: str | None,
+    is_told: bool = False,
+    may_be_several: bool = False,
+) -> tuple[Any, str | None]:
     """The rows of one part of those that a column `split` names, and the part; all, with a warning, where none of their
     names is known and none is asked for. Without such a column all rows are train.
+
+    Args:
+        is_told: the source's name says that it is of the split that is asked for, so that a column of other values
+            means something else.
+        may_be_several: where several parts may be meant, all that are not for training are taken, with a warning; all
+            rows where there are none.
 
     Raises:
         ValueError: there is no such part, or no such column.
     """
     column, parts = parts_in(columns, rows, split)
     files = [] if column else names_of_files(Path(source))
-    if not column and split and not (Path(source).is_dir() and is_all_of(split)):
+    if not column and split and not is_told and not (Path(source).is_dir() and is_all_of(split)):
         of_files = f"its files are of {some(files)}" if files else "a column 'split' would name the part of each row"
         raise ValueError(f"{source} is a table and has no split {split!r}; {of_files}")
     if not column:
@@ -148,16 +164,28 @@ def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | N
                 stacklevel=5,
             )
         return rows, None
+    if is_told and split and not any(map(role_of, parts)) and not same_parts(parts, split):
+        split = None
+    there = some([part or "blank" for part in parts], 3)
     if split is None and not any(map(role_of, parts)):
+        remedy = "" if may_be_several else "; --split takes the rows of one"
         if len(parts) > 1 and rank_and_world_size()[0] == 0:
-            there = some([part or "blank" for part in parts], 3)
             warnings.warn(
                 f"{source}: all rows are read. Its column {column!r} has {there}, of which none is known to be for "
-                "testing; --split takes the rows of one",
+                f"testing{remedy}",
                 stacklevel=5,
             )
         return rows, None
-    chosen = choose_split(parts, split, source)
+    try:
+        chosen = choose_split(parts, split, source)
+    except ValueError:
+        if not may_be_several:
+            raise
+        taken = not_for_training(parts)
+        which = f"the rows of {some([part or 'blank' for part in taken], 3)} are" if taken else "all rows are"
+        if rank_and_world_size()[0] == 0:
+            warnings.warn(f"{source}: {which} read, as its column {column!r} has {there}", stacklevel=5)
+        return rows_of_parts(columns, rows, taken or parts), None
     return rows_of_split(source, columns, rows, chosen, is_asked_for=True), chosen
 
 
@@ -165,18 +193,30 @@ def _rows_of_part(source: str, columns: Sequence[str], rows: Any, split: str | N
 # Tables and Hugging Face's data sets
 
 
-def _rows_of_one_split(path: Path, split: str | None) -> tuple[list[str], Any]:
-    """The columns and rows of a table, or of a folder or pattern of Parquet files, of which one split is read."""
-    names, rows = read_table(path)
+def _rows_of_one_split(
+    path: Path, split: str | None, may_be_several: bool = False
+) -> tuple[list[str], Any, str | None]:
+    """The columns and rows of a table, or of a folder or pattern of Parquet files, and the split that is read.
+
+    Where the names of files tell of several splits, files of the others are not opened.
+
+    Args:
+        may_be_several: as that of `_rows_of_part`.
+    """
     splits = parquet_splits(path, split)
-    if splits and not (len(splits) == 1 and has_split_column(names)):
+    if len(splits) > 1:
         split = choose_split(splits, split, str(path))
-        return names, read_table(path, split)[1]
-    return names, _rows_of_part(str(path), names, rows, split)[0]
+        return *read_table(path, split), split
+    names, rows = read_table(path)
+    if splits and not has_split_column(names):
+        return names, rows, choose_split(splits, split, str(path))
+    is_told = split is not None and is_told_by_name(path, split)
+    return names, *_rows_of_part(str(path), names, rows, split, is_told, may_be_several)
 
 
 def read_unlabelled_table(path: Path, group_column: str | None = None) -> Found:
-    """The images of the split that `read_labelled_table` would read, whether or not they have labels.
+    """The images of the split that `read_labelled_table` would read, or of all that it could be, whether or not they
+    have labels.
 
     A file or URL that several rows name, as where each caption has a row, is one image; the other rows are left out.
 
@@ -186,7 +226,7 @@ def read_unlabelled_table(path: Path, group_column: str | None = None) -> Found:
     Raises:
         ValueError: they do not.
     """
-    names, rows = _rows_of_one_split(path, None)
+    names, rows, _ = _rows_of_one_split(path, None, may_be_several=True)
     image_column = find_image_column(names, rows, folder_of(path), path)[0]
     there = images_of_rows(path, names, rows, image_column)
     metadata: dict[str, Any] = {name: column for name, column in there.values.items() if name != image_column}
@@ -226,7 +266,7 @@ def _refuse_several_groups(
 
 def read_labelled_table(path: Path, columns: Columns, split: str | None = None) -> Found:
     """A table, or a folder or pattern of Parquet files, of which one split is read."""
-    names, rows = _rows_of_one_split(path, split)
+    names, rows, _ = _rows_of_one_split(path, split)
     columns.check(names, str(path))
     image_column = columns.image or find_image_column(names, rows, folder_of(path), path)[0]
     # {file: label} is read as a file and its captions.
@@ -609,11 +649,12 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     has_pictures = path.is_dir() and bool(image_files(path))
     if source.startswith(HUB_PREFIX) or is_datasets_folder(path):
         split = _chosen_of_datasets(load_datasets(source), split, source)[1]
-    elif path.is_dir() and (parts := pair_splits(path) if has_pictures else parquet_splits(path, split)):
+    elif has_pictures and (parts := pair_splits(path)):
         split = choose_split(parts, split, source)
         source = str(path / split) if (path / split).is_dir() else source
     elif (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
-        split = _rows_of_part(source, *read_table(path), split)[1]
+        split = _rows_of_one_split(path, split)[2]
+        source = str(path / split) if split and (path / split).is_dir() else source
     elif split:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     pairs = _pairs_of_split(source, columns.image, split)
