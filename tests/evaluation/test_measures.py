@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+import time
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -889,6 +890,24 @@ def test_each_text_asks_with_its_own_features_whatever_counts_as_the_same_captio
     by_image = [1 + (cosines[i, ~image_has[i]] >= cosines[i, image_has[i]].max()).sum() for i in asking]
     assert found.texts.ranks.tolist() == by_image
     assert (found.images.num_candidates, found.texts.num_candidates) == (12, 40)
+
+
+def test_texts_of_one_caption_are_ranked_in_bounded_memory_though_their_features_differ_in_the_last_bits():
+    """The pairs of these texts and all images that are right for them were 8 million, counted one by one."""
+    random = np.random.default_rng(0)
+    features, images = random.normal(size=(2, 16)), random.normal(size=(2000, 16))
+    caption, owner = np.arange(4000) % 2, random.integers(0, 1000, size=4000)  # images from 1000 on are wrong for all
+    exact = features[caption]
+    exact[:, 3] = np.where(random.random(4000) < 0.5, 0.0, -0.0)
+    texts = exact + 1e-12 * random.normal(size=exact.shape)
+    started = time.process_time()
+    noisy = retrieval(images, texts, owner, captions=caption.tolist())
+    assert time.process_time() - started < 20
+    plain = retrieval(images, exact, owner, captions=caption.tolist())
+    for found, expected in ((noisy.images, plain.images), (noisy.texts, plain.texts)):
+        assert found.ranks.tolist() == expected.ranks.tolist()
+        assert found.mean_average_precision == pytest.approx(expected.mean_average_precision)
+    assert len(set(metrics._asking(torch.from_numpy(exact), caption))) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

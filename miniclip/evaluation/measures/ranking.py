@@ -98,14 +98,15 @@ def retrieval(
     owner = owner.astype(np.int64)
     caption = _numbered(captions, len(texts))
     query = _asking(texts, caption)
-    further, to, own = _further_answers(query, owner, caption)
-    asked, answers = np.concatenate([np.arange(len(texts)), further]), np.concatenate([owner, to])
-    better_images, better_texts = _count_better(images, texts, asked, answers, caption)
+    directions = _Directions(images, "image"), _Directions(texts, "text")
+    spelt = _Spellings(*directions, query, owner, caption, max(ks, default=1))
+    better_images, better_texts = _count_better(*directions, owner, caption, spelt.nearest)
     # Equal texts ask once, and find all images of their caption; an image finds the best spelling of its caption.
-    _, pairs = np.unique(np.stack([query[asked], answers]), axis=1, return_index=True)
-    by_text = _ranking(better_images[pairs], query[asked][pairs], len(images), ks, query)
-    np.minimum.at(better_texts, own, better_texts[len(texts) :])
-    return Retrieval(by_text, _ranking(better_texts[: len(texts)], owner, len(texts), ks))
+    _, pairs = np.unique(np.stack([query, owner]), axis=1, return_index=True)
+    pairs = pairs[~np.isin(query[pairs], spelt.query)]
+    asking, better = np.append(query[pairs], spelt.query), np.append(better_images[pairs], spelt.better)
+    by_text = _ranking(better, asking, len(images), ks, query, spelt.num_images)
+    return Retrieval(by_text, _ranking(better_texts, owner, len(texts), ks))
 
 
 def _numbered(captions: Sequence[Hashable] | None, num_texts: int) -> np.ndarray:
@@ -126,42 +127,92 @@ def _asking(texts: Tensor, caption: np.ndarray) -> np.ndarray:
     for start in range(0, len(shared), _NUM_ROWS):
         rows = shared[start : start + _NUM_ROWS]
         features = texts[torch.from_numpy(rows).to(texts.device)].cpu().double().numpy()
-        for text, row in zip(rows.tolist(), features, strict=True):
+        for text, row in zip(rows.tolist(), features + 0.0, strict=True):
             query[text] = first.setdefault((int(caption[text]), row.tobytes()), text)
     return query
 
 
-def _further_answers(
-    query: np.ndarray, owner: np.ndarray, caption: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right answers to texts beside the images that have a text of the same features: those of another spelling.
+class _Spellings:
+    """What is right for a text that others of its caption differ from: all images of the caption.
 
-    Returns:
-        Three arrays (X,): a text, an image of its caption, and a text of that image and caption.
+    Only as many as `most` of them, the nearest, can be among the first `most`. Cosines are in memory for some of the
+    texts at a time, of which each asks once.
+
+    Args:
+        query: (T,) as `_asking` has it.
+        most: the largest K.
+
+    Attributes:
+        query, better: (P,) a text, and how many wrong images are at least as near to it as one of its nearest `most`
+            right images.
+        num_images: (T,) with the caption of each text.
+        nearest: (T,) the cosine of the text's image with the nearest other spelling of its caption, for one of the
+            texts that the image has of a caption, and -inf.
     """
-    found: list[tuple[int, int, int]] = []
-    order = np.lexsort((query, caption))
-    _, starts = np.unique(caption[order], return_index=True)
-    ends = np.append(starts[1:], len(order))
-    is_spelt_otherwise = query[order[starts]] != query[order[ends - 1]]
-    for start, end in zip(starts[is_spelt_otherwise], ends[is_spelt_otherwise], strict=True):
-        texts = order[start:end]
-        own_of = dict(zip(owner[texts].tolist(), texts.tolist(), strict=True))
-        there = set(zip(query[texts].tolist(), owner[texts].tolist(), strict=True))
-        for text in np.unique(query[texts]).tolist():
-            found += [(text, image, own) for image, own in own_of.items() if (text, image) not in there]
-    text, image, own = np.array(found, dtype=np.int64).reshape(-1, 3).T
-    return text, image, own
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        images: _Directions,
+        texts: _Directions,
+        query: np.ndarray,
+        owner: np.ndarray,
+        caption: np.ndarray,
+        most: int,
+    ) -> None:
+        captions, owners = np.unique(np.stack([caption, owner]), axis=1)  # (2, N), sorted by caption
+        firsts, sizes = (np.searchsorted(captions, np.arange(caption.max() + 1), side) for side in ("left", "right"))
+        sizes = sizes - firsts
+        self.num_images = sizes[caption]
+        self.nearest = np.full(len(caption), -np.inf)
+        order = np.lexsort((query, owner, caption))
+        is_last = np.append(np.diff(caption[order]) | np.diff(owner[order]), 1) != 0
+        text_of = order[is_last]  # (N,)
+        is_own = np.unique(query * len(images) + owner)
+
+        queries = np.unique(query)
+        queries = queries[np.bincount(caption[queries])[caption[queries]] > 1]
+        found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
+        num_rows = min(_NUM_ROWS, max(1, _NUM_ROWS * _NUM_COLUMNS // len(images)))
+        for start in range(0, len(queries), num_rows):
+            asking = queries[start : start + num_rows]
+            texts_asking = texts[asking].to(images.device)
+            wrong = torch.cat(
+                [
+                    texts_asking @ images[np.arange(top, min(top + _NUM_ROWS, len(images)))].T
+                    for top in range(0, len(images), _NUM_ROWS)
+                ],
+                dim=1,
+            ).cpu()  # (n, I)
+            each = caption[asking]
+            rows, pairs = np.repeat(np.arange(len(asking)), sizes[each]), _ranges(firsts[each], sizes[each])
+            place = torch.from_numpy(rows), torch.from_numpy(owners[pairs])
+            cosines = wrong[place]
+            right = torch.full_like(wrong, -torch.inf)
+            right[place], wrong[place] = cosines, -torch.inf
+            nearest = right.topk(min(most, len(images))).values  # (n, most)
+            better = len(images) - torch.searchsorted(wrong.sort().values, nearest - SAME)
+            there = torch.isfinite(nearest).numpy()
+            found.append((np.repeat(asking, there.sum(axis=1)), better.numpy()[there]))
+            is_other = ~np.isin(asking[rows] * len(images) + owners[pairs], is_own)
+            np.maximum.at(self.nearest, text_of[pairs[is_other]], cosines.numpy()[is_other])
+        self.query, self.better = (np.concatenate(each) for each in zip(*found, strict=True))
 
 
 def _ranking(
-    better: np.ndarray, query: np.ndarray, num_candidates: int, ks: Sequence[int], asked: np.ndarray | None = None
+    better: np.ndarray,
+    query: np.ndarray,
+    num_candidates: int,
+    ks: Sequence[int],
+    asked: np.ndarray | None = None,
+    num_own: np.ndarray | None = None,
 ) -> Ranking:
     """
     Args:
         better: (P,) for each pair of a query and one of its own, how many wrong candidates are as good or better.
         query: (P,) which query that is.
         asked: (Q,) the query that each text asks; by default every query is asked once.
+        num_own: (Q,) how many own each has, if not all are among the pairs.
     """
     order = np.lexsort((better, query))
     queries, first, sizes = np.unique(query[order], return_index=True, return_counts=True)
@@ -169,6 +220,7 @@ def _ranking(
     ranks_of_own = better[order] + number  # among all
     asking = np.arange(len(queries)) if asked is None else np.searchsorted(queries, asked)
     ranks = ranks_of_own[first][asking]
+    sizes = sizes if num_own is None else num_own[queries]
     precision = {}
     for k in ks:
         summed = np.add.reduceat(np.where(ranks_of_own <= k, number / ranks_of_own, 0.0), first)
@@ -184,27 +236,36 @@ def _ranking(
     )
 
 
+class _Directions:
+    """Some rows of features at a time, in float64 and of length 1, on their device."""
+
+    def __init__(self, features: Tensor, what: str) -> None:
+        self.features, self.norms = features, _norms(features, what)
+        knows_float64 = features.device.type != "mps"
+        self.device = features.device if knows_float64 else torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        chosen = torch.from_numpy(rows)
+        taken = self.features[chosen.to(self.features.device)].to(self.device).double()
+        return taken / self.norms[chosen, None].to(self.device)
+
+
 @torch.inference_mode()
 def _count_better(
-    images: Tensor, texts: Tensor, asked: np.ndarray, owner: np.ndarray, caption: np.ndarray
+    images: _Directions, texts: _Directions, owner: np.ndarray, caption: np.ndarray, nearest: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each pair of a text and a right image: wrong images at least as near to the text, and wrong texts as near to
-    the image.
+    """For each text: wrong images at least as near to it as its own, and wrong texts as near to its image.
 
     Args:
-        asked, owner: (P,) text and image of each pair; the first T are the texts, each once.
-        caption: (T,) of each text.
+        nearest: (T,) a cosine that counts for the image instead of that of the text, if it is higher.
 
     Images are taken by falling number of texts, and texts in the order of their images. So the images that have an
     n-th text are the first rows of a block, and a block's own pairs are neighbours.
     """
-    device = torch.device("cpu") if images.device.type == "mps" else images.device  # which knows no float64
-    image_norms, text_norms = _norms(images, "image"), _norms(texts, "text")
-
-    def unit(features: Tensor, norms: Tensor, rows: np.ndarray) -> Tensor:
-        chosen = torch.from_numpy(rows)
-        return features[chosen.to(features.device)].to(device).double() / norms[chosen, None].to(device)
-
+    device = images.device
     num_texts = np.bincount(owner, minlength=len(images))
     image_order = np.argsort(-num_texts, kind="stable")
     rows = np.empty_like(image_order)  # of images, in that order
@@ -213,24 +274,25 @@ def _count_better(
     ends = np.cumsum(num_texts[image_order])  # of the texts of each row
     starts = ends - num_texts[image_order]
 
-    own = torch.empty(len(asked), dtype=torch.float64, device=device)  # cosines of texts with their images, in order
-    for start in range(0, len(asked), _NUM_ROWS):
+    own = torch.empty(len(texts), dtype=torch.float64, device=device)  # cosines of texts with their images, in order
+    for start in range(0, len(texts), _NUM_ROWS):
         chosen = text_order[start : start + _NUM_ROWS]
-        pair = unit(images, image_norms, owner[chosen]), unit(texts, text_norms, asked[chosen])
+        pair = images[owner[chosen]], texts[chosen].to(device)
         own[start : start + _NUM_ROWS] = (pair[0] * pair[1]).sum(dim=1) - SAME
+    own_of_image = own.maximum(torch.from_numpy(nearest[text_order]).to(device) - SAME)
 
-    others = _SharedCaptions(owner, caption[asked])
+    others = _SharedCaptions(owner, caption)
     rank, world_size = rank_and_world_size()
     num_rows = min(_NUM_ROWS, -(-len(images) // world_size))
-    better = torch.zeros(2, len(asked), dtype=torch.int64, device=device)
+    better = torch.zeros(2, len(texts), dtype=torch.int64, device=device)
     for top in range(rank * num_rows, len(images), world_size * num_rows):
         chosen = image_order[top : top + num_rows]
-        block_images = unit(images, image_norms, chosen)
+        block_images = images[chosen]
         first_texts = torch.from_numpy(starts[top : top + num_rows]).to(device)
         own_texts = range(int(starts[top]), int(ends[top + len(chosen) - 1]))
-        for left in range(0, len(asked), _NUM_COLUMNS):
-            columns = slice(left, min(left + _NUM_COLUMNS, len(asked)))
-            cosines = block_images @ unit(texts, text_norms, asked[text_order[columns]]).T  # (n, m)
+        for left in range(0, len(texts), _NUM_COLUMNS):
+            columns = slice(left, min(left + _NUM_COLUMNS, len(texts)))
+            cosines = block_images @ texts[text_order[columns]].to(device).T  # (n, m)
             low, high = max(own_texts.start, columns.start), min(own_texts.stop, columns.stop)
             if low < high:
                 pairs = rows[owner[text_order[low:high]]] - top, np.arange(low, high) - left
@@ -238,13 +300,11 @@ def _count_better(
             pairs = others.between(chosen, text_order[columns])
             cosines[torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)] = -torch.inf
             better[0, columns] += _count(cosines >= own[columns], dim=0)
-            if len(asked) > len(texts):  # a text is a candidate once
-                cosines[:, torch.from_numpy(text_order[columns] >= len(texts)).to(device)] = -torch.inf
             for number in range(int(num_texts[chosen[0]])):
                 having = int((num_texts[chosen] > number).sum())
                 numbered = first_texts[:having] + number
-                better[1, numbered] += _count(cosines[:having] >= own[numbered, None], dim=1)
-    counts = np.empty((2, len(asked)), dtype=np.int64)
+                better[1, numbered] += _count(cosines[:having] >= own_of_image[numbered, None], dim=1)
+    counts = np.empty((2, len(texts)), dtype=np.int64)
     counts[:, text_order] = sum(all_gather_objects(better.cpu().numpy()))
     return counts[0], counts[1]
 
