@@ -837,6 +837,28 @@ def test_a_folder_above_the_splits_is_scored_on_that_of_testing_or_validation(tm
     assert {path.parent.parent.name for path in open_dataset(tmp_path, split="train").images} == {asked}
 
 
+@pytest.mark.parametrize(
+    ("folders", "says", "asked"),
+    [
+        ("train/steam test/tubes test/dna bus/city car/suv", "holds the splits test, train, not the classes", {}),
+        ("train/a test/a bus car", "holds the splits test, train, not the classes", {}),
+        (
+            "train/a train/b val/a val/b test/unknown",
+            "test has the folders unknown, and .*/val has a, b; .*choose with --split val or --split test",
+            {"val": ("a", "b"), "test": ("unknown",)},
+        ),
+        ("train/a train/b test/c test/d", "choose with --split train or --split test", {"test": ("c", "d")}),
+    ],
+)
+def test_folders_that_are_no_parts_of_one_set_of_classes_are_not_chosen_among(tmp_path, folders, says, asked):
+    for number, each in enumerate(folders.split()):
+        write_picture(tmp_path / each / f"{number}.png", number)
+    with pytest.raises(ValueError, match=says):
+        open_dataset(tmp_path)
+    for split, names in asked.items():
+        assert open_dataset(tmp_path, split=split).classnames == names
+
+
 def test_a_class_may_be_called_as_a_split_is(tmp_path):
     for number, name in enumerate(("train", "car", "plane")):
         write_picture(tmp_path / name / "0.png", number)

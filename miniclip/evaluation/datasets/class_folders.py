@@ -24,17 +24,34 @@ def in_split(folder: Path, split: str | None) -> Path:
     """The folder of the part that is asked for; by default of the one to evaluate on, where parts lie above classes.
 
     Raises:
-        ValueError: there is no such folder, or several may be meant.
+        ValueError: there is no such folder, several may be meant, or the one to evaluate on has other folders than the
+            other parts, as those of unknown labels are called.
     """
-    names = [path.name for path in _folders_in(folder)]
-    if split is None:
-        parts = different_splits(names)
-        chosen = folder / choose_split(parts, None, str(folder)) if parts else folder
-        return chosen if _folders_in(chosen) else folder
-    same = [split] if split in names else same_parts(names, split)
-    if len(same) != 1:
-        raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(names)}")
-    return folder / same[0]
+    there = _folders_in(folder)
+    names = [path.name for path in there]
+    if split is not None:
+        same = [split] if split in names else same_parts(names, split)
+        if len(same) != 1:
+            raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(names)}")
+        return folder / same[0]
+    parts = different_splits(names)
+    if not parts:
+        return folder
+    inner = {path.name: {each.name for each in _folders_in(path)} for path in there}
+    chosen = choose_split(parts, None, str(folder))
+    others = {name: inner[name] for name in parts if name != chosen and inner[name]}
+    classes = inner[chosen]
+    no_parts = [path for path in there if path.name not in parts and not (inner[path.name] or {""}) <= classes]
+    if not classes or any(scan(path).images for path in no_parts):  # which may be classes
+        return folder
+    if others and all(map(classes.isdisjoint, others.values())):
+        other = min(others, key=lambda name: role_of(name) == "train")
+        raise ValueError(
+            f"{folder / chosen} has the folders {some(sorted(classes))}, and {folder / other} has "
+            f"{some(sorted(others[other]))}; which are the classes can't be known: choose with --split {other} or "
+            f"--split {chosen}"
+        )
+    return folder / chosen
 
 
 def _folders_in(folder: Path) -> list[Path]:
