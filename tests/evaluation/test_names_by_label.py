@@ -119,7 +119,7 @@ def test_what_the_file_says_besides_does_not_change_the_order_of_its_labels(tmp_
         (["FELCA", "ALPHA", "MIT"], "a.json", json.dumps(CODES), "2 of the 3 labels.*'MIT' .near 'MID'"),
         (["n00000000", "n00000009"], "a.csv", table("wnid,name", WORDNETS), "column 'wnid' for 1 of the 2.*n00000009"),
         (["1", "2"], "a.csv", "coco_id,name\n2,a\n1,b\n7,c", "'a' by column 'coco_id' and 'c' by their order"),
-        (["1", "2"], "a.csv", "left,right,name\n1,2,a\n2,1,b\n9,8,c", "'a' by column 'left' and 'b' by column 'right'"),
+        (["1", "2"], "a.csv", "a_id,b_id,name\n1,2,a\n2,1,b\n9,8,c", "'a' by .*'a_id' and 'b' by .*'b_id'"),
         (["a", "b"], "a.json", '{"a": "b", "b": "c", "c": "a"}', "'b' by its keys and 'c' by its values"),
         (["k1", "k2", "k3"], "a.csv", "code,name\nq2,b\nq1,a\nq3,c", "'q2' and others in column 'code'"),
     ],
@@ -138,3 +138,59 @@ def test_a_mapping_between_words_and_numbers_names_in_words(tmp_path):
     (tmp_path / "a.json").write_text('{"ant": 5, "bee": 9}')
     with pytest.raises(ValueError, match=r"labels from 5 to 9.*those of the data"):
         open_dataset(folders(tmp_path / "data", ["ant", "bee"]), classnames=tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["wnid,name\nn00000002,b\nn00000001,a", "name,model\nb,b747\na,a320", "code,name\nq2,B\nq1,A"],
+)
+def test_the_order_of_rows_says_nothing_where_the_labels_are_the_names(tmp_path, text):
+    (tmp_path / "names.csv").write_text(text)
+    data = open_dataset(folders(tmp_path / "data", ["a", "b"]), classnames=tmp_path / "names.csv")
+    assert [data.classnames[label].lower() for label in data.labels] == ["a", "b"]
+
+
+def test_codes_that_are_no_keys_say_nothing_of_the_order(tmp_path):
+    folders(tmp_path, ["x", "y"])
+    (tmp_path / "t.csv").write_text("image,label\nx/0.png,0\ny/0.png,1\n")
+    for header, is_key in (("road", False), ("model", False), ("wnid", True), ("class_code", True)):
+        (tmp_path / "names.csv").write_text(f"name,{header}\nnorth,A4\nsouth,A1")
+        if is_key:
+            with pytest.raises(ValueError, match=f"'A4' and others in column '{header}'.* in another order"):
+                open_dataset(tmp_path / "t.csv", classnames=tmp_path / "names.csv")
+        else:
+            data = open_dataset(tmp_path / "t.csv", classnames=tmp_path / "names.csv")
+            assert [data.classnames[label] for label in data.labels] == ["north", "south"]
+
+
+def test_numbers_are_keys_only_where_their_column_is_called_so(tmp_path):
+    counts = {"3": "ant", "1": "bee", "2": "cow"}
+    folders(tmp_path / "data", ["1", "2", "3"])
+    for header in ("num_images", "legs", "year"):
+        (tmp_path / "names.csv").write_text(table(f"{header},name", counts))
+        with pytest.raises(ValueError, match="are these numbered from 1"):
+            open_dataset(tmp_path / "data", classnames=tmp_path / "names.csv")
+    for header in ("class", "category", "coco_id", "folder", "No."):
+        (tmp_path / "names.csv").write_text(table(f"{header},name", counts))
+        data = open_dataset(tmp_path / "data", classnames=tmp_path / "names.csv")
+        assert [data.classnames[label] for label in data.labels] == ["bee", "cow", "ant"]
+    (tmp_path / "names.csv").write_text("name,legs\nworm,0\nsnail,1\nman,2\nhorse,4\nant,6\n")
+    data = open_dataset(folders(tmp_path / "some", ["2", "4"]), classnames=tmp_path / "names.csv")
+    assert [data.classnames[label] for label in data.labels] == ["man", "ant"]  # by the order of the rows
+
+
+def test_keys_are_the_labels_in_any_case_and_a_column_of_labels_settles_the_order_without_them(tmp_path):
+    import datasets
+
+    folders(tmp_path, list(CODES))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["MID_1", "FELCA"])})
+    rows = {"image": [str(tmp_path / "MID" / "0.png"), str(tmp_path / "FELCA" / "0.png")], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    for text in ("label,original,name\n1,Felca,ant\n0,mid 1,doe\n", "label,original,name\n1,FELCA,ant\n0,other,doe\n"):
+        (tmp_path / "names.csv").write_text(text)
+        data = open_dataset(tmp_path / "set", classnames=tmp_path / "names.csv")
+        assert [data.classnames[label] for label in data.labels] == ["doe", "ant"]
+    (tmp_path / "names.json").write_text(json.dumps({key.lower(): name for key, name in CODES.items()}))
+    data = open_dataset(folders(tmp_path / "data", list(CODES)), classnames=tmp_path / "names.json")
+    found = {path.parent.name: data.classnames[label] for path, label in zip(data.images, data.labels, strict=True)}
+    assert found == CODES

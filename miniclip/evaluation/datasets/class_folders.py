@@ -13,7 +13,8 @@ from pathlib import Path
 from ...common.wording import some
 from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
 from ...data.reading.splits import choose_split, different_splits, role_of, same_parts
-from .names import settle_names, spoken
+from .name_files import spoken
+from .names import settle_names
 from .sets import Found
 
 UNREAD_TEXT = "a text, where pictures alone are read"

@@ -46,6 +46,7 @@ _LABEL_COLUMNS = (
 _LIKE_LABELS = re.compile(
     r"#|(\w+_)?(id|idx|index|label|nr|no|num|number|code)\.?|(class|label|cat|category|train)id|gt|y"
 )
+_KEY_COLUMNS = ("folder", "directory", "dir", "key", "wnid", "synset")
 _MAPPINGS = (
     "id2label", "label2id", "names", "classnames", "class_names", "classes", "labels", "categories", "templates",
 )  # fmt: skip
@@ -62,8 +63,11 @@ _REMEDY = "write one name a line, or a JSON list of them"
 Entry = str | Callable[[str], str]
 
 
-def names_of(text: str, source: str) -> tuple[str, ...]:
+def names_of(text: str, source: str, labels: Sequence[str] = ()) -> tuple[str, ...]:
     """The class names of a file's text in label order. The suffix of `source` and the text show the kind.
+
+    Args:
+        labels: those of the data; if all are names, the order of a table's rows says nothing.
 
     Raises:
         ValueError: none of the kinds above, or one that could be read in two ways.
@@ -73,12 +77,13 @@ def names_of(text: str, source: str) -> tuple[str, ...]:
         line, found = found[0], re.split(r"[,;|\t]", found[0].rstrip(",;"))
         if any(re.search(r"""[][{}=<>"]|'$""", part.strip()) or part.count("(") != part.count(")") for part in found):
             raise ValueError(f"{source} holds the line {line[:60]!r}, which is code and no name; {_REMEDY}")
-    return _valid_names(found, source, "class names")
+    return _valid_names(found, source, "class names", labels)
 
 
 def keyed_names_of(text: str, source: str) -> dict[str, dict[str, str]]:
     """Names by what the file itself calls their classes: by each column of a table beside that of the names, and by
-    either side of a mapping, if its values are all different.
+    either side of a mapping, if its values are all different. Numbers may be counts, but in a column that is called as
+    one of labels.
 
     Returns:
         By where the keys stand: the names by key (as `keys_in` has them), sorted by key.
@@ -103,6 +108,11 @@ def keys_in(values: Iterable[Any]) -> list[str]:
     if None not in numbers:
         return [str(number) for number in numbers]
     return ["" if value is None else same_name(visible(str(value))) for value in values]
+
+
+def spoken(name: str) -> str:
+    """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
+    return same_name(" ".join(name.replace("_", " ").casefold().split()))
 
 
 def templates_of(text: str, source: str) -> tuple[str, ...] | dict[str, list[str]]:
@@ -226,6 +236,12 @@ def _table(text: str, source: str, separator: str, what: str) -> Any:
 def _column_name(cell: Any) -> str:
     """Equal for Class Name, ClassName, class-name and class_name."""
     return re.sub(r"[\s_-]+|(?<=[a-z])(?=[A-Z])", "_", str(cell).strip()).lower()
+
+
+def _is_called_as_labels(column: Any) -> bool:
+    """Whether a column's header says that it holds labels or keys; pandas' index has none."""
+    name = _column_name(column)
+    return not name or name in (*_LABEL_COLUMNS, *_KEY_COLUMNS) or _LIKE_LABELS.fullmatch(name) is not None
 
 
 def _is_program(text: str) -> bool:
@@ -431,12 +447,18 @@ def _wordnet(lines: list[str], source: str) -> list[dict[str, str]]:
     return [{"wnid": key, "name": name.split(",")[0].strip()} for key, name in zip(ids, names, strict=True)]
 
 
-def _refuse_unsorted(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], source: str) -> None:
-    """Rows without labels are in label order, but for those with keys of their own (n01440764) in another order."""
+def _refuse_unsorted(
+    rows: Sequence[Mapping[str, Any]], columns: Iterable[str], source: str, labels: Sequence[str]
+) -> None:
+    """Rows without labels are in label order, but for those with keys of their own (n01440764) in another order. Other
+    codes are keys where the column is called so, or the data have such labels (A4 may be a road beside a name).
+    """
+    have_codes = bool(labels) and all(map(_CODE_OF_CLASS.fullmatch, labels))
     for column in columns:
         keys = [str(row.get(column)) for row in rows]
         are_wordnets = all(re.fullmatch(r"n\d{8}", key) for key in keys)
-        are_keys = are_wordnets or (len(set(keys)) == len(keys) and all(_CODE_OF_CLASS.fullmatch(k) for k in keys))
+        are_codes = len(set(keys)) == len(keys) and all(map(_CODE_OF_CLASS.fullmatch, keys))
+        are_keys = are_wordnets or (are_codes and (have_codes or _is_called_as_labels(column)))
         if are_keys and keys != sorted(set(keys)):
             what = "WordNet's ids" if are_wordnets else f"keys ({keys[0]!r} and others in column {column!r})"
             raise ValueError(
@@ -472,8 +494,8 @@ def _numbered_lines(lines: list[str], kind: re.Pattern[str], source: str) -> dic
 # From what was found to names in order
 
 
-def _valid_names(found: Any, source: str, what: str) -> tuple[str, ...]:
-    values = _in_order(found, source, what)
+def _valid_names(found: Any, source: str, what: str, labels: Sequence[str] = ()) -> tuple[str, ...]:
+    values = _in_order(found, source, what, labels)
     texts = []
     for position, value in enumerate(values):
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -490,16 +512,16 @@ def _valid_names(found: Any, source: str, what: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _in_order(found: Any, source: str, what: str) -> Sequence[Any]:
+def _in_order(found: Any, source: str, what: str, data_labels: Sequence[str] = ()) -> Sequence[Any]:
     """The names of a list, a mapping or records, in the order of their labels."""
     if isinstance(found, list | tuple):
         if found and all(isinstance(each, Mapping) for each in found):
-            return _of_records(found, source, what)
+            return _of_records(found, source, what, data_labels)
         return found
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{source} holds {type(found).__name__}; {_REMEDY}")
     if inner := _inner(found):
-        names = _in_order(found[inner], source, what)
+        names = _in_order(found[inner], source, what, data_labels)
         if (count := _label_in(found.get("nc"))) not in (None, len(names)):
             raise ValueError(f"{source} has {len(names)} {inner}, and its nc, the number of classes, is {count}")
         return names
@@ -528,10 +550,11 @@ def _beside_names(found: Any, source: str) -> Iterator[tuple[str, Sequence[Any],
     Of a mapping's two sides, numbers and codes beside words are no names.
     """
     if isinstance(found, list) and found and all(isinstance(each, Mapping) for each in found):
-        name, _, columns, _ = _columns_of_records(found, source)
+        name, known_labels, columns, numbers = _columns_of_records(found, source)
         names = [row.get(name) for row in found]
         for column in columns.values():
-            if column != name:
+            is_count = column in numbers and column not in known_labels and not _is_called_as_labels(column)
+            if column != name and not is_count:
                 yield f"column {column!r}", [row.get(column) for row in found], names
     elif isinstance(found, Mapping) and (inner := _inner(found)):
         yield from _beside_names(found[inner], source)
@@ -573,7 +596,7 @@ def _columns_of_records(
     return name, known_labels, columns, numbers
 
 
-def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Sequence[Any]:
+def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str, data_labels: Sequence[str]) -> Sequence[Any]:
     name, known_labels, columns, numbers = _columns_of_records(rows, source)
     if what == "templates":  # which are in no order
         label = next((each for each in (*known_labels, "") if each in numbers), None)
@@ -582,8 +605,9 @@ def _of_records(rows: Sequence[Mapping[str, Any]], source: str, what: str) -> Se
     if label is None:
         if unread := [each for each in (*known_labels, columns.get("", name)) if each != name]:
             raise ValueError(f"{source}: column {unread[0]!r} must hold the labels 0, 1, 2 …, or those of the data")
-        if what == "class names":
-            _refuse_unsorted(rows, (each for each in columns.values() if each != name), source)
+        names = {spoken(str(row.get(name))) for row in rows}
+        if what == "class names" and not (data_labels and names >= set(map(spoken, data_labels))):
+            _refuse_unsorted(rows, (each for each in columns.values() if each != name), source, data_labels)
         return [row.get(name) for row in rows]
     labels = numbers[label]
     if len(set(labels)) < len(labels):

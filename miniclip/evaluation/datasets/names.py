@@ -22,7 +22,7 @@ from ..prompts import (
     fill,
     template_set,
 )
-from .name_files import keyed_names_of, keys_in, names_of, read_text, templates_of
+from .name_files import keyed_names_of, keys_in, names_of, read_text, spoken, templates_of
 from .sets import Found
 
 NUMBER_WORDS = "the labels, which are numbers"
@@ -61,18 +61,21 @@ def _names_in_file(path: str | Path, found: Found, source: str) -> tuple[tuple[s
     text, own = read_text(path), found.classnames
     each_label = (each for label in found.labels for each in (label if isinstance(label, list) else [label]))
     labels = sorted(set(keys_in(dict.fromkeys(map(str, each_label)) if own is None else own)))
-    keyed = keyed_names_of(text, str(path))
-    if own is not None:  # which are as readable as names
-        keyed = {where: {key.replace("_", " "): name for key, name in each.items()} for where, each in keyed.items()}
+    keyed = {where: _spelt_as(labels, names) for where, names in keyed_names_of(text, str(path)).items()}
     fitting = {where: names for where, names in keyed.items() if labels and names.keys() >= set(labels)}
     told = [where for where in fitting if where.lower() in ("column 'label'", "column 'labels'")]
     fitting = {where: fitting[where] for where in told or fitting}
     try:
-        names, refusal = names_of(text, str(path)), None
+        names, refusal = names_of(text, str(path), labels), None
     except ValueError as error:
         names, refusal = (), error
-    if not fitting or any(list(each) == list(map(str, range(len(each)))) for each in fitting.values()):
-        if refusal or not {spoken(name) for name in names} >= set(map(spoken, labels)):
+
+    def from_0(places: Mapping[str, Mapping[str, str]]) -> bool:
+        return any(list(each) == list(map(str, range(len(each)))) for each in places.values())
+
+    if not fitting or from_0(fitting):
+        is_settled = own is not None and from_0(keyed) and not refusal
+        if not is_settled and not {spoken(name) for name in names} >= set(map(spoken, labels)):
             _refuse_some_of_the_labels(path, keyed, labels, source)
         if refusal:
             raise refusal
@@ -81,8 +84,9 @@ def _names_in_file(path: str | Path, found: Found, source: str) -> tuple[tuple[s
     readings = {place: [each[label] for label in labels] for place, each in fitting.items()}
     if all(label.isdecimal() and int(label) < len(names) for label in labels):
         readings["their order"] = [names[int(label)] for label in labels]
-    if set(labels) <= set(names):
-        readings["the names themselves"] = labels
+    name_of = {spoken(name): name for name in names}
+    if name_of.keys() >= set(map(spoken, labels)):
+        readings["the names themselves"] = [name_of[spoken(label)] for label in labels]
     for other, reading in readings.items():
         if reading != readings[where]:
             label, one, two = next(z for z in zip(labels, readings[where], reading, strict=True) if z[1] != z[2])
@@ -94,6 +98,13 @@ def _names_in_file(path: str | Path, found: Found, source: str) -> tuple[tuple[s
     if own is not None:
         return tuple(by_label[label] for label in own), names_from, None
     return tuple(by_label.values()), names_from, tuple(by_label)
+
+
+def _spelt_as(labels: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Names by keys, which are spelt as the labels are where they differ in case or underscores alone."""
+    label_of = {spoken(label): label for label in labels}
+    respelt = {label_of.get(spoken(key), key): name for key, name in names.items()}
+    return respelt if len(label_of) == len(labels) and len(respelt) == len(names) else dict(names)
 
 
 def _refuse_some_of_the_labels(
@@ -216,11 +227,6 @@ def _with_near(names: Sequence[str], known: Sequence[str]) -> str:
         near = [names_of_spoken[each] for each in difflib.get_close_matches(spoken(name), names_of_spoken, n=2)]
         parts.append(repr(name) + (f" (near {' and '.join(map(repr, near))})" if near else ""))
     return some([*parts, *names[5:]])
-
-
-def spoken(name: str) -> str:
-    """One spelling for folder names and lists of names: tiger_cat, Tiger cat."""
-    return same_name(" ".join(name.replace("_", " ").casefold().split()))
 
 
 def _refuse_one_name_twice(labels: Sequence[str], source: str) -> None:
