@@ -34,7 +34,8 @@ from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, sum
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
 from .folders_and_tables import read_datasets, read_labelled_table, read_pairs, read_unlabelled_table, refuse_joined
-from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates, spoken
+from .name_files import spoken
+from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
 from .sets import (
     TASKS,
     CaptionedImages,
