@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import tiny_clip
+from helpers import tiny_clip, tiny_config
 from hub import Hub, Repository
 
 import miniclip
@@ -121,9 +121,11 @@ def test_a_threshold_is_found_in_the_models_folder(tmp_path):
         assert find_threshold(name) is None
 
 
-@pytest.mark.parametrize("to", ["native", "openclip", "hf"])
-def test_a_converted_model_has_the_threshold_and_it_holds(tmp_path, recwarn, to):
-    miniclip.save(tiny_clip(), tmp_path / "model")
+@pytest.mark.parametrize(
+    ("to", "style"), [("native", "openai"), ("native", "hf"), ("openclip", "openai"), ("hf", "hf")]
+)
+def test_a_converted_model_of_the_same_pixels_has_the_threshold_and_it_holds(tmp_path, recwarn, to, style):
+    miniclip.save(tiny_clip(vision=replace(tiny_config().vision, preprocess=style)), tmp_path / "model")
     calibrated = CalibratedModel.of(open_model(str(tmp_path / "model"), "cpu"))
     write_threshold(tmp_path / "model" / FILE, threshold(model=calibrated))
     convert(tmp_path / "model", tmp_path / "out", to)
@@ -133,6 +135,16 @@ def test_a_converted_model_has_the_threshold_and_it_holds(tmp_path, recwarn, to)
         assert found.model == calibrated
         found.check_model(open_model(name, "cpu"))
     assert not [each for each in recwarn if "calibrated" in str(each.message)]
+
+
+@pytest.mark.parametrize(("to", "style"), [("openclip", "hf"), ("hf", "openai")])
+def test_a_converted_model_of_other_pixels_has_no_threshold_and_says_so(tmp_path, to, style):
+    miniclip.save(tiny_clip(vision=replace(tiny_config().vision, preprocess=style)), tmp_path / "model")
+    calibrated = CalibratedModel.of(open_model(str(tmp_path / "model"), "cpu"))
+    write_threshold(tmp_path / "model" / FILE, threshold(model=calibrated))
+    with pytest.warns(UserWarning, match=rf"{FILE} is left out.*calibrate the new model"):
+        convert(tmp_path / "model", tmp_path / "out", to)
+    assert find_threshold(f"{tmp_path}/out") is None
 
 
 def test_a_converted_file_has_no_place_for_a_threshold(tmp_path):
