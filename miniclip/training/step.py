@@ -304,7 +304,7 @@ class CLIPTraining(pl.LightningModule):
             return
         refuse_half_weights(str(self.trainer.precision))
         refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
-        if lines := other_computation(self.clip):
+        if self.trainer.is_global_zero and (lines := other_computation(self.clip)):
             what = "the model computes something else than its config describes, so `miniclip.load` gives another model"
             warnings.warn("\n".join([f"{what} of this run's checkpoints:", *lines]), stacklevel=2)
 

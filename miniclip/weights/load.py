@@ -107,12 +107,14 @@ def from_pretrained(name: str | Path, **options: Any) -> tuple[CLIP, Callable[[I
 
 def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     """Writes `config.json` and `model.safetensors`, and `wordings.json` if the model has them; `load(directory)` gives
-    the model back, bit for bit. One of torch.compile's or of `miniclip.openclip` becomes ours.
+    the model back, bit for bit, but for its hooks. One of torch.compile's or of `miniclip.openclip` becomes ours.
+
+    It warns if parts of the model are not as its config describes, and it can't be found out whether features differ.
 
     Raises:
         ValueError: the directory already holds a model, and `overwrite` is False; it holds one that `load` would read
             in place of this one; or the model is no CLIP, one that `load` could not read back, or one that computes
-            something else than its config describes (another activation, a hook that changes features). Nothing is
+            something else than its config describes (another activation, a `forward` of its own). Nothing is
             written.
     """
     if not isinstance(getattr(model, "config", None), CLIPConfig):
@@ -146,13 +148,13 @@ def _tensors_to_save(model: CLIP) -> Tensors:
         what = "the model has other tensors than its config describes, so `load` could not read it back:"
         remedy = "set model.config to its sizes (dataclasses.replace), or keep its state_dict() with torch.save"
         raise ValueError("\n".join([what, *wrong, remedy]))
-    refuse_other_computation(model)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(
                 f"{name} of the model holds infinite numbers or NaN, which `load` refuses: its training diverged. Save "
                 "an earlier state, or keep this one's state_dict() with torch.save"
             )
+    refuse_other_computation(model)
     return tensors
 
 

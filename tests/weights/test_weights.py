@@ -1,6 +1,7 @@
 # weights.py and files.py: real files, good and damaged. Nothing in a file may be run.
 
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 
 import foreign_models
@@ -329,13 +331,14 @@ def with_another_eps(model):
             module.eps = 1e-6
 
 
-def with_a_hook(model):
-    model.visual.ln_pre.register_forward_hook(lambda module, inputs, output: 2 * output)
-
-
 def with_another_forward(model):
     forward = model.text.forward
     model.text.forward = lambda *inputs, **options: 2 * forward(*inputs, **options)
+
+
+def with_a_wrapped_method(model):
+    encode = model.encode_image
+    model.encode_image = functools.wraps(encode)(lambda *inputs, **options: 2 * encode(*inputs, **options))
 
 
 def with_another_class(model):
@@ -352,8 +355,8 @@ OTHERWISE = {
     without_causality: r"text\.transformer\.resblocks\.1\.attn\.is_causal is False, and True by the config",
     with_other_heads: r"visual\.transformer\.resblocks\.0\.attn\.heads is 4, and 2 by the config",
     with_another_eps: r"visual\.ln_pre\.eps is 1e-06, and 1e-05 by the config",
-    with_a_hook: r"visual\.ln_pre has the hook .*lambda.*, and none by the config",
     with_another_forward: r"text\.forward is .*lambda.*, and its class's by the config",
+    with_a_wrapped_method: r"  encode_image is .*, and its class's by the config",
     with_another_class: "the model is Doubled, and CLIP by the config",
 }
 
@@ -391,10 +394,6 @@ def test_a_model_of_our_open_clip_that_computes_otherwise_is_refused(tmp_path, w
         save(model, tmp_path / "model")
 
 
-def looked_at(model):
-    model.visual.register_forward_hook(lambda module, inputs, output: None)
-
-
 def subclassed(model):
     class Named(CLIP):
         nickname = "owl"
@@ -412,15 +411,29 @@ def recomputing(model):
     drop_patches_in_training(model, 0.5)
 
 
+def over_its_own_method(model):
+    forward, lock = model.text.forward, threading.Lock()  # a lock can't be copied
+
+    def locked(*inputs, **options):
+        with lock:
+            return forward(*inputs, **options)
+
+    model.text.forward = locked
+
+
 def compiled(model):
     model.visual.compile(backend="eager")
+    model.text_length_multiple = 8
 
 
 def in_half_precision(model):
     model.half()
 
 
-@pytest.mark.parametrize("change", [looked_at, subclassed, with_dropout, recomputing, compiled, in_half_precision])
+HARMLESS = [subclassed, with_dropout, recomputing, over_its_own_method, compiled, in_half_precision]
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.__name__)
 def test_what_changes_no_feature_keeps_no_model_from_being_saved(tmp_path, change):
     model = CLIP(TINY["vit"]).train()
     expected, state = CLIP(TINY["vit"]), torch.random.get_rng_state()
@@ -430,6 +443,76 @@ def test_what_changes_no_feature_keeps_no_model_from_being_saved(tmp_path, chang
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     assert_same_weights(load(tmp_path / "model", device="cpu")[0], expected)
+
+
+def test_hooks_see_nothing_of_a_save_and_are_not_saved(tmp_path):
+    model, seen = CLIP(TINY["vit"]).eval(), []
+    loaded_as = CLIP(TINY["vit"]).eval()
+    loaded_as.load_state_dict(model.state_dict())
+    over_its_own_method(model)  # so that features are compared
+    for module in model.modules():
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.visual.register_forward_hook(lambda module, inputs, output: 2 * output)
+    save(model, tmp_path / "model")
+    assert not seen
+    images, _ = probe(model.config)
+    expected = loaded_as.encode_image(images)
+    assert_close(model.encode_image(images), 2 * expected)  # it has its hooks again
+    assert seen
+    assert_close(load(tmp_path / "model", device="cpu")[0].encode_image(images), expected)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_comparison_takes_no_copy_of_the_weights(tmp_path, kind, monkeypatch):
+    model = CLIP(TINY[kind]).train()
+    over_its_own_method(model)
+    there = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    seen = []
+    encode = CLIP.encode_image
+
+    def seen_encode(self, images, normalize=False):
+        seen.append({tensor.data_ptr() for tensor in self.state_dict().values()} == there and not self.training)
+        return encode(self, images, normalize)
+
+    monkeypatch.setattr(CLIP, "encode_image", seen_encode)
+    save(model, tmp_path / "model")
+    assert seen == [True, True]  # the model and the one of its configuration
+
+
+def that_fails(model):
+    def fails(*inputs, **options):
+        raise RuntimeError("a file is closed")
+
+    model.text.forward = fails
+
+
+def with_gelu_in_half(model):
+    with_gelu(model)
+    model.bfloat16()
+
+
+NOT_COMPARED = {
+    that_fails: r"\(RuntimeError: a file is closed\)\. These parts differ:\n  text\.forward is ",
+    with_gelu_in_half: r"which rounding to torch\.bfloat16 may explain\)\. These parts differ:\n  .*activation is GELU",
+}
+
+
+@pytest.mark.parametrize("change", NOT_COMPARED, ids=lambda change: change.__name__)
+def test_a_model_that_can_not_be_compared_is_saved_with_a_warning(tmp_path, change):
+    model = CLIP(TINY["vit"]).train()
+    change(model)
+    with pytest.warns(UserWarning, match=NOT_COMPARED[change]):
+        save(model, tmp_path / "model")
+    assert model.training
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], model.float())
+
+
+def test_of_weights_that_are_not_finite_that_is_said_and_nothing_else(tmp_path):
+    model = CLIP(TINY["vit"])
+    with_gelu(model)
+    model.logit_scale.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logit_scale of the model holds infinite numbers or NaN"):
+        save(model, tmp_path / "model")
 
 
 def test_more_tokens_are_saved_once_the_configuration_has_them(model, tmp_path):
