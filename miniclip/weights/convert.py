@@ -146,6 +146,7 @@ def _probe_pictures(config: CLIPConfig) -> list[Image.Image]:
 
 @torch.inference_mode()
 def _seen(model: CLIP, preprocess: Preprocess) -> _Seen:
+    model.eval()
     features = embeddings(model)
     if model.config.towers == "text":
         return _Seen(features, None)
