@@ -6,60 +6,74 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 T = TypeVar("T")
 
 
-class _Modes:
-    """The modes that the modules of a model had, and how many calls are in it now."""
+class _Held:
+    """The mode that a module had, and how many calls have it in evaluation mode now."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.num_calls = 0
-        self.modes = [(module, module.training) for module in model.modules()]
+    def __init__(self, was_training: bool) -> None:
+        self.was_training, self.num_calls = was_training, 0
 
 
 _modes_lock = threading.Lock()
-_encoding: WeakKeyDictionary[nn.Module, _Modes] = WeakKeyDictionary()
+_held: dict[int, _Held] = {}  # by a module's id, which is its own as long as calls hold it
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
     """A model in evaluation mode; at the end, also after an error, each of its modules has the mode that it had.
 
-    Calls may nest, and those of several threads overlap: the last one gives the modes back. What is no module of
-    torch's is left alone.
+    Calls may nest, and those of several threads overlap, also for a model and a part of it: the last one that has a
+    module gives its mode back. What is no module of torch's is left alone.
     """
-    held = _hold_modes(model) if isinstance(model, nn.Module) else None
+    held = _hold_modes(model) if isinstance(model, nn.Module) else []
     try:
         yield
     finally:
-        if held is not None:
-            _give_modes_back(model, held)
+        _give_modes_back(held)
 
 
-def _hold_modes(model: nn.Module) -> _Modes | None:
-    """None for a model that is in evaluation mode by itself."""
+def _hold_modes(model: nn.Module) -> list[nn.Module]:
+    """Its modules; none of a model that is in evaluation mode by itself."""
     with _modes_lock:
-        if model not in _encoding:
-            if not _has_training_part(model):
-                return None
-            _encoding[model] = _Modes(model)
+        if not _has_held_or_training_part(model):
+            return []
+        modules = list(model.modules())
+        modes = [_is_training(module) for module in modules]
+        if any(modes):
             model.eval()
-        _encoding[model].num_calls += 1
-        return _encoding[model]
+        for module, mode in zip(modules, modes, strict=True):
+            _held.setdefault(id(module), _Held(mode)).num_calls += 1
+        return modules
 
 
-def _give_modes_back(model: nn.Module, held: _Modes) -> None:
+def _give_modes_back(modules: list[nn.Module]) -> None:
     with _modes_lock:
-        held.num_calls -= 1
-        if not held.num_calls:
-            del _encoding[model]
-            for module, mode in held.modes:  # a module comes before those in it, whose modes its own sets, too
-                if module.training != mode:
-                    module.train(mode)
+        modes = [_mode_to_give_back(module) for module in modules]
+        for module, mode in zip(modules, modes, strict=True):  # a module comes before those in it
+            if _is_training(module) == mode:
+                continue
+            if type(module).train is nn.Module.train:
+                module.training = mode  # and not that of the modules in it, which others may hold
+            else:
+                module.train(mode)  # loralib's layers merge their weights
+
+
+def _mode_to_give_back(module: nn.Module) -> bool:
+    held = _held[id(module)]
+    held.num_calls -= 1
+    if held.num_calls:
+        return False
+    del _held[id(module)]
+    return held.was_training
+
+
+def _is_training(module: nn.Module) -> bool:
+    return getattr(module, "training", False)  # a frozen module of TorchScript's has no mode
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -73,13 +87,13 @@ def is_plain_value(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _has_training_part(model: nn.Module) -> bool:
-    """Whether one of its modules is; four times as fast as `model.modules()`."""
+def _has_held_or_training_part(model: nn.Module) -> bool:
+    """Whether one of its modules is either; four times as fast as `model.modules()`."""
     modules: list[nn.Module | None] = [model]
     while modules:
         module = modules.pop()
         if module is not None:
-            if module.training:
+            if id(module) in _held or _is_training(module):
                 return True
             modules += module._modules.values()
     return False

@@ -68,6 +68,49 @@ def test_of_two_threads_the_last_gives_the_modes_back():
     assert modes(model) == before
 
 
+@pytest.mark.parametrize("is_whole_first", [True, False])
+@pytest.mark.parametrize("ends_first", [0, 1])
+def test_of_calls_for_a_model_and_a_part_of_it_the_last_gives_a_modules_mode_back(is_whole_first, ends_first):
+    model = half_training()
+    before, part = modes(model), model[0]
+    held = [(model, part), (part, model)][not is_whole_first]
+    calls = [evaluation_mode(each) for each in held]
+    for call in calls:
+        call.__enter__()
+    assert not any(modes(part))
+    calls[ends_first].__exit__(None, None, None)
+    assert not any(modes(held[1 - ends_first]))  # whatever the other gave back
+    calls[1 - ends_first].__exit__(None, None, None)
+    assert modes(model) == before
+
+
+def test_a_layer_that_merges_its_weights_for_evaluation_is_told_of_its_mode():
+    class Merging(nn.Linear):  # as loralib's
+        told: tuple[bool, ...] = ()
+
+        def train(self, mode: bool = True) -> nn.Module:
+            self.told += (mode,)
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(2, 2))
+    with evaluation_mode(model), evaluation_mode(model[0]):
+        assert model[0].told == (False,)
+    assert model[0].told == (False, True)
+
+
+def test_a_frozen_part_of_torchscripts_has_no_mode_to_give_back():
+    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()))
+    model = nn.Sequential(frozen, nn.Dropout())
+    x = torch.ones(1, 2)
+    for _ in range(2):
+        with evaluation_mode(model):
+            assert torch.equal(model(x), frozen(x))
+        assert model.training
+        assert model[1].training
+    with evaluation_mode(frozen):
+        assert torch.equal(model[0](x), frozen(x))
+
+
 class Dropping(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
