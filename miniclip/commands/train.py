@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 import sys
 import warnings
@@ -55,6 +56,10 @@ from ..weights.folders import refuse_misread
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
+
+
+def _is_file(value: Any) -> bool:
+    return os.path.isfile(value)  # noqa: PTH113 (no error for settings that are longer than a file's name may be)
 
 
 def _load_yaml(text: str) -> Any:
@@ -114,10 +119,10 @@ class _Parser(LightningArgumentParser):
         action = self._option_string_actions.get(name)
         if isinstance(action, ActionConfigFile):
             return count if value and not value.startswith("--") else 0
-        return count if isinstance(action, _ActionConfigLoad) and Path(value).is_file() else 0
+        return count if isinstance(action, _ActionConfigLoad) and _is_file(value) else 0
 
     def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
-        if not Path(path).is_file():  # `-`, a URL, or a mistake
+        if not _is_file(path):  # `-`, a URL, or a mistake
             return super().parse_path(path, *args, **options)
         try:
             text = Path(path).read_text(encoding="utf-8-sig")

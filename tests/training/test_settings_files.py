@@ -1,5 +1,7 @@
 """Settings from files and flags: which wins, and what a file cannot say."""
 
+import json
+
 import pytest
 import yaml
 
@@ -80,6 +82,24 @@ def test_one_key_in_several_mappings_and_a_merged_one_are_no_repetition(files, c
     )
     towers = settings(capsys, "--config", "c.yaml")["model"]["clip"]
     assert [(towers[name]["width"], towers[name]["layers"]) for name in ("vision", "text")] == [(32, 2), (48, 2)]
+
+
+def test_several_merges_into_one_mapping_are_no_repetition_and_what_they_hold_is_looked_at(files, capsys):
+    (files / "c.yaml").write_text(
+        "model:\n  clip:\n    vision: &a {width: 32}\n    text:\n      <<: *a\n      <<: {layers: 2}\n      width: 48\n"
+    )
+    found = settings(capsys, "--config", "c.yaml")["model"]["clip"]["text"]
+    assert (found["width"], found["layers"]) == (48, 2)
+    (files / "c.yaml").write_text("trainer:\n  <<: {max_steps: 2, max_steps: 3}\n  max_epochs: 1\n")
+    with pytest.raises(SystemExit):
+        trainer.main(["fit", "--config", "c.yaml", "--print_config"])
+    assert "max_steps comes twice in one mapping, in line 2" in capsys.readouterr().err
+
+
+def test_settings_of_a_group_on_the_command_line_may_be_longer_than_a_files_name(files, capsys):
+    name = "x" * 5000
+    found = settings(capsys, "--config", "a.yaml", "--trainer", json.dumps({"default_root_dir": name, "max_steps": 9}))
+    assert (found["trainer"]["default_root_dir"], found["trainer"]["max_steps"]) == (name, 9)
 
 
 NULLS = {
