@@ -20,7 +20,7 @@ class _Held:
 
 
 _modes_lock = threading.Lock()
-_held: dict[int, _Held] = {}  # by a module's id, which is its own as long as calls hold it
+_modes_held: dict[int, _Held] = {}  # by a module's id, which is its own as long as calls hold it
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def _hold_modes(model: nn.Module) -> list[nn.Module]:
         if any(modes):
             model.eval()
         for module, mode in zip(modules, modes, strict=True):
-            _held.setdefault(id(module), _Held(mode)).num_calls += 1
+            _modes_held.setdefault(id(module), _Held(mode)).num_calls += 1
         return modules
 
 
@@ -64,11 +64,11 @@ def _give_modes_back(modules: list[nn.Module]) -> None:
 
 
 def _mode_to_give_back(module: nn.Module) -> bool:
-    held = _held[id(module)]
+    held = _modes_held[id(module)]
     held.num_calls -= 1
     if held.num_calls:
         return False
-    del _held[id(module)]
+    del _modes_held[id(module)]
     return held.was_training
 
 
@@ -93,7 +93,7 @@ def _has_held_or_training_part(model: nn.Module) -> bool:
     while modules:
         module = modules.pop()
         if module is not None:
-            if id(module) in _held or _is_training(module):
+            if id(module) in _modes_held or _is_training(module):
                 return True
             modules += module._modules.values()
     return False
