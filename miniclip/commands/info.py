@@ -10,8 +10,7 @@ from .convert import add_hints, hints
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
 if TYPE_CHECKING:
-    from ..weights.facts import Facts
-    from ..weights.trace import Call
+    from ..weights.facts import Call, Facts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,8 +41,7 @@ def run(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} {getattr(options, name)} is for --trace; add it, or leave both out"
             )
     with lasting_imports():
-        from ..weights.facts import inspect
-        from ..weights.trace import fold, trace
+        from ..weights.facts import fold, inspect, trace
 
     facts = inspect(options.source, **hints(options))
     batch_size = 1 if options.batch is None else options.batch

@@ -28,8 +28,8 @@ from ..evaluation.measures.ranking import recall_at_1
 from ..images import normalize
 from ..loss import clip_loss, siglip_loss
 from ..model import CLIP
+from ..weights.computation import other_computation
 from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
-from ..weights.shapes import other_computation
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
 from .optimizer import CommonSchedule, OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps

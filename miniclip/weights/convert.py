@@ -24,10 +24,10 @@ from ..config import CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
 from ..model import CLIP
+from .computation import embeddings, probe, relative_difference
 from .folders import CONFIG_FILE, OPENCLIP_CONFIG_FILE, THRESHOLD_FILE
 from .load import build, preprocess_for
 from .read import locate, read_checkpoint
-from .shapes import embeddings, probe, relative_difference
 from .write import FOLDER_FILES, WRITERS, pixel_changes, require
 
 FORMATS = tuple(WRITERS)

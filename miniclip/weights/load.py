@@ -33,12 +33,13 @@ from ..config import OPENAI_MODELS, Activation, CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
 from ..model import CLIP
+from .computation import refuse_other_computation
 from .containers import write_safetensors
 from .download import HUB_PREFIX
 from .folders import CONFIG_FILE, WEIGHTS_FILE, refuse_to_save
 from .layouts import Tensors, to_native_keys
 from .read import Checkpoint, locate, read_checkpoint
-from .shapes import differences, refuse_other_computation, unfilled
+from .shapes import differences, unfilled
 from .unwrap import refuse_no_weights, without_wrappers
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from miniclip import save
 from miniclip.commands import main as cli
 from miniclip.config import OPENAI_MODELS, TextConfig, VisionConfig
 from miniclip.model import CLIP
-from miniclip.weights.facts import forward_flops
-from miniclip.weights.trace import Call, fold, trace
+from miniclip.weights.facts import Call, fold, forward_flops, trace
 
 
 def flat(call: Call) -> list[Call]:
