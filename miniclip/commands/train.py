@@ -21,8 +21,9 @@ from typing import Any, Literal, NoReturn
 import pytorch_lightning as pl
 import torch
 import yaml
+from jsonargparse import get_loader, set_dumper, set_loader
 from jsonargparse._actions import ActionConfigFile, _ActionConfigLoad
-from jsonargparse._loaders_dumpers import comment_prefix, get_loader, set_dumper, set_loader
+from jsonargparse._loaders_dumpers import comment_prefix
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
