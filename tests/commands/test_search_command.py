@@ -27,6 +27,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     for number in range(8):
         write_picture(folder / f"photos/{number}.png", number % 7)  # the last is a copy of the first
+        os.utime(folder / f"photos/{number}.png", (10**9, 10**9))  # one of this second would be looked at again
     rows = [{"image": f"photos/{n}.png", "Year": 2000 + n, "camera": "X" if n % 2 else "Y"} for n in range(8)]
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "queries.txt").write_text("a picture\n\na dog\n")
