@@ -5,6 +5,7 @@ Every rank takes the same number of items, because ranks that hold slices of the
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,16 @@ def rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def warn_once(message: str, stacklevel: int = 1) -> None:
+    """A warning of the first process alone, for all of them.
+
+    Args:
+        stacklevel: as of `warnings.warn`, counted from the caller.
+    """
+    if rank_and_world_size()[0] == 0:
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def own_indices(count: int) -> list[int]:

@@ -89,9 +89,9 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
     if split is None:
         return rows
     named = names_of_files(path)
-    parts = parquet_splits(path, split)
+    parts = _of_splits(named, split)
     is_of_files = not {*equal_splits(split)}.isdisjoint(parts)
-    is_told = is_told_by_name(path, split)
+    is_told = is_of_files or _is_called(path, split)
     is_one_set = not parts and is_all_of(split)
     if named and is_asked_for and not is_told and not is_one_set and not has_split_column(columns):
         split_among(named, split, str(path))  # raises
@@ -103,8 +103,11 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
 
 def is_told_by_name(path: Path, split: str) -> bool:
     """Whether the name of a table, of its folder or of a folder's Parquet files says that they are of this split."""
-    is_of_files = not {*equal_splits(split)}.isdisjoint(parquet_splits(path, split))
-    return is_of_files or is_named(path, split) or is_named(folder_of(path), split)
+    return _is_called(path, split) or not {*equal_splits(split)}.isdisjoint(parquet_splits(path, split))
+
+
+def _is_called(path: Path, split: str) -> bool:
+    return is_named(path, split) or is_named(folder_of(path), split)
 
 
 def table_suffix(path: Path) -> str:
@@ -141,8 +144,9 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         )
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
-    if split and len(names := parquet_splits(path, split)) > 1:
-        chosen, splits = split_among(names, split, str(path)), _splits_of(path)
+    splits = _splits_of(path) if split else {}
+    if split and len(names := _of_splits(sorted(set(splits.values())), split)) > 1:
+        chosen = split_among(names, split, str(path))
         return [file for file in found if splits[file] == chosen]
     return found
 
@@ -154,7 +158,10 @@ def parquet_splits(path: Path, split: str | None = None) -> list[str]:
         split: one that is asked for. Names of which none is known (of train, val and test) tell of splits only if this
             is one of them; else all files are one set.
     """
-    names = names_of_files(path)
+    return _of_splits(names_of_files(path), split)
+
+
+def _of_splits(names: list[str], split: str | None) -> list[str]:
     return names if split in names or any(map(role_of, names)) else []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...common.arguments import FLOAT32
-from ...common.processes import rank_and_world_size
+from ...common.processes import warn_once
 from ...common.storage import is_url, name_of
 from ...common.wording import reason_of
 from ..pairs import group_id, hash64
@@ -75,8 +74,8 @@ def check_groups(shards: Shards, name: str, whose: str = "") -> None:
                     "shards SRC OUT --groups FILE` adds one that is called group"
                 )
             values.append(facts.get(name))
-    if (words := words_for_no_value(values)) and rank_and_world_size()[0] == 0:
-        warnings.warn(
+    if words := words_for_no_value(values):
+        warn_once(
             f"data.group is {name!r}, and of {len(values):,} samples{whose} that were looked at, {words} are taken for "
             "no value: each of those samples is a group of its own",
             stacklevel=2,

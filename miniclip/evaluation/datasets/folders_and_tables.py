@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...common.processes import rank_and_world_size
+from ...common.processes import warn_once
 from ...common.storage import is_url
 from ...common.wording import some
 from ...data.open_pairs import open_pairs
@@ -157,8 +156,8 @@ def _rows_of_part(
         of_files = f"its files are of {some(files)}" if files else "a column 'split' would name the part of each row"
         raise ValueError(f"{source} is a table and has no split {split!r}; {of_files}")
     if not column:
-        if len(files) > 1 and rank_and_world_size()[0] == 0:
-            warnings.warn(
+        if len(files) > 1:
+            warn_once(
                 f"{source}: all files are read. Their names are of {some(files, 3)}, of which none is known to be for "
                 "testing; --split takes those of one",
                 stacklevel=5,
@@ -169,8 +168,8 @@ def _rows_of_part(
     there = some([part or "blank" for part in parts], 3)
     if split is None and not any(map(role_of, parts)):
         remedy = "" if may_be_several else "; --split takes the rows of one"
-        if len(parts) > 1 and rank_and_world_size()[0] == 0:
-            warnings.warn(
+        if len(parts) > 1:
+            warn_once(
                 f"{source}: all rows are read. Its column {column!r} has {there}, of which none is known to be for "
                 f"testing{remedy}",
                 stacklevel=5,
@@ -183,8 +182,7 @@ def _rows_of_part(
             raise
         taken = not_for_training(parts)
         which = f"the rows of {some([part or 'blank' for part in taken], 3)} are" if taken else "all rows are"
-        if rank_and_world_size()[0] == 0:
-            warnings.warn(f"{source}: {which} read, as its column {column!r} has {there}", stacklevel=5)
+        warn_once(f"{source}: {which} read, as its column {column!r} has {there}", stacklevel=5)
         return rows_of_parts(columns, rows, taken or parts), None
     return rows_of_split(source, columns, rows, chosen, is_asked_for=True), chosen
 
@@ -506,8 +504,8 @@ def _look_at_rows(images: Sequence[Any], labels: Sequence[Any], path: Path) -> N
                 )
         if isinstance(image, str | Path) and labels_of.setdefault(str(image), label) != label:
             contradicted.append(str(image))
-    if contradicted and rank_and_world_size()[0] == 0:
-        warnings.warn(
+    if contradicted:
+        warn_once(
             f"{path}: {some(list(dict.fromkeys(contradicted)), 3)} have other labels in other rows, and each row "
             "counts by itself; for one image with several labels, write one row with a list of them",
             stacklevel=4,
@@ -605,9 +603,9 @@ def _refuse_parts_in_common(there: set[str], source: str) -> None:
         told = f"{source} has the label {label!r}, and {common!r} is in others, too"
         if is_sure:
             raise ValueError(f"{told}: they seem to be several in one cell; {_how_to_list(parts)}")
-        if rank_and_world_size()[0] == 0:
-            message = f"{told}: each is a class of its own. If it is several in one cell, {_how_to_list(parts)}"
-            warnings.warn(message, stacklevel=4)
+        warn_once(
+            f"{told}: each is a class of its own. If it is several in one cell, {_how_to_list(parts)}", stacklevel=4
+        )
 
 
 def _parts_of_labels(labels: Iterable[str], separators: str) -> dict[str, list[str]]:

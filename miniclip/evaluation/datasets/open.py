@@ -18,7 +18,6 @@ the table. Each set says where its names and prompts came from.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ...common.processes import rank_and_world_size
+from ...common.processes import warn_once
 from ...common.storage import is_url
 from ...data.open_pairs import is_shards
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
@@ -116,8 +115,8 @@ def open_dataset(
             refuse_joined(raw, source)
         labels, names = number_labels(raw, found.classnames, source, are_indices, found.class_labels)
     is_by_order = not are_indices and found.class_labels is None
-    if is_by_order and seem_numbered_from_1(raw, found.classnames) and rank_and_world_size()[0] == 0:
-        warnings.warn(
+    if is_by_order and seem_numbered_from_1(raw, found.classnames):
+        warn_once(
             f"{source}: no image has the label 0 ({names[0]!r}), and all from 1 to {len(set(raw))} occur. Labels count "
             f"from 0, so 1 is {names[1]!r}; if these are numbered from 1, each is off by one",
             stacklevel=2,
@@ -159,17 +158,15 @@ def open_images(source: str | Path, group_column: str | None = None) -> Evaluati
         data = open_dataset(source, templates=())
     if group_column is not None and group_column in data.metadata:
         return replace(data, groups=_groups(data, group_column, str(source)))
-    if group_column is not None and rank_and_world_size()[0] == 0:
-        warnings.warn(
-            f"{source} has no column {group_column!r}; each of its images counts as independent", stacklevel=2
-        )
+    if group_column is not None:
+        warn_once(f"{source} has no column {group_column!r}; each of its images counts as independent", stacklevel=2)
     return data
 
 
 def _warn_of(left_out: Sequence[LeftOut], source: str) -> None:
     """Once for all processes. Texts alone are no loss: captions lie beside images that were trained on."""
-    if rank_and_world_size()[0] == 0 and any(each.reason != UNREAD_TEXT for each in left_out):
-        warnings.warn(f"{source}: {summary(left_out)}", stacklevel=3)
+    if any(each.reason != UNREAD_TEXT for each in left_out):
+        warn_once(f"{source}: {summary(left_out)}", stacklevel=3)
 
 
 def with_templates(data: Any, templates: str | Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from ...common.processes import rank_and_world_size
+from ...common.processes import warn_once
 from ...common.storage import is_url, read_bytes, without_secrets
 from ...data.reading.cells import text_of_cell, words_for_no_value
 from ...data.reading.scan import LeftOut
@@ -135,9 +134,9 @@ def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> 
         has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
         raise ValueError(f"{source} has no column {name!r}; {has}")
     cells = metadata[name]
-    if (words := words_for_no_value(cells)) and rank_and_world_size()[0] == 0:
+    if words := words_for_no_value(cells):
         # From here whoever calls, so that it is shown once for a set.
-        warnings.warn(f"{source}: {words} in column {name!r} are taken for cells without a value", stacklevel=1)
+        warn_once(f"{source}: {words} in column {name!r} are taken for cells without a value", stacklevel=1)
     return [text_of_cell(cell) for cell in cells]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ...common.files import cache_folder, locked
-from ...common.processes import rank_and_world_size
+from ...common.processes import warn_once
 from ...common.storage import (
     Stamp,
     check_scheme,
@@ -153,12 +152,11 @@ def indexed(source: str, is_by_place: bool = False) -> Shards:
 
 
 def _warn_of_kept(source: str, folder: Path, why: str) -> None:
-    if rank_and_world_size()[0] == 0:
-        warnings.warn(
-            f"{without_secrets(source)}: {why}, so the index that was made of these tars before is used; to make it "
-            f"anew, delete {folder}",
-            stacklevel=4,
-        )
+    warn_once(
+        f"{without_secrets(source)}: {why}, so the index that was made of these tars before is used; to make it anew, "
+        f"delete {folder}",
+        stacklevel=4,
+    )
 
 
 def _read_shards(
