@@ -6,7 +6,9 @@ import contextlib
 import gc
 import io
 import os
+import random
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -20,9 +22,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands set it
 SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not long"` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that start processes come first, or one would be left for one of two processes to end with."""
+    """Modules that start processes come first, or one would be left for one of two processes to end with. Of a test
+    that is marked `sample(n)`, n cases stay: the first, the last, and others that its name draws; the rest are long.
+    """
     items.sort(key=lambda item: item.path.parent.name not in SLOW_WINGS)
+    matrices = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("long"):
+            matrices[item.path, item.function.__name__].append(item)
+    for (_, name), (first, *between, last) in matrices.items():
+        (number,) = first.get_closest_marker("sample").args
+        kept = {first, last, *random.Random(name).sample(between, min(number - 2, len(between)))}
+        for item in (first, *between, last):
+            if item not in kept:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True, scope="session")

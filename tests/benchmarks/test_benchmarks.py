@@ -312,6 +312,7 @@ def rows_of(folder: Path, *names: str) -> dict[str, Any]:
     return json.loads(out.with_suffix(".json").read_text())["rows"]
 
 
+@pytest.mark.long
 def test_images_texts_and_classifiers_agree_with_all_peers(folder):
     agree_with_all_peers(rows_of(folder, "image-rn50-1", "image-b32-32", "text-prompts", "classifier", "tokenizer"))
 
@@ -362,6 +363,7 @@ def test_a_wrong_gradient_would_be_seen(folder):
     assert harness.difference(ours.result(), theirs.result()) > 1e-3
 
 
+@pytest.mark.long
 def test_pipelines_loading_and_evaluation(folder):
     rows = rows_of(folder, "pipeline", "load", "load-archive", "evaluate")
     assert set(rows) == {"pipeline-64", "load", "load-archive", "evaluate-small", "evaluate-b32"}

@@ -73,6 +73,7 @@ def test_checkouts_stand_side_by_side(tmp_path, capsys):
     assert "| lines of the book | 2 | 3 |" in out
 
 
+@pytest.mark.long
 def test_the_house_prints_its_own_figures():
     done = subprocess.run(
         [sys.executable, "benchmarks/house.py"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -56,6 +56,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sample(3)
 @needs_onednn
 @pytest.mark.parametrize(
     "layout, has_bias",
@@ -115,6 +116,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @needs_onednn
 @pytest.mark.parametrize("is_training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
@@ -280,6 +282,7 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=quiet)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name, expected",
     [("mkl", "mkl"), pytest.param("onednn", "onednn", marks=needs_onednn), ("", matmul.library()), ("blas", "'blas'")],

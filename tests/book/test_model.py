@@ -92,6 +92,7 @@ def vit_b_32():
     return outputs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(
     "output", ["image features", "text features", "logits per image", "logits per text", "logit scale"]

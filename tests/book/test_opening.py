@@ -104,6 +104,7 @@ def test_the_trace_of_a_program_that_opens_pictures_is_seen(tmp_path, ghostscrip
     assert trace.exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "words", ["shards {folder} {out}", "check {folder} --image-size 32", "shards {table} {out}"], ids=str
 )

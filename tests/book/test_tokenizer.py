@@ -145,6 +145,7 @@ def mismatches(texts):
     return [text for text in texts if encode(text) != expected.encode(text)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_ids_equal_the_reference(kind, every):

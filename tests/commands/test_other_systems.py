@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import tiny_clip, write_pairs, write_picture
 from runs import TINY
 
@@ -45,6 +46,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_every_verb_imports_and_the_main_ones_run_without_fcntl_resource_pread_and_folders_that_open(tmp_path):
     model = tiny_clip()
     miniclip.save(model, tmp_path / "model")

@@ -46,6 +46,7 @@ print("torchmetrics.functional" in sys.modules)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "script",
     [HALF_OPEN, *(pytest.param(each, marks=pytest.mark.long) for each in (THREADS, STAR, OTHER_VERSION))],

@@ -894,6 +894,7 @@ def test_an_s3_that_fails_is_tried_six_times_in_all(serve, monkeypatch, bucket, 
     assert len(server.gets) == 6
 
 
+@pytest.mark.long
 def test_forked_workers_read_s3_after_their_parent_did(bucket, tmp_path):
     assert read_bytes("s3://shards/train/a.tar") == CONTENT
     in_processes([partial(check_content, Cache(tmp_path / name), "s3://shards/train/a.tar") for name in "ab"])

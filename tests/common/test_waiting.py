@@ -124,6 +124,7 @@ def watched_by_torch():
     signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("watched_by_torch")
 def test_workers_that_die_or_are_ended_raise_nothing_by_torchs_handler(no_workers_left):
     for _ in range(3):

@@ -44,6 +44,7 @@ def likeness(kind: str, count: int, seed: int = 0) -> Neighbours | Groups:
     return Groups(lambda samples: groups[samples], "group")
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(lambda counts: sum(counts) >= 4),

@@ -57,6 +57,7 @@ def on_ray(folder, *args, code=0, path=""):
     return done
 
 
+@pytest.mark.long
 def test_an_actor_that_is_killed_starts_again_and_the_shards_are_those_of_the_plain_command(tmp_path, monkeypatch):
     """Relative paths, shrunk pictures, torn ones, two sides, chunks that end within an actor's piece."""
     photos = write_pairs(tmp_path / "photos", 150)

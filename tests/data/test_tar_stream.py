@@ -245,6 +245,7 @@ def test_every_pass_draws_other_pixels_and_captions(tmp_path):
     assert not torch.equal(first.caption_ids[place], second.caption_ids)
 
 
+@pytest.mark.long
 def test_resampled_readers_need_no_tar_of_their_own_and_draw_different_ones(shelves):
     data = module(shelves[3], num_workers=4, stream=Streaming(resampled=True, shuffle=1))
     found = batches(data, 12)
@@ -342,6 +343,7 @@ def test_nothing_in_a_tar_is_unpickled_by_training_or_by_webdatasets_own_decoder
 # Going on
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("num_workers, stopped", [(0, 1), (0, 12), (2, 7)])
 def test_the_same_readers_go_on_with_the_very_next_batch(shelves, num_workers, stopped):
     options = {"num_workers": num_workers, "stream": Streaming(shuffle=20)}

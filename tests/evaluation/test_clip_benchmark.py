@@ -208,6 +208,7 @@ def hot(labels, num_classes: int) -> np.ndarray:
     return np.eye(num_classes, dtype=bool)[list(labels)]
 
 
+@pytest.mark.sample(2)
 def test_classification_equals_clip_benchmarks_and_scikit_learns(judged, scored, encoder):
     data = open_dataset(judged / "birds")
     assert isinstance(data, LabelledImages)
@@ -274,6 +275,7 @@ def test_a_class_without_positives_is_left_out_by_us_and_0_to_the_others(judged,
     assert learnt == same(theirs_by_our_numbers)
 
 
+@pytest.mark.sample(2)
 def test_retrieval_equals_clip_benchmarks_and_scikit_learns(judged, scored, encoder):
     data = open_dataset(judged / "captions")
     assert isinstance(data, CaptionedImages)

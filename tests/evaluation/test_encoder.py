@@ -657,6 +657,7 @@ def make(kind: str, tmp_path: Path) -> tuple[Encoder, torch.nn.Module, str, str]
     return found, hugging_face, image_name, text_name
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", ["ours", *ARCHITECTURES, *KINDS])
 def test_a_change_of_one_weight_changes_the_fingerprint_of_its_tower_alone(tmp_path, kind):
     found, module, image_name, text_name = make(kind, tmp_path)
@@ -674,6 +675,7 @@ def test_a_change_of_one_weight_changes_the_fingerprint_of_its_tower_alone(tmp_p
     assert fingerprints(found) == before
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kind", ["ours", *ARCHITECTURES, *KINDS])
 def test_images_and_tokens_are_moved_to_the_device_and_precision_of_the_model(tmp_path, kind):
     found, module, _, _ = make(kind, tmp_path)
@@ -768,6 +770,7 @@ def test_the_activation_belongs_to_both_fingerprints():
     assert not set(fingerprints(ours(clip))) & set(fingerprints(ours(other)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hf", ["clip"], indirect=True)
 def test_fingerprints_are_the_same_from_another_place_and_in_another_process(tmp_path, hf):
     folder, *_ = hf

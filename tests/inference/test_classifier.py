@@ -100,6 +100,7 @@ def in_folder(tmp_path_factory):
     os.chdir(before)
 
 
+@pytest.mark.sample(40)
 @parametrize_with_checks(
     [
         ZeroShotClassifier(method="probe"),

@@ -25,6 +25,7 @@ LABELS = ["cat", "dog", "red dog"]
 TEMPLATES = ["a picture of a {}.", "two {}."]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_probabilities_are_the_softmax_of_the_librarys_own_features(tmp_path, name):
     library = LIBRARIES[name](tmp_path)

@@ -66,6 +66,7 @@ def write(source, out, model, texts=False, **options):
 # The same numbers as the libraries'
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_embeddings_are_the_librarys_own_features(tmp_path, name):
     library = LIBRARIES[name](tmp_path)

@@ -90,6 +90,7 @@ def levels(page, name, facts):
     return np.array(in_page(page, body, name, facts)).reshape(3, facts["size"], -1)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -374,6 +374,7 @@ def shared(model, tmp_path):
         yield hub
 
 
+@pytest.mark.long
 def test_what_another_library_left_of_a_model_in_the_cache_is_completed(shared, tmp_path):
     home = tmp_path / "home"
     assert in_process(shared, home, "-c", CONFIG_ALONE).returncode == 0
@@ -395,6 +396,7 @@ def test_a_model_that_was_loaded_once_is_loaded_offline(shared, tmp_path):
     assert f"the cache's commit {shared.repositories['owner/birds'].sha()}" in warned
 
 
+@pytest.mark.long
 def test_a_second_load_fetches_nothing_and_one_after_a_push_says_which_commit_it_is(shared, model, tmp_path):
     home = tmp_path / "home"
     loaded(shared, home)

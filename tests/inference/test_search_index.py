@@ -797,6 +797,7 @@ def test_an_index_that_is_made_anew_by_another_model_is_searched_with_that_or_re
 # Answers
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["ours", "openclip", "openai", "hf_clip", "hf_siglip"])
 def test_answers_are_those_of_brute_force_on_the_librarys_own_features(kind, tmp_path):
     library = getattr(libraries, kind)(tmp_path)

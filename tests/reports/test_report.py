@@ -485,6 +485,7 @@ def test_unreadable_images_are_listed(show, tmp_path):
     assert "and 3 more, in results.json" in text
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("where", ["path", "class name", "data name", "template", "model"])
 def test_a_very_long_word_does_not_widen_the_page(show, tmp_path, where):
     word = "Donaudampfschiffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2
@@ -515,12 +516,14 @@ def test_a_page_of_a_run_shows_its_curves_and_one_without_has_no_such_section(sh
     assert min(sizes) > 100
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("size", [(1, 1), (3, 400), (400, 3), (8, 1), (2000, 1500)])
 def test_pictures_of_any_size_are_shown(show, tmp_path, size):
     page = show(classified(tmp_path, [(0, 0), (1, 0)], size=size))
     assert page.count(".gallery.wrong img, .gallery.right img") == 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("num_classes", [1, 2, 13, 46, 300])
 def test_any_number_of_classes_makes_a_page(show, tmp_path, num_classes):
     names = tuple(f"class number {number}" for number in range(num_classes))

@@ -85,6 +85,7 @@ def test_a_run_that_was_stopped_finds_what_one_does_that_was_not(run, data, tmp_
     }
 
 
+@pytest.mark.long
 def test_processes_read_the_captions_in_the_order_of_one_which_goes_on_with_them(run, data, tmp_path):
     options = ["--data.num_workers=0", "--trainer.devices=2", "--trainer.strategy=ddp"]
     subprocess.run(

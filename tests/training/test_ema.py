@@ -59,6 +59,7 @@ def test_the_average_is_the_one_by_hand_and_the_last_checkpoint_holds_both(data,
     assert not torch.equal(kept["visual.proj"], current["visual.proj"])
 
 
+@pytest.mark.long
 def test_training_itself_goes_on_as_without_an_average(data, tmp_path):
     trainer.main(arguments(data, tmp_path / "with", EMA, steps=6))
     trainer.main(arguments(data, tmp_path / "without", steps=6))

@@ -40,6 +40,7 @@ STEPS = {"max_steps amid an epoch": 4, "early stopping at the end of an epoch": 
 SOME = ("max_steps amid an epoch", "max_time", "early stopping at a validation")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "ending", [pytest.param(each, marks=() if each in SOME else pytest.mark.long) for each in ENDINGS]
 )
@@ -80,6 +81,7 @@ def test_a_run_that_early_stopping_ended_is_finished(data, tmp_path, capsys):
     assert step == 17
 
 
+@pytest.mark.long
 def test_a_run_that_passed_a_threshold_is_finished_until_that_is_another(data, tmp_path, capsys):
     run = tmp_path / "run"
 

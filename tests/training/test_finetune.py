@@ -118,6 +118,7 @@ def test_parts_of_the_same_architecture_may_be_given(data, start, tmp_path):
     assert miniclip.load(run / "best", device="cpu")[0].config.vision.image_size == 24
 
 
+@pytest.mark.long
 def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     go = f"--model.start_from={start}"
@@ -614,6 +615,7 @@ def test_a_teacher_is_in_no_checkpoint_no_optimiser_and_no_list_of_parameters(da
     assert len(list(with_teacher.modules())) == len(list(without.modules()))
 
 
+@pytest.mark.long
 def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data, start, tmp_path):
     runs = {}
     stopper = '[{"class_path": "test_training.StopAt", "init_args": {"step": 2}}]'

@@ -191,6 +191,7 @@ def results(request):
         yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("run", list(runs()), ids=lambda run: "-".join(map(str, run)))
 def test_sharing_weights_out_changes_neither_loss_nor_gradients_nor_what_is_learnt(results, run):
     *_, dtype = run
@@ -245,6 +246,7 @@ def test_an_old_pytorch_is_refused_in_a_sentence():
         refuse_old_torch("2.10.0+cpu")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
 def test_compiled_towers_whose_weights_are_sliced_give_the_same_gradients(results, half):
     if len(results) == 2:

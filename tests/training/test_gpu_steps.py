@@ -88,6 +88,7 @@ def a_step(device, positives="pair", per_image=1, kind="adamw", **options):
     return module, dear.found
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_fake_gpu), "meta"])
 @pytest.mark.parametrize(
     "options",

@@ -547,6 +547,7 @@ def test_a_disk_that_is_full_for_the_trained_model_costs_no_training(data, tmp_p
     assert miniclip.load(run / "best", device="cpu")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("given", ["simple", "advanced", "SimpleProfiler"])
 def test_a_profile_lies_beside_the_log_and_the_run_says_where(data, tmp_path, capsys, given):
     run = tmp_path / "run"
@@ -618,6 +619,7 @@ class Standstill(Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@pytest.mark.long
 def test_a_process_that_waits_for_another_says_so_and_where_it_is(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Stalls, "silence_s", Stalls.silence_s)  # which the callback sets here as well
     out = tmp_path / "out"
@@ -675,6 +677,7 @@ class Dropout(Callback):
         pl_module.clip.visual.ln_post.register_forward_hook(noise)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("stop", "length"),
     [
@@ -768,6 +771,7 @@ def labelled_table(path: Path, data: Path, count: int, first: str) -> Path:
     return path
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("change", "is_anew"),
     [
@@ -832,6 +836,7 @@ def half(data, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("more, message, goes_on", OTHER_SETTINGS, ids=[str(more) for more, _, _ in OTHER_SETTINGS])
 def test_what_a_run_resumed_under_other_settings_says(data, tmp_path, capsys, half, more, message, goes_on):
     run = tmp_path / "run"
@@ -859,6 +864,7 @@ def test_what_a_run_resumed_under_other_settings_says(data, tmp_path, capsys, ha
         assert found == betas
 
 
+@pytest.mark.long
 def test_a_resumed_run_prints_another_teacher_and_other_settings_of_its_callbacks(data, tmp_path, capsys):
     run = tmp_path / "run"
     for name in ("one", "other"):

@@ -110,6 +110,7 @@ exit "${status:-0}"
 """
 
 
+@pytest.mark.long
 def test_two_nodes_under_slurm_are_requeued_and_train_the_weights_of_one(data, tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')):
         (tmp_path / "bin").mkdir(exist_ok=True)

@@ -713,6 +713,7 @@ def test_a_run_may_be_as_long_as_so_many_samples(data, tmp_path):
 PRESET = ["--trainer.max_steps=-1", "--trainer.max_epochs=2"]  # of 40 pairs, in batches of 12 or 8
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "more, steps, message",
     [

@@ -216,6 +216,7 @@ def grouped(data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_hard_run_of_groups_and_two_captions_stopped_midway_ends_at_the_same_bits(grouped, tmp_path):
     more = [
         "--data.negatives=hard",
@@ -244,6 +245,7 @@ GROUPED = ["--model.positives=group", "--data.group=colour"]
 FITTING = {"pair": [], "caption": ["--model.positives=caption"], "group": GROUPED}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("positives", FITTING)
 def test_a_validation_counts_as_right_what_training_does(grouped, tmp_path, loss, positives):
@@ -280,6 +282,7 @@ def entropy(fitting: int, pairs: int) -> float:
     return -pairs * (share * math.log(share) + (1 - share) * math.log(1 - share))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "more, chance",
     [  # of 12 pictures with two captions each, a damaged one and one with a single caption

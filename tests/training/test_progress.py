@@ -459,6 +459,7 @@ def test_without_a_log_there_is_no_page_and_overwriting_removes_an_old_one(data,
     assert "Report" not in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_rejected_samples_are_counted_over_resumptions_and_listed_on_the_page(data, tmp_path):
     run, more = tmp_path / "run", [f"--data.train={spoilt(data, tmp_path)}", "--model.max_rejected=0.5"]
     with pytest.raises(SystemExit):  # an epoch is three steps and a third

@@ -388,6 +388,7 @@ def test_compiled_towers_compute_the_same_whatever_else_is_on(graphs, vision):
     assert graphs.count == count  # nothing is compiled again
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tower", ["vit", "resnet", "text"])
 @pytest.mark.parametrize(
     "is_mixed", [False, pytest.param(True, marks=pytest.mark.long)], ids=["float64", "bf16 autocast"]
@@ -487,6 +488,7 @@ def dtypes_of_a_run(pairs: Path, run: Path, precision: str, *more: str) -> dict[
     return Observer.seen["dtypes"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "precision, matrix_product, rest",
     [

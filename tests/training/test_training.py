@@ -262,6 +262,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("more, message", MISTAKES, ids=[more[0] for more, _ in MISTAKES])
 def test_a_mistake_is_answered_in_words_before_anything_is_written(data, tmp_path, capsys, more, message):
     said = fails(capsys, [*arguments(data, tmp_path / "run"), *more])

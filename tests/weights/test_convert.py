@@ -183,6 +183,7 @@ def test_the_command_says_how_to_replace_what_is_there(tmp_path, source, capsys)
     main([*arguments, "--overwrite"])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("broken", ["visual.proj", "text_projection", "visual.conv1.weight", "ln_final.weight"])
 def test_a_model_that_can_not_be_verified_leaves_the_old_one_as_it_was(tmp_path, source, to, broken):

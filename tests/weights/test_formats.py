@@ -201,6 +201,7 @@ def full_depth(name, is_narrow):
 TRACED_BY_DEFAULT = ("RN50", "RN101", "ViT-B/32", "ViT-L/14@336px")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in TRACED_BY_DEFAULT else pytest.mark.long) for name in OPENAI_MODELS],
@@ -938,6 +939,7 @@ def deflated_zeros(gigabytes=1):
     return b"".join([*stream, compress.flush()]), gigabytes << 30, crc
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("bomb", ["data.pkl", "data/0"])
 @pytest.mark.parametrize("kind", ["archive", "state dict"])
 def test_a_zip_bomb_is_refused_without_unpacking_it(tmp_path, bomb, kind):

@@ -46,6 +46,7 @@ def test_bottlenecks_that_are_not_in_the_file_are_missed_at_once(tmp_path):
         load(folder, device="cpu")
 
 
+@pytest.mark.long
 def test_blocks_that_a_name_alone_claims_are_missed_at_once(tmp_path):
     """One tensor a block; building a model of so many blocks takes a minute."""
     tensors = openclip_model(TINY_VIT).state_dict() | {"input_resolution": torch.tensor(24)}
