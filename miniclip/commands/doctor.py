@@ -115,9 +115,10 @@ def _parts_named(pairs: dict[str, Pairs], options: argparse.Namespace) -> list[S
     found = [of_pairs(name, each) for name, each in pairs.items()]
     for part, named in ((VAL, options.val), (TEST, options.test)):
         for name in dict.fromkeys(named):
-            if name in pairs:
+            images = image_set(name, split=part)
+            if name in pairs and len(pairs[name]) + len(images) > len(image_set(name)):
                 raise ValueError(f"{name} is named as PAIRS and as --{part}; every picture would be a leak")
-            found.append(of_images(part, name, image_set(name, split=part)))
+            found.append(of_images(part, name, images))
     return found
 
 

@@ -6,6 +6,8 @@ import csv
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from command_line import fails
 from helpers import pack_folder, table, write_pairs, write_picture
@@ -162,6 +164,28 @@ def test_the_page_has_tables_and_pictures(photos, tmp_path, browser):
     assert browser.js("return document.title") == "Doctor"
     assert "leak: 1" in browser.text()
     assert browser.count("figure img") >= 5
+
+
+@pytest.mark.parametrize("kind", ["table", "parquet"])
+def test_the_parts_of_one_source_are_compared(tmp_path, capsys, kind):
+    """Pictures 0 to 3 are train's, and 3 is in test again."""
+    rows = [(part, number) for part, numbers in (("train", range(4)), ("test", (4, 3))) for number in numbers]
+    for number in range(5):
+        write_picture(tmp_path / f"{number}.png", number + 1, (64, 64))
+    if kind == "table":
+        source = tmp_path / "all.csv"
+        source.write_text("image,caption,split\n" + "".join(f"{n}.png,picture {n},{part}\n" for part, n in rows))
+    else:
+        source = tmp_path / "set"
+        source.mkdir()
+        for part in ("train", "test"):
+            pictures = [(tmp_path / f"{n}.png").read_bytes() for of, n in rows if of == part]
+            captions = [f"picture {n}" for of, n in rows if of == part]
+            table = pa.table({"image": pictures, "caption": captions})
+            pq.write_table(table, source / f"{part}-00000-of-00001.parquet")
+    doctor(source, "--test", source, "--out", tmp_path / "out")
+    (dropped,) = rows_of(tmp_path / "out" / "drop.csv")
+    assert (dropped["key"], dropped["reason"]) == ("3.png" if kind == "table" else "row 3", "leak")
 
 
 def test_what_cannot_be_done_is_refused_with_a_remedy(photos, tmp_path, capsys):
