@@ -1521,6 +1521,10 @@ def test_a_text_that_can_not_be_read_or_is_empty_now_and_then_does_not_give_way(
         ("IMG(1).jpg", "IMG.jpg(1).json"),
         ("IMG(1).jpg", "IMG(1).jpg.json"),
         ("IMG(1).jpg", "IMG(1).json"),
+        (f"{'n' * 43}.jpg", f"{'n' * 43}.jp.json"),
+        (f"{'n' * 46}.jpg", f"{'n' * 46}.json"),
+        (f"{'n' * 47}.jpg", f"{'n' * 46}.json"),
+        (f"{'n' * 47}(1).jpg", f"{'n' * 46}(1).json"),
     ],
 )
 def test_the_names_that_googles_takeout_gives_the_json_of_a_picture(tmp_path, image, metadata):
@@ -1542,6 +1546,14 @@ def test_json_of_another_word_or_without_a_description_is_not_taken_for_a_pictur
     assert "there is no a.txt beside it" in str(read_pairs(tmp_path)[0].problem)
     (tmp_path / "a.jpg.json").write_text('{"title": "a.jpg"}')
     assert read_pairs(tmp_path)[0].problem == "no captions: there is no a.txt beside it, and a.jpg.json has no caption"
+
+
+def test_of_two_pictures_whose_names_begin_alike_json_under_the_beginning_tells_neither(tmp_path):
+    for name in ("z", f"{'n' * 46}1", f"{'n' * 46}2"):
+        write_picture(tmp_path / f"{name}.jpg", 1)
+    (tmp_path / f"{'n' * 46}.json").write_text('{"description": "of one of them"}')
+    (tmp_path / "z.txt").write_text("a zebra")
+    assert [pair.captions for pair in read_pairs(tmp_path)] == [(), (), ("a zebra",)]
 
 
 def test_raw_files_of_cameras_are_named_as_a_kind_that_is_not_read_wherever_they_lie(tmp_path):

@@ -152,6 +152,7 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
     texts_of: dict[Path, list[Path]] = {}  # the best first
     beside: set[Path] = set()
     images_of_stem = Counter((image.parent, same_name(image.stem)) for image in files.images)
+    cut = Counter((image.parent, _cut_by_takeout(image.name)) for image in files.images)
     for captions in (files.texts, [path for path in files.others if path.suffix.lower() == ".json"]):
         by_name: dict[tuple[Path, str], list[Path]] = defaultdict(list)
         for path in captions:
@@ -161,6 +162,8 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
             names = list(map(same_name, own))
             if images_of_stem[image.parent, names[0]] > 1:  # a.jpg.txt tells whose it is, where a.txt does not
                 names.reverse()
+            if captions is not files.texts and cut[image.parent, _cut_by_takeout(image.name)] == 1:
+                names.append(same_name(_cut_by_takeout(image.name)))
             for name in dict.fromkeys(names):
                 if texts := by_name.get((image.parent, name)):
                     beside.update(texts)
@@ -225,6 +228,12 @@ def _takeout_picture(stem: str) -> str:
         name = picture
     path = PurePath(name)
     return f"{path.stem}{number}{path.suffix}" if path.suffix.lower() in IMAGE_SUFFIXES else stem
+
+
+def _cut_by_takeout(name: str) -> str:
+    """What Google's Takeout leaves of a picture's name in that of its JSON: 46 characters, and then the number."""
+    stem, number, suffix = re.fullmatch(r"(.*?)(\(\d+\))?(\.[^.]*)?", name, re.S).groups("")  # type: ignore[union-attr]
+    return f"{stem}{suffix}"[:46] + number
 
 
 def _text_rank(path: Path) -> int:
