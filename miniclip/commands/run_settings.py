@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -99,29 +100,67 @@ def refuse_what_would_mislead(config: Any) -> None:
         raise ValueError(f"monitor is {config.monitor!r}, which is read at validations; set data.val for them")
 
 
-def refuse_unused_flags(flags: Sequence[str], model: Any) -> None:
+# Of a trainer as Lightning's command line makes it: what this one sets itself, and why.
+TRAINER_SETS = {
+    "inference_mode": (False, "FSDP2 cannot gather weights in it, nor train after it"),
+    "use_distributed_sampler": (False, "the data module's own order is exact"),
+}
+
+
+def _unused(config: Any) -> dict[str, str]:
+    """The beginnings of names of settings of `fit` that nothing would use, each with the reason."""
+    kind = config.model.optimizer.kind
+    reasons: dict[str, str] = {}
+    if kind != "muon":
+        reasons["model.optimizer.muon_"] = f"model.optimizer.kind is {kind}; only muon uses it"
+    if config.model.teacher is None:
+        reasons["model.distillation"] = "model.teacher is null, from whom it would distil"
+    return reasons
+
+
+def refuse_unused_flags(flags: Sequence[str], config: Any) -> None:
     """
     Args:
-        flags: as they were typed. What a file sets may be meant for another kind, that a flag has replaced.
-        model: the settings of `model`.
+        flags: as they were typed.
+        config: the settings of `fit`.
 
     Raises:
         ValueError: a flag that nothing would use.
     """
-    kind = model.optimizer.kind
-    for name, is_used, otherwise in (
-        ("model.optimizer.muon_", kind == "muon", f"model.optimizer.kind is {kind}; only muon uses it"),
-        ("model.distillation", model.teacher is not None, "model.teacher is null, from whom it would distil"),
-    ):
+    for name, otherwise in _unused(config).items():
         unused = next((flag for flag in flags if flag.startswith(f"--{name}")), None)
-        if unused is not None and not is_used:
+        if unused is not None:
             raise ValueError(f"{unused.partition('=')[0]} has no effect: {otherwise}")
+
+
+def without_effect(verb: str, config: Any, defaults: Mapping[str, Any]) -> list[str]:
+    """What differs from the defaults and does nothing, a sentence each.
+
+    A file's settings may be meant for another kind of optimiser, which a flag has replaced, so they are no error.
+
+    Args:
+        config: the settings of the verb, fit or validate.
+        defaults: by dotted name.
+    """
+    reasons = _unused(config) if verb == "fit" else {}
+    for part in ("test", "predict"):
+        reasons[f"trainer.limit_{part}_batches"] = f"`{verb}` has no batches of that kind"
+    for name, (value, why) in TRAINER_SETS.items():
+        reasons[f"trainer.{name}"] = f"a run sets it to {str(value).lower()}, because {why}"
+    given = dotted({name: config[name].as_dict() for name in ("model", "trainer")})
+    return [
+        f"{name} is {json.dumps(value)}, which has no effect: {why}"
+        for beginning, why in reasons.items()
+        for name, value in given.items()
+        if name.startswith(beginning) and value != defaults[name]
+    ]
 
 
 # Settings that change neither weights nor scores; or that are compared elsewhere, by what they come to.
 _IMMATERIAL = {
     *("name", "overwrite", "save_every_n_steps", "save_every_minutes", "trainer.default_root_dir", "trainer.logger"),
     *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler"),
+    *("trainer.limit_test_batches", "trainer.limit_predict_batches", *(f"trainer.{name}" for name in TRAINER_SETS)),
     *("model.micro_batch_size", "model.checkpoint_activations", "model.compile"),
     *("data.num_workers", "data.cache_gb"),
     *("ckpt_path", "model.start_from", "model.image_weights"),  # the checkpoint is what the run starts from

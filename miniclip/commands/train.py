@@ -28,7 +28,7 @@ from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelSummary
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler, Profiler
@@ -336,7 +336,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"no checkpoint {config.ckpt_path} {purpose}{also} ({what})")
         if self.subcommand == "fit":
             run_settings.refuse_what_would_mislead(config)
-            run_settings.refuse_unused_flags(self._parser("fit").args, config.model)
+            run_settings.refuse_unused_flags(self.parser.args, config)
             if _is_rank_zero() and holds_a_run and not self._goes_on() and not config.overwrite:
                 raise ValueError(
                     f"{run} already holds a run. --ckpt_path last resumes it, --overwrite true starts it anew, and "
@@ -356,6 +356,10 @@ class TrainingCLI(LightningCLI):
             )
         elif config.data.val is None:
             raise ValueError("validate has nothing to score: set data.val")
+        if _is_rank_zero():
+            defaults = vars(self._parser(self.subcommand).get_defaults().as_flat())
+            for sentence in run_settings.without_effect(str(self.subcommand), config, defaults):
+                print(f"warning: {without_secrets(sentence)}", file=sys.stderr)
 
     def _goes_on(self) -> bool:
         """Whether the run is resumed in its own folder."""
@@ -413,8 +417,8 @@ class TrainingCLI(LightningCLI):
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
         if self.subcommand == "fit":
-            given = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
-            resumption = Resumption(run_settings.material(without_secrets_in(json.loads(given))))
+            own = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
+            resumption = Resumption(run_settings.material(without_secrets_in(json.loads(own))))
             callbacks += [resumption, StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
@@ -441,14 +445,15 @@ class TrainingCLI(LightningCLI):
         if logger is not False:  # the report needs the table beside any other log
             others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
             logger = [TableLogger(run, name="logs"), *others]
+        given = run_settings.callback_list(trainer.callbacks)
+        has_summary = trainer.enable_model_summary is None and any(isinstance(each, ModelSummary) for each in given)
         made: pl.Trainer = super().instantiate_trainer(
-            callbacks=[*run_settings.callback_list(trainer.callbacks), *callbacks],
+            callbacks=[*given, *callbacks],
             logger=logger,
             plugins=[*(trainer.plugins or []), AtomicCheckpointIO()],
-            enable_model_summary=False,
+            enable_model_summary=trainer.enable_model_summary or has_summary,
             num_sanity_val_steps=0,  # it would score a part of the held-out pairs
-            use_distributed_sampler=False,  # the data module's own is exact
-            inference_mode=False,  # FSDP2 cannot gather weights in it, nor train after it
+            **{name: value for name, (value, _) in run_settings.TRAINER_SETS.items()},
             **kwargs,
         )
         seconds = lightning_private.keep_validation_interval(made, trainer.val_check_interval)
@@ -565,6 +570,7 @@ def main(args: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect elsewhere
     for name in ("pytorch_lightning", "lightning_fabric"):  # RunProgress prints what matters of theirs
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger(ModelSummary.__module__).setLevel(logging.INFO)  # one that is asked for is printed so
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own, with the newest torch
@@ -584,6 +590,7 @@ def main(args: list[str] | None = None) -> None:
             until_end=until_end,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            trainer_defaults={name: value for name, (value, _) in run_settings.TRAINER_SETS.items()},
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             parser_kwargs={

@@ -1,10 +1,14 @@
 """Settings from files and flags: which wins, and what a file cannot say."""
 
 import json
+import subprocess
 
 import pytest
 import yaml
+from jsonargparse import dict_to_namespace
+from runs import ROOT, TINY, command, fails
 
+from miniclip.commands import run_settings
 from miniclip.commands import train as trainer
 
 
@@ -166,3 +170,57 @@ def test_a_value_that_is_none_of_those_allowed_is_answered_with_all_of_them(file
     with pytest.raises(SystemExit):
         trainer.main(["fit", "--config", "a.yaml", f"--{flag}"])
     assert ALLOWED[flag] in capsys.readouterr().err
+
+
+IN_VAIN = {
+    "model: {optimizer: {muon_lr: 0.5}}": "model.optimizer.muon_lr is 0.5, which has no effect: model.optimizer.kind",
+    "model: {distillation: 0.7}": "model.distillation is 0.7, which has no effect: model.teacher is null",
+    "trainer: {inference_mode: true}": "trainer.inference_mode is true, which has no effect: a run sets it to false",
+    "trainer: {use_distributed_sampler: true}": "trainer.use_distributed_sampler is true, which has no effect",
+    "trainer: {limit_test_batches: 2}": "trainer.limit_test_batches is 2, which has no effect: `fit` has no batches",
+    "trainer: {limit_predict_batches: 2}": "trainer.limit_predict_batches is 2, which has no effect",
+}
+
+
+@pytest.mark.parametrize("text", IN_VAIN)
+def test_what_a_file_sets_and_nothing_uses_is_a_warning_of_one_line(files, capsys, text):
+    (files / "c.yaml").write_text(text)
+    printed = fails(capsys, ["fit", *TINY, "--config=a.yaml", "--config=c.yaml", "--data.train=nowhere"])
+    warning, error, *_ = printed.splitlines()
+    assert warning.startswith(f"warning: {IN_VAIN[text]}")
+    assert error.startswith("error: nowhere is not a folder of shards")
+
+
+def test_validate_names_what_it_does_not_use_of_its_trainer_alone(files, capsys):
+    (files / "c.yaml").write_text("model: {optimizer: {muon_lr: 0.5}}\ntrainer: {limit_test_batches: 2}\n")
+    (files / "last.ckpt").write_bytes(b"")
+    more = ["--ckpt_path=last.ckpt", "--data.train=nowhere", "--data.val=nowhere"]
+    printed = fails(capsys, ["validate", *TINY, "--config=c.yaml", *more])
+    assert "trainer.limit_test_batches is 2, which has no effect: `validate` has no batches of that kind" in printed
+    assert "muon_lr" not in printed
+
+
+def test_a_setting_that_says_what_happens_anyway_is_no_warning(files, capsys):
+    (files / "c.yaml").write_text("trainer: {inference_mode: false, use_distributed_sampler: false}\n")
+    more = ["--config=a.yaml", "--config=c.yaml", "--data.train=nowhere"]
+    assert fails(capsys, ["fit", *TINY, *more]).startswith("error: nowhere")
+
+
+@pytest.mark.parametrize("kind", [[], ["--model.optimizer.kind=adamw"]])
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_set_nothing_in_vain(files, capsys, config, kind):
+    found = settings(capsys, "--config", str(config), "--model.start_from=null", *kind)
+    defaults = run_settings.dotted(settings(capsys))
+    assert run_settings.without_effect("fit", dict_to_namespace(found), defaults) == []
+
+
+def test_a_saved_configuration_of_a_run_with_defaults_sets_nothing_in_vain(files, capsys):
+    (files / "c.yaml").write_text(yaml.safe_dump(settings(capsys, "--config=a.yaml")))
+    more = ["--config=c.yaml", "--data.train=nowhere"]
+    assert fails(capsys, ["fit", *TINY, *more]).startswith("error: nowhere")
+
+
+@pytest.mark.parametrize("flag", ["--trainer.enable_model_summary=true", "--trainer.callbacks=ModelSummary"])
+def test_lightnings_summary_of_the_model_is_printed_where_it_is_asked_for(data, tmp_path, flag):
+    made = subprocess.run(command(data, tmp_path / "run", flag, steps=1), capture_output=True, text=True, check=True)
+    assert "Total params" in made.stdout + made.stderr
