@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
@@ -13,14 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+)
 
 from ..common.wording import some
 from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
 from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
 from ..training import start
+from ..training.checkpoints import BestCheckpoint
 from ..training.finite import NON_FINITE
+from ..training.measuring import logged_by_steps
+from ..training.step import VALIDATED, CLIPTraining
 from ..training.zero_shot import ZeroShotEvaluation
 from ..weights.folders import THRESHOLD_FILE
 from ..weights.write import FOLDER_FILES
@@ -250,7 +261,7 @@ def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | Non
 def refuse_validations(trainer: pl.Trainer, steps_per_epoch: int, has_val: bool) -> None:
     """
     Raises:
-        ValueError: validations would not come when they should, or something waits for their scores in vain.
+        ValueError: validations would not come when they should.
     """
     interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if has_val and every is not None and isinstance(interval, int) and interval > steps_per_epoch:
@@ -263,11 +274,52 @@ def refuse_validations(trainer: pl.Trainer, steps_per_epoch: int, has_val: bool)
             f"trainer.val_check_interval is {interval!r}, a time, and the clocks of {trainer.world_size} processes "
             "differ; give a number of steps"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val") and not has_val:
-            raise ValueError(
-                f"EarlyStopping monitors {callback.monitor!r}, which is logged by validations; set data.val for them"
+
+
+def refuse_unlogged_monitors(callbacks: Sequence[Callback], module: CLIPTraining, has_val: bool) -> list[str]:
+    """
+    Args:
+        callbacks: all of the run's.
+
+    Returns:
+        A sentence for each callback that goes by a metric which miniclip does not log: a callback of the user's may.
+
+    Raises:
+        ValueError: a callback goes by a metric that nothing logs.
+    """
+    names = logged_by_steps(module)
+    if has_val:
+        scored = [name for each in callbacks if isinstance(each, ZeroShotEvaluation) for name in each.names]
+        names = sorted({*names, *VALIDATED, *scored})
+    rates = any(isinstance(each, LearningRateMonitor) for each in callbacks)  # logs lr-AdamW and the like
+    others = [type(each).__name__ for each in callbacks if _may_log_anything(each)]
+    unknown = []
+    for callback in callbacks:
+        if not isinstance(callback, BestCheckpoint | EarlyStopping | ModelCheckpoint) or not callback.monitor:
+            continue
+        is_own = isinstance(callback, BestCheckpoint)
+        asked = callback.monitor
+        is_counted = isinstance(callback, ModelCheckpoint) and asked in ("epoch", "step")
+        if asked in names or is_counted or (rates and asked.startswith("lr-")) or (is_own and not has_val):
+            continue
+        what = f"monitor is {asked!r}" if is_own else f"{type(callback).__name__} monitors {asked!r}"
+        if others:
+            unknown.append(
+                f"{what}, which {some(others)} would have to log; the first validation shows whether it does"
             )
+            continue
+        if asked.startswith("val") and not has_val:
+            raise ValueError(f"{what}, which is logged by validations; set data.val for them")
+        near = difflib.get_close_matches(asked, names, n=1)
+        meant = f"did you mean {near[0]!r}? It is one of" if near else "logged are"
+        raise ValueError(f"{what}, which nothing logs; {meant} {', '.join(names)}")
+    return unknown
+
+
+def _may_log_anything(callback: Callback) -> bool:
+    """Whether it is a user's own. Lightning's log nothing that a monitor reads, but for the rates."""
+    is_known = type(callback).__module__.partition(".")[0] in (__package__.partition(".")[0], pl.__name__)
+    return not is_known or isinstance(callback, LambdaCallback)
 
 
 def monitor(settings: Any) -> str:

@@ -456,6 +456,11 @@ class TrainingCLI(LightningCLI):
             **{name: value for name, (value, _) in run_settings.TRAINER_SETS.items()},
             **kwargs,
         )
+        if self.subcommand == "fit":
+            listed: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+            unknown = run_settings.refuse_unlogged_monitors(listed, self.model, self.config.fit.data.val is not None)
+            if _is_rank_zero():
+                print("".join(f"{sentence}\n" for sentence in unknown), end="", flush=True)
         seconds = lightning_private.keep_validation_interval(made, trainer.val_check_interval)
         if seconds is not None and not seconds > 0:
             raise ValueError(f"trainer.val_check_interval is {trainer.val_check_interval}; a time must be above 0")

@@ -36,6 +36,19 @@ from .step import CLIPTraining, StepResult
 _MOST_KEPT_REASONS = 100  # rejected samples whose reason the run's record keeps
 
 
+def logged_by_steps(module: CLIPTraining) -> list[str]:
+    """The names that `StepMetrics` and `RunMetrics` log."""
+    towers = {"image": module.clip.visual, "text": module.clip.text}
+    trained = [name for name, tower in towers.items() if any(p.requires_grad for p in tower.parameters())]
+    names = ["loss", "chance", "accuracy", "accuracy_image_to_text", "accuracy_text_to_image", "logit_scale", "lr"]
+    names += ["images_per_s", "data_wait", "tflops", "mfu", "memory_gb", "samples", "rejected", "truncated"]
+    names += [f"grad_norm_{name}" for name in trained]
+    names += ["logit_bias"] * (module.clip.logit_bias is not None)
+    names += ["distillation"] * (module.teacher is not None)
+    names += ["lr_muon"] * (module.optimizer_config.kind == "muon")
+    return sorted(f"train/{name}" for name in names)
+
+
 class StepMetrics(Callback):
     """Logs what each logged step learns: loss beside its chance level, in-batch accuracy, gradient norms, rates.
 

@@ -48,6 +48,7 @@ from .start import (
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
 _LOSS_CHUNK = 1024  # images whose logits are in memory at once
 _UNFROZEN_KEY = "miniclip_unfrozen"  # of a checkpoint: parameters that were frozen first and are trained now
+VALIDATED = ("val/loss", "val/retrieval_r1")  # what a validation logs
 COMPILED_LENGTH_MULTIPLE = 8  # compiled towers see text lengths that are multiples of this
 
 
@@ -288,7 +289,7 @@ class CLIPTraining(pl.LightningModule):
         )  # fmt: skip
         recall = (recall_at_1(images, texts, groups=answers) + recall_at_1(texts, images, groups=answers)) / 2
         # As numbers, which Lightning moves to the device: NCCL takes no tensor on the host.
-        self.log_dict({"val/loss": float(loss), "val/retrieval_r1": recall}, sync_dist=True)
+        self.log_dict(dict(zip(VALIDATED, (float(loss), recall), strict=True)), sync_dist=True)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Setting up

@@ -147,10 +147,14 @@ class ZeroShotEvaluation(Callback):
         self.after: dict[str, float] = {}
         self.scored_data: dict[str, str] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """Of what it logs."""
+        return ["val/zero_shot_acc1", *(f"val/zero_shot_acc1_{name}" for name in self.others)]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.datasets = {"val/zero_shot_acc1": labelled(open_dataset(self.data, templates=self.templates))}
-        for name, data in self.others.items():
-            self.datasets[f"val/zero_shot_acc1_{name}"] = labelled(open_dataset(data))
+        datasets = [open_dataset(self.data, templates=self.templates), *map(open_dataset, self.others.values())]
+        self.datasets = dict(zip(self.names, map(labelled, datasets), strict=True))
         if stage == "fit":  # the first process's
             asked = self.datasets if trainer.is_global_zero else {}
             own = {name: _labelled_digest(data) for name, data in asked.items()}

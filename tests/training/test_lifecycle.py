@@ -247,8 +247,17 @@ def test_best_is_by_any_logged_metric_in_either_direction(data, tmp_path, monito
     assert scores[step_of(run, "best")] == (max if mode == "max" else min)(scores.values())
 
 
+class LogsNothing(Callback):
+    """A user's own, of which nobody knows before whether it logs the monitor."""
+
+
 def test_a_monitor_that_nothing_logs_ends_the_run_at_the_first_validation(data, tmp_path, capsys):
-    said = fails(capsys, arguments(data, tmp_path / "run", "--monitor=val/typo"))
+    own = callbacks(LogsNothing())
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(arguments(data, tmp_path / "run", own, "--monitor=val/typo"))
+    assert stopped.value.code == 2
+    out, said = capsys.readouterr()
+    assert "monitor is 'val/typo', which LogsNothing would have to log; the first validation shows whether" in out
     assert "monitor is 'val/typo', which nothing logs; logged are " in said
     assert all(name in said for name in ("train/loss", "val/loss", "val/retrieval_r1"))
     assert validated_at(tmp_path / "run") in ([], [3])

@@ -201,6 +201,16 @@ MISTAKES = [
     (["--monitor=val/loss"], "the lowest is best; add --monitor_mode min"),
     (["--monitor=val/loss", "--monitor_mode=lowest"], "lowest"),
     (["--data.val=null", "--monitor=train/loss"], "monitor is 'train/loss', which is read at validations"),
+    (["--monitor=val/typo"], "monitor is 'val/typo', which nothing logs; did you mean 'val/loss'? It is one of "),
+    (["--monitor=recall"], "monitor is 'recall', which nothing logs; logged are train/accuracy, "),
+    (["--monitor=train/lr_muon"], "monitor is 'train/lr_muon', which nothing logs; did you mean 'train/lr'?"),
+    (["--monitor=lr-AdamW"], "monitor is 'lr-AdamW', which nothing logs"),
+    ([callback("ModelCheckpoint", monitor="val/los")], "ModelCheckpoint monitors 'val/los', which nothing logs; did"),
+    ([callback("EarlyStopping", monitor="epoch")], "EarlyStopping monitors 'epoch', which nothing logs"),
+    (
+        ["--data.val=null", callback("ModelCheckpoint", monitor="val/loss")],
+        "ModelCheckpoint monitors 'val/loss', which",
+    ),
     (["--data.val_pairs=1"], "data.val_pairs is 1"),
     (["--name=mine"], "the run's folder is given twice: name 'mine' means runs/mine"),
     (["--trainer.limit_train_batches=2"], "use trainer.max_steps for a shorter run"),
@@ -270,6 +280,32 @@ def test_a_mistake_is_answered_in_words_before_anything_is_written(data, tmp_pat
     assert "Traceback" not in said
     assert len(said) < 600
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--model.optimizer.kind=muon", "--model.clip.init_logit_bias=-2.5", "--model.loss=siglip"],
+        ["--model.teacher={run}", "--data.val=null"],
+        ["--model.start_from={run}", "--model.locked=text"],
+    ],
+    ids=["siglip", "teacher", "locked"],
+)
+def test_a_monitor_may_be_what_a_run_logs_and_nothing_else(data, tmp_path, capsys, more):
+    zero_shot = callback(
+        "miniclip.training.zero_shot.ZeroShotEvaluation",
+        data=str(data / "val.csv"),
+        others={"b": str(data / "val.csv")},
+    )
+    trainer.main(arguments(data, tmp_path / "start", steps=1))
+    run = tmp_path / "run"
+    more = [each.format(run=tmp_path / "start/best") for each in more]
+    trainer.main(arguments(data, run, zero_shot, *more, steps=2))
+    logged = set(metrics(run)[0]) - {"step", "epoch"}
+    stop = json.loads(zero_shot.partition("=")[2])
+    stop.append({"class_path": "EarlyStopping", "init_args": {"monitor": "recall"}})
+    said = fails(capsys, arguments(data, tmp_path / "other", f"--trainer.callbacks={json.dumps(stop)}", *more))
+    assert set(said.split("logged are ")[1].splitlines()[0].split(", ")) == logged
 
 
 def test_an_unknown_key_in_a_file_is_named(data, tmp_path, capsys):
