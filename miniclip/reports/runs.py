@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import warnings
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -61,6 +62,8 @@ class Run:
     def best(self) -> tuple[str, int, float] | None:
         """The metric that chooses the best checkpoint, its best value, and how many steps were done by then.
 
+        Values count at validations, which write that checkpoint.
+
         Scores from before the first step are ignored: no checkpoint belongs to them. So are those of earlier starts on
         other data (labelled images where the metric is of those, else validation pairs), or by another metric, which
         are not compared with those of the last.
@@ -75,7 +78,13 @@ class Run:
                 break
             known = facts | known
             first = start.get("first_step", 0)
-        points = [(step, value) for step, value in self.curves.get(name, []) if step >= first and math.isfinite(value)]
+        logged = [(step, value) for step, value in self.curves.get(name, []) if step >= first]
+        validations = {step for each in self.curves if each.startswith("val/") for step, _ in self.curves[each]}
+        points = []
+        for step in sorted(validations):  # a metric of steps has the value of the last logged one
+            before = bisect_right(logged, step, key=lambda point: point[0])
+            if before and math.isfinite(value := logged[before - 1][1]):
+                points.append((step, value))
         if not points:
             return None
         choose = min if self.record.get("monitor_mode") == "min" else max

@@ -284,7 +284,9 @@ def test_a_monitor_of_steps_that_are_logged_later_than_the_first_validation_choo
     at = {int(row[header.index("step")]) + 1: float(row[column]) for row in rows if row[column]}
     assert set(at) == {5, 10, 11}
     by_validation = {6: at[5], 9: at[5], 11: at[11]}
-    assert step_of(run, "best") == min(by_validation, key=by_validation.get)
+    best = min(by_validation, key=by_validation.get)
+    assert step_of(run, "best") == best
+    assert read_run(run).best() == ("train/loss", best, pytest.approx(by_validation[best]))
 
 
 @pytest.mark.parametrize("every", ["--trainer.check_val_every_n_epoch=1", "--trainer.check_val_every_n_epoch=2"])

@@ -518,6 +518,20 @@ def test_the_best_is_among_scores_of_the_same_kind():
         assert dataclasses.replace(run, starts=starts).best() == ("val/zero_shot_acc1", *best)
 
 
+def test_the_best_by_a_metric_of_steps_is_its_last_value_at_a_validation():
+    """Logged at each second step, validated at 3, 5 and 8: the values there are 4, 2 and 3; the least, 1, is none."""
+    run = made_up()
+    record = {**run.record, "monitor": "train/loss", "monitor_mode": "min"}
+    loss = [(1, 4.0), (3, 2.0), (5, 1.0), (7, 3.0)]  # steps count from 0
+    curves = {"train/loss": loss, "val/loss": [(2, 9.0), (4, 9.0), (7, 9.0)]}
+    assert dataclasses.replace(run, starts=(record,), curves=curves).best() == ("train/loss", 5, 2.0)
+    resumed = {**record, "monitor_mode": "max", "first_step": 2}  # nothing of it was logged by the validation at 3
+    assert dataclasses.replace(run, starts=(resumed,), curves=curves).best() == ("train/loss", 8, 3.0)
+    diverged = {**curves, "train/loss": [*loss[:3], (7, math.nan)]}
+    assert dataclasses.replace(run, starts=(record,), curves=diverged).best() == ("train/loss", 5, 2.0)
+    assert dataclasses.replace(run, starts=(record,), curves={"train/loss": loss}).best() is None
+
+
 def test_numbers_of_a_run():
     run = made_up(
         train__loss=[4, 3, 2.5], train__chance=[4.6] * 3, val__zero_shot_acc1=[0.1, 0.7, math.nan, 0.6],
