@@ -96,31 +96,38 @@ class _Parser(LightningArgumentParser):
     """
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
-        """A flag beats the files wherever it stands, and a later file an earlier one."""
+        """A flag beats the files wherever it stands, one of a key that of a group, and a later file an earlier one."""
         if args is not None and self._subcommands_action is None:
             args = self._files_first(list(args))
         return super().parse_args(args, *more, **options)
 
     def _files_first(self, args: list[str]) -> list[str]:
         files: list[str] = []
+        groups: list[tuple[int, list[str]]] = []  # with how deep they are: a narrower one beats a wider one
         flags: list[str] = []
         while args:
-            count = self._arguments_of_file(args)
-            (files if count else flags).extend(args[: count or 1])
-            del args[: count or 1]
-        return files + flags
+            action, value, count = self._first(args)
+            if isinstance(action, ActionConfigFile) and value and not value.startswith("--"):
+                files += args[:count]
+            elif isinstance(action, _ActionConfigLoad):
+                if _is_file(value):
+                    files += args[:count]
+                else:
+                    groups.append((action.dest.count("."), args[:count]))
+            else:
+                count = 1
+                flags += args[:count]
+            del args[:count]
+        return files + [each for _, group in sorted(groups, key=lambda group: group[0]) for each in group] + flags
 
-    def _arguments_of_file(self, args: list[str]) -> int:
-        """How many of the first arguments name a file of settings: `--config FILE`, `-cFILE`, `--trainer=FILE`, …"""
+    def _first(self, args: list[str]) -> tuple[Any, str, int]:
+        """What the first argument sets, if it is a flag, to what value, and in how many arguments: `--config FILE`,
+        `-cFILE`, `--trainer=FILE`, …"""
         name, sign, value = args[0].partition("=")
         if name[:2] in self._option_string_actions:  # -c
             name, sign, value = name[:2], sign or name[2:], value or name[2:]
-        count = 1 if sign else 2
         value = value if sign else "".join(args[1:2])
-        action = self._option_string_actions.get(name)
-        if isinstance(action, ActionConfigFile):
-            return count if value and not value.startswith("--") else 0
-        return count if isinstance(action, _ActionConfigLoad) and _is_file(value) else 0
+        return self._option_string_actions.get(name), value, 1 if sign else 2
 
     def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
         if not _is_file(path):  # `-`, a URL, or a mistake

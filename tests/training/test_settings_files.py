@@ -44,6 +44,11 @@ ORDERS = [
     (["--trainer.max_steps", "4", "--config", "a.yaml", "--trainer", "trainer.yaml"], "a", 5, 4),
     (["--config", "a.yaml", "--trainer", "trainer.yaml"], "a", 5, 30),
     (["--trainer", "trainer.yaml", "--config", "a.yaml"], "a", 5, 10),
+    (["--trainer", "{max_steps: 9}", "--config", "a.yaml"], "a", 5, 9),
+    (["--trainer", "{max_steps: 9}", "--trainer", "trainer.yaml", "--config", "a.yaml"], "a", 5, 9),
+    (["--trainer.max_steps", "4", "--trainer", "{max_steps: 9}", "--config", "a.yaml"], "a", 5, 4),
+    (["--trainer={max_steps: 9}", "--trainer.max_steps=4", "--config", "a.yaml"], "a", 5, 4),
+    (["--trainer={max_steps: 9}", "--trainer={max_steps: 8}", "--config", "a.yaml"], "a", 5, 8),
 ]
 
 
