@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
@@ -22,12 +24,13 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     Timer,
 )
+from pytorch_lightning.strategies import StrategyRegistry
 
 from ..common.wording import some
 from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
 from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
-from ..training import start
+from ..training import lightning_private, start
 from ..training.checkpoints import BestCheckpoint
 from ..training.finite import NON_FINITE
 from ..training.measuring import logged_by_steps
@@ -229,6 +232,45 @@ def refuse_callbacks(trainer: Any) -> None:
             f"trainer.max_time is {trainer.max_time} and trainer.callbacks has a Timer, beside which Lightning ignores "
             "it; leave one of them out"
         )
+
+
+def refuse_devices(trainer: Any) -> None:
+    """
+    Args:
+        trainer: its settings.
+
+    Raises:
+        ValueError: an accelerator, devices or a strategy that do not exist, or not on this machine. What an object
+            of a class sets is Lightning's to check.
+    """
+    if trainer.num_nodes < 1:
+        raise ValueError(f"trainer.num_nodes is {trainer.num_nodes}; it must be at least 1")
+    strategy, name = trainer.strategy, trainer.accelerator
+    if isinstance(strategy, str):
+        known = [
+            "auto",
+            *(each for each in StrategyRegistry.available_strategies() if not re.search("xla|tpu|single", each)),
+        ]
+        if strategy.lower() not in known:
+            valid = [each for each in known if not re.search("spawn|fork|notebook", each)]  # refused later, in words
+            raise ValueError(f"trainer.strategy is {strategy!r}; valid are {', '.join(valid)}")
+    if not isinstance(name, str):
+        return
+    kinds = {each: AcceleratorRegistry[each]["accelerator"] for each in AcceleratorRegistry.available_accelerators()}
+    here = sorted(each for each, kind in kinds.items() if kind.is_available())
+    names = ["auto", *(["gpu"] if {"cuda", "mps"} & set(here) else []), *here]
+    if name not in names:
+        raise ValueError(f"trainer.accelerator is {name!r}; on this machine valid are {', '.join(names)}")
+    if trainer.devices == "auto":
+        return
+    device = lightning_private.accelerator(name)
+    try:
+        is_right, why = bool(kinds[device].parse_devices(trainer.devices)), ""
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        is_right, why = False, f" ({' '.join(str(error).split())})" if device != "cpu" else ""
+    if not is_right:
+        others = "a number of processes, 1 or more" if device == "cpu" else "a number, -1 for all, a list as [0, 1]"
+        raise ValueError(f"trainer.devices is {trainer.devices!r}; on {device} it takes auto or {others}{why}")
 
 
 def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | None) -> str:

@@ -49,7 +49,7 @@ from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
 from ..training.resume import Resumption
 from ..training.run_folder import TableLogger, hold
-from ..training.start import refuse_another_architecture
+from ..training.start import HALF_WEIGHTS, refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
 from ..training.stopping import LostProcesses, is_out_of_time, what_is_kept
 from ..training.zero_shot import CaptionWordings
@@ -137,9 +137,16 @@ class _Parser(LightningArgumentParser):
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,})") from error
         try:
-            yaml.load(text, UniqueKeys)
+            read = yaml.load(text, UniqueKeys)
         except (yaml.YAMLError, RepeatedKeyError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        own = self.prog.split()[-1]
+        verbs = sorted(TrainingCLI.subcommands().keys() & set(read if isinstance(read, dict) else ()))
+        if verbs and self._subcommands_action is None:
+            raise ValueError(
+                f"{path} has its settings under {' and '.join(map(repr, verbs))}; such a file stands before the verb: "
+                f"{_program()} --config {path} {own if own in verbs else verbs[0]}"
+            )
         return self.parse_string(text, Path(path).name, *args, **options)
 
     def _check_value_key(self, action: Any, value: Any, key: str, *args: Any, **options: Any) -> Any:
@@ -172,6 +179,10 @@ class _Parser(LightningArgumentParser):
             message += "; a pattern stands in quotes, so that the shell hands it over as it is"
         elif unusable := _UNUSABLE.search(message):
             message = f"class_path {unusable[1]!r} cannot be used: {unusable[2]}{_did_you_mean(unusable[1])}"
+            if unusable[2].startswith("'NoneType' object"):
+                message = (
+                    f"class_path {unusable[1]!r} has init_args null, which takes keys; leave it out for the defaults"
+                )
         elif wrong := re.match(r'Parser key "([\w.]+)":', message):
             message = _wrong_type(wrong[1], message) or message
         print(f"error: {without_secrets(message)}\n({_program()} fit --help lists every key)", file=sys.stderr)
@@ -192,7 +203,8 @@ def _wrong_type(key: str, message: str) -> str | None:
     expected: list[str] = []
     for name, values, generic in re.findall(r"<class '(\w+)'>|Literal\[([^]]*)\]|(\w+\[[^]]*\])", plain):
         expected += [each.strip("'") for each in values.split(", ")] if values else [name or generic]
-    *most, last = dict.fromkeys("null" if name == "NoneType" else name for name in expected)
+    refused = HALF_WEIGHTS if key == "trainer.precision" else ()
+    *most, last = dict.fromkeys("null" if name == "NoneType" else name for name in expected if name not in refused)
     allowed = f"{', '.join(most)} or {last}" if most else last
     is_number = re.search(r"value type: <class '(int|float|bool)'>", message)
     quote = f"; in YAML, write '{value[1]}' with quotes" if "str" in expected and is_number else ""
@@ -420,6 +432,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
         run_settings.refuse_callbacks(settings.trainer)
+        run_settings.refuse_devices(settings.trainer)
         trainer, run = settings.trainer, self.run_folder
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]

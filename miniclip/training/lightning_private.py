@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 
 def set_logged_step(trainer: pl.Trainer, step: int) -> None:
@@ -69,6 +70,17 @@ def install_no_signal_handlers(trainer: pl.Trainer) -> None:
 def forks_or_spawns(trainer: pl.Trainer) -> bool:
     """Whether the strategy starts its processes by fork or spawn, as ddp_spawn and ddp_notebook do."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def accelerator(name: str) -> str:
+    """The kind of device that trainer.accelerator "auto" or "gpu" is here; another name as it is.
+
+    Raises:
+        MisconfigurationException: there is no GPU.
+    """
+    if name == "auto":
+        return _AcceleratorConnector._choose_auto_accelerator()
+    return _AcceleratorConnector._choose_gpu_accelerator_backend() if name == "gpu" else name
 
 
 def cluster_environment(trainer: pl.Trainer) -> Any:

@@ -132,7 +132,7 @@ def refuse_what_contradicts(clip: CLIPConfig, loss: LossKind, patch_dropout: flo
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer and its data
 
-_HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
+HALF_WEIGHTS = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 _REFUSED_CALLBACKS: dict[type[Callback], str] = {
     StochasticWeightAveraging: "it replaces the schedule and averages after the last validation; set model.ema_decay",
     WeightAveraging: "the average would be neither validated nor saved as best/; set model.ema_decay",
@@ -150,7 +150,7 @@ def refuse_half_weights(precision: str) -> None:
     Raises:
         ValueError: the weights themselves would be in half precision.
     """
-    if precision in _HALF_WEIGHTS:
+    if precision in HALF_WEIGHTS:
         mixed = "bf16-mixed" if precision.startswith("bf16") else "16-mixed"
         raise ValueError(
             f"trainer.precision is {precision}, which keeps the weights themselves in half precision, where "

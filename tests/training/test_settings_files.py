@@ -161,7 +161,7 @@ def test_null_stays_a_value_where_it_is_one(files, capsys):
 
 
 ALLOWED = {
-    "trainer.precision=fp16": "trainer.precision is fp16, and it takes 64, 32, 16, transformer-engine, ",
+    "trainer.precision=fp16": "trainer.precision is fp16, and it takes 64, 32, 16, 16-mixed, bf16-mixed, 32-true, ",
     "trainer.precision=8": ", bf16-mixed, 32-true, 64-true, bf16 or null",
     "trainer.deterministic=perhaps": "trainer.deterministic is perhaps, and it takes bool, warn or null",
     "monitor_mode=lowest": "monitor_mode is lowest, and it takes max or min",
@@ -229,3 +229,54 @@ def test_a_saved_configuration_of_a_run_with_defaults_sets_nothing_in_vain(files
 def test_lightnings_summary_of_the_model_is_printed_where_it_is_asked_for(data, tmp_path, flag):
     made = subprocess.run(command(data, tmp_path / "run", flag, steps=1), capture_output=True, text=True, check=True)
     assert "Total params" in made.stdout + made.stderr
+
+
+def test_the_flag_of_a_narrower_group_beats_that_of_a_wider_one(files, capsys):
+    wide, narrow = "--model={optimizer: {lr: 1.0, warmup: 0.5}}", "--model.optimizer={lr: 2.0}"
+    for flags in ([wide, narrow], [narrow, wide]):
+        optimizer = settings(capsys, *flags)["model"]["optimizer"]
+        assert (optimizer["lr"], optimizer["warmup"]) == (2.0, 0.5)
+
+
+def test_a_file_for_several_verbs_stands_before_the_verb_and_the_error_says_so(files, capsys):
+    (files / "c.yaml").write_text("fit: {data: {train: nowhere}, trainer: {max_steps: 3}}\n")
+    assert "c.yaml has its settings under 'fit'; " in (said := fails(capsys, ["fit", *TINY, "--config=c.yaml"]))
+    assert " --config c.yaml fit\n" in said
+    for args in (
+        ["--config=c.yaml", "fit", *TINY],
+        ["--config=c.yaml"],
+    ):  # as it advises; and the file chooses the verb
+        assert fails(capsys, args).startswith("error: nowhere is not a folder of shards")
+    (files / "d.yaml").write_text("fit: {name: x}\nvalidate: {name: x}\n")
+    said = fails(capsys, ["validate", *TINY, "--config=d.yaml"])
+    assert "d.yaml has its settings under 'fit' and 'validate'; " in said
+    assert " --config d.yaml validate\n" in said
+
+
+@pytest.mark.parametrize("key, kind", [("callbacks", "LearningRateMonitor"), ("logger", "CSVLogger")])
+def test_a_class_whose_init_args_have_no_value_is_named(files, capsys, key, kind):
+    (files / "c.yaml").write_text(f"trainer:\n  {key}:\n  - class_path: {kind}\n    init_args:\n")
+    said = fails(capsys, ["fit", *TINY, "--config=c.yaml", "--data.train=nowhere"])
+    assert f".{kind}' has init_args null, which takes keys; leave it out for the defaults" in said
+
+
+NOWHERE = {
+    "accelerator=quantum": "trainer.accelerator is 'quantum'; on this machine valid are auto, ",
+    "accelerator=tpu": "trainer.accelerator is 'tpu'; on this machine valid are auto, ",
+    "devices=many": "trainer.devices is 'many'; on cpu it takes auto or a number of processes, 1 or more",
+    "devices=0": "trainer.devices is '0'; on cpu it takes auto or a number",
+    "devices=-1": "trainer.devices is '-1'; on cpu it takes auto or a number",
+    "devices=[]": "trainer.devices is []; on cpu it takes auto or a number",
+    "devices=[0,1]": "trainer.devices is [0, 1]; on cpu it takes auto or a number",
+    "devices=1.5": "trainer.devices is '1.5'; on cpu it takes auto or a number",
+    "strategy=nonsense": "trainer.strategy is 'nonsense'; valid are auto, ddp, ",
+    "strategy=xla": "trainer.strategy is 'xla'; valid are auto, ddp, ",
+    "strategy=single_device": "trainer.strategy is 'single_device'; valid are auto, ddp, ",
+    "num_nodes=0": "trainer.num_nodes is 0; it must be at least 1",
+}
+
+
+@pytest.mark.parametrize("flag", NOWHERE)
+def test_devices_that_there_are_not_are_answered_with_what_there_is(files, capsys, flag):
+    said = fails(capsys, ["fit", *TINY, "--config=a.yaml", "--data.train=shards", f"--trainer.{flag}"])
+    assert said.startswith(f"error: {NOWHERE[flag]}")
