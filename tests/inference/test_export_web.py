@@ -34,7 +34,28 @@ def folder(tmp_path_factory):
     smooth.convert("P").save(root / "photo.gif")
     smooth.resize((3, 200)).save(root / "strip.png")
     smooth.resize((5, 4)).save(root / "small.png")
+    grey, few = smooth.convert("L"), smooth.quantize(32)
+    grey.save(root / "grey.gif")  # of a palette that Pillow reads as none
+    grey.save(root / "grey.bmp")
+    few.save(root / "palette.bmp")
+    index = few.getpixel((40, 30))
+    few.save(root / "transparent.gif", transparency=index)
+    few.save(root / "transparent_palette.png", transparency=index)
+    few.save(root / "half_transparent_palette.png", transparency=bytes([128, 0] * 16))
+    grey.save(root / "transparent_grey.png", transparency=grey.getpixel((40, 30)))
+    smooth.save(root / "transparent_rgb.png", transparency=smooth.getpixel((40, 30)))
+    smooth.convert("1").save(root / "transparent_1.png", transparency=0)
+    for name in ("transparent.gif", "photo.gif"):
+        (root / f"partial_{name}").write_bytes(with_larger_screen((root / name).read_bytes()))
     return root
+
+
+def with_larger_screen(gif):
+    """The picture's one frame 9 pixels to the right and 4 down on a screen that is 20 wider and 10 higher."""
+    changed, frame = bytearray(gif), gif.index(b",\0\0\0\0" + gif[6:10])
+    for at, added in ((6, 20), (8, 10), (frame + 1, 9), (frame + 3, 4)):
+        changed[at : at + 2] = (int.from_bytes(gif[at : at + 2], "little") + added).to_bytes(2, "little")
+    return bytes(changed)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +107,8 @@ def test_its_token_ids_are_ours_or_the_text_is_refused(page, count):
 
 
 def levels(page, name, facts):
-    body = "return [...pixels.toInput(await pixels.decode(await open(args[0])), args[1])]"
-    return np.array(in_page(page, body, name, facts)).reshape(3, facts["size"], -1)
+    body = "return [...pixels.toInput(await pixels.decode(await open(args[0]), false, args[2]), args[1])]"
+    return np.array(in_page(page, body, name, facts, facts["style"] == "hf")).reshape(3, facts["size"], -1)
 
 
 @pytest.mark.sample(4)
@@ -113,8 +134,41 @@ def test_its_pixels_are_pillows_within_a_level(page, folder, changes):
     for path in sorted(each for each in folder.iterdir() if each.is_file()):
         expected = runner.pixels(Image.open(path))
         difference = np.abs(levels(page, path.name, facts) - expected).max()
-        # Canvases keep transparent colours multiplied, which loses what is nearly invisible; here nothing is.
         assert difference <= 1.001, (path.name, difference)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_partly_transparent_pixels_are_pillows_or_the_picture_is_refused(page, folder, mode):
+    """A canvas loses colours under transparency, which count where nothing multiplies them by it."""
+    runner = Clip(folder / "page")
+    R = runner.facts["pixels"]["size"]
+    own = runner.facts["pixels"] | {"mean": [0, 0, 0], "std": [1 / 255] * 3}
+    (folder / "alpha").mkdir(exist_ok=True)
+    cases = (
+        ((90, 61), 0, "png", {}, False),
+        ((90, 61), 0, "webp", {}, False),
+        ((90, 61), 0, "png", {"resize": "squash"}, False),
+        ((90, 61), 0, "png", {"style": "hf"}, False),
+        ((R, R), 0, "png", {"style": "hf"}, False),
+        ((R, R), 128, "png", {}, False),
+        ((R, R), 127, "png", {}, True),
+        ((R, R), 0, "webp", {}, True),
+        ((90, 61), 0, "png", {"resize": "none"}, True),
+        ((90, 61), 0, "png", {"interpolation": "nearest"}, True),
+    )
+    for number, (size, least, suffix, changes, is_refused) in enumerate(cases):
+        name = f"alpha/{mode}{number}.{suffix}"  # browsers keep what they fetched by its name
+        image = picture(6, (9, 7)).resize(size, Image.Resampling.BICUBIC).convert(mode)
+        image.putalpha(Image.linear_gradient("L").resize(size).point(lambda value, least=least: max(value, least)))
+        image.save(folder / name, lossless=True, exact=True)
+        facts = runner.facts["pixels"] = own | changes
+        if is_refused:
+            with pytest.raises(AssertionError, match=f"{size[0]} × {size[1]} pixels is partly transparent and is not"):
+                levels(page, name, facts)
+            continue
+        expected = runner.pixels(Image.open(folder / name))
+        difference = np.abs(levels(page, name, facts) - expected).max()
+        assert difference <= 1.001, (name, difference)
 
 
 def test_its_guesses_are_those_of_the_runner(page, folder):

@@ -38,10 +38,11 @@ export class Clip {
   }
 
   async encodeImages(files) {
-    const R = this.facts.pixels.size, features = [];
+    const { pixels, upright } = this.facts, R = pixels.size, features = [];
     for (let start = 0; start < files.length; start += BATCH) {
       const batch = files.slice(start, start + BATCH), data = new Float32Array(batch.length * 3 * R * R);
-      for (const [row, file] of batch.entries()) data.set(toInput(await decode(file, this.facts.upright), this.facts.pixels), row * 3 * R * R);
+      for (const [row, file] of batch.entries())
+        data.set(toInput(await decode(file, upright, pixels.style === "hf"), pixels), row * 3 * R * R);
       features.push(...(await this.run("image", "float32", data, [batch.length, 3, R, R])));
     }
     return features;

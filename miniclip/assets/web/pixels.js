@@ -98,21 +98,31 @@ function places(from, size) {
 }
 
 // A file's pixels as they are in it: not converted to the screen's colours, and turned only where EXIF is to be followed.
-export async function decode(file, isUpright = false) {
+// What a palette, or a PNG's list of transparent colours, makes transparent has the colour that is stored for it, as in
+// Pillow's RGB; with `keepsTransparency` it stays transparent.
+export async function decode(file, isUpright = false, keepsTransparency = false) {
   const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
-  const bitmap = await createImageBitmap(isUpright ? file : await withoutExif(file), options);
+  const bytes = new Uint8Array(await file.arrayBuffer()), view = new DataView(bytes.buffer);
+  const name = String.fromCharCode(...bytes.subarray(0, 8)), frame = name.startsWith("GIF8") ? firstFrame(bytes) : null;
+  const isOpaque = frame && !(frame.flagsAt && keepsTransparency);
+  if (isOpaque && frame.flagsAt) bytes[frame.flagsAt] &= ~1;
+  const parts = kept(bytes, view, !isUpright, !keepsTransparency);
+  const bitmap = await createImageBitmap(new Blob(parts, { type: file.type }), options);
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);
   const { data, width, height } = context.getImageData(0, 0, bitmap.width, bitmap.height);
-  return { data, width, height, channels: 4, hasPalette: hasPalette(new Uint8Array(await file.slice(0, 64).arrayBuffer())) };
+  if (isOpaque) // what the frame does not reach
+    for (let at = 0; at < data.length; at += 4) if (data[at + 3] === 0) data.set(frame.colour, at);
+  return { data, width, height, channels: 4, hasPalette: frame ? !isRamp(frame.palette, 3) : hasPalette(name, view) };
 }
 
-// A file of JPEG or PNG without its EXIF, which browsers turn pictures by whatever `imageOrientation` asks for.
-async function withoutExif(file) {
-  const view = new DataView(await file.arrayBuffer()), kept = [];
+// The parts of a file of JPEG or PNG that are to be read. Browsers turn pictures by EXIF whatever `imageOrientation`
+// asks for, and lose the colours under transparency.
+function kept(bytes, view, cutsExif, cutsTransparency) {
+  const parts = [];
   let done = 0;
   const cut = (start, end) => {
-    kept.push(file.slice(done, start));
+    parts.push(bytes.subarray(done, start));
     done = end;
   };
   const begin = view.byteLength < 16 ? 0 : view.getUint32(0);
@@ -121,22 +131,57 @@ async function withoutExif(file) {
       const marker = view.getUint8(at + 1);
       if (marker === 0xda) break; // the picture itself
       end = marker === 0xff ? at + 1 : at + 2 + view.getUint16(at + 2);
-      if (marker === 0xe1) cut(at, end);
+      if (marker === 0xe1 && cutsExif) cut(at, end);
     }
   if (begin === 0x89504e47)
     for (let at = 8, end; at + 12 <= view.byteLength; at = end) {
       end = at + 12 + view.getUint32(at);
-      if (view.getUint32(at + 4) === 0x65584966) cut(at, end);
+      const isCut = { 0x65584966: cutsExif, 0x74524e53: cutsTransparency }[view.getUint32(at + 4)]; // eXIf, tRNS
+      if (isCut) cut(at, end);
     }
-  return new Blob([...kept, file.slice(done)], { type: file.type });
+  return [...parts, bytes.subarray(done)];
+}
+
+// Of a GIF: where the flags of its transparency are (0: it has none), the palette, and the colour that Pillow gives to
+// what the first frame leaves out of the screen.
+function firstFrame(bytes) {
+  const table = (flags, at) => bytes.subarray(at, at + (flags & 0x80 ? 3 * 2 ** ((flags & 7) + 1) : 0));
+  let palette = table(bytes[10], 13), at = 13 + palette.length, flagsAt = 0, index = 0;
+  for (; at < bytes.length && bytes[at] !== 0x2c; at++) {
+    if (bytes[at] !== 0x21) continue;
+    if (bytes[at + 1] === 0xf9 && bytes[at + 3] & 1) [flagsAt, index] = [at + 3, bytes[at + 6]];
+    for (at += 2; bytes[at]; at += bytes[at] + 1);
+  }
+  const own = table(bytes[at + 9], at + 10);
+  palette = own.length ? own : palette;
+  return { flagsAt, palette, colour: [0, 1, 2].map((c) => palette[3 * index + c] ?? 0).concat(255) };
+}
+
+// Pillow reads a palette of which each colour is the grey of its own number as no palette.
+function isRamp(palette, step) {
+  return palette.every((value, at) => at % step > 2 || value === Math.floor(at / step));
 }
 
 // Pillow resizes pictures with a palette, and those of one bit, by nearest neighbours.
-function hasPalette(head) {
-  const name = String.fromCharCode(...head.slice(0, 8));
-  if (name.startsWith("GIF8")) return true;
-  if (name.startsWith("BM")) return head[28] <= 8;
-  return name.startsWith("\x89PNG") && (head[25] === 3 || (head[25] === 0 && head[24] === 1));
+function hasPalette(name, view) {
+  if (name.startsWith("BM")) {
+    const size = view.getUint32(14, true), isOld = size === 12, bits = view.getUint16(isOld ? 24 : 28, true);
+    if (bits > 8) return false;
+    const count = (isOld ? 0 : view.getUint32(46, true)) || 2 ** bits, step = isOld ? 3 : 4;
+    return count === 2 || !isRamp(new Uint8Array(view.buffer, 14 + size, count * step), step);
+  }
+  const [depth, type] = name.startsWith("\x89PNG") ? [view.getUint8(24), view.getUint8(25)] : [];
+  return type === 3 || (type === 0 && depth === 1);
+}
+
+// Canvases keep colours multiplied by alpha, so that those below half of it come back wrong by more than a level. Only
+// a picture whose colours are multiplied anyway, to be resized or laid on white, loses nothing.
+function refuseLostColours({ data, width, height }) {
+  for (let at = 3; at < data.length; at += 4)
+    if (data[at] < 128)
+      throw new Error(
+        `this picture of ${width} × ${height} pixels is partly transparent and is not resized, so the model sees the ` +
+        "colours under its transparency, which browsers do not give; save it without transparency, or in another size");
 }
 
 // (3, R, R) float32, normalised.
@@ -156,8 +201,10 @@ export function toInput(image, facts) {
     const other = Math.trunc((side * Math.max(W, H)) / Math.min(W, H));
     size = W <= H ? [side, other] : [other, side];
   }
-  if (size[0] !== W || size[1] !== H) {
-    const filter = image.hasPalette && !isHf ? "nearest" : facts.interpolation;
+  const filter = image.hasPalette && !isHf ? "nearest" : facts.interpolation;
+  const isResized = size[0] !== W || size[1] !== H;
+  if (!isHf && !(isResized && filter !== "nearest")) refuseLostColours(image);
+  if (isResized) {
     image = filter === "nearest" ? resize(image, ...size, filter) : divided(resize(multiplied(image), ...size, filter));
   }
   const place = isHf ? (gap) => Math.floor(gap / 2) : (gap) => roundHalfToEven(gap / 2);
@@ -206,5 +253,7 @@ function divided(image) {
 }
 
 function onWhite(image) {
-  return eachPixel(image, (value, alpha) => Math.round((value * alpha + 255 * (255 - alpha)) / 255));
+  const laid = eachPixel(image, (value, alpha) => Math.round((value * alpha + 255 * (255 - alpha)) / 255));
+  for (let at = 3; at < laid.data.length; at += 4) laid.data[at] = 255;
+  return laid;
 }
