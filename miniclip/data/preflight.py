@@ -74,7 +74,8 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         header = read_header(data)  # its mode before 16 bits became 8
         is_16_bits = header.mode.startswith("I") or (header.format == "PNG" and data[24] == 16)
         mode = header.mode + (", 16 bit" if is_16_bits else "")
-        picture = thumbnail(image, _CONTACT_BOX) if with_thumbnail else ""
+        # Training makes a picture RGB before it is resized.
+        picture = thumbnail(image.convert("RGB"), _CONTACT_BOX) if with_thumbnail else ""
         digest, blank = hashlib.sha256(data).digest(), len(lines) - len(captions)
         facts = (image.size, header.format or "?", mode, orientation(header) != 1, digest, len(data), picture)
         return Look(without_secrets(pair.source), "", "", captions, blank, *facts)

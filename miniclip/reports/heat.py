@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from ..common.thumbnail import as_seen
+
 _WARM, _COLD = (np.array(each, dtype=np.float32) for each in ((214, 39, 40), (31, 90, 200)))
 _STRONGEST = 0.995  # quantile of the sizes of relevance that gets the full colour
 _MOST_COVERED = 0.85  # of the picture by the full colour
@@ -23,7 +25,7 @@ def overlay(picture: Image.Image, relevance: np.ndarray) -> Image.Image:
     """
     factor = max(1, _LEAST_SIDE // max(picture.size))
     size = (factor * picture.width, factor * picture.height)
-    grey = np.asarray(picture.convert("RGB").convert("L").resize(size, Image.Resampling.NEAREST))
+    grey = np.asarray(as_seen(picture, size).convert("L"))
     is_seen = _enlarged(np.isfinite(relevance).astype(np.uint8), size, Image.Resampling.NEAREST)
     strength = _enlarged(_strength(relevance), size, Image.Resampling.BILINEAR)
     width = max(2, round(_STRIPE * max(size)))

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ...common.arguments import FLOAT32
 from ...common.storage import is_url
-from ...common.thumbnail import thumbnail
+from ...common.thumbnail import shrunk, thumbnail
 from ...common.wording import percent, printable
 from ...data.reading.huggingface import HUB_PREFIX
 from ...evaluation.datasets.sets import EvaluationSet
@@ -154,8 +154,7 @@ class Answers:
 
         image = self._opened(picture)
         (explanation,) = Explainer(self.encoder)(image, [text])
-        small = image.convert("RGB")
-        small.thumbnail((_MAP_SIDE, _MAP_SIDE))
+        small = shrunk(image, _MAP_SIDE)
         heat = overlay(small, explanation.map.on_picture(small.size))
         shown = _data_url(turned(heat, orientation(image)))  # as the browser shows the picture beside it
         about = f"Heat map: what in the picture speaks for “{_text(text)}” (cosine {explanation.map.cosine:.3f})"

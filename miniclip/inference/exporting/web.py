@@ -10,10 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from ...common.files import ASSETS, atomic_write, write_text
+from ...common.thumbnail import shrunk
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.features import encode_images
 from .proof import Progress, RunnerPixels, runner_features
-from .runner import Clip
+from .runner import Clip, on_white
 
 _PACKED = ".xz"  # WebAssembly takes 14 MB, and packed 2
 _FOUND_SIDE = 160  # pixels
@@ -63,7 +64,7 @@ def write_search(
     for number, index in enumerate(found.indices.tolist()):
         name = _thumbnail_name(number)
         with atomic_write(folder / "search" / name) as file:
-            file.write(_thumbnail(data.open(index)))
+            file.write(_thumbnail(data.open(index), runner.facts["pixels"]["style"]))
         pictures.append({"name": Path(data.shown(index)).name, "thumbnail": name})
     with atomic_write(folder / "search" / "features.bin") as file:
         file.write(found.unit.numpy().astype("<f4").tobytes())
@@ -75,9 +76,7 @@ def _thumbnail_name(number: int) -> str:
     return f"{number:04d}.jpg"
 
 
-def _thumbnail(image: Image.Image) -> bytes:
-    image = image.convert("RGB")
-    image.thumbnail((_FOUND_SIDE, _FOUND_SIDE))
+def _thumbnail(image: Image.Image, style: str) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=80)
+    shrunk(on_white(image) if style == "hf" else image, _FOUND_SIDE).save(buffer, "jpeg", quality=80)
     return buffer.getvalue()
