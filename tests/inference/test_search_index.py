@@ -487,6 +487,30 @@ def parts(tmp_path):
     return pictures
 
 
+@pytest.mark.parametrize(
+    ("where", "num"),
+    [
+        ("path = '{}'", 1),
+        ("(`path`) IN ('{}', 'path')", 1),
+        ("PATH = '{}' -- path is the key", 1),
+        ("key = '{}' AND \"path\" LIKE '%/train/%' /* path */", 1),
+        ("path <> '{}'", 8),
+        ("path IS NULL", 0),
+        ("`Path` = 'mine' AND path = '{}'", 1),
+        ("Path = 'mine' AND 'it''s path' = 'it''s path'", 9),
+    ],
+)
+def test_a_filter_finds_a_picture_of_shards_by_the_path_that_results_show(index, parts, tmp_path, where, num):
+    for name in ("train", "val"):
+        index.update(tmp_path / "shards" / name)
+    table = lancedb.connect(str(index.location)).open_table("images")
+    table.add_columns({"Path": "'mine'"} if "mine" in where else {"other": "'mine'"})
+    key = next(key for key in sorted(parts) if "/train/" in key)
+    found = [hit.key for hit in index.search("a", where=where.format(key), topk=99)]
+    assert len(found) == num
+    assert (key in found) == (num in (1, 9))
+
+
 def check_parts(index: Index, counting: Counting, pictures: dict[str, Path]) -> None:
     """Each sample has a row, with the features of its picture, and a hit that opens as that picture."""
     rows = index.store.read(["key", "features"]).to_pylist()

@@ -38,6 +38,8 @@ _LOCK = "writing.lock"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
 _ROWS_OF_BLOCK = 8192
 _ESCAPED = re.compile(r"\\((?:u005c)*ud[89a-f][0-9a-f]{2})")  # halves of characters, as a byte's \udc80 is
+# Of a filter in SQL: texts and comments, names in quotes, and other names.
+_TOKENS = re.compile(r"""'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/|`[^`]*`|"[^"]*"|[^\W\d]\w*""", re.DOTALL)
 _MOST_FRAGMENTS = 32  # pieces of the table, which every reader opens
 _REMOTE_GRACE = timedelta(hours=1)  # for readers of old versions, where no lock keeps others out
 
@@ -218,7 +220,14 @@ class Store:
 
     def _scan(self, columns: Sequence[str], where: str | None) -> Any:
         scan = self._table.search().with_row_id(True).select(list(columns))
-        return scan if where is None else scan.where(where)
+        return scan if where is None else scan.where(_TOKENS.sub(self._with_key_for_path, where))
+
+    def _with_key_for_path(self, token: re.Match[str]) -> str:
+        """A filter's `path` is what results show: the key, of a picture in a table or in shards."""
+        name = token[0]
+        # LanceDB finds a name without quotes in any case, but first a column that is written so.
+        is_path = name in ("path", "`path`", '"path"') or (name.lower() == "path" and name not in self.schema.names)
+        return "coalesce(`path`, `key`)" if is_path else name
 
     @contextmanager
     def _read_errors(self, where: str | None = None) -> Iterator[None]:
