@@ -707,6 +707,63 @@ def test_fashion_mnist_of_torchvision(tmp_path):
     np.testing.assert_array_equal(np.asarray(data.open(2)), pixels[2])
 
 
+def save_folders(folder: Path, names, suffix: str = "jpg") -> None:
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        picture(number).save(folder / name / f"0.{suffix}")
+
+
+EUROSAT = "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake"
+
+
+def test_built_in_names_of_torchvision_are_those_of_the_folders(tmp_path):
+    save_folders(tmp_path / "eurosat/2750", EUROSAT.split())
+    data = open_dataset("torchvision:EuroSAT", root=tmp_path)
+    assert data.labels == tuple(range(10))
+    names = dict(zip(EUROSAT.split(), data.classnames, strict=True))
+    assert (names["HerbaceousVegetation"], names["SeaLake"]) == ("brushland or shrubland", "lake or sea")
+
+
+def test_codes_of_countries_are_those_of_the_built_in_names():
+    from miniclip.evaluation.datasets.torchvision_sets import CLASS_FOLDERS
+    from miniclip.evaluation.prompts import classname_set
+
+    codes = CLASS_FOLDERS["Country211"]
+    assert list(codes) == sorted(set(codes))
+    names = dict(zip(codes, classname_set("country211"), strict=True))
+    told = {
+        "AX": "Aland", "CD": "DR Congo", "DZ": "Algeria", "GS": "South Georgia", "KN": "St. Kitts",
+        "MF": "Saint-Martin", "PS": "Palestine", "SX": "Sint Maarten", "SZ": "Eswatini", "VG": "British Virgin", "XK": "Kosovo",
+    }  # fmt: skip
+    for code, name in told.items():
+        assert names[code].startswith(name), code
+
+
+@pytest.mark.parametrize(
+    "name, split, folder, names, message",
+    [
+        ("EuroSAT", None, "eurosat/2750", ["AnnualCrop", "Forest", "SeaLake"],
+         "3 class folders, without HerbaceousVegetation, Highway, .* counts? all 10; .* name the folder"),
+        ("EuroSAT", None, "eurosat/2750", ["@eaDir", *EUROSAT.split()], "11 class folders, with @eaDir, no class"),
+        ("EuroSAT", None, "eurosat/2750", [*EUROSAT.split()[:9], "Sea"], "without SeaLake, and with Sea, no class"),
+        ("Country211", "test", "country211/test", ["AD", "ZW"], "2 class folders, without AE, AF, "),
+        ("GTSRB", "train", "gtsrb/GTSRB/Training", ["00001", "00042"], "2 class folders, without 00000, 00002, "),
+    ],
+)  # fmt: skip
+def test_a_set_of_torchvision_with_other_folders_is_refused(tmp_path, name, split, folder, names, message):
+    save_folders(tmp_path / folder, names, "ppm" if name == "GTSRB" else "jpg")
+    with pytest.raises(ValueError, match=message):
+        open_dataset(f"torchvision:{name}", root=tmp_path, split=split)
+
+
+def test_a_part_of_imagenets_folders_is_refused(tmp_path):
+    names = {"n01440764": ("tench",), "n01443537": ("goldfish",), "n01484850": ("great white shark",)}
+    torch.save((names, []), tmp_path / "meta.bin")
+    save_folders(tmp_path / "val", ["n01440764", "n01484850"])
+    with pytest.raises(ValueError, match=r"2 class folders, without n01443537\. Its labels count all 3"):
+        open_dataset("torchvision:ImageNet", root=tmp_path)
+
+
 @pytest.mark.parametrize(
     "source, message",
     [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...common.wording import some
 from ...images import run_no_program
 from ..prompts import CLASSNAME_SETS, DefaultTemplates, classname_set, template_set
 from .folders_and_tables import readable_sources
@@ -28,6 +29,23 @@ _PAPERS_NAMES = {
     "StanfordCars": "cars",
 }  # fmt: skip
 _NAMED_BY_TORCHVISION = ("Caltech101", "OxfordIIITPet")  # the first has one class less than the paper's
+_COUNTRIES = """
+AD AE AF AG AI AL AM AO AQ AR AT AU AW AX AZ BA BB BD BE BF BG BH BJ BM BN BO BQ BR BS BT BW BY BZ CA CD CF CH CI CK
+CL CM CN CO CR CU CV CW CY CZ DE DK DM DO DZ EC EE EG ES ET FI FJ FK FO FR GA GB GD GE GF GG GH GI GL GM GP GR GS GT
+GU GY HK HN HR HT HU ID IE IL IM IN IQ IR IS IT JE JM JO JP KE KG KH KN KP KR KW KY KZ LA LB LC LI LK LR LT LU LV LY
+MA MC MD ME MF MG MK ML MM MN MO MQ MR MT MU MV MW MX MY MZ NA NC NG NI NL NO NP NZ OM PA PE PF PG PH PK PL PR PS PT
+PW PY QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SS SV SX SY SZ TG TH TJ TL TM TN TO TR TT TW TZ UA
+UG US UY UZ VA VE VG VI VN VU WS XK YE ZA ZM ZW
+"""
+# The folders of classes in the order of the built-in names, where torchvision numbers those that lie there.
+CLASS_FOLDERS = {
+    "EuroSAT": (
+        "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
+        "Residential", "River", "SeaLake",
+    ),
+    "Country211": tuple(_COUNTRIES.split()),
+    "GTSRB": tuple(f"{label:05d}" for label in range(43)),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +95,7 @@ def read_torchvision(source: str, root: Path, split: str | None, download: bool)
     classnames, names_from = None, "torchvision"
     built_in = _PAPERS_NAMES.get(name)
     if built_in in CLASSNAME_SETS and name not in _NAMED_BY_TORCHVISION:
+        _refuse_other_folders(name, data, root)
         classnames, names_from = classname_set(built_in), f"the built-in {built_in!r}"
     elif own is not None:  # of several names for a class, the first
         classnames = readable_sources(each if isinstance(each, str) else each[0] for each in own)
@@ -94,6 +113,31 @@ def read_torchvision(source: str, root: Path, split: str | None, download: bool)
         templates_from=f"the built-in set {wordings!r}" if wordings else "",
         identity=f"{part} of {len(data)} in {root.resolve()}",  # its sets never change
     )
+
+
+def _refuse_other_folders(name: str, data: Any, root: Path) -> None:
+    """Built-in names are by position, and torchvision numbers the folders that lie there: all of them must, and no
+    other."""
+    from torchvision.datasets import GTSRB, ImageFolder, ImageNet
+    from torchvision.datasets.folder import find_classes
+    from torchvision.datasets.imagenet import load_meta_file
+
+    if isinstance(data, ImageFolder):
+        known = sorted(load_meta_file(data.root)[0]) if isinstance(data, ImageNet) else CLASS_FOLDERS[name]
+        there = data.wnids if isinstance(data, ImageNet) else data.classes
+    elif isinstance(data, GTSRB) and data._split == "train":  # the labels of the other part are in its table
+        known, there = CLASS_FOLDERS[name], find_classes(data._target_folder)[0]
+    else:
+        return
+    missing, unknown = sorted(set(known) - set(there)), sorted(set(there) - set(known))
+    if missing or unknown:
+        wrong = [f"without {some(missing)}"] if missing else []
+        wrong += [f"with {some(unknown)}, no class of its"] if unknown else []
+        raise ValueError(
+            f"torchvision's {name} in {root} is a part of it or another set: {len(there)} class folders, "
+            f"{', and '.join(wrong)}. Its labels count all {len(known)}; to evaluate on the folders that are there, "
+            "name the folder that they lie in as DATA"
+        )
 
 
 class _Pictures(Sequence[Any]):
