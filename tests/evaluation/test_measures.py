@@ -146,6 +146,46 @@ def test_wilsons_interval_holds_the_truth_in_95_of_100_cases_with_groups_or_with
     assert (held / 400 <= 0.99).all()
 
 
+@pytest.mark.parametrize(
+    "share, num_groups, size",
+    [(0.5, 60, 4), (0.9, 60, 4), (0.98, 60, 4), (0.5, 20, 10), (0.9, 20, 10), (0.98, 20, 10), (0.98, 100, 10)],
+)
+def test_wilsons_interval_holds_the_truth_however_far_groups_are_alike(share, num_groups, size):
+    """All images of a group alike, none, or those of every second group on average."""
+    random, held, times = np.random.default_rng(0), np.zeros(3), 500
+    groups = np.repeat(np.arange(num_groups), size)
+    for _ in range(times):
+        alike = np.repeat(random.random(num_groups) < share, size)
+        apart = random.random(len(groups)) < share
+        mixed = np.where(np.repeat(random.random(num_groups) < 0.5, size), alike, apart)
+        for i, values in enumerate((alike, apart, mixed)):
+            low, high = wilson_interval(values, groups)
+            held[i] += low <= share <= high
+    assert (held / times >= 0.92).all(), held / times
+
+
+def test_an_image_more_that_is_wrong_raises_no_end():
+    """Seven groups that are all right are seven images, whose lower end is 1 / (1 + z² / 7); the mirror image below."""
+    groups, wrong = np.repeat(np.arange(7), 7)[:48], [30, 40, 2, 17, 9, 46, 21, 36]
+    all_right = 1 / (1 + 1.959963984540054**2 * float((np.bincount(groups) ** 2).sum()) / 48**2)
+    right = np.ones(48, dtype=bool)
+    before = wilson_interval(right, groups)
+    assert before == (pytest.approx(all_right), 1)
+    for image in wrong:
+        right[image] = False
+        ends = wilson_interval(right, groups)
+        assert ends <= before
+        assert ends[1] <= before[1]
+        assert wilson_interval(~right, groups) == pytest.approx((1 - ends[1], 1 - ends[0]))
+        before = ends
+
+
+def test_an_image_more_that_is_lost_does_not_make_a_difference_better():
+    groups, gained = np.repeat(np.arange(7), 7)[:48], np.isin(np.arange(48), [0, 7, 14, 15])
+    lows = [difference_interval(gained, np.isin(np.arange(48), [30, 40][:lost]), groups)[0] for lost in (0, 1, 2)]
+    assert lows == sorted(lows, reverse=True)
+
+
 def difference_of_one(values, groups):
     return difference_interval(values, np.zeros(len(values)), groups)
 

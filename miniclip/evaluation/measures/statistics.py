@@ -92,8 +92,10 @@ def wilson_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> tu
     """The 95 % interval of a share, sound for few images and for shares of 0 and 1 (Wilson 1927).
 
     Images of a group are not so many independent ones: they count as the number of images that, if independent, would
-    spread as much as the groups do (Kish's design effect, as Dean and Pagano 2015 put it into Wilson's interval). Where
-    nothing spreads, as all are right or all wrong, a group counts as one image.
+    spread as much as the groups do (Kish's design effect, as Dean and Pagano 2015 put it into Wilson's interval). Few
+    wrong images, or few right ones, can't show how far groups are alike. So the lower end is never above the one where
+    all are right and a group counts as one image, nor the upper end below its mirror image: one more wrong image raises
+    neither end (the monotony of Blyth and Still 1983, Journal of the American Statistical Association 78, 108).
 
     Args:
         correct: (N,) of true and false.
@@ -103,16 +105,20 @@ def wilson_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> tu
     group, sizes = group_sizes(groups, len(correct))
     N, G = len(correct), len(sizes)
     share = float(correct.mean())
-    effective: float = N
-    if G < N:
-        spread = ((np.bincount(group, weights=correct) - share * sizes) ** 2).sum() * G / max(G - 1, 1) / N**2
-        if G == 1 or share in (0, 1):
-            effective = N**2 / float((sizes.astype(np.float64) ** 2).sum())
-        elif spread > 0:
-            effective = min(N, share * (1 - share) / spread)
-    wide = 1 + _Z**2 / effective
-    middle = (share + _Z**2 / (2 * effective)) / wide
-    half = _Z / wide * math.sqrt(share * (1 - share) / effective + _Z**2 / (4 * effective**2))
+    groups_as_images = N**2 / float((sizes.astype(np.float64) ** 2).sum())
+    effective: float = N if G > 1 else groups_as_images
+    spread = ((np.bincount(group, weights=correct) - share * sizes) ** 2).sum() * G / max(G - 1, 1) / N**2
+    if 1 < G < N and spread > 0:
+        effective = min(N, share * (1 - share) / spread)
+    low, high = _wilson(share, effective)
+    return min(low, _wilson(1, groups_as_images)[0]), max(high, _wilson(0, groups_as_images)[1])
+
+
+def _wilson(share: float, count: float) -> tuple[float, float]:
+    """Of so many independent images."""
+    wide = 1 + _Z**2 / count
+    middle = (share + _Z**2 / (2 * count)) / wide
+    half = _Z / wide * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
     # At 0 and 1 the interval ends there, which rounding misses by a hair.
     return min(max(0.0, middle - half), share), max(min(1.0, middle + half), share)
 
