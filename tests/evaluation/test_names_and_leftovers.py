@@ -20,6 +20,7 @@ import pytest
 import torchvision
 from helpers import write_picture
 from PIL import Image
+from written_sets import tar
 
 from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_leftover, is_skipped_folder
 from miniclip.evaluation.datasets.folders_and_tables import refuse_joined
@@ -835,6 +836,50 @@ def test_a_folder_above_the_splits_is_scored_on_that_of_testing_or_validation(tm
     assert [path.parent for path in data.images] == [tmp_path / scored / name for name in ("cat", "dog")]
     (asked,) = [name for name in names if name.lower().startswith("train")]
     assert {path.parent.parent.name for path in open_dataset(tmp_path, split="train").images} == {asked}
+
+
+@pytest.mark.parametrize("part", ["test", "validation", "test_images"])
+def test_the_only_part_is_scored_unless_it_is_for_training(tmp_path, part):
+    for number, name in enumerate(("cat", "dog")):
+        write_picture(tmp_path / "whole" / part / name / "0.png", number)
+        write_picture(tmp_path / "other/train" / name / "0.png", number)
+    data = open_dataset(tmp_path / "whole")
+    assert (data.classnames, data.labels) == (("cat", "dog"), (0, 1))
+    assert data.classnames_from == f"the names of the folders in {part}/"
+    with pytest.raises(ValueError, match="holds the splits train, not the classes; choose one with --split"):
+        open_dataset(tmp_path / "other")
+    assert open_dataset(tmp_path / "other", split="train").classnames == ("cat", "dog")
+
+
+@pytest.mark.parametrize("parts", [("test",), ("train",), ("train", "test")])
+def test_a_table_of_a_parts_pictures_is_what_to_name(tmp_path, parts):
+    """Hugging Face's `imagefolder`; a lone `test` was a class of that name."""
+    for part in parts:
+        for number in range(3):
+            write_picture(tmp_path / part / f"{number}.png", number)
+        (tmp_path / part / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
+    table = tmp_path / parts[-1] / "metadata.csv"
+    for folder in (tmp_path, table.parent):
+        with pytest.raises(ValueError, match=f"no folder for each class: name {re.escape(str(table))} as DATA"):
+            open_dataset(folder)
+    assert open_dataset(table).labels == (0, 1, 0)
+
+
+@pytest.mark.parametrize("has_names", [False, True])
+def test_tars_in_folders_of_splits_are_what_to_name(tmp_path, has_names):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "png")
+    samples = {key: {"png": image.getvalue(), "cls": label} for key, label in (("0", b"1"), ("1", b"0"))}
+    for part in ("train", "validation"):
+        tar(tmp_path / part / "a.tar", samples)
+    names = tmp_path / "classnames.txt"
+    if has_names:
+        names.write_text("cat\ndog\n")
+    told = f", with --classnames {names}" if has_names else ""
+    with pytest.raises(ValueError, match=re.escape(f"name the folder of one part: {tmp_path}/validation{told}") + "$"):
+        open_dataset(tmp_path)
+    data = open_dataset(tmp_path / "validation", classnames=names if has_names else None)
+    assert data.labels == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...common.wording import some
-from ...data.reading.scan import LeftOut, Scan, is_skipped_folder, scan, summary
+from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, Scan, is_skipped_folder, scan, summary
 from ...data.reading.splits import choose_split, different_splits, role_of, same_parts
 from .name_files import spoken
 from .names import settle_names
@@ -22,7 +22,8 @@ NONE = "none of these"  # what classify calls a picture below the threshold, and
 
 
 def in_split(folder: Path, split: str | None) -> Path:
-    """The folder of the part that is asked for; by default of the one to evaluate on, where parts lie above classes.
+    """The folder of the part that is asked for; by default of the one to evaluate on, where parts lie above classes, or
+    that part alone.
 
     Raises:
         ValueError: there is no such folder, several may be meant, or the one to evaluate on has other folders than the
@@ -35,7 +36,8 @@ def in_split(folder: Path, split: str | None) -> Path:
         if len(same) != 1:
             raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(names)}")
         return folder / same[0]
-    parts = different_splits(names)
+    is_one = len(names) == 1 and role_of(names[0]) in ("test", "val")
+    parts = names if is_one else different_splits(names)
     if not parts:
         return folder
     inner = {path.name: {each.name for each in _folders_in(path)} for path in there}
@@ -79,11 +81,13 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     classes = [path for path in folders if path.name != NONE or is_listed]
     if not classes:
         has = f"it holds {len(below.images)} images directly" if below.images else "it holds neither folders nor images"
+        _refuse_table(below, folder)
         has = f"{folders[0].name!r} is classify's folder of what is none of them" if folders else has
         raise ValueError(
             f"{folder} has no classes: it must hold one folder of images for each class, and {has}. If their labels "
             "are in a table (.csv, .tsv, .jsonl, .json, .parquet), name that"
         )
+    _refuse_tables_of_splits(below, classes)
     images: dict[Path, list[Path]] = {path: [] for path in classes}
     for path in below.images:
         if (top := folder / path.relative_to(folder).parts[0]) in images:
@@ -97,6 +101,10 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
         )
     if not any(images.values()):
         holds = f": {summary(left_out)}" if left_out else ""
+        if tars := [path for path in classes if any(path.glob("*.tar"))]:
+            listed = beside["classnames"][0]
+            by_list = f", with --classnames {listed}" if listed.is_file() else ""
+            holds += f". If the tars are shards, name the folder of one part: {_to_evaluate(tars)}{by_list}"
         raise ValueError(f"{folder} has {len(classes)} class folders and no image in any of them{holds}")
     _refuse_other_level(folder, images)
     _refuse_equal_folders(folder, images, names, beside["classnames"][0])
@@ -109,10 +117,32 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
         source.resolve().name,
         tuple(path for each in images.values() for path in each),
         labels=[name for path, each in images.items() for name in [_class_name(path)] * len(each)],
-        labels_from="the names of the folders",
+        labels_from="the names of the folders" + (f" in {folder.name}/" if folder != source else ""),
         beside=beside,
         left_out=left_out,
     )
+
+
+def _refuse_tables_of_splits(below: Scan, classes: Sequence[Path]) -> None:
+    """Splits whose pictures lie right in them, with a table of their labels, as Hugging Face's `imagefolder` has it."""
+    tables = {path.parent for path in below.others if _is_metadata(path)}
+    if splits := [path for path in classes if path in tables and role_of(path.name)]:
+        _refuse_table(below, _to_evaluate(splits))
+
+
+def _refuse_table(below: Scan, folder: Path) -> None:
+    if table := next((path for path in below.others if path.parent == folder and _is_metadata(path)), None):
+        raise ValueError(f"{folder} has a table of its pictures, and no folder for each class: name {table} as DATA")
+
+
+def _is_metadata(path: Path) -> bool:
+    return path.stem.lower() == "metadata" and path.suffix.lower() in TABLE_SUFFIXES
+
+
+def _to_evaluate(folders: Sequence[Path]) -> Path:
+    """That of the test split, else the first that is not for training."""
+    rank = {"test": 0, "val": 1, "": 2, "train": 3}
+    return min(folders, key=lambda path: rank[role_of(path.name)])
 
 
 def _class_name(folder: Path) -> str:
