@@ -94,8 +94,8 @@ def wilson_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> tu
     Images of a group are not so many independent ones: they count as the number of images that, if independent, would
     spread as much as the groups do (Kish's design effect, as Dean and Pagano 2015 put it into Wilson's interval). Few
     wrong images, or few right ones, can't show how far groups are alike. So the lower end is never above the one where
-    all are right and a group counts as one image, nor the upper end below its mirror image: one more wrong image raises
-    neither end (the monotony of Blyth and Still 1983, Journal of the American Statistical Association 78, 108).
+    all are right and a group counts as one image, nor the upper end below its mirror image (after the monotony that
+    Blyth and Still 1983 ask of intervals, Journal of the American Statistical Association 78, 108).
 
     Args:
         correct: (N,) of true and false.
