@@ -18,7 +18,7 @@ from browser import WIDTHS, Browser, log
 from helpers import write_picture
 from rich.console import Console
 from rich.table import Table
-from sample_results import GUESSES, NAMES, classified, everything, multilabelled, retrieved
+from sample_results import GUESSES, NAMES, classified, everything, multilabelled, outside, retrieved
 
 from miniclip.evaluation.datasets.sets import CaptionedImages
 from miniclip.evaluation.features import ImageFeatures
@@ -27,6 +27,7 @@ from miniclip.evaluation.robustness import robustness
 from miniclip.evaluation.suite import Result
 from miniclip.reports.comparison import compare_runs
 from miniclip.reports.page import write_html
+from miniclip.reports.pictures import plot_outside
 from miniclip.reports.results import write_json
 from miniclip.reports.run_page import differences, write_page
 from miniclip.reports.runs import read_curves, read_run
@@ -545,6 +546,12 @@ def test_many_data_sets_stand_below_each_other(show, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What only some results have
+
+
+@pytest.mark.parametrize("spread", [0, 3e-8])
+def test_cosines_that_are_all_the_same_or_nearly_are_drawn(spread):
+    inside, others = (np.array([0.3, 0.3 + spread], np.float32) for _ in range(2))
+    assert "street scenes" in plot_outside(replace(outside(), inside=inside, outside=others), "birds")
 
 
 def test_everything_that_one_can_ask_is_on_the_page(show, tmp_path):

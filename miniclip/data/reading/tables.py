@@ -183,6 +183,7 @@ def _splits_of(folder: Path) -> dict[Path, str]:
     """The split of each Parquet file, by its name or a folder's; none of any where no name tells one.
 
     A name that tells no known split is a split's own at the level at which others tell theirs: of files, or of folders.
+    In a folder `data` all before a shard's number is the split's name, as `datasets` has it: test_dev is not test.
     """
     files = files_below(folder, ".parquet") if folder.is_dir() else ()
     names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
@@ -194,7 +195,10 @@ def _splits_of(folder: Path) -> dict[Path, str]:
     if not told:
         return {}
     own = {file: part_called(each[min(*told, len(each) - 1)]) for file, each in names.items()}
-    return {file: next(filter(None, map(split_in, each)), own[file]) for file, each in names.items()}
+    whole = {
+        file: part_called(file.stem) for file in names if file.parent.name == "data" and is_shard_of_split(file.stem)
+    }
+    return {file: next(filter(None, map(split_in, each)), own[file]) for file, each in names.items()} | whole
 
 
 def _unzipped(path: Path) -> bytes:
@@ -311,7 +315,7 @@ def _parse_json_lines(path: Path, text: str) -> tuple[list[str], list[dict[str, 
             continue
         try:
             row = parse_json(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON that can be read: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} holds {type(row).__name__}; each must be a mapping: {{…}}")
