@@ -541,6 +541,16 @@ def test_parquet_files_of_a_split_that_nobody_knows_are_in_no_other_split(tmp_pa
                 read_pairs(folder, **options)
 
 
+@pytest.mark.parametrize(
+    "splits", [["train", "test_dev", "test_std"], ["train", "train_ood"], ["val_a", "val_b", "val"]]
+)
+def test_before_a_shards_number_in_a_folder_data_all_is_the_splits_name(tmp_path, splits):
+    """As `datasets` reads such a folder, where `test_dev-…` beside it is of test."""
+    names = {split: [f"data/{split}-{n:05d}-of-00002.parquet" for n in (0, 1)] for split in splits}
+    folder = write_parquet(tmp_path, *(name for each in names.values() for name in each))
+    assert {split: captions_of(folder, split=split) for split in splits} == names
+
+
 def test_a_parquet_file_of_no_split_beside_those_of_splits_is_left_out_and_named(tmp_path):
     names = ("train-0.parquet", "train-1.parquet", "val-0.parquet", "sizes.parquet", "0001.parquet")
     pairs = read_pairs(write_parquet(tmp_path, *names))
@@ -1535,6 +1545,16 @@ def test_the_names_that_googles_takeout_gives_the_json_of_a_picture(tmp_path, im
     write_picture(tmp_path / "IMG.png", 2)  # not of this number, nor of this kind
     pairs = read_pairs(tmp_path)
     assert {pair.source: pair.captions for pair in pairs} == {image: ("a cat on the sofa",), "IMG.png": ()}
+
+
+def test_json_that_is_nested_too_deeply_rejects_its_picture_alone(tmp_path):
+    for name in "ab":
+        write_picture(tmp_path / f"{name}.jpg", 1)
+        (tmp_path / f"{name}.json").write_text('{"caption": "a cat"}')
+    (tmp_path / "b.json").write_text('{"caption": "a cat", "z": ' + "[" * 100_000)
+    assert [pair.captions for pair in read_pairs(tmp_path)] == [("a cat",), ()]
+    sample = {"image": b"a picture", "txt": b"", "json": (tmp_path / "b.json").read_bytes()}
+    assert record_of("b", sample.__getitem__).captions == ()
 
 
 def test_json_of_another_word_or_without_a_description_is_not_taken_for_a_picture(tmp_path):

@@ -378,10 +378,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, bytes]] = {}
     asked: ClassVar[list[str]] = []
+    refuses: ClassVar[tuple[str, ...]] = ()  # a status and the hub's word for why
     revision = "0123456789abcdef0123456789abcdef01234567"
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        if self.refuses:
+            self.answer(b"{}", self.refuses[0], **{"X-Error-Code": self.refuses[1]})
+            return
         if "/tree/" in path:
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in self.files.items()
@@ -402,8 +406,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 (http.server's name)
 
-    def answer(self, body, **headers):
-        self.send_response(200)
+    def answer(self, body, status="200", **headers):
+        self.send_response(int(status))
         for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -432,6 +436,26 @@ def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
     assert result.stdout.strip() == "loaded", result.stdout + result.stderr[-800:]
     weights = [name for name in Hub.asked if not name.endswith((".json", ".txt"))]
     assert weights == (["clip.pt"] if only_pt else ["model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "told"),
+    [
+        ("401", "RepoNotFound", "the name is wrong, or it is private"),
+        ("404", "RepoNotFound", "the name is wrong, or it is private"),
+        ("403", "GatedRepo", "ask on its page"),
+        ("401", "GatedRepo", "ask on its page"),
+    ],
+)
+def test_a_repository_that_is_not_for_everyone_is_told_with_what_to_do(tmp_path, monkeypatch, status, word, told):
+    """As the hub answers (huggingface_hub.errors)."""
+    monkeypatch.setattr(Hub, "refuses", (status, word))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = run_with_hub("hf-hub:owner/name", tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert told in result.stdout, result.stdout + result.stderr[-800:]
+    assert "`hf auth login`" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../../etc", "hf-hub:owner/na me", "hf-hub:a--b/c"])

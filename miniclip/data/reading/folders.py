@@ -247,7 +247,7 @@ def _captions_of(path: Path, image: Path) -> list[str]:
         return caption_lines(text)
     try:
         captions = captions_of_facts(parse_json(text), image.name)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path.name} is not JSON with a caption: {error}") from error
     if not captions:
         raise NoCaptionsError(f"no captions: there is no {image.stem}.txt beside it, and {path.name} has no caption")

@@ -33,9 +33,12 @@ def parse_json(text: str | bytes) -> Any:
     """`json.loads`, which loses nothing.
 
     Raises:
-        ValueError: no JSON, or a `RepeatedNameError`.
+        ValueError: no JSON, one that is nested too deeply, or a `RepeatedNameError`.
     """
-    return json.loads(text, object_pairs_hook=_unique)
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def read_json(path: Path, text: str) -> tuple[list[str], Records, list[LeftOut]]
         values = _parse_text_or_lines(text)
     except RepeatedNameError as error:
         raise ValueError(f"{path}: {error}; a list of values can hold several") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); {_SHAPES}") from error
     left_out: list[LeftOut] = []
     rows: Records | None = None
@@ -89,7 +92,7 @@ def _parse_text_or_lines(text: str) -> Any:
         return parse_json(text)
     except RepeatedNameError:
         raise
-    except (ValueError, RecursionError):
+    except ValueError:
         rows = _parse_lines(text)
         if rows is None:
             raise
@@ -101,7 +104,7 @@ def _parse_lines(text: str) -> Records | None:
         rows = [parse_json(line) for line in text.split("\n") if line.strip()]
     except RepeatedNameError:
         raise
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return rows if _are_records(rows) else None
 
