@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import warnings
 from pathlib import Path
@@ -25,9 +26,12 @@ def write_table(root: Path, kind: str, parts: list[str]) -> Path:
     for number in range(len(rows)):
         write_picture(root / f"{number}.png", number)
     source = root / "table" if kind.startswith("datasets") or kind == "folder" else root / f"t.{kind}"
+    if kind == "base64.jsonl":
+        for number, row in enumerate(rows):
+            row["image"] = base64.b64encode((root / f"{number}.png").read_bytes()).decode()
     if kind == "csv":
         source.write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
-    elif kind == "jsonl":
+    elif kind.endswith("jsonl"):
         source.write_text("\n".join(map(json.dumps, rows)))
     elif kind in ("parquet", "folder"):
         cells = [{"bytes": (root / f"{n}.png").read_bytes(), "path": None} for n in range(len(rows))]
@@ -87,6 +91,21 @@ def test_rows_of_train_are_not_scored_where_there_are_others(tmp_path, kind, tas
             assert rows_read(tmp_path, source, len(parts), split, task) == rows
         with pytest.raises(ValueError, match="has no split 'tset'; it has "):
             open_dataset(source, task=task, split="tset")
+
+
+@pytest.mark.parametrize("kind", ["csv", "base64.jsonl", "parquet", "folder", "datasets", "datasets in a mapping"])
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_the_fingerprint_is_another_where_other_rows_are_read(tmp_path, kind, task):
+    source = write_table(tmp_path, kind, ["train", "val", "train", "test", "val"])
+    label_column = "label" if task == "classification" else None
+
+    def fingerprint(split: str | None) -> str:
+        return open_dataset(source, split=split, task=task, label_column=label_column).fingerprint()
+
+    known = {split: fingerprint(split) for split in ("train", "val", "test")}
+    assert len(set(known.values())) == 3
+    assert [fingerprint(split) for split in known] == list(known.values())
+    assert fingerprint(None) == known["test"] or kind.startswith("datasets")
 
 
 def test_a_set_is_asked_for_by_its_name_beside_a_column_that_names_no_part(tmp_path):

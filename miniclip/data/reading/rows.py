@@ -17,6 +17,7 @@ from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, pi
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
 from .scan import LeftOut, same_name
+from .splits import numbers_of
 from .tables import find_column, find_image_column
 
 _NUMBERED_IMAGE = re.compile(r"(.*\.\w+)#\d+")  # Flickr's 1000268201.jpg#0
@@ -56,7 +57,7 @@ def pairs_of_rows(
     rows_of: dict[str, list[int]] = {}
     names: list[str] = []
     paths: list[str] = []
-    numbers = getattr(rows, "chosen", None) or range(len(rows))  # of the table's own rows, whichever split is read
+    numbers = numbers_of(rows)
     for row, cell in enumerate(cells):
         name = _name_of(cell, numbers[row])
         key = name if is_url(name) else os.path.normpath(same_name(name.strip()))

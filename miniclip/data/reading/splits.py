@@ -135,6 +135,12 @@ class Rows(list[dict[str, Any]]):
         return self.column(name)
 
 
+def numbers_of(rows: Any) -> Sequence[int]:
+    """The number that each row has in its own table, from 0, whichever of them were chosen."""
+    chosen: Sequence[int] | None = getattr(rows, "chosen", None)
+    return range(len(rows)) if chosen is None else chosen
+
+
 def parts_in(columns: Sequence[str], rows: Any, split: str | None = None) -> tuple[str, list[str]]:
     """The column that names the part of each row, and the parts, sorted, "" if one is blank; none without one.
 

@@ -39,6 +39,7 @@ from ...data.reading.splits import (
     has_split_column,
     is_all_of,
     not_for_training,
+    numbers_of,
     parts_in,
     role_of,
     rows_of_parts,
@@ -57,7 +58,7 @@ from ...data.reading.tables import (
     read_table,
 )
 from .class_folders import beside_folder
-from .sets import Columns, Found, NoImage, image_identity
+from .sets import Columns, Found, NoImage, digest_lines, image_identity
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")
 
@@ -346,6 +347,8 @@ def images_of_rows(
     # A table that holds its images, perhaps several columns of them.
     files = getattr(rows, "paths", [path])
     identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
+    if identity and getattr(rows, "chosen", None) is not None:  # other rows of the same files are other images
+        identity += f" {digest_lines(map(str, numbers_of(rows)))}"
     left_out = list(getattr(rows, "left_out", ()))
     if path.is_dir():
         left_out += beside_parquet(path, files)
