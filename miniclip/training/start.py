@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -139,6 +141,8 @@ _REFUSED_CALLBACKS: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "the loss contrasts the pairs of one batch; raise data.batch_size instead",
     BatchSizeFinder: "the batch size changes the loss; set data.batch_size, and model.micro_batch_size for the memory",
     LearningRateFinder: "it takes steps before the run, which are not in its log; set model.optimizer.lr",
+    BackboneFinetuning: "a CLIP has no backbone; set model.locked",
+    ModelPruning: "it prunes after validations, so that what is saved was never validated",
 }
 
 

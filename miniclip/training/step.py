@@ -328,7 +328,10 @@ class CLIPTraining(pl.LightningModule):
                     shard(model, self.device_mesh["data_parallel"], autocast)
 
     def configure_optimizers(self) -> Any:
-        config, total = self.optimizer_config, int(self.trainer.estimated_stepping_batches)
+        config, steps = self.optimizer_config, self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the run has no end, which its schedule needs: set the Trainer's max_steps or max_epochs")
+        total = int(steps)
         warmup = self.warmup_steps(total, self._data())
         optimizer = make_optimizer(self.clip, config)
         self._frozen = {name: p for name, p in self.clip.named_parameters() if not p.requires_grad}
@@ -432,6 +435,11 @@ def _check_batch(batch: Any) -> None:
         raise ValueError(
             f"the loader gives {shown(batch)} for a batch; CLIPTraining takes a miniclip.data.pairs.Batch, as "
             "PairDataModule's loaders and `pairs.collate` give it"
+        )
+    if batch.images.dtype != torch.uint8:
+        raise ValueError(
+            f"the batch's images are {str(batch.images.dtype).removeprefix('torch.')}; CLIPTraining normalises them "
+            "itself and takes uint8, 0 to 255, as `miniclip.images.Preprocess.crop` gives them"
         )
 
 

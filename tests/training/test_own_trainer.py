@@ -13,7 +13,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import tiny_config
-from pytorch_lightning.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging
+from pytorch_lightning.callbacks import (
+    BaseFinetuning,
+    Callback,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -163,6 +168,8 @@ def test_data_that_prepare_other_pairs_than_the_model_takes_are_refused(data, cl
     [
         ({"precision": "bf16-true"}, "trainer.precision is bf16-true, .* bf16-mixed is as fast"),
         ({"callbacks": [StochasticWeightAveraging(1e-3)]}, "StochasticWeightAveraging, which is not supported: .*ema"),
+        ({"callbacks": [ModelPruning("l1_unstructured")]}, "ModelPruning, which is not supported: .*never validated"),
+        ({"max_steps": -1, "max_epochs": -1}, "the run has no end, .* max_steps or max_epochs"),
     ],
 )
 def test_what_the_command_line_refuses_a_trainer_of_ones_own_does_not_run(data, options, message):
@@ -195,6 +202,17 @@ def test_loaders_of_ones_own_train_and_validate_as_the_module_whose_batches_they
     assert all(torch.equal(of_loaders[name], tensor) for name, tensor in of_module.items())
     assert own_scores == scores
     assert "val/retrieval_r1" in scores
+
+
+def test_batches_of_normalised_pictures_are_refused(data):
+    """CLIPTraining would normalise them again."""
+    (batch, *_), _ = own_loaders(data, steps=1)
+    floats = DataLoader([batch._replace(images=batch.images / 255)], None, collate_fn=lambda batch: batch)
+    for what in ("fit", "validate"):
+        with pytest.raises(
+            ValueError, match=r"images are float32; CLIPTraining normalises them itself and takes uint8"
+        ):
+            getattr(trainer(num_sanity_val_steps=0), what)(CLIPTraining(tiny_config()), floats)
 
 
 def test_loaders_of_other_batches_and_warm_ups_in_samples_are_refused():

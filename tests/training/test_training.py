@@ -259,6 +259,8 @@ MISTAKES = [
     (["--trainer.strategy=ddp_spawn"], "use --trainer.strategy ddp"),
     (["--trainer.strategy=ddp_notebook"], "use --trainer.strategy ddp"),
     ([callback("StochasticWeightAveraging", swa_lrs=0.1)], "set model.ema_decay"),
+    ([callback("BackboneFinetuning")], "a CLIP has no backbone; set model.locked"),
+    ([callback("ModelPruning", pruning_fn="l1_unstructured")], "was never validated"),
     ([callback("GradientAccumulationScheduler", scheduling={0: 2})], "raise data.batch_size instead"),
     (["--data.val=null", callback("EarlyStopping", monitor="val/loss")], "EarlyStopping monitors 'val/loss'"),
     (
