@@ -496,6 +496,7 @@ def parts(tmp_path):
         ("key = '{}' AND \"path\" LIKE '%/train/%' /* path */", 1),
         ("path <> '{}'", 8),
         ("path IS NULL", 0),
+        ("meta.path = 'of a structure' AND path = '{}'", 1),
         ("`Path` = 'mine' AND path = '{}'", 1),
         ("Path = 'mine' AND 'it''s path' = 'it''s path'", 9),
     ],
@@ -505,6 +506,7 @@ def test_a_filter_finds_a_picture_of_shards_by_the_path_that_results_show(index,
         index.update(tmp_path / "shards" / name)
     table = lancedb.connect(str(index.location)).open_table("images")
     table.add_columns({"Path": "'mine'"} if "mine" in where else {"other": "'mine'"})
+    table.add_columns({"meta": "named_struct('path', 'of a structure')"})
     key = next(key for key in sorted(parts) if "/train/" in key)
     found = [hit.key for hit in index.search("a", where=where.format(key), topk=99)]
     assert len(found) == num

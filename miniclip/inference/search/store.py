@@ -225,6 +225,8 @@ class Store:
     def _with_key_for_path(self, token: re.Match[str]) -> str:
         """A filter's `path` is what results show: the key, of a picture in a table or in shards."""
         name = token[0]
+        if token.string[: token.start()].rstrip().endswith("."):  # of a structure
+            return name
         # LanceDB finds a name without quotes in any case, but first a column that is written so.
         is_path = name in ("path", "`path`", '"path"') or (name.lower() == "path" and name not in self.schema.names)
         return "coalesce(`path`, `key`)" if is_path else name
