@@ -15,7 +15,7 @@ from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
 from .scan import LeftOut
-from .splits import equal_splits, has_split_column, rows_of_split, split_among
+from .splits import equal_splits, has_split_column, numbers_of, rows_of_split, split_among
 from .tables import find_image_column
 
 HUB_PREFIX = "hf-hub:"
@@ -97,6 +97,9 @@ class DatasetsRows:
     def __init__(self, loaded: Any, chosen: Sequence[int] | None = None) -> None:
         self.loaded, self.chosen = loaded, chosen
 
+    def __len__(self) -> int:
+        return len(self.loaded)
+
     def only(self, rows: Sequence[int]) -> DatasetsRows:
         return DatasetsRows(self.loaded.select(rows), rows)
 
@@ -160,7 +163,7 @@ def read_datasets(
     column = image_column or image_column_of(loaded, source)
     column, texts = choose_columns(source, columns, column, caption_columns)
     loaded = undecoded(loaded)
-    names = [f"row {number}" for number in (range(len(loaded)) if rows.chosen is None else rows.chosen)]
+    names = [f"row {number}" for number in numbers_of(rows)]
     lock = _OwnLock()  # its formatting is not made for threads
 
     def read(index: int) -> Pair:
