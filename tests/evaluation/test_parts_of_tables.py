@@ -14,6 +14,7 @@ import pytest
 from helpers import write_picture
 from PIL import Image
 
+from miniclip.evaluation.datasets.bare import bare_datasets, bare_table
 from miniclip.evaluation.datasets.open import open_dataset, open_images
 
 
@@ -106,6 +107,39 @@ def test_the_fingerprint_is_another_where_other_rows_are_read(tmp_path, kind, ta
     assert len(set(known.values())) == 3
     assert [fingerprint(split) for split in known] == list(known.values())
     assert fingerprint(None) == known["test"] or kind.startswith("datasets")
+
+
+def named_row(key: str) -> int:
+    """The row that a key names, from 0; those of tables count from 1 as people do, those of pairs from 0."""
+    table, _, number = key.rpartition("row ")
+    return int(number) - bool(table)
+
+
+@pytest.mark.parametrize("kind", ["base64.jsonl", "parquet", "folder", "datasets"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_key_names_the_row_that_is_read(tmp_path, kind, split):
+    parts = ["train", "val", "train", "test", "val"]
+    source = write_table(tmp_path, kind, parts)
+    rows = [row for row, part in enumerate(parts) if part == split]
+    sets = [
+        open_dataset(source, split=split, label_column="label"),
+        open_dataset(source, split=split, task="retrieval"),
+    ]
+    sets += bare_datasets(str(source), split=split) if kind == "datasets" else [bare_table(source, split=split)]
+    for data in sets:
+        assert [named_row(data.key(index)) for index in range(len(data))] == rows
+    if kind != "datasets":
+        assert [Path(data.key(0)).name for data in sets[::2]] == [f"{source.name}: row {rows[0] + 1}"] * 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "base64.jsonl"])
+def test_a_row_without_a_label_is_named_as_the_table_has_it(tmp_path, kind):
+    source = write_table(tmp_path, kind, ["train", "val", "train", "val"])
+    source.write_text(
+        source.read_text().replace(",b,text 3", ",,text 3").replace('"b", "caption": "text 3', '"", "caption": "text 3')
+    )
+    with pytest.raises(ValueError, match=r": row 4 .*has no label"):
+        open_dataset(source, split="val")
 
 
 def test_a_set_is_asked_for_by_its_name_beside_a_column_that_names_no_part(tmp_path):

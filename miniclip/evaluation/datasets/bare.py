@@ -21,7 +21,7 @@ from ...data.reading.huggingface import (
     undecoded,
 )
 from ...data.reading.scan import LeftOut, scan
-from ...data.reading.splits import role_of
+from ...data.reading.splits import numbers_of, role_of
 from ...data.reading.tables import find_image_column, folder_of, read_table
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards
@@ -73,15 +73,15 @@ def bare_datasets(source: str, image_column: str | None = None, split: str | Non
     """
     loaded = load_datasets(source)
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
-    left_out: Sequence[LeftOut] = ()
     splits = loaded if isinstance(loaded, dict) else {"": loaded}
+    parts = {part: DatasetsRows(rows) for part, rows in splits.items()}
     if split is not None:
         if len(splits) == 1 and role_of(next(iter(splits))) != "train":  # a set of test alone may be what validates
             loaded = next(iter(splits.values()))
-        chosen = datasets_rows(loaded, source, split)
-        splits, left_out = {split: chosen.loaded}, chosen.left_out
+        parts = {split: datasets_rows(loaded, source, split)}
     found = []
-    for part, rows in splits.items():
+    for part, of_part in parts.items():
+        rows = of_part.loaded
         names = list(rows.column_names)
         Columns(None, image_column, None).check(names, source)
         column = image_column or image_column_of(rows, source)
@@ -94,10 +94,10 @@ def bare_datasets(source: str, image_column: str | None = None, split: str | Non
             EvaluationSet(
                 label,
                 FromEach(rows, partial(image_of_row, Path(), column)),
-                keys=[f"{label}: row {number}" for number in range(1, len(rows) + 1)],
+                keys=[f"{label}: row {number + 1}" for number in numbers_of(of_part)],
                 metadata=metadata,
                 identity=f"datasets {source} {part} {column} {rows._fingerprint}",
-                left_out=left_out,
+                left_out=of_part.left_out,
             )
         )
     return found

@@ -280,10 +280,10 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
     there = images_of_rows(path, names, rows, image_column, label_column)
     values = there.values
     labels = []
-    for number, (label, image) in enumerate(zip(values[label_column], values[image_column], strict=True), start=1):
-        which = f"row {number}" + (f" ({image[:100]})" if isinstance(image, str) else "")
+    for number, label, image in zip(numbers_of(rows), values[label_column], values[image_column], strict=True):
+        which = f"row {number + 1}" + (f" ({image[:100]})" if isinstance(image, str) else "")
         labels.append(label_in(label, f"{path}: {which}"))
-    _look_at_rows(there.images, labels, path)
+    _look_at_rows(numbers_of(rows), there.images, labels, path)
     class_names = _schema_names(rows, label_column)
     return Found(
         path.stem,
@@ -329,7 +329,8 @@ def images_of_rows(
 
     Args:
         also: columns to have the values of, even if they are lists.
-        called: the table, in the keys of images that lie in it; by default its own name.
+        called: the table, in the keys of images that lie in it, before the number of their row in it, from 1; by
+            default its own name.
 
     Raises:
         ValueError: there are no rows.
@@ -341,7 +342,10 @@ def images_of_rows(
     images: Sequence[Any] = tuple(_image_of_cell(folder, cell) for cell in values[image_column])
     is_path = [isinstance(image, str | Path) for image in images]
     row_of = f"{called or path.name}: row"
-    keys = [str(image) if at else f"{row_of} {n}" for n, (image, at) in enumerate(zip(images, is_path), 1)]  # noqa: B905
+    keys = [
+        str(image) if at else f"{row_of} {number + 1}"
+        for number, image, at in zip(numbers_of(rows), images, is_path, strict=True)
+    ]
     if hasattr(rows, "files"):  # Parquet, whose images may lie in it
         images = _OfEachProcess(partial(_parquet_images, rows.paths, rows.chosen, folder, image_column), len(rows))
     # A table that holds its images, perhaps several columns of them.
@@ -382,9 +386,10 @@ def _schema_names(rows: Any, column: str) -> tuple[str, ...] | None:
 
 
 def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
-    loaded, split, left_out = _chosen_of_datasets(load_datasets(source), split, source)
+    rows, split = _chosen_of_datasets(load_datasets(source), split, source)
     import datasets
 
+    loaded = rows.loaded
     names, features = list(loaded.column_names), loaded.features
     columns.check(names, source)
     image_column = columns.image or image_column_of(loaded, source)
@@ -395,12 +400,13 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
     label_feature = of_classes.get(label_column)
     scalar = [c for c in names if isinstance(features[c], datasets.Value | datasets.ClassLabel)]
     raw = loaded.select_columns([label_column])[:][label_column]
-    labels = [label_in(label, f"{source}: row {number}") for number, label in enumerate(raw, start=1)]
+    numbers = [number + 1 for number in numbers_of(rows)]
+    labels = [label_in(label, f"{source}: row {number}") for number, label in zip(numbers, raw, strict=True)]
     name = source.removeprefix(HUB_PREFIX).rstrip("/").rpartition("/")[2]
     return Found(
         name,
         FromEach(loaded, partial(image_of_row, Path(), image_column)),
-        [f"{name}: row {number}" for number in range(1, len(loaded) + 1)],
+        [f"{name}: row {number}" for number in numbers],
         {c: list(loaded[c]) for c in scalar if c not in (image_column, label_column)},
         alike(labels, source),
         f"column {label_column!r}",
@@ -410,11 +416,11 @@ def read_datasets(source: str, split: str | None, columns: Columns) -> Found:
         beside={} if source.startswith(HUB_PREFIX) else beside_folder(Path(source)),
         # The library's own fingerprint is of how the data were made.
         identity=f"datasets {source} {split} {image_column} {loaded._fingerprint}",
-        left_out=left_out,
+        left_out=rows.left_out,
     )
 
 
-def _chosen_of_datasets(loaded: Any, split: str | None, source: str) -> tuple[Any, str | None, Sequence[LeftOut]]:
+def _chosen_of_datasets(loaded: Any, split: str | None, source: str) -> tuple[DatasetsRows, str | None]:
     """The rows of one split, by the names of sets or by a set's column `split`; and the split."""
     only = loaded if not isinstance(loaded, dict) else next(iter(loaded.values())) if len(loaded) == 1 else None
     parts = [] if only is None else parts_in(only.column_names, DatasetsRows(only), split)[1]
@@ -423,13 +429,13 @@ def _chosen_of_datasets(loaded: Any, split: str | None, source: str) -> tuple[An
         rows, chosen = _rows_of_part(source, only.column_names, DatasetsRows(only), split)
         if isinstance(loaded, dict):
             chosen = chosen or next(iter(loaded))
-        return rows.loaded, chosen, rows.left_out
+        return rows, chosen
     if isinstance(loaded, dict):
         chosen = choose_split(list(loaded), split, source)
-        return loaded[chosen], chosen, ()
+        return DatasetsRows(loaded[chosen]), chosen
     if split:
         raise ValueError(f"{source} is one data set without splits, so --split {split} can't be followed")
-    return loaded, split, ()
+    return DatasetsRows(loaded), split
 
 
 def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
@@ -494,16 +500,16 @@ def _labels_of(array: PostgresArray) -> list[str] | None:
     return None if array.has_fields else [text for text in texts if text]
 
 
-def _look_at_rows(images: Sequence[Any], labels: Sequence[Any], path: Path) -> None:
+def _look_at_rows(numbers: Sequence[int], images: Sequence[Any], labels: Sequence[Any], path: Path) -> None:
     """Refuses pictures among the labels, and warns of images with several of them: tables of boxes have a row for each
     box, and an image would be right in one of its rows at most."""
     labels_of: dict[str, Any] = {}
     contradicted: list[str] = []
-    for number, (image, label) in enumerate(zip(images, labels, strict=True), start=1):
+    for number, image, label in zip(numbers, images, labels, strict=True):
         for each in [label] if isinstance(label, str) else label:
             if Path(each).suffix.lower() in IMAGE_SUFFIXES:
                 raise ValueError(
-                    f"{path}: row {number} has the picture {each[:60]!r} for a label; name the right column"
+                    f"{path}: row {number + 1} has the picture {each[:60]!r} for a label; name the right column"
                 )
         if isinstance(image, str | Path) and labels_of.setdefault(str(image), label) != label:
             contradicted.append(str(image))
