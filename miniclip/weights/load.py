@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..common.arguments import check_path
+from ..common.arguments import check_path, shown
 from ..common.device import find_device
 from ..common.files import write_text
 from ..config import OPENAI_MODELS, Activation, CLIPConfig
@@ -120,7 +120,7 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     """
     if not isinstance(getattr(model, "config", None), CLIPConfig):
         raise ValueError(
-            f"model is {type(model)}; it must be a CLIP, as `miniclip.load` returns it first. torch.save keeps the "
+            f"model is {shown(model)}; it must be a CLIP, as `miniclip.load` returns it first. torch.save keeps the "
             "state_dict() of any other, and `load` reads a CLIP's"
         )
     directory = Path(check_path("directory", directory))
