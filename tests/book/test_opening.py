@@ -127,8 +127,11 @@ def test_postscript_called_jpg_starts_no_program(tmp_path, ghostscript, words):
 
 def test_postscript_in_torchvisions_files_starts_no_program(tmp_path, ghostscript):
     environment, trace = ghostscript
-    for label in range(2):
-        folder = tmp_path / "eurosat" / "2750" / f"kind {label}"
+    for kind in (
+        *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial"),
+        *("Pasture", "PermanentCrop", "Residential", "River", "SeaLake"),
+    ):
+        folder = tmp_path / "eurosat" / "2750" / kind
         folder.mkdir(parents=True)
         (folder / "0.jpg").write_bytes(POSTSCRIPT)
     code = """if True:
@@ -143,5 +146,5 @@ def test_postscript_in_torchvisions_files_starts_no_program(tmp_path, ghostscrip
     """
     run = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 2
+    assert len(run.stdout.splitlines()) == 10
     assert not trace.exists()

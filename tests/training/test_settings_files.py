@@ -182,8 +182,8 @@ IN_VAIN = {
     "model: {distillation: 0.7}": "model.distillation is 0.7, which has no effect: model.teacher is null",
     "trainer: {inference_mode: true}": "trainer.inference_mode is true, which has no effect: a run sets it to false",
     "trainer: {use_distributed_sampler: true}": "trainer.use_distributed_sampler is true, which has no effect",
-    "trainer: {limit_test_batches: 2}": "trainer.limit_test_batches is 2, which has no effect: `fit` has no batches",
-    "trainer: {limit_predict_batches: 2}": "trainer.limit_predict_batches is 2, which has no effect",
+    "trainer: {limit_test_batches: 0.5}": "trainer.limit_test_batches is 0.5, which has no effect: `fit` has no",
+    "trainer: {limit_predict_batches: 0.5}": "trainer.limit_predict_batches is 0.5, which has no effect",
 }
 
 
@@ -197,11 +197,11 @@ def test_what_a_file_sets_and_nothing_uses_is_a_warning_of_one_line(files, capsy
 
 
 def test_validate_names_what_it_does_not_use_of_its_trainer_alone(files, capsys):
-    (files / "c.yaml").write_text("model: {optimizer: {muon_lr: 0.5}}\ntrainer: {limit_test_batches: 2}\n")
+    (files / "c.yaml").write_text("model: {optimizer: {muon_lr: 0.5}}\ntrainer: {limit_test_batches: 0.5}\n")
     (files / "last.ckpt").write_bytes(b"")
     more = ["--ckpt_path=last.ckpt", "--data.train=nowhere", "--data.val=nowhere"]
     printed = fails(capsys, ["validate", *TINY, "--config=c.yaml", *more])
-    assert "trainer.limit_test_batches is 2, which has no effect: `validate` has no batches of that kind" in printed
+    assert "trainer.limit_test_batches is 0.5, which has no effect: `validate` has no batches of that kind" in printed
     assert "muon_lr" not in printed
 
 
