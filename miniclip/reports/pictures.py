@@ -180,8 +180,8 @@ def plot_calibration(found: Calibration) -> str:
 
 def plot_outside(outside: Outside, name: str) -> str:
     figure, axes = bare_axes(4.6, 3)
-    cosines_of_both = np.concatenate([outside.inside, outside.outside]).astype(float)
-    edges = np.linspace(cosines_of_both.min() - 1e-6, cosines_of_both.max() + 1e-6, 41)  # they may all be the same
+    both = np.concatenate([outside.inside, outside.outside]).astype(float)
+    edges = np.linspace(both.min() - 1e-6, both.max() + 1e-6, 41)  # they may all be the same
     for cosines, label in ((outside.inside, name), (outside.outside, f"{outside.name}, none of the classes")):
         weights = np.full(len(cosines), 100 / len(cosines))
         axes.hist(cosines, edges, weights=weights, alpha=0.55, label=f"{short_label(label, 44)} ({len(cosines)})")

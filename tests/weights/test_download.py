@@ -418,6 +418,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def load_from_hub(root):
+    server = InBackground()
+    server.listen(Hub)
+    with server:
+        return run_with_hub("hf-hub:owner/name", root, HF_ENDPOINT=server.url)
+
+
 @pytest.mark.parametrize("only_pt", [False, True])
 def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
     """Whichever of the copies that repositories hold for several libraries; and a .pt alone is one, too."""
@@ -429,10 +436,7 @@ def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
     else:
         files |= dict.fromkeys(("pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "flax_model.msgpack"), b"other")
     Hub.files, Hub.asked = files, []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        result = run_with_hub("hf-hub:owner/name", tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
+    result = load_from_hub(tmp_path)
     assert result.stdout.strip() == "loaded", result.stdout + result.stderr[-800:]
     weights = [name for name in Hub.asked if not name.endswith((".json", ".txt"))]
     assert weights == (["clip.pt"] if only_pt else ["model.safetensors"])
@@ -450,10 +454,7 @@ def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
 def test_a_repository_that_is_not_for_everyone_is_told_with_what_to_do(tmp_path, monkeypatch, status, word, told):
     """As the hub answers (huggingface_hub.errors)."""
     monkeypatch.setattr(Hub, "refuses", (status, word))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        result = run_with_hub("hf-hub:owner/name", tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
+    result = load_from_hub(tmp_path)
     assert told in result.stdout, result.stdout + result.stderr[-800:]
     assert "`hf auth login`" in result.stdout
 

@@ -26,6 +26,7 @@ _ROLES = frozenset(
 )
 
 _FILES_LOOKED_INTO = 100  # where no picture has a text, or many have several
+_TAKEOUT_LONGEST = 46  # characters that Google's Takeout leaves of a name before .json
 
 
 def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) -> Pairs:
@@ -152,7 +153,8 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
     texts_of: dict[Path, list[Path]] = {}  # the best first
     beside: set[Path] = set()
     images_of_stem = Counter((image.parent, same_name(image.stem)) for image in files.images)
-    cut = Counter((image.parent, _cut_by_takeout(image.name)) for image in files.images)
+    cut = {image: _cut_by_takeout(image.name) for image in files.images if len(image.name) > _TAKEOUT_LONGEST}
+    images_of_cut = Counter((image.parent, name) for image, name in cut.items())
     for captions in (files.texts, [path for path in files.others if path.suffix.lower() == ".json"]):
         by_name: dict[tuple[Path, str], list[Path]] = defaultdict(list)
         for path in captions:
@@ -162,8 +164,8 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
             names = list(map(same_name, own))
             if images_of_stem[image.parent, names[0]] > 1:  # a.jpg.txt tells whose it is, where a.txt does not
                 names.reverse()
-            if captions is not files.texts and cut[image.parent, _cut_by_takeout(image.name)] == 1:
-                names.append(same_name(_cut_by_takeout(image.name)))
+            if captions is not files.texts and image in cut and images_of_cut[image.parent, cut[image]] == 1:
+                names.append(same_name(cut[image]))
             for name in dict.fromkeys(names):
                 if texts := by_name.get((image.parent, name)):
                     beside.update(texts)
@@ -231,9 +233,9 @@ def _takeout_picture(stem: str) -> str:
 
 
 def _cut_by_takeout(name: str) -> str:
-    """What Google's Takeout leaves of a picture's name in that of its JSON: 46 characters, and then the number."""
+    """What Google's Takeout leaves of a long name in that of its JSON, and then the number."""
     stem, number, suffix = re.fullmatch(r"(.*?)(\(\d+\))?(\.[^.]*)?", name, re.S).groups("")  # type: ignore[union-attr]
-    return f"{stem}{suffix}"[:46] + number
+    return f"{stem}{suffix}"[:_TAKEOUT_LONGEST] + number
 
 
 def _text_rank(path: Path) -> int:
