@@ -492,6 +492,54 @@ def test_a_shard_that_lost_a_label_names_the_sample(tmp_path):
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("is_indexed", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "scored", "asked"),
+    [
+        (["imagenet1k-train", "imagenet1k-validation"], "imagenet1k-validation", {"val": 1, "train": 0}),
+        (["test", "train", "val"], "test", {"validation": 2, "Val": 2}),
+        (["testA", "testB", "train"], "it has testA, testB, train", {"testA": 0, "train": 2}),
+        (["set"], "set", {}),
+        (["train"], "train", {"train": 0}),
+    ],
+)
+def test_of_tars_named_by_split_one_is_scored(tmp_path, parts, scored, asked, is_indexed):
+    for number, part in enumerate(parts):
+        for shard in range(2):
+            seed = 2 * number + shard
+            tar(tmp_path / f"{part}-{shard:04d}.tar", {f"s{seed}": {"png": png(seed), "cls": b"0", "txt": b"a cat"}})
+    if is_indexed:
+        index_shards(str(tmp_path))
+    for task in ("classification", "retrieval"):
+        if scored in parts:
+            data, rest = open_dataset(tmp_path, task=task), [part for part in parts if part != scored]
+            first = 2 * parts.index(scored)
+            assert seeds_of(data) == [first, first + 1]
+            assert data.key(0) == f"{scored}-0000.tar:s{first}"
+            other = [each.source for each in data.left_out if each.reason == "a file of another split"]
+            assert other == [f"{part}-{shard:04d}.tar" for part in rest for shard in range(2)]
+        else:
+            with pytest.raises(ValueError, match=scored):
+                open_dataset(tmp_path, task=task)
+        for split, place in asked.items():
+            data = open_dataset(tmp_path, task=task, split=split)
+            assert seeds_of(data) == [2 * place, 2 * place + 1]
+        with pytest.raises(ValueError, match="split 'dogs'; it has"):
+            open_dataset(tmp_path, task=task, split="dogs")
+
+
+def test_tars_of_other_splits_are_not_opened(tmp_path):
+    tar(tmp_path / "val-0.tar", {"a": {"png": png(0), "cls": b"0"}})
+    (tmp_path / "train-0.tar").write_bytes(b"cut")
+    assert seeds_of(open_dataset(tmp_path)) == [0]
+
+
+def test_a_split_of_tars_in_a_folder_is_found_by_its_other_names(tmp_path):
+    tar(tmp_path / "val/0.tar", {"a": {"png": png(0), "cls": b"0"}})
+    tar(tmp_path / "0.tar", {"b": {"png": png(1), "cls": b"0"}})
+    assert [seeds_of(open_dataset(tmp_path, split=split)) for split in ("val", "validation")] == [[0], [0]]
+
+
 def test_a_pattern_of_tars_names_some_of_them(tmp_path):
     write("bare shards", tmp_path)
     data = open_dataset(str(tmp_path / "shards/{00001..00001}.tar"))

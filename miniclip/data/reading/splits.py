@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ def split_in(name: str) -> str:
     return found[0] if found and (len(set(found)) == 1 or role_of(words[0])) else ""
 
 
-def is_split_folder(name: str) -> bool:
+def _is_split_folder(name: str) -> bool:
     """Whether a folder says that its name is a split's: split=testA."""
     return _FOLDER.fullmatch(name) is not None
 
 
-def is_shard_of_split(name: str) -> bool:
+def _is_shard_of_split(name: str) -> bool:
     """Whether a file is called as Hugging Face's hub calls those of a split, known or not: testA-00000-of-00001."""
     found = _SHARD.fullmatch(name)
     return found is not None and found[2] is not None
@@ -55,6 +55,32 @@ def part_called(name: str) -> str:
     """A file's or a folder's name as that of a part: without a shard's number, and without `split=`."""
     name = found[1] if (found := _FOLDER.fullmatch(name)) else name
     return found[1] if (found := _SHARD.fullmatch(name)) else name
+
+
+def splits_of_files(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
+    """The split of each file below a folder, by its name or a folder's; none of any where no name tells one.
+
+    A name that tells no known split is a split's own at the level at which others tell theirs: of files, or of folders.
+    In a folder `data` all before a shard's number is the split's name, as `datasets` has it: test_dev is not test.
+    """
+    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
+
+    def levels(tells: Callable[[str], Any]) -> set[int]:
+        return {level for each in names.values() for level, name in enumerate(each) if tells(name)}
+
+    told = levels(split_in) or levels(_is_split_folder) or levels(_is_shard_of_split)
+    if not told:
+        return {}
+    own = {file: part_called(each[min(*told, len(each) - 1)]) for file, each in names.items()}
+    whole = {
+        file: part_called(file.stem) for file in names if file.parent.name == "data" and _is_shard_of_split(file.stem)
+    }
+    return {file: next(filter(None, map(split_in, each)), own[file]) for file, each in names.items()} | whole
+
+
+def splits_named(names: list[str], split: str | None) -> list[str]:
+    """What `splits_of_files` found, if those are splits: one is known (of train, val and test), or asked for."""
+    return names if split in names or any(map(role_of, names)) else []
 
 
 def equal_splits(split: str) -> tuple[str, ...]:

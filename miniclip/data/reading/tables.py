@@ -8,7 +8,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal, TypeGuard
@@ -28,13 +28,10 @@ from .splits import (
     has_split_column,
     is_all_of,
     is_named,
-    is_shard_of_split,
-    is_split_folder,
-    part_called,
-    role_of,
     rows_of_split,
     split_among,
-    split_in,
+    splits_named,
+    splits_of_files,
 )
 
 _PIECE_BYTES = 2**24
@@ -89,7 +86,7 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
     if split is None:
         return rows
     named = names_of_files(path)
-    parts = _of_splits(named, split)
+    parts = splits_named(named, split)
     is_of_files = not {*equal_splits(split)}.isdisjoint(parts)
     is_told = is_of_files or _is_called(path, split)
     is_one_set = not parts and is_all_of(split)
@@ -145,7 +142,7 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
     splits = _splits_of(path) if split else {}
-    if split and len(names := _of_splits(sorted(set(splits.values())), split)) > 1:
+    if split and len(names := splits_named(sorted(set(splits.values())), split)) > 1:
         chosen = split_among(names, split, str(path))
         return [file for file in found if splits[file] == chosen]
     return found
@@ -158,11 +155,7 @@ def parquet_splits(path: Path, split: str | None = None) -> list[str]:
         split: one that is asked for. Names of which none is known (of train, val and test) tell of splits only if this
             is one of them; else all files are one set.
     """
-    return _of_splits(names_of_files(path), split)
-
-
-def _of_splits(names: list[str], split: str | None) -> list[str]:
-    return names if split in names or any(map(role_of, names)) else []
+    return splits_named(names_of_files(path), split)
 
 
 def names_of_files(path: Path) -> list[str]:
@@ -180,25 +173,7 @@ def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
 
 
 def _splits_of(folder: Path) -> dict[Path, str]:
-    """The split of each Parquet file, by its name or a folder's; none of any where no name tells one.
-
-    A name that tells no known split is a split's own at the level at which others tell theirs: of files, or of folders.
-    In a folder `data` all before a shard's number is the split's name, as `datasets` has it: test_dev is not test.
-    """
-    files = files_below(folder, ".parquet") if folder.is_dir() else ()
-    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
-
-    def levels(tells: Callable[[str], Any]) -> set[int]:
-        return {level for each in names.values() for level, name in enumerate(each) if tells(name)}
-
-    told = levels(split_in) or levels(is_split_folder) or levels(is_shard_of_split)
-    if not told:
-        return {}
-    own = {file: part_called(each[min(*told, len(each) - 1)]) for file, each in names.items()}
-    whole = {
-        file: part_called(file.stem) for file in names if file.parent.name == "data" and is_shard_of_split(file.stem)
-    }
-    return {file: next(filter(None, map(split_in, each)), own[file]) for file, each in names.items()} | whole
+    return splits_of_files(folder, files_below(folder, ".parquet")) if folder.is_dir() else {}
 
 
 def _unzipped(path: Path) -> bytes:

@@ -34,7 +34,7 @@ def in_split(folder: Path, split: str | None) -> Path:
     if split is not None:
         same = [split] if split in names else same_parts(names, split)
         if len(same) != 1:
-            raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(names)}")
+            raise ValueError(f"{folder} has no folder for the split {split!r}; it has {some(names) or 'none'}")
         return folder / same[0]
     is_one = len(names) == 1 and role_of(names[0]) in ("test", "val")
     parts = names if is_one else different_splits(names)

@@ -157,12 +157,7 @@ def _rows_of_part(
         of_files = f"its files are of {some(files)}" if files else "a column 'split' would name the part of each row"
         raise ValueError(f"{source} is a table and has no split {split!r}; {of_files}")
     if not column:
-        if len(files) > 1:
-            warn_once(
-                f"{source}: all files are read. Their names are of {some(files, 3)}, of which none is known to be for "
-                "testing; --split takes those of one",
-                stacklevel=5,
-            )
+        warn_of_unknown(source, files)
         return rows, None
     if is_told and split and not any(map(role_of, parts)) and not same_parts(parts, split):
         split = None
@@ -186,6 +181,16 @@ def _rows_of_part(
         warn_once(f"{source}: {which} read, as its column {column!r} has {there}", stacklevel=5)
         return rows_of_parts(columns, rows, taken or parts), None
     return rows_of_split(source, columns, rows, chosen, is_asked_for=True), chosen
+
+
+def warn_of_unknown(source: str, names: Sequence[str]) -> None:
+    """Where several `names` of files may be splits', and none is known."""
+    if len(names) > 1:
+        warn_once(
+            f"{source}: all files are read. Their names are of {some(names, 3)}, of which none is known to be for "
+            "testing; --split takes those of one",
+            stacklevel=6,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
 from ...data.reading.scan import LeftOut, summary
-from ...data.reading.splits import choose_split
+from ...data.reading.splits import choose_split, splits_named, splits_of_files
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards, facts_of
 from .class_folders import in_split
-from .folders_and_tables import FromEach, alike, label_in
+from .folders_and_tables import FromEach, alike, label_in, warn_of_unknown
 from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
@@ -80,6 +80,14 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
         return _read_shards(shards, name, source, task, [folder])
     splits = benchmark_splits(source, split)
     if not splits:
+        if (tars_of := _tars_of_split(source, split)) is not None:
+            tars, others = tars_of
+            stems = [tar.removesuffix(".tar") for tar in tars]
+            pattern = join(source, f"{{{','.join(stems)}}}.tar" if len(tars) > 1 else tars[0])
+            shards = Shards(pattern, needs_captions=False) if exists(join(source, INDEX_FILE)) else indexed(pattern)
+            found = _read_shards(shards, name, source, task, [source])
+            left_out = [LeftOut(tar, "a file of another split") for tar in others]
+            return replace(found, left_out=[*found.left_out, *left_out])
         part = join(source, split) if split else source
         if is_url(source) and not exists(join(part, INDEX_FILE)):
             raise ValueError(
@@ -88,7 +96,8 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
                 f"{join(source, '{0..9}.tar')}, or look whether the address is right"
             )
         if not is_url(source):
-            in_split(Path(source), split)
+            in_folder = in_split(Path(source), split)
+            part = str(in_folder) if split else source
         is_indexed = exists(join(part, INDEX_FILE)) or not any(Path(part).glob("*.tar"))
         shards = Shards(part, needs_captions=False) if is_indexed else indexed(part)
         return _read_shards(shards, name, source, task, [part, source])
@@ -101,6 +110,31 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
         raise ValueError(f"{source}/dataset_type.txt holds {kind[:50]!r}; known are {', '.join(TASKS)}")
     shards = indexed(join(source, f"{chosen}/{{0..{int(text) - 1}}}.tar"))
     return _read_shards(shards, name, source, task or kind, [source], "zeroshot_classification_templates.txt")
+
+
+def _tars_of_split(source: str, split: str | None) -> tuple[list[str], list[str]] | None:
+    """The names of the tars of a split and of the others, of a folder or a URL whose tars tell of splits by their names
+    as Parquet files do; None of any other, and where a folder of this split lies beside them.
+
+    Raises:
+        ValueError: no tar is of that split, or several may be meant.
+    """
+    if split and not is_url(source) and (Path(source) / split).is_dir():
+        return None
+    if exists(join(source, INDEX_FILE)):
+        names = [entry.name for entry in Shards(source, needs_captions=False).entries]
+    elif is_url(source) or not any(Path(source).glob("*.tar")):
+        return None
+    else:
+        names = list(map(name_of, tar_locations(source)))
+    split_of = {str(tar): part for tar, part in splits_of_files(Path(), map(Path, names)).items()}
+    parts = sorted(set(split_of.values()))
+    if not splits_named(parts, split):
+        if not split:
+            warn_of_unknown(source, parts)
+        return None
+    chosen = choose_split(parts, split, source)
+    return [tar for tar in names if split_of[tar] == chosen], [tar for tar in names if split_of[tar] != chosen]
 
 
 def set_name(source: str) -> str:
