@@ -1344,6 +1344,15 @@ def test_a_folder_of_splits_says_that_all_of_them_are_taken(tmp_path):
         (tmp_path / part / "a.txt").write_text(part)
     assert "all of the folders test, train: name one" in read_pairs(tmp_path).found
     assert "name one" not in read_pairs(tmp_path / "train").found
+    (tmp_path / "set").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / part).rename(tmp_path / "set" / part)
+    assert "all of the folders set/test, set/train: name one" in read_pairs(tmp_path).found
+    for part in ("train", "test"):
+        (tmp_path / "captions" / part).mkdir(parents=True)
+        (tmp_path / "set" / part / "a.txt").rename(tmp_path / "captions" / part / "a.txt")
+    (tmp_path / "set").rename(tmp_path / "images")
+    assert read_pairs(tmp_path).found.endswith("all of the folders images/test, images/train")
 
 
 def test_images_of_cocos_that_share_an_id_are_refused_and_ids_are_equal_however_they_are_written(tmp_path):

@@ -923,6 +923,29 @@ def test_folders_of_pairs_are_retrieved_from_by_their_split(tmp_path, ending):
         open_dataset(tmp_path, task="retrieval", split="val")
 
 
+@pytest.mark.parametrize("texts", ["images", "captions"])
+def test_pairs_in_a_folder_above_the_splits_are_retrieved_from_by_their_split(tmp_path, texts):
+    for number, part in enumerate(("train", "val")):
+        for name in "ab":
+            write_picture(tmp_path / "images" / part / f"{name}.png", number)
+            text = tmp_path / texts / part / f"{name}.txt"
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text(f"{name} of {part}")
+    (tmp_path / texts / "val/alone.txt").write_text("of no picture")
+    data = open_dataset(tmp_path, task="retrieval")
+    assert data.captions == (("a of val",), ("b of val",))
+    assert list(data.keys) == ["images/val/a.png", "images/val/b.png"]
+    with Image.open(tmp_path / "images/val/a.png") as picture:
+        assert data.open(0).tobytes() == picture.convert("RGB").tobytes()
+    assert {each.source for each in data.left_out} == {f"{texts}/val/alone.txt", "images/train/", f"{texts}/train/"}
+    assert open_dataset(tmp_path, task="retrieval", split="validation").fingerprint() == data.fingerprint()
+    train = open_dataset(tmp_path, task="retrieval", split="train")
+    assert train.captions == (("a of train",), ("b of train",))
+    assert train.fingerprint() != data.fingerprint()
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, val"):
+        open_dataset(tmp_path, task="retrieval", split="test")
+
+
 @pytest.mark.parametrize(
     ("train", "test"),
     [

@@ -14,7 +14,17 @@ from .json_tables import parse_json
 from .pair import Pair, Pairs
 from .paths import find_file
 from .rows import caption_columns_of, pairs_of_rows
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, LeftOut, Scan, is_skipped_folder, same_name, scan
+from .scan import (
+    IMAGE_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    LeftOut,
+    Scan,
+    image_files,
+    is_skipped_folder,
+    same_name,
+    scan,
+)
 from .splits import different_splits, equal_splits, is_all_of, is_named, rows_of_split
 from .tables import read_table
 
@@ -48,7 +58,8 @@ def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) 
             return _read_imagefolder(files, path, split, is_asked_for)
     if is_asked_for and not is_named(folder, split):
         parts = pair_splits(folder)
-        there = f"; name one of its parts: {', '.join(str(folder / part) for part in parts)}" if parts else ""
+        names = [str(place) for part in parts for place in parts[part]]
+        there = f"; name one of its parts: {', '.join(names)}" if parts else ""
         if parts or not is_all_of(split):
             raise ValueError(f"{folder} is a folder of pairs, so --split {split} can't be followed{there}")
     if not files.images and not files.texts:
@@ -56,12 +67,20 @@ def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) 
     return _pairs_by_name(files)
 
 
-def pair_splits(folder: Path) -> list[str]:
-    """The folders that are parts of a folder's pairs, as train and test are; none where a table names the pairs."""
+def pair_splits(folder: Path) -> dict[str, list[Path]]:
+    """The parts of a folder's pairs, as train and test are, and the folders of each: right in it, else one folder
+    below, as images/train; none where a table names the pairs."""
     below = [path for path in folder.iterdir() if not is_skipped_folder(path.name)]
     if any(path.is_file() and _is_imagefolders(path, needs_captions=True) for path in below):
-        return []
-    return different_splits(path.name for path in below if path.is_dir())
+        return {}
+    folders = [path for path in below if path.is_dir()]
+    parts = different_splits(path.name for path in folders)
+    if not parts:
+        with_images = {image.relative_to(folder).parts[0] for image in image_files(folder)}
+        inner = [each for path in folders for each in path.glob("*/")]
+        parts = different_splits(path.name for path in inner if path.parent.name in with_images)
+        folders = inner
+    return {part: sorted(path for path in folders if path.name == part) for part in parts}
 
 
 def same_sample(key: PurePath | str) -> str:
@@ -141,10 +160,23 @@ def _pairs_by_name(files: Scan) -> Pairs:
         f"the {suffix} {'beside each' if beside else 'in folders of their own'}" for suffix, beside in sorted(forms)
     )
     found = f"{counted(len(files.images), 'image')}, captions from {found or 'the .txt beside each'}"
-    if splits := different_splits({image.relative_to(folder).parts[0] for image in text_of}):
-        found += f", all of the folders {', '.join(splits)}: name one of them to take it alone"
+    found += _all_of_splits(folder, text_of)
     read_from = [file for image in files.images for file in (image, text_of.get(image, image.with_suffix(".txt")))]
     return Pairs(names, read, found, [*read_from, *alone], left_out)
+
+
+def _all_of_splits(folder: Path, text_of: Mapping[Path, Path]) -> str:
+    """Which parts of a folder, or of one below it, are read together; empty if there are none."""
+    for depth in (1, 2):
+        place_of = {image: image.relative_to(folder).parts[:-1][:depth] for image in text_of}
+        splits = different_splits({place[-1] for place in place_of.values() if len(place) == depth})
+        place_of = {image: place for image, place in place_of.items() if len(place) == depth and place[-1] in splits}
+        if splits:
+            places = sorted({"/".join(place) for place in place_of.values()})
+            is_apart = any(not text_of[image].is_relative_to(folder.joinpath(*place_of[image])) for image in place_of)
+            remedy = "" if is_apart else ": name one of them to take it alone"
+            return f", all of the folders {', '.join(places)}{remedy}"
+    return ""
 
 
 def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:

@@ -659,11 +659,23 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     path = Path(source)
     name = path.stem if path.is_file() else source.rstrip("/").rpartition("/")[2]
     has_pictures = path.is_dir() and bool(image_files(path))
+    left_out: list[LeftOut] = []
+    within: list[Path] = []  # what is read of a folder, if not all
     if source.startswith(HUB_PREFIX) or is_datasets_folder(path):
         split = _chosen_of_datasets(load_datasets(source), split, source)[1]
     elif has_pictures and (parts := pair_splits(path)):
-        split = choose_split(parts, split, source)
-        source = str(path / split) if (path / split).is_dir() else source
+        chosen = choose_split(list(parts), split, source)
+        places = parts[chosen]
+        if places == [path / chosen]:
+            split, source = chosen, str(path / chosen)
+        else:  # the texts may lie apart, in captions/val of images/val
+            split, within = None, places
+        left_out += [
+            LeftOut(f"{place.relative_to(path)}/", f"beside the folders of {chosen}, the split that is read")
+            for part, others in parts.items()
+            for place in others
+            if part != chosen
+        ]
     elif (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
         split = _rows_of_one_split(path, split)[2]
         source = str(path / split) if split and (path / split).is_dir() else source
@@ -672,8 +684,11 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     pairs = _pairs_of_split(source, columns.image, split)
     captions: dict[int, tuple[str, ...]] = {}
     groups, others = [], dict[str, None]()
-    left_out = list(pairs.left_out)
-    for index, pair in enumerate(pairs):  # one at a time: some hold their image's bytes
+    left_out += pairs.left_out
+    for index, name_of_pair in enumerate(pairs.names):
+        if within and not any((path / name_of_pair).is_relative_to(place) for place in within):
+            continue
+        pair = pairs[index]  # one at a time: some hold their image's bytes
         if texts := tuple(text for caption in pair.captions if (text := one_line(caption))):
             captions[index] = texts
             others |= dict.fromkeys(pair.extra)
