@@ -25,17 +25,19 @@ SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
 @pytest.hookimpl(tryfirst=True)  # before `-m "not long"` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that start processes come first, or one would be left for one of two processes to end with. Of a test
-    that is marked `sample(n)`, n cases stay: the first, the last, and others that its name draws; the rest are long.
+    that is marked `sample(n)`, n cases stay: the first and the last, and others that its name draws, as one alone is.
     """
     items.sort(key=lambda item: item.path.parent.name not in SLOW_WINGS)
     matrices = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sample") and not item.get_closest_marker("long"):
             matrices[item.path, item.function.__name__].append(item)
-    for (_, name), (first, *between, last) in matrices.items():
-        (number,) = first.get_closest_marker("sample").args
-        kept = {first, last, *random.Random(name).sample(between, min(number - 2, len(between)))}
-        for item in (first, *between, last):
+    for (_, name), cases in matrices.items():
+        (number,) = cases[0].get_closest_marker("sample").args
+        ends = {cases[0], cases[-1]} if number > 1 else set()
+        between = [case for case in cases if case not in ends]
+        kept = ends | {*random.Random(name).sample(between, min(number - len(ends), len(between)))}
+        for item in cases:
             if item not in kept:
                 item.add_marker(pytest.mark.long)
 

@@ -100,6 +100,7 @@ def test_evaluations_share_a_run_out():
         assert [first + count for first, count in parts] == [*(first for first, _ in parts[1:]), steps]
 
 
+@pytest.mark.long
 def test_both_sides_see_the_same_batches(tiny):
     bench, _ = tiny
     batches = Batches(bench.work / "seed0", bench.clip, bench.augmentation, 16, 0)

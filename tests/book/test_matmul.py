@@ -56,7 +56,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @needs_onednn
 @pytest.mark.parametrize(
     "layout, has_bias",
@@ -80,6 +80,7 @@ def test_a_product_and_its_gradients_are_those_of_float64(layout, has_bias):
         assert some.isfinite().all()
 
 
+@pytest.mark.sample(1)
 @needs_onednn
 @pytest.mark.parametrize(
     "shape, adds",
@@ -116,7 +117,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @needs_onednn
 @pytest.mark.parametrize("is_training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
@@ -282,7 +283,7 @@ def run(code, **environment):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=quiet)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name, expected",
     [("mkl", "mkl"), pytest.param("onednn", "onednn", marks=needs_onednn), ("", matmul.library()), ("blas", "'blas'")],

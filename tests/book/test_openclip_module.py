@@ -113,6 +113,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_tower_computes_whatever_becomes_of_the_other(twins, change):
     images, tokens = images_for(twins[1]), ours.tokenize(NAMES)
@@ -223,6 +224,7 @@ def learning(model):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("tower, unlocked", [(tower, n) for tower in ("image", "text") for n in (0, 1, 2, 3, 4, 9)])
 def test_towers_are_locked_as_theirs(tmp_path, kind, tower, unlocked):
@@ -323,6 +325,7 @@ def test_activations_of_a_resnet_are_replaced_by_their_names(tmp_path, path):
     assert_near(model.encode_image(images_for(theirs)), theirs.encode_image(images_for(theirs)))
 
 
+@pytest.mark.sample(1)
 def test_an_image_tower_compiles_whole_and_is_copied(twins):
     model, theirs = twins
     compiled = torch.compile(copy.deepcopy(model.visual), backend="eager", fullgraph=True)

@@ -104,7 +104,7 @@ def test_the_trace_of_a_program_that_opens_pictures_is_seen(tmp_path, ghostscrip
     assert trace.exists()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "words", ["shards {folder} {out}", "check {folder} --image-size 32", "shards {table} {out}"], ids=str
 )
@@ -125,6 +125,7 @@ def test_postscript_called_jpg_starts_no_program(tmp_path, ghostscript, words):
     assert not trace.exists()
 
 
+@pytest.mark.long
 def test_postscript_in_torchvisions_files_starts_no_program(tmp_path, ghostscript):
     environment, trace = ghostscript
     for kind in (

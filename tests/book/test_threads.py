@@ -96,6 +96,7 @@ def found(request):
     return dict(zip(("indices", *SUMS), (line.split() for line in done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("what", SUMS)
 def test_each_number_of_threads_gives_one_gradient(found, what):
     assert found[what] == ["1-1-1", "0"]

@@ -81,6 +81,7 @@ def test_it_works_in_pipes():
     assert out.startswith("standard input,")
 
 
+@pytest.mark.long
 def test_names_and_prompts_come_by_pipes_of_the_shell():
     shell = (
         f"{sys.executable} -m miniclip classify photos --classnames <(printf 'cat\\ndog\\n') "
@@ -91,6 +92,7 @@ def test_names_and_prompts_come_by_pipes_of_the_shell():
     assert len(rows_of(done.stdout)) == 7
 
 
+@pytest.mark.long
 def test_without_a_standard_output_the_files_are_sorted():
     shell = f"{sys.executable} -m miniclip classify photos --labels cat,dog --model model --copy-to out --yes >&-"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)

@@ -228,7 +228,7 @@ def test_the_collector_leaves_imports_alone_and_goes_on_after_them():
         gc.enable()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "command", ["train fit --help", "info nothing", "check nothing", "eval --model nothing --data nothing"]
 )

@@ -322,6 +322,7 @@ main(["eval", *sys.argv[2:]])
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_run_that_is_stopped_goes_on_where_it_was(models, sets, tmp_path, monkeypatch, name):
     args = ["--model", models[0], "--data", str(sets / "photos"), "--device", "cpu", "--batch-size", "4"]

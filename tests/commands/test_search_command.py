@@ -99,6 +99,7 @@ def test_an_index_from_before_may_have_columns_with_names_of_results(world, caps
     assert "column 'rank' of the index is given_rank in the results" in printed.err
 
 
+@pytest.mark.long
 def test_paths_and_pages_lead_to_a_file_whose_name_is_no_utf_8(world, tmp_path, capsys):
     path = write_picture(tmp_path / "odd" / os.fsdecode(b"caf\xe9.png"))
     cli.main(["index", "odd", "odd.index", "--model", str(world / "model")])

@@ -705,6 +705,7 @@ def test_what_a_killed_process_left_is_continued_if_a_checksum_can_tell_that_it_
     assert held(cache) == ["a.tar"]
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_is_thrown_away_without_a_checksum(broken, cache):
     server = broken(size=len(CONTENT))
     check_content(cache, server.url + "/a.tar", size=len(CONTENT))
@@ -712,6 +713,7 @@ def test_what_a_killed_process_left_is_thrown_away_without_a_checksum(broken, ca
     assert held(cache) == ["a.tar"]
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_makes_room_for_others(broken, cache):
     server = broken(size=len(CONTENT))
     cache.limit_bytes = 300_000
@@ -751,6 +753,7 @@ def test_forked_workers_fetch_after_their_parent_did_and_it_goes_on_after_them(s
         )
 
 
+@pytest.mark.long
 def test_a_worker_forked_while_fsspec_held_its_lock_does_not_hang(bucket, cache):
     assert read_bytes("s3://shards/train/a.tar") == CONTENT
     from fsspec.asyn import get_lock

@@ -242,6 +242,7 @@ for batch in PatientLoader(Numbers(), 1, num_workers=int(sys.argv[2])):
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_thread_holds_tensors_when_the_interpreter_exits(workers):
     done = subprocess.run(
@@ -266,6 +267,7 @@ SOME_ENDS = [("fork", "returns"), ("forkserver", "stays")]
 OTHER_ENDS = [("fork", "stays"), ("forkserver", "returns"), ("spawn", "stays"), ("spawn", "returns")]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "method, end", [*SOME_ENDS, *(pytest.param(*each, marks=pytest.mark.long) for each in OTHER_ENDS)]
 )

@@ -274,6 +274,7 @@ def test_batches_of_neighbours_come_from_the_loader_with_their_pictures(shelf):
     assert "each once, in batches of neighbours in" in data.describe()
 
 
+@pytest.mark.long
 def test_batches_of_one_group_follow_a_column_of_the_table(shelf):
     data = module(shelf / "shards", negatives="hard", group="kind")
     shards = Shards(shelf / "shards")

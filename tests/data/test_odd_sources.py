@@ -123,6 +123,7 @@ def test_links_to_links_are_followed_and_those_in_a_circle_end(tmp_path):
     assert told == dict.fromkeys(("a.tar:e/x.jpg", "a.tar:e/y.jpg"), "a link to nothing")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("first", ["0.jpg", "0.jpg.gone", "5.jpg"], ids=["sound", "to nothing", "in a circle"])
 def test_a_chain_of_20_000_links_is_followed(tmp_path, first):
     links = [(f"{number}.jpg", b"", f"->{number - 1}.jpg") for number in range(20_000, 1, -1)]

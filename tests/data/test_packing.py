@@ -451,6 +451,7 @@ class SlowServer:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
+@pytest.mark.long
 def test_a_command_that_was_killed_goes_on_when_it_is_repeated(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     pictures = write_pairs(tmp_path / "src", 8)
@@ -694,48 +695,42 @@ def _once(function: Callable[[int], None]) -> Callable[[int], None]:
     return lambda done: function(done) if next(calls) == 0 else None
 
 
-def test_parts_that_run_at_the_same_time_give_the_bytes_of_the_whole(tmp_path):
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("round_", range(12))
+def test_parts_that_run_at_the_same_time_give_the_bytes_of_the_whole(tmp_path, round_):
     """Many rounds of short parts, all started by one signal: they meet at the beginning and at the end."""
     pairs = pairs_of(12)
     packing = Packing(samples_per_shard=2, val_fraction=0.5)
     pack(pairs, tmp_path / "whole", source="here", packing=packing)
-    wanted = everything_below(tmp_path / "whole")
-    wrong = []
-    for round_ in range(12):
-        out = tmp_path / f"round {round_}" / "out"
-        out.parent.mkdir()
-        go, start = os.pipe()
+    out = tmp_path / "round" / "out"
+    out.parent.mkdir()
+    go, start = os.pipe()
 
-        def part(number, out=out, go=go, start=start):
-            os.close(start)
-            os.read(go, 1)  # ends when the parent closes its end
-            pack(pairs, out, source="here", packing=packing, part=(number, 6), workers=1)
-
-        children = []
-        for number in range(1, 7):
-            child = os.fork()
-            if not child:
-                with open(out.parent / f"said by {number}", "w") as said:
-                    try:
-                        part(number)
-                        os._exit(0)
-                    except BaseException as error:
-                        said.write(repr(error))
-                        said.flush()
-                    finally:
-                        os._exit(1)
-            children.append(child)
-        os.close(go)
+    def part(number):
         os.close(start)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        said = [path.read_text() for path in out.parent.glob("said by *")]
-        if any(codes):
-            wrong.append(f"round {round_}: {[text for text in said if text]}")
-        elif everything_below(out) != wanted:
-            wrong.append(f"round {round_}: other files")
-        elif left := [p.name for p in out.parent.iterdir() if p != out and not p.name.startswith("said")]:
-            wrong.append(f"round {round_}: {left} left")
-    assert not wrong, "\n".join(wrong)
+        os.read(go, 1)  # ends when the parent closes its end
+        pack(pairs, out, source="here", packing=packing, part=(number, 6), workers=1)
+
+    children = []
+    for number in range(1, 7):
+        child = os.fork()
+        if not child:
+            with open(out.parent / f"said by {number}", "w") as said:
+                try:
+                    part(number)
+                    os._exit(0)
+                except BaseException as error:
+                    said.write(repr(error))
+                    said.flush()
+                finally:
+                    os._exit(1)
+        children.append(child)
+    os.close(go)
+    os.close(start)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert not any(codes), [path.read_text() for path in out.parent.glob("said by *")]
+    assert everything_below(out) == everything_below(tmp_path / "whole")
+    assert {p for p in out.parent.iterdir() if not p.name.startswith("said")} == {out}
 
 
 @pytest.mark.parametrize("part", [(0, 2), (3, 2), (-1, 2), (1, 0)])

@@ -66,6 +66,7 @@ def test_a_folder_of_pairs_becomes_a_model_that_searches_and_is_exported(tmp_pat
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.long
 def test_the_cells_for_openais_weights_run_on_random_ones_of_their_format(tmp_path, monkeypatch):
     vision = VisionConfig(image_size=224, patch_size=32, width=128, layers=2)
     config = CLIPConfig(64, "quick_gelu", vision, TextConfig(width=128, layers=2))

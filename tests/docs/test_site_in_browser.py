@@ -132,6 +132,7 @@ def test_the_menu_of_a_phone_opens_and_closes_by_the_keyboard(sample, browser):
     assert button.get_attribute("aria-expanded") == "false"
 
 
+@pytest.mark.long
 def test_a_folded_answer_opens_by_the_keyboard(sample, browser):
     show(browser, sample / "learn/loss.html", 390)
     answer = browser.driver.find_elements(By.TAG_NAME, "details")[-1]

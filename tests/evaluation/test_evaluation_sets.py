@@ -187,6 +187,7 @@ def test_images_are_read_by_the_forked_workers_of_a_loader(tmp_path, layout):
     assert before == read[0]
 
 
+@pytest.mark.long
 def test_images_are_read_by_workers_that_start_anew(tmp_path):
     sets = [opened(layout, tmp_path / layout) for layout in LAZY]
     for data in sets:

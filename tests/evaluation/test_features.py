@@ -140,6 +140,7 @@ def cached(model: Counting, folder: str, cache: str) -> ImageFeatures:
     return model.encode(open_dataset(folder), batch_size=2, cache=FeatureCache(cache), key="k" * 64)
 
 
+@pytest.mark.long
 def test_a_killed_run_loses_what_no_part_has_and_no_more(tmp_path):
     folder = tmp_path / "images"
     for n in range(NUM_IMAGES):

@@ -56,6 +56,7 @@ def rows_read(root: Path, source: Path, num_rows: int, split: str | None, task: 
     return [row_of[data.open(n).convert("RGB").tobytes()] for n in range(len(data))]
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder", "datasets", "datasets in a mapping"])
 @pytest.mark.parametrize("task", ["classification", "retrieval"])
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_the_runner_refuses_templates_without_a_place_and_a_class_that_comes_twi
     assert "'dog' twice" in run_alone(exported, path, "--labels", "dog,dog", code=2)
 
 
+@pytest.mark.long
 def test_an_export_of_a_threshold_of_upright_pictures_turns_them(tmp_path):
     clip = small_clip()
     name = saved(tmp_path / "model", clip)
@@ -170,6 +171,7 @@ def test_an_export_of_a_threshold_of_upright_pictures_turns_them(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_the_proof_is_from_the_files_on(model, tmp_path, monkeypatch):
     """A runner that reads floats as Pillow does, as black, is found out; what it can't read at all is named."""
     from miniclip.inference.exporting import runner
@@ -303,6 +305,7 @@ def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, t
         assert (tmp_path / "out.onnx").stat().st_size < share * size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.long)])
 def test_weights_beyond_protobufs_limit_lie_in_a_file_beside_the_graph(precision, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_files, "_MOST_FILE_BYTES", 100_000)
@@ -324,6 +327,7 @@ def test_every_precision_of_every_target_is_proven(target, precision, model, pic
     assert found.proof.guesses.num_images == 12
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("towers", ["image", "text"])
 def test_a_model_of_one_tower_is_exported_as_that_tower(towers, tmp_path):
     clip = small_clip(towers=towers)
@@ -375,6 +379,7 @@ def test_an_export_that_differs_is_kept_aside_and_not_called_done(tmp_path, caps
     export(name, out, "torch")  # in float32 it is as good as any
 
 
+@pytest.mark.long
 def test_a_table_of_the_models_own_guesses_is_proven_right(model, pictures, tmp_path):
     clip, preprocess = miniclip.load(model, "cpu")
     paths = sorted(pictures.rglob("*.png"))
@@ -385,6 +390,7 @@ def test_a_table_of_the_models_own_guesses_is_proven_right(model, pictures, tmp_
     assert (found.proof.guesses.before, found.proof.guesses.after) == (1, 1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("template, is_by_class", [("a drawing of the number {}", False), ("{}!", True)])
 def test_the_proof_asks_with_the_prompts_of_the_export(template, is_by_class, pictures, tmp_path, capsys):
     clip = small_clip()
@@ -548,6 +554,7 @@ def test_overwriting_never_deletes_what_exporting_did_not_write(refused, exporte
     (exported / name).unlink()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "package, target, extra", [("onnxscript", "onnx", "onnx"), ("openvino", "openvino", "openvino")]
 )

@@ -127,6 +127,7 @@ def test_what_a_repository_has_is_replaced_on_request_alone(tmp_path, model):
         assert repository.files["model.safetensors"] == (model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_model_is_not_pushed_to_where_open_clips_would_be_loaded_in_its_place(tmp_path, model):
     with Hub() as hub:
         assert push(hub, tmp_path / "home", str(model), "owner/birds", "--to", "openclip").returncode == 0

@@ -234,6 +234,7 @@ def test_a_sorting_that_is_killed_at_any_moment_loses_nothing_and_is_taken_back(
     assert number > 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_move", [pytest.param(False, marks=pytest.mark.long), True], ids=["copy", "move"])
 def test_a_taking_back_that_is_killed_at_any_moment_is_gone_on_with(photos, tmp_path, is_move):
     before, out = everything_below(photos), tmp_path / "out"

@@ -171,6 +171,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.long
 def test_a_threshold_is_found_in_the_hubs_repository(tmp_path):
     miniclip.save(tiny_clip(), tmp_path / "model")
     bare = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}

@@ -495,6 +495,7 @@ def test_a_file_that_is_no_results_is_refused(tmp_path, text, told):
         read(tmp_path / "other")
 
 
+@pytest.mark.long
 def test_twenty_thousand_classes_are_scored_and_written_in_little_memory(tmp_path):
     """A matrix of all classes by all classes would take 3.5 GB, and several of them were made."""
     C, random = 21_000, np.random.default_rng(0)

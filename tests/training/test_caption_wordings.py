@@ -109,6 +109,7 @@ def test_what_was_found_is_a_matter_of_the_captions_and_not_of_when_it_was_looke
         assert (found and [each.text for each in found.wordings]) == texts
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_the_captions_goes_on_with_what_it_found_as_before(run, data, tmp_path):
     """It keeps that until more captions were read than it is of."""
     folder = tmp_path / "run"

@@ -151,6 +151,7 @@ def test_weights_loaded_after_the_module_was_made_are_where_the_average_begins(d
     assert not any(parameter.requires_grad for parameter in module.average.parameters())
 
 
+@pytest.mark.long
 def test_an_average_can_neither_be_left_nor_begun_by_resuming(data, tmp_path, capsys):
     trainer.main(arguments(data, tmp_path / "with", EMA, steps=2))
     said = runs.fails(capsys, arguments(data, tmp_path / "with", "--ckpt_path=last", steps=4))

@@ -115,6 +115,7 @@ class Tick(Callback):
         Tick.now += 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("interval, apart", [("00:00:00:10", 10), ('{"seconds": 4}', 4)])
 def test_validations_come_at_times_and_at_the_last_step(data, tmp_path, monkeypatch, interval, apart):
     for module in (evaluation_loop, fit_loop, training_epoch_loop):
@@ -136,6 +137,7 @@ def test_validations_come_at_times_and_at_the_last_step(data, tmp_path, monkeypa
 TIMER = '--trainer.callbacks=[{"class_path": "Timer", "init_args": {"duration": "00:00:00:01"}}]'
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("limit, name", [("--trainer.max_time=00:00:00:01", "trainer.max_time 00"), (TIMER, "Timer")])
 def test_a_limit_of_time_counts_from_each_start_and_is_named(data, tmp_path, capsys, limit, name):
     run, reached = tmp_path / "run", [0]

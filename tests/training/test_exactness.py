@@ -194,6 +194,7 @@ GROUPS = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("world_size, cells", GROUPS)
 def test_any_number_of_shards_workers_and_ranks_gives_every_sample_once_an_epoch_in_one_order(
     shelves, tmp_path, world_size, cells

@@ -132,6 +132,7 @@ def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):
         assert torch.equal(state(broken)[name], expected), name
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -634,6 +635,7 @@ def test_a_distilled_run_resumes_to_the_same_weights_and_logs_the_distance(data,
     assert any(not torch.equal(state(undistilled)[name], tensor) for name, tensor in state(runs["straight"]).items())
 
 
+@pytest.mark.long
 def test_a_resumed_run_says_that_its_teacher_has_other_weights(data, start, tmp_path, capsys):
     teacher = shutil.copytree(start, tmp_path / "teacher")
     go = arguments(data, tmp_path / "run", f"--model.teacher={teacher}", steps=3)

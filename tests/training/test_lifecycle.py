@@ -118,6 +118,7 @@ class StepsOnDisk(Callback):
             file.write(f"{there} ")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("minutes, expected", [(1e-9, [0, 1, 2, 3, 4, 5]), (1e9, [0, 0, 0, 0, 4, 4])])
 def test_checkpoints_come_every_so_many_steps_or_minutes_whichever_is_first(data, tmp_path, minutes, expected):
     noted = tmp_path / "noted"
@@ -189,6 +190,7 @@ def test_a_name_is_the_runs_folder_and_one_command_begins_goes_on_and_ends(data,
     assert "new, 6 steps" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_whose_best_was_converted_in_place_is_refused_before_it_goes_on(data, tmp_path, capsys):
     """Its model would lie beside OpenCLIP's, which `load` prefers."""
     run = tmp_path / "run"
@@ -223,6 +225,7 @@ def test_the_kept_configuration_alone_goes_on_with_a_named_run(data, tmp_path, m
     assert step_of(tmp_path / "runs/mine") == 3
 
 
+@pytest.mark.long
 def test_the_name_in_a_file_gives_way_to_another_folder(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("named.yaml").write_text("name: mine\n")
@@ -235,6 +238,7 @@ def test_the_name_in_a_file_gives_way_to_another_folder(data, tmp_path, monkeypa
 # The best checkpoint, and the last validation
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("monitor, mode", [("val/loss", "min"), ("train/loss", "max")])
 def test_best_is_by_any_logged_metric_in_either_direction(data, tmp_path, monitor, mode):
     run = tmp_path / "run"
@@ -270,6 +274,7 @@ def test_a_monitor_that_nothing_logs_ends_the_run_at_the_first_validation(data, 
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
+@pytest.mark.long
 def test_a_monitor_of_steps_that_are_logged_later_than_the_first_validation_chooses_among_later_ones(
     data, tmp_path, capsys
 ):
@@ -289,6 +294,7 @@ def test_a_monitor_of_steps_that_are_logged_later_than_the_first_validation_choo
     assert read_run(run).best() == ("train/loss", best, pytest.approx(by_validation[best]))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("every", ["--trainer.check_val_every_n_epoch=1", "--trainer.check_val_every_n_epoch=2"])
 def test_a_run_that_ends_between_validations_validates_at_its_end(data, tmp_path, every):
     run = tmp_path / "run"
@@ -486,6 +492,7 @@ def test_a_disk_that_is_full_for_a_while_costs_warnings_and_nothing_else(data, t
     assert_same_weights(run, tmp_path / "straight")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("monitor", [None, "train/samples"])  # the latter grows, so each is the best so far
 def test_a_full_disk_costs_no_checkpoint_of_lightnings_own_callback(data, tmp_path, capsys, room, monitor):
     """It writes the new file, and then removes the one that it keeps no longer."""
@@ -541,6 +548,7 @@ class FullAfterTraining(Callback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_for_the_trained_model_costs_no_training(data, tmp_path, capsys, room):
     run = tmp_path / "run"
     said = fails(capsys, arguments(data, run, callbacks(FullAfterTraining())))
@@ -558,7 +566,7 @@ def test_a_disk_that_is_full_for_the_trained_model_costs_no_training(data, tmp_p
     assert miniclip.load(run / "best", device="cpu")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("given", ["simple", "advanced", "SimpleProfiler"])
 def test_a_profile_lies_beside_the_log_and_the_run_says_where(data, tmp_path, capsys, given):
     run = tmp_path / "run"
@@ -749,6 +757,7 @@ OTHER_SETTINGS = [  # what is given beside the same command; then what is said o
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -782,7 +791,7 @@ def labelled_table(path: Path, data: Path, count: int, first: str) -> Path:
     return path
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("change", "is_anew"),
     [
@@ -847,7 +856,7 @@ def half(data, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("more, message, goes_on", OTHER_SETTINGS, ids=[str(more) for more, _, _ in OTHER_SETTINGS])
 def test_what_a_run_resumed_under_other_settings_says(data, tmp_path, capsys, half, more, message, goes_on):
     run = tmp_path / "run"
@@ -919,6 +928,7 @@ def test_validation_leaves_tensors_that_training_can_use(data, tmp_path):
     assert validated_at(tmp_path / "run") == [1]
 
 
+@pytest.mark.long
 def test_overwriting_by_a_run_that_goes_on_from_another_folder_leaves_nothing_of_the_old_one(data, tmp_path, half):
     """An old best.ckpt would count as the new run's."""
     run = tmp_path / "run"

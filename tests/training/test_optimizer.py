@@ -713,7 +713,7 @@ def test_a_run_may_be_as_long_as_so_many_samples(data, tmp_path):
 PRESET = ["--trainer.max_steps=-1", "--trainer.max_epochs=2"]  # of 40 pairs, in batches of 12 or 8
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "more, steps, message",
     [
@@ -847,6 +847,7 @@ CLIPPED = [("muon", "float32"), ("adamw", "float16 with a scaler")]
 OTHERS_CLIPPED = [each for each in itertools.product(["adamw", "muon", "timm"], PRECISIONS) if each not in CLIPPED]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "precision"), [*CLIPPED, *(pytest.param(*each, marks=pytest.mark.long) for each in OTHERS_CLIPPED)]
 )

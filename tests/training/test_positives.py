@@ -245,7 +245,7 @@ GROUPED = ["--model.positives=group", "--data.group=colour"]
 FITTING = {"pair": [], "caption": ["--model.positives=caption"], "group": GROUPED}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("positives", FITTING)
 def test_a_validation_counts_as_right_what_training_does(grouped, tmp_path, loss, positives):

@@ -80,6 +80,7 @@ def test_a_run_that_is_resumed_with_the_other_library_prints_so(resume):
     assert "products: the checkpoint has onednn, this run mkl" in resume(library=matmul.MKL)[1]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(LIBRARY == matmul.MKL, reason="there is one library")
 def test_a_checkpoint_from_before_there_was_a_choice_goes_on_with_mkl(resume):
     with matmul.using(matmul.ONEDNN):

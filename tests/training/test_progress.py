@@ -344,6 +344,7 @@ def test_rows_stay_at_the_same_steps_after_a_resumption(data, tmp_path, stop):
     assert [(row["step"], row["train/samples"]) for row in found] == [(n - 1, 12 * n) for n in (2, 4, 6, 8, 10, 12)]
 
 
+@pytest.mark.long
 def test_rows_stay_at_the_same_steps_when_a_finished_run_is_made_longer(data, tmp_path):
     run = tmp_path / "run"
     more = ["--trainer.log_every_n_steps=2", "--data.val=null"]

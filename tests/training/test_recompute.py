@@ -375,6 +375,7 @@ def test_a_compiled_run_has_few_graphs_and_the_same_weights_under_the_same_names
     assert model.encode_text(miniclip.tokenize("red", context_length=24)).shape == (1, 16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vision", [VIT, pytest.param(RESNET, marks=pytest.mark.long)], ids=["vit", "resnet"])
 def test_compiled_towers_compute_the_same_whatever_else_is_on(graphs, vision):
     vision = dataclasses.replace(vision, layers=1, blocks=(1, 1, 1, 1))
@@ -388,7 +389,7 @@ def test_compiled_towers_compute_the_same_whatever_else_is_on(graphs, vision):
     assert graphs.count == count  # nothing is compiled again
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tower", ["vit", "resnet", "text"])
 @pytest.mark.parametrize(
     "is_mixed", [False, pytest.param(True, marks=pytest.mark.long)], ids=["float64", "bf16 autocast"]
@@ -488,7 +489,7 @@ def dtypes_of_a_run(pairs: Path, run: Path, precision: str, *more: str) -> dict[
     return Observer.seen["dtypes"]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "precision, matrix_product, rest",
     [
@@ -508,6 +509,7 @@ def test_weights_gradients_optimizer_and_loss_keep_their_precision(pairs, tmp_pa
     }
 
 
+@pytest.mark.long
 def test_float16_is_bfloat16_on_a_cpu_and_says_so(pairs, tmp_path):
     with pytest.warns(UserWarning, match="fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
         assert dtypes_of_a_run(pairs, tmp_path / "run", "16-mixed")["matrix_product"] == torch.bfloat16

@@ -94,7 +94,7 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(data, tmp_path, c
     assert set(kept.split(", ")) == set(FOREIGN)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name, path",
     [

@@ -109,6 +109,7 @@ SOME_STOPS = [(6, EPOCHS), (1, STEPS)]
 OTHER_STOPS = [*((stop, EPOCHS) for stop in (1, 3, 5, 8)), *((stop, STEPS) for stop in (3, 5, 6, 8))]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "stop, length", [*SOME_STOPS, *(pytest.param(*each, marks=pytest.mark.long) for each in OTHER_STOPS)]
 )
@@ -324,6 +325,7 @@ def test_a_number_in_a_file_where_a_text_belongs_is_to_be_quoted(data, tmp_path,
     assert "name is 1, and it takes str or null; in YAML, write '1' with quotes" in message
 
 
+@pytest.mark.long
 def test_a_new_loader_for_each_epoch_goes_on_counting_the_wait_for_data(data, tmp_path):
     """Ten steps are four loaders of three steps each."""
     trainer.main(arguments(data, tmp_path / "run", "--trainer.reload_dataloaders_every_n_epochs=1"))
@@ -415,6 +417,7 @@ def test_rounding_decides_no_accuracy_and_equal_captions_are_right():
     assert len(found) == 1
 
 
+@pytest.mark.long
 def test_what_a_validation_logs_over_processes_is_numbers_and_no_tensors_of_the_host(data, tmp_path, monkeypatch):
     """NCCL moves only what lies on a GPU; Lightning puts numbers there, and leaves tensors where they are."""
     logged: dict[str, Any] = {}

@@ -54,6 +54,7 @@ def full_vocabulary(tmp_path_factory):
 # ---- there and back
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("dtype", ["half", "float", "mixed"])
 def test_a_round_trip_through_every_layout_keeps_every_bit_and_type(tmp_path, kind, dtype):
@@ -534,6 +535,7 @@ def test_info_tells_format_sizes_cost_and_activation(vit_b_32, capsys):
     assert re.search(r"[78]\.\d\d GFLOPs an image, 5\.\d\d a text", said)
 
 
+@pytest.mark.long
 def test_the_cost_of_rn50_is_about_the_published(tmp_path):
     """The paper's RN50 takes 12.2 GFLOPs an image (6.1 GMACs) with every token as a query of its pool."""
     with torch.device("meta"):

@@ -361,6 +361,7 @@ def test_a_hub_model_without_a_network_is_told_with_what_to_do(tmp_path):
     assert "copy the model's folder" in result.stdout
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_model_that_is_cached_needs_no_network(tmp_path, offline):
     write_hub_cache(tmp_path)
@@ -425,6 +426,7 @@ def load_from_hub(root):
         return run_with_hub("hf-hub:owner/name", root, HF_ENDPOINT=server.url)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("only_pt", [False, True])
 def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
     """Whichever of the copies that repositories hold for several libraries; and a .pt alone is one, too."""
