@@ -97,6 +97,10 @@ _CHARTS = (
 )
 
 
+_WIDTH, _HEIGHT, _FONT = 3.7, 2.55, 8  # of a chart: inches, and points
+_EM = _FONT / 72
+
+
 def _charts(runs: Sequence[Run]) -> list[_Chart]:
     """Those that have something to show; every validation score is in one."""
     names = {name for run in runs for name in run.curves if name.startswith("val/") and name != "val/loss"}
@@ -120,8 +124,8 @@ def _score_name(metric: str) -> str:
 
 def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
     """Colours stand for metrics, or, with several runs, for runs; the page has their legend."""
-    figure = Figure(figsize=(3.7, 2.55), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(_WIDTH, _HEIGHT))
+    axes = figure.add_axes((0, 0, 1, 1))
     metrics = [name for name in chart.metrics if any(run.values(name) for run in runs)]
     for number, run in enumerate(runs):
         for position, name in enumerate(metrics):
@@ -131,11 +135,19 @@ def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
                 _draw(axes, chart, run, name, {"color": colour, "linestyle": dashes})
     _limit(chart, runs, axes)
     _dress(axes, chart, runs)
-    if len(runs) == 1 and len(metrics) > 1:
+    has_legend = len(runs) == 1 and len(metrics) > 1
+    if has_legend:
         figure.legend(
-            loc="outside upper left", ncols=2, frameon=False, fontsize=8, handlelength=1.8, columnspacing=1.2,
+            loc="upper left", ncols=2, frameon=False, fontsize=_FONT, handlelength=1.8, columnspacing=1.2,
             labelspacing=0.25, labelcolor="#1c2733", borderpad=0.1,
         )  # fmt: skip
+    # Margins by hand, in widths of an M: the layout engines of matplotlib draw all twice or more.
+    low, high = axes.get_ylim()
+    ticks = axes.yaxis.get_major_formatter().format_ticks([y for y in axes.get_yticks() if low <= y <= high])
+    left, bottom = max(3.6, 1.2 + 0.66 * max(map(len, ticks), default=0)), 3.9
+    top = 2 * -(-len(metrics) // 2) if has_legend else 0.7
+    x, y = left * _EM / _WIDTH, bottom * _EM / _HEIGHT
+    axes.set_position((x, y, 0.98 - x, 1 - y - top * _EM / _HEIGHT))
     return svg(figure, is_tight=False)
 
 
