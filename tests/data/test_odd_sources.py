@@ -1513,6 +1513,19 @@ def test_texts_without_captions_give_way_to_others_of_their_pictures(tmp_path, n
     assert {each.source for each in pairs.left_out} == {f"{n}{first}" for n in range(number)}
 
 
+@pytest.mark.parametrize("suffix", [".jpg.txt", ".json"])
+def test_one_good_text_among_empty_ones_keeps_no_other_text_from_being_read(tmp_path, suffix):
+    for n in range(150):
+        write_picture(tmp_path / f"{n}.jpg", 1)
+        (tmp_path / f"{n}.txt").write_text("by hand" if n == 7 else ("" if n % 2 else "0 0.51 0.43 0.2 0.3"))
+        held = f"a cat {n}"
+        (tmp_path / f"{n}{suffix}").write_text(json.dumps({"caption": held}) if suffix == ".json" else held)
+    pairs = read_pairs(tmp_path)
+    expected = {f"{n}.jpg": (f"a cat {n}",) for n in range(150)} | {"7.jpg": ("by hand",)}
+    assert {pair.source: pair.captions for pair in pairs} == expected
+    assert {each.source for each in pairs.left_out} == {f"{n}.txt" for n in range(150) if n != 7} | {f"7{suffix}"}
+
+
 def test_a_text_that_can_not_be_read_or_is_empty_now_and_then_does_not_give_way(tmp_path):
     for name, held in {"a": "a bär".encode("cp1252"), "b": b"version https://git-lfs.github.com/spec/v1"}.items():
         write_picture(tmp_path / name / "1.jpg", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePath
 
@@ -35,7 +36,8 @@ _ROLES = frozenset(
     | {"text", "texts", "txt", "txts", "caption", "captions"}  # not labels: those of detectors are numbers
 )
 
-_FILES_LOOKED_INTO = 100  # where no picture has a text, or many have several
+_FILES_LOOKED_INTO = 100  # where no picture has a text
+_READ_AT_ONCE = 16
 _TAKEOUT_LONGEST = 46  # characters that Google's Takeout leaves of a name before .json
 
 
@@ -206,24 +208,34 @@ def _match(files: Scan) -> tuple[dict[Path, Path], set[Path]]:
                     )
         apart = _match_apart(files, captions, {image: texts[0] for image, texts in texts_of.items()})
         texts_of |= {image: [text] for image, text in apart.items()}
-    bare = _suffixes_without_captions({image: texts for image, texts in texts_of.items() if len(texts) > 1})
-    return {
-        image: next((text for text in texts if _own_suffix(text, image) not in bare), texts[0])
-        for image, texts in texts_of.items()
-    }, beside
+    return _best_texts(texts_of), beside
 
 
-def _suffixes_without_captions(texts_of: Mapping[Path, Sequence[Path]]) -> set[str]:
-    """Of pictures with several texts: the suffixes of those that hold no captions, such as a.txt of a detector beside
-    a.jpg.txt. Some pictures tell it, as reading all texts here would read them twice."""
-    has_captions: dict[str, bool] = {}
-    images = list(texts_of)
-    for image in images[:: -(-len(images) // _FILES_LOOKED_INTO) or 1]:
-        for text in texts_of[image]:
-            suffix = _own_suffix(text, image)
-            if not has_captions.get(suffix):
-                has_captions[suffix] = _has_captions(text, image)
-    return {suffix for suffix, has_any in has_captions.items() if not has_any}
+def _best_texts(texts_of: Mapping[Path, Sequence[Path]]) -> dict[Path, Path]:
+    """The first text of each picture that holds captions, such as a.jpg.txt beside a detector's a.txt; else the first
+    of all. JSON, which may be of a shop or a program, stands in where most texts of such a name hold none."""
+
+    def written(image: Path) -> Path | None:
+        texts = [text for text in texts_of[image] if text.suffix.lower() != ".json"]
+        return next((text for text in texts if _has_captions(text, image)), None)
+
+    several = [image for image, texts in texts_of.items() if len(texts) > 1]
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:  # a network's storage answers many as fast as one
+        written_of = dict(zip(several, pool.map(written, several), strict=True))
+    beside = Counter(_own_suffix(text, image) for image in several for text in texts_of[image])
+    holding = Counter(_own_suffix(text, image) for image, text in written_of.items() if text)
+
+    def best(image: Path, texts: Sequence[Path]) -> Path:
+        if len(texts) == 1:
+            return texts[0]
+        if text := written_of[image]:
+            return text
+        suffixes = [_own_suffix(text, image) for text in texts if text.suffix.lower() != ".json"]
+        if any(2 * holding[suffix] >= beside[suffix] for suffix in suffixes):
+            return texts[0]
+        return next((text for text in texts if text.suffix.lower() == ".json" and _has_captions(text, image)), texts[0])
+
+    return {image: best(image, texts) for image, texts in texts_of.items()}
 
 
 def _own_suffix(text: Path, image: Path) -> str:
