@@ -105,6 +105,74 @@ def test_a_row_has_the_tables_own_number_whichever_split_is_read(tmp_path):
         rows_about(read_pairs(tmp_path / "t.parquet", split="val"), drop, "x")
 
 
+def rows_of(tmp_path, count):
+    write_picture(tmp_path / "x.png", 1)
+    return [{"image": (tmp_path / "x.png").read_bytes(), "caption": f"text {n}"} for n in range(count)]
+
+
+def write_parts(tmp_path, kind):
+    """Two pairs of train in the first place and one in a second, if the kind has several of a part; and two of val."""
+    root = tmp_path / "set"
+    if kind == "imagefolder":
+        for part in ("train", "val"):
+            for n in range(2):
+                write_picture(root / part / f"{n}.png", n)
+            lines = "".join(f"{n}.png,{part} {n}\n" for n in range(2))
+            (root / part / "metadata.csv").write_text(f"file_name,text\n{lines}")
+    elif kind == "datasets":
+        datasets = pytest.importorskip("datasets")
+        parts = {
+            part: datasets.Dataset.from_list(
+                [row | {"caption": f"{part} {n}"} for n, row in enumerate(rows_of(tmp_path, 2))]
+            )
+            for part in ("train", "val")
+        }
+        datasets.DatasetDict(parts).save_to_disk(root)
+    else:
+        parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        root.mkdir()
+        for stem, count in (("train-00000-of-00002", 2), ("train-00001-of-00002", 1), ("val-00000-of-00001", 2)):
+            rows = [row | {"caption": f"{stem[:-9]} {n}"} for n, row in enumerate(rows_of(tmp_path, count))]
+            parquet.write_table(pa.Table.from_pylist(rows), root / f"{stem}.parquet")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("imagefolder", {"train": ["train/0.png", "train/1.png"], "val": ["val/0.png", "val/1.png"]}),
+        ("datasets", {"train": ["train: row 1", "train: row 2"], "val": ["val: row 1", "val: row 2"]}),
+        (
+            "parquet",
+            {
+                "train": [
+                    "train-00000-of-00002.parquet: row 1",
+                    "train-00000-of-00002.parquet: row 2",
+                    "train-00001-of-00002.parquet: row 1",
+                ],
+                "val": ["val-00000-of-00001.parquet: row 1", "val-00000-of-00001.parquet: row 2"],
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("dropped", ["train", "val"])
+def test_a_key_of_one_part_names_no_pair_of_another(tmp_path, kind, names, dropped):
+    root = write_parts(tmp_path, kind)
+    drop = table(tmp_path / "drop.csv", "key,source", f"{names[dropped][-1]},{root}")
+    for part in ("train", "val"):
+        pairs = read_pairs(root, split=part)
+        assert list(pairs.names) == names[part] == [pair.source for pair in pairs]
+        if part == dropped:
+            kept, _ = without_listed(pairs, rows_about(pairs, drop, str(root)))
+            assert [pair.captions for pair in kept] == [pair.captions for pair in pairs][:-1]
+        else:
+            with pytest.raises(ValueError, match=r"no row of .* names a pair"):
+                rows_about(pairs, drop, str(root))
+        old = "0.png" if kind == "imagefolder" else "row 0"  # as lists of earlier versions have it
+        with pytest.raises(ValueError, match=r"no row of .* names a pair of .*a pair of it is called "):
+            rows_about(pairs, table(tmp_path / "old.csv", "key,source", f"{old},{root}"), str(root))
+
+
 def test_a_key_of_several_pairs_is_refused(tmp_path):
     pairs = Pairs(["a", "b", "a"], Pair, "three")
     with pytest.raises(ValueError, match=r"d\.csv, row 2: 2 pairs of x are called 'a', so which of them is meant"):

@@ -177,8 +177,8 @@ def test_what_img2dataset_writes_is_packed_and_trained_on(tmp_path, output_forma
         assert {shards.info(number)["license"] for number in range(6)} == {"CC"}
     if output_format == "parquet":
         assert {name for name, reason in rejections(out).items() if reason == "no image in this row"} == {
-            "row 3",
-            "row 7",
+            "00000.parquet: row 4",
+            "00001.parquet: row 3",
         }
     data = PairDataModule(str(out), batch_size=3, num_workers=0, image_size=16)
     data.trainer = trainer_at(0)

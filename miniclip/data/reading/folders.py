@@ -347,8 +347,15 @@ def _read_imagefolder(files: Scan, metadata: Path, split: str, is_asked_for: boo
     columns, all_rows = read_table(metadata)
     is_told = metadata.parent != files.folder or is_named(files.folder, split)
     rows = rows_of_split(metadata, columns, all_rows, split, is_asked_for and not is_told)
+    place = metadata.parent.relative_to(files.folder)
     pairs = pairs_of_rows(
-        metadata, columns, rows, folder=metadata.parent, image_column="file_name", left_out=rows.left_out
+        metadata,
+        columns,
+        rows,
+        folder=metadata.parent,
+        within=str(place) if place.parts else "",
+        image_column="file_name",
+        left_out=rows.left_out,
     )
     named = {find_file(metadata.parent, str(row["file_name"])) for row in all_rows if row.get("file_name")}
     rest = [path for path in (*files.images, *files.texts) if path not in named]

@@ -89,19 +89,24 @@ class DatasetsRows:
 
     Args:
         chosen: the numbers that the rows have in the set; None for all of it.
+        part: the set's name among several, where rows are called by it.
     """
 
     left_out: tuple[LeftOut, ...] = ()
     note = ""
 
-    def __init__(self, loaded: Any, chosen: Sequence[int] | None = None) -> None:
-        self.loaded, self.chosen = loaded, chosen
+    def __init__(self, loaded: Any, chosen: Sequence[int] | None = None, part: str = "") -> None:
+        self.loaded, self.chosen, self.part = loaded, chosen, part
 
     def __len__(self) -> int:
         return len(self.loaded)
 
     def only(self, rows: Sequence[int]) -> DatasetsRows:
-        return DatasetsRows(self.loaded.select(rows), rows)
+        return DatasetsRows(self.loaded.select(rows), rows, self.part)
+
+    def called(self, number: int) -> str:
+        """What a row is called, by its number in the set, from 1 after the set's name."""
+        return f"{self.part}: row {number + 1}" if self.part else f"row {number}"
 
     def column(self, name: str) -> list[Any]:
         return list(self.loaded.select_columns([name])[:][name])
@@ -137,6 +142,7 @@ def datasets_rows(loaded: Any, source: str, split: str, is_asked_for: bool = Fal
     Raises:
         ValueError: there is no such part.
     """
+    part = ""
     if isinstance(loaded, dict):
         is_told = not {*equal_splits(split)}.isdisjoint(loaded)
         only = next(iter(loaded.values())) if len(loaded) == 1 else None
@@ -145,8 +151,10 @@ def datasets_rows(loaded: Any, source: str, split: str, is_asked_for: bool = Fal
                 return rows_of_split(source, only.column_names, DatasetsRows(only), split, is_asked_for=True)
             except ValueError as error:
                 raise ValueError(f"{error}; or all of its one set, {next(iter(loaded))}") from error
-        loaded, is_asked_for = loaded[split_among(list(loaded), split, source)], False
-    return rows_of_split(source, loaded.column_names, DatasetsRows(loaded), split, is_asked_for)
+        chosen = split_among(list(loaded), split, source)
+        part = chosen if len(loaded) > 1 else ""
+        loaded, is_asked_for = loaded[chosen], False
+    return rows_of_split(source, loaded.column_names, DatasetsRows(loaded, part=part), split, is_asked_for)
 
 
 def read_datasets(
@@ -163,7 +171,7 @@ def read_datasets(
     column = image_column or image_column_of(loaded, source)
     column, texts = choose_columns(source, columns, column, caption_columns)
     loaded = undecoded(loaded)
-    names = [f"row {number}" for number in numbers_of(rows)]
+    names = [rows.called(number) for number in numbers_of(rows)]
     lock = _OwnLock()  # its formatting is not made for threads
 
     def read(index: int) -> Pair:

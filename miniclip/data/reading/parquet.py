@@ -25,6 +25,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
 
     Args:
         chosen: the rows to have, by number; None for all.
+        names: of the files, where rows are called by them.
 
     Raises:
         ValueError: pyarrow is missing, a file is damaged, or the columns of two files differ.
@@ -33,12 +34,12 @@ class ParquetRows(Sequence[dict[str, Any]]):
     left_out: tuple[LeftOut, ...] = ()
     note = ""
 
-    def __init__(self, paths: Sequence[Path], chosen: Sequence[int] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], chosen: Sequence[int] | None = None, names: Sequence[str] = ()) -> None:
         try:
             from pyarrow import ArrowException, parquet
         except ImportError as error:
             raise ValueError(f"reading {paths[0]} needs pyarrow: pip install 'miniclip[datasets]'") from error
-        self.paths, self.errors, self.chosen = list(paths), ArrowException, chosen
+        self.paths, self.errors, self.chosen, self.names = list(paths), ArrowException, chosen, tuple(names)
         self.files = []
         for path in paths:
             try:
@@ -55,8 +56,8 @@ class ParquetRows(Sequence[dict[str, Any]]):
                 )
         # Columns that Spark and Hive write as names of folders, lang=en/part-0.parquet, and not into the files.
         folders = [_columns_of_path(path) for path in paths]
-        names = set.intersection(*map(set, folders)) - set(self.columns)
-        self.of_path = {name: [each[name] for each in folders] for name in sorted(names)}
+        shared = set.intersection(*map(set, folders)) - set(self.columns)
+        self.of_path = {name: [each[name] for each in folders] for name in sorted(shared)}
         self.columns += self.of_path
         self.groups = [
             (file_index, group, file.metadata.row_group(group).num_rows)
@@ -64,16 +65,25 @@ class ParquetRows(Sequence[dict[str, Any]]):
             for group in range(file.num_row_groups)
         ]
         self.ends = list(accumulate(count for _, _, count in self.groups))
+        self._ends_of_files = list(accumulate(file.metadata.num_rows for file in self.files))
         self._lock = Lock()
         self._group = lru_cache(maxsize=2)(lambda file_index, group: self.files[file_index].read_row_group(group))
         self._parts: dict[str, tuple[tuple[int, int], Any]] = {}  # the last group of each column
 
     def __reduce__(self) -> Any:
-        return type(self), (self.paths, self.chosen)  # another process opens the files anew
+        return type(self), (self.paths, self.chosen, self.names)  # another process opens the files anew
 
     def only(self, rows: Sequence[int]) -> ParquetRows:
         """These rows of all."""
-        return ParquetRows(self.paths, rows)
+        return ParquetRows(self.paths, rows, self.names)
+
+    def called(self, number: int) -> str:
+        """What a row is called, by its number among all: its file and its number there, from 1, if files have names."""
+        if not self.names:
+            return f"row {number}"
+        file_index = bisect_right(self._ends_of_files, number)
+        first = self._ends_of_files[file_index - 1] if file_index else 0
+        return f"{self.names[file_index]}: row {number - first + 1}"
 
     def __len__(self) -> int:
         if self.chosen is not None:

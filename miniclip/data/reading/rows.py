@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +30,7 @@ def pairs_of_rows(
     rows: Sequence[dict[str, Any]],
     *,
     folder: Path,
+    within: str = "",
     images: str | Path | None = None,
     image_column: str | None = None,
     caption_columns: Sequence[str] = (),
@@ -40,6 +41,7 @@ def pairs_of_rows(
     Args:
         source: the table, for messages and the fingerprint.
         folder: the folder that paths are relative to, unless `images` names another.
+        within: that folder's path in the one that the user named, which pairs are called by.
         left_out: what is left out already.
 
     Raises:
@@ -58,16 +60,18 @@ def pairs_of_rows(
     names: list[str] = []
     paths: list[str] = []
     numbers = numbers_of(rows)
+    called: Callable[[int], str] = getattr(rows, "called", "row {}".format)
     for row, cell in enumerate(cells):
-        name = _name_of(cell, numbers[row])
+        path = _path_in(cell)
+        name = path or called(numbers[row])
         key = name if is_url(name) else os.path.normpath(same_name(name.strip()))
         if key not in rows_of:
-            names.append(name)
-            paths += [] if is_url(name) or name == f"row {numbers[row]}" else [name]
+            names.append(name if is_url(name) else str(PurePath(within, name)) if within else name)
+            paths += [] if is_url(path) or not path else [path]
         rows_of.setdefault(key, []).append(row)
     keys, groups = list(rows_of), list(rows_of.values())
     without = _rows_without_caption(rows, groups, text_columns) if len(rows) > len(names) else []
-    left_out = [*left_out, *(_row_left_out(numbers[row], rows[row]) for row in without)]
+    left_out = [*left_out, *(_row_left_out(called(numbers[row]), rows[row]) for row in without)]
     skipped = set(without)
 
     def read(index: int) -> Pair:
@@ -201,9 +205,9 @@ def _rows_without_caption(
     ]
 
 
-def _row_left_out(row: int, values: Mapping[str, Any]) -> LeftOut:
+def _row_left_out(name: str, values: Mapping[str, Any]) -> LeftOut:
     held = ", ".join(str(value) for value in values.values() if value not in (None, "") and not is_binary(value))
-    return LeftOut(f"row {row} ({held[:100]})", "a row without a caption, of an image that has others")
+    return LeftOut(f"{name} ({held[:100]})", "a row without a caption, of an image that has others")
 
 
 def _row_in_another_case(path: Path, folder: Path, key: str) -> str:
@@ -213,14 +217,14 @@ def _row_in_another_case(path: Path, folder: Path, key: str) -> str:
     return found if found != key and found.casefold() == key.casefold() else ""
 
 
-def _name_of(cell: Any, row: int) -> str:
-    """The name by which the user knows a row's image: its path, its URL, or its row if it lies in the table."""
+def _path_in(cell: Any) -> str:
+    """The path or the URL of a row's image, by which the user knows it; empty if it lies in the table."""
     if isinstance(cell, Mapping):
         cell = cell.get("path") if not cell.get("bytes") else None
     if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
         return str(cell)
     is_name = isinstance(cell, str) and cell.strip() and not from_base64(cell)
-    return cell if is_name else f"row {row}"
+    return cell if is_name else ""
 
 
 def _absence(path: Path, text: str, images: str | Path | None) -> str | None:

@@ -137,7 +137,7 @@ def not_for_training(there: Iterable[str]) -> list[str]:
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows in memory, and what of their file is none. `ParquetRows` has the same methods.
+    """Rows in memory, and what of their file is none. `ParquetRows` and `DatasetsRows` have methods of these names.
 
     Args:
         chosen: the numbers that the rows have in their file; None for all of it.
@@ -152,6 +152,10 @@ class Rows(list[dict[str, Any]]):
 
     def only(self, rows: Sequence[int]) -> Rows:
         return Rows((self[row] for row in rows), rows)
+
+    def called(self, number: int) -> str:
+        """What a row is called, by its number in the file."""
+        return f"row {number}"
 
     def column(self, name: str) -> list[Any]:
         return [row.get(name) for row in self]
@@ -236,7 +240,7 @@ def _rows_with(rows: Any, parts: Sequence[str], wanted: Collection[str]) -> Any:
     if len(kept) == len(parts):
         return rows
     left_out = [
-        LeftOut(f"row {row}", f"a row of another split ({part or 'blank'})")
+        LeftOut(rows.called(row), f"a row of another split ({part or 'blank'})")
         for row, part in enumerate(parts)
         if part not in wanted
     ]

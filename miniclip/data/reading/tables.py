@@ -64,7 +64,7 @@ def read_table(
             split.
     """
     if is_parquet(path):
-        stored = ParquetRows(parquet_files(path, split))
+        stored = ParquetRows(files := parquet_files(path, split), names=_names_before_rows(path, files))
         return stored.columns, _only_split(path, stored.columns, stored, split, is_asked_for)
     data = _unzipped(path)
     suffix = table_suffix(path)
@@ -96,6 +96,12 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
     if len(named) > 1 and not is_of_files and not chosen.note:
         chosen.note = f", all files: their names are of {some(named, 3)}; --split takes those of one"
     return chosen
+
+
+def _names_before_rows(path: Path, files: Sequence[Path]) -> list[str]:
+    """What the files of a folder or a pattern are called, if it has several; of a folder also those of other splits."""
+    num_files = sum(1 for _ in files_below(path, ".parquet")) if path.is_dir() else len(files)
+    return [str(file.relative_to(folder_of(path))) for file in files] if num_files > 1 else []
 
 
 def is_told_by_name(path: Path, split: str) -> bool:
