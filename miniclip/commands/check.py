@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     pipeline = None
     if options.speed:
         pipeline = time_pipeline(
-            Shards(options.data),
+            Shards(options.data, split=options.split or "train"),
             image_size=options.image_size,
             context_length=options.context_length,
             workers=options.workers,

@@ -29,7 +29,7 @@ from ..images import Preprocess
 from .augmentation import Augmentation
 from .open_pairs import pack_into_cache
 from .pairs import Batch, CaptionChoice, PairDataset, Positives, Recipe, Sample, collate
-from .reading.scan import summary
+from .reading.scan import OTHER_SPLIT, summary
 from .sampling.ahead import Ahead
 from .sampling.contradictions import refuse_contradictions
 from .sampling.likeness import check_groups, groups_in, neighbours_in
@@ -266,14 +266,14 @@ class PairDataModule(pl.LightningDataModule):
             self.prepare_data()  # tells this process where; one of them packs, if need be
             sources = self._places("train")
             if self.is_streamed:
-                self.train_stream = TrainingStream(sources, self.stream_settings, self.seed)
+                self.train_stream = TrainingStream(sources, self.stream_settings, self.seed, split="train")
             else:
-                self.train_shards = Shards(sources, self.cache)
+                self.train_shards = Shards(sources, self.cache, split="train")
                 if self.reads_groups():
                     check_groups(self.train_shards, self.group)
         if self.val and self.val_shards is None:
             self.prepare_data()
-            self.val_shards = Shards(self._places("val"), self.cache)
+            self.val_shards = Shards(self._places("val"), self.cache, split="val")
             if self._group_field():
                 check_groups(self.val_shards, self.group, " of data.val")
 
@@ -360,8 +360,11 @@ class PairDataModule(pl.LightningDataModule):
         steps, rest = divmod(order.num_samples, self.batch_size)
         whole = f"{steps:,}" if not rest else f"{order.num_samples / self.batch_size:,.1f}"
         epoch = f"an epoch is {order.num_samples:,} samples in {whole} steps"
-        if left_out := summary(self.train_shards.left_out):
+        of_index = [each for each in self.train_shards.left_out if each.reason != OTHER_SPLIT]
+        if left_out := summary(of_index):
             epoch = f"{left_out}, as {REJECTED_FILE} beside the shards lists; {epoch}"
+        if left_out := summary(each for each in self.train_shards.left_out if each.reason == OTHER_SPLIT):
+            epoch = f"{left_out}; {epoch}"
         if self.val_shards is not None and len(held_out := self.held_out()) < len(self.val_shards):
             epoch = f"validation is on {len(held_out):,} of {len(self.val_shards):,} held-out pairs; {epoch}"
         if isinstance(order, HardOrder):

@@ -24,7 +24,7 @@ from .reading.scan import image_files, is_leftover, same_name, scan
 from .reading.splits import is_all_of, is_named
 from .reading.tables import is_parquet, is_pattern
 from .shard_index import INDEX_FILE, REJECTED_FILE, kind_of
-from .shards import Shards
+from .shards import Shards, split_sample_name
 from .sources import read_pairs
 
 _HASH = "[0-9a-f]" * 16  # a pattern of the last part of a packed source's name
@@ -32,9 +32,13 @@ _MEMBERS_LOOKED_AT = 1000  # of each tar beside pictures
 _READ_AS = 7  # raised where the same source is read as other pairs than by earlier versions
 
 
-def shard_pairs(source: str) -> Pairs:
-    """The samples of shards as pairs, to be sharded anew."""
-    shards = Shards(source)
+def shard_pairs(source: str, split: str | None = None) -> Pairs:
+    """The samples of shards as pairs, to be sharded anew.
+
+    Args:
+        split: that of `Shards`.
+    """
+    shards = Shards(source, split=split)
     names = shards.names()
 
     def read(index: int) -> Pair:
@@ -130,9 +134,12 @@ def open_pairs(
         )
     if images or image_column or caption_columns:
         raise ValueError(f"--images, --image-column and --caption-column are for tables; {source} is shards")
-    if split and not (is_all_of(split) or is_named(Path(source), split)):
+    pairs = shard_pairs(source, split or default_split)
+    tars = {split_sample_name(name)[0] for name in pairs.names}
+    is_told = split and (is_named(Path(source), split) or all(is_named(Path(tar), split) for tar in tars))
+    if split and not (is_told or is_all_of(split)):
         raise ValueError(f"{source} is shards, so --split {split} can't be followed; name the folder of that part")
-    return shard_pairs(source)
+    return pairs
 
 
 def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, default_split: str = "train") -> str:

@@ -40,7 +40,8 @@ from ..common.wording import reason_of
 from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.json_tables import RepeatedNameError, parse_json
-from .reading.scan import LeftOut
+from .reading.scan import OTHER_SPLIT, LeftOut
+from .reading.splits import files_of_split
 from .shard_index import INDEX_FILE, SCHEMA_VERSION, zeros_at
 
 _PICKLED = ("pkl", "pickle", "pyd", "pth", "pt")  # suffixes that webdataset, or torch for it, unpickles
@@ -133,6 +134,21 @@ def _place_of(location: str) -> str:
     return without_secrets(split_query(location)[0])
 
 
+def tars_of_split(names: Sequence[str], split: str | None, source: str) -> set[str]:
+    """Of the names of a folder's tars those of a split, if they tell of several, as names of Parquet files do; else
+    all.
+
+    Raises:
+        ValueError: none is of that split.
+    """
+    if split is None:
+        return set(names)
+    try:
+        return {str(tar) for tar in files_of_split(Path(), list(map(Path, names)), split, source)}
+    except ValueError as error:
+        raise ValueError(f"{error}, as the names of its tars say; {join(source, '*.tar')} is all of them") from error
+
+
 def sample_names(tar: str, keys: Sequence[str]) -> list[str]:
     """The samples of a tar: its name and their keys, of which one that comes again gets the number of its repetition.
 
@@ -182,6 +198,7 @@ class Shards:
     Args:
         sources: a folder with an index, here or at a URL; a pattern of tars in such a folder,
             "data/{00000..00009}.tar"; or several of either, whose samples are numbered one after the other.
+        split: of a folder whose tars are named by split (train-0.tar, val-0.tar), those of this one; None for all.
         needs_captions: refuse shards that have none, as those of labelled images; for training they are of no use.
         locations: of the tars as the user names them, where an index that lies elsewhere has them otherwise.
         is_by_place: the names of samples have the whole location of their tar, whatever else is in the sources.
@@ -202,6 +219,7 @@ class Shards:
         cache: Cache | None = None,
         needs_captions: bool = True,
         *,
+        split: str | None = None,
         locations: Sequence[str] = (),
         is_by_place: bool = False,
     ) -> None:
@@ -211,7 +229,7 @@ class Shards:
         self.left_out: list[LeftOut] = []
         self.facts: list[dict[str, Any]] = []
         for source in [sources] if isinstance(sources, str | Path) else sources:
-            entries, left_out, facts = _open_source(str(source), needs_captions)
+            entries, left_out, facts = _open_source(str(source), needs_captions, split)
             self.entries += entries
             self.facts.append(facts)
             self.left_out += left_out
@@ -456,7 +474,9 @@ def _refuse_longer(file: IO[bytes], entry: ShardEntry) -> None:
     )
 
 
-def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], list[LeftOut], dict[str, Any]]:
+def _open_source(
+    source: str, needs_captions: bool, split: str | None
+) -> tuple[list[ShardEntry], list[LeftOut], dict[str, Any]]:
     """The shards of a folder with an index, or those of them that a pattern names; what was left out; the facts."""
     check_scheme(source)
     names: list[str] | None = None
@@ -514,6 +534,9 @@ def _open_source(source: str, needs_captions: bool) -> tuple[list[ShardEntry], l
     if names is None:
         facts |= {name: index[name] for name in ("source", "found", "rejected") if name in index}
         facts["source"] = without_secrets(str(facts["source"]))
+        own = tars_of_split([entry.name for entry in entries], split, source)
+        left_out += [LeftOut(entry.name, OTHER_SPLIT) for entry in entries if entry.name not in own]
+        entries = [entry for entry in entries if entry.name in own]
     else:
         by_name = {entry.name: entry for entry in entries}
         if len(by_name) < len(entries):

@@ -15,42 +15,52 @@ from ..common.cache import Cache
 from ..common.processes import all_gather_objects
 from ..common.storage import exists, is_url, join, name_of, without_secrets
 from ..common.waiting import PatientLoader
-from ..common.wording import some
+from ..common.wording import counted, some
 from .indexing.index_tars import tar_locations
 from .pairs import Batch, Recipe, Sample
-from .reading.scan import LeftOut
+from .reading.scan import OTHER_SPLIT, LeftOut
 from .sampling.stream import Mark, Progress, Streaming, TarOrder, refuse_idle_readers
 from .sampling.tar_reader import Part, Tar, TarStream
 from .shard_index import INDEX_FILE
-from .shards import Shards
+from .shards import Shards, tars_of_split
 
 
 class Found(NamedTuple):
-    """The tars of a source. num_samples: None where no index has it. facts: as those of `Shards`."""
+    """The tars of a source. num_samples: None where no index has it. facts: as those of `Shards`. others: names of
+    those of other splits."""
 
     tars: list[Tar]
     num_samples: int | None
     facts: dict[str, Any]
+    others: list[str]
 
 
-def find_tars(source: str) -> Found:
+def find_tars(source: str, split: str | None = None) -> Found:
     """A folder's tars, by its index if it has one; or tars by name, "https://host/{00000..00099}.tar", as they are.
 
+    Args:
+        split: that of `Shards`.
+
     Raises:
-        ValueError: no tars there, or a folder at a URL without an index, whose tars can't be listed.
+        ValueError: no tars there, none of the split, or a folder at a URL without an index, whose tars can't be listed.
     """
     if name_of(source).endswith(".tar"):
-        return Found([Tar(location) for location in tar_locations(source)], None, {"source": without_secrets(source)})
+        tars = [Tar(location) for location in tar_locations(source)]
+        return Found(tars, None, {"source": without_secrets(source)}, [])
     if exists(join(source, INDEX_FILE)):
-        shards = Shards(source)
+        shards = Shards(source, split=split)
         tars = [Tar(entry.location, entry.bytes, entry.sha256, entry.version) for entry in shards.entries]
-        return Found(tars, len(shards), shards.facts[0])
+        others = [each.source for each in shards.left_out if each.reason == OTHER_SPLIT]
+        return Found(tars, len(shards), shards.facts[0], others)
     if is_url(source):
         raise ValueError(
             f"there is no {INDEX_FILE} at {source}, and the tars of a folder at a URL can't be listed; name them, as "
             f"{join(source, '{00000..00099}.tar')}"
         )
-    return Found([Tar(location) for location in tar_locations(source)], None, {"source": source})
+    locations = {name_of(location): location for location in tar_locations(source)}
+    own = tars_of_split(list(locations), split, source)
+    tars = [Tar(location) for name, location in locations.items() if name in own]
+    return Found(tars, None, {"source": source}, [name for name in locations if name not in own])
 
 
 class StreamLoader(PatientLoader[Part]):
@@ -116,12 +126,16 @@ def _as_it_is(part: Part) -> Part:
 class TrainingStream:
     """The tars of a run, and how far the run has come in them.
 
+    Args:
+        split: that of `Shards`.
+
     Raises:
         ValueError: as `find_tars`.
     """
 
-    def __init__(self, sources: Sequence[str], settings: Streaming, seed: int) -> None:
-        found = [find_tars(source) for source in sources]
+    def __init__(self, sources: Sequence[str], settings: Streaming, seed: int, split: str | None = None) -> None:
+        found = [find_tars(source, split) for source in sources]
+        self.others = [name for each in found for name in each.others]
         self.tars = [tar for each in found for tar in each.tars]
         self.facts = [each.facts for each in found]
         counts = [each.num_samples for each in found]
@@ -215,8 +229,10 @@ class TrainingStream:
             how = f"draw tars from {len(self.tars):,} with replacement, so samples do not come equally often"
         else:
             how = f"share {len(self.tars):,} tars, each once a pass, and do not wait for each other between passes"
+        others = f"{counted(len(self.others), 'tar')} of another split left out: {some(self.others, 3)}. "
         return (
-            f"data.order is stream, which is inexact: {readers} {how}. An epoch is {epoch}. A run that goes on with "
+            f"{others if self.others else ''}data.order is stream, which is inexact: {readers} {how}. "
+            f"An epoch is {epoch}. A run that goes on with "
             "another number of readers takes again what each has taken from its block, whole tars of "
             f"{self.settings.shuffle:,} samples or more"
         )

@@ -29,6 +29,7 @@ from miniclip import tokenizer
 from miniclip.data.augmentation import Augmentation
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.module import PairDataModule
+from miniclip.data.open_pairs import open_pairs
 from miniclip.data.pack import pack
 from miniclip.data.pairs import Batch, CaptionChoice, PairDataset
 from miniclip.data.sample_files import Packing
@@ -901,3 +902,83 @@ def jpeg() -> bytes:
     buffer = io.BytesIO()
     picture(0).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tars that are named by split
+
+
+def write_named_tars(folder: Path, names: dict[str, int]) -> Path:
+    """Tars of so many pairs, whose captions begin with the tar's name; without an index."""
+    data = write_picture(folder / "x.png", 1).read_bytes()
+    (folder / "x.png").unlink()
+    for name, count in names.items():
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for number in range(count):
+                for suffix, content in (("png", data), ("txt", f"{name} {number}".encode())):
+                    info = tarfile.TarInfo(f"{name}_{number}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+TARS = {"cc-train-0000": 4, "cc-train-0001": 4, "cc-validation-0000": 3, "cc-test-0000": 2}
+
+
+@pytest.mark.parametrize("order", ["exact", "stream"])
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_of_tars_that_are_named_by_split_training_takes_those_of_train(tmp_path, order, is_indexed):
+    if order == "exact" and not is_indexed:
+        return
+    folder = write_named_tars(tmp_path / "cc", TARS)
+    if is_indexed:
+        index_shards(str(folder))
+    validates = {"val": str(folder)} if is_indexed else {}
+    data = PairDataModule(str(folder), batch_size=2, num_workers=0, image_size=16, order=order, **validates)
+    data.trainer = trainer_at(0)
+    data.trainer.max_steps = 4
+    data.setup("fit")
+    tars = data.train_stream.tars if data.train_stream else data.train_shards.entries
+    assert [Path(tar.location).name for tar in tars] == ["cc-train-0000.tar", "cc-train-0001.tar"]
+    assert "cc-validation-0000.tar" in data.describe()
+    assert "cc-test-0000.tar" in data.describe()
+    if is_indexed:
+        assert data.epoch_samples() == 8
+        assert [record.captions[0] for record in data.val_shards] == [f"cc-validation-0000 {n}" for n in range(3)]
+        assert data.trained_on() == []
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "taken"),
+    [
+        (TARS, None, ["cc-train-0000", "cc-train-0001"]),
+        (TARS, "val", ["cc-validation-0000"]),
+        (TARS, "test", ["cc-test-0000"]),
+        ({"val-0": 2, "val-1": 2}, None, ["val-0", "val-1"]),  # one part is not several
+        ({"val-0": 2, "val-1": 2}, "val", ["val-0", "val-1"]),
+        ({"00000": 2, "00001": 2}, "train", ["00000", "00001"]),
+        ({"laion-a-0": 2, "laion-b-0": 2}, None, ["laion-a-0", "laion-b-0"]),
+        ({"train-0": 2, "extra-0": 2}, None, ["train-0"]),
+    ],
+)
+def test_of_tars_that_are_named_by_split_one_is_packed(tmp_path, names, split, taken):
+    index_shards(str(folder := write_named_tars(tmp_path / "cc", names)))
+    pairs = open_pairs(str(folder), split=split)
+    assert [pair.captions[0] for pair in pairs] == [f"{tar} {n}" for tar in taken for n in range(names[tar])]
+    others = {each.source for each in pairs.left_out if each.reason == "a file of another split"}
+    assert others == {f"{tar}.tar" for tar in names if tar not in taken}
+
+
+def test_tars_of_no_such_split_are_refused_and_a_pattern_takes_what_it_names(tmp_path):
+    index_shards(str(folder := write_named_tars(tmp_path / "cc", {"val-0": 2, "test-0": 2, "testA-0": 1})))
+    with pytest.raises(ValueError, match=r"cc has no split 'train'; valid are .*val, .*/cc/\*\.tar is all"):
+        open_pairs(str(folder))
+    with pytest.raises(ValueError, match=r"--split val can't be followed"):
+        open_pairs(str(write_and_index(tmp_path / "numbered")), split="val")
+    assert len(open_pairs(str(folder / "*.tar"))) == 5
+    assert len(open_pairs(str(folder / "{val,test}-0.tar"))) == 4
+
+
+def write_and_index(folder: Path) -> Path:
+    index_shards(str(write_named_tars(folder, {"00000": 2, "00001": 1})))
+    return folder

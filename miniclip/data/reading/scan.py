@@ -45,6 +45,7 @@ _LEFTOVER_PATTERN = re.compile(
     re.I | re.S,
 )
 LEFTOVER = "left behind by a system or a program"
+OTHER_SPLIT = "a file of another split"
 
 
 @dataclass(frozen=True, order=True)

@@ -21,10 +21,11 @@ from .cells import IMAGE_COLUMNS, decode_text, names_picture, picture_in
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .paths import find_file, is_file
-from .scan import IMAGE_SUFFIXES, TABLE_SUFFIXES, LeftOut, files_below, scan
+from .scan import IMAGE_SUFFIXES, OTHER_SPLIT, TABLE_SUFFIXES, LeftOut, files_below, scan
 from .splits import (
     Rows,
     equal_splits,
+    files_of_split,
     has_split_column,
     is_all_of,
     is_named,
@@ -147,11 +148,7 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         )
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
-    splits = _splits_of(path) if split else {}
-    if split and len(names := splits_named(sorted(set(splits.values())), split)) > 1:
-        chosen = split_among(names, split, str(path))
-        return [file for file in found if splits[file] == chosen]
-    return found
+    return files_of_split(path, found, split, str(path)) if split and path.is_dir() else found
 
 
 def parquet_splits(path: Path, split: str | None = None) -> list[str]:
@@ -174,7 +171,7 @@ def beside_parquet(folder: Path, read: Iterable[Path]) -> list[LeftOut]:
     below = scan(folder)
     others = {*below.texts, *below.others} - set(read)
     tables = [path for path in sorted(others) if path.suffix.lower() == ".parquet"]
-    of_splits = [LeftOut(str(path.relative_to(folder)), "a file of another split") for path in tables]
+    of_splits = [LeftOut(str(path.relative_to(folder)), OTHER_SPLIT) for path in tables]
     return [*below.left_out, *of_splits, *below.unread(others - set(tables))]
 
 

@@ -35,7 +35,7 @@ from ...data.reading.arrow_column import ArrowColumn
 from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
-from ...data.reading.scan import LeftOut, summary
+from ...data.reading.scan import OTHER_SPLIT, LeftOut, summary
 from ...data.reading.splits import choose_split, splits_named, splits_of_files
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards, facts_of
@@ -86,7 +86,7 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
             pattern = join(source, f"{{{','.join(stems)}}}.tar" if len(tars) > 1 else tars[0])
             shards = Shards(pattern, needs_captions=False) if exists(join(source, INDEX_FILE)) else indexed(pattern)
             found = _read_shards(shards, name, source, task, [source])
-            left_out = [LeftOut(tar, "a file of another split") for tar in others]
+            left_out = [LeftOut(tar, OTHER_SPLIT) for tar in others]
             return replace(found, left_out=[*found.left_out, *left_out])
         part = join(source, split) if split else source
         if is_url(source) and not exists(join(part, INDEX_FILE)):
