@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -434,7 +435,8 @@ def test_samples_of_tars_of_one_name_have_keys_of_their_own(tmp_path, model, mon
 
 @pytest.fixture
 def of_places(tmp_path, monkeypatch):
-    """Shards, a table that holds its pictures, its folder, and a table of texts; the keys of the four rows of each."""
+    """Shards, a table that holds its pictures, its folder, a table of texts, a folder and a table of files; the keys of
+    the four rows of each."""
     monkeypatch.chdir(tmp_path)
     write_pairs(Path("pairs"), 4)
     pack_folder(Path("pairs"), Path("s/shards"))
@@ -444,14 +446,29 @@ def of_places(tmp_path, monkeypatch):
     table(Path("s/t.csv"), "caption", *TEXTS)
     rows = ["s/shards/00000.tar:{:09d}", "s/pq: row {}", "s/pq/t.parquet: row {}", "s/t.csv: row {}"]
     keys = [[row.format(n + ("row" in row)) for n in range(4)] for row in rows]
-    return dict(zip(["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv"], keys, strict=True))
+    shutil.copytree("pairs", "s/photos")
+    files = [f"s/photos/{n:04d}.png" for n in range(4)]
+    table(Path("s/files.csv"), "image", *(name.removeprefix("s/") for name in files))
+    of_files = {"s/photos": files, "s/files.csv": files}
+    return dict(zip(["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv"], keys, strict=True)) | of_files
 
 
-@pytest.mark.parametrize("source", ["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv"])
+@pytest.mark.parametrize("source", ["s/photos", "s/files.csv"])
+def test_embeddings_that_were_begun_by_an_absolute_name_go_on_by_a_relative_one(of_places, source, model, tmp_path):
+    write(tmp_path / source, "out", model, rows_per_file=1, part=(1, 2))
+    assert write(source, "out", model, rows_per_file=1).is_last
+    assert embeddings("out")[0].key.tolist() == [str(tmp_path / key) for key in of_places[source]]
+    shutil.copytree("s", "other")
+    write(source, "again", model, rows_per_file=1, part=(1, 2))
+    with pytest.raises(ValueError, match="the source was"):
+        write(Path("other") / Path(source).name, "again", model, rows_per_file=1)
+
+
+@pytest.mark.parametrize("source", ["s/shards", "s/pq", "s/pq/t.parquet", "s/t.csv", "s/photos", "s/files.csv"])
 def test_embeddings_go_on_wherever_their_source_is_named_from_with_the_keys_that_were_begun(
     of_places, source, model, tmp_path, monkeypatch
 ):
-    texts = source.endswith(".csv")
+    texts = source.endswith("t.csv")
     for number, name in enumerate([f"../{tmp_path.name}/{source}", str(tmp_path / source)], 1):
         write(source, f"out{number}", model, texts, rows_per_file=1, part=(1, 2))
         assert write(name, f"out{number}", model, texts, rows_per_file=1).is_last

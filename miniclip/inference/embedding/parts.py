@@ -52,8 +52,8 @@ class Plan:
         rows_per_file: of the source, so a part has fewer where some can't be read.
         upright: images were turned as EXIF says.
         precision: of the towers' products.
-        place: the tar or table that the first row lies in, as it was named where the folder was begun; all its keys
-            begin so. None where an earlier version began it.
+        place: the tar or table that the first row lies in, or its picture's file, as it was named where the folder was
+            begun; all its keys begin so. None where an earlier version began it.
     """
 
     kind: str

@@ -23,7 +23,8 @@ class SourceRows:
     A column of the source that has the name of one of ours is called source_NAME.
 
     Attributes:
-        place: the tar or table that the first row lies in, as it was named; "" for another kind of row.
+        place: the tar or table that the first row lies in, or its picture's file, as it was named; "" for another kind
+            of row.
         begun_at: the same as the rows named it that were written before: keys begin as those do. None of an earlier
             version, whose keys begin with the tar's or table's own name.
     """
@@ -32,7 +33,7 @@ class SourceRows:
         self.data = data
         self.kind = "text" if isinstance(data, Texts) else "image"
         self.begun_at: str | None
-        self.place = self.begun_at = split_key(self._key(0))[0] if len(data) else ""
+        self.place = self.begun_at = self._place_of(self._key(0)) if len(data) else ""
         own = {"key", "embedding", *(("text", "caption") if self.kind == "text" else ("path", "image_path"))}
         self.columns: dict[str, Any] = {}
         for name, values in data.metadata.items():
@@ -48,10 +49,19 @@ class SourceRows:
         if self.begun_at is None:
             return key_without_folder(key)
         now, begun = _beginnings(self.place, self.begun_at)
-        return begun + key.removeprefix(now) if now != begun and key.startswith(now) else key
+        is_begun_elsewhere = now != begun and key.startswith(now) and (now or not Path(key).is_absolute())
+        return begun + key.removeprefix(now) if is_begun_elsewhere else key
 
     def _key(self, index: int) -> str:
         return self.data.keys[index] if isinstance(self.data, Texts) else self.data.key(index)
+
+    def _place_of(self, key: str) -> str:
+        return split_key(key)[0] or (key if self.kind == "image" and not is_url(key) and existing(key) else "")
+
+    def _known_as(self, key: str) -> str:
+        """A key without where its tar or table lies; a file's, as it is known from everywhere."""
+        place = self._place_of(key)
+        return str(Path(place).resolve()) if place == key else key_without_folder(key)
 
     def table(self, indices: Sequence[int]) -> Any:
         import pyarrow as pa
@@ -67,10 +77,10 @@ class SourceRows:
         return found
 
     def fingerprint(self) -> str:
-        """Changes with the source's files, their order, keys, and columns; not with where a tar or a table lies, as a
-        source may be named relatively, absolutely, or on another machine."""
+        """Changes with the source's files, their order, keys, and columns; not with where a tar or a table lies, or how
+        a file is named, as a source may be named relatively, absolutely, or (a tar, a table) on another machine."""
         data = self.data
-        keys = (key_without_folder(self._key(index)) for index in range(len(data)))
+        keys = (self._known_as(self._key(index)) for index in range(len(data)))
         if isinstance(data, Texts):
             of_rows = digest_lines([*data.texts, *keys])
         else:
