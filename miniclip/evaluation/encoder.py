@@ -221,6 +221,24 @@ def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
     )
 
 
+class CutTexts(UserWarning):
+    """Texts that are longer than a model reads.
+
+    Args:
+        model: its name.
+        length: the most tokens that it reads.
+        cut: the texts that were cut, in their order.
+        num_texts: how many there are, with those that were not.
+    """
+
+    def __init__(self, model: str, length: int, cut: Sequence[str], num_texts: int) -> None:
+        super().__init__(
+            f"{model} reads {length} tokens; {len(cut):,} of {num_texts:,} texts are longer and were cut, "
+            f"the first: {cut[0][:200]!r}"
+        )
+        self.model, self.length, self.cut, self.num_texts = model, length, cut, num_texts
+
+
 class _OurTokenize:
     def __init__(self, model: CLIP, name: str) -> None:
         self.text, self.name = model.config.text, name
@@ -232,11 +250,7 @@ class _OurTokenize:
         full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
         cut = [text for text in full if len(tokenizer.encode(text)) + 2 > length]
         if cut:
-            warnings.warn(
-                f"{self.name} reads {length} tokens; {len(cut)} of {len(texts)} texts are longer and were cut, "
-                f"the first: {cut[0][:200]!r}",
-                stacklevel=2,
-            )
+            warnings.warn(CutTexts(self.name, length, cut, len(texts)), stacklevel=2)
         return tokens
 
 

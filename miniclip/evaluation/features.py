@@ -40,7 +40,7 @@ from ..common.modules import evaluation_mode
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
 from ..common.waiting import PatientLoader
 from .datasets.sets import EvaluationSet
-from .encoder import ModelError
+from .encoder import CutTexts, ModelError
 from .fingerprints import digest_value
 
 _PROMPTS_PER_BATCH = 256
@@ -170,6 +170,39 @@ def encode_texts(
     Args:
         progress: called with the number of different texts done.
     """
+    cut: dict[str, tuple[str, int]] = {}
+    with _collecting_cut(cut):
+        features, stands_for = _encode_unique(model, texts, tokenize, progress)
+    if rank_and_world_size()[1] > 1:
+        cut = {text: reader for of_rank in all_gather_objects(cut) for text, reader in of_rank.items()}
+    if in_order := [text for text in texts if text in cut or stands_for[text] in cut]:
+        warnings.warn(CutTexts(*next(iter(cut.values())), in_order, len(texts)), stacklevel=2)
+    return features
+
+
+@contextmanager
+def _collecting_cut(cut: dict[str, tuple[str, int]]) -> Iterator[None]:
+    """Puts texts that a model cuts into `cut`, with its name and how many tokens it reads; other warnings are passed
+    on."""
+    others = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for each in caught:
+                if isinstance(each.message, CutTexts):
+                    cut |= dict.fromkeys(each.message.cut, (each.message.model, each.message.length))
+                else:
+                    others.append(each)
+    for each in others:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def _encode_unique(
+    model: Any, texts: Sequence[str], tokenize: Callable[[list[str]], Any], progress: Callable[[int], Any] | None
+) -> tuple[Tensor, dict[str, str]]:
+    """What `encode_texts` gives, and the text that stands for each."""
     stands_for = _representatives(texts, tokenize)
     unique = sorted(set(stands_for.values()), key=lambda text: (len(text) // _SAME_LENGTH, text))
     batches = [unique[start : start + _PROMPTS_PER_BATCH] for start in range(0, len(unique), _PROMPTS_PER_BATCH)]
@@ -188,7 +221,7 @@ def encode_texts(
         of_all = all_gather_objects([part.cpu() for part in parts])
         parts = [part.to(device) for each in of_all for part in each][: len(batches)]
     row = {text: position for position, text in enumerate(unique)}
-    return torch.cat(parts)[[row[stands_for[text]] for text in texts]]
+    return torch.cat(parts)[[row[stands_for[text]] for text in texts]], stands_for
 
 
 def _representatives(texts: Sequence[str], tokenize: Callable[[list[str]], Any]) -> dict[str, str]:

@@ -52,7 +52,7 @@ from ..data.reading.scan import (
     summary,
     unread_reason,
 )
-from ..data.reading.tables import is_parquet, read_table, table_suffix
+from ..data.reading.tables import is_parquet, is_table_of_pictures, read_table, table_suffix
 from ..data.shard_index import INDEX_FILE
 from ..evaluation.datasets.bare import bare_datasets, bare_folder, bare_table, bare_tars, open_shards
 from ..evaluation.datasets.sets import EvaluationSet, digest_lines
@@ -449,7 +449,11 @@ def text_set(sources: Any, *, text_columns: Sequence[str] = (), stdin: BinaryIO 
 
 def _texts_of(source: str, columns: _ColumnsAskedFor, stdin: StandardInput) -> Iterator[Texts]:
     if source == STANDARD_INPUT:
-        yield _texts_in(stdin.read(), "standard input", "line ")
+        if is_table_of_pictures(decode_text(data := stdin.read(), "standard input")):
+            raise ValueError(
+                "standard input is a table of pictures and captions; name its file, or give its texts alone"
+            )
+        yield _texts_in(data, "standard input", "line ")
     elif source.startswith(HUB_PREFIX):
         yield from _texts_of_datasets(source, columns)
     elif is_url(source):
@@ -469,7 +473,7 @@ def _texts_of(source: str, columns: _ColumnsAskedFor, stdin: StandardInput) -> I
         elif is_parquet(path) and not image_files(path):
             yield _texts_of_table(path, columns)
         else:
-            yield from _texts_of_folder(path)
+            yield from _texts_of_folder(path, columns)
     elif path.suffix.lower() == ".tar":
         yield _texts_of_shards(source)
     elif table_suffix(path) in (*TABLE_SUFFIXES, ".json"):
@@ -477,12 +481,16 @@ def _texts_of(source: str, columns: _ColumnsAskedFor, stdin: StandardInput) -> I
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         yield Texts((), (), left_out=[LeftOut(source, "a picture, where texts are read")])
     else:
-        yield _texts_of_file(path)
+        yield _texts_of_file(path, columns)
 
 
-def _texts_of_file(path: Path) -> Texts:
+def _texts_of_file(path: Path, columns: _ColumnsAskedFor) -> Texts:
+    """The lines of a text, or the captions of a table, whatever its suffix."""
     try:
-        return _texts_in(path.read_bytes(), str(path), f"{path}:")
+        data = path.read_bytes()
+        if is_table_of_pictures(decode_text(data, path)):
+            return _texts_of_table(path, columns)
+        return _texts_in(data, str(path), f"{path}:")
     except OSError as error:
         return Texts((), (), left_out=[LeftOut(str(path), f"a text that can't be read ({error.strerror or error})")])
     except ValueError as error:
@@ -498,14 +506,14 @@ def _texts_in(data: bytes, name: str, prefix: str) -> Texts:
     return Texts([text for _, text in texts], [key for key, _ in texts], left_out=left_out)
 
 
-def _texts_of_folder(folder: Path) -> Iterator[Texts]:
+def _texts_of_folder(folder: Path, columns: _ColumnsAskedFor) -> Iterator[Texts]:
     below = scan(folder)
     pictures = [LeftOut(str(folder), "a picture, where texts are read", len(below.images))] if below.images else []
     others = [replace(each, source=f"{folder}/{each.source}") for each in below.unread(below.others)]
     left_out = [replace(each, source=f"{folder}/{each.source}") for each in below.left_out]
     yield Texts((), (), left_out=[*pictures, *left_out, *others])
     for path in below.texts:
-        yield _texts_of_file(path)
+        yield _texts_of_file(path, columns)
 
 
 def _texts_of_table(path: Path, columns: _ColumnsAskedFor) -> Texts:

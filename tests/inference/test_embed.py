@@ -520,13 +520,12 @@ def test_names_that_are_no_utf8_are_written_as_what_they_are(tmp_path, model):
 
 
 def test_texts_that_are_cut_are_reported_once_and_counted(tmp_path, model):
-    texts = [f"owl {number} " * 20 for number in range(600)]
-    with pytest.warns(UserWarning, match="cut|more") as caught:
+    texts = ["an owl", "zebra " * 40, *(f"owl {number} " * 20 for number in range(3000)), "an owl"]
+    with pytest.warns(UserWarning, match="cut") as caught:
         write(table(tmp_path / "t.txt", *texts), tmp_path / "out", model, texts=True)
-    messages = [str(each.message) for each in caught if each.category is UserWarning]
-    assert len(messages) == 2
-    assert "reads 16 tokens; 256 of 256 texts are longer and were cut" in messages[0]
-    assert messages[1] == "the same of 2 more batches of texts"
+    first, last = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+    assert "reads 16 tokens; 2,047 of 2,048 texts are longer and were cut, the first: 'zebra zebra" in first
+    assert last == "3,001 of all 3,003 texts were cut"
 
 
 def test_a_run_goes_on_only_with_the_same_columns_of_a_parquet_file(tmp_path, model):
@@ -711,3 +710,32 @@ def test_a_column_called_as_one_of_ours_is_renamed_until_it_is_another(tmp_path,
     source = table(tmp_path / "t.csv", "text,key,source_key", "a cat,1,2")
     rows = SourceRows(text_set(source)).table([0]).to_pydict()
     assert rows == {"key": [f"{source}: row 1"], "text": ["a cat"], "source_source_key": ["1"], "source_key": ["2"]}
+
+
+@pytest.mark.parametrize("source", ["captions.txt", "texts", "piped"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image,caption\n1.jpg,A child climbs .\n1.jpg,"A girl, running ."\n',
+        "image_name| comment_number| comment\n1.jpg| 0| A child climbs .\n1.jpg| 1| A girl, running .\n",
+        "1.jpg#0\tA child climbs .\n1.jpg#1\tA girl, running .\n",
+    ],
+)
+def test_a_text_that_is_a_table_of_pictures_and_captions_gives_its_captions(tmp_path, text, source, monkeypatch):
+    """Flickr8k's and Flickr30k's files as they are handed on, whose suffix is .txt."""
+    (tmp_path / "texts").mkdir()
+    for path in (tmp_path / "captions.txt", tmp_path / "texts/captions.txt"):
+        path.write_text(text)
+    if source == "piped":
+        with pytest.raises(ValueError, match="standard input is a table of pictures and captions; name its file"):
+            text_set("-", stdin=io.BytesIO(text.encode()))
+    else:
+        assert list(text_set(tmp_path / source).texts) == ["A child climbs .", "A girl, running ."]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [["image", "caption"], ["a dog, a cat", "text, image"], ["IMG_1.jpg", "a dog"], ["see https://a.b/c.jpg, it is"]],
+)
+def test_a_text_that_is_no_such_table_gives_its_lines(tmp_path, lines):
+    assert list(text_set(table(tmp_path / "t.txt", *lines)).texts) == lines

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from ...common.files import free_memory
 from ...common.storage import expand, is_url
 from ...common.wording import some
-from .cells import IMAGE_COLUMNS, decode_text, names_picture, picture_in
+from .cells import CAPTION_COLUMNS, IMAGE_COLUMNS, decode_text, names_picture, picture_in
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .paths import find_file, is_file
@@ -122,6 +122,20 @@ def table_suffix(path: Path) -> str:
 def is_parquet(path: Path) -> bool:
     """Whether this is a Parquet file, or a pattern of some, or a folder that holds such files and no pictures."""
     return path.suffix.lower() == ".parquet" or (path.is_dir() and any(files_below(path, ".parquet")))
+
+
+def is_table_of_pictures(text: str) -> bool:
+    """Whether a text of any suffix is a table of pictures and captions, such as Flickr8k's captions.txt: its first line
+    names two such columns, or the first lines have a picture and a text each."""
+    lines = [line for line in named_separator(text)[1][: 2**16].splitlines()[:_ROWS_LOOKED_AT] if line.strip()]
+    for separator in _SEPARATORS:
+        rows = [[cell.strip().strip('"') for cell in line.split(separator, 1)] for line in lines]
+        names = {name.strip().strip('"').lower() for name in lines[0].split(separator)} if lines else set()
+        if not names.isdisjoint(IMAGE_COLUMNS) and not names.isdisjoint(CAPTION_COLUMNS):
+            return True
+        if rows and all(len(row) == 2 and " " not in row[0] and names_picture(row[0]) for row in rows):
+            return True
+    return False
 
 
 def is_pattern(source: str) -> bool:

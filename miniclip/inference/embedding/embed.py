@@ -24,7 +24,7 @@ from ...common.storage import is_url, without_secrets
 from ...common.version import __version__
 from ...data.reading.scan import IMAGE_SUFFIXES
 from ...evaluation.datasets.sets import EvaluationSet
-from ...evaluation.encoder import Encoder
+from ...evaluation.encoder import CutTexts, Encoder
 from ...evaluation.features import EncodedBatch, encode_in_batches, encode_texts
 from ...evaluation.fingerprints import PROBE_TEXTS, probe_outputs, probe_pictures
 from ...evaluation.other_libraries import as_encoder
@@ -201,21 +201,25 @@ def embed_source(
 def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]]) -> Iterator[EncodedBatch]:
     """One pass over texts; those of a part that are alike are together, so that few tokens are padding.
 
-    A model that cuts texts warns of it at every batch; here the first warning is passed on, and the others are counted.
+    The first texts that a model cuts are reported at once, and at the end how many there are, if more came.
     """
-    repeated = 0
+    num_cut, total, is_more = 0, 0, False
     for part in parts:
         for start in range(0, len(part), _TEXTS_AT_ONCE):
             indices = part[start : start + _TEXTS_AT_ONCE]
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 features = encode_texts(encoder, [data.texts[index] for index in indices], encoder.tokenize)
-            if caught and not repeated:
-                warnings.warn(caught[0].message, stacklevel=2)
-            repeated += len(caught)
+            total += len(indices)
+            for each in caught:
+                is_cut = isinstance(each.message, CutTexts)
+                if not (is_cut and num_cut):
+                    warnings.warn(each.message, stacklevel=2)
+                is_more |= is_cut and num_cut > 0
+                num_cut += len(each.message.cut) if isinstance(each.message, CutTexts) else 0
             yield EncodedBatch(np.array(indices), features.cpu(), {})
-    if repeated > 1:
-        warnings.warn(f"the same of {repeated - 1} more batches of texts", stacklevel=2)
+    if is_more:
+        warnings.warn(f"{num_cut:,} of all {total:,} texts were cut", stacklevel=2)
 
 
 def unit(features: Tensor) -> np.ndarray:
