@@ -980,3 +980,28 @@ def test_labels_of_bytes_are_refused_by_their_kind(tmp_path, kind):
     pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=r"column 'label' has bytes for labels \(.*binary.*write the column as texts"):
         open_dataset(tmp_path / "t.parquet")
+
+
+CLASSES = {"n02119789": "kit fox", "n02100735": "English setter", "n02110185": "Siberian husky"}  # ImageNet's own order
+LISTS = {
+    "LOC_synset_mapping.txt": [f"{wnid} {name}, another name" for wnid, name in CLASSES.items()],
+    "map_clsloc.txt": [f"{wnid} {n} {name.replace(' ', '_')}" for n, (wnid, name) in enumerate(CLASSES.items(), 1)],
+    "from_0.txt": [f"{wnid}\t{n}\t{name}" for n, (wnid, name) in enumerate(CLASSES.items())],
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_wordnets_ids_in_any_order_name_the_folders_that_are_called_by_them(tmp_path, name):
+    lines = LISTS[name]
+    (tmp_path / name).write_text("\n".join(lines))
+    for wnid in CLASSES:
+        write_picture(tmp_path / "set" / wnid / "0.png", 1)
+    data = open_dataset(tmp_path / "set", classnames=tmp_path / name)
+    found = {Path(data.key(n)).parent.name: data.classnames[data.labels[n]] for n in range(3)}
+    assert found == CLASSES
+    for wnid in CLASSES:
+        (tmp_path / "set" / wnid).rename(tmp_path / "set" / f"class_{wnid}")
+    with pytest.raises(ValueError, match=r"WordNet's ids .* can't be known"):
+        open_dataset(tmp_path / "set", classnames=tmp_path / name)
+    with pytest.raises(ValueError, match=r"WordNet's ids .* can't be known"):
+        names_of("\n".join(lines), name)

@@ -9,6 +9,7 @@ them; else a refusal.
 | a mapping to labels: `{"tench": 0}`      | likewise; within `id2label`, `label2id`, `names`, `classes`   |
 | numbered lines: `0: tench`, `tench: 0`   | by label, from 0                                              |
 | WordNet's ids: `n01440764 tench, …`      | the first name of each, by id, or in order if they are sorted |
+| with numbers: `n01440764 1 tench`        | by id                                                         |
 | a table with a header                    | its column of names, by that of labels: `_label_column`       |
 | either, with labels of another kind      | by label, if those of the data are among them                 |
 
@@ -439,12 +440,30 @@ def _wordnet(lines: list[str], source: str) -> list[dict[str, str]]:
     ids, names = [line[:9] for line in lines], [line[9:].strip(" \t:,;|=") for line in lines]
     if not all(names):
         raise ValueError(f"{source} holds WordNet's ids ({ids[0]}), which are no words to compare with; {_REMEDY}")
-    if all(_NUMBERED.fullmatch(name) for name in names):
-        raise ValueError(
+    refusal = ""
+    if all(parts := [_NUMBERED.fullmatch(name) for name in names]):
+        refusal = (
             f"{source} has WordNet's ids and numbers ({lines[0][:40]!r}); which of them are the labels can't be known: "
             f"{_REMEDY}, in label order"
         )
-    return [{"wnid": key, "name": name.split(",")[0].strip()} for key, name in zip(ids, names, strict=True)]
+        numbers = [int(part["label"]) for part in parts if part]
+        if not (_counts(numbers, 0) or _counts(numbers, 1)):  # which may be of the names
+            raise ValueError(refusal)
+        names = [part["name"].replace("_", " ") for part in parts if part]
+    rows = [{"wnid": key, "name": name.split(",")[0].strip()} for key, name in zip(ids, names, strict=True)]
+    return _Unordered(rows, refusal) if refusal else rows
+
+
+class _Unordered(list[dict[str, str]]):
+    """Records whose names can be known by their keys alone.
+
+    Args:
+        refusal: why they are in no order.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, str]], refusal: str) -> None:
+        super().__init__(rows)
+        self.refusal = refusal
 
 
 def _refuse_unsorted(
@@ -514,6 +533,8 @@ def _valid_names(found: Any, source: str, what: str, labels: Sequence[str] = ())
 
 def _in_order(found: Any, source: str, what: str, data_labels: Sequence[str] = ()) -> Sequence[Any]:
     """The names of a list, a mapping or records, in the order of their labels."""
+    if isinstance(found, _Unordered):
+        raise ValueError(found.refusal)
     if isinstance(found, list | tuple):
         if found and all(isinstance(each, Mapping) for each in found):
             return _of_records(found, source, what, data_labels)
