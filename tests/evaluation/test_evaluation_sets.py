@@ -481,10 +481,16 @@ def test_a_tar_beside_folders_per_class_without_labels_tells_of_them(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_json_of_a_sample_that_is_damaged_names_the_sample(tmp_path):
-    tar(tmp_path / "0.tar", {"a": {"png": png(0), "cls": b"0", "json": b"{cut"}})
-    with pytest.raises(ValueError, match=r"0\.tar:a: its \.json can't be read: "):
-        open_dataset(tmp_path)
+@pytest.mark.parametrize(("task", "member"), [("classification", "cls"), ("retrieval", "txt")])
+def test_json_of_a_sample_that_is_damaged_is_named_and_the_sample_is_scored(tmp_path, task, member):
+    json_of = {"a": b"{cut", "b": b'{"scene": 1}', "c": b'{"scene": 1}'}
+    tar(tmp_path / "0.tar", {key: {"png": png(0), member: b"0", "json": facts} for key, facts in json_of.items()})
+    data = open_dataset(tmp_path, task=task, group_column="scene")
+    assert len(data) == 3
+    assert [(each.source, each.reason) for each in data.left_out] == [
+        ("0.tar:a", "a .json that can't be read, so its columns have no value")
+    ]
+    assert data.groups[1] == data.groups[2] != data.groups[0]
 
 
 def test_a_shard_that_lost_a_label_names_the_sample(tmp_path):

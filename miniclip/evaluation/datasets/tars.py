@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -211,8 +211,9 @@ def _read_shards(
     if task not in present:
         raise ValueError(f"{source} has no .{members[task]} beside its images, as {task} needs; it is for {present[0]}")
     identity = digest_lines(shards.checksums) if shards.checksums else None
-    images, metadata = images_of(shards), _groups_of(shards)
-    found = Found(name, images, keys, metadata, identity=identity, left_out=shards.left_out)
+    metadata, damaged = _groups_of(shards)
+    left_out = [*shards.left_out, *damaged]
+    found = Found(name, images_of(shards), keys, metadata, identity=identity, left_out=left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
         return replace(found, captions=_all_captioned(captions, keys, source))
@@ -287,13 +288,14 @@ def shard_columns(shards: Shards) -> tuple[dict[str, Sequence[Any]], list[LeftOu
         return ({"cls": _cls_column(shards)} if shards.holds("cls") else {}), []
     facts, damaged = [], []
     for number in range(len(shards)):
-        own = _members_of(shards, number)
+        own = {kind: shards.read(number, kind) for kind in ("json", "cls")}
         try:
             facts.append(facts_of(own.__getitem__))
         except ValueError:
             facts.append(facts_of((own | {"json": b""}).__getitem__))
             damaged.append(LeftOut(shards.name(number), "a .json that can't be read, so its columns have no value"))
-    return _facts_by_name(facts), damaged
+    names = dict.fromkeys(name for each in facts for name in each)
+    return {name: [each.get(name) for each in facts] for name in names}, damaged
 
 
 def _cls_column(shards: Shards) -> ArrowColumn:
@@ -317,33 +319,18 @@ class _ClsColumn:
     def take(self, indices: Sequence[int]) -> Any:
         import pyarrow as pa
 
-        facts = [facts_of(_members_of(self.shards, index).__getitem__) for index in indices]
+        facts = [facts_of(partial(self.shards.read, index)) for index in indices]
         return pa.chunked_array([pa.array([each.get("cls") for each in facts], pa.string())])
 
 
-def _members_of(shards: Shards, index: int) -> dict[str, bytes]:
-    return {kind: shards.read(index, kind) for kind in ("json", "cls")}
-
-
-def _facts_by_name(facts: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Any]]:
-    names = dict.fromkeys(name for each in facts for name in each)
-    return {name: [each.get(name) for each in facts] for name in names}
-
-
-def _groups_of(shards: Shards) -> dict[str, Sequence[Any]]:
-    """What groups images: entries of their `.json` of one value, which lists and mappings aren't; not the labels."""
+def _groups_of(shards: Shards) -> tuple[dict[str, Sequence[Any]], list[LeftOut]]:
+    """What groups images: entries of their `.json` of one value, which lists and mappings aren't; not the labels. And
+    what `shard_columns` tells."""
     if not shards.holds("json"):
-        return {}
-    metadata = _facts_by_name([_facts_of_sample(shards, number) for number in range(len(shards))])
+        return {}, []
+    metadata, damaged = shard_columns(shards)
     kept = {name for name, values in metadata.items() if any(isinstance(v, str | int | float) for v in values)}
-    return {name: values for name, values in metadata.items() if name in kept - {"cls"}}
-
-
-def _facts_of_sample(shards: Shards, index: int) -> dict[str, Any]:
-    try:
-        return shards.info(index)
-    except ValueError as error:
-        raise ValueError(f"{shards.name(index)}: its .json can't be read: {error}") from error
+    return {name: values for name, values in metadata.items() if name in kept - {"cls"}}, damaged
 
 
 def _hot_labels(data: bytes, classnames: tuple[str, ...] | None, key: str) -> list[str]:
