@@ -155,8 +155,9 @@ def grouped(pairs: Pairs, options: argparse.Namespace) -> Pairs:
     cells = [row["group"] for row in listed.rows.values()]
     groups = [cell for cell in cells if not has_no_value(cell)]
     words = f"; in no group are those of {told}" if (told := words_for_no_value(cells)) else ""
+    in_groups = counted(len(set(groups)), "group")
     print(
-        f"{len(groups):,} of {len(pairs):,} pairs are in {len(set(groups)):,} groups, by {options.groups}{words}",
+        f"{len(groups):,} of {len(pairs):,} pairs are in {in_groups}, by {options.groups}{words}",
         file=sys.stderr,
     )
     return with_groups(pairs, listed, options.groups)

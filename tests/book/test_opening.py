@@ -10,8 +10,9 @@ import pytest
 from helpers import write_pairs
 from PIL import Image, features
 
+from miniclip.data.reading.scan import UNREAD_PICTURES, holds_picture
 from miniclip.images import FORMATS, open_image
-from miniclip.inference.exporting.runner import open_picture
+from miniclip.inference.exporting.runner import RAW_SUFFIXES, open_picture
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 32 32
@@ -149,3 +150,15 @@ def test_postscript_in_torchvisions_files_starts_no_program(tmp_path, ghostscrip
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) == 10
     assert not trace.exists()
+
+
+def test_an_exports_runner_knows_the_suffixes_of_raw_files_that_packing_knows(tmp_path):
+    assert set(RAW_SUFFIXES) == {*UNREAD_PICTURES[UNREAD_PICTURES.index(".dng") :]}
+    picture = Image.new("RGB", (8, 8))
+    for name in ("a.NEF", "a.raw", "a.tif", "a"):
+        picture.save(tmp_path / name, "TIFF")
+    for name in ("a.NEF", "a.raw"):
+        assert not holds_picture((tmp_path / name).read_bytes()[:32], name)
+        with pytest.raises(ValueError, match="a camera's raw file"):
+            open_picture(tmp_path / name)
+    assert open_picture(tmp_path / "a.tif").size == open_picture(tmp_path / "a").size == (8, 8)

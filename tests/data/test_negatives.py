@@ -418,7 +418,7 @@ def test_cells_without_a_value_are_no_group(shelf, tmp_path, capsys):
     rows = [f"{n:04d}.png,{group}" for n, group in enumerate(("red", "red", *NO_VALUES))]
     groups = table(tmp_path / "groups.csv", "key,group", *rows)
     cli.main(["shards", str(shelf / "src"), str(tmp_path / "out"), "--groups", str(groups)])
-    told = "2 of 24 pairs are in 1 groups, by .*in no group are those of 'nan' .2 times., 'NA' .1 times., '<NA>'"
+    told = "2 of 24 pairs are in 1 group, by .*in no group are those of 'nan' .2 times., 'NA' .1 times., '<NA>'"
     assert re.search(told, capsys.readouterr().err)
     assert groups_of(tmp_path / "out") == ["red", "red", *[None] * 22]
 

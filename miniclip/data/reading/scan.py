@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".cap", ".text")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-_UNREAD_PICTURES = (
+UNREAD_PICTURES = (
     ".heic", ".heif", ".jxl", ".ico", ".tga", ".exr", ".hdr", ".svg", ".psd", ".eps",
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
     ".nrw", ".sr2", ".srf", ".srw", ".pef", ".raw", ".rwl", ".gpr",
@@ -144,7 +144,7 @@ def holds_picture(head: bytes, name: str = "") -> bool:
         name: of the file, if it has one. Raw files of cameras begin as TIFF does, with a small preview.
     """
     if head.startswith((b"II*\0", b"MM\0*")):
-        return Path(name).suffix.lower() not in _UNREAD_PICTURES
+        return Path(name).suffix.lower() not in UNREAD_PICTURES
     return (
         head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"))
         or head.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
@@ -157,7 +157,7 @@ def holds_picture(head: bytes, name: str = "") -> bool:
 def unread_reason(name: str) -> str:
     """Why a file of this name is not taken."""
     suffix = Path(name).suffix.lower()
-    if suffix in _UNREAD_PICTURES:
+    if suffix in UNREAD_PICTURES:
         return f"a picture of a kind that is not read ({suffix}; as .jpg or .png it would be)"
     if suffix == ".tar":
         return "a tar, which is read where it is named itself"

@@ -23,6 +23,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # The formats that are read. The list is closed, because other plugins of Pillow's run programs, as for PostScript.
+RAW_SUFFIXES = (  # of cameras' files, which begin as TIFF does
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
+    ".nrw", ".sr2", ".srf", ".srw", ".pef", ".raw", ".rwl", ".gpr",
+    ".3fr", ".fff", ".iiq", ".mos", ".mef", ".erf", ".kdc", ".dcr",
+)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 ASCII = re.compile(r"[\t\n\r -%'-~]*")  # text that cleaning only lower-cases
 
@@ -175,7 +180,8 @@ def open_picture(file: str | Path | BinaryIO) -> Image.Image:
         Image.init()
         try:
             image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
-            if is_raw(image, stream):
+            is_called_raw = Path(getattr(stream, "name", None) or "").suffix.lower() in RAW_SUFFIXES
+            if is_raw(image, stream) or (is_called_raw and image.format == "TIFF"):
                 raise ValueError("a camera's raw file, whose first picture is a preview; save it as .jpg or .png")
             image.load()
         except Exception as error:  # a damaged picture can raise anything
@@ -318,15 +324,15 @@ def main() -> None:
         classes = clip.class_features(names, templates)
     except ValueError as error:
         parser.error(str(error))
-    is_whole = True
+    num_read = 0
     for path in options.pictures:
         try:
             ((name, probability, cosine),) = clip.nearest([open_picture(path)], names, classes)
             print(f"{path}\t{name or 'none of these'}\t{probability:.3f}\t{cosine:.4f}")
+            num_read += 1
         except (OSError, ValueError) as error:
             print(f"left out: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
-            is_whole = False
-    sys.exit(0 if is_whole else 2)
+    sys.exit(0 if num_read else 2)  # as `miniclip classify` does
 
 
 if __name__ == "__main__":
