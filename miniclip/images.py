@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .common.arguments import shown
+from .common.thumbnail import as_seen
 from .config import Interpolation, Preprocessing, Resize
 from .fast import kept_memory
 
@@ -75,6 +76,24 @@ class Preprocess:
         image = image.crop((left, top, left + R, top + R)).convert("RGB")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
+    def part(self, image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+        """A part of a picture in RGB, with the colours that `crop` gives the whole one: for training's random crops.
+
+        Where `crop` resizes a palette, an alpha channel or inks before they become RGB, the part is resized so, to
+        (R, R). Any other keeps the box's size, because the order makes no difference.
+
+        Args:
+            box: left, top, right and bottom, pixels.
+        """
+        if self.style == "hf":
+            return _on_white(image).crop(box)
+        if image.mode in ("RGB", "L") or self._new_size(image) == image.size:
+            return image.convert("RGB").crop(box)
+        size, part = (self.image_size, self.image_size), image.crop(box)
+        if image.mode in ("RGBA", "LA"):  # also where the part has the size already
+            return as_seen(part, size, Image.Resampling.BICUBIC)
+        return part.resize(size, Image.Resampling.BICUBIC).convert("RGB")
+
     def _resized(self, image: Image.Image) -> Image.Image:
         side, (W, H) = self.resize_size, image.size
         short, long = min(W, H), max(W, H)
@@ -85,18 +104,38 @@ class Preprocess:
         if self.resize == "shortest" and side * side * long > self.MOST_PIXELS * short:
             cut = (long - 8 * short) // 2
             image = image.crop((cut, 0, W - cut, H) if W > H else (0, cut, W, H - cut))
-            W, H = image.size
-            long = max(W, H)
-        size = (side, side)
-        if self.resize == "shortest":
-            size = (side, int(side * long / short)) if W <= H else (int(side * long / short), side)
+        size = self._new_size(image)
         return image if image.size == size else image.resize(size, Image.Resampling[self.interpolation.upper()])
+
+    def _new_size(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height after resizing and before the crop."""
+        side, (W, H) = self.resize_size, image.size
+        if self.resize == "none":
+            return W, H
+        if self.resize != "shortest":
+            return side, side
+        return (side, int(side * H / W)) if W <= H else (int(side * W / H), side)
 
     def __call__(self, image: Image.Image) -> Tensor:
         return normalize(self.crop(image), self.mean, self.std)
 
     def __repr__(self) -> str:
         return f"Preprocess(image_size={self.image_size}, mean={self.mean}, std={self.std})"
+
+
+def rgb_as_seen(image: Image.Image, preprocess: Callable[[Image.Image], Tensor]) -> Image.Image:
+    """The whole picture in RGB, with the colours that a model sees where it is transparent.
+
+    Args:
+        preprocess: the model's, of any library. It is asked, so that it need not be known from the inside: of a picture
+            multiplied by its alpha channel, on white, and with the colours that are stored, the one is taken that it
+            makes most alike to the picture itself.
+    """
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = preprocess(image).float()
+    ways = (as_seen(image), _on_white(image), image.convert("RGB"))
+    return min(ways, key=lambda way: float((preprocess(way).float() - seen).abs().sum()))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..images import open_image
+from ..images import Preprocess, open_image
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -51,7 +51,12 @@ def decode_rgb(data: bytes, shrink: int = 1) -> Tensor:
             return torch.from_numpy(pixels).permute(2, 0, 1)
         except ValueError:
             pass  # damaged: Pillow forgives more, and its message is the clearer one
-    return torch.from_numpy(np.array(open_image(data, "the sample").convert("RGB"))).permute(2, 0, 1)
+    return _planes(open_image(data, "the sample").convert("RGB"))
+
+
+def _planes(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -117,18 +122,24 @@ class Augmentation:
         _, H, W = image.shape
         return self._resized(image, self.crop_box(H, W, random), image_size, random)
 
-    def decode(self, data: bytes, image_size: int, random: np.random.Generator) -> Tensor:
-        """An image file's bytes -> (3, R, R) uint8: decoded by `decode_rgb`, then augmented.
+    def decode(self, data: bytes, preprocess: Preprocess, random: np.random.Generator) -> Tensor:
+        """An image file's bytes -> (3, R, R) uint8: decoded by `decode_rgb`, or Pillow if no JPEG, then augmented.
 
         Of a JPEG whose crop has 2 R or 4 R pixels a side or more, a half or a quarter of the resolution is decoded.
         The crop's edges then move to the nearest whole pixels of that, by at most 1 or 2 pixels of the original.
 
+        Args:
+            preprocess: inference's, whose colours the crop has (`Preprocess.part`).
+
         Raises:
             ValueError: from `decode_rgb`.
         """
-        size = jpeg_size(data)
+        size, image_size = jpeg_size(data), preprocess.image_size
         if size is None:
-            return self(decode_rgb(data), image_size, random)
+            picture = open_image(data, "the sample")
+            top, left, h, w = self.crop_box(picture.height, picture.width, random)
+            part = _planes(preprocess.part(picture, (left, top, left + w, top + h)))
+            return self._resized(part, (0, 0, *part.shape[1:]), image_size, random)
         top, left, h, w = self.crop_box(*size, random)
         times = min(h, w) // image_size
         shrink = 4 if times >= 4 else 2 if times >= 2 else 1

@@ -182,7 +182,7 @@ class Recipe:
         captions = self.captions.choose_several(record.captions, info, random)
         group = self._own_group(key) if self.group is None else group_id(info(), self.group, key)
         if self.augmentation:
-            image = self.augmentation.decode(record.image, self.image_size, random)
+            image = self.augmentation.decode(record.image, self.preprocess, random)
         else:
             image = self.preprocess.crop(open_image(record.image, key))
         texts = [encode_for_model(caption, self.context_length + 1, truncate=True) for caption in captions]

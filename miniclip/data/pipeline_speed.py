@@ -49,7 +49,11 @@ def time_pipeline(
             raise ValueError("none of the samples can be read; there is nothing to time")
         alone_s = seconds.pop("all") + seconds.pop("")
         records = clock("read", shards.__getitem__, good)
-        clock("decode and augment", lambda record: augmentation.decode(record.image, image_size, random), records)
+        clock(
+            "decode and augment",
+            lambda record: augmentation.decode(record.image, dataset.recipe.preprocess, random),
+            records,
+        )
         texts = [record.captions[0] for record in records]
         clock("tokenise", lambda text: encode_for_model(text, context_length, truncate=True), texts)
         step = max(1, min(32, len(places) // (4 * workers)))

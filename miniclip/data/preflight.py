@@ -22,7 +22,7 @@ import torch
 
 from ..common.storage import is_url, read_bytes, without_secrets
 from ..common.thumbnail import thumbnail
-from ..images import open_image, orientation, read_header
+from ..images import Preprocess, open_image, orientation, read_header
 from .advice import what_spoils
 from .augmentation import Augmentation
 from .findings import Contact, Findings, Look, count
@@ -74,8 +74,7 @@ def _look(fetched: tuple[Pair, bytes | str], with_thumbnail: bool = False) -> Lo
         header = read_header(data)  # its mode before 16 bits became 8
         is_16_bits = header.mode.startswith("I") or (header.format == "PNG" and data[24] == 16)
         mode = header.mode + (", 16 bit" if is_16_bits else "")
-        # Training makes a picture RGB before it is resized.
-        picture = thumbnail(image.convert("RGB"), _CONTACT_BOX) if with_thumbnail else ""
+        picture = thumbnail(image, _CONTACT_BOX) if with_thumbnail else ""
         digest, blank = hashlib.sha256(data).digest(), len(lines) - len(captions)
         facts = (image.size, header.format or "?", mode, orientation(header) != 1, digest, len(data), picture)
         return Look(without_secrets(pair.source), "", "", captions, blank, *facts)
@@ -169,12 +168,13 @@ def one_thread() -> Iterator[None]:
 def _decode_rate(images: Sequence[bytes], image_size: int) -> float:
     """Images/s that one core decodes and augments."""
     augmentation, random = Augmentation(), np.random.default_rng(0)
+    preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1))
     with one_thread():
         begin = time.perf_counter()
         for done, data in enumerate(images):
             if done == 1:
                 begin = time.perf_counter()  # the first one waits for imports
-            augmentation.decode(data, image_size, random)
+            augmentation.decode(data, preprocess, random)
             if time.perf_counter() - begin > _TIMED_S:
                 break
         return max(1, done) / (time.perf_counter() - begin) if images else 0.0

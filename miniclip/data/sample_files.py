@@ -21,6 +21,8 @@ from .reading.pair import Pair, Pairs
 # Formats, by Pillow's names, that are stored unchanged; pictures of others are stored as PNG.
 _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's, in which a PNG keeps a picture as it is
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -138,10 +140,12 @@ def _stored_image(original: bytes, name: str, packing: Packing, is_turned: bool)
     suffix = None if is_animated else _KEPT_FORMATS.get(stored.format or "")
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        if image.mode in ("RGBA", "LA"):  # a JPEG has no alpha channel, and models differ in what they see under one
+            return "png", _encode(image.resize(size, Image.Resampling.BICUBIC), "PNG"), size
         image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
         return "jpg", _encode(image, "JPEG", quality=packing.quality), size
     if suffix is None:
-        return "png", _encode(image.convert("RGB"), "PNG"), image.size
+        return "png", _encode(image if image.mode in _PNG_MODES else image.convert("RGB"), "PNG"), image.size
     if is_turned and suffix == "jpg":
         return "jpg", _encode_like(stored, image, packing.quality), image.size
     if is_turned:

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..common.files import expand_home
+from ..common.thumbnail import as_seen
 from ..common.wording import cut_short
 from ..data.wordings.kept import WORDINGS_FILE, Wordings
 from ..images import open_image
@@ -140,7 +141,7 @@ def _small(picture: str | Path) -> bytes:
     """A JPEG without metadata: a camera's tags can hold where its owner lives."""
     path = expand_home(picture)
     try:
-        image = open_image(path.read_bytes(), str(path)).convert("RGB")
+        image = as_seen(open_image(path.read_bytes(), str(path)))
     except OSError as error:
         raise ValueError(f"the thumbnail {path} can't be read: {error.strerror or error}") from error
     image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)

@@ -10,7 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from miniclip.config import OPENAI_MEAN, OPENAI_STD
-from miniclip.images import Preprocess, open_image
+from miniclip.images import Preprocess, open_image, rgb_as_seen
 
 MODES = ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK"]
 SIZES = [
@@ -193,3 +193,22 @@ def test_floats_whose_black_and_white_are_unknown_are_refused(values, shown):
     Image.fromarray(np.tile(np.array(values, dtype=np.float32), (4, 2))).save(buffer, "TIFF")
     with pytest.raises(ValueError, match=rf"a\.tif has floats.*{shown}.*scale them to 0 to 1"):
         open_image(buffer.getvalue(), "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("prepared", "colours"),
+    [
+        (preprocess("openai"), [[0, 0, 0], [200, 30, 30]]),  # 24 pixels of 40: what is wholly transparent turns black
+        (
+            preprocess("hf"),
+            [[255, 255, 255], [227, 142, 142]],
+        ),  # on white: 128 / 255 of 200, 30, 30 and the rest of 255
+        (lambda image: torch.from_numpy(np.array(image.convert("RGB"))), [[9, 8, 7], [200, 30, 30]]),
+    ],
+)
+def test_a_transparent_picture_has_the_colours_that_its_model_sees(prepared, colours):
+    pixels = np.full((40, 40, 4), (9, 8, 7, 0), np.uint8)
+    pixels[20:] = 200, 30, 30, 128
+    seen = np.asarray(rgb_as_seen(Image.fromarray(pixels), prepared), dtype=int)
+    assert seen.shape == (40, 40, 3)
+    assert np.abs(seen[[0, -1], 0] - colours).max() <= 2

@@ -48,6 +48,10 @@ def picture(width, height, mode="RGB", seed=0):
     return Image.fromarray(pixels[..., : 3 if mode == "RGB" else 4], mode=mode)
 
 
+def openai(image_size, **options):
+    return Preprocess(image_size, (0, 0, 0), (1, 1, 1), **options)
+
+
 def encoded(image, kind, **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -312,7 +316,7 @@ def test_what_cannot_be_shrunk_comes_whole(kind):
 def readers(data):
     """Every way that training has of reading a picture, at full and at reduced resolution."""
     yield from (partial(decode_rgb, data, shrink) for shrink in (1, 2, 4))
-    yield from (partial(Augmentation().decode, data, R, np.random.default_rng(0)) for R in (5, 20, 40))
+    yield from (partial(Augmentation().decode, data, openai(R), np.random.default_rng(0)) for R in (5, 20, 40))
 
 
 @pytest.mark.parametrize("kind, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})])
@@ -509,15 +513,18 @@ def photograph(width, height, seed):
     )
 
 
-WHOLE = [*BOMBS[2:], ("small JPEG", "RGB"), ("small JPEG", "L"), ("damaged JPEG", "RGB")]
+WHOLE = [*BOMBS[3:5], ("small JPEG", "RGB"), ("small JPEG", "L"), ("damaged JPEG", "RGB")]
 CROPS = [Augmentation(), Augmentation(flip=0.5), Augmentation(scale=(0.3, 1)), Augmentation(scale=(0.05, 0.2))]
 
 
 def both_ways(augmentation, data, image_size, seed):
     """The picture augmented from its bytes and from all of its pixels, and the next random number after each."""
-    for work, source in ((augmentation.decode, data), (augmentation, decode_rgb(data))):
+    for work, source, size in (
+        (augmentation.decode, data, openai(image_size)),
+        (augmentation, decode_rgb(data), image_size),
+    ):
         drawn = np.random.default_rng(seed)
-        yield work(source, image_size, drawn), drawn.random()
+        yield work(source, size, drawn), drawn.random()
 
 
 @pytest.mark.parametrize("augmentation", CROPS, ids=str)
@@ -538,10 +545,72 @@ def test_what_is_decoded_whole_is_augmented_as_its_pixels_are(kind, mode, augmen
         assert after == expected_after
 
 
+def clear_square(mode, size):
+    """A blue square on orange, whose left half is wholly transparent, and whose lower half by a half."""
+    W, H = size
+    pixels = np.full((H, W, 4), (250, 120, 10, 255), np.uint8)
+    pixels[H // 4 : H // 2, W // 4 : 3 * W // 4] = 10, 20, 250, 255
+    pixels[H // 2 :, :, 3], pixels[:, : W // 2, 3] = 128, 0
+    whole = Image.fromarray(pixels)
+    if mode == "LA":
+        return Image.merge("LA", [whole.convert("RGB").convert("L"), whole.getchannel("A")])
+    return whole if mode == "RGBA" else whole.convert("RGB").quantize(8) if mode == "P" else whole.convert("RGB")
+
+
+OWN_MODES = {
+    "alpha": ("RGBA", "PNG", {}),
+    "grey and alpha": ("LA", "PNG", {}),
+    "palette": ("P", "GIF", {}),
+    "transparent palette": ("P", "PNG", {"transparency": 1}),
+    "transparent colour": ("RGB", "PNG", {"transparency": (250, 120, 10)}),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_MODES)
+@pytest.mark.parametrize("size", [(90, 70), (40, 61), (20, 13)])
+def test_training_resizes_before_rgb_as_open_clip_trains(kind, size):
+    """Its `image_transform(is_train=True)` is torchvision's crop of a picture of Pillow's, and RGB after that."""
+    mode, file_format, options = OWN_MODES[kind]
+    data, augmentation = encoded(clear_square(mode, size), file_format, **options), Augmentation(scale=(0.2, 1))
+    stored = open_image(data, "cat")
+    for seed in range(8):
+        drawn, again = np.random.default_rng(seed), np.random.default_rng(seed)
+        found = augmentation.decode(data, openai(24), drawn)
+        box = augmentation.crop_box(stored.height, stored.width, again)
+        again.random()  # of the flip
+        expected = functional.resized_crop(stored, *box, [24, 24], interpolation=InterpolationMode.BICUBIC)
+        difference = (found.int() - torch.from_numpy(np.array(expected.convert("RGB"))).permute(2, 0, 1).int()).abs()
+        assert difference.max() <= (1 if stored.mode == "RGB" else 0)
+        assert drawn.random() == again.random()
+
+
+@pytest.mark.parametrize("style", ["openai", "hf"])
+@pytest.mark.parametrize("kind", OWN_MODES)
+@pytest.mark.parametrize("side", [24, 40, 90])
+def test_training_without_a_crop_sees_transparency_as_the_models_inference_does(kind, style, side):
+    """At 24 pixels, the model's own size, nothing is resized, and OpenAI's way keeps the colours that are stored."""
+    mode, file_format, options = OWN_MODES[kind]
+    data = encoded(clear_square(mode, (side, side)), file_format, **options)
+    preprocess = openai(24, style=style)
+    found = Augmentation(scale=(1, 1), ratio=(1, 1)).decode(data, preprocess, np.random.default_rng(0))
+    assert (found.int() - preprocess.crop(open_image(data, "cat")).int()).abs().max() <= 1
+    corner = {"hf": (255, 255, 255), "openai": (0, 0, 0) if side > 24 else (250, 120, 10)}[style]
+    if mode == "RGBA":
+        assert found[:, 0, 0].tolist() == list(corner)
+
+
+def test_a_part_that_has_the_models_size_already_has_the_colours_of_all_others():
+    image = clear_square("RGBA", (40, 40))
+    parts = [np.asarray(openai(24).part(image, (0, 0, side, side)))[0, 0].tolist() for side in (23, 24, 25)]
+    assert parts == [[0, 0, 0]] * 3
+    kept = [np.asarray(openai(40).part(image, (0, 0, side, side)))[0, 0].tolist() for side in (23, 40)]
+    assert kept == [[250, 120, 10]] * 2
+
+
 @pytest.mark.parametrize("side, shrink", [(63, 1), (64, 2), (127, 2), (128, 4), (300, 4)])
 def test_a_jpeg_is_shrunk_as_far_as_the_crop_keeps_the_models_pixels(side, shrink):
     data = encoded(photograph(side, side, 0), "JPEG")
-    found = Augmentation(scale=(1, 1), ratio=(1, 1)).decode(data, 32, np.random.default_rng(0))
+    found = Augmentation(scale=(1, 1), ratio=(1, 1)).decode(data, openai(32), np.random.default_rng(0))
     whole = decode_rgb(data, shrink)[None]
     expected = functional.resize(whole, [32, 32], interpolation=InterpolationMode.BICUBIC, antialias=True)[0]
     assert torch.equal(found, expected)
@@ -581,7 +650,7 @@ def test_a_jpeg_of_any_shape_gives_a_square(H, W, image_size):
     data = encoded(Image.new("RGB", (W, H), (77, 77, 77)), "JPEG")
     for augmentation in SETTINGS:
         for seed in range(20):
-            result = augmentation.decode(data, image_size, np.random.default_rng(seed))
+            result = augmentation.decode(data, openai(image_size), np.random.default_rng(seed))
             assert (result.dtype, result.shape) == (torch.uint8, (3, image_size, image_size))
             assert result.eq(77).all()
 

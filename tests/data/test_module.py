@@ -463,9 +463,9 @@ def test_what_packing_accepts_training_can_decode_beside_other_pictures(tmp_path
     assert 60 < float(brightness.min()) < float(brightness.max()) < 200
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (mode, _) in KINDS.items() if mode not in ("P", "1")])
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_without_a_crop_and_evaluation_see_the_same_picture(tmp_path, kind):
-    """But for rounding. Palettes apart: evaluation resizes them with nearest neighbours, as OpenAI's models saw it."""
+    """But for rounding. Palettes too: both resize them with nearest neighbours, as OpenAI's models saw it."""
     write_kind(tmp_path / "src" / kind, *KINDS[kind])
     pack_folder(tmp_path / "src", tmp_path / "out")
     shards = Shards(tmp_path / "out")

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import (
     all_members,
@@ -33,6 +34,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from miniclip.commands import main as cli
 from miniclip.data.open_pairs import shard_pairs
@@ -958,3 +960,34 @@ def test_half_a_surrogate_in_a_table_stops_nothing(tmp_path, field):
     assert packed.kept + packed.rejected == 2
     assert packed.kept >= 1
     assert len(rejected_rows(tmp_path / "out")) == packed.rejected
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("resize", [None, 10])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_an_alpha_channel_is_kept_because_models_see_different_colours_under_it(tmp_path, mode, suffix, resize):
+    """The shrunk one is Pillow's, which multiplies by the alpha channel."""
+    image = picture(1, (40, 20)).convert(mode)
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    image.save(folder / f"a.{suffix}")
+    (folder / "a.txt").write_text("a cat")
+    assert pack_folder(folder, tmp_path / "out", resize=resize).kept == 1
+    (record,) = Shards(tmp_path / "out")
+    stored = Image.open(io.BytesIO(record.image))
+    expected = image if resize is None else image.resize((20, 10), Image.Resampling.BICUBIC)
+    assert (stored.format, stored.mode) == ("PNG", mode)
+    np.testing.assert_array_equal(np.asarray(stored), np.asarray(expected))
+
+
+def test_a_palette_stays_one_because_models_resize_it_as_one(tmp_path):
+    image, folder = picture(1, (40, 20)).convert("RGB").quantize(7), tmp_path / "in"
+    folder.mkdir()
+    image.save(folder / "a.gif", transparency=3)
+    (folder / "a.txt").write_text("a cat")
+    assert pack_folder(folder, tmp_path / "out").kept == 1
+    (record,) = Shards(tmp_path / "out")
+    stored, original = Image.open(io.BytesIO(record.image)), Image.open(folder / "a.gif")
+    assert (stored.format, stored.mode) == ("PNG", "P")
+    np.testing.assert_array_equal(np.asarray(stored.convert("RGBA")), np.asarray(original.convert("RGBA")))

@@ -26,6 +26,7 @@ from miniclip.data.findings import Look, count
 from miniclip.data.sources import read_pairs
 from miniclip.data.wordings.equal_captions import words_of
 from miniclip.evaluation.encoder import from_object
+from miniclip.images import Preprocess
 from miniclip.inference.doctor import costs, lists
 from miniclip.inference.doctor.captions import doubt_in, junk_in, naming, normalised, repeated
 from miniclip.inference.doctor.examine import Diagnosis, examine
@@ -35,6 +36,8 @@ from miniclip.inference.doctor.parts import TEST, VAL, of_images, of_pairs
 from miniclip.inference.doctor.pictures import BLANK_LEVELS, blur_of, see
 from miniclip.inference.search.nearest import near_duplicates
 from miniclip.inference.sources import image_set
+
+OPENAIS = Preprocess(32, (0, 0, 0), (1, 1, 1))
 
 
 @contextlib.contextmanager
@@ -229,15 +232,30 @@ def test_more_blur_is_more_blurred_and_noise_on_one_colour_is_blank():
     assert blurs == sorted(blurs)
     assert blurs[0] < blurs[-1] - 0.2
     noise = np.random.default_rng(0).normal(128, 4, size=(50, 70, 3)).clip(0, 255).astype(np.uint8)
-    assert see(Image.fromarray(noise), 32).levels < BLANK_LEVELS < see(picture, 32).levels
+    assert see(Image.fromarray(noise), 32, OPENAIS).levels < BLANK_LEVELS < see(picture, 32, OPENAIS).levels
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (300, 1), (3, 400)])
 def test_pictures_of_any_shape_and_mode_are_looked_at(size):
     for mode in ("RGB", "L", "RGBA", "P", "1", "CMYK"):
-        seen = see(Image.new(mode, size), 16)
+        seen = see(Image.new(mode, size), 16, OPENAIS)
         assert seen.small.shape == (32, 32, 3)
         assert 0 <= seen.blur <= 1
+
+
+def test_a_drawing_under_transparency_is_blank_to_the_model_that_sees_black():
+    """Black ink on nothing: OpenAI's way makes all of it black, Hugging Face's lays it on white."""
+    ink = np.zeros((64, 64, 4), np.uint8)
+    ink[16:48, 16:48, 3] = 255
+    ink[:16, :, :3] = 255  # what a viewer does not show
+    drawing, on_white = Image.fromarray(ink), Preprocess(32, (0, 0, 0), (1, 1, 1), "hf")
+    assert see(drawing, 32, OPENAIS).levels == 0
+    seen = see(drawing, 32, on_white)
+    assert seen.levels == 255
+    assert seen.small[0, 0].tolist() == [255, 255, 255]
+    stored = see(drawing, 64, Preprocess(64, (0, 0, 0), (1, 1, 1)))  # nothing is resized, so nothing is multiplied
+    assert stored.small[0, 0].tolist() == [255, 255, 255]
+    assert stored.small[-1, -1].tolist() == [0, 0, 0]
 
 
 def test_what_is_blank_is_no_duplicate_of_anything(tmp_path):

@@ -1,5 +1,6 @@
 """A model goes to a hub and comes back, whatever breaks on the way; the hub is a server on the loopback."""
 
+import io
 import json
 import os
 import shlex
@@ -69,12 +70,22 @@ def test_a_pushed_model_comes_back_bit_for_bit(tmp_path, model):
         assert len(hub.repositories["owner/birds"].commits) == 2  # all in one
         back = in_process(hub, tmp_path / "elsewhere", "-c", CAME_BACK, "", str(model))
         assert back.stdout.strip() == "the same", back.stderr[-800:]
-    small = Image.open(__import__("io").BytesIO(files["pictures/0.jpg"]))
+    small = Image.open(io.BytesIO(files["pictures/0.jpg"]))
     assert (small.size, small.getexif(), small.info.get("comment")) == ((256, 192), {}, None)
     card = files[CARD_FILE].decode()
     assert is_untouched(card)
     assert "license: mit" in card
     assert "![a picture of its kind](pictures/0.jpg)" in card
+
+
+def test_a_thumbnail_shows_transparency_as_the_model_sees_it(tmp_path, model):
+    """White is stored under it, and OpenAI's way makes it black."""
+    Image.new("RGBA", (300, 200), (255, 255, 255, 0)).save(tmp_path / "clear.png")
+    with Hub() as hub:
+        shown = str(tmp_path / "clear.png")
+        assert push(hub, tmp_path / "home", str(model), "owner/birds", "--thumbnails", shown).returncode == 0
+        small = Image.open(io.BytesIO(hub.repositories["owner/birds"].files["pictures/0.jpg"]))
+    assert small.getextrema() == ((0, 0),) * 3
 
 
 def test_what_is_published_of_the_captions_is_what_many_share(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 from ...data.wordings.equal_captions import same_caption
 from ...evaluation.encoder import Encoder
 from ...evaluation.features import FeatureCache
+from ...images import Preprocess
 from . import costs
 from .captions import Naming, doubt_in, junk_in, naming, normalised, repeated
 from .costs import Cost
@@ -101,7 +102,8 @@ def examine(
         ValueError: a library is missing, an argument out of its range, or not one pair can be used.
     """
     _refuse_bad_arguments(image_size, batch_size, workers, images_at_once)
-    looked = look_at(sources, image_size, workers, progress)
+    preprocess = Preprocess(image_size, (0, 0, 0), (1, 1, 1)) if model is None else model.preprocess
+    looked = look_at(sources, image_size, preprocess, workers, progress)
     train = looked.rows_of(TRAIN)
     if not len(train):
         reasons = "; ".join(f"{kind} ({count:,})" for kind, (count, _) in list(looked.problems.items())[:3])

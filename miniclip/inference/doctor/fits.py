@@ -79,7 +79,7 @@ def fit_of(
 
     def encoded(which: np.ndarray, turns: int) -> Tensor:
         """(n, E), zero where a picture can't be read any more."""
-        key = FeatureCache.key("doctor", model.image_fingerprint(), fingerprint, which.tolist(), turns)
+        key = FeatureCache.key("doctor, as stored", model.image_fingerprint(), fingerprint, which.tolist(), turns)
         what = "encoding pictures" if not turns else f"encoding pictures turned by {90 * turns}°"
         with progress(what, len(which)) as report:
             found = encode_images(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ...common.storage import read_bytes
 from ...data.preflight import message_of, reason_kind
@@ -129,17 +130,24 @@ class _Opened(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         try:
-            image = self.looked.open(int(self.rows[index])).convert("RGB")
+            image = self.looked.open(int(self.rows[index]))
         except (OSError, ValueError) as error:  # it could be read a while ago
             return NoImage(str(error))
         return image.rotate(90 * self.turns, expand=True) if self.turns else image
 
 
-def look_at(sources: Sequence[Source], image_size: int, workers: int | None, progress: Progress) -> Looked:
+def look_at(
+    sources: Sequence[Source],
+    image_size: int,
+    preprocess: Callable[[Image.Image], Tensor],
+    workers: int | None,
+    progress: Progress,
+) -> Looked:
     """Reads and decodes every picture once, in threads.
 
     Args:
         image_size: side of the model's input, pixels.
+        preprocess: the model's.
         workers: threads; by default one a core.
     """
     found: list[tuple[int, int, tuple[str, ...], Seen]] = []
@@ -152,9 +160,8 @@ def look_at(sources: Sequence[Source], image_size: int, workers: int | None, pro
         for number, source in enumerate(sources):
             for start in range(0, len(source.keys), _PICTURES_AT_ONCE):
                 indices = range(start, min(start + _PICTURES_AT_ONCE, len(source.keys)))
-                for index, result in zip(
-                    indices, pool.map(partial(_looked_at, source, image_size), indices), strict=True
-                ):
+                look = partial(_looked_at, source, image_size, preprocess)
+                for index, result in zip(indices, pool.map(look, indices), strict=True):
                     if isinstance(result, str):
                         kind = reason_kind(result, Pair(source.keys[index]))
                         problems[kind] += 1
@@ -184,9 +191,11 @@ def look_at(sources: Sequence[Source], image_size: int, workers: int | None, pro
 _NO_PIXELS = np.zeros(0, dtype=np.uint8)
 
 
-def _looked_at(source: Source, image_size: int, index: int) -> tuple[tuple[str, ...], Seen] | str:
+def _looked_at(
+    source: Source, image_size: int, preprocess: Callable[[Image.Image], Tensor], index: int
+) -> tuple[tuple[str, ...], Seen] | str:
     try:
         captions = source.captions(index) if source.captions else ()
-        return captions, see(source.open(index), image_size)
+        return captions, see(source.open(index), image_size, preprocess)
     except Exception as error:  # libraries of the network, of tables and of pictures raise anything
         return message_of(error)

@@ -6,12 +6,14 @@ R side of the small copy, in pixels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from ...images import orientation
+from ...images import orientation, rgb_as_seen
 
 SMALL = 32  # R
 COARSE = 8
@@ -41,13 +43,14 @@ class Seen(NamedTuple):
     small: np.ndarray
 
 
-def see(image: Image.Image, image_size: int) -> Seen:
+def see(image: Image.Image, image_size: int, preprocess: Callable[[Image.Image], Tensor]) -> Seen:
     """
     Args:
         image_size: side of the model's input, pixels. A picture is blurred if the model sees it so.
+        preprocess: the model's; what is transparent has the colours that it sees.
     """
     is_turned = orientation(image) != 1
-    rgb = image.convert("RGB")
+    rgb = rgb_as_seen(image, preprocess)
     small = np.asarray(_of_size(rgb, (SMALL, SMALL)))
     fields = small.reshape(COARSE, SMALL // COARSE, COARSE, SMALL // COARSE, 3).mean(axis=(1, 3))
     levels = float((fields.max(axis=(0, 1)) - fields.min(axis=(0, 1))).max())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...common.arguments import FLOAT32
 from ...evaluation.encoder import Encoder
+from ...images import rgb_as_seen
 from ...model import VisionTransformer
 from .attention import attention_relevance
 from .deletion import NUM_RANDOM, Deletion, Removal
@@ -151,7 +152,7 @@ class Picture:
         except ValueError:  # parts are taken from the picture itself, before it is preprocessed
             self._box = Box(0, 0, *image.size)
             self._prepare = partial(_preprocessed, encoder, image.info.get("exif"))
-            pixels = _reduced(image)
+            pixels = _reduced(rgb_as_seen(image, encoder.preprocess))
         self._pixels = pixels.float().to(encoder.logit_scale.device)
         self._base = base(self._pixels)
         self._removals: dict[torch.Size, Removal] = {}
@@ -216,9 +217,9 @@ class Picture:
 
 
 def _reduced(image: Image.Image) -> Tensor:
-    """The picture with at most `_MOST_PIXELS` on its long side: (3, H, W), from 0 to 255."""
+    """The picture, which is RGB, with at most `_MOST_PIXELS` on its long side: (3, H, W), from 0 to 255."""
     share = min(1, _MOST_PIXELS / max(image.size))
-    small = image.convert("RGB").resize([max(1, round(share * side)) for side in image.size], Image.Resampling.BICUBIC)
+    small = image.resize([max(1, round(share * side)) for side in image.size], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
