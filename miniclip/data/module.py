@@ -125,6 +125,20 @@ def _refuse_other_batches(trainer: pl.Trainer) -> None:
         )
 
 
+def _refuse_a_part_of_validation(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        ValueError: scores would be of a part of the held-out pairs, and not of none (0) or in a trial.
+    """
+    limit = trainer.limit_val_batches  # 1.0 is all batches and 1 is one
+    is_trial: Any = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not is_trial and limit != 0 and (isinstance(limit, int) or limit != 1):
+        raise ValueError(
+            f"trainer.limit_val_batches is {limit}; a validation scores all held-out pairs, or data.val_pairs of them "
+            "(overfit_batches sets it, too)"
+        )
+
+
 class PairDataModule(pl.LightningDataModule):
     """Image-text pairs for Lightning's trainer.
 
@@ -271,6 +285,8 @@ class PairDataModule(pl.LightningDataModule):
                 self.train_shards = Shards(sources, self.cache, split="train")
                 if self.reads_groups():
                     check_groups(self.train_shards, self.group)
+        if self.val and isinstance(self.trainer, pl.Trainer):
+            _refuse_a_part_of_validation(self.trainer)
         if self.val and self.val_shards is None:
             self.prepare_data()
             self.val_shards = Shards(self._places("val"), self.cache, split="val")

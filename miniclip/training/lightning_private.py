@@ -63,6 +63,11 @@ def is_logged(trainer: pl.Trainer, steps: int, of_those: int = 1) -> bool:
     return every > 0 and (steps % (every * of_those) == 0 or steps == trainer.estimated_stepping_batches)
 
 
+def leave_samplers(trainer: pl.Trainer) -> None:
+    """Sets use_distributed_sampler to false: each process's loader has its own part already."""
+    trainer._accelerator_connector.use_distributed_sampler = False
+
+
 def install_no_signal_handlers(trainer: pl.Trainer) -> None:
     setattr(trainer._signal_connector, "register_signal_handlers", lambda: None)  # noqa: B010
 

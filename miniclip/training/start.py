@@ -5,9 +5,12 @@ The trainer and its data have to agree with the model, under the command line an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
+import pytorch_lightning as pl
 from pytorch_lightning.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -19,8 +22,11 @@ from pytorch_lightning.callbacks import (
     WeightAveraging,
 )
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler
 
 from .. import tokenizer
+from ..common.wording import some
 from ..config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
 from ..data.module import PairDataModule
 from ..data.pairs import Positives
@@ -195,3 +201,58 @@ def refuse_other_data(config: CLIPConfig, positives: Positives, data: PairDataMo
         options = ", ".join(f"{name}={own!r}" for name, (own, _) in wrong.items())
         what = "the data module prepares other pairs than the model takes:"
         raise ValueError("\n".join([what, *lines, f"give it what the model has: PairDataModule(…, {options})"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a validation under a loader of one's own scores: each sample once, and all of them or a part that is named
+
+
+def part_of_validation(trainer: pl.Trainer) -> str | None:
+    """What the current validation is a part of, and by which setting; None if it is all of its loader."""
+    scored, whole = trainer.num_val_batches[0], _length(_loader(trainer))
+    if math.isinf(scored) or (whole is not None and scored >= whole):
+        return None
+    names = ("fast_dev_run", "overfit_batches", "limit_val_batches")
+    name = next(name for name in names if getattr(trainer, name))
+    value = getattr(trainer, name)
+    return f"the first {scored:g} of {'all' if whole is None else f'{whole:g}'} batches (trainer.{name} is {value})"
+
+
+def _loader(trainer: pl.Trainer) -> Any:
+    return tree_leaves(trainer.val_dataloaders)[0]  # CLIPTraining takes one
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):  # an iterable data set's
+        return None
+
+
+def num_distinct(trainer: pl.Trainer, sizes: Sequence[int], keys: Sequence[Sequence[str]]) -> int:
+    """How many of this process's samples count; those behind them repeat samples of other processes.
+
+    torch's DistributedSampler, which Lightning gives a loader, repeats the first samples until all processes have
+    equally many.
+
+    Args:
+        sizes: samples of each of this process's batches.
+        keys: names of each process's samples.
+
+    Raises:
+        ValueError: without such a sampler, several processes have the same samples.
+    """
+    loader = _loader(trainer)
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+    if isinstance(sampler, DistributedSampler):
+        num_items = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+        return sum(sizes[:num_items]) if loader.batch_sampler is None else min(num_items, sum(sizes))
+    are_names = all(len(set(each)) == len(each) for each in keys)
+    counts = Counter(key for each in keys for key in each)
+    if are_names and (repeated := [key for key, count in counts.items() if count > 1]):
+        raise ValueError(
+            f"{len(repeated)} of the {len(counts)} samples of the validation come in several of the {len(keys)} "
+            f"processes ({some(repeated, 3)}), so scores would count them several times; give the loader a "
+            "torch.utils.data.DistributedSampler, or leave the Trainer's use_distributed_sampler true"
+        )
+    return sum(sizes)

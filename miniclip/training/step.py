@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..common.arguments import shown
-from ..common.processes import all_gather_objects
+from ..common.processes import all_gather_objects, warn_once
 from ..common.wording import some
 from ..config import CLIPConfig
 from ..data.module import PairDataModule
@@ -32,12 +32,15 @@ from ..weights.computation import other_computation
 from ..weights.read import LIGHTNING_CONFIG_KEY, LIGHTNING_WORDINGS_KEY
 from .distillation import Teacher, distillation_loss
 from .fsdp import local, shard
+from .lightning_private import leave_samplers
 from .optimizer import CommonSchedule, OptimizerConfig, learning_rate_factor, make_optimizer, warmup_steps
 from .recompute import drop_patches_in_training, encode_in_parts, recompute_blocks
 from .start import (
     Locked,
     LossKind,
     locked_part,
+    num_distinct,
+    part_of_validation,
     refuse_callbacks,
     refuse_half_weights,
     refuse_other_data,
@@ -158,6 +161,7 @@ class CLIPTraining(pl.LightningModule):
         self._unfrozen: set[str] = set()  # since
         self.result: StepResult | None = None  # of the current step, until the weights have moved
         self._validation: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._validated_keys: list[str] = []
         self._shares_targets = False  # the pairs of the validation
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -273,12 +277,19 @@ class CLIPTraining(pl.LightningModule):
         features = image_features.float().cpu(), text_features.float().cpu()
         self._shares_targets = self.groups(batch) is not None
         self._validation.append((*features, self.answers(batch).cpu(), healthy.cpu()))
+        self._validated_keys += batch.keys
 
     def on_validation_epoch_end(self) -> None:
         """Scores the whole set at once, so that batch size and number of processes do not change the scores."""
         own = [torch.cat(column) for column in zip(*self._validation, strict=True)]
-        self._validation.clear()
+        sizes, keys = [len(batch[0]) for batch in self._validation], self._validated_keys
+        self._validation, self._validated_keys = [], []
         count = None if (data := self._data()) is None else len(data.held_out())  # the last is there several times
+        if data is None and self.trainer.world_size > 1:
+            num_own = num_distinct(self.trainer, sizes, all_gather_objects(keys))
+            own = [column[:num_own] for column in own]
+        if not self.trainer.sanity_checking and (part := part_of_validation(self.trainer)):
+            warn_once(f"{' and '.join(VALIDATED)} are of a part of the validation, {part}, and no scores of all of it")
         *columns, healthy = (torch.cat(column)[:count] for column in zip(*all_gather_objects(own), strict=True))
         images, texts, answers = (column[healthy] for column in columns)
         if not len(images):
@@ -301,6 +312,7 @@ class CLIPTraining(pl.LightningModule):
         """
         if (data := self._data()) is not None:
             refuse_other_data(self.clip.config, self.positives, data)
+            leave_samplers(self.trainer)
         if stage != "fit":
             return
         refuse_half_weights(str(self.trainer.precision))

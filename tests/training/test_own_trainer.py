@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+import os
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,13 @@ def trainer(**options: Any) -> pl.Trainer:
 def pairs(data, **options: Any) -> PairDataModule:
     sizes = {"batch_size": 8, "num_workers": 0, "image_size": 16, "context_length": 16}
     return PairDataModule(str(data / "shards/train"), str(data / "shards/val"), **{**sizes, **options})
+
+
+def set_up_pairs(data) -> PairDataModule:
+    """Without a trainer."""
+    module = pairs(data)
+    module.setup("fit")
+    return module
 
 
 class Unfreezing(Callback):
@@ -233,3 +245,117 @@ def test_a_data_module_without_a_trainer_says_what_its_batches_need(data):
     assert len(next(iter(module.val_dataloader())).keys) == 8
     with pytest.raises(ValueError, match="belongs to no Trainer, whose step tells which batch comes next"):
         module.train_dataloader()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which pairs a validation scores
+
+
+@pytest.mark.parametrize("limit", [1, 0.5])
+@pytest.mark.parametrize("what", ["fit", "validate"])
+def test_a_part_of_the_held_out_pairs_is_chosen_by_the_data_module_alone(data, limit, what):
+    with pytest.raises(ValueError, match=rf"trainer\.limit_val_batches is {limit}; .*data\.val_pairs of them"):
+        getattr(trainer(limit_val_batches=limit), what)(CLIPTraining(tiny_config()), datamodule=pairs(data))
+
+
+def test_no_validation_is_none_and_not_a_part(data):
+    run = trainer(limit_val_batches=0, max_steps=1)
+    run.fit(CLIPTraining(tiny_config()), pairs(data))
+    assert "val/loss" not in run.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"fast_dev_run": 1}, r"the first 1 of 2 batches \(trainer.fast_dev_run is True\)"),
+        ({"limit_val_batches": 1}, r"the first 1 of 2 batches \(trainer.limit_val_batches is 1\)"),
+        ({"limit_val_batches": 0.5}, r"the first 1 of 2 batches \(trainer.limit_val_batches is 0.5\)"),
+        ({"overfit_batches": 1}, r"the first 1 of 2 batches \(trainer.overfit_batches is 1\)"),
+        ({"limit_val_batches": 2}, None),
+        ({}, None),
+    ],
+)
+def test_scores_of_a_part_of_a_loader_of_ones_own_are_called_that(data, options, part):
+    """16 held-out pairs in batches of 8."""
+    batches = [*set_up_pairs(data).val_dataloader()]
+    loader = DataLoader(batches, None, collate_fn=lambda batch: batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(**options).validate(CLIPTraining(tiny_config()), loader)
+    said = [str(each.message) for each in caught if "a part of the validation" in str(each.message)]
+    if part is None:
+        assert said == []
+    else:
+        (message,) = said
+        assert re.search(rf"^val/loss and val/retrieval_r1 are of a part of the validation, {part}", message)
+
+
+# Validates under loaders of one's own and under PairDataModule in as many processes as told, and writes each's scores.
+VALIDATES = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader, Subset
+from helpers import tiny_config
+from test_own_trainer import pairs, set_up_pairs, trainer
+from miniclip.data.pairs import collate
+from miniclip.training.step import CLIPTraining
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, dataset): self.dataset = dataset
+    def __len__(self): return len(self.dataset)
+    def __getitem__(self, index): return self.dataset[0, index]
+
+data, devices, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+samples = DataLoader(Subset(Samples(set_up_pairs(data).val_dataloader().dataset), range(13)), 2, collate_fn=collate)
+batches = DataLoader(list(samples), None, collate_fn=lambda batch: batch)
+cases = [({"dataloaders": samples}, True), ({"dataloaders": batches}, True), ({"datamodule": pairs(data)}, True)]
+results = []
+for loaders, is_sampled in [*cases, ({"dataloaders": samples}, False)]:
+    torch.manual_seed(0)
+    strategy = "ddp" if devices > 1 else "auto"
+    run = trainer(devices=devices, strategy=strategy, use_distributed_sampler=is_sampled)
+    try:
+        run.validate(CLIPTraining(tiny_config()), **loaders)
+        results.append({name: float(value) for name, value in run.callback_metrics.items()})
+    except ValueError as error:
+        results.append(str(error))
+if run.is_global_zero:
+    out.write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def validated(data, tmp_path_factory) -> list[list[Any]]:
+    """What VALIDATES writes from one process and from two."""
+    folder, here = tmp_path_factory.mktemp("validated"), Path(__file__).parent
+    (folder / "validates.py").write_text(VALIDATES)
+    known = {"PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here))), "OMP_NUM_THREADS": "1"}
+    results = []
+    for devices in (1, 2):
+        out = folder / f"{devices}.json"
+        command = [sys.executable, str(folder / "validates.py"), str(data), str(devices), str(out)]
+        done = subprocess.run(command, env=os.environ | known, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads(out.read_text()))
+    return results
+
+
+def test_samples_that_a_distributed_sampler_repeats_count_once(validated):
+    """Of 13 samples in two processes each has 7 of Lightning's sampler, and of 7 batches 4."""
+    alone, together = validated
+    for of_one, of_two in zip(alone[:2], together[:2], strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-5)
+
+
+def test_a_data_module_needs_no_setting_for_several_processes(validated):
+    alone, together = validated
+    assert together[2] == pytest.approx(alone[2], rel=1e-5)
+
+
+def test_samples_that_every_process_reads_are_refused(validated):
+    alone, together = validated
+    assert alone[3] == alone[0]
+    assert re.match("13 of the 13 samples of the validation come in several of the 2 processes [(]", together[3])
+    assert "give the loader a torch.utils.data.DistributedSampler" in together[3]
