@@ -83,6 +83,17 @@ _REASONS = {
 }
 
 
+class ForeignObjectError(ValueError):
+    """A file asks for a class or function of a program's own; `name` is its dotted name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"it asks for {name}: only tensors and plain values are read, no pickled models or other objects; save "
+            "model.state_dict() alone with the program that wrote it"
+        )
+
+
 class _Stub:
     """Stands for an object that is of no interest but for its attributes, which may hold tensors."""
 
@@ -137,9 +148,11 @@ class _Unpickler(pickle.Unpickler):
             ("torch.jit._pickle", "restore_type_tag"): lambda value, tag: value,
         }
         if (module, name) not in allowed:
-            what = _REASONS.get(name, "only tensors and plain values are read, no pickled models or other objects")
+            if name not in _REASONS:
+                raise ForeignObjectError(f"{module}.{name}")
             raise ValueError(
-                f"it asks for {module}.{name}: {what}; save model.state_dict() alone with the program that wrote it"
+                f"it asks for {module}.{name}: {_REASONS[name]}; save model.state_dict() alone with the program that "
+                "wrote it"
             )
         return allowed[module, name]
 

@@ -33,7 +33,7 @@ from .folders import (
 )
 from .heads import Hints
 from .layouts import Tensors, is_hf, to_native_keys
-from .pickles import is_torchscript, read_pickle, read_torchscript
+from .pickles import ForeignObjectError, is_torchscript, read_pickle, read_torchscript
 from .shapes import differences
 from .unwrap import unwrap
 
@@ -350,7 +350,18 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         ValueError: damaged, no checkpoint, not the trainer's, or one that asks for code to be run.
     """
     refuse_stand_ins(path)
-    checkpoint = read_pickle(path, with_stubs=False)
+    instead = f"resume it with the program that wrote it, or start from its weights: --model.start_from {path}"
+    try:
+        checkpoint = read_pickle(path, with_stubs=False)
+    except ValueError as error:
+        if not isinstance(error.__cause__, ForeignObjectError):
+            raise
+        raise ValueError(
+            f"{path} holds a {error.__cause__.name}, which miniclip's trainer writes into no checkpoint (a callback of "
+            f"your own may have), so there is no run in it to resume; {instead}"
+        ) from error
     if not isinstance(checkpoint, dict) or LIGHTNING_CONFIG_KEY not in checkpoint:
-        raise ValueError(f"{path} was not written by miniclip's trainer: it has no entry {LIGHTNING_CONFIG_KEY!r}")
+        raise ValueError(
+            f"{path} was not written by miniclip's trainer: it has no entry {LIGHTNING_CONFIG_KEY!r}; {instead}"
+        )
     return checkpoint

@@ -5,6 +5,7 @@ Whatever can be is done in this process; signals of a scheduler and processes th
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import math
@@ -949,3 +950,27 @@ def test_two_processes_go_on_where_one_stopped_and_say_so(data, tmp_path, half):
     assert "processes: the checkpoint has 1, this run 2" in out.read_text()
     assert step_of(run) == 6
     assert len(last(run)["random_states"]) == 2
+
+
+class _Own:
+    """A class of some program's."""
+
+
+@pytest.mark.parametrize(
+    ("saved", "what"),
+    [
+        (argparse.Namespace(lr=1.0), "holds a argparse.Namespace, which miniclip's trainer writes into no checkpoint"),
+        (_Own(), f"holds a {__name__}._Own, which miniclip's trainer writes into no checkpoint"),
+        (1.0, "was not written by miniclip's trainer: it has no entry 'miniclip_config'"),
+    ],
+    ids=["namespace", "class", "plain"],
+)
+def test_another_trainers_checkpoint_is_called_that_and_what_to_do_instead(data, tmp_path, capsys, saved, what):
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {"a.b": torch.zeros(3)}, "global_step": 7, "args": saved}, path)
+    said = fails(capsys, arguments(data, tmp_path / "run", f"--ckpt_path={path}"))
+    line = next(line for line in said.splitlines() if str(path) in line)
+    assert line.startswith(f"error: {path} {what}")
+    assert line.endswith(
+        f"; resume it with the program that wrote it, or start from its weights: --model.start_from {path}"
+    )
