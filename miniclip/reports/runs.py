@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..common.storage import without_secrets, without_secrets_in
+from ..data.reading.unique_keys import BoundedSafe
 
 PAGE_FILE, RUN_FILE, METRICS_FILE = "report.html", "run.json", "metrics.csv"
 # What every record has.
@@ -156,7 +157,7 @@ def _read_start(log: Path) -> dict[str, Any] | None:
 # Settings of a run
 
 
-class _AnyTag(yaml.SafeLoader):
+class _AnyTag(BoundedSafe):
     """Reads a value whose tag YAML itself does not have, as Python's are, as the tag's name, and builds nothing."""
 
     tags: list[str]
@@ -180,7 +181,7 @@ def read_settings(text: str) -> tuple[dict[str, Any], list[str]]:
         loader = _AnyTag(text)
         loader.tags = []
         settings = loader.get_single_data()
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
     settings = {} if settings is None else settings
     sections = {"it": settings}

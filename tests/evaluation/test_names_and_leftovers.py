@@ -566,6 +566,8 @@ def test_names_are_in_label_order_however_a_program_wrote_them(name, text, names
     [
         ("twice.yaml", "names:\n  0: cat\n  0: dog\n  1: bird\n", "0 comes twice in one mapping"),
         ("twice.txt", "names:\n  0: cat\n  0: dog\n  1: bird\n", "0 comes twice in one mapping"),
+        ("deep.yaml", "names: " + "[" * 3000 + "]" * 3000, "is not YAML: it is nested more than 100 deep in line 1"),
+        ("within.yaml", "names: &a [cat, *a]", "the alias .a in line 1 stands within what it stands for"),
         ("count.yaml", "nc: 3\nnames: [cat, dog]\n", "2 names, and its nc, the number of classes, is 3"),
         ("no_header.csv", "cat\ndog\n", "begins with 'cat', which may be a header.*call the header 'name'.*txt"),
         ("map_clsloc.txt", "n01440764 1 tench\nn01443537 2 goldfish\n", "ids and numbers.*can't be known"),

@@ -308,7 +308,7 @@ def test_a_tag_in_a_runs_settings_is_named_and_nothing_is_built_from_it(tmp_path
         ("- a\n", "it is a list"),
         ("data: !!python/tuple [1]\n", "data is a str"),
         ("a: \x01\n", "not allowed"),
-        ("[" * 5000, "recursion"),
+        ("[" * 5000, "nested more than 100 deep"),
     ],
 )
 def test_settings_that_are_none_are_left_out_and_named(tmp_path, text, what):

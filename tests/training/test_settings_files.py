@@ -85,6 +85,28 @@ def test_a_key_that_comes_twice_is_refused_with_its_lines(files, capsys, text, f
     assert message in capsys.readouterr().err
 
 
+def bomb(levels: int) -> str:
+    """Each line stands for nine times what the line before it does: 9 ** levels values."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels + 1)]
+    return "\n".join(lines) + "\n"
+
+
+SPITEFUL = [
+    # what the file has, what the error says
+    (bomb(9), "c.yaml: its aliases stand for more than 10,000 values, the last in line 5"),
+    ("name: " + "[" * 3000 + "]" * 3000, "c.yaml: it is nested more than 100 deep in line 1"),
+    ("".join(f"{' ' * depth}a:\n" for depth in range(3000)), "c.yaml: it is nested more than 100 deep in line 100"),
+    ("data: &a\n  train: [*a]\n", "c.yaml: the alias *a in line 2 stands within what it stands for"),
+]
+
+
+@pytest.mark.parametrize("text, message", SPITEFUL, ids=range(len(SPITEFUL)))
+def test_settings_that_stand_for_more_than_they_look_are_refused(files, capsys, text, message):
+    (files / "c.yaml").write_text(text)
+    assert message in fails(capsys, ["fit", "--config", "c.yaml"])
+
+
 def test_one_key_in_several_mappings_and_a_merged_one_are_no_repetition(files, capsys):
     (files / "c.yaml").write_text(
         "model: {clip: {vision: &tower {width: 32, layers: 2}, text: {<<: *tower, width: 48}}}\n"

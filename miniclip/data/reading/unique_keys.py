@@ -1,4 +1,7 @@
-"""YAML in which no key hides another: PyYAML keeps the last of several values of one key without a word."""
+"""YAML in which no key hides another, and that is no larger than it looks.
+
+PyYAML keeps the last of several values of one key without a word, and follows nesting and aliases as far as they go.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,47 @@ class RepeatedKeyError(ValueError):
     """A key comes twice in one mapping; names it and its lines."""
 
 
-class UniqueKeys(yaml.BaseLoader):
+_MOST_DEPTH = 100
+_MOST_ALIASED = 10_000
+
+
+class UnboundedYAMLError(yaml.YAMLError):
+    """A YAML is nested too deep, or a few lines of it stand for endlessly many values."""
+
+
+class Bounded(yaml.composer.Composer):
+    """Of a loader: raises an `UnboundedYAMLError` before a spiteful YAML takes the stack, the memory or the hours."""
+
+    _depth = _num_aliased = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        sizes: dict[int, int] = self.__dict__.setdefault("_sizes", {})  # values in a node, by its id
+        event: Any = self.peek_event()  # type: ignore[attr-defined]
+        where = f"in line {event.start_mark.line + 1}"
+        if self._depth >= _MOST_DEPTH:
+            raise UnboundedYAMLError(f"it is nested more than {_MOST_DEPTH} deep {where}")
+        is_alias = isinstance(event, yaml.AliasEvent)
+        self._depth += 1
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if not is_alias:
+            parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+            within = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(sizes[id(each)] for each in within)
+        elif id(node) not in sizes:
+            raise UnboundedYAMLError(f"the alias *{event.anchor} {where} stands within what it stands for")
+        else:
+            self._num_aliased += sizes[id(node)]
+            if self._num_aliased > _MOST_ALIASED:
+                raise UnboundedYAMLError(f"its aliases stand for more than {_MOST_ALIASED:,} values, the last {where}")
+        return node
+
+
+class BoundedSafe(Bounded, yaml.SafeLoader):
+    """PyYAML's safe loader, `Bounded`."""
+
+
+class UniqueKeys(Bounded, yaml.BaseLoader):
     """Raises a `RepeatedKeyError`, or what PyYAML does. 0017, no and 12:30 are texts as they are written.
 
     `<<` merges other mappings as in PyYAML's safe loader, and may come several times.

@@ -35,7 +35,7 @@ from ...data.reading.cells import decode_text, visible
 from ...data.reading.json_tables import RepeatedNameError, parse_json
 from ...data.reading.scan import same_name
 from ...data.reading.tables import named_separator
-from ...data.reading.unique_keys import RepeatedKeyError, UniqueKeys
+from ...data.reading.unique_keys import BoundedSafe, RepeatedKeyError, UniqueKeys
 
 _NAME_COLUMNS = (
     "name", "names", "classname", "class_name", "classnames", "class", "classes", "label_name", "category",
@@ -183,15 +183,15 @@ def _yaml(text: str, source: str) -> Any:
         return yaml.load(text, UniqueKeys)
     except RepeatedKeyError as error:
         raise ValueError(f"{source}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())[:200]}") from error
 
 
 def _known_mapping(text: str, source: str) -> Any:
     """The mapping of a text that is YAML and has `names:` or the like; None of plain lines, which may hold colons."""
     try:
-        found = yaml.safe_load(text) if re.match(r"(---|\w+\s*:)", text) else None
-    except (yaml.YAMLError, RecursionError):
+        found = yaml.load(text, BoundedSafe) if re.match(r"(---|\w+\s*:)", text) else None
+    except yaml.YAMLError:
         return None
     is_known = isinstance(found, Mapping) and any(isinstance(found.get(name), list | Mapping) for name in _MAPPINGS)
     return _yaml(text, source) if is_known else None
