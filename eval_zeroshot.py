@@ -2,7 +2,10 @@
 
 import sys
 
-from miniclip.commands.main import main
+try:
+    from miniclip.commands.main import main
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     main(["eval", *sys.argv[1:]])

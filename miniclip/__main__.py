@@ -1,6 +1,9 @@
 """`python -m miniclip` is the `miniclip` command."""
 
-from .commands.main import main
+try:
+    from .commands.main import main
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.files import user_errors
@@ -63,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         _train_parser().parse_args(["--help"])
     with user_errors():
         _refuse_gone_folder()
-        with lasting_imports():
+        with lasting_imports(), _ending_at_once():
             module = importlib.import_module(f".{VERBS[verb][0]}", __package__)
     if verb == "train":
         module.main(argv[1:])
@@ -71,6 +75,25 @@ def main(argv: list[str] | None = None) -> None:
     options = module.parser().parse_args(argv[1:])
     with user_errors(), plain_warnings():
         module.run(options)
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process without an exception, which libraries swallow while they are imported, and break."""
+
+    def end(*_: object) -> None:
+        os.write(2, b"Stopped.\n")
+        os._exit(130)
+
+    is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _refuse_gone_folder() -> None:

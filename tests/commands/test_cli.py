@@ -294,3 +294,34 @@ importlib.import_module = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 main(["train", "fit"])
 """
     assert run(sys.executable, "-c", program, code=130).stderr == "Stopped.\n"
+
+
+def test_ctrl_c_ends_the_import_of_a_library_that_swallows_it():
+    """NumPy 2 catches it while it imports its parts, and then asks for one until the stack is full."""
+    program = """
+import importlib, os, signal
+from miniclip.commands.main import main
+def swallowing(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        raise RecursionError
+importlib.import_module = swallowing
+main(["train", "fit"])
+"""
+    assert run(sys.executable, "-c", program, code=130).stderr == "Stopped.\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval_zeroshot.py", "miniclip/__main__.py"])
+def test_ctrl_c_in_the_first_instants_of_a_script_is_no_traceback(tmp_path, monkeypatch, script):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys, importlib.abc\n"
+        "class Interrupting(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'miniclip.commands.main':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+    )
+    what = ["-m", "miniclip"] if script.startswith("miniclip") else [str(ROOT / script)]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert run(sys.executable, *what, code=130).stderr == ""
