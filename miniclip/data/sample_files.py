@@ -138,9 +138,13 @@ def _stored_image(original: bytes, name: str, packing: Packing, is_turned: bool)
     scale = packing.resize / min(image.size) if packing.resize else 1.0
     is_animated = getattr(stored, "is_animated", False) and stored.format == "WEBP"  # not every decoder reads those
     suffix = None if is_animated else _KEPT_FORMATS.get(stored.format or "")
-    if scale < 1:
+    has_alpha = image.mode in ("RGBA", "LA")
+    is_transparent = image.has_transparency_data and not (has_alpha and image.getextrema()[-1] == (255, 255))
+    # Models differ in what they see where a picture is transparent. A JPEG has no alpha channel, and what is
+    # transparent by its colour can't be shrunk so that all go on seeing the same.
+    if scale < 1 and (has_alpha or not is_transparent):
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        if image.mode in ("RGBA", "LA"):  # a JPEG has no alpha channel, and models differ in what they see under one
+        if is_transparent:
             return "png", _encode(image.resize(size, Image.Resampling.BICUBIC), "PNG"), size
         image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
         return "jpg", _encode(image, "JPEG", quality=packing.quality), size

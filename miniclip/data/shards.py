@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 import zipfile
@@ -41,7 +42,7 @@ from .indexing.index_tars import tar_locations
 from .reading.cells import captions_in, captions_of_facts, decode_text
 from .reading.json_tables import RepeatedNameError, parse_json
 from .reading.scan import OTHER_SPLIT, LeftOut
-from .reading.splits import files_of_split
+from .reading.splits import equal_splits, role_of, same_parts, splits_of_files
 from .shard_index import INDEX_FILE, SCHEMA_VERSION, zeros_at
 
 _PICKLED = ("pkl", "pickle", "pyd", "pth", "pt")  # suffixes that webdataset, or torch for it, unpickles
@@ -135,18 +136,31 @@ def _place_of(location: str) -> str:
 
 
 def tars_of_split(names: Sequence[str], split: str | None, source: str) -> set[str]:
-    """Of the names of a folder's tars those of a split, if they tell of several, as names of Parquet files do; else
-    all.
+    """Of the names of a folder's tars those of a split, if any tells that it is of train, val or test; else all.
+
+    A tar that tells nothing is for training where others are (cc3m-train-0 and cc12m-0), or if it has a number alone
+    (00000 and val). Where all are of one split, that is taken.
 
     Raises:
         ValueError: none is of that split.
     """
-    if split is None:
+    there = splits_of_files(Path(), map(Path, names))
+    part_of = {name: there.get(Path(name), "") for name in names}
+    role = {part: role_of(part) for part in part_of.values()}
+    if split is None or not any(role.values()):
         return set(names)
-    try:
-        return {str(tar) for tar in files_of_split(Path(), list(map(Path, names)), split, source)}
-    except ValueError as error:
-        raise ValueError(f"{error}, as the names of its tars say; {join(source, '*.tar')} is all of them") from error
+    if split in equal_splits(asked := role_of(split)):
+        own = {part for part in role if role[part] == asked}
+        if asked == "train":
+            own |= {part for part in role if not role[part] and (own or not re.search("[^0-9_-]", part))}
+    else:
+        own = set(same_parts(role, split))
+    if not own and len(set(role.values())) > 1:
+        raise ValueError(
+            f"{source} has no split {split!r}; valid are {', '.join(sorted(role))}, as the names of its tars say; "
+            f"{join(source, '*.tar')} is all of them"
+        )
+    return {name for name, part in part_of.items() if part in own} if own else set(names)
 
 
 def sample_names(tar: str, keys: Sequence[str]) -> list[str]:

@@ -143,9 +143,10 @@ def _plot(chart: _Chart, runs: Sequence[Run]) -> str:
         )  # fmt: skip
     # Margins by hand, in widths of an M: the layout engines of matplotlib draw all twice or more.
     low, high = axes.get_ylim()
-    ticks = axes.yaxis.get_major_formatter().format_ticks([y for y in axes.get_yticks() if low <= y <= high])
+    formatter = axes.yaxis.get_major_formatter()
+    ticks = formatter.format_ticks([y for y in axes.get_yticks() if low <= y <= high])
     left, bottom = max(3.6, 1.2 + 0.66 * max(map(len, ticks), default=0)), 3.9
-    top = 2 * -(-len(metrics) // 2) if has_legend else 0.7
+    top = (2 * -(-len(metrics) // 2) if has_legend else 0.7) + (1.3 if formatter.get_offset() else 0)  # a scale: 1e7
     x, y = left * _EM / _WIDTH, bottom * _EM / _HEIGHT
     axes.set_position((x, y, 0.98 - x, 1 - y - top * _EM / _HEIGHT))
     return svg(figure, is_tight=False)

@@ -958,7 +958,11 @@ def test_of_tars_that_are_named_by_split_training_takes_those_of_train(tmp_path,
         ({"val-0": 2, "val-1": 2}, "val", ["val-0", "val-1"]),
         ({"00000": 2, "00001": 2}, "train", ["00000", "00001"]),
         ({"laion-a-0": 2, "laion-b-0": 2}, None, ["laion-a-0", "laion-b-0"]),
-        ({"train-0": 2, "extra-0": 2}, None, ["train-0"]),
+        ({"cc3m-train-0": 2, "cc12m-0": 2, "yfcc-0": 2}, None, ["cc12m-0", "cc3m-train-0", "yfcc-0"]),
+        ({"cc3m-train-0": 2, "cc12m-0": 2, "cc3m-val-0": 2}, None, ["cc12m-0", "cc3m-train-0"]),
+        ({"00000": 2, "00001": 2, "val": 2}, None, ["00000", "00001"]),
+        ({"00000": 2, "00001": 2, "val": 2}, "val", ["val"]),
+        ({"training-0": 2, "train-1": 2}, None, ["train-1", "training-0"]),
     ],
 )
 def test_of_tars_that_are_named_by_split_one_is_packed(tmp_path, names, split, taken):
@@ -973,6 +977,9 @@ def test_tars_of_no_such_split_are_refused_and_a_pattern_takes_what_it_names(tmp
     index_shards(str(folder := write_named_tars(tmp_path / "cc", {"val-0": 2, "test-0": 2, "testA-0": 1})))
     with pytest.raises(ValueError, match=r"cc has no split 'train'; valid are .*val, .*/cc/\*\.tar is all"):
         open_pairs(str(folder))
+    index_shards(str(words := write_named_tars(tmp_path / "words", {"dogs-0": 2, "dev-0": 2})))
+    with pytest.raises(ValueError, match=r"words has no split 'train'; valid are dev, dogs"):
+        open_pairs(str(words))
     with pytest.raises(ValueError, match=r"--split val can't be followed"):
         open_pairs(str(write_and_index(tmp_path / "numbered")), split="val")
     assert len(open_pairs(str(folder / "*.tar"))) == 5

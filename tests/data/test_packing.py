@@ -981,13 +981,25 @@ def test_an_alpha_channel_is_kept_because_models_see_different_colours_under_it(
     np.testing.assert_array_equal(np.asarray(stored), np.asarray(expected))
 
 
-def test_a_palette_stays_one_because_models_resize_it_as_one(tmp_path):
+@pytest.mark.parametrize("resize", [None, 10])
+def test_a_transparent_palette_stays_one_because_models_see_different_colours_in_a_smaller_one(tmp_path, resize):
     image, folder = picture(1, (40, 20)).convert("RGB").quantize(7), tmp_path / "in"
     folder.mkdir()
     image.save(folder / "a.gif", transparency=3)
     (folder / "a.txt").write_text("a cat")
-    assert pack_folder(folder, tmp_path / "out").kept == 1
+    assert pack_folder(folder, tmp_path / "out", resize=resize).kept == 1
     (record,) = Shards(tmp_path / "out")
     stored, original = Image.open(io.BytesIO(record.image)), Image.open(folder / "a.gif")
     assert (stored.format, stored.mode) == ("PNG", "P")
     np.testing.assert_array_equal(np.asarray(stored.convert("RGBA")), np.asarray(original.convert("RGBA")))
+
+
+def test_a_screenshot_whose_alpha_hides_nothing_becomes_a_small_jpeg(tmp_path):
+    image, folder = picture(1, (40, 20)).convert("RGBA"), tmp_path / "in"
+    folder.mkdir()
+    image.save(folder / "a.png")
+    (folder / "a.txt").write_text("a cat")
+    assert pack_folder(folder, tmp_path / "out", resize=10).kept == 1
+    (record,) = Shards(tmp_path / "out")
+    stored = Image.open(io.BytesIO(record.image))
+    assert (stored.format, stored.mode, stored.size) == ("JPEG", "RGB", (20, 10))

@@ -10,6 +10,7 @@ from runs import ROOT, TINY, command, fails
 
 from miniclip.commands import run_settings
 from miniclip.commands import train as trainer
+from miniclip.data.reading.unique_keys import BoundedSafe
 
 
 @pytest.fixture
@@ -105,6 +106,13 @@ SPITEFUL = [
 def test_settings_that_stand_for_more_than_they_look_are_refused(files, capsys, text, message):
     (files / "c.yaml").write_text(text)
     assert message in fails(capsys, ["fit", "--config", "c.yaml"])
+
+
+def test_a_long_list_that_is_named_twice_is_no_bomb():
+    names = [f"shard {number}" for number in range(12_000)]
+    text = yaml.safe_dump({"train": names, "val": names})  # the second is an alias
+    assert "*id001" in text
+    assert yaml.load(text, BoundedSafe) == {"train": names, "val": names}
 
 
 def test_one_key_in_several_mappings_and_a_merged_one_are_no_repetition(files, capsys):

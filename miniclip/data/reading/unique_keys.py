@@ -18,7 +18,7 @@ class RepeatedKeyError(ValueError):
 
 
 _MOST_DEPTH = 100
-_MOST_ALIASED = 10_000
+_MOST_ALIASED, _MOST_TIMES = 10_000, 10  # values that aliases stand for: so many, or so many times those written
 
 
 class UnboundedYAMLError(yaml.YAMLError):
@@ -28,7 +28,7 @@ class UnboundedYAMLError(yaml.YAMLError):
 class Bounded(yaml.composer.Composer):
     """Of a loader: raises an `UnboundedYAMLError` before a spiteful YAML takes the stack, the memory or the hours."""
 
-    _depth = _num_aliased = 0
+    _depth = _num_aliased = _num_written = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         sizes: dict[int, int] = self.__dict__.setdefault("_sizes", {})  # values in a node, by its id
@@ -41,6 +41,7 @@ class Bounded(yaml.composer.Composer):
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if not is_alias:
+            self._num_written += 1
             parts = [] if isinstance(node, yaml.ScalarNode) else node.value
             within = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
             sizes[id(node)] = 1 + sum(sizes[id(each)] for each in within)
@@ -48,8 +49,9 @@ class Bounded(yaml.composer.Composer):
             raise UnboundedYAMLError(f"the alias *{event.anchor} {where} stands within what it stands for")
         else:
             self._num_aliased += sizes[id(node)]
-            if self._num_aliased > _MOST_ALIASED:
-                raise UnboundedYAMLError(f"its aliases stand for more than {_MOST_ALIASED:,} values, the last {where}")
+            most = max(_MOST_ALIASED, _MOST_TIMES * self._num_written)
+            if self._num_aliased > most:
+                raise UnboundedYAMLError(f"its aliases stand for more than {most:,} values, the last {where}")
         return node
 
 
