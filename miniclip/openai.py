@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -368,33 +368,52 @@ def whitespace_clean(text: str) -> str:
     return " ".join(text.split())
 
 
-class SimpleTokenizer:
-    """Text to ids and back. The special tokens are spelt <|startoftext|> and <|endoftext|>."""
+_WORDS = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_MAX_CACHED_WORDS, _MAX_CACHED_LETTERS = 1 << 19, 64
 
-    special = {"<|startoftext|>": tokenizer.START_OF_TEXT, "<|endoftext|>": tokenizer.END_OF_TEXT}  # noqa: RUF012
-    pat = regex.compile(
-        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-        regex.IGNORECASE,
-    )
+
+@cache
+def _symbols() -> dict[int, str]:
+    """Id -> symbol, without the special tokens, in the order of the ids."""
+    return {index: symbol for symbol, index in sorted(tokenizer.symbol_ids().items(), key=lambda item: item[1])}
+
+
+def pieces_pattern(special: Iterable[str]) -> regex.Pattern[str]:
+    """What cuts a text into words, runs of other characters, and the special tokens, which are patterns themselves."""
+    return regex.compile("|".join(special) + _WORDS, regex.IGNORECASE)
+
+
+class SimpleTokenizer:
+    """Text to ids and back. The special tokens are spelt <|startoftext|> and <|endoftext|>.
+
+    The tables are an instance's own, and words that are added to them count, as in OpenAI's code.
+    """
+
+    special: Mapping[str, int] = {
+        "<|startoftext|>": tokenizer.START_OF_TEXT,
+        "<|endoftext|>": tokenizer.END_OF_TEXT,
+    }
+    pat = pieces_pattern(map(regex.escape, special))
 
     def __init__(self, bpe_path: str | None = None) -> None:
         if bpe_path is not None and Path(bpe_path).read_bytes() != Path(default_bpe()).read_bytes():
             raise ValueError(f"bpe_path is {bpe_path}; only OpenAI's own vocabulary is supported, {default_bpe()}")
 
+    # None of these follows from another one, which may have been changed before.
+
     @cached_property
     def encoder(self) -> dict[str, int]:
-        return dict(sorted((tokenizer.symbol_ids() | self.special).items(), key=lambda item: item[1]))
+        return {symbol: index for index, symbol in _symbols().items()} | dict(self.special)
 
     @cached_property
     def decoder(self) -> dict[int, str]:
-        return {index: symbol for symbol, index in self.encoder.items()}
+        return _symbols() | {index: name for name, index in self.special.items()}
 
     @cached_property
     def bpe_ranks(self) -> dict[tuple[str, str], int]:
-        return {
-            (self.decoder[left], self.decoder[right]): rank
-            for rank, (left, right) in enumerate(tokenizer.learnt_merges())
-        }
+        symbols = _symbols()
+        pairs = ((symbols[left], symbols[right]) for left, right in tokenizer.learnt_merges())
+        return {pair: rank for rank, pair in enumerate(pairs)}
 
     @cached_property
     def byte_encoder(self) -> dict[int, str]:
@@ -402,36 +421,56 @@ class SimpleTokenizer:
 
     @cached_property
     def byte_decoder(self) -> dict[str, int]:
-        return {symbol: byte for byte, symbol in self.byte_encoder.items()}
+        return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
 
     @cached_property
     def cache(self) -> dict[str, str]:
-        """Words that are not split, to themselves: the special tokens."""
+        """Words that were looked up, and the special tokens, which are not split."""
         return {name: name for name in self.special}
 
     def bpe(self, token: str) -> str:
         """A word in the characters of `byte_encoder` -> the symbols that it is encoded as, with spaces between."""
         if token in self.cache:
             return self.cache[token]
-        ids = tokenizer.merge(bytes(self.byte_decoder[symbol] for symbol in token))
-        return " ".join(self.decoder[i] for i in ids)
+        word = " ".join(self._merged(token))
+        if len(token) <= _MAX_CACHED_LETTERS and len(self.cache) < _MAX_CACHED_WORDS:
+            self.cache[token] = word
+        return word
+
+    def _merged(self, token: str) -> list[str]:
+        if "bpe_ranks" not in vars(self) and type(self).bpe_ranks is SimpleTokenizer.bpe_ranks:  # nobody changed them
+            symbols = _symbols()
+            return [symbols[i] for i in tokenizer.merge(bytes(self.byte_decoder[symbol] for symbol in token))]
+        word = [*token[:-1], token[-1] + "</w>"]
+        while pairs := [pair for pair in pairwise(word) if pair in self.bpe_ranks]:
+            first = min(pairs, key=self.bpe_ranks.__getitem__)
+            merged: list[str] = []
+            for symbol in word:
+                if merged and (merged[-1], symbol) == first:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            word = merged
+        return word
 
     def encode(self, text: str) -> list[int]:
-        pieces = self.pat.findall(tokenizer.clean(text))
-        return [i for piece in pieces for i in self._ids(piece)]
+        return self.encode_cleaned(whitespace_clean(basic_clean(text)).lower())
 
-    def _ids(self, piece: str) -> list[int]:
-        return [self.special[piece]] if piece in self.special else tokenizer.encode_piece(piece)
+    def encode_cleaned(self, text: str) -> list[int]:
+        ids: list[int] = []
+        spelt, id_of = self.byte_encoder.__getitem__, self.encoder.__getitem__
+        for piece in regex.findall(self.pat, text):
+            ids += map(id_of, self.bpe("".join(map(spelt, piece.encode("utf-8")))).split(" "))
+        return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        names = {index: name for name, index in self.special.items()}
-        parts: list[str | list[int]] = [[]]
-        for token in map(int, tokens):  # the bytes of a character may stand in several tokens
-            if token in names:
-                parts += [names[token], []]
-            else:
-                parts[-1].append(token)  # type: ignore[union-attr]
-        return "".join(part if isinstance(part, str) else tokenizer.decode(part) for part in parts)
+        ids = [int(token) for token in tokens]
+        for i in ids:
+            if i not in self.decoder:
+                raise ValueError(f"{i} is no token id; ids are 0 to {max(self.decoder)}")
+        text = "".join(self.decoder[i] for i in ids)
+        written = bytes(self.byte_decoder[symbol] for symbol in text)
+        return written.decode("utf-8", errors="replace").replace("</w>", " ")
 
 
 def default_bpe() -> str:
@@ -581,12 +620,13 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokens = np.zeros((len(texts), context_length), dtype=np.int32)
+    start, end = (_tokenizer.encoder[name] for name in ("<|startoftext|>", "<|endoftext|>"))
     for row, text in zip(tokens, texts, strict=True):
-        ids = [tokenizer.START_OF_TEXT, *_tokenizer.encode(text), tokenizer.END_OF_TEXT]
+        ids = [start, *_tokenizer.encode(text), end]
         if len(ids) > context_length:
             if not truncate:
                 raise tokenizer.TextTooLongError(f"Input {text} is too long for context length {context_length}")
-            ids = [*ids[: context_length - 1], tokenizer.END_OF_TEXT]
+            ids = [*ids[: context_length - 1], end]
         row[: len(ids)] = ids
     return torch.from_numpy(tokens)
 

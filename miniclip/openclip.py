@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import string
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -479,65 +480,152 @@ def _crop_scale(aug_cfg: Any) -> tuple[float, float]:
     return tuple(scale)
 
 
-class SimpleTokenizer(openai.SimpleTokenizer):
-    """Text to ids and back, and texts to a tensor. The special tokens are spelt <start_of_text> and <end_of_text>."""
+def canonicalize_text(text: str, *, keep_punctuation_exact_string: str | None = None) -> str:
+    """Lower case, single spaces, no ASCII punctuation but that of the string to keep; "_" is a space."""
+    kept = keep_punctuation_exact_string
+    parts = text.replace("_", " ").split(kept) if kept else [text.replace("_", " ")]
+    without = [part.translate(str.maketrans("", "", string.punctuation)) for part in parts]
+    return " ".join((kept or "").join(without).lower().split())
 
-    special = {  # noqa: RUF012
+
+def _clean_whitespace(text: str) -> str:
+    return openai.whitespace_clean(openai.basic_clean(text))
+
+
+def _clean_canonicalize(text: str) -> str:
+    return canonicalize_text(openai.basic_clean(text))
+
+
+_CLEANINGS: dict[str, Callable[[str], str]] = {
+    "lower": clip_tokenizer.clean,
+    "whitespace": _clean_whitespace,
+    "canonicalize": _clean_canonicalize,
+}
+
+
+def get_clean_fn(type: str) -> Callable[[str], str]:  # noqa: A002
+    if type not in _CLEANINGS:
+        raise ValueError(f"clean is {type!r}; valid are {', '.join(_CLEANINGS)}")
+    return _CLEANINGS[type]
+
+
+class SimpleTokenizer(openai.SimpleTokenizer):
+    """Text to ids and back, and texts to a tensor. The special tokens are spelt <start_of_text> and <end_of_text>.
+
+    Args:
+        additional_special_tokens: words that are not split; their ids follow those of the vocabulary.
+        clean: "lower", or "whitespace" (case stays), or "canonicalize" (punctuation goes, too).
+
+    Raises:
+        ValueError: another vocabulary, another cleaning, or a `reduction_mask`.
+    """
+
+    special: Mapping[str, int] = {
         "<start_of_text>": clip_tokenizer.START_OF_TEXT,
         "<end_of_text>": clip_tokenizer.END_OF_TEXT,
     }
+    pat = openai.pieces_pattern(special)
     vocab_size, sot_token_id, eot_token_id = (
         clip_tokenizer.VOCAB_SIZE,
         clip_tokenizer.START_OF_TEXT,
         clip_tokenizer.END_OF_TEXT,
     )
-    all_special_ids = (sot_token_id, eot_token_id)
+    all_special_ids: Sequence[int] = (sot_token_id, eot_token_id)
+    clean_fn: Callable[[str], str] = staticmethod(clip_tokenizer.clean)
+    reduction_fn: Callable[..., Tensor] | None = None
 
-    def __init__(self, bpe_path: str | None = None, context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> None:
+    def __init__(
+        self,
+        bpe_path: str | None = None,
+        additional_special_tokens: Sequence[str] | None = None,
+        context_length: int | None = clip_tokenizer.CONTEXT_LENGTH,
+        clean: str = "lower",
+        reduction_mask: str = "",
+    ) -> None:
         super().__init__(bpe_path)
         self.context_length = context_length
+        if reduction_mask:
+            raise ValueError(f"reduction_mask is {reduction_mask!r}; texts are cut at their end here, with ''")
+        if clean != "lower":
+            self.clean_fn = get_clean_fn(clean)
+        if additional_special_tokens:
+            added = {name: clip_tokenizer.VOCAB_SIZE + i for i, name in enumerate(additional_special_tokens)}
+            self.special = {**self.special, **added}
+            self.pat = openai.pieces_pattern(self.special)
+            self.vocab_size, self.all_special_ids = len(self.encoder), [*self.special.values()]
 
-    clean_fn = staticmethod(clip_tokenizer.clean)
-    reduction_fn = None
+    def _is_plain(self) -> bool:
+        """Whether ids are `clip_tokenizer`'s: nobody had tables that could be changed, or put anything in."""
+        return vars(self).keys() <= _CHANGE_NO_IDS and _parts(type(self)) == _OWN_PARTS
 
     def encode(self, text: str) -> list[int]:
-        return clip_tokenizer.encode(text)
+        return clip_tokenizer.encode(text) if self._is_plain() else self.encode_cleaned(self.clean_fn(text))
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """(B, context_length) int64: start, text, end, zeros. Longer texts are cut, and a warning counts them."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         length = context_length or self.context_length
-        tokens = clip_tokenizer.tokenize(texts, length, truncate=True).long()
-        full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
-        cut = [text for text in full if len(self.encode(text)) + 2 > length]
+        if not length:
+            raise ValueError(f"context_length is {length}; give the number of tokens, {clip_tokenizer.CONTEXT_LENGTH}")
+        if self.reduction_fn is not None:
+            special = {"sot_token_id": self.sot_token_id, "eot_token_id": self.eot_token_id}
+            return self.reduction_fn(texts, context_length=length, **special, encode_fn=self.encode)
+        if self._is_plain():
+            tokens = clip_tokenizer.tokenize(texts, length, truncate=True).long()
+            full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
+            cut = [text for text in full if len(self.encode(text)) + 2 > length]
+        else:
+            rows = [[self.sot_token_id, *self.encode(text), self.eot_token_id] for text in texts]
+            cut = [text for text, row in zip(texts, rows, strict=True) if len(row) > length]
+            rows = [row if len(row) <= length else [*row[: length - 1], self.eot_token_id] for row in rows]
+            tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.long)
+            tokens = tokens.reshape(-1, length)
         if cut:
             what = f"{len(cut)} of {len(texts)} texts have more than {length} tokens and were cut"
             warnings.warn(f"{what}, the first: {cut[0][:200]!r}", stacklevel=2)
         return tokens
 
 
+_CHANGE_NO_IDS = {"context_length", "decoder", "byte_decoder", "vocab_size"}
+
+
+def _parts(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:
+    """What makes ids of texts, of the class or a subclass, as it is now."""
+    names = (
+        "__call__", "bpe", "bpe_ranks", "byte_encoder", "cache", "clean_fn", "encode", "encode_cleaned", "encoder",
+        "eot_token_id", "pat", "reduction_fn", "sot_token_id", "special",
+    )  # fmt: skip
+    return [getattr(tokenizer_class, name) for name in names]
+
+
+_OWN_PARTS = _parts(SimpleTokenizer)
+_tokenizer = SimpleTokenizer()
+_OPTIONS = {"additional_special_tokens", "bpe_path", "clean", "reduction_mask"}
+
+
 def get_tokenizer(
     model_name: str = "", context_length: int | None = None, cache_dir: str | None = None, **options: Any
 ) -> SimpleTokenizer:
-    """A model's tokenizer; the name is any that `create_model` takes.
+    """A model's tokenizer; the name is any that `create_model` takes, and options are those of `SimpleTokenizer`.
 
     Raises:
-        ValueError: no such model, or one that reads other ids than CLIP's.
+        ValueError: no such model, one that reads other ids than CLIP's, or another option.
     """
+    own = {name: options.pop(name) for name in _OPTIONS & options.keys()}
     _refuse(options)
     if not model_name:
-        return SimpleTokenizer(context_length=context_length or clip_tokenizer.CONTEXT_LENGTH)
+        return SimpleTokenizer(context_length=context_length or clip_tokenizer.CONTEXT_LENGTH, **own)
     config, _ = _open(model_name, None, cache_dir)
     clip_tokenizer.refuse_other_ids(config.text, model_name, "CLIP's")
-    return SimpleTokenizer(context_length=context_length or config.text.context_length)
+    return SimpleTokenizer(context_length=context_length or config.text.context_length, **own)
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> Tensor:
-    return SimpleTokenizer()(texts, context_length)
+    return _tokenizer(texts, context_length)
 
 
 def decode(output_ids: Tensor) -> str:
-    return SimpleTokenizer().decode(output_ids.tolist())
+    return _tokenizer.decode(output_ids.tolist())
 
 
 @torch.no_grad()
@@ -650,8 +738,6 @@ LayerNormFp32 = openai.LayerNorm
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "_tokenizer":
-        return SimpleTokenizer()
     if name not in _HOME_OF:
         raise missing(name)
     return getattr(_HOME_OF[name], name)
