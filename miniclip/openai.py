@@ -10,6 +10,7 @@ N tokens, B batch, H heads, D width, E embedding, R resolution.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import sys
 import warnings
@@ -341,6 +342,7 @@ def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
     return model.eval()
 
 
+_OWN_BUILD_MODEL = build_model
 _SIZES = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's files that are no parameters
 
 
@@ -481,6 +483,7 @@ def default_bpe() -> str:
 # clip.clip
 
 _MODELS = {name: f"{OPENAI_BASE_URL}/{file}" for name, file in OPENAI_FILES.items()}
+_PUBLISHED = frozenset(_MODELS.values())
 _Tokenizer = SimpleTokenizer
 _tokenizer = _Tokenizer()
 _TRANSFORMS = ("CenterCrop", "Compose", "InterpolationMode", "Normalize", "Resize", "ToTensor")
@@ -502,9 +505,19 @@ def available_models() -> list[str]:
 
 
 def _download(url: str, root: str | None = None) -> str:
-    """A file whose folder in the address is its SHA-256, fetched once."""
+    """A file whose folder in the address is its SHA-256, fetched once.
+
+    Raises:
+        ValueError: it can't be had; or the address is not OpenAI's, and another file has its name.
+    """
     checksum, file = url.split("/")[-2:]
-    return str(download(url, openai_folder(root) / file, checksum))
+    path = openai_folder(root) / file
+    if url not in _PUBLISHED and path.is_file():
+        with open(path, "rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != checksum:
+            raise ValueError(f"{path} is not the file of {url}: its SHA-256 is {found}; move it away")
+    return str(download(url, path, checksum))
 
 
 def _transform(
@@ -550,11 +563,16 @@ def load(
     if name not in _MODELS and not Path(name).exists() and not str(name).startswith("hf-hub:"):
         raise RuntimeError(f"Model {name} not found; available models = {available_models()}")
     device = find_device(device)
-    checkpoint = _read_as_openai(locate(name, download_root))
-    config = checkpoint.config
+    path = _download(_MODELS[name], download_root) if name in _MODELS else locate(name, download_root)
+    checkpoint = _read_as_openai(Path(path))
+    config, source = checkpoint.config, str(path if name in _MODELS else name)
+    tensors = to_openai_keys(build(checkpoint, source).state_dict())
+    if build_model is not _OWN_BUILD_MODEL:  # a program's own, which is called as OpenAI's code calls it
+        model = build_model(tensors).to(device)
+        return model.float() if device.type == "cpu" else model, _transform(model.visual.input_resolution)
     with Unfilled():
-        model = _from_config(config, str(name))
-    model.load_state_dict(to_openai_keys(build(checkpoint, str(name)).state_dict()))
+        model = _from_config(config, source)
+    model.load_state_dict(tensors)
     if device.type != "cpu":
         convert_weights(model)
     vision = config.vision
@@ -563,7 +581,8 @@ def load(
         getattr(vision, name) == getattr(usual, name)
         for name in ("preprocess", "resize", "resize_size", "interpolation")
     )
-    preprocess = _transform(vision.image_size, vision.mean, vision.std) if is_openais else preprocess_for(config)
+    pixels = () if (vision.mean, vision.std) == (usual.mean, usual.std) else (vision.mean, vision.std)
+    preprocess = _transform(vision.image_size, *pixels) if is_openais else preprocess_for(config)
     return model.to(device).eval(), preprocess
 
 

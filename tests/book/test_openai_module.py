@@ -3,6 +3,7 @@
 Each client is a few lines in the style of a public one, with OpenAI's names, axis orders and precisions.
 """
 
+import hashlib
 import math
 import subprocess
 import sys
@@ -470,6 +471,58 @@ def test_asking_for_a_jit_model_warns_and_goes_on(tmp_path):
 def test_a_name_that_is_not_known_is_the_runtime_error_of_openai():
     with pytest.raises(RuntimeError, match=r"Model ViT-B/64 not found; available models = \['RN50'"):
         clip.load("ViT-B/64", device="cpu")
+
+
+def test_a_replaced_download_and_changed_addresses_are_honoured(tmp_path, monkeypatch):
+    cached = tmp_path / "cache" / "ViT-B-32.pt"
+    cached.parent.mkdir()
+    for file, resolution in ((tmp_path / "other.pt", 64), (cached, 32)):
+        torch.save(clip.CLIP(*VIT[:1], resolution, *VIT[2:]).state_dict(), file)
+    asked = []
+    monkeypatch.setitem(clip._MODELS, "mine", "https://there/0000/mine.pt")
+
+    def download(url, root):
+        asked.append((url, root))
+        return str(tmp_path / "other.pt")
+
+    monkeypatch.setattr(clip, "_download", download)
+    for name in ("ViT-B/32", "mine"):
+        with pytest.warns(UserWarning, match=r"other\.pt does not tell"):
+            model, preprocess = clip.load(name, device="cpu", download_root=str(cached.parent))
+        assert model.visual.input_resolution == 64
+        assert preprocess(picture()).shape == (3, 64, 64)
+    assert asked == [(clip._MODELS[name], str(cached.parent)) for name in ("ViT-B/32", "mine")]
+
+
+def test_another_address_for_a_name_does_not_find_the_file_of_the_first(tmp_path, monkeypatch):
+    file = tmp_path / "ViT-B-32.pt"
+    torch.save(clip.CLIP(*VIT).state_dict(), file)
+    monkeypatch.setitem(clip._MODELS, "ViT-B/32", f"https://there/{'0' * 64}/ViT-B-32.pt")
+    with pytest.raises(ValueError, match=r"ViT-B-32\.pt is not the file of https://there/0000.*its SHA-256 is"):
+        clip.load("ViT-B/32", device="cpu", download_root=str(tmp_path))
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(clip._MODELS, "ViT-B/32", f"https://there/{checksum}/ViT-B-32.pt")
+    with pytest.warns(UserWarning, match="does not tell"):
+        assert clip.load("ViT-B/32", device="cpu", download_root=str(tmp_path))[0].visual.input_resolution == 32
+
+
+def test_a_replaced_build_model_builds(tmp_path, vit, monkeypatch):
+    torch.save(vit[0].state_dict(), tmp_path / "model.pt")
+    build, given = clip.build_model, []
+
+    def mine(state_dict):
+        given.append(state_dict)
+        model = build(state_dict)
+        model.logit_scale.data.zero_()
+        return model
+
+    monkeypatch.setattr(clip, "build_model", mine)
+    with pytest.warns(UserWarning, match="does not tell"):
+        model, preprocess = clip.load(str(tmp_path / "model.pt"), device="cpu")
+    assert given[0].keys() == vit[0].state_dict().keys()
+    assert model.logit_scale == 0
+    assert model.dtype == torch.float32
+    assert preprocess(picture()).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
