@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from . import resnet, tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
+from .common.missing_names import missing_name
 from .config import CLIP_LOGIT_SCALE, OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
 from .resnet import Bottleneck
@@ -494,10 +495,11 @@ def __getattr__(name: str) -> Any:
         from torchvision import transforms  # a second, and only these names need it
 
         return transforms.InterpolationMode.BICUBIC if name == "BICUBIC" else getattr(transforms, name)
-    raise AttributeError(
+    message = (
         f"miniclip.openai has no {name}; it has the names of OpenAI's clip, clip.clip, clip.model and "
         "clip.simple_tokenizer, and miniclip has its own"
     )
+    raise missing_name(__name__, message, sys._getframe(1))
 
 
 def available_models() -> list[str]:

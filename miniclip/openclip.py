@@ -32,6 +32,7 @@ from . import openai, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
+from .common.missing_names import missing_name
 from .common.modules import evaluation_mode
 from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
 from .loss import clip_loss
@@ -725,12 +726,15 @@ _HOMES = {
              "whitespace_clean"),
     openclip_model: ("Bottleneck", "ModifiedResNet", "ResidualAttentionBlock", "TimmModel", "Transformer",
                      "VisionTransformer", "freeze_batch_norm_2d"),
-    openclip_names: ("AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD", "INCEPTION_MEAN",
-                     "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
-                     "SIMPLE_IMAGENET_TEMPLATES", "get_cast_dtype", "get_input_dtype", "get_model_preprocess_cfg",
-                     "get_model_tokenize_cfg", "set_model_preprocess_cfg"),
+    openclip_names: (
+        *openclip_names.KINDS, "AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
+        "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
+        "SIMPLE_IMAGENET_TEMPLATES", "get_cast_dtype", "get_input_dtype", "get_model_preprocess_cfg",
+        "get_model_tokenize_cfg", "set_model_preprocess_cfg",
+    ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__version__ = "3.3.0"  # open_clip's, whose names these are
 convert_weights_to_lp = convert_weights_to_fp16 = openai.convert_weights
 LayerNormFp32 = openai.LayerNorm
 
@@ -739,7 +743,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _HOME_OF:
-        raise missing(name)
+        raise missing_name(__name__, missing(name), sys._getframe(1))
     return getattr(_HOME_OF[name], name)
 
 

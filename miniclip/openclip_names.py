@@ -1,6 +1,6 @@
 """The small names of open_clip: constants, class names and prompts, precisions, settings of pixels and of texts.
 
-`openclip` has them all among its own; what it lacks is an AttributeError that says what stands in its place.
+`openclip` has them all among its own; what it lacks is an error that says what stands in its place.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ MODULES = (
 _ELSEWHERE = "`miniclip eval` and other verbs take models that are no CLIP of ours as openclip:NAME/TAG"
 _WEIGHTS = "list_pretrained() has the names of weights, and create_model fetches them"
 _TEACHER = "`miniclip train` learns from a teacher with model.teacher"
+KINDS = ("CoCa", "CustomTextCLIP", "HFTextEncoder", "MultimodalTransformer", "TextTransformer")
 _INSTEAD = {
-    **dict.fromkeys(
-        ("CoCa", "CustomTextCLIP", "HFTextEncoder", "MultimodalTransformer", "TextTransformer"), _ELSEWHERE
-    ),
+    **dict.fromkeys(KINDS, _ELSEWHERE),
     **dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), f"SimpleTokenizer makes CLIP's own ids; {_ELSEWHERE}"),
     **dict.fromkeys(("CLIPTextCfg", "CLIPVisionCfg"), "miniclip.TextConfig and miniclip.VisionConfig have the sizes"),
     **dict.fromkeys(("get_pretrained_cfg", "get_pretrained_url", "download_pretrained", "_PRETRAINED"), _WEIGHTS),
@@ -46,10 +45,22 @@ _INSTEAD = {
 }
 
 
-def missing(name: str) -> AttributeError:
-    """The error of a name that `openclip` lacks."""
+def missing(name: str) -> str:
+    """That `openclip` lacks a name, and what stands in its place."""
     otherwise = "it has what loads, encodes with and trains a CLIP (docs/openclip.md)"
-    return AttributeError(f"miniclip.openclip has no {name}; {_INSTEAD.get(name, otherwise)}")
+    return f"miniclip.openclip has no {name}; {_INSTEAD.get(name, otherwise)}"
+
+
+def _without_instances(name: str) -> type[nn.Module]:
+    """A class of open_clip's that programs import to ask what a model is: no model here is one of these."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ValueError(missing(name))
+
+    return type(name, (nn.Module,), {"__new__": refuse, "__module__": __name__, "__doc__": missing(name)})
+
+
+CoCa, CustomTextCLIP, HFTextEncoder, MultimodalTransformer, TextTransformer = map(_without_instances, KINDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

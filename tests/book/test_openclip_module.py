@@ -772,6 +772,7 @@ from open_clip.transform import image_transform
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, convert_weights_to_lp, get_cast_dtype
 import open_clip.transformer
+import open_clip_train.train
 from open_clip.transformer import VisionTransformer
 from open_clip.constants import OPENAI_DATASET_MEAN
 from open_clip.utils import freeze_batch_norm_2d
@@ -817,10 +818,55 @@ def test_every_name_of_theirs_is_here_or_what_stands_in_its_place_is_told():
     assert {name for name, message in lacking if not message.startswith(f"miniclip.openclip has no {name}; ")} == set()
     told = dict(lacking)
     assert "miniclip.siglip_loss" in told["SigLipLoss"]
-    assert "openclip:NAME/TAG" in told["CoCa"]
+    assert "openclip:NAME/TAG" in told["HFTokenizer"]
     assert "list_pretrained() has" in told["get_pretrained_url"]
     assert not hasattr(ours, "__path__")
     assert {"get_cast_dtype", "VisionTransformer", "create_loss"} <= {*dir(ours)}
+
+
+LACKING = """
+import miniclip.openai, miniclip.openclip
+miniclip.openai.install()
+miniclip.openclip.install()
+import clip, open_clip
+assert not hasattr(open_clip, "SigLipLoss") and getattr(clip, "nothing", 3) == 3 and not hasattr(open_clip, "__path__")
+for statement in (
+    "from open_clip import CLIPVisionCfg",
+    "from open_clip.tokenizer import tokenize, HFTokenizer as H",
+    "from open_clip.loss import ClipLoss, SigLipLoss",
+    "from clip.model import CLIP, ViT",
+    "open_clip.SigLipLoss",
+):
+    try:
+        exec(statement)
+    except (ImportError, AttributeError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_what_stands_in_the_place_of_a_missing_name_is_told_to_an_import_too():
+    run = subprocess.run([sys.executable, "-c", LACKING], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    starts = [
+        "ImportError miniclip.openclip has no CLIPVisionCfg; ",
+        "ImportError miniclip.openclip has no HFTokenizer; ",
+        "ImportError miniclip.openclip has no SigLipLoss; miniclip.siglip_loss",
+        "ImportError miniclip.openai has no ViT; it has the names of",
+        "AttributeError miniclip.openclip has no SigLipLoss; miniclip.siglip_loss",
+    ]
+    for line, start in zip(run.stdout.splitlines(), starts, strict=True):
+        assert line.startswith(start)
+
+
+def test_kinds_of_models_that_are_not_here_can_be_asked_for(vit):
+    model = ours.create_model(vit[0])
+    for name in openclip_names.KINDS:
+        kind = getattr(ours, name)
+        assert kind.__name__ == name
+        assert isinstance(model, ours.CLIP)
+        assert not any(isinstance(module, kind) for module in model.modules())
+        with pytest.raises(ValueError, match=rf"miniclip\.openclip has no {name}; .*openclip:NAME/TAG"):
+            kind(64, vision_cfg={})
 
 
 def test_templates_and_constants_are_theirs():
