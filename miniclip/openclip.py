@@ -11,6 +11,7 @@ them. N tokens, B batch, D width, E embedding, R resolution.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import string
@@ -36,9 +37,10 @@ from .common.missing_names import missing_name
 from .common.modules import evaluation_mode
 from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
 from .loss import clip_loss
-from .openclip_model import CLIP
+from .openclip_model import CLIP, refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
+from .weights.architecture import config_from_openclip
 from .weights.download import HUB_PREFIX, fetch_hub, fetch_openai
 from .weights.layouts import to_openai_keys
 from .weights.load import build, preprocess_for, resize
@@ -46,7 +48,7 @@ from .weights.read import Checkpoint, read_checkpoint
 from .weights.shapes import Unfilled
 from .weights.write import openclip_settings
 
-FOLDER_PREFIX = "local-dir:"
+HF_HUB_PREFIX, LOCAL_DIR_PREFIX = HUB_PREFIX, "local-dir:"
 _QUICK = "-quickgelu"
 Transform = Callable[[Image.Image], Tensor]
 
@@ -89,9 +91,15 @@ def _published() -> dict[str, tuple[CLIPConfig, dict[str, _Weights]]]:
     return plain | quick
 
 
+@cache
+def _model_configs() -> dict[str, dict[str, Any]]:
+    """Name -> settings as open_clip's JSON has them. Programs add architectures here, and change them."""
+    return {name: openclip_settings(config)["model_cfg"] for name, (config, _) in _published().items()}
+
+
 def list_models() -> list[str]:
     return sorted(
-        _published(),
+        _model_configs(),
         key=lambda name: [
             (not part.isdigit(), int(part) if part.isdigit() else part) for part in regex.split(r"(\d+)", name.lower())
         ],
@@ -122,14 +130,19 @@ def _clean(tag: str) -> str:
 
 def _by_name(name: str) -> tuple[str, CLIPConfig, dict[str, _Weights]]:
     name = name.replace("/", "-")
-    if name not in _published():
-        near = difflib.get_close_matches(name, _published(), n=3)
+    if name not in _model_configs():
+        near = difflib.get_close_matches(name, _model_configs(), n=3)
         raise ValueError(
             f"model_name is {name!r}: no folder or file, and none of the architectures that miniclip can build "
             f"({'did you mean ' + ' or '.join(near) + '? ' if near else ''}miniclip.openclip.list_models() has them). "
             "open_clip may have more; `miniclip eval` takes those as openclip:NAME/TAG"
         )
-    return name, *_published()[name]
+    config, weights = _published().get(name, (None, {}))
+    settings = _model_configs()[name]
+    if config is None or settings != openclip_settings(config)["model_cfg"]:
+        config = config_from_openclip({"model_cfg": settings}, name)
+        refuse_foreign(config, name)
+    return name, config, weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,11 +196,11 @@ def create_model(
         config = replace(config, activation="quick_gelu")
     side = _side(force_image_size)
     if found is None:
-        model = CLIP(_resized(config, side, force_context_length), bool(output_dict))
+        model = CLIP.of(_resized(config, side, force_context_length), bool(output_dict))
     else:
         found = _interpolated(resize(replace(found, config=config), side, None), force_context_length)
         with Unfilled():
-            model = CLIP(found.config, bool(output_dict))
+            model = CLIP.of(found.config, bool(output_dict))
         model.load_state_dict(to_openai_keys(build(found, model_name).state_dict()))
     _set_precision(model, precision)
     return model.to(find_device(device))
@@ -219,7 +232,7 @@ def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLI
         if pretrained:
             warnings.warn(f"pretrained={pretrained!r} is ignored: {name} brings its own weights", stacklevel=4)
         found = read_checkpoint(path)
-        _refuse_foreign(found.config, name)
+        refuse_foreign(found.config, name)
         return found.config, found
     name, config, weights = _by_name(name)
     if not pretrained:
@@ -258,9 +271,9 @@ def _own_path(name: str, cache_dir: str | None) -> Path | None:
     """Where a name that brings its own weights lies; None for an architecture's."""
     if name.startswith(HUB_PREFIX):
         return fetch_hub(name, cache_dir)
-    if name.startswith(FOLDER_PREFIX) and not Path(name.removeprefix(FOLDER_PREFIX)).is_dir():
-        raise ValueError(f"model_name is {name!r}: there is no folder {name.removeprefix(FOLDER_PREFIX)!r}")
-    path = Path(name.removeprefix(FOLDER_PREFIX))
+    if name.startswith(LOCAL_DIR_PREFIX) and not Path(name.removeprefix(LOCAL_DIR_PREFIX)).is_dir():
+        raise ValueError(f"model_name is {name!r}: there is no folder {name.removeprefix(LOCAL_DIR_PREFIX)!r}")
+    path = Path(name.removeprefix(LOCAL_DIR_PREFIX))
     return path if path.exists() else None
 
 
@@ -307,10 +320,9 @@ def load_checkpoint(
 
 def get_model_config(model_name: str) -> dict[str, Any] | None:
     """An architecture as open_clip's JSON has it, or None for a name that is none of `list_models`'."""
-    is_path = model_name.startswith((HUB_PREFIX, FOLDER_PREFIX))
-    if not is_path and model_name not in _published():
-        return None
-    return openclip_settings(_open(model_name, None, None)[0])["model_cfg"]
+    if model_name.startswith((HUB_PREFIX, LOCAL_DIR_PREFIX)):
+        return openclip_settings(_open(model_name, None, None)[0])["model_cfg"]
+    return copy.deepcopy(_model_configs().get(model_name))
 
 
 def is_pretrained_cfg(model: str, tag: str) -> bool:
@@ -323,16 +335,6 @@ def _report_random(name: str, is_error: bool) -> None:
     if is_error:
         raise ValueError(f"{name} needs weights: pretrained names a tag or a file; {known}")
     warnings.warn(f"the weights of {name} are random: pretrained names a tag or a file; {known}", stacklevel=3)
-
-
-def _refuse_foreign(config: CLIPConfig, name: str) -> None:
-    if config.towers != "both":
-        raise ValueError(f"{name} has the {config.towers} tower alone; open_clip's models have both (miniclip.load)")
-    if config.text.eot_token not in (None, config.text.vocab_size - 1):
-        raise ValueError(
-            f"{name} ends texts with {config.text.eot_token}, and miniclip.openclip reads them at the largest id; "
-            "miniclip.load takes it"
-        )
 
 
 def _set_precision(model: CLIP, precision: str) -> None:
@@ -724,8 +726,8 @@ def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device =
 _HOMES = {
     openai: ("AttentionPool2d", "LayerNorm", "QuickGELU", "basic_clean", "bytes_to_unicode", "default_bpe", "get_pairs",
              "whitespace_clean"),
-    openclip_model: ("Bottleneck", "ModifiedResNet", "ResidualAttentionBlock", "TimmModel", "Transformer",
-                     "VisionTransformer", "freeze_batch_norm_2d"),
+    openclip_model: ("Bottleneck", "LayerScale", "ModifiedResNet", "ResidualAttentionBlock", "TimmModel", "Transformer",
+                     "VisionTransformer", "_expand_token", "freeze_batch_norm_2d", "text_global_pool"),
     openclip_names: (
         *openclip_names.KINDS, "AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
@@ -742,6 +744,8 @@ LayerNormFp32 = openai.LayerNorm
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "_MODEL_CONFIGS":
+        return _model_configs()
     if name not in _HOME_OF:
         raise missing_name(__name__, missing(name), sys._getframe(1))
     return getattr(_HOME_OF[name], name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import openai, resnet
-from .config import Activation, CLIPConfig, TextConfig, VisionConfig
+from .config import CLIP_LOGIT_SCALE, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
 from .timm_tower import TimmTower
+from .weights.architecture import config_from_openclip
 
 
 class _Explained(nn.Module):
@@ -31,6 +33,72 @@ class _Explained(nn.Module):
         if (remedy := type(self).instead.get(name)) is not None:
             raise AttributeError(f"{type(self).__name__}.{name} is open_clip's, and not in miniclip.openclip: {remedy}")
         return super().__getattr__(name)
+
+
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": openai.QuickGELU}
+
+# Arguments of open_clip's classes, and the values that these classes have.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("attentional_pool", "final_ln_after_pool", "is_cross_attention", "no_ln_pre", "qk_norm"), (False,)
+    ),
+    **dict.fromkeys(("scale_attn", "scale_attn_inner", "scale_fc", "scale_heads", "scaled_cosine_attn"), (False,)),
+    "batch_first": (True,),
+    "block_type": (None, "default"),
+    "patch_dropout": (0,),
+    "pool_type": ("tok",),
+    "pos_embed_type": ("learnable",),
+}
+_OF_A_POOL = ("attn_pooler_heads", "attn_pooler_queries")  # without effect, as there is no pool
+
+
+def _refuse_others(kind: str, **others: Any) -> None:
+    for name, value in others.items():
+        if name in _OF_A_POOL:
+            continue
+        if name not in _ONLY:
+            raise TypeError(f"{kind} has no argument {name!r}")
+        if value not in _ONLY[name]:
+            valid = " or ".join(map(repr, _ONLY[name]))
+            raise ValueError(
+                f"{name} is {value!r}; {kind} of miniclip.openclip has {valid}, open_clip itself has others"
+            )
+
+
+def _one_side(name: str, size: int | tuple[int, int]) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"{name} is {size}; images and patches are square here")
+    return sides.pop()
+
+
+def refuse_foreign(config: CLIPConfig, name: str) -> None:
+    if config.towers != "both":
+        raise ValueError(f"{name} has the {config.towers} tower alone; open_clip's models have both (miniclip.load)")
+    if config.text.eot_token not in (None, config.text.vocab_size - 1):
+        raise ValueError(
+            f"{name} ends texts with {config.text.eot_token}, and miniclip.openclip reads them at the largest id; "
+            "miniclip.load takes it"
+        )
+
+
+def text_global_pool(
+    x: Tensor, text: Tensor | None = None, pool_type: str = "argmax", eos_token_id: int | None = None
+) -> Tensor:
+    """A token of each row: (B, N, D), (B, N) -> (B, D); all of them, for a `pool_type` that is none of the four."""
+    if pool_type in ("first", "last"):
+        return x[:, 0 if pool_type == "first" else -1]
+    if pool_type not in ("argmax", "eos"):
+        return x
+    if text is None or (pool_type == "eos" and eos_token_id is None):
+        raise ValueError(f"pool_type is {pool_type!r}, which needs text{', and eos_token_id' * (pool_type == 'eos')}")
+    is_end = text if pool_type == "argmax" else text.eq(eos_token_id or 0).int()
+    return pick(x, is_end.argmax(dim=-1))
+
+
+def _expand_token(token: Tensor, batch_size: int) -> Tensor:
+    """(D,) -> (B, 1, D)."""
+    return token.view(1, 1, -1).expand(batch_size, -1, -1)
 
 
 _HOOKS = "register_forward_hook of {} gives what each computes"
@@ -64,13 +132,39 @@ def freeze_batch_norm_2d(module: nn.Module, module_match: Collection[str] = ()) 
     return module
 
 
+class LayerScale(nn.Module):
+    """A factor for each channel (Touvron et al. 2021, "Going deeper with image transformers")."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace, self.gamma = inplace, nn.Parameter(init_values * torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
 class ResidualAttentionBlock(openai.ResidualAttentionBlock):
     """(B, N, D) -> (B, N, D)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, activation: Activation) -> None:
-        super().__init__(width, heads, activation=activation, mlp_ratio=mlp_ratio)
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        is_cross_attention: bool = False,
+        batch_first: bool = True,
+    ) -> None:
+        _refuse_others("ResidualAttentionBlock", is_cross_attention=is_cross_attention, batch_first=batch_first)
+        super().__init__(d_model, n_head, mlp_ratio=mlp_ratio)
         self.attn.batch_first = True
-        self.ls_1, self.ls_2 = nn.Identity(), nn.Identity()
+        self.mlp.gelu = act_layer()
+        self.ln_1, self.ln_2 = (norm_layer(d_model) for _ in range(2))  # type: ignore[assignment]
+        self.ls_1, self.ls_2 = (
+            nn.Identity() if ls_init_value is None else LayerScale(d_model, ls_init_value) for _ in range(2)
+        )
         for name in ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"):  # as optimizers' states count parameters
             self._modules[name] = self._modules.pop(name)
 
@@ -105,12 +199,23 @@ class Transformer(_Explained):
         "prune_intermediate_layers": "`resblocks = resblocks[:n]` keeps the first n",
     }
 
-    def __init__(self, config: VisionConfig | TextConfig, activation: Activation) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        ls_init_value: float | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        **others: Any,
+    ) -> None:
         super().__init__()
-        self.width, self.layers, self.grad_checkpointing = config.width, config.layers, False
+        _refuse_others("Transformer", **others)
+        self.width, self.layers, self.grad_checkpointing = width, layers, False
+        options: dict[str, Any] = {"ls_init_value": ls_init_value, "act_layer": act_layer, "norm_layer": norm_layer}
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(config.width, config.heads, config.mlp_ratio, activation)
-            for _ in range(config.layers)
+            ResidualAttentionBlock(width, heads, mlp_ratio, **options) for _ in range(layers)
         )
 
     def get_cast_dtype(self) -> torch.dtype:
@@ -134,19 +239,38 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         "forward_intermediates": _HOOKS.format("`transformer.resblocks[i]`"),
         "prune_intermediate_layers": "`transformer.resblocks = transformer.resblocks[:n]` keeps the first n",
         "init_parameters": _DRAWN,
-        "_global_pool": "`_pool` gives the class token and the patches",
     }
 
-    def __init__(self, config: VisionConfig, embed_dim: int, activation: Activation) -> None:
-        super().__init__(config.image_size, config.patch_size, config.width, 0, config.heads, embed_dim)
-        self.transformer = Transformer(config, activation)  # type: ignore[assignment]
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float,
+        ls_init_value: float | None = None,
+        *,
+        output_dim: int = 512,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        output_tokens: bool = False,
+        **others: Any,
+    ) -> None:
+        _refuse_others("VisionTransformer", **others)
+        image_size, patch_size = _one_side("image_size", image_size), _one_side("patch_size", patch_size)
+        super().__init__(image_size, patch_size, width, 0, heads, output_dim)
+        self.ln_pre, self.ln_post = (norm_layer(width) for _ in range(2))  # type: ignore[assignment]
+        self.transformer = Transformer(  # type: ignore[assignment]
+            width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer
+        )
         self.patch_dropout = nn.Identity()
         for name in ("conv1", "patch_dropout", "ln_pre", "transformer", "ln_post"):
             self._modules[name] = self._modules.pop(name)
-        self.output_tokens = False
-        side = config.image_size // config.patch_size
-        self.image_size, self.grid_size = (config.image_size, config.image_size), (side, side)
-        self.patch_size = (config.patch_size, config.patch_size)
+        self.output_tokens = output_tokens
+        side = image_size // patch_size
+        self.image_size, self.grid_size = (image_size, image_size), (side, side)
+        self.patch_size = (patch_size, patch_size)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes all but the last groups: embeddings and ln_pre; a group for each block, the last with ln_post; proj.
@@ -167,11 +291,13 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
 
     def _embeds(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, D)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)  # (B, N, D)
+        x = torch.cat([_expand_token(self.class_embedding, x.shape[0]).to(x.dtype), x], dim=1)  # (B, N, D)
         return self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.ln_post(x)
+        return self._global_pool(self.ln_post(x))
+
+    def _global_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, 0], x[:, 1:]
 
     def forward(self, x: Tensor) -> Any:
@@ -281,7 +407,47 @@ class CLIP(_Explained, openai.CLIP):
         "text_eos_id": "a text is read at its largest id",
     }
 
-    def __init__(self, config: CLIPConfig, output_dict: bool = False) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        vision_cfg: Any,
+        text_cfg: Any,
+        quick_gelu: bool = False,
+        init_logit_scale: float = CLIP_LOGIT_SCALE,
+        init_logit_bias: float | None = None,
+        nonscalar_logit_scale: bool = False,
+        cast_dtype: torch.dtype | None = None,
+        output_dict: bool = False,
+    ) -> None:
+        """Random weights.
+
+        Args:
+            vision_cfg: a dictionary as `get_model_config` has it, or a dataclass of the same fields.
+            text_cfg: alike.
+            cast_dtype: without effect; norms are computed in float32 at least.
+
+        Raises:
+            ValueError: a setting that these towers have not, with its name.
+        """
+        vision, text = (asdict(each) if is_dataclass(each) else dict(each) for each in (vision_cfg, text_cfg))  # type: ignore[arg-type]
+        _refuse_others("CLIP", patch_dropout=vision.get("patch_dropout", 0.0))
+        model: dict[str, Any]
+        model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu}
+        model |= {"init_logit_scale": float(init_logit_scale), "nonscalar_logit_scale": nonscalar_logit_scale}
+        model |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}
+        config = config_from_openclip({"model_cfg": model}, "CLIP")
+        refuse_foreign(config, "CLIP")
+        self._make(config, output_dict)
+        if vision.get("output_tokens"):
+            self.visual.output_tokens = True
+
+    @classmethod
+    def of(cls, config: CLIPConfig, output_dict: bool = False) -> CLIP:
+        model = cls.__new__(cls)
+        model._make(config, output_dict)
+        return model
+
+    def _make(self, config: CLIPConfig, output_dict: bool) -> None:
         vision, text = config.vision, config.text
         sizes = (text.context_length, text.vocab_size, text.width, text.heads)
         super().__init__(config.embed_dim, vision.image_size, 0, 64, vision.image_size, *sizes, 0)  # without blocks
@@ -290,7 +456,8 @@ class CLIP(_Explained, openai.CLIP):
         self.visual.output_dim = config.embed_dim
         self.visual.preprocess_cfg = _preprocess_cfg(vision)
         self.visual.image_mean, self.visual.image_std = vision.mean, vision.std
-        self.transformer = Transformer(text, config.activation)
+        activation = _ACTIVATIONS[config.activation]
+        self.transformer = Transformer(text.width, text.layers, text.heads, text.mlp_ratio, act_layer=activation)
         self.register_buffer("attn_mask", self.build_attention_mask(), persistent=False)
         bias = config.init_logit_bias
         self.logit_scale.data.fill_(config.init_logit_scale)
@@ -338,7 +505,7 @@ class CLIP(_Explained, openai.CLIP):
         N, dtype = text.shape[1], self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:N].to(dtype)  # (B, N, D)
         x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:N, :N]))
-        features = project(pick(x, text.argmax(dim=-1)), self.text_projection)
+        features = project(text_global_pool(x, text), self.text_projection)
         return F.normalize(features, dim=-1) if normalize else features
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +535,8 @@ def _input_dtype(tower: nn.Module, otherwise: torch.dtype) -> torch.dtype:
 def _image_tower(config: CLIPConfig) -> nn.Module:
     vision, R = config.vision, config.vision.image_size
     if vision.kind == "vit":
-        return VisionTransformer(vision, config.embed_dim, config.activation)
+        sizes = (R, vision.patch_size, vision.width, vision.layers, vision.heads, vision.mlp_ratio)
+        return VisionTransformer(*sizes, output_dim=config.embed_dim, act_layer=_ACTIVATIONS[config.activation])
     if vision.kind == "timm":
         return TimmModel(vision, config.embed_dim)
     return ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)

@@ -34,7 +34,7 @@ KINDS = ("CoCa", "CustomTextCLIP", "HFTextEncoder", "MultimodalTransformer", "Te
 _INSTEAD = {
     **dict.fromkeys(KINDS, _ELSEWHERE),
     **dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), f"SimpleTokenizer makes CLIP's own ids; {_ELSEWHERE}"),
-    **dict.fromkeys(("CLIPTextCfg", "CLIPVisionCfg"), "miniclip.TextConfig and miniclip.VisionConfig have the sizes"),
+    **dict.fromkeys(("CLIPTextCfg", "CLIPVisionCfg"), "CLIP takes dictionaries with their fields"),
     **dict.fromkeys(("get_pretrained_cfg", "get_pretrained_url", "download_pretrained", "_PRETRAINED"), _WEIGHTS),
     **dict.fromkeys(("download_pretrained_from_url", "download_pretrained_from_hf"), _WEIGHTS),
     **dict.fromkeys(("push_to_hf_hub", "push_pretrained_to_hf_hub"), "`miniclip push` uploads a model"),

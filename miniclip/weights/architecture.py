@@ -187,18 +187,24 @@ _OPENCLIP_MODEL = dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "quick_g
     "multimodal_cfg": None, "output_dict": _ANY, "init_logit_scale": _ANY, "init_logit_bias": _ANY,
     "cast_dtype": _ANY, "nonscalar_logit_scale": False,
 }  # fmt: skip
+_OPENCLIP_BLOCK = {"block_type": (None, "default"), "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
+                   "scale_attn_inner": False, "scale_attn": False, "scale_fc": False}  # fmt: skip
 _OPENCLIP_VISION = dict.fromkeys(("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"), _ANY) | {
+    **_OPENCLIP_BLOCK,
     "ls_init_value": None, "patch_dropout": _ANY, "attentional_pool": False, "no_ln_pre": False,
     "pos_embed_type": "learnable", "final_ln_after_pool": False, "pool_type": "tok", "output_tokens": _ANY,
     "act_kwargs": None, "norm_kwargs": None, "global_average_pool": False, "input_patchnorm": False,
     "timm_model_name": _ANY, "timm_model_pretrained": _ANY, "timm_pool": _ANY, "timm_proj": _ANY,
     "timm_proj_bias": _ANY, "timm_drop": _ANY, "timm_drop_path": _ANY,
+    "attn_pooler_queries": _ANY, "attn_pooler_heads": _ANY,
 }  # fmt: skip
 _OPENCLIP_TEXT = dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"), _ANY) | {
+    **_OPENCLIP_BLOCK,
     "hf_model_name": None, "hf_tokenizer_name": None, "ls_init_value": None, "embed_cls": False, "pad_id": _ANY,
     "no_causal_mask": False, "final_ln_after_pool": False, "pool_type": ("argmax", "eos"), "eos_id": _ANY,
     "proj_bias": False, "output_tokens": _ANY, "act_kwargs": None, "norm_kwargs": None, "tokenizer_kwargs": None,
-    "proj_type": "linear",
+    "proj_type": "linear", "tokenizer_mode": None, "hf_model_pretrained": _ANY, "hf_proj_type": _ANY,
+    "hf_pooler_type": _ANY,
 }  # fmt: skip
 _OTHER_TOKENIZER = {"hf_tokenizer_name": _ANY, "tokenizer_kwargs": _ANY}
 _OPENCLIP_PREPROCESS = {"mean": _ANY, "std": _ANY, "size": _ANY, "mode": "RGB", "interpolation": _ANY,

@@ -131,7 +131,7 @@ def test_a_trace_made_where_gradients_are_recorded_is_right_for_every_batch(tmp_
 def with_clients(name):
     """An image tower of ours, and OpenAI's and open_clip's of the same kind, where there are any."""
     config = CONFIGS[name]
-    towers = [CLIP(config).visual, openclip_model.CLIP(config).visual]
+    towers = [CLIP(config).visual, openclip_model.CLIP.of(config).visual]
     if config.vision.kind != "timm":
         of_largest_id = replace(config, text=replace(config.text, eot_token=None))
         towers.append(openai._from_config(of_largest_id, name).visual)

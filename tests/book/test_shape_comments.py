@@ -152,7 +152,7 @@ def other_runs() -> Iterator[Run]:
     images, config = torch.randn(6, 3, 32, 32), model_of(VISION).config
     for file, model in (
         ("openai.py", openai._from_config(config, "")),
-        ("openclip_model.py", openclip_model.CLIP(config)),
+        ("openclip_model.py", openclip_model.CLIP.of(config)),
     ):
         yield run({"B": 6, "N": 17, "patches": 16, "D": 48}, [file], model.encode_image, images)
         yield run({"B": 5, "N": 11, "D": 24}, [file], model.encode_text, texts())

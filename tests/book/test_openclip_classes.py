@@ -1,0 +1,152 @@
+"""Classes and small functions under open_clip's names take its arguments. Oracle: open_clip, with the same weights."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from foreign_models import randomised
+from torch import nn
+
+import miniclip.openclip as ours
+
+VISION = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
+TEXT = {"width": 64, "heads": 2, "layers": 2}
+TOWER = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0}
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(found, expected, *inputs):
+    """Equal outputs for the weights of `expected`, whose names are those of `found`."""
+    randomised(expected, 3).eval()
+    found.load_state_dict(expected.state_dict())
+    with torch.no_grad():
+        pairs = zip(found.eval()(*inputs), expected(*inputs), strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, options",
+    [
+        ((64, VISION, TEXT), {}),
+        ((), {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True}),
+        ((64, {**VISION, "layers": [1, 1, 1, 1], "width": 8, "image_size": 64}, TEXT), {"init_logit_scale": 1.0}),
+        ((64, {**VISION, "mlp_ratio": 2.0}, {**TEXT, "context_length": 20}), {"init_logit_bias": -10.0}),
+        ((64, open_clip.CLIPVisionCfg(**VISION), open_clip.CLIPTextCfg(**TEXT)), {"cast_dtype": torch.float16}),
+    ],
+    ids=["places", "names", "resnet", "bias", "dataclasses"],
+)
+def test_a_clip_takes_their_arguments(arguments, options):
+    given = copy.deepcopy((arguments, options))
+    found, expected = ours.CLIP(*arguments, **options), open_clip.CLIP(*arguments, **options)
+    assert (arguments, options) == given
+    assert found.logit_scale == expected.logit_scale
+    assert (found.logit_bias is None) == (expected.logit_bias is None)
+    resolution, length = found.config.vision.image_size, found.context_length
+    tokens = ours.get_tokenizer(context_length=length)(["a cat", "two dogs"])
+    assert_same(found, expected, noise(2, 3, resolution, resolution), tokens)
+
+
+def test_a_clip_gives_its_outputs_as_it_is_asked_to():
+    model = ours.CLIP(64, {**VISION, "output_tokens": True}, TEXT, output_dict=True)
+    assert model(text=ours.tokenize("a"))["text_features"].shape == (1, 64)
+    pooled, tokens = model.encode_image(noise(1, 3, 32, 32))
+    assert pooled.shape == (1, 64)
+    assert tokens.shape == (1, 4, 64)
+
+
+@pytest.mark.parametrize("arguments", [(), (2.0,), (4.0, 0.1), (4.0, None, ours.QuickGELU), (2.0, 0.5, nn.ReLU)])
+def test_a_block_and_a_transformer_take_their_arguments_by_place(arguments):
+    theirs = open_clip.transformer
+    layers = [open_clip.transformer.QuickGELU if each is ours.QuickGELU else each for each in arguments]
+    found, expected = ours.ResidualAttentionBlock(64, 2, *arguments), theirs.ResidualAttentionBlock(64, 2, *layers)
+    assert_same(found, expected, noise(3, 5, 64))
+    assert_same(ours.Transformer(64, 2, 4, *arguments), theirs.Transformer(64, 2, 4, *layers), noise(3, 5, 64))
+
+
+def test_a_norm_of_ones_own_is_taken():
+    def norm(width):
+        return nn.LayerNorm(width, eps=0.5)
+
+    classes = (ours.Transformer, open_clip.transformer.Transformer)
+    assert_same(*(each(width=64, layers=1, heads=2, norm_layer=norm) for each in classes), noise(3, 5, 64))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"image_size": (32, 32), "ls_init_value": 0.3}, {"act_layer": nn.ReLU, "output_dim": 8, "output_tokens": True},
+     {"patch_dropout": 0.0, "attn_pooler_heads": 3, "block_type": "default", "pool_type": "tok"}],
+)  # fmt: skip
+def test_an_image_tower_takes_their_arguments(options):
+    settings = {**TOWER, **options}
+    found, expected = ours.VisionTransformer(**settings), open_clip.transformer.VisionTransformer(**settings)
+    assert_same(found, expected, noise(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: ours.ResidualAttentionBlock(64, 2, is_cross_attention=True), "is_cross_attention is True"),
+        (lambda: ours.ResidualAttentionBlock(64, 2, batch_first=False), "batch_first is False"),
+        (
+            lambda: ours.Transformer(64, 1, 2, qk_norm=True),
+            "qk_norm is True; Transformer of miniclip.openclip has False",
+        ),
+        (lambda: ours.VisionTransformer(**TOWER, patch_dropout=0.5), r"patch_dropout is 0\.5"),
+        (lambda: ours.VisionTransformer(**{**TOWER, "image_size": (32, 64)}), r"image_size is \(32, 64\)"),
+        (lambda: ours.CLIP(64, {**VISION, "patch_dropout": 0.5}, TEXT), r"patch_dropout is 0\.5; CLIP"),
+        (lambda: ours.CLIP(64, {**VISION, "pool_type": "avg"}, TEXT), "CLIP, vision_cfg has 'pool_type': 'avg'"),
+        (lambda: ours.CLIP(64, VISION, {**TEXT, "pool_type": "eos", "eos_id": 5}), "CLIP ends texts with 5"),
+        (lambda: ours.CLIP(64, VISION, TEXT, nonscalar_logit_scale=True), "'nonscalar_logit_scale': True"),
+    ],
+)
+def test_an_argument_that_asks_for_something_else_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_an_argument_that_is_none_of_theirs_is_a_type_error():
+    with pytest.raises(TypeError, match="Transformer has no argument 'activation'"):
+        ours.Transformer(64, 1, 2, activation="gelu")
+
+
+@pytest.mark.parametrize("options", [{}, {"pool_type": "first"}, {"pool_type": "last"}, {"pool_type": "none"},
+                                     {"pool_type": "eos", "eos_token_id": 3}])  # fmt: skip
+def test_pooling_and_expanding_are_theirs(options):
+    x, text, theirs = noise(2, 4, 8), torch.tensor([[1, 9, 3, 0], [3, 2, 4, 0]]), open_clip.transformer
+    assert torch.equal(ours.text_global_pool(x, text, **options), theirs.text_global_pool(x, text, **options))
+    assert torch.equal(ours._expand_token(x[0, 0], 3), theirs._expand_token(x[0, 0], 3))
+    with pytest.raises(ValueError, match="pool_type is 'argmax', which needs text"):
+        ours.text_global_pool(x)
+
+
+def test_tokens_are_pooled_as_by_anomaly_detectors():
+    classes = (ours.VisionTransformer, open_clip.transformer.VisionTransformer)
+    for found, expected in zip(*(each(**TOWER)._global_pool(noise(2, 5, 32)) for each in classes), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:the weights of")
+def test_an_architecture_that_a_program_adds_is_built(monkeypatch):
+    from open_clip.factory import _MODEL_CONFIGS, HF_HUB_PREFIX
+
+    assert HF_HUB_PREFIX == ours.HF_HUB_PREFIX
+    assert ours._MODEL_CONFIGS is ours._MODEL_CONFIGS
+    assert {*ours._MODEL_CONFIGS} <= {*_MODEL_CONFIGS}
+    settings = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
+    for configs in (ours._MODEL_CONFIGS, _MODEL_CONFIGS):
+        monkeypatch.setitem(configs, "tiny", settings)
+    assert "tiny" in ours.list_models()
+    assert ours.get_model_config("tiny") == open_clip.get_model_config("tiny") == settings
+    assert ours.get_tokenizer("tiny").context_length == 77
+    found, expected = (library.create_model("tiny") for library in (ours, open_clip))
+    assert_same(found, expected, noise(2, 3, 32, 32), ours.tokenize(["a cat", "two dogs"]))
+    monkeypatch.setitem(ours._MODEL_CONFIGS, "ViT-B-32", settings)  # as open_clip's, whatever the name says
+    assert ours.create_model("ViT-B-32").config.vision.width == 64
+    monkeypatch.setitem(ours._MODEL_CONFIGS, "tiny", {**settings, "text_cfg": {"hf_model_name": "roberta-base"}})
+    with pytest.raises(ValueError, match="tiny, text_cfg has 'hf_model_name'"):
+        ours.create_model("tiny")
