@@ -20,7 +20,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import ftfy
 import numpy as np
@@ -124,8 +124,6 @@ class Transformer(nn.Module):
 class VisionTransformer(nn.Module):
     """(B, 3, R, R) -> (B, E), or (B, D) where `proj` is None."""
 
-    proj: nn.Parameter | None
-
     def __init__(
         self,
         input_resolution: int,
@@ -147,7 +145,7 @@ class VisionTransformer(nn.Module):
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation=activation, mlp_ratio=mlp_ratio)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
+        self.proj: nn.Parameter | None = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, D)
@@ -178,8 +176,26 @@ class AttentionPool2d(resnet.AttentionPool):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-class ModifiedResNet(resnet.ModifiedResNet):
+class Explained(nn.Module):
+    """A module that names what stands in place of an attribute that it lacks."""
+
+    instead: ClassVar[Mapping[str, str]] = {}
+    explained_as = ("OpenAI's", __name__)  # whose modules have it, and where it is not
+
+    def __getattr__(self, name: str) -> Any:
+        if (remedy := type(self).instead.get(name)) is not None:
+            whose, module = self.explained_as
+            raise AttributeError(f"{type(self).__name__}.{name} is {whose}, and not in {module}: {remedy}")
+        return super().__getattr__(name)
+
+
+class ModifiedResNet(Explained, resnet.ModifiedResNet):
     """(B, 3, R, R) -> (B, E)."""
+
+    instead = {  # noqa: RUF012
+        "_make_layer": "layers are made with the tower",
+        "_inplanes": "layers are made with the tower",
+    }
 
     def __init__(
         self, layers: Sequence[int], output_dim: int, heads: int, input_resolution: int = 224, width: int = 64

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,8 @@ from .timm_tower import TimmTower
 from .weights.architecture import config_from_openclip
 
 
-class _Explained(nn.Module):
-    """A module that names what stands in place of an attribute of open_clip's that it lacks."""
-
-    instead: ClassVar[Mapping[str, str]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        if (remedy := type(self).instead.get(name)) is not None:
-            raise AttributeError(f"{type(self).__name__}.{name} is open_clip's, and not in miniclip.openclip: {remedy}")
-        return super().__getattr__(name)
+class _Explained(openai.Explained):
+    explained_as = ("open_clip's", "miniclip.openclip")
 
 
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": openai.QuickGELU}
@@ -326,8 +319,7 @@ class ModifiedResNet(_WithActNames, openai.ModifiedResNet):
     instead = {  # noqa: RUF012
         "forward_intermediates": _HOOKS.format("`layer1` to `layer4`"),
         "init_parameters": _DRAWN,
-        "_make_layer": "layers are made with the tower",
-        "_inplanes": "layers are made with the tower",
+        **openai.ModifiedResNet.instead,
     }
 
     def __init__(

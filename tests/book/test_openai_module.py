@@ -393,6 +393,37 @@ def test_freezing_by_prefix_finds_the_text_transformer(vit):
     assert len(frozen) == 2 * 12
 
 
+class Float32Norm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class Exported(clip.CLIP):
+    @torch.jit.export
+    def encode_image(self, image):
+        return self.visual(image)
+
+    @torch.jit.export
+    def encode_text(self, text):
+        x = self.token_embedding(text) + self.positional_embedding
+        x = self.ln_final(self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2))
+        return x[torch.arange(x.shape[0]), text.argmax(dim=-1)] @ self.text_projection
+
+    @torch.jit.ignore
+    def forward(self, image, text):
+        return None
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is on its way out
+def test_a_subclass_is_scripted_as_by_karlo(vit, monkeypatch):
+    monkeypatch.setattr(clip, "LayerNorm", Float32Norm)
+    model = Exported(*VIT).eval()
+    model.load_state_dict(vit[0].state_dict())
+    scripted, images, tokens = torch.jit.script(model), images_for(vit[0]), clip.tokenize(NAMES)
+    assert_near(scripted.encode_image(images), vit[1].encode_image(images))
+    assert_near(scripted.encode_text(tokens), vit[1].encode_text(tokens))
+
+
 def test_a_model_without_its_projection_gives_the_towers_width(vit):
     vit[0].visual.proj = None
     assert vit[0].encode_image(images_for(vit[0])).shape == (3, 128)
@@ -582,6 +613,18 @@ def test_the_functions_of_its_tokenizer_are_openais():
         assert clip.whitespace_clean(text) == theirs.whitespace_clean(text)
     for word in (("a", "b", "a", "b</w>"), ("a</w>",)):
         assert clip.get_pairs(word) == theirs.get_pairs(word)
+
+
+def test_what_a_resnet_of_theirs_has_is_explained():
+    tower = clip.CLIP(*RESNET).visual
+    for name in ("_make_layer", "_inplanes"):
+        with pytest.raises(
+            AttributeError, match=rf"ModifiedResNet\.{name} is OpenAI's.*layers are made with the tower"
+        ):
+            getattr(tower, name)
+        assert not hasattr(tower, name)
+    with pytest.raises(AttributeError, match="has no attribute 'layer5'"):
+        tower.layer5  # noqa: B018
 
 
 def test_a_name_that_openais_package_lacks_is_told():
