@@ -188,7 +188,7 @@ def create_model(
     _refuse(others)
     if jit:
         warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
-    config, found = _open(model_name, pretrained if load_weights else None, cache_dir)
+    config, found, source = _open(model_name, pretrained if load_weights else None, cache_dir)
     found = found if load_weights else None  # a folder's own weights are not asked for either
     if found is None and (require_pretrained or (load_weights and not pretrained)):
         _report_random(model_name, require_pretrained)
@@ -201,7 +201,7 @@ def create_model(
         found = _interpolated(resize(replace(found, config=config), side, None), force_context_length)
         with Unfilled():
             model = CLIP.of(found.config, bool(output_dict))
-        model.load_state_dict(to_openai_keys(build(found, model_name).state_dict()))
+        model.load_state_dict(to_openai_keys(build(found, source).state_dict()))
     _set_precision(model, precision)
     return model.to(find_device(device))
 
@@ -225,18 +225,18 @@ def _interpolated(found: Checkpoint, context_length: int | None) -> Checkpoint:
     )
 
 
-def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLIPConfig, Checkpoint | None]:
-    """The architecture, and what there is of weights."""
+def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLIPConfig, Checkpoint | None, str]:
+    """The architecture, what there is of weights, and where these are from, for an error."""
     path = _own_path(name, cache_dir)
     if path is not None:
         if pretrained:
             warnings.warn(f"pretrained={pretrained!r} is ignored: {name} brings its own weights", stacklevel=4)
         found = read_checkpoint(path)
         refuse_foreign(found.config, name)
-        return found.config, found
+        return found.config, found, name
     name, config, weights = _by_name(name)
     if not pretrained:
-        return config, None
+        return config, None, name
     if (tag := weights.get(_clean(pretrained))) is not None:
         wanted = tag.applied(config)
         is_openais = tag.source in openai.available_models()
@@ -264,7 +264,7 @@ def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLI
             f"{config.activation}",
             stacklevel=4,
         )
-    return found.config, found
+    return found.config, found, f"{pretrained} for {name}"
 
 
 def _own_path(name: str, cache_dir: str | None) -> Path | None:
@@ -618,7 +618,7 @@ def get_tokenizer(
     _refuse(options)
     if not model_name:
         return SimpleTokenizer(context_length=context_length or clip_tokenizer.CONTEXT_LENGTH, **own)
-    config, _ = _open(model_name, None, cache_dir)
+    config, *_ = _open(model_name, None, cache_dir)
     clip_tokenizer.refuse_other_ids(config.text, model_name, "CLIP's")
     return SimpleTokenizer(context_length=context_length or config.text.context_length, **own)
 

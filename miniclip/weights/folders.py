@@ -49,12 +49,13 @@ def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
     if not found and not others:
         for name in sorted(names):
             refuse_unread(name, where)
-    missing = [] if configs else [CONFIG_FILE]
-    missing += [] if found else [WEIGHTS_FILE]
+    is_openclips = OPENCLIP_CONFIG_FILE in configs or (not configs and any(name in _OPENCLIP_WEIGHTS for name in found))
+    config = OPENCLIP_CONFIG_FILE if is_openclips else CONFIG_FILE
+    weights = f"{_OPENCLIP_WEIGHTS[0]} or {_OPENCLIP_WEIGHTS[2]}" if is_openclips else WEIGHTS_FILE
+    missing = [] if configs else [config]
+    missing += [] if found else [weights]
     there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else _of_a_run(where)
-    raise ValueError(
-        f"{where} has no {' and no '.join(missing)}; a model's directory has {CONFIG_FILE} and weights{there}"
-    )
+    raise ValueError(f"{where} has no {' and no '.join(missing)}; a model's directory has {config} and weights{there}")
 
 
 def refuse_to_save(folder: Path, overwrite: bool, option: str = "overwrite=True") -> None:

@@ -869,6 +869,22 @@ def test_kinds_of_models_that_are_not_here_can_be_asked_for(vit):
             kind(64, vision_cfg={})
 
 
+def test_weights_of_another_architecture_are_named_by_their_file(tmp_path):
+    torch.save(ours.CLIP(64, {**TINY["vit"], "width": 128}, TEXT).state_dict(), tmp_path / "epoch.pt")
+    with pytest.raises(ValueError, match=r"the weights in .*epoch\.pt for ViT-S-32 belong to another architecture"):
+        ours.create_model("ViT-S-32", pretrained=str(tmp_path / "epoch.pt"))
+
+
+def test_a_folder_of_theirs_without_weights_names_their_files(tmp_path):
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no open_clip_model\.safetensors or open_clip_pytorch_model\.bin; .* has "
+                                         r"open_clip_config\.json and weights"):  # fmt: skip
+        ours.create_model(f"local-dir:{tmp_path}")
+    (tmp_path / "open_clip_config.json").rename(tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match=r"has no open_clip_config\.json; "):
+        ours.create_model(f"local-dir:{tmp_path}")
+
+
 def test_templates_and_constants_are_theirs():
     for name in ("OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES"):
         found, expected = getattr(ours, name), getattr(open_clip, name)
