@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import opcode
 import sys
 import warnings
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, ClassVar
 
 import ftfy
@@ -33,7 +34,6 @@ from torch import Tensor, nn
 from . import resnet, tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
-from .common.missing_names import missing_name
 from .config import CLIP_LOGIT_SCALE, OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
 from .resnet import Bottleneck
@@ -387,19 +387,19 @@ def whitespace_clean(text: str) -> str:
     return " ".join(text.split())
 
 
-_WORDS = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_MAX_CACHED_WORDS, _MAX_CACHED_LETTERS = 1 << 19, 64
+_PIECES_OF_TEXT = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_MAX_KEPT_WORDS, _MAX_KEPT_LETTERS = 1 << 19, 64
 
 
 @cache
-def _symbols() -> dict[int, str]:
+def _symbol_of_id() -> dict[int, str]:
     """Id -> symbol, without the special tokens, in the order of the ids."""
     return {index: symbol for symbol, index in sorted(tokenizer.symbol_ids().items(), key=lambda item: item[1])}
 
 
 def pieces_pattern(special: Iterable[str]) -> regex.Pattern[str]:
     """What cuts a text into words, runs of other characters, and the special tokens, which are patterns themselves."""
-    return regex.compile("|".join(special) + _WORDS, regex.IGNORECASE)
+    return regex.compile("|".join(special) + _PIECES_OF_TEXT, regex.IGNORECASE)
 
 
 class SimpleTokenizer:
@@ -422,15 +422,15 @@ class SimpleTokenizer:
 
     @cached_property
     def encoder(self) -> dict[str, int]:
-        return {symbol: index for index, symbol in _symbols().items()} | dict(self.special)
+        return {symbol: index for index, symbol in _symbol_of_id().items()} | dict(self.special)
 
     @cached_property
     def decoder(self) -> dict[int, str]:
-        return _symbols() | {index: name for name, index in self.special.items()}
+        return _symbol_of_id() | {index: name for name, index in self.special.items()}
 
     @cached_property
     def bpe_ranks(self) -> dict[tuple[str, str], int]:
-        symbols = _symbols()
+        symbols = _symbol_of_id()
         pairs = ((symbols[left], symbols[right]) for left, right in tokenizer.learnt_merges())
         return {pair: rank for rank, pair in enumerate(pairs)}
 
@@ -452,13 +452,13 @@ class SimpleTokenizer:
         if token in self.cache:
             return self.cache[token]
         word = " ".join(self._merged(token))
-        if len(token) <= _MAX_CACHED_LETTERS and len(self.cache) < _MAX_CACHED_WORDS:
+        if len(token) <= _MAX_KEPT_LETTERS and len(self.cache) < _MAX_KEPT_WORDS:
             self.cache[token] = word
         return word
 
     def _merged(self, token: str) -> list[str]:
         if "bpe_ranks" not in vars(self) and type(self).bpe_ranks is SimpleTokenizer.bpe_ranks:  # nobody changed them
-            symbols = _symbols()
+            symbols = _symbol_of_id()
             return [symbols[i] for i in tokenizer.merge(bytes(self.byte_decoder[symbol] for symbol in token))]
         word = [*token[:-1], token[-1] + "</w>"]
         while pairs := [pair for pair in pairwise(word) if pair in self.bpe_ranks]:
@@ -500,10 +500,22 @@ def default_bpe() -> str:
 # clip.clip
 
 _MODELS = {name: f"{OPENAI_BASE_URL}/{file}" for name, file in OPENAI_FILES.items()}
-_PUBLISHED = frozenset(_MODELS.values())
+_ADDRESSES = frozenset(_MODELS.values())
 _Tokenizer = SimpleTokenizer
 _tokenizer = _Tokenizer()
 _TRANSFORMS = ("CenterCrop", "Compose", "InterpolationMode", "Normalize", "Resize", "ToTensor")
+
+
+def missing_name(module: str, message: str, caller: FrameType) -> AttributeError | ImportError:
+    """The error of a module's `__getattr__` for a name that it lacks, such that the message reaches the reader.
+
+    `hasattr` and `getattr` need an AttributeError, and `from … import …` replaces one by a sentence of Python's own.
+
+    Args:
+        caller: the frame that asked: `sys._getframe(1)` in `__getattr__`.
+    """
+    is_import = caller.f_code.co_code[caller.f_lasti] == opcode.opmap["IMPORT_FROM"]
+    return ImportError(message, name=module) if is_import else AttributeError(message)
 
 
 def __getattr__(name: str) -> Any:
@@ -530,7 +542,7 @@ def _download(url: str, root: str | None = None) -> str:
     """
     checksum, file = url.split("/")[-2:]
     path = openai_folder(root) / file
-    if url not in _PUBLISHED and path.is_file():
+    if url not in _ADDRESSES and path.is_file():
         with open(path, "rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != checksum:

@@ -33,7 +33,6 @@ from . import openai, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
-from .common.missing_names import missing_name
 from .common.modules import evaluation_mode
 from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
 from .loss import clip_loss
@@ -559,7 +558,7 @@ class SimpleTokenizer(openai.SimpleTokenizer):
 
     def _is_plain(self) -> bool:
         """Whether ids are `clip_tokenizer`'s: nobody had tables that could be changed, or put anything in."""
-        return vars(self).keys() <= _CHANGE_NO_IDS and _parts(type(self)) == _OWN_PARTS
+        return vars(self).keys() <= _CHANGE_NO_IDS and _makers_of_ids(type(self)) == _OWN_MAKERS
 
     def encode(self, text: str) -> list[int]:
         return clip_tokenizer.encode(text) if self._is_plain() else self.encode_cleaned(self.clean_fn(text))
@@ -592,7 +591,7 @@ class SimpleTokenizer(openai.SimpleTokenizer):
 _CHANGE_NO_IDS = {"context_length", "decoder", "byte_decoder", "vocab_size"}
 
 
-def _parts(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:
+def _makers_of_ids(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:
     """What makes ids of texts, of the class or a subclass, as it is now."""
     names = (
         "__call__", "bpe", "bpe_ranks", "byte_encoder", "cache", "clean_fn", "encode", "encode_cleaned", "encoder",
@@ -601,8 +600,8 @@ def _parts(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:
     return [getattr(tokenizer_class, name) for name in names]
 
 
-_OWN_PARTS = _parts(SimpleTokenizer)
-_tokenizer = SimpleTokenizer()
+_OWN_MAKERS = _makers_of_ids(SimpleTokenizer)
+_module_tokenizer = SimpleTokenizer()
 _OPTIONS = {"additional_special_tokens", "bpe_path", "clean", "reduction_mask"}
 
 
@@ -624,11 +623,11 @@ def get_tokenizer(
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> Tensor:
-    return _tokenizer(texts, context_length)
+    return tokenizer._tokenizer(texts, context_length)  # an attribute of this module, which programs replace
 
 
 def decode(output_ids: Tensor) -> str:
-    return _tokenizer.decode(output_ids.tolist())
+    return tokenizer._tokenizer.decode(output_ids.tolist())
 
 
 @torch.no_grad()
@@ -744,10 +743,12 @@ LayerNormFp32 = openai.LayerNorm
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "_tokenizer":
+        return _module_tokenizer
     if name == "_MODEL_CONFIGS":
         return _model_configs()
     if name not in _HOME_OF:
-        raise missing_name(__name__, missing(name), sys._getframe(1))
+        raise openai.missing_name(__name__, missing(name), sys._getframe(1))
     return getattr(_HOME_OF[name], name)
 
 

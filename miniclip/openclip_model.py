@@ -28,7 +28,7 @@ class _Explained(openai.Explained):
     explained_as = ("open_clip's", "miniclip.openclip")
 
 
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": openai.QuickGELU}
+_LAYERS_BY_NAME: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": openai.QuickGELU}
 
 # Arguments of open_clip's classes, and the values that these classes have.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -45,7 +45,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _OF_A_POOL = ("attn_pooler_heads", "attn_pooler_queries")  # without effect, as there is no pool
 
 
-def _refuse_others(kind: str, **others: Any) -> None:
+def _refuse_other_parts(kind: str, **others: Any) -> None:
     for name, value in others.items():
         if name in _OF_A_POOL:
             continue
@@ -150,7 +150,7 @@ class ResidualAttentionBlock(openai.ResidualAttentionBlock):
         is_cross_attention: bool = False,
         batch_first: bool = True,
     ) -> None:
-        _refuse_others("ResidualAttentionBlock", is_cross_attention=is_cross_attention, batch_first=batch_first)
+        _refuse_other_parts("ResidualAttentionBlock", is_cross_attention=is_cross_attention, batch_first=batch_first)
         super().__init__(d_model, n_head, mlp_ratio=mlp_ratio)
         self.attn.batch_first = True
         self.mlp.gelu = act_layer()
@@ -204,7 +204,7 @@ class Transformer(_Explained):
         **others: Any,
     ) -> None:
         super().__init__()
-        _refuse_others("Transformer", **others)
+        _refuse_other_parts("Transformer", **others)
         self.width, self.layers, self.grad_checkpointing = width, layers, False
         options: dict[str, Any] = {"ls_init_value": ls_init_value, "act_layer": act_layer, "norm_layer": norm_layer}
         self.resblocks = nn.ModuleList(
@@ -250,7 +250,7 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         output_tokens: bool = False,
         **others: Any,
     ) -> None:
-        _refuse_others("VisionTransformer", **others)
+        _refuse_other_parts("VisionTransformer", **others)
         image_size, patch_size = _one_side("image_size", image_size), _one_side("patch_size", patch_size)
         super().__init__(image_size, patch_size, width, 0, heads, output_dim)
         self.ln_pre, self.ln_post = (norm_layer(width) for _ in range(2))  # type: ignore[assignment]
@@ -422,7 +422,7 @@ class CLIP(_Explained, openai.CLIP):
             ValueError: a setting that these towers have not, with its name.
         """
         vision, text = (asdict(each) if is_dataclass(each) else dict(each) for each in (vision_cfg, text_cfg))  # type: ignore[arg-type]
-        _refuse_others("CLIP", patch_dropout=vision.get("patch_dropout", 0.0))
+        _refuse_other_parts("CLIP", patch_dropout=vision.get("patch_dropout", 0.0))
         model: dict[str, Any]
         model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu}
         model |= {"init_logit_scale": float(init_logit_scale), "nonscalar_logit_scale": nonscalar_logit_scale}
@@ -448,7 +448,7 @@ class CLIP(_Explained, openai.CLIP):
         self.visual.output_dim = config.embed_dim
         self.visual.preprocess_cfg = _preprocess_cfg(vision)
         self.visual.image_mean, self.visual.image_std = vision.mean, vision.std
-        activation = _ACTIVATIONS[config.activation]
+        activation = _LAYERS_BY_NAME[config.activation]
         self.transformer = Transformer(text.width, text.layers, text.heads, text.mlp_ratio, act_layer=activation)
         self.register_buffer("attn_mask", self.build_attention_mask(), persistent=False)
         bias = config.init_logit_bias
@@ -528,7 +528,7 @@ def _image_tower(config: CLIPConfig) -> nn.Module:
     vision, R = config.vision, config.vision.image_size
     if vision.kind == "vit":
         sizes = (R, vision.patch_size, vision.width, vision.layers, vision.heads, vision.mlp_ratio)
-        return VisionTransformer(*sizes, output_dim=config.embed_dim, act_layer=_ACTIVATIONS[config.activation])
+        return VisionTransformer(*sizes, output_dim=config.embed_dim, act_layer=_LAYERS_BY_NAME[config.activation])
     if vision.kind == "timm":
         return TimmModel(vision, config.embed_dim)
     return ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)
