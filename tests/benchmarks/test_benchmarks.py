@@ -346,6 +346,7 @@ def agree_with_all_peers(rows: dict[str, Any]) -> None:
             assert row["difference"]["tokenizers"] > 0  # it repairs no text
 
 
+@pytest.mark.long
 def test_steps_and_losses_agree_with_open_clip(folder):
     rows = rows_of(folder, "train", "loss", "gradcache")
     assert len(rows) == 5 + 4 + 1

@@ -117,6 +117,7 @@ def test_both_sides_see_the_same_batches(tiny):
         assert not tokens[:, length:].any()
 
 
+@pytest.mark.long
 def test_the_examination_of_open_clips_weights_is_that_of_open_clip(tiny, monkeypatch):
     """Its own encoders on its own preprocessing of the same files find the same classes."""
     bench, _ = tiny

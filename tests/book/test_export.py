@@ -97,7 +97,7 @@ METHODS = ["encode_image", "encode_text"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 @pytest.mark.parametrize("exporter, example", QUICK)

@@ -158,6 +158,7 @@ def openclip_folder(folder: Path, name: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["tiny", "tiny-custom", "tiny-coca", "tiny-resnet", "tiny-timm"])
 def test_open_clips_models_give_what_the_library_gives(tmp_path, name):
     twin = openclip_folder(tmp_path / "there", name)

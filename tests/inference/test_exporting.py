@@ -523,6 +523,7 @@ def test_mistakes_are_explained_before_anything_is_written(refused, model, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused, exported, model, tmp_path):
     before = (exported / "proof.json").read_bytes()
     assert "exists already; pass --overwrite" in refused(model, str(exported), "--to", "onnx")

@@ -119,6 +119,7 @@ def test_a_push_that_breaks_leaves_the_repository_as_it_was_and_can_be_repeated(
         assert bool(sent_again) == (where == "/lfs/")
 
 
+@pytest.mark.long
 def test_what_a_repository_has_is_replaced_on_request_alone(tmp_path, model):
     """A second push of the same is no commit; other weights, or a card that somebody edited, need --overwrite."""
     with Hub() as hub:
@@ -396,6 +397,7 @@ def test_what_another_library_left_of_a_model_in_the_cache_is_completed(shared, 
     assert loaded(shared, home, HF_HUB_OFFLINE="1") == (weight_of(tiny_clip(3)), "")
 
 
+@pytest.mark.long
 def test_a_model_that_was_loaded_once_is_loaded_offline(shared, tmp_path):
     home = tmp_path / "home"
     loaded(shared, home)

@@ -342,6 +342,7 @@ def validated(data, tmp_path_factory) -> list[list[Any]]:
     return results
 
 
+@pytest.mark.long
 def test_samples_that_a_distributed_sampler_repeats_count_once(validated):
     """Of 13 samples in two processes each has 7 of Lightning's sampler, and of 7 batches 4."""
     alone, together = validated

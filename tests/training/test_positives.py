@@ -282,7 +282,7 @@ def entropy(fitting: int, pairs: int) -> float:
     return -pairs * (share * math.log(share) + (1 - share) * math.log(1 - share))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "more, chance",
     [  # of 12 pictures with two captions each, a damaged one and one with a single caption

@@ -66,6 +66,7 @@ def resume(data, tmp_path, capsys, half):
     return go_on
 
 
+@pytest.mark.long
 def test_a_resumed_run_takes_its_library_and_ends_with_the_same_bits(data, tmp_path, resume):
     begin(data, tmp_path / "straight", library=LIBRARY)
     run, printed = resume()

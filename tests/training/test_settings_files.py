@@ -53,6 +53,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("args, name, seed, steps", ORDERS, ids=[" ".join(order[0]) for order in ORDERS])
 def test_flags_beat_files_and_later_files_earlier_ones(files, capsys, args, name, seed, steps):
     found = settings(capsys, *args)
@@ -241,6 +242,7 @@ def test_a_setting_that_says_what_happens_anyway_is_no_warning(files, capsys):
     assert fails(capsys, ["fit", *TINY, *more]).startswith("error: nowhere")
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("kind", [[], ["--model.optimizer.kind=adamw"]])
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configurations_set_nothing_in_vain(files, capsys, config, kind):
@@ -255,6 +257,7 @@ def test_a_saved_configuration_of_a_run_with_defaults_sets_nothing_in_vain(files
     assert fails(capsys, ["fit", *TINY, *more]).startswith("error: nowhere")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("flag", ["--trainer.enable_model_summary=true", "--trainer.callbacks=ModelSummary"])
 def test_lightnings_summary_of_the_model_is_printed_where_it_is_asked_for(data, tmp_path, flag):
     made = subprocess.run(command(data, tmp_path / "run", flag, steps=1), capture_output=True, text=True, check=True)
@@ -306,6 +309,7 @@ NOWHERE = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("flag", NOWHERE)
 def test_devices_that_there_are_not_are_answered_with_what_there_is(files, capsys, flag):
     said = fails(capsys, ["fit", *TINY, "--config=a.yaml", "--data.train=shards", f"--trainer.{flag}"])

@@ -40,6 +40,7 @@ STEPS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [pytest.param("micro-batches", marks=pytest.mark.long), "patch dropout"])
 def test_two_threads_give_a_step_one_gradient(step):
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}

@@ -444,6 +444,7 @@ def test_one_copy_of_the_weights_is_fetched_from_the_hub(tmp_path, only_pt):
     assert weights == (["clip.pt"] if only_pt else ["model.safetensors"])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("status", "word", "told"),
     [
