@@ -55,6 +55,10 @@ class NotKeptError(ValueError):
     be sound."""
 
 
+class UnreadableError(ValueError):
+    """A file can't be read, whatever it holds: it is not there, or its store or the network fails."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 
@@ -536,7 +540,7 @@ def patiently(url: str, action: Callable[[], T]) -> T:
     """The action's value. A failure that may pass is tried again, six times in all, with longer and longer waits.
 
     Raises:
-        ValueError: it failed for good; names the URL, the number of tries and the last error.
+        UnreadableError: it failed for good; names the URL, the number of tries and the last error.
         NotKeptError: as the action does.
     """
     for tries, wait in enumerate((*_WAITS_S, None), start=1):
@@ -548,7 +552,7 @@ def patiently(url: str, action: Callable[[], T]) -> T:
             if wait is None or not _is_worth_a_retry(error):
                 reason = f"{type(error).__name__}: {_without_secrets_of(url, str(error))}"
                 shown = f"{without_secrets(url)} can't be read ({tries} tr{'y' if tries == 1 else 'ies'})"
-                raise ValueError(f"{shown}: {reason}") from error
+                raise UnreadableError(f"{shown}: {reason}") from error
             time.sleep(wait * _jitter.uniform(0.5, 1.0))
     raise AssertionError("the last try returns or raises")
 

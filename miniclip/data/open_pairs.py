@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -16,6 +15,7 @@ from ..common.cache import make_room, remove_unused, use
 from ..common.files import cache_folder, locked, remove
 from ..common.storage import is_url, name_of
 from ..common.wording import counted
+from .indexing.tar_members import TarHeaders
 from .pack import pack, read_packed
 from .reading.folders import same_sample
 from .reading.huggingface import HUB_PREFIX
@@ -84,9 +84,9 @@ def _is_of_pictures(folder: Path) -> bool:
     there, held, are_whole = {same_name(image.stem) for image in below.images}, list[str](), True
     for tar in tars:
         try:
-            with tarfile.open(tar, "r:") as file:
-                names = [PurePosixPath(member.name) for member in islice(file, _MEMBERS_LOOKED_AT)]
-        except (tarfile.TarError, OSError):
+            with open(tar, "rb") as file, TarHeaders(file, str(tar)) as headers:
+                names = [PurePosixPath(member.name) for member in islice(headers, _MEMBERS_LOOKED_AT)]
+        except (ValueError, OSError):
             names, are_whole = [], False
         images = [name for name in names if kind_of(name.suffix[1:]) == "image" and not is_leftover(name.name)]
         held += [same_name(image.stem) for image in images]

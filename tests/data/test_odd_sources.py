@@ -29,7 +29,7 @@ from miniclip.commands import main as cli
 from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.indexing.tar_members import read_samples
 from miniclip.data.module import PairDataModule
-from miniclip.data.open_pairs import open_pairs
+from miniclip.data.open_pairs import is_shards, open_pairs
 from miniclip.data.pack import pack
 from miniclip.data.reading.cells import captions_in, decode_text, picture_in, texts_in, texts_in_cell
 from miniclip.data.reading.pair import Pair, fingerprint
@@ -159,6 +159,33 @@ def test_joined_tars_and_tars_that_end_in_a_folder_or_a_link_are_whole(tmp_path,
     (tmp_path / "both" / "joined.tar").write_bytes(joined)
     pairs = [sample for sample in samples_of(tmp_path / "both") if sample[2]]
     assert pairs == [("a", RED, ("a",)), ("b", GREEN, ("b",))]
+
+
+def _headers(kind: bytes, content: bytes, times: int = 1) -> bytes:
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, len(content)
+    return (info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)) * times
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        _headers(tarfile.GNUTYPE_LONGNAME, b"a.png", 3000),
+        _headers(tarfile.XHDTYPE, b"12 path=abc\n", 3000),
+        _headers(tarfile.XHDTYPE, b"29 GNU.sparse.map=a,b,c,d,ef\n"),
+    ],
+    ids=["long names in a row", "PAX headers in a row", "a sparse map that is none"],
+)
+def test_a_tar_whose_headers_tarfile_fails_on_is_damaged_named_and_the_others_are_indexed(tmp_path, headers):
+    write_tar(tmp_path / "good.tar", ("a.jpg", RED), ("a.txt", b"red"), ("b.jpg", GREEN))
+    (tmp_path / "bad.tar").write_bytes(headers + (tmp_path / "good.tar").read_bytes())
+    write_picture(tmp_path / "below" / "c.jpg")
+    assert is_shards(str(tmp_path))  # asks the tars' first members
+    shutil.rmtree(tmp_path / "below")
+    assert samples_of(tmp_path) == [("a", RED, ("red",)), ("b", GREEN, ())]
+    assert rejections(tmp_path).keys() == {"bad.tar"}
+    damaged = json.loads((tmp_path / "index.json").read_text())["damaged"]
+    assert re.match(f"{tmp_path}/bad.tar is no tar, or a damaged or compressed one: .", damaged[f"{tmp_path}/bad.tar"])
 
 
 def test_bytes_after_a_tars_end_that_are_no_tar_are_named(tmp_path):

@@ -302,6 +302,17 @@ def test_a_tar_that_is_damaged_gone_or_empty_is_one_hole_with_its_name_and_the_o
     assert len(healthy) == 48
 
 
+def test_a_tar_whose_headers_tarfile_fails_on_is_one_hole_with_its_name(tmp_path, png):
+    good = write_tar(tmp_path / "good.tar", {"a.png": png, "a.txt": b"a"}).read_bytes()
+    named = tarfile.TarInfo("a.png")
+    named.pax_headers = {"GNU.sparse.map": "0,many"}
+    sparse = named.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "bad.tar").write_bytes(sparse + good)
+    (batch,) = batches(module(tmp_path / "*.tar", batch_size=2), 1)
+    assert sorted(zip(batch.keys, batch.mask.tolist(), strict=True)) == [("bad.tar:*", False), ("good.tar:a", True)]
+    assert f"{tmp_path}/bad.tar is no tar, or a damaged or compressed one: " in batch.problems[0]
+
+
 def test_members_that_belong_to_no_pair_are_counted_by_reason(tmp_path, png, capfd):
     samples = {"a.png": png, "a.txt": b"a", "b.png": png, "b.txt": b"b"}
     write_tar(tmp_path / "0.tar", {"._a.png": b"x", **samples, "notes.md": b"x", "m.md": b"x"})

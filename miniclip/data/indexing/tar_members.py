@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import IO
 
+from ...common.ranges import ReadWholeError
+from ...common.storage import UnreadableError
+from ...common.wording import reason_of
 from ..reading.cells import decode_text
 from ..reading.folders import preference, same_sample
 from ..reading.scan import (
@@ -64,6 +67,31 @@ def read_samples(file: IO[bytes], name: str, skips_pictures: bool = False) -> tu
 # Members
 
 
+class TarHeaders(tarfile.TarFile):
+    """The members of a tar, from where its file stands.
+
+    Args:
+        name: of the tar, for messages.
+
+    Raises, also while it is iterated:
+        ValueError: no tar, or one that is damaged or cut short.
+    """
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._shown_name = name
+        super().__init__(fileobj=file)
+
+    def next(self) -> tarfile.TarInfo | None:
+        try:
+            return super().next()
+        except (OSError, UnreadableError, ReadWholeError):  # of the file
+            raise
+        except Exception as error:  # tarfile raises whatever its code comes upon in odd headers, as RecursionError
+            raise ValueError(
+                f"{self._shown_name} is no tar, or a damaged or compressed one: {reason_of(error)}"
+            ) from error
+
+
 def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pictures: bool) -> Iterator[Member]:
     """Files and links to files; `cat a.tar b.tar` makes a file of two tars, whose members come one after the other."""
     size = file.seek(0, os.SEEK_END)
@@ -71,37 +99,34 @@ def _walk_members(file: IO[bytes], path: str, left_out: list[LeftOut], skips_pic
     links: list[tuple[str, str]] = []
     start = 0
     while start < size or not start:
-        try:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    if info.size < 0:
-                        raise ValueError(f"{path} is damaged: {info.name} has a size of {info.size} bytes")
-                    if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
-                        raise ValueError(
-                            f"{path} is cut short: {info.name} should end at byte {info.offset_data + info.size}"
-                        )
-                    if info.issym():
-                        links.append((info.name, posixpath.join(posixpath.dirname(info.name), info.linkname)))
-                    elif info.islnk():  # to a member that came before
-                        if target := known.get(posixpath.normpath(info.linkname)):
-                            member = target._replace(name=info.name)
-                            known[posixpath.normpath(info.name)] = member
-                            yield member
-                        else:  # but for a symbolic link
-                            links.append((info.name, info.linkname))
-                    elif info.issparse() or not (info.isreg() or info.isdir()):
-                        left_out.append(LeftOut(info.name, "no regular file"))
-                    elif info.isreg():
-                        member = Member(info.name, info.offset_data, info.size)
-                        kind = kind_of(info.name.rpartition(".")[2])
-                        if kind and not (skips_pictures and kind == "image"):
-                            member = with_content(member, file)
+        file.seek(start)
+        with TarHeaders(file, path) as tar:
+            for info in tar:
+                if info.size < 0:
+                    raise ValueError(f"{path} is damaged: {info.name} has a size of {info.size} bytes")
+                if info.isreg() and not info.issparse() and info.offset_data + info.size > size:
+                    raise ValueError(
+                        f"{path} is cut short: {info.name} should end at byte {info.offset_data + info.size}"
+                    )
+                if info.issym():
+                    links.append((info.name, posixpath.join(posixpath.dirname(info.name), info.linkname)))
+                elif info.islnk():  # to a member that came before
+                    if target := known.get(posixpath.normpath(info.linkname)):
+                        member = target._replace(name=info.name)
                         known[posixpath.normpath(info.name)] = member
                         yield member
-                end = tar.offset
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{path} is no tar, or a damaged or compressed one: {error}") from error
+                    else:  # but for a symbolic link
+                        links.append((info.name, info.linkname))
+                elif info.issparse() or not (info.isreg() or info.isdir()):
+                    left_out.append(LeftOut(info.name, "no regular file"))
+                elif info.isreg():
+                    member = Member(info.name, info.offset_data, info.size)
+                    kind = kind_of(info.name.rpartition(".")[2])
+                    if kind and not (skips_pictures and kind == "image"):
+                        member = with_content(member, file)
+                    known[posixpath.normpath(info.name)] = member
+                    yield member
+            end = tar.offset
         if start and end == start:
             left_out.append(LeftOut(f"from byte {start} on", "bytes after the tar's end that are no tar"))
             break
