@@ -253,9 +253,14 @@ def _all_captioned(
     return captions
 
 
-def images_of(shards: Shards) -> Sequence[bytes]:
-    """The images of shards, read when they are asked for; a sample's text and facts, damaged or not, are not read."""
-    return FromEach(range(len(shards)), partial(shards.read, kind="image"))
+def images_of(shards: Shards) -> Sequence[bytes | None]:
+    """The images of shards, read when they are asked for, None of a sample without one; a sample's text and facts,
+    damaged or not, are not read."""
+    return FromEach(range(len(shards)), partial(_image_of, shards))
+
+
+def _image_of(shards: Shards, index: int) -> bytes | None:
+    return shards.read(index, "image") or None
 
 
 def captions_of(shards: Shards, index: int) -> tuple[str, ...]:
