@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import pandas as pd
@@ -70,6 +72,27 @@ def test_texts_of_a_table_come_from_the_columns_that_are_named(here):
     rows = pd.read_parquet("out")
     assert rows.text.tolist() == ["a cat", "a dog", "an owl"]
     assert rows.tag.tolist() == ["x", "x", "y"]
+
+
+def test_rows_whose_texts_are_cut_are_counted_in_a_note_without_a_place_in_code(here, capsys):
+    (here / "t.txt").write_text("\n".join(["an owl"] * 3 + ["zebra " * 40] * 5))
+    embed("t.txt", "out", "--texts")
+    notes = [line for line in capsys.readouterr().err.splitlines() if "cut" in line]
+    assert len(notes) == 1
+    assert re.match("note: tiny reads 16 tokens; 5 of 8 texts are longer and were cut, the first: 'zebra", notes[0])
+
+
+def test_a_sample_of_shards_without_a_picture_is_said_to_have_none(here):
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add("photos/0.png", "0.png")
+        for key in "01":
+            member = tarfile.TarInfo(f"{key}.txt")
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"owl"))
+    embed("t.tar", "out")
+    assert pd.read_parquet("out").key.tolist() == ["t.tar:0"]
+    listed = pd.read_csv("out/_left_out.csv")
+    assert listed.iloc[0].tolist() == ["t.tar:1", "could not be read", "t.tar:1 has no image"]
 
 
 MISTAKES = {
