@@ -5,6 +5,7 @@ A new release of Lightning may break these lines and no others of training.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +16,34 @@ from pytorch_lightning.trainer.connectors.accelerator_connector import _Accelera
 def set_logged_step(trainer: pl.Trainer, step: int) -> None:
     """The step under which the next batch's metrics are written."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def count_epochs_by_steps(checkpoint: dict[str, Any], steps_per_epoch: float) -> None:
+    """Sets the epoch of a checkpoint, and the batches of it that are done, to what its number of steps makes them.
+
+    Lightning counts an epoch that is cut short by the run's end as a whole one, and one more in a run that is resumed
+    after its end. An epoch whose end is still to come, because the checkpoint was saved in the validation of its last
+    batch or after it, keeps that end.
+
+    Args:
+        checkpoint: changed in place; left as it is if steps_per_epoch is infinite, which is unknown.
+    """
+    if math.isinf(steps_per_epoch):
+        return
+    step, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+    progress, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    epoch, batch = divmod(step, int(steps_per_epoch))
+    is_open = progress["current"]["processed"] < progress["current"]["started"]
+    is_batch_done = batches["current"]["ready"] > 0 and batches["total"]["completed"] == batches["total"]["processed"]
+    if is_open and is_batch_done and step and batch == 0:
+        epoch, batch = epoch - 1, int(steps_per_epoch)
+    begun = epoch + (batch > 0)
+    for counts in (progress["total"], progress["current"]):
+        counts.update(ready=begun, started=begun, processed=epoch, completed=epoch)
+    for counts, number in ((batches["total"], step), (batches["current"], batch)):
+        counts.update(dict.fromkeys(counts, number))
+    batches["is_last_batch"] = batch == steps_per_epoch
+    checkpoint["epoch"] = epoch
 
 
 def is_validation_due(trainer: pl.Trainer) -> bool:

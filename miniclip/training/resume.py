@@ -15,6 +15,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from ..common.processes import all_gather_objects
 from ..config import differences
+from ..data.module import PairDataModule
 from ..fast import matmul
 from . import lightning_private
 from .optimizer import make_optimizer, parameter_groups
@@ -27,7 +28,8 @@ class Resumption(Callback):
     """A resumed run refuses an optimiser state that is not its own, and prints which other settings differ.
 
     It goes on with its own rates, decays and patience, where Lightning would silently take the checkpoint's. A limit of
-    time counts from each start: Lightning's adds up, so that a start after the limit would train nothing.
+    time counts from each start: Lightning's adds up, so that a start after the limit would train nothing. The epoch is
+    counted by the steps, as in a run that was never stopped.
 
     Args:
         configuration: further settings to compare, by name, as JSON has them.
@@ -47,6 +49,8 @@ class Resumption(Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
         checkpoint[SETTINGS] = self._settings(trainer, module)
+        if trainer.accumulate_grad_batches == 1:  # it may be more with loaders of one's own
+            lightning_private.count_epochs_by_steps(checkpoint, trainer.num_training_batches)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
@@ -55,6 +59,8 @@ class Resumption(Callback):
             sizes = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
             refuse_another_state(module, self._checkpoint or {}, sizes)
             checkpoint["callbacks"].pop(Timer.__qualname__, None)
+            if isinstance(data := trainer.datamodule, PairDataModule):  # type: ignore[attr-defined]
+                lightning_private.count_epochs_by_steps(checkpoint, data.steps_per_epoch())  # of an earlier version
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._keep_own_patience()
@@ -77,7 +83,7 @@ class Resumption(Callback):
     def _keep_own_patience(self) -> None:
         for stopping, (patience, _) in self._stoppings.items():
             stopping.patience = patience
-            # A run resumed at the end of an epoch ends that epoch once more, when nothing is logged yet.
+            # A run resumed from the validation at an epoch's end ends that epoch, when nothing is logged yet.
             stopping.strict = False
 
     def _settings(self, trainer: pl.Trainer, module: CLIPTraining) -> dict[str, Any]:

@@ -697,6 +697,109 @@ class Dropout(Callback):
         pl_module.clip.visual.ln_post.register_forward_hook(noise)
 
 
+class Ending(Callback):
+    """Ends the run at a step: as max_time and early stopping do, at the epoch's end, by a signal or by an error."""
+
+    def __init__(self, step: int, how: str) -> None:
+        self.step, self.how = step, how
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step != self.step:
+            return
+        if self.how == "asked":
+            trainer.should_stop = True
+        elif self.how == "killed":
+            raise RuntimeError("killed")
+        elif self.how != "asked at the epoch's end":
+            os.kill(os.getpid(), getattr(signal, self.how))
+
+    def on_train_epoch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step and self.how == "asked at the epoch's end":
+            trainer.should_stop = True  # one more step follows if this one was not validated
+
+
+TIMES = ("train/data_wait", "train/images_per_s", "train/memory_gb", "train/mfu", "train/tflops")
+EVERY_SECOND = "--trainer.check_val_every_n_epoch=2"
+
+
+def logged_by_step(run: Path) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The log without times, of the steps and of the validations; a step that was trained twice as it was last."""
+    train: dict[int, Any] = {}
+    val: dict[int, Any] = {}
+    for version in range(len(list(run.glob("logs/version_*")))):
+        for row in runs.metrics(run, version):
+            kept = {name: value for name, value in row.items() if name not in TIMES and value}
+            (val if row.get("val/loss") else train)[int(row["step"])] = kept
+    return train, val
+
+
+@pytest.fixture(scope="module")
+def never_stopped(data, tmp_path_factory) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Four epochs of 3 steps, validated after the second and the fourth."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    trainer.main(arguments(data, run, EVERY_SECOND, steps=12))
+    train, val = logged_by_step(run)
+    assert [int(row["epoch"]) for row in train.values()] == [step // 3 for step in range(12)]
+    assert list(val) == [5, 11]
+    return train, val
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("how", ["asked", "asked at the epoch's end", "SIGTERM", "SIGINT", "killed"])
+@pytest.mark.parametrize("stops", [(4, 8), (3, 6)])
+def test_a_run_resumed_twice_logs_and_validates_what_one_that_was_never_stopped_does(
+    data, tmp_path, never_stopped, how, stops
+):
+    if how == "asked at the epoch's end":
+        stops = [step for step in stops if step % 3 == 0]
+    run = tmp_path / "run"
+    more = [EVERY_SECOND, "--ckpt_path=last", "--save_every_n_steps=2"]
+    ends = set()
+    for stop in stops:
+        ended = arguments(data, run, *more, callbacks(Ending(stop, how)), steps=12)
+        if how.startswith("asked"):
+            trainer.main(ended)
+            ends.add(step_of(run) - 1)
+        else:
+            with pytest.raises(RuntimeError if how == "killed" else SystemExit):
+                trainer.main(ended)
+    trainer.main(arguments(data, run, *more, steps=12))
+    train, val = logged_by_step(run)
+    assert train == never_stopped[0]
+    assert {step: val[step] for step in never_stopped[1]} == never_stopped[1]
+    assert set(val) == set(never_stopped[1]) | ends  # whatever ends a run, its last step is validated
+
+
+@pytest.mark.parametrize("ends", [(["max_steps=3"], ["max_steps=4"]), (["max_epochs=1"], ["max_epochs=2"])])
+def test_a_run_that_is_made_longer_twice_counts_its_epochs_on(data, tmp_path, ends):
+    run = tmp_path / "run"
+    reached = []
+    for end in (*ends, ["max_steps=12"]):
+        options = ["--trainer.max_steps=-1", *(f"--trainer.{each}" for each in end)]
+        trainer.main(arguments(data, run, EVERY_SECOND, "--ckpt_path=last", *options))
+        reached.append(step_of(run))
+        assert last(run)["epoch"] == reached[-1] // 3
+    train, val = logged_by_step(run)
+    assert [int(train[step]["epoch"]) for step in range(12)] == [step // 3 for step in range(12)]
+    assert set(val) == {5, 11, *(step - 1 for step in reached)}
+
+
+def test_a_checkpoint_whose_epoch_was_counted_too_high_goes_on_in_the_epoch_of_its_step(data, tmp_path, never_stopped):
+    """As earlier versions left it: after step 4, in the second epoch, two epochs are said to be complete."""
+    run = tmp_path / "run"
+    trainer.main(arguments(data, run, EVERY_SECOND, callbacks(Ending(4, "asked")), steps=12))
+    old = last(run)
+    progress = old["loops"]["fit_loop"]["epoch_progress"]
+    assert progress["current"] == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+    for counts in progress.values():
+        counts.update(ready=2, started=2, processed=2, completed=2)
+    torch.save({**old, "epoch": 2}, run / "checkpoints/last.ckpt")
+    trainer.main(arguments(data, run, EVERY_SECOND, "--ckpt_path=last", steps=12))
+    train, val = logged_by_step(run)
+    assert train == never_stopped[0]
+    assert set(val) == {3, 5, 11}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("stop", "length"),
