@@ -29,10 +29,11 @@ from ..data.module import PairDataModule
 from ..weights.read import read_torch_file
 from . import lightning_private
 from .finite import StopIfNotFinite
-from .stopping import StopSignals, requeue, slurm, stopped_early_by, what_is_kept
+from .stopping import StopSignals, requeue, slurm, stopped_early_by, what_is_kept, why_stopped_early
 
 _EVERY, _MOST_TIME = 100, 0.05  # steps between checkpoints, and the share of the time that they may take
 _MAY, _DUE = 1, 2  # of a checkpoint: written at a step of its own, or at any step
+_TO_TRAIN_ON = "To train on, give it more patience or another threshold, or leave it out"
 _GRACE_S = 3.0  # the time that a batch has to come after a signal; a run with data stops at the end of its step
 
 
@@ -316,10 +317,8 @@ class LastCheckpoint(Checkpoint):
             self._stopped_by = None
         if step < total and self._stopped_by is not None:
             trainer.should_stop = True  # before the first step
-            state = (
-                f"is finished: EarlyStopping ended it by {self._stopped_by[0]} at step {step} of {total}. To train on, "
-                "give it more patience or another threshold, or leave it out"
-            )
+            by = self._stopped_by[0]
+            state = f"is finished: EarlyStopping ended it by {by} at step {step} of {total}. {_TO_TRAIN_ON}"
         if trainer.is_global_zero:
             print(f"Run {run}: {state}", flush=True)
             for left_over in self.path.parent.glob(".*.ckpt.*.tmp"):  # of a process that was killed while it saved
@@ -402,6 +401,12 @@ class LastCheckpoint(Checkpoint):
         self._stopped_by = stopped_early_by(trainer) if is_early else None
         if failure := self._save(trainer):
             raise ValueError(f"{failure}. {self._what_is_kept()}")
+        if self._stopped_by is not None and trainer.is_global_zero:
+            print(
+                f"EarlyStopping ended the run at step {trainer.global_step} of {trainer.estimated_stepping_batches} "
+                f"by {self._stopped_by[0]}. {why_stopped_early(trainer)} {_TO_TRAIN_ON}:\n  {self.resume_command}",
+                flush=True,
+            )
 
     def _save(self, trainer: pl.Trainer) -> str | None:
         """Ignores signals meanwhile, so that an impatient Ctrl-C cannot cost the checkpoint. Returns why it failed."""

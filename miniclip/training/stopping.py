@@ -73,14 +73,31 @@ def stopped_early_by(trainer: pl.Trainer) -> list[Any] | None:
 
     None if none has, or its patience no longer does.
     """
+    if (stopping := _that_stopped(trainer)) is None:
+        return None
+    limits = [stopping.stopping_threshold, stopping.divergence_threshold, stopping.check_finite]
+    return [stopping.monitor, *([] if _is_by_patience(stopping) else limits)]
+
+
+def why_stopped_early(trainer: pl.Trainer) -> str:
+    """In Lightning's words, with the metric and its value; empty if no EarlyStopping has asked for the run's end."""
+    stopping = _that_stopped(trainer)
+    reason = (stopping and stopping.stopping_reason_message) or ""
+    return reason.removesuffix(" Signaling Trainer to stop.")
+
+
+def _that_stopped(trainer: pl.Trainer) -> EarlyStopping | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for each in callbacks:
-        if isinstance(each, EarlyStopping) and each.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
-            by_patience = each.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
-            if not by_patience or each.wait_count >= each.patience:
-                limits = [each.stopping_threshold, each.divergence_threshold, each.check_finite]
-                return [each.monitor, *([] if by_patience else limits)]
+        if not isinstance(each, EarlyStopping) or each.stopping_reason == EarlyStoppingReason.NOT_STOPPED:
+            continue
+        if not _is_by_patience(each) or each.wait_count >= each.patience:
+            return each
     return None
+
+
+def _is_by_patience(stopping: EarlyStopping) -> bool:
+    return stopping.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED
 
 
 def is_out_of_time(trainer: pl.Trainer) -> bool:

@@ -62,7 +62,15 @@ def test_a_run_that_early_stopping_ended_is_finished(data, tmp_path, capsys):
         return capsys.readouterr().out, torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
 
     stop = {"monitor": "val/loss", "min_delta": 5.0, "stopping_threshold": None}
-    assert train(early_stopping(**stop, patience=2))[1] == 9
+    printed, step = train(early_stopping(**stop, patience=2))
+    assert step == 9
+    best = float(validations(run)[2])  # the first, as none is better by 5
+    assert (
+        "EarlyStopping ended the run at step 9 of 90 by val/loss. Monitored metric val/loss did not improve in the "
+        f"last 2 records. Best score: {best:.3f}. To train on, give it more patience or another threshold, or leave "
+        "it out:\n  "
+    ) in printed
+    assert printed.count("EarlyStopping ended") == 1
     for _ in range(2):
         shutil.rmtree(run / "best")
         printed, step = train(early_stopping(**stop, patience=2))
@@ -90,7 +98,10 @@ def test_a_run_that_passed_a_threshold_is_finished_until_that_is_another(data, t
         trainer.main([*arguments(data, run, steps=6), "--ckpt_path=last", stopping])
         return capsys.readouterr().out, torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
 
-    assert train(100.0)[1] == 3
+    printed, step = train(100.0)
+    assert step == 3
+    value = float(validations(run)[2])
+    assert f"ended the run at step 3 of 6 by val/loss. Stopping threshold reached: val/loss = {value}"[:-3] in printed
     printed, step = train(100.0)
     assert "is finished: EarlyStopping ended it by val/loss at step 3 of 6" in printed
     assert step == 3
