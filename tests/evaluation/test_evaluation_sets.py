@@ -306,6 +306,18 @@ def test_a_set_of_clip_benchmarks_brings_names_and_templates(tmp_path):
     assert sorted(path.name for path in (root / "test").iterdir()) == ["0.tar", "1.tar", "nshards.txt"]
 
 
+def test_tars_beyond_the_number_of_shards_are_left_out_by_name(tmp_path):
+    for n in range(4):
+        tar(tmp_path / f"test/{n}.tar", {f"s{n}": {"png": png(n), "cls": b"%d" % (n % 2)}})
+    lines(tmp_path / "test/nshards.txt", "2")
+    with pytest.warns(
+        UserWarning, match=r"2 left out: a tar beyond the number in nshards.txt \(2\): 2 \(2.tar, 3.tar\)"
+    ):
+        data = open_dataset(tmp_path)
+    assert seeds_of(data) == [0, 1]
+    assert [each.source for each in data.left_out] == ["2.tar", "3.tar"]
+
+
 def test_more_than_nine_shards_keep_the_order_of_their_numbers(tmp_path):
     for n in range(11):
         tar(tmp_path / f"test/{n}.tar", {f"s{n}": {"png": png(n), "cls": b"%d" % n}})

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...common.storage import check_scheme, exists, is_url, join, name_of, parent_of, read_bytes
+from ...common.storage import check_scheme, exists, is_url, join, name_of, parent_of
 from ...data.reading.huggingface import (
     HUB_PREFIX,
     DatasetsRows,
@@ -28,7 +28,7 @@ from ...data.shards import Shards
 from .class_folders import left_out_of_bare
 from .folders_and_tables import FromEach, image_of_row, images_of_rows
 from .sets import Columns, EvaluationSet, digest_lines
-from .tars import NUM_SHARDS_FILE, benchmark_splits, images_of, indexed, set_name, shard_columns
+from .tars import NUM_SHARDS_FILE, benchmark_splits, images_of, indexed, numbered_tars, set_name, shard_columns
 
 
 def bare_folder(folder: Path) -> EvaluationSet:
@@ -138,9 +138,6 @@ def open_shards(source: str) -> Shards:
     if not is_url(source):
         parts = sorted(path.parent for path in Path(source).glob(f"*/{INDEX_FILE}"))
         return opened(parts) if parts else indexed(source, is_by_place=True)
-    if exists(count := join(source, NUM_SHARDS_FILE)):
-        text = read_bytes(count).decode("utf-8", "replace").strip()
-        if text.isascii() and text.isdigit() and int(text):
-            return indexed(join(source, f"{{0..{int(text) - 1}}}.tar"), is_by_place=True)
-        raise ValueError(f"{count} holds {text[:50]!r}; it must be the number of shards")
+    if exists(join(source, NUM_SHARDS_FILE)):
+        return indexed(numbered_tars(source)[0], is_by_place=True)
     raise ValueError(f"{source} holds no shards: there is neither {INDEX_FILE} nor {NUM_SHARDS_FILE}")

@@ -102,14 +102,31 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
         shards = Shards(part, needs_captions=False) if is_indexed else indexed(part)
         return _read_shards(shards, name, source, task, [part, source])
     chosen = choose_split(splits, split, source)
-    text = read_bytes(join(source, f"{chosen}/{NUM_SHARDS_FILE}")).decode("utf-8", "replace").strip()
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise ValueError(f"{source}/{chosen}/{NUM_SHARDS_FILE} holds {text[:50]!r}; it must be the number of shards")
+    pattern, beyond = numbered_tars(join(source, chosen))
     kind = (_text_at(source, "dataset_type.txt") or "classification").strip()
     if kind not in TASKS:
         raise ValueError(f"{source}/dataset_type.txt holds {kind[:50]!r}; known are {', '.join(TASKS)}")
-    shards = indexed(join(source, f"{chosen}/{{0..{int(text) - 1}}}.tar"))
-    return _read_shards(shards, name, source, task or kind, [source], "zeroshot_classification_templates.txt")
+    found = _read_shards(
+        indexed(pattern), name, source, task or kind, [source], "zeroshot_classification_templates.txt"
+    )
+    return replace(found, left_out=[*found.left_out, *beyond])
+
+
+def numbered_tars(folder: str) -> tuple[str, list[LeftOut]]:
+    """The pattern of the tars that CLIP_benchmark reads in a folder, as many as its `nshards.txt` says; and the others,
+    of a folder here.
+
+    Raises:
+        ValueError: the file holds no number.
+    """
+    count = join(folder, NUM_SHARDS_FILE)
+    text = read_bytes(count).decode("utf-8", "replace").strip()
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"{count} holds {text[:50]!r}; it must be the number of shards")
+    own = {f"{number}.tar" for number in range(int(text))}
+    others = [] if is_url(folder) else sorted(path.name for path in Path(folder).glob("*.tar") if path.name not in own)
+    reason = f"a tar beyond the number in {NUM_SHARDS_FILE} ({int(text)})"
+    return join(folder, f"{{0..{int(text) - 1}}}.tar"), [LeftOut(name, reason) for name in others]
 
 
 def _tars_of_split(source: str, split: str | None) -> tuple[list[str], list[str]] | None:
