@@ -102,6 +102,22 @@ def test_members_that_are_named_are_one_sample(tmp_path):
     assert rejections(tmp_path) == {"a.tar:4.input.jpg": "another member of a sample (.input.jpg)"}
 
 
+def test_one_picture_and_one_text_of_a_key_are_one_sample_whatever_words_their_names_have(tmp_path):
+    """webdataset groups them by the same key, which is the name up to its first dot."""
+    facts = json.dumps({"caption": "facts"}).encode()
+    write_tar(
+        tmp_path / "a.tar", ("1.img.jpg", RED), ("1.json", facts), ("2.input.jpg", GREEN), ("2.outputs.txt", b"2"),
+        ("d/3.rgb.jpg", RED), ("d/3.prompt.txt", b"3"), ("d/3.json", facts), ("4.jpg", RED), ("4.blip.txt", b"4"),
+        ("5.jpg", RED), ("5.boxes.json", b"[]"), ("6.left.jpg", RED), ("6.right.jpg", GREEN), ("6.words.txt", b"6"),
+    )  # fmt: skip
+    pairs = [("1.img", RED, ("facts",)), ("2.input", GREEN, ("2",)), ("d/3.rgb", RED, ("3",)), ("4", RED, ("4",))]
+    assert samples_of(tmp_path) == [*pairs, ("5", RED, ()), ("6.left", RED, ()), ("6.right", GREEN, ())]
+    assert rejections(tmp_path) == {
+        "a.tar:5.boxes.json": "another member of a sample (.boxes.json)",
+        "a.tar:6.words.txt": "a text whose picture can't be known, as its key has pictures of other names",
+    }
+
+
 def test_links_are_followed_and_those_to_nothing_are_named(tmp_path):
     write_tar(
         tmp_path / "a.tar", ("d/a.jpg", RED), ("d/a.txt", b"red"), ("d/b.jpg", b"", "d/a.jpg"), ("d/b.txt", b"hard"),

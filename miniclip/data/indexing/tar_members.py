@@ -60,7 +60,7 @@ def read_samples(file: IO[bytes], name: str, skips_pictures: bool = False) -> tu
         else:
             members.append(member)
     samples = _group_samples(file, members, left_out)
-    return _join_halves(samples), _by_kind(left_out)
+    return _join_halves(samples, left_out), _by_kind(left_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,6 +196,9 @@ def _parted(
     key: str, group: list[tuple[str, Member]], left_out: list[LeftOut]
 ) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
     """A group of one key, and those whose names have a dot of their own and are samples by themselves."""
+    if (stem := _stem_of_only_pair(group)) is not None:
+        yield f"{key}.{stem}" if stem else key, [(suffix.rpartition(".")[2], member) for suffix, member in group]
+        return
     plain = [(suffix, member) for suffix, member in group if "." not in suffix]
     dotted: dict[str, list[tuple[str, Member]]] = defaultdict(list)
     for suffix, member in group:
@@ -212,6 +215,25 @@ def _parted(
             yield longer_key, parts
         else:
             left_out += [LeftOut(member.name, f"another member of a sample ({_ending(member)})") for _, member in parts]
+
+
+def _stem_of_only_pair(group: list[tuple[str, Member]]) -> str | None:
+    """What the picture's name has between key and suffix, in a group of one picture and one text of another such name
+    (7.input.jpg, 7.outputs.txt), or the key's JSON (7.json); None of any other, and where both names have numbers,
+    which may be two samples' (7.v1.jpg, 7.v2.txt).
+    """
+    stems = defaultdict[str | None, list[str]](list)
+    for suffix, _ in group:
+        stem, _, last = suffix.rpartition(".")
+        stems[kind_of(last)].append(stem)
+    pictures, texts = stems["image"], stems["txt"] or [stem for stem in stems["json"] if not stem]
+    if not len(pictures) == len(texts) == 1 or pictures == texts:
+        return None
+    return None if all(map(_has_digit, (*pictures, *texts))) else pictures[0]
+
+
+def _has_digit(name: str) -> bool:
+    return any(letter.isdigit() for letter in name)
 
 
 def _sample(file: IO[bytes], parts: list[tuple[str, Member]], left_out: list[LeftOut]) -> dict[str, Member]:
@@ -245,8 +267,9 @@ def _head(file: IO[bytes], member: Member) -> bytes:
     return file.read(min(member.size, 32))
 
 
-def _join_halves(samples: list[Sample]) -> list[Sample]:
-    """Pictures and texts in folders of their own (images/a.jpg, texts/a.txt), or that say what they are, together."""
+def _join_halves(samples: list[Sample], left_out: list[LeftOut]) -> list[Sample]:
+    """Pictures and texts in folders of their own (images/a.jpg, texts/a.txt), or that say what they are, together. A
+    text of a key that has pictures without one, of which it may be any's, is left out."""
     texts = defaultdict[str, list[Sample]](list)
     images = defaultdict[str, list[Sample]](list)
     for sample in samples:
@@ -261,7 +284,21 @@ def _join_halves(samples: list[Sample]) -> list[Sample]:
             used.add(id(texts[key][0]))
             for kind, member in texts[key][0][1].items():
                 found[0][1].setdefault(kind, member)
+    bare = {_split_key(key)[0] for key, sample in samples if "txt" not in sample}
+    for sample in samples:
+        key, stem = _split_key(sample[0])
+        if "image" not in sample[1] and id(sample) not in used and key in bare and not _has_digit(stem):
+            used.add(id(sample))
+            reason = "a text whose picture can't be known, as its key has pictures of other names"
+            left_out += [LeftOut(member.name, reason) for member in sample[1].values()]
     return [sample for sample in samples if id(sample) not in used]
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    """webdataset's key of a sample, and what its name has behind that."""
+    folder, slash, name = key.rpartition("/")
+    stem, _, rest = name.partition(".")
+    return folder + slash + stem, rest
 
 
 def _ending(member: Member) -> str:
