@@ -38,7 +38,8 @@ def read_pairs(
 
     Args:
         images: the folder that a table's paths are relative to; by default the table's own.
-        image_column, caption_columns: of a table; by default found by their names.
+        image_column, caption_columns: of a table, the second of a folder's `metadata.jsonl` as well; by default found
+            by their names.
         split: the part to read, which must be there.
         default_split: where `split` is None, the part of a source that has several.
 
@@ -56,10 +57,10 @@ def read_pairs(
     elif not path.exists():
         raise ValueError(f"no folder or file {source}")
     elif path.is_dir() and (not is_parquet(path) or image_files(path)):
-        options = {"--images": images, "--image-column": image_column, "--caption-column": caption_columns}
+        options = {"--images": images, "--image-column": image_column}
         if given := [name for name, value in options.items() if value]:
             raise ValueError(f"{', '.join(given)} can't be followed: {source} is a folder")
-        return read_folder(path, part, is_asked_for)
+        return read_folder(path, part, is_asked_for, caption_columns)
     columns, rows = read_table(path, part, is_asked_for=is_asked_for)
     left_out = list(getattr(rows, "left_out", ()))
     if isinstance(rows, ParquetRows) and path.is_dir():

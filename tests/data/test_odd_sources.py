@@ -669,6 +669,31 @@ def test_an_imagefolder_with_metadata_is_read_and_what_it_does_not_name_is_left_
     ]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_the_column_of_an_imagefolders_captions_is_named(three, suffix):
+    rows = [{"file_name": f"{n}.png", "prompt": f"picture {n}"} for n in range(3)]
+    table = {"jsonl": map(json.dumps, rows), "csv": ["file_name,prompt", *(",".join(row.values()) for row in rows)]}
+    (three / f"metadata.{suffix}").write_text("\n".join(table[suffix]))
+    with pytest.raises(
+        ValueError, match=rf"metadata\.{suffix} has no column for the captions: its columns are .*prompt"
+    ):
+        read_pairs(three)
+    pairs = read_pairs(three, caption_columns=["prompt"])
+    assert [pair.captions for pair in pairs] == [(f"picture {n}",) for n in range(3)]
+    (three / f"metadata.{suffix}").unlink()
+    with pytest.raises(
+        ValueError, match=r"--caption-column can't be followed: .* is a folder, without a metadata\.jsonl"
+    ):
+        read_pairs(three, caption_columns=["prompt"])
+
+
+def test_a_table_under_a_suffix_that_is_not_read_is_no_hint(three):
+    (three / "metadata.json1").write_text('{"file_name": "0.png", "text": "words"}\n')
+    pairs = read_pairs(three)
+    assert [pair.problem for pair in pairs] == [f"no captions: there is no {n}.txt beside it" for n in range(3)]
+    assert [each.source for each in pairs.left_out] == ["metadata.json1"]
+
+
 def test_a_folder_of_images_beside_a_table_asks_for_the_table(three):
     (three / "captions.csv").write_text("image,caption\n0.png,words\n")
     with pytest.raises(ValueError, match=r"miniclip shards .*captions\.csv OUT --images"):

@@ -41,23 +41,32 @@ _READ_AT_ONCE = 16
 _TAKEOUT_LONGEST = 46  # characters that Google's Takeout leaves of a name before .json
 
 
-def read_folder(folder: Path, split: str = "train", is_asked_for: bool = False) -> Pairs:
+def read_folder(
+    folder: Path, split: str = "train", is_asked_for: bool = False, caption_columns: Sequence[str] = ()
+) -> Pairs:
     """The pairs of pictures with a text of the same name: beside them (a.txt, a.caption, a.jpg.txt, a.json), in folders
     of their own (images/a.jpg, texts/a.txt), or with roles in their names (a.image.jpg, a.text.txt); or those that a
     `metadata.jsonl` (or .csv, .parquet) names.
 
     Args:
         is_asked_for: as that of `rows_of_split`, unless the folder's name tells the split.
+        caption_columns: of the table; by default found by their names.
 
     Raises:
-        ValueError: neither pictures nor texts, pictures without texts beside a table that may have them, or no such
-            split.
+        ValueError: columns of a folder without such a table, neither pictures nor texts, pictures without texts beside
+            a table that may have them, or no such split.
     """
     files = scan(folder)
     places = (folder, *(folder / name for name in equal_splits(split)))
     for path in files.others:
-        if path.parent in places and _is_imagefolders(path, needs_captions=bool(files.texts)):
-            return _read_imagefolder(files, path, split, is_asked_for)
+        needs_captions = bool(files.texts) and not caption_columns
+        if path.parent in places and _is_imagefolders(path, needs_captions):
+            return _read_imagefolder(files, path, split, is_asked_for, caption_columns)
+    if caption_columns:
+        raise ValueError(
+            f"--caption-column can't be followed: {folder} is a folder, without a metadata.jsonl (or .csv, .parquet) "
+            "whose column file_name names its pictures"
+        )
     if is_asked_for and not is_named(folder, split):
         parts = pair_splits(folder)
         names = [str(place) for part in parts for place in parts[part]]
@@ -320,6 +329,8 @@ def _possible_tables(files: Scan) -> list[Path]:
     for path in (*files.texts, *files.others)[:_FILES_LOOKED_INTO]:
         with suppress(OSError), open(path, "rb") as file:
             head = file.read(4096).decode("utf-8", "replace")
+            if head.lstrip().startswith(("{", "[")):  # JSON is read by its suffix alone
+                continue
             cells = [*re.split(r"[\t\r\n,;|#\"]", head), *head.split()]
             found |= {path} if any(PurePath(cell.strip()).name in names for cell in cells) else set()
     return sorted(found)
@@ -342,7 +353,9 @@ def _is_imagefolders(path: Path, needs_captions: bool) -> bool:
         return False
 
 
-def _read_imagefolder(files: Scan, metadata: Path, split: str, is_asked_for: bool) -> Pairs:
+def _read_imagefolder(
+    files: Scan, metadata: Path, split: str, is_asked_for: bool, caption_columns: Sequence[str]
+) -> Pairs:
     """A folder of pictures with a table of theirs, as Hugging Face's `imagefolder` has it."""
     columns, all_rows = read_table(metadata)
     is_told = metadata.parent != files.folder or is_named(files.folder, split)
@@ -355,6 +368,7 @@ def _read_imagefolder(files: Scan, metadata: Path, split: str, is_asked_for: boo
         folder=metadata.parent,
         within=str(place) if place.parts else "",
         image_column="file_name",
+        caption_columns=caption_columns,
         left_out=rows.left_out,
     )
     named = {find_file(metadata.parent, str(row["file_name"])) for row in all_rows if row.get("file_name")}
