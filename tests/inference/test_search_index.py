@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import lancedb
@@ -29,9 +31,10 @@ from scipy.sparse.csgraph import connected_components
 import miniclip
 from miniclip.evaluation.encoder import from_object
 from miniclip.inference.search.changes import Listing
+from miniclip.inference.search.columns import as_columns
 from miniclip.inference.search.index import Index, absolute_model
 from miniclip.inference.search.nearest import near_duplicates, nearest
-from miniclip.inference.search.store import Facts, create_store, open_store, writing
+from miniclip.inference.search.store import Facts, Store, create_store, open_store, writing
 
 OLD = 1_000_000_000  # a file that changed long ago
 
@@ -437,6 +440,104 @@ def test_a_second_table_may_share_no_picture_with_the_first(index, photos, tmp_p
     assert found == {
         str(photos / day / f"{n}.png"): y + n for day, y in (("mon", 2000), ("tue", 2010)) for n in range(6)
     }
+
+
+DAY, NIGHT = date(2024, 1, 1), datetime(2024, 1, 1, 23, 30, 0, 5)
+NANOSECOND = pa.array([1_704_110_400_123_456_789], pa.timestamp("ns"))  # 2024-01-01 12:00:00.123456789
+
+
+@pytest.fixture
+def columns_of(index, photos, tmp_path):
+    """Updates the index by tables about other pictures each, of one value or a few; returns column n by picture."""
+
+    def update(*tables) -> tuple[dict[str, int], list]:
+        paths, first = [], 0
+        for number, values in enumerate(tables):
+            names = [str(photos / "mon" / f"{first + place}.png") for place in range(len(values))]
+            paths.append(tmp_path / f"{number}.parquet")
+            pq.write_table(pa.table({"image": names, "n": values}), paths[-1])
+            first += len(values)
+        found = counts(index.update(paths))
+        return found, [
+            row["n"] for row in sorted(index.store.read(["key", "n"]).to_pylist(), key=lambda row: row["key"])
+        ]
+
+    return update
+
+
+@pytest.mark.parametrize(
+    "before, after, num_touched",
+    [
+        ([0, 1], [0.75, 1], 1),
+        ([0, None], [None, 2.5], 2),
+        ([Decimal("1.25"), None], [Decimal("1000.5"), Decimal("0.125")], 2),
+        ([1, 2], [Decimal("1.5"), 2], 1),
+        ([DAY], [datetime(2024, 1, 2)], 1),
+        ([NIGHT], NANOSECOND, 1),
+        (["a"], [1.5], 1),
+    ],
+)
+def test_a_tables_new_values_are_those_of_the_index(columns_of, before, after, num_touched):
+    columns_of(before)
+    found, values = columns_of(after)
+    assert found["touched"] == num_touched
+    in_index = {datetime(2024, 1, 2): date(2024, 1, 2)} | ({1.5: "1.5"} if before == ["a"] else {})
+    of_table = after.to_pylist() if isinstance(after, pa.Array) else after
+    assert values == [in_index.get(value, value) for value in of_table]
+    assert columns_of(after)[0] == {"unchanged": len(after)}
+    assert columns_of([None] * len(after))[1] == [None] * len(after)
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ([2**53 + 1, 1], [1.5, 1], "int64.*9007199254740993"),
+        ([DAY], [NIGHT], "date32.*2024-01-01 23:30:00.000005 would be 2024-01-01"),
+        ([NIGHT], [NIGHT.replace(tzinfo=UTC)], r"timestamp\[us\].*23:30:00.000005\+00:00 would be"),
+        ([DAY], [5], "date32.*5 would be 1970-01-06"),
+        ([Decimal("0.12345678901234567890")], [0.5], "decimal128.*double"),
+    ],
+)
+def test_values_that_a_column_would_change_are_refused_before_anything_is_done(
+    columns_of, index, before, after, message
+):
+    columns_of(before)
+    state = index.store.state
+    with pytest.raises(ValueError, match=rf"'n' of the index holds values of type {message}.*make a new index"):
+        columns_of(after)
+    assert index.store.state == state
+
+
+@pytest.mark.parametrize("tables", [([1, 2], [0.75]), ([0.75, 1], [2]), ([1], [Decimal("0.5")], [Decimal("10.25")])])
+def test_tables_of_one_command_agree_on_a_columns_type(columns_of, tables):
+    assert columns_of(*tables) == ({"new": 3}, [value for values in tables for value in values])
+
+
+def test_tables_of_one_command_that_do_not_agree_are_refused_before_anything_is_made(columns_of, index, counting):
+    with pytest.raises(ValueError, match=r"'n' .*int64, and .*1.parquet has others: .*9007199254740993"):
+        columns_of([2**53 + 1], [0.5])
+    assert counting.num_images == 0
+    assert not Path(index.location).exists()
+
+
+def test_nanoseconds_and_times_among_days_stay_in_a_new_column(columns_of):
+    assert [value.nanosecond for value in columns_of(NANOSECOND)[1]] == [789]
+    (columns,) = as_columns([("a table", {"at": [DAY, NIGHT]})], None)
+    assert columns["at"].to_pylist() == ["2024-01-01", "2024-01-01 23:30:00.000005"]
+
+
+def test_a_column_that_a_killed_update_was_widening_is_widened_by_the_next(columns_of, index, monkeypatch):
+    columns_of([1, 2])
+    with monkeypatch.context() as killed:
+        calls = iter([lambda *_: None, lambda *_: None])  # the third, behind the change of the type, is the kill
+        killed.setattr(Store, "drop_spare", lambda *_: next(calls)())
+        with pytest.raises(StopIteration):
+            columns_of([0.5, 2])
+    assert "_row_spare" in index.store.schema.names
+    assert [hit.metadata["n"] for hit in index.search("a", where="n < 2")] == [1]
+    assert {*index.search("a")[0].metadata} == {"n"}
+    assert columns_of([0.5, 2]) == ({"touched": 1, "unchanged": 1}, [0.5, 2])
+    assert "_row_spare" not in index.store.schema.names
 
 
 def test_a_name_that_is_no_utf_8_is_found_as_it_is(index, tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import date, datetime, time
 from itertools import chain, count
 from typing import Any
 
 from ...data.reading.arrow_column import ArrowColumn
-from .store import OWN_COLUMNS
+from .store import OWN_COLUMNS, Store, can_widen
 
 RESULT_COLUMNS = ("group", "query", "rank", "cosine")  # beside the path, in what a search prints
 _LOOKED_AT, _LONG_BYTES = 64, 1024  # values of a column, and what one takes at most on the average
@@ -62,42 +64,129 @@ def why_left_out(values: Sequence[Any]) -> str:
     return ""
 
 
-def as_columns(metadata: Mapping[str, Sequence[Any]], schema: Any, source: str) -> dict[str, Any]:
-    """Arrow's arrays by column name, in the types that the index has; a column without any value is left out.
+def as_columns(sources: Iterable[tuple[str, Mapping[str, Sequence[Any]]]], store: Store | None) -> list[dict[str, Any]]:
+    """Arrow's arrays by column name, for each source and what it knows of its pictures. A column without any value is
+    left out, unless the index has it.
 
-    Args:
-        schema: the index's; columns that it lacks get the type of their values, texts for those of several types.
+    All sources have a column in one type: the index's, or a wider one that has each value of all as it is. One that is
+    new gets the type of its values, or texts for values of several types.
 
     Raises:
-        ValueError: values that a column of the index can't hold.
+        ValueError: values for which there is no such type.
     """
-    found = {}
-    columns = column_names(metadata, () if schema is None else schema.names)
-    for name, values in metadata.items():
-        column = columns[name]
-        known = schema.field(column).type if schema is not None and column in schema.names else None
-        array = _array([_plain_cell(value) for value in values], known, column, source)
-        if known is not None or array.null_count < len(array):
-            found[column] = array
-    return found
+    fields = [] if store is None else store.schema
+    kinds = {field.name: field.type for field in fields}
+    every: list[dict[str, Any]] = []
+    for source, metadata in sources:
+        every.append({})
+        for name, column in column_names(metadata, [field.name for field in fields]).items():
+            values = [_plain_cell(value) for value in metadata[name]]
+            if column not in kinds:
+                array = _own_array(values)
+                if array.null_count == len(array):
+                    continue
+            else:
+                before = [each[column].to_pylist() for each in every if column in each]
+                try:
+                    array = _array_beside(values, kinds[column], before, store, column)
+                except _unfit() as error:
+                    raise ValueError(
+                        f"column {column!r} of the index holds values of type {kinds[column]}, and {source} has "
+                        f"others: {error}. Give that column another name, or make a new index"
+                    ) from error
+            every[-1][column], kinds[column] = array, array.type
+    return [
+        {
+            column: array if array.type == kinds[column] else _exact_array(array.to_pylist(), kinds[column])
+            for column, array in columns.items()
+        }
+        for columns in every
+    ]
 
 
-def _array(values: list[Any], known: Any, column: str, source: str) -> Any:
+def _array_beside(values: list[Any], kind: Any, before: list[list[Any]], store: Store | None, column: str) -> Any:
+    """In the type of those before, or in a wider one that holds these and those."""
     import pyarrow as pa
 
-    if known is not None:
-        try:
-            return pa.array([_cell_as_text(value) for value in values] if pa.types.is_string(known) else values, known)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise ValueError(
-                f"column {column!r} of the index holds values of type {known}, and {source} has others: {error}"
-            ) from error
+    if pa.types.is_string(kind):
+        return _texts(values)
     try:
-        array = pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.array([_cell_as_text(value) for value in values], pa.string())
-    is_flat = not pa.types.is_nested(array.type) and not pa.types.is_binary(array.type)
-    return array if is_flat else pa.array([_cell_as_text(value) for value in values], pa.string())
+        return _exact_array(values, kind)
+    except _unfit():
+        wider = _wider(kind, _own_array(values).type)
+        has_values = store is not None and column in store.schema.names
+        if wider is None or (has_values and not can_widen(wider)):
+            raise
+    if store is not None and has_values:
+        before = [*before, store.read([column])[column].to_pylist()]
+    for each in before:
+        _exact_array(each, wider)
+    return _exact_array(values, wider)
+
+
+def _wider(kind: Any, other: Any) -> Any:
+    """The type that holds the values of both; None if there is none."""
+    import pyarrow as pa
+
+    schemas = [pa.schema([("column", each)]) for each in (kind, other)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowTypeError:
+        return None
+
+
+def _own_array(values: list[Any]) -> Any:
+    """In the type of the values; texts for values of several types, and for lists and mappings."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    try:
+        kind = pa.array(values).type
+    except _unfit():
+        return _texts(values)
+    kinds = [] if types.is_nested(kind) or types.is_binary(kind) else [kind]
+    if types.is_timestamp(kind):
+        kinds.append(pa.timestamp("ns", kind.tz))
+    if types.is_duration(kind):
+        kinds.append(pa.duration("ns"))
+    for each in kinds:
+        with suppress(*_unfit()):
+            return _exact_array(values, each)
+    return _texts(values)
+
+
+def _exact_array(values: list[Any], kind: Any) -> Any:
+    """
+    Raises:
+        pa.ArrowInvalid, pa.ArrowTypeError, OverflowError: a value would be another in this type, where Arrow may cut
+            decimals, times and zones off.
+    """
+    import pyarrow as pa
+
+    array = pa.array(values, kind)
+    for value, kept in zip(values, array.to_pylist(), strict=True):
+        if value != kept and _moment(value) != _moment(kept):
+            raise pa.ArrowInvalid(f"{value} would be {kept}")
+    return array
+
+
+def _moment(value: Any) -> Any:
+    """A day as its first moment."""
+    is_day = isinstance(value, date) and not isinstance(value, datetime)
+    return datetime.combine(value, time()) if is_day else value
+
+
+def _texts(values: list[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.array([_cell_as_text(value) for value in values], pa.string())
+
+
+def _unfit() -> tuple[type[Exception], ...]:
+    """What Arrow raises for values that a type can't hold."""
+    import pyarrow as pa
+
+    return pa.ArrowInvalid, pa.ArrowTypeError, OverflowError
 
 
 def _plain_cell(value: Any) -> Any:

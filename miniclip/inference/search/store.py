@@ -35,6 +35,7 @@ _APPROXIMATE, _SOURCES = b"miniclip:approximate", b"miniclip:sources"  # of fiel
 _FEWEST_OF_PARTITION = 256  # features, which its centre is learnt from
 DTYPES = ("float32", "float16")
 _LOCK = "writing.lock"
+_SPARE = "_row_spare"  # a column while another gets a wider type, and behind a kill; no other has such a name
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
 _ROWS_OF_BLOCK = 8192
 _ESCAPED = re.compile(r"\\((?:u005c)*ud[89a-f][0-9a-f]{2})")  # halves of characters, as a byte's \udc80 is
@@ -143,7 +144,7 @@ class Store:
 
     @property
     def metadata_columns(self) -> list[str]:
-        return [name for name in self.schema.names if name not in OWN_COLUMNS]
+        return [name for name in self.schema.names if name not in (*OWN_COLUMNS, _SPARE)]
 
     def newest(self) -> Store:
         """The index at its newest version, or the one that was made anew at its place; this one, if nothing changed.
@@ -301,6 +302,23 @@ class Store:
         with self._write_errors():
             self._table.add_columns(list(fields))
 
+    def widen_column(self, name: str, kind: Any) -> None:
+        """Gives a column a type of Arrow's for which `can_widen` holds. One version has both, so that a kill leaves the
+        column in one of them, and perhaps the spare one, which nobody reads."""
+        with self._write_errors():
+            self.drop_spare()
+            # Lance itself widens no whole numbers to floats.
+            self._table.add_columns({_SPARE: f"arrow_cast(`{name}`, '{_sql_type(kind)}')"})
+            self._set_of_field(_SPARE, _SOURCES, json.dumps(self._sources_of(name)))
+            self._table.alter_columns({"path": f"`{name}`", "rename": _SPARE}, {"path": _SPARE, "rename": name})
+            self.drop_spare()
+
+    def drop_spare(self) -> None:
+        """Deletes what a killed `widen_column` left."""
+        if _SPARE in self.schema.names:
+            with self._write_errors():
+                self._table.drop_columns([_SPARE])
+
     def columns_of(self, source: str) -> set[str]:
         """The columns that a source brought at its last update."""
         return {name for name in self.metadata_columns if source in self._sources_of(name)}
@@ -438,6 +456,24 @@ def settled(location: str | Path) -> str:
     if is_url(str(location)):
         return lower_scheme(str(location)).rstrip("/")
     return str(Path(os.path.abspath(expand_home(location))))  # noqa: PTH100
+
+
+def can_widen(kind: Any) -> bool:
+    """Whether a column that has values can be given a wider type."""
+    from pyarrow import types
+
+    return types.is_float64(kind) or types.is_decimal128(kind) or types.is_timestamp(kind)
+
+
+def _sql_type(kind: Any) -> str:
+    """A type of Arrow's for which `can_widen` holds, as DataFusion's `arrow_cast` has it."""
+    from pyarrow import types
+
+    if types.is_timestamp(kind):
+        unit = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}[kind.unit]
+        zone = "None" if kind.tz is None else f'Some("{kind.tz}")'
+        return f"Timestamp({unit}, {zone})"
+    return f"Decimal128({kind.precision}, {kind.scale})" if types.is_decimal128(kind) else "Float64"
 
 
 def _is_empty(path: Path) -> bool:

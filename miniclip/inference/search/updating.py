@@ -106,6 +106,7 @@ def make_plan(listings: Sequence[Listing], store: Store | None, accept_gone: boo
         ValueError: as `find_changes` and `as_columns`.
     """
     if store is None:
+        _columns_of(listings, None)  # refuses values before anything is encoded
         return Plan(listings, find_changes(listings, Known([], [], [], [], [])))
     table = store.read([name for name in store.schema.names if name != "features"])
     names = ([name and restored(name) for name in table[column].to_pylist()] for column in NAMES)
@@ -122,7 +123,7 @@ def make_plan(listings: Sequence[Listing], store: Store | None, accept_gone: boo
 def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any, store: Store) -> set[At]:
     """The pictures whose metadata are not those of their row."""
     found: set[At] = set()
-    every = [_columns_of(listing, store) for listing in listings]
+    every = _columns_of(listings, store)
     from_later = _from_later(listings, every)
     for number, (listing, columns) in enumerate(zip(listings, every, strict=True)):
         pairs = [(index, row_of[key]) for index, key in enumerate(listing.keys) if columns and key in row_of]
@@ -140,14 +141,17 @@ def _other_facts(listings: Sequence[Listing], row_of: dict[str, int], table: Any
     return found
 
 
-def _columns_of(listing: Listing, store: Store) -> dict[str, Any]:
-    """The metadata of a listing as `as_columns` has them, null in the columns that its source no longer has."""
+def _columns_of(listings: Sequence[Listing], store: Store | None) -> list[dict[str, Any]]:
+    """The metadata of each listing as `as_columns` has them, null in the columns that its source no longer has."""
     import pyarrow as pa
 
-    columns = as_columns(listing.data.metadata, store.schema, listing.source)
-    for name in store.columns_of(listing.source) - set(columns):
-        columns[name] = pa.nulls(len(listing.keys), store.schema.field(name).type)
-    return columns
+    every = as_columns([(listing.source, listing.data.metadata) for listing in listings], store)
+    if store is not None:
+        kinds = {name: values.type for columns in every for name, values in columns.items()}
+        for listing, columns in zip(listings, every, strict=True):
+            for name in store.columns_of(listing.source) - set(columns):
+                columns[name] = pa.nulls(len(listing.keys), kinds.get(name, store.schema.field(name).type))
+    return every
 
 
 def _from_later(listings: Sequence[Listing], columns: Sequence[Mapping[str, Any]]) -> dict[str, dict[At, Any]]:
@@ -308,17 +312,21 @@ class Update:
         self.store.put(pa.concat_tables(parts))
 
     def _made_columns(self) -> list[dict[str, Any]]:
-        """The metadata of each listing, after the index got the columns that it lacked."""
+        """The metadata of each listing, after the index got the columns that it lacked, and the types."""
         import pyarrow as pa
 
-        found = []
-        for listing in self.plan.listings:
-            columns = _columns_of(listing, self.store)
-            there = self.store.schema.names
-            self.store.add_columns([pa.field(name, each.type) for name, each in columns.items() if name not in there])
+        store = self.store
+        store.drop_spare()
+        found = _columns_of(self.plan.listings, store)
+        kinds = {name: values.type for columns in found for name, values in columns.items()}
+        there = {field.name: field.type for field in store.schema}
+        store.add_columns([pa.field(name, kind) for name, kind in kinds.items() if name not in there])
+        for name, kind in kinds.items():
+            if there.get(name, kind) != kind:
+                store.widen_column(name, kind)
+        for listing, columns in zip(self.plan.listings, found, strict=True):
             # Noted before there are rows with them, and forgotten when none is left: a killed update forgets none.
-            self.store.set_columns_of(listing.source, {*columns})
-            found.append(columns)
+            store.set_columns_of(listing.source, {*columns})
         return found
 
     def _rows(self, number: int, indices: Sequence[int], features: np.ndarray) -> Any:
@@ -345,7 +353,7 @@ class Update:
             if name in self._columns[number]:
                 columns[name] = _taken(self._columns[number][name], indices)
             elif plan.table is not None and name in plan.table.column_names:
-                columns[name] = _taken(plan.table[name], known_rows).combine_chunks()
+                columns[name] = _taken(plan.table[name], known_rows).combine_chunks().cast(schema.field(name).type)
             else:
                 columns[name] = pa.nulls(len(indices), schema.field(name).type)
             if later := self._from_later.get(name):
