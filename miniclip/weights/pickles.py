@@ -14,6 +14,7 @@ import os
 import pickle
 import pickletools
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,10 @@ class ForeignObjectError(ValueError):
             f"it asks for {name}: only tensors and plain values are read, no pickled models or other objects; save "
             "model.state_dict() alone with the program that wrote it"
         )
+
+
+class _DamagedError(ValueError):
+    """Bytes are missing, or others than those that were written."""
 
 
 class _Stub:
@@ -205,7 +210,7 @@ def read_torchscript(path: Path) -> Tensors:
     try:
         module = _read_zip(path)
     except Exception as error:  # a damaged or spiteful pickle can raise anything
-        raise ValueError(f"{path} is not a TorchScript archive that can be read safely: {error}") from error
+        raise _unreadable(path, "TorchScript archive", error) from error
     found: Tensors = {}
     _collect_tensors(module, "", found, set())
     return found
@@ -222,13 +227,24 @@ def read_pickle(path: Path, with_stubs: bool = True) -> Any:
             is_zip = file.read(2) == b"PK"
         return _read_zip(path, with_stubs) if is_zip else _read_stream(path, with_stubs)
     except Exception as error:
-        what = "it ends too soon" if isinstance(error, EOFError) else str(error).split("\n")[0][:300]
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {what}") from error
+        raise _unreadable(path, "checkpoint", error) from error
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:
+    what = str(error).split("\n")[0][:300]
+    if isinstance(error, _DamagedError):
+        return ValueError(f"{path} is damaged: {what}; copy or download it again, or take an earlier one")
+    return ValueError(f"{path} is not a {kind} that can be read safely: {what}")
 
 
 def _read_zip(path: Path, with_stubs: bool = True) -> Any:
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+    with open(path, "rb") as file:
         length = os.fstat(file.fileno()).st_size
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            what = f"it is a zip archive of {length:,} bytes without a sound directory at its end"
+            raise _DamagedError(f"{what}, as one that was cut short") from error
         records = {info.filename: info for info in archive.infolist()}
         root = next((name for name in records if name.endswith("/data.pkl")), None)
         if root is None:
@@ -238,27 +254,27 @@ def _read_zip(path: Path, with_stubs: bool = True) -> Any:
             is_read = name == f"{root}data.pkl" or name.startswith(f"{root}data/")
             if is_read and info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its record {name} is compressed, from {info.file_size} bytes")
-        if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-            raise ValueError("its numbers are big-endian")
-        if records[f"{root}data.pkl"].file_size > _MAX_PICKLE_BYTES:
-            raise ValueError(f"its description takes {records[f'{root}data.pkl'].file_size} bytes")
         mapped = _Mapped(file, length, [info.header_offset for info in records.values()])
+        if f"{root}byteorder" in records and mapped.read(records[f"{root}byteorder"]) != b"little":
+            raise ValueError("its numbers are big-endian")
         known: dict[tuple[str, torch.dtype, int], Tensor] = {}
 
         def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
             which = key, dtype, count
             if which not in known:
+                if f"{root}data/{key}" not in records:
+                    raise _DamagedError(f"it has no record {root}data/{key}")
                 known[which] = mapped.record(records[f"{root}data/{key}"], dtype, count)
             return known[which]
 
-        return _unpickle(archive.read(f"{root}data.pkl"), storage, with_stubs)
+        return _unpickle(mapped.read(records[f"{root}data.pkl"]), storage, with_stubs)
 
 
 class _Mapped:
-    """The records of an archive as tensors over a few mappings of the file.
+    """The records of an archive, each checked against its CRC-32, as tensors over a few mappings of the file.
 
-    Each covers neighbouring records, so that its pages leave memory with their tensors. One for each record would hold
-    a file descriptor each, and a checkpoint with an optimiser has thousands of records.
+    Each mapping covers neighbouring records, so that its pages leave memory with their tensors. One for each record
+    would hold a file descriptor each, and a checkpoint with an optimiser has thousands of records.
     """
 
     MOST = 64
@@ -270,27 +286,72 @@ class _Mapped:
             if offset - self.bounds[-1] >= max(1, length // self.MOST):
                 self.bounds.append(offset)
         self.mappings: dict[int, mmap.mmap] = {}
+        self.places: dict[str, int] = {}  # of the records that were checked
+        self.num_checked_bytes = 0
+
+    def read(self, info: zipfile.ZipInfo) -> bytes:
+        """The bytes of a small record."""
+        if info.file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"its record {info.filename} takes {info.file_size} bytes")
+        self.file.seek(self._place(info))
+        return self.file.read(info.file_size)
 
     def record(self, info: zipfile.ZipInfo, dtype: torch.dtype, count: int) -> Tensor:
         size = count * dtype.itemsize
         if size > info.file_size:
             raise ValueError(f"its record {info.filename} is shorter than the tensor in it")
-        self.file.seek(max(0, info.header_offset))
-        header = self.file.read(30)
-        if not header.startswith(b"PK\x03\x04"):
-            raise ValueError(f"its record {info.filename} is not where its directory says")
-        name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        offset = info.header_offset + 30 + name_size + extra_size
-        which = bisect.bisect_right(self.bounds, info.header_offset) - 1
-        first, end = self.bounds[which], [*self.bounds, self.length][which + 1]
-        if offset + size > end:
-            raise ValueError(f"its record {info.filename} is cut short")
+        offset = self._place(info)
         if count == 0:
             return torch.empty(0, dtype=dtype)
+        which, first, end = self._mapping_of(info)
         first -= first % mmap.ALLOCATIONGRANULARITY
         if which not in self.mappings:
             self.mappings[which] = mmap.mmap(self.file.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
         return torch.frombuffer(self.mappings[which], dtype=dtype, count=count, offset=offset - first)
+
+    def _mapping_of(self, info: zipfile.ZipInfo) -> tuple[int, int, int]:
+        """Which mapping a record is in, where that begins and where it ends."""
+        which = bisect.bisect_right(self.bounds, info.header_offset) - 1
+        return which, self.bounds[which], [*self.bounds, self.length][which + 1]
+
+    def _place(self, info: zipfile.ZipInfo) -> int:
+        """Where a record's bytes begin.
+
+        Raises:
+            ValueError: they are not all there, or not those that were written.
+        """
+        if info.filename in self.places:
+            return self.places[info.filename]
+        self.file.seek(max(0, info.header_offset))
+        header = self.file.read(30)
+        if not header.startswith(b"PK\x03\x04"):
+            raise _DamagedError(f"its record {info.filename} is not where its directory says")
+        name_size, extra_size = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        offset = info.header_offset + 30 + name_size + extra_size
+        if offset + info.file_size > self._mapping_of(info)[2]:
+            raise _DamagedError(f"its record {info.filename} is cut short")
+        self.num_checked_bytes += info.file_size
+        if self.num_checked_bytes > self.length:
+            raise ValueError("its records overlap")
+        # It is 0 where torch wrote none: torch.serialization.set_crc32_options(False), skip_data.
+        if info.CRC and (found := self._crc(offset, info.file_size)) != info.CRC:
+            raise _DamagedError(
+                f"the CRC-32 of its record {info.filename} ({info.file_size:,} bytes) is {found:08x}, and that of what "
+                f"was saved {info.CRC:08x}"
+            )
+        self.places[info.filename] = offset
+        return offset
+
+    def _crc(self, offset: int, size: int) -> int:
+        """Read in pieces and not from a mapping, whose pages would stay in memory."""
+        self.file.seek(offset)
+        piece, crc = memoryview(bytearray(min(size, 1 << 20))), 0
+        while size > 0:
+            count = self.file.readinto(piece[:size])  # type: ignore[attr-defined]  # IO lacks it
+            if not count:
+                break
+            crc, size = zlib.crc32(piece[:count], crc), size - count
+        return crc
 
 
 def _unpickle(description: bytes, storage: Storage, with_stubs: bool) -> Any:
@@ -312,19 +373,26 @@ def _read_stream(path: Path, with_stubs: bool) -> Any:
         def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
             if key not in stored:
                 if not 0 <= count * dtype.itemsize <= length - sum(each.nbytes for each in stored.values()):
-                    raise ValueError(f"its storage {key} is larger than the file")
+                    raise _DamagedError(f"its tensors are larger than the file, of {length:,} bytes")
                 stored[key] = torch.empty(count, dtype=dtype)
             return stored[key]
 
-        head = [_unpickle(_next_pickle(file), storage, with_stubs) for _ in range(3)]
-        if head[:2] != [_MAGIC_NUMBER, _PROTOCOL_VERSION]:
+        if _unpickle(_next_pickle(file), storage, with_stubs) != _MAGIC_NUMBER:
             raise ValueError("it was not written by torch.save")
-        saved, keys = (_unpickle(_next_pickle(file), storage, with_stubs) for _ in range(2))
+        try:
+            descriptions = [_next_pickle(file) for _ in range(4)]
+        except ValueError as error:
+            if file.read(1):
+                raise
+            raise _DamagedError(f"it ends after {length:,} bytes, in its description") from error
+        version, _system, saved, keys = (_unpickle(each, storage, with_stubs) for each in descriptions)
+        if version != _PROTOCOL_VERSION:
+            raise ValueError(f"it is of version {version!r} of torch.save's older form; {_PROTOCOL_VERSION} is read")
         for key in keys:
             tensor = stored[key]
             count = int.from_bytes(file.read(8), "little")
             if count != len(tensor) or file.readinto(tensor.view(torch.uint8).numpy().data) != tensor.nbytes:
-                raise ValueError(f"its storage {key} is cut short")
+                raise _DamagedError(f"it ends after {length:,} bytes, in its storage {key}, or that is of another size")
     return saved
 
 

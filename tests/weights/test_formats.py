@@ -800,6 +800,86 @@ def test_an_archive_that_was_cut_off_anywhere_is_refused(tmp_path):
     refused(path)
 
 
+def record_of(path, name):
+    """Where a record's bytes are in an archive, by its local header (PKWARE's APPNOTE, 4.3.7), and how many."""
+    with zipfile.ZipFile(path) as archive:
+        info = next(each for each in archive.infolist() if each.filename.endswith(name))
+    lengths = struct.unpack_from("<HH", path.read_bytes(), info.header_offset + 26)
+    return info.header_offset + 30 + sum(lengths), info.file_size
+
+
+@pytest.mark.parametrize("kind", ["archive", "state dict"])
+@pytest.mark.parametrize("damage", ["a block of zeros", "a bit"])
+def test_numbers_that_are_not_those_that_were_saved_are_refused_by_their_record(tmp_path, kind, damage):
+    path = tmp_path / "model.pt"
+    write = write_archive if kind == "archive" else write_openai_state_dict
+    write(openclip_model(TINY_VIT), TINY_VIT, path)
+    load(path, device="cpu")
+    content = bytearray(path.read_bytes())
+    start, size = record_of(path, "data/3")
+    assert any(content[start : start + size])
+    if damage == "a bit":
+        content[start + size // 2] ^= 1
+    else:
+        content[start : start + size] = bytes(size)
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:  # another reader's word
+        assert archive.testzip().endswith("data/3")
+    refused(path, "is damaged", "data/3", f"{zlib.crc32(content[start : start + size]):08x}")
+
+
+def test_a_damaged_description_is_refused_by_its_record(tmp_path):
+    path = write_openai_state_dict(openclip_model(TINY_VIT), TINY_VIT, tmp_path / "model.pt")
+    content = path.read_bytes()
+    assert content.count(b"visual.ln_pre.weight") == 1
+    path.write_bytes(content.replace(b"visual.ln_pre.weight", b"visual.ln_pre.weighs"))
+    refused(path, "is damaged", "data.pkl")
+
+
+def test_a_file_that_torch_wrote_without_checksums_is_read(tmp_path):
+    """Its fields hold 0, which zipfile takes for wrong ones."""
+    tensors = {"a.b": torch.arange(1000.0), "c.d": torch.ones(3, 4), "e.f": torch.zeros(0)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, tmp_path / "without.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "without.pt") as archive:
+        assert {info.CRC for info in archive.infolist()} == {0}
+        assert archive.testzip() is not None
+    found = pickles.read_pickle(tmp_path / "without.pt")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in found)
+
+
+def test_records_that_lie_in_each_other_are_refused_before_they_are_read_a_thousand_times(tmp_path):
+    size = 1 << 16
+    codes = {f"w{i}": tensor_code(key=str(i), count=4) for i in range(1000)}
+    records = {"data.pkl": stub_module(**codes), **{f"data/{i}": b"" for i in range(1000)}}
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
+        archive.writestr("archive/constants.pkl", b"\x80\x02).")
+        for name, content in records.items():
+            archive.writestr(f"archive/{name}", content)
+        archive.writestr("archive/data/all", bytes(size))
+        whole = archive.filelist[-1]
+        for info in archive.filelist:
+            if "/data/" in info.filename:
+                info.header_offset, info.file_size, info.compress_size = whole.header_offset, size, size
+                info.CRC = whole.CRC
+    refused(tmp_path / "bad.pt", "overlap")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_file_that_was_cut_short_is_called_damaged_with_its_size(tmp_path, is_zip):
+    path = tmp_path / "model.pt"
+    torch.save(openclip_model(TINY_VIT).state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    content = path.read_bytes()
+    for share in (0.02, 0.5, 0.9, 0.9999):
+        path.write_bytes(content[: int(len(content) * share)])
+        message = refused(path, "is damaged", f"{int(len(content) * share):,} bytes", activation="quick_gelu")
+        assert "safely" not in message
+
+
 def test_an_archive_that_lost_its_beginning_is_refused(tmp_path):
     content, path = archive_bytes(tmp_path / "whole.pt"), tmp_path / "cut.pt"
     for lost in (1, 100, 5000, len(content) // 2):
