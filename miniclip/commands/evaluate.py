@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.arguments import BF16
-from ..common.files import expand_home
+from ..common.files import expand_home, locked
 from ..common.wording import printable, some
 from .terminal import (
     add_cache,
@@ -222,49 +222,53 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     for name in reversed(options.model):  # all of them, so that none is found wanting after an hour
         model = open_model(name, device, options.precision)
     is_first = rank_and_world_size()[0] == 0
-    if is_first:
-        out.mkdir(parents=True, exist_ok=True)  # likewise, if it can't be written
-    found: list[Result] = []
-    thresholds: dict[Path, ModelThreshold] = {}
-    for name in options.model:
-        model = model if name == options.model[0] else open_model(name, device, options.precision)
-        for task in tasks:
-            found += evaluate(
-                model,
-                task,
-                ks=options.topk,
-                batch_size=options.batch_size,
-                num_workers=options.workers,
-                cache=cache,
-                progress=progress_bar if is_first else None,
-            )
-        if name in paths:
-            (result,) = [each for each in found if each.model == name and each.outside is not None]
-            thresholds[paths[name]] = threshold_of(result, model)
-    if not is_first:
-        return
-    shifts = None
-    if options.standard:
-        standard = tasks[options.data.index(options.standard)].data.name
-        shifts = robustness(found, standard, options.baselines)
-    _write(out, found, shifts, partial(open_model, device=device) if options.explain else None)
-    print_what_was_read(found)
-    if options.precision == BF16:
-        print(
-            f"in {BF16}: `miniclip eval --compare OTHER {out}` shows what that changed, OTHER a run without --precision"
-        )
-    for path, threshold in thresholds.items():
-        write_threshold(path, threshold, options.overwrite)
-        print(replace(threshold, source=str(path)))
-    print(f"report: {out / 'report.html'}")
+    # Likewise, if it can't be written, or another command writes there.
+    with locked(out / ".lock", f"another process is writing {out}", patience_s=0) if is_first else nullcontext():
+        _refuse_existing(out, options.overwrite)
+        found: list[Result] = []
+        thresholds: dict[Path, ModelThreshold] = {}
+        for name in options.model:
+            model = model if name == options.model[0] else open_model(name, device, options.precision)
+            for task in tasks:
+                found += evaluate(
+                    model,
+                    task,
+                    ks=options.topk,
+                    batch_size=options.batch_size,
+                    num_workers=options.workers,
+                    cache=cache,
+                    progress=progress_bar if is_first else None,
+                )
+            if name in paths:
+                (result,) = [each for each in found if each.model == name and each.outside is not None]
+                thresholds[paths[name]] = threshold_of(result, model)
+        if not is_first:
+            return
+        shifts = None
+        if options.standard:
+            standard = tasks[options.data.index(options.standard)].data.name
+            shifts = robustness(found, standard, options.baselines)
+        _write(out, found, shifts, partial(open_model, device=device) if options.explain else None)
+        print_what_was_read(found)
+        if options.precision == BF16:
+            changed = f"`miniclip eval --compare OTHER {out}` shows what that changed"
+            print(f"in {BF16}: {changed}, OTHER a run without --precision")
+        for path, threshold in thresholds.items():
+            write_threshold(path, threshold, options.overwrite)
+            print(replace(threshold, source=str(path)))
+        print(f"report: {out / 'report.html'}")
 
 
 def _folder_of(options: argparse.Namespace) -> Path:
     called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
     out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
-    if (out / "results.json").exists() and not options.overwrite:
-        raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
+    _refuse_existing(out, options.overwrite)
     return out
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if (out / "results.json").exists() and not overwrite:
+        raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
 
 
 def _write(out: Path, found: list[Result], shifts: Any, explained_by: Callable[[str], Encoder] | None) -> None:

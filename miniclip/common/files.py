@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -45,18 +45,31 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     # Not the process's id, which is the same in two containers.
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            sync(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        is_nameless = error.filename is None and error.errno in _FULL  # as the system's error of a write is
-        if is_nameless or error.filename == str(temporary):
-            error.filename = str(path)
-        raise
+        with naming(path, temporary):
+            with open(temporary, "xb") as file:
+                yield file
+                sync(file)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path, stands_in: Path) -> Iterator[None]:
+    """Errors of writing name `path`: those of a full disk, which name nothing, and those of what stands in for it until
+    it is complete, and of paths that begin with its."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        found = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | Path) else None
+        if found is None or not str(found).startswith(str(stands_in)):
+            raise
+        if found in path.parents and found.is_file():  # "File exists" is what making a folder there gives
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -185,6 +198,28 @@ def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
         if isinstance(lock, filelock.UnixFileLock):
             path.unlink(missing_ok=True)  # while it is held; one who waits for it sees that it is gone and begins anew
         lock.release()
+
+
+@contextmanager
+def stand_in(path: Path, busy: str) -> Iterator[Path]:
+    """A temporary path beside another, for a file or folder that `swap_in` gives its name once it is complete.
+
+    It is removed at the end. Whoever has it is the only one at work on `path`, so what is there is looked at within.
+
+    Args:
+        busy: the beginning of the error if another process is at work on it.
+
+    Raises:
+        ValueError: another process is.
+        OSError: nothing can be written there, or the disk is full; names `path`.
+    """
+    temporary = path.with_name(f".{path.stem[:200]}.{secrets.token_hex(8)}.tmp{path.suffix[:20]}")
+    with ExitStack() as stack:
+        with naming(path, path.parent):
+            stack.enter_context(locked(path.with_name(f".{path.name[:200]}.lock"), busy, patience_s=0))
+        stack.callback(remove, temporary)
+        with naming(path, temporary):
+            yield temporary
 
 
 def _acquired(lock: filelock.BaseFileLock, busy: str, patience_s: float) -> filelock.BaseFileLock:

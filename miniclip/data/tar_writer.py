@@ -13,6 +13,7 @@ from typing import Any
 
 from webdataset.writer import TarWriter
 
+from ..common.files import naming
 from .shard_index import Member, Sample, index_entry, kind_of, zeros_at
 
 _BUFFER_BYTES = 4 << 20
@@ -36,14 +37,16 @@ class Tar:
         places: dict[str, Member] = {}
         self.samples.append((key, places))
         for suffix, data in sorted(members.items()):
-            self.writer.write({"__key__": key, suffix: data})
+            with naming(self.path, self.path):
+                self.writer.write({"__key__": key, suffix: data})
             offset = self.size - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             places[str(kind_of(suffix))] = Member(f"{key}.{suffix}", offset, len(data), zlib.crc32(data))
 
     def close(self) -> dict[str, Any]:
         """Its entry for `index.json`."""
-        self.writer.close()
-        checksum = self.file.close()
+        with naming(self.path, self.path):
+            self.writer.close()
+            checksum = self.file.close()
         size, offsets = self.path.stat().st_size, self.path.with_suffix(".npz")
         with open(self.path, "rb") as file:
             zeros = zeros_at(file, size)

@@ -7,7 +7,6 @@ no place for the model's: that is a warning, with how far their embeddings then 
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..common.files import refuse_foreign, remove, swap_in, write_text
+from ..common.files import refuse_foreign, stand_in, swap_in, write_text
 from ..config import CLIPConfig
 from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
@@ -58,28 +57,24 @@ def convert(
         What was compared with what, and how far they differ; of pictures that become other pixels, their cosines.
 
     Raises:
-        ValueError: the other library has no such model, `out` exists or holds files that this did not write, or the
-            result is not the same.
+        ValueError: the other library has no such model, `out` exists, holds files that this did not write or is being
+            written by another process, or the result is not the same.
+        OSError: `out` can't be written.
     """
     out = Path(out)
     if to not in FORMATS:
         raise ValueError(f"there is no format {to!r}; valid are {', '.join(FORMATS)}")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another")
+    _refuse_existing(out, overwrite)  # before anything is fetched
     found_at = locate(source)
-    if out.is_dir():
-        is_model = any((out / name).is_file() for name in (CONFIG_FILE, OPENCLIP_CONFIG_FILE))
-        if not is_model or out.resolve() in found_at.resolve().parents:
-            raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
-        names = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE, *replaceable)
-        refuse_foreign(out, {out / name for name in names}, "`miniclip convert`")
+    _refuse_more_than_a_model(out, found_at, replaceable)
     checkpoint = read_checkpoint(found_at, **options)
     require(to == "native" or checkpoint.config.towers == "both", f"it has the {checkpoint.config.towers} tower alone")
     taken = replace(checkpoint, tensors=dict(checkpoint.tensors))
     expected = _seen(build(taken, str(source)), preprocess_for(checkpoint.config))
     # Under a temporary name until it is verified, so that nothing half-right ever has the name that was asked for.
-    temporary = out.with_name(f".{out.stem}.{secrets.token_hex(8)}.tmp{out.suffix}")
-    try:
+    with stand_in(out, f"another process is writing {out}") as temporary:
+        _refuse_existing(out, overwrite)  # another process may have written it meanwhile
+        _refuse_more_than_a_model(out, found_at, replaceable)
         WRITERS[to](checkpoint, temporary)
         for name, content in (texts or {}).items():
             write_text(temporary / name, content)
@@ -98,9 +93,22 @@ def convert(
         compared |= _seen_by_the_other(to, temporary, checkpoint.config)
         said = [_verdict(name, found, expected) for name, found in compared.items()]
         swap_in(temporary, out)
-    finally:
-        remove(temporary)
     return ", ".join(said)
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; pass --overwrite to replace it, or name another")
+
+
+def _refuse_more_than_a_model(out: Path, found_at: Path, replaceable: Collection[str]) -> None:
+    """Raises a ValueError if a folder that is to be replaced holds what `convert` does not write, or its source."""
+    if out.is_dir():
+        is_model = any((out / name).is_file() for name in (CONFIG_FILE, OPENCLIP_CONFIG_FILE))
+        if not is_model or out.resolve() in found_at.resolve().parents:
+            raise ValueError(f"{out} is a folder that holds more than a model, so it is not overwritten")
+        names = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE, *replaceable)
+        refuse_foreign(out, {out / name for name in names}, "`miniclip convert`")
 
 
 class _Seen(NamedTuple):

@@ -19,6 +19,7 @@ from helpers import tiny_clip, write_pairs, write_picture
 
 import miniclip
 from miniclip.commands import main as cli
+from miniclip.common.files import locked
 from miniclip.reports.results import files_beside
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,16 @@ def test_results_that_replace_others_replace_their_files_and_no_others(models, s
     assert [len(names) for names in one.values()] == [1, 1]
     written = {f"{folder}/{name}" for folder, names in one.items() for name in names}
     assert files() == {"results.json", "results.csv", "report.html", *written, *mine}
+
+
+def test_a_folder_that_another_command_writes_to_is_refused_before_any_work(models, sets, tmp_path, capsys):
+    args = ["--model", models[0], "--data", str(sets / "photos"), "--out", str(tmp_path / "out")]
+    with locked(tmp_path / "out" / ".lock", "busy"):
+        assert f"another process is writing {tmp_path / 'out'}" in fails(capsys, ["eval", *args, "--overwrite"])
+    assert not (tmp_path / "out" / "results.json").exists()
+    cli.main(["eval", *args])
+    assert not (tmp_path / "out" / ".lock").exists()
+    assert "already holds results" in fails(capsys, ["eval", *args])
 
 
 def test_a_list_of_files_that_leaves_its_folders_is_not_followed(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from miniclip.common.files import atomic_write, free_memory, locked, swap_in, write_text
+from miniclip.common.files import atomic_write, free_memory, locked, stand_in, swap_in, write_text
 
 LACKING = [errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]  # answers of FUSE, old NFS and SMB
 
@@ -115,6 +115,26 @@ def test_a_disk_that_fails_to_sync_is_an_error_and_keeps_what_was_there(tmp_path
     assert failed.value.filename == (None if number == errno.EIO else str(path))  # which reading may fail by, too
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_stands_in_for_a_file_is_never_named_in_its_place(tmp_path):
+    out = tmp_path / "out.pt"
+    with pytest.raises(FileNotFoundError) as failed, stand_in(out, "busy") as temporary:
+        (temporary / "weights").read_bytes()
+    assert failed.value.filename == str(out)
+    with pytest.raises(FileNotFoundError) as failed, stand_in(out, "busy"):  # a source's error is its own
+        (tmp_path / "source").read_bytes()
+    assert failed.value.filename == str(tmp_path / "source")
+    with pytest.raises(OSError, match="No space left") as failed, stand_in(out, "busy"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert failed.value.filename == str(out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError) as failed, stand_in(tmp_path / "file" / "out", "busy"):
+        pass
+    assert failed.value.filename == str(tmp_path / "file" / "out")
+    with pytest.raises(ValueError, match=r"^busy \(it holds "), stand_in(out, "busy"), stand_in(out, "busy"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

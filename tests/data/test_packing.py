@@ -1003,3 +1003,17 @@ def test_a_screenshot_whose_alpha_hides_nothing_becomes_a_small_jpeg(tmp_path):
     (record,) = Shards(tmp_path / "out")
     stored = Image.open(io.BytesIO(record.image))
     assert (stored.format, stored.mode, stored.size) == ("JPEG", "RGB", (20, 10))
+
+
+def test_a_disk_that_is_full_is_told_by_the_tar_that_does_not_fit(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(20):
+        write_picture(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text("words")
+    code = (
+        "import resource; from miniclip.commands.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)); main(['shards', 'pictures', 'out'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "error: [Errno 27] File too large: 'out.partial/chunk-00000-train-0.tar'" in done.stderr

@@ -18,6 +18,7 @@ from PIL import Image
 import miniclip
 from miniclip import tokenizer
 from miniclip.commands import main as cli
+from miniclip.common.files import stand_in
 from miniclip.config import TextConfig
 from miniclip.data.wordings.kept import Wording, Wordings
 from miniclip.inference.exporting import onnx_files
@@ -541,6 +542,24 @@ def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused,
     py_compile.compile(str(tmp_path / "out" / "run.py"))  # as when it is imported
     export(name, tmp_path / "out", "torch", precision="bfloat16", overwrite=True)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("target", ["onnx", "torch"])
+def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(model, tmp_path, target):
+    """PyTorch's own writer of programs ended the process there."""
+    code = (
+        "import resource, sys; from miniclip.commands.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); main(['export', *sys.argv[1:]])"
+    )
+    error = run(sys.executable, "-c", code, model, "out", "--to", target, code=2, cwd=tmp_path).stderr
+    assert "error: [Errno 27] File too large: 'out'" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_into_what_another_process_writes_is_refused(refused, model, tmp_path):
+    with stand_in(tmp_path / "out", "busy"):
+        error = refused(model, str(tmp_path / "out"), "--to", "torch", "--overwrite")
+    assert f"another process is writing {tmp_path / 'out'}" in error
 
 
 @pytest.mark.parametrize("name", ["CNAME", ".git/HEAD", "onnx/notes.txt", "search/mine.jpg", "vision_model.txt"])

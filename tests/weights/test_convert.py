@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 import warnings
 from inspect import signature
 from pathlib import Path
@@ -32,6 +34,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import miniclip
 from miniclip.commands.main import main
+from miniclip.common.files import stand_in
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
 from miniclip.data.wordings.kept import Wording, Wordings
 from miniclip.inference.thresholds import ModelThreshold, write_threshold
@@ -256,6 +259,43 @@ def test_all_that_the_command_writes_is_replaced_and_an_edited_card_is_not(tmp_p
         main(["convert", str(out), str(out), "--to", "native", "--overwrite"])
     assert "did not write, so it is not overwritten: README.md" in capsys.readouterr().err
     assert "My own words." in (out / "README.md").read_text()
+
+
+def test_of_two_conversions_at_once_into_one_folder_one_is_refused(tmp_path):
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(seed)
+        save(tiny_clip(), tmp_path / name)
+    commands = [
+        [sys.executable, "-m", "miniclip", "convert", name, "out", "--to", "hf"] for name in ("first", "second")
+    ]
+    both = [subprocess.Popen(each, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for each in commands]
+    said = [each.communicate()[1] for each in both]
+    assert sorted(each.returncode for each in both) == [0, 2]
+    (refusal,) = [text for text, each in zip(said, both, strict=True) if each.returncode]
+    assert re.search("error: (another process is writing out|out exists already)", refusal)
+    (winner,) = [name for name, each in zip(("first", "second"), both, strict=True) if not each.returncode]
+    assert_same_bits(read_checkpoint(tmp_path / "out").tensors, read_checkpoint(tmp_path / winner).tensors)
+
+
+def test_a_conversion_into_what_another_process_writes_is_refused_with_or_without_overwriting(tmp_path, source):
+    out = tmp_path / "out"
+    for overwrite in (False, True):
+        with stand_in(out, "busy"):
+            refused(source, out, "native", "another process is writing", overwrite=overwrite)
+        convert(source, out, "native", overwrite)
+
+
+@pytest.mark.parametrize("to", ["native", "openai", "openclip", "hf"])
+def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(tmp_path, source, to):
+    code = (
+        "import resource, sys; from miniclip.commands.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); main(['convert', *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "full"), "--to", to]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"error: [Errno 27] File too large: '{tmp_path / 'full'}'" in done.stderr
+    assert not list(tmp_path.glob("*full*"))
 
 
 def test_a_model_converted_in_place_is_whole(tmp_path, source):

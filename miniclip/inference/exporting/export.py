@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...common.files import refuse_foreign, remove, swap_in, write_text
+from ...common.files import refuse_foreign, remove, stand_in, swap_in, write_text
 from ...common.wording import some
 from ...evaluation.datasets.open import open_dataset, open_images
 from ...evaluation.datasets.sets import EvaluationSet, LabelledImages
@@ -106,8 +105,8 @@ def export(
     if isinstance(data, LabelledImages):
         data = _with_prompts(data, model, threshold)
     classes = _classes_of(threshold, data, model)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with stand_in(out, f"another process is writing {out}") as temporary:
+        refuse_existing(out, overwrite)  # another process may have written it meanwhile
         files = {each.name: _file_of(each, target, precision) for each in towers(model)}
         facts = export_facts(model, preprocess, name, files, precision, classes)
         write_facts(temporary, facts, model.config)
@@ -136,8 +135,6 @@ def export(
                 + "; ".join(problems)
             )
         swap_in(temporary, out)
-    finally:
-        remove(temporary)
     return Exported(out, target, facts, proof, data)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from pathlib import Path
 
 import torch
 
+from ...common.files import atomic_write
 from .towers import ImageTower, Tower
 
 
@@ -26,4 +28,7 @@ def write_program(tower: Tower, path: Path, precision: str) -> None:
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # quotes the code, and names the folders that it lay in
-        torch.export.save(program, path)
+        content = io.BytesIO()
+        torch.export.save(program, content)  # on a full disk its own writer would end the process
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
