@@ -102,20 +102,38 @@ def test_members_that_are_named_are_one_sample(tmp_path):
     assert rejections(tmp_path) == {"a.tar:4.input.jpg": "another member of a sample (.input.jpg)"}
 
 
-def test_one_picture_and_one_text_of_a_key_are_one_sample_whatever_words_their_names_have(tmp_path):
+def test_a_picture_and_a_text_of_a_key_whose_words_say_what_they_are_are_one_sample(tmp_path):
     """webdataset groups them by the same key, which is the name up to its first dot."""
     facts = json.dumps({"caption": "facts"}).encode()
     write_tar(
         tmp_path / "a.tar", ("1.img.jpg", RED), ("1.json", facts), ("2.input.jpg", GREEN), ("2.outputs.txt", b"2"),
-        ("d/3.rgb.jpg", RED), ("d/3.prompt.txt", b"3"), ("d/3.json", facts), ("4.jpg", RED), ("4.blip.txt", b"4"),
-        ("5.jpg", RED), ("5.boxes.json", b"[]"), ("6.left.jpg", RED), ("6.right.jpg", GREEN), ("6.words.txt", b"6"),
+        ("d/3.rgb.jpg", RED), ("d/3.prompt.txt", b"3"), ("d/3.json", facts), ("5.jpg", RED), ("5.boxes.json", b"[]"),
+        ("6.left.jpg", RED), ("6.right.jpg", GREEN), ("6.words.txt", b"6"), ("Dr. Smith.jpg", RED),
+        ("Dr. Jones.txt", b"Jones"),
     )  # fmt: skip
-    pairs = [("1.img", RED, ("facts",)), ("2.input", GREEN, ("2",)), ("d/3.rgb", RED, ("3",)), ("4", RED, ("4",))]
-    assert samples_of(tmp_path) == [*pairs, ("5", RED, ()), ("6.left", RED, ()), ("6.right", GREEN, ())]
+    pairs = [("1.img", RED, ("facts",)), ("2.input", GREEN, ("2",)), ("d/3.rgb", RED, ("3",)), ("5", RED, ())]
+    assert samples_of(tmp_path) == [*pairs, ("6.left", RED, ()), ("6.right", GREEN, ()), ("Dr. Smith", RED, ())]
     assert rejections(tmp_path) == {
         "a.tar:5.boxes.json": "another member of a sample (.boxes.json)",
         "a.tar:6.words.txt": "a text whose picture can't be known, as its key has pictures of other names",
+        "a.tar:Dr. Jones.txt": "a text whose picture can't be known, as its key has pictures of other names",
     }
+
+
+@pytest.mark.parametrize(
+    "members, sample, left_out",
+    [
+        (["7.jpg", "7.json", "7.labels.txt"], ["7.jpg", "7.json"], ["7.labels.txt"]),
+        (["img.v1.jpg", "img.v1.json", "img.json"], ["img.v1.jpg", "img.v1.json"], ["img.json"]),
+        (["images/7.jpg", "images/7.en.txt", "texts/7.txt"], ["images/7.jpg", "texts/7.txt"], ["images/7.en.txt"]),
+    ],
+)
+def test_what_a_picture_has_of_its_own_name_is_its_own(tmp_path, members, sample, left_out):
+    write_tar(tmp_path / "a.tar", *((name, RED if name.endswith("jpg") else b'{"a": 1}') for name in members))
+    with open(tmp_path / "a.tar", "rb") as file:
+        ((_, found),), others = read_samples(file, "a.tar")
+    assert sorted(member.name for member in found.values()) == sample
+    assert [each.source for each in others] == left_out
 
 
 def test_links_are_followed_and_those_to_nothing_are_named(tmp_path):

@@ -184,7 +184,7 @@ def _group_samples(file: IO[bytes], members: Iterable[Member], left_out: list[Le
     for (key, repetition), group in groups.items():
         for sample_key, parts in _parted(key, group, left_out):
             sample = _sample(file, parts, left_out)
-            if "image" in sample or ("txt" in sample and not repetition):
+            if "image" in sample or (not repetition and not sample.keys().isdisjoint(("txt", "json"))):
                 samples.append((sample_key, sample))
             else:
                 reason = "a member that comes again without a picture" if repetition else "a member of no pair"
@@ -196,9 +196,6 @@ def _parted(
     key: str, group: list[tuple[str, Member]], left_out: list[LeftOut]
 ) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
     """A group of one key, and those whose names have a dot of their own and are samples by themselves."""
-    if (stem := _stem_of_only_pair(group)) is not None:
-        yield f"{key}.{stem}" if stem else key, [(suffix.rpartition(".")[2], member) for suffix, member in group]
-        return
     plain = [(suffix, member) for suffix, member in group if "." not in suffix]
     dotted: dict[str, list[tuple[str, Member]]] = defaultdict(list)
     for suffix, member in group:
@@ -215,25 +212,6 @@ def _parted(
             yield longer_key, parts
         else:
             left_out += [LeftOut(member.name, f"another member of a sample ({_ending(member)})") for _, member in parts]
-
-
-def _stem_of_only_pair(group: list[tuple[str, Member]]) -> str | None:
-    """What the picture's name has between key and suffix, in a group of one picture and one text of another such name
-    (7.input.jpg, 7.outputs.txt), or the key's JSON (7.json); None of any other, and where both names have numbers,
-    which may be two samples' (7.v1.jpg, 7.v2.txt).
-    """
-    stems = defaultdict[str | None, list[str]](list)
-    for suffix, _ in group:
-        stem, _, last = suffix.rpartition(".")
-        stems[kind_of(last)].append(stem)
-    pictures, texts = stems["image"], stems["txt"] or [stem for stem in stems["json"] if not stem]
-    if not len(pictures) == len(texts) == 1 or pictures == texts:
-        return None
-    return None if all(map(_has_digit, (*pictures, *texts))) else pictures[0]
-
-
-def _has_digit(name: str) -> bool:
-    return any(letter.isdigit() for letter in name)
 
 
 def _sample(file: IO[bytes], parts: list[tuple[str, Member]], left_out: list[LeftOut]) -> dict[str, Member]:
@@ -270,28 +248,48 @@ def _head(file: IO[bytes], member: Member) -> bytes:
 def _join_halves(samples: list[Sample], left_out: list[LeftOut]) -> list[Sample]:
     """Pictures and texts in folders of their own (images/a.jpg, texts/a.txt), or that say what they are, together. A
     text of a key that has pictures without one, of which it may be any's, is left out."""
-    texts = defaultdict[str, list[Sample]](list)
-    images = defaultdict[str, list[Sample]](list)
-    for sample in samples:
-        if "image" not in sample[1]:
-            texts[same_sample(sample[0])].append(sample)
-    for sample in samples if texts else ():
-        if "txt" not in sample[1]:
-            images[same_sample(sample[0])].append(sample)
     used = set[int]()
-    for key, found in images.items():
-        if len(found) == len(texts[key]) == 1:
-            used.add(id(texts[key][0]))
-            for kind, member in texts[key][0][1].items():
-                found[0][1].setdefault(kind, member)
-    bare = {_split_key(key)[0] for key, sample in samples if "txt" not in sample}
+    for half, lacks, key_of in (
+        ("txt", {"txt"}, same_sample),
+        ("txt", {"txt", "json"}, _same_key),
+        ("json", {"json"}, _same_key),
+    ):
+        halves = defaultdict[str, list[Sample]](list)
+        images = defaultdict[str, list[Sample]](list)
+        for sample in samples:
+            if "image" not in sample[1] and half in sample[1] and id(sample) not in used:
+                halves[key_of(sample[0])].append(sample)
+        for sample in samples if halves else ():
+            if "image" in sample[1] and lacks.isdisjoint(sample[1]):
+                images[key_of(sample[0])].append(sample)
+        for key, found in images.items():
+            if len(found) == len(halves[key]) == 1:
+                used.add(id(halves[key][0]))
+                for kind, member in halves[key][0][1].items():
+                    found[0][1].setdefault(kind, member)
+    bare = {_split_key(key)[0] for key, sample in samples if "image" in sample and "txt" not in sample}
     for sample in samples:
         key, stem = _split_key(sample[0])
-        if "image" not in sample[1] and id(sample) not in used and key in bare and not _has_digit(stem):
-            used.add(id(sample))
+        if "image" in sample[1] or id(sample) in used:
+            continue
+        if "txt" not in sample[1]:
+            reason = "a member of no pair"
+        elif key in bare and not any(letter.isdigit() for letter in stem):
             reason = "a text whose picture can't be known, as its key has pictures of other names"
-            left_out += [LeftOut(member.name, reason) for member in sample[1].values()]
+        else:
+            continue
+        used.add(id(sample))
+        left_out += [LeftOut(member.name, reason) for member in sample[1].values()]
     return [sample for sample in samples if id(sample) not in used]
+
+
+_WORDS = ("input", "inputs", "output", "outputs", "rgb", "prompt", "prompts")  # people's, for a picture and its text
+
+
+def _same_key(key: str) -> str:
+    """`same_sample`, of a few more words behind webdataset's key: 7.input.jpg, 7.outputs.txt."""
+    own, word = _split_key(key)
+    return same_sample(own if word.lower() in _WORDS else key)
 
 
 def _split_key(key: str) -> tuple[str, str]:
