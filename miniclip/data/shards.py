@@ -192,7 +192,8 @@ def split_sample_name(name: str) -> tuple[str, str]:
 
 
 def facts_of(read: Callable[[str], bytes]) -> dict[str, Any]:
-    """The facts of a sample's `.json` and its `.cls`; empty if it has neither.
+    """The facts of a sample's `.json` and its `.cls`; empty if it has neither. Bytes of a `.cls` that are no UTF-8 are
+    escaped, \\xe9, so that two labels stay two.
 
     Raises:
         ValueError: it is not JSON.
@@ -200,7 +201,7 @@ def facts_of(read: Callable[[str], bytes]) -> dict[str, Any]:
     found = {kind: read(kind) for kind in ("json", "cls")}
     values = parse_json(found["json"]) if found["json"] else {}
     facts = values if isinstance(values, dict) else {}
-    return {"cls": found["cls"].decode("utf-8", "replace").strip()} | facts if found["cls"] else facts
+    return {"cls": found["cls"].decode("utf-8-sig", "backslashreplace").strip()} | facts if found["cls"] else facts
 
 
 class Shards:

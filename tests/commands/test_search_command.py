@@ -44,6 +44,27 @@ def world(made, tmp_path, monkeypatch, capsys):
     return made
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_file_of_queries_is_read_as_other_texts_are(world, capsys, encoding, end):
+    """In any encoding that it names, a query a line; U+2028 and other separators are spaces within one."""
+    Path("q.txt").write_bytes(end.join(["a café", "", "a\u2028red\x0bcar\x85", ""]).encode(encoding))
+    cli.main(["search", "an.index", "--queries", "q.txt", "--topk", "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["query"] for row in found] == ["a café", "a red car"]
+    for query, row in zip(("a café", "a red car"), found, strict=True):
+        cli.main(["search", "an.index", query, "--topk", "1", "--json"])
+        assert json.loads(capsys.readouterr().out)[0]["cosine"] == pytest.approx(row["cosine"], abs=1e-6)
+
+
+@pytest.mark.parametrize("text", [b"un caf\xe9\n", "un café\n".encode("utf-16-le")])
+def test_queries_in_an_encoding_that_nothing_names_are_refused(world, capsys, monkeypatch, text):
+    Path("q.txt").write_bytes(text)
+    assert "q.txt is not UTF-8 text" in fails(capsys, ["search", "an.index", "--queries", "q.txt"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert "standard input is not UTF-8 text" in fails(capsys, ["search", "an.index", "-"])
+
+
 def test_results_come_as_a_table_json_csv_and_paths(world, capsys):
     cli.main(["search", "an.index", "a picture", "--topk", "3", "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -88,6 +88,10 @@ def test_class_names_of_any_usual_kind_are_read_in_label_order(name, text):
     assert names_of(text, name) == FISH
 
 
+def test_a_separator_of_lines_within_a_text_of_json_lines_ends_none():
+    assert names_of('"a\u2028b"\n"c\x85d"\r\n', "a.jsonl") == names_of('["a\u2028b", "c\x85d"]', "a.json")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place", "remedy"),
     [

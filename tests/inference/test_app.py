@@ -443,6 +443,12 @@ def test_all_prompts_together_are_those_that_classify_takes(answers):
     assert re.findall(r">([\d.]+) %<", row) == [f"{100 * expected[c]:.1f}" for c in (0, 1)]
 
 
+def test_a_prompt_ends_at_the_end_of_its_line_alone(answers):
+    assert "there are 21 templates" in answers.compare(png(), "cat, dog", "{}\n" * 21)
+    assert "there are 0 templates" in answers.compare(png(), "cat, dog", " \n")
+    assert "all 2 together" in answers.compare(png(), "cat, dog", "a\u2028{}\x85\r\n{}")
+
+
 @pytest.mark.parametrize(
     "labels", ["a cat, a dog\n", "a cat\na dog", "a cat,\n\na dog", '["a cat",\n"a dog"\n]', "a cat, a dog"]
 )

@@ -261,6 +261,14 @@ def test_a_damaged_json_of_a_sample_costs_its_columns_alone_and_is_told(tmp_path
         assert listed.reason[0].startswith("a .json that can't be read")
 
 
+def test_labels_of_shards_that_are_no_utf_8_stay_two(tmp_path):
+    picture_bytes = write_picture(tmp_path / "a.png").read_bytes()
+    labels = ["café".encode("latin-1"), "cafè".encode("latin-1"), "café".encode("utf-8-sig")]
+    tar_of(tmp_path / "t.tar", {f"{n}": {"png": picture_bytes, "cls": label} for n, label in enumerate(labels)})
+    rows = SourceRows(image_set(str(tmp_path / "t.tar")))
+    assert rows.table([0, 1, 2])["cls"].to_pylist() == ["caf\\xe9", "caf\\xe8", "café"]
+
+
 def test_labels_of_shards_are_read_of_the_rows_that_are_asked_for(tmp_path, monkeypatch):
     picture_bytes = write_picture(tmp_path / "a.png").read_bytes()
     for shard in range(3):

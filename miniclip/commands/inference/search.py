@@ -132,6 +132,8 @@ def _refuse_bad_query(options: argparse.Namespace) -> None:
 
 def _asked_texts(options: argparse.Namespace) -> list[str | None]:
     """The query, or the several of a file; None for one of pictures alone."""
+    from ...data.reading.cells import decode_text, lines_in
+
     source = options.queries or ("-" if options.text == ["-"] else None)
     if source is None:
         return options.text or [None]
@@ -139,11 +141,12 @@ def _asked_texts(options: argparse.Namespace) -> list[str | None]:
         raise ValueError("standard input is a terminal; pipe queries into it, one a line")
     if source != "-" and not is_readable(Path(source)):
         raise ValueError(f"--queries {source} is no file; it has a query a line")
+    name = "standard input" if source == "-" else source
     data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
+    lines: list[str | None] = [line for line in lines_in(decode_text(data, name)) if line]
     if not lines:
-        raise ValueError(f"{'standard input' if source == '-' else source} holds no query; each is a line")
-    return list(lines)
+        raise ValueError(f"{name} holds no query; each is a line")
+    return lines
 
 
 def _names_in_results(index: Index) -> dict[str, str]:

@@ -173,7 +173,7 @@ def _json(text: str, source: str) -> Any:
         raise ValueError(f"{source}: {error}") from error
     except (ValueError, RecursionError) as error:
         try:
-            return [parse_json(line) for line in text.splitlines() if line.strip()]
+            return [parse_json(line) for line in text.split("\n") if line.strip()]
         except (ValueError, RecursionError):
             raise ValueError(f"{source} is not JSON: {error}") from error
 

@@ -254,7 +254,7 @@ def _on_one_line(labels: str) -> str:
 
 
 def _template_lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _bars(guesses: Guesses, threshold: ModelThreshold | None) -> str:
