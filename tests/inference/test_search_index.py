@@ -997,6 +997,28 @@ def test_copies_come_in_the_order_of_their_paths(index, tmp_path):
     assert [[Path(hit.path).stem for hit in group] for group in index.near_duplicates(0.999)] == [["a", "b", "c", "d"]]
 
 
+@pytest.mark.parametrize("is_approximate", [False, True])
+def test_any_number_of_equal_cosines_come_in_the_order_of_their_keys(index, photos, counting, is_approximate):
+    """Of 2,000 copies, each with a key that comes before those that were indexed earlier."""
+    index.update(photos)
+    picture, other = str(photos / "mon/0.png"), str(photos / "tue/5.png")
+    keys = [f"/nowhere/{9999 - number}.png" for number in range(2000)]
+    columns = dict.fromkeys(("path", "source", "stamp", "content"), ["x"] * len(keys))
+    copies = index.store.as_features(np.tile(counting.of(picture), (len(keys), 1)).astype(np.float32))
+    index.store.put(pa.table({"key": keys, **columns, "features": copies}, schema=index.store.schema.remove_metadata()))
+    if is_approximate:
+        index.build_approximate(0.9)
+    every = {str(path): counting.of(str(path)) for path in photos.rglob("*.png")} | dict.fromkeys(
+        keys, counting.of(picture)
+    )
+    for like in (picture, other):
+        query = counting.of(like)
+        order = sorted(every, key=lambda key: (-round(float(every[key] @ query), 5), key))
+        for how in ({}, {"where": "key LIKE '%.png'"}, {"exact": True}):
+            for topk in (1, 20, 700):
+                assert [hit.key for hit in index.search(like=like, topk=topk, **how)] == order[:topk]
+
+
 def test_features_read_from_the_disk_answer_as_those_in_memory(index, photos, counting):
     index.update(photos)
     small = Index(index.location, index.encoder, memory_bytes=0)

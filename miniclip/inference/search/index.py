@@ -44,7 +44,7 @@ from ...evaluation.prompts import classname_set
 from ..sources import image_set
 from ..thresholds import CalibratedModel
 from .changes import Listing, file_stamp, list_sources
-from .nearest import TIES, Blocks, levels, near_duplicates, nearest
+from .nearest import TIES, Blocks, goes_on, levels, near_duplicates, nearest
 from .store import DTYPES, NAMES, Approximate, Facts, Store, create_store, find_store, open_store, restored, writing
 from .updating import Progress, Update, Updated, make_plan
 
@@ -56,6 +56,7 @@ _SMALLEST_SUM = 1e-3  # of unit vectors that do not cancel each other
 _FILTERED_AT_ONCE = 1 << 16
 _FEWEST_APPROXIMATE = 1000
 _SAMPLED_QUERIES = 100  # of each kind
+_MORE_TIES = 16  # times as many rows are looked at where ties go on behind the last
 
 
 @dataclass(frozen=True)
@@ -386,21 +387,30 @@ class Index:
         if where is not None:
             self.store.check_filter(where)
         found: list[tuple[np.ndarray, np.ndarray]] = []
+        k = topk + TIES
         # Its recall was measured among all pictures: of those that a filter accepts it may look at none.
         if not exact and where is None and (approximate := self.store.approximate) is not None:
             effort = approximate.nprobes, approximate.refined
-            found = list(self.store.search_approximate(queries.numpy(), topk + TIES, *effort))
+            found = list(self.store.search_approximate(queries.numpy(), k, *effort))
         if not found or min(len(row_ids) for row_ids, _ in found) < min(topk, len(self.store)):
-            found = list(zip(*nearest(self._blocks(where), queries, topk + TIES), strict=True))
+            found = list(zip(*nearest(self._blocks(where), queries, k), strict=True))
+        while tied := [query for query, (_, cosines) in enumerate(found) if goes_on(cosines, topk, k)]:
+            k *= _MORE_TIES
+            more = zip(*nearest(self._blocks(where), queries[tied], k), strict=True)
+            for query, answer in zip(tied, more, strict=True):
+                found[query] = answer
         return [self._hits(row_ids, cosines, topk) for row_ids, cosines in found]
 
     def _hits(self, row_ids: np.ndarray, cosines: np.ndarray, topk: int) -> list[Hit]:
-        """The first K of candidates by falling cosine."""
-        hits = self._as_hits(row_ids, np.clip(cosines, -1, 1))
+        """The first K of candidates by falling cosine, equal ones by their keys."""
         level = levels(cosines)
-        return [hits[place] for place in sorted(range(len(hits)), key=lambda place: (level[place], hits[place].key))][
-            :topk
-        ]
+        places = np.flatnonzero(level <= level[min(topk, len(level)) - 1]) if len(level) else np.zeros(0, dtype=int)
+        if len(places) > topk:  # what else is known is read of hits alone
+            keys = [restored(key) for key in self.store.take(row_ids[places], ["key"])["key"].to_pylist()]
+            places = np.array(sorted(places, key=lambda place: (level[place], keys[place]))[:topk])
+        hits = self._as_hits(row_ids[places], np.clip(cosines[places], -1, 1))
+        by_level = sorted(zip(level[places], hits, strict=True), key=lambda each: (each[0], each[1].key))
+        return [hit for _, hit in by_level]
 
     def _as_hits(self, row_ids: np.ndarray, cosines: np.ndarray) -> list[Hit]:
         rows = self.store.take(row_ids, [*NAMES, "stamp", "content", *self.store.metadata_columns]).to_pylist()

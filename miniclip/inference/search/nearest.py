@@ -52,6 +52,12 @@ def levels(cosines: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.diff(cosines) < -SAME)]).astype(np.int64)[: len(cosines)]
 
 
+def goes_on(cosines: np.ndarray, topk: int, k: int) -> bool:
+    """Whether rows behind these nearest k may be equal to the last of the first `topk`."""
+    level = levels(cosines)
+    return len(level) == k > topk and level[-1] == level[topk - 1]
+
+
 @dataclass(frozen=True)
 class Groups:
     """Rows that are nearly equal to another one.
