@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import html
 import http.client
 import io
 import json
@@ -314,6 +315,25 @@ def uploaded(page, data, **headers):
     return ask(
         page, "POST", "/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"}, **headers
     )
+
+
+@pytest.mark.parametrize(
+    "num, reason",
+    [
+        (None, "it is not said how many pictures to show"),
+        *[(num, f"{num!r} pictures are asked for") for num in (0, 61, -1, 2.5, "three")],
+        ([3], "a list pictures are asked for"),
+    ],
+)
+def test_a_number_of_pictures_that_can_not_be_shown_is_answered_with_the_reason(page, num, reason):
+    answer = asked(page, "search", "a robin", num)
+    assert f"{html.escape(reason)}; give a number from 1 to 60" in answer
+    assert "<li>" not in answer
+
+
+@pytest.mark.parametrize("num", [3, 3.0])
+def test_as_many_pictures_are_shown_as_are_asked_for(page, num):
+    assert asked(page, "search", "a robin", num).count("<li>") == 3
 
 
 META = {"_type": "gradio.FileData"}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...common.arguments import FLOAT32
+from ...common.arguments import FLOAT32, shown
 from ...common.storage import is_url
 from ...common.thumbnail import shrunk, thumbnail
 from ...common.wording import is_for_users, percent, printable
@@ -170,19 +170,21 @@ class Answers:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def search(self, words: str, num: int | None) -> str:
+    def search(self, words: str, num: Any) -> str:
         """The nearest pictures of the index."""
         return _answered(lambda: self._found(words.strip(), num))
 
-    def _found(self, words: str, num: int | None) -> str:
+    def _found(self, words: str, num: Any) -> str:
         if self.index is None:
             raise ValueError("there is no index; start the page with one: miniclip app MODEL INDEX")
         if not words:
             raise ValueError("there is nothing to search for; write some words")
         if num is None:
             raise ValueError(f"it is not said how many pictures to show; give a number from 1 to {MOST_FOUND}")
+        if num not in range(1, MOST_FOUND + 1):
+            raise ValueError(f"{shown(num)} pictures are asked for; give a number from 1 to {MOST_FOUND}")
         threshold = None if self.threshold is None else self.threshold.cosine
-        hits = self.index.search(words, topk=max(1, min(int(num), MOST_FOUND)), threshold=threshold)
+        hits = self.index.search(words, topk=int(num), threshold=threshold)
         if self.index.store.approximate is not None:
             warnings.warn(f"approximate, {self.index.store.approximate}", stacklevel=2)
         if not hits:

@@ -134,6 +134,7 @@ def _search_tab(gr: Any, answers: Answers) -> None:
     with gr.Row():
         words = gr.Textbox(label="Words", placeholder="a red car", elem_id="query", scale=4)
         num = gr.Slider(1, MOST_FOUND, value=12, step=1, label="Pictures")
+        num.preprocess = lambda payload: payload  # `search` says what is wrong with it; Gradio's own would fail
     button = gr.Button("Search", variant="primary", elem_id="search")
     found = gr.HTML(elem_id="found")
     for event in (button.click, words.submit):
