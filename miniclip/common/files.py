@@ -16,7 +16,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from .storage import without_secrets
 from .wording import printable, some
@@ -56,7 +56,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def naming(path: Path, stands_in: Path) -> Iterator[None]:
+def naming(path: str | Path, stands_in: Path | None = None) -> Iterator[None]:
     """Errors of writing name `path`: those of a full disk, which name nothing, and those of what stands in for it until
     it is complete, and of paths that begin with its."""
     try:
@@ -65,9 +65,9 @@ def naming(path: Path, stands_in: Path) -> Iterator[None]:
         if error.filename is None and error.errno in _FULL:
             raise OSError(error.errno, error.strerror, str(path)) from error
         found = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | Path) else None
-        if found is None or not str(found).startswith(str(stands_in)):
+        if stands_in is None or found is None or not str(found).startswith(str(stands_in)):
             raise
-        if found in path.parents and found.is_file():  # "File exists" is what making a folder there gives
+        if found in Path(path).parents and found.is_file():  # "File exists" is what making a folder there gives
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -262,6 +262,16 @@ def expand_home(path: str | Path) -> Path:
 def is_readable(path: Path) -> bool:
     """Whether a path is a file, or a pipe as a shell's <(…) makes them, which can be read once."""
     return path.is_file() or path.is_fifo()
+
+
+def standard_input() -> BinaryIO:
+    """
+    Raises:
+        ValueError: the process was started with it closed, as <&- does.
+    """
+    if sys.stdin is None:
+        raise ValueError("- is standard input, and that is closed")
+    return sys.stdin.buffer
 
 
 def user_cache() -> Path:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -932,6 +933,17 @@ def test_an_image_that_is_cut_anywhere_or_damaged_is_rejected_shrunk_or_not(tmp_
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names that are no text
+
+
+def test_a_full_disk_is_an_error_that_names_the_tar(tmp_path):
+    pairs = pairs_of(4, size=(100, 100))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*\.tar'$"):
+            pack(pairs, tmp_path / "out", source="here", workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_a_file_whose_name_is_not_utf8_stops_nothing(tmp_path):

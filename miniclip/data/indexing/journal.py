@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...common.files import locked
+from ...common.files import locked, naming
 from ...common.storage import Stamp, stamps_of
 from ..shard_index import INDEX_FILE
 
@@ -52,7 +52,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Opened anew for each line, so that the parts on a shared disk see each other's."""
-        with self.locked(), open(self.path, "a", encoding="utf-8") as file:
+        with self.locked(), naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(record)}\n")  # the line before may be torn
 
     def unchanged(self, tars: Sequence[str]) -> dict[str, Record]:
