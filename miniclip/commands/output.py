@@ -16,9 +16,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
-from ..common.files import atomic_write, csv_line
+from ..common.files import atomic_write, csv_line, naming
 from ..common.storage import without_secrets
 from ..common.wording import printable
 
@@ -38,6 +38,7 @@ IMAGES = (
 Row = Mapping[str, Any]
 _ROWS_BEFORE_WIDTHS = 500  # of a table, whose longest cells set the widths for all
 _ROWS_AT_ONCE = 10_000  # of a Parquet file
+_OUTPUT = "standard output"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def results(options: argparse.Namespace, columns: Mapping[str, type]) -> Iterator[Callable[[Row], None]]:
+def results(
+    options: argparse.Namespace, columns: Mapping[str, type], is_all: bool = False
+) -> Iterator[Callable[[Row], None]]:
     """A function that writes a row. To be entered before the work: what can't be written is refused here.
 
     Where the reader of a pipe has gone, as `head` goes, the command ends at its next row, quietly and with status 0.
@@ -62,10 +65,14 @@ def results(options: argparse.Namespace, columns: Mapping[str, type]) -> Iterato
     Args:
         columns: the names in order, with `str`, `int`, `float`, `bool`, `list` for a list of texts, or
             `list[float]`.
+        is_all: nothing else comes of the command.
 
     Raises:
-        ValueError: the Parquet file is there already, or its library is missing.
+        ValueError: the Parquet file is there already, or its library is missing; or standard output is closed, and is
+            asked for a form of results, or for all that there is.
     """
+    if options.json or options.csv or options.parquet == "-" or (is_all and not options.parquet):
+        _refuse_closed()
     with ExitStack() as stack:
         if options.parquet:
             writer: _Writer = stack.enter_context(_parquet_writer(options.parquet, columns))
@@ -77,7 +84,12 @@ def results(options: argparse.Namespace, columns: Mapping[str, type]) -> Iterato
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Lines without columns, as other commands read them; names of files keep their bytes."""
+    """Lines without columns, as other commands read them; names of files keep their bytes.
+
+    Raises:
+        ValueError: standard output is closed.
+    """
+    _refuse_closed()
     _set_encoding("utf-8", "miniclip.bytes")
     for line in lines:
         _print(line + "\n")
@@ -111,18 +123,30 @@ def note_unreadable(problems: Sequence[str], total: int) -> None:
 def _print(text: str) -> None:
     try:
         sys.stdout.write(text)
-    except BrokenPipeError:
-        _end_quietly()
+    except OSError as error:
+        _end_or_name(error)
 
 
 def _flush() -> None:
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        _end_or_name(error)
+
+
+def _end_or_name(error: OSError) -> NoReturn:
+    if isinstance(error, BrokenPipeError):
         _end_quietly()
+    error.filename = _OUTPUT
+    raise error
 
 
-def _end_quietly() -> None:
+def _refuse_closed() -> None:
+    if sys.stdout is None or getattr(sys.stdout, "name", "") == os.devnull:  # which `print_in_any_encoding` puts there
+        raise ValueError("standard output is closed, so results would be lost; name a file or a pipe for it")
+
+
+def _end_quietly() -> NoReturn:
     """Ends the command whose reader has gone; what is still in the buffer would raise once more at the exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
@@ -263,16 +287,17 @@ def plain(value: Any) -> Any:
 
 
 class _ParquetRows:
-    def __init__(self, file: Any, columns: Mapping[str, type]) -> None:
+    def __init__(self, file: Any, columns: Mapping[str, type], name: str) -> None:
         import pyarrow as pa
         import pyarrow.parquet
 
         types = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), list: pa.list_(pa.string())}
         types[list[float]] = pa.list_(pa.float64())
         self.schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-        self.writer = pyarrow.parquet.ParquetWriter(file, self.schema)
+        with naming(name):
+            self.writer = pyarrow.parquet.ParquetWriter(file, self.schema)
         self.rows: list[dict[str, Any]] = []
-        self.table = pa.Table
+        self.table, self.name = pa.Table, name
 
     def write(self, row: Row) -> None:
         self.rows.append({name: _utf8(plain(row.get(name))) for name in self.schema.names})
@@ -280,13 +305,15 @@ class _ParquetRows:
             self._write_rows()
 
     def _write_rows(self) -> None:
-        self.writer.write_table(self.table.from_pylist(self.rows, self.schema))
+        with naming(self.name):
+            self.writer.write_table(self.table.from_pylist(self.rows, self.schema))
         self.rows = []
 
     def end(self) -> None:
         if self.rows:
             self._write_rows()
-        self.writer.close()
+        with naming(self.name):
+            self.writer.close()
 
 
 def _utf8(value: Any) -> Any:
@@ -307,12 +334,12 @@ def _parquet_writer(name: str, columns: Mapping[str, type]) -> Iterator[_Parquet
         if stdout.isatty():
             raise ValueError("--parquet - writes bytes, and standard output is a terminal; name a file")
         try:
-            yield _ParquetRows(stdout.buffer, columns)
-            stdout.flush()
+            yield _ParquetRows(stdout.buffer, columns, _OUTPUT)
         except BrokenPipeError:
             _end_quietly()
+        _flush()
         return
     if Path(name).exists():
         raise ValueError(f"{name} is already there; name another file for --parquet, or delete that one")
     with atomic_write(name) as file:
-        yield _ParquetRows(file, columns)
+        yield _ParquetRows(file, columns, name)

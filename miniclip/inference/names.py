@@ -6,13 +6,12 @@ import difflib
 import glob
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ..common.files import expand_home
+from ..common.files import expand_home, standard_input
 from ..common.storage import expand
 from ..data.reading.cells import decode_text
 from ..data.reading.scan import is_skipped_folder
@@ -121,11 +120,11 @@ class StandardInput:
         self.stream, self.is_read = stream, False
 
     def read(self) -> bytes:
-        """Raises ValueError if it is read already, or is a terminal."""
+        """Raises ValueError if it is read already, is a terminal, or is closed."""
         if self.is_read:
             raise ValueError(f"{STANDARD_INPUT} (standard input) is named twice; it can be read once")
         self.is_read = True
-        stream = self.stream or sys.stdin.buffer
+        stream = self.stream or standard_input()
         if stream.isatty():
             raise ValueError("standard input is a terminal; pipe names into it, as `find photos -name '*.jpg' |` does")
         return stream.read()

@@ -100,6 +100,12 @@ def test_without_a_standard_output_the_files_are_sorted():
     assert len(list(Path("out").rglob("*.png"))) == 7
 
 
+def test_without_a_standard_output_a_table_is_refused_where_it_is_all(capsys, monkeypatch):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        assert "standard output is closed" in fails(capsys, ["classify", "photos", *LABELS, "--model", "model"])
+
+
 def test_a_reader_that_goes_does_not_stop_the_sorting():
     shell = (
         f"set -o pipefail; {sys.executable} -m miniclip classify photos --labels cat,dog --model "

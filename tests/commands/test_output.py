@@ -162,6 +162,28 @@ def test_a_reader_that_goes_ends_the_command_quietly(options):
     assert process.returncode == 0
 
 
+FORMS = [(), ("--json",), ("--csv",), ("--parquet", "-")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_a_full_disk_behind_standard_output_is_an_error_that_names_it(options):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command(*options), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert "No space left on device: 'standard output'" in done.stderr
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_results_for_a_closed_standard_output_are_refused(options):
+    for before in ("", "from miniclip.commands.terminal import print_in_any_encoding as p; p()\n"):
+        program, *rest = command(*options)[2:]
+        closed = ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-c", before + program, *rest]
+        done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False)
+        # A table may come beside what a command has written to files, and is refused where it is all.
+        assert ("error: standard output is closed" in done.stderr) == bool(options), done.stderr
+
+
 def test_no_rows_are_an_empty_result():
     header = "image,label,probability,rank,set\n"
     for options, out in (((), header.replace(",", "  ")), (("--json",), "[]\n"), (("--csv",), header)):

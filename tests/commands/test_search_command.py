@@ -83,6 +83,11 @@ def test_results_come_as_a_table_json_csv_and_paths(world, capsys):
 OWN = {"group": 7, "query": "q", "rank": 99, "cosine": "c", "camera.make": "dot", "camera_make": "line", "_rowid": 3}
 
 
+def test_queries_from_a_closed_standard_input_are_refused(world, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "- is standard input, and that is closed" in fails(capsys, ["search", "an.index", "-"])
+
+
 def test_no_column_of_a_table_is_lost_for_its_name(world, capsys):
     rows = [{"image": str(world / f"photos/{n}.png"), **OWN, "key": "k", "a`b": "tick"} for n in range(2)]
     Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def keys(*arguments, **options) -> list[str]:
 
 def piped(data: bytes | str) -> dict[str, io.BytesIO]:
     return {"stdin": io.BytesIO(data.encode() if isinstance(data, str) else data)}
+
+
+@pytest.mark.parametrize("read", [image_set, text_set])
+def test_a_closed_standard_input_is_refused(read, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after <&-
+    with pytest.raises(ValueError, match=r"^- is standard input, and that is closed$"):
+        read("-")
 
 
 ALL = ["photos/0.png", "photos/1.png", "photos/2.png", "photos/deep/er.jpg"]

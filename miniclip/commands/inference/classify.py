@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
         _refuse_unsortable(data, Path(folder), options.yes)
     num_guesses = min(options.topk, len(classes.classnames))
     columns = result_columns(num_guesses, threshold is not None, options.coverage is not None)
-    with results(options, columns) as write:
+    with results(options, columns, is_all=not folder) as write:
         model = open_model(options.model, options.device, options.precision)
         classes = suited(classes, model.wordings)
         if threshold is not None:

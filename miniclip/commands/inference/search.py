@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...common.files import is_readable
+from ...common.files import is_readable, standard_input
 from ..output import add_output, note, print_lines, results
 from ..terminal import add_device, add_threshold, add_upright, lasting_imports, new_parser, progress_bar, utf8_text
 
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         index = Index(options.index, options.model, **opened)
     first = "group" if options.near_duplicates is not None else "query" if len(texts) > 1 else None
     facts = {} if options.paths else _names_in_results(index)
-    with nullcontext() if options.paths else results(options, _columns(index, first, facts)) as write:
+    with nullcontext() if options.paths else results(options, _columns(index, first, facts), not options.html) as write:
         if options.near_duplicates is not None:
             found = index.near_duplicates(options.near_duplicates, where=options.where, progress=progress_bar)
             titles: Sequence[Any] = range(1, len(found) + 1)
@@ -137,12 +136,12 @@ def _asked_texts(options: argparse.Namespace) -> list[str | None]:
     source = options.queries or ("-" if options.text == ["-"] else None)
     if source is None:
         return options.text or [None]
-    if source == "-" and sys.stdin.isatty():
+    if source == "-" and standard_input().isatty():
         raise ValueError("standard input is a terminal; pipe queries into it, one a line")
     if source != "-" and not is_readable(Path(source)):
         raise ValueError(f"--queries {source} is no file; it has a query a line")
     name = "standard input" if source == "-" else source
-    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    data = standard_input().read() if source == "-" else Path(source).read_bytes()
     lines: list[str | None] = [line for line in lines_in(decode_text(data, name)) if line]
     if not lines:
         raise ValueError(f"{name} holds no query; each is a line")
