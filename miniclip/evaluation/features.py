@@ -38,7 +38,9 @@ from ..common.cache import make_room
 from ..common.files import atomic_write, cache_folder, expand_home
 from ..common.modules import evaluation_mode
 from ..common.processes import all_gather_objects, own_indices, rank_and_world_size
+from ..common.storage import is_url
 from ..common.waiting import PatientLoader
+from ..common.wording import some
 from .datasets.sets import EvaluationSet
 from .encoder import CutTexts, ModelError
 from .fingerprints import digest_value
@@ -281,6 +283,25 @@ class _Images(Dataset[Tensor | str | ModelError]):
             return str(error)
 
 
+class _ImageLoader(PatientLoader[Any]):
+    """
+    Args:
+        opened: the images.
+    """
+
+    num_received = 0  # batches
+
+    def __init__(self, opened: _Images, batch_size: int, num_workers: int) -> None:
+        super().__init__(opened, batch_size, num_workers=num_workers, collate_fn=list)
+        self.opened, self.images_per_batch = opened, batch_size
+
+    def needed(self) -> str:
+        begin = self.num_received * self.images_per_batch
+        indices = self.opened.indices[begin : begin + self.images_per_batch]
+        names = sorted(map(self.opened.data.shown, indices), key=lambda name: not is_url(name))  # the network first
+        return some(names) or super().needed()
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
     """Images that went through the model together.
@@ -321,9 +342,10 @@ def encode_in_batches(
     num_batches = -(-len(places) // batch_size)
     num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
     opened = _Images(data, preprocess, places)
-    loader: PatientLoader[Any] = PatientLoader(opened, batch_size, num_workers=num_workers, collate_fn=list)
+    loader = _ImageLoader(opened, batch_size, num_workers)
     blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
     for number, batch in enumerate(loader if places else ()):
+        loader.num_received = number + 1
         for image in batch:
             if isinstance(image, ModelError):
                 raise image

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from helpers import pack_folder, tiny_clip, write_pairs, write_picture
 from PIL import Image
 from torch import Tensor
 
+from miniclip.common.waiting import PatientLoader
 from miniclip.evaluation import features as embedding
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import EvaluationSet
@@ -73,6 +77,36 @@ def assert_same(found: ImageFeatures, expected: ImageFeatures) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pictures_that_do_not_come_are_named(data, num_workers, monkeypatch):
+    """The seventh is a pipe, which can't be opened until somebody opens the other end."""
+    pipe = Path(data.images[6])
+    content = pipe.read_bytes()
+    pipe.unlink()
+    os.mkfifo(pipe)
+    monkeypatch.setattr(PatientLoader, "silence_s", 0.05)
+    is_told = threading.Event()
+
+    class Said(io.StringIO):
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if "No batch has come for" in self.getvalue() and f"{pipe}" in self.getvalue():
+                is_told.set()
+            return written
+
+    said = Said()
+    monkeypatch.setattr(sys, "stderr", said)
+
+    def fill() -> None:
+        is_told.wait(60)
+        pipe.write_bytes(content)
+
+    threading.Thread(target=fill, daemon=True).start()
+    assert Counting().encode(data, batch_size=3, num_workers=num_workers).indices.tolist() == list(range(NUM_IMAGES))
+    third = ", ".join(str(path) for path in data.images[6:9])
+    assert re.search(rf"No batch has come for \d+ s\. The next one needs {re.escape(third)}\.\n", said.getvalue())
 
 
 def test_features_are_what_the_model_gives_image_after_image(data):
