@@ -20,8 +20,9 @@ from __future__ import annotations
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -221,22 +222,39 @@ def from_clip(model: CLIP, preprocess: Preprocessor, name: str) -> Encoder:
     )
 
 
-class CutTexts(UserWarning):
-    """Texts that are longer than a model reads.
+_CUT: ContextVar[dict[str, str] | None] = ContextVar("cut", default=None)  # what `collecting_cut` collects
+
+
+@contextmanager
+def collecting_cut() -> Iterator[dict[str, str]]:
+    """The texts that `report_cut` is told of within it, in this thread, each with what cut it; there is no warning.
+    It is for what gives a model its texts in parts, and reports all of them at its end."""
+    cut: dict[str, str] = {}
+    around = _CUT.set(cut)
+    try:
+        yield cut
+    finally:
+        _CUT.reset(around)
+
+
+def report_cut(texts: Sequence[str], cut: Mapping[str, str]) -> None:
+    """A warning that says how many texts are longer than a model reads, and which is the first.
 
     Args:
-        model: its name.
-        length: the most tokens that it reads.
-        cut: the texts that were cut, in their order.
-        num_texts: how many there are, with those that were not.
+        texts: all of them, in the order of whoever gave them.
+        cut: those that are longer, with "NAME reads N tokens".
     """
-
-    def __init__(self, model: str, length: int, cut: Sequence[str], num_texts: int) -> None:
-        super().__init__(
-            f"{model} reads {length} tokens; {len(cut):,} of {num_texts:,} texts are longer and were cut, "
-            f"the first: {cut[0][:200]!r}"
-        )
-        self.model, self.length, self.cut, self.num_texts = model, length, cut, num_texts
+    longer = [text for text in texts if text in cut]
+    if not longer:
+        return
+    if (collected := _CUT.get()) is not None:
+        collected |= {text: cut[text] for text in longer}
+        return
+    first = longer[0]
+    warnings.warn(
+        f"{cut[first]}; {len(longer):,} of {len(texts):,} texts are longer and were cut, the first: {first[:200]!r}",
+        stacklevel=3,
+    )
 
 
 class _OurTokenize:
@@ -249,8 +267,7 @@ class _OurTokenize:
         tokens = tokenizer.tokenize(texts, length, truncate=True)
         full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
         cut = [text for text in full if len(tokenizer.encode(text)) + 2 > length]
-        if cut:
-            warnings.warn(CutTexts(self.name, length, cut, len(texts)), stacklevel=2)
+        report_cut(texts, dict.fromkeys(cut, f"{self.name} reads {length} tokens"))
         return tokens
 
 

@@ -42,7 +42,7 @@ from ..common.storage import is_url
 from ..common.waiting import PatientLoader
 from ..common.wording import some
 from .datasets.sets import EvaluationSet
-from .encoder import CutTexts, ModelError
+from .encoder import ModelError, collecting_cut, report_cut
 from .fingerprints import digest_value
 
 _PROMPTS_PER_BATCH = 256
@@ -172,33 +172,12 @@ def encode_texts(
     Args:
         progress: called with the number of different texts done.
     """
-    cut: dict[str, tuple[str, int]] = {}
-    with _collecting_cut(cut):
+    with collecting_cut() as cut:
         features, stands_for = _encode_unique(model, texts, tokenize, progress)
     if rank_and_world_size()[1] > 1:
-        cut = {text: reader for of_rank in all_gather_objects(cut) for text, reader in of_rank.items()}
-    if in_order := [text for text in texts if text in cut or stands_for[text] in cut]:
-        warnings.warn(CutTexts(*next(iter(cut.values())), in_order, len(texts)), stacklevel=2)
+        cut = {text: by for of_rank in all_gather_objects(cut) for text, by in of_rank.items()}
+    report_cut(texts, cut | {text: cut[first] for text, first in stands_for.items() if first in cut})
     return features
-
-
-@contextmanager
-def _collecting_cut(cut: dict[str, tuple[str, int]]) -> Iterator[None]:
-    """Puts texts that a model cuts into `cut`, with its name and how many tokens it reads; other warnings are passed
-    on."""
-    others = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            for each in caught:
-                if isinstance(each.message, CutTexts):
-                    cut |= dict.fromkeys(each.message.cut, (each.message.model, each.message.length))
-                else:
-                    others.append(each)
-    for each in others:
-        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _encode_unique(

@@ -59,6 +59,15 @@ def test_a_part_says_what_is_missing_and_the_last_one_that_all_is_there(here, ca
     assert "out: 4 embeddings in 5 files" in capsys.readouterr().out
 
 
+def test_texts_that_are_cut_are_one_note_of_all_with_the_first_of_the_file(here, capsys):
+    (here / "t.txt").write_text("\n".join(["an owl", "zebra " * 40, *(f"owl {n} " * 20 for n in range(3000))]))
+    embed("t.txt", "out", "--texts")
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith(
+        "note: tiny reads 16 tokens; 3,001 of 3,002 texts are longer and were cut, the first: 'zebra"
+    )
+
+
 def test_names_come_by_standard_input(here, capsys, monkeypatch):
     names = b"photos/2.png\nphotos/0.png\n"
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(names), isatty=lambda: False))

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread, current_thread
 
 import datasets
 import numpy as np
@@ -28,6 +30,7 @@ from miniclip.common.waiting import PatientLoader
 from miniclip.evaluation import features as embedding
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.datasets.sets import EvaluationSet
+from miniclip.evaluation.encoder import from_clip
 from miniclip.evaluation.features import (
     FeatureCache,
     ImageFeatures,
@@ -420,6 +423,63 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path, variab
     monkeypatch.delenv("MINICLIP_CACHE", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     assert FeatureCache().folder == tmp_path / where
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts that are cut
+
+
+def test_texts_that_are_cut_are_one_note_of_all_in_the_order_that_they_have(monkeypatch):
+    """Those of the same tokens are encoded once, and count each."""
+    monkeypatch.setattr(embedding, "_PROMPTS_PER_BATCH", 2)
+    model = from_clip(tiny_clip(), preprocess_for(tiny_clip().config), "tiny")
+    texts = ["an owl", "a zebra " * 30, "an owl " * 20, "An owl " * 20, "a kea"]
+    with pytest.warns(UserWarning, match="cut") as caught:
+        encode_texts(model, texts, model.tokenize)
+    (note,) = caught
+    assert note.category is UserWarning
+    assert str(note.message).startswith("tiny reads 16 tokens; 3 of 5 texts are longer and were cut, the first: 'a zeb")
+
+
+def test_threads_that_encode_at_once_have_notes_of_their_own_and_leave_the_filters_of_warnings_alone(monkeypatch):
+    """The second begins within the first and ends after it."""
+    shown: list[tuple[str, str]] = []
+    # Both are what `catch_warnings` puts back, which would be that of another thread.
+    monkeypatch.setattr(
+        warnings, "showwarning", lambda message, *_: shown.append((current_thread().name, str(message)))
+    )
+    monkeypatch.setattr(warnings, "filters", [("always", None, UserWarning, None, 0), *warnings.filters])
+    is_begun = {name: Event() for name in ("first", "second")}
+    first_is_done = Event()
+    filters, show = list(warnings.filters), warnings.showwarning
+
+    def encode(name: str, long: str) -> None:
+        model = from_clip(tiny_clip(), preprocess_for(tiny_clip().config), name)
+
+        def waiting(tokens: Tensor) -> Tensor:
+            is_begun[name].set()
+            assert (is_begun["second"] if name == "first" else first_is_done).wait(60)
+            warnings.warn(f"another library's, {name}", stacklevel=1)
+            return model.encode_text(tokens)
+
+        encode_texts(replace(model, encode_text=waiting), ["an owl", long * 30], model.tokenize)
+
+    first = Thread(target=encode, args=("first", "zebra "), name="first")
+    second = Thread(target=encode, args=("second", "kea "), name="second")
+    first.start()
+    assert is_begun["first"].wait(60)
+    second.start()
+    first.join(60)
+    first_is_done.set()
+    second.join(60)
+    assert warnings.filters == filters
+    assert warnings.showwarning is show
+    assert [(thread, note.split(" reads")[0]) for thread, note in shown] == [
+        ("first", "another library's, first"),
+        ("first", "first"),
+        ("second", "another library's, second"),
+        ("second", "second"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ N rows of a source, E embedding, B batch.
 from __future__ import annotations
 
 import platform
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from ...common.storage import is_url, without_secrets
 from ...common.version import __version__
 from ...data.reading.scan import IMAGE_SUFFIXES
 from ...evaluation.datasets.sets import EvaluationSet
-from ...evaluation.encoder import CutTexts, Encoder
+from ...evaluation.encoder import Encoder, collecting_cut, report_cut
 from ...evaluation.features import EncodedBatch, encode_in_batches, encode_texts
 from ...evaluation.fingerprints import PROBE_TEXTS, probe_outputs, probe_pictures
 from ...evaluation.other_libraries import as_encoder
@@ -201,25 +200,20 @@ def embed_source(
 def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]]) -> Iterator[EncodedBatch]:
     """One pass over texts; those of a part that are alike are together, so that few tokens are padding.
 
-    The first texts that a model cuts are reported at once, and at the end how many there are, if more came.
+    At the end it is reported how many of them a model cut.
     """
-    num_cut, total, is_more = 0, 0, False
+    given: list[str] = []
+    cut: dict[str, str] = {}
     for part in parts:
         for start in range(0, len(part), _TEXTS_AT_ONCE):
             indices = part[start : start + _TEXTS_AT_ONCE]
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                features = encode_texts(encoder, [data.texts[index] for index in indices], encoder.tokenize)
-            total += len(indices)
-            for each in caught:
-                is_cut = isinstance(each.message, CutTexts)
-                if not (is_cut and num_cut):
-                    warnings.warn(each.message, stacklevel=2)
-                is_more |= is_cut and num_cut > 0
-                num_cut += len(each.message.cut) if isinstance(each.message, CutTexts) else 0
+            texts = [data.texts[index] for index in indices]
+            with collecting_cut() as found:
+                features = encode_texts(encoder, texts, encoder.tokenize)
+            given += texts
+            cut |= found
             yield EncodedBatch(np.array(indices), features.cpu(), {})
-    if is_more:
-        warnings.warn(f"{num_cut:,} of all {total:,} texts were cut", stacklevel=2)
+    report_cut(given, cut)
 
 
 def unit(features: Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ W words, M selections of them, L tokens, E embedding.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ... import tokenizer
 from ...common.wording import cut_short
-from ...evaluation.encoder import Encoder
+from ...evaluation.encoder import Encoder, collecting_cut
 from ...evaluation.features import encode_texts
 from ...evaluation.fingerprints import digest_value
 from ...fast.packed_texts import trim_text
@@ -132,8 +131,7 @@ def _tokenized(encoder: Encoder, text: str, shorter: str) -> Any:
     Raises:
         ValueError: the model does not read all of it: nothing changes without the last word, nor with more words.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a text that was cut; it is refused here
+    with collecting_cut():  # it is refused here
         tokens = encoder.tokenize([text])
         digests = [digest_value(encoder.tokenize([each])) for each in (shorter, f"{text} {text}")]
     tower = encoder.text_module
