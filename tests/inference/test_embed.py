@@ -503,6 +503,35 @@ def test_embeddings_that_an_earlier_version_began_go_on_with_its_keys(of_places,
     assert pq.read_table("out/part-00001.parquet")["key"].to_pylist() == keys[2:]
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("source", ["s/photos", "s/files.csv"])
+def test_embeddings_of_files_that_an_earlier_version_wrote_are_known(of_places, source, is_complete, model):
+    """In its manifest the keys of files stood as they were named, and its place was only a tar's or a table's."""
+    data = image_set(source)
+    write(source, "out", model, rows_per_file=2, part=(1, 1 if is_complete else 2))
+    path = Path("out" if is_complete else "out.partial", "_manifest.json")
+    keys = of_places[source]
+    columns = [json.dumps([name, list(values)]) for name, values in data.metadata.items()]
+    earlier = digest_lines([digest_lines([data.fingerprint(), *keys]), *columns])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source_fingerprint": earlier, "place": ""}))
+    again = write(source, "out", model, rows_per_file=2)
+    assert again.was_there if is_complete else again.is_last
+    assert embeddings("out")[0].key.tolist() == keys
+    write_picture(Path("s/photos/0001.png"), 99)
+    with pytest.raises(ValueError, match="have changed"):
+        write(source, "out", model, rows_per_file=2)
+
+
+def test_keys_of_files_are_told_from_others_without_a_look_at_the_disk(of_places, monkeypatch):
+    """Each look takes its time where the disk is on a network."""
+    rows = SourceRows(image_set("s/photos"))
+    looks = []
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: looks.append(path) or exists(path))
+    rows.fingerprint()
+    assert looks == []
+
+
 def test_shards_are_embedded_under_their_keys(tmp_path, model):
     write_pairs(tmp_path / "pairs", 5, captions=2)
     pack_folder(tmp_path / "pairs", tmp_path / "shards")

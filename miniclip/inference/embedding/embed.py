@@ -225,10 +225,11 @@ def plan_of(rows: SourceRows, encoder: Encoder, source: str, dtype: str, layout:
     function, probes = (
         (encoder.tokenize, [[each] for each in PROBE_TEXTS]) if is_text else (encoder.preprocess, probe_pictures())
     )
+    fingerprint, earlier = rows.fingerprints()
     return Plan(
         kind=rows.kind,
         source=str(Path(source).resolve()) if Path(source).exists() else without_secrets(source),
-        source_fingerprint=rows.fingerprint(),
+        source_fingerprint=fingerprint,
         rows=len(rows.data),
         model=encoder.name,
         library=encoder.library,
@@ -240,6 +241,7 @@ def plan_of(rows: SourceRows, encoder: Encoder, source: str, dtype: str, layout:
         rows_per_file=rows_per_file,
         upright=isinstance(rows.data, EvaluationSet) and rows.data.upright,
         place=rows.place,
+        earlier_fingerprint=earlier,
     )
 
 

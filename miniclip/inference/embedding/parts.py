@@ -36,7 +36,8 @@ LAYOUTS, DTYPES, KINDS = ("parquet", "clip-retrieval"), ("float32", "float16"), 
 UNREADABLE = "could not be read"
 MANIFEST_SCHEMA = 1
 _NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
-_BEFORE: dict[str, Any] = {"upright": False, "precision": FLOAT32, "place": None}  # of manifests without them
+# Of manifests without them.
+_BEFORE: dict[str, Any] = {"upright": False, "precision": FLOAT32, "place": None, "earlier_fingerprint": None}
 _NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
 
 
@@ -54,6 +55,7 @@ class Plan:
         precision: of the towers' products.
         place: the tar or table that the first row lies in, or its picture's file, as it was named where the folder was
             begun; all its keys begin so. None where an earlier version began it.
+        earlier_fingerprint: what earlier versions had for `source_fingerprint`; it stands in no manifest.
     """
 
     kind: str
@@ -70,6 +72,11 @@ class Plan:
     upright: bool = False
     precision: str = FLOAT32
     place: str | None = None
+    earlier_fingerprint: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of the plan."""
+        return {name: value for name, value in asdict(self).items() if name != "earlier_fingerprint"}
 
     @property
     def num_files(self) -> int:
@@ -81,7 +88,9 @@ class Plan:
 
     def differences(self, begun: dict[str, Any]) -> list[str]:
         """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
-        now, begun = asdict(self), _BEFORE | begun
+        now, begun = self.facts(), _BEFORE | begun
+        if begun.get("source_fingerprint") == self.earlier_fingerprint:
+            begun["source_fingerprint"] = self.source_fingerprint
         other = {name for name in now if begun.get(name) != now[name]} - {"source", "place"}
         if self.model_fingerprint is not None:  # the same weights may have moved
             other -= {"model"}
@@ -291,7 +300,7 @@ class Work:
             shutil.rmtree(self.folder)
         elif self.folder.exists() and any(not path.match(".*") for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is in the way: it was not begun by `miniclip embed` (no {MANIFEST_FILE})")
-        write_text(manifest, _indented({"schema": MANIFEST_SCHEMA, "is_complete": False, **asdict(self.plan)}))
+        write_text(manifest, _indented({"schema": MANIFEST_SCHEMA, "is_complete": False, **self.plan.facts()}))
 
     # -- writing
 
@@ -360,7 +369,7 @@ class Work:
         if rows:
             shown = [(without_secrets(name), what, reason) for name, what, reason in rows]
             write_csv(self.folder / LEFT_OUT_FILE, ("name", "what", "reason"), shown)
-        manifest = {"schema": MANIFEST_SCHEMA, "is_complete": True, **asdict(self.plan)}
+        manifest = {"schema": MANIFEST_SCHEMA, "is_complete": True, **self.plan.facts()}
         manifest |= {
             "embedding_size": parts[0].embedding_size,
             "unit_length": True,

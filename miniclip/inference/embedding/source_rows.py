@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,17 @@ class SourceRows:
     def _place_of(self, key: str) -> str:
         return split_key(key)[0] or (key if self.kind == "image" and not is_url(key) and existing(key) else "")
 
-    def _known_as(self, key: str) -> str:
-        """A key without where its tar or table lies; a file's, as it is known from everywhere."""
-        place = self._place_of(key)
-        return str(Path(place).resolve()) if place == key else key_without_folder(key)
+    def _known_as(self, index: int) -> str:
+        """The key of a row without where its tar or table lies; of a file only its name, as where it lies is in the
+        fingerprint of the images."""
+        key = self._key(index)
+        if isinstance(self.data, Texts):
+            is_file = False
+        elif isinstance(images := self.data.images, tuple):  # else asking for one may read it
+            is_file = isinstance(images[index], str | Path) and not is_url(key) and str(images[index]) == key
+        else:
+            is_file = self._place_of(key) == key
+        return Path(key).name if is_file else key_without_folder(key)
 
     def table(self, indices: Sequence[int]) -> Any:
         import pyarrow as pa
@@ -79,20 +87,23 @@ class SourceRows:
     def fingerprint(self) -> str:
         """Changes with the source's files, their order, keys, and columns; not with where a tar or a table lies, or how
         a file is named, as a source may be named relatively, absolutely, or (a tar, a table) on another machine."""
+        return self.fingerprints()[0]
+
+    def fingerprints(self) -> tuple[str, str]:
+        """That, and the one of earlier versions, which changes with how a file is named, too."""
         data = self.data
-        keys = (self._known_as(self._key(index)) for index in range(len(data)))
-        if isinstance(data, Texts):
-            of_rows = digest_lines([*data.texts, *keys])
-        else:
-            stored = replace(data, upright=False)  # a plan has that as a fact of its own
-            of_rows = digest_lines([stored.fingerprint(), *keys])
-        columns = (
+        rows = range(len(data))
+        known, named = map(self._known_as, rows), (key_without_folder(self._key(index)) for index in rows)
+        # A plan has `upright` as a fact of its own.
+        of_all = data.texts if isinstance(data, Texts) else [replace(data, upright=False).fingerprint()]
+        columns = [
             json.dumps(
                 [name, values.identity] if isinstance(values, ArrowColumn) else [name, list(values)], default=str
             )
             for name, values in data.metadata.items()
-        )
-        return digest_lines([of_rows, *columns])
+        ]
+        now, before = (digest_lines([digest_lines(chain(of_all, keys)), *columns]) for keys in (known, named))
+        return now, before
 
 
 def columns_left_out(data: EvaluationSet | Texts) -> list[LeftOut]:
