@@ -771,7 +771,19 @@ def test_a_text_that_is_a_table_of_pictures_and_captions_gives_its_captions(tmp_
 
 @pytest.mark.parametrize(
     "lines",
-    [["image", "caption"], ["a dog, a cat", "text, image"], ["IMG_1.jpg", "a dog"], ["see https://a.b/c.jpg, it is"]],
+    [
+        ["image", "caption"],
+        ["a dog, a cat", "text, image"],
+        ["IMG_1.jpg", "a dog"],
+        ["see https://a.b/c.jpg, it is"],
+        ["image.png, 4k, photo of a dog", "dog.jpg, high quality"],
+        ["dog.jpg, high quality"],
+        ["a.jpg|a dog", "b.jpg|a cat"],
+        ["image, text"],
+        ["image, text, 4k", "a photo, a sign, sharp"],
+    ],
 )
 def test_a_text_that_is_no_such_table_gives_its_lines(tmp_path, lines):
-    assert list(text_set(table(tmp_path / "t.txt", *lines)).texts) == lines
+    path = table(tmp_path / "t.txt", *lines)
+    assert list(text_set(path).texts) == lines
+    assert list(text_set("-", stdin=io.BytesIO(path.read_bytes())).texts) == lines

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from ...common.files import free_memory
 from ...common.storage import expand, is_url
 from ...common.wording import some
-from .cells import CAPTION_COLUMNS, IMAGE_COLUMNS, decode_text, names_picture, picture_in
+from .cells import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, decode_text, names_picture, picture_in
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .paths import find_file, is_file
@@ -126,16 +126,24 @@ def is_parquet(path: Path) -> bool:
 
 def is_table_of_pictures(text: str) -> bool:
     """Whether a text of any suffix is a table of pictures and captions, such as Flickr8k's captions.txt: its first line
-    names two such columns, or the first lines have a picture and a text each."""
-    lines = [line for line in named_separator(text)[1][: 2**16].splitlines()[:_ROWS_LOOKED_AT] if line.strip()]
-    for separator in _SEPARATORS:
-        rows = [[cell.strip().strip('"') for cell in line.split(separator, 1)] for line in lines]
-        names = {name.strip().strip('"').lower() for name in lines[0].split(separator)} if lines else set()
-        if not names.isdisjoint(IMAGE_COLUMNS) and not names.isdisjoint(CAPTION_COLUMNS):
-            return True
-        if rows and all(len(row) == 2 and " " not in row[0] and names_picture(row[0]) for row in rows):
-            return True
-    return False
+    names two such columns, and a row below has a picture's name or URL in its own. Or it has no such line, as
+    Flickr8k's token.txt, and each of the first lines is a picture's name, a tab and a text; before a comma it may begin
+    a prompt."""
+    named, text = named_separator(text)
+    lines = [line for line in text[: 2**16].splitlines()[:_ROWS_LOOKED_AT] if line.strip()]
+    if not lines:
+        return False
+    of_tabs = [line.split("\t", 1) for line in lines]
+    if all(
+        len(cells) == 2 and " " not in cells[0].strip() and names_picture(cells[0].strip(' "')) for cells in of_tabs
+    ):
+        return True
+    first, *rows = csv.reader(lines, delimiter=named or _separator_in(lines[0], ","), skipinitialspace=True)
+    names = [name.strip().lower() for name in first]
+    if not any(name in CAPTION_COLUMNS or NUMBERED_CAPTION.fullmatch(name) for name in names):
+        return False
+    places = [place for place, name in enumerate(names) if name in IMAGE_COLUMNS]
+    return any(names_picture(row[place]) for row in rows for place in places if place < len(row))
 
 
 def is_pattern(source: str) -> bool:
@@ -223,6 +231,12 @@ def named_separator(text: str) -> tuple[str, str]:
     return (named[1], text[named.end() :]) if named else ("", text)
 
 
+def _separator_in(header: str, expected: str) -> str:
+    if expected in header and "\t" not in header:
+        return expected
+    return "\t" if "\t" in header else max(_SEPARATORS, key=header.count)
+
+
 def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
     """A separator other than the suffix's is found out, from Excel's `sep=;` or from the first line."""
     named, text = named_separator(text)
@@ -232,9 +246,7 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
         what = "begins with a blank line" if text.strip() else "is empty"
         raise ValueError(f"{path} {what}; its first line must name the columns")
     expected = "\t" if table_suffix(path) == ".tsv" else ","
-    separator = named or expected
-    if not named and (expected not in header or "\t" in header):
-        separator = "\t" if "\t" in header else max(_SEPARATORS, key=header.count)
+    separator = named or _separator_in(header, expected)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     return _parse_cells(path, text, separator, csv.QUOTE_MINIMAL)
 
