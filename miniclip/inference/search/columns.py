@@ -109,7 +109,7 @@ def _array_beside(values: list[Any], kind: Any, before: list[list[Any]], store: 
     import pyarrow as pa
 
     if pa.types.is_string(kind):
-        return _texts(values)
+        return _text_array(values)
     try:
         return _exact_array(values, kind)
     except _unfit():
@@ -143,7 +143,7 @@ def _own_array(values: list[Any]) -> Any:
     try:
         kind = pa.array(values).type
     except _unfit():
-        return _texts(values)
+        return _text_array(values)
     kinds = [] if types.is_nested(kind) or types.is_binary(kind) else [kind]
     if types.is_timestamp(kind):
         kinds.append(pa.timestamp("ns", kind.tz))
@@ -152,7 +152,7 @@ def _own_array(values: list[Any]) -> Any:
     for each in kinds:
         with suppress(*_unfit()):
             return _exact_array(values, each)
-    return _texts(values)
+    return _text_array(values)
 
 
 def _exact_array(values: list[Any], kind: Any) -> Any:
@@ -176,7 +176,7 @@ def _moment(value: Any) -> Any:
     return datetime.combine(value, time()) if is_day else value
 
 
-def _texts(values: list[Any]) -> Any:
+def _text_array(values: list[Any]) -> Any:
     import pyarrow as pa
 
     return pa.array([_cell_as_text(value) for value in values], pa.string())
