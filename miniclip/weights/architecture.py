@@ -293,7 +293,12 @@ def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], sourc
     )
 
 
-_HF_TOWERS: dict[str, Towers] = {"clip": "both", "clip_vision_model": "image", "clip_text_model": "text"}
+_METACLIP_2 = (
+    "metaclip_2"  # CLIP's towers, tensors and settings, with another tokenizer, and its end token as it is told
+)
+_HF_TOWERS: dict[str, Towers] = {
+    "clip": "both", "clip_vision_model": "image", "clip_text_model": "text", _METACLIP_2: "both"
+}  # fmt: skip
 
 
 def config_from_hf(
@@ -342,14 +347,22 @@ def config_from_hf(
     end = text.get("eos_token_id", END_OF_TEXT)
     if end is None:
         raise ValueError(f"{source} has 'eos_token_id': None; it must be the id of the token that ends a text")
+    is_metaclip = values["model_type"] == _METACLIP_2
+    if is_metaclip and vocab_size == VOCAB_SIZE:
+        raise ValueError(
+            f"{source} is of a model of type {_METACLIP_2!r} with as many tokens as CLIP's, {vocab_size:,}: the ids of "
+            "its own tokenizer would be taken for CLIP's. Those that are published have 901,629 or 250,100"
+        )
     words = TextConfig(
         context_length=text.get("max_position_embeddings", 77),
         vocab_size=vocab_size,
         # Files from before 2023 say 2, which transformers itself takes to mean "the largest id".
-        eot_token=_largest_id(vocab_size) if end == 2 else end,
+        eot_token=_largest_id(vocab_size) if end == 2 and not is_metaclip else end,
         **tower(text, 512, 8),
     )
     image_size, patch_size = vision.get("image_size", 224), vision.get("patch_size", 32)
+    if towers == "text":
+        pixels = None  # of the model that the tower was taken from
     images = {} if pixels is None else vision_fields(pixels, image_size, pixels_source)
     seen = VisionConfig(image_size=image_size, patch_size=patch_size, **tower(vision, 768, 12), **images)
     return CLIPConfig(values.get("projection_dim", 512), activations.pop(), seen, words, towers)

@@ -19,7 +19,10 @@ _OPENCLIP_WEIGHTS = (
 _HF_WEIGHTS = (WEIGHTS_FILE, "pytorch_model.bin")
 _REWRITTEN = "transformers 4 rewrites them: CLIPModel.from_pretrained(FOLDER, {}=True).save_pretrained(OUT)"
 _EXPORTED = "an export to run, not to load: name the model that it was made from"
+_DISTRIBUTED = ".distcp"
 _NOT_READ = {
+    _DISTRIBUTED: "a part of a checkpoint of torch.distributed.checkpoint; `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt` makes one file of it",
     ".msgpack": f"weights of Flax; {_REWRITTEN.format('from_flax')}",
     ".h5": f"weights of TensorFlow; {_REWRITTEN.format('from_tf')}",
     **dict.fromkeys((".onnx", ".tflite", ".gguf", ".mlmodel", ".engine", ".pte"), _EXPORTED),
@@ -43,12 +46,20 @@ def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
         same = [name for name in own if name in found]
         if config in configs and same:
             return config, same[0]
+    for name in sorted(names):
+        if not found and PurePath(name).suffix == _DISTRIBUTED:  # beside small files of its trainer's
+            refuse_unread(name, where)
     others = sorted(name for name in names if PurePath(name).suffix in WEIGHTS_SUFFIXES)
     if configs and len(found or others) == 1:
         return configs[0], (found or others)[0]
     if not found and not others:
         for name in sorted(names):
             refuse_unread(name, where)
+    if found and found[0] not in names and not configs:
+        raise ValueError(
+            f"{where} has weights in shards ({found[0]}.index.json) and no {CONFIG_FILE}; put the model's "
+            f"{CONFIG_FILE} or {OPENCLIP_CONFIG_FILE} there, or make one file of them and load that"
+        )
     is_openclips = OPENCLIP_CONFIG_FILE in configs or (not configs and any(name in _OPENCLIP_WEIGHTS for name in found))
     config = OPENCLIP_CONFIG_FILE if is_openclips else CONFIG_FILE
     weights = f"{_OPENCLIP_WEIGHTS[0]} or {_OPENCLIP_WEIGHTS[2]}" if is_openclips else WEIGHTS_FILE

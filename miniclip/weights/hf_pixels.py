@@ -63,7 +63,8 @@ def vision_fields(values: Mapping[str, Any], image_size: int, source: str) -> di
     fields: dict[str, Any] = {"preprocess": "hf", **_resize(settings, refuse)}
     if settings["do_center_crop"]:
         if _square(settings["crop_size"]) != image_size:
-            raise refuse("crop_size", f"this model takes {image_size} x {image_size} pixels")
+            takes = f"this model takes {image_size} x {image_size} pixels (image_size in its config.json)"
+            raise refuse("crop_size", f"{takes}; one of the two files is another model's, so put the right one there")
     elif fields["resize"] != "squash" or fields["resize_size"] != image_size:
         raise refuse(
             "do_center_crop", f"without it pictures would not be the {image_size} x {image_size} of this model"

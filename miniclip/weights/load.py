@@ -119,8 +119,10 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
             written.
     """
     if not isinstance(getattr(model, "config", None), CLIPConfig):
+        is_module = isinstance(model, torch.nn.Module)
+        what = f"a {type(model).__name__} of {type(model).__module__}" if is_module else shown(model)
         raise ValueError(
-            f"model is {shown(model)}; it must be a CLIP, as `miniclip.load` returns it first. torch.save keeps the "
+            f"model is {what}; it must be a CLIP, as `miniclip.load` returns it first. torch.save keeps the "
             "state_dict() of any other, and `load` reads a CLIP's"
         )
     directory = Path(check_path("directory", directory))

@@ -207,6 +207,8 @@ def _refuse_other_words(folder: Path) -> None:
 def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoint:
     refuse_stand_ins(path)
     refuse_unread(str(path))
+    if path.name.endswith(".index.json"):
+        raise ValueError(f"{path} lists the shards of weights; give the model's folder, {path.parent}")
     if path.suffix == ".json":
         raise ValueError(f"{path} is a configuration and holds no weights; give the model's folder, {path.parent}")
     if path.name.startswith("adapter_model."):

@@ -114,6 +114,8 @@ def _write_hf(checkpoint: Checkpoint, out: Path) -> None:
     config = checkpoint.config
     require(config.vision.kind == "vit", "Hugging Face's CLIPModel has a ViT as its image tower and no other")
     require(config.init_logit_bias is None, "Hugging Face's CLIPModel has no bias, which the sigmoid loss needs")
+    is_told = config.text.eot_token != 2 or config.text.vocab_size == 3
+    require(is_told, "Hugging Face's CLIPModel takes an end of 2 to mean the largest id, and here 2 itself ends a text")
 
     def tower(section: Any) -> dict[str, Any]:
         return {

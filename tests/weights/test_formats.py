@@ -16,6 +16,7 @@ import zlib
 import open_clip
 import pytest
 import torch
+import torch.distributed.checkpoint
 import torch.nn.functional as F
 from foreign_models import (
     TINY,
@@ -44,6 +45,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
+    MetaClip2Config,
+    MetaClip2Model,
 )
 
 import miniclip.openclip
@@ -552,6 +555,80 @@ def test_an_openclip_folder_whose_texts_end_with_an_id_of_their_own_gives_open_c
     assert again.config == model.config
     with pytest.raises(ValueError, match=r"ends texts with 2.*miniclip.load takes it"):
         miniclip.openclip.create_model(f"local-dir:{folder}")
+
+
+def metaclip_2(vocab_size=300, end=2):
+    tower = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": vocab_size, "max_position_embeddings": 16, "eos_token_id": end, "bos_token_id": 0}
+    config = MetaClip2Config(
+        text_config=tower | text, vision_config=tower | {"image_size": 24, "patch_size": 8}, projection_dim=20
+    )
+    return randomised(MetaClip2Model(config), 3)
+
+
+@pytest.mark.parametrize("end", [2, 7])
+@torch.no_grad()
+def test_hugging_faces_metaclip_2_is_read_at_its_end_as_transformers_does(tmp_path, end):
+    """Where CLIP's classes take an end of 2 to mean the largest id."""
+    reference = metaclip_2(end=end)
+    reference.save_pretrained(tmp_path / "model")
+    tokens = torch.tensor([[0, 200, 9, end, 1, 1], [0, 17, 250, 99, 33, end]])
+    model, _ = load(tmp_path / "model", device="cpu")
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    theirs = reference(input_ids=tokens, pixel_values=pixels)
+    assert_close(model.encode_text(tokens, normalize=True), theirs.text_embeds)
+    assert_close(model.encode_image(pixels, normalize=True), theirs.image_embeds)
+    assert model.config.text.eot_token == end
+    convert(tmp_path / "model", tmp_path / "again", "openclip")
+    assert load(tmp_path / "again", device="cpu")[0].config.text.eot_token == end
+
+
+def test_a_metaclip_2_that_transformers_clip_would_read_at_the_largest_id_is_not_written_for_it(tmp_path):
+    metaclip_2().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="an end of 2 to mean the largest id"):
+        convert(tmp_path / "model", tmp_path / "out", "hf")
+
+
+def test_a_metaclip_2_whose_ids_could_be_taken_for_clips_is_refused(tmp_path):
+    metaclip_2(vocab_size=49408).save_pretrained(tmp_path / "model")
+    refused(tmp_path / "model", "'metaclip_2' with as many tokens as CLIP's, 49,408")
+
+
+def test_a_text_tower_beside_the_processor_of_its_model_is_read(tmp_path):
+    CLIPTextModelWithProjection(hf_model().config.text_config).save_pretrained(tmp_path / "model")
+    processor = {"image_processor_type": "CLIPImageProcessor", "crop_size": 336, "size": 336}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert load(tmp_path / "model", device="cpu")[0].config.towers == "text"
+
+
+def test_a_processor_of_another_models_size_is_refused_naming_both_files(tmp_path):
+    hf_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({"crop_size": 336, "size": 336}))
+    message = refused(tmp_path / "model", "crop_size", "336", "24 x 24 pixels (image_size in its config.json)")
+    assert "preprocessor_config.json" in message
+
+
+def test_shards_without_a_configuration_are_told_to_need_one(tmp_path):
+    hf_model().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    (tmp_path / "model" / "config.json").unlink()
+    refused(tmp_path / "model", "weights in shards (model.safetensors.index.json) and no config.json; put the model's")
+    refused(tmp_path / "model" / "model.safetensors.index.json", "lists the shards", f"folder, {tmp_path / 'model'}")
+
+
+def test_a_folder_of_torchs_distributed_checkpoints_is_told_the_command_that_makes_a_file_of_it(tmp_path):
+    """What it makes is loaded."""
+    folder, state = tmp_path / "parts", openclip_model(TINY_VIT).state_dict()
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"step": 3}, folder / "meta.pt")
+    part = next(folder.glob("*.distcp"))
+    for path in (folder, part):
+        message = refused(
+            path, f"{part.name} is not read; it is a part of a checkpoint of torch.distributed.checkpoint"
+        )
+    module = re.search(r"python -m (\S+) dcp_to_torch FOLDER FILE", message)[1]
+    command = [sys.executable, "-m", module, "dcp_to_torch", str(folder), str(tmp_path / "whole.pt")]
+    subprocess.run(command, check=True, capture_output=True)
+    load(tmp_path / "whole.pt", device="cpu", activation="gelu", heads=(2, 2))
 
 
 def test_another_tokenizer_whose_ids_could_be_taken_for_clips_is_refused(tmp_path):

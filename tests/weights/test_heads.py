@@ -228,7 +228,7 @@ def test_a_configuration_of_a_file_that_can_not_be_followed_is_the_error_with_or
     assert len(messages) == 1
 
 
-@pytest.mark.parametrize("change", ["hidden_act", "layer_norm_eps", "metaclip_2", "clipseg", "processor"])
+@pytest.mark.parametrize("change", ["hidden_act", "layer_norm_eps", "siglip", "clipseg", "processor"])
 def test_a_configuration_of_hugging_faces_that_can_not_be_followed_is_the_error_of_its_file(tmp_path, change):
     hf_model().save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
