@@ -224,7 +224,7 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
     is_first = rank_and_world_size()[0] == 0
     # Likewise, if it can't be written, or another command writes there.
     with locked(out / ".lock", f"another process is writing {out}", patience_s=0) if is_first else nullcontext():
-        _refuse_existing(out, options.overwrite)
+        _refuse_earlier_results(out, options.overwrite)
         found: list[Result] = []
         thresholds: dict[Path, ModelThreshold] = {}
         for name in options.model:
@@ -262,11 +262,11 @@ def _evaluate(options: argparse.Namespace, device: str | None) -> None:
 def _folder_of(options: argparse.Namespace) -> Path:
     called = "-".join(part for part in Path(options.model[0]).parts[-2:] if part not in ("/", "..", "."))
     out = Path(options.out or Path("reports") / (called if len(options.model) == 1 else "comparison"))
-    _refuse_existing(out, options.overwrite)
+    _refuse_earlier_results(out, options.overwrite)
     return out
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def _refuse_earlier_results(out: Path, overwrite: bool) -> None:
     if (out / "results.json").exists() and not overwrite:
         raise ValueError(f"{out} already holds results; pass --overwrite to replace them, or --out for another folder")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -25,11 +25,16 @@ from .heads import Hints, NotToldError, Tower, head_widths
 from .hf_pixels import vision_fields
 
 
-def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CLIPConfig:
+def infer_config(
+    tensors: Mapping[str, Tensor], hints: Hints, source: str, called: Callable[[str], str] = str
+) -> CLIPConfig:
     """The architecture that tensors (by our names) belong to.
 
     Widths and depths are shapes. The width of a head is not: it is one of the hints, or that of the published model
     with the same shapes.
+
+    Args:
+        called: what the source calls a tensor that has a name of ours.
 
     Raises:
         NotToldError: (a ValueError) a hint is missing; says which.
@@ -38,7 +43,9 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints, source: str) -> CL
 
     def shape(name: str, sides: int) -> tuple[int, ...]:
         if name not in tensors or tensors[name].ndim != sides:
-            raise ValueError(f"{source} has no tensor {name} of {sides} sides, so it is no CLIP that can be read")
+            raise ValueError(
+                f"{source} has no tensor {called(name)} of {sides} sides, so it is no CLIP that can be read"
+            )
         return tuple(tensors[name].shape)
 
     def count(pattern: str) -> int:

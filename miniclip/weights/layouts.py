@@ -5,7 +5,7 @@ One table per layout, read from left to right on the way in and from right to le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -97,6 +97,24 @@ def _rename(key: str, names: tuple[tuple[str, str], ...], in_blocks: tuple[tuple
     for before, after in in_blocks:
         key = key.replace(before, after)
     return key
+
+
+def naming_of(tensors: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """What a file of these tensors calls one that has a name of ours, for errors; trainers' prefixes are left out."""
+    if is_hf(tensors):
+        return _hf_name
+    if any(key.startswith("text.") for key in tensors):
+        return str
+    return lambda name: name.removeprefix("text.")
+
+
+def _hf_name(name: str) -> str:
+    """Of the tensors that became one of ours, all; says where a shape of ours is another than theirs."""
+    names, in_blocks = (tuple((b, a) for a, b in table) for table in (_HF_NAMES, _HF_NAMES_IN_BLOCKS))
+    theirs = _rename(name, names, in_blocks)
+    if ".attn.in_proj_" in theirs:
+        return f"{theirs.replace('.attn.in_proj_', '.self_attn.{q,k,v}_proj.')} (stacked)"
+    return f"{theirs} (transposed)" if name in _HF_TRANSPOSED else theirs
 
 
 def to_native_keys(tensors: Mapping[str, Tensor]) -> Tensors:

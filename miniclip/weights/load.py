@@ -174,8 +174,8 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
         ValueError: a tensor's name or shape does not fit the architecture, and lists both sides; or a tensor is not
             finite.
     """
-    config, tensors = checkpoint.config, checkpoint.tensors
-    _refuse_misfits(config, tensors, source)  # before anything is made of them
+    config, tensors, called = checkpoint.config, checkpoint.tensors, checkpoint.called
+    _refuse_misfits(config, tensors, source, called)  # before anything is made of them
     # timm's models may compute buffers that no checkpoint holds
     model = CLIP(config) if config.vision.kind == "timm" else unfilled(config)
     converted: Tensors = {}
@@ -183,8 +183,8 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
         tensor = tensors.pop(name)  # so that its part of the file leaves memory as the converted one comes
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ValueError(
-                f"{name} in {source} holds infinite numbers or NaN: the run that wrote it diverged, or the file is "
-                "damaged. Take an earlier checkpoint"
+                f"{called(name)} in {source} holds infinite numbers or NaN: the run that wrote it diverged, or the "
+                "file is damaged. Take an earlier checkpoint"
             )
         # One layout in memory, so that the bits of a result do not depend on the format that the weights came in.
         converted[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -200,13 +200,13 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
-def _refuse_misfits(config: CLIPConfig, tensors: Tensors, source: str) -> None:
+def _refuse_misfits(config: CLIPConfig, tensors: Tensors, source: str, called: Callable[[str], str]) -> None:
     """Raises a ValueError if names, shapes or kinds of tensors are not the architecture's."""
     for name in [name for name in tensors if name.endswith(".running_var")]:
         counter = name.replace(".running_var", ".num_batches_tracked")  # inference never reads it; some layouts lack it
         tensors.setdefault(counter, torch.zeros((), dtype=torch.long))
     try:
-        wrong = differences(config, tensors)
+        wrong = differences(config, tensors, called=called)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if wrong:
@@ -214,9 +214,11 @@ def _refuse_misfits(config: CLIPConfig, tensors: Tensors, source: str) -> None:
     for key, tensor in tensors.items():
         is_number = tensor.is_floating_point() or key.endswith("num_batches_tracked")
         if not is_number or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{key} in {source} is {tensor.dtype}, {tensor.layout}; it must be plain floating point")
+            kind = f"{tensor.dtype}, {tensor.layout}"
+            raise ValueError(f"{called(key)} in {source} is {kind}; it must be plain floating point")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{key} in {source} repeats fewer numbers than its shape {tuple(tensor.shape)} holds")
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{called(key)} in {source} repeats fewer numbers than its shape {shape} holds")
 
 
 def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int | None) -> Checkpoint:

@@ -210,7 +210,7 @@ def read_torchscript(path: Path) -> Tensors:
     try:
         module = _read_zip(path)
     except Exception as error:  # a damaged or spiteful pickle can raise anything
-        raise _unreadable(path, "TorchScript archive", error) from error
+        raise _read_error(path, "TorchScript archive", error) from error
     found: Tensors = {}
     _collect_tensors(module, "", found, set())
     return found
@@ -227,10 +227,10 @@ def read_pickle(path: Path, with_stubs: bool = True) -> Any:
             is_zip = file.read(2) == b"PK"
         return _read_zip(path, with_stubs) if is_zip else _read_stream(path, with_stubs)
     except Exception as error:
-        raise _unreadable(path, "checkpoint", error) from error
+        raise _read_error(path, "checkpoint", error) from error
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> ValueError:
+def _read_error(path: Path, kind: str, error: Exception) -> ValueError:
     what = str(error).split("\n")[0][:300]
     if isinstance(error, _DamagedError):
         return ValueError(f"{path} is damaged: {what}; copy or download it again, or take an earlier one")

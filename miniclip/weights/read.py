@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from .folders import (
     refuse_unread,
 )
 from .heads import Hints
-from .layouts import Tensors, is_hf, to_native_keys
+from .layouts import Tensors, is_hf, naming_of, to_native_keys
 from .pickles import ForeignObjectError, is_torchscript, read_pickle, read_torchscript
 from .shapes import differences
 from .unwrap import unwrap
@@ -53,12 +53,14 @@ class Checkpoint:
         tensors: by our names, in the file's own precision.
         config: the architecture.
         wordings: of the captions that it was trained on, if they are known.
+        called: what the file calls a tensor that has a name of ours.
     """
 
     format: str
     tensors: Tensors
     config: CLIPConfig
     wordings: Wordings | None = None
+    called: Callable[[str], str] = str
 
 
 def available_models() -> list[str]:
@@ -141,7 +143,8 @@ def _read_directory(path: Path) -> Checkpoint:
             return Checkpoint("native", read_safetensors(path / WEIGHTS_FILE), config)
         file_format = "native"
     with _naming(path / weights_file):
-        tensors = to_native_keys(read_tensors(path / weights_file))
+        given = read_tensors(path / weights_file)
+        tensors = to_native_keys(given)
     if config.towers != "both":
         projection = {"image": "visual.proj", "text": "text.text_projection"}[config.towers]
         if projection not in tensors:
@@ -150,7 +153,7 @@ def _read_directory(path: Path) -> Checkpoint:
                 f"space that images and texts share; look for the clip_{config.towers} model 'with projection'"
             )
         tensors.setdefault("logit_scale", torch.zeros(()))  # one tower has no contrast, and its files no temperature
-    return Checkpoint(file_format, tensors, config)
+    return Checkpoint(file_format, tensors, config, called=naming_of(given))
 
 
 def _openclip_config(folder: Path) -> CLIPConfig:
@@ -223,22 +226,22 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
             return _read_lightning(path, values)
     given = unwrap(values, str(path))
     with _naming(path):
-        tensors = to_native_keys(given)
+        tensors, called = to_native_keys(given), naming_of(given)
     if "input_resolution" in given:  # an entry of OpenAI's archives, and of the state dicts that were made from them
-        return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path))
+        return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path, called), called=called)
     beside = _config_beside(path, tensors, hints)
     file_format = "hf" if is_hf(given) else "openclip"
     wordings = None if beside is None else read_wordings(path.parent)
     config = beside or assumed
     if config is None:
-        config = _inferred(tensors, hints, path)
+        config = _inferred(tensors, hints, path, called)
         if config.text.eot_token is None:
             raise ValueError(
                 f"{path} has {config.text.vocab_size} tokens and does not tell which of them ends a text (open_clip "
                 "takes the largest id or eos_id, as pool_type says; transformers eos_token_id, or the largest id); put "
                 "the model's open_clip_config.json or config.json beside it"
             )
-    return Checkpoint(file_format, tensors, config, wordings)
+    return Checkpoint(file_format, tensors, config, wordings, called)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -277,9 +280,9 @@ def read_wordings(folder: Path) -> Wordings | None:
         raise ValueError(f"{path} is not UTF-8 text: {error}; delete it to do without") from error
 
 
-def _inferred(tensors: Tensors, hints: Hints, path: Path) -> CLIPConfig:
+def _inferred(tensors: Tensors, hints: Hints, path: Path, called: Callable[[str], str]) -> CLIPConfig:
     with _naming(path):
-        return infer_config(tensors, hints, str(path))
+        return infer_config(tensors, hints, str(path), called)
 
 
 def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> CLIPConfig | None:

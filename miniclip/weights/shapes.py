@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -94,11 +94,17 @@ class Shapes:
         return index, self._depths[match[1]] if is_last else index + 1
 
 
-def differences(config: CLIPConfig, tensors: Mapping[str, Tensor], holder: str = "the file") -> list[str]:
+def differences(
+    config: CLIPConfig,
+    tensors: Mapping[str, Tensor],
+    holder: str = "the file",
+    called: Callable[[str], str] = str,
+) -> list[str]:
     """A line for each tensor whose name or shape is not the architecture's; after ten, their number.
 
     Args:
         holder: what has the tensors, in these lines.
+        called: what it calls a tensor that has a name of ours.
 
     Raises:
         ValueError: an architecture that can't be built.
@@ -110,6 +116,6 @@ def differences(config: CLIPConfig, tensors: Mapping[str, Tensor], holder: str =
     missing = (key for key in shapes.names() if key not in found)
     keys = sorted([*wrong, *(key for key, _ in zip(missing, range(min(10, num_missing)), strict=False))])
     wanted = {key: nothing if (shape := shapes.get(key)) is None else shape for key in keys}  # () is a shape, too
-    lines = [f"  {key}: the architecture has {wanted[key]}, {holder} {found.get(key, nothing)}" for key in keys]
+    lines = [f"  {called(key)}: the architecture has {wanted[key]}, {holder} {found.get(key, nothing)}" for key in keys]
     num_wrong = len(wrong) + num_missing
     return lines[:10] + ([f"  and {num_wrong - 10} more"] if num_wrong > 10 else [])

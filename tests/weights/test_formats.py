@@ -1310,7 +1310,31 @@ def test_a_missing_a_spare_and_a_misshapen_tensor_are_named(tmp_path):
     del tensors["visual.ln_pre.bias"]
     tensors |= {"spare": torch.ones(2), "ln_final.weight": torch.ones(5)}
     torch.save(tensors, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "visual.ln_pre.bias", "spare", "text.ln_final.weight", "(5,)")
+    message = refused(tmp_path / "model.pt", "  visual.ln_pre.bias: ", "  spare: ", "  ln_final.weight: ", "(5,)")
+    assert "text." not in message
+    del tensors["positional_embedding"]
+    torch.save(tensors, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "no tensor positional_embedding")
+
+
+def test_tensors_that_do_not_fit_are_named_as_hugging_faces_file_names_them(tmp_path):
+    hf_model().save_pretrained(tmp_path / "model")
+    tensors = dict(hf_model().state_dict())
+    lost = [
+        "text_model.final_layer_norm.bias",
+        "vision_model.encoder.layers.1.mlp.fc2.weight",
+        "visual_projection.weight",
+    ]
+    lost += [f"text_model.encoder.layers.0.self_attn.{part}_proj.bias" for part in "qkv"]
+    for name in lost:
+        del tensors[name]
+    tensors |= {"text_model.extra": torch.ones(2)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    message = refused(
+        tmp_path / "model", "text_model.extra: ", "text_model.encoder.layers.0.self_attn.{q,k,v}_proj.bias"
+    )
+    named = {line.split()[0].removesuffix(":") for line in message.splitlines()[1:]}
+    assert named == {*lost[:3], "text_model.extra", "text_model.encoder.layers.0.self_attn.{q,k,v}_proj.bias"}
 
 
 @pytest.mark.parametrize(
