@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, ClassVar
 
 import ftfy
@@ -506,14 +506,15 @@ _tokenizer = _Tokenizer()
 _TRANSFORMS = ("CenterCrop", "Compose", "InterpolationMode", "Normalize", "Resize", "ToTensor")
 
 
-def missing_name(module: str, message: str, caller: FrameType) -> AttributeError | ImportError:
+def missing_name(module: str, message: str) -> AttributeError | ImportError:
     """The error of a module's `__getattr__` for a name that it lacks, such that the message reaches the reader.
 
     `hasattr` and `getattr` need an AttributeError, and `from … import …` replaces one by a sentence of Python's own.
-
-    Args:
-        caller: the frame that asked: `sys._getframe(1)` in `__getattr__`.
     """
+    try:
+        caller = sys._getframe(2)  # which asked `__getattr__`
+    except ValueError:  # C asked
+        return AttributeError(message)
     is_import = caller.f_code.co_code[caller.f_lasti] == opcode.opmap["IMPORT_FROM"]
     return ImportError(message, name=module) if is_import else AttributeError(message)
 
@@ -527,7 +528,7 @@ def __getattr__(name: str) -> Any:
         f"miniclip.openai has no {name}; it has the names of OpenAI's clip, clip.clip, clip.model and "
         "clip.simple_tokenizer, and miniclip has its own"
     )
-    raise missing_name(__name__, message, sys._getframe(1))
+    raise missing_name(__name__, message)
 
 
 def available_models() -> list[str]:
@@ -597,11 +598,16 @@ def load(
     checkpoint = _read_as_openai(Path(path))
     config, source = checkpoint.config, str(path if name in _MODELS else name)
     tensors = to_openai_keys(build(checkpoint, source).state_dict())
-    if build_model is not _OWN_BUILD_MODEL:  # a program's own, which is called as OpenAI's code calls it
-        model = build_model(tensors).to(device)
-        return model.float() if device.type == "cpu" else model, _transform(model.visual.input_resolution)
     with Unfilled():
         model = _from_config(config, source)
+    if build_model is not _OWN_BUILD_MODEL:  # a program's own, which is called as OpenAI's code calls it
+        if beside := _beside_tensors(config):
+            raise ValueError(
+                f"{source} has {', '.join(beside)}, which tensors don't tell, and clip.build_model is replaced by one "
+                "that is given tensors alone; load it with miniclip's own"
+            )
+        model = build_model(tensors).to(device)
+        return model.float() if device.type == "cpu" else model, _transform(model.visual.input_resolution)
     model.load_state_dict(tensors)
     if device.type != "cpu":
         convert_weights(model)
@@ -659,6 +665,21 @@ def _from_config(config: CLIPConfig, source: str) -> CLIP:
         transformer_mlp_ratio=text.mlp_ratio,
         activation=config.activation,
     )
+
+
+def _beside_tensors(config: CLIPConfig) -> list[str]:
+    """What a model has otherwise than OpenAI's code makes it of tensors."""
+    vision, text, usual = config.vision, config.text, VisionConfig()
+    width = vision.width if vision.kind == "vit" else 32 * vision.width  # of what the heads share
+    pixels = ("mean", "std", "preprocess", "resize", "resize_size", "interpolation")
+    found = {
+        f"activation {config.activation}": config.activation != "quick_gelu",
+        f"{vision.heads} heads of images": width != 64 * vision.heads,
+        f"{text.heads} heads of texts": text.width != 64 * text.heads,
+        "an MLP of another width": not vision.mlp_ratio == text.mlp_ratio == 4,
+        "other pixels": any(getattr(vision, name) != getattr(usual, name) for name in pixels),
+    }
+    return [what for what, is_so in found.items() if is_so]
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:

@@ -618,8 +618,10 @@ def get_tokenizer(
     if not model_name:
         return SimpleTokenizer(context_length=context_length or clip_tokenizer.CONTEXT_LENGTH, **own)
     config, *_ = _open(model_name, None, cache_dir)
-    clip_tokenizer.refuse_other_ids(config.text, model_name, "CLIP's")
-    return SimpleTokenizer(context_length=context_length or config.text.context_length, **own)
+    added, text = own.get("additional_special_tokens") or (), config.text
+    if not added or text.eot_token is not None or text.vocab_size < clip_tokenizer.VOCAB_SIZE + len(added):
+        clip_tokenizer.refuse_other_ids(text, model_name, "CLIP's")
+    return SimpleTokenizer(context_length=context_length or text.context_length, **own)
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = clip_tokenizer.CONTEXT_LENGTH) -> Tensor:
@@ -748,7 +750,7 @@ def __getattr__(name: str) -> Any:
     if name == "_MODEL_CONFIGS":
         return _model_configs()
     if name not in _HOME_OF:
-        raise openai.missing_name(__name__, missing(name), sys._getframe(1))
+        raise openai.missing_name(__name__, missing(name))
     return getattr(_HOME_OF[name], name)
 
 

@@ -251,7 +251,7 @@ def _read_zip(path: Path, with_stubs: bool = True) -> Any:
             raise ValueError("it is a zip archive without a data.pkl")
         root = root.removesuffix("data.pkl")
         for name, info in records.items():
-            is_read = name == f"{root}data.pkl" or name.startswith(f"{root}data/")
+            is_read = name in (f"{root}data.pkl", f"{root}byteorder") or name.startswith(f"{root}data/")
             if is_read and info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its record {name} is compressed, from {info.file_size} bytes")
         mapped = _Mapped(file, length, [info.header_offset for info in records.values()])
@@ -337,7 +337,8 @@ class _Mapped:
         if info.CRC and (found := self._crc(offset, info.file_size)) != info.CRC:
             raise _DamagedError(
                 f"the CRC-32 of its record {info.filename} ({info.file_size:,} bytes) is {found:08x}, and that of what "
-                f"was saved {info.CRC:08x}"
+                f"was saved {info.CRC:08x}, unless a program wrote into the file since (torch.load and torch.save then "
+                "make a sound one)"
             )
         self.places[info.filename] = offset
         return offset

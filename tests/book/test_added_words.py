@@ -1,5 +1,6 @@
 """What programs change of a tokenizer acts: added words, other merges, overridden methods. Oracle: open_clip's own."""
 
+import copy
 import pickle
 
 import open_clip
@@ -145,3 +146,16 @@ def test_a_tokenizer_that_was_only_asked_and_decoded_with_is_as_fast_as_before(m
     monkeypatch.setattr(clip, "basic_clean", None)  # which the way by tables needs
     assert tokenizer("a dog")[0, 2] == 1929
     assert tokenizer.encode("a dog") == [320, 1929]
+
+
+def test_a_model_with_rows_for_added_words_has_a_tokenizer(monkeypatch):
+    for module in (open_clip, ours):
+        configs = module.factory._MODEL_CONFIGS
+        config = copy.deepcopy(configs["ViT-B-32"])
+        config["text_cfg"]["vocab_size"] = 49410
+        monkeypatch.setitem(configs, "grown", config)
+    words = {"additional_special_tokens": ["<a>", "<b>"]}
+    ids = [module.get_tokenizer("grown", **words)("x <a>", 6).tolist() for module in (open_clip, ours)]
+    assert ids[0] == ids[1] == [[49406, 343, 49408, 49407, 0, 0]]
+    with pytest.raises(ValueError, match="grown has vocab_size 49410"):
+        ours.get_tokenizer("grown")

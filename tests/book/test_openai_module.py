@@ -7,6 +7,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import open_clip
@@ -19,7 +20,7 @@ from torch import nn
 
 import miniclip
 import miniclip.openai as clip
-from miniclip.config import VisionConfig
+from miniclip.config import TextConfig, VisionConfig
 
 VIT = (64, 32, 2, 128, 16, 77, 49408, 64, 1, 2)  # embedding, resolution, layers, width, patch, text
 RESNET = (64, 64, (1, 2, 1, 1), 8, None, 77, 49408, 64, 1, 2)
@@ -554,6 +555,32 @@ def test_a_replaced_build_model_builds(tmp_path, vit, monkeypatch):
     assert model.logit_scale == 0
     assert model.dtype == torch.float32
     assert preprocess(picture()).shape == (3, 32, 32)
+
+
+OPENAIS = tiny_config(
+    activation="quick_gelu",
+    vision=VisionConfig(image_size=16, patch_size=8, width=64, layers=1, head_width=64),
+    text=TextConfig(width=64, layers=1, head_width=64),
+)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({}, ""),
+        ({"activation": "gelu"}, "model has activation gelu, which tensors don't tell"),
+        ({"text": replace(OPENAIS.text, head_width=32)}, "model has 2 heads of texts, which"),
+        ({"vision": replace(OPENAIS.vision, mean=(0.5, 0.5, 0.5))}, "model has other pixels, which"),
+    ],
+)
+def test_a_replaced_build_model_is_not_given_what_tensors_do_not_tell(tmp_path, monkeypatch, changes, named):
+    """It would build another model of the same tensors, without a word."""
+    miniclip.save(miniclip.CLIP(replace(OPENAIS, **changes)), tmp_path / "model")
+    build, given = clip.build_model, []
+    monkeypatch.setattr(clip, "build_model", lambda state_dict: given.append(state_dict) or build(state_dict))
+    with pytest.raises(ValueError, match=named) if named else nullcontext():
+        clip.load(str(tmp_path / "model"), device="cpu")
+    assert len(given) == (not named)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def as_columns(sources: Iterable[tuple[str, Mapping[str, Sequence[Any]]]], store
                 if array.null_count == len(array):
                     continue
             else:
-                before = [each[column].to_pylist() for each in every if column in each]
+                before = [each[column] for each in every if column in each]
                 try:
                     array = _array_beside(values, kinds[column], before, store, column)
                 except _unfit() as error:
@@ -104,7 +104,7 @@ def as_columns(sources: Iterable[tuple[str, Mapping[str, Sequence[Any]]]], store
     ]
 
 
-def _array_beside(values: list[Any], kind: Any, before: list[list[Any]], store: Store | None, column: str) -> Any:
+def _array_beside(values: list[Any], kind: Any, before: list[Any], store: Store | None, column: str) -> Any:
     """In the type of those before, or in a wider one that holds these and those."""
     import pyarrow as pa
 
@@ -118,9 +118,9 @@ def _array_beside(values: list[Any], kind: Any, before: list[list[Any]], store: 
         if wider is None or (has_values and not can_widen(wider)):
             raise
     if store is not None and has_values:
-        before = [*before, store.read([column])[column].to_pylist()]
+        before = [*before, store.read([column])[column]]
     for each in before:
-        _exact_array(each, wider)
+        _exact_array(each.to_pylist(), wider)
     return _exact_array(values, wider)
 
 
