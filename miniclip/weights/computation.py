@@ -69,7 +69,7 @@ def _untouched(model: Any, needs_numbers: bool) -> nn.Module:
         with suppress(ValueError):  # some of timm's can't be made without numbers
             return unfilled(model.config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), Unfilled():
-        return kind(model.config)
+        return getattr(kind, "of", kind)(model.config)  # open_clip's arguments are others
 
 
 def _other_parts(model: nn.Module, fresh: nn.Module) -> Iterator[str]:

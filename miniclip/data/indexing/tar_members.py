@@ -283,13 +283,21 @@ def _join_halves(samples: list[Sample], left_out: list[LeftOut]) -> list[Sample]
     return [sample for sample in samples if id(sample) not in used]
 
 
-_WORDS = ("input", "inputs", "output", "outputs", "rgb", "prompt", "prompts")  # people's, for a picture and its text
+_PAIR_WORDS = (
+    "input",
+    "inputs",
+    "output",
+    "outputs",
+    "rgb",
+    "prompt",
+    "prompts",
+)  # people's, for a picture and its text
 
 
 def _same_key(key: str) -> str:
     """`same_sample`, of a few more words behind webdataset's key: 7.input.jpg, 7.outputs.txt."""
     own, word = _split_key(key)
-    return same_sample(own if word.lower() in _WORDS else key)
+    return same_sample(own if word.lower() in _PAIR_WORDS else key)
 
 
 def _split_key(key: str) -> tuple[str, str]:
