@@ -557,7 +557,7 @@ def test_a_replaced_build_model_builds(tmp_path, vit, monkeypatch):
     assert preprocess(picture()).shape == (3, 32, 32)
 
 
-OPENAIS = tiny_config(
+TOLD_BY_TENSORS = tiny_config(
     activation="quick_gelu",
     vision=VisionConfig(image_size=16, patch_size=8, width=64, layers=1, head_width=64),
     text=TextConfig(width=64, layers=1, head_width=64),
@@ -569,13 +569,13 @@ OPENAIS = tiny_config(
     [
         ({}, ""),
         ({"activation": "gelu"}, "model has activation gelu, which tensors don't tell"),
-        ({"text": replace(OPENAIS.text, head_width=32)}, "model has 2 heads of texts, which"),
-        ({"vision": replace(OPENAIS.vision, mean=(0.5, 0.5, 0.5))}, "model has other pixels, which"),
+        ({"text": replace(TOLD_BY_TENSORS.text, head_width=32)}, "model has 2 heads of texts, which"),
+        ({"vision": replace(TOLD_BY_TENSORS.vision, mean=(0.5, 0.5, 0.5))}, "model has other pixels, which"),
     ],
 )
 def test_a_replaced_build_model_is_not_given_what_tensors_do_not_tell(tmp_path, monkeypatch, changes, named):
     """It would build another model of the same tensors, without a word."""
-    miniclip.save(miniclip.CLIP(replace(OPENAIS, **changes)), tmp_path / "model")
+    miniclip.save(miniclip.CLIP(replace(TOLD_BY_TENSORS, **changes)), tmp_path / "model")
     build, given = clip.build_model, []
     monkeypatch.setattr(clip, "build_model", lambda state_dict: given.append(state_dict) or build(state_dict))
     with pytest.raises(ValueError, match=named) if named else nullcontext():
