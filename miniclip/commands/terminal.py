@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.arguments import PRECISIONS
 from ..common.storage import without_secrets
-from ..common.wording import is_for_users, printable
+from ..common.wording import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +95,7 @@ def plain_warnings() -> Iterator[None]:
     """Warnings meant for users come as a line of words, without the place in the code that gave them."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if is_for_users(category):
+        if category is UserWarning:
             print(f"note: {printable(without_secrets(str(message)))}", file=sys.stderr)
         else:
             shown(message, category, *place, **more)

@@ -40,11 +40,6 @@ def cut_short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def is_for_users(category: type[Warning]) -> bool:
-    """Whether warnings of a category are for who runs a command, and not for programmers."""
-    return category is UserWarning or category.__module__.startswith("miniclip.")
-
-
 def reason_of(error: BaseException) -> str:
     """What an error says in a sentence, which of a name that is missing is the bare name.
 

@@ -135,11 +135,14 @@ def open_pairs(
     if images or image_column or caption_columns:
         raise ValueError(f"--images, --image-column and --caption-column are for tables; {source} is shards")
     pairs = shard_pairs(source, split or default_split)
-    tars = {split_sample_name(name)[0] for name in pairs.names}
-    is_told = split and (is_named(Path(source), split) or all(is_named(Path(tar), split) for tar in tars))
-    if split and not (is_told or is_all_of(split)):
+    if split and not (is_named(Path(source), split) or is_all_of(split) or _are_named(pairs, split)):
         raise ValueError(f"{source} is shards, so --split {split} can't be followed; name the folder of that part")
     return pairs
+
+
+def _are_named(pairs: Pairs, split: str) -> bool:
+    """Whether the names of all tars tell this split."""
+    return all(is_named(Path(tar), split) for tar in {split_sample_name(name)[0] for name in pairs.names})
 
 
 def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, default_split: str = "train") -> str:

@@ -237,22 +237,22 @@ def collecting_cut() -> Iterator[dict[str, str]]:
         _CUT.reset(around)
 
 
-def report_cut(texts: Sequence[str], cut: Mapping[str, str]) -> None:
+def report_cut(longer: Sequence[str], num_texts: int, why: Mapping[str, str]) -> None:
     """A warning that says how many texts are longer than a model reads, and which is the first.
 
     Args:
-        texts: all of them, in the order of whoever gave them.
-        cut: those that are longer, with "NAME reads N tokens".
+        longer: those that are, in the order of whoever gave them.
+        num_texts: these and the others.
+        why: what cut each, "NAME reads N tokens".
     """
-    longer = [text for text in texts if text in cut]
     if not longer:
         return
     if (collected := _CUT.get()) is not None:
-        collected |= {text: cut[text] for text in longer}
+        collected |= {text: why[text] for text in longer}
         return
     first = longer[0]
     warnings.warn(
-        f"{cut[first]}; {len(longer):,} of {len(texts):,} texts are longer and were cut, the first: {first[:200]!r}",
+        f"{why[first]}; {len(longer):,} of {num_texts:,} texts are longer and were cut, the first: {first[:200]!r}",
         stacklevel=3,
     )
 
@@ -267,7 +267,7 @@ class _OurTokenize:
         tokens = tokenizer.tokenize(texts, length, truncate=True)
         full = [text for text, last in zip(texts, tokens[:, -1].tolist(), strict=True) if last]
         cut = [text for text in full if len(tokenizer.encode(text)) + 2 > length]
-        report_cut(texts, dict.fromkeys(cut, f"{self.name} reads {length} tokens"))
+        report_cut(cut, len(texts), dict.fromkeys(cut, f"{self.name} reads {length} tokens"))
         return tokens
 
 

@@ -174,9 +174,12 @@ def encode_texts(
     """
     with collecting_cut() as cut:
         features, stands_for = _encode_unique(model, texts, tokenize, progress)
-    if rank_and_world_size()[1] > 1:
-        cut = {text: by for of_rank in all_gather_objects(cut) for text, by in of_rank.items()}
-    report_cut(texts, cut | {text: cut[first] for text, first in stands_for.items() if first in cut})
+    rank, world_size = rank_and_world_size()
+    if world_size > 1:
+        cut = {text: why for of_rank in all_gather_objects(cut) for text, why in of_rank.items()}
+    if cut and not rank:
+        why = {text: cut[first] for text, first in stands_for.items() if first in cut}
+        report_cut([text for text in texts if text in why], len(texts), why)
     return features
 
 

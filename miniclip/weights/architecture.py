@@ -300,9 +300,8 @@ def _timm_from_openclip(vision: Mapping[str, Any], shared: dict[str, Any], sourc
     )
 
 
-_METACLIP_2 = (
-    "metaclip_2"  # CLIP's towers, tensors and settings, with another tokenizer, and its end token as it is told
-)
+# CLIP's towers, tensors and settings, with another tokenizer, and its end token as it is told.
+_METACLIP_2 = "metaclip_2"
 _HF_TOWERS: dict[str, Towers] = {
     "clip": "both", "clip_vision_model": "image", "clip_text_model": "text", _METACLIP_2: "both"
 }  # fmt: skip

@@ -283,15 +283,8 @@ def _join_halves(samples: list[Sample], left_out: list[LeftOut]) -> list[Sample]
     return [sample for sample in samples if id(sample) not in used]
 
 
-_PAIR_WORDS = (
-    "input",
-    "inputs",
-    "output",
-    "outputs",
-    "rgb",
-    "prompt",
-    "prompts",
-)  # people's, for a picture and its text
+# People's words for a picture and its text.
+_PAIR_WORDS = ("input", "inputs", "output", "outputs", "rgb", "prompt", "prompts")
 
 
 def _same_key(key: str) -> str:

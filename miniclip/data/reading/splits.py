@@ -83,19 +83,6 @@ def splits_named(names: list[str], split: str | None) -> list[str]:
     return names if split in names or any(map(role_of, names)) else []
 
 
-def files_of_split(folder: Path, files: Sequence[Path], split: str, source: str) -> list[Path]:
-    """Of files below a folder those of a split, if their names tell of several (see `splits_named`); else all.
-
-    Raises:
-        ValueError: none is of that split.
-    """
-    splits = splits_of_files(folder, files)
-    if len(names := splits_named(sorted(set(splits.values())), split)) < 2:
-        return list(files)
-    chosen = split_among(names, split, source)
-    return [file for file in files if splits[file] == chosen]
-
-
 def equal_splits(split: str) -> tuple[str, ...]:
     """The names of a part that mean the same as this one, itself among them."""
     return next((names for names in EQUAL_SPLITS if split in names), (split,))

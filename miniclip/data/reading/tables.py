@@ -25,7 +25,6 @@ from .scan import IMAGE_SUFFIXES, OTHER_SPLIT, TABLE_SUFFIXES, LeftOut, files_be
 from .splits import (
     Rows,
     equal_splits,
-    files_of_split,
     has_split_column,
     is_all_of,
     is_named,
@@ -170,7 +169,11 @@ def parquet_files(path: Path, split: str | None = None) -> list[Path]:
         )
         if missing := [file for file in found if not file.is_file()]:
             raise ValueError(f"there is no file {missing[0]}")
-    return files_of_split(path, found, split, str(path)) if split and path.is_dir() else found
+    splits = _splits_of(path) if split else {}
+    if split and len(names := splits_named(sorted(set(splits.values())), split)) > 1:
+        chosen = split_among(names, split, str(path))
+        return [file for file in found if splits[file] == chosen]
+    return found
 
 
 def parquet_splits(path: Path, split: str | None = None) -> list[str]:

@@ -22,7 +22,7 @@ from PIL import Image
 from ...common.arguments import FLOAT32, shown
 from ...common.storage import is_url
 from ...common.thumbnail import shrunk, thumbnail
-from ...common.wording import is_for_users, percent, printable
+from ...common.wording import percent, printable
 from ...data.reading.huggingface import HUB_PREFIX
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.encoder import Encoder
@@ -234,7 +234,7 @@ def _collect_warnings() -> None:
         caught = _CAUGHT.get()
         if caught is None:
             before(message, category, *place)
-        elif is_for_users(category):  # as on the command line, where others are for programmers
+        elif category is UserWarning:  # as on the command line, where others are for programmers
             caught.append(str(message))
 
     show.is_collecting = True  # type: ignore[attr-defined]

@@ -202,18 +202,20 @@ def encode_text_set(encoder: Encoder, data: Texts, parts: Iterable[Sequence[int]
 
     At the end it is reported how many of them a model cut.
     """
-    given: list[str] = []
-    cut: dict[str, str] = {}
+    longer: list[str] = []
+    why: dict[str, str] = {}
+    num_texts = 0
     for part in parts:
         for start in range(0, len(part), _TEXTS_AT_ONCE):
             indices = part[start : start + _TEXTS_AT_ONCE]
             texts = [data.texts[index] for index in indices]
             with collecting_cut() as found:
                 features = encode_texts(encoder, texts, encoder.tokenize)
-            given += texts
-            cut |= found
+            longer += [text for text in texts if text in found]
+            why |= found
+            num_texts += len(texts)
             yield EncodedBatch(np.array(indices), features.cpu(), {})
-    report_cut(given, cut)
+    report_cut(longer, num_texts, why)
 
 
 def unit(features: Tensor) -> np.ndarray:

@@ -22,12 +22,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-# The formats that are read. The list is closed, because other plugins of Pillow's run programs, as for PostScript.
 RAW_SUFFIXES = (  # of cameras' files, which begin as TIFF does
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf",
     ".nrw", ".sr2", ".srf", ".srw", ".pef", ".raw", ".rwl", ".gpr",
     ".3fr", ".fff", ".iiq", ".mos", ".mef", ".erf", ".kdc", ".dcr",
 )  # fmt: skip
+# The formats that are read. The list is closed, because other plugins of Pillow's run programs, as for PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 ASCII = re.compile(r"[\t\n\r -%'-~]*")  # text that cleaning only lower-cases
 
