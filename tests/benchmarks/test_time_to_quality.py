@@ -146,6 +146,7 @@ def _mean_and_std(bench):
     return bench.clip.vision.mean, bench.clip.vision.std
 
 
+@pytest.mark.long
 def test_a_comparison_chooses_by_validation_and_is_not_run_twice(tiny, capsys):
     bench, comparison = tiny
     values = {setting: point.val for setting, point in comparison.grid.items()}

@@ -222,6 +222,7 @@ def test_a_place_that_cannot_be_written_to_is_named(model, sets, tmp_path, capsy
         assert f"{model} can't be written to" in fails(capsys, ["calibrate", str(model), *args])
 
 
+@pytest.mark.long
 def test_a_reader_that_has_gone_costs_no_threshold_and_no_message(model, sets):
     reader, writer = os.pipe()
     os.close(reader)

@@ -106,6 +106,7 @@ def test_without_a_standard_output_a_table_is_refused_where_it_is_all(capsys, mo
         assert "standard output is closed" in fails(capsys, ["classify", "photos", *LABELS, "--model", "model"])
 
 
+@pytest.mark.long
 def test_a_reader_that_goes_does_not_stop_the_sorting():
     shell = (
         f"set -o pipefail; {sys.executable} -m miniclip classify photos --labels cat,dog --model "

@@ -76,6 +76,7 @@ def test_a_mistake_ends_every_verb_with_code_2_and_one_line(verb, tmp_path, caps
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 def test_python_dash_m_miniclip_is_the_command(tmp_path):
     done = run(sys.executable, "-m", "miniclip", "--version", cwd=tmp_path)
     assert done.stdout == f"miniclip {miniclip.__version__}\n"

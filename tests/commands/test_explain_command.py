@@ -182,6 +182,7 @@ def test_a_method_that_the_model_does_not_allow_is_refused(capsys, here, tmp_pat
     assert json.loads(capsys.readouterr().out)[0]["method"] == "occlusion"
 
 
+@pytest.mark.long
 def test_a_pipe_takes_a_picture_and_may_close_early(here, tmp_path):
     command = f"{sys.executable} -m miniclip explain - 'a car' 'a tree' --model {here}/model --device cpu --csv"
     done = run("sh", "-c", f"cat {here}/photos/0.png | {command} | head -n 1", cwd=tmp_path)

@@ -42,7 +42,7 @@ SMALL = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_every_configuration_trains_with_a_field_of_each_section_overridden(folder, monkeypatch, config):
     monkeypatch.chdir(folder)

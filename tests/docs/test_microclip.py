@@ -111,6 +111,7 @@ def test_a_folder_without_pictures_ends_in_a_sentence(tmp_path):
         micro.train(micro.Micro(), tmp_path / "nowhere")
 
 
+@pytest.mark.long
 def test_training_learns_which_caption_is_whose(tmp_path, capsys):
     torch.manual_seed(0)
     random.seed(0)

@@ -289,6 +289,7 @@ def test_an_exported_tower_gives_the_models_features(kind, target, tmp_path):
 SHRUNK = {"float32": (0.999999, 1.01), "float16": (0.9999, 0.6), "bfloat16": (0.999, 0.6), "int8": (0.97, 0.35)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", *(pytest.param(kind, marks=pytest.mark.long) for kind in VISIONS)])
 def test_smaller_weights_give_smaller_files_and_nearly_the_same_features(kind, tmp_path):
     """The least cosine and the size in bytes; image towers are wide enough for the graph to be little of it."""
@@ -328,7 +329,7 @@ def test_every_precision_of_every_target_is_proven(target, precision, model, pic
     assert found.proof.guesses.num_images == 12
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("towers", ["image", "text"])
 def test_a_model_of_one_tower_is_exported_as_that_tower(towers, tmp_path):
     clip = small_clip(towers=towers)
@@ -391,7 +392,7 @@ def test_a_table_of_the_models_own_guesses_is_proven_right(model, pictures, tmp_
     assert (found.proof.guesses.before, found.proof.guesses.after) == (1, 1)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("template, is_by_class", [("a drawing of the number {}", False), ("{}!", True)])
 def test_the_proof_asks_with_the_prompts_of_the_export(template, is_by_class, pictures, tmp_path, capsys):
     clip = small_clip()
@@ -544,6 +545,7 @@ def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused,
     assert json.loads((tmp_path / "out" / "export.json").read_text())["precision"] == "bfloat16"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("target", ["onnx", "torch"])
 def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(model, tmp_path, target):
     """PyTorch's own writer of programs ended the process there."""

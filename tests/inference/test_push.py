@@ -88,6 +88,7 @@ def test_a_thumbnail_shows_transparency_as_the_model_sees_it(tmp_path, model):
     assert small.getextrema() == ((0, 0),) * 3
 
 
+@pytest.mark.long
 def test_what_is_published_of_the_captions_is_what_many_share(tmp_path):
     clip = tiny_clip(3)
     clip.wordings = Wordings((Wording("a photo of a {}", 0.9),), ("a photo of a neighbour's address",), 100)
@@ -150,6 +151,7 @@ def test_a_model_is_not_pushed_to_where_open_clips_would_be_loaded_in_its_place(
             assert "owner/birds holds open_clip_config.json" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_token_without_the_right_says_how_to_get_one(tmp_path, model):
     with Hub() as hub:
         done = push(hub, tmp_path / "home", str(model), "owner/birds", token="hf_other")

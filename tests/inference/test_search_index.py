@@ -842,7 +842,7 @@ def without_id(location: Path) -> None:
     table.add(rows)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("num_updates", [1, 3, 35])  # by which the old tables get cleaned
 @pytest.mark.parametrize("num_anew", [1, 2])
 def test_an_open_index_follows_one_that_is_made_anew_after_it_was_updated(

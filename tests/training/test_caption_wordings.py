@@ -74,6 +74,7 @@ def looked_at(run: Path, name: str = "last") -> tuple[Any, Any]:
     return found["callbacks"]["CaptionWordings"], found["miniclip_wordings"]
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_finds_what_one_does_that_was_not(run, data, tmp_path):
     trainer.main(nine_steps(data, tmp_path / "straight"))
     for name in ("last", "best"):

@@ -67,6 +67,7 @@ def test_training_itself_goes_on_as_without_an_average(data, tmp_path):
     assert all(torch.equal(current[name], tensor) for name, tensor in part(tmp_path / "without", "clip.").items())
 
 
+@pytest.mark.long
 def test_validation_scores_the_average_and_best_holds_it(data, tmp_path):
     zero_shot = (
         '--trainer.callbacks=[{"class_path": "miniclip.training.zero_shot.ZeroShotEvaluation", '

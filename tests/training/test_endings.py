@@ -126,7 +126,7 @@ class Tick(Callback):
         Tick.now += 1
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("interval, apart", [("00:00:00:10", 10), ('{"seconds": 4}', 4)])
 def test_validations_come_at_times_and_at_the_last_step(data, tmp_path, monkeypatch, interval, apart):
     for module in (evaluation_loop, fit_loop, training_epoch_loop):

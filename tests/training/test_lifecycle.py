@@ -256,6 +256,7 @@ class LogsNothing(Callback):
     """A user's own, of which nobody knows before whether it logs the monitor."""
 
 
+@pytest.mark.long
 def test_a_monitor_that_nothing_logs_ends_the_run_at_the_first_validation(data, tmp_path, capsys):
     own = callbacks(LogsNothing())
     with pytest.raises(SystemExit) as stopped:
@@ -567,7 +568,7 @@ def test_a_disk_that_is_full_for_the_trained_model_costs_no_training(data, tmp_p
     assert miniclip.load(run / "best", device="cpu")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("given", ["simple", "advanced", "SimpleProfiler"])
 def test_a_profile_lies_beside_the_log_and_the_run_says_where(data, tmp_path, capsys, given):
     run = tmp_path / "run"
@@ -744,7 +745,7 @@ def never_stopped(data, tmp_path_factory) -> tuple[dict[int, Any], dict[int, Any
     return train, val
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("how", ["asked", "asked at the epoch's end", "SIGTERM", "SIGINT", "killed"])
 @pytest.mark.parametrize("stops", [(4, 8), (3, 6)])
 def test_a_run_resumed_twice_logs_and_validates_what_one_that_was_never_stopped_does(
@@ -770,6 +771,7 @@ def test_a_run_resumed_twice_logs_and_validates_what_one_that_was_never_stopped_
     assert set(val) == set(never_stopped[1]) | ends  # whatever ends a run, its last step is validated
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("ends", [(["max_steps=3"], ["max_steps=4"]), (["max_epochs=1"], ["max_epochs=2"])])
 def test_a_run_that_is_made_longer_twice_counts_its_epochs_on(data, tmp_path, ends):
     run = tmp_path / "run"
@@ -784,6 +786,7 @@ def test_a_run_that_is_made_longer_twice_counts_its_epochs_on(data, tmp_path, en
     assert set(val) == {5, 11, *(step - 1 for step in reached)}
 
 
+@pytest.mark.long
 def test_a_checkpoint_whose_epoch_was_counted_too_high_goes_on_in_the_epoch_of_its_step(data, tmp_path, never_stopped):
     """As earlier versions left it: after step 4, in the second epoch, two epochs are said to be complete."""
     run = tmp_path / "run"

@@ -699,6 +699,7 @@ def rates(run_folder):
     return saved["global_step"], [group["lr"] for group in groups], [group["initial_lr"] for group in groups]
 
 
+@pytest.mark.long
 def test_a_run_may_be_as_long_as_so_many_samples(data, tmp_path):
     """Batches of 12: 50 samples begin the fifth."""
     trainer.main(arguments(data, tmp_path / "run", "--max_samples=50", steps=-1))

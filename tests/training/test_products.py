@@ -76,6 +76,7 @@ def test_a_resumed_run_takes_its_library_and_ends_with_the_same_bits(data, tmp_p
         assert torch.equal(state(run)[name], weights), name
 
 
+@pytest.mark.long
 @pytest.mark.skipif(LIBRARY == matmul.MKL, reason="there is one library")
 def test_a_run_that_is_resumed_with_the_other_library_prints_so(resume):
     assert "products: the checkpoint has onednn, this run mkl" in resume(library=matmul.MKL)[1]

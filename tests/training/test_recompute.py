@@ -356,6 +356,7 @@ def graphs() -> Iterator[Graphs]:
 SAVING = ["--model.checkpoint_activations=true", "--model.micro_batch_size=3"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], pytest.param(SAVING, marks=pytest.mark.long)])
 def test_a_compiled_run_has_few_graphs_and_the_same_weights_under_the_same_names(pairs, tmp_path, graphs, more):
     trainer.main(arguments(pairs, tmp_path / "plain", callback("Observer"), *more))
