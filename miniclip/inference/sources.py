@@ -334,6 +334,7 @@ def _without_known(part: EvaluationSet, seen: set[str]) -> EvaluationSet:
     if len(kept) == len(part):
         return part
     keys = None if part.keys is None else [part.keys[index] for index in kept]
+    names = None if part.names is None else [part.names[index] for index in kept]
     metadata = {name: _only(values, kept) for name, values in part.metadata.items()}
     identity = None if part.identity is None else digest_lines([part.identity, *map(str, kept)])
     return replace(
@@ -343,6 +344,7 @@ def _without_known(part: EvaluationSet, seen: set[str]) -> EvaluationSet:
         metadata=metadata,
         identity=identity,
         left_out=left_out,
+        names=names,
     )
 
 

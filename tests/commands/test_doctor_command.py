@@ -13,7 +13,9 @@ from command_line import fails
 from helpers import pack_folder, table, write_pairs, write_picture
 
 from miniclip.commands import main as cli
+from miniclip.data.reading.listed import rows_about
 from miniclip.data.shards import Shards
+from miniclip.data.sources import read_pairs
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -150,9 +152,16 @@ def test_rows_about_val_as_a_table_have_the_keys_of_its_pairs(tmp_path):
         lines = [f"deep/{number}.png,a word{number} in a field" for number in numbers]
         table(tmp_path / "data" / f"{name}.csv", "image,caption", *lines)
     train, val, test = (tmp_path / "data" / f"{name}.csv" for name in ("train", "val", "test"))
-    doctor(train, "--val", val, "--test", test, "--out", tmp_path / "out")
+    pictures = [(tmp_path / "data/deep" / f"{number}.png").read_bytes() for number in (2, 3)]
+    pq.write_table(pa.table({"image": pictures, "caption": ["two", "three"]}), tmp_path / "cells.parquet")
+    written = table(tmp_path / "data" / "written.csv", "image,caption", "./deep/3.png,as people write it")
+    named = [option for name in (val, tmp_path / "cells.parquet", written) for option in ("--val", name)]
+    doctor(train, *named, "--test", test, "--out", tmp_path / "out")
+    assert [row["key"] for row in rows_of(tmp_path / "out/drop.csv")] == ["deep/3.png", "row 1", "./deep/3.png"]
     cli.main(["shards", str(val), str(tmp_path / "packed"), "--drop", str(tmp_path / "out/drop.csv")])
     assert [Shards(tmp_path / "packed")[0].captions] == [("a word2 in a field",)]
+    for source, row in ((tmp_path / "cells.parquet", 1), (written, 0)):
+        assert list(rows_about(read_pairs(source), tmp_path / "out/drop.csv", str(source)).rows) == [row]
 
 
 def test_the_page_has_tables_and_pictures(photos, tmp_path, browser):
@@ -185,7 +194,7 @@ def test_the_parts_of_one_source_are_compared(tmp_path, capsys, kind):
             pq.write_table(table, source / f"{part}-00000-of-00001.parquet")
     doctor(source, "--test", source, "--out", tmp_path / "out")
     (dropped,) = rows_of(tmp_path / "out" / "drop.csv")
-    key = "3.png" if kind == "table" else "train-00000-of-00001.parquet: row 4"
+    key = "train: 3.png" if kind == "table" else "train-00000-of-00001.parquet: row 4"
     assert (dropped["key"], dropped["reason"]) == (key, "leak")
 
 

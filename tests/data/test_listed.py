@@ -105,6 +105,32 @@ def test_a_row_has_the_tables_own_number_whichever_split_is_read(tmp_path):
         rows_about(read_pairs(tmp_path / "t.parquet", split="val"), drop, "x")
 
 
+@pytest.mark.parametrize("kind", ["column", "files"])
+def test_a_path_in_two_parts_of_one_source_is_a_pair_of_each_and_a_list_tells_them_apart(tmp_path, kind):
+    for n in range(3):
+        write_picture(tmp_path / f"{n}.png", n)
+    lines = {"train": ("0.png,in train", "1.png,one"), "test": ("0.png,in test", "./0.png,again", "2.png,two")}
+    if kind == "column":
+        rows = (f"{line},{part}" for part, own in lines.items() for line in own)
+        source = table(tmp_path / "t.csv", "image,caption,split", *rows)
+    else:
+        parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        (source := tmp_path / "set").mkdir()
+        for part, own in lines.items():
+            images, captions = zip(*(line.split(",") for line in own), strict=True)
+            parquet.write_table(pa.table({"image": images, "caption": captions}), source / f"{part}.parquet")
+    train, test = (read_pairs(source, split=part, images=tmp_path) for part in lines)
+    assert (train.names[0], test.names[0], len(test)) == ("train: 0.png", "test: 0.png", 2)
+    assert train.names[1] == ("1.png" if kind == "column" else "train: 1.png")  # other files are not opened
+    drop = table(tmp_path / "drop.csv", "key", "train: 0.png")
+    kept, _ = without_listed(train, rows_about(train, drop, "x"))
+    assert [pair.captions for pair in kept] == [("one",)]
+    with pytest.raises(ValueError, match=r"no row of .*drop\.csv names a pair of x: train: 0\.png; .*'test: 0\.png'"):
+        rows_about(test, drop, "x")
+    with pytest.raises(ValueError, match=r"d\.csv, row 1: '0\.png' is in several parts of x.* 'test: 0\.png'"):
+        rows_about(test, table(tmp_path / "d.csv", "key", "0.png"), "x")
+
+
 def rows_of(tmp_path, count):
     write_picture(tmp_path / "x.png", 1)
     return [{"image": (tmp_path / "x.png").read_bytes(), "caption": f"text {n}"} for n in range(count)]

@@ -94,6 +94,7 @@ class DatasetsRows:
 
     left_out: tuple[LeftOut, ...] = ()
     note = ""
+    taken_from: tuple[Any, Sequence[str]] | None = None
 
     def __init__(self, loaded: Any, chosen: Sequence[int] | None = None, part: str = "") -> None:
         self.loaded, self.chosen, self.part = loaded, chosen, part

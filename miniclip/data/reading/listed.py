@@ -43,9 +43,9 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
         value: a column that the table must have, in which rows about one pair must agree.
 
     Raises:
-        ValueError: no table, one without its columns, a row without a key, rows that contradict each other, a key of
-            several pairs, or no row that is about a pair of these, unless doctor looked at them and found nothing (it
-            looks for groups in train alone).
+        ValueError: no table, one without its columns, a row without a key, rows that contradict each other, a key that
+            several pairs or pairs of several parts have, or no row that is about a pair of these, unless doctor looked
+            at them and found nothing (it looks for groups in train alone).
     """
     if Path(table).is_dir():
         tables = [path for path in (Path(table) / f"{name}.csv" for name in ("drop", "groups")) if path.is_file()]
@@ -58,8 +58,10 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
         if name not in columns:
             raise ValueError(f"{table} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
     index_of: dict[str, list[int]] = defaultdict(list)
+    in_parts: dict[str, str] = {}  # names by what follows their part
     for index, name in enumerate(pairs.names):
         index_of[_written(name)].append(index)
+        in_parts[_written(name).partition(": ")[2]] = name
     found: dict[int, Mapping[str, Any]] = {}
     unmatched: list[str] = []
     elsewhere = Counter[str]()
@@ -81,6 +83,11 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
                     f"{table}, row {number}: {key} has the {value} {row.get(value)!r} and in a row before "
                     f"{first.get(value)!r}; it may have one"
                 )
+        elif _written(key) in in_parts:
+            raise ValueError(
+                f"{table}, row {number}: {key!r} is in several parts of {source}, so which pair is meant can't be "
+                f"known; the one that is read here is called {in_parts[_written(key)]!r}"
+            )
         else:
             unmatched.append(key)
     looked = _sources_beside(Path(table), "train" if value == "group" else None)

@@ -33,6 +33,8 @@ class ParquetRows(Sequence[dict[str, Any]]):
 
     left_out: tuple[LeftOut, ...] = ()
     note = ""
+    taken_from: tuple[Any, Sequence[str]] | None = None
+    split = ""  # of the files, where others beside them are of other parts
 
     def __init__(self, paths: Sequence[Path], chosen: Sequence[int] | None = None, names: Sequence[str] = ()) -> None:
         try:
@@ -75,7 +77,9 @@ class ParquetRows(Sequence[dict[str, Any]]):
 
     def only(self, rows: Sequence[int]) -> ParquetRows:
         """These rows of all."""
-        return ParquetRows(self.paths, rows, self.names)
+        chosen = ParquetRows(self.paths, rows, self.names)
+        chosen.split = self.split
+        return chosen
 
     def called(self, number: int) -> str:
         """What a row is called, by its number among all: its file and its number there, from 1, if files have names."""

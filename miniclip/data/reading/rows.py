@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,23 +52,14 @@ def pairs_of_rows(
         raise ValueError(f"there is no folder of images {folder}")
     column, others = (image_column, []) if image_column else find_image_column(columns, rows, folder, source)
     column, text_columns = choose_columns(source, columns, column, caption_columns)
-    cells = rows.column(column) if hasattr(rows, "column") else [row.get(column) for row in rows]
-    texts = [cell for cell in cells if isinstance(cell, str)]
-    if texts and all(_NUMBERED_IMAGE.fullmatch(text) for text in texts):
-        cells = [cell.rpartition("#")[0] if isinstance(cell, str) else cell for cell in cells]
+    cells, keys_of_rows, names_of_rows = name_images(rows, column, within)
     rows_of: dict[str, list[int]] = {}
-    names: list[str] = []
-    paths: list[str] = []
-    numbers = numbers_of(rows)
-    called: Callable[[int], str] = getattr(rows, "called", "row {}".format)
-    for row, cell in enumerate(cells):
-        path = _path_in(cell)
-        name = path or called(numbers[row])
-        key = name if is_url(name) else os.path.normpath(same_name(name.strip()))
-        if key not in rows_of:
-            names.append(name if is_url(name) else str(PurePath(within, name)) if within else name)
-            paths += [] if is_url(path) or not path else [path]
+    for row, key in enumerate(keys_of_rows):
         rows_of.setdefault(key, []).append(row)
+    names = [names_of_rows[group[0]] for group in rows_of.values()]
+    own_paths = [_path_in(cells[group[0]]) for group in rows_of.values()]
+    paths = [path for path in own_paths if path and not is_url(path)]
+    numbers, called = numbers_of(rows), getattr(rows, "called", "row {}".format)
     keys, groups = list(rows_of), list(rows_of.values())
     without = _rows_without_caption(rows, groups, text_columns) if len(rows) > len(names) else []
     left_out = [*left_out, *(_row_left_out(called(numbers[row]), rows[row]) for row in without)]
@@ -82,7 +73,8 @@ def pairs_of_rows(
             image = picture_in(chosen[0].get(column) if cell is None or not isinstance(cell, str) else cell)
             texts = [text for row in chosen for each in text_columns for text in texts_in_cell(row.get(each))]
             # Albums have the file's own name for a title, which is no caption.
-            captions = tuple(text for text in texts if text != PurePath(names[index]).name or not PurePath(text).suffix)
+            own = PurePath(own_paths[index]).name
+            captions = tuple(text for text in texts if text != own or not PurePath(text).suffix)
         except ValueError as error:
             return Pair(names[index], problem=str(error), extra=extra)
         if texts and not captions:
@@ -108,6 +100,46 @@ def pairs_of_rows(
     found += getattr(rows, "note", "")
     files = getattr(rows, "paths", [source])
     return Pairs(names, read, found, _FilesFound(files, folder, paths), left_out)
+
+
+class NamedImages(NamedTuple):
+    """N rows: the cell of each, a key that rows of one image share, and the name by which the user knows the image."""
+
+    cells: list[Any]
+    keys: list[str]
+    names: list[str]
+
+
+def name_images(rows: Any, column: str, within: str = "") -> NamedImages:
+    """The name of each row's image: its path or URL, else its row. Where rows of another part have the path, too, its
+    part stands before it, as in `train: a.jpg`, so that a list of pairs tells the two apart.
+
+    Args:
+        within: as that of `pairs_of_rows`.
+    """
+    whole, parts = getattr(rows, "taken_from", None) or (rows, ())
+    numbers, called = numbers_of(rows), getattr(rows, "called", "row {}".format)
+    cells = whole.column(column) if hasattr(whole, "column") else [row.get(column) for row in whole]
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    if texts and all(_NUMBERED_IMAGE.fullmatch(text) for text in texts):
+        cells = [cell.rpartition("#")[0] if isinstance(cell, str) else cell for cell in cells]
+    of_others = set(range(len(parts))).difference(numbers)
+    elsewhere = {_key_of(path) for row in of_others if (path := _path_in(cells[row]))}
+    cells = [cells[number] for number in numbers] if parts else cells
+    keys = []
+    name_of: dict[str, str] = {}
+    for number, cell in zip(numbers, cells, strict=True):
+        path = _path_in(cell)
+        name = path or called(number)
+        keys.append(key := _key_of(name))
+        part = parts[number] if key in elsewhere else getattr(rows, "split", "") if path else ""
+        name = str(PurePath(within, name)) if within and not is_url(name) else name
+        name_of.setdefault(key, f"{part}: {name}" if part else name)
+    return NamedImages(cells, keys, [name_of[key] for key in keys])
+
+
+def _key_of(name: str) -> str:
+    return name if is_url(name) else os.path.normpath(same_name(name.strip()))
 
 
 class _FilesFound:

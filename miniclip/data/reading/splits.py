@@ -145,6 +145,7 @@ class Rows(list[dict[str, Any]]):
 
     left_out: tuple[LeftOut, ...] = ()
     note = ""
+    taken_from: tuple[Any, Sequence[str]] | None = None  # of rows of one part: all rows, and the part of each
 
     def __init__(self, rows: Iterable[dict[str, Any]], chosen: Sequence[int] | None = None) -> None:
         super().__init__(rows)
@@ -246,6 +247,7 @@ def _rows_with(rows: Any, parts: Sequence[str], wanted: Collection[str]) -> Any:
     ]
     chosen = rows.only(kept)
     chosen.left_out = (*getattr(rows, "left_out", ()), *left_out)
+    chosen.taken_from = rows, parts
     return chosen
 
 

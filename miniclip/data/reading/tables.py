@@ -87,6 +87,8 @@ def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is
         return rows
     named = names_of_files(path)
     parts = splits_named(named, split)
+    if len(parts) > 1:
+        rows.split = split_among(parts, split, str(path))
     is_of_files = not {*equal_splits(split)}.isdisjoint(parts)
     is_told = is_of_files or _is_called(path, split)
     is_one_set = not parts and is_all_of(split)

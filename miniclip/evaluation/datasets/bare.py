@@ -20,6 +20,7 @@ from ...data.reading.huggingface import (
     load_datasets,
     undecoded,
 )
+from ...data.reading.rows import name_images
 from ...data.reading.scan import LeftOut, scan
 from ...data.reading.splits import numbers_of, role_of
 from ...data.reading.tables import find_image_column, folder_of, read_table
@@ -59,6 +60,7 @@ def bare_table(path: Path, image_column: str | None = None, split: str | None = 
         metadata=metadata,
         identity=there.identity,
         left_out=there.left_out,
+        names=name_images(rows, column).names if split else None,
     )
 
 
@@ -98,6 +100,7 @@ def bare_datasets(source: str, image_column: str | None = None, split: str | Non
                 metadata=metadata,
                 identity=f"datasets {source} {part} {column} {rows._fingerprint}",
                 left_out=of_part.left_out,
+                names=list(map(of_part.called, numbers_of(of_part))) if split else None,
             )
         )
     return found

@@ -42,6 +42,7 @@ class EvaluationSet:
             them, or an `ArrowColumn`.
         identity: changes whenever an image does, and can be computed without reading them.
         left_out: files and rows of the source that are no image of the set, with the reason.
+        names: what `miniclip shards` calls each image, of a table or data set of which a split was asked for.
         upright: pictures that EXIF turns are opened as viewers show them; by default as they are stored, which is how
             CLIP's scores were published.
         task: what the images are for, one of `TASKS`; none for bare images. `has_classes`: prompts describe classes.
@@ -56,6 +57,7 @@ class EvaluationSet:
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict, kw_only=True)
     identity: str | None = field(default=None, kw_only=True)
     left_out: Sequence[LeftOut] = field(default=(), kw_only=True)
+    names: Sequence[str] | None = field(default=None, kw_only=True)
     upright: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:

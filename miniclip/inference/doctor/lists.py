@@ -54,13 +54,5 @@ def write_sources(folder: Path, found: Diagnosis) -> None:
 def _listed_line(found: Diagnosis, finding: Finding) -> tuple[str, str, str, str]:
     looked = found.looked
     source = looked.sources[looked.source[finding.row]]
-    key = source.keys[looked.index[finding.row]]
-    key = key if source.part == TRAIN else _key_in(source.name, key)
+    key = source.listed(looked.index[finding.row])
     return key, source.name, finding.reason, f"{finding.score:.4g}"
-
-
-def _key_in(source: str, key: str) -> str:
-    """A picture of val or test as `miniclip shards` calls it where it packs that source: by its path in there."""
-    folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    is_below = folder != Path() and Path(key).is_relative_to(folder)
-    return str(Path(key).relative_to(folder)) if is_below else key

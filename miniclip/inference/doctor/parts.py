@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,26 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 @dataclass(frozen=True)
 class Source:
-    """What a user named: pairs, or pictures alone where only those are compared (`captions` is None)."""
+    """What a user named: pairs, or pictures alone where only those are compared (`captions` is None).
+
+    Args:
+        names: what `miniclip shards` calls each, where that is neither its key nor its path below the source.
+    """
 
     part: str
     name: str
     keys: Sequence[str]
     open: Callable[[int], Image.Image]
     captions: Callable[[int], tuple[str, ...]] | None = None
+    names: Sequence[str] | None = None
+
+    def listed(self, index: int) -> str:
+        """A picture as `miniclip shards` calls it where it packs this source."""
+        if self.names is not None:
+            return self.names[index]
+        key, folder = self.keys[index], Path(self.name) if Path(self.name).is_dir() else Path(self.name).parent
+        is_below = self.captions is None and folder != Path() and Path(key).is_relative_to(folder)
+        return str(Path(key).relative_to(folder)) if is_below else key
 
 
 def of_pairs(name: str, pairs: Pairs) -> Source:
@@ -65,7 +79,8 @@ def of_images(part: str, name: str, images: EvaluationSet) -> Source:
     named = [split_sample_name(images.key(index)) for index in range(len(images))]
     tars = list(dict.fromkeys(tar for tar, _ in named if tar))
     called = dict(zip(tars, tar_names(tars), strict=True))
-    return Source(part, name, [f"{called[tar]}:{key}" if tar else key for tar, key in named], images.open)
+    keys = [f"{called[tar]}:{key}" if tar else key for tar, key in named]
+    return Source(part, name, keys, images.open, names=images.names)
 
 
 @dataclass(frozen=True)
