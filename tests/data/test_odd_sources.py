@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import unicodedata
 import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import picture, rejections, write_picture
+from helpers import picture, rejections, table, write_picture
 from PIL import Image
 
 from miniclip.commands import main as cli
@@ -685,6 +686,69 @@ def test_an_imagefolder_with_metadata_is_read_and_what_it_does_not_name_is_left_
     assert [(each.source, each.reason) for each in pairs.left_out] == [
         ("2.png", "a file that metadata.jsonl does not name")
     ]
+
+
+def write_imagefolder(folder, *places, column="text", suffix="csv"):
+    """Two pictures in each place, and a table there that names them and says of each where it is."""
+    for number, place in enumerate(places):
+        rows = [{"file_name": f"{n}.png", column: f"{n} of {place}"} for n in range(2)]
+        for n in range(2):
+            write_picture(folder / place / f"{n}.png", 2 * number + n)
+        of_csv = [f"file_name,{column}", *(",".join(row.values()) for row in rows)]
+        table(folder / place / f"metadata.{suffix}", *(map(json.dumps, rows) if suffix == "jsonl" else of_csv))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_an_imagefolder_with_a_table_in_each_folder_is_read_whole(tmp_path, suffix):
+    places = ["cat", "dog/small", "train"]  # the last is a class here
+    write_imagefolder(tmp_path, *places, suffix=suffix)
+    write_picture(tmp_path / "cat/extra.png", 9)
+    table(tmp_path / "notes.txt", "Pictures of 2006.")
+    pairs = read_pairs(tmp_path)
+    assert {pair.source: pair.captions for pair in pairs} == {
+        f"{place}/{n}.png": (f"{n} of {place}",) for place in places for n in range(2)
+    }
+    assert [(each.source, each.reason) for each in pairs.left_out] == [
+        (name, "a file that no table names") for name in ("cat/extra.png", "notes.txt")
+    ]
+    assert f"as cat/metadata.{suffix}, dog/small/metadata.{suffix}, train/metadata.{suffix} say" in pairs.found
+    write_imagefolder(tmp_path, "bird", column="caption", suffix=suffix)
+    with pytest.raises(
+        ValueError, match=rf"cat/metadata\.{suffix} has its captions in 'text', and .*bird.* in 'caption'"
+    ):
+        read_pairs(tmp_path)
+
+
+def test_rows_of_several_tables_are_called_by_their_table_and_found_as_people_write_their_paths(tmp_path):
+    write_imagefolder(tmp_path, "cat", "dog")
+    rows = ("cat/0.png,with its folder,train", "1.PNG,in capitals,train", ",of no picture,train", "2.png,of test,test")
+    table(tmp_path / "cat/metadata.csv", "file_name,text,split", *rows)
+    table(tmp_path / "dog/metadata.csv", "file_name,text,split", "0.png,x,test", f"{tmp_path}/dog/1.png,whole,train")
+    pairs = read_pairs(tmp_path, split="train")
+    assert {pair.source: pair.captions or pair.problem for pair in pairs} == {
+        "cat/0.png": ("with its folder",),
+        "cat/1.PNG": ("in capitals",),
+        "cat/metadata.csv: row 3": "no image in this row",
+        "dog/1.png": ("whole",),
+    }
+    left_out = [each.source for each in pairs.left_out if each.reason == "a row of another split (test)"]
+    assert left_out == ["cat/metadata.csv: row 4", "dog/metadata.csv: row 1"]
+
+
+@pytest.mark.parametrize("above", ["", "data/"])
+def test_tables_in_folders_of_splits_are_read_by_split_and_a_split_that_is_not_there_is_answered(tmp_path, above):
+    write_imagefolder(tmp_path, *(f"{above}{part}/{name}" for part in ("train", "test") for name in ("cat", "dog")))
+    pairs = read_pairs(tmp_path)
+    assert list(pairs.names) == [f"{above}train/{name}/{n}.png" for name in ("cat", "dog") for n in range(2)]
+    assert Counter(each.reason for each in pairs.left_out) == {"a file of another split": 6}
+    assert read_pairs(tmp_path, split="test").names[0] == f"{above}test/cat/0.png"
+    parts = ", ".join(str(tmp_path / f"{above}{part}") for part in ("test", "train"))
+    for options in ({"split": "val"}, {"default_split": "val"}):  # as --split and data.val have it
+        with pytest.raises(
+            ValueError, match=re.escape(f"{tmp_path} has no split 'val'; name one of its parts: {parts}")
+        ):
+            read_pairs(tmp_path, **options)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

@@ -11,10 +11,9 @@ from pathlib import Path, PurePath
 
 from ...common.wording import counted, some
 from .cells import NoCaptionsError, caption_lines, captions_of_facts, decode_text, one_line
+from .imagefolder import is_imagefolders, read_imagefolder
 from .json_tables import parse_json
 from .pair import Pair, Pairs
-from .paths import find_file
-from .rows import caption_columns_of, pairs_of_rows
 from .scan import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
@@ -26,8 +25,7 @@ from .scan import (
     same_name,
     scan,
 )
-from .splits import different_splits, equal_splits, is_all_of, is_named, rows_of_split
-from .tables import read_table
+from .splits import different_splits, equal_splits, is_all_of, is_named
 
 # What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
 # a.image.jpg and a.caption.txt.
@@ -46,11 +44,11 @@ def read_folder(
 ) -> Pairs:
     """The pairs of pictures with a text of the same name: beside them (a.txt, a.caption, a.jpg.txt, a.json), in folders
     of their own (images/a.jpg, texts/a.txt), or with roles in their names (a.image.jpg, a.text.txt); or those that a
-    `metadata.jsonl` (or .csv, .parquet) names.
+    `metadata.jsonl` (or .csv, .parquet) names, or several such tables, each the pictures in and below its own folder.
 
     Args:
         is_asked_for: as that of `rows_of_split`, unless the folder's name tells the split.
-        caption_columns: of the table; by default found by their names.
+        caption_columns: of the tables; by default found by their names.
 
     Raises:
         ValueError: columns of a folder without such a table, neither pictures nor texts, pictures without texts beside
@@ -58,10 +56,13 @@ def read_folder(
     """
     files = scan(folder)
     places = (folder, *(folder / name for name in equal_splits(split)))
-    for path in files.others:
-        needs_captions = bool(files.texts) and not caption_columns
-        if path.parent in places and _is_imagefolders(path, needs_captions):
-            return _read_imagefolder(files, path, split, is_asked_for, caption_columns)
+    tables = [
+        path
+        for path in files.others
+        if is_imagefolders(path, not caption_columns and (bool(files.texts) or path.parent not in places))
+    ]
+    if tables and (caption_columns or any(path.parent in places for path in tables) or not _match(files)[0]):
+        return read_imagefolder(files, tables, split, is_asked_for, caption_columns)
     if caption_columns:
         raise ValueError(
             f"--caption-column can't be followed: {folder} is a folder, without a metadata.jsonl (or .csv, .parquet) "
@@ -82,7 +83,7 @@ def pair_splits(folder: Path) -> dict[str, list[Path]]:
     """The parts of a folder's pairs, as train and test are, and the folders of each: right in it, else one folder
     below, as images/train; none where a table names the pairs."""
     below = [path for path in folder.iterdir() if not is_skipped_folder(path.name)]
-    if any(path.is_file() and _is_imagefolders(path, needs_captions=True) for path in below):
+    if any(path.is_file() and is_imagefolders(path, needs_captions=True) for path in below):
         return {}
     folders = [path for path in below if path.is_dir()]
     parts = different_splits(path.name for path in folders)
@@ -334,51 +335,6 @@ def _possible_tables(files: Scan) -> list[Path]:
             cells = [*re.split(r"[\t\r\n,;|#\"]", head), *head.split()]
             found |= {path} if any(PurePath(cell.strip()).name in names for cell in cells) else set()
     return sorted(found)
-
-
-def _is_imagefolders(path: Path, needs_captions: bool) -> bool:
-    """Whether this is the table of a folder, as Hugging Face's `imagefolder` has it.
-
-    Args:
-        needs_captions: one without them, of labels or sizes, does not count: the captions are elsewhere.
-    """
-    if path.stem.lower() != "metadata" or path.suffix not in TABLE_SUFFIXES:
-        return False
-    columns = read_table(path)[0]
-    if "file_name" not in columns or not needs_captions:
-        return "file_name" in columns
-    try:
-        return bool(caption_columns_of(path, columns))
-    except ValueError:
-        return False
-
-
-def _read_imagefolder(
-    files: Scan, metadata: Path, split: str, is_asked_for: bool, caption_columns: Sequence[str]
-) -> Pairs:
-    """A folder of pictures with a table of theirs, as Hugging Face's `imagefolder` has it."""
-    columns, all_rows = read_table(metadata)
-    is_told = metadata.parent != files.folder or is_named(files.folder, split)
-    rows = rows_of_split(metadata, columns, all_rows, split, is_asked_for and not is_told)
-    place = metadata.parent.relative_to(files.folder)
-    pairs = pairs_of_rows(
-        metadata,
-        columns,
-        rows,
-        folder=metadata.parent,
-        within=str(place) if place.parts else "",
-        image_column="file_name",
-        caption_columns=caption_columns,
-        left_out=rows.left_out,
-    )
-    named = {find_file(metadata.parent, str(row["file_name"])) for row in all_rows if row.get("file_name")}
-    rest = [path for path in (*files.images, *files.texts) if path not in named]
-    left_out = [
-        LeftOut(str(path.relative_to(files.folder)), f"a file that {metadata.name} does not name") for path in rest
-    ]
-    left_out += [*files.unread(path for path in files.others if path != metadata), *files.left_out]
-    found = f"{pairs.found}, as {metadata.name} says"
-    return Pairs(pairs.names, pairs.read, found, pairs.files, [*pairs.left_out, *left_out])
 
 
 def _what_lies_in(files: Scan) -> str:
