@@ -804,6 +804,19 @@ def test_a_text_or_table_that_names_the_pictures_of_a_folder_is_named_as_the_sou
         read_pairs(three)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "latin-1"])
+def test_a_list_of_pictures_is_named_as_the_source_whatever_its_encoding(tmp_path, encoding):
+    write_picture(tmp_path / "images/0é.png")
+    table(tmp_path / "list.txt", "0é.png;a dog", encoding=encoding)
+    with pytest.raises(ValueError, match=r"without a text beside them, and list\.txt"):
+        read_pairs(tmp_path)
+    if encoding == "latin-1":
+        with pytest.raises(ValueError, match=r"list\.txt is not UTF-8 text: .*Save it as UTF-8"):
+            read_pairs(tmp_path / "list.txt", images=tmp_path / "images")
+    else:
+        assert [pair.captions for pair in read_pairs(tmp_path / "list.txt", images=tmp_path / "images")] == [("a dog",)]
+
+
 @pytest.mark.parametrize("text", ["file_name,label\n0.png,cat\n", "name,caption\n0.png,words\n"])
 def test_a_table_of_a_folder_without_captions_leaves_them_to_the_texts(three, text):
     (three / "metadata.csv").write_text(text)

@@ -63,13 +63,18 @@ _BYTE_ORDER_MARKS = (
 )
 
 
+def encoding_of(data: bytes) -> str:
+    """What a text's byte order mark says of its encoding; UTF-8 without one."""
+    return next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+
+
 def decode_text(data: bytes, name: object) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
         ValueError: another encoding, which nothing in the file names.
     """
-    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    encoding = encoding_of(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path, PurePath
 
 from ...common.wording import counted, some
-from .cells import NoCaptionsError, caption_lines, captions_of_facts, decode_text, one_line
+from .cells import NoCaptionsError, caption_lines, captions_of_facts, decode_text, encoding_of, one_line
 from .imagefolder import is_imagefolders, read_imagefolder
 from .json_tables import parse_json
 from .pair import Pair, Pairs
@@ -329,10 +329,14 @@ def _possible_tables(files: Scan) -> list[Path]:
     names = {image.name for image in files.images}
     for path in (*files.texts, *files.others)[:_FILES_LOOKED_INTO]:
         with suppress(OSError), open(path, "rb") as file:
-            head = file.read(4096).decode("utf-8", "replace")
-            if head.lstrip().startswith(("{", "[")):  # JSON is read by its suffix alone
+            head = file.read(4096)
+            text = head.decode(encoding_of(head), "replace")
+            if text.lstrip().startswith(("{", "[")):  # JSON is read by its suffix alone
                 continue
-            cells = [*re.split(r"[\t\r\n,;|#\"]", head), *head.split()]
+            text += "\n" + head.decode(
+                "latin-1"
+            )  # old spreadsheets' ö, for which the table is refused where it is read
+            cells = [*re.split(r"[\t\r\n,;|#\"]", text), *text.split()]
             found |= {path} if any(PurePath(cell.strip()).name in names for cell in cells) else set()
     return sorted(found)
 
