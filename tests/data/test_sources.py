@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 import unicodedata
 from pathlib import Path
@@ -141,6 +143,42 @@ def test_a_parquet_struct_without_bytes_names_a_file(images, tmp_path):
     cells = [{"bytes": None, "path": f"{n}.jpg"} for n in range(5)]
     parquet.write_table(pa.table({"image": cells, "text": SENTENCES}), tmp_path / "t.parquet")
     check_all_five(read_pairs(tmp_path / "t.parquet", images=images), tmp_path / "out")
+
+
+WITHOUT_PANDAS = """
+import sys
+class NoPandas:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "pandas":
+            raise ImportError(name)
+sys.meta_path.insert(0, NoPandas())
+from pathlib import Path
+from miniclip.data.reading.parquet import ParquetRows
+rows = ParquetRows([Path(sys.argv[1])])
+print([rows[0], *({name: value} for name in ("taken", "dur", "at") for value in rows.column(name))])
+print([list(rows.whole(name)) for name in ("taken", "dur", "at")])
+"""
+
+
+@pytest.mark.parametrize("has_pandas", [True, False])
+def test_times_in_nanoseconds_are_exact_with_pandas_and_without(images, tmp_path, has_pandas):
+    kinds = {"taken": pa.timestamp("ns"), "dur": pa.duration("ns"), "at": pa.time64("ns")}
+    columns = {name: pa.array([1_123_456_789], kind) for name, kind in kinds.items()}
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pa.table({"image": [str(images / "0.jpg")], "text": ["words"], **columns}), path)
+    if has_pandas:
+        taken, dur, at = "1970-01-01 00:00:01.123456789", "0 days 00:00:01.123456789", "00:00:01.123456789"
+        (pair,) = read_pairs(path)
+        assert {name: str(value) for name, value in pair.extra.items()} == {"taken": taken, "dur": dur, "at": at}
+    else:
+        done = subprocess.run([sys.executable, "-c", WITHOUT_PANDAS, str(path)], capture_output=True, text=True)
+        for name, text in (
+            ("taken", "1970-01-01 00:00:01.123456789"),
+            ("dur", "1123456789 ns"),
+            ("at", "00:00:01.1234"),
+        ):
+            assert done.stdout.count(f"'{name}': '{text}") == 2, done.stderr
+        assert done.stdout.endswith("[['1970-01-01 00:00:01.123456789'], ['1123456789 ns'], ['00:00:01.123456789']]\n")
 
 
 def test_embedded_images_that_are_bad_or_missing_are_rejected_alone(tmp_path):

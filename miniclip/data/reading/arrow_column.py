@@ -69,11 +69,11 @@ class ArrowColumn(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.take([index])[0].as_py()
+        return as_python(self.take([index]))[0]
 
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self), _VALUES_AT_ONCE):
-            yield from self.take(range(start, min(start + _VALUES_AT_ONCE, len(self)))).to_pylist()
+            yield from as_python(self.take(range(start, min(start + _VALUES_AT_ONCE, len(self)))))
 
     def only(self, rows: Sequence[int]) -> ArrowColumn:
         """These rows of all, in this order; one may come several times."""
@@ -240,6 +240,27 @@ def without_views(kind: Any) -> Any:
     if types.is_large_list(kind):
         return pa.large_list(*within)
     return pa.list_(*within) if types.is_list(kind) else kind
+
+
+def as_python(values: Any) -> list[Any]:
+    """The values of a column of Arrow's as Python has them. One in nanoseconds that Python would round is a text: a
+    time of day, and without pandas, which has types for them, any other."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    kind = values.type
+    if types.is_time64(kind):
+        try:
+            values.cast(pa.time64("us"))
+        except pa.ArrowInvalid:
+            return list(values.cast(pa.string()).to_pylist())
+    try:
+        return list(values.to_pylist())
+    except ValueError:
+        if getattr(kind, "unit", "") != "ns":
+            raise
+        texts, unit = values.cast(pa.string()).to_pylist(), " ns" if types.is_duration(kind) else ""
+        return [text if text is None else f"{text}{unit}" for text in texts]
 
 
 def taken(values: Any, indices: Sequence[int]) -> Any:

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import unquote
 
-from .arrow_column import ArrowColumn, is_large, taken, without_views
+from .arrow_column import ArrowColumn, as_python, is_large, taken, without_views
 from .scan import LeftOut
 
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
@@ -104,7 +104,8 @@ class ParquetRows(Sequence[dict[str, Any]]):
         try:
             with self._lock:
                 table = self._group(file_index, group)
-                row = table.slice(index - (self.ends[place] - count), 1).to_pylist()[0]
+                row = table.slice(index - (self.ends[place] - count), 1)
+                row = {name: as_python(values)[0] for name, values in zip(row.column_names, row.columns, strict=True)}
                 return row | {name: values[file_index] for name, values in self.of_path.items()}
         except (self.errors, OSError) as error:
             raise ValueError(f"{self.paths[file_index]} is damaged in its row group {group}: {error}") from error
@@ -126,7 +127,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         pieces = [_GroupColumn(self, name, *group) for group in self.groups]
         large = is_large(sum(_bytes_of(file, name) for file in self.files), sum(map(len, pieces)))
         if len(kinds) > 1 and not large:
-            values = [value for each in pieces for value in self.part(name, each.file_index, each.group).to_pylist()]
+            values = [value for each in pieces for value in as_python(self.part(name, each.file_index, each.group))]
             return values if self.chosen is None else [values[row] for row in self.chosen]
         return ArrowColumn(pieces, kinds[0], large, chosen=self.chosen)
 
@@ -172,7 +173,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
             kind, depth = kind.value_type, depth + 1
         if depth > 1 or any(_holds_pictures(file, leaf) for leaf in leaves):
             return [None] * file.metadata.num_rows
-        return file.read([f"{name}.path" if f"{name}.bytes" in paths else name]).column(0).to_pylist()
+        return as_python(file.read([f"{name}.path" if f"{name}.bytes" in paths else name]).column(0))
 
 
 @dataclass(frozen=True)
