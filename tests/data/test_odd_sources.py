@@ -751,6 +751,22 @@ def test_tables_in_folders_of_splits_are_read_by_split_and_a_split_that_is_not_t
             read_pairs(tmp_path, **options)
 
 
+def test_a_table_above_the_folders_of_splits_is_read_by_the_split_that_they_tell(tmp_path):
+    write_imagefolder(tmp_path, "train", "test")
+    for name in ("train", "test"):
+        (tmp_path / name / "metadata.csv").unlink()
+    lines = [f"./{part}/{n}.png,{n} of {part}" for part in ("train", "test") for n in range(2)]
+    table(tmp_path / "metadata.csv", "file_name,text", *lines)
+    assert [pair.captions for pair in read_pairs(tmp_path)] == [("0 of train",), ("1 of train",)]
+    pairs = read_pairs(tmp_path, split="test")
+    assert [pair.captions for pair in pairs] == [("0 of test",), ("1 of test",)]
+    assert [each.reason for each in pairs.left_out] == ["a row of another split (train)"] * 2
+    with pytest.raises(
+        ValueError, match=r"metadata\.csv names no picture of a split 'val', but those of test, train; --"
+    ):
+        read_pairs(tmp_path, default_split="val")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_the_column_of_an_imagefolders_captions_is_named(three, suffix):
     rows = [{"file_name": f"{n}.png", "prompt": f"picture {n}"} for n in range(3)]

@@ -929,6 +929,20 @@ def test_folders_of_pairs_are_retrieved_from_by_their_split(tmp_path, ending):
         open_dataset(tmp_path, task="retrieval", split="val")
 
 
+@pytest.mark.parametrize("is_column", [True, False])
+def test_a_folder_with_one_table_is_retrieved_from_by_the_split_that_it_tells(tmp_path, is_column):
+    lines = ["file_name,text" + ",split" * is_column]
+    for number, part in enumerate(("train", "val")):
+        name = f"{number}.png" if is_column else f"{part}/0.png"
+        write_picture(tmp_path / name, number)
+        lines.append(f"{name},of {part}" + f",{part}" * is_column)
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    for split, part in ((None, "val"), ("val", "val"), ("train", "train")):
+        assert open_dataset(tmp_path, task="retrieval", split=split).captions == ((f"of {part}",),)
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, val"):
+        open_dataset(tmp_path, task="retrieval", split="test")
+
+
 @pytest.mark.parametrize("texts", ["images", "captions"])
 def test_pairs_in_a_folder_above_the_splits_are_retrieved_from_by_their_split(tmp_path, texts):
     for number, part in enumerate(("train", "val")):

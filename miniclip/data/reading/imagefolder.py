@@ -4,8 +4,8 @@ A table `metadata.jsonl` (or .csv, .parquet) names pictures in and below its own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...common.wording import some
@@ -13,7 +13,17 @@ from .pair import Pairs
 from .paths import find_file
 from .rows import caption_columns_of, choose_columns, pairs_of_rows
 from .scan import OTHER_SPLIT, TABLE_SUFFIXES, LeftOut, Scan
-from .splits import Rows, different_splits, is_named, role_of, rows_of_split, same_parts
+from .splits import (
+    Rows,
+    different_splits,
+    has_split_column,
+    is_named,
+    parts_in,
+    role_of,
+    rows_of_split,
+    rows_with,
+    same_parts,
+)
 from .tables import read_table
 
 
@@ -42,7 +52,10 @@ def read_imagefolder(
     first, base = tables[0], tables[0].parent if len(tables) == 1 else files.folder
     columns, all_rows = read_table(first) if len(tables) == 1 else _rows_of_tables(base, tables, caption_columns)
     is_told = is_of_part or is_named(files.folder, split)
-    rows = rows_of_split(first, columns, all_rows, split, is_asked_for and not is_told)
+    if not is_of_part and not has_split_column(columns) and (parts := _parts_of_pictures(all_rows)):
+        rows = rows_with(all_rows, parts, _same_parts_or_refuse(first, parts, split))
+    else:
+        rows = rows_of_split(first, columns, all_rows, split, is_asked_for and not is_told)
     place = base.relative_to(files.folder)
     pairs = pairs_of_rows(
         first,
@@ -68,6 +81,15 @@ def read_imagefolder(
     return Pairs(pairs.names, pairs.read, found, pairs.files, [*pairs.left_out, *left_out])
 
 
+def splits_of_imagefolder(folder: Path) -> list[str]:
+    """The parts that a table right in a folder tells, by its column or by the folders of its pictures; none of another
+    folder."""
+    table = next((path for path in sorted(folder.iterdir()) if path.is_file() and is_imagefolders(path, True)), None)
+    columns, rows = read_table(table) if table else ([], [])
+    parts = parts_in(columns, rows)[1] if has_split_column(columns) else _parts_of_pictures(rows)
+    return sorted(set(parts) - {""})
+
+
 def _tables_of_part(folder: Path, tables: Sequence[Path], split: str) -> tuple[list[Path], bool, list[Path]]:
     """The tables that name the pictures of a part, one of each folder; whether a folder's name tells that they do; and
     the folders of the other parts. Tables above the folders of parts are of all.
@@ -91,6 +113,27 @@ def _tables_of_part(folder: Path, tables: Sequence[Path], split: str) -> tuple[l
         others = {folder.joinpath(*places[path][: level + 1]) for path in part_of if path not in chosen}
         return chosen, True, sorted(others)
     return tables, False, []
+
+
+def _parts_of_pictures(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The folder of each row's picture that tells its part, "" for none; empty where no folders tell two parts, as
+    train and test do."""
+    places = [PurePath(str(row.get("file_name") or "").replace("\\", "/")).parts[:-1] for row in rows]
+    for level in range(max(map(len, places), default=0)):
+        names = [place[level] if len(place) > level else "" for place in places]
+        if different_splits(names):
+            return names
+    return []
+
+
+def _same_parts_or_refuse(table: Path, parts: Iterable[str], split: str) -> list[str]:
+    there = sorted(set(parts))
+    if not (wanted := same_parts(there, split)):
+        raise ValueError(
+            f"{table} names no picture of a split {split!r}, but those of {some([each or 'none' for each in there])}; "
+            "--split takes those of one"
+        )
+    return wanted
 
 
 class _RowsOfTables(Rows):

@@ -228,15 +228,16 @@ def rows_of_split(
     if wanted.isdisjoint(parts):
         valid = some(there, 20) or "none, as it is blank"
         raise ValueError(f"{source} has no row whose column {column!r} is {split!r}; valid for --split are {valid}")
-    return _rows_with(rows, parts, wanted)
+    return rows_with(rows, parts, wanted)
 
 
 def rows_of_parts(columns: Sequence[str], rows: Any, wanted: Collection[str]) -> Any:
     """The rows of several of the parts that `parts_in` gives, and those of the others in `left_out`."""
-    return _rows_with(rows, _part_of_each(columns, rows)[1], wanted)
+    return rows_with(rows, _part_of_each(columns, rows)[1], wanted)
 
 
-def _rows_with(rows: Any, parts: Sequence[str], wanted: Collection[str]) -> Any:
+def rows_with(rows: Any, parts: Sequence[str], wanted: Collection[str]) -> Any:
+    """The rows whose parts, one a row, are wanted, and those of the others in `left_out`."""
     kept = [row for row, part in enumerate(parts) if part in wanted]
     if len(kept) == len(parts):
         return rows

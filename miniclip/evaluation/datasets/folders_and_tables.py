@@ -30,6 +30,7 @@ from ...data.reading.huggingface import (
     load_datasets,
     undecoded,
 )
+from ...data.reading.imagefolder import splits_of_imagefolder
 from ...data.reading.pair import Pair, Pairs
 from ...data.reading.parquet import ParquetRows
 from ...data.reading.paths import image_in
@@ -679,6 +680,8 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
     elif (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
         split = _rows_of_one_split(path, split)[2]
         source = str(path / split) if split and (path / split).is_dir() else source
+    elif has_pictures and (own := splits_of_imagefolder(path)) and (split or any(map(role_of, own))):
+        split = choose_split(own, split, source)
     elif split:
         raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
     pairs = _pairs_of_split(source, columns.image, split)
