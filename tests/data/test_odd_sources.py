@@ -820,6 +820,36 @@ def test_a_text_or_table_that_names_the_pictures_of_a_folder_is_named_as_the_sou
         read_pairs(three)
 
 
+@pytest.mark.parametrize(
+    ("pictures", "tables", "advised", "where"),
+    [
+        (["a/1.png", "a/2.png"], {"a/t.csv": "image,caption\n1.png,x\n2.png,y\n"}, "a/t.csv", "a"),  # Flickr30k's
+        (["tr/1.png", "te/2.png"], {"test.csv": "image\n2.png\n", "train.csv": "image\n1.png\n"}, "train.csv", "tr"),
+        (["i/pie/1.png", "i/tea/2.png"], {"m/train.json": '{"pie": ["pie/1"]}'}, "m/train.json", "i"),  # Food-101's
+        (["val/1.png", "train/2.png"], {"d.json": '[{"filename": "1.png"}, {"filename": "2.png"}]'}, "d.json", "."),
+    ],
+)
+def test_the_table_of_train_is_advised_with_the_folder_that_its_paths_are_in(
+    tmp_path, pictures, tables, advised, where
+):
+    for number, name in enumerate(pictures):
+        write_picture(tmp_path / name, number)
+    for name, text in tables.items():
+        table(tmp_path / name, text)
+    command = f"miniclip shards {tmp_path / advised} OUT --images {tmp_path / where}"
+    with pytest.raises(ValueError, match=rf"name it: {re.escape(command)}$"):
+        read_pairs(tmp_path)
+
+
+def test_the_nearest_text_of_a_pictures_name_is_named_and_no_other_picture(tmp_path):
+    for part in ("train", "valid"):
+        write_picture(tmp_path / part / "images" / "1.png")
+        table(tmp_path / part / "labels" / "1.txt", "0 0.5 0.5 0.1 0.1")
+    assert [pair.problem.partition("; ")[2] for pair in read_pairs(tmp_path)[:2]] == [
+        f"1.txt lies in {tmp_path / part / 'labels'}" for part in ("train", "valid")
+    ]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "latin-1"])
 def test_a_list_of_pictures_is_named_as_the_source_whatever_its_encoding(tmp_path, encoding):
     write_picture(tmp_path / "images/0é.png")

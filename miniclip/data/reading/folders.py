@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path, PurePath
 
 from ...common.wording import counted, some
-from .cells import NoCaptionsError, caption_lines, captions_of_facts, decode_text, encoding_of, one_line
+from .cells import NoCaptionsError, caption_lines, captions_of_facts, decode_text, encoding_of, names_picture, one_line
 from .imagefolder import is_imagefolders, read_imagefolder
 from .json_tables import parse_json
 from .pair import Pair, Pairs
@@ -25,7 +25,7 @@ from .scan import (
     same_name,
     scan,
 )
-from .splits import different_splits, equal_splits, is_all_of, is_named
+from .splits import different_splits, equal_splits, is_all_of, is_named, role_of, split_in
 
 # What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
 # a.image.jpg and a.caption.txt.
@@ -34,7 +34,7 @@ _ROLES = frozenset(
     | {"text", "texts", "txt", "txts", "caption", "captions"}  # not labels: those of detectors are numbers
 )
 
-_FILES_LOOKED_INTO = 100  # where no picture has a text
+_LOOKED_INTO = 100  # files, or folders, where no picture has a text
 _READ_AT_ONCE = 16
 _TAKEOUT_LONGEST = 46  # characters that Google's Takeout leaves of a name before .json
 
@@ -136,7 +136,7 @@ def _pairs_by_name(files: Scan) -> Pairs:
     left_out += files.left_out
     left_out += files.unread(path for path in files.others if path not in used)
     if not used and files.images and (tables := _possible_tables(files)):
-        where = files.images[0].parent
+        where = _folder_of_pictures(files, tables[0])
         raise ValueError(
             f"{folder} holds {len(files.images)} images without a text beside them, and "
             f"{some([str(path.relative_to(folder)) for path in tables], 3)}. If that has their captions, name "
@@ -149,13 +149,13 @@ def _pairs_by_name(files: Scan) -> Pairs:
         name = names[index]
         if index >= len(files.images):
             text = alone[index - len(files.images)]
-            hint = _hint(elsewhere, text)
+            hint = _hint(elsewhere, text, is_picture=False)
             return Pair(name, problem=f"no image: there is no {text.stem}.jpg, .png, … beside it{hint}")
         image = files.images[index]
         if image in taken_for:
             return Pair(name, problem=f"{taken_for[image].name} has the same name and is taken for their text")
         if image not in text_of:
-            hint = _hint(elsewhere, image)
+            hint = _hint(elsewhere, image, is_picture=True)
             return Pair(name, problem=f"no captions: there is no {image.stem}.txt beside it{hint}")
         text = text_of[image]
         try:
@@ -317,28 +317,53 @@ def _by_stem(files: Scan) -> dict[str, list[Path]]:
     return found
 
 
-def _hint(elsewhere: dict[str, list[Path]], path: Path) -> str:
-    """A file of the same name that may be meant, though it is of another kind or in another place."""
+def _hint(elsewhere: dict[str, list[Path]], path: Path, is_picture: bool) -> str:
+    """The nearest file of the same name that may be meant, though it is of another kind or in another place."""
     others = [each for each in elsewhere.get(same_name(path.stem).casefold(), ()) if each != path]
-    return f"; {others[0].name} lies in {others[0].parent}" if others else ""
+    if is_picture:
+        others = [each for each in others if each.suffix.lower() not in IMAGE_SUFFIXES]
+    nearest = min(others, key=lambda each: -len(os.path.commonpath([path, each])), default=None)
+    return f"; {nearest.name} lies in {nearest.parent}" if nearest else ""
 
 
 def _possible_tables(files: Scan) -> list[Path]:
-    """What may hold the captions of all pictures: tables, and files that begin with the names of some (Flickr8k's)."""
+    """What may hold the captions of all pictures: tables, and files that begin with the names of some (Flickr8k's);
+    those of train first."""
     found = {path for path in files.others if path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".gz", ".xlsx")}
     names = {image.name for image in files.images}
-    for path in (*files.texts, *files.others)[:_FILES_LOOKED_INTO]:
-        with suppress(OSError), open(path, "rb") as file:
+    for path in (*files.texts, *files.others)[:_LOOKED_INTO]:
+        if not _first_text(path).lstrip().startswith(("{", "[")):  # JSON is read by its suffix alone
+            found |= {path} if any(PurePath(cell).name in names for cell in _first_cells(path)) else set()
+
+    def is_for_another(path: Path) -> bool:
+        return any(role_of(split_in(part)) in ("val", "test") for part in path.relative_to(files.folder).parts)
+
+    return sorted(found, key=lambda path: (is_for_another(path), path))
+
+
+def _folder_of_pictures(files: Scan, table: Path) -> Path:
+    """The folder that a table's paths are relative to, if it is the same for all at its beginning; else the one that
+    all pictures are below."""
+    common = Path(os.path.commonpath([image.parent for image in files.images]))
+    there, known = set(files.images), {image.name for image in files.images}
+    names = [cell for cell in _first_cells(table) if names_picture(cell) and PurePath(cell).name in known]
+    places = (table.parent, common, *dict.fromkeys(image.parent for image in files.images)) if names else ()
+    return next((p for p in places[:_LOOKED_INTO] if all(p / name in there for name in names)), common)
+
+
+def _first_text(path: Path) -> str:
+    """What a file begins with, also as Latin-1, which old spreadsheets write and which is refused where it is read."""
+    try:
+        with open(path, "rb") as file:
             head = file.read(4096)
-            text = head.decode(encoding_of(head), "replace")
-            if text.lstrip().startswith(("{", "[")):  # JSON is read by its suffix alone
-                continue
-            text += "\n" + head.decode(
-                "latin-1"
-            )  # old spreadsheets' ö, for which the table is refused where it is read
-            cells = [*re.split(r"[\t\r\n,;|#\"]", text), *text.split()]
-            found |= {path} if any(PurePath(cell.strip()).name in names for cell in cells) else set()
-    return sorted(found)
+    except OSError:
+        return ""
+    return f"{head.decode(encoding_of(head), 'replace')}\n{head.decode('latin-1')}"
+
+
+def _first_cells(path: Path) -> list[str]:
+    text = _first_text(path)
+    return [cell.strip() for cell in (*re.split(r"[\t\r\n,;|#\"]", text), *text.split()) if cell.strip()]
 
 
 def _what_lies_in(files: Scan) -> str:
