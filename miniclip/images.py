@@ -10,7 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import io
-from collections.abc import Callable, Sequence
+import itertools
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -155,6 +159,47 @@ FORMATS = {
 
 
 _NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706  # tags of TIFF
+# What no real picture's file reaches, and what Pillow, which parses in Python, gets through in about a second.
+_MOST_HEADER_READS, _MOST_READS, _BYTES_OF_A_READ = 10_000, 100_000, 64
+_MOST_COPIES_BYTES, _MOST_COPIES = 2**27, 8
+_MOST_COMMENTS, _MOST_SCANNED_PIXELS = 1000, 2**32
+
+
+class _Bounded(io.BytesIO):
+    """A picture's file for Pillow, whose parsers take time and memory that are out of proportion to some files' bytes:
+    headers of single bytes, of very many parts, and of tags that each name the same bytes.
+
+    Raises, while it is read:
+        ValueError: it is such a file.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads_left, self._exif = _MOST_HEADER_READS, bytearray()
+        self.bytes_left: float = _MOST_COPIES_BYTES + _MOST_COPIES * len(data)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.reads_left, self.bytes_left = self.reads_left - 1, self.bytes_left - len(found)
+        if found.startswith(_EXIF):
+            self._exif += found[len(_EXIF) :]
+            _refuse_copies(self._exif)
+        if self.reads_left < 0 or self.bytes_left < 0:
+            raise ValueError("it has more parts than any real picture has")
+        return found
+
+
+_EXIF = b"Exif\0\0"
+
+
+def _refuse_copies(exif: bytes | bytearray) -> None:
+    """Raises a ValueError if EXIF has many tags of many bytes, of which Pillow makes copies."""
+    order = "<" if exif[:2] == b"II" else ">"
+    with suppress(struct.error):
+        (start,) = struct.unpack_from(f"{order}L", exif, 4)
+        (num_tags,) = struct.unpack_from(f"{order}H", exif, start)
+        if num_tags * len(exif) > _MOST_COPIES_BYTES:
+            raise ValueError(f"its EXIF names {num_tags:,} tags in {len(exif):,} bytes")
 
 
 @functools.cache
@@ -172,10 +217,39 @@ def read_header(data: bytes) -> Image.Image:
     Raises:
         ValueError: a camera's raw file, a TIFF whose first picture is a small preview.
     """
-    image = Image.open(io.BytesIO(data), formats=_formats())
+    file = _Bounded(data)
+    image = Image.open(file, formats=_formats())
+    _refuse_slow(image, data)
     if _is_raw(image, data):
         raise ValueError("a camera's raw file, whose first picture is a preview; save it as .jpg or .png")
+    file.reads_left, file.bytes_left = _MOST_READS + len(data) // _BYTES_OF_A_READ, math.inf
     return image
+
+
+def _refuse_slow(image: Image.Image, data: bytes) -> None:
+    """Raises a ValueError if decoding takes far longer than that of any real picture of the size: comments between the
+    pixels of plain PPM, and scans of JPEG, each of which passes over all pixels."""
+    if data[:2] in (b"P1", b"P2", b"P3") and (num_comments := data.count(b"#")) > _MOST_COMMENTS:
+        raise ValueError(f"it has {num_comments:,} comments")
+    most_scans = _MOST_SCANNED_PIXELS // max(1, image.width * image.height)
+    if data[:2] == b"\xff\xd8" and len(data) > most_scans * _SCAN_BYTES:
+        scans = _scans(data)
+        is_one = next(scans, 0) == getattr(image, "layers", 0) and not image.info.get("progressive")
+        if not is_one and len(list(itertools.islice(scans, most_scans))) == most_scans:
+            raise ValueError(f"its {image.width} x {image.height} pixels are stored in more than {most_scans:,} scans")
+
+
+_SCAN, _END, _SCAN_BYTES = b"\xff\xda", b"\xff\xd9", 10
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or of the end; pixels have none
+
+
+def _scans(data: bytes) -> Iterator[int]:
+    """How many of a JPEG's channels each scan has. Other pictures may follow it, and its header may hold a preview."""
+    place = 0
+    while (found := _MARKER.search(data, place)) and found[0] != _END:
+        if found[0] == _SCAN:
+            yield int.from_bytes(data[found.end() + 2 : found.end() + 3])
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
 
 
 def _is_raw(image: Image.Image, data: bytes) -> bool:
@@ -188,12 +262,14 @@ def _is_raw(image: Image.Image, data: bytes) -> bool:
 
 
 def _is_largest_page(image: Image.Image) -> bool:
-    sizes = []
-    for page in range(getattr(image, "n_frames", 1)):
-        image.seek(page)
-        sizes.append(image.width * image.height)
+    size = image.width * image.height
+    with suppress(EOFError):
+        for page in itertools.count(1):
+            image.seek(page)
+            if image.width * image.height >= size:
+                return False
     image.seek(0)
-    return all(size < sizes[0] for size in sizes[1:])
+    return True
 
 
 def run_no_program() -> None:
@@ -267,10 +343,19 @@ def orientation(picture: Image.Image) -> int:
     """1 to 8: how the camera was held, by the picture's EXIF. Viewers turn a picture by it, and CLIP's preprocessing
     reads it as it is stored. A damaged tag turns nothing, and Pillow turns TIFF by itself: both are 1."""
     try:
-        found = 1 if picture.format == "TIFF" else picture.getexif().get(ExifTags.Base.Orientation, 1)
+        if picture.format == "TIFF":
+            return 1
+        _refuse_copies(_stored_exif(picture))
+        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
         return int(found) if found in _TURNS else 1
     except Exception:  # damaged EXIF can raise anything
         return 1
+
+
+def _stored_exif(picture: Image.Image) -> bytes:
+    if found := picture.info.get("exif"):
+        return bytes(found).removeprefix(_EXIF)
+    return bytes.fromhex("".join(picture.info.get("Raw profile type exif", "").split("\n")[3:]))  # ImageMagick's
 
 
 def turned(picture: Image.Image, orientation: int) -> Image.Image:

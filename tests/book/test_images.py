@@ -1,6 +1,8 @@
 # transforms.py's two ways to make a picture square. Oracles: torchvision in OpenAI's order, transformers' processor.
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -212,3 +214,108 @@ def test_a_transparent_picture_has_the_colours_that_its_model_sees(prepared, col
     seen = np.asarray(rgb_as_seen(Image.fromarray(pixels), prepared), dtype=int)
     assert seen.shape == (40, 40, 3)
     assert np.abs(seen[[0, -1], 0] - colours).max() <= 2
+
+
+def encoded(kind, size=(64, 64), **options):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert("RGB").save(file, kind, **options)
+    return file.getvalue()
+
+
+def segment(marker, content):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def chunk(name, content=b""):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def tiff(num_pages, more_tags=(), tail=b""):
+    """Pages of a pixel, the first of which calls itself a smaller copy of another one, and has two."""
+    file = bytearray(b"II*\0\x08\0\0\0")
+    for page in range(num_pages):
+        width = 2 - min(page, 1)
+        tags = [(254, 4, 1, 1), (256, 3, 1, width), (257, 3, 1, 1), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+                (273, 4, 1, 8), (278, 3, 1, 1), (279, 4, 1, width), *more_tags]  # fmt: skip
+        following = len(file) + 6 + 12 * len(tags)
+        file += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+        file += struct.pack("<I", following if page + 1 < num_pages else 0)
+    return bytes(file) + tail
+
+
+def same_bytes(num_tags, num_bytes):
+    return tiff(1, [(1000 + tag, 7, num_bytes, 8) for tag in range(num_tags)], bytes(num_bytes))
+
+
+def exif(content):
+    parts = (content[start : start + 65_000] for start in range(0, len(content), 65_000))
+    return b"".join(segment(0xE1, b"Exif\0\0" + part) for part in parts)
+
+
+JPEG, GIF, PNG, TOO_MANY = encoded("JPEG"), encoded("GIF"), encoded("PNG"), "more parts than any real picture has"
+GIF_HEADER = 13 + 3 * 2 ** ((GIF[10] & 7) + 1)
+SLOW = {
+    "a JPEG of 400,000 segments": (lambda: JPEG[:2] + segment(0xFE, b"x") * 400_000 + JPEG[2:], TOO_MANY),
+    "a JPEG of 10 MB before its first segment": (lambda: JPEG[:2] + b"\xff" * 10**7 + JPEG[2:], TOO_MANY),
+    "a PPM with a comment of 50 MB": (lambda: b"P6\n#" + b"x" * 50_000_000 + b"\n1 1\n255\nabc", TOO_MANY),
+    "a PPM with a comment at each pixel": (lambda: b"P3\n200 200\n255\n" + b"1#\n" * 120_000, "120,000 comments"),
+    "a GIF with a comment of 10 MB": (
+        lambda: GIF[:GIF_HEADER] + b"\x21\xfe" + (b"\xff" + b"x" * 255) * 40_000 + b"\0" + GIF[GIF_HEADER:],
+        TOO_MANY,
+    ),
+    "a PNG of 60,000 chunks": (lambda: PNG[:-12] + chunk(b"ruSt") * 60_000 + PNG[-12:], TOO_MANY),
+    "a TIFF of 20,000 pages": (lambda: tiff(20_000), TOO_MANY),
+    "a TIFF whose tags are 1.2 GB": (lambda: same_bytes(4_000, 300_000), TOO_MANY),
+    "a JPEG whose EXIF is 1.2 GB": (
+        lambda: JPEG[:2] + exif(same_bytes(4_000, 300_000)) + JPEG[2:],
+        "its EXIF names 4,009 tags in 65,000 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_file_that_no_camera_or_program_writes_and_that_pillow_takes_long_for_is_refused(kind):
+    data, message = SLOW[kind]
+    with pytest.raises(ValueError, match=f"a.x is an unreadable image: .*{message}"):
+        open_image(data(), "a.x")
+
+
+def test_a_jpeg_of_thousands_of_scans_that_each_pass_over_all_pixels_is_refused():
+    """Progressive, or with a scan for each channel."""
+    scans = (b"\xff\xda\0\x08\1" + bytes([channel, 0, 0, 63, 0]) for channel in (1, 2, 3))
+    end = JPEG.index(b"\xff\xda")
+    size = JPEG.index(b"\xff\xc0") + 5
+    by_channel = JPEG[:size] + struct.pack(">HH", 1000, 1000) + JPEG[size + 4 : end] + b"".join(scans) * 2_000
+    progressive = encoded("JPEG", (1000, 1000), progressive=True)
+    start = progressive.rindex(b"\xff\xda")
+    for data in (by_channel, progressive[:start] + progressive[start : start + 12] * 5_000 + progressive[start:]):
+        with pytest.raises(ValueError, match="its 1000 x 1000 pixels are stored in more than 4,294 scans"):
+            open_image(data, "a")
+
+
+REAL = {
+    "a colour profile of 500 kB in a GIF": lambda: (
+        GIF[:GIF_HEADER] + b"\x21\xff\x0bICCRGBG1012" + (b"\xff" + bytes(255)) * 2_000 + b"\0" + GIF[GIF_HEADER:]
+    ),
+    "a JPEG with 32 MB of XMP": lambda: JPEG[:2] + segment(0xE1, b"http" + bytes(65_000)) * 500 + JPEG[2:],
+    "a PPM with its history": lambda: b"P6\n" + b"# made by a program\n" * 50 + b"1 1\n255\nabc",
+    "EXIF of 600 kB": lambda: JPEG[:2] + exif(same_bytes(100, 600_000)) + JPEG[2:],
+    "a TIFF of 100 pages": lambda: tiff(100),
+    "a PNG of a chunk for each row": lambda: rows(1_000),
+    "a progressive JPEG before many others": lambda: encoded("JPEG", (600, 600), progressive=True) + JPEG * 12_000,
+}
+
+
+def rows(height):
+    pixels, packer = bytes(4), zlib.compressobj()
+    data = b"".join(
+        chunk(b"IDAT", packer.compress(pixels) + packer.flush(zlib.Z_SYNC_FLUSH)) for _ in range(height)
+    ) + chunk(b"IDAT", packer.flush())
+    return PNG[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, height, 8, 2, 0, 0, 0)) + data + chunk(b"IEND")
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_a_file_of_many_parts_as_cameras_and_programs_write_them_is_read(kind):
+    picture = open_image(REAL[kind](), "a")
+    picture.load()
+    assert min(picture.size) > 0

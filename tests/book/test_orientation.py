@@ -92,3 +92,15 @@ def test_broken_exif_turns_nothing(block):
     stored = open_image(data, "x")
     assert upright(stored) is stored
     assert orientation(read_header(data)) == 1
+
+
+def test_exif_whose_tags_all_name_the_same_bytes_turns_nothing():
+    """Pillow would copy 2 GB."""
+    for num_tags, tag in ((10, 6), (10_000, 1)):
+        others = b"".join(struct.pack("<HHII", 1000 + each, 7, 200_000, 8) for each in range(num_tags))
+        exif = b"II*\0\x08\0\0\0" + struct.pack("<H", num_tags + 1) + one_tag(3, 1, b"\6\0\0\0")[10:22] + others
+        exif += bytes(200_000)
+        for name, value in (("exif", b"Exif\0\0" + exif), ("Raw profile type exif", "\nexif\n8\n" + exif.hex())):
+            stored = picture(1)
+            stored.info[name] = value
+            assert orientation(stored) == tag
