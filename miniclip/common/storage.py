@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import functools
+import http.client
+import io
 import os
 import random
 import re
@@ -26,6 +28,7 @@ PIECE_BYTES = 16 * 2**20  # of one request; a connection that breaks after so ma
 _BLOCK_BYTES = 2**20
 _WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the six tries of a request
 _TIMEOUT_S = 30  # of a connection, and between two answers
+_WINDOW_S, _LEAST_IN_WINDOW = 60, 60_000  # a server that sends less while it is waited for so long is given up
 _MOST_NAMES = 1_000_000
 _MOST_BYTES = 2**30  # of a file that is read into memory
 _ASKED_AT_ONCE = 16
@@ -403,6 +406,52 @@ def _whole_range(data: bytes, start: int, end: int) -> bytes:
 # http, by the standard library: it needs no package, and no repair after a fork
 
 
+class _Paced(io.RawIOBase):
+    """What a server sends, headers too. Seconds are counted while it is waited for, and not while its bytes are used.
+
+    Raises, while it is read:
+        TimeoutError: fewer than _LEAST_IN_WINDOW came in _WINDOW_S.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._waited_s, self._num_bytes = 0.0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        begin = time.monotonic()
+        num_bytes = self._raw.readinto(buffer)
+        self._waited_s += time.monotonic() - begin
+        self._num_bytes += num_bytes or 0
+        if num_bytes and self._waited_s >= _WINDOW_S:
+            if self._num_bytes < _LEAST_IN_WINDOW:
+                raise TimeoutError(f"only {self._num_bytes:,} bytes came in {self._waited_s:.0f} s")
+            self._waited_s, self._num_bytes = 0.0, 0
+        return num_bytes
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _PacedResponse(http.client.HTTPResponse):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fp = io.BufferedReader(_Paced(self.fp.detach()))
+
+
+class _PacedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> http.client.HTTPResponse:
+        def connection(*args: Any, **options: Any) -> http.client.HTTPConnection:
+            made: http.client.HTTPConnection = http_class(*args, **options)
+            made.response_class = _PacedResponse
+            return made
+
+        return super().do_open(connection, req, **http_conn_args)
+
+
 @functools.cache
 def _web() -> urllib.request.OpenerDirector:
     """Opens http and https alone, after a redirect as well, through the environment's proxies."""
@@ -410,8 +459,7 @@ def _web() -> urllib.request.OpenerDirector:
     for handler in (
         urllib.request.ProxyHandler,
         urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        _PacedHandler,
         urllib.request.HTTPRedirectHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
@@ -469,7 +517,7 @@ def _web_blocks(url: str, start: int, end: int | None) -> Iterator[tuple[int, in
             yield position, total, block
             position += len(block)
             most = _BLOCK_BYTES if end is None else min(_BLOCK_BYTES, end - position)
-            if most <= 0 or not (block := answer.read(most)):
+            if most <= 0 or not (block := answer.read1(most)):  # what has come
                 break
     if total is not None and position < (total if end is None else min(total, end)):
         raise ConnectionError(f"the connection ended after {position} of {total} bytes")

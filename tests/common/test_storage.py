@@ -4,6 +4,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import http.server
 import io
 import multiprocessing
 import os
@@ -20,11 +21,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from servers import PIECE, Server
+import servers
+from servers import PIECE, InBackground, Server
 
 from miniclip.common import cache as cache_module
 from miniclip.common import storage
-from miniclip.common.cache import Cache
+from miniclip.common.cache import Cache, download
 from miniclip.common.ranges import RangeFile, ReadWholeError
 from miniclip.common.storage import (
     NotKeptError,
@@ -348,6 +350,56 @@ def test_a_server_that_stops_answering_is_given_up(serve, cache, monkeypatch):
             cache.open(server.url + "/a.tar", size=len(CONTENT))
     finally:
         release.set()
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_and_what_has_come_is_kept(serve, tmp_path, monkeypatch):
+    pause, content = threading.Event(), CONTENT[:2_000]  # never set: a wait for it is a delay
+    server = serve({"/a": content}, before=lambda path, start: pause.wait(0.002 if start > 300 else 0))
+    monkeypatch.setattr(servers, "PIECE", 1)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(storage, "_WINDOW_S", 0.01)
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"/a can't be read \(6 tries\): TimeoutError: only \d+ bytes came in 0"
+            ):
+                download(server.url + "/a", tmp_path / "part", len(content))
+        with pytest.raises(ValueError, match=r"6 tries\): TimeoutError: only"):
+            read_range(server.url + "/a", 400, 1_000, len(content))
+    came = (tmp_path / "part").read_bytes()
+    assert 300 < len(came) < len(content)
+    server.gets.clear()
+    server.before = lambda path, start: None
+    assert download(server.url + "/a", tmp_path / "part", len(content)) is None
+    assert server.gets == [("/a", f"bytes={len(came)}-")]
+    assert (tmp_path / "part").read_bytes() == content
+
+
+class EndlessHeader(InBackground):
+    """A server that never comes to an end of what it sends before its answer."""
+
+    def __init__(self, pause):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(handler):  # noqa: N805
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+                with contextlib.suppress(ConnectionError):
+                    while not pause.wait(0.002):
+                        handler.wfile.write(b"x")
+
+            def log_message(handler, *_):  # noqa: N805
+                pass
+
+        self.listen(Handler)
+
+
+def test_headers_that_come_a_byte_at_a_time_are_given_up(monkeypatch):
+    monkeypatch.setattr(storage, "_WINDOW_S", 0.01)
+    pause = threading.Event()
+    with (
+        EndlessHeader(pause) as server,
+        pytest.raises(ValueError, match=r"6 tries\): TimeoutError: only \d+ bytes came"),
+    ):
+        read_bytes(server.url + "/a")
+    pause.set()
 
 
 @pytest.mark.parametrize("fault, named", [(None, "404"), (403, "403")])
