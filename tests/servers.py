@@ -32,13 +32,14 @@ class Server(InBackground):
     """Serves `files` by path, in pieces, each after a call of `before` with its first byte.
 
     `fault` maps a request's number to a status, or after how many bytes to hang up. `etags` are sent by path, and no
-    length is where `has_length` is False. `refusal` is the status of what is not there.
+    length is where `has_length` is False. `refusal` is the status of what is not there. Parts begin `shift` bytes
+    later than asked for.
     """
 
     def __init__(self, files, has_range=True, fault=lambda number: None, before=lambda path, start: None):
         self.files, self.has_range, self.fault, self.before = files, has_range, fault, before
         self.gets, self.heads, self.headers, self.has_head = [], [], [], True
-        self.etags, self.has_length, self.refusal = {}, True, 404
+        self.etags, self.has_length, self.refusal, self.shift = {}, True, 404, 0
         lock = threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -68,7 +69,7 @@ class Server(InBackground):
         start, end = 0, len(content or b"") - 1
         if asked and self.has_range:
             found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
-            start, end = int(found[1]), min(int(found[2] or end), end)
+            start, end = int(found[1]) + self.shift, min(int(found[2] or end), end)
         status = fault if fault in (403, 429, 500, 501, 503) else self.refusal if content is None else 200
         if status == 200 and asked and self.has_range:
             status = 206 if start <= end else 416

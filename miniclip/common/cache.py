@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import glob
 import hashlib
 import os
@@ -121,7 +122,13 @@ class Cache:
                 self._make_room(url, path, size)
         if sha256 is None:  # without a checksum, what a broken process left may belong to another file
             partial.unlink(missing_ok=True)
-        problem = download(url, partial, size, sha256) and download(url, partial, size, sha256)
+
+        def refuse_more(num_bytes: int, _: int | None) -> None:  # of a file whose size the store does not say
+            if num_bytes > self.limit_bytes:
+                self._make_room(url, path, num_bytes)
+
+        fetch = functools.partial(download, url, partial, size, sha256, refuse_more)
+        problem = fetch() and fetch()
         for other in self.folder.glob(f"{path.name}.*.refused"):
             if not (problem and _is_recent(other)):
                 other.unlink(missing_ok=True)
@@ -249,7 +256,8 @@ def download(
     sha256: str | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> str | None:
-    """Appends to a file what it lacks of a remote one. A connection that breaks goes on where it broke.
+    """Appends to a file what it lacks of a remote one. A connection that breaks goes on where it broke, and begins anew
+    where the file was replaced meanwhile; with a checksum, that alone tells.
 
     Args:
         progress: called with the bytes that are there, and those of the whole file where the store says so.
@@ -261,20 +269,26 @@ def download(
         ValueError: it can't be had. What has come is kept.
         NotKeptError: it can't be written here.
     """
+    version: str | None = None  # of the file that the bytes are of
 
     def go_on() -> bool:
         """Whether the file is complete now; False if the connection broke, but had brought a good piece."""
+        nonlocal version
         begin = file.tell()
         try:
-            for position, total, block in read_blocks(url, begin, size):
+            for position, stamp, block in read_blocks(url, begin, size):
+                if position and sha256 is None and version not in (None, stamp.version):
+                    file.seek(file.truncate(0))
+                    raise ConnectionError("it was replaced while it was read")
                 with _keeping(url, partial.parent):
                     if position != file.tell():
                         file.truncate(position)  # the server knows no ranges
                     file.write(block)
                     file.flush()  # for who goes on after us; a process forked now must not inherit what isn't written
+                version = stamp.version
                 if progress:
-                    progress(file.tell(), total)
-        except NotKeptError:
+                    progress(file.tell(), stamp.size)
+        except ValueError:
             raise
         except Exception:
             if file.tell() - begin < PIECE_BYTES:

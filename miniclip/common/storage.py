@@ -340,8 +340,8 @@ def _read_whole(url: str) -> bytes:
     return bytes(data)
 
 
-def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[tuple[int, int | None, bytes]]:
-    """A remote file from byte `start` on: (position of the block, bytes of the file if the store says so, block).
+def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[tuple[int, Stamp, bytes]]:
+    """A remote file from byte `start` on: (position of the block, what the store says of the file, block).
 
     The first position is 0 if the server knows no ranges. Errors are the store's own: `patiently` is for the caller.
 
@@ -360,7 +360,7 @@ def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[t
             raise ConnectionError(
                 f"{len(data)} bytes came from byte {start} on, {min(end, size) - start} were expected"
             )
-        yield start, size, data
+        yield start, Stamp(size), data
         start += len(data)
 
 
@@ -386,9 +386,11 @@ def _web_range(url: str, start: int, end: int, size: int) -> bytes | None:
     with _web_open(url, f"bytes={start}-{end - 1}") as answer:
         if answer.status != 206:
             return None
-        total, data = _total(answer), answer.read(end - start)
+        total, first, data = _total(answer), _first_byte(answer, start), answer.read(end - start)
     if total is not None and total != size:
         raise ValueError(f"it had {size:,} bytes and has {total:,} now")
+    if first != start:
+        raise ConnectionError(f"the bytes from {first} on came, those from {start} on were asked for")
     return _whole_range(data, start, end)
 
 
@@ -452,6 +454,16 @@ class _PacedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return super().do_open(connection, req, **http_conn_args)
 
 
+class _ShortRedirects(urllib.request.HTTPRedirectHandler):
+    """What an answer holds beside the place that it leads to is not read: it may have no end."""
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        fp.close()
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
 @functools.cache
 def _web() -> urllib.request.OpenerDirector:
     """Opens http and https alone, after a redirect as well, through the environment's proxies."""
@@ -460,7 +472,7 @@ def _web() -> urllib.request.OpenerDirector:
         urllib.request.ProxyHandler,
         urllib.request.UnknownHandler,
         _PacedHandler,
-        urllib.request.HTTPRedirectHandler,
+        _ShortRedirects,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
     ):
@@ -502,25 +514,34 @@ def _stamp_in(answer: Any) -> Stamp:
     return Stamp(_total(answer), " ".join(filter(None, found)))
 
 
-def _web_blocks(url: str, start: int, end: int | None) -> Iterator[tuple[int, int | None, bytes]]:
+def _web_blocks(url: str, start: int, end: int | None) -> Iterator[tuple[int, Stamp, bytes]]:
     try:
         answer = _web_open(url, f"bytes={start}-" if start else None)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
+        if error.code == 416 and start:  # nothing is missing
             return
         raise
     with answer:
-        total = _total(answer)
-        position = start if answer.status == 206 else 0
+        stamp = _stamp_in(answer)
+        position = _first_byte(answer, start)
+        if position > start:
+            raise ConnectionError(f"the bytes from {position} on came, those from {start} on were asked for")
         block = b""
         while True:
-            yield position, total, block
+            yield position, stamp, block
             position += len(block)
             most = _BLOCK_BYTES if end is None else min(_BLOCK_BYTES, end - position)
             if most <= 0 or not (block := answer.read1(most)):  # what has come
                 break
+    total = stamp.size
     if total is not None and position < (total if end is None else min(total, end)):
         raise ConnectionError(f"the connection ended after {position} of {total} bytes")
+
+
+def _first_byte(answer: Any, asked: int) -> int:
+    """Which byte of the file an answer begins with; the one that was asked for where the server does not say."""
+    found = re.match(r"bytes (\d{1,18})-", answer.headers["Content-Range"] or "")
+    return 0 if answer.status != 206 else int(found[1]) if found else asked
 
 
 def _total(answer: Any) -> int | None:

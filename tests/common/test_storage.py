@@ -525,6 +525,66 @@ def test_a_file_that_came_damaged_is_fetched_again(serve, cache):
     assert len(server.gets) == 2
 
 
+def test_a_file_that_is_replaced_while_it_is_fetched_is_fetched_anew_and_not_joined_from_two(serve, cache):
+    """Both have the same size, and the connection breaks in the first."""
+    server = serve({"/a": b"1" * len(CONTENT)}, fault=lambda number: None if number else 500_000)
+    server.etags["/a"] = "old"
+
+    def replace(path, start):
+        if start == 4 * PIECE:
+            server.files["/a"], server.etags["/a"] = CONTENT, "new"
+
+    server.before = replace
+    check_content(cache, server.url + "/a")
+    assert server.gets == [("/a", None), ("/a", "bytes=500000-"), ("/a", None)]
+
+
+def test_a_server_that_sends_another_part_than_it_was_asked_for_is_not_believed(serve, cache):
+    server = serve({"/a": CONTENT}, fault=lambda number: None if number else 500_000)
+    server.shift = -1000
+    check_content(cache, server.url + "/a")
+    for server.shift in (-1000, 1000):
+        with pytest.raises(
+            ValueError, match=r"6 tries\).*the bytes from [46]000 on came, those from 5000 on were asked"
+        ):
+            read_range(server.url + "/a", 5_000, 8_000, len(CONTENT))
+    server.gets.clear()
+    with pytest.raises(
+        ValueError, match=r"6 tries\).*the bytes from 501000 on came, those from 500000 on were asked for"
+    ):
+        Cache(cache.folder / "other").open(server.url + "/a")
+
+
+def test_a_file_without_a_size_is_not_fetched_beyond_the_bound(serve, cache):
+    cache.limit_bytes = 3 * PIECE
+    server = serve({"/a": CONTENT})
+    server.has_length = False
+    with pytest.raises(ValueError, match=r"/a has \d\d\d,\d\d\d bytes; the cache holds at most limit_bytes=300,000"):
+        cache.open(server.url + "/a")
+    assert len(server.gets) == 1
+    assert held(cache) == []
+
+
+def test_a_redirect_of_which_no_end_comes_is_followed(serve, monkeypatch):
+    there, release = serve({"/b": b"found"}), threading.Event()
+
+    class Redirect(http.server.BaseHTTPRequestHandler):
+        def do_GET(handler):  # noqa: N805
+            handler.send_response(302)
+            handler.send_header("Location", there.url + "/b")
+            handler.end_headers()
+            release.wait(300)
+
+        def log_message(handler, *_):  # noqa: N805
+            pass
+
+    here = InBackground()
+    here.listen(Redirect)
+    with here:
+        assert read_bytes(here.url + "/a") == b"found"
+    release.set()
+
+
 @pytest.mark.parametrize("size", [1_000_002, 500_000])
 def test_a_file_longer_than_expected_is_noticed(serve, cache, size):
     server = serve({"/a.tar": CONTENT})
