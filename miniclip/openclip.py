@@ -40,7 +40,9 @@ from .openclip_model import CLIP, refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
 from .weights.architecture import config_from_openclip
+from .weights.containers import read_json
 from .weights.download import HUB_PREFIX, fetch_hub, fetch_openai
+from .weights.folders import OPENCLIP_CONFIG_FILE
 from .weights.layouts import to_openai_keys
 from .weights.load import build, preprocess_for, resize
 from .weights.read import Checkpoint, read_checkpoint
@@ -93,7 +95,14 @@ def _published() -> dict[str, tuple[CLIPConfig, dict[str, _Weights]]]:
 @cache
 def _model_configs() -> dict[str, dict[str, Any]]:
     """Name -> settings as open_clip's JSON has them. Programs add architectures here, and change them."""
-    return {name: openclip_settings(config)["model_cfg"] for name, (config, _) in _published().items()}
+    return {name: _published_settings(config) for name, (config, _) in _published().items()}
+
+
+def _published_settings(config: CLIPConfig) -> dict[str, Any]:
+    settings = openclip_settings(config)["model_cfg"]
+    if config.vision.timm_model.startswith("convnext"):  # these alone are trained with stochastic depth by open_clip
+        settings["vision_cfg"]["timm_drop_path"] = 0.1
+    return settings
 
 
 def list_models() -> list[str]:
@@ -138,7 +147,7 @@ def _by_name(name: str) -> tuple[str, CLIPConfig, dict[str, _Weights]]:
         )
     config, weights = _published().get(name, (None, {}))
     settings = _model_configs()[name]
-    if config is None or settings != openclip_settings(config)["model_cfg"]:
+    if config is None or settings != _published_settings(config):
         config = config_from_openclip({"model_cfg": settings}, name)
         refuse_foreign(config, name)
     return name, config, weights
@@ -157,6 +166,7 @@ def create_model(
     jit: bool = False,
     *,
     force_quick_gelu: bool = False,
+    force_patch_dropout: float | None = None,
     force_image_size: int | tuple[int, int] | None = None,
     force_context_length: int | None = None,
     cache_dir: str | None = None,
@@ -175,6 +185,7 @@ def create_model(
         precision: of the weights. "fp16" and "bf16" leave norms and embeddings in float32, "pure_fp16" and "pure_bf16"
             do not; anything with "amp" is float32.
         jit: warned about and ignored.
+        force_patch_dropout: share of an image's patches that are left out in training, in place of the configuration's.
         force_image_size: pixels; position embeddings of the image are interpolated (bicubic).
         force_context_length: tokens; position embeddings of the text are interpolated (linear), as open_clip's are, and
             not cut or repeated, as by `miniclip.load`.
@@ -187,19 +198,23 @@ def create_model(
     _refuse(others)
     if jit:
         warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
-    config, found, source = _open(model_name, pretrained if load_weights else None, cache_dir)
+    config, found, source, settings = _open(model_name, pretrained if load_weights else None, cache_dir)
     found = found if load_weights else None  # a folder's own weights are not asked for either
     if found is None and (require_pretrained or (load_weights and not pretrained)):
         _report_random(model_name, require_pretrained)
     if force_quick_gelu:
         config = replace(config, activation="quick_gelu")
     side = _side(force_image_size)
+    vision_cfg = settings["vision_cfg"]
+    if force_patch_dropout is not None:
+        vision_cfg = {**vision_cfg, "patch_dropout": force_patch_dropout}
+    beside = bool(output_dict or settings.get("output_dict")), vision_cfg
     if found is None:
-        model = CLIP.of(_resized(config, side, force_context_length), bool(output_dict))
+        model = CLIP.of(_resized(config, side, force_context_length), *beside)
     else:
         found = _interpolated(resize(replace(found, config=config), side, None), force_context_length)
         with Unfilled():
-            model = CLIP.of(found.config, bool(output_dict))
+            model = CLIP.of(found.config, *beside)
         model.load_state_dict(to_openai_keys(build(found, source).state_dict()))
     _set_precision(model, precision)
     return model.to(find_device(device))
@@ -224,18 +239,21 @@ def _interpolated(found: Checkpoint, context_length: int | None) -> Checkpoint:
     )
 
 
-def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLIPConfig, Checkpoint | None, str]:
-    """The architecture, what there is of weights, and where these are from, for an error."""
+def _open(
+    name: str, pretrained: str | None, cache_dir: str | None
+) -> tuple[CLIPConfig, Checkpoint | None, str, dict[str, Any]]:
+    """The architecture, what there is of weights, where these are from, for an error, and open_clip's settings."""
     path = _own_path(name, cache_dir)
     if path is not None:
         if pretrained:
             warnings.warn(f"pretrained={pretrained!r} is ignored: {name} brings its own weights", stacklevel=4)
         found = read_checkpoint(path)
         refuse_foreign(found.config, name)
-        return found.config, found, name
+        return found.config, found, name, _settings_of(found)
     name, config, weights = _by_name(name)
+    settings = _model_configs()[name]
     if not pretrained:
-        return config, None, name
+        return config, None, name, settings
     if (tag := weights.get(_clean(pretrained))) is not None:
         wanted = tag.applied(config)
         is_openais = tag.source in openai.available_models()
@@ -263,7 +281,14 @@ def _open(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[CLI
             f"{config.activation}",
             stacklevel=4,
         )
-    return found.config, found, f"{pretrained} for {name}"
+    return found.config, found, f"{pretrained} for {name}", settings
+
+
+def _settings_of(found: Checkpoint) -> dict[str, Any]:
+    """As the checkpoint's own JSON has them, if open_clip's, which may have more than an architecture's."""
+    if found.config_file is not None and found.config_file.name == OPENCLIP_CONFIG_FILE:
+        return read_json(found.config_file)["model_cfg"]
+    return openclip_settings(found.config)["model_cfg"]
 
 
 def _own_path(name: str, cache_dir: str | None) -> Path | None:
@@ -320,7 +345,7 @@ def load_checkpoint(
 def get_model_config(model_name: str) -> dict[str, Any] | None:
     """An architecture as open_clip's JSON has it, or None for a name that is none of `list_models`'."""
     if model_name.startswith((HUB_PREFIX, LOCAL_DIR_PREFIX)):
-        return openclip_settings(_open(model_name, None, None)[0])["model_cfg"]
+        return _open(model_name, None, None)[3]
     return copy.deepcopy(_model_configs().get(model_name))
 
 
@@ -727,8 +752,9 @@ def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device =
 _HOMES = {
     openai: ("AttentionPool2d", "LayerNorm", "QuickGELU", "basic_clean", "bytes_to_unicode", "default_bpe", "get_pairs",
              "whitespace_clean"),
-    openclip_model: ("Bottleneck", "LayerScale", "ModifiedResNet", "ResidualAttentionBlock", "TimmModel", "Transformer",
-                     "VisionTransformer", "_expand_token", "freeze_batch_norm_2d", "text_global_pool"),
+    openclip_model: ("Bottleneck", "LayerScale", "ModifiedResNet", "PatchDropout", "ResidualAttentionBlock",
+                     "TimmModel", "Transformer", "VisionTransformer", "_expand_token", "freeze_batch_norm_2d",
+                     "text_global_pool"),
     openclip_names: (
         *openclip_names.KINDS, "AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",

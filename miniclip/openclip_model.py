@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("scale_attn", "scale_attn_inner", "scale_fc", "scale_heads", "scaled_cosine_attn"), (False,)),
     "batch_first": (True,),
     "block_type": (None, "default"),
-    "patch_dropout": (0,),
     "pool_type": ("tok",),
     "pos_embed_type": ("learnable",),
 }
@@ -134,6 +134,27 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class PatchDropout(nn.Module):
+    """In training, a random part of each image's patches: (B, N, D) -> (B, kept, D) (Li et al. 2022, section 3.1)."""
+
+    def __init__(self, prob: float = 0.5, exclude_first_token: bool = True) -> None:
+        super().__init__()
+        if not (isinstance(prob, int | float) and 0 <= prob < 1):
+            raise ValueError(f"patch_dropout is {prob!r}; it is the share that is left out, 0 to below 1")
+        self.prob, self.exclude_first_token = prob, exclude_first_token
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.prob:
+            return x
+        first, patches = x.split([1, x.shape[1] - 1], dim=1) if self.exclude_first_token else (x[:, :0], x)
+        B, N, D = patches.shape
+        kept = torch.randn(B, N, device=x.device).topk(max(1, int(N * (1 - self.prob))), dim=-1).indices  # (B, kept)
+        return torch.cat([first, patches.gather(1, kept[..., None].expand(-1, -1, D))], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"prob={self.prob}"
 
 
 class ResidualAttentionBlock(openai.ResidualAttentionBlock):
@@ -245,6 +266,7 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         ls_init_value: float | None = None,
         *,
         output_dim: int = 512,
+        patch_dropout: float = 0.0,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
         output_tokens: bool = False,
@@ -257,7 +279,7 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         self.transformer = Transformer(  # type: ignore[assignment]
             width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer
         )
-        self.patch_dropout = nn.Identity()
+        self.patch_dropout = PatchDropout(patch_dropout) if patch_dropout else nn.Identity()
         for name in ("conv1", "patch_dropout", "ln_pre", "transformer", "ln_post"):
             self._modules[name] = self._modules.pop(name)
         self.output_tokens = output_tokens
@@ -350,13 +372,23 @@ class TimmModel(_Explained, TimmTower):
         "set_input_size": "the resolution of a timm tower is not changed",
     }
 
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
-        super().__init__(config, embed_dim)
+    def __init__(
+        self,
+        config: VisionConfig,
+        embed_dim: int,
+        drop: float = 0.0,
+        drop_path: float | None = None,
+        patch_drop: float | None = None,
+    ) -> None:
+        rates = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}
+        super().__init__(config, embed_dim, {name: rate for name, rate in rates.items() if rate is not None})
         self.image_size = (config.image_size, config.image_size)
         if config.timm_projection == "linear":
-            layers = OrderedDict[str, nn.Module](drop=nn.Dropout(0.0))
+            layers = OrderedDict[str, nn.Module](drop=nn.Dropout(drop))
             layers.update(self.head.named_children())
             self.head = nn.Sequential(layers)
+        elif config.timm_projection == "mlp":
+            self.head.mlp.drop1.p = drop  # type: ignore[union-attr]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes the trunk and not the head; its last layers learn if `unlocked_groups`, by timm's `group_matcher`."""
@@ -422,29 +454,33 @@ class CLIP(_Explained, openai.CLIP):
             ValueError: a setting that these towers have not, with its name.
         """
         vision, text = (asdict(each) if is_dataclass(each) else dict(each) for each in (vision_cfg, text_cfg))  # type: ignore[arg-type]
-        _refuse_other_parts("CLIP", patch_dropout=vision.get("patch_dropout", 0.0))
         model: dict[str, Any]
         model = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "quick_gelu": quick_gelu}
         model |= {"init_logit_scale": float(init_logit_scale), "nonscalar_logit_scale": nonscalar_logit_scale}
         model |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}
         config = config_from_openclip({"model_cfg": model}, "CLIP")
         refuse_foreign(config, "CLIP")
-        self._make(config, output_dict)
-        if vision.get("output_tokens"):
-            self.visual.output_tokens = True
+        self._make(config, output_dict, vision)
 
     @classmethod
-    def of(cls, config: CLIPConfig, output_dict: bool = False) -> CLIP:
+    def of(
+        cls, config: CLIPConfig, output_dict: bool = False, vision_cfg: Mapping[str, Any] = MappingProxyType({})
+    ) -> CLIP:
+        """
+        Args:
+            vision_cfg: open_clip's settings, for those that a CLIPConfig has not: what training leaves out at random,
+                and whether the tower gives patches, too.
+        """
         model = cls.__new__(cls)
-        model._make(config, output_dict)
+        model._make(config, output_dict, vision_cfg)
         return model
 
-    def _make(self, config: CLIPConfig, output_dict: bool) -> None:
+    def _make(self, config: CLIPConfig, output_dict: bool, vision_cfg: Mapping[str, Any]) -> None:
         vision, text = config.vision, config.text
         sizes = (text.context_length, text.vocab_size, text.width, text.heads)
         super().__init__(config.embed_dim, vision.image_size, 0, 64, vision.image_size, *sizes, 0)  # without blocks
         self.config, self.output_dict = config, output_dict
-        self.visual = _image_tower(config)
+        self.visual = _image_tower(config, vision_cfg)
         self.visual.output_dim = config.embed_dim
         self.visual.preprocess_cfg = _preprocess_cfg(vision)
         self.visual.image_mean, self.visual.image_std = vision.mean, vision.std
@@ -524,13 +560,20 @@ def _input_dtype(tower: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     return next((each.dtype for each in weights), otherwise)
 
 
-def _image_tower(config: CLIPConfig) -> nn.Module:
+def _image_tower(config: CLIPConfig, vision_cfg: Mapping[str, Any]) -> nn.Module:
     vision, R = config.vision, config.vision.image_size
+    patch_dropout = vision_cfg.get("patch_dropout") or 0.0
     if vision.kind == "vit":
-        sizes = (R, vision.patch_size, vision.width, vision.layers, vision.heads, vision.mlp_ratio)
-        return VisionTransformer(*sizes, output_dim=config.embed_dim, act_layer=_LAYERS_BY_NAME[config.activation])
+        return VisionTransformer(
+            *(R, vision.patch_size, vision.width, vision.layers, vision.heads, vision.mlp_ratio),
+            output_dim=config.embed_dim,
+            patch_dropout=patch_dropout,
+            act_layer=_LAYERS_BY_NAME[config.activation],
+            output_tokens=bool(vision_cfg.get("output_tokens")),
+        )
     if vision.kind == "timm":
-        return TimmModel(vision, config.embed_dim)
+        drop, drop_path = vision_cfg.get("timm_drop") or 0.0, vision_cfg.get("timm_drop_path")
+        return TimmModel(vision, config.embed_dim, drop, drop_path, patch_dropout or None)
     return ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)
 
 

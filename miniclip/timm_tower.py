@@ -6,6 +6,8 @@ B batch, E embedding, R resolution.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,18 +21,23 @@ class TimmTower(nn.Module):
 
     trunk: Any  # timm's models have no common type
 
-    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+    def __init__(self, config: VisionConfig, embed_dim: int, rates: Mapping[str, float] = MappingProxyType({})) -> None:
+        """
+        Args:
+            rates: timm's, of what is left out at random in training (`drop_path_rate`, `patch_drop_rate`).
+        """
         super().__init__()
         import timm  # half a second, which only this tower needs
         from timm.layers.mlp import Mlp
 
         self.input_resolution = config.image_size
-        pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        options: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
+        options |= rates
         try:
-            self.trunk = timm.create_model(config.timm_model, num_classes=_num_classes(config, embed_dim), **pool)
+            self.trunk = timm.create_model(config.timm_model, num_classes=_num_classes(config, embed_dim), **options)
         except Exception as error:  # of an odd name or pooling anything
             raise ValueError(
-                f"timm has no model {config.timm_model!r} with {pool or 'its own pooling'}: {error}"
+                f"timm has no model {config.timm_model!r} with {options or 'its own pooling'}: {error}"
             ) from error
         # Some models have a layer more between what they call features and their classifier.
         width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features

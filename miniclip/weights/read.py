@@ -54,6 +54,7 @@ class Checkpoint:
         config: the architecture.
         wordings: of the captions that it was trained on, if they are known.
         called: what the file calls a tensor that has a name of ours.
+        config_file: which tells the architecture; None for tensors, archives and checkpoints that do so themselves.
     """
 
     format: str
@@ -61,6 +62,7 @@ class Checkpoint:
     config: CLIPConfig
     wordings: Wordings | None = None
     called: Callable[[str], str] = str
+    config_file: Path | None = None
 
 
 def available_models() -> list[str]:
@@ -140,7 +142,7 @@ def _read_directory(path: Path) -> Checkpoint:
     else:
         config = CLIPConfig.from_dict(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
         if weights_file == WEIGHTS_FILE:
-            return Checkpoint("native", read_safetensors(path / WEIGHTS_FILE), config)
+            return Checkpoint("native", read_safetensors(path / WEIGHTS_FILE), config, config_file=path / config_file)
         file_format = "native"
     with _naming(path / weights_file):
         given = read_tensors(path / weights_file)
@@ -153,7 +155,7 @@ def _read_directory(path: Path) -> Checkpoint:
                 f"space that images and texts share; look for the clip_{config.towers} model 'with projection'"
             )
         tensors.setdefault("logit_scale", torch.zeros(()))  # one tower has no contrast, and its files no temperature
-    return Checkpoint(file_format, tensors, config, called=naming_of(given))
+    return Checkpoint(file_format, tensors, config, called=naming_of(given), config_file=path / config_file)
 
 
 def _openclip_config(folder: Path) -> CLIPConfig:
@@ -229,7 +231,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
         tensors, called = to_native_keys(given), naming_of(given)
     if "input_resolution" in given:  # an entry of OpenAI's archives, and of the state dicts that were made from them
         return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path, called), called=called)
-    beside = _config_beside(path, tensors, hints)
+    beside, config_file = _config_beside(path, tensors, hints)
     file_format = "hf" if is_hf(given) else "openclip"
     wordings = None if beside is None else read_wordings(path.parent)
     config = beside or assumed
@@ -241,7 +243,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
                 "takes the largest id or eos_id, as pool_type says; transformers eos_token_id, or the largest id); put "
                 "the model's open_clip_config.json or config.json beside it"
             )
-    return Checkpoint(file_format, tensors, config, wordings, called)
+    return Checkpoint(file_format, tensors, config, wordings, called, config_file)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -285,8 +287,8 @@ def _inferred(tensors: Tensors, hints: Hints, path: Path, called: Callable[[str]
         return infer_config(tensors, hints, str(path), called)
 
 
-def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> CLIPConfig | None:
-    """The configuration in a file's folder, if these tensors are what it describes.
+def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> tuple[CLIPConfig, Path] | tuple[None, None]:
+    """The configuration in a file's folder, and its file, if these tensors are what it describes.
 
     A warning names it where it may have been written for other weights of that folder.
 
@@ -313,8 +315,8 @@ def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> CLIPConfig | N
                     "not this file's, give it a folder of its own",
                     stacklevel=2,
                 )
-            return config
-    return None
+            return config, path.parent / name
+    return None, None
 
 
 def _has_sizes_of(config_file: Path, tensors: Tensors, otherwise: bool) -> bool:

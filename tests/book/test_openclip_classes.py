@@ -59,6 +59,19 @@ def test_a_clip_gives_its_outputs_as_it_is_asked_to():
     assert tokens.shape == (1, 4, 64)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_patches_are_left_out_in_training_alone(first):
+    found, expected = (each.PatchDropout(0.4, first) for each in (ours, open_clip.transformer))
+    x = noise(3, 10, 8)
+    assert torch.equal(found.eval()(x), x)
+    drawn = []
+    for each in (found, expected):
+        torch.manual_seed(0)
+        drawn.append(each.train()(x))
+    assert torch.equal(*drawn)
+    assert drawn[0].shape == (3, 6, 8)
+
+
 @pytest.mark.parametrize("arguments", [(), (2.0,), (4.0, 0.1), (4.0, None, ours.QuickGELU), (2.0, 0.5, nn.ReLU)])
 def test_a_block_and_a_transformer_take_their_arguments_by_place(arguments):
     theirs = open_clip.transformer
@@ -96,9 +109,9 @@ def test_an_image_tower_takes_their_arguments(options):
             lambda: ours.Transformer(64, 1, 2, qk_norm=True),
             "qk_norm is True; Transformer of miniclip.openclip has False",
         ),
-        (lambda: ours.VisionTransformer(**TOWER, patch_dropout=0.5), r"patch_dropout is 0\.5"),
+        (lambda: ours.VisionTransformer(**TOWER, patch_dropout=1.0), r"patch_dropout is 1\.0"),
         (lambda: ours.VisionTransformer(**{**TOWER, "image_size": (32, 64)}), r"image_size is \(32, 64\)"),
-        (lambda: ours.CLIP(64, {**VISION, "patch_dropout": 0.5}, TEXT), r"patch_dropout is 0\.5; CLIP"),
+        (lambda: ours.CLIP(64, {**VISION, "patch_dropout": "half"}, TEXT), "patch_dropout is 'half'"),
         (lambda: ours.CLIP(64, {**VISION, "pool_type": "avg"}, TEXT), "CLIP, vision_cfg has 'pool_type': 'avg'"),
         (lambda: ours.CLIP(64, VISION, {**TEXT, "pool_type": "eos", "eos_id": 5}), "CLIP ends texts with 5"),
         (lambda: ours.CLIP(64, VISION, TEXT, nonscalar_logit_scale=True), "'nonscalar_logit_scale': True"),
@@ -137,6 +150,9 @@ def test_an_architecture_that_a_program_adds_is_built(monkeypatch):
     assert HF_HUB_PREFIX == ours.HF_HUB_PREFIX
     assert ours._MODEL_CONFIGS is ours._MODEL_CONFIGS
     assert {*ours._MODEL_CONFIGS} <= {*_MODEL_CONFIGS}
+    for name, settings in ours._MODEL_CONFIGS.items():
+        for rate in ("patch_dropout", "timm_drop_path"):
+            assert settings["vision_cfg"].get(rate) == _MODEL_CONFIGS[name]["vision_cfg"].get(rate)
     settings = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
     for configs in (ours._MODEL_CONFIGS, _MODEL_CONFIGS):
         monkeypatch.setitem(configs, "tiny", settings)

@@ -665,7 +665,8 @@ def test_a_resolution_and_a_length_can_be_forced(vit):
 
 
 FORCED = {"force_image_size": [16, 48, 96], "force_context_length": [32, 76, 128], "force_quick_gelu": [True]}
-REFUSED = {"force_patch_dropout": 0.5, "force_custom_text": True, "force_preprocess_cfg": {"size": 48}}
+TRAINING = {"force_patch_dropout"}  # see `test_what_a_configuration_leaves_out_in_training_is_left_out`
+REFUSED = {"force_custom_text": True, "force_preprocess_cfg": {"size": 48}}
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in FORCED.items() for value in values])
@@ -681,9 +682,36 @@ def test_what_is_forced_gives_their_weights_and_features(vit, name, value):
     assert_near(model.encode_text(tokens), theirs.encode_text(tokens))
 
 
+VITS = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": ""}
+LEFT_OUT = {
+    "patches": ({**TINY["vit"], "patch_dropout": 0.5}, {}),
+    "forced": (TINY["vit"], {"force_patch_dropout": 0.75}),
+    "forced off": ({**TINY["vit"], "patch_dropout": 0.5}, {"force_patch_dropout": 0.0}),
+    "of timm's": ({**VITS, "patch_dropout": 0.5, "timm_drop": 0.3, "timm_drop_path": 0.4}, {}),
+    "of an MLP": ({**TINY["timm"], "timm_drop": 0.3, "timm_drop_path": 0.4, "timm_proj": "mlp"}, {}),
+}
+
+
+@pytest.mark.parametrize("vision, options", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_a_configuration_leaves_out_in_training_is_left_out(tmp_path, monkeypatch, vision, options):
+    monkeypatch.setitem(TINY, "drawn", vision)
+    name, _ = write_folder(tmp_path / "model", "drawn", {**TEXT, "vocab_size": 99}, output_dict=True)
+    models = [library.create_model(name, **options) for library in (ours, open_clip)]
+    images = images_for(models[1])
+    for is_training in (True, False):
+        features = []
+        for model in models:
+            torch.manual_seed(3)
+            features.append(model.train(is_training)(images)["image_features"])
+        assert_near(*features)
+    assert ours.get_model_config(name)["vision_cfg"] == vision
+    by_file = ours.create_model(str(tmp_path / "model" / "open_clip_pytorch_model.bin"), **options)
+    assert str(by_file) == str(models[0])
+
+
 def test_every_argument_of_theirs_that_forces_is_compared_or_refused(vit):
     names = {name for name in inspect.signature(open_clip.create_model).parameters if name.startswith("force_")}
-    assert names == FORCED.keys() | REFUSED.keys()
+    assert names == FORCED.keys() | TRAINING | REFUSED.keys()
     for name, value in REFUSED.items():
         with pytest.raises(ValueError, match=name):
             ours.create_model(vit[0], **{name: value})
@@ -714,7 +742,7 @@ def test_what_is_not_there_is_named(name, pretrained, message):
 
 
 @pytest.mark.parametrize(
-    "option", [{"force_patch_dropout": 0.5}, {"force_custom_text": True}, {"pretrained_image_path": "x"}]
+    "option", [{"force_preprocess_cfg": {"mode": "L"}}, {"force_custom_text": True}, {"pretrained_image_path": "x"}]
 )
 def test_what_is_not_supported_is_refused_and_what_asks_for_nothing_is_not(vit, option):
     (name,) = option
