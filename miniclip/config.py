@@ -45,17 +45,17 @@ def _require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be {what} greater than 0")
 
 
-def _set_numbers(config: Any, name: str, count: int, kind: type, is_positive: bool) -> None:
+def _set_numbers(config: Any, name: str, count: int, kind: type, least: float, most: float = math.inf) -> None:
     """Makes a field a tuple of `count` numbers: JSON and YAML give lists, and equality wants one type."""
     value = getattr(config, name)
     try:
-        numbers = tuple(kind(number) for number in value)
+        is_number = not any(isinstance(number, str | bool) for number in value)
+        numbers = tuple(kind(number) for number in value) if is_number else ()
     except (TypeError, ValueError, OverflowError):
         numbers = ()
-    is_valid = len(numbers) == count and all(math.isfinite(number) for number in numbers)
-    if not is_valid or (is_positive and min(numbers) <= 0):
-        least = " greater than 0" if is_positive else ""
-        raise ValueError(f"{type(config).__name__}.{name} is {numbers or value!r}; it must be {count} numbers{least}")
+    if len(numbers) != count or not all(least <= number <= most for number in numbers):
+        allowed = f"{count} numbers from {least:g}" + ("" if most == math.inf else f" to {most:g}")
+        raise ValueError(f"{type(config).__name__}.{name} is {numbers or value!r}; it must be {allowed}")
     object.__setattr__(config, name, numbers)
 
 
@@ -101,7 +101,8 @@ class VisionConfig:
         timm_projection: from that vector to the embedding: "linear" is a matrix, "mlp" two layers, "none" nothing, and
             "classifier" the model's own last layer.
         timm_projection_bias: whether the matrix, or the second layer of the MLP, has a bias.
-        mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them.
+        mean, std: of the training images, RGB in [0, 1]; inputs are normalised with them. At most 1e4, and `std` at
+            least 1e-4, so that pixels stay finite and apart.
         preprocess: "openai" resizes, crops and then converts to RGB; "hf" (Hugging Face) converts first, and rounds
             the crop's offset down.
         resize: before the crop, "shortest" brings the short side to `resize_size`, "squash" both sides; "none" leaves
@@ -156,9 +157,9 @@ class VisionConfig:
                 f"VisionConfig.image_size is {self.image_size}, which is not a multiple of {what}; a strip of "
                 "pixels at the edge would never be seen"
             )
-        _set_numbers(self, "blocks", 4, int, is_positive=True)
-        _set_numbers(self, "mean", 3, float, is_positive=False)
-        _set_numbers(self, "std", 3, float, is_positive=True)
+        _set_numbers(self, "blocks", 4, int, least=1)
+        _set_numbers(self, "mean", 3, float, least=-1e4, most=1e4)
+        _set_numbers(self, "std", 3, float, least=1e-4, most=1e4)
 
     @property
     def stride(self) -> int:

@@ -118,11 +118,15 @@ def _mean_and_std(settings: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
     )
     mean, std = (value if isinstance(value, list | tuple) else [value] * 3 for value in (mean, std))
     white = 255 * factor  # 1.0 where the factor is 1/255
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, values in (("mean", mean), ("std", std)):
         if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             raise refuse(f"image_{name}", "it is a number for each of three channels")
         fields[name] = tuple(value / white for value in values)
+        try:
+            VisionConfig(**{name: fields[name]})
+        except ValueError as error:
+            raise refuse(f"image_{name}", str(error)) from error
     return fields
 
 

@@ -172,7 +172,7 @@ def _hf_config(folder: Path) -> CLIPConfig:
         pixels, source = read_json(folder / "processor_config.json").get("image_processor"), "processor_config.json"
     if pixels is None and (folder / "preprocessor_config.json").is_file():
         pixels, source = read_json(folder / "preprocessor_config.json"), "preprocessor_config.json"
-    with _naming(path):
+    with _naming(path, folder / source):
         config = config_from_hf(read_json(path), str(path), pixels, str(folder / source))
     if config.text.vocab_size == VOCAB_SIZE:
         _refuse_other_words(folder)
@@ -339,12 +339,12 @@ def _peft_error(path: Path) -> ValueError:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the values in a file becomes an error that names it."""
+def _naming(path: Path, *others: Path) -> Iterator[None]:
+    """Whatever is wrong with the values in a file becomes an error that names it, or one of the others read with it."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if str(path) in str(error):
+        if any(str(each) in str(error) for each in (path, *others)):
             raise
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {what}") from error

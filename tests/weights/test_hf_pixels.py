@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -121,6 +122,8 @@ def test_what_transformers_5_writes_is_read(model, tmp_path):
         ("image_mean", ["a", "b", "c"]),
         ("image_mean", [0.5, 0.5]),
         ("image_std", [0.5, 0.5, 0]),
+        ("image_std", 1e-300),
+        ("image_mean", [1e300, 0, 0]),
         ("do_center_crop", False),
         ("do_resize", "yes"),
         ("do_flip_channel_order", True),
@@ -134,13 +137,9 @@ def test_what_transformers_5_writes_is_read(model, tmp_path):
 def test_a_setting_that_can_not_be_followed_is_refused_by_name(model, name, value, nested):
     settings = {"crop_size": SIDE, "size": SIDE, "do_pad": name == "pad_size", name: value}
     folder = with_settings(model, settings, nested)
-    with pytest.raises(
-        ValueError, match=name.removeprefix("image_") if name in ("image_mean", "image_std") else name
-    ) as caught:
+    file = folder / ("processor_config.json" if nested else "preprocessor_config.json")
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{file} has {name!r}: {value!r}')}, which is not supported"):
         load(folder, device="cpu")
-    assert ("processor_config.json" if nested else "preprocessor_config.json") in str(
-        caught.value
-    ) or "config.json" in str(caught.value)
 
 
 def test_settings_that_change_no_pixel_are_passed_over(model):
