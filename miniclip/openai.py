@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -392,6 +392,11 @@ _MAX_KEPT_WORDS, _MAX_KEPT_LETTERS = 1 << 19, 64
 
 
 @cache
+def _byte_of_symbol() -> dict[str, int]:
+    return {symbol: byte for byte, symbol in tokenizer.byte_symbols().items()}
+
+
+@cache
 def _symbol_of_id() -> dict[int, str]:
     """Id -> symbol, without the special tokens, in the order of the ids."""
     return {index: symbol for symbol, index in sorted(tokenizer.symbol_ids().items(), key=lambda item: item[1])}
@@ -400,6 +405,49 @@ def _symbol_of_id() -> dict[int, str]:
 def pieces_pattern(special: Iterable[str]) -> regex.Pattern[str]:
     """What cuts a text into words, runs of other characters, and the special tokens, which are patterns themselves."""
     return regex.compile("|".join(special) + _PIECES_OF_TEXT, regex.IGNORECASE)
+
+
+def _changing(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    @wraps(method)
+    def change(self: _WatchedTable, *args: Any, **options: Any) -> Any:
+        self.is_changed = True
+        return method(self, *args, **options)
+
+    return change
+
+
+class _WatchedTable(dict[Any, Any]):
+    """A table that programs may change, and whether one did; copies and pickles leave out what was only remembered."""
+
+    is_changed = False
+    __setitem__, __delitem__, __ior__, clear, pop, popitem, setdefault, update = map(
+        _changing, ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update")
+    )
+
+    @cached_property
+    def _remembered(self) -> dict[Any, Any]:
+        return {}
+
+    def remember(self, key: Any, value: Any) -> None:
+        """Sets what follows from other tables, which is no change."""
+        self._remembered[key] = value
+        super().__setitem__(key, value)
+
+    def __reduce__(self) -> Any:
+        return dict, ({key: value for key, value in self.items() if self._remembered.get(key) is not value},)
+
+
+def has_own_tables(of: SimpleTokenizer) -> bool:
+    """Whether ids are by tables that nobody changed, and by nothing that was put into an instance."""
+    return all(
+        name in _CHANGE_NO_IDS or (type(value) is _WatchedTable and not value.is_changed)
+        for name, value in vars(of).items()
+    )
+
+
+_CHANGE_NO_IDS = {"context_length", "decoder", "byte_decoder", "vocab_size"}
 
 
 class SimpleTokenizer:
@@ -420,49 +468,58 @@ class SimpleTokenizer:
 
     # None of these follows from another one, which may have been changed before.
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tables that nobody changed, which are made again when they are asked for."""
+        own = vars(self).items()
+        return {name: value for name, value in own if type(value) is not _WatchedTable or value.is_changed}
+
     @cached_property
     def encoder(self) -> dict[str, int]:
-        return {symbol: index for index, symbol in _symbol_of_id().items()} | dict(self.special)
+        return _WatchedTable({symbol: index for index, symbol in _symbol_of_id().items()} | dict(self.special))
 
     @cached_property
     def decoder(self) -> dict[int, str]:
-        return _symbol_of_id() | {index: name for name, index in self.special.items()}
+        return _WatchedTable(_symbol_of_id() | {index: name for name, index in self.special.items()})
 
     @cached_property
     def bpe_ranks(self) -> dict[tuple[str, str], int]:
         symbols = _symbol_of_id()
         pairs = ((symbols[left], symbols[right]) for left, right in tokenizer.learnt_merges())
-        return {pair: rank for rank, pair in enumerate(pairs)}
+        return _WatchedTable((pair, rank) for rank, pair in enumerate(pairs))
 
     @cached_property
     def byte_encoder(self) -> dict[int, str]:
-        return bytes_to_unicode()
+        return _WatchedTable(bytes_to_unicode())
 
     @cached_property
     def byte_decoder(self) -> dict[str, int]:
-        return {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+        return _WatchedTable(_byte_of_symbol())
 
     @cached_property
     def cache(self) -> dict[str, str]:
         """Words that were looked up, and the special tokens, which are not split."""
-        return {name: name for name in self.special}
+        return _WatchedTable({name: name for name in self.special})
 
     def bpe(self, token: str) -> str:
         """A word in the characters of `byte_encoder` -> the symbols that it is encoded as, with spaces between."""
-        if token in self.cache:
-            return self.cache[token]
+        cache = self.cache
+        if token in cache:
+            return cache[token]
         word = " ".join(self._merged(token))
-        if len(token) <= _MAX_KEPT_LETTERS and len(self.cache) < _MAX_KEPT_WORDS:
-            self.cache[token] = word
+        if len(token) <= _MAX_KEPT_LETTERS and len(cache) < _MAX_KEPT_WORDS:
+            (cache.remember if isinstance(cache, _WatchedTable) else cache.__setitem__)(token, word)
         return word
 
     def _merged(self, token: str) -> list[str]:
-        if "bpe_ranks" not in vars(self) and type(self).bpe_ranks is SimpleTokenizer.bpe_ranks:  # nobody changed them
-            symbols = _symbol_of_id()
-            return [symbols[i] for i in tokenizer.merge(bytes(self.byte_decoder[symbol] for symbol in token))]
+        ranks = vars(self).get("bpe_ranks")
+        is_own = ranks is None or (type(ranks) is _WatchedTable and not ranks.is_changed)
+        if is_own and type(self).bpe_ranks is SimpleTokenizer.bpe_ranks:
+            symbols, byte_of = _symbol_of_id(), _byte_of_symbol()
+            return [symbols[i] for i in tokenizer.merge(bytes(byte_of[symbol] for symbol in token))]
+        ranks = self.bpe_ranks
         word = [*token[:-1], token[-1] + "</w>"]
-        while pairs := [pair for pair in pairwise(word) if pair in self.bpe_ranks]:
-            first = min(pairs, key=self.bpe_ranks.__getitem__)
+        while pairs := [pair for pair in pairwise(word) if pair in ranks]:
+            first = min(pairs, key=ranks.__getitem__)
             merged: list[str] = []
             for symbol in word:
                 if merged and (merged[-1], symbol) == first:
@@ -473,6 +530,10 @@ class SimpleTokenizer:
         return word
 
     def encode(self, text: str) -> list[int]:
+        if has_own_tables(self) and _ways_to_ids(type(self)) == _OWN_WAYS:
+            cleaned = tokenizer.cleaned(text)
+            if "<" not in cleaned:  # no special token, however it is spelt
+                return tokenizer.encode_words(cleaned.split())
         return self.encode_cleaned(whitespace_clean(basic_clean(text)).lower())
 
     def encode_cleaned(self, text: str) -> list[int]:
@@ -490,6 +551,15 @@ class SimpleTokenizer:
         text = "".join(self.decoder[i] for i in ids)
         written = bytes(self.byte_decoder[symbol] for symbol in text)
         return written.decode("utf-8", errors="replace").replace("</w>", " ")
+
+
+def _ways_to_ids(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:
+    """What makes ids of texts, of the class or a subclass and of this module, as it is now."""
+    names = ("bpe", "bpe_ranks", "byte_encoder", "cache", "encode_cleaned", "encoder", "pat", "special")
+    return [basic_clean, whitespace_clean, *(getattr(tokenizer_class, name) for name in names)]
+
+
+_OWN_WAYS = _ways_to_ids(SimpleTokenizer)
 
 
 def default_bpe() -> str:

@@ -582,8 +582,8 @@ class SimpleTokenizer(openai.SimpleTokenizer):
             self.vocab_size, self.all_special_ids = len(self.encoder), [*self.special.values()]
 
     def _is_plain(self) -> bool:
-        """Whether ids are `clip_tokenizer`'s: nobody had tables that could be changed, or put anything in."""
-        return vars(self).keys() <= _CHANGE_NO_IDS and _makers_of_ids(type(self)) == _OWN_MAKERS
+        """Whether ids are `clip_tokenizer`'s: nobody changed a table, put anything in or overrode a method."""
+        return openai.has_own_tables(self) and _makers_of_ids(type(self)) == _OWN_MAKERS
 
     def encode(self, text: str) -> list[int]:
         return clip_tokenizer.encode(text) if self._is_plain() else self.encode_cleaned(self.clean_fn(text))
@@ -611,9 +611,6 @@ class SimpleTokenizer(openai.SimpleTokenizer):
             what = f"{len(cut)} of {len(texts)} texts have more than {length} tokens and were cut"
             warnings.warn(f"{what}, the first: {cut[0][:200]!r}", stacklevel=2)
         return tokens
-
-
-_CHANGE_NO_IDS = {"context_length", "decoder", "byte_decoder", "vocab_size"}
 
 
 def _makers_of_ids(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:

@@ -218,22 +218,27 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
-def _cleaned(text: str) -> str:
+def cleaned(text: str) -> str:
     """clean(text) but for white space, without the work where there is nothing to repair."""
     return text.replace("&amp;", "&").lower() if _IS_CLEAN(text) else clean(text)
 
 
 def encode(text: str, at_least: int | None = None) -> list[int]:
     """The ids of a text without start and end of text; `at_least` leaves out the words after that many ids."""
-    words = _cleaned(text).split()
+    words = cleaned(text).split()
     if at_least is None:
-        return array("H", b"".join(map(_words.__getitem__, words))).tolist()
+        return encode_words(words)
     ids = array("H")
     for word in words:
         ids.frombytes(_words[word])
         if len(ids) >= at_least:
             break
     return ids.tolist()
+
+
+def encode_words(words: Iterable[str]) -> list[int]:
+    """The ids of a text's words, cleaned and split at white space."""
+    return array("H", b"".join(map(_words.__getitem__, words))).tolist()
 
 
 def _encode_together(texts: Sequence[str]) -> np.ndarray:
@@ -247,7 +252,7 @@ def _encode_part(texts: Sequence[str]) -> bytes:
     if _ARE_CLEAN(joined) and joined.count(_BREAK) == len(texts) - 1:
         joined = joined.replace("&amp;", "&").lower()
     else:
-        joined = f" {_BREAK} ".join(map(_cleaned, texts))
+        joined = f" {_BREAK} ".join(map(cleaned, texts))
     words = joined.split()
     words.append(_BREAK)
     return b"".join(map(_words.__getitem__, words))

@@ -1,6 +1,7 @@
 """What programs change of a tokenizer acts: added words, other merges, overridden methods. Oracle: open_clip's own."""
 
 import copy
+import html
 import pickle
 
 import open_clip
@@ -45,6 +46,14 @@ def look_at_merges(tokenizer):
     assert len(tokenizer.bpe_ranks) == 48894
 
 
+def rank_a_merge_otherwise(tokenizer):
+    tokenizer.bpe_ranks |= {("k", "s"): -1}
+
+
+def forget_by_pop(tokenizer):
+    tokenizer.bpe_ranks.pop(("z", "e"))
+
+
 def spell_bytes_otherwise(tokenizer):
     tokenizer.byte_encoder = {**tokenizer.byte_encoder, ord("z"): "y"}
 
@@ -57,8 +66,8 @@ def letters(token):
     return token if token.startswith("<") else " ".join([*token[:-1], token[-1] + "</w>"])
 
 
-CHANGES = [add_word, add_word_with_punctuation, move_an_id, split_a_word, forget_merges, look_at_merges,
-           spell_bytes_otherwise, replace_a_method]  # fmt: skip
+CHANGES = [add_word, add_word_with_punctuation, move_an_id, split_a_word, forget_merges, forget_by_pop, look_at_merges,
+           rank_a_merge_otherwise, spell_bytes_otherwise, replace_a_method]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
@@ -143,9 +152,41 @@ def test_options_that_it_has_not_are_refused():
 def test_a_tokenizer_that_was_only_asked_and_decoded_with_is_as_fast_as_before(monkeypatch):
     tokenizer = ours.SimpleTokenizer()
     assert tokenizer.decode(tokenizer("a dog")[0, 1:3]) == "a dog "
+    assert min(map(len, (tokenizer.encoder, tokenizer.bpe_ranks, tokenizer.byte_encoder, tokenizer.cache))) == 2
     monkeypatch.setattr(clip, "basic_clean", None)  # which the way by tables needs
     assert tokenizer("a dog")[0, 2] == 1929
     assert tokenizer.encode("a dog") == [320, 1929]
+
+
+def test_openais_looks_words_up_in_its_own_tables_only_where_a_program_changed_something(monkeypatch):
+    expected = open_clip.SimpleTokenizer()
+    monkeypatch.setattr(clip, "_tokenizer", clip.SimpleTokenizer())
+    assert torch.equal(clip.tokenize(TEXTS[0]).long(), expected(TEXTS[0]))
+    assert vars(clip._tokenizer).keys() == {"encoder"}  # for the ends of a text
+    for text in ("<|endoftext|>", "&lt;|endoftext|&gt;", "<start_of_text>"):
+        ids = clip.SimpleTokenizer().encode(text)
+        assert (ids == [49407]) == ("endoftext" in text)
+        assert ids == clip.SimpleTokenizer().encode_cleaned(html.unescape(text))
+    monkeypatch.setattr(clip, "basic_clean", str.upper)
+    monkeypatch.setattr(clip, "whitespace_clean", lambda text: text.replace("CAT", "DOG"))
+    assert clip.SimpleTokenizer().encode("a cat") == expected.encode("a dog")
+
+
+@pytest.mark.parametrize("module", [clip, ours])
+def test_pickles_and_copies_of_a_tokenizer_do_not_grow_with_the_texts_that_it_saw(module):
+    tokenizer = module.SimpleTokenizer()
+    tokenizer.encode("a <word>")
+    assert len(tokenizer.encoder) == 49408
+    assert len(pickle.dumps(tokenizer)) < 200
+    tokenizer.encode("<a sofa>")
+    tokenizer.cache.update(sofa="so fa</w>")
+    before = len(pickle.dumps(tokenizer))
+    ids = tokenizer.encode("a photo of a sofa and of a zebrafish")
+    assert {"sofa", "zebrafish"} < tokenizer.cache.keys()
+    assert len(pickle.dumps(tokenizer)) == before
+    for copied in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert copied.cache == {**module.SimpleTokenizer().cache, "sofa": "so fa</w>"}
+        assert copied.encode("a photo of a sofa and of a zebrafish") == ids
 
 
 def test_a_model_with_rows_for_added_words_has_a_tokenizer(monkeypatch):
