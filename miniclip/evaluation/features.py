@@ -18,7 +18,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -247,22 +247,39 @@ class ImageFeatures:
         return F.normalize(self.features, dim=-1)
 
 
-class _Images(Dataset[Tensor | str | ModelError]):
-    def __init__(self, data: EvaluationSet, preprocess: Callable[[Image.Image], Tensor], indices: list[int]) -> None:
-        self.data, self.preprocess, self.indices = data, preprocess, indices
+class _Images(Dataset[tuple[Tensor | str | ModelError, bytes | None]]):
+    """Prepared images, or why there is none, and what `digest_stored` gives of each if that is asked for."""
+
+    def __init__(
+        self,
+        data: EvaluationSet,
+        preprocess: Callable[[Image.Image], Tensor],
+        indices: list[int],
+        needs_digests: bool,
+    ) -> None:
+        self.data, self.preprocess, self.indices, self.needs_digests = data, preprocess, indices, needs_digests
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> Tensor | str | ModelError:
+    def __getitem__(self, position: int) -> tuple[Tensor | str | ModelError, bytes | None]:
+        index = self.indices[position]
+        digest: bytes | None = b""
         try:
-            return self.preprocess(self.data.open(self.indices[position]))
+            stored = self.data.stored(index)
+            digest = digest_stored(stored) if self.needs_digests else None
+            return self.preprocess(self.data.decoded(stored, index)), digest
         except ModelError as error:  # no fault of the image's
             if get_worker_info() is not None:  # a cause is lost on the way to the main process
                 error.add_note(traceback.format_exc())
-            return error
+            return error, digest
         except ValueError as error:
-            return str(error)
+            return str(error), digest
+
+
+def digest_stored(stored: Image.Image | bytes) -> bytes | None:
+    """Stands for the bytes of an image's file; None of a picture that was opened before."""
+    return hashlib.sha256(stored).digest() if isinstance(stored, bytes) else None  # of which CPUs have instructions
 
 
 class _ImageLoader(PatientLoader[Any]):
@@ -292,11 +309,14 @@ class EncodedBatch:
         indices: (b,) of those that could be read, as indices of the data, in the order of the pass.
         features: (b, E) of those, as the model gives them, in float32 on the CPU.
         problems: why others could not be read, by index.
+        digests: what `digest_stored` gives of all of them, by index, if that was asked for; empty where there was
+            nothing to read.
     """
 
     indices: np.ndarray
     features: Tensor
     problems: Mapping[int, str]
+    digests: Mapping[int, bytes | None] = field(default_factory=dict)
 
 
 def encode_in_batches(
@@ -308,6 +328,7 @@ def encode_in_batches(
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     num_workers: int = 0,
+    needs_digests: bool = False,
 ) -> Iterator[EncodedBatch]:
     """One pass over some images of a data set, in the order of `indices`; only a few batches are in memory.
 
@@ -323,11 +344,12 @@ def encode_in_batches(
     places = [int(index) for index in indices]
     num_batches = -(-len(places) // batch_size)
     num_workers = min(num_workers, num_batches) if num_batches > 1 else 0
-    opened = _Images(data, preprocess, places)
+    opened = _Images(data, preprocess, places, needs_digests)
     loader = _ImageLoader(opened, batch_size, num_workers)
     blank: Tensor | None = None  # in place of what can't be read, so that all processes take the same steps
-    for number, batch in enumerate(loader if places else ()):
+    for number, received in enumerate(loader if places else ()):
         loader.num_received = number + 1
+        batch = [image for image, _ in received]
         for image in batch:
             if isinstance(image, ModelError):
                 raise image
@@ -344,7 +366,8 @@ def encode_in_batches(
         _refuse_without_direction(features, data.name)
         own = np.array(places[number * batch_size : number * batch_size + len(batch)], dtype=np.int64)
         problems = {int(i): image for i, image in zip(own, batch, strict=True) if isinstance(image, str)}
-        yield EncodedBatch(own[is_healthy.numpy()], features, problems)
+        digests = {int(i): digest for i, (_, digest) in zip(own, received, strict=True)} if needs_digests else {}
+        yield EncodedBatch(own[is_healthy.numpy()], features, problems, digests)
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:

@@ -512,12 +512,31 @@ def test_embeddings_of_files_that_an_earlier_version_wrote_are_known(of_places, 
     path = Path("out" if is_complete else "out.partial", "_manifest.json")
     keys = of_places[source]
     columns = [json.dumps([name, list(values)]) for name, values in data.metadata.items()]
-    earlier = digest_lines([digest_lines([data.fingerprint(), *keys]), *columns])
+    earlier = digest_lines([digest_lines([data.fingerprints()[1], *keys]), *columns])
     path.write_text(json.dumps(json.loads(path.read_text()) | {"source_fingerprint": earlier, "place": ""}))
     again = write(source, "out", model, rows_per_file=2)
     assert again.was_there if is_complete else again.is_last
     assert embeddings("out")[0].key.tolist() == keys
     write_picture(Path("s/photos/0001.png"), 99)
+    with pytest.raises(ValueError, match="have changed"):
+        write(source, "out", model, rows_per_file=2)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("source", ["s/photos", "s/pq/t.parquet"])
+def test_files_of_other_times_are_compared_by_content(of_places, source, is_complete, model):
+    write(source, "out", model, rows_per_file=2, part=(1, 1 if is_complete else 2))
+    first = Path(source, "0001.png") if Path(source).is_dir() else Path(source)
+    for _ in range(2):  # of the second look the times are known
+        os.utime(first, (5, 5))
+        again = write(source, "out", model, rows_per_file=2, part=(1, 1 if is_complete else 2))
+        assert again.was_there == is_complete
+    edited = bytearray(first.read_bytes())
+    edited[300] ^= 1
+    first.write_bytes(edited)
+    os.utime(first, (5, 5))
+    if first.suffix == ".parquet":  # whose own time of change is not asked for
+        os.utime(first, (6, 6))
     with pytest.raises(ValueError, match="have changed"):
         write(source, "out", model, rows_per_file=2)
 
@@ -577,7 +596,7 @@ def test_a_run_goes_on_only_with_the_same_source_and_model(tmp_path, model, chan
     photos = write_pairs(tmp_path / "photos", 6)
     write(photos, tmp_path / "out", model, rows_per_file=2, part=(1, 2))
     if change == "source":
-        write_picture(photos / "0003.png", 99)
+        write_picture(photos / "0005.png", 99)  # which is embedded
     else:
         miniclip.save(tiny_clip(seed=1), tmp_path / "other")
         model = str(tmp_path / "other")

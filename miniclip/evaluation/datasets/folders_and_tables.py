@@ -59,7 +59,7 @@ from ...data.reading.tables import (
     read_table,
 )
 from .class_folders import beside_folder
-from .sets import Columns, Found, NoImage, digest_lines, image_identity
+from .sets import Columns, Found, NoImage, digest_lines, file_identity
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")
 
@@ -356,7 +356,7 @@ def images_of_rows(
         images = _OfEachProcess(partial(_parquet_images, rows.paths, rows.chosen, folder, image_column), len(rows))
     # A table that holds its images, perhaps several columns of them.
     files = getattr(rows, "paths", [path])
-    identity = None if any(is_path) else " ".join([image_column, *(image_identity(file, "") for file in files)])
+    identity = None if any(is_path) else " ".join([image_column, *(file_identity(file)[0] for file in files)])
     if identity and getattr(rows, "chosen", None) is not None:  # other rows of the same files are other images
         identity += f" {digest_lines(map(str, numbers_of(rows)))}"
     left_out = list(getattr(rows, "left_out", ()))

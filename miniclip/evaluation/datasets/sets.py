@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,7 +87,15 @@ class EvaluationSet:
         Raises:
             ValueError: it can't be read; names its source.
         """
-        stored, key = self.stored(index), self.shown(index)
+        return self.decoded(self.stored(index), index)
+
+    def decoded(self, stored: Image.Image | bytes, index: int) -> Image.Image:
+        """The image of what `stored` gives.
+
+        Raises:
+            ValueError: it is no image that can be read; names its source.
+        """
+        key = self.shown(index)
         image = open_image(stored, key) if isinstance(stored, bytes) else to_8_bits(stored, key)
         return upright(image) if self.upright else image
 
@@ -121,13 +128,25 @@ class EvaluationSet:
     def fingerprint(self) -> str:
         """Stands for the images, how they are opened, and their order: the same as long as none changes.
 
-        Files are known by path, size and time, URLs by their address, and what is in memory by its bytes.
+        Files are known by path, size and times, URLs by their address, and what is in memory by its bytes. The times
+        are those of modification and, of pictures' own files, of the change to them, which no program can set back.
         """
+        return self.fingerprints()[0]
+
+    def fingerprints(self) -> tuple[str, str]:
+        """That, and the one of earlier versions, which had no times of change."""
         opened = ["upright"] if self.upright else []
         if self.identity is not None:
-            return digest_lines([self.identity, *opened])
-        images = (image_identity(self.images[index], self.key(index)) for index in range(len(self)))
-        return digest_lines(chain(images, opened))
+            return (digest_lines([self.identity, *opened]),) * 2
+        now, before = [hashlib.sha256() for _ in range(2)]
+        for index in range(len(self)):
+            known, changed = _image_identity(self.images[index], self.key(index))
+            _add_line(now, known + changed)
+            _add_line(before, known)
+        for each in opened:
+            _add_line(now, each)
+            _add_line(before, each)
+        return now.hexdigest(), before.hexdigest()
 
 
 def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> list[str | None]:
@@ -145,23 +164,33 @@ def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> 
 def digest_lines(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        _add_line(digest, text)
     return digest.hexdigest()
 
 
-def image_identity(image: Any, key: str) -> str:
-    """A text that changes whenever the image does."""
+def _add_line(digest: Any, text: str) -> None:
+    digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+
+
+def _image_identity(image: Any, key: str) -> tuple[str, str]:
+    """A text that changes whenever the image does, but for a file that gets its size and time back; and that file's
+    time of change."""
     if isinstance(image, Image.Image):
-        return _picture_identity(image)
+        return _picture_identity(image), ""
     if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()
+        return hashlib.sha256(image).hexdigest(), ""
     if image is None or isinstance(image, NoImage) or (isinstance(image, str) and is_url(image)):
-        return f"{image} {key}"
+        return f"{image} {key}", ""
+    return file_identity(image)
+
+
+def file_identity(path: str | Path) -> tuple[str, str]:
+    """A file's path, size and time of modification; and its time of change, which a program can't set."""
     try:
-        facts = Path(image).stat()
+        facts = Path(path).stat()
     except OSError:
-        return f"{image} is missing"
-    return f"{Path(image).resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        return f"{path} is missing", ""
+    return f"{Path(path).resolve()} {facts.st_size} {facts.st_mtime_ns}", f" {facts.st_ctime_ns}"
 
 
 def _picture_identity(picture: Image.Image) -> str:

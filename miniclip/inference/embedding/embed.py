@@ -169,7 +169,7 @@ def embed_source(
     _refuse_place(out, source)
     rows = SourceRows(data)
     dtype = dtype or ("float16" if layout == "clip-retrieval" else "float32")
-    work = Work(out, plan_of(rows, encoder, source, dtype, layout, rows_per_file), part, overwrite)
+    work = Work(out, plan_of(rows, encoder, source, dtype, layout, rows_per_file), part, overwrite, rows.digests)
     rows.begun_at = work.plan.place
     with work.part_lock():
         missing = work.missing()
@@ -185,10 +185,11 @@ def embed_source(
             batches = encode_text_set(encoder, data, [work.plan.indices(each) for each in missing])
         else:
             options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+            options["needs_digests"] = rows.keys_fingerprint is not None
             batches = encode_in_batches(encoder.encode_image, encoder.preprocess, data, indices, **options)
         for batch in batches if missing else ():
             embeddings = unit(batch.features).astype(dtype, copy=False)
-            work.add(batch.indices, embeddings, batch.problems, rows)
+            work.add(batch.indices, embeddings, batch.problems, rows, batch.digests)
             done += len(batch.indices) + len(batch.problems)
             if progress:
                 progress(done)
@@ -243,7 +244,8 @@ def plan_of(rows: SourceRows, encoder: Encoder, source: str, dtype: str, layout:
         rows_per_file=rows_per_file,
         upright=isinstance(rows.data, EvaluationSet) and rows.data.upright,
         place=rows.place,
-        earlier_fingerprint=earlier,
+        keys_fingerprint=rows.keys_fingerprint,
+        earlier_fingerprints=earlier,
     )
 
 

@@ -14,10 +14,11 @@ of its rows could not be read: what a run that was killed has finished is exactl
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from math import log10
@@ -37,7 +38,13 @@ UNREADABLE = "could not be read"
 MANIFEST_SCHEMA = 1
 _NOTE = b"miniclip"  # the key under which a part's footer has its unreadable rows
 # Of manifests without them.
-_BEFORE: dict[str, Any] = {"upright": False, "precision": FLOAT32, "place": None, "earlier_fingerprint": None}
+_BEFORE: dict[str, Any] = {
+    "upright": False,
+    "precision": FLOAT32,
+    "place": None,
+    "keys_fingerprint": None,
+    "earlier_fingerprints": (),
+}
 _NAMES = ("source", "model")  # for people: what they stand for is known by its fingerprint
 
 
@@ -55,7 +62,8 @@ class Plan:
         precision: of the towers' products.
         place: the tar or table that the first row lies in, or its picture's file, as it was named where the folder was
             begun; all its keys begin so. None where an earlier version began it.
-        earlier_fingerprint: what earlier versions had for `source_fingerprint`; it stands in no manifest.
+        keys_fingerprint: of keys and columns alone, of a source whose files are known by their times; else None.
+        earlier_fingerprints: what earlier versions had for `source_fingerprint`; they stand in no manifest.
     """
 
     kind: str
@@ -72,11 +80,12 @@ class Plan:
     upright: bool = False
     precision: str = FLOAT32
     place: str | None = None
-    earlier_fingerprint: str | None = None
+    keys_fingerprint: str | None = None
+    earlier_fingerprints: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says of the plan."""
-        return {name: value for name, value in asdict(self).items() if name != "earlier_fingerprint"}
+        return {name: value for name, value in asdict(self).items() if name != "earlier_fingerprints"}
 
     @property
     def num_files(self) -> int:
@@ -88,10 +97,7 @@ class Plan:
 
     def differences(self, begun: dict[str, Any]) -> list[str]:
         """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
-        now, begun = self.facts(), _BEFORE | begun
-        if begun.get("source_fingerprint") == self.earlier_fingerprint:
-            begun["source_fingerprint"] = self.source_fingerprint
-        other = {name for name in now if begun.get(name) != now[name]} - {"source", "place"}
+        now, begun, other = self.facts(), _BEFORE | begun, self._others(begun)
         if self.model_fingerprint is not None:  # the same weights may have moved
             other -= {"model"}
         if {"model_fingerprint", "library"} <= other or {"model_fingerprint", "preprocessing"} <= other:
@@ -110,6 +116,18 @@ class Plan:
         return [
             words.get(name) or f"{name} was {begun.get(name)!r} and is {now[name]!r}" for name in now if name in other
         ]
+
+    def has_other_times(self, begun: dict[str, Any]) -> bool:
+        """Whether nothing but files' sizes and times is not as in the manifest `begun`: what they hold may be."""
+        same = all(begun.get(name) == getattr(self, name) for name in ("source", "keys_fingerprint"))
+        return same and self.keys_fingerprint is not None and self._others(_BEFORE | begun) == {"source_fingerprint"}
+
+    def _others(self, begun: dict[str, Any]) -> set[str]:
+        """The facts that are not as in a manifest."""
+        other = {name for name, value in self.facts().items() if begun.get(name) != value}
+        if begun.get("source_fingerprint") in self.earlier_fingerprints:
+            other -= {"source_fingerprint"}
+        return other - {"source", "place", "keys_fingerprint"}
 
 
 @dataclass(frozen=True)
@@ -248,19 +266,27 @@ class Work:
     Args:
         part: (i, n): which of the parts are this process's, every n-th from the i-th on.
         overwrite: replace an `out` that is there, and what another plan has begun.
+        digests: what `add` takes, of some rows as they are now; parts of files with other times are compared by it.
 
     Raises:
         ValueError: `out` exists, belongs to something else, or was begun by another plan.
     """
 
-    def __init__(self, out: Path, plan: Plan, part: tuple[int, int] = (1, 1), overwrite: bool = False) -> None:
-        self.out, self.plan, self.part = out, plan, part
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        part: tuple[int, int] = (1, 1),
+        overwrite: bool = False,
+        digests: Callable[[Sequence[int]], Sequence[bytes | None]] = lambda indices: [],
+    ) -> None:
+        self.out, self.plan, self.part, self._digests = out, plan, part, digests
         self.folder = out.with_name(f"{out.name}.partial")
         self.layout = layout_of(self.folder, plan)
         self._busy = f"another process is writing {out}"
         self._pending: dict[int, _Unfinished] = {}
         with self._locked():
-            self.is_complete = _was_made_by(out, plan) and (part[1] > 1 or not overwrite)
+            self.is_complete = (part[1] > 1 or not overwrite) and not self._differences(out)
             if not self.is_complete:
                 _refuse_other_embeddings(out, plan, overwrite)
                 self._begin(overwrite)
@@ -286,7 +312,7 @@ class Work:
         manifest = self.folder / MANIFEST_FILE
         if manifest.is_file():
             begun = _read_json(manifest)
-            if not (other := self.plan.differences(begun)):
+            if not (other := self._differences(self.folder)):
                 self.plan = replace(self.plan, place=begun.get("place"))
                 return
             if not overwrite:
@@ -302,15 +328,42 @@ class Work:
             raise ValueError(f"{self.folder} is in the way: it was not begun by `miniclip embed` (no {MANIFEST_FILE})")
         write_text(manifest, _indented({"schema": MANIFEST_SCHEMA, "is_complete": False, **self.plan.facts()}))
 
+    def _differences(self, folder: Path) -> list[str]:
+        """Those of the plan to a folder's manifest, or that it has none. Where only files' times differ, what they hold
+        is compared, and if it is the same the manifest gets the new times."""
+        if not (folder / MANIFEST_FILE).is_file():
+            return [f"it has no {MANIFEST_FILE}"]
+        begun = _read_json(folder / MANIFEST_FILE)
+        differences = self.plan.differences(begun)
+        if not self.plan.has_other_times(begun):
+            return differences
+        layout = layout_of(folder, self.plan)
+        for number in range(self.plan.num_files):
+            if layout.path(number).exists():
+                digest = _read_part(layout, number).digest
+                if digest is None or digest != _digest_of_part(self._digests(self.plan.indices(number))):
+                    return differences
+        manifest = begun | {"source_fingerprint": self.plan.source_fingerprint}
+        write_text(folder / MANIFEST_FILE, _indented(manifest))
+        return []
+
     # -- writing
 
-    def add(self, indices: np.ndarray, embeddings: np.ndarray, problems: Mapping[int, str], rows: Rows) -> None:
+    def add(
+        self,
+        indices: np.ndarray,
+        embeddings: np.ndarray,
+        problems: Mapping[int, str],
+        rows: Rows,
+        digests: Mapping[int, bytes | None] | None = None,
+    ) -> None:
         """Takes some rows, in any order, and writes each part once it has all of its own.
 
         Args:
             indices: (B,) of the source's rows that could be read.
             embeddings: (B, E) of those, in the plan's type.
             problems: why others could not be read, by index.
+            digests: what `digest_stored` gives of all of them, by index; None if it is not known.
         """
         files = indices // self.plan.rows_per_file
         for number in sorted({*files.tolist(), *(index // self.plan.rows_per_file for index in problems)}):
@@ -319,6 +372,7 @@ class Work:
             pending.embeddings.append(embeddings[files == number])
             own = self.plan.indices(number)
             pending.problems |= {index: problem for index, problem in problems.items() if index in own}
+            pending.digests |= {index: digest for index, digest in (digests or {}).items() if index in own}
             if sum(map(len, pending.indices)) + len(pending.problems) == len(own):
                 self._write(number, self._pending.pop(number), rows)
 
@@ -326,7 +380,8 @@ class Work:
         indices, embeddings = np.concatenate(pending.indices), np.concatenate(pending.embeddings)
         order = np.argsort(indices)
         unreadable = [[rows.key(index), problem] for index, problem in sorted(pending.problems.items())]
-        note = json.dumps({"unreadable": unreadable}).encode()
+        digest = _digest_of_part([pending.digests.get(index) for index in self.plan.indices(number)])
+        note = json.dumps({"unreadable": unreadable, "digest": digest}).encode()
         self.layout.write(number, rows.table(indices[order].tolist()), embeddings[order], note)
 
     # -- the end
@@ -405,6 +460,13 @@ class _Unfinished:
         self.indices: list[np.ndarray] = []
         self.embeddings: list[np.ndarray] = []
         self.problems: dict[int, str] = {}
+        self.digests: dict[int, bytes | None] = {}
+
+
+def _digest_of_part(digests: Sequence[bytes | None]) -> str | None:
+    """Stands for what `digest_stored` gives of a part's rows; None if it is not known of all."""
+    known = [each.hex() for each in digests if each is not None]
+    return hashlib.sha256(" ".join(known).encode()).hexdigest() if len(known) == len(digests) else None
 
 
 @dataclass(frozen=True)
@@ -413,6 +475,7 @@ class _Part:
     rows: int
     embedding_size: int
     unreadable: list[tuple[str, str]]
+    digest: str | None
 
 
 def _read_part(layout: Layout, number: int) -> _Part:
@@ -422,7 +485,8 @@ def _read_part(layout: Layout, number: int) -> _Part:
     try:
         footer = pq.read_metadata(path)
         schema = footer.schema.to_arrow_schema()
-        unreadable = [(str(key), str(why)) for key, why in json.loads(footer.metadata[_NOTE])["unreadable"]]
+        note = json.loads(footer.metadata[_NOTE])
+        unreadable = [(str(key), str(why)) for key, why in note["unreadable"]]
         if isinstance(layout, ClipRetrievalLayout):
             path = layout.embeddings(number)
             size, rows = np.load(path, mmap_mode="r").shape[::-1]
@@ -432,13 +496,7 @@ def _read_part(layout: Layout, number: int) -> _Part:
         raise ValueError(f"{path} is damaged ({error}); delete that file and repeat the command") from error
     if rows != footer.num_rows:
         raise ValueError(f"{path} has {rows} rows, its metadata {footer.num_rows}; delete both and repeat the command")
-    return _Part(path, rows, size, unreadable)
-
-
-def _was_made_by(out: Path, plan: Plan) -> bool:
-    """Whether a complete folder was made by this plan."""
-    path = out / MANIFEST_FILE
-    return path.is_file() and not plan.differences(_read_json(path))
+    return _Part(path, rows, size, unreadable, note.get("digest"))
 
 
 def _refuse_other_embeddings(out: Path, plan: Plan, overwrite: bool) -> None:

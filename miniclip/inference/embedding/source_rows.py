@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...data.reading.arrow_column import ArrowColumn
 from ...data.reading.scan import LeftOut
 from ...data.shards import split_sample_name
 from ...evaluation.datasets.sets import EvaluationSet, digest_lines
+from ...evaluation.features import digest_stored
 from ..names import existing, key_without_folder, split_key
 from ..sources import Texts
 
@@ -59,17 +61,13 @@ class SourceRows:
     def _place_of(self, key: str) -> str:
         return split_key(key)[0] or (key if self.kind == "image" and not is_url(key) and existing(key) else "")
 
-    def _known_as(self, index: int) -> str:
-        """The key of a row without where its tar or table lies; of a file only its name, as where it lies is in the
-        fingerprint of the images."""
+    def _is_file(self, index: int) -> bool:
         key = self._key(index)
         if isinstance(self.data, Texts):
-            is_file = False
-        elif isinstance(images := self.data.images, tuple):  # else asking for one may read it
-            is_file = isinstance(images[index], str | Path) and not is_url(key) and str(images[index]) == key
-        else:
-            is_file = self._place_of(key) == key
-        return Path(key).name if is_file else key_without_folder(key)
+            return False
+        if isinstance(images := self.data.images, tuple):  # else asking for one may read it
+            return isinstance(images[index], str | Path) and not is_url(key) and str(images[index]) == key
+        return self._place_of(key) == key
 
     def table(self, indices: Sequence[int]) -> Any:
         import pyarrow as pa
@@ -84,26 +82,60 @@ class SourceRows:
             found = found.append_column(name, column.take(pa.array(indices, pa.int64())))
         return found
 
+    def digests(self, indices: Iterable[int]) -> list[bytes | None]:
+        """What `EncodedBatch.digests` has for some rows of images, which are read for it; none of texts."""
+        if isinstance(self.data, Texts):
+            return []
+        digests: list[bytes | None] = []
+        for index in indices:
+            try:
+                digests.append(digest_stored(self.data.stored(index)))
+            except ValueError:
+                digests.append(b"")
+        return digests
+
     def fingerprint(self) -> str:
         """Changes with the source's files, their order, keys, and columns; not with where a tar or a table lies, or how
         a file is named, as a source may be named relatively, absolutely, or (a tar, a table) on another machine."""
         return self.fingerprints()[0]
 
-    def fingerprints(self) -> tuple[str, str]:
-        """That, and the one of earlier versions, which changes with how a file is named, too."""
+    def fingerprints(self) -> tuple[str, tuple[str, ...]]:
+        """That, and those of earlier versions, which had no times of change, and once changed with how a file is named,
+        too."""
+        now, before, _ = self._every_fingerprint
+        return now, before
+
+    @property
+    def keys_fingerprint(self) -> str | None:
+        """Changes with the keys and columns, and where files lie, not with what is stored. None of texts, tars and
+        URLs, which are known by their values, checksums and addresses."""
+        return self._every_fingerprint[2]
+
+    @cached_property
+    def _every_fingerprint(self) -> tuple[str, tuple[str, ...], str | None]:
         data = self.data
-        rows = range(len(data))
-        known, named = map(self._known_as, rows), (key_without_folder(self._key(index)) for index in rows)
-        # A plan has `upright` as a fact of its own.
-        of_all = data.texts if isinstance(data, Texts) else [replace(data, upright=False).fingerprint()]
         columns = [
             json.dumps(
                 [name, values.identity] if isinstance(values, ArrowColumn) else [name, list(values)], default=str
             )
             for name, values in data.metadata.items()
         ]
-        now, before = (digest_lines([digest_lines(chain(of_all, keys)), *columns]) for keys in (known, named))
-        return now, before
+        known, named, places = [], [], []
+        for index in range(len(data)):
+            key, is_file = self._key(index), self._is_file(index)
+            named.append(key_without_folder(key))
+            # Where a file lies is in the fingerprint of the images.
+            known.append(Path(key).name if is_file else named[-1])
+            places.append(os.path.abspath(key) if is_file else named[-1])  # noqa: PTH100 (links stay as they are)
+
+        def of(lines: Iterable[str]) -> str:
+            return digest_lines([digest_lines(lines), *columns])
+
+        if isinstance(data, Texts):
+            return of([*data.texts, *known]), (of([*data.texts, *named]),), None
+        now, before = replace(data, upright=False).fingerprints()  # a plan has `upright` as a fact of its own
+        has_times = not any(is_url(name) or split_key(name)[0].endswith(".tar") for name in places)
+        return of([now, *known]), (of([before, *known]), of([before, *named])), of(places) if has_times else None
 
 
 def columns_left_out(data: EvaluationSet | Texts) -> list[LeftOut]:
