@@ -505,6 +505,19 @@ def test_json_of_a_sample_that_is_damaged_is_named_and_the_sample_is_scored(tmp_
     assert data.groups[1] == data.groups[2] != data.groups[0]
 
 
+def test_a_sample_whose_captions_are_in_a_damaged_json_alone_is_named_and_left_out_of_retrieval(tmp_path):
+    json_of = {"a": b"{cut", "b": b'{"caption": "two", "scene": 1}', "c": b'{"caption": "three", "scene": 2}'}
+    members = {key: {"png": png(n), "json": facts} for n, (key, facts) in enumerate(json_of.items())}
+    tar(tmp_path / "0.tar", members)
+    with pytest.warns(UserWarning, match=r"1 left out: a \.json that can't be read, and no captions .*\(0\.tar:a\)"):
+        data = open_dataset(tmp_path, group_column="scene")
+    assert (data.captions, data.groups) == ((("two",), ("three",)), ("1", "2"))
+    assert seeds_of(data) == [1, 2]
+    tar(tmp_path / "0.tar", members | {"d": {"png": png(3)}})
+    with pytest.raises(ValueError, match=r"1 of 4 images have no caption: 0\.tar:d"):
+        open_dataset(tmp_path)
+
+
 def test_a_shard_that_lost_a_label_names_the_sample(tmp_path):
     tar(tmp_path / "0.tar", {"a": {"png": png(0), "cls": b"0"}, "b": {"png": png(1)}})
     with pytest.raises(ValueError, match=r"0\.tar:b has no label"):

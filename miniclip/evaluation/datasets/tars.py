@@ -45,6 +45,7 @@ from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
 NUM_SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
+_NO_CAPTIONS = "a .json that can't be read, and no captions elsewhere"
 _SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")
 
 
@@ -233,7 +234,7 @@ def _read_shards(
     found = Found(name, images_of(shards), keys, metadata, identity=identity, left_out=left_out)
     if task == "retrieval":
         captions = tuple(captions_of(shards, n) for n in range(len(shards)))
-        return replace(found, captions=_all_captioned(captions, keys, source))
+        return _without_damaged(replace(found, captions=captions), {each.source for each in damaged}, source)
     names = next((text for folder in folders if (text := _text_at(folder, "classnames.txt")) is not None), None)
     classnames = None if names is None else names_of(names, f"{source}/classnames.txt")
     wordings = next((text for folder in folders if (text := _text_at(folder, templates)) is not None), None)
@@ -259,15 +260,35 @@ def _read_shards(
     )
 
 
-def _all_captioned(
-    captions: tuple[tuple[str, ...], ...], keys: Sequence[str], source: str
-) -> tuple[tuple[str, ...], ...]:
-    if not captions:
-        raise ValueError(f"{source} holds no images with captions")
-    bare = [key for key, texts in zip(keys, captions, strict=True) if not texts]
-    if bare:
-        raise ValueError(f"{source}: {len(bare)} of {len(captions)} images have no caption: {some(bare)}")
-    return captions
+def _without_damaged(found: Found, damaged: set[str], source: str) -> Found:
+    """Without the images that have captions in a damaged `.json` at most.
+
+    Args:
+        damaged: the keys of the samples with such a `.json`.
+
+    Raises:
+        ValueError: another image has no caption, or none is left.
+    """
+    keys = found.keys or ()
+    bare = {index for index, texts in enumerate(found.captions) if not texts}
+    lost = {index for index in bare if keys[index] in damaged}
+    if named := [keys[index] for index in sorted(bare - lost)]:
+        raise ValueError(f"{source}: {len(named)} of {len(keys)} images have no caption: {some(named)}")
+    kept = [index for index in range(len(keys)) if index not in lost]
+    if not kept:
+        raise ValueError(f"{source} holds no images with captions" + (f": {_NO_CAPTIONS}" if lost else ""))
+    if not lost:
+        return found
+    without = {keys[index] for index in lost}
+    return replace(
+        found,
+        images=FromEach(kept, found.images.__getitem__),
+        keys=[keys[index] for index in kept],
+        metadata={name: [values[index] for index in kept] for name, values in found.metadata.items()},
+        captions=tuple(found.captions[index] for index in kept),
+        identity=None if found.identity is None else digest_lines([found.identity, *map(str, kept)]),
+        left_out=[replace(each, reason=_NO_CAPTIONS) if each.source in without else each for each in found.left_out],
+    )
 
 
 def images_of(shards: Shards) -> Sequence[bytes | None]:
