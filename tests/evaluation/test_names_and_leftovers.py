@@ -858,21 +858,30 @@ def test_the_only_part_is_scored_unless_it_is_for_training(tmp_path, part):
 
 
 @pytest.mark.parametrize("parts", [("test",), ("train",), ("train", "test")])
-def test_a_table_of_a_parts_pictures_is_what_to_name(tmp_path, parts):
+def test_a_table_of_a_parts_pictures_has_its_labels(tmp_path, parts):
     """Hugging Face's `imagefolder`; a lone `test` was a class of that name."""
     for part in parts:
         for number in range(3):
             write_picture(tmp_path / part / f"{number}.png", number)
         (tmp_path / part / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
     table = tmp_path / parts[-1] / "metadata.csv"
-    for folder in (tmp_path, table.parent):
+    if parts == ("train",):
         with pytest.raises(ValueError, match=f"no folder for each class: name {re.escape(str(table))} as DATA"):
-            open_dataset(folder)
-    assert open_dataset(table).labels == (0, 1, 0)
+            open_dataset(tmp_path)
+    for source, split in ((table, None), (table.parent, None), (tmp_path, parts[-1])):
+        data = open_dataset(source, split=split)
+        assert (data.labels, data.key(0)) == ((0, 1, 0), f"{table.parent}/0.png")
+    if "test" in parts:
+        data = open_dataset(tmp_path)
+        assert (data.labels, data.key(0), data.name) == ((0, 1, 0), f"{tmp_path}/test/0.png", tmp_path.name)
+        assert data.classnames_from == "column 'label' of test/metadata.csv"
+        assert [each.source for each in data.left_out] == ["train/"] * (len(parts) - 1)
+        (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+        assert open_dataset(tmp_path).classnames == ("dog", "cat")
 
 
 @pytest.mark.parametrize("has_names", [False, True])
-def test_tars_in_folders_of_splits_are_what_to_name(tmp_path, has_names):
+def test_of_tars_in_folders_of_splits_one_split_is_scored(tmp_path, has_names):
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "png")
     samples = {key: {"png": image.getvalue(), "cls": label} for key, label in (("0", b"1"), ("1", b"0"))}
@@ -881,11 +890,31 @@ def test_tars_in_folders_of_splits_are_what_to_name(tmp_path, has_names):
     names = tmp_path / "classnames.txt"
     if has_names:
         names.write_text("cat\ndog\n")
-    told = f", with --classnames {names}" if has_names else ""
-    with pytest.raises(ValueError, match=re.escape(f"name the folder of one part: {tmp_path}/validation{told}") + "$"):
-        open_dataset(tmp_path)
-    data = open_dataset(tmp_path / "validation", classnames=names if has_names else None)
-    assert data.labels == (1, 0)
+    data = open_dataset(tmp_path)
+    assert (data.labels, data.key(0), data.name) == ((1, 0), "a.tar:0", tmp_path.name)
+    assert data.classnames == (("cat", "dog") if has_names else ("0", "1"))
+    left_out = {"validation": "train", "train": "validation"}
+    for split, other in left_out.items():
+        found = open_dataset(tmp_path, split=split).left_out
+        assert [(each.source, each.reason) for each in found] == [
+            (f"{other}/", f"beside {split}/, the split that is read")
+        ]
+    for pattern in (f"{tmp_path}/{{train,validation}}/a.tar", f"{tmp_path}/*/*.tar"):
+        data = open_dataset(pattern)
+        assert (data.labels, data.classnames, data.name) == ((1, 0), open_dataset(tmp_path).classnames, tmp_path.name)
+        assert [each.source for each in data.left_out] == ["train/a.tar"]
+        assert [each.source for each in open_dataset(pattern, split="train").left_out] == ["validation/a.tar"]
+    assert open_dataset(f"{tmp_path}/train/*.tar").left_out == ()  # what is named is of one split
+
+
+def test_a_pattern_of_parquet_files_of_training_and_another_split_is_refused(tmp_path):
+    for part in ("train", "test", "val"):
+        pq.write_table(pa.table({"image": ["http://x/1.png"] * 2, "label": ["a", "b"]}), tmp_path / f"{part}-0.parquet")
+    with pytest.raises(
+        ValueError, match=r"\*\.parquet names files of the splits test, train, val, and none for training"
+    ):
+        open_dataset(tmp_path / "*.parquet")
+    assert len(open_dataset(tmp_path / "{test,val}-0.parquet")) == 4
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,9 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not is_skipped_folder(path.name))
 
 
-def read_class_folders(source: Path, split: str | None, classnames: str | Path | None = None) -> Found:
-    """
+def read_class_folders(source: Path, split: str | None, classnames: str | Path | None = None) -> Found | Path:
+    """Or the table that has the labels, if pictures lie beside one as Hugging Face's `imagefolder` has them.
+
     Args:
         classnames: as in `open_dataset`; names have to be those of the folders, or as many as numbered folders. The
             folder "none of these" is a class if they, or the data's own, have it.
@@ -73,6 +74,12 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     folder = in_split(source, split)
     below = scan(folder)
     folders = _folders_in(folder)
+    if table := _table_of_split(below, folders) or (None if folders else _table_in(below, folder)):
+        if table.parent != folder and role_of(table.parent.name) == "train":
+            raise ValueError(
+                f"{folder} has a table of its pictures, and no folder for each class: name {table} as DATA"
+            )
+        return table
     beside = beside_folder(folder, source)
     labels = [path.name for path in folders if path.name != NONE]
     settled = settle_names(Found(source.name, (), labels=labels, beside=beside), classnames, str(source))
@@ -81,13 +88,11 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     classes = [path for path in folders if path.name != NONE or is_listed]
     if not classes:
         has = f"it holds {len(below.images)} images directly" if below.images else "it holds neither folders nor images"
-        _refuse_table(below, folder)
         has = f"{folders[0].name!r} is classify's folder of what is none of them" if folders else has
         raise ValueError(
             f"{folder} has no classes: it must hold one folder of images for each class, and {has}. If their labels "
             "are in a table (.csv, .tsv, .jsonl, .json, .parquet), name that"
         )
-    _refuse_tables_of_splits(below, classes)
     images: dict[Path, list[Path]] = {path: [] for path in classes}
     for path in below.images:
         if (top := folder / path.relative_to(folder).parts[0]) in images:
@@ -123,20 +128,25 @@ def read_class_folders(source: Path, split: str | None, classnames: str | Path |
     )
 
 
-def _refuse_tables_of_splits(below: Scan, classes: Sequence[Path]) -> None:
-    """Splits whose pictures lie right in them, with a table of their labels, as Hugging Face's `imagefolder` has it."""
+def _table_of_split(below: Scan, folders: Sequence[Path]) -> Path | None:
+    """That of the split to evaluate on, where splits' pictures lie right in their folders, each with a table."""
     tables = {path.parent for path in below.others if _is_metadata(path)}
-    if splits := [path for path in classes if path in tables and role_of(path.name)]:
-        _refuse_table(below, _to_evaluate(splits))
+    splits = [path for path in folders if path in tables and role_of(path.name)]
+    return _table_in(below, _to_evaluate(splits)) if splits else None
 
 
-def _refuse_table(below: Scan, folder: Path) -> None:
-    if table := next((path for path in below.others if path.parent == folder and _is_metadata(path)), None):
-        raise ValueError(f"{folder} has a table of its pictures, and no folder for each class: name {table} as DATA")
+def _table_in(below: Scan, folder: Path) -> Path | None:
+    return next((path for path in below.others if path.parent == folder and _is_metadata(path)), None)
 
 
 def _is_metadata(path: Path) -> bool:
     return path.stem.lower() == "metadata" and path.suffix.lower() in TABLE_SUFFIXES
+
+
+def split_folders_of_tars(folder: Path) -> list[str]:
+    """The names of the folders of splits that tars lie in, of a folder without pictures."""
+    found = [path.name for path in _folders_in(folder) if role_of(path.name) and any(path.glob("*.tar"))]
+    return found if found and not scan(folder).images else []
 
 
 def _to_evaluate(folders: Sequence[Path]) -> Path:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ...data.reading.splits import (
     rows_of_parts,
     rows_of_split,
     same_parts,
+    splits_of_files,
 )
 from ...data.reading.tables import (
     beside_parquet,
@@ -53,8 +54,10 @@ from ...data.reading.tables import (
     find_image_column,
     folder_of,
     is_parquet,
+    is_pattern,
     is_told_by_name,
     names_of_files,
+    parquet_files,
     parquet_splits,
     read_table,
 )
@@ -215,8 +218,21 @@ def _rows_of_one_split(
     names, rows = read_table(path)
     if splits and not has_split_column(names):
         return names, rows, choose_split(splits, split, str(path))
+    if is_pattern(str(path)) and not path.exists() and not has_split_column(names):
+        _refuse_files_of_training(path)
     is_told = split is not None and is_told_by_name(path, split)
     return names, *_rows_of_part(str(path), names, rows, split, is_told, may_be_several)
+
+
+def _refuse_files_of_training(pattern: Path) -> None:
+    files = parquet_files(pattern)
+    above = os.path.commonpath([file.absolute().parent for file in files])
+    parts = sorted(set(splits_of_files(Path(above), [file.absolute() for file in files]).values()))
+    if len(parts) > 1 and "train" in map(role_of, parts):
+        raise ValueError(
+            f"{pattern} names files of the splits {some(parts)}, and none for training may be scored along; name those "
+            "of one split, or their folder"
+        )
 
 
 def read_unlabelled_table(path: Path, group_column: str | None = None) -> Found:
@@ -309,6 +325,23 @@ def read_labelled_table(path: Path, columns: Columns, split: str | None = None) 
             "classnames": [path.with_suffix(".classnames.txt")],
             "templates": [path.with_suffix(".templates.txt"), path.with_suffix(".templates.json")],
         },
+    )
+
+
+def read_table_in(table: Path, source: Path, columns: Columns) -> Found:
+    """A table beside its pictures, in the folder `source` or in one of those of its splits, as part of that folder."""
+    found, folder = read_labelled_table(table, columns), table.parent
+    beside = beside_folder(*dict.fromkeys([folder, source]))
+    others = [path.name for path in sorted(source.iterdir()) if folder != source and path.is_dir() and path != folder]
+    return replace(
+        found,
+        name=source.resolve().name,
+        labels_from=f"{found.labels_from} of {table.relative_to(source)}",
+        beside={kind: [*found.beside[kind], *paths] for kind, paths in beside.items()},
+        left_out=[
+            *found.left_out,
+            *(LeftOut(f"{name}/", f"beside {folder.name}/, the split that is read") for name in others),
+        ],
     )
 
 

@@ -31,8 +31,15 @@ from ...data.open_pairs import is_shards
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
 from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
-from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders
-from .folders_and_tables import read_datasets, read_labelled_table, read_pairs, read_unlabelled_table, refuse_joined
+from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders, split_folders_of_tars
+from .folders_and_tables import (
+    read_datasets,
+    read_labelled_table,
+    read_pairs,
+    read_table_in,
+    read_unlabelled_table,
+    refuse_joined,
+)
 from .name_files import spoken
 from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
 from .sets import (
@@ -46,7 +53,7 @@ from .sets import (
     MultilabelImages,
     column_of,
 )
-from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars
+from .tars import NUM_SHARDS_FILE, benchmark_splits, hub_location, read_tars, read_tars_of_split
 from .torchvision_sets import TORCHVISION_PREFIX, read_torchvision
 
 
@@ -201,13 +208,19 @@ def _read_source(
     if is_tars:
         columns.refuse(source, "a set of shards", "label", "image")
         return read_tars(location, split, task)
+    if path.is_dir() and (parts := split_folders_of_tars(path)):
+        columns.refuse(source, "a set of shards", "label", "image")
+        return read_tars_of_split(path, parts, split, task)
     if task == "retrieval" and (path.exists() or is_pattern(source)):
         return read_pairs(source, split, columns)
     if _is_table(source):
         return read_labelled_table(path, columns, split)
     if path.is_dir():
+        folders = read_class_folders(path, split, classnames)
+        if isinstance(folders, Path):
+            return read_table_in(folders, path, columns)
         columns.refuse(source, "a folder", "label", "image", "group")
-        return read_class_folders(path, split, classnames)
+        return folders
     if is_pattern(source):
         raise ValueError(f"data {source!r} is a pattern; patterns are for tars and Parquet files")
     what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)}, .json)"

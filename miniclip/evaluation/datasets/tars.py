@@ -36,7 +36,7 @@ from ...data.reading.cells import captions_in, captions_of_facts, decode_text
 from ...data.reading.huggingface import HUB_PREFIX
 from ...data.reading.json_tables import parse_json
 from ...data.reading.scan import OTHER_SPLIT, LeftOut, summary
-from ...data.reading.splits import choose_split, splits_named, splits_of_files
+from ...data.reading.splits import choose_split, role_of, splits_named, splits_of_files
 from ...data.shard_index import INDEX_FILE
 from ...data.shards import Shards, facts_of
 from .class_folders import in_split
@@ -74,17 +74,12 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
     check_scheme(source)
     name = set_name(source)
     if name_of(source).endswith(".tar"):
-        if split:
-            raise ValueError(f"{source} names tars, so --split {split} can't be followed")
-        folder = parent_of(source)
-        shards = Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
-        return _read_shards(shards, name, source, task, [folder])
+        return _read_pattern(source, split, task)
     splits = benchmark_splits(source, split)
     if not splits:
         if (tars_of := _tars_of_split(source, split)) is not None:
             tars, others = tars_of
-            stems = [tar.removesuffix(".tar") for tar in tars]
-            pattern = join(source, f"{{{','.join(stems)}}}.tar" if len(tars) > 1 else tars[0])
+            pattern = _pattern_of(source, tars)
             shards = Shards(pattern, needs_captions=False) if exists(join(source, INDEX_FILE)) else indexed(pattern)
             found = _read_shards(shards, name, source, task, [source])
             left_out = [LeftOut(tar, OTHER_SPLIT) for tar in others]
@@ -111,6 +106,46 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
         indexed(pattern), name, source, task or kind, [source], "zeroshot_classification_templates.txt"
     )
     return replace(found, left_out=[*found.left_out, *beyond])
+
+
+def _read_pattern(source: str, split: str | None, task: str | None) -> Found:
+    """The tars of a pattern; where some are of the split for training, or one is asked for, those of one split."""
+    tars = tar_locations(source)
+    above = parent_of(tars[0])
+    while not all(tar.startswith(f"{above}/") for tar in tars) and parent_of(above) != above:
+        above = parent_of(above)
+    inside = [tar.removeprefix(f"{above}/") for tar in tars]
+    has_query = bool(split_query(tars[0])[1])
+    split_of = splits_of_files(Path(), map(Path, inside)) if tars[1:] and not has_query else {}
+    parts = sorted(set(split_of.values()))
+    pattern, left_out = source, []
+    if splits_named(parts, split) and parts[1:] and (split or "train" in map(role_of, parts)):
+        chosen = choose_split(parts, split, source)
+        left_out = [LeftOut(name, OTHER_SPLIT) for name in inside if split_of[Path(name)] != chosen]
+        pattern = _pattern_of(above, [name for name in inside if split_of[Path(name)] == chosen])
+    elif split:
+        raise ValueError(f"{source} names tars, so --split {split} can't be followed")
+    folder = parent_of(pattern)
+    above = folder if has_query else above
+    shards = Shards(pattern, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(pattern)
+    found = _read_shards(shards, set_name(join(above, "0.tar")), source, task, [folder, above])
+    return replace(found, left_out=[*found.left_out, *left_out])
+
+
+def _pattern_of(folder: str, tars: Sequence[str]) -> str:
+    """What names these tars of a folder, and no others."""
+    stems = [tar.removesuffix(".tar") for tar in tars]
+    return join(folder, f"{{{','.join(stems)}}}.tar" if len(tars) > 1 else tars[0])
+
+
+def read_tars_of_split(source: Path, parts: Sequence[str], split: str | None, task: str | None) -> Found:
+    """The tars of one split, of a folder whose folders `parts` are called so and hold them."""
+    chosen = choose_split(parts, split, str(source))
+    folder = str(source / chosen)
+    shards = Shards(folder, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(folder)
+    found = _read_shards(shards, set_name(str(source)), str(source), task, [folder, str(source)])
+    others = [LeftOut(f"{part}/", f"beside {chosen}/, the split that is read") for part in parts if part != chosen]
+    return replace(found, left_out=[*found.left_out, *others])
 
 
 def numbered_tars(folder: str) -> tuple[str, list[LeftOut]]:
