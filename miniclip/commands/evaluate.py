@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.arguments import BF16
 from ..common.files import expand_home, locked
 from ..common.wording import printable, some
+from .output import refuse_closed
 from .terminal import (
     add_cache,
     add_encoding,
@@ -147,6 +148,8 @@ miniclip eval --compare reports/digits-best after""",
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.compare:
+        refuse_closed()
     with _joined(options.device) as device:
         if options.compare:
             _print_comparison(*options.compare)

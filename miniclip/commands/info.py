@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.wording import printable
 from .convert import add_hints, hints
+from .output import refuse_closed
 from .terminal import CHECKPOINTS, lasting_imports, new_parser
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ miniclip info ViT-B/32 --trace --batch 64 --text-length 12""",
 
 
 def run(options: argparse.Namespace) -> None:
+    refuse_closed()
     for name in ("batch", "text_length"):
         if getattr(options, name) is not None and not options.trace:
             raise ValueError(

@@ -72,7 +72,7 @@ def results(
             asked for a form of results, or for all that there is.
     """
     if options.json or options.csv or options.parquet == "-" or (is_all and not options.parquet):
-        _refuse_closed()
+        refuse_closed()
     with ExitStack() as stack:
         if options.parquet:
             writer: _Writer = stack.enter_context(_parquet_writer(options.parquet, columns))
@@ -89,7 +89,7 @@ def print_lines(lines: Iterable[str]) -> None:
     Raises:
         ValueError: standard output is closed.
     """
-    _refuse_closed()
+    refuse_closed()
     _set_encoding("utf-8", "miniclip.bytes")
     for line in lines:
         _print(line + "\n")
@@ -141,7 +141,12 @@ def _end_or_name(error: OSError) -> NoReturn:
     raise error
 
 
-def _refuse_closed() -> None:
+def refuse_closed() -> None:
+    """For a command of which nothing else comes, before the work.
+
+    Raises:
+        ValueError: standard output is closed.
+    """
     if sys.stdout is None or getattr(sys.stdout, "name", "") == os.devnull:  # which `print_in_any_encoding` puts there
         raise ValueError("standard output is closed, so results would be lost; name a file or a pipe for it")
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from reader import run_in_terminal
 
+from miniclip.commands.main import main
 from miniclip.commands.output import add_output
 
 ROWS = [
@@ -182,6 +183,16 @@ def test_results_for_a_closed_standard_output_are_refused(options):
         done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False)
         # A table may come beside what a command has written to files, and is refused where it is all.
         assert ("error: standard output is closed" in done.stderr) == bool(options), done.stderr
+
+
+@pytest.mark.parametrize("call", ["info M", "eval --compare A B", "push M me/m --dry-run", "index P M.index --dry-run"])
+def test_what_is_only_printed_is_refused_where_standard_output_is_closed(call, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        with pytest.raises(SystemExit) as end:
+            main(call.split())
+    assert (end.value.code, "error: standard output is closed" in capsys.readouterr().err) == (2, True)
 
 
 def test_no_rows_are_an_empty_result():

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--dry-run changes nothing, and --approximate builds an index; give one of them")
     with lasting_imports():
         from ...inference.search.index import Index
-    with results(options, {"pictures": str, "count": int}) as write:
+    with results(options, {"pictures": str, "count": int}, is_all=options.dry_run) as write:
         opened = {"device": options.device, "precision": options.precision, "upright": options.upright or None}
         index = Index(options.index, options.model, **opened)
         updated = index.update(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..convert import add_hints, hints
+from ..output import refuse_closed
 from ..terminal import CHECKPOINTS, lasting_imports, new_parser
 
 
@@ -45,6 +46,8 @@ miniclip push runs/digits/best owner/digits-hf --to hf --private""",
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.dry_run:
+        refuse_closed()
     with lasting_imports():
         from ...inference.card import card_for
         from ...inference.push import check_repository, push, thumbnail_names

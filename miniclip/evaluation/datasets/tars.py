@@ -45,7 +45,7 @@ from .name_files import names_of, templates_of
 from .sets import TASKS, Found, digest_lines
 
 NUM_SHARDS_FILE = "nshards.txt"  # in each split of CLIP_benchmark's
-_NO_CAPTIONS = "a .json that can't be read, and no captions elsewhere"
+_DAMAGED_CAPTIONS = "a .json that can't be read, and no captions elsewhere"
 _SPLIT_NAMES = ("test", "val", "validation", "valid", "dev", "train")
 
 
@@ -311,7 +311,7 @@ def _without_damaged(found: Found, damaged: set[str], source: str) -> Found:
         raise ValueError(f"{source}: {len(named)} of {len(keys)} images have no caption: {some(named)}")
     kept = [index for index in range(len(keys)) if index not in lost]
     if not kept:
-        raise ValueError(f"{source} holds no images with captions" + (f": {_NO_CAPTIONS}" if lost else ""))
+        raise ValueError(f"{source} holds no images with captions" + (f": {_DAMAGED_CAPTIONS}" if lost else ""))
     if not lost:
         return found
     without = {keys[index] for index in lost}
@@ -322,7 +322,9 @@ def _without_damaged(found: Found, damaged: set[str], source: str) -> Found:
         metadata={name: [values[index] for index in kept] for name, values in found.metadata.items()},
         captions=tuple(found.captions[index] for index in kept),
         identity=None if found.identity is None else digest_lines([found.identity, *map(str, kept)]),
-        left_out=[replace(each, reason=_NO_CAPTIONS) if each.source in without else each for each in found.left_out],
+        left_out=[
+            replace(each, reason=_DAMAGED_CAPTIONS) if each.source in without else each for each in found.left_out
+        ],
     )
 
 
