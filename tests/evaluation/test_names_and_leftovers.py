@@ -645,6 +645,8 @@ def test_elements_of_a_list_of_labels_are_not_taken_for_arrays(tmp_path):
         (("0 1 0", "1 0 0"), r"the label '0 1 0', which is several in one cell; write them as a list, \["),
         (("cat|dog", "dog", "cat"), r"the label 'cat|dog', which is several.*as a list, \[.cat., .dog.\]"),
         (("cat, dog", "dog", "cat"), "the label 'cat, dog', which is several"),
+        (("Hot_dog, Fox", "hot dog", "fox"), "the label 'Hot_dog, Fox', which is several"),
+        (("猫、犬", "犬", "猫"), "the label '猫、犬', which is several"),
         (("16 0", "3"), "the label '16 0', which is several"),
         (("{'label': 'cat'}", "dog"), "row 1 .* has the code .* for a label"),
         (

@@ -62,6 +62,7 @@ from ...data.reading.tables import (
     read_table,
 )
 from .class_folders import beside_folder
+from .name_files import spoken
 from .sets import Columns, Found, NoImage, digest_lines, file_identity
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "classname", "category")
@@ -609,8 +610,9 @@ def refuse_joined(labels: Sequence[str], source: str) -> None:
     if are_thousands and any(",0" in label for label in there):  # 1,000 is no list of 1 and 000
         return
     are_numbers = all(re.fullmatch(r"\d+([\s,;|]+\d+)*", label) for label in there)
-    for label, parts in _parts_of_labels(there, r"[\s,;|]+" if are_numbers else r"[,;|+/]").items():
-        if len(parts) > 1 and (are_numbers or there.issuperset(parts)):
+    spoken_there = set(map(spoken, there))
+    for label, parts in _parts_of_labels(there, r"[\s,;|]+" if are_numbers else r"[,;|+/，、،；]").items():
+        if len(parts) > 1 and (are_numbers or spoken_there.issuperset(map(spoken, parts))):
             raise ValueError(f"{source} has the label {label!r}, which is several in one cell; {_how_to_list(parts)}")
     _refuse_parts_in_common(there, source)
 
