@@ -352,7 +352,10 @@ def read_blocks(url: str, start: int = 0, size: int | None = None) -> Iterator[t
         yield from _web_blocks(url, start, None if size is None else size + 1)
         return
     if size is None:
-        size = int(filesystem(url).info(lower_scheme(url))["size"])
+        facts = filesystem(url).info(lower_scheme(url))
+        if facts.get("type") == "directory":  # of 0 bytes
+            raise IsADirectoryError("it is a folder, which is not listed; name the files in it, or tars by their range")
+        size = int(facts["size"])
     while start < size:
         end = size + 1 if start + PIECE_BYTES >= size else start + PIECE_BYTES
         data: bytes = filesystem(url).cat_file(lower_scheme(url), start=start, end=end)

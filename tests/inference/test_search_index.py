@@ -1185,8 +1185,16 @@ def test_a_damaged_index_is_named_with_what_helps(index, years, damage, folder):
 def test_an_index_lives_on_s3(photos, counting, s3):
     import boto3
 
-    boto3.client("s3").create_bucket(Bucket="pictures")
+    store = boto3.client("s3")
+    store.create_bucket(Bucket="pictures")
+    store.put_object(Bucket="pictures", Key="folder/0.png", Body=b"cut")
     index = Index("s3://pictures/photos.index", from_object(counting, "counting"))
+    for source, why in (
+        ("folder", "it is a folder, which is not listed"),
+        ("folder/0.png", r"is not an image .*3 byt"),
+    ):
+        with pytest.raises(ValueError, match=f"none of the 1 pictures can be read, so there is no index; .*{why}"):
+            index.update(f"s3://pictures/{source}")
     assert counts(index.update(photos)) == {"new": 12}
     (photos / "mon/0.png").rename(photos / "moved.png")
     assert counts(index.update(photos)) == {"moved": 1, "gone": 1, "unchanged": 11}

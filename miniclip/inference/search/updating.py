@@ -220,7 +220,11 @@ class Update:
         rows_per_commit: int,
         progress: Progress | None,
     ) -> None:
-        """Encodes and commits the new and the changed pictures."""
+        """Encodes and commits the new and the changed pictures.
+
+        Raises:
+            ValueError: none can be read, and the index is a new one.
+        """
         total = len(self.plan.changes.new) + len(self.plan.changes.changed)
         waiting: list[tuple[list[At], np.ndarray]] = []
         committed_at, done = time.monotonic(), 0
@@ -236,6 +240,8 @@ class Update:
                 if show:
                     show(done)
         self._commit_encoded(waiting)
+        if self._known_store is None:
+            raise ValueError(f"none of the {total:,} pictures can be read, so there is no index; {self.problems[0]}")
 
     def remove(self) -> None:
         """Deletes what is gone, and tidies up."""
