@@ -22,6 +22,7 @@ from helpers import write_picture
 from PIL import Image
 from written_sets import tar
 
+from miniclip.data.indexing.index_tars import index_shards
 from miniclip.data.reading.scan import IMAGE_SUFFIXES, is_leftover, is_skipped_folder
 from miniclip.evaluation.datasets.folders_and_tables import refuse_joined
 from miniclip.evaluation.datasets.name_files import names_of, templates_of
@@ -907,6 +908,9 @@ def test_of_tars_in_folders_of_splits_one_split_is_scored(tmp_path, has_names):
         assert [each.source for each in data.left_out] == ["train/a.tar"]
         assert [each.source for each in open_dataset(pattern, split="train").left_out] == ["validation/a.tar"]
     assert open_dataset(f"{tmp_path}/train/*.tar").left_out == ()  # what is named is of one split
+    for part in left_out:
+        index_shards(str(tmp_path / part))
+    assert [each.source for each in open_dataset(tmp_path).left_out] == ["train/"]
 
 
 def test_a_pattern_of_parquet_files_of_training_and_another_split_is_refused(tmp_path):

@@ -144,9 +144,10 @@ def _is_metadata(path: Path) -> bool:
 
 
 def split_folders_of_tars(folder: Path) -> list[str]:
-    """The names of the folders of splits that tars lie in, of a folder without pictures."""
+    """The names of the folders of splits that tars lie in, of a folder without tars and pictures of its own."""
     found = [path.name for path in _folders_in(folder) if role_of(path.name) and any(path.glob("*.tar"))]
-    return found if found and not scan(folder).images else []
+    is_above = bool(found) and not any(folder.glob("*.tar")) and not scan(folder).images
+    return found if is_above else []
 
 
 def _to_evaluate(folders: Sequence[Path]) -> Path:

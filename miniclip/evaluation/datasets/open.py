@@ -31,6 +31,7 @@ from ...data.open_pairs import is_shards
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
 from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
 from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
+from ...data.shard_index import INDEX_FILE
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders, split_folders_of_tars
 from .folders_and_tables import (
     read_datasets,
@@ -205,12 +206,11 @@ def _read_source(
         is_tars = is_url(location) or is_shards(location) or (path.is_dir() and any(path.glob(f"*/{NUM_SHARDS_FILE}")))
     if not is_tars and (source.startswith(HUB_PREFIX) or is_datasets_folder(path)):
         return read_pairs(source, split, columns) if task == "retrieval" else read_datasets(source, split, columns)
-    if is_tars:
+    is_other = (path / INDEX_FILE).is_file() or any(path.glob(f"*/{NUM_SHARDS_FILE}"))
+    parts = split_folders_of_tars(path) if path.is_dir() and not is_other else []
+    if is_tars or parts:
         columns.refuse(source, "a set of shards", "label", "image")
-        return read_tars(location, split, task)
-    if path.is_dir() and (parts := split_folders_of_tars(path)):
-        columns.refuse(source, "a set of shards", "label", "image")
-        return read_tars_of_split(path, parts, split, task)
+        return read_tars_of_split(path, parts, split, task) if parts else read_tars(location, split, task)
     if task == "retrieval" and (path.exists() or is_pattern(source)):
         return read_pairs(source, split, columns)
     if _is_table(source):
