@@ -150,7 +150,7 @@ class PatchDropout(nn.Module):
             return x
         first, patches = x.split([1, x.shape[1] - 1], dim=1) if self.exclude_first_token else (x[:, :0], x)
         B, N, D = patches.shape
-        kept = torch.randn(B, N, device=x.device).topk(max(1, int(N * (1 - self.prob))), dim=-1).indices  # (B, kept)
+        kept = torch.randn(B, N, device=x.device).topk(max(1, int(N * (1 - self.prob))), dim=-1).indices
         return torch.cat([first, patches.gather(1, kept[..., None].expand(-1, -1, D))], dim=1)
 
     def extra_repr(self) -> str:
