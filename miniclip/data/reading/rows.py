@@ -120,9 +120,7 @@ def name_images(rows: Any, column: str, within: str = "") -> NamedImages:
     whole, parts = getattr(rows, "taken_from", None) or (rows, ())
     numbers, called = numbers_of(rows), getattr(rows, "called", "row {}".format)
     cells = whole.column(column) if hasattr(whole, "column") else [row.get(column) for row in whole]
-    texts = [cell for cell in cells if isinstance(cell, str)]
-    if texts and all(_NUMBERED_IMAGE.fullmatch(text) for text in texts):
-        cells = [cell.rpartition("#")[0] if isinstance(cell, str) else cell for cell in cells]
+    cells = without_numbers(cells)
     of_others = set(range(len(parts))).difference(numbers)
     elsewhere = {_key_of(path) for row in of_others if (path := _path_in(cells[row]))}
     cells = [cells[number] for number in numbers] if parts else cells
@@ -136,6 +134,14 @@ def name_images(rows: Any, column: str, within: str = "") -> NamedImages:
         name = str(PurePath(within, name)) if within and not is_url(name) else name
         name_of.setdefault(key, f"{part}: {name}" if part else name)
     return NamedImages(cells, keys, [name_of[key] for key in keys])
+
+
+def without_numbers(cells: list[Any]) -> list[Any]:
+    """The cells of a column of images without Flickr's numbers of captions, #0, if all have one."""
+    texts = [cell for cell in cells if isinstance(cell, str)]
+    if not texts or not all(map(_NUMBERED_IMAGE.fullmatch, texts)):
+        return cells
+    return [cell.rpartition("#")[0] if isinstance(cell, str) else cell for cell in cells]
 
 
 def _key_of(name: str) -> str:

@@ -34,6 +34,7 @@ from ...data.reading.imagefolder import splits_of_imagefolder
 from ...data.reading.pair import Pair, Pairs
 from ...data.reading.parquet import ParquetRows
 from ...data.reading.paths import image_in
+from ...data.reading.rows import without_numbers
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
 from ...data.reading.splits import (
     choose_split,
@@ -378,6 +379,8 @@ def images_of_rows(
     if not len(rows):
         raise ValueError(f"{path} has columns and no rows")
     values = {name: _column(rows, name) for name in names if name in (image_column, *also) or _is_flat(rows, name)}
+    if not hasattr(rows, "files"):
+        values[image_column] = without_numbers(values[image_column])
     folder = folder_of(path)
     images: Sequence[Any] = tuple(_image_of_cell(folder, cell) for cell in values[image_column])
     is_path = [isinstance(image, str | Path) for image in images]
