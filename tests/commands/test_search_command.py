@@ -153,8 +153,10 @@ def test_filters_and_near_duplicates(world, capsys):
     cli.main(["search", "an.index", "a", "--where", "`Year` > 2003 AND camera = 'X'", "--json"])
     assert sorted(row["Year"] for row in json.loads(capsys.readouterr().out)) == [2005, 2007]
     cli.main(["search", "an.index", "--near-duplicates", "0.99999", "--json"])
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
     assert [(row["group"], row["path"][-5:]) for row in found] == [(1, "0.png"), (1, "7.png")]
+    assert "2 pictures in 1 group of near duplicates" in printed.err
 
 
 def test_a_threshold_in_the_models_folder_is_applied_to_words(world, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...common.files import is_readable, standard_input
+from ...common.wording import counted
 from ..output import add_output, note, print_lines, results
 from ..terminal import add_device, add_threshold, add_upright, lasting_imports, new_parser, progress_bar, utf8_text
 
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
         if options.near_duplicates is not None:
             found = index.near_duplicates(options.near_duplicates, where=options.where, progress=progress_bar)
             titles: Sequence[Any] = range(1, len(found) + 1)
-            note(f"{sum(map(len, found)):,} pictures in {len(found):,} groups of near duplicates")
+            note(f"{sum(map(len, found)):,} pictures in {counted(len(found), 'group')} of near duplicates")
         else:
             found, titles = _search(index, options, texts), texts
         if options.html:  # before what is printed: whoever reads that, as `head` does, may go before the end
