@@ -39,7 +39,7 @@ from .loss import clip_loss
 from .openclip_model import CLIP, refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
-from .weights.architecture import config_from_openclip
+from .weights.architecture import config_from_openclip, side_of_square
 from .weights.containers import read_json
 from .weights.download import HUB_PREFIX, fetch_hub, fetch_openai
 from .weights.folders import OPENCLIP_CONFIG_FILE
@@ -137,7 +137,7 @@ def _clean(tag: str) -> str:
 
 
 def _by_name(name: str) -> tuple[str, CLIPConfig, dict[str, _Weights]]:
-    name = name.replace("/", "-")
+    name = name if name in _model_configs() else name.replace("/", "-")
     if name not in _model_configs():
         near = difflib.get_close_matches(name, _model_configs(), n=3)
         raise ValueError(
@@ -204,7 +204,7 @@ def create_model(
         _report_random(model_name, require_pretrained)
     if force_quick_gelu:
         config = replace(config, activation="quick_gelu")
-    side = _side(force_image_size)
+    side = side_of_square("force_image_size", force_image_size)
     vision_cfg = settings["vision_cfg"]
     if force_patch_dropout is not None:
         vision_cfg = {**vision_cfg, "patch_dropout": force_patch_dropout}
@@ -376,13 +376,6 @@ def _set_precision(model: CLIP, precision: str) -> None:
         openai.convert_weights(model, dtype)
 
 
-def _side(size: int | tuple[int, int] | None) -> int | None:
-    sides = {size} if isinstance(size, int | None) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"force_image_size is {size}; images are square here")
-    return sides.pop()
-
-
 _NOTHING = ("pretrained_hf", "pretrained_text", "pretrained_image")  # towers' own weights, where all come together
 
 
@@ -482,7 +475,7 @@ def image_transform(
     """
     from torchvision import transforms  # a second, and only this needs it
 
-    side = _side(image_size if isinstance(image_size, int) else (image_size[0], image_size[-1]))
+    side = side_of_square("image_size", image_size if isinstance(image_size, int) else [image_size[0], image_size[-1]])
     modes, filters = ("shortest", "squash"), ("bicubic", "bilinear", "random")
     mode, interpolation = resize_mode or "shortest", interpolation or "bicubic"
     for value, name, valid in ((mode, "resize_mode", modes), (interpolation, "interpolation", filters)):

@@ -22,7 +22,7 @@ from . import openai, resnet
 from .config import CLIP_LOGIT_SCALE, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
 from .timm_tower import TimmTower
-from .weights.architecture import config_from_openclip
+from .weights.architecture import config_from_openclip, side_of_square
 
 
 class _Explained(openai.Explained):
@@ -41,14 +41,29 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "block_type": (None, "default"),
     "pool_type": ("tok",),
     "pos_embed_type": ("learnable",),
+    "pretrained": (False,),
 }
-_OF_A_POOL = ("attn_pooler_heads", "attn_pooler_queries")  # without effect, as there is no pool
+# The last arguments of its transformers, in their order.
+_OF_BLOCKS = [
+    "block_type",
+    "qk_norm",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+]
+
+
+def _from_places(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Arguments that were given by their places, by their names."""
+    if len(values) > len(names):
+        raise TypeError(f"{len(values) - len(names)} arguments more than open_clip's, which end with {names[-1]}")
+    return dict(zip(names, values, strict=False))
 
 
 def _refuse_other_parts(kind: str, **others: Any) -> None:
     for name, value in others.items():
-        if name in _OF_A_POOL:
-            continue
         if name not in _ONLY:
             raise TypeError(f"{kind} has no argument {name!r}")
         if value not in _ONLY[name]:
@@ -56,13 +71,6 @@ def _refuse_other_parts(kind: str, **others: Any) -> None:
             raise ValueError(
                 f"{name} is {value!r}; {kind} of miniclip.openclip has {valid}, open_clip itself has others"
             )
-
-
-def _one_side(name: str, size: int | tuple[int, int]) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"{name} is {size}; images and patches are square here")
-    return sides.pop()
 
 
 def refuse_foreign(config: CLIPConfig, name: str) -> None:
@@ -222,10 +230,11 @@ class Transformer(_Explained):
         ls_init_value: float | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        *later: Any,
         **others: Any,
     ) -> None:
         super().__init__()
-        _refuse_other_parts("Transformer", **others)
+        _refuse_other_parts("Transformer", **_from_places(["batch_first", *_OF_BLOCKS], later), **others)
         self.width, self.layers, self.grad_checkpointing = width, layers, False
         options: dict[str, Any] = {"ls_init_value": ls_init_value, "act_layer": act_layer, "norm_layer": norm_layer}
         self.resblocks = nn.ModuleList(
@@ -264,17 +273,26 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         heads: int,
         mlp_ratio: float,
         ls_init_value: float | None = None,
-        *,
+        attentional_pool: bool = False,
+        attn_pooler_queries: int = 256,  # without effect, as there is no pool
+        attn_pooler_heads: int = 8,
         output_dim: int = 512,
         patch_dropout: float = 0.0,
+        no_ln_pre: bool = False,
+        pos_embed_type: str = "learnable",
+        pool_type: str = "tok",
+        final_ln_after_pool: bool = False,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
         output_tokens: bool = False,
+        *of_blocks: Any,
         **others: Any,
     ) -> None:
-        _refuse_other_parts("VisionTransformer", **others)
-        image_size, patch_size = _one_side("image_size", image_size), _one_side("patch_size", patch_size)
-        super().__init__(image_size, patch_size, width, 0, heads, output_dim)
+        of_tower = {"attentional_pool": attentional_pool, "no_ln_pre": no_ln_pre, "pos_embed_type": pos_embed_type}
+        of_tower |= {"pool_type": pool_type, "final_ln_after_pool": final_ln_after_pool}
+        _refuse_other_parts("VisionTransformer", **of_tower, **_from_places(_OF_BLOCKS, of_blocks), **others)
+        R, P = side_of_square("image_size", image_size), side_of_square("patch_size", patch_size)
+        super().__init__(R, P, width, 0, heads, output_dim)
         self.ln_pre, self.ln_post = (norm_layer(width) for _ in range(2))  # type: ignore[assignment]
         self.transformer = Transformer(  # type: ignore[assignment]
             width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer
@@ -283,9 +301,7 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         for name in ("conv1", "patch_dropout", "ln_pre", "transformer", "ln_post"):
             self._modules[name] = self._modules.pop(name)
         self.output_tokens = output_tokens
-        side = image_size // patch_size
-        self.image_size, self.grid_size = (image_size, image_size), (side, side)
-        self.patch_size = (patch_size, patch_size)
+        self.image_size, self.patch_size, self.grid_size = (R, R), (P, P), (R // P, R // P)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes all but the last groups: embeddings and ln_pre; a group for each block, the last with ln_post; proj.
@@ -374,12 +390,21 @@ class TimmModel(_Explained, TimmTower):
 
     def __init__(
         self,
-        config: VisionConfig,
+        model_name: str,
         embed_dim: int,
+        image_size: int | tuple[int, int] = 224,
+        pool: str = "avg",
+        proj: str | None = "linear",
+        proj_bias: bool = False,
         drop: float = 0.0,
         drop_path: float | None = None,
         patch_drop: float | None = None,
+        pretrained: bool = False,
     ) -> None:
+        _refuse_other_parts("TimmModel", pretrained=pretrained)
+        settings = {"timm_model_name": model_name, "timm_pool": pool, "timm_proj": proj, "timm_proj_bias": proj_bias}
+        model = {"embed_dim": embed_dim, "vision_cfg": {**settings, "image_size": image_size}}
+        config = config_from_openclip({"model_cfg": model}, "TimmModel").vision
         rates = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}
         super().__init__(config, embed_dim, {name: rate for name, rate in rates.items() if rate is not None})
         self.image_size = (config.image_size, config.image_size)
@@ -572,8 +597,10 @@ def _image_tower(config: CLIPConfig, vision_cfg: Mapping[str, Any]) -> nn.Module
             output_tokens=bool(vision_cfg.get("output_tokens")),
         )
     if vision.kind == "timm":
-        drop, drop_path = vision_cfg.get("timm_drop") or 0.0, vision_cfg.get("timm_drop_path")
-        return TimmModel(vision, config.embed_dim, drop, drop_path, patch_dropout or None)
+        projection = None if vision.timm_projection == "classifier" else vision.timm_projection
+        how = R, vision.timm_pool, projection, vision.timm_projection_bias
+        rates = vision_cfg.get("timm_drop") or 0.0, vision_cfg.get("timm_drop_path"), patch_dropout or None
+        return TimmModel(vision.timm_model, config.embed_dim, *how, *rates)
     return ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)
 
 

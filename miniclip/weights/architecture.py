@@ -238,7 +238,11 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         (pixels, _OPENCLIP_PREPROCESS, "preprocess_cfg"),
     ):
         _refuse_unknown(section, supported, f"{source}, {name}")
-    shared = _openclip_pixels(pixels, source) | {"image_size": vision.get("image_size", 224)}
+    image_size, patch_size = (
+        side_of_square(f"{source}, vision_cfg: {name}", vision.get(name, usual))
+        for name, usual in (("image_size", 224), ("patch_size", 16))
+    )
+    shared = _openclip_pixels(pixels, source) | {"image_size": image_size}
     layers, width = vision.get("layers", 12), vision.get("width", 768)
     if vision.get("timm_model_name"):
         tower = _timm_from_openclip(vision, shared, source)
@@ -247,8 +251,8 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
         tower = VisionConfig(kind="resnet", blocks=tuple(layers), width=width, **shared)
     else:
         shared |= {"head_width": vision.get("head_width", 64)}
-        patch_size, mlp_ratio = vision.get("patch_size", 16), vision.get("mlp_ratio", 4.0)
-        tower = VisionConfig(layers=layers, width=width, patch_size=patch_size, mlp_ratio=mlp_ratio, **shared)
+        shared |= {"patch_size": patch_size, "mlp_ratio": vision.get("mlp_ratio", 4.0)}
+        tower = VisionConfig(layers=layers, width=width, **shared)
     width = text.get("width", 512)
     words = TextConfig(
         context_length=text.get("context_length", 77),
@@ -261,6 +265,19 @@ def config_from_openclip(values: Mapping[str, Any], source: str) -> CLIPConfig:
     )
     start = {name: model[name] for name in ("init_logit_scale", "init_logit_bias") if name in model}
     return CLIPConfig(model["embed_dim"], "quick_gelu" if model.get("quick_gelu") else "gelu", tower, words, **start)
+
+
+def side_of_square(name: str, size: Any) -> Any:
+    """The one side where a size is given by two; what is no pair stays as it is.
+
+    Raises:
+        ValueError: two that differ.
+    """
+    if not isinstance(size, list | tuple):
+        return size
+    if len(size) != 2 or size[0] != size[1]:
+        raise ValueError(f"{name} is {size}; images and patches are square here")
+    return size[0]
 
 
 def _openclip_pixels(pixels: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import miniclip.openclip as ours
 VISION = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 32}
 TEXT = {"width": 64, "heads": 2, "layers": 2}
 TOWER = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0}
+# Of open_clip's VisionTransformer, up to `output_tokens`.
+IN_PLACES = [*TOWER.values(), 0.3, False, 9, 3, 8, 0.2, False, "learnable", "tok", False, nn.ReLU, nn.LayerNorm, True]
 
 
 def noise(*shape):
@@ -36,9 +38,10 @@ def assert_same(found, expected, *inputs):
         ((), {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": True}),
         ((64, {**VISION, "layers": [1, 1, 1, 1], "width": 8, "image_size": 64}, TEXT), {"init_logit_scale": 1.0}),
         ((64, {**VISION, "mlp_ratio": 2.0}, {**TEXT, "context_length": 20}), {"init_logit_bias": -10.0}),
+        ((64, {**VISION, "image_size": (32, 32), "patch_size": [16, 16]}, TEXT), {}),
         ((64, open_clip.CLIPVisionCfg(**VISION), open_clip.CLIPTextCfg(**TEXT)), {"cast_dtype": torch.float16}),
     ],
-    ids=["places", "names", "resnet", "bias", "dataclasses"],
+    ids=["places", "names", "resnet", "bias", "pairs", "dataclasses"],
 )
 def test_a_clip_takes_their_arguments(arguments, options):
     given = copy.deepcopy((arguments, options))
@@ -112,6 +115,22 @@ def test_an_image_tower_takes_their_arguments(options):
         (lambda: ours.VisionTransformer(**TOWER, patch_dropout=1.0), r"patch_dropout is 1\.0"),
         (lambda: ours.VisionTransformer(**{**TOWER, "image_size": (32, 64)}), r"image_size is \(32, 64\)"),
         (lambda: ours.CLIP(64, {**VISION, "patch_dropout": "half"}, TEXT), "patch_dropout is 'half'"),
+        (
+            lambda: ours.CLIP(64, {**VISION, "image_size": [32, 64]}, TEXT),
+            r"CLIP, vision_cfg: image_size is \[32, 64\];",
+        ),
+        (lambda: ours.CLIP(64, {**VISION, "patch_size": (16, 8)}, TEXT), r"patch_size is \(16, 8\); images and"),
+        (lambda: ours.Transformer(64, 1, 2, 4.0, None, nn.GELU, nn.LayerNorm, False), "batch_first is False"),
+        (
+            lambda: ours.Transformer(64, 1, 2, 4.0, None, nn.GELU, nn.LayerNorm, True, "custom"),
+            "block_type is 'custom'",
+        ),
+        (lambda: ours.VisionTransformer(*TOWER.values(), None, True), "attentional_pool is True"),
+        (lambda: ours.VisionTransformer(*IN_PLACES[:14], "avg"), "pool_type is 'avg'"),
+        (lambda: ours.VisionTransformer(*IN_PLACES, None, True), "qk_norm is True"),
+        (lambda: ours.TimmModel("test_convnext", 8, 64, "rot_attn"), "'timm_pool': 'rot_attn'"),
+        (lambda: ours.TimmModel("test_convnext", 8, pretrained=True), "pretrained is True; TimmModel"),
+        (lambda: ours.TextTransformer(77, 49408, 512), "miniclip.openclip has no TextTransformer"),
         (lambda: ours.CLIP(64, {**VISION, "pool_type": "avg"}, TEXT), "CLIP, vision_cfg has 'pool_type': 'avg'"),
         (lambda: ours.CLIP(64, VISION, {**TEXT, "pool_type": "eos", "eos_id": 5}), "CLIP ends texts with 5"),
         (lambda: ours.CLIP(64, VISION, TEXT, nonscalar_logit_scale=True), "'nonscalar_logit_scale': True"),
@@ -122,7 +141,21 @@ def test_an_argument_that_asks_for_something_else_is_refused(build, message):
         build()
 
 
+def test_towers_take_their_arguments_by_place():
+    for name, arguments, size in (
+        ("VisionTransformer", (*IN_PLACES, None, False, False), 32),
+        ("Transformer", (64, 1, 2, 2.0, 0.1, nn.ReLU, nn.LayerNorm, True, "default", False), None),
+        ("TimmModel", ("test_convnext", 8, (64, 64), "avg", "mlp", True, 0.1, 0.2), 64),
+    ):
+        classes = [
+            getattr(each, name) for each in (ours, open_clip.transformer, open_clip.timm_model) if hasattr(each, name)
+        ]
+        assert_same(*(each(*arguments) for each in classes), noise(2, 3, size, size) if size else noise(2, 5, 64))
+
+
 def test_an_argument_that_is_none_of_theirs_is_a_type_error():
+    with pytest.raises(TypeError, match="1 arguments more than open_clip's, which end with scale_fc"):
+        ours.Transformer(64, 1, 2, 4.0, None, nn.GELU, nn.LayerNorm, True, None, *[False] * 7)
     with pytest.raises(TypeError, match="Transformer has no argument 'activation'"):
         ours.Transformer(64, 1, 2, activation="gelu")
 
@@ -161,6 +194,8 @@ def test_an_architecture_that_a_program_adds_is_built(monkeypatch):
     assert ours.get_tokenizer("tiny").context_length == 77
     found, expected = (library.create_model("tiny") for library in (ours, open_clip))
     assert_same(found, expected, noise(2, 3, 32, 32), ours.tokenize(["a cat", "two dogs"]))
+    monkeypatch.setitem(ours._MODEL_CONFIGS, "my/model", settings)
+    assert ours.create_model("my/model").config == found.config
     monkeypatch.setitem(ours._MODEL_CONFIGS, "ViT-B-32", settings)  # as open_clip's, whatever the name says
     assert ours.create_model("ViT-B-32").config.vision.width == 64
     monkeypatch.setitem(ours._MODEL_CONFIGS, "tiny", {**settings, "text_cfg": {"hf_model_name": "roberta-base"}})
