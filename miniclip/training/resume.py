@@ -29,7 +29,9 @@ class Resumption(Callback):
 
     It goes on with its own rates, decays and patience, where Lightning would silently take the checkpoint's. A limit of
     time counts from each start: Lightning's adds up, so that a start after the limit would train nothing. The epoch is
-    counted by the steps, as in a run that was never stopped.
+    counted by the steps, as in a run that was never stopped. (It stays Lightning's count where steps do not tell it,
+    with a loader of one's own that has no length or with accumulated batches: an epoch that the run's end cuts short
+    is then a whole one, and a run that is resumed after its end begins one more.)
 
     Args:
         configuration: further settings to compare, by name, as JSON has them.
