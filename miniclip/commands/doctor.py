@@ -125,7 +125,7 @@ def _parts_named(pairs: dict[str, Pairs], options: argparse.Namespace) -> list[S
 def _fingerprint(pairs: dict[str, Pairs]) -> str:
     from ..data.reading.pair import fingerprint
 
-    return " ".join(fingerprint(each) for each in pairs.values())
+    return " ".join(fingerprint(each, is_of_disk=True) for each in pairs.values())
 
 
 def _show(found: Diagnosis, reasons: tuple[str, ...], options: argparse.Namespace) -> None:

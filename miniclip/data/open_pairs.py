@@ -163,7 +163,9 @@ def pack_into_cache(source: str, limit_bytes: int = 50 * 10**9, default_split: s
         return source  # `Shards` raises if nothing is there
     try:
         pairs = read_pairs(source, default_split=default_split)
-        name = hashlib.sha256(f"{_READ_AS} {path.resolve()} {fingerprint(pairs)}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(
+            f"{_READ_AS} {path.resolve()} {fingerprint(pairs, is_of_disk=True)}".encode()
+        ).hexdigest()[:16]
         out = cache_folder("packed") / f"{path.stem}-{name}"
         with _room(out.parent):
             use(out)

@@ -58,6 +58,17 @@ def names(packed):
     return sorted(path.name.rpartition("-")[0] for path in packed.iterdir() if path.is_dir())
 
 
+def test_a_caption_that_was_edited_and_has_its_size_and_time_back_is_packed_anew(tmp_path):
+    where = source(tmp_path, "one", 2)
+    first = pack_into_cache(where)
+    text = Path(where, "0000.txt")
+    facts = text.stat()
+    text.write_text(text.read_text()[::-1])
+    os.utime(text, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert text.stat().st_size == facts.st_size
+    assert first != pack_into_cache(where) == pack_into_cache(where)
+
+
 def test_what_was_not_used_for_longest_leaves_first_and_is_named(tmp_path, packed, capsys):
     first, second = (packed_by_another(source(tmp_path, name), age) for age, name in enumerate(("b", "a")))
     size = sum(file.stat().st_size for file in second.iterdir())

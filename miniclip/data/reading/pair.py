@@ -60,8 +60,12 @@ class Pairs(Sequence[Pair]):
         return self.read(range(len(self))[index])
 
 
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """Equal for a source that lists the same pairs in the same order, from files of the same size and time."""
+def fingerprint(pairs: Sequence[Pair], *, is_of_disk: bool = False) -> str:
+    """Equal for a source that lists the same pairs in the same order, from files of the same size and time.
+
+    Args:
+        is_of_disk: files have the same times of change, too, which no program can set: not so on a copy.
+    """
     names: Iterable[str] = pairs.names if isinstance(pairs, Pairs) else (pair.source for pair in pairs)
     digest = hashlib.sha256()
     for name in names:
@@ -69,7 +73,8 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
     for path in pairs.files if isinstance(pairs, Pairs) else ():
         try:
             facts = path.stat()
-            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\0".encode())
+            changed = f" {facts.st_ctime_ns}" if is_of_disk else ""
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}{changed}\0".encode())
         except (OSError, ValueError):
             digest.update(b"absent\0")
     for each in pairs.left_out if isinstance(pairs, Pairs) else ():
