@@ -115,6 +115,7 @@ def has_sizes_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bo
         (vision, ("patch_size",), None, "visual.conv1.weight", 3),
     ):
         told = next((section[name] for name in names if name in section), default)
+        told = told[-1] if isinstance(told, list) and told else told  # a pair of sides
         if told is not None and tensor in tensors and tensors[tensor].shape[side : side + 1] != (told,):
             return False
     return True

@@ -201,7 +201,8 @@ UNFOLLOWED = {
     "pool_type": ("vision_cfg", "pool_type", "avg"),
     "no_causal_mask": ("text_cfg", "no_causal_mask", True),
     "norm_kwargs": ("vision_cfg", "norm_kwargs", {"eps": 1e-2}),
-    "image_size": ("vision_cfg", "image_size", [24, 24]),
+    "image_size": ("vision_cfg", "image_size", [24, 48]),
+    "patch_size": ("vision_cfg", "patch_size", [4, 8]),
 }
 
 
