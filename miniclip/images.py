@@ -14,7 +14,7 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -219,37 +219,42 @@ def read_header(data: bytes) -> Image.Image:
     """
     file = _Bounded(data)
     image = Image.open(file, formats=_formats())
-    _refuse_slow(image, data)
+    _refuse_comments(data)
+    refuse_scans(data, image.width, image.height)
     if _is_raw(image, data):
         raise ValueError("a camera's raw file, whose first picture is a preview; save it as .jpg or .png")
     file.reads_left, file.bytes_left = _MOST_READS + len(data) // _BYTES_OF_A_READ, math.inf
     return image
 
 
-def _refuse_slow(image: Image.Image, data: bytes) -> None:
-    """Raises a ValueError if decoding takes far longer than that of any real picture of the size: comments between the
-    pixels of plain PPM, and scans of JPEG, each of which passes over all pixels."""
+def _refuse_comments(data: bytes) -> None:
+    """Raises a ValueError if a plain PPM has many comments between its pixels, each of which Pillow copies the rest
+    for."""
     if data[:2] in (b"P1", b"P2", b"P3") and (num_comments := data.count(b"#")) > _MOST_COMMENTS:
         raise ValueError(f"it has {num_comments:,} comments")
-    most_scans = _MOST_SCANNED_PIXELS // max(1, image.width * image.height)
-    if data[:2] == b"\xff\xd8" and len(data) > most_scans * _SCAN_BYTES:
-        scans = _scans(data)
-        is_one = next(scans, 0) == getattr(image, "layers", 0) and not image.info.get("progressive")
-        if not is_one and len(list(itertools.islice(scans, most_scans))) == most_scans:
-            raise ValueError(f"its {image.width} x {image.height} pixels are stored in more than {most_scans:,} scans")
 
 
-_SCAN, _END, _SCAN_BYTES = b"\xff\xda", b"\xff\xd9", 10
+_ONE_SCAN, _SCAN, _END, _SCAN_BYTES = b"\xc0\xc1\xc3\xc9\xcb", 0xDA, 0xD9, 10  # frames that are not progressive
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or of the end; pixels have none
 
 
-def _scans(data: bytes) -> Iterator[int]:
-    """How many of a JPEG's channels each scan has. Other pictures may follow it, and its header may hold a preview."""
-    place = 0
-    while (found := _MARKER.search(data, place)) and found[0] != _END:
-        if found[0] == _SCAN:
-            yield int.from_bytes(data[found.end() + 2 : found.end() + 3])
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+def refuse_scans(data: bytes, width: int, height: int) -> None:
+    """Raises a ValueError if a JPEG has thousands of scans, each of which passes over all of its pixels."""
+    most_scans = _MOST_SCANNED_PIXELS // max(1, width * height)
+    if data[:2] != b"\xff\xd8" or len(data) <= most_scans * _SCAN_BYTES:
+        return
+    num_scans = place = num_channels = 0
+    while (found := _MARKER.search(data, place)) and (marker := found[0][1]) != _END:  # another picture may follow
+        content = data[found.end() : found.end() + 8].ljust(8, b"\0")
+        place = found.end() + int.from_bytes(content[:2])
+        if marker in _ONE_SCAN:
+            num_channels = content[-1]
+        elif marker == _SCAN:
+            num_scans += 1
+            if num_channels == content[2]:  # they come in one scan, and no other one is read
+                return
+            if num_scans > most_scans:
+                raise ValueError(f"its {width} x {height} pixels are stored in more than {most_scans:,} scans")
 
 
 def _is_raw(image: Image.Image, data: bytes) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from .storage import without_secrets
-from .wording import printable, some
+from .wording import cut_short, printable, some
 
 if TYPE_CHECKING:
     import filelock
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # What network disks, FUSE and old NFS answer where they have no such call.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 
+_MOST_LETTERS_SHOWN = 2**16  # of an error
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # which reading does not answer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,6 +312,7 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
             message = (
                 f"the memory of this machine, or what this process may have of it, is not enough. {message}".strip()
             )
+        message = cut_short(message, _MOST_LETTERS_SHOWN)  # a name in a table may have megabytes
         print(f"error: {printable(without_secrets(message))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:

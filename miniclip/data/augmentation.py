@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..images import Preprocess, open_image
+from ..images import Preprocess, open_image, refuse_scans
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(H, W) from the header of a JPEG in RGB or grey, which `decode_rgb` can shrink; None for anything else.
 
     Raises:
-        ValueError: so large a picture that it must be an attack (Pillow's limit on decompression).
+        ValueError: so large a picture that it must be an attack (Pillow's limit on decompression), or one of thousands
+            of scans.
     """
     try:
         H, W, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -31,6 +32,10 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     if Image.MAX_IMAGE_PIXELS is not None and H * W > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"the sample is an unreadable image: {W} x {H} pixels, which could be a decompression bomb")
+    try:
+        refuse_scans(data, W, H)
+    except ValueError as error:
+        raise ValueError(f"the sample is an unreadable image: {error}") from error
     return H, W
 
 

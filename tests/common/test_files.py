@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from miniclip.common.files import atomic_write, free_memory, locked, stand_in, swap_in, write_text
+from miniclip.common.files import atomic_write, free_memory, locked, stand_in, swap_in, user_errors, write_text
 
 LACKING = [errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]  # answers of FUSE, old NFS and SMB
 
@@ -263,3 +263,9 @@ def test_free_memory_is_what_the_system_and_the_limits_of_a_container_leave(tmp_
 
 def test_free_memory_is_unknown_where_the_system_has_no_such_files(tmp_path):
     assert free_memory(tmp_path) is None
+
+
+def test_an_error_that_quotes_megabytes_is_cut_to_what_a_terminal_bears(capsys):
+    with pytest.raises(SystemExit, match="2"), user_errors():
+        raise ValueError("there is no file " + "x" * 5_000_000)
+    assert re.fullmatch(r"error: there is no file x{1000,70000}…\n\(.*\)\n", capsys.readouterr().err)

@@ -376,6 +376,9 @@ def test_a_misspelt_column_is_named_with_those_there_are(images, options):
 def test_two_columns_of_one_name_are_refused(images):
     with pytest.raises(ValueError, match=r"t\.csv has several columns called 'caption'"):
         read_pairs(table(images / "t.csv", "image,caption,caption", "0.jpg,one,two"))
+    many = ",".join(map(str, range(20_000)))
+    with pytest.raises(ValueError, match=r"t\.csv has several columns called '7'"):
+        read_pairs(table(images / "t.csv", f"image,caption,{many},7", "0.jpg,one"))
 
 
 def test_a_table_of_one_column_is_asked_for_its_separator(images):

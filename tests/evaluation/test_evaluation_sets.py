@@ -370,8 +370,17 @@ def test_an_array_that_does_not_fit_the_names_is_refused(tmp_path, values):
 def test_an_array_of_pickles_is_not_opened(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}, 0, 1], dtype=object), allow_pickle=True)
-    arrays = [buffer.getvalue()] * len(LABELS)
-    root = benchmark_set(tmp_path / "set", {"npy": arrays}, dataset_type="multilabel", **NAMED)
+    check_that_it_is_not_opened(tmp_path / "set", buffer.getvalue())
+
+
+def test_an_array_that_says_it_has_a_shape_of_exabytes_is_not_opened(tmp_path):
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": (2**60,)})
+    check_that_it_is_not_opened(tmp_path / "set", buffer.getvalue())
+
+
+def check_that_it_is_not_opened(root, array):
+    benchmark_set(root, {"npy": [array] * len(LABELS)}, dataset_type="multilabel", **NAMED)
     with pytest.raises(ValueError, match=r"0\.tar:s0000000: its \.npy can't be read"):
         open_dataset(root)
 

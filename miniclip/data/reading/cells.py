@@ -51,6 +51,7 @@ _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": 
 _ELEMENT = r"""(?:"(?:[^"\\]|\\.)*"|[^ \t\n\r\v\f{}",\\]+)"""
 _POSTGRES_ARRAY = re.compile(rf"\{{(?:{_ELEMENT}(?:,{_ELEMENT})*)?\}}", re.S)
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
+_MOST_LETTERS = 2**18  # of a caption; a word of a hundred millions would be tokenized for an hour
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
 _FILLING = re.compile(rb"\0{4,}|\0+(?=\r?\n(?!\0)|\Z)")  # the line feed of UTF-16 has a zero of its own
@@ -119,7 +120,8 @@ def caption_lines(text: str) -> list[str]:
     a mapping that a program wrote holds captions as a table's cell does.
 
     Raises:
-        ValueError: a text that stands beside pictures and is no caption; a `NoCaptionsError` for a detector's boxes.
+        ValueError: a text that stands beside pictures and is no caption, or one of more letters than any caption; a
+            `NoCaptionsError` for a detector's boxes.
     """
     stripped = text.lstrip("\ufeff").strip()
     if reason := _no_captions(stripped):
@@ -135,7 +137,7 @@ def caption_lines(text: str) -> list[str]:
     lines = lines_in(text)
     if any(line[:1] in ("[", "{") for line in lines):
         return [each for line in lines for each in (texts_in(line) or [""])]
-    return ["" if _is_no_value(line) else line for line in lines]
+    return ["" if _is_no_value(line) else _bounded(line) for line in lines]
 
 
 def _no_captions(text: str) -> str:
@@ -203,8 +205,8 @@ def texts_in(value: Any) -> list[str]:
     programs write for a missing value ("nan", "None"), are none.
 
     Raises:
-        ValueError: a mapping without a known field, of which nothing says which part is the caption; or bytes that are
-            no text.
+        ValueError: a mapping without a known field, of which nothing says which part is the caption; bytes that are
+            no text; or more letters than any caption has.
     """
     if not isinstance(value, str) and has_no_value(value):
         return []
@@ -224,7 +226,14 @@ def texts_in(value: Any) -> list[str]:
     if (found := _written_value(text.strip())) is not None:
         return texts_in(found)
     text = one_line(text)
-    return [] if _is_no_value(text) else [text]
+    return [] if _is_no_value(text) else [_bounded(text)]
+
+
+def _bounded(text: str) -> str:
+    if len(text) > _MOST_LETTERS:
+        begin = cut_short(text, 40)
+        raise ValueError(f"its caption has {len(text):,} letters ({begin}), and at most {_MOST_LETTERS:,} are read")
+    return text
 
 
 def texts_in_cell(cell: Any) -> list[str]:

@@ -8,6 +8,7 @@ import gzip
 import io
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
@@ -274,7 +275,7 @@ def _parse_cells(
         first = [_without_quotes(cell) for cell in first] if quoting == csv.QUOTE_NONE else first
         is_row = any(map(names_picture, first))
         columns = _columns_without_header(path, first) if is_row else [name.strip() for name in first]
-        if twice := {name for name in columns if name and columns.count(name) > 1}:
+        if twice := {name for name, count in Counter(columns).items() if name and count > 1}:
             raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
         rows += [dict(zip(columns, first, strict=True))] if is_row else []
         for cells in reader:

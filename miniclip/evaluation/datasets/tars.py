@@ -417,7 +417,7 @@ def _hot_labels(data: bytes, classnames: tuple[str, ...] | None, key: str) -> li
     """The indices of the classes that an array of zeros and ones has ones for."""
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError) as error:  # its header may name any shape
         raise ValueError(f"{key}: its .npy can't be read: {error or 'it is empty'}") from error
     if classnames is None:
         raise ValueError(f"{key} has several labels; a set of those needs a classnames.txt")
