@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
 import itertools
-import math
-import re
-import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -23,7 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .common.arguments import shown
-from .common.thumbnail import as_seen
+from .common.pictures import BoundedFile, as_seen, refuse_exif, refuse_slow
 from .config import Interpolation, Preprocessing, Resize
 from .fast import kept_memory
 
@@ -159,47 +155,6 @@ FORMATS = {
 
 
 _NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706  # tags of TIFF
-# What no real picture's file reaches, and what Pillow, which parses in Python, gets through in about a second.
-_MOST_HEADER_READS, _MOST_READS, _BYTES_OF_A_READ = 10_000, 100_000, 64
-_MOST_COPIES_BYTES, _MOST_COPIES = 2**27, 8
-_MOST_COMMENTS, _MOST_SCANNED_PIXELS = 1000, 2**32
-
-
-class _Bounded(io.BytesIO):
-    """A picture's file for Pillow, whose parsers take time and memory that are out of proportion to some files' bytes:
-    headers of single bytes, of very many parts, and of tags that each name the same bytes.
-
-    Raises, while it is read:
-        ValueError: it is such a file.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.reads_left, self._exif = _MOST_HEADER_READS, bytearray()
-        self.bytes_left: float = _MOST_COPIES_BYTES + _MOST_COPIES * len(data)
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        found = super().read(size)
-        self.reads_left, self.bytes_left = self.reads_left - 1, self.bytes_left - len(found)
-        if found.startswith(_EXIF):
-            self._exif += found[len(_EXIF) :]
-            _refuse_copies(self._exif)
-        if self.reads_left < 0 or self.bytes_left < 0:
-            raise ValueError("it has more parts than any real picture has")
-        return found
-
-
-_EXIF = b"Exif\0\0"
-
-
-def _refuse_copies(exif: bytes | bytearray) -> None:
-    """Raises a ValueError if EXIF has many tags of many bytes, of which Pillow makes copies."""
-    order = "<" if exif[:2] == b"II" else ">"
-    with suppress(struct.error):
-        (start,) = struct.unpack_from(f"{order}L", exif, 4)
-        (num_tags,) = struct.unpack_from(f"{order}H", exif, start)
-        if num_tags * len(exif) > _MOST_COPIES_BYTES:
-            raise ValueError(f"its EXIF names {num_tags:,} tags in {len(exif):,} bytes")
 
 
 @functools.cache
@@ -217,44 +172,13 @@ def read_header(data: bytes) -> Image.Image:
     Raises:
         ValueError: a camera's raw file, a TIFF whose first picture is a small preview.
     """
-    file = _Bounded(data)
+    file = BoundedFile(data)
     image = Image.open(file, formats=_formats())
-    _refuse_comments(data)
-    refuse_scans(data, image.width, image.height)
+    refuse_slow(data, *image.size)
     if _is_raw(image, data):
         raise ValueError("a camera's raw file, whose first picture is a preview; save it as .jpg or .png")
-    file.reads_left, file.bytes_left = _MOST_READS + len(data) // _BYTES_OF_A_READ, math.inf
+    file.begin_pixels()
     return image
-
-
-def _refuse_comments(data: bytes) -> None:
-    """Raises a ValueError if a plain PPM has many comments between its pixels, each of which Pillow copies the rest
-    for."""
-    if data[:2] in (b"P1", b"P2", b"P3") and (num_comments := data.count(b"#")) > _MOST_COMMENTS:
-        raise ValueError(f"it has {num_comments:,} comments")
-
-
-_ONE_SCAN, _SCAN, _END, _SCAN_BYTES = b"\xc0\xc1\xc3\xc9\xcb", 0xDA, 0xD9, 10  # frames that are not progressive
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment, or of the end; pixels have none
-
-
-def refuse_scans(data: bytes, width: int, height: int) -> None:
-    """Raises a ValueError if a JPEG has thousands of scans, each of which passes over all of its pixels."""
-    most_scans = _MOST_SCANNED_PIXELS // max(1, width * height)
-    if data[:2] != b"\xff\xd8" or len(data) <= most_scans * _SCAN_BYTES:
-        return
-    num_scans = place = num_channels = 0
-    while (found := _MARKER.search(data, place)) and (marker := found[0][1]) != _END:  # another picture may follow
-        content = data[found.end() : found.end() + 8].ljust(8, b"\0")
-        place = found.end() + int.from_bytes(content[:2])
-        if marker in _ONE_SCAN:
-            num_channels = content[-1]
-        elif marker == _SCAN:
-            num_scans += 1
-            if num_channels == content[2]:  # they come in one scan, and no other one is read
-                return
-            if num_scans > most_scans:
-                raise ValueError(f"its {width} x {height} pixels are stored in more than {most_scans:,} scans")
 
 
 def _is_raw(image: Image.Image, data: bytes) -> bool:
@@ -350,17 +274,11 @@ def orientation(picture: Image.Image) -> int:
     try:
         if picture.format == "TIFF":
             return 1
-        _refuse_copies(_stored_exif(picture))
+        refuse_exif(picture)
         found = picture.getexif().get(ExifTags.Base.Orientation, 1)
         return int(found) if found in _TURNS else 1
     except Exception:  # damaged EXIF can raise anything
         return 1
-
-
-def _stored_exif(picture: Image.Image) -> bytes:
-    if found := picture.info.get("exif"):
-        return bytes(found).removeprefix(_EXIF)
-    return bytes.fromhex("".join(picture.info.get("Raw profile type exif", "").split("\n")[3:]))  # ImageMagick's
 
 
 def turned(picture: Image.Image, orientation: int) -> Image.Image:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..images import Preprocess, open_image, refuse_scans
+from ..common.pictures import refuse_slow
+from ..images import Preprocess, open_image
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -33,7 +34,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     if Image.MAX_IMAGE_PIXELS is not None and H * W > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"the sample is an unreadable image: {W} x {H} pixels, which could be a decompression bomb")
     try:
-        refuse_scans(data, W, H)
+        refuse_slow(data, W, H)
     except ValueError as error:
         raise ValueError(f"the sample is an unreadable image: {error}") from error
     return H, W

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..common.pictures import thumbnail
 from ..common.storage import is_url, read_bytes, without_secrets
-from ..common.thumbnail import thumbnail
 from ..images import Preprocess, open_image, orientation, read_header
 from .advice import what_spoils
 from .augmentation import Augmentation

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..common.files import expand_home
-from ..common.thumbnail import as_seen
+from ..common.pictures import as_seen
 from ..common.wording import cut_short
 from ..data.wordings.kept import WORDINGS_FILE, Wordings
 from ..images import open_image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..common.thumbnail import thumbnail
+from ..common.pictures import thumbnail
 from ..evaluation.scores import Example, Found, Scores
 
 BOX = (112, 112)  # pixels of a thumbnail

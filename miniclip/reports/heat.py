@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ..common.thumbnail import as_seen
+from ..common.pictures import as_seen
 
 _WARM, _COLD = (np.array(each, dtype=np.float32) for each in ((214, 39, 40), (31, 90, 200)))
 _STRONGEST = 0.995  # quantile of the sizes of relevance that gets the full colour

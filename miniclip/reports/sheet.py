@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..common.files import write_text
-from ..common.thumbnail import thumbnail
+from ..common.pictures import thumbnail
 from .page_parts import page_template
 
 _THUMBNAIL = (160, 160)  # pixels of a thumbnail

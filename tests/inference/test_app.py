@@ -30,7 +30,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from miniclip.common.thumbnail import thumbnail
+from miniclip.common.pictures import thumbnail
 from miniclip.evaluation.datasets.sets import EvaluationSet
 from miniclip.evaluation.encoder import from_clip
 from miniclip.inference.app.answers import Answers

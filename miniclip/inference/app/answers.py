@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ...common.arguments import FLOAT32, shown
+from ...common.pictures import shrunk, thumbnail
 from ...common.storage import is_url
-from ...common.thumbnail import shrunk, thumbnail
 from ...common.wording import percent, printable
 from ...data.reading.huggingface import HUB_PREFIX
 from ...evaluation.datasets.sets import EvaluationSet

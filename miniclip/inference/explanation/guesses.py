@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...common.thumbnail import thumbnail
+from ...common.pictures import thumbnail
 from ...evaluation.encoder import Encoder
 from ...evaluation.prompts import class_prompts
 from ...reports.galleries import BOX, Heat

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...common.files import ASSETS, atomic_write, write_text
-from ...common.thumbnail import shrunk
+from ...common.pictures import shrunk
 from ...evaluation.datasets.sets import EvaluationSet
 from ...evaluation.features import encode_images
 from .proof import Progress, RunnerPixels, runner_features

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miniclip.common.thumbnail import as_seen, shrunk, thumbnail
+from miniclip.common.pictures import as_seen, shrunk, thumbnail
 from miniclip.images import Preprocess
 from miniclip.reports.heat import overlay
 
