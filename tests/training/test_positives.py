@@ -312,6 +312,7 @@ def test_processes_validate_groups_as_one_does(grouped, tmp_path):
     assert three["val/retrieval_r1"] == one["val/retrieval_r1"]
 
 
+@pytest.mark.long
 def test_a_score_by_other_positives_is_not_compared(grouped, tmp_path, capsys):
     run = tmp_path / "run"
     trainer.main(arguments(grouped, run, steps=1))

@@ -354,6 +354,7 @@ def test_rows_stay_at_the_same_steps_when_a_finished_run_is_made_longer(data, tm
     assert [(row["step"], row["train/samples"]) for row in found] == [(n - 1, 12 * n) for n in (2, 3, 4, 6, 8)]
 
 
+@pytest.mark.long
 def test_the_rate_of_an_optimiser_of_timms_with_momentum_is_not_muons(data, tmp_path):
     trainer.main(arguments(data, tmp_path / "run", f"--model.optimizer={json.dumps(SGD)}", "--data.val=null", steps=1))
     (row,) = rows(tmp_path / "run")

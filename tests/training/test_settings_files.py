@@ -257,7 +257,7 @@ def test_a_saved_configuration_of_a_run_with_defaults_sets_nothing_in_vain(files
     assert fails(capsys, ["fit", *TINY, *more]).startswith("error: nowhere")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize("flag", ["--trainer.enable_model_summary=true", "--trainer.callbacks=ModelSummary"])
 def test_lightnings_summary_of_the_model_is_printed_where_it_is_asked_for(data, tmp_path, flag):
     made = subprocess.run(command(data, tmp_path / "run", flag, steps=1), capture_output=True, text=True, check=True)

@@ -285,7 +285,7 @@ def test_a_mistake_is_answered_in_words_before_anything_is_written(data, tmp_pat
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [
