@@ -158,10 +158,10 @@ class PatientLoader(DataLoader[T_co]):
         return error
 
     def _diagnosis(self, what: str) -> str:
+        if _OPEN_FILES.search(what):  # of shared memory, too
+            return f"{what}. This process may have {_open_files_limit()} files open; raise that with `ulimit -n 4096`"
         if _SHARED_MEMORY.search(what):
             return f"{what}. {_shared_memory()}"
-        if _OPEN_FILES.search(what):
-            return f"{what}. This process may have {_open_files_limit()} files open; raise that with `ulimit -n 4096`"
         if "SIGKILL" in what:
             return f"{what}: by hand, or by the system because memory ran out (fewer workers need less of it)"
         return what

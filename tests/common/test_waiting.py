@@ -192,6 +192,10 @@ def test_too_few_open_files_end_the_wait_with_the_limit_and_the_remedy():
     held = []
     with pytest.raises(StalledDataError, match=r"[Tt]oo many open files.* ([\d,]+) files open; .*`ulimit -n"):
         numbers(loader(at(3, use_all), 1, patience_s=20))
+    torchs = "unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)"
+    found = loader(at(3, use_all), 0)._diagnosis(torchs)
+    assert "raise that with `ulimit -n 4096`" in found
+    assert "/dev/shm" not in found
 
 
 SMALL = """
