@@ -97,7 +97,8 @@ class Plan:
 
     def differences(self, begun: dict[str, Any]) -> list[str]:
         """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
-        now, begun, other = self.facts(), _BEFORE | begun, self._others(begun)
+        now, begun = self.facts(), _BEFORE | begun
+        other = self._others(begun)
         if self.model_fingerprint is not None:  # the same weights may have moved
             other -= {"model"}
         if {"model_fingerprint", "library"} <= other or {"model_fingerprint", "preprocessing"} <= other:
