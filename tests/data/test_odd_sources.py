@@ -1134,13 +1134,13 @@ def test_a_cell_that_could_not_be_read_back_from_shards_is_rejected(tmp_path, ca
     assert "its text is no caption but" in rejections(tmp_path / "out")["0.png"]
 
 
-def test_a_caption_of_more_letters_than_any_text_of_a_picture_is_rejected(tmp_path):
-    endless, letters = "x" * 300_000, r"its caption has 300,000 letters \(x+…\), and at most 262,144 are read"
+def test_a_caption_with_a_word_of_more_letters_than_any_is_rejected(tmp_path):
+    endless, letters = "x" * 300_000, r"its caption has a word of 300,000 letters \(x+…\), and at most 262,144 are read"
     for number in range(2):
         write_picture(tmp_path / f"{number}.png", number)
-    (tmp_path / "t.csv").write_text(f"image,caption\n0.png,{endless}\n1.png,{'long ' * 50_000}\n")
+    (tmp_path / "t.csv").write_text(f"image,caption\n0.png,{endless}\n1.png,{'long ' * 60_000}\n")
     pack(read_pairs(tmp_path / "t.csv"), tmp_path / "out", source="t")
-    assert [len(record.captions[0]) for record in Shards(tmp_path / "out")] == [249_999]
+    assert [len(record.captions[0]) for record in Shards(tmp_path / "out")] == [299_999]
     assert re.search(letters, rejections(tmp_path / "out")["0.png"])
     with pytest.raises(ValueError, match=letters):
         record_of("a", {"image": RED, "txt": f"red\n{endless}".encode()}.get)

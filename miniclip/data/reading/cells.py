@@ -51,7 +51,7 @@ _WRITTEN_WORDS = {"null": None, "None": None, "nan": None, "NaN": None, "true": 
 _ELEMENT = r"""(?:"(?:[^"\\]|\\.)*"|[^ \t\n\r\v\f{}",\\]+)"""
 _POSTGRES_ARRAY = re.compile(rf"\{{(?:{_ELEMENT}(?:,{_ELEMENT})*)?\}}", re.S)
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
-_MOST_LETTERS = 2**18  # of a caption; a word of a hundred millions would be tokenized for an hour
+_MOST_LETTERS = 2**18  # of a word; one of a hundred millions would be tokenized for an hour
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
 _FILLING = re.compile(rb"\0{4,}|\0+(?=\r?\n(?!\0)|\Z)")  # the line feed of UTF-16 has a zero of its own
@@ -120,7 +120,7 @@ def caption_lines(text: str) -> list[str]:
     a mapping that a program wrote holds captions as a table's cell does.
 
     Raises:
-        ValueError: a text that stands beside pictures and is no caption, or one of more letters than any caption; a
+        ValueError: a text that stands beside pictures and is no caption, or a word of more letters than any has; a
             `NoCaptionsError` for a detector's boxes.
     """
     stripped = text.lstrip("\ufeff").strip()
@@ -206,7 +206,7 @@ def texts_in(value: Any) -> list[str]:
 
     Raises:
         ValueError: a mapping without a known field, of which nothing says which part is the caption; bytes that are
-            no text; or more letters than any caption has.
+            no text; or a word of more letters than any has.
     """
     if not isinstance(value, str) and has_no_value(value):
         return []
@@ -230,9 +230,11 @@ def texts_in(value: Any) -> list[str]:
 
 
 def _bounded(text: str) -> str:
-    if len(text) > _MOST_LETTERS:
-        begin = cut_short(text, 40)
-        raise ValueError(f"its caption has {len(text):,} letters ({begin}), and at most {_MOST_LETTERS:,} are read")
+    if len(text) > _MOST_LETTERS and len(word := max(text.split(), key=len)) > _MOST_LETTERS:
+        begin = cut_short(word, 40)
+        raise ValueError(
+            f"its caption has a word of {len(word):,} letters ({begin}), and at most {_MOST_LETTERS:,} are read"
+        )
     return text
 
 
