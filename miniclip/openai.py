@@ -439,12 +439,14 @@ class _WatchedTable(dict[Any, Any]):
         return dict, ({key: value for key, value in self.items() if self._remembered.get(key) is not value},)
 
 
+def _is_untouched(value: Any) -> bool:
+    """Whether this is a table that nobody changed or put in the place of another."""
+    return type(value) is _WatchedTable and not value.is_changed
+
+
 def has_own_tables(of: SimpleTokenizer) -> bool:
     """Whether ids are by tables that nobody changed, and by nothing that was put into an instance."""
-    return all(
-        name in _CHANGE_NO_IDS or (type(value) is _WatchedTable and not value.is_changed)
-        for name, value in vars(of).items()
-    )
+    return all(name in _CHANGE_NO_IDS or _is_untouched(value) for name, value in vars(of).items())
 
 
 _CHANGE_NO_IDS = {"context_length", "decoder", "byte_decoder", "vocab_size"}
@@ -470,8 +472,7 @@ class SimpleTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the tables that nobody changed, which are made again when they are asked for."""
-        own = vars(self).items()
-        return {name: value for name, value in own if type(value) is not _WatchedTable or value.is_changed}
+        return {name: value for name, value in vars(self).items() if not _is_untouched(value)}
 
     @cached_property
     def encoder(self) -> dict[str, int]:
@@ -512,8 +513,7 @@ class SimpleTokenizer:
 
     def _merged(self, token: str) -> list[str]:
         ranks = vars(self).get("bpe_ranks")
-        is_own = ranks is None or (type(ranks) is _WatchedTable and not ranks.is_changed)
-        if is_own and type(self).bpe_ranks is SimpleTokenizer.bpe_ranks:
+        if (ranks is None or _is_untouched(ranks)) and type(self).bpe_ranks is SimpleTokenizer.bpe_ranks:
             symbols, byte_of = _symbol_of_id(), _byte_of_symbol()
             return [symbols[i] for i in tokenizer.merge(bytes(byte_of[symbol] for symbol in token))]
         ranks = self.bpe_ranks

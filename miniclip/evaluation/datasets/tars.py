@@ -80,8 +80,7 @@ def read_tars(source: str, split: str | None, task: str | None) -> Found:
         if (tars_of := _tars_of_split(source, split)) is not None:
             tars, others = tars_of
             pattern = _pattern_of(source, tars)
-            shards = Shards(pattern, needs_captions=False) if exists(join(source, INDEX_FILE)) else indexed(pattern)
-            found = _read_shards(shards, name, source, task, [source])
+            found = _read_shards(_open_shards(pattern, source), name, source, task, [source])
             left_out = [LeftOut(tar, OTHER_SPLIT) for tar in others]
             return replace(found, left_out=[*found.left_out, *left_out])
         part = join(source, split) if split else source
@@ -127,9 +126,13 @@ def _read_pattern(source: str, split: str | None, task: str | None) -> Found:
         raise ValueError(f"{source} names tars, so --split {split} can't be followed")
     folder = parent_of(pattern)
     above = folder if has_query else above
-    shards = Shards(pattern, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(pattern)
-    found = _read_shards(shards, set_name(join(above, "0.tar")), source, task, [folder, above])
+    found = _read_shards(_open_shards(pattern, folder), set_name(join(above, "0.tar")), source, task, [folder, above])
     return replace(found, left_out=[*found.left_out, *left_out])
+
+
+def _open_shards(source: str, folder: str) -> Shards:
+    """Shards by the index that lies in the folder, else by one in the cache."""
+    return Shards(source, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(source)
 
 
 def _pattern_of(folder: str, tars: Sequence[str]) -> str:
@@ -142,8 +145,7 @@ def read_tars_of_split(source: Path, parts: Sequence[str], split: str | None, ta
     """The tars of one split, of a folder whose folders `parts` are called so and hold them."""
     chosen = choose_split(parts, split, str(source))
     folder = str(source / chosen)
-    shards = Shards(folder, needs_captions=False) if exists(join(folder, INDEX_FILE)) else indexed(folder)
-    found = _read_shards(shards, set_name(str(source)), str(source), task, [folder, str(source)])
+    found = _read_shards(_open_shards(folder, folder), set_name(str(source)), str(source), task, [folder, str(source)])
     others = [LeftOut(f"{part}/", f"beside {chosen}/, the split that is read") for part in parts if part != chosen]
     return replace(found, left_out=[*found.left_out, *others])
 
