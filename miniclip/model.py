@@ -106,7 +106,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.activation) is QuickGELU and not self.training:  # the same as below
+        if type(self.activation) is QuickGELU:  # the same as below
             return folded.quick_gelu_mlp(self.c_fc, self.activation, self.c_proj, self.activation.slope, x)
         return matmul.layer(self.c_proj, self.activation(matmul.layer(self.c_fc, x)))  # c_proj(activation(c_fc(x)))
 

@@ -37,19 +37,17 @@ def _cuts_patches(conv: nn.Conv2d, images: Tensor) -> bool:
 def quick_gelu_mlp(c_fc: nn.Module, activation: nn.Module, c_proj: nn.Module, slope: float, x: Tensor) -> Tensor:
     """c_proj(activation(c_fc(x))), where activation(x) is x * sigmoid(slope * x): (B, N, D).
 
-    Without gradients, the products multiply and divide by the slope on the way.
+    What goes in and comes out is multiplied and divided by the slope, and not what lies between, which is four times as
+    wide.
     """
-    is_folded = not torch.is_grad_enabled() and is_eager(x) and is_plain(activation, type(activation))
+    is_folded = is_guarded(x) and is_plain(activation, type(activation))
     if not (is_folded and is_plain(c_fc, nn.Linear) and is_plain(c_proj, nn.Linear) and c_fc.bias is not None):
         return c_proj(activation(c_fc(x)))
     if c_proj.bias is None:
         return c_proj(activation(c_fc(x)))
-    if matmul.is_faster(x, c_fc.weight, c_proj.weight):
-        y = F.silu(matmul.linear(slope * x, c_fc.weight, slope * c_fc.bias), inplace=True)
-        return torch.add(c_proj.bias, matmul.linear(y, c_proj.weight), alpha=1 / slope)
-    y = torch.addmm(c_fc.bias, x.flatten(0, 1), c_fc.weight.T, beta=slope, alpha=slope)
-    y = torch.addmm(c_proj.bias, F.silu(y, inplace=True), c_proj.weight.T, alpha=1 / slope)
-    return y.view_as(x)
+    y = matmul.linear(slope * x, c_fc.weight, slope * c_fc.bias)
+    y = F.silu(y, inplace=not torch.is_grad_enabled())
+    return matmul.linear(y, c_proj.weight, slope * c_proj.bias) / slope
 
 
 def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
