@@ -17,6 +17,8 @@ from browser import CHROMEDRIVER, CHROMIUM, Browser
 # One thread a process: the tests run in two processes, and threads that wait for each other on a busy machine are slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands set it
+# Hundreds of processes are started, and each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
