@@ -13,6 +13,8 @@ from .terminal import add_encoding, add_upright, console, lasting_imports, new_p
 
 if TYPE_CHECKING:
     from ..evaluation.datasets.sets import LabelledImages
+    from ..evaluation.interpolation import Point
+    from ..model import CLIP
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,68 +56,22 @@ miniclip interpolate ViT-B/32 runs/mine/best --alpha 0.5 --out half""",
 def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     refuse_to_save(out, options.overwrite, "--overwrite")  # before hours of scoring
-    if bool(options.data) != bool(options.retain) or not (options.data or options.alpha is not None):
-        raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
-    refuse_bad_encoding(options)
-    if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
-        raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
+    _refuse_options(options)
 
     with lasting_imports():
-        from ..evaluation.datasets.open import open_dataset
-        from ..evaluation.datasets.sets import labelled
-        from ..evaluation.interpolation import best, interpolate, sweep
-        from ..evaluation.prompts import suited
-        from ..reports.interpolation import (
-            PICTURE_FILE,
-            RECORD_FILE,
-            table,
-            told_of_losses,
-            write_json,
-            write_picture,
-        )
+        from ..evaluation.interpolation import interpolate
+        from ..reports.interpolation import PICTURE_FILE, RECORD_FILE, write_json, write_picture
         from ..weights.load import load, save
 
-    for option, sources in (("--data", options.data), ("--retain", options.retain)):
-        if twice := [source for source in sources if sources.count(source) > 1]:
-            raise ValueError(f"{option} names {twice[0]} twice")
-    new, old = (
-        [replace(labelled(open_dataset(source)), upright=options.upright) for source in sources]
-        for sources in (options.data, options.retain)
-    )
+    new, old = (_sets_of(sources, options.upright) for sources in (options.data, options.retain))
+    names = _told_apart(options.data, new), _told_apart(options.retain, old)
     start, _ = load(options.start, device=options.device)
     finetuned, _ = load(options.finetuned, device=options.device)
     model = None if options.alpha is None else interpolate(start, finetuned, options.alpha)
-    alpha = options.alpha
-    if new:
-        alphas = sorted({0.0, 1.0, *options.alphas, *([] if alpha is None else [alpha])})
-        with progress_bar("scoring", len(alphas)) as progress:
-            points = sweep(
-                start,
-                finetuned,
-                new,
-                old,
-                alphas,
-                batch_size=options.batch_size,
-                num_workers=options.workers,
-                progress=progress,
-            )
-        may_lose = None if options.may_lose is None else options.may_lose / 100
-        if alpha is None:
-            alpha = best(points, may_lose).alpha
-            model = interpolate(start, finetuned, alpha)
-        names = _told_apart(options.data, new), _told_apart(options.retain, old)
-        for data in (*new, *old):
-            print(told_of_prompts(suited(data, finetuned.wordings), data.classnames))
-        console().print(table(points, *names, alpha))
-        (chosen,) = (point for point in points if point.alpha == alpha)
-        for line in told_of_losses(chosen, names[1], may_lose):
-            print(line)
-        if options.alpha is None:
-            print(
-                f"alpha {alpha:g} was chosen on the images that it is scored on here, so its score is a little too "
-                "high; report scores on other images."
-            )
-    assert model is not None
+    points = _mixtures_scored(options, start, finetuned, new, old) if new else []
+    alpha = _told_choice(options, points, names) if new else options.alpha
+    if model is None:
+        model = interpolate(start, finetuned, alpha)
     record, picture = out / RECORD_FILE, out / PICTURE_FILE
     save(model, out, overwrite=options.overwrite)
     for path in (record, picture):  # of the mixture that was replaced; they stay with it if that fails
@@ -125,6 +81,64 @@ def run(options: argparse.Namespace) -> None:
         write_picture(picture, points, " and ".join(names[0]), " and ".join(names[1]), alpha)
         print(f"picture: {picture}")
     print(f"model of alpha {alpha:g}: {out}; miniclip.load reads it")
+
+
+def _refuse_options(options: argparse.Namespace) -> None:
+    if bool(options.data) != bool(options.retain) or not (options.data or options.alpha is not None):
+        raise ValueError("give --data and --retain to score the models between, or --alpha alone to save one unscored")
+    refuse_bad_encoding(options)
+    if options.may_lose is not None and (options.alpha is not None or not 0 <= options.may_lose <= 100):
+        raise ValueError(f"--may-lose is {options.may_lose}; it is 0 to 100 points of top-1, and goes without --alpha")
+    for option, sources in (("--data", options.data), ("--retain", options.retain)):
+        if twice := [source for source in sources if sources.count(source) > 1]:
+            raise ValueError(f"{option} names {twice[0]} twice")
+
+
+def _sets_of(sources: list[str], upright: bool) -> list[LabelledImages]:
+    from ..evaluation.datasets.open import open_dataset
+    from ..evaluation.datasets.sets import labelled
+
+    return [replace(labelled(open_dataset(source)), upright=upright) for source in sources]
+
+
+def _mixtures_scored(
+    options: argparse.Namespace,
+    start: CLIP,
+    finetuned: CLIP,
+    new: list[LabelledImages],
+    old: list[LabelledImages],
+) -> list[Point]:
+    """The scores of each mixture; the prompts that were asked are told."""
+    from ..evaluation.interpolation import sweep
+    from ..evaluation.prompts import suited
+
+    alphas = sorted({0.0, 1.0, *options.alphas, *([] if options.alpha is None else [options.alpha])})
+    ways = {"batch_size": options.batch_size, "num_workers": options.workers}
+    with progress_bar("scoring", len(alphas)) as progress:
+        points = sweep(start, finetuned, new, old, alphas, progress=progress, **ways)
+    for data in (*new, *old):
+        print(told_of_prompts(suited(data, finetuned.wordings), data.classnames))
+    return points
+
+
+def _told_choice(options: argparse.Namespace, points: list[Point], names: tuple[list[str], list[str]]) -> float:
+    """The alpha that was asked for, or the best; it is told what it gains and loses."""
+    from ..evaluation.interpolation import best
+    from ..reports.interpolation import table, told_of_losses
+
+    may_lose = None if options.may_lose is None else options.may_lose / 100
+    (chosen,) = (
+        [best(points, may_lose)] if options.alpha is None else [each for each in points if each.alpha == options.alpha]
+    )
+    console().print(table(points, *names, chosen.alpha))
+    for line in told_of_losses(chosen, names[1], may_lose):
+        print(line)
+    if options.alpha is None:
+        print(
+            f"alpha {chosen.alpha:g} was chosen on the images that it is scored on here, so its score is a little too "
+            "high; report scores on other images."
+        )
+    return chosen.alpha
 
 
 def _told_apart(sources: list[str], sets: list[LabelledImages]) -> list[str]:

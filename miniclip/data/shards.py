@@ -494,19 +494,45 @@ def _open_source(
 ) -> tuple[list[ShardEntry], list[LeftOut], dict[str, Any]]:
     """The shards of a folder with an index, or those of them that a pattern names; what was left out; the facts."""
     check_scheme(source)
-    names: list[str] | None = None
-    folder = source
-    if name_of(source).endswith(".tar"):
-        tars = expand(source)
-        folder = parent_of(tars[0])
-        if any(parent_of(tar) != folder for tar in tars):
-            raise ValueError(f"{source} names tars of several folders; give a list of patterns, one for each")
-        names = [name_of(tar) for tar in tars]
-        if not is_url(source) and not exists(join(folder, INDEX_FILE)):
-            tar_locations(source)  # raises for a tar that is missing
+    folder, names = _folder_and_names(source)
     path = join(folder, INDEX_FILE)
     if not exists(path):
         raise ValueError(_no_index(source, folder))
+    entries, members, left_out, own_facts = _read_index(path, folder)
+    if needs_captions and not members["txt"] and not members["json"]:
+        kinds = ", ".join(f".{kind}" for kind in sorted(members) if kind != "image")
+        raise ValueError(
+            f"the shards in {folder} hold images without captions ({kinds or 'nothing'} beside them, no .txt)"
+            + (": they are labelled, for `miniclip eval`. Training needs a text for each" if members["cls"] else "")
+        )
+    facts: dict[str, Any] = {"source": source}
+    if names is None:
+        facts |= own_facts
+        own = tars_of_split([entry.name for entry in entries], split, source)
+        left_out += [LeftOut(entry.name, OTHER_SPLIT) for entry in entries if entry.name not in own]
+        entries = [entry for entry in entries if entry.name in own]
+    else:
+        entries = _entries_of(names, entries, path, source)
+    facts["source"] = without_secrets(str(facts["source"]))
+    return entries, left_out, {**facts, "pairs": sum(entry.samples for entry in entries)}
+
+
+def _folder_and_names(source: str) -> tuple[str, list[str] | None]:
+    """The folder that should have an index, and which of its tars are meant: a pattern's, or None for all."""
+    if not name_of(source).endswith(".tar"):
+        return source, None
+    tars = expand(source)
+    folder = parent_of(tars[0])
+    if any(parent_of(tar) != folder for tar in tars):
+        raise ValueError(f"{source} names tars of several folders; give a list of patterns, one for each")
+    if not is_url(source) and not exists(join(folder, INDEX_FILE)):
+        tar_locations(source)  # raises for a tar that is missing
+    return folder, [name_of(tar) for tar in tars]
+
+
+def _read_index(path: str, folder: str) -> tuple[list[ShardEntry], Counter[str], list[LeftOut], dict[str, Any]]:
+    """The shards that an index lists, how many members of each kind they hold, what was left out when it was written,
+    and the facts about where its pairs came from."""
     content = read_bytes(path)  # its error is the network's, or the disk's
     try:
         index = json.loads(content)
@@ -539,28 +565,18 @@ def _open_source(
         )
     if not sum(entry.samples for entry in entries):
         raise ValueError(f"the shards in {folder} hold no samples")
-    if needs_captions and not members["txt"] and not members["json"]:
-        kinds = ", ".join(f".{kind}" for kind in sorted(members) if kind != "image")
-        raise ValueError(
-            f"the shards in {folder} hold images without captions ({kinds or 'nothing'} beside them, no .txt)"
-            + (": they are labelled, for `miniclip eval`. Training needs a text for each" if members["cls"] else "")
-        )
-    facts: dict[str, Any] = {"source": without_secrets(source)}
-    if names is None:
-        facts |= {name: index[name] for name in ("source", "found", "rejected") if name in index}
-        facts["source"] = without_secrets(str(facts["source"]))
-        own = tars_of_split([entry.name for entry in entries], split, source)
-        left_out += [LeftOut(entry.name, OTHER_SPLIT) for entry in entries if entry.name not in own]
-        entries = [entry for entry in entries if entry.name in own]
-    else:
-        by_name = {entry.name: entry for entry in entries}
-        if len(by_name) < len(entries):
-            raise ValueError(f"{path} lists several shards of one name, so {source} does not tell which are meant")
-        matches = [[name] if name in by_name else fnmatch.filter(by_name, name) for name in names]
-        if missing := [name for name, found in zip(names, matches, strict=True) if not found]:
-            raise ValueError(f"{path} lists no {', '.join(missing[:5])}; it has {len(by_name)} shards")
-        entries = [by_name[name] for found in matches for name in found]
-    return entries, left_out, {**facts, "pairs": sum(entry.samples for entry in entries)}
+    return entries, members, left_out, {name: index[name] for name in ("source", "found", "rejected") if name in index}
+
+
+def _entries_of(names: list[str], entries: list[ShardEntry], path: str, source: str) -> list[ShardEntry]:
+    """The shards of these names, each of which may be a pattern; `path` is the index that lists them."""
+    by_name = {entry.name: entry for entry in entries}
+    if len(by_name) < len(entries):
+        raise ValueError(f"{path} lists several shards of one name, so {source} does not tell which are meant")
+    matches = [[name] if name in by_name else fnmatch.filter(by_name, name) for name in names]
+    if missing := [name for name, found in zip(names, matches, strict=True) if not found]:
+        raise ValueError(f"{path} lists no {', '.join(missing[:5])}; it has {len(by_name)} shards")
+    return [by_name[name] for found in matches for name in found]
 
 
 def _no_index(source: str, folder: str) -> str:
