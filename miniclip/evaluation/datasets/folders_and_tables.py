@@ -697,31 +697,7 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         raise ValueError(f"{source} is read for its captions, so --label-column {columns.label} can't be followed")
     path = Path(source)
     name = path.stem if path.is_file() else source.rstrip("/").rpartition("/")[2]
-    has_pictures = path.is_dir() and bool(image_files(path))
-    left_out: list[LeftOut] = []
-    within: list[Path] = []  # what is read of a folder, if not all
-    if source.startswith(HUB_PREFIX) or is_datasets_folder(path):
-        split = _chosen_of_datasets(load_datasets(source), split, source)[1]
-    elif has_pictures and (parts := pair_splits(path)):
-        chosen = choose_split(list(parts), split, source)
-        places = parts[chosen]
-        if places == [path / chosen]:
-            split, source = chosen, str(path / chosen)
-        else:  # the texts may lie apart, in captions/val of images/val
-            split, within = None, places
-        left_out += [
-            LeftOut(f"{place.relative_to(path)}/", f"beside the folders of {chosen}, the split that is read")
-            for part, others in parts.items()
-            for place in others
-            if part != chosen
-        ]
-    elif (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
-        split = _rows_of_one_split(path, split)[2]
-        source = str(path / split) if split and (path / split).is_dir() else source
-    elif has_pictures and (own := splits_of_imagefolder(path)) and (split or any(map(role_of, own))):
-        split = choose_split(own, split, source)
-    elif split:
-        raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
+    source, split, within, left_out = _part_of_split(source, split)
     pairs = _pairs_of_split(source, columns.image, split)
     captions: dict[int, tuple[str, ...]] = {}
     groups, others = [], dict[str, None]()
@@ -752,3 +728,31 @@ def read_pairs(source: str, split: str | None, columns: Columns) -> Found:
         captions=tuple(captions.values()),
         left_out=left_out,
     )
+
+
+def _part_of_split(source: str, split: str | None) -> tuple[str, str | None, list[Path], list[LeftOut]]:
+    """Of pairs in splits, the one that is read: the source that holds it, the split to choose there, the folders within
+    the source that are read, if not all, and what is left out for it."""
+    path = Path(source)
+    has_pictures = path.is_dir() and bool(image_files(path))
+    if source.startswith(HUB_PREFIX) or is_datasets_folder(path):
+        return source, _chosen_of_datasets(load_datasets(source), split, source)[1], [], []
+    if has_pictures and (parts := pair_splits(path)):
+        chosen = choose_split(list(parts), split, source)
+        left_out = [
+            LeftOut(f"{place.relative_to(path)}/", f"beside the folders of {chosen}, the split that is read")
+            for part, others in parts.items()
+            for place in others
+            if part != chosen
+        ]
+        if parts[chosen] == [path / chosen]:
+            return str(path / chosen), chosen, [], left_out
+        return source, None, parts[chosen], left_out  # the texts may lie apart, in captions/val of images/val
+    if (path.is_file() and not source.endswith(".tar")) or (is_parquet(path) and not has_pictures):
+        split = _rows_of_one_split(path, split)[2]
+        return str(path / split) if split and (path / split).is_dir() else source, split, [], []
+    if has_pictures and (own := splits_of_imagefolder(path)) and (split or any(map(role_of, own))):
+        return source, choose_split(own, split, source), [], []
+    if split:
+        raise ValueError(f"{source} has no splits, so --split {split} can't be followed")
+    return source, None, [], []

@@ -344,40 +344,16 @@ def _lines(text: str, source: str, what: str) -> Any:
             raise ValueError(f"{source} is blank in line {number}; {_why_not_blank('lines', what)}")
     if all(_QUOTED.fullmatch(line) for line in lines):  # copied from between the brackets of a list
         return _code("[" + ",\n".join(line.rstrip(", ") for line in lines) + "]", source)
-    if comment := next((n for n, line in enumerate(lines, 1) if _COMMENT.match(line)), None):
-        would = f"the name of class {comment - 1}" if what == "class names" else "a template"
-        raise ValueError(
-            f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be {would}; "
-            + (_REMEDY if what == "class names" else "take it out")
-        )
+    _refuse_comments(lines, source, what)
     _refuse_what_names_no_class(lines, source)
     lines = [_unquoted_line(line) for line in lines]
     if all(_TYPOGRAPHIC.fullmatch(line) for line in lines):
         lines = [_TYPOGRAPHIC.sub(r"\g<name>", line) for line in lines]
-    for mark in ",;":
-        if (
-            len(lines) > 1
-            and all(line.endswith(mark) for line in lines[:-1])
-            and not any(mark in x.rstrip(mark) for x in lines)
-        ):
-            return [line.rstrip(f"{mark} ") for line in lines]
-    if len(lines) > 1 and all(re.match(r"[-*•] +\S", line) for line in lines):
-        return [line[1:].strip() for line in lines]
-    first = _column_name(lines[0].rstrip(":"))
-    is_header = first in (*_NAME_COLUMNS, "label", "labels", "species") and first not in ("text", "title")
-    if len(lines) > 1 and (is_header or [line for line in lines if line.endswith(":")] == lines[:1]):
-        raise ValueError(
-            f"{source} begins with {lines[0]!r}, which may be a header or the name of class 0; call the file .csv if "
-            "it is a header"
-        )
-    for separator in (",", "\t", ";", "|", " "):
-        are_known = [_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in lines[0].split(separator)]
-        is_numbered = (
-            separator != " " and _are_numbered(lines[1:], separator) and not _are_numbered(lines[:1], separator)
-        )
-        is_header = all(are_known) or (any(are_known) and is_numbered)
-        if len(are_known) > 1 and is_header:
-            return _table(text, source, separator, what)
+    if (listed := _listed_lines(lines)) is not None:
+        return listed
+    _refuse_header(lines, source)
+    if separator := _separator_of_table(lines):
+        return _table(text, source, separator, what)
     if all(re.match(r"n\d{8}\b", line) for line in lines):
         return _wordnet(lines, source)
     for kind in (_NUMBERED, _NUMBERED_AFTER):
@@ -385,6 +361,55 @@ def _lines(text: str, source: str, what: str) -> Any:
             if (found := _numbered_lines(lines, kind, source)) is not None:
                 return found
             break
+    _refuse_code(lines, source)
+    return lines
+
+
+def _listed_lines(lines: list[str]) -> list[str] | None:
+    """Lines that a comma, a semicolon or a bullet makes a list, without it."""
+    if len(lines) == 1:
+        return None
+    for mark in ",;":
+        if all(line.endswith(mark) for line in lines[:-1]) and not any(mark in line.rstrip(mark) for line in lines):
+            return [line.rstrip(f"{mark} ") for line in lines]
+    if all(re.match(r"[-*•] +\S", line) for line in lines):
+        return [line[1:].strip() for line in lines]
+    return None
+
+
+def _separator_of_table(lines: list[str]) -> str | None:
+    """What parts the columns of lines whose first one is a header."""
+    for separator in (",", "\t", ";", "|", " "):
+        are_known = [_column_name(cell) in (*_NAME_COLUMNS, *_LABEL_COLUMNS) for cell in lines[0].split(separator)]
+        is_numbered = (
+            separator != " " and _are_numbered(lines[1:], separator) and not _are_numbered(lines[:1], separator)
+        )
+        if len(are_known) > 1 and (all(are_known) or (any(are_known) and is_numbered)):
+            return separator
+    return None
+
+
+def _refuse_comments(lines: list[str], source: str, what: str) -> None:
+    if comment := next((n for n, line in enumerate(lines, 1) if _COMMENT.match(line)), None):
+        would = f"the name of class {comment - 1}" if what == "class names" else "a template"
+        raise ValueError(
+            f"{source}, line {comment} looks like a comment ({lines[comment - 1][:60]!r}), and would be {would}; "
+            + (_REMEDY if what == "class names" else "take it out")
+        )
+
+
+def _refuse_header(lines: list[str], source: str) -> None:
+    first = _column_name(lines[0].rstrip(":"))
+    is_header = first in (*_NAME_COLUMNS, "label", "labels", "species") and first not in ("text", "title")
+    if len(lines) > 1 and (is_header or [line for line in lines if line.endswith(":")] == lines[:1]):
+        raise ValueError(
+            f"{source} begins with {lines[0]!r}, which may be a header or the name of class 0; call the file .csv if "
+            "it is a header"
+        )
+
+
+def _refuse_code(lines: list[str], source: str) -> None:
+    """Brackets, quotes and tabs, which no name has at its ends, or in it."""
     if tabbed := next((number for number, line in enumerate(lines, 1) if "\t" in line), None):
         raise ValueError(
             f"{source}, line {tabbed} has a tab ({lines[tabbed - 1][:60]!r}), which separates columns; name them in a "
@@ -394,7 +419,6 @@ def _lines(text: str, source: str, what: str) -> Any:
     for number, line in enumerate(lines, 1):
         if is_markup or re.fullmatch(r"""(\w+\s*=\s*)?[\[\](){}],?|(['"]).*\2,""", line):
             raise ValueError(f"{source}, line {number} is {line[:60]!r}, which is code and no name; {_REMEDY}")
-    return lines
 
 
 def _refuse_what_names_no_class(lines: Sequence[str], source: str) -> None:
