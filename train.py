@@ -8,4 +8,4 @@ except KeyboardInterrupt:
     raise SystemExit(130) from None
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    main(["train", *sys.argv[1:]], ends_process=True)

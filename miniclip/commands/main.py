@@ -42,9 +42,10 @@ VERBS = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs `miniclip VERB …`."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str] | None = None, ends_process: bool = False) -> None:
+    """Runs `miniclip VERB …`, by default with this process's arguments, and as its last act (`ends_process`)."""
+    if argv is None:
+        argv, ends_process = sys.argv[1:], True
     share_cores()
     print_in_any_encoding()
     parser = argparse.ArgumentParser(
@@ -69,12 +70,16 @@ def main(argv: list[str] | None = None) -> None:
         _refuse_gone_folder()
         with lasting_imports(), _ending_at_once():
             module = importlib.import_module(f".{VERBS[verb][0]}", __package__)
-    if verb == "train":
-        module.main(argv[1:])
-        return
-    options = module.parser().parse_args(argv[1:])
-    with user_errors(), plain_warnings():
-        module.run(options)
+    try:
+        if verb == "train":
+            module.main(argv[1:])
+            return
+        options = module.parser().parse_args(argv[1:])
+        with user_errors(), plain_warnings():
+            module.run(options)
+    finally:
+        if ends_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # no tracebacks of libraries that are cleaning up
 
 
 @contextmanager

@@ -316,7 +316,8 @@ def user_errors(*others: type[Exception]) -> Iterator[None]:
         print(f"error: {printable(without_secrets(message))}\n(MINICLIP_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print("Stopped.", file=sys.stderr)
+        with suppress(KeyboardInterrupt):  # of somebody who presses twice
+            print("Stopped.", file=sys.stderr)
         raise SystemExit(130) from error
 
 

@@ -2,6 +2,7 @@ import csv
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +312,23 @@ importlib.import_module = swallowing
 main(["train", "fit"])
 """
     assert run(sys.executable, "-c", program, code=130).stderr == "Stopped.\n"
+
+
+@pytest.mark.parametrize("ends_process", [True, False])
+def test_a_second_ctrl_c_while_libraries_clean_up_is_no_traceback(ends_process):
+    program = f"""
+import atexit, os, signal
+from miniclip.commands import info
+from miniclip.commands.main import main
+press = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+atexit.register(press)
+info.run = press
+main(["info", "x"], ends_process={ends_process})
+"""
+    code = -signal.SIGINT if ends_process else 130
+    said = run(sys.executable, "-c", program, code=code).stderr
+    assert said.startswith("Stopped.\n")
+    assert ("KeyboardInterrupt" in said) != ends_process  # a program that goes on may want it
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval_zeroshot.py", "miniclip/__main__.py"])
