@@ -209,9 +209,13 @@ def read_curves(model: str | Path) -> Curves:
 
 
 def logs_of(run: Path) -> list[Path]:
-    """The folders of a run's log, one for each time that it was started or resumed, in order."""
+    """The folders of a run's log, one for each time that it was started or resumed, in order.
+
+    Of folders of which some hold a start's record, those without one are left out: `validate` logs there, too.
+    """
     folders = {folder.name.removeprefix("version_"): folder for folder in run.glob("logs/version_*")}
-    return [folders[str(number)] for number in sorted(int(name) for name in folders if name.isdigit())]
+    logs = [folders[str(number)] for number in sorted(int(name) for name in folders if name.isdigit())]
+    return [log for log in logs if (log / RUN_FILE).is_file()] or logs
 
 
 def run_curves(run: Path) -> Curves:

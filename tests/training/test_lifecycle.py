@@ -1017,8 +1017,10 @@ def test_a_resumed_run_prints_another_teacher_and_other_settings_of_its_callback
 def test_validate_needs_no_setting_of_training(data, tmp_path, capsys, half):
     """Neither the optimiser nor the length concerns it; held-out pairs do."""
     given = [flag for flag in arguments(data, half)[1:] if "max_steps" not in flag]
+    before = read_run(half)
     trainer.main(["validate", *given, "--ckpt_path=last", "--model.optimizer.kind=muon"])
     assert "val/loss" in capsys.readouterr().out
+    assert read_run(half) == before
     without = [flag for flag in given if "data.val" not in flag]
     assert "set data.val" in fails(capsys, ["validate", *without, "--ckpt_path=last"])
 

@@ -491,6 +491,14 @@ def test_what_was_trained_once_more_counts_as_the_last_time_and_counts_go_on(tmp
     }
 
 
+def test_a_log_that_no_start_of_the_run_recorded_is_none_of_its_own(tmp_path):
+    """`validate` logs in the run's folder, at step 0, after which no curve was left."""
+    log(tmp_path, "version_0", "step,val/loss", "0,5", "1,4")
+    (tmp_path / "logs/version_0/run.json").write_text("{}")
+    log(tmp_path, "version_1", "step,val/loss", "0,9")
+    assert run_curves(tmp_path) == {"val/loss": [(0, 5.0), (1, 4.0)]}
+
+
 def made_up(**curves: list[float]) -> Run:
     points = {name.replace("__", "/"): list(enumerate(values)) for name, values in curves.items()}
     record = {"status": "finished", "step": 4, "batch_size": 100, "monitor": "val/zero_shot_acc1", "seconds": 4000}
