@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -472,19 +471,6 @@ def refuse_inputs_within(run: Path, settings: Any) -> None:
                     f"{name} is {path!r}, which --overwrite true would remove with the run in {run}; name another run "
                     "by --name, or copy that elsewhere first"
                 )
-
-
-def remove_results(run: Path) -> None:
-    """Removes what a run wrote, and the folders that are empty then; what else lies there stays, and is printed."""
-    written = results(run)
-    if kept := others(run):
-        print(f"{run} also holds what no run wrote, which stays: {some([str(path.relative_to(run)) for path in kept])}")
-    for path in written:
-        path.unlink()
-    emptied = {folder for path in written for folder in path.parents if run in folder.parents}
-    for folder in sorted(emptied, key=lambda path: -len(path.parts)):
-        with suppress(OSError):  # not empty, or a link
-            folder.rmdir()
 
 
 def checkpoint_to_resume(settings: Any) -> Path | None:

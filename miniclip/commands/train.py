@@ -57,6 +57,7 @@ from ..weights.folders import refuse_misread
 from ..weights.load import load, save
 from ..weights.read import locate, read_checkpoint
 from . import run_settings
+from .overwriting import Overwriting, bring_back
 
 
 def _is_file(value: Any) -> bool:
@@ -232,6 +233,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, *args: Any, until_end: ExitStack, **kwargs: Any) -> None:
         """until_end: closed when the run has ended."""
         self._until_end = until_end
+        self._overwriting: Overwriting | None = None
         super().__init__(*args, **kwargs)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -338,8 +340,11 @@ class TrainingCLI(LightningCLI):
         config.trainer.default_root_dir, config.name = str(run), None
         if self.subcommand == "fit" and _is_rank_zero():
             self._until_end.enter_context(hold(run))
+            bring_back(run)
         holds_a_run = run_settings.holds_a_run(run)
         asked_for = config.ckpt_path
+        if asked_for == "":
+            raise ValueError("ckpt_path is ''; it takes a checkpoint's file, or last")
         if asked_for == "last":
             last = run_settings.checkpoints(run) / "last.ckpt"
             # A job that SLURM requeues has the same command for its first start and for every later one.
@@ -388,7 +393,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def before_fit(self) -> None:
-        """Checks everything that needs the data, and then removes the run that is to be overwritten."""
+        """Checks everything that needs the data, and then takes the run that is to be overwritten out of the way."""
         data = self.datamodule
         data.trainer = self.trainer  # as Lightning does when it fits
         data.prepare_data()  # safe in several processes at once: one packs, the others wait
@@ -422,8 +427,8 @@ class TrainingCLI(LightningCLI):
                 )
             ):
                 print(f"warning: {without_secrets(warning)}", file=sys.stderr)
-        if self.config.fit.overwrite and not self._goes_on() and _is_rank_zero():
-            run_settings.remove_results(self.run_folder)
+        if self._overwriting is not None and _is_rank_zero():
+            self._until_end.enter_context(self._overwriting)
         self._stalls.start(self.trainer)
 
     def before_validate(self) -> None:
@@ -440,6 +445,9 @@ class TrainingCLI(LightningCLI):
             own = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
             resumption = Resumption(run_settings.material(without_secrets_in(json.loads(own))))
             callbacks += [resumption, StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
+            if settings.overwrite and not self._goes_on():
+                self._overwriting = Overwriting(run)
+                callbacks.append(self._overwriting)
         if trainer.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":

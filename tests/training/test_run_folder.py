@@ -18,6 +18,7 @@ from pytorch_lightning import Callback
 from runs import arguments, command, fails, metrics
 
 from miniclip.commands import train as trainer
+from miniclip.commands.overwriting import Overwriting
 from miniclip.training.run_folder import TableLogger
 
 
@@ -112,6 +113,21 @@ def test_a_run_that_reads_what_it_would_overwrite_is_refused(data, tmp_path, cap
     before = files(run)
     said = fails(capsys, arguments(data, run, "--overwrite=true", f"--{name}={run / path}"))
     assert f"{name} is '{run / path}', which --overwrite true would remove with the run in {run}; name another" in said
+    assert files(run) == before
+
+
+def test_a_run_that_is_overwritten_stays_until_the_new_one_begins(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("checkpoints/last.ckpt", "best/config.json", "report.html", "logs/version_0/run.json", *FOREIGN):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    before = files(run)
+    class_path = "miniclip.training.zero_shot.ZeroShotEvaluation"
+    missing = f'--trainer.callbacks=[{{"class_path": "{class_path}", "init_args": {{"data": "nowhere.csv"}}}}]'
+    Overwriting(run).__enter__()  # and killed here
+    assert not (run / "checkpoints/last.ckpt").exists()
+    said = fails(capsys, arguments(data, run, "--overwrite=true", missing))
+    assert "data 'nowhere.csv' is not there" in said  # found when callbacks are set up
     assert files(run) == before
 
 

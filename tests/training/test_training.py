@@ -191,6 +191,7 @@ MISTAKES = [
     (["--data.batch_size=41"], "batch_size is 41 and the training set has 40 samples"),
     (["--data.batch_size=1"], "data.batch_size is 1"),
     (["--ckpt_path=nothing.ckpt"], "no checkpoint nothing.ckpt to resume from"),
+    (["--ckpt_path="], "ckpt_path is ''; it takes a checkpoint's file, or last"),
     (["--trainer.max_steps=-1"], "the run has no end"),
     (["--trainer.accumulate_grad_batches=2"], "Raise data.batch_size instead"),
     (["--model.clip.text.vocab_size=50000"], "the tokenizer's ids need 49408"),
