@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import (
@@ -270,6 +271,25 @@ def refuse_devices(trainer: Any) -> None:
     if not is_right:
         others = "a number of processes, 1 or more" if device == "cpu" else "a number, -1 for all, a list as [0, 1]"
         raise ValueError(f"trainer.devices is {trainer.devices!r}; on {device} it takes auto or {others}{why}")
+
+
+def refuse_runs_beside(trainer: pl.Trainer, rank: int) -> None:
+    """
+    Args:
+        rank: this process's by its environment, whatever the trainer makes of it.
+
+    Raises:
+        ValueError: torchrun or srun started more processes than the trainer has: each would be a run by itself.
+    """
+    environment = lightning_private.cluster_environment(trainer)
+    is_torchrun = isinstance(environment, TorchElasticEnvironment)
+    started = environment.world_size() if is_torchrun else rank + 1
+    if started > trainer.world_size:
+        raise ValueError(
+            f"this is a process of rank {rank} of several that torchrun or srun started, and trainer.strategy and "
+            "trainer.devices make it a run by itself, in the folder that the others write to, too; set "
+            "--trainer.strategy ddp, and --trainer.devices to the processes on each machine"
+        )
 
 
 def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | None) -> str:

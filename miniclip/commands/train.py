@@ -475,6 +475,7 @@ class TrainingCLI(LightningCLI):
             logger = [TableLogger(run, name="logs"), *others]
         given = run_settings.callback_list(trainer.callbacks)
         has_summary = trainer.enable_model_summary is None and any(isinstance(each, ModelSummary) for each in given)
+        rank = _own_rank()
         made: pl.Trainer = super().instantiate_trainer(
             callbacks=[*given, *callbacks],
             logger=logger,
@@ -484,6 +485,7 @@ class TrainingCLI(LightningCLI):
             **{name: value for name, (value, _) in run_settings.TRAINER_SETS.items()},
             **kwargs,
         )
+        run_settings.refuse_runs_beside(made, rank)
         if self.subcommand == "fit":
             listed: list[Callback] = made.callbacks  # type: ignore[attr-defined]
             unknown = run_settings.refuse_unlogged_monitors(listed, self.model, self.config.fit.data.val is not None)
@@ -579,8 +581,15 @@ def _program() -> str:
     return {"miniclip": "miniclip train", "__main__.py": "python -m miniclip train"}.get(name, name)
 
 
+def _own_rank() -> int:
+    return getattr(rank_zero_only, "rank", 0) or 0
+
+
 def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+    return _own_rank() == 0
+
+
+_USERS_ERRORS = ("Early stopping conditioned on metric", "You set `--ntasks=")  # Lightning's, as RuntimeErrors
 
 
 @contextmanager
@@ -593,7 +602,7 @@ def _libraries_errors_in_words() -> Iterator[None]:
             raise ValueError(f"class_path {unusable[1]!r} cannot be used: {unusable[2]}") from error
         raise
     except RuntimeError as error:
-        if str(error).startswith("Early stopping conditioned on metric"):
+        if str(error).startswith(_USERS_ERRORS):
             raise ValueError(str(error).replace("`", "'")) from error
         raise
 

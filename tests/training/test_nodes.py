@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from pytorch_lightning import Callback
-from runs import ROOT, arguments, state
+from pytorch_lightning.utilities import rank_zero_only
+from runs import ROOT, arguments, fails, state
 
 
 def free_port() -> int:
@@ -83,6 +84,26 @@ def test_two_machines_by_torchrun_train_the_weights_of_one(data, tmp_path):
     assert "Trained model:" in outs[0].read_text()
     assert "Trained model:" not in outs[1].read_text()
     assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_of_which_each_would_be_a_run_by_itself_are_refused(data, tmp_path, capsys, monkeypatch, rank):
+    """What torchrun sets for two processes, and a command that does not say how many there are."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(rank_zero_only, "rank", rank)  # which Lightning reads when it is imported
+    said = fails(capsys, arguments(data, tmp_path / "run"))
+    assert f"this is a process of rank {rank} of several that torchrun or srun started" in said
+    assert "set --trainer.strategy ddp, and --trainer.devices to the processes on each machine" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_that_lightning_cannot_count_are_refused_in_words(data, tmp_path, capsys, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "clip", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    said = fails(capsys, arguments(data, tmp_path / "run"))
+    assert "error: You set '--ntasks=4' in your SLURM bash script" in said
+    assert "Traceback" not in said
 
 
 def test_the_script_says_how_it_is_used(tmp_path):
