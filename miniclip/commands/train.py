@@ -23,7 +23,7 @@ import torch
 import yaml
 from jsonargparse import get_loader, set_dumper, set_loader
 from jsonargparse._actions import ActionConfigFile, _ActionConfigLoad
-from jsonargparse._loaders_dumpers import comment_prefix
+from jsonargparse._loaders_dumpers import comment_prefix, get_yaml_default_loader
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -83,6 +83,13 @@ _Dumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str
 def _dump_yaml(settings: Any) -> str:
     return yaml.dump(settings, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
+
+# YAML 1.1 takes 010 for 8 and 10:00:00:00 for 36,000,000 (base 60); here they are the texts that they look like.
+_INT, _DECIMAL = "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
+_resolvers = get_yaml_default_loader().yaml_implicit_resolvers
+_resolvers.update(
+    {first: [(tag, _DECIMAL if tag == _INT else form) for tag, form in forms] for first, forms in _resolvers.items()}
+)
 
 _YAML = "yaml_of_unique_keys"  # jsonargparse's name of a way to read and write settings
 set_loader(_YAML, _load_yaml, (yaml.YAMLError,))

@@ -66,6 +66,14 @@ def test_what_a_flag_appends_follows_what_the_files_have(files, capsys):
     assert names == ["LearningRateMonitor", "DeviceStatsMonitor"]
 
 
+def test_leading_zeros_and_colons_make_no_other_number(files, capsys):
+    """To YAML 1.1 these are 399, 8 and 36,000,000: a run that was never validated."""
+    (files / "c.yaml").write_text("name: 0617\nseed_everything: 010\ntrainer: {val_check_interval: 10:00:00:00}\n")
+    found = settings(capsys, "--config", "c.yaml", "--trainer.max_time", "12:00:00:00", "--data.val_pairs", "1_000")
+    assert (found["name"], found["seed_everything"], found["data"]["val_pairs"]) == ("0617", 10, 1000)
+    assert (found["trainer"]["val_check_interval"], found["trainer"]["max_time"]) == ("10:00:00:00", "12:00:00:00")
+
+
 TWICE = [
     # what the file has, the flags, what the error says
     ("trainer: {max_steps: 2}\nname: x\ntrainer: {max_epochs: 1}\n", [], "c.yaml: trainer comes twice in one mapping"),

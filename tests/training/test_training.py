@@ -322,9 +322,9 @@ def test_an_unknown_key_in_a_file_is_named(data, tmp_path, capsys):
 
 def test_a_number_in_a_file_where_a_text_belongs_is_to_be_quoted(data, tmp_path, capsys):
     config = tmp_path / "run.yaml"
-    config.write_text("name: 001\n")  # to YAML the number 1
+    config.write_text("name: 12\n")
     message = fails(capsys, ["fit", f"--config={config}", *arguments(data, tmp_path / "run")[1:]])
-    assert "name is 1, and it takes str or null; in YAML, write '1' with quotes" in message
+    assert "name is 12, and it takes str or null; in YAML, write '12' with quotes" in message
 
 
 @pytest.mark.long
