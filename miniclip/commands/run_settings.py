@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import math
@@ -232,6 +233,22 @@ def refuse_callbacks(trainer: Any) -> None:
             f"trainer.max_time is {trainer.max_time} and trainer.callbacks has a Timer, beside which Lightning ignores "
             "it; leave one of them out"
         )
+
+
+def refuse_times(trainer: Any) -> None:
+    """
+    Raises:
+        ValueError: a time by its parts has others than a time has.
+    """
+    for name in ("max_time", "val_check_interval"):
+        value = getattr(trainer, name)
+        if isinstance(value, dict):
+            try:
+                datetime.timedelta(**value)
+            except (TypeError, OverflowError) as error:
+                raise ValueError(
+                    f"trainer.{name} is {value}; the parts of a time are days, hours, minutes and seconds, all numbers"
+                ) from error
 
 
 def refuse_devices(trainer: Any) -> None:

@@ -28,12 +28,13 @@ from jsonargparse._typehints import ActionTypeHint
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_only
-from pytorch_lightning.callbacks import Callback, ModelSummary
+from pytorch_lightning.callbacks import Callback, ModelSummary, ProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler, Profiler
 from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
 
+from ..common.arguments import shown
 from ..common.files import user_errors, write_text
 from ..common.storage import without_secrets, without_secrets_in
 from ..common.wording import some
@@ -148,8 +149,11 @@ class _Parser(LightningArgumentParser):
             read = yaml.load(text, UniqueKeys)
         except (yaml.YAMLError, RepeatedKeyError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        if not isinstance(read, dict):
+            found = "is empty" if read in (None, "") else f"holds {shown(read)}"
+            raise ValueError(f"{path} {found}; a file of settings has keys and values, as `data: {{batch_size: 256}}`")
         own = self.prog.split()[-1]
-        verbs = sorted(TrainingCLI.subcommands().keys() & set(read if isinstance(read, dict) else ()))
+        verbs = sorted(TrainingCLI.subcommands().keys() & set(read))
         if verbs and self._subcommands_action is None:
             raise ValueError(
                 f"{path} has its settings under {' and '.join(map(repr, verbs))}; such a file stands before the verb: "
@@ -176,7 +180,7 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex
-        unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
+        unknown = re.search(r"unrecognized arguments: --([\w.-]+)|does not accept option '([\w.-]+)'", message)
         if unknown:
             parsers = [self, *(sub for a in self._actions if isinstance(a.choices, dict) for sub in a.choices.values())]
             valid = [action.dest for parser in parsers for action in parser._actions]
@@ -212,10 +216,12 @@ def _wrong_type(key: str, message: str) -> str | None:
     for name, values, generic in re.findall(r"<class '(\w+)'>|Literal\[([^]]*)\]|(\w+\[[^]]*\])", plain):
         expected += [each.strip("'") for each in values.split(", ")] if values else [name or generic]
     refused = HALF_WEIGHTS if key == "trainer.precision" else ()
+    expected = expected or [plain]  # a tuple with 2 elements
     *most, last = dict.fromkeys("null" if name == "NoneType" else name for name in expected if name not in refused)
     allowed = f"{', '.join(most)} or {last}" if most else last
     is_number = re.search(r"value type: <class '(int|float|bool)'>", message)
     quote = f"; in YAML, write '{value[1]}' with quotes" if "str" in expected and is_number else ""
+    quote += "; in YAML a tuple is a list, as [1, 2]" if last.startswith("tuple") else ""
     no_limit = "; -1 sets no limit" if key == "trainer.max_steps" else ""
     return f"{key} is {value[1]}, and it takes {allowed}{quote}{no_limit}"
 
@@ -445,6 +451,7 @@ class TrainingCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         run_settings.refuse_callbacks(settings.trainer)
         run_settings.refuse_devices(settings.trainer)
+        run_settings.refuse_times(settings.trainer)
         trainer, run = settings.trainer, self.run_folder
         self._stalls = Stalls()
         callbacks: list[Callback] = [self._stalls, RejectedSamples()]
@@ -455,7 +462,8 @@ class TrainingCLI(LightningCLI):
             if settings.overwrite and not self._goes_on():
                 self._overwriting = Overwriting(run)
                 callbacks.append(self._overwriting)
-        if trainer.enable_progress_bar is not False:
+        given = run_settings.callback_list(trainer.callbacks)
+        if trainer.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in given):
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
             if settings.max_samples is not None:
@@ -480,7 +488,6 @@ class TrainingCLI(LightningCLI):
         if logger is not False:  # the report needs the table beside any other log
             others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
             logger = [TableLogger(run, name="logs"), *others]
-        given = run_settings.callback_list(trainer.callbacks)
         has_summary = trainer.enable_model_summary is None and any(isinstance(each, ModelSummary) for each in given)
         rank = _own_rank()
         made: pl.Trainer = super().instantiate_trainer(

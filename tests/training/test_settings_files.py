@@ -117,6 +117,12 @@ def test_settings_that_stand_for_more_than_they_look_are_refused(files, capsys, 
     assert message in fails(capsys, ["fit", "--config", "c.yaml"])
 
 
+@pytest.mark.parametrize("text, found", [("# nothing yet\n", "is empty"), ("- data\n", "holds a list")])
+def test_a_file_without_keys_is_named(files, capsys, text, found):
+    (files / "c.yaml").write_text(text)
+    assert f"c.yaml {found}; a file of settings has keys and values" in fails(capsys, ["fit", "--config", "c.yaml"])
+
+
 def test_a_long_list_that_is_named_twice_is_no_bomb():
     names = [f"shard {number}" for number in range(12_000)]
     text = yaml.safe_dump({"train": names, "val": names})  # the second is an alias
@@ -206,6 +212,8 @@ ALLOWED = {
     "monitor_mode=lowest": "monitor_mode is lowest, and it takes max or min",
     "data.weights=[x]": "data.weights is ['x'], and it takes list[float] or null",
     "data.augmentation.scale=[a,b]": "data.augmentation.scale is a, and it takes float",
+    "model.optimizer.betas=[0.9,0.98,1]": "and it takes tuple with 2 elements; in YAML a tuple is a list, as [1, 2]",
+    "data.batch-size=3": "unknown key 'data.batch-size'; did you mean 'data.batch_size'?",
 }
 
 

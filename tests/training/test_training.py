@@ -236,6 +236,7 @@ MISTAKES = [
     (["--trainer.num_sanity_val_steps=2"], "trainer.num_sanity_val_steps is 2"),
     (["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; it must be above 0"),
     (["--trainer.val_check_interval=00:00:00:00"], "trainer.val_check_interval is 00:00:00:00; a time must be above 0"),
+    (["--trainer.max_time={minuts: 3}"], "the parts of a time are days, hours, minutes and seconds, all numbers"),
     (["--trainer.check_val_every_n_epoch=-1"], "trainer.check_val_every_n_epoch is -1; it must be above 0"),
     (["--trainer.val_check_interval=4"], "trainer.val_check_interval is 4 and an epoch has 3 steps"),
     (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps is 0; it must be at least 1"),
