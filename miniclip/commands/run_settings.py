@@ -23,6 +23,7 @@ from pytorch_lightning.callbacks import (
     LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     Timer,
 )
 from pytorch_lightning.strategies import StrategyRegistry
@@ -62,11 +63,7 @@ def refuse_what_would_mislead(config: Any) -> None:
             f"max_samples is {config.max_samples} and trainer.max_steps {trainer.max_steps}; only one of the two sets "
             "the run's length (--trainer.max_steps=-1 unsets it)"
         )
-    if trainer.fast_dev_run:
-        raise ValueError(
-            f"trainer.fast_dev_run is {trainer.fast_dev_run}, which writes no log and scores a part of the held-out "
-            "pairs; for a trial run use --trainer.max_steps 2 and a small data.val_pairs"
-        )
+    refuse_trial(trainer)
     if trainer.barebones:
         raise ValueError("trainer.barebones is true, which switches off the log and the checkpoints; leave it out")
     if trainer.enable_checkpointing is False:
@@ -113,6 +110,21 @@ def refuse_what_would_mislead(config: Any) -> None:
         raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
     if config.monitor and config.data.val is None:
         raise ValueError(f"monitor is {config.monitor!r}, which is read at validations; set data.val for them")
+
+
+def refuse_trial(trainer: Any) -> None:
+    """
+    Args:
+        trainer: the settings of `fit`'s or `validate`'s.
+
+    Raises:
+        ValueError: it would score a part of the held-out pairs.
+    """
+    if trainer.fast_dev_run:
+        raise ValueError(
+            f"trainer.fast_dev_run is {trainer.fast_dev_run}, which writes no log and scores a part of the held-out "
+            "pairs; for a trial run use --trainer.max_steps 2 and a small data.val_pairs"
+        )
 
 
 # Of a trainer as Lightning's command line makes it: what this one sets itself, and why.
@@ -228,6 +240,16 @@ def refuse_callbacks(trainer: Any) -> None:
     """
     callbacks = callback_list(trainer.callbacks)
     start.refuse_callbacks(callbacks)
+    if any(isinstance(each, OnExceptionCheckpoint) for each in callbacks):
+        raise ValueError(
+            "trainer.callbacks has OnExceptionCheckpoint, of whose file Lightning makes every run begin that names no "
+            "checkpoint, another run's, too; leave it out: a run that is stopped leaves last.ckpt"
+        )
+    if sum(isinstance(each, ZeroShotEvaluation) for each in callbacks) > 1:
+        raise ValueError(
+            "trainer.callbacks has ZeroShotEvaluation more than once, which would log all scores under the same names; "
+            "give the further labelled images to the first one's others: {NAME: DATA}"
+        )
     if trainer.max_time is not None and any(isinstance(each, Timer) for each in callbacks):
         raise ValueError(
             f"trainer.max_time is {trainer.max_time} and trainer.callbacks has a Timer, beside which Lightning ignores "

@@ -393,6 +393,8 @@ class TrainingCLI(LightningCLI):
             )
         elif config.data.val is None:
             raise ValueError("validate has nothing to score: set data.val")
+        else:
+            run_settings.refuse_trial(config.trainer)
         if _is_rank_zero():
             defaults = vars(self._parser(self.subcommand).get_defaults().as_flat())
             for sentence in run_settings.without_effect(str(self.subcommand), config, defaults):

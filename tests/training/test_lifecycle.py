@@ -1023,6 +1023,8 @@ def test_validate_needs_no_setting_of_training(data, tmp_path, capsys, half):
     assert read_run(half) == before
     without = [flag for flag in given if "data.val" not in flag]
     assert "set data.val" in fails(capsys, ["validate", *without, "--ckpt_path=last"])
+    trial = ["validate", *given, "--ckpt_path=last", "--trainer.fast_dev_run=true"]
+    assert "scores a part of the held-out pairs" in fails(capsys, trial)
 
 
 class Inference(Callback):

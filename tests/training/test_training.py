@@ -182,6 +182,8 @@ RESNET = [
     "--model.clip.vision.blocks=[1,1,1,1]",
     "--model.clip.vision.image_size=32",
 ]
+ZERO_SHOT = '{"class_path": "miniclip.training.zero_shot.ZeroShotEvaluation", "init_args": {"data": "labels.csv"}}'
+TWO_ZERO_SHOTS = f"--trainer.callbacks=[{ZERO_SHOT}, {ZERO_SHOT}]"
 MISTAKES = [
     (["--data.batchsize=3"], "unknown key 'data.batchsize'; did you mean 'data.batch_size'?"),
     (["--model.clip.vision.widht=32"], "did you mean 'model.clip.vision.width'?"),
@@ -264,6 +266,8 @@ MISTAKES = [
     ([callback("StochasticWeightAveraging", swa_lrs=0.1)], "set model.ema_decay"),
     ([callback("BackboneFinetuning")], "a CLIP has no backbone; set model.locked"),
     ([callback("ModelPruning", pruning_fn="l1_unstructured")], "was never validated"),
+    ([callback("OnExceptionCheckpoint", dirpath=".")], "leave it out: a run that is stopped leaves last.ckpt"),
+    ([TWO_ZERO_SHOTS], "ZeroShotEvaluation more than once, which would log all scores under the same names"),
     ([callback("GradientAccumulationScheduler", scheduling={0: 2})], "raise data.batch_size instead"),
     (["--data.val=null", callback("EarlyStopping", monitor="val/loss")], "EarlyStopping monitors 'val/loss'"),
     (
