@@ -88,7 +88,10 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; it must be a floating type of torch's, as torch.float16")
     device = find_device(device)
     hints: dict[str, Any] = {"activation": activation, "heads": heads, "head_width": head_width}
-    checkpoint = resize(read_checkpoint(locate(name, download_root), **hints), image_size, context_length)
+    checkpoint = read_checkpoint(locate(name, download_root), **hints)
+    if (image_size, context_length) != (None, None):
+        _refuse_misfits(checkpoint.config, checkpoint.tensors, str(name), checkpoint.called)
+        checkpoint = resize(checkpoint, image_size, context_length)
     return build(checkpoint, str(name), dtype).to(device).eval(), preprocess_for(checkpoint.config)
 
 
@@ -228,7 +231,7 @@ def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int |
     Dosovitskiy et al. 2020, section 3.2); those of the text are cut, or extended by repeating the last one.
 
     Raises:
-        ValueError: a size that the architecture does not allow.
+        ValueError: a size that the architecture does not allow, or of a tower that is not there.
     """
     config, tensors = checkpoint.config, dict(checkpoint.tensors)
     if image_size is not None and image_size != config.vision.image_size:
@@ -250,3 +253,9 @@ def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int |
         extra = max(0, context_length - len(table))
         tensors["text.positional_embedding"] = torch.cat([table[:context_length], table[-1:].expand(extra, -1)])
     return replace(checkpoint, config=config, tensors=tensors)
+    for name, size, now, tower in (
+        ("image_size", image_size, config.vision.image_size, "image"),
+        ("context_length", context_length, config.text.context_length, "text"),
+    ):
+        if size not in (None, now) and config.towers not in (tower, "both"):
+            raise ValueError(f"{name}={size!r}: this model has no {tower} tower; it is the other one alone")

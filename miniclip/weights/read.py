@@ -38,6 +38,10 @@ from .shapes import differences
 from .unwrap import unwrap
 
 _OPENAI = Hints("quick_gelu", head_width=(64, 64))  # OpenAI's code has one activation, and one width of heads
+_PROJECTIONS = {
+    "image": ("visual.proj", "CLIPVisionModelWithProjection"),
+    "text": ("text.text_projection", "CLIPTextModelWithProjection"),
+}
 LIGHTNING_CONFIG_KEY = "miniclip_config"  # where the trainer's checkpoints keep the architecture, as JSON
 LIGHTNING_WORDINGS_KEY = "miniclip_wordings"  # likewise wordings.json, if the captions had wordings in common
 LIGHTNING_PREFIX = "clip."
@@ -148,14 +152,19 @@ def _read_directory(path: Path) -> Checkpoint:
         given = read_tensors(path / weights_file)
         tensors = to_native_keys(given)
     if config.towers != "both":
-        projection = {"image": "visual.proj", "text": "text.text_projection"}[config.towers]
+        projection, kind = _PROJECTIONS[config.towers]
         if projection not in tensors:
             raise ValueError(
                 f"{path} is a CLIP's {config.towers} tower without its projection, so its features are not in the "
-                f"space that images and texts share; look for the clip_{config.towers} model 'with projection'"
+                f"space that images and texts share; look for transformers' {kind} of it"
             )
-        tensors.setdefault("logit_scale", torch.zeros(()))  # one tower has no contrast, and its files no temperature
+    tensors = _with_scale(tensors, config)
     return Checkpoint(file_format, tensors, config, called=naming_of(given), config_file=path / config_file)
+
+
+def _with_scale(tensors: Tensors, config: CLIPConfig) -> Tensors:
+    """One tower has no contrast, so its files have no temperature."""
+    return tensors if config.towers == "both" else {"logit_scale": torch.zeros(()), **tensors}
 
 
 def _openclip_config(folder: Path) -> CLIPConfig:
@@ -243,7 +252,7 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
                 "takes the largest id or eos_id, as pool_type says; transformers eos_token_id, or the largest id); put "
                 "the model's open_clip_config.json or config.json beside it"
             )
-    return Checkpoint(file_format, tensors, config, wordings, called, config_file)
+    return Checkpoint(file_format, _with_scale(tensors, config), config, wordings, called, config_file)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -302,7 +311,7 @@ def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> tuple[CLIPConf
         own = own_weights(name, names)
         try:
             config = read(path.parent)
-            is_of = not differences(config, tensors)
+            is_of = not differences(config, _with_scale(tensors, config))
         except ValueError:  # it may be another model's, or nothing of ours
             if _has_sizes_of(path.parent / name, tensors, otherwise=own == path.name):
                 raise

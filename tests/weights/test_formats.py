@@ -761,6 +761,14 @@ def test_everything_floating_has_the_precision_that_was_asked_for(tmp_path, dtyp
     ):
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
+@pytest.mark.parametrize("size", [{"image_size": 32}, {"context_length": 9}], ids=str)
+def test_what_is_to_be_resized_is_missed_by_its_name_where_it_is_not_there(tmp_path, size):
+    save(CLIP(TINY_VIT), tmp_path / "model")
+    tensors = {name: tensor for name, tensor in CLIP(TINY_VIT).state_dict().items() if "positional" not in name}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    refused(tmp_path / "model", "visual.positional_embedding: the architecture has (10, 128), the file no such", **size)
+
+
 
 
 @pytest.mark.parametrize("write", [write_archive, write_openai_state_dict])
@@ -1281,8 +1289,13 @@ def test_hugging_faces_image_tower_with_its_projection_gives_transformers_number
         assert_close(model.encode_image(images), reference(pixel_values=images).image_embeds)
     with pytest.raises(ValueError, match="no text tower"):
         model.encode_text(tokens)
+    of_file, _ = load(tmp_path / "text" / "model.safetensors", device="cpu")
+    assert torch.equal(of_file.encode_text(tokens), model.encode_text(tokens))
     with pytest.raises(ValueError, match="the image tower alone"):
         convert(tmp_path / "image", tmp_path / "out", "hf")
+    assert load(tmp_path / "text", device="cpu", context_length=9)[0].context_length == 9
+    with pytest.raises(ValueError, match="image_size=32: this model has no image tower"):
+        load(tmp_path / "text", device="cpu", image_size=32)
     assert "same embeddings" in convert(tmp_path / "image", tmp_path / "out", "native")
     assert inspect(tmp_path / "image").problems == ""
 
@@ -1297,6 +1310,8 @@ def test_hugging_faces_tower_without_its_projection_is_refused_saying_so(tmp_pat
 def test_the_state_dict_of_one_tower_is_refused(tmp_path, layout, tower):
     if layout == "openai":
         tensors = openclip_model(TINY_VIT).state_dict()
+    with pytest.raises(ValueError, match="context_length=9: this model has no text tower"):
+        load(tmp_path / "image", device="cpu", context_length=9)
         tensors = {key: t for key, t in tensors.items() if key.startswith("visual.") == (tower == "visual")}
     else:
         prefix = "text_" if tower == "text" else "vi"
