@@ -145,7 +145,7 @@ def _read_directory(path: Path) -> Checkpoint:
         config, file_format = _hf_config(path), "hf"
     else:
         config = CLIPConfig.from_dict(read_json(path / CONFIG_FILE), str(path / CONFIG_FILE))
-        if weights_file == WEIGHTS_FILE:
+        if weights_file == WEIGHTS_FILE and (path / WEIGHTS_FILE).is_file():  # else it is in shards
             return Checkpoint("native", read_safetensors(path / WEIGHTS_FILE), config, config_file=path / config_file)
         file_format = "native"
     with _naming(path / weights_file):

@@ -615,6 +615,22 @@ def test_shards_without_a_configuration_are_told_to_need_one(tmp_path):
     refused(tmp_path / "model" / "model.safetensors.index.json", "lists the shards", f"folder, {tmp_path / 'model'}")
 
 
+def test_shards_beside_our_own_configuration_give_the_same_model(tmp_path):
+    """As accelerate's save_model writes them, with the config.json that the error without one asks for."""
+    model = CLIP(TINY_VIT).eval()
+    save(model, tmp_path / "whole")
+    names = list(model.state_dict())
+    parts = {name: f"model-{which}.safetensors" for which in "12" for name in names[which == "2" :: 2]}
+    for part in set(parts.values()):
+        mine = {name: tensor for name, tensor in model.state_dict().items() if parts[name] == part}
+        save_file(mine, tmp_path / "whole" / part)
+    (tmp_path / "whole" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    found, _ = load(tmp_path / "whole", device="cpu")
+    assert found.config == model.config
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_folder_of_torchs_distributed_checkpoints_is_told_the_command_that_makes_a_file_of_it(tmp_path):
     """What it makes is loaded."""
     folder, state = tmp_path / "parts", openclip_model(TINY_VIT).state_dict()
@@ -745,6 +761,14 @@ def test_a_context_length_that_can_not_be_is_refused(tmp_path, length):
         load(path, device="cpu", context_length=length)
 
 
+@pytest.mark.parametrize("size", [{"image_size": 32}, {"context_length": 9}], ids=str)
+def test_what_is_to_be_resized_is_missed_by_its_name_where_it_is_not_there(tmp_path, size):
+    save(CLIP(TINY_VIT), tmp_path / "model")
+    tensors = {name: tensor for name, tensor in CLIP(TINY_VIT).state_dict().items() if "positional" not in name}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    refused(tmp_path / "model", "visual.positional_embedding: the architecture has (10, 128), the file no such", **size)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", TINY)
 @torch.no_grad()
@@ -761,14 +785,6 @@ def test_everything_floating_has_the_precision_that_was_asked_for(tmp_path, dtyp
     ):
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
-@pytest.mark.parametrize("size", [{"image_size": 32}, {"context_length": 9}], ids=str)
-def test_what_is_to_be_resized_is_missed_by_its_name_where_it_is_not_there(tmp_path, size):
-    save(CLIP(TINY_VIT), tmp_path / "model")
-    tensors = {name: tensor for name, tensor in CLIP(TINY_VIT).state_dict().items() if "positional" not in name}
-    save_file(tensors, tmp_path / "model" / "model.safetensors")
-    refused(tmp_path / "model", "visual.positional_embedding: the architecture has (10, 128), the file no such", **size)
-
-
 
 
 @pytest.mark.parametrize("write", [write_archive, write_openai_state_dict])
@@ -1273,8 +1289,13 @@ def test_hugging_faces_text_tower_with_its_projection_gives_transformers_numbers
         expected = reference(input_ids=tokens).text_embeds
         found = model.encode_text(tokens)
     assert_close(found, expected)
+    of_file, _ = load(tmp_path / "text" / "model.safetensors", device="cpu")
+    assert torch.equal(of_file.encode_text(tokens), model.encode_text(tokens))
     with pytest.raises(ValueError, match="no image tower"):
         model.encode_image(preprocess(Image.new("RGB", (9, 9)))[None])
+    assert load(tmp_path / "text", device="cpu", context_length=9)[0].context_length == 9
+    with pytest.raises(ValueError, match="image_size=32: this model has no image tower"):
+        load(tmp_path / "text", device="cpu", image_size=32)
     save(model, tmp_path / "ours")
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "ours", device="cpu")[0].encode_text(tokens), found)
@@ -1289,20 +1310,17 @@ def test_hugging_faces_image_tower_with_its_projection_gives_transformers_number
         assert_close(model.encode_image(images), reference(pixel_values=images).image_embeds)
     with pytest.raises(ValueError, match="no text tower"):
         model.encode_text(tokens)
-    of_file, _ = load(tmp_path / "text" / "model.safetensors", device="cpu")
-    assert torch.equal(of_file.encode_text(tokens), model.encode_text(tokens))
+    with pytest.raises(ValueError, match="context_length=9: this model has no text tower"):
+        load(tmp_path / "image", device="cpu", context_length=9)
     with pytest.raises(ValueError, match="the image tower alone"):
         convert(tmp_path / "image", tmp_path / "out", "hf")
-    assert load(tmp_path / "text", device="cpu", context_length=9)[0].context_length == 9
-    with pytest.raises(ValueError, match="image_size=32: this model has no image tower"):
-        load(tmp_path / "text", device="cpu", image_size=32)
     assert "same embeddings" in convert(tmp_path / "image", tmp_path / "out", "native")
     assert inspect(tmp_path / "image").problems == ""
 
 
 def test_hugging_faces_tower_without_its_projection_is_refused_saying_so(tmp_path):
     CLIPTextModel(hf_model().config.text_config).save_pretrained(tmp_path / "text")
-    refused(tmp_path / "text", "without its projection")
+    refused(tmp_path / "text", "without its projection", "look for transformers' CLIPTextModelWithProjection of it")
 
 
 @pytest.mark.parametrize("tower", ["text", "visual"])
@@ -1310,8 +1328,6 @@ def test_hugging_faces_tower_without_its_projection_is_refused_saying_so(tmp_pat
 def test_the_state_dict_of_one_tower_is_refused(tmp_path, layout, tower):
     if layout == "openai":
         tensors = openclip_model(TINY_VIT).state_dict()
-    with pytest.raises(ValueError, match="context_length=9: this model has no text tower"):
-        load(tmp_path / "image", device="cpu", context_length=9)
         tensors = {key: t for key, t in tensors.items() if key.startswith("visual.") == (tower == "visual")}
     else:
         prefix = "text_" if tower == "text" else "vi"
