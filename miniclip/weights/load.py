@@ -149,7 +149,14 @@ def _tensors_to_save(model: CLIP) -> Tensors:
     found = model.state_dict()
     refuse_no_weights(found, "the model", "save what comes of it")
     named = to_native_keys(without_wrappers(found, "the model"))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    tensors, storages = {}, set()
+    for name, tensor in named.items():
+        _refuse_no_numbers(name, tensor)
+        tensors[name] = tensor.detach().cpu().contiguous()
+        storage = tensors[name].untyped_storage().data_ptr()
+        if storage in storages:  # tied, or parts of one vector: safetensors takes each tensor by itself
+            tensors[name] = tensors[name].clone()
+        storages.add(storage)
     if wrong := differences(model.config, tensors, "the model"):
         what = "the model has other tensors than its config describes, so `load` could not read it back:"
         remedy = "set model.config to its sizes (dataclasses.replace), or keep its state_dict() with torch.save"
@@ -162,6 +169,20 @@ def _tensors_to_save(model: CLIP) -> Tensors:
             )
     refuse_other_computation(model)
     return tensors
+
+
+def _refuse_no_numbers(name: str, tensor: Tensor) -> None:
+    """Raises a ValueError for a tensor of a model whose numbers are elsewhere, or not plain ones."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} of the model is on the meta device, so its numbers are elsewhere or nowhere; where accelerate "
+            "keeps them (offloading), remove_hook_from_module(model, recurse=True) of accelerate.hooks brings them back"
+        )
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(
+            f"{name} of the model is a {type(tensor).__name__}, and `load` reads plain tensors; gather the parts of "
+            "FSDP2's (full_tensor()), dequantise quantised ones, and save what comes of it"
+        )
 
 
 def preprocess_for(config: CLIPConfig) -> Preprocess:
@@ -234,6 +255,12 @@ def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int |
         ValueError: a size that the architecture does not allow, or of a tower that is not there.
     """
     config, tensors = checkpoint.config, dict(checkpoint.tensors)
+    for name, size, now, tower in (
+        ("image_size", image_size, config.vision.image_size, "image"),
+        ("context_length", context_length, config.text.context_length, "text"),
+    ):
+        if size not in (None, now) and config.towers not in (tower, "both"):
+            raise ValueError(f"{name}={size!r}: this model has no {tower} tower; it is the other one alone")
     if image_size is not None and image_size != config.vision.image_size:
         if config.vision.kind == "timm":
             raise ValueError(f"image_size={image_size}: the resolution of a timm tower is not changed")
@@ -253,9 +280,3 @@ def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int |
         extra = max(0, context_length - len(table))
         tensors["text.positional_embedding"] = torch.cat([table[:context_length], table[-1:].expand(extra, -1)])
     return replace(checkpoint, config=config, tensors=tensors)
-    for name, size, now, tower in (
-        ("image_size", image_size, config.vision.image_size, "image"),
-        ("context_length", context_length, config.text.context_length, "text"),
-    ):
-        if size not in (None, now) and config.towers not in (tower, "both"):
-            raise ValueError(f"{name}={size!r}: this model has no {tower} tower; it is the other one alone")

@@ -81,6 +81,8 @@ _REASONS = {
     "_rebuild_qtensor": "its weights are quantised, and floating point is needed",
     "_rebuild_sparse_tensor": "its weights are sparse, and dense ones are needed",
     "_rebuild_meta_tensor_no_storage": "its tensors have shapes and no numbers",
+    "_rebuild_from_type_v2": "its tensors are of a class of their own, as FSDP2's DTensor and torchao's, and plain "
+    "ones are needed (gather or dequantise them)",
 }
 
 

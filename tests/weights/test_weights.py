@@ -1,5 +1,6 @@
 # weights.py and files.py: real files, good and damaged. Nothing in a file may be run.
 
+import copy
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import zipfile
 
+import accelerate.hooks
 import foreign_models
 import peft
 import pytest
@@ -281,7 +283,22 @@ def diverged(model):
     return model
 
 
+def offloaded(model):
+    return accelerate.cpu_offload(model, execution_device="cpu")
+
+
+class Parts(torch.Tensor):
+    """As FSDP2's DTensor and torchao's tensors: of a class of their own."""
+
+
+def in_parts(model):
+    model.visual.proj = torch.nn.Parameter(model.visual.proj.data.as_subclass(Parts))
+    return model
+
+
 UNREADABLE = {
+    offloaded: ["logit_scale of the model is on the meta device", "remove_hook_from_module(model, recurse=True)"],
+    in_parts: ["visual.proj of the model is a Parts, and `load` reads plain tensors", "full_tensor()"],
     lora: ["adapters of PEFT's", "base_layer", "call merge_and_unload()", "save what comes of it"],
     pruned: ["pruned weights", "weight_orig", "call prune.remove"],
     without_projection: ["visual.proj: the architecture has (8, 6), the model no such tensor", "torch.save"],
@@ -518,6 +535,25 @@ def test_of_weights_that_are_not_finite_that_is_said_and_nothing_else(tmp_path):
 def test_more_tokens_are_saved_once_the_configuration_has_them(model, tmp_path):
     model = with_more_tokens(model)
     model.config = dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, vocab_size=32))
+    save(model, tmp_path / "model")
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], model)
+
+
+def test_what_accelerate_keeps_elsewhere_is_saved_once_it_is_back(model, tmp_path):
+    expected = copy.deepcopy(model)
+    accelerate.hooks.remove_hook_from_module(offloaded(model), recurse=True)
+    save(model, tmp_path / "model")
+    assert_same_weights(load(tmp_path / "model", device="cpu")[0], expected)
+
+
+@torch.no_grad()
+def test_tensors_that_share_memory_are_saved_each(tmp_path):
+    """Tied ones, and the parts of one vector."""
+    model = CLIP(TINY["vit"])
+    vector = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(vector, model.parameters())
+    model.text.ln_final.weight = model.text.transformer.resblocks[0].ln_1.weight
+    model.visual.ln_post.bias.data = model.visual.ln_pre.bias.data[:]
     save(model, tmp_path / "model")
     assert_same_weights(load(tmp_path / "model", device="cpu")[0], model)
 

@@ -210,6 +210,15 @@ def test_a_quantised_model_is_refused_naming_that(tmp_path):
     assert "quantised" in refusal(tmp_path / "c.pt")
 
 
+class Parts(torch.Tensor):
+    """As FSDP2's DTensor and torchao's tensors: of a class of their own."""
+
+
+def test_tensors_of_a_class_of_their_own_are_named_with_what_to_do(tmp_path):
+    torch.save({key: tensor.as_subclass(Parts) for key, tensor in WEIGHTS.items()}, tmp_path / "c.pt")
+    assert "its tensors are of a class of their own, as FSDP2's DTensor and torchao's" in refusal(tmp_path / "c.pt")
+
+
 def test_an_adapter_of_peft_is_named_as_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
