@@ -22,7 +22,7 @@ import numpy as np
 import regex
 import torch
 
-from .common.arguments import check_count
+from .common.arguments import check_count, check_list
 from .common.files import ASSETS
 from .config import TextConfig
 
@@ -312,7 +312,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH, t
     check_count("context_length", context_length, least=2)  # start and end of text
     if not isinstance(texts, str | Iterable):
         raise ValueError(f"tokenize takes a text or a sequence of texts, not {texts!r}")
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [texts] if isinstance(texts, str) else check_list("texts", texts, "texts")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"tokenize takes a text or a sequence of texts; one of them is {text!r}")

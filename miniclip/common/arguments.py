@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, KeysView, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,13 @@ def check_path(name: str, value: Any) -> str:
 
 
 def check_list(name: str, values: Any, of: str = "values") -> list[Any]:
-    """Any iterable as a list, but for what has no order (a set), keeps what is meant behind keys, or is one text."""
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes | bytearray | Mapping | Set):
+    """Any iterable as a list, but for what has no order (a set), keeps what is meant behind keys or in columns (a
+    DataFrame, whose names would be taken), or is one text."""
+    is_unordered = isinstance(values, Set) and not isinstance(values, KeysView)
+    if not isinstance(values, Iterable) or is_unordered or isinstance(values, str | bytes | bytearray | Mapping):
         raise ValueError(f"{name} is {shown(values)}; it must be a list of {of}")
+    if hasattr(values, "columns"):
+        raise ValueError(f"{name} is {shown(values)}; it must be a list of {of}, as one of its columns is")
     try:
         return list(values)
     except TypeError as error:  # NumPy's arrays of no dimension

@@ -5,6 +5,7 @@ import random
 import re
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -343,6 +344,13 @@ def test_something_else_than_text_among_the_texts_is_named(wrong):
 def test_something_that_is_no_sequence_of_texts_is_named(wrong):
     with pytest.raises(ValueError, match=repr(wrong)):
         tokenize(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"a dog", "a cat"}, {"a dog": 1}, np.array("a")])
+def test_texts_whose_rows_could_be_others_are_refused_by_their_kind(wrong):
+    with pytest.raises(ValueError, match=f"texts is a {type(wrong).__name__}.*; it must be a list of texts"):
+        tokenize(wrong)
+    assert tokenize({"a dog": 1}.keys()).shape == (1, 77)
 
 
 # ---- decode

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import tiny_clip, write_picture
 
@@ -121,6 +122,7 @@ def test_what_is_no_hit_is_not_opened(folder):
         ({}, ["a", None], r"y\[1\] is None; a class is called by a text or by a number"),
         ({}, [["a"], ["b"]], r"y\[0\] is a list; a class is called by"),
         ({}, {"a": 0, "b": 1}, "y is a dict; it must be a list of class names"),
+        ({}, pd.DataFrame({"a": [0], "b": [1]}), "y is a DataFrame; it must be a list of class names, as one of its"),
         ({}, ["a", 5], "y mixes texts and numbers: 'a' and 5"),
         ({"classnames": 5}, [0, 1], "classnames is 5; it must be a list of names"),
         ({"classnames": ["a", None]}, [0, 1], r"classnames\[1\] is None; it must be a text"),
