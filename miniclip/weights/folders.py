@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path, PurePath
 
+from ..common.wording import some
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 OPENCLIP_CONFIG_FILE = "open_clip_config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # of PEFT's
@@ -65,7 +67,7 @@ def pair_in(names: Collection[str], where: str) -> tuple[str, str]:
     weights = f"{_OPENCLIP_WEIGHTS[0]} or {_OPENCLIP_WEIGHTS[2]}" if is_openclips else WEIGHTS_FILE
     missing = [] if configs else [config]
     missing += [] if found else [weights]
-    there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else _of_a_run(where)
+    there = f"; of {', '.join(others[:4])} give the path of the one that is meant" if others else _elsewhere(where)
     raise ValueError(f"{where} has no {' and no '.join(missing)}; a model's directory has {config} and weights{there}")
 
 
@@ -112,11 +114,23 @@ def has_usual_name(weights: str) -> bool:
     return weights in (*_OPENCLIP_WEIGHTS, *_HF_WEIGHTS)
 
 
-def _of_a_run(where: str) -> str:
-    """Where the model of a run lies, if a folder is one: in `best`, or while it goes on in its last checkpoint."""
+def _elsewhere(where: str) -> str:
+    """Where the model of a folder lies that holds none itself: of a run in `best`, or while it goes on in its last
+    checkpoint; of DeepSpeed's in parts; of sentence-transformers, diffusers and Trainer in folders below."""
     best, last = Path(where, "best"), Path(where, "checkpoints", "last.ckpt")
     found = best if (best / CONFIG_FILE).is_file() else last if last.is_file() else None
-    return f". It is the folder of a run, whose model is {found}" if found else ""
+    if found:
+        return f". It is the folder of a run, whose model is {found}"
+    if Path(where, "zero_to_fp32.py").is_file():
+        return (
+            ". It is a checkpoint of DeepSpeed's; `python zero_to_fp32.py . OUT` in it writes the weights in one piece"
+        )
+    below = sorted({path.parent.name for path in Path(where).glob("*/*config.json") if _has_weights(path.parent)})
+    return f". Models lie below it, in {some(below)}; give the path of the one that is meant" if below else ""
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(path.suffix in WEIGHTS_SUFFIXES for path in folder.iterdir())
 
 
 def refuse_unread(name: str, where: str = "") -> None:

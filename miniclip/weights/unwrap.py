@@ -55,7 +55,8 @@ def unwrap(values: Any, source: str) -> Tensors:
     """A CLIP's tensors by its own names.
 
     Raises:
-        ValueError: there is none, there are several to choose from, or adapters are not merged; says what to do.
+        ValueError: there is none, there are several to choose from, adapters are not merged, or the numbers are in
+            parts elsewhere; says what to do.
     """
     entries = {entry: without_wrappers(tensors, source) for entry, tensors in _state_dicts(values)}
     if not entries:
@@ -83,6 +84,12 @@ def unwrap(values: Any, source: str) -> Tensors:
     outside = [key for key in entries[entry] if key not in mine and not key.startswith(theirs)]
     if outside:
         warnings.warn(f"{source}: tensors outside of {prefix!r} are left out: {some(outside)}", stacklevel=2)
+    if empty := [key for key, tensor in mine.items() if not tensor.numel()]:
+        raise ValueError(
+            f"{source} holds tensors without numbers ({some(empty, 2)}), which are in parts elsewhere, as DeepSpeed's "
+            "ZeRO-3 and FSDP write them; gather the whole model (DeepSpeed: `python zero_to_fp32.py . OUT` in the "
+            "folder above; FSDP: FULL_STATE_DICT)"
+        )
     return {key.removeprefix(prefix): tensor for key, tensor in mine.items()}
 
 

@@ -159,6 +159,10 @@ def test_what_is_left_out_is_warned_of_by_name(tmp_path, checkpoint, left_out):
         ({key.removeprefix("visual."): t for key, t in WEIGHTS.items() if key.startswith("visual.")}, ["image tower"]),
         ({"epoch": 3, "lr": 0.1}, ["epoch", "lr"]),
         ([WEIGHTS], ["a list"]),
+        (
+            {"module": {key: torch.empty(0) for key in WEIGHTS}, "param_shapes": [{}], "ds_version": "0.14"},
+            ["tensors without numbers", "zero_to_fp32.py"],
+        ),
     ],
     ids=[
         "two entries",
@@ -172,6 +176,7 @@ def test_what_is_left_out_is_warned_of_by_name(tmp_path, checkpoint, left_out):
         "image tower's own",
         "no tensors",
         "list",
+        "DeepSpeed's ZeRO-3",
     ],
 )
 def test_what_is_not_one_whole_model_is_refused_saying_what_it_is(tmp_path, checkpoint, words):
@@ -306,6 +311,29 @@ def test_of_several_files_without_a_usual_name_one_has_to_be_chosen(both):
     assert "epoch_1.pt" in message
     assert "epoch_2.pt" in message
     assert_loads(both / "epoch_2.pt")
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        (
+            ["modules.json", "0_CLIPModel/config.json", "0_CLIPModel/model.safetensors", "1_Pooling/config.json"],
+            r"\. Models lie below it, in 0_CLIPModel; give the path of",
+        ),
+        (
+            ["text_encoder/config.json", "text_encoder/model.fp16.safetensors", "b/open_clip_config.json", "b/c.pt"],
+            r"\. Models lie below it, in b, text_encoder; give the path of",
+        ),
+        (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], r"`python zero_to_fp32\.py \. OUT`"),
+        (["a.txt", "b/config.json"], "has config.json and weights$"),
+    ],
+    ids=["sentence-transformers", "diffusers", "DeepSpeed", "none"],
+)
+def test_a_folder_whose_model_lies_elsewhere_says_where(tmp_path, files, says):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert re.search(says, refusal(tmp_path))
 
 
 def test_tensors_of_another_model_below_a_prefix_stay_out():
