@@ -141,6 +141,16 @@ def _ratio(hidden: int, width: int) -> float:
     return ratio
 
 
+# A part of a tensor's name that other models with an image tower have, and what they are.
+_OTHER_KINDS = {
+    "text_decoder.": "a CoCa, which writes captions, too",
+    "vision_model.head.": "a SigLIP, whose image tower pools by attention",
+    "vision_model.pre_layernorm.": "an OWL-ViT, which finds objects",
+    "positional_embedding_res": "a Long-CLIP, which has two tables of positions",
+    ".encoder.layer.": "a model with a text tower of BERT's kind, as Chinese-CLIP, AltCLIP or roberta-ViT-B-32",
+}
+
+
 def _require_both_towers(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raises a ValueError that says what the tensors are, if they are no CLIP's."""
     there = ", ".join(sorted(key.removeprefix("text.") for key in tensors)[:4])
@@ -157,6 +167,12 @@ def _require_both_towers(tensors: Mapping[str, Tensor], source: str) -> None:
             " (they may be an image tower's alone, without the text tower)" if "text.class_embedding" in tensors else ""
         )
         raise ValueError(f"{source} is no CLIP: it has no image tower. Its tensors are {there}, …{also}")
+    for sign, kind in _OTHER_KINDS.items():
+        if key := next((key for key in tensors if sign in key), None):
+            raise ValueError(
+                f"{source} is no CLIP but {kind} ({key}); the verbs take such models as openclip:NAME/TAG or "
+                "transformers:owner/name"
+            )
     if not has_text:
         raise ValueError(f"{source} is no CLIP: it has an image tower and no text tower. Its tensors are {there}, …")
 
@@ -339,6 +355,11 @@ def config_from_hf(
     if values.get("model_type") not in _HF_TOWERS:
         raise ValueError(
             f"{source} is of a model of type {values.get('model_type')!r}; valid are {', '.join(_HF_TOWERS)}"
+        )
+    if "CLIPForImageClassification" in (values.get("architectures") or ()):
+        raise ValueError(
+            f"{source} is of a CLIPForImageClassification: an image tower and a classifier, without the text tower and "
+            "the projection to its space"
         )
     towers = _HF_TOWERS[values["model_type"]]
     if towers != "both":  # the file of one tower is what stands in a section in the file of both

@@ -35,12 +35,27 @@ _NO_WEIGHTS = {
         ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "base_layer"),
         ("adapters of PEFT's (LoRA) that are not merged into the weights", _MERGED),
     ),
+    **dict.fromkeys(
+        ("lora_down", "lora_up"),
+        ("a LoRA adapter alone", "merge it into the model that it changes (diffusers: fuse_lora())"),
+    ),
     **dict.fromkeys(("modules_to_save", "original_module"), ("layers of which PEFT keeps two copies", _MERGED)),
     "parametrizations": ("weights that a parametrization computes", "call parametrize.remove_parametrizations on each"),
     **dict.fromkeys(("weight_g", "weight_v"), ("weights under weight norm", "call remove_weight_norm on each layer")),
     **dict.fromkeys(("weight_orig", "weight_mask"), ("pruned weights beside their masks", "call prune.remove on each")),
     **dict.fromkeys(
-        ("SCB", "quant_state", "absmax", "_packed_params", "qweight", "weight_scale"),
+        (
+            "SCB",
+            "quant_state",
+            "absmax",
+            "_packed_params",
+            "qweight",
+            "weight_packed",
+            "weight_scale",
+            "weight_scale_inv",
+            "scale_weight",
+            "scaled_fp8",
+        ),
         ("quantised weights", "dequantise the model or take the one that it was made from"),
     ),
     **dict.fromkeys(

@@ -42,12 +42,18 @@ from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPForImageClassification,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     MetaClip2Config,
     MetaClip2Model,
+    OwlViTConfig,
+    OwlViTModel,
+    SiglipConfig,
+    SiglipModel,
 )
+from transformers import CLIPConfig as HFConfig
 
 import miniclip.openclip
 from miniclip.config import OPENAI_MODELS, CLIPConfig, TextConfig, VisionConfig
@@ -1276,6 +1282,26 @@ def test_a_text_only_model_of_hugging_faces_is_refused_naming_its_type(tmp_path)
     BertModel(BertConfig(vocab_size=30, **sizes)).save_pretrained(tmp_path / "bert")
     refused(tmp_path / "bert", "bert")
     refused(tmp_path / "bert" / "model.safetensors", "no image tower", activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "says"),
+    [
+        (SiglipModel, SiglipConfig, "is no CLIP but a SigLIP"),
+        (OwlViTModel, OwlViTConfig, "is no CLIP but an OWL-ViT"),
+        (CLIPForImageClassification, HFConfig, "is of a CLIPForImageClassification: an image tower and a classifier"),
+    ],
+)
+def test_hugging_faces_other_models_with_an_image_tower_are_refused_by_their_kind(tmp_path, kind, config, says):
+    """By what their config.json says in a folder, and else by their tensors."""
+    sections = {name: hf_model().config.to_dict()[name] for name in ("text_config", "vision_config")}
+    kind(config(**sections)).save_pretrained(tmp_path / "model")
+    if kind is CLIPForImageClassification:
+        refused(tmp_path / "model", says)
+    else:
+        refused(tmp_path / "model", f"of type {config.model_type!r}")
+        (tmp_path / "model" / "config.json").unlink()
+        refused(tmp_path / "model" / "model.safetensors", says, activation="gelu")
 
 
 @pytest.mark.parametrize("end", [59, 2])

@@ -197,6 +197,9 @@ def test_what_is_not_one_whole_model_is_refused_saying_what_it_is(tmp_path, chec
         ("SCB", "dequantise"),
         ("weight.quant_state.bitsandbytes__nf4", "dequantise"),
         ("_flat_param", "FULL_STATE_DICT"),
+        ("weight_scale_inv", "dequantise"),
+        ("scale_weight", "dequantise"),
+        ("lora_down.weight", "fuse_lora"),
     ],
 )
 def test_what_is_no_weight_yet_is_named_with_what_makes_weights_of_it(tmp_path, part, remedy):
@@ -205,6 +208,19 @@ def test_what_is_no_weight_yet_is_named_with_what_makes_weights_of_it(tmp_path, 
     message = refusal(tmp_path / "c.pt")
     assert name in message
     assert remedy in message
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("text_decoder.cross_attn.0.ln_1.bias", "a CoCa"),
+        ("positional_embedding_res", "a Long-CLIP"),
+        ("text.transformer.encoder.layer.0.output.dense.bias", "a model with a text tower of BERT's kind"),
+    ],
+)
+def test_models_that_are_like_a_clip_are_refused_by_their_kind(tmp_path, name, kind):
+    torch.save(WEIGHTS | {name: torch.zeros(3)}, tmp_path / "c.pt")
+    assert f"is no CLIP but {kind}" in refusal(tmp_path / "c.pt")
 
 
 def test_a_quantised_model_is_refused_naming_that(tmp_path):
