@@ -233,6 +233,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
     def _make_prompts(self, threshold: ModelThreshold | None) -> None:
         encoder = self._encoder()
         self.classnames_ = tuple(self._name_of(label) for label in self.classes_.tolist())
+        for label, name in zip(self.classes_.tolist(), self.classnames_, strict=True):
+            if not name.strip():
+                raise ValueError(f"class {label!r} has an empty name, whose prompts would fit any image; leave it out")
         templates = self._templates(threshold)
         if threshold is not None:
             threshold.check_model(encoder)

@@ -282,6 +282,7 @@ MISTAKES = {
     "one class": ({}, (None, ["cat"]), "y has one class, 'cat';"),
     "no class": ({}, (None, []), "y has no class"),
     "a class twice": ({}, (None, ["cat", "dog", "cat"]), "class 'cat' is named twice"),
+    "a class without a name": ({}, (None, ["cat", " ", "dog"]), "class ' ' has an empty name"),
     "names in the place of images": ({}, (NAMES, None), r"names are y: fit\(None"),
     "labels without a name": ({"classnames": ["a", "b"]}, (None, [0, 1, 2]), r"labels 0 to 1, and none for 2"),
     "names of others": ({"classnames": {"x": "y"}}, (None, NAMES), "none for 'cat'"),
