@@ -428,6 +428,12 @@ class TrainingCLI(LightningCLI):
                     "pairs",
                     file=sys.stderr,
                 )
+            if shards := data.trained_on_twice():
+                print(
+                    f"warning: data.train names shards more than once ({without_secrets(some(shards, 3))}), so their "
+                    "pairs may come twice in a batch; data.weights takes a source more often than another",
+                    file=sys.stderr,
+                )
             for warning in (
                 []
                 if data.train_shards is None

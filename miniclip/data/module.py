@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from ..common.cache import Cache
 from ..common.processes import own_indices
 from ..common.storage import is_url, without_secrets
 from ..common.waiting import PatientLoader
-from ..common.wording import some
+from ..common.wording import counted, some
 from ..config import Interpolation, Preprocessing, Resize
 from ..images import Preprocess
 from .augmentation import Augmentation
@@ -209,6 +209,9 @@ class PairDataModule(pl.LightningDataModule):
         self.val = [val] if isinstance(val, str) else list(val or [])
         if not self.train:
             raise ValueError("data.train is empty; it needs shards to train on")
+        for name, named in (("train", self.train), ("val", self.val)):
+            if "" in named:  # of a variable of the shell's that is not set, say; Path("") is the current folder
+                raise ValueError(f"data.{name} is ''; name a folder, file or pattern, as '.' for the current folder")
         if weights is not None and len(weights) != len(self.train):
             raise ValueError(f"data.weights has {len(weights)} numbers and data.train {len(self.train)} sources")
         if not all(weight > 0 and math.isfinite(weight) for weight in weights or ()):
@@ -290,6 +293,11 @@ class PairDataModule(pl.LightningDataModule):
         if self.val and self.val_shards is None:
             self.prepare_data()
             self.val_shards = Shards(self._places("val"), self.cache, split="val")
+            if len(self.val_shards) < 2:
+                raise ValueError(
+                    f"data.val has {counted(len(self.val_shards), 'pair')}; its scores are of each among the others, "
+                    "so it needs at least two"
+                )
             if self._group_field():
                 check_groups(self.val_shards, self.group, " of data.val")
 
@@ -301,12 +309,21 @@ class PairDataModule(pl.LightningDataModule):
         """The shards of `val` that are trained on, too."""
         if self.val_shards is None:
             return []
-        trained = [] if self.train_shards is None else [shard.location for shard in self.train_shards.entries]
-        if self.train_stream is not None:
-            trained = [tar.location for tar in self.train_stream.tars]
         held_out = [shard.location for shard in self.val_shards.entries]
-        places = set(_whereabouts(trained))
+        places = set(_whereabouts(self._train_locations()))
         return [shard for shard, place in zip(held_out, _whereabouts(held_out), strict=True) if place in places]
+
+    def trained_on_twice(self) -> list[str]:
+        """The shards that `train` names more than once."""
+        trained = self._train_locations()
+        places = _whereabouts(trained)
+        times = Counter(places)
+        return list({place: shard for shard, place in zip(trained, places, strict=True) if times[place] > 1}.values())
+
+    def _train_locations(self) -> list[str]:
+        if self.train_stream is not None:
+            return [tar.location for tar in self.train_stream.tars]
+        return [] if self.train_shards is None else [shard.location for shard in self.train_shards.entries]
 
     def steps_per_epoch(self) -> int:
         """Those of Lightning's epoch, after which validations come: the batches that an epoch fills.

@@ -531,6 +531,20 @@ def test_a_batch_of_one_is_refused(shelf):
         PairDataModule(str(shelf), batch_size=1)
 
 
+def test_a_single_pair_is_neither_trained_on_nor_validated(shelf, tmp_path):
+    pack_folder(write_pairs(tmp_path / "src", 1), tmp_path / "one")
+    with pytest.raises(ValueError, match="training set has 1 sample; contrastive training needs at least two"):
+        module(tmp_path / "one").train_dataloader()
+    with pytest.raises(ValueError, match=r"data\.val has 1 pair; .* at least two"):
+        module(shelf, val=str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_empty_name_is_not_the_current_folder(shelf, part):
+    with pytest.raises(ValueError, match=rf"data\.{part} is ''; name a folder, file or pattern, as '\.'"):
+        PairDataModule(**{"train": str(shelf), part: ["", str(shelf)]})
+
+
 def test_a_batch_larger_than_the_training_set_is_refused(shelf):
     with pytest.raises(ValueError, match="batch_size is 23 and the training set has 22 samples"):
         module(shelf, batch_size=23).train_dataloader()
@@ -793,6 +807,9 @@ def test_shards_that_are_trained_on_and_held_out_are_named(shelf, tmp_path, orde
     assert [Path(place).resolve() for place in data.trained_on()][:1] == [Path(first).resolve()]
     assert len(data.trained_on()) == len(list(shelf.glob("*.tar")))
     assert module(shelf, val=str(tmp_path / "copy"), order=order).trained_on() == []
+    assert data.trained_on_twice() == []
+    twice = module([str(shelf), first, str(tmp_path / "copy")], order=order).trained_on_twice()
+    assert [Path(place).resolve() for place in twice] == [Path(first).resolve()]
 
 
 @pytest.mark.parametrize(("part", "num_batches"), [("train", 5), ("val", 6)])  # a validation has the rest, too
