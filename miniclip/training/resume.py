@@ -57,6 +57,11 @@ class Resumption(Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
         if trainer.state.fn == TrainerFn.FITTING:
+            if not checkpoint.get("optimizer_states"):
+                raise ValueError(
+                    f"{trainer.ckpt_path} holds weights alone, as ModelCheckpoint's save_weights_only leaves them, and "
+                    f"no run to resume; start one from its weights: --model.start_from {trainer.ckpt_path}"
+                )
             self._checkpoint = checkpoint.get(SETTINGS)
             sizes = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
             refuse_another_state(module, self._checkpoint or {}, sizes)

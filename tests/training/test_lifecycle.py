@@ -30,6 +30,7 @@ import torch
 import warm
 from helpers import pack_folder, tiny_clip, write_pairs
 from pytorch_lightning import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 
 import miniclip
 from miniclip.commands import train as trainer
@@ -37,6 +38,8 @@ from miniclip.data.module import PairDataModule
 from miniclip.reports.runs import read_run
 from miniclip.training.checkpoints import LastCheckpoint
 from miniclip.training.progress import Stalls
+from miniclip.training.resume import Resumption
+from miniclip.training.step import CLIPTraining
 from miniclip.weights.convert import convert
 
 ROOT = Path(__file__).parents[2]
@@ -1084,3 +1087,10 @@ def test_another_trainers_checkpoint_is_called_that_and_what_to_do_instead(data,
     assert line.endswith(
         f"; resume it with the program that wrote it, or start from its weights: --model.start_from {path}"
     )
+
+
+def test_a_checkpoint_of_weights_alone_is_called_that():
+    loading = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), ckpt_path="weights.ckpt")
+    module = CLIPTraining(tiny_clip().config)
+    with pytest.raises(ValueError, match=r"weights\.ckpt holds weights alone, .*: --model\.start_from weights\.ckpt"):
+        Resumption().on_load_checkpoint(loading, module, {"state_dict": module.state_dict()})
