@@ -15,12 +15,21 @@ from typing import Any
 
 import yaml
 
+from ..common.arguments import shown
 from ..common.storage import without_secrets, without_secrets_in
 from ..data.reading.unique_keys import BoundedSafe
 
 PAGE_FILE, RUN_FILE, METRICS_FILE = "report.html", "run.json", "metrics.csv"
-# What every record has.
-_RECORDED = ("status", "seconds", "step", "max_steps", "command", "device", "precision", "peak_source", "versions")
+_NUMBER, _TEXT_OR_NONE = (int, float), (str, type(None))
+# What every record has, and what those of later versions have, too.
+_RECORDED: dict[str, Any] = {
+    **dict.fromkeys(("status", "command", "device", "precision"), str),
+    **{"seconds": _NUMBER, "step": int, "max_steps": int, "peak_source": _TEXT_OR_NONE, "versions": dict},
+}
+_OF_LATER: dict[str, Any] = {
+    **dict.fromkeys(("first_step", "batch_size", "world_size"), int),
+    **{"monitor": str, "rejected": list, "epoch_samples": int, "peak_tflops": (*_NUMBER, type(None))},
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +154,9 @@ def _read_start(log: Path) -> dict[str, Any] | None:
         began = datetime.datetime.fromisoformat(start["began"]).timestamp()
         if missing := [name for name in _RECORDED if name not in start]:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        kinds = _RECORDED | _OF_LATER
+        if wrong := [name for name in start if name in kinds and not isinstance(start[name], kinds[name])]:
+            raise ValueError(f"its {wrong[0]} is {shown(start[wrong[0]])}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged and was left out: {error}") from error
     table = log / METRICS_FILE

@@ -287,6 +287,23 @@ def test_the_page_of_a_run_with_damaged_files_goes_on_and_names_them(tmp_path):
     assert "Contrastive loss" in text
 
 
+RECORD: dict[str, Any] = {
+    **dict.fromkeys(("status", "command", "device", "precision", "monitor"), "a"),
+    **dict.fromkeys(("seconds", "step", "max_steps", "batch_size", "first_step"), 1),
+    **{"began": "2026-01-02T03:04:05+00:00", "peak_source": None, "versions": {}, "rejected": []},
+}
+
+
+@pytest.mark.parametrize("name", sorted(RECORD.keys() - {"began", "rejected"}))
+def test_a_record_of_a_start_with_a_value_of_another_kind_is_named_and_left_out(tmp_path, name):
+    log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0")
+    (tmp_path / "logs/version_0/run.json").write_text(json.dumps(RECORD))
+    assert read_run(tmp_path).starts == (RECORD,)
+    (tmp_path / "logs/version_0/run.json").write_text(json.dumps({**RECORD, name: [True]}))
+    with pytest.warns(UserWarning, match=rf"run\.json is damaged and was left out: its {name} is a list"):
+        assert read_run(tmp_path).starts == ()
+
+
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!other"])
 def test_a_tag_in_a_runs_settings_is_named_and_nothing_is_built_from_it(tmp_path, tag):
     log(tmp_path, "version_0", "epoch,step,train/loss", "0,10,5.0")
