@@ -39,6 +39,9 @@ class TimmTower(nn.Module):
             raise ValueError(
                 f"timm has no model {config.timm_model!r} with {options or 'its own pooling'}: {error}"
             ) from error
+        patches: Any = getattr(self.trunk, "patch_embed", None)
+        if getattr(patches, "strict_img_size", False) and patches.img_size != 2 * (config.image_size,):
+            raise ValueError(f"{config.timm_model} takes images of {patches.img_size} pixels, not {config.image_size}")
         # Some models have a layer more between what they call features and their classifier.
         width = getattr(self.trunk, "head_hidden_size", None) or self.trunk.num_features
         bias = config.timm_projection_bias

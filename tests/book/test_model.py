@@ -551,3 +551,9 @@ def test_a_compiled_image_tower_cuts_its_patches_by_a_product_too():
         assert torch.equal(torch.compile(tower, backend=note, fullgraph=True)(images), tower(images))
     assert operations
     assert not any("conv" in str(operation) for operation in operations)
+
+
+def test_a_resolution_that_a_transformer_of_timms_does_not_take_is_refused_when_it_is_built():
+    vision = VisionConfig(kind="timm", timm_model="vit_tiny_patch16_224", image_size=32)
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 takes images of \(224, 224\) pixels, not 32"):
+        CLIP(CLIPConfig(vision=vision, text=TextConfig(width=16, layers=1, head_width=16, vocab_size=30, eot_token=29)))
