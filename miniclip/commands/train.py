@@ -457,49 +457,21 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
-        run_settings.refuse_callbacks(settings.trainer)
-        run_settings.refuse_devices(settings.trainer)
-        run_settings.refuse_times(settings.trainer)
-        trainer, run = settings.trainer, self.run_folder
-        self._stalls = Stalls()
-        callbacks: list[Callback] = [self._stalls, RejectedSamples()]
-        if self.subcommand == "fit":
-            own = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
-            resumption = Resumption(run_settings.material(without_secrets_in(json.loads(own))))
-            callbacks += [resumption, StopIfNotFinite(), StepMetrics(), RunMetrics(), CaptionWordings()]
-            if settings.overwrite and not self._goes_on():
-                self._overwriting = Overwriting(run)
-                callbacks.append(self._overwriting)
+        trainer = settings.trainer
+        run_settings.refuse_callbacks(trainer)
+        run_settings.refuse_devices(trainer)
+        run_settings.refuse_times(trainer)
+        if self.subcommand == "fit" and settings.max_samples is not None:
+            trainer.max_steps = math.ceil(settings.max_samples / settings.data.batch_size)
         given = run_settings.callback_list(trainer.callbacks)
-        if trainer.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in given):
-            callbacks.append(RunProgress())
-        if self.subcommand == "fit":
-            if settings.max_samples is not None:
-                trainer.max_steps = math.ceil(settings.max_samples / settings.data.batch_size)
-            last, best = (run_settings.checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
-            python = run_settings.interpreter()
-            typed = without_secrets(run_settings.command_line(sys.argv, python))
-            resume_command = run_settings.resume_command(sys.argv, python)
-            if (shown := without_secrets(resume_command)) != resume_command:
-                resume_command = f"{shown}  # with each … as it was"
-            self._resume_command = resume_command
-            monitor, mode = run_settings.monitor(settings), settings.monitor_mode
-            callbacks.append(LostProcesses(lambda: what_is_kept(last, resume_command)))
-            callbacks.append(RunReport(run, typed, monitor, mode))
-            # last.ckpt is written after everything else that a step leaves, and so knows of it.
-            callbacks.append(RandomStates())
-            callbacks.append(BestCheckpoint(best, monitor, mode))
-            callbacks.append(
-                LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, resume_command)
-            )
         logger = trainer.logger
         if logger is not False:  # the report needs the table beside any other log
             others = [] if logger in (None, True) else logger if isinstance(logger, list) else [logger]
-            logger = [TableLogger(run, name="logs"), *others]
+            logger = [TableLogger(self.run_folder, name="logs"), *others]
         has_summary = trainer.enable_model_summary is None and any(isinstance(each, ModelSummary) for each in given)
         rank = _own_rank()
         made: pl.Trainer = super().instantiate_trainer(
-            callbacks=[*given, *callbacks],
+            callbacks=[*given, *self._own_callbacks(settings, given)],
             logger=logger,
             plugins=[*(trainer.plugins or []), AtomicCheckpointIO()],
             enable_model_summary=trainer.enable_model_summary or has_summary,
@@ -508,6 +480,57 @@ class TrainingCLI(LightningCLI):
             **kwargs,
         )
         run_settings.refuse_runs_beside(made, rank)
+        self._check_trainer(made, trainer)
+        profiler: Profiler = made.profiler  # type: ignore[attr-defined]
+        if not isinstance(profiler, PassThroughProfiler) and profiler.filename is None:
+            profiler.filename = "profile"  # beside the run's log; otherwise it goes to Lightning's own
+        return made
+
+    def _own_callbacks(self, settings: Any, given: list[Callback]) -> list[Callback]:
+        """Those of every run, after the ones that the settings have."""
+        self._stalls = Stalls()
+        has_own_bar = any(isinstance(each, ProgressBar) for each in given)
+        bar = [] if settings.trainer.enable_progress_bar is False or has_own_bar else [RunProgress()]
+        if self.subcommand != "fit":
+            return [self._stalls, RejectedSamples(), *bar]
+        run = self.run_folder
+        own = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="json")
+        if settings.overwrite and not self._goes_on():
+            self._overwriting = Overwriting(run)
+        last, best = (run_settings.checkpoints(run) / f"{name}.ckpt" for name in ("last", "best"))
+        python = run_settings.interpreter()
+        typed = without_secrets(run_settings.command_line(sys.argv, python))
+        resume_command = run_settings.resume_command(sys.argv, python)
+        if (public := without_secrets(resume_command)) != resume_command:
+            resume_command = f"{public}  # with each … as it was"
+        self._resume_command = resume_command
+        monitor, mode = run_settings.monitor(settings), settings.monitor_mode
+        return [
+            self._stalls,
+            RejectedSamples(),
+            Resumption(run_settings.material(without_secrets_in(json.loads(own)))),
+            StopIfNotFinite(),
+            StepMetrics(),
+            RunMetrics(),
+            CaptionWordings(),
+            *([self._overwriting] if self._overwriting else []),
+            *bar,
+            LostProcesses(lambda: what_is_kept(last, resume_command)),
+            RunReport(run, typed, monitor, mode),
+            # last.ckpt is written after everything else that a step leaves, and so knows of it.
+            RandomStates(),
+            BestCheckpoint(best, monitor, mode),
+            LastCheckpoint(last, settings.save_every_n_steps, settings.save_every_minutes, resume_command),
+        ]
+
+    def _check_trainer(self, made: pl.Trainer, trainer: Any) -> None:
+        """
+        Args:
+            trainer: the settings that it was made of.
+
+        Raises:
+            ValueError: it would do other than they say.
+        """
         if self.subcommand == "fit":
             listed: list[Callback] = made.callbacks  # type: ignore[attr-defined]
             unknown = run_settings.refuse_unlogged_monitors(listed, self.model, self.config.fit.data.val is not None)
@@ -523,10 +546,6 @@ class TrainingCLI(LightningCLI):
             )
         if trainer.sync_batchnorm and isinstance(made.strategy, ParallelStrategy):
             _refuse_unsynchronised(self.model, made.strategy)
-        profiler: Profiler = made.profiler  # type: ignore[attr-defined]
-        if not isinstance(profiler, PassThroughProfiler) and profiler.filename is None:
-            profiler.filename = "profile"  # beside the run's log; otherwise it goes to Lightning's own
-        return made
 
     def after_validate(self) -> None:
         self._tell_of_profile()
