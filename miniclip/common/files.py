@@ -7,6 +7,7 @@ import errno
 import io
 import math
 import os
+import re
 import secrets
 import select
 import shutil
@@ -145,7 +146,7 @@ def refuse_foreign(folder: Path, ours: Collection[Path], writer: str) -> None:
 
 def swap_in(new: Path, path: Path) -> None:
     """Gives a complete file or folder its name. What had it is kept until then, and comes back if that fails."""
-    old = path.with_name(f".{path.name}.old")
+    old = _set_aside(path)
     try:
         if path.exists():
             remove(old)
@@ -156,6 +157,10 @@ def swap_in(new: Path, path: Path) -> None:
             os.rename(old, path)
     remove(old)
     sync_folder(path.parent)
+
+
+def _set_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +210,8 @@ def locked(path: Path, busy: str, patience_s: float = -1) -> Iterator[None]:
 def stand_in(path: Path, busy: str) -> Iterator[Path]:
     """A temporary path beside another, for a file or folder that `swap_in` gives its name once it is complete.
 
-    It is removed at the end. Whoever has it is the only one at work on `path`, so what is there is looked at within.
+    It is removed at the end, and so are those that killed processes left before. Whoever has it is the only one at work
+    on `path`, so what is there is looked at within.
 
     Args:
         busy: the beginning of the error if another process is at work on it.
@@ -214,10 +220,15 @@ def stand_in(path: Path, busy: str) -> Iterator[Path]:
         ValueError: another process is.
         OSError: nothing can be written there, or the disk is full; names `path`.
     """
-    temporary = path.with_name(f".{path.stem[:200]}.{secrets.token_hex(8)}.tmp{path.suffix[:20]}")
+    before, after = f".{path.stem[:200]}.", f".tmp{path.suffix[:20]}"
+    temporary = path.with_name(f"{before}{secrets.token_hex(8)}{after}")
     with ExitStack() as stack:
         with naming(path, path.parent):
             stack.enter_context(locked(path.with_name(f".{path.name[:200]}.lock"), busy, patience_s=0))
+        if path.exists() or not _set_aside(path).exists():  # else one was killed in `swap_in`, and it is complete
+            left = re.compile(rf"{re.escape(before)}[0-9a-f]{{16}}{re.escape(after)}")
+            for leftover in [each for each in path.parent.iterdir() if left.fullmatch(each.name)]:
+                remove(leftover)
         stack.callback(remove, temporary)
         with naming(path, temporary):
             yield temporary

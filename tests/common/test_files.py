@@ -137,6 +137,19 @@ def test_what_stands_in_for_a_file_is_never_named_in_its_place(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_killed_processes_left_in_place_of_a_file_is_removed_by_the_next_and_nothing_else(tmp_path):
+    out, killed = tmp_path / "out", tmp_path / f".out.{'0a' * 8}.tmp"
+    others = [".out.notes.tmp", f".out.{'0a' * 8}.tmp.pt", f".out2.{'0a' * 8}.tmp", "out.tmp"]
+    for name in (killed.name, *others):
+        write_text(tmp_path / name / "model", "half")
+    with stand_in(out, "busy"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".out.lock"])
+    write_text(killed / "model", "whole")  # killed between the two renames of a swap
+    (tmp_path / ".out.old").mkdir()
+    with stand_in(out, "busy"):
+        assert (killed / "model").read_text() == "whole"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Locks
 
