@@ -173,7 +173,12 @@ def write_more() -> None:
     rows = [(f"animals/{animal}/{n}.png", animal) for animal in ("cat", "dog") for n in range(20)]
     for name in ("photos.csv", "imagenet-r.csv"):
         write_table(name, ["filepath", "label"], rows)
-    products = [(path, f"a {label}, number {n}", n // 4) for n, (path, label) in enumerate(5 * rows)]
+    pictures = [
+        (name, animal, n) for name in ("animals", "pets", "my_pets") for animal in ("cat", "dog") for n in range(20)
+    ]
+    products = [
+        (f"{name}/{animal}/{n}.png", f"a {animal}, number {n} of {name}", n // 2) for name, animal, n in pictures
+    ]
     write_table("products.csv", ["filepath", "caption", "product_id"], products)
     columns = {
         "filepath": [path for path, _ in rows],
