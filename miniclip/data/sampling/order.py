@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Sampler
 
-from ...common.wording import counted
-
 
 class Order(Protocol):
     """An endless sequence of samples, of which batch n is the n-th slice."""
@@ -161,10 +159,12 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         self, order: Order, batch_size: int, step: Callable[[], int], rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size > order.num_samples:
-            what = f"batch_size is {batch_size} and the training set has {counted(order.num_samples, 'sample')}; "
             if order.num_samples < 2:
-                raise ValueError(f"{what}contrastive training needs at least two")
-            raise ValueError(f"{what}no more fit a batch, so set data.batch_size to {order.num_samples} or less")
+                raise ValueError("the training set has 1 sample; contrastive training needs at least two")
+            raise ValueError(
+                f"batch_size is {batch_size} and the training set has {order.num_samples} samples; no more fit a "
+                f"batch, so set data.batch_size to {order.num_samples} or less"
+            )
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}, which {world_size} ranks can't share evenly")
         self.order, self.batch_size, self.step, self.rank, self.world_size = order, batch_size, step, rank, world_size
