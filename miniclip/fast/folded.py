@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import matmul
-from .plain import is_eager, is_guarded, is_plain
+from .plain import is_autocast, is_eager, is_guarded, is_plain
 
 
 def patches(conv: nn.Module, images: Tensor) -> Tensor:
@@ -40,7 +40,9 @@ def quick_gelu_mlp(c_fc: nn.Module, activation: nn.Module, c_proj: nn.Module, sl
     What goes in and comes out is multiplied and divided by the slope, and not what lies between, which is four times as
     wide.
     """
-    is_folded = is_guarded(x) and is_plain(activation, type(activation))
+    # In training, autocast would round a bias before or after its factor, by the precision that it was gathered in.
+    is_rounded = is_autocast(x) and (torch.is_grad_enabled() or activation.training)
+    is_folded = is_guarded(x) and is_plain(activation, type(activation)) and not is_rounded
     if not (is_folded and is_plain(c_fc, nn.Linear) and is_plain(c_proj, nn.Linear) and c_fc.bias is not None):
         return c_proj(activation(c_fc(x)))
     if c_proj.bias is None:

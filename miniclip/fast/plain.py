@@ -99,6 +99,12 @@ def is_ordinary(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the precision of operations on `x`."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling the module does what its class says and nothing else.
 

@@ -48,6 +48,7 @@ STAND_INS = [
     ("[--validation val_photos] [--shots 1 2 4 8 16]", "--validation val_photos --shots 1 2 4"),
     ("--nproc_per_node 8", "--nproc_per_node 2"),
     ("srun ", ""),
+    ("my_pairs runs/mine/shards --val-fraction 0.05", "my_pairs runs/mine/shards --val-fraction 0.2"),
     ("{00000..00999}", "{00000..00007}"),
     ("{00000..01242}", "{00000..00003}"),
     ("imagenet/val --classnames imagenet", "imagenet/val --classnames two.txt"),

@@ -132,4 +132,4 @@ def test_without_a_gpu_no_memory_is_pinned():
     """That would make a context of CUDA, and fails where there is no driver."""
     assert not torch.cuda.is_initialized()
     assert not _stacked([torch.zeros(3, 4, 4)] * 2).is_pinned()
-    assert not PairDataModule("", batch_size=2)._loader_options()["pin_memory"]
+    assert not PairDataModule("shards", batch_size=2)._loader_options()["pin_memory"]
