@@ -40,9 +40,9 @@ def quick_gelu_mlp(c_fc: nn.Module, activation: nn.Module, c_proj: nn.Module, sl
     What goes in and comes out is multiplied and divided by the slope, and not what lies between, which is four times as
     wide.
     """
+    is_folded = is_guarded(x) and is_plain(activation, type(activation))
     # In training, autocast would round a bias before or after its factor, by the precision that it was gathered in.
-    is_rounded = is_autocast(x) and (torch.is_grad_enabled() or activation.training)
-    is_folded = is_guarded(x) and is_plain(activation, type(activation)) and not is_rounded
+    is_folded = is_folded and not (is_autocast(x) and (torch.is_grad_enabled() or activation.training))
     if not (is_folded and is_plain(c_fc, nn.Linear) and is_plain(c_proj, nn.Linear) and c_fc.bias is not None):
         return c_proj(activation(c_fc(x)))
     if c_proj.bias is None:
