@@ -22,6 +22,7 @@ import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch.multiprocessing import start_processes
@@ -30,7 +31,7 @@ _WIDTH = 8  # bytes of a number on its way
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen([sys.executable, SCRIPT, …])`, but for what it costs to start."""
+    """`subprocess.Popen([sys.executable, …])` of a script, `-c` code or `-m` module, but for what it costs to start."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
         interpreter, *argv = map(os.fspath, args)
@@ -68,12 +69,21 @@ class Popen(subprocess.Popen):
         return self.returncode
 
 
-def run(args: list[Any], *, check: bool = False, timeout: float | None = None, **options: Any) -> Any:
+def run(
+    args: list[Any],
+    *,
+    check: bool = False,
+    timeout: float | None = None,
+    input: str | None = None,  # noqa: A002 (as subprocess has it)
+    **options: Any,
+) -> Any:
     """`subprocess.run(args, capture_output=True, text=True)`."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    if input is not None:
+        streams["stdin"] = subprocess.PIPE
     with Popen(args, **streams, **options) as process:
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(input, timeout=timeout)
         except BaseException:
             process.kill()
             raise
@@ -165,12 +175,27 @@ def _become(request: dict[str, Any], files: list[int], base_path: list[str]) -> 
     os.environ.clear()
     os.environ.update(request["env"])
     script, *_ = request["argv"]
+    first = {"-c": "", "-m": str(Path.cwd())}.get(script, str(Path(script).parent))
     own_path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    sys.path[:] = list(dict.fromkeys([str(Path(script).parent), *own_path, *base_path]))
+    sys.path[:] = list(dict.fromkeys([first, *own_path, *base_path]))
     random.seed()
     np.random.seed()  # noqa: NPY002
     torch.manual_seed(random.getrandbits(63))
     return request["argv"]
+
+
+def _run(argv: list[str]) -> None:
+    match argv:
+        case ["-c", code, *rest]:
+            sys.argv = ["-c", *rest]
+            sys.modules["__main__"] = program = ModuleType("__main__")
+            exec(compile(code, "<string>", "exec"), program.__dict__)
+        case ["-m", module, *rest]:
+            sys.argv = [module, *rest]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case _:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
@@ -184,5 +209,4 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()
-    sys.argv = _serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    _run(_serve(socket.socket(fileno=int(sys.argv[1]))))

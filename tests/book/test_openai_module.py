@@ -5,7 +5,6 @@ Each client is a few lines in the style of a public one, with OpenAI's names, ax
 
 import hashlib
 import math
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,6 +13,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from helpers import picture, tiny_clip, tiny_config
 from open_clip.tokenizer import SimpleTokenizer as OpenClipTokenizer
 from torch import nn
@@ -701,12 +701,10 @@ print("right")
 
 
 def test_it_can_take_the_name_of_openais_package():
-    assert (
-        subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout == "right\n"
-    )
+    assert warm.run([sys.executable, "-c", SCRIPT], check=True).stdout == "right\n"
 
 
 def test_another_package_of_that_name_is_not_replaced():
     script = "import sys, types, miniclip.openai; sys.modules['clip'] = types.ModuleType('clip'); "
-    done = subprocess.run([sys.executable, "-c", script + "miniclip.openai.install()"], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", script + "miniclip.openai.install()"])
     assert "ValueError: clip is imported already, from elsewhere; call miniclip.openai.install() before" in done.stderr

@@ -4,7 +4,6 @@ import copy
 import importlib
 import inspect
 import json
-import subprocess
 import sys
 import types
 import warnings
@@ -12,6 +11,7 @@ import warnings
 import open_clip
 import pytest
 import torch
+import warm
 from foreign_models import TINY_RESNET, TINY_VIT, openclip_model, openclip_settings, probe, randomised, write_archive
 from helpers import picture, tiny_clip
 from PIL import Image
@@ -818,7 +818,7 @@ print((scale * image_features @ text_features.T).softmax(dim=-1).sum().item())
 
 
 def test_scripts_that_import_open_clip_get_this_module(vit):
-    run = subprocess.run([sys.executable, "-c", SCRIPT, vit[0]], capture_output=True, text=True, check=False)
+    run = warm.run([sys.executable, "-c", SCRIPT, vit[0]])
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(1)
     assert "jit=True is ignored" in run.stderr
@@ -873,7 +873,7 @@ for statement in (
 
 
 def test_what_stands_in_the_place_of_a_missing_name_is_told_to_an_import_too():
-    run = subprocess.run([sys.executable, "-c", LACKING], capture_output=True, text=True, check=False)
+    run = warm.run([sys.executable, "-c", LACKING])
     assert run.returncode == 0, run.stderr
     starts = [
         "ImportError miniclip.openclip has no CLIPVisionCfg; ",

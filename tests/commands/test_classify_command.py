@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import warm
 from command_line import fails
 from helpers import everything_below, tiny_clip, write_picture
 
@@ -43,7 +44,7 @@ def classify(capsys, *arguments: str) -> tuple[str, str]:
 
 def process(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "miniclip", "classify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return warm.run(command, **options)
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -162,7 +163,7 @@ def on_terminal(answer: bytes) -> tuple[int, str]:
     ours, theirs = pty.openpty()
     os.write(ours, answer)
     command = [sys.executable, "-m", "miniclip", "classify", "photos", *LABELS, "--move-to", "out"]
-    status = subprocess.run(command, stdin=theirs, stderr=theirs, stdout=subprocess.DEVNULL, check=False).returncode
+    status = warm.Popen(command, stdin=theirs, stderr=theirs, stdout=subprocess.DEVNULL).wait()
     os.close(theirs)
     seen = b""
     try:

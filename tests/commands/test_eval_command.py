@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from command_line import fails
 from helpers import tiny_clip, write_pairs, write_picture
 
@@ -275,7 +276,7 @@ def command(*args: str | Path) -> list[str]:
 
 def run(python: list[str], *args: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*python, *command(*args)], env=environment, capture_output=True, text=True, check=False)
+    done = warm.run([*python, *command(*args)], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -337,13 +338,7 @@ main(["eval", *sys.argv[2:]])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_run_that_is_stopped_goes_on_where_it_was(models, sets, tmp_path, monkeypatch, name):
     args = ["--model", models[0], "--data", str(sets / "photos"), "--device", "cpu", "--batch-size", "4"]
-    stopped = subprocess.run(
-        [sys.executable, "-c", STOPPED, name, *args, "--out", str(tmp_path / "x")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    stopped = warm.run([sys.executable, "-c", STOPPED, name, *args, "--out", str(tmp_path / "x")], cwd=ROOT)
     assert stopped.returncode == (130 if name == "SIGINT" else -signal.SIGKILL), stopped.stderr
     assert "Traceback" not in stopped.stderr
     seen = []

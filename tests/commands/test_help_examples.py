@@ -28,7 +28,7 @@ AFTER = {"check": "shards", "search": "index"}  # a verb whose examples take wha
 
 @cache
 def examples(verb: str) -> list[str]:
-    text = run(sys.executable, "-m", "miniclip", *verb.split(), "--help").stdout.replace("\\\n", " ")
+    text = run(sys.executable, "-m", "miniclip", *verb.split(), "--help", is_warm=True).stdout.replace("\\\n", " ")
     return [line.strip() for line in text.partition("\nexamples:\n")[2].splitlines() if line.strip()]
 
 

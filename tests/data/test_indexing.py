@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from helpers import everything_below
 from servers import Server
 from webdataset import TarWriter
@@ -300,6 +301,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_tars_and_shards(laion, se
 
 FULL_DISK = """
 import resource, sys
+sys.dont_write_bytecode = True  # modules would be cut short, too
 from miniclip.data.indexing.index_tars import index_shards
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 index_shards(sys.argv[1], "out")
@@ -312,9 +314,7 @@ def test_an_index_that_cannot_be_written_is_no_fault_of_its_tar(laion, tmp_path)
         for key in range(500):
             writer.write({"__key__": f"{key:09d}", "jpg": b"jpg", "txt": b"text"})
     # What a process may write is bounded, which fails in the middle of a file as a full disk does.
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, "tars"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = warm.run([sys.executable, "-c", FULL_DISK, "tars"], cwd=tmp_path)
     assert re.search(
         r"NotKeptError: the index of tars/00003\.tar can't be written to out/00003\.npz: .*large", done.stderr
     )
@@ -370,7 +370,7 @@ def test_processes_at_the_same_time_write_one_index(laion, tmp_path):
         "--part",
     ]
     running = [
-        subprocess.Popen([*command, f"{number}/2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        warm.Popen([*command, f"{number}/2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for number in (1, 2)
     ]
     said = sorted(process.communicate(timeout=300)[0] for process in running)
@@ -398,7 +398,7 @@ index_tars.index_shards(sys.argv[1], "index", part=(1, 2))
 
 
 def test_a_part_that_is_killed_goes_on_and_loses_nothing(laion, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(laion)], cwd=tmp_path, check=False)
+    done = warm.run([sys.executable, "-c", KILLED, str(laion)], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL
     kept = (tmp_path / "index" / "00000.npz").stat().st_mtime_ns
     assert index_shards(str(laion), tmp_path / "index", part=(2, 2)).missing == 1

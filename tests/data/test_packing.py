@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from helpers import (
     all_members,
     everything_below,
@@ -1023,9 +1024,9 @@ def test_a_disk_that_is_full_is_told_by_the_tar_that_does_not_fit(tmp_path):
         write_picture(tmp_path / "pictures" / f"{number}.png")
         (tmp_path / "pictures" / f"{number}.txt").write_text("words")
     code = (
-        "import resource; from miniclip.commands.main import main\n"
+        "import resource, sys; from miniclip.commands.main import main\nsys.dont_write_bytecode = True\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)); main(['shards', 'pictures', 'out'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = warm.run([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == 2
     assert "error: [Errno 27] File too large: 'out.partial/chunk-00000-train-0.tar'" in done.stderr

@@ -477,7 +477,7 @@ def test_a_page_of_any_amount_of_findings_holds(show, tmp_path):
 
 
 def command(*args: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, "-m", "miniclip", "check", *map(str, args), code=code)
+    return run(sys.executable, "-m", "miniclip", "check", *map(str, args), code=code, is_warm=True)
 
 
 def test_the_command_looks_at_a_folder_and_writes_a_page(tmp_path):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import warm
 from helpers import tiny_clip, write_pairs
 
 import miniclip
@@ -26,6 +26,6 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
         "\nassert images.shape == embeddings.shape == some.shape == (7, 16)\nassert np.allclose(images, embeddings)\n"
     )
     run = [sys.executable, "-c", "".join(steps) + checks]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    done = warm.run(run)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"photos/\d{4}\.png", done.stdout)) == 5

@@ -2,11 +2,11 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import miniclip
 from miniclip.commands.main import VERBS
@@ -52,7 +52,7 @@ def test_every_cell_of_the_pages_runs_and_the_shapes_in_its_comments_are_true(pa
     path = os.pathsep.join(each for each in sys.path if each)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", RUN, *map(str, pages)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = warm.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     ((reached, there),) = re.findall(r"^shape comments: (\d+) of (\d+)$", done.stdout, re.MULTILINE)
     assert int(reached) == int(there) >= least

@@ -1,10 +1,10 @@
 """Models that a user's own code makes: what it raises, and what it returns wrongly, is a sentence that names it."""
 
 import re
-import subprocess
 import sys
 
 import pytest
+import warm
 from helpers import write_picture
 
 from miniclip.evaluation.datasets.sets import EvaluationSet
@@ -117,7 +117,7 @@ def test_the_traceback_comes_along_from_a_process_that_decodes(own, tmp_path):
 def test_a_command_ends_in_one_sentence(own, tmp_path):
     photo = str(write_picture(tmp_path / "photo.png", 0))
     command = [sys.executable, "-m", "miniclip", "classify", photo, "--model", f"{own}:Divides", "--labels", "a,b"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.run(command)
     assert done.returncode == 2
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
     assert f"encode_image of {own}:Divides raised ZeroDivisionError" in error

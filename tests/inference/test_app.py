@@ -23,6 +23,7 @@ from pathlib import Path
 
 import axe_core_python
 import pytest
+import warm
 from command_line import fails
 from helpers import picture, tiny_clip, write_picture
 from PIL import ExifTags, Image
@@ -79,7 +80,7 @@ def page(run, index):
     """The address of the page, while the command runs."""
     command = [sys.executable, "-m", "miniclip", "app", str(run / "best"), str(index)]
     command += ["--port", str(free_port()), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         line = process.stdout.readline()
         found = re.match(r"(http://127\.0\.0\.1:\d+/)", line)
@@ -630,7 +631,7 @@ def test_a_wide_picture_is_explained_as_the_command_does(run, answers, tmp_path)
     shown = answers.heat_map(tmp_path / "wide.png", "a robin")
     where = ["--model", str(run / "best"), "--device", "cpu", "--out", str(tmp_path / "m.png"), "--json"]
     command = [sys.executable, "-m", "miniclip", "explain", str(tmp_path / "wide.png"), "a robin", *where]
-    (row,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (row,) = json.loads(warm.run(command, check=True).stdout)
     assert f"(cosine {row['cosine']:.3f})" in shown
     for name in ("deletion", "insertion"):
         assert f"{name} {row[name]:.2f}" in shown

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -13,6 +12,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+import warm
 from helpers import picture, tiny_clip
 from PIL import Image
 from sklearn.base import clone, is_classifier
@@ -445,7 +445,7 @@ def test_without_scikit_learn_all_else_works_and_the_remedy_is_named():
         "import sys; sys.modules['sklearn'] = None\n"
         "import miniclip; print(miniclip.tokenize('a').shape); miniclip.ZeroShotClassifier"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm.run([sys.executable, "-c", code])
     assert "torch.Size([1, 77])" in done.stdout
     assert "ZeroShotClassifier" not in miniclip.__all__  # as `from miniclip import *` is for everyone
     assert "ZeroShotClassifier" in dir(miniclip)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from decimal import Decimal
@@ -20,6 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 from helpers import Served, pack_folder, picture, table, tiny_clip, write_pairs, write_picture
 from libraries import LIBRARIES
 from PIL import Image
@@ -638,13 +638,7 @@ def mortal(tmp_path, model, monkeypatch):
 
 
 def command(*args, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "miniclip", "embed", *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return warm.run([sys.executable, "-m", "miniclip", "embed", *map(str, args)], env={**os.environ, **environment})
 
 
 def test_three_parts_with_a_kill_in_the_middle_hold_the_rows_of_one_uninterrupted_process(tmp_path, mortal):
@@ -679,7 +673,7 @@ def test_torchruns_processes_write_the_rows_of_one(tmp_path, photos, model):
         "embed",
     ]
     args = [photos, tmp_path / "two", "--model", model, "--rows-per-file", 2, "--device", "cpu", "--workers", 0]
-    done = subprocess.run([*torchrun, *map(str, args)], capture_output=True, text=True, check=False)
+    done = warm.run([*torchrun, *map(str, args)])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 embeddings in 6 files") == 1, done.stdout
     assert done.stderr.count("notes.doc") == 1

@@ -550,10 +550,10 @@ def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused,
 def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(model, tmp_path, target):
     """PyTorch's own writer of programs ended the process there."""
     code = (
-        "import resource, sys; from miniclip.commands.main import main\n"
+        "import resource, sys; from miniclip.commands.main import main\nsys.dont_write_bytecode = True\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); main(['export', *sys.argv[1:]])"
     )
-    error = run(sys.executable, "-c", code, model, "out", "--to", target, code=2, cwd=tmp_path).stderr
+    error = run(sys.executable, "-c", code, model, "out", "--to", target, code=2, cwd=tmp_path, is_warm=True).stderr
     assert "error: [Errno 27] File too large: 'out'" in error
     assert list(tmp_path.iterdir()) == []
 
@@ -585,6 +585,6 @@ def test_a_missing_package_is_named_with_its_extra(model, tmp_path, package, tar
         f"import sys; sys.modules[{package!r}] = None\n"
         f"from miniclip.commands.main import main\nmain(['export', {model!r}, 'out', '--to', {target!r}])"
     )
-    error = run(sys.executable, "-c", code, code=2, cwd=tmp_path).stderr
+    error = run(sys.executable, "-c", code, code=2, cwd=tmp_path, is_warm=True).stderr
     assert f"needs {package}: pip install 'miniclip[{target}]'" in error
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from command_line import fails
 from helpers import picture, tiny_clip, write_picture
@@ -44,7 +45,7 @@ def in_process(hub: Hub, home: Path, *command: str, token: str = Hub.token) -> s
         "HF_TOKEN": token,
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    return warm.run([sys.executable, *command], env=environment)
 
 
 def push(hub: Hub, home: Path, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -368,8 +369,8 @@ CONFIG_ALONE = "from huggingface_hub import hf_hub_download; hf_hub_download('ow
 
 def loaded(hub: Hub, home: Path, **offline: str) -> tuple[str, str]:
     """What a process of its own loads (the sum of a weight) or why not, and its warnings."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=False,
+    done = warm.run(
+        [sys.executable, "-c", LOADED],
         env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **offline},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import warm
 from counting import Counting
 from helpers import pack_folder, table, tiny_clip, write_pairs, write_picture
 from PIL import Image
@@ -765,7 +766,7 @@ def num_files(folder: Path) -> int:
 def killed_update(location: Path, photos: Path, moment: random.Random) -> str:
     """Runs an update in a process, and kills it when it has encoded or written so much, as drawn."""
     command = [sys.executable, "-c", UPDATE, str(location), str(photos), str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with warm.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         if moment.random() < 0.5:
             for _ in range(wanted := moment.randrange(1, 6)):

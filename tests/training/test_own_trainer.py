@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import warm
 from helpers import tiny_config
 from pytorch_lightning.callbacks import (
     BaseFinetuning,
@@ -336,7 +336,7 @@ def validated(data, tmp_path_factory) -> list[list[Any]]:
     for devices in (1, 2):
         out = folder / f"{devices}.json"
         command = [sys.executable, str(folder / "validates.py"), str(data), str(devices), str(out)]
-        done = subprocess.run(command, env=os.environ | known, capture_output=True, text=True, timeout=300)
+        done = warm.run(command, env=os.environ | known, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         results.append(json.loads(out.read_text()))
     return results

@@ -1,9 +1,9 @@
 """Settings from files and flags: which wins, and what a file cannot say."""
 
 import json
-import subprocess
 
 import pytest
+import warm
 import yaml
 from jsonargparse import dict_to_namespace
 from runs import ROOT, TINY, command, fails
@@ -276,7 +276,7 @@ def test_a_saved_configuration_of_a_run_with_defaults_sets_nothing_in_vain(files
 @pytest.mark.long
 @pytest.mark.parametrize("flag", ["--trainer.enable_model_summary=true", "--trainer.callbacks=ModelSummary"])
 def test_lightnings_summary_of_the_model_is_printed_where_it_is_asked_for(data, tmp_path, flag):
-    made = subprocess.run(command(data, tmp_path / "run", flag, steps=1), capture_output=True, text=True, check=True)
+    made = warm.run(command(data, tmp_path / "run", flag, steps=1), check=True)
     assert "Total params" in made.stdout + made.stderr
 
 

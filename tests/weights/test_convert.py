@@ -14,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import warm
 from conversions import archive, assert_same_bits, refused, target
 from foreign_models import (
     TINY,
@@ -268,7 +269,7 @@ def test_of_two_conversions_at_once_into_one_folder_one_is_refused(tmp_path):
     commands = [
         [sys.executable, "-m", "miniclip", "convert", name, "out", "--to", "hf"] for name in ("first", "second")
     ]
-    both = [subprocess.Popen(each, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for each in commands]
+    both = [warm.Popen(each, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for each in commands]
     said = [each.communicate()[1] for each in both]
     assert sorted(each.returncode for each in both) == [0, 2]
     (refusal,) = [text for text, each in zip(said, both, strict=True) if each.returncode]
@@ -288,11 +289,11 @@ def test_a_conversion_into_what_another_process_writes_is_refused_with_or_withou
 @pytest.mark.parametrize("to", ["native", "openai", "openclip", "hf"])
 def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(tmp_path, source, to):
     code = (
-        "import resource, sys; from miniclip.commands.main import main\n"
+        "import resource, sys; from miniclip.commands.main import main\nsys.dont_write_bytecode = True\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); main(['convert', *sys.argv[1:]])"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "full"), "--to", to]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.run(command)
     assert done.returncode == 2, done.stderr
     assert f"error: [Errno 27] File too large: '{tmp_path / 'full'}'" in done.stderr
     assert not list(tmp_path.glob("*full*"))

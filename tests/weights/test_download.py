@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 import safetensors.torch
 import torch
+import warm
 from foreign_models import TINY_VIT, assert_same_as_openclip, hf_model, openclip_model, write_archive
 from servers import InBackground
 
@@ -228,7 +229,7 @@ def test_processes_that_want_the_same_file_at_once_fetch_it_once(serve, path):
     code += "print(download(sys.argv[1], Path(sys.argv[2]), sys.argv[3]).read_bytes()[:4])"
     command = [sys.executable, "-c", code, f"{server.url}/model.pt", str(path), CHECKSUM]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    processes = [warm.Popen(command, **pipes) for _ in range(2)]
     for process in processes:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -340,11 +341,9 @@ except ValueError as error:
 def run_with_hub(name, root, **environment):
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", OFFLINE, name, str(root)],
-        env={**os.environ, **nowhere, **environment},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    return warm.run(
+        [sys.executable, "-c", OFFLINE, name, str(root)], env={**os.environ, **nowhere, **environment}, timeout=300
+    )
 
 
 def write_hub_cache(root, revision="0123456789abcdef0123456789abcdef01234567"):

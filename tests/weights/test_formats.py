@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 import torch.nn.functional as F
+import warm
 from foreign_models import (
     TINY,
     TINY_RESNET,
@@ -649,7 +650,7 @@ def test_a_folder_of_torchs_distributed_checkpoints_is_told_the_command_that_mak
         )
     module = re.search(r"python -m (\S+) dcp_to_torch FOLDER FILE", message)[1]
     command = [sys.executable, "-m", module, "dcp_to_torch", str(folder), str(tmp_path / "whole.pt")]
-    subprocess.run(command, check=True, capture_output=True)
+    warm.run(command, check=True)
     load(tmp_path / "whole.pt", device="cpu", activation="gelu", heads=(2, 2))
 
 
@@ -1242,10 +1243,10 @@ def test_modules_that_hold_each_other_twice_are_refused_in_time(tmp_path):
     path = write_zip(tmp_path / "bad.pt", {"data.pkl": code + b"."})
     command = "signal.alarm(4); load(sys.argv[1], device='cpu')"
     try:
-        result = subprocess.run(
+        result = warm.run(
             [sys.executable, "-c", f"import signal, sys; from miniclip.weights.load import load; {command}", path],
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+            timeout=300,
+        )
     finally:
         path.unlink()
     assert "ValueError" in result.stderr, f"ended by {result.returncode}"
