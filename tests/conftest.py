@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands set it
 # Hundreds of processes are started, and each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A process that has imported all that is tested holds half a million objects, which full collections go through.
+gc.set_threshold(20_000, 20, 20)
 
 
 SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")

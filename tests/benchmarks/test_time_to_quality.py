@@ -167,6 +167,7 @@ def test_a_comparison_chooses_by_validation_and_is_not_run_twice(tiny, capsys):
         assert is_reached == ("reached" in ours.tests)
 
 
+@pytest.mark.long
 def test_the_report_has_every_seed_and_the_picture_is_drawn(tiny, tmp_path):
     _, comparison = tiny
     text = comparison.markdown()

@@ -148,6 +148,7 @@ def test_towers_and_loss_give_the_numbers_that_they_give_by_mkl(name, is_trainin
 
 
 @needs_onednn
+@pytest.mark.long
 def test_a_resnet_in_training_is_as_far_from_float64_as_by_mkl():
     """Batch norms over few positions divide by small deviations, so the yardstick is float32's own error."""
     torch.manual_seed(0)

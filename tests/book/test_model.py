@@ -103,6 +103,7 @@ def test_vit_b_32_equals_open_clip(vit_b_32, output, dtype, tolerance):
     assert_equal(ours, theirs, tolerance)
 
 
+@pytest.mark.long
 def test_full_size_features_differ_from_input_to_input(vit_b_32):
     """Else equality with the peers would say little."""
     for output in ("image features", "text features"):

@@ -751,7 +751,7 @@ def test_a_disk_that_is_full_is_said_to_be_at_fault_and_no_request_is_repeated_f
 
 def test_processes_that_want_the_same_file_fetch_it_once(serve, cache):
     server = serve({"/a.tar": CONTENT})
-    in_processes([partial(check_content, cache, server.url + "/a.tar", size=len(CONTENT))] * 6)
+    in_processes([partial(check_content, cache, server.url + "/a.tar", size=len(CONTENT))] * 3)
     assert len(server.gets) == 1
     assert held(cache) == ["a.tar"]
 

@@ -1,11 +1,11 @@
 """The site in a real browser: on a desk and on a phone, light and dark, by the keyboard, as a screen reader has it."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import axe_core_python
 import pytest
+import warm
 from browser import WIDTHS
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -38,7 +38,7 @@ def sample(tmp_path_factory) -> Path:
     left_out = [str(page.relative_to(DOCS)) for end in ("md", "ipynb") for page in DOCS.rglob(f"*.{end}")]
     options = ["nb_execution_mode=off", "exclude_patterns=" + ",".join(["_build", *sorted({*left_out} - kept)])]
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", *(f"-D{option}" for option in options)]
-    subprocess.run([*command, str(DOCS), str(out)], check=True, capture_output=True)
+    warm.run([*command, str(DOCS), str(out)], check=True)
     return out
 
 

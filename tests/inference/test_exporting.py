@@ -369,6 +369,7 @@ def rounded_away():
     return clip
 
 
+@pytest.mark.long
 def test_an_export_that_differs_is_kept_aside_and_not_called_done(tmp_path, capsys):
     name = saved(tmp_path / "clip", rounded_away())
     out = tmp_path / "out"

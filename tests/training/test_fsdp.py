@@ -109,13 +109,13 @@ def alone(tower, kind, case, micro, dtype):
     )
 
 
-def work(rank, world_size, folder):
+def work(rank, world_size, folder, asked):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
     mesh = init_device_mesh("cpu", (world_size,))
     rows = slice(rank * B // world_size, (rank + 1) * B // world_size)
     results = {}
-    for run in runs():
+    for run in asked:
         tower, kind, case, micro, dtype = run
         model, images, tokens = model_and_inputs(tower, getattr(torch, dtype))
         with torch.no_grad():  # only the first process's weights count
@@ -187,8 +187,14 @@ def shares(mesh):
 def results(request):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
-        warm.spawn(work, (request.param, folder), request.param)
+        warm.spawn(work, (request.param, folder, asked(request.session.items)), request.param)
         yield [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
+
+
+def asked(items):
+    """The runs that the chosen tests look at."""
+    own = [item.callspec.params for item in items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    return list(dict.fromkeys(params["run"] for params in own if "run" in params))
 
 
 @pytest.mark.sample(3)

@@ -748,7 +748,7 @@ def never_stopped(data, tmp_path_factory) -> tuple[dict[int, Any], dict[int, Any
     return train, val
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", ["asked", "asked at the epoch's end", "SIGTERM", "SIGINT", "killed"])
 @pytest.mark.parametrize("stops", [(4, 8), (3, 6)])
 def test_a_run_resumed_twice_logs_and_validates_what_one_that_was_never_stopped_does(

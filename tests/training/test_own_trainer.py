@@ -350,6 +350,7 @@ def test_samples_that_a_distributed_sampler_repeats_count_once(validated):
         assert of_two == pytest.approx(of_one, rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_data_module_needs_no_setting_for_several_processes(validated):
     alone, together = validated
     assert together[2] == pytest.approx(alone[2], rel=1e-5)
