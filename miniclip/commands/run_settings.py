@@ -108,6 +108,12 @@ def refuse_what_would_mislead(config: Any) -> None:
         raise ValueError(f"save_every_minutes is {config.save_every_minutes}; it must be above 0")
     if config.monitor == "val/loss" and config.monitor_mode == "max":
         raise ValueError("monitor is val/loss, of which the lowest is best; add --monitor_mode min")
+    if config.monitor_mode == "min" and config.monitor in (None, *_HIGHEST_IS_BEST) and config.data.val is not None:
+        which = config.monitor or f"by default {' or '.join(_HIGHEST_IS_BEST)}"
+        raise ValueError(
+            f"monitor_mode is min and monitor {which}, of which the highest is best; name one of which the lowest "
+            "is, or add --monitor_mode max"
+        )
     if config.monitor and config.data.val is None:
         raise ValueError(f"monitor is {config.monitor!r}, which is read at validations; set data.val for them")
 
@@ -127,6 +133,9 @@ def refuse_trial(trainer: Any) -> None:
         )
 
 
+# The metrics that choose the best checkpoint where no monitor is named.
+_BY_LABELS, _BY_PAIRS = _HIGHEST_IS_BEST = ("val/zero_shot_acc1", "val/retrieval_r1")
+
 # Of a trainer as Lightning's command line makes it: what this one sets itself, and why.
 TRAINER_SETS = {
     "inference_mode": (False, "FSDP2 cannot gather weights in it, nor train after it"),
@@ -142,6 +151,9 @@ def _unused(config: Any) -> dict[str, str]:
         reasons["model.optimizer.muon_"] = f"model.optimizer.kind is {kind}; only muon uses it"
     if config.model.teacher is None:
         reasons["model.distillation"] = "model.teacher is null, from whom it would distil"
+    if config.data.val is None:
+        names = ("trainer.val_check_interval", "trainer.check_val_every_n_epoch", "data.val_pairs", "monitor_mode")
+        reasons |= dict.fromkeys(names, "data.val is null, so nothing is validated")
     return reasons
 
 
@@ -174,12 +186,13 @@ def without_effect(verb: str, config: Any, defaults: Mapping[str, Any]) -> list[
         reasons[f"trainer.limit_{part}_batches"] = f"`{verb}` has no batches of that kind"
     for name, (value, why) in TRAINER_SETS.items():
         reasons[f"trainer.{name}"] = f"a run sets it to {str(value).lower()}, because {why}"
-    given = dotted({name: config[name].as_dict() for name in ("model", "trainer")})
+    given = dotted({name: config[name].as_dict() for name in ("data", "model", "trainer")})
+    given["monitor_mode"] = config.get("monitor_mode")
     return [
         f"{name} is {json.dumps(value)}, which has no effect: {why}"
         for beginning, why in reasons.items()
         for name, value in given.items()
-        if name.startswith(beginning) and value != defaults[name]
+        if name.startswith(beginning) and value != defaults.get(name)
     ]
 
 
@@ -341,21 +354,33 @@ def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | Non
 
     Returns:
         The length, for the log.
+
+    Raises:
+        ValueError: it ends before the least that it is to have.
     """
     ends: dict[str, int] = {}
     if trainer.max_steps != -1:
         name = f"trainer.max_steps {trainer.max_steps:,}" if max_samples is None else f"max_samples {max_samples:,}"
         ends[name] = trainer.max_steps
     if trainer.max_epochs is not None and trainer.max_epochs != -1:
-        samples = trainer.max_epochs * data.epoch_samples()
-        ends[f"trainer.max_epochs {trainer.max_epochs}"] = math.ceil(samples / data.batch_size)
+        ends[f"trainer.max_epochs {trainer.max_epochs}"] = _steps_in(data, trainer.max_epochs)
     first, *others = sorted(ends, key=lambda name: ends[name])
     steps = ends[first]
+    least = {"min_steps": trainer.min_steps or 0, "min_epochs": _steps_in(data, trainer.min_epochs or 0)}
+    for name in (name for name in least if least[name] > steps):
+        raise ValueError(
+            f"trainer.{name} is {getattr(trainer, name):,}, and {first} ends the run before it, after {steps:,} steps; "
+            "leave one of the two out, or make the run longer"
+        )
     trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, steps
     length = f"the run is {steps:,} steps: {steps * data.batch_size:,} samples"
     if data.train_stream is None:
         length += f", {steps * data.batch_size / data.epoch_samples():,.1f} epochs"
     return length + "".join(f"; {first} ends it before {other}" for other in others if ends[other] > steps)
+
+
+def _steps_in(data: PairDataModule, epochs: int) -> int:
+    return math.ceil(epochs * data.epoch_samples() / data.batch_size)
 
 
 def refuse_validations(trainer: pl.Trainer, steps_per_epoch: int, has_val: bool) -> None:
@@ -428,14 +453,13 @@ def monitor(settings: Any) -> str:
     Raises:
         ValueError: it is the zero-shot score, and no callback logs it.
     """
-    zero_shot = "val/zero_shot_acc1"
     is_logged = any(isinstance(each, ZeroShotEvaluation) for each in callback_list(settings.trainer.callbacks))
-    if settings.monitor == zero_shot and not is_logged:
+    if settings.monitor == _BY_LABELS and not is_logged:
         raise ValueError(
-            f"monitor is {zero_shot}, which the callback miniclip.training.zero_shot.ZeroShotEvaluation logs; add it "
-            "to trainer.callbacks, or monitor val/retrieval_r1"
+            f"monitor is {_BY_LABELS}, which the callback miniclip.training.zero_shot.ZeroShotEvaluation logs; add it "
+            f"to trainer.callbacks, or monitor {_BY_PAIRS}"
         )
-    return settings.monitor or (zero_shot if is_logged else "val/retrieval_r1")
+    return settings.monitor or (_BY_LABELS if is_logged else _BY_PAIRS)
 
 
 def callback_list(callbacks: Callback | list[Callback] | None) -> list[Callback]:

@@ -110,6 +110,11 @@ class Augmentation:
                 f"Augmentation.color is {tuple(self.color)}; brightness, contrast and saturation go from 0 to 1, "
                 "hue from 0 to 0.5"
             )
+        if not any(self.color) and self.color_probability != type(self).color_probability:
+            raise ValueError(
+                f"Augmentation.color_probability is {self.color_probability}, and color is {tuple(self.color)}, so no "
+                "picture is recoloured; set color, too, or leave it out"
+            )
 
     def crop_box(self, H: int, W: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of a random crop; ten tries, then the largest centred one that is allowed."""

@@ -258,11 +258,14 @@ def warmup_steps(config: OptimizerConfig, total_steps: int, batch_size: int, ste
     """The number of steps in which the learning rates rise.
 
     Raises:
-        ValueError: the run, or the part before the cooldown, is not longer than the warm-up.
+        ValueError: the run, or the part before the cooldown, is not longer than the warm-up; or that is a part of one
+            step.
     """
     per_unit = {"share": total_steps, "steps": 1, "samples": 1 / batch_size, "epochs": steps_per_epoch}
     steps = round(config.warmup * per_unit[config.warmup_unit])
     warmup = f"OptimizerConfig.warmup is {config.warmup:g} ({config.warmup_unit}), which is {steps} steps"
+    if config.warmup and not steps and config.warmup_unit != "share":
+        raise ValueError(f"{warmup}: give it at least one step, 0 for no warm-up, or leave warmup_unit out for a share")
     if steps >= max(1, total_steps):
         raise ValueError(f"{warmup}, and the run has {total_steps}: the learning rate would never reach its peak")
     if steps + round(config.cooldown * total_steps) > total_steps:

@@ -83,6 +83,26 @@ def locked_part(model: CLIP, locked: Locked) -> nn.Module | None:
     return model.visual.trunk if isinstance(model.visual, TimmTower) else model.visual
 
 
+def refuse_settings_of_a_locked_tower(
+    model: CLIP, locked: Locked, patch_dropout: float, image_lr_scale: float, text_lr_scale: float
+) -> None:
+    """
+    Raises:
+        ValueError: one that has no effect, because the tower that it is of is locked as a whole.
+    """
+    part, settings = locked_part(model, locked), dict[str, tuple[float, float]]()
+    if part is model.visual:
+        settings = {"patch_dropout": (patch_dropout, 0.0), "optimizer.image_lr_scale": (image_lr_scale, 1.0)}
+    elif part is model.text:
+        settings = {"optimizer.text_lr_scale": (text_lr_scale, 1.0)}
+    for name, (value, default) in settings.items():
+        if value != default:
+            raise ValueError(
+                f"model.{name} is {value}, which has no effect: model.locked is {locked!r}, so that tower is not "
+                "trained; leave one of the two out"
+            )
+
+
 def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source: str) -> None:
     """
     Raises:

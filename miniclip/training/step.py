@@ -45,6 +45,7 @@ from .start import (
     refuse_half_weights,
     refuse_other_data,
     refuse_other_weights,
+    refuse_settings_of_a_locked_tower,
     starting_model,
 )
 
@@ -139,6 +140,9 @@ class CLIPTraining(pl.LightningModule):
         if teacher is not None and not 0 < distillation <= 1:
             raise ValueError(f"model.distillation is {distillation}; it is a share of the loss, above 0 to 1")
         self.clip = starting_model(clip, start_from, image_weights, locked, loss, patch_dropout)
+        refuse_settings_of_a_locked_tower(
+            self.clip, locked, patch_dropout, optimizer.image_lr_scale, optimizer.text_lr_scale
+        )
         self.starts_trained = start_from is not None
         self.locked = locked
         if (part := locked_part(self.clip, locked)) is not None:

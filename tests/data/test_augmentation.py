@@ -709,6 +709,7 @@ def test_flip_one_half_mirrors_about_half():
         ("color", (0, -1, 0, 0), "(0, -1, 0, 0)"),
         ("color", 0.4, "0.4"),
         ("color_probability", 2, "2"),
+        ("color_probability", 0.5, "is 0.5, and color is (0.0, 0.0, 0.0, 0.0), so no picture is recoloured"),
         ("grey", -1, "-1"),
     ],
 )

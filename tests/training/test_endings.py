@@ -24,8 +24,8 @@ def early_stopping(**options: object) -> str:
 RARELY = "--trainer.check_val_every_n_epoch=5"
 ENDINGS = {
     "max_steps amid an epoch": ["--trainer.max_steps=4", RARELY],
-    "min_epochs that max_steps does not reach": ["--trainer.max_steps=4", "--trainer.min_epochs=3", RARELY],
-    "min_steps that max_epochs does not reach": ["--trainer.max_epochs=1", "--trainer.min_steps=50", RARELY],
+    "as many min_epochs as the run has": ["--trainer.max_steps=4", "--trainer.min_epochs=1", RARELY],
+    "as many min_steps as the run has": ["--trainer.max_epochs=1", "--trainer.min_steps=4", RARELY],
     "max_time": ["--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01", RARELY],
     "early stopping at the end of an epoch": [
         "--trainer.max_steps=90",

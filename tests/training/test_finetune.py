@@ -139,6 +139,18 @@ def test_a_run_resumes_without_the_model_it_started_from(data, start, tmp_path):
         (["--model.start_from=nowhere"], "no checkpoint at 'nowhere'"),
         (["--model.locked=image"], "model.locked is 'image', and that tower's weights are random"),
         (["--model.locked=both"], "both"),
+        (
+            ["--model.start_from={start}", "--model.locked=image", "--model.optimizer.image_lr_scale=0.1"],
+            "model.optimizer.image_lr_scale is 0.1, which has no effect: model.locked is 'image'",
+        ),
+        (
+            ["--model.start_from={start}", "--model.locked=text", "--model.optimizer.text_lr_scale=0.1"],
+            "model.optimizer.text_lr_scale is 0.1, which has no effect: model.locked is 'text'",
+        ),
+        (
+            ["--model.start_from={start}", "--model.locked=image", "--model.patch_dropout=0.5"],
+            "model.patch_dropout is 0.5, which has no effect: model.locked is 'image'",
+        ),
         (["--model.image_weights=timm"], "model.clip.vision.kind is 'vit'"),
         (["--model.start_from={start}", "--model.image_weights=timm"], "give one of the two"),
         (["--model.teacher=nowhere"], "no checkpoint at 'nowhere'"),
@@ -255,6 +267,8 @@ def test_an_image_tower_of_timms_starts_from_a_file_of_its_weights(tmp_path):
     )
     weights = str(tmp_path / "weights.pth")
     module = CLIPTraining(tiny_config(vision=vision), image_weights=weights, locked="image")
+    slow = OptimizerConfig(image_lr_scale=0.5)  # of the projection, which is trained
+    assert CLIPTraining(tiny_config(vision=vision), slow, image_weights=weights, locked="image").locked == "image"
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     pixels = normalize(images, vision.mean, vision.std)
     torch.testing.assert_close(module.clip.visual.trunk(pixels), theirs.eval()(pixels))

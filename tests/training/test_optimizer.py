@@ -435,6 +435,14 @@ def test_a_run_whose_warmup_never_ends_is_refused(warmup, unit):
         warmup_steps(config, total_steps=200, batch_size=64, steps_per_epoch=30)
 
 
+@pytest.mark.parametrize("unit", ["steps", "samples", "epochs"])
+def test_a_warmup_of_less_than_a_step_is_refused(unit):
+    """As the default's tenth of a run is, where its unit alone was set to steps."""
+    config = OptimizerConfig(warmup=0.001, warmup_unit=unit)
+    with pytest.raises(ValueError, match=rf"warmup is 0\.001 \({unit}\), which is 0 steps: give it at least one step"):
+        warmup_steps(config, total_steps=200, batch_size=64, steps_per_epoch=30)
+
+
 def test_a_cooldown_that_begins_before_the_warmup_is_over_is_refused():
     config = OptimizerConfig(warmup=0.5, schedule="constant", cooldown=0.6)
     with pytest.raises(ValueError, match=r"cooldown 0\.6 of 200 begins before"):

@@ -227,6 +227,9 @@ def test_a_value_that_is_none_of_those_allowed_is_answered_with_all_of_them(file
 IN_VAIN = {
     "model: {optimizer: {muon_lr: 0.5}}": "model.optimizer.muon_lr is 0.5, which has no effect: model.optimizer.kind",
     "model: {distillation: 0.7}": "model.distillation is 0.7, which has no effect: model.teacher is null",
+    "trainer: {val_check_interval: 2}": "trainer.val_check_interval is 2, which has no effect: data.val is null, so",
+    "data: {val_pairs: 7}": "data.val_pairs is 7, which has no effect: data.val is null, so nothing is validated",
+    "monitor_mode: min": 'monitor_mode is "min", which has no effect: data.val is null, so nothing is validated',
     "trainer: {inference_mode: true}": "trainer.inference_mode is true, which has no effect: a run sets it to false",
     "trainer: {use_distributed_sampler: true}": "trainer.use_distributed_sampler is true, which has no effect",
     "trainer: {limit_test_batches: 0.5}": "trainer.limit_test_batches is 0.5, which has no effect: `fit` has no",
