@@ -30,7 +30,7 @@ from ..evaluation.other_libraries import as_encoder, open_model
 from ..evaluation.probes import Examples, adapter_scores, fit_probe, linear_probe, tip_adapter
 from ..evaluation.prompts import Prompts, suited
 from ..evaluation.splits import Labelled, Splits, draw_validation, unit_rows
-from ..evaluation.zero_shot import zero_shot_classifier
+from ..evaluation.zero_shot import different_columns, same_names, told_of_same_names, zero_shot_classifier
 from .classify import Classes
 from .sources import in_memory
 from .thresholds import ModelThreshold, find_threshold
@@ -242,6 +242,9 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
             threshold.warn_if_other(self.classnames_, templates, self.upright)
             self.threshold_ = threshold
         columns = zero_shot_classifier(encoder, self.classnames_, templates, encoder.tokenize)
+        if self.method == "zero_shot":  # votes tell them apart
+            for sentence in told_of_same_names(same_names(different_columns(columns)[1], self.classnames_)):
+                warnings.warn(sentence, stacklevel=3)
         # In float64 a row's scores have the same digits in any batch, as scikit-learn expects them to.
         self.class_features_ = columns.T.cpu().double().numpy()
         self.logit_scale_ = float(encoder.logit_scale.detach().exp())

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from ..common.processes import all_gather_objects
+from ..common.processes import all_gather_objects, warn_once
 from ..common.storage import is_url
 from ..data.pairs import Batch
 from ..data.wordings.kept import Wordings
@@ -21,7 +21,7 @@ from ..data.wordings.units import units_of_tokens
 from ..evaluation.datasets.open import open_dataset
 from ..evaluation.datasets.sets import LabelledImages, labelled
 from ..evaluation.prompts import DefaultTemplates, class_prompts, suited
-from ..evaluation.zero_shot import zero_shot_scores
+from ..evaluation.zero_shot import told_of_same_names, zero_shot_scores
 from ..model import CLIP
 from ..tokenizer import END_OF_TEXT
 from ..weights.load import preprocess_for
@@ -174,6 +174,8 @@ class ZeroShotEvaluation(Callback):
                 scores = zero_shot_scores(
                     model, preprocess, asked, batch_size=self.batch_size, num_workers=num_decoders(trainer)
                 )
+            for sentence in told_of_same_names(scores.same_prompts):
+                warn_once(f"{name}: {sentence}", stacklevel=2)
             accuracies[name] = float(scores.is_right.mean())
         return accuracies
 

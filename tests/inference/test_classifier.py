@@ -309,6 +309,15 @@ def test_a_mistake_is_named_when_it_is_fitted(folder, mistake):
         ZeroShotClassifier(**({"model": folder} | options)).fit(X, y)
 
 
+@pytest.mark.parametrize("names", [{"a": "cat", "b": "owl", "c": "Cat"}, ["cat", "owl", "Cat"]])
+def test_classes_of_one_name_are_told_because_the_first_gets_all_guesses(folder, photos, names):
+    y = ["a", "b", "c"] if isinstance(names, dict) else [0, 1, 2]
+    with pytest.warns(UserWarning, match="2 classes have the prompts of 'cat'; all go to the first") as told:
+        classifier = ZeroShotClassifier(folder, classnames=names, templates=["a {c}"]).fit(None, y)
+    assert told[0].filename == __file__
+    assert y[2] not in classifier.predict(photos[0])
+
+
 def test_a_probe_of_images_takes_images_and_one_of_features_those(folder, photos, features):
     with pytest.raises(ValueError, match="without a model only features can be classified"):
         ZeroShotClassifier(method="probe").fit(*photos)
