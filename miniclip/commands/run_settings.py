@@ -243,13 +243,15 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def refuse_callbacks(trainer: Any) -> None:
+def refuse_callbacks(trainer: Any, run: Path) -> None:
     """
     Args:
         trainer: its settings, with the callbacks made.
+        run: the run's folder.
 
     Raises:
-        ValueError: a callback of Lightning's that changes what a step or a run is, or makes a setting do nothing.
+        ValueError: a callback of Lightning's that changes what a step or a run is, makes a setting do nothing, or
+            writes over the run's own checkpoints.
     """
     callbacks = callback_list(trainer.callbacks)
     start.refuse_callbacks(callbacks)
@@ -258,6 +260,13 @@ def refuse_callbacks(trainer: Any) -> None:
             "trainer.callbacks has OnExceptionCheckpoint, of whose file Lightning makes every run begin that names no "
             "checkpoint, another run's, too; leave it out: a run that is stopped leaves last.ckpt"
         )
+    own = {path.resolve() for name in ("last", "best") for path in [checkpoints(run) / f"{name}.ckpt"]}
+    for each in callbacks:
+        if isinstance(each, ModelCheckpoint) and (taken := sorted(own & _named_by(each, trainer, run))):
+            raise ValueError(
+                f"trainer.callbacks has {type(each).__name__}, whose file would be {taken[0]}, which the run itself "
+                "writes to be resumed from; give it another dirpath or filename, and leave save_last to the run"
+            )
     if sum(isinstance(each, ZeroShotEvaluation) for each in callbacks) > 1:
         raise ValueError(
             "trainer.callbacks has ZeroShotEvaluation more than once, which would log all scores under the same names; "
@@ -268,6 +277,15 @@ def refuse_callbacks(trainer: Any) -> None:
             f"trainer.max_time is {trainer.max_time} and trainer.callbacks has a Timer, beside which Lightning ignores "
             "it; leave one of them out"
         )
+
+
+def _named_by(callback: ModelCheckpoint, trainer: Any, run: Path) -> set[Path]:
+    """The files that are named whatever the step and its metrics; without a folder they lie with the run's log."""
+    if callback.dirpath is None and trainer.logger is not False:
+        return set()
+    folder = checkpoints(run) if callback.dirpath is None else Path(callback.dirpath)
+    names = [callback.filename, callback.CHECKPOINT_NAME_LAST if callback.save_last else None]
+    return {(folder / f"{name}{callback.FILE_EXTENSION}").resolve() for name in names if name}
 
 
 def refuse_times(trainer: Any) -> None:

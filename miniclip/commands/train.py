@@ -458,7 +458,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         settings = self.config_init[self.subcommand]
         trainer = settings.trainer
-        run_settings.refuse_callbacks(trainer)
+        run_settings.refuse_callbacks(trainer, self.run_folder)
         run_settings.refuse_devices(trainer)
         run_settings.refuse_times(trainer)
         if self.subcommand == "fit" and settings.max_samples is not None:

@@ -10,13 +10,17 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
 from runs import arguments, command, fails, metrics
 
+from miniclip.commands import run_settings
 from miniclip.commands import train as trainer
 from miniclip.commands.overwriting import Overwriting
 from miniclip.training.run_folder import TableLogger
@@ -129,6 +133,29 @@ def test_a_run_that_is_overwritten_stays_until_the_new_one_begins(data, tmp_path
     said = fails(capsys, arguments(data, run, "--overwrite=true", missing))
     assert "data 'nowhere.csv' is not there" in said  # found when callbacks are set up
     assert files(run) == before
+
+
+@pytest.mark.parametrize(
+    "folder, options, taken",
+    [
+        ("run/checkpoints", {"save_last": True}, "last.ckpt"),
+        ("run/logs/../checkpoints", {"filename": "best"}, "best.ckpt"),
+        ("link", {"save_last": "link"}, "last.ckpt"),
+        (None, {"save_last": True}, "last.ckpt"),  # without a logger it is the run's own folder
+        ("run/checkpoints", {"filename": "{step}"}, None),
+        ("elsewhere", {"save_last": True, "filename": "best"}, None),
+    ],
+)
+def test_a_callback_that_would_write_over_the_runs_own_checkpoints_is_refused(tmp_path, folder, options, taken):
+    (tmp_path / "link").symlink_to("run/checkpoints")
+    callback = ModelCheckpoint(folder and tmp_path / folder, **options)
+    settings = SimpleNamespace(callbacks=[callback], logger=False, max_time=None)
+    refusal = pytest.raises(ValueError, match=f"ModelCheckpoint, whose file would be .*run/checkpoints/{taken}, which")
+    with refusal if taken else nullcontext():
+        run_settings.refuse_callbacks(settings, tmp_path / "run")
+    settings.logger = None
+    if folder is None:
+        run_settings.refuse_callbacks(settings, tmp_path / "run")
 
 
 class KillDataWorkers(Callback):

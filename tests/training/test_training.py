@@ -272,6 +272,10 @@ MISTAKES = [
     ([callback("BackboneFinetuning")], "a CLIP has no backbone; set model.locked"),
     ([callback("ModelPruning", pruning_fn="l1_unstructured")], "was never validated"),
     ([callback("OnExceptionCheckpoint", dirpath=".")], "leave it out: a run that is stopped leaves last.ckpt"),
+    (
+        ["--trainer.logger=false", callback("ModelCheckpoint", save_last=True)],
+        "run/checkpoints/last.ckpt, which the run itself writes to be resumed from; give it another dirpath",
+    ),
     ([TWO_ZERO_SHOTS], "ZeroShotEvaluation more than once, which would log all scores under the same names"),
     ([callback("GradientAccumulationScheduler", scheduling={0: 2})], "raise data.batch_size instead"),
     (["--data.val=null", callback("EarlyStopping", monitor="val/loss")], "EarlyStopping monitors 'val/loss'"),
