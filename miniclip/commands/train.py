@@ -104,6 +104,13 @@ class _Parser(LightningArgumentParser):
     Configurations are UTF-8 on every system; jsonargparse reads and writes them in the encoding of the locale.
     """
 
+    _class: type | None = None  # whose init_args this parser is for
+
+    def add_class_arguments(self, class_type: Any, nested_key: str | None = None, *more: Any, **options: Any) -> Any:
+        if nested_key is None:
+            self._class = class_type
+        return super().add_class_arguments(class_type, nested_key, *more, **options)
+
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """A flag beats the files wherever it stands, one of a key that of a group, and a later file an earlier one."""
         if args is not None and self._subcommands_action is None:
@@ -180,11 +187,11 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         del ex
-        unknown = re.search(r"unrecognized arguments: --([\w.-]+)|does not accept option '([\w.-]+)'", message)
+        unknown = re.search(r"(?:unrecognized arguments: --|does not accept option '|^Option ')([\w.-]+)", message)
         if unknown:
             parsers = [self, *(sub for a in self._actions if isinstance(a.choices, dict) for sub in a.choices.values())]
             valid = [action.dest for parser in parsers for action in parser._actions]
-            name = (unknown[1] or unknown[2]).removeprefix("fit.")
+            name = unknown[1].removeprefix("fit.")
             near = difflib.get_close_matches(name, valid, n=1)
             message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         elif re.search(r"unrecognized arguments: [^-]", message):
@@ -197,6 +204,8 @@ class _Parser(LightningArgumentParser):
                 )
         elif wrong := re.match(r'Parser key "([\w.]+)":', message):
             message = _wrong_type(wrong[1], message) or message
+        if self._class is not None:
+            message = f"init_args of {self._class.__name__}: {message}"
         print(f"error: {without_secrets(message)}\n({_program()} fit --help lists every key)", file=sys.stderr)
         raise SystemExit(2)
 

@@ -276,6 +276,19 @@ MISTAKES = [
         ["--trainer.logger=false", callback("ModelCheckpoint", save_last=True)],
         "run/checkpoints/last.ckpt, which the run itself writes to be resumed from; give it another dirpath",
     ),
+    (
+        [callback("ModelCheckpoint", dirpat=".")],
+        "error: init_args of ModelCheckpoint: unknown key 'dirpat'; did you mean 'dirpath'?",
+    ),
+    (
+        [callback("ModelCheckpoint", save_top_k="x")],
+        "error: init_args of ModelCheckpoint: save_top_k is x, and it takes",
+    ),
+    ([callback("EarlyStopping")], "init_args of EarlyStopping: the following arguments are required: monitor"),
+    (
+        ["--trainer.logger=CSVLogger", "--trainer.logger.save_di=x"],
+        "CSVLogger: unknown key 'save_di'; did you mean 'sa",
+    ),
     ([TWO_ZERO_SHOTS], "ZeroShotEvaluation more than once, which would log all scores under the same names"),
     ([callback("GradientAccumulationScheduler", scheduling={0: 2})], "raise data.batch_size instead"),
     (["--data.val=null", callback("EarlyStopping", monitor="val/loss")], "EarlyStopping monitors 'val/loss'"),
