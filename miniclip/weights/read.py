@@ -366,7 +366,17 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         ValueError: damaged, no checkpoint, not the trainer's, or one that asks for code to be run.
     """
     refuse_stand_ins(path)
-    instead = f"resume it with the program that wrote it, or start from its weights: --model.start_from {path}"
+    weights = f"start from its weights: --model.start_from {path}"
+    with open(path, "rb") as file:
+        start = file.read(9)
+    is_safetensors = start[5:] == b"\0\0\0{"  # the length of the JSON that follows
+    if is_safetensors or not start.startswith((b"PK", b"\x80")):
+        what = "a safetensors file, which holds weights alone" if is_safetensors else "no file of torch.save's"
+        raise ValueError(
+            f"{path} is {what}, and holds no run to resume, as a run's checkpoints/last.ckpt does"
+            + (f"; {weights}" if is_safetensors else "")
+        )
+    instead = f"resume it with the program that wrote it, or {weights}"
     try:
         checkpoint = read_pickle(path, with_stubs=False)
     except ValueError as error:

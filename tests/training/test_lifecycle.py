@@ -41,6 +41,7 @@ from miniclip.training.progress import Stalls
 from miniclip.training.resume import Resumption
 from miniclip.training.step import CLIPTraining
 from miniclip.weights.convert import convert
+from miniclip.weights.read import read_torch_file
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -1087,6 +1088,23 @@ def test_another_trainers_checkpoint_is_called_that_and_what_to_do_instead(data,
     assert line.endswith(
         f"; resume it with the program that wrote it, or start from its weights: --model.start_from {path}"
     )
+
+
+def test_a_file_that_no_trainer_writes_is_called_what_it_is(tmp_path):
+    miniclip.save(tiny_clip(), tmp_path / "model")
+    shutil.copyfile(tmp_path / "model/model.safetensors", tmp_path / "weights.ckpt")
+    for path in (tmp_path / "model/model.safetensors", tmp_path / "weights.ckpt"):
+        with pytest.raises(
+            ValueError,
+            match="is a safetensors file, which holds weights alone, and holds no run to re.*"
+            f"; start from its weights: --model.start_from {path}$",
+        ):
+            read_torch_file(path)
+    (tmp_path / "notes.ckpt").write_text("epochs: 3")
+    with pytest.raises(
+        ValueError, match=r"notes\.ckpt is no file of torch\.save's, and holds no run to resume, as a run"
+    ):
+        read_torch_file(tmp_path / "notes.ckpt")
 
 
 def test_a_checkpoint_of_weights_alone_is_called_that():
