@@ -6,6 +6,7 @@ import datetime
 import difflib
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.accelerators import AcceleratorRegistry
@@ -353,13 +355,21 @@ def refuse_runs_beside(trainer: pl.Trainer, rank: int) -> None:
     """
     environment = lightning_private.cluster_environment(trainer)
     is_torchrun = isinstance(environment, TorchElasticEnvironment)
-    started = environment.world_size() if is_torchrun else rank + 1
+    started = environment.world_size() if is_torchrun else max(rank + 1, _tasks_of_srun())
     if started > trainer.world_size:
         raise ValueError(
             f"this is a process of rank {rank} of several that torchrun or srun started, and trainer.strategy and "
             "trainer.devices make it a run by itself, in the folder that the others write to, too; set "
             "--trainer.strategy ddp, and --trainer.devices to the processes on each machine"
         )
+
+
+def _tasks_of_srun() -> int:
+    """How many tasks srun started beside this one. A batch script has its job's SLURM_NTASKS, and is one process; a
+    shell by srun, as Lightning knows by its name or SLURM by its terminal, stands alone, too."""
+    is_step = os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PTY_PORT" not in os.environ
+    is_shell = SLURMEnvironment.job_name() in ("bash", "interactive")
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if is_step and not is_shell else 1
 
 
 def set_length(trainer: pl.Trainer, data: PairDataModule, max_samples: int | None) -> str:

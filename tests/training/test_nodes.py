@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities import rank_zero_only
 from runs import ROOT, arguments, fails, state
+
+from miniclip.commands import run_settings
 
 
 def free_port() -> int:
@@ -96,6 +98,33 @@ def test_processes_of_which_each_would_be_a_run_by_itself_are_refused(data, tmp_
     assert f"this is a process of rank {rank} of several that torchrun or srun started" in said
     assert "set --trainer.strategy ddp, and --trainer.devices to the processes on each machine" in said
     assert not (tmp_path / "run").exists()
+
+
+TASKS = dict.fromkeys(("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"), "2")
+TASKS |= {"SLURM_JOB_NAME": "clip", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "changes, is_refused",
+    [
+        ({}, True),
+        ({"SLURM_STEP_ID": None, "SLURM_STEP_NUM_TASKS": None}, False),  # `python` in a batch script
+        ({"SLURM_STEP_ID": "batch"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),  # srun --ntasks 1
+        ({"SLURM_JOB_NAME": "bash"}, False),  # srun --pty bash
+        ({"SLURM_PTY_PORT": "4711"}, False),
+    ],
+)
+def test_the_first_of_sruns_tasks_is_refused_as_the_others_are(monkeypatch, changes, is_refused):
+    for name, value in (TASKS | changes).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    made = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    with (
+        pytest.raises(ValueError, match="rank 0 of several that torchrun or srun")
+        if is_refused
+        else contextlib.nullcontext()
+    ):
+        run_settings.refuse_runs_beside(made, 0)
 
 
 def test_tasks_that_lightning_cannot_count_are_refused_in_words(data, tmp_path, capsys, monkeypatch):
