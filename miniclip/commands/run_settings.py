@@ -33,7 +33,7 @@ from pytorch_lightning.strategies import StrategyRegistry
 from ..common.wording import some
 from ..data.module import PairDataModule
 from ..data.wordings.kept import WORDINGS_FILE
-from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE
+from ..reports.runs import METRICS_FILE, PAGE_FILE, RUN_FILE, read_settings
 from ..training import lightning_private, start
 from ..training.checkpoints import BestCheckpoint
 from ..training.finite import NON_FINITE
@@ -536,7 +536,7 @@ def holds_a_run(run: Path) -> bool:
 # loggers and a ModelCheckpoint without a folder do.
 _CHECKPOINTS = ("last.ckpt", "best.ckpt", ".last.ckpt.*.tmp", ".best.ckpt.*.tmp")
 _MODEL = (*FOLDER_FILES, THRESHOLD_FILE, WORDINGS_FILE)
-_PROFILES = "fit-profile*.txt"  # beside the log; without a logger in the run's folder
+_PROFILES = ("fit-profile*.txt", "validate-profile*.txt")  # beside the log; without a logger in the run's folder
 _LOG = (
     METRICS_FILE,
     RUN_FILE,
@@ -544,16 +544,25 @@ _LOG = (
     "hparams.yaml",
     "events.out.tfevents.*",
     "checkpoints/*.ckpt",
-    _PROFILES,
+    *_PROFILES,
 )
 
 
 def results(run: Path) -> list[Path]:
-    """The files that a run wrote into its folder, which --overwrite removes."""
-    logs = [path.parent for path in run.glob(f"logs/version_*/{RUN_FILE}")]  # other programs have such folders, too
-    patterns = [(checkpoints(run), _CHECKPOINTS), (run / "best", _MODEL), (run, (PAGE_FILE, NON_FINITE, _PROFILES))]
+    """The files that a run and its `validate` wrote into its folder, which --overwrite removes."""
+    logs = [log for log in run.glob("logs/version_*") if (log / RUN_FILE).is_file() or _is_of_validate(log)]
+    patterns = [(checkpoints(run), _CHECKPOINTS), (run / "best", _MODEL), (run, (PAGE_FILE, NON_FINITE, *_PROFILES))]
     patterns += [(log, _LOG) for log in logs]
     return sorted(path for folder, names in patterns for name in names for path in folder.glob(name) if path.is_file())
+
+
+def _is_of_validate(log: Path) -> bool:
+    """Whether the settings there are of a run's. Other programs have such folders, too."""
+    try:
+        settings, _ = read_settings((log / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "clip" in (settings.get("model") or ())
 
 
 def others(run: Path) -> list[Path]:

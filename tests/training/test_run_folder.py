@@ -89,6 +89,8 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(data, tmp_path, c
     (run / "best/threshold.json").write_text("{}")  # what verbs leave beside the model
     (run / "logs/version_8/checkpoints").mkdir()
     (run / "logs/version_8/checkpoints/epoch=0-step=3.ckpt").write_text("a ModelCheckpoint's")
+    shutil.copytree(run / "logs/version_8", run / "logs/version_9")  # as `validate` leaves it
+    (run / "logs/version_9/run.json").unlink()
     capsys.readouterr()
     trainer.main(arguments(data, run, "--overwrite=true", "--data.val=null", steps=2))
     after = files(run)
@@ -97,6 +99,16 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(data, tmp_path, c
     assert written == {name for name in first if name not in FOREIGN} - {"checkpoints/best.ckpt"}
     kept = re.search(r"also holds what no run wrote, which stays: (.*)", capsys.readouterr().out)[1]
     assert set(kept.split(", ")) == set(FOREIGN)
+
+
+@pytest.mark.parametrize("text", ["model: {lr: 1}", "model: resnet", "- model", "model: [", "model: null", "\xff"])
+def test_a_log_whose_settings_are_another_programs_is_no_runs(tmp_path, text):
+    log = tmp_path / "logs/version_0"
+    log.mkdir(parents=True)
+    (log / "config.yaml").write_bytes(text.encode("latin-1"))
+    assert run_settings.results(tmp_path) == []
+    (log / "config.yaml").write_text("model: {clip: {embed_dim: 16}}")
+    assert run_settings.results(tmp_path) == [log / "config.yaml"]
 
 
 @pytest.mark.sample(1)
