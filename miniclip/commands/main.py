@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..common.files import user_errors
-from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding
+from .terminal import Help, lasting_imports, new_parser, plain_warnings, print_in_any_encoding, utf8_text
 
 # verb: its file, here or in inference/, and what it does. A file has `parser()`, and `run(options)` for what that
 # parser reads; the file of `train`, whose parser is Lightning's and needs torch, has `main(argv)`.
@@ -74,8 +74,10 @@ def main(argv: list[str] | None = None, ends_process: bool = False) -> None:
         if verb == "train":
             module.main(argv[1:])
             return
-        options = module.parser().parse_args(argv[1:])
+        parser = module.parser()
+        options = parser.parse_args(argv[1:])
         with user_errors(), plain_warnings():
+            _refuse_empty(parser, options)
             module.run(options)
     finally:
         if ends_process and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -99,6 +101,19 @@ def _ending_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _refuse_empty(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: an argument is empty, as of a variable of the shell's that is not set; as a path it would be the
+            current folder. Texts are looked at where they are read.
+    """
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if action.type is not utf8_text and "" in (value if isinstance(value, list) else [value]):
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            raise ValueError(f"{name} is ''; leave it out or give it a value: the current folder is '.'")
 
 
 def _refuse_gone_folder() -> None:

@@ -75,6 +75,8 @@ def test_a_mistake_ends_every_verb_with_code_2_and_one_line(verb, tmp_path, caps
     said = fails(capsys, [verb, *arguments])
     assert "nowhere" in said
     assert "Traceback" not in said
+    said = fails(capsys, [verb, *("" if each == "nowhere" else each for each in arguments)])  # an empty variable's
+    assert "is ''; leave it out or give it a value: the current folder is '.'" in said
 
 
 @pytest.mark.long
