@@ -45,6 +45,15 @@ def _require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{type(config).__name__}.{name} is {value!r}; it must be {what} greater than 0")
 
 
+def _require_at_most(config: Any, most: int, cost: str, *names: str) -> None:
+    """Raises a ValueError where a field is so large that memory would run out, which would be torch's own error."""
+    for name in names:
+        if getattr(config, name) > most:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be at most {most}: {cost}"
+            )
+
+
 def _set_numbers(config: Any, name: str, count: int, kind: type, least: float, most: float = math.inf) -> None:
     """Makes a field a tuple of `count` numbers: JSON and YAML give lists, and equality wants one type."""
     value = getattr(config, name)
@@ -150,6 +159,8 @@ class VisionConfig:
         _require_positive(self, "image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
         if self.resize_size is not None:
             _require_positive(self, "resize_size")
+        sizes = ("image_size",) if self.resize_size is None else ("image_size", "resize_size")
+        _require_at_most(self, 16_384, "pixels of a picture of that side take 3.2 GB in float32", *sizes)
         _require_heads(self)
         if self.image_size % self.stride:
             what = f"patch_size {self.patch_size}" if self.kind == "vit" else "32, a ResNet's stride"
@@ -203,6 +214,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "context_length", "vocab_size", "width", "layers", "head_width", "mlp_ratio")
+        _require_at_most(self, 16_384, "attention over so many tokens takes 1 GB a head in float32", "context_length")
         _require_heads(self)
         is_id = type(self.eot_token) is int and 0 <= self.eot_token < self.vocab_size
         if self.eot_token is not None and not is_id:

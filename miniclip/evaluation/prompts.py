@@ -55,10 +55,15 @@ def fill(template: Template, classname: str) -> str:
     Plain replacement and not `str.format`, so that a class name or template may hold any other brace.
 
     Raises:
-        ValueError: a text template without a place for the name; every class would get the same prompt.
+        ValueError: a text template without a place for the name, by which every class would get the same prompt; or a
+            function that gives no text.
     """
     if callable(template):
-        return template(classname)
+        prompt: Any = template(classname)
+        if not isinstance(prompt, str):
+            called = getattr(template, "__qualname__", shown(template))
+            raise ValueError(f"template {called} gives {shown(prompt)} for {classname!r}; it must give a text (str)")
+        return prompt
     if not isinstance(template, str) or not isinstance(classname, str):
         what, value = ("class name", classname) if isinstance(template, str) else ("template", template)
         raise ValueError(f"a {what} is {shown(value)}; it must be a text (str)")

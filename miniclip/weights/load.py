@@ -124,6 +124,9 @@ def save(model: CLIP, directory: str | Path, overwrite: bool = False) -> None:
     if not isinstance(getattr(model, "config", None), CLIPConfig):
         is_module = isinstance(model, torch.nn.Module)
         what = f"a {type(model).__name__} of {type(model).__module__}" if is_module else shown(model)
+        parts = model.named_children() if is_module else ()  # as nn.DataParallel and DistributedDataParallel have it
+        if own := next((part for part, held in parts if isinstance(getattr(held, "config", None), CLIPConfig)), None):
+            raise ValueError(f"model is {what}, which holds a CLIP as its .{own}; save that")
         raise ValueError(
             f"model is {what}; it must be a CLIP, as `miniclip.load` returns it first. torch.save keeps the "
             "state_dict() of any other, and `load` reads a CLIP's"

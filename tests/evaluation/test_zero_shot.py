@@ -137,6 +137,8 @@ def test_texts_of_about_one_length_that_begin_alike_are_encoded_together():
         ("cat", ["a {}"], "classnames is 'cat'; it must be a list of texts"),
         (["cat"], "a {}", "templates is 'a {}'; it must be a list of texts"),
         (["cat"], ["a photo"], "template 'a photo' has no place for the class name"),
+        (["cat"], [len], "template len gives 3 for 'cat'; it must give a text"),
+        (["cat"], [lambda name: None], r"template \S*<lambda> gives None for 'cat'; it must give a text"),
     ],
 )
 def test_what_cannot_be_a_classifier_is_refused(classnames, templates, says):

@@ -583,6 +583,14 @@ def test_what_is_no_clip_is_refused_with_what_keeps_it(tmp_path, other):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_clip_that_another_module_holds_is_named(model, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"a DataParallel of torch\.\S+, which holds a CLIP as its \.module; save that"
+    ):
+        save(torch.nn.DataParallel(model), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_of_our_openai_module_comes_back_by_its_state_dict(tmp_path):
     clip = openai.build_model(foreign_models.openclip_model(TINY["vit"]).half().state_dict()).float()
     with pytest.raises(ValueError, match=r"model is a CLIP of miniclip\.openai; .* torch\.save keeps the state_dict"):
