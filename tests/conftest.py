@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import gc
 import io
@@ -10,6 +11,7 @@ import random
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from browser import CHROMEDRIVER, CHROMIUM, Browser
@@ -24,6 +26,12 @@ gc.set_threshold(20_000, 20, 20)
 
 
 SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Some tests bound how large a file may grow, and Python would leave modules cut short that it compiles there."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(__file__).parents[1] / "miniclip", quiet=1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not long"` is looked at

@@ -301,7 +301,6 @@ def test_a_cache_that_cannot_be_written_is_no_fault_of_tars_and_shards(laion, se
 
 FULL_DISK = """
 import resource, sys
-sys.dont_write_bytecode = True  # modules would be cut short, too
 from miniclip.data.indexing.index_tars import index_shards
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 index_shards(sys.argv[1], "out")

@@ -1027,7 +1027,7 @@ def test_a_disk_that_is_full_is_told_by_the_tar_that_does_not_fit(tmp_path):
         write_picture(tmp_path / "pictures" / f"{number}.png")
         (tmp_path / "pictures" / f"{number}.txt").write_text("words")
     code = (
-        "import resource, sys; from miniclip.commands.main import main\nsys.dont_write_bytecode = True\n"
+        "import resource; from miniclip.commands.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)); main(['shards', 'pictures', 'out'])"
     )
     done = warm.run([sys.executable, "-c", code], cwd=tmp_path)

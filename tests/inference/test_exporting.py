@@ -551,7 +551,7 @@ def test_what_is_there_is_replaced_only_if_it_is_an_export_and_one_asks(refused,
 def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(model, tmp_path, target):
     """PyTorch's own writer of programs ended the process there."""
     code = (
-        "import resource, sys; from miniclip.commands.main import main\nsys.dont_write_bytecode = True\n"
+        "import resource, sys; from miniclip.commands.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); main(['export', *sys.argv[1:]])"
     )
     error = run(sys.executable, "-c", code, model, "out", "--to", target, code=2, cwd=tmp_path, is_warm=True).stderr

@@ -289,7 +289,7 @@ def test_a_conversion_into_what_another_process_writes_is_refused_with_or_withou
 @pytest.mark.parametrize("to", ["native", "openai", "openclip", "hf"])
 def test_a_disk_that_is_full_is_told_by_the_name_that_was_asked_for(tmp_path, source, to):
     code = (
-        "import resource, sys; from miniclip.commands.main import main\nsys.dont_write_bytecode = True\n"
+        "import resource, sys; from miniclip.commands.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); main(['convert', *sys.argv[1:]])"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "full"), "--to", to]
