@@ -111,7 +111,8 @@ def _refuse_empty(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """
     for action in parser._actions:
         value = getattr(options, action.dest, None)
-        if action.type is not utf8_text and "" in (value if isinstance(value, list) else [value]):
+        may_be_empty = action.type is utf8_text or action.const == ""  # that of --save-threshold without a file
+        if not may_be_empty and "" in (value if isinstance(value, list) else [value]):
             name = action.option_strings[-1] if action.option_strings else action.metavar
             raise ValueError(f"{name} is ''; leave it out or give it a value: the current folder is '.'")
 
