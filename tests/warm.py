@@ -126,7 +126,8 @@ def _server() -> socket.socket:
             start_new_session=True,
         )
     theirs.close()
-    atexit.register(lambda: (ours.close(), server.wait()))
+    # Closing it would not do: a process that a test forked and left behind may hold it, too.
+    atexit.register(lambda: (ours.shutdown(socket.SHUT_RDWR), server.wait()))
     return ours
 
 
