@@ -356,6 +356,7 @@ def test_a_data_module_needs_no_setting_for_several_processes(validated):
     assert together[2] == pytest.approx(alone[2], rel=1e-5)
 
 
+@pytest.mark.long
 def test_samples_that_every_process_reads_are_refused(validated):
     alone, together = validated
     assert alone[3] == alone[0]
