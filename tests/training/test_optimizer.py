@@ -744,9 +744,11 @@ PRESET = ["--trainer.max_steps=-1", "--trainer.max_epochs=2"]  # of 40 pairs, in
     ],
 )
 def test_a_run_of_epochs_goes_through_all_their_samples_and_says_how_long_it_is(
-    data, tmp_path, capsys, more, steps, message
+    data, tmp_path, capsys, recwarn, more, steps, message
 ):
     trainer.main(arguments(data, tmp_path / "run", "--data.val=null", *more))
+    told = [str(each.message) for each in recwarn if issubclass(each.category, UserWarning)]
+    assert not any("across ranks" in text for text in told), told  # of a validation that nobody asked for
     out = capsys.readouterr().out
     assert message in out
     assert f"run: new, {steps} steps" in out
