@@ -208,8 +208,7 @@ def _fastest_ms(runs: Sequence[Callable[[], Any]]) -> list[float]:
 class _OpenedByRunner(EvaluationSet):
     """Pictures from their files on, as the runner reads them."""
 
-    def open(self, index: int) -> Image.Image:
-        stored = self.stored(index)
+    def decoded(self, stored: Image.Image | bytes, index: int) -> Image.Image:
         try:
             return stored if isinstance(stored, Image.Image) else open_picture(io.BytesIO(stored))
         except ValueError as error:
