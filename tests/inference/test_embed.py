@@ -527,9 +527,10 @@ def test_embeddings_of_files_that_an_earlier_version_wrote_are_known(of_places, 
 def test_files_of_other_times_are_compared_by_content(of_places, source, is_complete, model):
     write(source, "out", model, rows_per_file=2, part=(1, 1 if is_complete else 2))
     first = Path(source, "0001.png") if Path(source).is_dir() else Path(source)
-    for _ in range(2):  # of the second look the times are known
+    shutil.copytree(model, "moved")
+    for name in ("moved", model):  # of the second look the times are known
         os.utime(first, (5, 5))
-        again = write(source, "out", model, rows_per_file=2, part=(1, 1 if is_complete else 2))
+        again = write(source, "out", name, rows_per_file=2, part=(1, 1 if is_complete else 2))
         assert again.was_there == is_complete
     edited = bytearray(first.read_bytes())
     edited[300] ^= 1

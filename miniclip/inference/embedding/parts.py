@@ -99,8 +99,6 @@ class Plan:
         """What is not as in the manifest `begun`, in words; empty if a run can go on with it."""
         now, begun = self.facts(), _BEFORE | begun
         other = self._others(begun)
-        if self.model_fingerprint is not None:  # the same weights may have moved
-            other -= {"model"}
         if {"model_fingerprint", "library"} <= other or {"model_fingerprint", "preprocessing"} <= other:
             other -= {"model_fingerprint"}  # which covers both
         if "precision" in other:
@@ -128,6 +126,8 @@ class Plan:
         other = {name for name, value in self.facts().items() if begun.get(name) != value}
         if begun.get("source_fingerprint") in self.earlier_fingerprints:
             other -= {"source_fingerprint"}
+        if self.model_fingerprint is not None:  # the same weights may have moved
+            other -= {"model"}
         return other - {"source", "place", "keys_fingerprint"}
 
 
