@@ -262,7 +262,7 @@ def refuse_callbacks(trainer: Any, run: Path) -> None:
             "trainer.callbacks has OnExceptionCheckpoint, of whose file Lightning makes every run begin that names no "
             "checkpoint, another run's, too; leave it out: a run that is stopped leaves last.ckpt"
         )
-    own = {path.resolve() for name in ("last", "best") for path in [checkpoints(run) / f"{name}.ckpt"]}
+    own = {(checkpoints(run) / name).resolve() for name in ("last.ckpt", "best.ckpt")}
     for each in callbacks:
         if isinstance(each, ModelCheckpoint) and (taken := sorted(own & _named_by(each, trainer, run))):
             raise ValueError(

@@ -257,9 +257,13 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
 
 def _is_safetensors(path: Path) -> bool:
     """By what the file begins with, since people rename: a length and a brace, else not what torch.save writes."""
-    with open(path, "rb") as file:
-        head = file.read(9)
+    head = _beginning(path)
     return head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK\3\4", b"\x80\2")))
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(9)
 
 
 def _read_lightning(path: Path, values: dict[str, Any]) -> Checkpoint:
@@ -367,15 +371,11 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     """
     refuse_stand_ins(path)
     weights = f"start from its weights: --model.start_from {path}"
-    with open(path, "rb") as file:
-        start = file.read(9)
-    is_safetensors = start[5:] == b"\0\0\0{"  # the length of the JSON that follows
-    if is_safetensors or not start.startswith((b"PK", b"\x80")):
-        what = "a safetensors file, which holds weights alone" if is_safetensors else "no file of torch.save's"
-        raise ValueError(
-            f"{path} is {what}, and holds no run to resume, as a run's checkpoints/last.ckpt does"
-            + (f"; {weights}" if is_safetensors else "")
-        )
+    no_run = "and holds no run to resume, as a run's checkpoints/last.ckpt does"
+    if _is_safetensors(path):
+        raise ValueError(f"{path} is a safetensors file, which holds weights alone, {no_run}; {weights}")
+    if not _beginning(path).startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} is no file of torch.save's, {no_run}")
     instead = f"resume it with the program that wrote it, or {weights}"
     try:
         checkpoint = read_pickle(path, with_stubs=False)
