@@ -1201,6 +1201,11 @@ def test_rows_of_another_split_do_not_train_and_are_told(tmp_path, kind):
         ("Subset", ("train", "val", "val"), 1),
         ("set", ("training", "train", "testing"), 2),
         ("set", ("chess", "tea", "train"), 3),
+        ("data set", ("train", "valid", "test"), 1),
+        ("phase", ("TRAIN", "VAL", "TRAIN"), 2),
+        ("phase", ("train", "", "test"), 3),
+        ("kind", ("train", "test tube", "test"), 3),
+        ("place", ("train2014", "val2014", "train2014"), 3),
     ],
 )
 def test_a_column_that_names_two_parts_is_followed_and_another_leaves_all_rows(tmp_path, column, values, kept):

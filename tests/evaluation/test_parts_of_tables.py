@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,14 +15,15 @@ import pytest
 from helpers import write_picture
 from PIL import Image
 
+from miniclip.data.sources import read_pairs
 from miniclip.evaluation.datasets.bare import bare_datasets, bare_table
 from miniclip.evaluation.datasets.open import open_dataset, open_images
 
 
-def write_table(root: Path, kind: str, parts: list[str]) -> Path:
+def write_table(root: Path, kind: str, parts: list[str], column: str = "split") -> Path:
     """A table of a picture for each part."""
     rows = [
-        {"image": f"{n}.png", "label": "ab"[n % 2], "caption": f"text {n}", "split": part}
+        {"image": f"{n}.png", "label": "ab"[n % 2], "caption": f"text {n}", column: part}
         for n, part in enumerate(parts)
     ]
     for number in range(len(rows)):
@@ -93,6 +95,30 @@ def test_rows_of_train_are_not_scored_where_there_are_others(tmp_path, kind, tas
             assert rows_read(tmp_path, source, len(parts), split, task) == rows
         with pytest.raises(ValueError, match="has no split 'tset'; it has "):
             open_dataset(source, task=task, split="tset")
+
+
+@pytest.mark.parametrize("kind", ["csv", "base64.jsonl", "parquet", "folder", "datasets", "datasets in a mapping"])
+def test_a_column_of_any_name_tells_the_parts_where_its_cells_hold_nothing_else(tmp_path, kind):
+    source = write_table(tmp_path, kind, ["train", "valid", "train", "test"], column="data set")
+    with pytest.warns(UserWarning, match=r"a row of another split \(train\): 2"):
+        assert rows_read(tmp_path, source, 4, None, "classification") == [3]
+    with pytest.warns(UserWarning, match="a row of another split"):
+        assert rows_read(tmp_path, source, 4, "train", "retrieval") == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["datasets", "parquet"])
+def test_where_names_tell_the_parts_a_column_may_say_where_rows_came_from(tmp_path, kind):
+    source = write_table(tmp_path, "parquet", ["train", "val"], column="source")
+    if kind == "datasets":
+        rows = datasets.Dataset.from_parquet(str(source), cache_dir=str(tmp_path / "cache"))
+        datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "set")
+    else:
+        (tmp_path / "set").mkdir()
+        for part in ("train", "test"):
+            shutil.copy(source, tmp_path / "set" / f"{part}-00000-of-00001.parquet")
+    for split in ("train", "test"):
+        assert len(read_pairs(tmp_path / "set", split=split)) == 2
+        assert len(open_dataset(tmp_path / "set", split=split, label_column="label")) == 2
 
 
 @pytest.mark.parametrize("kind", ["csv", "base64.jsonl", "parquet", "folder", "datasets", "datasets in a mapping"])

@@ -15,7 +15,7 @@ from .pair import Pair, Pairs
 from .paths import is_file
 from .rows import choose_columns, extra_of
 from .scan import LeftOut
-from .splits import equal_splits, has_split_column, numbers_of, rows_of_split, split_among
+from .splits import equal_splits, numbers_of, parts_in, rows_of_split, split_among
 from .tables import find_image_column
 
 HUB_PREFIX = "hf-hub:"
@@ -109,6 +109,11 @@ class DatasetsRows:
         """What a row is called, by its number in the set, from 1 after the set's name."""
         return f"{self.part}: row {number + 1}" if self.part else f"row {number}"
 
+    def first_text(self, name: str) -> str:
+        """The first value of a column, if it is a text and no set's name tells the part; else an empty one."""
+        is_text = not self.part and len(self) and getattr(self.loaded.features[name], "dtype", "") == "string"
+        return (self.loaded.select_columns([name])[0][name] or "") if is_text else ""
+
     def column(self, name: str) -> list[Any]:
         return list(self.loaded.select_columns([name])[:][name])
 
@@ -147,7 +152,7 @@ def datasets_rows(loaded: Any, source: str, split: str, is_asked_for: bool = Fal
     if isinstance(loaded, dict):
         is_told = not {*equal_splits(split)}.isdisjoint(loaded)
         only = next(iter(loaded.values())) if len(loaded) == 1 else None
-        if only is not None and not is_told and has_split_column(only.column_names):
+        if only is not None and not is_told and parts_in(only.column_names, DatasetsRows(only))[1]:
             try:
                 return rows_of_split(source, only.column_names, DatasetsRows(only), split, is_asked_for=True)
             except ValueError as error:

@@ -86,7 +86,7 @@ def splits_of_imagefolder(folder: Path) -> list[str]:
     folder."""
     table = next((path for path in sorted(folder.iterdir()) if path.is_file() and is_imagefolders(path, True)), None)
     columns, rows = read_table(table) if table else ([], [])
-    parts = parts_in(columns, rows)[1] if has_split_column(columns) else _parts_of_pictures(rows)
+    parts = (not has_split_column(columns) and _parts_of_pictures(rows)) or parts_in(columns, rows)[1]
     return sorted(set(parts) - {""})
 
 

@@ -18,6 +18,7 @@ from .arrow_column import ArrowColumn, as_python, is_large, taken, without_views
 from .scan import LeftOut
 
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
+_SHORT_TEXT_BYTES = 24  # longer texts, on the average, are no names of parts
 
 
 class ParquetRows(Sequence[dict[str, Any]]):
@@ -117,6 +118,15 @@ class ParquetRows(Sequence[dict[str, Any]]):
             return next((batch.to_pylist() for batch in batches), [])
         except (self.errors, OSError) as error:
             raise ValueError(f"{self.paths[0]} is damaged: {error}") from error
+
+    def first_text(self, name: str) -> str:
+        """The first value of a column, if it is a short text and no file's name tells the part; else an empty one."""
+        if self.split or not self or name in self.of_path:
+            return ""
+        num_bytes, kind = _bytes_of(self.file, name), str(self.file.schema_arrow.field(name).type)
+        is_short = "string" in kind and num_bytes <= _SHORT_TEXT_BYTES * self.file.metadata.num_rows
+        value = self.first([name], 1)[0][name] if is_short and self.file.metadata.num_rows else ""
+        return value if isinstance(value, str) else ""
 
     def whole(self, name: str) -> Sequence[Any]:
         """A column with all of its values: an `ArrowColumn`, or a list where its type is not the same in all files."""

@@ -1,5 +1,5 @@
-"""The parts of data (train, val, test): by the names of files and folders, or by a table's column `split` (or `set`,
-`subset`, `partition`), which names that of each row."""
+"""The parts of data (train, val, test): by the names of files and folders, or by a table's column that names that of
+each row: one called `split` (or `set`, `subset`, `partition`), else one whose every cell is such a name."""
 
 from __future__ import annotations
 
@@ -158,6 +158,11 @@ class Rows(list[dict[str, Any]]):
         """What a row is called, by its number in the file."""
         return f"row {number}"
 
+    def first_text(self, name: str) -> str:
+        """The first value of a column, if it is a short text; else an empty one."""
+        value = self[0].get(name) if self else ""
+        return value if isinstance(value, str) else ""
+
     def column(self, name: str) -> list[Any]:
         return [row.get(name) for row in self]
 
@@ -258,12 +263,20 @@ def _roles(parts: Iterable[str]) -> set[str]:
 
 def _part_of_each(columns: Sequence[str], rows: Any, wanted: Collection[str] = ()) -> tuple[str, list[str]]:
     """The column, and the part of each row in lower case, "" for a blank one. Of several columns that which has a part
-    that is wanted, else that which names two parts, as train and test are."""
+    that is wanted, else that which names two parts, as train and test are. Where none is called as such columns are,
+    one of another name (`phase`, `data set`) counts if it names two parts and its cells hold nothing else."""
+    called = [column for column in columns if column.strip().lower() in SPLIT_COLUMNS]
     found = []
-    for column in columns:
-        if (name := column.strip().lower()) in SPLIT_COLUMNS:
-            values = rows.column(column)
-            parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
-            rank = (set(wanted).isdisjoint(parts), len(_roles(parts)) < 2, SPLIT_COLUMNS.index(name))
-            found.append((rank, column, parts))
+    for place, column in enumerate(called or (each for each in columns if _is_plain_part(rows.first_text(each)))):
+        values = rows.column(column)
+        parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
+        names_two = len(_roles(parts)) > 1
+        if called or (names_two and all(map(_is_plain_part, set(parts)))):
+            index = SPLIT_COLUMNS.index(column.strip().lower()) if called else place
+            found.append(((set(wanted).isdisjoint(parts), not names_two, index), column, parts))
     return min(found)[1:] if found else ("", [])
+
+
+def _is_plain_part(name: str) -> bool:
+    """Whether it is a part's name and nothing else; a folder of COCO's, train2014, may stand for where a picture is."""
+    return bool(role_of(name.strip())) and not name.strip()[-1:].isdigit()
