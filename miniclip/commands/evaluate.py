@@ -340,6 +340,11 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
     for name in ("train", "validation"):
         if getattr(options, name) and len(getattr(options, name)) != len(options.data):
             raise ValueError(f"--{name} has {len(getattr(options, name))} sets and --data {len(options.data)}")
+        if same := [given for given, data in zip(getattr(options, name), options.data, strict=False) if given == data]:
+            raise ValueError(
+                f"--{name} {same[0]} is that of --data, and would be the same part of it; --train-split names another "
+                "part to learn from, and what is chosen by is held out of that"
+            )
     if options.validation and not (options.train or options.train_split):
         raise ValueError("--validation is for what is learnt from --train or --train-split")
     if options.false_acceptance is not None and not options.outside:

@@ -360,6 +360,8 @@ MISTAKES = [
     (["--topk", "0"], "--topk is 0; it must be at least 1"),
     (["--train", "a", "b"], "--train has 2 sets and --data 1"),
     (["--train", "a", "--train-split", "b"], "give one of them"),
+    (["--train", "PHOTOS"], "is that of --data, and would be the same part of it; --train-split names another part"),
+    (["--train", "a", "--validation", "PHOTOS"], "photos is that of --data"),
     (["--validation", "a"], "--validation is for what is learnt"),
     (["--false-acceptance", "0.1"], "of --outside, which is missing"),
     (["--outside", "streets", "--false-acceptance", "5"], "--false-acceptance is 5.0; it is a share"),
