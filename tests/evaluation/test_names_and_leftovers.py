@@ -104,6 +104,7 @@ def test_a_separator_of_lines_within_a_text_of_json_lines_ends_none():
         ("a.json", '["tench", ""]', "entry 1", "not empty"),
         ("a.json", '{"a": 0, "b": 0}', "one label to several", "one name a line"),
         ("a.txt", "# my classes\ntench\ngoldfish", "line 1", "one name a line"),
+        ("a.txt", "## Classes\ntench\ngoldfish", "line 1 looks like a comment", "one name a line"),
         ("a.txt", "name\ntench\ngoldfish", "'name'", r"\.csv"),
         ("a.txt", "tench\n\ngoldfish", "line 2", "none may be blank"),
         ("a.txt", '["tench",\n "goldfish"', r"begins with '\[\"tench\"", "one name a line"),

@@ -106,6 +106,16 @@ def test_a_column_of_any_name_tells_the_parts_where_its_cells_hold_nothing_else(
         assert rows_read(tmp_path, source, 4, "train", "retrieval") == [0, 2]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("column", ["is_train", "is_valid", "Is Test Image"])
+def test_a_column_of_yes_and_no_that_may_tell_the_parts_is_not_followed_and_named(tmp_path, kind, column):
+    source = write_table(tmp_path, kind, ["True", "False", "True"], column=column)
+    for task in ("classification", "retrieval"):
+        with pytest.warns(UserWarning, match=f"all rows are read. Its column '{column}' is not followed"):
+            assert rows_read(tmp_path, source, 3, None, task) == [0, 1, 2]
+    assert f"all rows: column '{column}' is not followed" in read_pairs(source).found
+
+
 @pytest.mark.parametrize("kind", ["datasets", "parquet"])
 def test_where_names_tell_the_parts_a_column_may_say_where_rows_came_from(tmp_path, kind):
     source = write_table(tmp_path, "parquet", ["train", "val"], column="source")

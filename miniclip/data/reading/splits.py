@@ -19,6 +19,7 @@ _ROLE_OF = {name: names[0] for names in EQUAL_SPLITS for name in names}
 _FOLDER = re.compile(rf"(?:{'|'.join(SPLIT_COLUMNS)})=(.+)", re.I)  # as Spark and pandas partition
 _SHARD = re.compile(r"(.+?)[-_.](?:([\d*]+-of-[\d*]+).*|[\d*]+)", re.S)  # testA-00000-of-00001, as the hub has them
 _PART = re.compile(rf"({'|'.join(_ROLE_OF)})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I)  # COCO's train2017
+_FLAG = re.compile(r"is[_ ]?([a-z]+?)(?:[_ ](?:image|sample|row|set))?", re.I)
 
 
 def role_of(name: str) -> str:
@@ -191,6 +192,13 @@ def has_split_column(columns: Sequence[str]) -> bool:
     return any(column.strip().lower() in SPLIT_COLUMNS for column in columns)
 
 
+def flag_of_part(columns: Iterable[str]) -> str:
+    """A column that may tell a part by yes and no, as is_train does and fastai's is_valid; it is not followed, as
+    is_valid may also say that a row is sound. Empty if there is none."""
+    found = ((column, _FLAG.fullmatch(column.strip())) for column in columns)
+    return next((column for column, flag in found if flag and role_of(flag[1])), "")
+
+
 def is_named(path: Path, split: str) -> bool:
     """Whether the name of a file, a pattern or a folder says that this part is what it holds."""
     name, part = path.resolve().name if path.is_dir() else path.stem, split.strip()
@@ -229,6 +237,8 @@ def rows_of_split(
     if not is_asked_for and len(roles) < 2 and (is_told or not ("train" in roles and "val" in equal)):
         if not set(there) <= wanted:
             rows.note = f", all rows: column {column!r} has {some(there, 3)}; --split takes those of one"
+        elif not column and (flag := flag_of_part(columns)):
+            rows.note = f", all rows: column {flag!r} is not followed, as one 'split' of parts' names would be"
         return rows
     if wanted.isdisjoint(parts):
         valid = some(there, 20) or "none, as it is blank"

@@ -38,6 +38,7 @@ from ...data.reading.rows import without_numbers
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
 from ...data.reading.splits import (
     choose_split,
+    flag_of_part,
     has_split_column,
     is_all_of,
     not_for_training,
@@ -164,6 +165,12 @@ def _rows_of_part(
         raise ValueError(f"{source} is a table and has no split {split!r}; {of_files}")
     if not column:
         warn_of_unknown(source, files)
+        if not is_told and (flag := flag_of_part(columns)):
+            warn_once(
+                f"{source}: all rows are read. Its column {flag!r} is not followed; one 'split' with the names of the "
+                "parts, train and test, would be",
+                stacklevel=5,
+            )
         return rows, None
     if is_told and split and not any(map(role_of, parts)) and not same_parts(parts, split):
         split = None

@@ -57,7 +57,7 @@ _QUOTED = re.compile(r"""(?:lambda\s+\w+\s*:\s*)?[rfu]{0,2}(['"]).*\1(?:\.format
 _NUMBERED = re.compile(r"(?P<label>\d+)\s*(?P<between>[:;)=\t|]|[.,](?!\d)|\s)\s*(?P<name>\S.*)")
 _NUMBERED_AFTER = re.compile(r"(?P<name>.*?\S)\s*(?P<between>[:,;=\t|]|\s)\s*(?P<label>\d+)")
 _CODE_OF_CLASS = re.compile(r"[A-Za-z]\d+")
-_COMMENT = re.compile(r"#( |$)|//|/\*|<!|;|%( |$)|--")
+_COMMENT = re.compile(r"#+( |$)|//|/\*|<!|;|%( |$)|--")
 _TYPOGRAPHIC = re.compile(r"[“”„«‘’‚](?P<name>.+)[”“»’‘]\s*[,;]?")
 _REMEDY = "write one name a line, or a JSON list of them"
 
