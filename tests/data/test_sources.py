@@ -379,6 +379,10 @@ def test_two_columns_of_one_name_are_refused(images):
     many = ",".join(map(str, range(20_000)))
     with pytest.raises(ValueError, match=r"t\.csv has several columns called '7'"):
         read_pairs(table(images / "t.csv", f"image,caption,{many},7", "0.jpg,one"))
+    cells = [pa.array([cell]) for cell in ("0.jpg", "one", "two")]
+    parquet.write_table(pa.table(cells, names=["image", "caption", "caption"]), images / "t.parquet")
+    with pytest.raises(ValueError, match=r"t\.parquet has several columns called 'caption'"):
+        read_pairs(images / "t.parquet")
 
 
 def test_a_table_of_one_column_is_asked_for_its_separator(images):

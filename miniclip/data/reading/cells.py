@@ -64,6 +64,15 @@ _BYTE_ORDER_MARKS = (
 )
 
 
+def refuse_equal_names(columns: Sequence[str], path: PurePath) -> None:
+    """
+    Raises:
+        ValueError: two columns of a table have one name.
+    """
+    if twice := {name for name, count in Counter(columns).items() if name and count > 1}:
+        raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
+
+
 def encoding_of(data: bytes) -> str:
     """What a text's byte order mark says of its encoding; UTF-8 without one."""
     return next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from .arrow_column import ArrowColumn, as_python, is_large, taken, without_views
+from .cells import refuse_equal_names
 from .scan import LeftOut
 
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
@@ -29,7 +30,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         names: of the files, where rows are called by them.
 
     Raises:
-        ValueError: pyarrow is missing, a file is damaged, or the columns of two files differ.
+        ValueError: pyarrow is missing, a file is damaged, two columns have one name, or those of two files differ.
     """
 
     left_out: tuple[LeftOut, ...] = ()
@@ -51,6 +52,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
                 raise ValueError(f"{path} is no Parquet file, or a damaged one: {error}") from error
         self.file = self.files[0]
         self.columns = list(self.file.schema_arrow.names)
+        refuse_equal_names(self.columns, paths[0])
         for path, file in zip(paths, self.files, strict=True):
             if set(file.schema_arrow.names) != set(self.columns):
                 raise ValueError(
@@ -125,7 +127,8 @@ class ParquetRows(Sequence[dict[str, Any]]):
             return ""
         num_bytes, kind = _bytes_of(self.file, name), str(self.file.schema_arrow.field(name).type)
         is_short = "string" in kind and num_bytes <= _SHORT_TEXT_BYTES * self.file.metadata.num_rows
-        value = self.first([name], 1)[0][name] if is_short and self.file.metadata.num_rows else ""
+        begin = self.first([name], 1) if is_short else []
+        value = begin[0].get(name) if begin else ""
         return value if isinstance(value, str) else ""
 
     def whole(self, name: str) -> Sequence[Any]:

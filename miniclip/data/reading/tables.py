@@ -8,7 +8,6 @@ import gzip
 import io
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
@@ -18,7 +17,15 @@ from urllib.parse import urlsplit
 from ...common.files import free_memory
 from ...common.storage import expand, is_url
 from ...common.wording import some
-from .cells import CAPTION_COLUMNS, IMAGE_COLUMNS, NUMBERED_CAPTION, decode_text, names_picture, picture_in
+from .cells import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    NUMBERED_CAPTION,
+    decode_text,
+    names_picture,
+    picture_in,
+    refuse_equal_names,
+)
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
 from .paths import find_file, is_file
@@ -275,8 +282,7 @@ def _parse_cells(
         first = [_without_quotes(cell) for cell in first] if quoting == csv.QUOTE_NONE else first
         is_row = any(map(names_picture, first))
         columns = _columns_without_header(path, first) if is_row else [name.strip() for name in first]
-        if twice := {name for name, count in Counter(columns).items() if name and count > 1}:
-            raise ValueError(f"{path} has several columns called {', '.join(map(repr, sorted(twice)))}")
+        refuse_equal_names(columns, path)
         rows += [dict(zip(columns, first, strict=True))] if is_row else []
         for cells in reader:
             if not cells:
