@@ -16,7 +16,7 @@ import opcode
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import cache, cached_property, wraps
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +60,16 @@ class LayerNorm(nn.LayerNorm):
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
+
+
+# A program may put a class of its own in place of one of these, in this module, before it makes a model. Such a class
+# takes OpenAI's arguments, so it is given another only where a checkpoint needs it.
+_USUAL: dict[str, Any] = {"activation": "quick_gelu", "vision_heads": None}
+_USUAL |= dict.fromkeys(("mlp_ratio", "vision_mlp_ratio", "transformer_mlp_ratio"), 4.0)
+
+
+def _unusual(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value != _USUAL[name]}
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -112,7 +122,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.width, self.layers = width, layers
-        options: dict[str, Any] = {"activation": activation, "mlp_ratio": mlp_ratio}
+        options = _unusual(activation=activation, mlp_ratio=mlp_ratio)
         self.resblocks = nn.Sequential(
             *(ResidualAttentionBlock(width, heads, attn_mask, **options) for _ in range(layers))
         )
@@ -143,7 +153,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(num_tokens, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation=activation, mlp_ratio=mlp_ratio)
+        self.transformer = Transformer(width, layers, heads, **_unusual(activation=activation, mlp_ratio=mlp_ratio))
         self.ln_post = LayerNorm(width)
         self.proj: nn.Parameter | None = nn.Parameter(width**-0.5 * torch.randn(width, output_dim))
 
@@ -205,7 +215,15 @@ class ModifiedResNet(Explained, resnet.ModifiedResNet):
         config = VisionConfig("resnet", input_resolution, width=width, blocks=blocks, head_width=head_width)
         super().__init__(config, output_dim)
         self.output_dim = output_dim
-        self.attnpool = AttentionPool2d(input_resolution // 32, 32 * width, heads, output_dim)
+        self.attnpool = self.pool(input_resolution // 32, 32 * width, heads, output_dim)
+
+    @property
+    def block(self) -> type[Bottleneck]:  # type: ignore[override]
+        return Bottleneck
+
+    @property
+    def pool(self) -> type[AttentionPool2d]:
+        return AttentionPool2d
 
     def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
         return super().forward(x.to(self.conv1.weight.dtype), all_tokens)
@@ -237,28 +255,32 @@ class CLIP(nn.Module):
         self.visual: ModifiedResNet | VisionTransformer
         if not isinstance(vision_layers, int):
             heads = vision_heads or vision_width * 32 // 64
-            self.visual = ModifiedResNet(vision_layers, embed_dim, heads, image_resolution, vision_width)
+            self.visual = ModifiedResNet(
+                layers=vision_layers,
+                output_dim=embed_dim,
+                heads=heads,
+                input_resolution=image_resolution,
+                width=vision_width,
+            )
         else:
             if vision_patch_size is None:
                 raise ValueError("vision_patch_size is None; a vision transformer needs one")
             heads = vision_heads or vision_width // 64
             self.visual = VisionTransformer(
-                image_resolution,
-                vision_patch_size,
-                vision_width,
-                vision_layers,
-                heads,
-                embed_dim,
-                activation=activation,
-                mlp_ratio=vision_mlp_ratio,
+                input_resolution=image_resolution,
+                patch_size=vision_patch_size,
+                width=vision_width,
+                layers=vision_layers,
+                heads=heads,
+                output_dim=embed_dim,
+                **_unusual(activation=activation, mlp_ratio=vision_mlp_ratio),
             )
         self.transformer = Transformer(
-            transformer_width,
-            transformer_layers,
-            transformer_heads,
-            self.build_attention_mask(),
-            activation=activation,
-            mlp_ratio=transformer_mlp_ratio,
+            width=transformer_width,
+            layers=transformer_layers,
+            heads=transformer_heads,
+            attn_mask=self.build_attention_mask(),
+            **_unusual(activation=activation, mlp_ratio=transformer_mlp_ratio),
         )
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
@@ -271,9 +293,9 @@ class CLIP(nn.Module):
         """OpenAI's standard deviations. (A vision transformer keeps those that it was made with, as OpenAI's does.)"""
         D, layers = self.transformer.width, self.transformer.layers
         for module in self.visual.modules():
-            if isinstance(module, Bottleneck):
+            if isinstance(module, resnet.Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
-            elif isinstance(module, AttentionPool2d):
+            elif isinstance(module, resnet.AttentionPool):
                 for projection in (module.q_proj, module.k_proj, module.v_proj, module.c_proj):
                     nn.init.normal_(projection.weight, std=module.c_proj.in_features**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -356,6 +378,9 @@ def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
     model = CLIP(*sizes, context_length, vocab_size, text_width, heads, text_layers)
     convert_weights(model)
     model.load_state_dict(tensors)
+    if isinstance(state_dict, MutableMapping):  # as OpenAI's code leaves it: all of it can be loaded into the model
+        for name in _SIZES:
+            state_dict.pop(name, None)
     return model.eval()
 
 
@@ -624,15 +649,14 @@ def _download(url: str, root: str | None = None) -> str:
 def _transform(
     n_px: int, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
 ) -> Callable[[Image.Image], Tensor]:  # fmt: skip
-    from torchvision import transforms  # a second, and only this needs it
-
-    return transforms.Compose(
+    own = sys.modules[__name__]  # whose names of torchvision's a program may replace
+    return own.Compose(
         [
-            transforms.Resize(n_px, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(n_px),
+            own.Resize(n_px, interpolation=own.BICUBIC),
+            own.CenterCrop(n_px),
             _convert_image_to_rgb,
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
+            own.ToTensor(),
+            own.Normalize(mean, std),
         ]
     )
 
@@ -719,6 +743,7 @@ def _from_config(config: CLIPConfig, source: str) -> CLIP:
         if not holds:
             raise ValueError(f"{source} is no model that OpenAI's code has: {otherwise}; use miniclip.load")
     is_vit = vision.kind == "vit"
+    width = vision.width if is_vit else 32 * vision.width  # of what the heads share
     return CLIP(
         config.embed_dim,
         vision.image_size,
@@ -730,10 +755,12 @@ def _from_config(config: CLIPConfig, source: str) -> CLIP:
         text.width,
         text.heads,
         text.layers,
-        vision_heads=vision.heads,
-        vision_mlp_ratio=vision.mlp_ratio,
-        transformer_mlp_ratio=text.mlp_ratio,
-        activation=config.activation,
+        **_unusual(
+            vision_heads=None if width == 64 * vision.heads else vision.heads,
+            vision_mlp_ratio=vision.mlp_ratio,
+            transformer_mlp_ratio=text.mlp_ratio,
+            activation=config.activation,
+        ),
     )
 
 

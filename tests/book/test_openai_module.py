@@ -425,6 +425,87 @@ def test_a_subclass_is_scripted_as_by_karlo(vit, monkeypatch):
     assert_near(scripted.encode_text(tokens), vit[1].encode_text(tokens))
 
 
+# OpenAI's classes and the arguments that it makes them with.
+PARTS = {
+    "ResidualAttentionBlock": "d_model n_head attn_mask",
+    "Transformer": "width layers heads attn_mask",
+    "VisionTransformer": "input_resolution patch_size width layers heads output_dim",
+    "Bottleneck": "inplanes planes stride",
+    "AttentionPool2d": "spacial_dim embed_dim num_heads output_dim",
+    "ModifiedResNet": "layers output_dim heads input_resolution width",
+}
+
+
+def twice(found):
+    """A subclass that takes OpenAI's arguments alone and gives twice what `found` gives."""
+    names = PARTS[found.__name__].split()
+
+    class Twice(found):
+        def __init__(self, *values, **options):
+            super().__init__(**dict(zip(names, values, strict=False)), **options)
+            assert options.keys() <= set(names)
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    return Twice
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_class_that_a_program_puts_in_place_of_a_part_is_built(monkeypatch, name):
+    """As programs of style transfer replace the image tower. Oracle: hooks on the parts."""
+    sizes = RESNET if name in ("Bottleneck", "AttentionPool2d", "ModifiedResNet") else VIT
+    plain = with_random_weights(clip.CLIP(*sizes))
+    monkeypatch.setattr(clip, name, twice(getattr(clip, name)))
+    model = clip.build_model(plain.state_dict()).float()
+    assert sum(type(part).__name__ == "Twice" for part in model.modules()) > 0
+    model.load_state_dict(plain.state_dict())
+    for part in plain.modules():
+        if type(part).__name__ == name:
+            part.register_forward_hook(lambda _, __, output: 2 * output)
+    images, tokens = images_for(plain), clip.tokenize(NAMES)
+    assert_near(model.encode_image(images), plain.encode_image(images))
+    assert_near(model.encode_text(tokens), plain.encode_text(tokens))
+
+
+def test_a_class_that_a_program_puts_in_place_of_the_model_is_loaded(tmp_path, both, monkeypatch):
+    class Mine(clip.CLIP):
+        def __init__(
+            self,
+            embed_dim,
+            image_resolution,
+            vision_layers,
+            vision_width,
+            vision_patch_size,
+            context_length,
+            vocab_size,
+            transformer_width,
+            transformer_heads,
+            transformer_layers,
+        ):
+            sizes = (embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size)
+            text = (context_length, vocab_size, transformer_width, transformer_heads, transformer_layers)
+            super().__init__(*sizes, *text)
+
+    torch.save(both[0].state_dict(), tmp_path / "model.pt")
+    monkeypatch.setattr(clip, "CLIP", Mine)
+    with pytest.warns(UserWarning, match="does not tell"):
+        model, _ = clip.load(str(tmp_path / "model.pt"), device="cpu")
+    assert isinstance(model, Mine)
+    images = images_for(model)
+    assert_near(model.encode_image(images), both[0].encode_image(images))
+
+
+def test_replaced_transforms_prepare_pictures(monkeypatch):
+    from torchvision import transforms
+
+    picture_, bilinear = picture(), transforms.InterpolationMode.BILINEAR
+    monkeypatch.setattr(clip, "BICUBIC", bilinear)
+    monkeypatch.setattr(clip, "Normalize", lambda mean, std: lambda pixels: pixels)
+    steps = [transforms.Resize(24, bilinear), transforms.CenterCrop(24), transforms.ToTensor()]
+    assert torch.equal(clip._transform(24)(picture_), transforms.Compose(steps)(picture_))
+
+
 def test_a_model_without_its_projection_gives_the_towers_width(vit):
     vit[0].visual.proj = None
     assert vit[0].encode_image(images_for(vit[0])).shape == (3, 128)
@@ -444,7 +525,9 @@ def test_the_model_exports_for_other_batches(both):
 
 
 def test_built_models_are_float16_but_for_norms_and_embeddings(both):
-    model = clip.build_model(both[0].state_dict() | {"input_resolution": torch.tensor(64)})
+    tensors = both[0].state_dict() | {"input_resolution": torch.tensor(64)}
+    model = clip.build_model(tensors)
+    model.load_state_dict(tensors)  # the sizes are taken out, as by OpenAI's code
     assert model.dtype == torch.float16
     assert not model.training
     for name, parameter in model.named_parameters():
