@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import regex
 import torch
@@ -34,9 +35,8 @@ from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
 from .common.modules import evaluation_mode
-from .config import OPENAI_MEAN, OPENAI_STD, Activation, CLIPConfig, differences
-from .loss import clip_loss
-from .openclip_model import CLIP, refuse_foreign
+from .config import Activation, CLIPConfig, differences
+from .openclip_model import refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
 from .weights.architecture import config_from_openclip, side_of_square
@@ -48,6 +48,9 @@ from .weights.load import build, preprocess_for, resize
 from .weights.read import Checkpoint, read_checkpoint
 from .weights.shapes import Unfilled
 from .weights.write import openclip_settings
+
+if TYPE_CHECKING:
+    from .openclip_model import CLIP
 
 HF_HUB_PREFIX, LOCAL_DIR_PREFIX = HUB_PREFIX, "local-dir:"
 _QUICK = "-quickgelu"
@@ -196,6 +199,8 @@ def create_model(
         ValueError: no such name, tag or file, another architecture, or an argument that is not supported.
     """
     _refuse(others)
+    if load_checkpoint is not _OWN_LOAD_CHECKPOINT:
+        warnings.warn("what a program put in place of load_checkpoint is not called by create_model", stacklevel=2)
     if jit:
         warnings.warn("jit=True is ignored: no code of a checkpoint is run", stacklevel=2)
     config, found, source, settings = _open(model_name, pretrained if load_weights else None, cache_dir)
@@ -210,11 +215,11 @@ def create_model(
         vision_cfg = {**vision_cfg, "patch_dropout": force_patch_dropout}
     beside = bool(output_dict or settings.get("output_dict")), vision_cfg
     if found is None:
-        model = CLIP.of(_resized(config, side, force_context_length), *beside)
+        model = openclip_model.CLIP.of(_resized(config, side, force_context_length), *beside)
     else:
         found = _interpolated(resize(replace(found, config=config), side, None), force_context_length)
         with Unfilled():
-            model = CLIP.of(found.config, *beside)
+            model = openclip_model.CLIP.of(found.config, *beside)
         model.load_state_dict(to_openai_keys(build(found, source).state_dict()))
     _set_precision(model, precision)
     return model.to(find_device(device))
@@ -342,6 +347,9 @@ def load_checkpoint(
     return model.load_state_dict(to_openai_keys(build(found, checkpoint_path).state_dict()))
 
 
+_OWN_LOAD_CHECKPOINT = load_checkpoint
+
+
 def get_model_config(model_name: str) -> dict[str, Any] | None:
     """An architecture as open_clip's JSON has it, or None for a name that is none of `list_models`'."""
     if model_name.startswith((HUB_PREFIX, LOCAL_DIR_PREFIX)):
@@ -373,7 +381,7 @@ def _set_precision(model: CLIP, precision: str) -> None:
     elif isinstance(model.visual, TimmTower):
         raise ValueError(f"precision is {precision!r}; for a tower of timm's, use 'pure_{precision}' or 'fp32'")
     else:
-        openai.convert_weights(model, dtype)
+        convert_weights_to_lp(model, dtype)
 
 
 _NOTHING = ("pretrained_hf", "pretrained_text", "pretrained_image")  # towers' own weights, where all come together
@@ -489,7 +497,8 @@ def image_transform(
         steps = [transforms.Resize((side, side), interpolation=filter_)]
     else:
         steps = [transforms.Resize(side, interpolation=filter_), transforms.CenterCrop(side)]
-    normalize = transforms.Normalize(mean or OPENAI_MEAN, std or OPENAI_STD)
+    usual = openclip_names.OPENAI_DATASET_MEAN, openclip_names.OPENAI_DATASET_STD
+    normalize = transforms.Normalize(mean or usual[0], std or usual[1])
     return transforms.Compose([*steps, openai._convert_image_to_rgb, transforms.ToTensor(), normalize])
 
 
@@ -508,16 +517,23 @@ def canonicalize_text(text: str, *, keep_punctuation_exact_string: str | None = 
     return " ".join((kept or "").join(without).lower().split())
 
 
+basic_clean, whitespace_clean = openai.basic_clean, openai.whitespace_clean
+
+
+def _clean_lower(text: str) -> str:
+    return whitespace_clean(basic_clean(text)).lower()
+
+
 def _clean_whitespace(text: str) -> str:
-    return openai.whitespace_clean(openai.basic_clean(text))
+    return whitespace_clean(basic_clean(text))
 
 
 def _clean_canonicalize(text: str) -> str:
-    return canonicalize_text(openai.basic_clean(text))
+    return canonicalize_text(basic_clean(text))
 
 
 _CLEANINGS: dict[str, Callable[[str], str]] = {
-    "lower": clip_tokenizer.clean,
+    "lower": _clean_lower,
     "whitespace": _clean_whitespace,
     "canonicalize": _clean_canonicalize,
 }
@@ -551,7 +567,7 @@ class SimpleTokenizer(openai.SimpleTokenizer):
         clip_tokenizer.END_OF_TEXT,
     )
     all_special_ids: Sequence[int] = (sot_token_id, eot_token_id)
-    clean_fn: Callable[[str], str] = staticmethod(clip_tokenizer.clean)
+    clean_fn: Callable[[str], str] = staticmethod(_clean_lower)
     reduction_fn: Callable[..., Tensor] | None = None
 
     def __init__(
@@ -607,12 +623,12 @@ class SimpleTokenizer(openai.SimpleTokenizer):
 
 
 def _makers_of_ids(tokenizer_class: type[SimpleTokenizer]) -> list[Any]:
-    """What makes ids of texts, of the class or a subclass, as it is now."""
+    """What makes ids of texts, of the class or a subclass and of this module, as it is now."""
     names = (
         "__call__", "bpe", "bpe_ranks", "byte_encoder", "cache", "clean_fn", "encode", "encode_cleaned", "encoder",
         "eot_token_id", "pat", "reduction_fn", "sot_token_id", "special",
     )  # fmt: skip
-    return [getattr(tokenizer_class, name) for name in names]
+    return [basic_clean, whitespace_clean, *(getattr(tokenizer_class, name) for name in names)]
 
 
 _OWN_MAKERS = _makers_of_ids(SimpleTokenizer)
@@ -690,11 +706,23 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ) -> None:
         super().__init__()
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
         if world_size != 1:
             raise ValueError(
                 f"world_size is {world_size}; this one is of one process. miniclip.clip_loss has "
                 "across_processes=True, whose gradients are exact"
             )
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        return torch.arange(num_logits, device=device)
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        logits = logit_scale * image_features @ text_features.T
+        logits = logits if logit_bias is None else logits + logit_bias
+        return logits, logits.T
 
     def forward(
         self,
@@ -704,7 +732,10 @@ class ClipLoss(nn.Module):
         logit_bias: Any = None,
         output_dict: bool = False,
     ) -> Any:
-        loss = clip_loss(image_features, text_features, logit_scale)  # a bias moves all logits and no softmax
+        # Through the methods above, which a subclass may override.
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
+        labels = self.get_ground_truth(image_features.device, len(logits[0]))
+        loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -740,11 +771,10 @@ def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device =
 
 # Names of open_clip's that are written elsewhere.
 _HOMES = {
-    openai: ("AttentionPool2d", "LayerNorm", "QuickGELU", "basic_clean", "bytes_to_unicode", "default_bpe", "get_pairs",
-             "whitespace_clean"),
-    openclip_model: ("Bottleneck", "LayerScale", "ModifiedResNet", "PatchDropout", "ResidualAttentionBlock",
-                     "TimmModel", "Transformer", "VisionTransformer", "_expand_token", "freeze_batch_norm_2d",
-                     "text_global_pool"),
+    openai: ("bytes_to_unicode", "default_bpe", "get_pairs"),
+    openclip_model: ("AttentionPool2d", "Bottleneck", "CLIP", "LayerNorm", "LayerScale", "ModifiedResNet",
+                     "PatchDropout", "QuickGELU", "ResidualAttentionBlock", "TimmModel", "Transformer",
+                     "VisionTransformer", "_expand_token", "freeze_batch_norm_2d", "text_global_pool"),
     openclip_names: (
         *openclip_names.KINDS, "AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
@@ -753,6 +783,7 @@ _HOMES = {
     ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_AS_WRITTEN = {name: getattr(home, name) for name, home in _HOME_OF.items()}
 __version__ = "3.3.0"  # open_clip's, whose names these are
 convert_weights_to_lp = convert_weights_to_fp16 = openai.convert_weights
 LayerNormFp32 = openai.LayerNorm
@@ -768,6 +799,24 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise openai.missing_name(__name__, missing(name))
     return getattr(_HOME_OF[name], name)
+
+
+class _Module(ModuleType):
+    """What a program puts in place of a name, it puts where the name is written, and so it acts; deleted, it is undone.
+
+    Not in `openai`, which is a package of its own for those who import it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        home = _HOME_OF.get(name, openai)
+        super().__setattr__(name, value) if home is openai else setattr(home, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        home = _HOME_OF.get(name, openai)
+        super().__delattr__(name) if home is openai else setattr(home, name, _AS_WRITTEN[name])
+
+
+sys.modules[__name__].__class__ = _Module
 
 
 def __dir__() -> list[str]:

@@ -23,13 +23,21 @@ from .config import CLIP_LOGIT_SCALE, Activation, CLIPConfig, VisionConfig
 from .model import pick, project
 from .timm_tower import TimmTower
 from .weights.architecture import config_from_openclip, side_of_square
+from .weights.write import openclip_settings
 
 
 class _Explained(openai.Explained):
     explained_as = ("open_clip's", "miniclip.openclip")
 
 
-_LAYERS_BY_NAME: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": openai.QuickGELU}
+# A program may put classes of its own in place of these and of those below, with open_clip's arguments: models are made
+# of what stands here when they are made, and `openclip` puts here what is put into it.
+AttentionPool2d, LayerNorm, QuickGELU = openai.AttentionPool2d, openai.LayerNorm, openai.QuickGELU
+
+
+def _layer_called(name: Activation) -> type[nn.Module]:
+    return nn.GELU if name == "gelu" else QuickGELU
+
 
 # Arguments of open_clip's classes, and the values that these classes have.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -175,7 +183,7 @@ class ResidualAttentionBlock(openai.ResidualAttentionBlock):
         mlp_ratio: float = 4.0,
         ls_init_value: float | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
-        norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
         is_cross_attention: bool = False,
         batch_first: bool = True,
     ) -> None:
@@ -229,7 +237,7 @@ class Transformer(_Explained):
         mlp_ratio: float = 4.0,
         ls_init_value: float | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
-        norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
         *later: Any,
         **others: Any,
     ) -> None:
@@ -283,7 +291,7 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         pool_type: str = "tok",
         final_ln_after_pool: bool = False,
         act_layer: Callable[[], nn.Module] = nn.GELU,
-        norm_layer: Callable[[int], nn.Module] = openai.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
         output_tokens: bool = False,
         *of_blocks: Any,
         **others: Any,
@@ -326,10 +334,16 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         return self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._global_pool(self.ln_post(x))
+        if not self.final_ln_after_pool:
+            return self._global_pool(self.ln_post(x))
+        pooled, tokens = self._global_pool(x)
+        return self.ln_post(pooled), tokens
 
     def _global_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, 0], x[:, 1:]
+        """By `pool_type`, which a program may set: "tok", "avg", or another for all tokens twice."""
+        if self.pool_type not in ("tok", "avg"):
+            return x, x
+        return x[:, 0] if self.pool_type == "tok" else x[:, 1:].mean(dim=1), x[:, 1:]
 
     def forward(self, x: Tensor) -> Any:
         pooled, tokens = self._pool(self.transformer(self._embeds(x)))
@@ -353,7 +367,6 @@ class Bottleneck(_WithActNames, resnet.Bottleneck):
 
 
 class ModifiedResNet(_WithActNames, openai.ModifiedResNet):
-    block = Bottleneck
     instead = {  # noqa: RUF012
         "forward_intermediates": _HOOKS.format("`layer1` to `layer4`"),
         "init_parameters": _DRAWN,
@@ -365,6 +378,14 @@ class ModifiedResNet(_WithActNames, openai.ModifiedResNet):
     ) -> None:
         super().__init__(layers, output_dim, heads, image_size, width)
         self.image_size = image_size
+
+    @property
+    def block(self) -> type[Bottleneck]:  # type: ignore[override]
+        return Bottleneck
+
+    @property
+    def pool(self) -> type[openai.AttentionPool2d]:
+        return AttentionPool2d
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes all; its norms no longer count either if `freeze_bn_stats`.
@@ -449,7 +470,7 @@ class CLIP(_Explained, openai.CLIP):
 
     visual: Any
     transformer: Any
-    attn_mask: Tensor
+    attn_mask: Tensor | None  # None if a program has every token attend to all
     text_pool_type = "argmax"
     instead = {  # noqa: RUF012
         "forward_intermediates": _HOOKS.format("`visual.transformer.resblocks[i]` or `transformer.resblocks[i]`"),
@@ -496,6 +517,16 @@ class CLIP(_Explained, openai.CLIP):
             vision_cfg: open_clip's settings, for those that a CLIPConfig has not: what training leaves out at random,
                 and whether the tower gives patches, too.
         """
+        if cls.__init__ is not _OWN_INIT:  # a program's own, which is called as open_clip calls it
+            settings = openclip_settings(config)["model_cfg"]
+            settings["vision_cfg"] |= vision_cfg
+            settings["vision_cfg"]["image_size"] = config.vision.image_size
+            if config.init_logit_scale == CLIP_LOGIT_SCALE:  # one that open_clip leaves to the class
+                del settings["init_logit_scale"]
+            settings |= {"output_dict": True} if output_dict else {}
+            model = cls(**settings, cast_dtype=None)
+            model._tell(config)
+            return model
         model = cls.__new__(cls)
         model._make(config, output_dict, vision_cfg)
         return model
@@ -504,18 +535,30 @@ class CLIP(_Explained, openai.CLIP):
         vision, text = config.vision, config.text
         sizes = (text.context_length, text.vocab_size, text.width, text.heads)
         super().__init__(config.embed_dim, vision.image_size, 0, 64, vision.image_size, *sizes, 0)  # without blocks
-        self.config, self.output_dict = config, output_dict
+        self.output_dict = output_dict
         self.visual = _image_tower(config, vision_cfg)
-        self.visual.output_dim = config.embed_dim
-        self.visual.preprocess_cfg = _preprocess_cfg(vision)
-        self.visual.image_mean, self.visual.image_std = vision.mean, vision.std
-        activation = _LAYERS_BY_NAME[config.activation]
-        self.transformer = Transformer(text.width, text.layers, text.heads, text.mlp_ratio, act_layer=activation)
+        self._tell(config)
+        self.transformer = Transformer(
+            width=text.width,
+            layers=text.layers,
+            heads=text.heads,
+            mlp_ratio=text.mlp_ratio,
+            act_layer=_layer_called(config.activation),
+            norm_layer=LayerNorm,
+        )
+        self.ln_final = LayerNorm(text.width)
         self.register_buffer("attn_mask", self.build_attention_mask(), persistent=False)
         bias = config.init_logit_bias
         self.logit_scale.data.fill_(config.init_logit_scale)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.initialize_parameters()
+
+    def _tell(self, config: CLIPConfig) -> None:
+        """Gives itself and its image tower the attributes that tell how it is made and used."""
+        self.config = config
+        self.visual.output_dim = config.embed_dim
+        self.visual.preprocess_cfg = _preprocess_cfg(config.vision)
+        self.visual.image_mean, self.visual.image_std = config.vision.mean, config.vision.std
 
     @property
     def dtype(self) -> torch.dtype:
@@ -554,11 +597,12 @@ class CLIP(_Explained, openai.CLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """(B, N) -> (B, E), read at each row's largest id, which is the end of text."""
+        """(B, N) -> (B, E), read at each row's largest id, which is the end of text, or by another `text_pool_type`."""
         N, dtype = text.shape[1], self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:N].to(dtype)  # (B, N, D)
-        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:N, :N]))
-        features = project(text_global_pool(x, text), self.text_projection)
+        x = self.ln_final(self.transformer(x, attn_mask=None if self.attn_mask is None else self.attn_mask[:N, :N]))
+        x = text_global_pool(x, text, self.text_pool_type, eos_token_id=getattr(self, "text_eos_id", None))
+        features = project(x, self.text_projection)
         return F.normalize(features, dim=-1) if normalize else features
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -579,6 +623,9 @@ class CLIP(_Explained, openai.CLIP):
         return outputs if self.output_dict else tuple(outputs.values())
 
 
+_OWN_INIT = CLIP.__init__
+
+
 def _input_dtype(tower: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     """What an image tower computes its first convolution in."""
     weights = (each for each in tower.parameters() if each.ndim == 4 and each.is_floating_point())
@@ -590,18 +637,34 @@ def _image_tower(config: CLIPConfig, vision_cfg: Mapping[str, Any]) -> nn.Module
     patch_dropout = vision_cfg.get("patch_dropout") or 0.0
     if vision.kind == "vit":
         return VisionTransformer(
-            *(R, vision.patch_size, vision.width, vision.layers, vision.heads, vision.mlp_ratio),
+            image_size=R,
+            patch_size=vision.patch_size,
+            width=vision.width,
+            layers=vision.layers,
+            heads=vision.heads,
+            mlp_ratio=vision.mlp_ratio,
             output_dim=config.embed_dim,
             patch_dropout=patch_dropout,
-            act_layer=_LAYERS_BY_NAME[config.activation],
+            act_layer=_layer_called(config.activation),
+            norm_layer=LayerNorm,
             output_tokens=bool(vision_cfg.get("output_tokens")),
         )
     if vision.kind == "timm":
         projection = None if vision.timm_projection == "classifier" else vision.timm_projection
-        how = R, vision.timm_pool, projection, vision.timm_projection_bias
-        rates = vision_cfg.get("timm_drop") or 0.0, vision_cfg.get("timm_drop_path"), patch_dropout or None
-        return TimmModel(vision.timm_model, config.embed_dim, *how, *rates)
-    return ModifiedResNet(vision.blocks, config.embed_dim, vision.heads, R, vision.width)
+        return TimmModel(
+            vision.timm_model,
+            embed_dim=config.embed_dim,
+            image_size=R,
+            pool=vision.timm_pool,
+            proj=projection,
+            proj_bias=vision.timm_projection_bias,
+            drop=vision_cfg.get("timm_drop") or 0.0,
+            drop_path=vision_cfg.get("timm_drop_path"),
+            patch_drop=patch_dropout or None,
+        )
+    return ModifiedResNet(
+        layers=vision.blocks, output_dim=config.embed_dim, heads=vision.heads, image_size=R, width=vision.width
+    )
 
 
 def _preprocess_cfg(vision: VisionConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from foreign_models import randomised
+from helpers import picture
 from torch import nn
 
 import miniclip.openclip as ours
@@ -201,3 +202,125 @@ def test_an_architecture_that_a_program_adds_is_built(monkeypatch):
     monkeypatch.setitem(ours._MODEL_CONFIGS, "tiny", {**settings, "text_cfg": {"hf_model_name": "roberta-base"}})
     with pytest.raises(ValueError, match="tiny, text_cfg has 'hf_model_name'"):
         ours.create_model("tiny")
+
+
+# ---- what a program puts in place of a part
+
+FEW_WORDS, IDS = {**TEXT, "context_length": 5, "vocab_size": 20}, torch.tensor([[18, 7, 19, 0, 0], [18, 3, 4, 7, 19]])
+RESNET = {**VISION, "layers": [1, 1, 1, 1], "width": 8, "image_size": 64}
+TIMM = {"image_size": 32, "timm_model_name": "test_convnext", "timm_proj": "linear"}
+# Their classes: where open_clip looks for each when it makes a model, and the image tower that has it.
+PARTS = {
+    "ResidualAttentionBlock": (open_clip.transformer, VISION),
+    "Transformer": (open_clip.transformer, VISION),
+    "VisionTransformer": (open_clip.model, VISION),
+    "LayerNorm": (open_clip.model, VISION),
+    "QuickGELU": (open_clip.model, VISION),
+    "ModifiedResNet": (open_clip.model, RESNET),
+    "Bottleneck": (open_clip.modified_resnet, RESNET),
+    "AttentionPool2d": (open_clip.modified_resnet, RESNET),
+    "TimmModel": (open_clip.model, TIMM),
+}
+
+
+def waved(found):
+    class Waved(found):
+        def forward(self, *inputs, **options):
+            return super().forward(*inputs, **options).sin()
+
+    return Waved
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_class_that_a_program_puts_in_place_of_theirs_is_built(monkeypatch, name):
+    home, vision = PARTS[name]
+    of_openai = getattr(ours.openai, name, None)
+    for module in (home, ours):
+        monkeypatch.setattr(module, name, waved(getattr(module, name)))
+    models = [library.CLIP(64, vision, FEW_WORDS, quick_gelu=True) for library in (ours, open_clip)]
+    assert any(type(part).__name__ == "Waved" for part in models[0].modules())
+    assert_same(*models, noise(2, 3, vision["image_size"], vision["image_size"]), IDS)
+    assert getattr(ours.openai, name, None) is of_openai
+    monkeypatch.undo()
+    assert getattr(ours, name).__name__ == name
+
+
+def test_a_function_that_a_program_puts_in_place_of_theirs_is_called(monkeypatch):
+    def mean(x, text, pool_type, eos_token_id=None):
+        return x.mean(dim=1)
+
+    models = [library.CLIP(64, VISION, FEW_WORDS) for library in (ours, open_clip)]
+    for module in (open_clip.model, ours):
+        monkeypatch.setattr(module, "text_global_pool", mean)
+    assert_same(*models, noise(2, 3, 32, 32), IDS)
+    for module in (open_clip.tokenizer, ours):
+        monkeypatch.setattr(module, "basic_clean", lambda text: text.replace("cat", "dog"))
+    assert torch.equal(ours.SimpleTokenizer()("a cat"), open_clip.SimpleTokenizer()("a cat"))
+    for module in (open_clip.transform, ours):
+        monkeypatch.setattr(module, "OPENAI_DATASET_MEAN", (0.0, 0.5, 1.0))
+    found, expected = (library.image_transform(8, False) for library in (ours, open_clip))
+    assert torch.equal(found(picture()), expected(picture()))
+
+
+@pytest.mark.filterwarnings("ignore:the weights of")
+@pytest.mark.parametrize("vision", [VISION, RESNET, TIMM], ids=["vit", "resnet", "timm"])
+def test_a_class_in_place_of_the_model_is_made_as_theirs(monkeypatch, vision):
+    models = []
+    for library, home in ((ours, ours), (open_clip, open_clip.factory)):
+
+        class Adapted(library.CLIP):
+            def __init__(self, embed_dim, vision_cfg, text_cfg, quick_gelu=False, output_dict=False, cast_dtype=None):
+                super().__init__(embed_dim, vision_cfg, text_cfg, quick_gelu, output_dict=output_dict)
+                self.adapter = nn.Linear(embed_dim, embed_dim)
+
+            def encode_image(self, image, normalize=False):
+                return self.adapter(super().encode_image(image, normalize))
+
+        monkeypatch.setattr(home, "CLIP", Adapted)
+        settings = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": FEW_WORDS, "quick_gelu": True}
+        monkeypatch.setitem(home._MODEL_CONFIGS, "tiny", settings)
+        size = {} if vision is TIMM else {"force_image_size": 64}
+        models.append(library.create_model("tiny", **size))
+    R = models[0].config.vision.image_size
+    assert (R, models[0].visual.preprocess_cfg) == (32 if vision is TIMM else 64, models[1].visual.preprocess_cfg)
+    assert_same(*models, noise(2, 3, R, R), IDS)
+
+
+def test_a_replaced_load_checkpoint_is_not_called_and_a_warning_says_so(monkeypatch):
+    monkeypatch.setattr(ours, "load_checkpoint", None)
+    told = pytest.warns(UserWarning, match="in place of load_checkpoint is not called by create_model")
+    with told, pytest.raises(ValueError, match="no folder or file"):
+        ours.create_model("such a model is not there")
+
+
+@pytest.mark.parametrize(
+    "of_model, of_tower",
+    [
+        ({"text_pool_type": "last"}, {"pool_type": "avg"}),
+        ({"text_pool_type": "eos", "text_eos_id": 7}, {"final_ln_after_pool": True, "pool_type": "avg"}),
+        ({"attn_mask": None}, {"final_ln_after_pool": True}),
+    ],
+)
+def test_what_a_program_sets_of_a_model_acts(of_model, of_tower):
+    models = [library.CLIP(64, VISION, FEW_WORDS) for library in (ours, open_clip)]
+    for model in models:
+        for part, values in ((model, of_model), (model.visual, of_tower)):
+            for name, value in values.items():
+                setattr(part, name, value)
+    assert_same(*models, noise(2, 3, 32, 32), IDS)
+
+
+def test_a_loss_derived_from_theirs_is_computed_by_its_own_methods():
+    losses = []
+    for library in (ours, open_clip):
+
+        class Distances(library.ClipLoss):
+            def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+                first, second = super().get_logits(image_features, text_features, logit_scale, logit_bias)
+                return first.abs(), second.abs()
+
+            def get_ground_truth(self, device, num_logits):
+                return super().get_ground_truth(device, num_logits).flip(0)
+
+        losses.append(Distances(cache_labels=True)(*noise(2, 5, 8), torch.tensor(3.0), torch.tensor(-1.0)))
+    torch.testing.assert_close(*losses)
