@@ -36,6 +36,7 @@ from .common.device import find_device
 from .common.files import ASSETS
 from .common.modules import evaluation_mode
 from .config import Activation, CLIPConfig, differences
+from .loss import clip_loss
 from .openclip_model import refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
@@ -694,7 +695,9 @@ def build_zero_shot_classifier_legacy(
 
 
 class ClipLoss(nn.Module):
-    """Of one process; `miniclip.clip_loss` is exact over several."""
+    """Of one process; `miniclip.clip_loss` is exact over several. It computes through `get_logits` and
+    `get_ground_truth` where a program has its own, as open_clip's does, in memory for all B x B logits.
+    """
 
     def __init__(
         self,
@@ -732,11 +735,17 @@ class ClipLoss(nn.Module):
         logit_bias: Any = None,
         output_dict: bool = False,
     ) -> Any:
-        # Through the methods above, which a subclass may override.
-        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
-        labels = self.get_ground_truth(image_features.device, len(logits[0]))
-        loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
+        methods = [getattr(method, "__func__", None) for method in (self.get_logits, self.get_ground_truth)]
+        if methods == _OWN_METHODS:
+            loss = clip_loss(image_features, text_features, logit_scale)  # a bias moves all logits and no softmax
+        else:
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
+            labels = self.get_ground_truth(image_features.device, len(logits[0]))
+            loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+_OWN_METHODS = [ClipLoss.get_logits, ClipLoss.get_ground_truth]
 
 
 def create_loss(args: Any) -> ClipLoss:
