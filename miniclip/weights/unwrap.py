@@ -77,7 +77,7 @@ def unwrap(values: Any, source: str) -> Tensors:
     if not entries:
         is_mapping = isinstance(values, Mapping) and values
         kind = f"a mapping of {some([str(key) for key in values])}" if is_mapping else f"a {type(values).__name__}"
-        raise ValueError(f"{source} is no checkpoint: it holds {kind}, not tensors by their names")
+        raise ValueError(f"{source} is no checkpoint: it holds {kind}, not a CLIP's tensors by their names")
     for tensors in entries.values():
         refuse_no_weights(tensors, source, "save its state_dict()")
     models = [(entry, prefix) for entry, tensors in entries.items() for prefix in _prefixes(tensors)]
