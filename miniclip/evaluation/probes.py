@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.wording import counted
 from .measures.statistics import wilson_interval
 from .measures.ties import SAME, first_of_best
 from .splits import ROWS_OF_PROBES, Labelled, Splits, unit_rows
@@ -380,9 +381,9 @@ class ShotCurve:
         """`shots_to_match` in words."""
         shots, fewest = self.shots_to_match(method), self.shots[0]
         if shots is None:
-            return f"more than {self.shots[-1]} images a class to match zero-shot"
+            return f"more than {counted(self.shots[-1], 'image')} a class to match zero-shot"
         if self.mean(method)[0] >= self.zero_shot:
-            return f"at least as good as zero-shot with {fewest} image{'s' * (fewest > 1)} a class"
+            return f"at least as good as zero-shot with {counted(fewest, 'image')} a class"
         return f"{shots:.1f} images a class to match zero-shot"
 
     def as_dict(self) -> dict[str, Any]:

@@ -553,6 +553,10 @@ def test_shots_to_match_zero_shot_by_hand(zero, means, expected, words):
     assert found.verdict("linear probe").startswith(words)
 
 
+def test_one_image_is_no_images():
+    assert curve(0.9, [0.1], (1,)).verdict("linear probe") == "more than 1 image a class to match zero-shot"
+
+
 @pytest.fixture(scope="module")
 def toy_curve() -> ShotCurve:
     return shot_curve(toy(noise=1.5, count=60), prompts(), seeds=(3, 4), num_neighbours=5)
