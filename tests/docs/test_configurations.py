@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import pack_folder, table, tiny_clip, write_pairs
 
+from miniclip import load, save
 from miniclip.commands import train as trainer
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +46,13 @@ SMALL = {
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_every_configuration_trains_with_a_field_of_each_section_overridden(folder, monkeypatch, config):
-    monkeypatch.chdir(folder)
-    shards = [f"--data.{part}=runs/digits/shards/{part}" for part in ("train", "val")]
+def test_every_configuration_trains_with_a_field_of_each_section_overridden(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "val"):
+        pack_folder(write_pairs(Path("pairs", part), 40), Path("shards", part))
+    labels = [f"../../../pairs/val/{number:04d}.png,{'odd' if number % 2 else 'even'}" for number in range(40)]
+    table(Path("runs/digits/data/val.csv"), "filepath,label", *labels)  # the demo's
+    shards = [f"--data.{part}=shards/{part}" for part in ("train", "val")]
     short = [
         "--trainer.max_steps=2",
         "--data.val_pairs=16",
@@ -54,9 +60,6 @@ def test_every_configuration_trains_with_a_field_of_each_section_overridden(fold
         f"--name={config}",
     ]
     import timm
-    from helpers import tiny_clip
-
-    from miniclip import load, save
 
     save(tiny_clip(embed_dim=32), "start", overwrite=True)
     torch.save(timm.create_model("test_resnet").state_dict(), "test_resnet.pth")
