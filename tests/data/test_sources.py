@@ -101,6 +101,14 @@ def test_a_csv_or_tsv_gives_its_pairs(images, tmp_path, suffix):
     check_all_five(pairs, tmp_path / "out")
 
 
+def test_a_cell_longer_than_csvs_bound_is_read_and_the_bound_stays_that_of_the_process(tmp_path):
+    write_picture(tmp_path / "a.png")
+    bound, caption = csv.field_size_limit(), "a" * 2 * csv.field_size_limit()
+    pairs = read_pairs(table(tmp_path / "pairs.csv", "image,caption", f"a.png,{caption}"))
+    assert [list(pair.captions) for pair in pairs] == [[caption]]
+    assert csv.field_size_limit() == bound
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".JSONL"])
 def test_json_lines_give_their_pairs_with_captions_as_lists(images, tmp_path, suffix):
     lines = [

@@ -7,8 +7,10 @@ import glob
 import gzip
 import io
 import re
+import threading
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, Literal, TypeGuard
@@ -44,6 +46,7 @@ from .splits import (
 
 _PIECE_BYTES = 2**24
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
+_BOUND_OF_CSV = threading.Lock()
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
     ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
@@ -260,8 +263,20 @@ def _parse_csv(path: Path, text: str) -> tuple[list[str], list[dict[str, Any]]]:
         raise ValueError(f"{path} {what}; its first line must name the columns")
     expected = "\t" if table_suffix(path) == ".tsv" else ","
     separator = named or _separator_in(header, expected)
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    return _parse_cells(path, text, separator, csv.QUOTE_MINIMAL)
+    with _cells_as_long_as(text):
+        return _parse_cells(path, text, separator, csv.QUOTE_MINIMAL)
+
+
+@contextmanager
+def _cells_as_long_as(text: str) -> Iterator[None]:
+    """csv's bound is the process's, so it is put back: what others read by csv does not hang on the tables before."""
+    with _BOUND_OF_CSV:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, len(text)))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _parse_cells(
