@@ -195,7 +195,7 @@ def test_a_threshold_brings_the_classes_and_prompts_it_was_calibrated_with():
         ({"labels": "a,b", "templates": "simpel"}, "simpel.*simple"),
         ({"labels": f"a,{NONE}", "threshold": ModelThreshold(0.2, "")}, f"a class is called '{NONE}'"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_mistakes_about_classes_are_named(tmp_path, monkeypatch, options, says):
     monkeypatch.chdir(tmp_path)
