@@ -54,6 +54,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.long)
 
 
+@pytest.hookimpl(tryfirst=True)  # before fixtures of any scope are made
+def pytest_runtest_setup() -> None:
+    """What a test draws without a seed of its own does not hang on the tests before it: in some order of them, it would
+    be weights that miss a bound.
+    """
+    import torch
+
+    random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def convolutions_in_float32() -> None:
     """Where there is a GPU, models of several libraries compute on it, and PyTorch rounds convolutions to TF32."""
