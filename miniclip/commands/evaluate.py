@@ -340,7 +340,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
     for name in ("train", "validation"):
         if getattr(options, name) and len(getattr(options, name)) != len(options.data):
             raise ValueError(f"--{name} has {len(getattr(options, name))} sets and --data {len(options.data)}")
-        if same := [given for given, data in zip(getattr(options, name), options.data, strict=False) if given == data]:
+        pairs = zip(getattr(options, name), options.data, strict=False)
+        if same := [given for given, data in pairs if Path(given) == Path(data)]:  # also with a slash at its end
             raise ValueError(
                 f"--{name} {same[0]} is that of --data, and would be the same part of it; --train-split names another "
                 "part to learn from, and what is chosen by is held out of that"

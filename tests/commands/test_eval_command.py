@@ -360,7 +360,7 @@ MISTAKES = [
     (["--topk", "0"], "--topk is 0; it must be at least 1"),
     (["--train", "a", "b"], "--train has 2 sets and --data 1"),
     (["--train", "a", "--train-split", "b"], "give one of them"),
-    (["--train", "PHOTOS"], "is that of --data, and would be the same part of it; --train-split names another part"),
+    (["--train", "PHOTOS/"], "is that of --data, and would be the same part of it; --train-split names another part"),
     (["--train", "a", "--validation", "PHOTOS"], "photos is that of --data"),
     (["--validation", "a"], "--validation is for what is learnt"),
     (["--false-acceptance", "0.1"], "of --outside, which is missing"),
@@ -380,7 +380,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("more", "message"), MISTAKES, ids=[" ".join(more) for more, _ in MISTAKES])
 def test_a_mistake_is_answered_in_words_before_any_work(models, sets, tmp_path, capsys, more, message):
     args = ["--model", models[0], "--data", str(sets / "photos")] if more else []
-    more = [str(sets / "photos") if each == "PHOTOS" else each for each in more]
+    more = [each.replace("PHOTOS", str(sets / "photos")) for each in more]
     said = fails(capsys, ["eval", *args, *more, "--out", str(tmp_path / "out")])
     assert message in said
     assert "Traceback" not in said

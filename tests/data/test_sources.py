@@ -391,6 +391,11 @@ def test_two_columns_of_one_name_are_refused(images):
     parquet.write_table(pa.table(cells, names=["image", "caption", "caption"]), images / "t.parquet")
     with pytest.raises(ValueError, match=r"t\.parquet has several columns called 'caption'"):
         read_pairs(images / "t.parquet")
+    (images / "parts").mkdir()
+    (images / "t.parquet").rename(images / "parts/1.parquet")
+    parquet.write_table(pa.table(cells[:2], names=["image", "caption"]), images / "parts/0.parquet")
+    with pytest.raises(ValueError, match=r"1\.parquet has several columns called 'caption'"):
+        read_pairs(images / "parts")
 
 
 def test_a_table_of_one_column_is_asked_for_its_separator(images):

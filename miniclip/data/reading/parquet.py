@@ -52,8 +52,8 @@ class ParquetRows(Sequence[dict[str, Any]]):
                 raise ValueError(f"{path} is no Parquet file, or a damaged one: {error}") from error
         self.file = self.files[0]
         self.columns = list(self.file.schema_arrow.names)
-        refuse_equal_names(self.columns, paths[0])
         for path, file in zip(paths, self.files, strict=True):
+            refuse_equal_names(file.schema_arrow.names, path)
             if set(file.schema_arrow.names) != set(self.columns):
                 raise ValueError(
                     f"{path} has the columns {', '.join(file.schema_arrow.names)}, and {paths[0]} has "
