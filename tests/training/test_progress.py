@@ -25,7 +25,7 @@ from helpers import tiny_clip, tiny_config
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.plugins import MixedPrecision
-from runs import StopAt, arguments, command, fails, metrics
+from runs import StopAt, arguments, command, fails, metrics, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniclip.commands import main as cli
@@ -197,7 +197,7 @@ def spoilt(data: Path, folder: Path) -> Path:
     return folder / "shards"
 
 
-def test_two_processes_tell_what_one_does(data, tmp_path):
+def test_two_processes_train_and_tell_what_one_does(data, tmp_path):
     shards = spoilt(data, tmp_path)
     found = {}
     for devices in (1, 2):
@@ -219,6 +219,10 @@ def test_two_processes_tell_what_one_does(data, tmp_path):
             assert two[name] == pytest.approx(one[name], rel=1e-6), name
     assert found[2][-1]["train/rejected"] == 1
     assert found[2][-1]["train/truncated"] >= 9
+    one, two = state(tmp_path / "run1"), state(tmp_path / "run2")
+    for name, expected in one.items():
+        difference = (two[name] - expected).abs().max() / expected.abs().max()
+        assert difference < 1e-8, name
     record = read_run(tmp_path / "run2").record
     assert record["world_size"] == 2
     assert record["device"].startswith("2 × CPU")
