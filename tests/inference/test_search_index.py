@@ -317,6 +317,29 @@ def test_a_filter_is_one_condition(index, years, where, expected):
         assert {hit.metadata["year"] - 2000 for hit in index.search("a", where=where, topk=99)} == expected
 
 
+def test_a_wrong_filter_is_told_what_its_columns_hold_and_how_to_write_it(index, years):
+    """The forms that an error proposes can be followed."""
+    texts = "camera holds texts (write camera = 'a text', or TRY_CAST(camera AS DOUBLE) > 2020 to compare numbers)"
+    truth, numbers = "fast holds true and false (write fast, or NOT fast)", "year holds numbers (write year = 2020)"
+    for where, message in {
+        "camera=2020": texts,
+        "Camera IN (1, 2)": texts,
+        "CAST(camera AS INT) = 1": texts,
+        "fast = 'yes'": truth,
+        "NOT year": numbers,
+        "`year` = 'X' AND fast": f"{numbers}, and {truth}",
+        "camera = X": "there is no column X; columns are key, path, ",
+        "year = ": "it is no whole condition, as year = 2020 AND camera = 'X' is (",
+        "year = 'X": "it is no whole condition, as year = 2020 AND camera = 'X' is (Unterminated string",
+    }.items():
+        with pytest.raises(ValueError, match=r"the filter .* can't be followed") as caught:
+            index.search("a", where=where)
+        assert repr(where) in str(caught.value)
+        assert message in str(caught.value)
+    for form in ("camera = 'a text'", "TRY_CAST(camera AS DOUBLE) > 2020", "fast", "NOT fast", "year = 2020"):
+        index.search("a", where=form)
+
+
 def facts_of(index: Index) -> dict[str, dict]:
     return {Path(row.pop("key")).stem: row for row in index.store.read(["key", "year", "a b"]).to_pylist()}
 

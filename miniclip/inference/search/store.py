@@ -27,6 +27,7 @@ import numpy as np
 from ...common.arguments import FLOAT32
 from ...common.files import expand_home, locked
 from ...common.storage import is_url, lower_scheme
+from .filters import columns_of, what_is_wrong, with_key_for_path
 
 NAMES = ("key", "path", "source")  # `storable`, since a table's texts are UTF-8
 OWN_COLUMNS = (*NAMES, "stamp", "content", "features")
@@ -39,8 +40,6 @@ _SPARE = "_row_spare"  # a column while another gets a wider type, and behind a 
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key:position": "1"}
 _ROWS_OF_BLOCK = 8192
 _ESCAPED = re.compile(r"\\((?:u005c)*ud[89a-f][0-9a-f]{2})")  # halves of characters, as a byte's \udc80 is
-# Of a filter in SQL: texts and comments, names in quotes, and other names.
-_TOKENS = re.compile(r"""'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/|`[^`]*`|"[^"]*"|[^\W\d]\w*""", re.DOTALL)
 _MOST_FRAGMENTS = 32  # pieces of the table, which every reader opens
 _REMOTE_GRACE = timedelta(hours=1)  # for readers of old versions, where no lock keeps others out
 
@@ -171,7 +170,7 @@ class Store:
     def check_filter(self, where: str) -> None:
         """Raises ValueError if a filter can't be followed, before anything is read."""
         if not where.strip():
-            raise ValueError(f"the filter is empty; columns are {self._column_names()}")
+            raise ValueError(f"the filter is empty; {columns_of(self.schema)}")
         with self._read_errors(where):
             self._scan(["key"], where).limit(1).to_arrow()
         # LanceDB's parser stops behind a condition and ignores the rest. A text that is whole both in parentheses and
@@ -221,16 +220,7 @@ class Store:
 
     def _scan(self, columns: Sequence[str], where: str | None) -> Any:
         scan = self._table.search().with_row_id(True).select(list(columns))
-        return scan if where is None else scan.where(_TOKENS.sub(self._with_key_for_path, where))
-
-    def _with_key_for_path(self, token: re.Match[str]) -> str:
-        """A filter's `path` is what results show: the key, of a picture in a table or in shards."""
-        name = token[0]
-        if token.string[: token.start()].rstrip().endswith("."):  # of a structure
-            return name
-        # LanceDB finds a name without quotes in any case, but first a column that is written so.
-        is_path = name in ("path", "`path`", '"path"') or (name.lower() == "path" and name not in self.schema.names)
-        return "coalesce(`path`, `key`)" if is_path else name
+        return scan if where is None else scan.where(with_key_for_path(where, self.schema))
 
     @contextmanager
     def _read_errors(self, where: str | None = None) -> Iterator[None]:
@@ -240,14 +230,8 @@ class Store:
             # A filter fails when it is read or, as 1 / 0, when it is computed; all else is the index.
             if where is None or not (isinstance(error, ValueError) or "Query Execution error" in str(error)):
                 raise _unreadable(self.location, "read", error) from error
-            quotes = "; texts stand in single quotes" if '"' in where else ""
-            raise ValueError(
-                f"the filter {where!r} can't be followed: {_reason_of(error)}; columns are "
-                f"{self._column_names()}{quotes}"
-            ) from error
-
-    def _column_names(self) -> str:
-        return ", ".join(name for name in self.schema.names if name != "features")
+            wrong = what_is_wrong(where, _reason_of(error), self.schema)
+            raise ValueError(f"the filter {where!r} can't be followed: {wrong}") from error
 
     # -----------------------------------------------------------------------------------------------------------------
     # The approximate index
