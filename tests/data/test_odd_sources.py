@@ -1203,6 +1203,8 @@ def test_rows_of_another_split_do_not_train_and_are_told(tmp_path, kind):
         ("set", ("chess", "tea", "train"), 3),
         ("data set", ("train", "valid", "test"), 1),
         ("phase", ("TRAIN", "VAL", "TRAIN"), 2),
+        ("Usage", ("Training", "PublicTest", "PrivateTest"), 1),  # FER2013's
+        ("stage", ("TRAIN", "VALIDATE", "tst"), 1),
         ("phase", ("train", "", "test"), 3),
         ("kind", ("train", "test tube", "test"), 3),
         ("place", ("train2014", "val2014", "train2014"), 3),

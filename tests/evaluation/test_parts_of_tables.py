@@ -107,13 +107,31 @@ def test_a_column_of_any_name_tells_the_parts_where_its_cells_hold_nothing_else(
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-@pytest.mark.parametrize("column", ["is_train", "is_valid", "Is Test Image"])
-def test_a_column_of_yes_and_no_that_may_tell_the_parts_is_not_followed_and_named(tmp_path, kind, column):
-    source = write_table(tmp_path, kind, ["True", "False", "True"], column=column)
+@pytest.mark.parametrize(
+    "column, values",
+    [
+        ("is_train", ["True", "False", "True"]),
+        ("is_valid", ["True", "False", "True"]),
+        ("Is Test Image", ["True", "False", "True"]),
+        ("phase", ["train", "", "test"]),
+        ("phase", ["train", "test_seen", "test_unseen"]),
+    ],
+)
+def test_a_column_that_may_tell_the_parts_and_is_not_followed_is_named(tmp_path, kind, column, values):
+    source = write_table(tmp_path, kind, values, column=column)
     for task in ("classification", "retrieval"):
         with pytest.warns(UserWarning, match=f"all rows are read. Its column '{column}' is not followed"):
             assert rows_read(tmp_path, source, 3, None, task) == [0, 1, 2]
     assert f"all rows: column '{column}' is not followed" in read_pairs(source).found
+
+
+def test_both_parts_for_testing_of_kaggles_competitions_are_asked_for_by_their_names(tmp_path):
+    source = write_table(tmp_path, "csv", ["Training", "PublicTest", "PrivateTest"], column="Usage")
+    with pytest.raises(ValueError, match="it has privatetest, publictest, training"):
+        open_dataset(source)
+    with pytest.warns(UserWarning, match="a row of another split"):
+        assert rows_read(tmp_path, source, 3, "PrivateTest", "classification") == [2]
+    assert [pair.captions for pair in read_pairs(source, split="test")] == [("text 1",), ("text 2",)]
 
 
 @pytest.mark.parametrize("kind", ["datasets", "parquet"])

@@ -19,7 +19,7 @@ from .cells import refuse_equal_names
 from .scan import LeftOut
 
 _LONG_TEXT_BYTES = 4096  # longer texts, on the average, are no paths and no captions
-_SHORT_TEXT_BYTES = 24  # longer texts, on the average, are no names of parts
+_SHORT_TEXT_BYTES = 24  # longer texts, on the average, are no names of parts; pages have headers, too
 
 
 class ParquetRows(Sequence[dict[str, Any]]):
@@ -126,7 +126,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         if self.split or not self or name in self.of_path:
             return ""
         num_bytes, kind = _bytes_of(self.file, name), str(self.file.schema_arrow.field(name).type)
-        is_short = "string" in kind and num_bytes <= _SHORT_TEXT_BYTES * self.file.metadata.num_rows
+        is_short = "string" in kind and num_bytes <= _SHORT_TEXT_BYTES * max(self.file.metadata.num_rows, 100)
         begin = self.first([name], 1) if is_short else []
         value = begin[0].get(name) if begin else ""
         return value if isinstance(value, str) else ""

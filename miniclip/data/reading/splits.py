@@ -12,13 +12,20 @@ from ...common.wording import some
 from .scan import LeftOut
 
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
-EQUAL_SPLITS = (("train", "training", "restval"), ("val", "valid", "validation", "dev", "eval"), ("test", "testing"))
+EQUAL_SPLITS = (
+    ("train", "training", "trn", "restval"),
+    ("val", "valid", "validation", "validate", "dev", "eval"),
+    ("test", "testing", "tst"),
+)
 
 
 _ROLE_OF = {name: names[0] for names in EQUAL_SPLITS for name in names}
 _FOLDER = re.compile(rf"(?:{'|'.join(SPLIT_COLUMNS)})=(.+)", re.I)  # as Spark and pandas partition
 _SHARD = re.compile(r"(.+?)[-_.](?:([\d*]+-of-[\d*]+).*|[\d*]+)", re.S)  # testA-00000-of-00001, as the hub has them
-_PART = re.compile(rf"({'|'.join(_ROLE_OF)})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I)  # COCO's train2017
+_PART_NAMES = "|".join(_ROLE_OF)
+_PART = re.compile(  # COCO's train2017, Kaggle's PublicTest
+    rf"(?:(?:public|private)[-_ ]?)?({_PART_NAMES})(?:[-_ ]?(?:set|data|images?|split))?\d*", re.I
+)
 _FLAG = re.compile(r"is[_ ]?([a-z]+?)(?:[_ ](?:image|sample|row|set))?", re.I)
 
 
@@ -192,11 +199,15 @@ def has_split_column(columns: Sequence[str]) -> bool:
     return any(column.strip().lower() in SPLIT_COLUMNS for column in columns)
 
 
-def flag_of_part(columns: Iterable[str]) -> str:
-    """A column that may tell a part by yes and no, as is_train does and fastai's is_valid; it is not followed, as
-    is_valid may also say that a row is sound. Empty if there is none."""
-    found = ((column, _FLAG.fullmatch(column.strip())) for column in columns)
-    return next((column for column, flag in found if flag and role_of(flag[1])), "")
+def unfollowed_column(columns: Sequence[str], rows: Any) -> str:
+    """A column that may tell the parts where none is followed; empty if there is none. It tells one by yes and no, as
+    is_train does and fastai's is_valid, which may also say that a row is sound; or it names two parts among others."""
+    flags = ((column, _FLAG.fullmatch(column.strip())) for column in columns)
+    may_tell = [column for column, flag in flags if flag and role_of(flag[1])]
+    may_tell += (
+        each for each in _begin_with_part(columns, rows) if len(_roles(map(split_in, _cells_as_parts(rows, each)))) > 1
+    )
+    return next(iter(may_tell), "")
 
 
 def is_named(path: Path, split: str) -> bool:
@@ -237,8 +248,8 @@ def rows_of_split(
     if not is_asked_for and len(roles) < 2 and (is_told or not ("train" in roles and "val" in equal)):
         if not set(there) <= wanted:
             rows.note = f", all rows: column {column!r} has {some(there, 3)}; --split takes those of one"
-        elif not column and (flag := flag_of_part(columns)):
-            rows.note = f", all rows: column {flag!r} is not followed, as one 'split' of parts' names would be"
+        elif not column and (other := unfollowed_column(columns, rows)):
+            rows.note = f", all rows: column {other!r} is not followed, as one 'split' of parts' names would be"
         return rows
     if wanted.isdisjoint(parts):
         valid = some(there, 20) or "none, as it is blank"
@@ -277,14 +288,21 @@ def _part_of_each(columns: Sequence[str], rows: Any, wanted: Collection[str] = (
     one of another name (`phase`, `data set`) counts if it names two parts and its cells hold nothing else."""
     called = [column for column in columns if column.strip().lower() in SPLIT_COLUMNS]
     found = []
-    for place, column in enumerate(called or (each for each in columns if _is_plain_part(rows.first_text(each)))):
-        values = rows.column(column)
-        parts = ["" if value is None or value != value else str(value).strip().lower() for value in values]
+    for place, column in enumerate(called or _begin_with_part(columns, rows)):
+        parts = _cells_as_parts(rows, column)
         names_two = len(_roles(parts)) > 1
         if called or (names_two and all(map(_is_plain_part, set(parts)))):
             index = SPLIT_COLUMNS.index(column.strip().lower()) if called else place
             found.append(((set(wanted).isdisjoint(parts), not names_two, index), column, parts))
     return min(found)[1:] if found else ("", [])
+
+
+def _cells_as_parts(rows: Any, column: str) -> list[str]:
+    return ["" if value is None or value != value else str(value).strip().lower() for value in rows.column(column)]
+
+
+def _begin_with_part(columns: Iterable[str], rows: Any) -> list[str]:
+    return [column for column in columns if _is_plain_part(rows.first_text(column))]
 
 
 def _is_plain_part(name: str) -> bool:

@@ -38,7 +38,6 @@ from ...data.reading.rows import without_numbers
 from ...data.reading.scan import IMAGE_SUFFIXES, LeftOut, image_files, summary
 from ...data.reading.splits import (
     choose_split,
-    flag_of_part,
     has_split_column,
     is_all_of,
     not_for_training,
@@ -49,6 +48,7 @@ from ...data.reading.splits import (
     rows_of_split,
     same_parts,
     splits_of_files,
+    unfollowed_column,
 )
 from ...data.reading.tables import (
     beside_parquet,
@@ -165,9 +165,9 @@ def _rows_of_part(
         raise ValueError(f"{source} is a table and has no split {split!r}; {of_files}")
     if not column:
         warn_of_unknown(source, files)
-        if not is_told and (flag := flag_of_part(columns)):
+        if not is_told and (other := unfollowed_column(columns, rows)):
             warn_once(
-                f"{source}: all rows are read. Its column {flag!r} is not followed; one 'split' with the names of the "
+                f"{source}: all rows are read. Its column {other!r} is not followed; one 'split' with the names of the "
                 "parts, train and test, would be",
                 stacklevel=5,
             )
