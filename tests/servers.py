@@ -10,13 +10,17 @@ import threading
 PIECE = 100_000
 
 
+class _ManyAtOnce(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # of more than Python's 5 that ask at once some ask again after 1, 2, 4, 8, … seconds
+    daemon_threads = True
+    block_on_close = False
+
+
 class InBackground:
     """Its `http` answers on the loopback, at `url`, while the context lasts."""
 
     def listen(self, handler) -> None:
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.http.daemon_threads = True
-        self.http.block_on_close = False
+        self.http = _ManyAtOnce(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def __enter__(self):

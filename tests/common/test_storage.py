@@ -13,6 +13,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -636,6 +637,15 @@ def test_a_file_too_large_for_memory_is_refused(serve, monkeypatch):
 
 
 # ---- what tells a file from another
+
+
+def test_the_tests_server_lets_in_more_at_once_than_ask():
+    """Before it answers any. Who is not let in tries again after a second, then after two, four, eight and so on."""
+    server = InBackground()
+    server.listen(http.server.BaseHTTPRequestHandler)
+    with server.http, contextlib.ExitStack() as stack:
+        for _ in range(4 * storage._ASKED_AT_ONCE):
+            stack.enter_context(socket.create_connection(server.http.server_address, timeout=30))
 
 
 def test_a_stamp_is_what_a_server_says_of_size_and_version_by_head_or_by_a_byte(serve):
