@@ -1327,6 +1327,21 @@ def test_a_saved_set_of_one_name_is_read_by_its_column_of_splits(tmp_path):
         assert len(open_dataset(tmp_path / "set", split="train")) == 2
 
 
+@pytest.mark.parametrize("form", ["torch", "pandas", "arrow"])
+def test_a_set_that_was_saved_with_a_format_for_training_is_read_as_without_it(tmp_path, form):
+    """Its values came as tensors or series, of the format's columns alone; captions and labels were told from those."""
+    columns = {"caption": ["a", "b"], "year": ["1", "2"], "label": ["x", "y"]}
+    plain = saved_set(columns).class_encode_column("label")
+    plain = plain.cast_column("year", pytest.importorskip("datasets").Value("int64"))
+    plain.with_format(form, columns=["image", "label"]).save_to_disk(tmp_path / "set")
+    datasets_of({"train": plain.with_format(form)}).save_to_disk(tmp_path / "sets")
+    for source in (tmp_path / "set", tmp_path / "sets"):
+        assert [(pair.image, pair.captions, pair.extra) for pair in read_pairs(source)] == [
+            (image_bytes(0), ("a",), {"year": 1, "label": 0}), (image_bytes(1), ("b",), {"year": 2, "label": 1}),
+        ]  # fmt: skip
+        assert open_dataset(source).labels == (0, 1)
+
+
 def test_imagefolder_is_read_by_file_name_alone(tmp_path):
     for number in range(3):
         write_picture(tmp_path / f"{number}.jpg", number)

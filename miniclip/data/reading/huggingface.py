@@ -40,9 +40,18 @@ def load_datasets(source: str) -> Any:
     try:
         if source.startswith(HUB_PREFIX):
             return datasets.load_dataset(source.removeprefix(HUB_PREFIX))
-        return datasets.load_from_disk(source)
+        return _without_format(datasets.load_from_disk(source))
     except Exception as error:  # the library raises whatever its many parts raise
         raise ValueError(f"{source} can't be read as a data set: {type(error).__name__}: {error}") from error
+
+
+def _without_format(loaded: Any) -> Any:
+    """With values as Python has them: a set that was saved with a format for training (`set_format("torch", columns)`)
+    gives tensors, of some of its columns alone."""
+    if isinstance(loaded, dict):
+        return {name: _without_format(each) for name, each in loaded.items()}
+    form = loaded.format
+    return loaded if form["type"] is None and form["columns"] == loaded.column_names else loaded.with_format(None)
 
 
 def undecoded(loaded: Any) -> Any:
