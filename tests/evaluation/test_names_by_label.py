@@ -60,6 +60,41 @@ def test_each_folder_has_the_name_that_the_file_gives_it(tmp_path, names, kind):
     assert str(tmp_path / name) + ", by " in data.classnames_from
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("001.Black_footed_Tern", "010.Kea"),  # CUB's and Caltech's
+        ("n02085620-Black_footed_Tern", "n02085782-Kea"),  # Stanford Dogs'
+        ("00 - Black footed Tern", "01 - Kea"),
+    ],
+)
+def test_classes_are_called_without_the_keys_before_their_names(tmp_path, labels):
+    """With them, prompts read "a photo of a 001.Black footed Tern."."""
+    source = folders(tmp_path / "data", list(labels))
+    data = open_dataset(source)
+    assert (data.labels, data.classnames) == ((0, 1), ("Black footed Tern", "Kea"))
+    assert data.classnames_from == "the names of the folders, without the keys before them"
+    (tmp_path / "names.txt").write_text("kea\nwren\nblack_footed tern\n")
+    assert open_dataset(source, classnames=tmp_path / "names.txt").labels == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("001.Tern", "Kea"),  # a name without a key
+        ("0_tern", "1_kea"),  # one digit may be a part of it, as in 3 wheels
+        ("24_hours", "48_hours"),
+        ("01.Tern", "02.tern"),
+        ("01.Tern", "01.Kea"),
+        ("007_Tern", "24_Kea"),
+    ],
+)
+def test_numbers_that_may_be_a_part_of_names_stay(tmp_path, labels):
+    data = open_dataset(folders(tmp_path / "data", list(labels)))
+    assert sorted(data.classnames) == sorted(label.replace("_", " ") for label in labels)
+    assert data.classnames_from == "the names of the folders"
+
+
 @pytest.mark.parametrize("between", [" ", ": ", "\t"])
 def test_lines_with_wordnets_ids_are_read_by_id_in_any_order(tmp_path, between):
     (tmp_path / "words.txt").write_text("\n".join(f"{key}{between}{name}, Latin" for key, name in WORDNETS.items()))

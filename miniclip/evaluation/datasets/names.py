@@ -26,6 +26,8 @@ from .name_files import keyed_names_of, keys_in, names_of, read_text, spoken, te
 from .sets import Found
 
 NUMBER_WORDS = "the labels, which are numbers"
+# n02085620-Chihuahua, 001.Black_footed_Albatross
+_KEY_AND_NAME = re.compile(r"(n\d{8}|\d{2,})[-_. ]+([^\W\d_].*)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,8 +286,10 @@ def number_labels(
     if names is None or spoken_names is None:
         _refuse_one_name_twice(found, source)
         index = {label: c for c, label in enumerate(found)}
-        return tuple(index[label] for label in raw), tuple(label.replace("_", " ") for label in found)
+        return tuple(index[label] for label in raw), tuple(name.replace("_", " ") for name in without_keys(found))
     unknown = [label for label in found if spoken_of[label] not in spoken_names]
+    if unknown and set(alone := list(map(spoken, without_keys(found)))) <= set(spoken_names):
+        spoken_of, unknown = dict(zip(found, alone, strict=True)), []
     if not unknown:
         if len(set(spoken_names)) < len(spoken_names):
             raise ValueError(f"the class names hold duplicates, so {source} must give labels as numbers")
@@ -301,6 +305,16 @@ def number_labels(
         f"{source} has {len(found)} classes and there are {len(names)} class names; these labels are none of them: "
         f"{_with_near(unknown, names)}{hint}"
     )
+
+
+def without_keys(labels: Sequence[str]) -> Sequence[str]:
+    """What labels say behind their keys, if each has one of its own: WordNet's id, or a number as wide as the others,
+    some with zeros before it; else the labels."""
+    parts = [found.groups() for label in labels if (found := _KEY_AND_NAME.fullmatch(label))]
+    keys, names = [key for key, _ in parts], [name for _, name in parts]
+    are_keys = len({len(key) for key in keys}) == 1 and any(key[0] in "0n" for key in keys)
+    is_told = 1 < len(labels) == len(set(keys)) == len(set(map(spoken, names)))
+    return names if are_keys and is_told else labels
 
 
 def seem_numbered_from_1(raw: Sequence[str], names: Sequence[str] | None) -> bool:

@@ -42,7 +42,14 @@ from .folders_and_tables import (
     refuse_joined,
 )
 from .name_files import spoken
-from .names import NUMBER_WORDS, number_labels, seem_numbered_from_1, settle_names, settle_templates
+from .names import (
+    NUMBER_WORDS,
+    number_labels,
+    seem_numbered_from_1,
+    settle_names,
+    settle_templates,
+    without_keys,
+)
 from .sets import (
     TASKS,
     CaptionedImages,
@@ -131,7 +138,9 @@ def open_dataset(
         )
     if not found.classnames_from:
         are_numbers = all(name.isdigit() for name in names)
+        have_keys = without_keys(there := sorted(set(raw))) != there
         shared["classnames_from"] = NUMBER_WORDS if are_numbers else found.labels_from
+        shared["classnames_from"] += ", without the keys before them" * have_keys
     else:
         shared["classnames_from"] = found.classnames_from
     prompts, shared["templates_from"] = settle_templates(found, templates, names)
