@@ -652,6 +652,11 @@ def test_elements_of_a_list_of_labels_are_not_taken_for_arrays(tmp_path):
         (("16 0", "3"), "the label '16 0', which is several"),
         (("{'label': 'cat'}", "dog"), "row 1 .* has the code .* for a label"),
         (
+            ("n01440764 85 1 499 272 n01440764 5 1 9 27", "n01440764 1 2 3 4"),
+            "'n01440764 85 .* with the sides of a box",
+        ),
+        (("0 0.5 0.5 0.1 0.2", "1 0.5 0.5 0.1 0.2"), "a class with the sides of a box; write the class alone"),
+        (
             ("{0.5,1}", "{1}"),
             r"row 1 .* has the code '\{0.5,1\}' for a label; .* list of those, as \[\"cat\", \"dog\"\]",
         ),

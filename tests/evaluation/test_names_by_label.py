@@ -95,6 +95,25 @@ def test_numbers_that_may_be_a_part_of_names_stay(tmp_path, labels):
     assert data.classnames_from == "the names of the folders"
 
 
+@pytest.mark.parametrize("end", ["", "\n\n"])
+@pytest.mark.parametrize("between", [" ", "\t", "   "])
+def test_a_list_of_images_and_the_numbers_of_their_classes_is_a_table(tmp_path, between, end):
+    """As Caffe's, and those of ImageNet's and Places' validation; beside the images, or above them."""
+    images = ["val/b one.png", "val/a.png", "val/c.JPEG"]
+    for number, image in enumerate(images):
+        write_picture(tmp_path / image, number)
+    lines = [f"{image}{between}{label}" for image, label in zip(images, (2, 0, 2), strict=True)]
+    (tmp_path / "val.txt").write_text("\n".join(lines) + end)
+    (tmp_path / "val/list.txt").write_text("\n".join(lines).replace("val/", ""))
+    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
+    for source in ("val.txt", "val/list.txt"):
+        data = open_dataset(tmp_path / source, classnames=tmp_path / "names.txt")
+        assert [Path(key).name for key in data.keys] == ["b one.png", "a.png", "c.JPEG"]
+        assert (data.labels, data.classnames) == ((2, 0, 2), ("ant", "bee", "cow"))
+    with pytest.raises(ValueError, match=r"names\.txt' is neither a folder per class, .* nor a table"):
+        open_dataset(tmp_path / "names.txt")
+
+
 @pytest.mark.parametrize("between", [" ", ": ", "\t"])
 def test_lines_with_wordnets_ids_are_read_by_id_in_any_order(tmp_path, between):
     (tmp_path / "words.txt").write_text("\n".join(f"{key}{between}{name}, Latin" for key, name in WORDNETS.items()))

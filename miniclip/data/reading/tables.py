@@ -47,6 +47,7 @@ from .splits import (
 _PIECE_BYTES = 2**24
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _BOUND_OF_CSV = threading.Lock()
+_LISTED = re.compile(r"(\S.*?)\s+(\d+)")  # an image and the number of its class
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
     ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
@@ -86,6 +87,8 @@ def read_table(
         columns, records, left_out = read_json(path, text)
     elif suffix in (".jsonl", ".ndjson"):
         columns, records, left_out = *_parse_json_lines(path, text), []
+    elif suffix == ".txt" and (listed := _listed_labels(text)):
+        columns, records, left_out = ["image", "label"], listed, []
     else:
         columns, records, left_out = *_parse_csv(path, text), []
     rows = Rows(records)
@@ -156,6 +159,22 @@ def is_table_of_pictures(text: str) -> bool:
         return False
     places = [place for place, name in enumerate(names) if name in IMAGE_COLUMNS]
     return any(names_picture(row[place]) for row in rows for place in places if place < len(row))
+
+
+def is_list_of_labels(path: Path) -> bool:
+    """Whether a text has an image and the number of its class in each line, as Caffe's lists and those of ImageNet's
+    and Places' validation have."""
+    try:
+        return bool(_listed_labels(decode_text(_unzipped(path), path)))
+    except (OSError, ValueError):
+        return False
+
+
+def _listed_labels(text: str) -> list[dict[str, Any]]:
+    """The rows of such a list; none of any other text."""
+    found = [_LISTED.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
+    rows = [{"image": each[1], "label": each[2]} for each in found if each and names_picture(each[1])]
+    return rows if len(rows) == len(found) else []
 
 
 def is_pattern(source: str) -> bool:

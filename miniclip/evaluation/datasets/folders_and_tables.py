@@ -501,6 +501,7 @@ def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
     )
 
 
+_BOXED = re.compile(r"(?=.*[^\d\s-])\S+(\s+-?\d+(\.\d+)?){4}(\s.*)?")  # n01440764 85 1 499 272, as ImageNet's
 _MAY_BE = 'it must be a name, a number, or a list of those, as ["cat", "dog"]'
 
 
@@ -518,6 +519,8 @@ def label_in(cell: Any, where: str, is_element: bool = False) -> str | list[str]
         shown = f" ({cell!r}, as programs write a cell without a value)" if isinstance(cell, str) and cell else ""
         raise ValueError(f"{where} has no label{shown}")
     text = visible(str(cell))
+    if _BOXED.fullmatch(text):
+        raise ValueError(f"{where} has the label {text[:50]!r}, a class with the sides of a box; write the class alone")
     return text if not isinstance(cell, str) else _written_labels(text, where, is_element)
 
 

@@ -30,7 +30,7 @@ from ...common.storage import is_url
 from ...data.open_pairs import is_shards
 from ...data.reading.huggingface import HUB_PREFIX, is_datasets_folder
 from ...data.reading.scan import TABLE_SUFFIXES, LeftOut, image_files, scan, summary
-from ...data.reading.tables import is_parquet, is_pattern, parquet_files, table_suffix
+from ...data.reading.tables import is_list_of_labels, is_parquet, is_pattern, parquet_files, table_suffix
 from ...data.shard_index import INDEX_FILE
 from .class_folders import UNREAD_TEXT, left_out_of_bare, read_class_folders, split_folders_of_tars
 from .folders_and_tables import (
@@ -232,7 +232,8 @@ def _read_source(
         return folders
     if is_pattern(source):
         raise ValueError(f"data {source!r} is a pattern; patterns are for tars and Parquet files")
-    what = f"neither a folder per class, nor shards, nor a table ({', '.join(TABLE_SUFFIXES)}, .json)"
+    tables = f"{', '.join(TABLE_SUFFIXES)}, .json, or .txt with an image and a number in each line"
+    what = f"neither a folder per class, nor shards, nor a table ({tables})"
     raise ValueError(f"data {source!r} is {what if path.exists() else 'not there'}")
 
 
@@ -243,7 +244,9 @@ def _is_table(source: str) -> bool:
         return is_parquet(path) and not image_files(path)
     if is_pattern(source):
         return source.endswith(".parquet") and bool(parquet_files(path))
-    return path.is_file() and table_suffix(path) in (*TABLE_SUFFIXES, ".json")
+    return path.is_file() and (
+        table_suffix(path) in (*TABLE_SUFFIXES, ".json") or (table_suffix(path) == ".txt" and is_list_of_labels(path))
+    )
 
 
 def _groups(found: Found | EvaluationSet, group_column: str | None, source: str) -> tuple[str, ...]:
