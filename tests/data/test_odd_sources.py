@@ -1342,6 +1342,50 @@ def test_a_set_that_was_saved_with_a_format_for_training_is_read_as_without_it(t
         assert open_dataset(source).labels == (0, 1)
 
 
+@pytest.mark.parametrize("writer", ["pandas", "pandas, bytes", "datasets"])
+def test_pictures_that_a_csv_holds_as_python_writes_them_are_read(tmp_path, monkeypatch, writer):
+    """{'bytes': b'\\x89PNG…', 'path': None}, {'bytes': None, 'path': 'a.jpg'} or b'\\x89PNG…' in a cell."""
+    monkeypatch.chdir(tmp_path)
+    write_picture(Path("0.jpg"), 0)
+    if writer == "datasets":
+        datasets = pytest.importorskip("datasets")
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        rows = {"image": ["0.jpg", {"bytes": image_bytes(1), "path": None}], "text": ["a", "b"]}
+        datasets.Dataset.from_dict(rows, features=features).to_csv("t.csv")
+    else:
+        cells = [{"bytes": None, "path": "0.jpg"}, {"bytes": image_bytes(1), "path": None}]
+        cells = [image_bytes(0), image_bytes(1)] if "," in writer else cells
+        pytest.importorskip("pandas").DataFrame({"image": cells, "text": ["a", "b"]}).to_csv("t.csv")
+    pairs = list(read_pairs(tmp_path / "t.csv"))
+    assert [pair.captions for pair in pairs] == [("a",), ("b",)]
+    assert pairs[0].image == (image_bytes(0) if "," in writer else tmp_path / "0.jpg")
+    assert (pairs[1].image, pairs[1].source) == (image_bytes(1), "row 1")
+
+
+TURNS = {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a red wall"}
+CHAT = tuple(
+    {"role": role, "content": [{"type": "text", "text": text}]}
+    for role, text in (("user", "?"), ("assistant", "a red wall"))
+)
+
+
+@pytest.mark.parametrize("turns", [TURNS, CHAT], ids=["LLaVA", "chat"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_the_caption_of_a_conversation_is_its_one_answer(tmp_path, turns, suffix):
+    """And never the question; of several answers none is known to describe the picture."""
+    for number in range(2):
+        write_picture(tmp_path / f"{number}.jpg", number)
+    rows = [{"image": "0.jpg", "talk": list(turns)}, {"image": "1.jpg", "talk": [*turns, *turns]}]
+    if suffix == "jsonl":
+        (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        frame = pytest.importorskip("pandas").DataFrame(rows)
+        getattr(frame, f"to_{suffix}")(tmp_path / f"t.{suffix}")
+    first, second = read_pairs(tmp_path / f"t.{suffix}", caption_columns=["talk"])
+    assert first.captions == ("a red wall",)
+    assert "a conversation with 2 answers" in second.problem
+
+
 def test_imagefolder_is_read_by_file_name_alone(tmp_path):
     for number in range(3):
         write_picture(tmp_path / f"{number}.jpg", number)

@@ -52,6 +52,7 @@ _ELEMENT = r"""(?:"(?:[^"\\]|\\.)*"|[^ \t\n\r\v\f{}",\\]+)"""
 _POSTGRES_ARRAY = re.compile(rf"\{{(?:{_ELEMENT}(?:,{_ELEMENT})*)?\}}", re.S)
 _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")  # a class and a box
 _MOST_LETTERS = 2**18  # of a word; one of a hundred millions would be tokenized for an hour
+_ANSWERING = ("gpt", "assistant", "model", "bot")
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
 _FILLING = re.compile(rb"\0{4,}|\0+(?=\r?\n(?!\0)|\Z)")  # the line feed of UTF-16 has a zero of its own
@@ -224,7 +225,7 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, list) and value and all(isinstance(each, tuple) and len(each) == 2 for each in value):
         value = dict(value)  # as pyarrow has a map
     if isinstance(value, list | tuple | np.ndarray):
-        return [text for part in value for text in texts_in(part)]
+        return [text for part in _without_questions(value) for text in texts_in(part)]
     if isinstance(value, Mapping):  # COCO's, and the hub's copies of it: {"raw": …}
         known = [name for name in ("raw", *CAPTION_COLUMNS) if name in value]
         if known or not value:
@@ -236,6 +237,24 @@ def texts_in(value: Any) -> list[str]:
         return texts_in(found)
     text = one_line(text)
     return [] if _is_no_value(text) else [_bounded(text)]
+
+
+def _without_questions(parts: Sequence[Any] | np.ndarray) -> Sequence[Any] | np.ndarray:
+    """The answer of a conversation, [{"from": "human", …}, {"from": "gpt", "value": …}] as LLaVA's; another list whole.
+
+    Raises:
+        ValueError: it has several answers, or none.
+    """
+    for speaker, words in (("from", "value"), ("role", "content")):
+        if len(parts) and all(isinstance(part, Mapping) and speaker in part and words in part for part in parts):
+            answers = [part[words] for part in parts if str(part[speaker]).lower() in _ANSWERING]
+            if len(answers) != 1:
+                raise ValueError(
+                    f"its caption is a conversation with {len(answers)} answers; which describes the picture can't be "
+                    "known"
+                )
+            return answers
+    return parts
 
 
 def _bounded(text: str) -> str:
@@ -420,6 +439,17 @@ def picture_in(cell: Any) -> bytes | str:
     if not is_url(text) and (data := from_base64(text)):
         return data
     return text
+
+
+def stored_picture(cell: str) -> Any:
+    """The bytes of a picture, or Hugging Face's mapping of bytes and path, that a cell was before it went through a
+    CSV; any other cell as it is."""
+    if not cell.startswith(("{'bytes': ", "{'path': ", "b'", 'b"')):
+        return cell
+    value = _written_value(cell)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], bytes) and holds_picture(value[0][:32]):
+        return value[0]
+    return value if isinstance(value, dict) and value.keys() <= {"bytes", "path"} else cell
 
 
 def from_base64(text: str | bytes) -> bytes | None:

@@ -27,6 +27,7 @@ from .cells import (
     names_picture,
     picture_in,
     refuse_equal_names,
+    stored_picture,
 )
 from .json_tables import parse_json, read_json
 from .parquet import ParquetRows
@@ -333,7 +334,7 @@ def _parse_cells(
                 )
             cells = [_without_quotes(cell) if quoting == csv.QUOTE_NONE else cell for cell in cells]
             cells += [""] * (len(columns) - len(cells))
-            rows.append({name: cell for name, cell in zip(columns, cells, strict=True) if name})
+            rows.append({name: stored_picture(cell) for name, cell in zip(columns, cells, strict=True) if name})
     except csv.Error as error:
         tabs = {line.count("\t") for line in text.split("\n") if line.strip("\r")}
         is_open = "end of data" in str(error)  # up to there a quote may enclose what it should not
