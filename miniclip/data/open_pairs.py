@@ -29,7 +29,7 @@ from .sources import read_pairs
 
 _HASH = "[0-9a-f]" * 16  # a pattern of the last part of a packed source's name
 _MEMBERS_LOOKED_AT = 1000  # of each tar beside pictures
-_READ_AS = 7  # raised where the same source is read as other pairs than by earlier versions
+_READ_AS = 8  # raised where the same source is read as other pairs than by earlier versions
 
 
 def shard_pairs(source: str, split: str | None = None) -> Pairs:
