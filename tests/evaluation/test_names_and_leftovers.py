@@ -579,6 +579,11 @@ def test_names_are_in_label_order_however_a_program_wrote_them(name, text, names
         ("map_clsloc.txt", "n01440764 1 tench\nn01443537 2 goldfish\n", "ids and numbers.*can't be known"),
         ("printed.txt", "cat\ndog\n...\nzebra\n", "line 3 .'...'. stands where a printout leaves names out"),
         ("markdown.txt", "| id | name |\n|---|---|\n| 0 | cat |\n", "line 1 .* is a row of a table in Markdown"),
+        (
+            "series.txt",
+            "0    cat\n1    dog\nName: label, dtype: object",
+            "line 3 .* is the end of a printout of pandas",
+        ),
         ("tabs.txt", "cat\tfeline\ndog\tcanine\n", "line 1 has a tab.*label and name"),
         ("counts.txt", "cat\t120\ndog\t300\n", "line 1 has a tab.*label and name"),
         ("hashes.txt", "#0 cat\n#1 dog\n", "line 1 .*number that counts the lines: write '0: NAME'"),

@@ -95,6 +95,19 @@ def test_numbers_that_may_be_a_part_of_names_stay(tmp_path, labels):
     assert data.classnames_from == "the names of the folders"
 
 
+def test_a_list_with_the_background_before_the_classes_shifts_no_label(tmp_path):
+    """TensorFlow's ImageNetLabels.txt has 1,001 lines, for labels from 1."""
+    (tmp_path / "names.txt").write_text("background\nant\nbee\ncow\n")
+    source, names = folders(tmp_path / "data", ["0", "1", "2"]), tmp_path / "names.txt"
+    with pytest.raises(ValueError, match=r"begins with 'background', .* has the label 0, and none above 2 for 4 names"):
+        open_dataset(source, classnames=names)
+    assert open_dataset(folders(tmp_path / "words", ["ant", "cow"]), classnames=names).labels == (1, 3)
+    assert open_dataset(folders(tmp_path / "from 1", ["1", "3"]), classnames=names).labels == (1, 3)
+    assert open_dataset(folders(tmp_path / "all", ["0", "3"]), classnames=names).labels == (0, 3)
+    names.write_text("0: background\n1: ant\n2: bee\n3: cow\n")
+    assert open_dataset(source, classnames=names).labels == (0, 1, 2)
+
+
 @pytest.mark.parametrize("end", ["", "\n\n"])
 @pytest.mark.parametrize("between", [" ", "\t", "   "])
 def test_a_list_of_images_and_the_numbers_of_their_classes_is_a_table(tmp_path, between, end):

@@ -436,6 +436,8 @@ def _refuse_what_names_no_class(lines: Sequence[str], source: str) -> None:
             what = "is a row of a table in Markdown"
         elif line.startswith("/") or (line.endswith("/") and all(each.endswith("/") for each in lines)):
             what = "is a path"
+        elif re.fullmatch(r"(Name: .*, )?(Length: \d+, )?dtype: [\w\[\]<>]+", line):
+            what = "is the end of a printout of pandas"
         elif re.match(r"[d-][r-][w-][x-]", line):
             what = "is a row of a listing of files"
         elif len(lines) > 1 and is_counting and not _NUMBERED.fullmatch(line):

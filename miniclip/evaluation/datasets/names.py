@@ -81,6 +81,8 @@ def _names_in_file(path: str | Path, found: Found, source: str) -> tuple[tuple[s
             _refuse_some_of_the_labels(path, keyed, labels, source)
         if refusal:
             raise refusal
+        if not keyed:
+            _refuse_one_too_many(path, names, labels, source)
         return names, str(path), None
     where, by_label = next(iter(fitting.items()))
     readings = {place: [each[label] for label in labels] for place, each in fitting.items()}
@@ -120,6 +122,18 @@ def _refuse_some_of_the_labels(
         raise ValueError(
             f"{path} has names by {where} for {len(there[where])} of the {len(labels)} labels of {source}; without any "
             f"are {_with_near(missing, list(keyed[where]))}"
+        )
+
+
+def _refuse_one_too_many(path: str | Path, names: Sequence[str], labels: Sequence[str], source: str) -> None:
+    """A list that has the background before the classes, as TensorFlow's ImageNetLabels.txt, whose labels count from 1,
+    for data whose labels count from 0."""
+    numbers = {int(label) for label in labels} if all(map(str.isdecimal, labels)) else set()
+    if re.fullmatch(r"\W*background\W*", spoken(names[0])) and 0 in numbers and max(numbers) < len(names) - 1:
+        raise ValueError(
+            f"{path} begins with {names[0]!r}, as lists for labels from 1 do, and {source} has the label 0, and none "
+            f"above {max(numbers)} for {len(names)} names. Take that line out, or write '0: {names[0]}' and so on if 0 "
+            "is that class"
         )
 
 
