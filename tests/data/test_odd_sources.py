@@ -1362,6 +1362,21 @@ def test_pictures_that_a_csv_holds_as_python_writes_them_are_read(tmp_path, monk
     assert (pairs[1].image, pairs[1].source) == (image_bytes(1), "row 1")
 
 
+@pytest.mark.parametrize("separator", [" ", ", "])
+def test_pixels_and_long_texts_in_the_place_of_images_are_named_in_a_sentence(tmp_path, separator):
+    """FER2013 has its pictures as numbers in a column `pixels`, and each was quoted whole, as a path."""
+    pixels = separator.join(str(number % 256) for number in range(48 * 48))
+    write_picture(tmp_path / "0.jpg", 0)
+    cells = [pixels, pixels, "x/" * 3000, "0.jpg"]
+    (tmp_path / "t.csv").write_text("pixels,label\n" + "".join(f'"{cell}",{n % 2}\n' for n, cell in enumerate(cells)))
+    reason = "a text of 2,304 numbers is in the place of an image; write the pixels into files"
+    pairs = read_pairs(tmp_path / "t.csv", image_column="pixels", caption_columns=["label"])
+    assert [(pair.source, pair.problem) for pair in pairs][:2] == [("row 0", reason), ("row 1", reason)]
+    assert pairs[2].problem == f"a text of 6,000 letters is in the place of an image ({'x/' * 19}x…)"
+    data = open_dataset(tmp_path / "t.csv", image_column="pixels", label_column="label")
+    assert (data.keys[0], data.images[0].reason) == ("t.csv: row 1", reason)
+
+
 TURNS = {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a red wall"}
 CHAT = tuple(
     {"role": role, "content": [{"type": "text", "text": text}]}

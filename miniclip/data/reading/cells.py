@@ -54,6 +54,8 @@ _BOXES = re.compile(r"\d+(?:\s+-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?){4,}")
 _MOST_LETTERS = 2**18  # of a word; one of a hundred millions would be tokenized for an hour
 _ANSWERING = ("gpt", "assistant", "model", "bot")
 _WIDTHLESS = "\ufeff\u200b"  # of byte order, and zero-width spaces
+_WRITTEN_PIXELS = re.compile(r"[\[\s]*\d{1,3}(?:[\s,;]+\d{1,3}){63,}[\]\s]*")
+_MOST_OF_PATH = 4096
 _BASE64 = re.compile(r"(?:data:[\w/+.;=-]*,)?\s*([A-Za-z0-9+/_\s-]{64,}={0,2})\s*")
 _FILLING = re.compile(rb"\0{4,}|\0+(?=\r?\n(?!\0)|\Z)")  # the line feed of UTF-16 has a zero of its own
 _BYTE_ORDER_MARKS = (
@@ -438,7 +440,19 @@ def picture_in(cell: Any) -> bytes | str:
         raise ValueError("no image in this row")
     if not is_url(text) and (data := from_base64(text)):
         return data
+    if reason := why_no_path(text):
+        raise ValueError(reason)
     return text
+
+
+def why_no_path(text: str) -> str:
+    """Why a cell's text is neither a path nor a URL, if it looks like none: pixels, as FER2013's, or a long text."""
+    if _WRITTEN_PIXELS.fullmatch(text):
+        count = len(re.findall(r"\d+", text))
+        return f"a text of {count:,} numbers is in the place of an image; write the pixels into files"
+    if len(text) > _MOST_OF_PATH and not is_url(text):
+        return f"a text of {len(text):,} letters is in the place of an image ({cut_short(text, 40)})"
+    return ""
 
 
 def stored_picture(cell: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...common.storage import is_url
 from ...common.wording import counted
-from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, picture_in, texts_in_cell
+from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, picture_in, texts_in_cell, why_no_path
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
 from .scan import LeftOut, same_name
@@ -261,7 +261,7 @@ def _path_in(cell: Any) -> str:
         cell = cell.get("path") if not cell.get("bytes") else None
     if isinstance(cell, int | np.integer) and not isinstance(cell, bool):
         return str(cell)
-    is_name = isinstance(cell, str) and cell.strip() and not from_base64(cell)
+    is_name = isinstance(cell, str) and cell.strip() and not from_base64(cell) and not why_no_path(cell.strip())
     return cell if is_name else ""
 
 
