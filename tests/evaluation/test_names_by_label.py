@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import write_picture
 
+from miniclip.data.sources import read_pairs
 from miniclip.evaluation.datasets.name_files import names_of
 from miniclip.evaluation.datasets.open import open_dataset
 
@@ -125,6 +126,23 @@ def test_a_list_of_images_and_the_numbers_of_their_classes_is_a_table(tmp_path, 
         assert (data.labels, data.classnames) == ((2, 0, 2), ("ant", "bee", "cow"))
     with pytest.raises(ValueError, match=r"names\.txt' is neither a folder per class, .* nor a table"):
         open_dataset(tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize("line", ["{image},{label}", "{label},{image}", "{image}; {label}"])
+def test_a_csv_without_a_header_has_numbers_for_labels_and_anything_else_for_captions(tmp_path, line):
+    """Numbers were captions, too: they trained a model and could not be evaluated on."""
+    for number in range(3):
+        write_picture(tmp_path / f"{number}.png", number)
+    for source, labels in (("val.csv", (2, 0, 2)), ("other.csv", (2, "none", 2))):
+        lines = [line.format(image=f"{number}.png", label=label) for number, label in enumerate(labels)]
+        (tmp_path / source).write_text("\n".join(lines))
+    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
+    assert open_dataset(tmp_path / "val.csv", classnames=tmp_path / "names.txt").labels == (2, 0, 2)
+    with pytest.raises(ValueError, match="no column for the captions: its columns are"):
+        read_pairs(tmp_path / "val.csv")
+    captions = [pair.captions for pair in read_pairs(tmp_path / "val.csv", caption_columns=["label"])]
+    assert captions == [("2",), ("0",), ("2",)]
+    assert [pair.captions for pair in read_pairs(tmp_path / "other.csv")] == [("2",), ("none",), ("2",)]
 
 
 @pytest.mark.parametrize("between", [" ", ": ", "\t"])

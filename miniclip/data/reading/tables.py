@@ -341,6 +341,9 @@ def _parse_cells(
         if separator == "\t" and len(tabs) == 1 and not is_open and quoting != csv.QUOTE_NONE:
             return _parse_cells(path, text, separator, csv.QUOTE_NONE)
         raise ValueError(f"{path}, line {reader.line_num}: {error}; is a double quote not closed?") from error
+    if is_row and all(row["caption"].strip().isdecimal() for row in rows):  # the numbers of classes
+        columns = ["label" if name == "caption" else name for name in columns]
+        rows = [{"image": row["image"], "label": row["caption"]} for row in rows]
     return columns, rows
 
 
