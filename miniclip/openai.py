@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import math
 import opcode
 import sys
 import warnings
@@ -169,10 +170,11 @@ class AttentionPool2d(resnet.AttentionPool):
     """(B, C, H, W) -> (B, E)."""
 
     def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None) -> None:
-        super().__init__(spacial_dim**2, embed_dim, num_heads, output_dim or embed_dim)
+        nn.Module.__init__(self)  # `resnet` draws in another order
         self.num_heads = num_heads
-        for name in ("q_proj", "v_proj", "c_proj"):  # behind k_proj, as optimizers' states count parameters
-            self._modules[name] = self._modules.pop(name)
+        self.positional_embedding = nn.Parameter(torch.randn(spacial_dim**2 + 1, embed_dim) / embed_dim**0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
+        self.c_proj = nn.Linear(embed_dim, output_dim or embed_dim)
 
     def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
         x = x.flatten(2).transpose(1, 2)
@@ -215,18 +217,27 @@ class ModifiedResNet(Explained, resnet.ModifiedResNet):
         config = VisionConfig("resnet", input_resolution, width=width, blocks=blocks, head_width=head_width)
         super().__init__(config, output_dim)
         self.output_dim = output_dim
-        self.attnpool = self.pool(input_resolution // 32, 32 * width, heads, output_dim)
 
     @property
     def block(self) -> type[Bottleneck]:  # type: ignore[override]
         return Bottleneck
 
     @property
-    def pool(self) -> type[AttentionPool2d]:
-        return AttentionPool2d
+    def pool(self) -> Callable[..., resnet.AttentionPool]:  # type: ignore[override]
+        return lambda num_positions, *sizes: AttentionPool2d(math.isqrt(num_positions), *sizes)
 
     def forward(self, x: Tensor, all_tokens: bool = False) -> Tensor:
         return super().forward(x.to(self.conv1.weight.dtype), all_tokens)
+
+
+def initialize_resnet(tower: nn.Module) -> None:
+    """Draws the projections of a ResNet's pool, and has each of its blocks begin as its shortcut alone."""
+    for module in tower.modules():
+        if isinstance(module, resnet.Bottleneck):
+            nn.init.zeros_(module.bn3.weight)
+        elif isinstance(module, resnet.AttentionPool):
+            for projection in (module.q_proj, module.k_proj, module.v_proj, module.c_proj):
+                nn.init.normal_(projection.weight, std=module.c_proj.in_features**-0.5)
 
 
 class CLIP(nn.Module):
@@ -290,18 +301,14 @@ class CLIP(nn.Module):
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
-        """OpenAI's standard deviations. (A vision transformer keeps those that it was made with, as OpenAI's does.)"""
+        """OpenAI's standard deviations, drawn in its order, so that a seed gives its weights.
+
+        A vision transformer keeps those that it was made with, as OpenAI's does.
+        """
         D, layers = self.transformer.width, self.transformer.layers
-        for module in self.visual.modules():
-            if isinstance(module, resnet.Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
-            elif isinstance(module, resnet.AttentionPool):
-                for projection in (module.q_proj, module.k_proj, module.v_proj, module.c_proj):
-                    nn.init.normal_(projection.weight, std=module.c_proj.in_features**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        if self.text_projection is not None:
-            nn.init.normal_(self.text_projection, std=D**-0.5)
+        self.initialize_image_tower()
         block: Any
         for block in self.transformer.resblocks:
             residual_std = D**-0.5 * (2 * layers) ** -0.5
@@ -309,6 +316,11 @@ class CLIP(nn.Module):
             nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=D**-0.5)
+
+    def initialize_image_tower(self) -> None:
+        initialize_resnet(self.visual)
 
     def build_attention_mask(self) -> Tensor:
         """(N, N), added to the scores: minus infinity above the diagonal."""

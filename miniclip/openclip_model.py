@@ -6,6 +6,7 @@ features and the exponentiated scale, image towers may be timm's. N tokens, B ba
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -111,7 +112,6 @@ def _expand_token(token: Tensor, batch_size: int) -> Tensor:
 
 
 _HOOKS = "register_forward_hook of {} gives what each computes"
-_DRAWN = "CLIP.initialize_parameters draws the parameters that OpenAI's code draws"
 
 
 def _unlock_last(groups: Sequence[Sequence[Any]], num_unlocked: int) -> None:
@@ -269,7 +269,6 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
     instead = {  # noqa: RUF012
         "forward_intermediates": _HOOKS.format("`transformer.resblocks[i]`"),
         "prune_intermediate_layers": "`transformer.resblocks = transformer.resblocks[:n]` keeps the first n",
-        "init_parameters": _DRAWN,
     }
 
     def __init__(
@@ -300,16 +299,23 @@ class VisionTransformer(_Explained, openai.VisionTransformer):
         of_tower |= {"pool_type": pool_type, "final_ln_after_pool": final_ln_after_pool}
         _refuse_other_parts("VisionTransformer", **of_tower, **_from_places(_OF_BLOCKS, of_blocks), **others)
         R, P = side_of_square("image_size", image_size), side_of_square("patch_size", patch_size)
-        super().__init__(R, P, width, 0, heads, output_dim)
-        self.ln_pre, self.ln_post = (norm_layer(width) for _ in range(2))  # type: ignore[assignment]
+        nn.Module.__init__(self)  # what follows draws in open_clip's order, so that a seed gives its weights
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, P, stride=P, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn((R // P) ** 2 + 1, width))
+        self.patch_dropout = PatchDropout(patch_dropout) if patch_dropout else nn.Identity()
+        self.ln_pre = norm_layer(width)  # type: ignore[assignment]
         self.transformer = Transformer(  # type: ignore[assignment]
             width, layers, heads, mlp_ratio, ls_init_value, act_layer, norm_layer
         )
-        self.patch_dropout = PatchDropout(patch_dropout) if patch_dropout else nn.Identity()
-        for name in ("conv1", "patch_dropout", "ln_pre", "transformer", "ln_post"):
-            self._modules[name] = self._modules.pop(name)
-        self.output_tokens = output_tokens
+        self.ln_post = norm_layer(width)  # type: ignore[assignment]
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+        self.input_resolution, self.output_dim, self.output_tokens = R, output_dim, output_tokens
         self.image_size, self.patch_size, self.grid_size = (R, R), (P, P), (R // P, R // P)
+
+    def init_parameters(self) -> None:
+        """Does nothing, as open_clip's."""
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes all but the last groups: embeddings and ln_pre; a group for each block, the last with ln_post; proj.
@@ -369,7 +375,6 @@ class Bottleneck(_WithActNames, resnet.Bottleneck):
 class ModifiedResNet(_WithActNames, openai.ModifiedResNet):
     instead = {  # noqa: RUF012
         "forward_intermediates": _HOOKS.format("`layer1` to `layer4`"),
-        "init_parameters": _DRAWN,
         **openai.ModifiedResNet.instead,
     }
 
@@ -378,14 +383,18 @@ class ModifiedResNet(_WithActNames, openai.ModifiedResNet):
     ) -> None:
         super().__init__(layers, output_dim, heads, image_size, width)
         self.image_size = image_size
+        self.init_parameters()
 
     @property
     def block(self) -> type[Bottleneck]:  # type: ignore[override]
         return Bottleneck
 
     @property
-    def pool(self) -> type[openai.AttentionPool2d]:
-        return AttentionPool2d
+    def pool(self) -> Callable[..., resnet.AttentionPool]:  # type: ignore[override]
+        return lambda num_positions, *sizes: AttentionPool2d(math.isqrt(num_positions), *sizes)
+
+    def init_parameters(self) -> None:
+        openai.initialize_resnet(self)
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freezes all; its norms no longer count either if `freeze_bn_stats`.
@@ -532,26 +541,32 @@ class CLIP(_Explained, openai.CLIP):
         return model
 
     def _make(self, config: CLIPConfig, output_dict: bool, vision_cfg: Mapping[str, Any]) -> None:
-        vision, text = config.vision, config.text
-        sizes = (text.context_length, text.vocab_size, text.width, text.heads)
-        super().__init__(config.embed_dim, vision.image_size, 0, 64, vision.image_size, *sizes, 0)  # without blocks
-        self.output_dict = output_dict
+        nn.Module.__init__(self)  # what follows draws in open_clip's order, so that a seed gives its weights
+        text, D = config.text, config.text.width
+        self.context_length, self.vocab_size, self.output_dict = text.context_length, text.vocab_size, output_dict
         self.visual = _image_tower(config, vision_cfg)
         self._tell(config)
+        token_embedding = nn.Embedding(text.vocab_size, D)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, D))
         self.transformer = Transformer(
-            width=text.width,
+            width=D,
             layers=text.layers,
             heads=text.heads,
             mlp_ratio=text.mlp_ratio,
             act_layer=_layer_called(config.activation),
             norm_layer=LayerNorm,
         )
-        self.ln_final = LayerNorm(text.width)
+        self.token_embedding = token_embedding
+        self.ln_final = LayerNorm(D)
+        self.text_projection = nn.Parameter(torch.empty(D, config.embed_dim))
         self.register_buffer("attn_mask", self.build_attention_mask(), persistent=False)
         bias = config.init_logit_bias
-        self.logit_scale.data.fill_(config.init_logit_scale)
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.initialize_parameters()
+
+    def initialize_image_tower(self) -> None:
+        """Does nothing: here a tower draws its parameters when it is made."""
 
     def _tell(self, config: CLIPConfig) -> None:
         """Gives itself and its image tower the attributes that tell how it is made and used."""

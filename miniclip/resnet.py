@@ -14,6 +14,7 @@ every position), R resolution, E embedding.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class ModifiedResNet(nn.Module):
     """The image tower of OpenAI's RN50 to RN50x64."""
 
     block: type[Bottleneck] = Bottleneck
+    pool: Callable[[int, int, int, int], AttentionPool] = AttentionPool
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
@@ -120,7 +122,7 @@ class ModifiedResNet(nn.Module):
                 channels = planes * self.block.expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.attnpool = AttentionPool(config.num_patches, channels, config.heads, embed_dim)
+        self.attnpool = self.pool(config.num_patches, channels, config.heads, embed_dim)
 
     def forward(self, images: Tensor, all_tokens: bool = False) -> Tensor:
         """Normalised images (B, 3, R, R) -> (B, E).

@@ -207,6 +207,41 @@ def test_parameters_are_initialised_again(both):
         assert drawn[name].std().item() == pytest.approx(256**-0.5, rel=0.02), name  # fan-in 32 * 8
 
 
+@pytest.mark.parametrize("sizes", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_seed_draws_openais_weights(monkeypatch, sizes):
+    """In the order of OpenAI's code, whose parts are open_clip's but for the moment when a pool is drawn again."""
+    monkeypatch.setattr(open_clip.modified_resnet.ModifiedResNet, "init_parameters", lambda self: None)
+    torch.manual_seed(0)
+    found = dict(clip.CLIP(*sizes).named_parameters())
+    embed_dim, R, layers, width, patch, context_length, vocab_size, text_width, heads, text_layers = sizes
+    torch.manual_seed(0)
+    visual = (
+        open_clip.modified_resnet.ModifiedResNet(layers, embed_dim, 32 * width // 64, R, width)
+        if patch is None
+        else open_clip.transformer.VisionTransformer(R, patch, width, layers, width // 64, 4.0, output_dim=embed_dim)
+    )
+    blocks = open_clip.transformer.Transformer(text_width, text_layers, heads)
+    expected = {"token_embedding.weight": nn.Embedding(vocab_size, text_width).weight}
+    nn.init.normal_(expected["token_embedding.weight"], std=0.02)
+    expected["positional_embedding"] = nn.init.normal_(torch.empty(context_length, text_width), std=0.01)
+    if patch is None:
+        for name in "qkvc":
+            nn.init.normal_(visual.attnpool.get_parameter(f"{name}_proj.weight"), std=(32 * width) ** -0.5)
+    residual_std = text_width**-0.5 * (2 * text_layers) ** -0.5
+    for block in blocks.resblocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=text_width**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * text_width) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+    expected["text_projection"] = nn.init.normal_(torch.empty(text_width, embed_dim), std=text_width**-0.5)
+    for prefix, part in (("visual.", visual), ("transformer.", blocks)):
+        expected |= {prefix + name: parameter for name, parameter in part.named_parameters()}
+    assert found.keys() == expected.keys() | {"ln_final.weight", "ln_final.bias", "logit_scale"}
+    for name, parameter in expected.items():
+        if not name.endswith("bn3.weight"):  # of zeros
+            assert torch.equal(found[name], parameter), name
+
+
 @pytest.mark.parametrize("number", [2, 6])
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_mask_is_of_all_rows_or_of_each_row_and_head(number, rank):

@@ -245,6 +245,16 @@ def test_a_class_that_a_program_puts_in_place_of_theirs_is_built(monkeypatch, na
     assert getattr(ours, name).__name__ == name
 
 
+@pytest.mark.parametrize("vision", [VISION, RESNET], ids=["vit", "resnet"])
+def test_a_seed_draws_their_weights(vision):
+    weights = []
+    for library in (ours, open_clip):
+        torch.manual_seed(0)
+        weights.append(library.CLIP(64, vision, FEW_WORDS).state_dict())
+    for name, expected in weights[1].items():
+        assert torch.equal(weights[0][name], expected), name
+
+
 def test_a_function_that_a_program_puts_in_place_of_theirs_is_called(monkeypatch):
     def mean(x, text, pool_type, eos_token_id=None):
         return x.mean(dim=1)
