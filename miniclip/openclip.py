@@ -28,15 +28,14 @@ import regex
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import openai, openclip_model, openclip_names
+from . import openai, openclip_loss, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
 from .common.modules import evaluation_mode
 from .config import Activation, CLIPConfig, differences
-from .loss import clip_loss
 from .openclip_model import refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
@@ -194,11 +193,13 @@ def create_model(
         force_context_length: tokens; position embeddings of the text are interpolated (linear), as open_clip's are, and
             not cut or repeated, as by `miniclip.load`.
         weights_only: no code of a checkpoint is run either way.
-        others: open_clip's further arguments, refused unless they ask for nothing.
+        others: `init_logit_scale` and `init_logit_bias` of a new model; weights keep their own, and a bias that they
+            have not is 0. open_clip's further arguments are refused unless they ask for nothing.
 
     Raises:
         ValueError: no such name, tag or file, another architecture, or an argument that is not supported.
     """
+    start: dict[str, Any] = {name: float(others.pop(name)) for name in _STARTS if others.get(name) is not None}
     _refuse(others)
     if load_checkpoint is not _OWN_LOAD_CHECKPOINT:
         warnings.warn("what a program put in place of load_checkpoint is not called by create_model", stacklevel=2)
@@ -208,8 +209,7 @@ def create_model(
     found = found if load_weights else None  # a folder's own weights are not asked for either
     if found is None and (require_pretrained or (load_weights and not pretrained)):
         _report_random(model_name, require_pretrained)
-    if force_quick_gelu:
-        config = replace(config, activation="quick_gelu")
+    config = replace(config, activation="quick_gelu" if force_quick_gelu else config.activation, **start)
     side = side_of_square("force_image_size", force_image_size)
     vision_cfg = settings["vision_cfg"]
     if force_patch_dropout is not None:
@@ -218,7 +218,8 @@ def create_model(
     if found is None:
         model = openclip_model.CLIP.of(_resized(config, side, force_context_length), *beside)
     else:
-        found = _interpolated(resize(replace(found, config=config), side, None), force_context_length)
+        found = _with_bias(replace(found, config=config), start.get("init_logit_bias"))
+        found = _interpolated(resize(found, side, None), force_context_length)
         with Unfilled():
             model = openclip_model.CLIP.of(found.config, *beside)
         model.load_state_dict(to_openai_keys(build(found, source).state_dict()))
@@ -231,6 +232,14 @@ def _resized(config: CLIPConfig, image_size: int | None, context_length: int | N
     return replace(
         config, vision=vision, text=replace(config.text, context_length=context_length or config.text.context_length)
     )
+
+
+def _with_bias(found: Checkpoint, initial: float | None) -> Checkpoint:
+    """The same weights for a model with a bias, if it is asked for: 0, unless they have one, as open_clip's."""
+    if initial is None:
+        return found
+    config = replace(found.config, init_logit_bias=initial)
+    return replace(found, config=config, tensors={"logit_bias": torch.zeros(()), **found.tensors})
 
 
 def _interpolated(found: Checkpoint, context_length: int | None) -> Checkpoint:
@@ -342,7 +351,7 @@ def load_checkpoint(
         length = len(positions)
     if (places := found.tensors.get("visual.positional_embedding")) is not None:
         side = round((len(places) - 1) ** 0.5) * config.vision.patch_size
-    found = replace(found, config=_resized(found.config, side, length))
+    found = _with_bias(replace(found, config=_resized(found.config, side, length)), config.init_logit_bias)
     found = _of_file(found, _resized(config, side, length), "the model", checkpoint_path)
     found = _interpolated(resize(found, config.vision.image_size, None), config.text.context_length)
     return model.load_state_dict(to_openai_keys(build(found, checkpoint_path).state_dict()))
@@ -385,6 +394,7 @@ def _set_precision(model: CLIP, precision: str) -> None:
         convert_weights_to_lp(model, dtype)
 
 
+_STARTS = ("init_logit_scale", "init_logit_bias")
 _NOTHING = ("pretrained_hf", "pretrained_text", "pretrained_image")  # towers' own weights, where all come together
 
 
@@ -694,75 +704,6 @@ def build_zero_shot_classifier_legacy(
     return build_zero_shot_classifier(model, tokenizer, classnames, templates, None, device, use_tqdm)
 
 
-class ClipLoss(nn.Module):
-    """Of one process; `miniclip.clip_loss` is exact over several. It computes through `get_logits` and
-    `get_ground_truth` where a program has its own, as open_clip's does, in memory for all B x B logits.
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ) -> None:
-        super().__init__()
-        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
-        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
-        if world_size != 1:
-            raise ValueError(
-                f"world_size is {world_size}; this one is of one process. miniclip.clip_loss has "
-                "across_processes=True, whose gradients are exact"
-            )
-
-    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
-        return torch.arange(num_logits, device=device)
-
-    def get_logits(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        logits = logit_scale * image_features @ text_features.T
-        logits = logits if logit_bias is None else logits + logit_bias
-        return logits, logits.T
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Any = None,
-        output_dict: bool = False,
-    ) -> Any:
-        methods = [getattr(method, "__func__", None) for method in (self.get_logits, self.get_ground_truth)]
-        if methods == _OWN_METHODS:
-            loss = clip_loss(image_features, text_features, logit_scale)  # a bias moves all logits and no softmax
-        else:
-            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
-            labels = self.get_ground_truth(image_features.device, len(logits[0]))
-            loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
-_OWN_METHODS = [ClipLoss.get_logits, ClipLoss.get_ground_truth]
-
-
-def create_loss(args: Any) -> ClipLoss:
-    """The loss that open_clip's training takes by its arguments.
-
-    Raises:
-        ValueError: they ask for another than the softmax loss of one process.
-    """
-    for name in ("distill", "siglip"):
-        if getattr(args, name, False):
-            loss = "DistillClipLoss" if name == "distill" else "SigLipLoss"
-            raise ValueError(f"args.{name} is {getattr(args, name)!r}; {missing(loss)}")
-    if "coca" in args.model.lower():
-        raise ValueError(f"args.model is {args.model!r}; {missing('CoCaLoss')}")
-    return ClipLoss(args.local_loss, args.gather_with_grad, True, args.rank, args.world_size, args.horovod)
-
-
 def trace_model(model: CLIP, batch_size: int = 256, device: str | torch.device = "cpu") -> Any:
     """`torch.jit.trace_module` of the call and both towers, in evaluation mode."""
     vision, text = model.config.vision, model.config.text
@@ -784,6 +725,7 @@ _HOMES = {
     openclip_model: ("AttentionPool2d", "Bottleneck", "CLIP", "LayerNorm", "LayerScale", "ModifiedResNet",
                      "PatchDropout", "QuickGELU", "ResidualAttentionBlock", "TimmModel", "Transformer",
                      "VisionTransformer", "_expand_token", "freeze_batch_norm_2d", "text_global_pool"),
+    openclip_loss: ("ClipLoss", "DistillClipLoss", "SigLipLoss", "create_loss", "gather_features"),
     openclip_names: (
         *openclip_names.KINDS, "AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",

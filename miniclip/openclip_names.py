@@ -29,7 +29,6 @@ MODULES = (
 
 _ELSEWHERE = "`miniclip eval` and other verbs take models that are no CLIP of ours as openclip:NAME/TAG"
 _WEIGHTS = "list_pretrained() has the names of weights, and create_model fetches them"
-_TEACHER = "`miniclip train` learns from a teacher with model.teacher"
 KINDS = ("CoCa", "CustomTextCLIP", "HFTextEncoder", "MultimodalTransformer", "TextTransformer")
 _INSTEAD = {
     **dict.fromkeys(KINDS, _ELSEWHERE),
@@ -39,8 +38,6 @@ _INSTEAD = {
     **dict.fromkeys(("download_pretrained_from_url", "download_pretrained_from_hf"), _WEIGHTS),
     **dict.fromkeys(("push_to_hf_hub", "push_pretrained_to_hf_hub"), "`miniclip push` uploads a model"),
     "CoCaLoss": _ELSEWHERE,
-    "DistillClipLoss": _TEACHER,
-    "SigLipLoss": "miniclip.siglip_loss is exact, over processes as well",
     "add_model_config": "a folder with an open_clip_config.json is a model, as local-dir:DIR",
 }
 

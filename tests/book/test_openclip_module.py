@@ -540,8 +540,11 @@ def test_the_loss_is_theirs():
     )
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found["contrastive_loss"], expected["contrastive_loss"])
-    with pytest.raises(ValueError, match=r"world_size is 2.*clip_loss"):
-        ours.ClipLoss(world_size=2)
+    for loss in (ours.ClipLoss(rank=1, world_size=2), ours.SigLipLoss(rank=1, world_size=2)):
+        with pytest.raises(ValueError, match=r"rank is 1 of 2 \(world_size\); torch.distributed has rank 0 of 1"):
+            loss(*features, torch.tensor(20.0), torch.tensor(0.0))
+    with pytest.raises(ValueError, match="use_horovod is True"):
+        ours.ClipLoss(world_size=2, use_horovod=True)(*features, torch.tensor(20.0))
 
 
 # ---- names of architectures and weights
@@ -848,7 +851,7 @@ def test_every_name_of_theirs_is_here_or_what_stands_in_its_place_is_told():
                 lacking.add((name, str(error)))
     assert {name for name, message in lacking if not message.startswith(f"miniclip.openclip has no {name}; ")} == set()
     told = dict(lacking)
-    assert "miniclip.siglip_loss" in told["SigLipLoss"]
+    assert "openclip:NAME/TAG" in told["CoCaLoss"]
     assert "openclip:NAME/TAG" in told["HFTokenizer"]
     assert "list_pretrained() has" in told["get_pretrained_url"]
     assert not hasattr(ours, "__path__")
@@ -860,13 +863,13 @@ import miniclip.openai, miniclip.openclip
 miniclip.openai.install()
 miniclip.openclip.install()
 import clip, open_clip
-assert not hasattr(open_clip, "SigLipLoss") and getattr(clip, "nothing", 3) == 3 and not hasattr(open_clip, "__path__")
+assert not hasattr(open_clip, "CoCaLoss") and getattr(clip, "nothing", 3) == 3 and not hasattr(open_clip, "__path__")
 for statement in (
     "from open_clip import CLIPVisionCfg",
     "from open_clip.tokenizer import tokenize, HFTokenizer as H",
-    "from open_clip.loss import ClipLoss, SigLipLoss",
+    "from open_clip.loss import ClipLoss, CoCaLoss",
     "from clip.model import CLIP, ViT",
-    "open_clip.SigLipLoss",
+    "open_clip.CoCaLoss",
 ):
     try:
         exec(statement)
@@ -881,9 +884,9 @@ def test_what_stands_in_the_place_of_a_missing_name_is_told_to_an_import_too():
     starts = [
         "ImportError miniclip.openclip has no CLIPVisionCfg; ",
         "ImportError miniclip.openclip has no HFTokenizer; ",
-        "ImportError miniclip.openclip has no SigLipLoss; miniclip.siglip_loss",
+        "ImportError miniclip.openclip has no CoCaLoss; `miniclip eval`",
         "ImportError miniclip.openai has no ViT; it has the names of",
-        "AttributeError miniclip.openclip has no SigLipLoss; miniclip.siglip_loss",
+        "AttributeError miniclip.openclip has no CoCaLoss; `miniclip eval`",
     ]
     for line, start in zip(run.stdout.splitlines(), starts, strict=True):
         assert line.startswith(start)
@@ -953,15 +956,33 @@ def test_the_loss_of_arguments_is_theirs(vit):
     given = types.SimpleNamespace(distill=False, siglip=False, model="ViT-B-32", local_loss=False, rank=0, world_size=1,
                                   gather_with_grad=False, horovod=False)  # fmt: skip
     features = nn.functional.normalize(torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    found, expected = (library.create_loss(given)(*features, torch.tensor(20.0)) for library in (ours, open_clip))
-    torch.testing.assert_close(found, expected)
-    for name, value, message in (
-        ("siglip", True, "args.siglip is True.*siglip_loss"),
-        ("distill", True, "args.distill is True.*model.teacher"),
-        ("model", "coca_ViT-B-32", "args.model is 'coca_ViT-B-32'.*openclip:NAME/TAG"),
+    scale = torch.tensor(20.0)
+    for changes, inputs in (
+        ({}, (*features, scale)),
+        ({"siglip": True, "loss_dist_impl": None}, (*features, scale, torch.tensor(-3.0))),
+        ({"distill": True}, (*features, scale, *features.flip(0), torch.tensor(5.0))),
     ):
-        with pytest.raises(ValueError, match=message):
-            ours.create_loss(types.SimpleNamespace(**{**vars(given), name: value}))
+        args = types.SimpleNamespace(**{**vars(given), **changes})
+        losses = [library.create_loss(args) for library in (ours, open_clip.factory)]
+        assert type(losses[0]).__name__ == type(losses[1]).__name__
+        for options in ({}, {"output_dict": True}):
+            torch.testing.assert_close(*(loss(*inputs, **options) for loss in losses))
+    with pytest.raises(ValueError, match=r"args.model is 'coca_ViT-B-32'.*openclip:NAME/TAG"):
+        ours.create_loss(types.SimpleNamespace(**{**vars(given), "model": "coca_ViT-B-32"}))
+
+
+def test_a_model_begins_with_the_scale_and_bias_that_are_asked_for(vit):
+    """A bias that weights have not is 0 when they are loaded, whatever a new model's is."""
+    name, _ = vit
+    options = {"init_logit_scale": 2.5, "init_logit_bias": -10}
+    for more in ({"load_weights": False}, {}):
+        found, expected = (library.create_model(name, **options, **more) for library in (ours, open_clip))
+        assert found.logit_bias == expected.logit_bias == (0 if not more else -10)
+        assert found.logit_scale == expected.logit_scale
+    file = f"{name.removeprefix('local-dir:')}/open_clip_pytorch_model.bin"
+    model = ours.create_model(name, load_weights=False, **options)
+    ours.load_checkpoint(model, file)
+    assert model.logit_bias == 0
 
 
 def test_a_traced_model_is_right_for_other_batches(vit):

@@ -12,6 +12,7 @@ import warm
 from helpers import tiny_clip, write_picture
 from runs import command, metrics
 
+from miniclip import openclip
 from miniclip.common.processes import all_gather_objects, log_sum_exp, own_indices
 from miniclip.evaluation.datasets.open import open_dataset
 from miniclip.evaluation.zero_shot import zero_shot_scores
@@ -93,6 +94,60 @@ def test_any_number_of_processes_and_any_batch_size_gives_the_scores_of_one(imag
     size = -(-7 // world_size)
     assert [number for each in found for number in each["share"]][:7] == list(range(7))
     assert all(len(each["share"]) == size for each in found)
+
+
+LOSSES = [
+    (kind, {"local_loss": is_local, "gather_with_grad": is_gathered})
+    for kind in ("ClipLoss", "DistillClipLoss")
+    for is_local in (False, True)
+    for is_gathered in (False, True)
+] + [("SigLipLoss", {})]
+
+
+def loss_and_gradients(library, kind, features, **options):
+    """Of CLIP's losses with open_clip's names, on the (images, texts, a teacher's images and texts) of a process."""
+    own = [each.clone().requires_grad_() for each in features[:2]]
+    loss = getattr(library, kind)(**options)
+    more = [*features[2:], 3.0] if kind == "DistillClipLoss" else [-2.0]
+    value = loss(*own, 7.0, *more)
+    value = sum(value) if kind == "DistillClipLoss" else value
+    value.backward()
+    return value.detach(), torch.stack([each.grad for each in own])
+
+
+def features_of_all(world_size):
+    drawn = torch.randn(4, 3 * world_size, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def lose(rank, world_size, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    own = features_of_all(world_size)[:, 3 * rank : 3 * rank + 3]
+    found = [
+        loss_and_gradients(openclip, kind, own, rank=rank, world_size=world_size, **options) for kind, options in LOSSES
+    ]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_open_clips_losses_of_two_processes_are_those_of_one():
+    """On average over the processes; where features are gathered without a gradient, its part is that of a process."""
+    import open_clip  # two seconds, which the processes don't need
+
+    features = features_of_all(2)
+    with tempfile.TemporaryDirectory() as folder:
+        warm.spawn(lose, (2, folder), 2)
+        found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(2)]
+    for (kind, options), *ranks in zip(LOSSES, *found, strict=True):
+        value, gradients = loss_and_gradients(open_clip.loss, kind, features)
+        torch.testing.assert_close(sum(each for each, _ in ranks) / 2, value)
+        joined = torch.cat([gradient for _, gradient in ranks], dim=1)
+        if options.get("gather_with_grad", True):
+            torch.testing.assert_close(joined / 2, gradients)
+        elif not options["local_loss"]:
+            torch.testing.assert_close(joined, gradients)
+        else:  # of this process's rows as images and as texts that choose, not as those that are chosen
+            assert 0 < (joined / 2 - gradients).abs().max() < gradients.abs().max()
 
 
 @pytest.mark.long
