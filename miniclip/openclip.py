@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any
 import regex
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from . import openai, openclip_loss, openclip_model, openclip_names
+from . import openai, openclip_images, openclip_loss, openclip_model, openclip_names
 from . import tokenizer as clip_tokenizer
 from .common.device import find_device
 from .common.files import ASSETS
 from .common.modules import evaluation_mode
 from .config import Activation, CLIPConfig, differences
+from .openclip_images import Transform
 from .openclip_model import refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 HF_HUB_PREFIX, LOCAL_DIR_PREFIX = HUB_PREFIX, "local-dir:"
 _QUICK = "-quickgelu"
-Transform = Callable[[Image.Image], Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of architectures and of weights
@@ -435,13 +434,13 @@ def create_model_and_transforms(
     }
     changes = {name: value for name, value in given.items() if value is not None}
     model.visual.preprocess_cfg |= changes
-    settings = {name: model.visual.preprocess_cfg[name] for name in given}
-    size = model.config.vision.image_size
-    train = image_transform(size, True, **settings, aug_cfg=aug_cfg)
+    settings = openclip_images.PreprocessCfg(**model.visual.preprocess_cfg)
+    transform = openclip_images.image_transform_v2  # or what a program has put there
+    train = transform(settings, is_train=True, aug_cfg=aug_cfg)
     vision = model.config.vision
-    if not changes and (vision.preprocess, vision.resize_size or size) != ("openai", size):
+    if not changes and (vision.preprocess, vision.resize_size) not in (("openai", None), ("openai", vision.image_size)):
         return model, train, preprocess_for(model.config)
-    return model, train, image_transform(size, False, **settings)
+    return model, train, transform(settings, is_train=False)
 
 
 def create_model_from_pretrained(
@@ -470,54 +469,7 @@ def load_openai_model(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures and words
-
-
-def image_transform(
-    image_size: int | Sequence[int],
-    is_train: bool,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    resize_mode: str | None = None,
-    interpolation: str | None = None,
-    fill_color: int = 0,
-    aug_cfg: Any = None,
-) -> Transform:
-    """torchvision's transforms of a PIL image to (3, R, R).
-
-    Args:
-        is_train: a random crop of `aug_cfg["scale"]` of the area, 0.9 to 1, in place of the middle.
-        resize_mode: "shortest" side, or "squash" both.
-
-    Raises:
-        ValueError: a picture that is not square, another mode, or other augmentation.
-    """
-    from torchvision import transforms  # a second, and only this needs it
-
-    side = side_of_square("image_size", image_size if isinstance(image_size, int) else [image_size[0], image_size[-1]])
-    modes, filters = ("shortest", "squash"), ("bicubic", "bilinear", "random")
-    mode, interpolation = resize_mode or "shortest", interpolation or "bicubic"
-    for value, name, valid in ((mode, "resize_mode", modes), (interpolation, "interpolation", filters)):
-        if value not in valid:
-            raise ValueError(f"{name} is {value!r}; valid are {', '.join(valid)}")
-    filter_ = transforms.InterpolationMode("bilinear" if interpolation == "bilinear" else "bicubic")
-    bicubic = transforms.InterpolationMode.BICUBIC
-    if is_train:
-        steps = [transforms.RandomResizedCrop(side, scale=_crop_scale(aug_cfg), interpolation=bicubic)]
-    elif mode == "squash":
-        steps = [transforms.Resize((side, side), interpolation=filter_)]
-    else:
-        steps = [transforms.Resize(side, interpolation=filter_), transforms.CenterCrop(side)]
-    usual = openclip_names.OPENAI_DATASET_MEAN, openclip_names.OPENAI_DATASET_STD
-    normalize = transforms.Normalize(mean or usual[0], std or usual[1])
-    return transforms.Compose([*steps, openai._convert_image_to_rgb, transforms.ToTensor(), normalize])
-
-
-def _crop_scale(aug_cfg: Any) -> tuple[float, float]:
-    given = dict(aug_cfg) if isinstance(aug_cfg, dict) else dict(vars(aug_cfg)) if aug_cfg else {}
-    scale = given.pop("scale", (0.9, 1.0))
-    _refuse({f"aug_cfg[{name!r}]": value for name, value in given.items()})
-    return tuple(scale)
+# Words
 
 
 def canonicalize_text(text: str, *, keep_punctuation_exact_string: str | None = None) -> str:
@@ -725,9 +677,11 @@ _HOMES = {
     openclip_model: ("AttentionPool2d", "Bottleneck", "CLIP", "LayerNorm", "LayerScale", "ModifiedResNet",
                      "PatchDropout", "QuickGELU", "ResidualAttentionBlock", "TimmModel", "Transformer",
                      "VisionTransformer", "_expand_token", "freeze_batch_norm_2d", "text_global_pool"),
+    openclip_images: ("AugmentationCfg", "PreprocessCfg", "image_transform", "image_transform_v2",
+                      "merge_preprocess_dict", "merge_preprocess_kwargs"),
     openclip_loss: ("ClipLoss", "DistillClipLoss", "SigLipLoss", "create_loss", "gather_features"),
     openclip_names: (
-        *openclip_names.KINDS, "AugmentationCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
+        *openclip_names.KINDS, "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
         "SIMPLE_IMAGENET_TEMPLATES", "get_cast_dtype", "get_input_dtype", "get_model_preprocess_cfg",
         "get_model_tokenize_cfg", "set_model_preprocess_cfg",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,20 +89,6 @@ def get_cast_dtype(precision: str) -> torch.dtype | None:
 def get_input_dtype(precision: str) -> torch.dtype | None:
     """The type of pictures; None where it is float32."""
     return _DTYPES.get(precision.removeprefix("pure_"))
-
-
-@dataclass
-class AugmentationCfg:
-    """Augmentation of training: `scale` is of the crop's area, and the rest is refused unless it asks for nothing."""
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] | None = None
-    color_jitter: Any = None
-    re_prob: float | None = None
-    re_count: int | None = None
-    use_timm: bool = False
-    color_jitter_prob: float | None = None
-    gray_scale_prob: float | None = None
 
 
 def get_model_preprocess_cfg(model: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import copy
 import importlib
 import inspect
 import json
+import pickle
+import random
 import sys
 import types
 import warnings
@@ -432,17 +434,37 @@ def test_pictures_become_the_same_pixels(vit, size, mode):
     [
         {"resize_mode": "squash", "interpolation": "bilinear"},
         {"mean": (0.5, 0.5, 0.5), "std": (0.1, 0.2, 0.3)},
-        {"interpolation": "random"},
+        {"interpolation": "random", "mean": 0.4, "std": 0.3},
+        {"resize_mode": "longest", "fill_color": 7},
+        {"aug_cfg": {"color_jitter": (0.4, 0.3, 0.2, 0.1), "color_jitter_prob": 0.5, "gray_scale_prob": 0.5}},
+        {"aug_cfg": {"use_timm": True, "ratio": (0.5, 2), "color_jitter": 0.4, "re_prob": 0.9}},
     ],
 )
 def test_image_transform_is_theirs(options):
-    image = picture(1, (50, 31))
-    for is_train in (False, True):
-        found = []
-        for library in (ours, open_clip):
-            torch.manual_seed(0)
-            found.append(library.image_transform(24, is_train, **options)(image))
-        assert torch.equal(*found)
+    for seed, size in ((0, (50, 31)), (1, (31, 50)), (2, (7, 9)), (3, (24, 24)), (4, (90, 5))):
+        for is_train in (False, True):
+            found = []
+            for library in (ours, open_clip):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                transform = pickle.loads(pickle.dumps(library.image_transform(24, is_train, **options)))
+                found.append(transform(picture(1, size)))
+            assert torch.equal(*found)
+
+
+def test_settings_of_pixels_are_theirs():
+    for library in (ours, open_clip.transform):
+        base = library.PreprocessCfg(size=(24, 24), mean=(0.1, 0.2, 0.3))
+        assert base.input_size == (base.num_channels, 24, 24) == library.PreprocessCfg(size=24).input_size
+        merged = library.merge_preprocess_dict(base, {"std": (0.5,) * 3, "size": None, "other": 1})
+        assert merged == library.merge_preprocess_kwargs(vars(base), std=(0.5,) * 3)
+        assert vars(library.PreprocessCfg(**merged)) == vars(open_clip.transform.PreprocessCfg(**merged))
+        image = library.image_transform_v2(library.PreprocessCfg(**merged), is_train=False)(picture(0, (40, 30)))
+        assert torch.equal(
+            image, open_clip.image_transform(24, False, merged["mean"], merged["std"])(picture(0, (40, 30)))
+        )
+    with pytest.raises(ValueError, match="mode is 'L'"):
+        ours.PreprocessCfg(mode="L")
 
 
 def test_arguments_change_the_pixels(vit):
@@ -465,7 +487,7 @@ def test_the_crop_of_training_can_be_set(vit):
         ours.create_model_and_transforms(vit[0], aug_cfg={"color_jitter": 0.4})
 
 
-@pytest.mark.parametrize("name, value", [("resize_mode", "longest"), ("interpolation", "nearest")])
+@pytest.mark.parametrize("name, value", [("resize_mode", "stretch"), ("interpolation", "nearest")])
 def test_another_resizing_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is '{value}'"):
         ours.image_transform(24, False, **{name: value})
