@@ -366,7 +366,7 @@ def convert_weights(model: nn.Module, dtype: torch.dtype = torch.float16) -> Non
 
 def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
     """The model that OpenAI's tensors belong to, in float16 and evaluation mode."""
-    tensors = {name: value for name, value in state_dict.items() if name not in _SIZES}
+    tensors = {name: value for name, value in state_dict.items() if name not in SIZES}
 
     def count(pattern: str) -> int:
         return len({match[0] for name in tensors if (match := regex.match(pattern, name))})
@@ -391,13 +391,13 @@ def build_model(state_dict: Mapping[str, Tensor]) -> CLIP:
     convert_weights(model)
     model.load_state_dict(tensors)
     if isinstance(state_dict, MutableMapping):  # as OpenAI's code leaves it: all of it can be loaded into the model
-        for name in _SIZES:
+        for name in SIZES:
             state_dict.pop(name, None)
     return model.eval()
 
 
 _OWN_BUILD_MODEL = build_model
-_SIZES = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's files that are no parameters
+SIZES = ("input_resolution", "context_length", "vocab_size")  # entries of OpenAI's files that are no parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import json
 import string
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,11 +40,12 @@ from .openclip_model import refuse_foreign
 from .openclip_names import MODULES, missing
 from .timm_tower import TimmTower
 from .weights.architecture import config_from_openclip, side_of_square
-from .weights.containers import read_json
+from .weights.containers import read_json, read_tensors
 from .weights.download import HUB_PREFIX, fetch_hub, fetch_openai
 from .weights.folders import OPENCLIP_CONFIG_FILE
 from .weights.layouts import to_openai_keys
-from .weights.load import build, preprocess_for, resize
+from .weights.load import build, interpolate_places, preprocess_for, resize
+from .weights.pickles import is_torchscript, read_torchscript
 from .weights.read import Checkpoint, read_checkpoint
 from .weights.shapes import Unfilled
 from .weights.write import openclip_settings
@@ -105,6 +106,21 @@ def _published_settings(config: CLIPConfig) -> dict[str, Any]:
     if config.vision.timm_model.startswith("convnext"):  # these alone are trained with stochastic depth by open_clip
         settings["vision_cfg"]["timm_drop_path"] = 0.1
     return settings
+
+
+def add_model_config(path: str | Path) -> None:
+    """Adds the architecture of a JSON file under the file's name, or those of a folder's files.
+
+    Raises:
+        ValueError: there is none: nothing with embed_dim, vision_cfg and text_cfg.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+    needed = {"embed_dim", "vision_cfg", "text_cfg"}
+    found = {file.stem: settings for file in files if needed <= (settings := read_json(file)).keys()}
+    if not found:
+        raise ValueError(f"{path} has no architecture of open_clip's, which is JSON with {', '.join(sorted(needed))}")
+    _model_configs().update(found)
 
 
 def list_models() -> list[str]:
@@ -245,12 +261,33 @@ def _interpolated(found: Checkpoint, context_length: int | None) -> Checkpoint:
     """The same weights for another context length, by open_clip's rule (`resize_text_pos_embed`)."""
     name = "text.positional_embedding"
     table = found.tensors.get(name)  # what is missing is an error of `build`
-    if table is None or context_length in (None, len(table)):
+    if table is None or context_length is None or context_length == len(table):
         return found
-    rows = F.interpolate(table.float().T[None], size=context_length, mode="linear", align_corners=False)[0].T
-    return replace(
-        found, config=_resized(found.config, None, context_length), tensors=found.tensors | {name: rows.to(table.dtype)}
-    )
+    tensors = found.tensors | {name: _interpolated_rows(table, context_length)}
+    return replace(found, config=_resized(found.config, None, context_length), tensors=tensors)
+
+
+def _interpolated_rows(table: Tensor, count: int, mode: str = "linear", antialias: bool = False) -> Tensor:
+    rows = F.interpolate(table.float().T[None], size=count, mode=mode, antialias=antialias, align_corners=False)[0].T
+    return rows.to(table.dtype)
+
+
+def resize_pos_embed(
+    state_dict: MutableMapping[str, Tensor], model: CLIP, interpolation: str = "bicubic", antialias: bool = True
+) -> None:
+    """Interpolates the image's position embeddings of a state dict to the model's places; a ResNet's stay."""
+    name, grid = "visual.positional_embedding", getattr(model.visual, "grid_size", None)
+    if grid is not None and name in state_dict and len(state_dict[name]) != 1 + grid[0] ** 2:
+        state_dict[name] = interpolate_places(state_dict[name], grid[0], interpolation, antialias)
+
+
+def resize_text_pos_embed(
+    state_dict: MutableMapping[str, Tensor], model: CLIP, interpolation: str = "linear", antialias: bool = False
+) -> None:
+    """Interpolates the text's position embeddings of a state dict to the model's context length."""
+    name, length = "positional_embedding", len(model.positional_embedding)
+    if name in state_dict and len(state_dict[name]) != length:
+        state_dict[name] = _interpolated_rows(state_dict[name], length, interpolation, antialias)
 
 
 def _open(
@@ -357,6 +394,15 @@ def load_checkpoint(
 
 
 _OWN_LOAD_CHECKPOINT = load_checkpoint
+
+
+def load_state_dict(
+    checkpoint_path: str | Path, device: str | torch.device = "cpu", weights_only: bool = True
+) -> dict[str, Tensor]:
+    """Tensors by their names in a file, without what trainers put around them. No code of it is run."""
+    path = Path(checkpoint_path)
+    tensors = read_torchscript(path) if is_torchscript(path) else read_tensors(path)
+    return {name: tensor.to(device) for name, tensor in tensors.items() if name not in openai.SIZES}
 
 
 def get_model_config(model_name: str) -> dict[str, Any] | None:
@@ -681,7 +727,7 @@ _HOMES = {
                       "merge_preprocess_dict", "merge_preprocess_kwargs"),
     openclip_loss: ("ClipLoss", "DistillClipLoss", "SigLipLoss", "create_loss", "gather_features"),
     openclip_names: (
-        *openclip_names.KINDS, "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
+        *openclip_names.KINDS, "CLIPTextCfg", "CLIPVisionCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
         "SIMPLE_IMAGENET_TEMPLATES", "get_cast_dtype", "get_input_dtype", "get_model_preprocess_cfg",
         "get_model_tokenize_cfg", "set_model_preprocess_cfg",

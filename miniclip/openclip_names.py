@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from typing import Any
 
 import torch
@@ -28,16 +29,17 @@ MODULES = (
 
 _ELSEWHERE = "`miniclip eval` and other verbs take models that are no CLIP of ours as openclip:NAME/TAG"
 _WEIGHTS = "list_pretrained() has the names of weights, and create_model fetches them"
-KINDS = ("CoCa", "CustomTextCLIP", "HFTextEncoder", "MultimodalTransformer", "TextTransformer")
+KINDS = (
+    "Attention", "AttentionalPooler", "CoCa", "CustomResidualAttentionBlock", "CustomTextCLIP", "CustomTransformer",
+    "HFTextEncoder", "MultimodalTransformer", "TextTransformer",
+)  # fmt: skip
 _INSTEAD = {
     **dict.fromkeys(KINDS, _ELSEWHERE),
     **dict.fromkeys(("HFTokenizer", "SigLipTokenizer"), f"SimpleTokenizer makes CLIP's own ids; {_ELSEWHERE}"),
-    **dict.fromkeys(("CLIPTextCfg", "CLIPVisionCfg"), "CLIP takes dictionaries with their fields"),
     **dict.fromkeys(("get_pretrained_cfg", "get_pretrained_url", "download_pretrained", "_PRETRAINED"), _WEIGHTS),
     **dict.fromkeys(("download_pretrained_from_url", "download_pretrained_from_hf"), _WEIGHTS),
     **dict.fromkeys(("push_to_hf_hub", "push_pretrained_to_hf_hub"), "`miniclip push` uploads a model"),
     "CoCaLoss": _ELSEWHERE,
-    "add_model_config": "a folder with an open_clip_config.json is a model, as local-dir:DIR",
 }
 
 
@@ -56,7 +58,7 @@ def _without_instances(name: str) -> type[nn.Module]:
     return type(name, (nn.Module,), {"__new__": refuse, "__module__": __name__, "__doc__": missing(name)})
 
 
-CoCa, CustomTextCLIP, HFTextEncoder, MultimodalTransformer, TextTransformer = map(_without_instances, KINDS)
+globals().update({name: _without_instances(name) for name in KINDS})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,6 +80,34 @@ SIMPLE_IMAGENET_TEMPLATES = _read_templates("imagenet_templates_7.txt")
 # ---------------------------------------------------------------------------------------------------------------------
 # Precisions and settings
 
+_BLOCK_SETTINGS = {"block_type": None, "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False,
+                   "scale_attn_inner": False, "scale_attn": False, "scale_fc": False}  # fmt: skip
+_IMAGE_SETTINGS = {
+    "layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224,
+    "ls_init_value": None, "patch_dropout": 0.0, "attentional_pool": False, "attn_pooler_queries": 256,
+    "attn_pooler_heads": 8, "no_ln_pre": False, "pos_embed_type": "learnable", "final_ln_after_pool": False,
+    "pool_type": "tok", "output_tokens": False, "act_kwargs": None, "norm_kwargs": None, **_BLOCK_SETTINGS,
+    "timm_model_name": None, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear",
+    "timm_proj_bias": False, "timm_drop": 0.0, "timm_drop_path": None,
+}  # fmt: skip
+_TEXT_SETTINGS = {
+    "context_length": 77, "vocab_size": 49408, "hf_tokenizer_name": None, "tokenizer_mode": None,
+    "tokenizer_kwargs": None, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0, "ls_init_value": None,
+    "embed_cls": False, "pad_id": 0, "eos_id": 2, "no_causal_mask": False, "final_ln_after_pool": False,
+    "pool_type": "argmax", "proj_bias": False, "proj_type": "linear", "output_tokens": False, "act_kwargs": None,
+    "norm_kwargs": None, **_BLOCK_SETTINGS, "hf_model_name": None, "hf_model_pretrained": True, "hf_proj_type": "mlp",
+    "hf_pooler_type": "mean_pooler",
+}  # fmt: skip
+
+
+def _settings(name: str, defaults: dict[str, Any]) -> type:
+    """A dataclass of open_clip's settings; `CLIP` refuses those that it can't build."""
+    found = make_dataclass(name, [(each, Any, value) for each, value in defaults.items()])
+    found.__module__ = __name__
+    return found
+
+
+CLIPVisionCfg, CLIPTextCfg = _settings("CLIPVisionCfg", _IMAGE_SETTINGS), _settings("CLIPTextCfg", _TEXT_SETTINGS)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -271,15 +271,18 @@ def resize(checkpoint: Checkpoint, image_size: int | None, context_length: int |
         before = config.vision.resize_size
         resized = None if before is None else round(before * image_size / config.vision.image_size)
         config = replace(config, vision=replace(config.vision, image_size=image_size, resize_size=resized))
-        table = tensors[name]
-        old, new = round((len(table) - 1) ** 0.5), round(config.vision.num_patches**0.5)
-        grid = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-        grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
-        places = grid.permute(0, 2, 3, 1).reshape(new * new, -1).to(table.dtype)
-        tensors[name] = torch.cat([table[:1], places])
+        tensors[name] = interpolate_places(tensors[name], round(config.vision.num_patches**0.5))
     if context_length is not None and context_length != config.text.context_length:
         table = tensors["text.positional_embedding"]
         config = replace(config, text=replace(config.text, context_length=context_length))
         extra = max(0, context_length - len(table))
         tensors["text.positional_embedding"] = torch.cat([table[:context_length], table[-1:].expand(extra, -1)])
     return replace(checkpoint, config=config, tensors=tensors)
+
+
+def interpolate_places(table: Tensor, side: int, mode: str = "bicubic", antialias: bool = True) -> Tensor:
+    """Position embeddings of a token and a square of places, for another square: (1 + old * old, D) -> (1 + N, D)."""
+    old = round((len(table) - 1) ** 0.5)
+    grid = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
+    grid = F.interpolate(grid, size=(side, side), mode=mode, antialias=antialias, align_corners=False)
+    return torch.cat([table[:1], grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(table.dtype)])

@@ -1,6 +1,9 @@
 """Classes and small functions under open_clip's names take its arguments. Oracle: open_clip, with the same weights."""
 
 import copy
+import dataclasses
+import json
+import pickle
 
 import open_clip
 import pytest
@@ -40,7 +43,7 @@ def assert_same(found, expected, *inputs):
         ((64, {**VISION, "layers": [1, 1, 1, 1], "width": 8, "image_size": 64}, TEXT), {"init_logit_scale": 1.0}),
         ((64, {**VISION, "mlp_ratio": 2.0}, {**TEXT, "context_length": 20}), {"init_logit_bias": -10.0}),
         ((64, {**VISION, "image_size": (32, 32), "patch_size": [16, 16]}, TEXT), {}),
-        ((64, open_clip.CLIPVisionCfg(**VISION), open_clip.CLIPTextCfg(**TEXT)), {"cast_dtype": torch.float16}),
+        ((64, open_clip.CLIPVisionCfg(**VISION), ours.CLIPTextCfg(**TEXT)), {"cast_dtype": torch.float16}),
     ],
     ids=["places", "names", "resnet", "bias", "pairs", "dataclasses"],
 )
@@ -202,6 +205,34 @@ def test_an_architecture_that_a_program_adds_is_built(monkeypatch):
     monkeypatch.setitem(ours._MODEL_CONFIGS, "tiny", {**settings, "text_cfg": {"hf_model_name": "roberta-base"}})
     with pytest.raises(ValueError, match="tiny, text_cfg has 'hf_model_name'"):
         ours.create_model("tiny")
+
+
+def test_architectures_of_files_are_added_by_their_names(tmp_path, monkeypatch):
+    settings = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
+    for name, values in {"Tiny-A": settings, "Tiny-B": settings, "labels": {"a": 1}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        monkeypatch.setitem(ours._MODEL_CONFIGS, name, {})  # which is taken out again
+    del ours._MODEL_CONFIGS["labels"]
+    for name in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+        monkeypatch.setattr(open_clip.factory, name, copy.copy(getattr(open_clip.factory, name)))
+    for library in (ours, open_clip):
+        library.add_model_config(str(tmp_path / "Tiny-A.json"))
+        assert library.get_model_config("Tiny-A") == settings
+        assert library.get_model_config("Tiny-B") != settings
+        library.add_model_config(tmp_path)
+        assert library.get_model_config("Tiny-B") == settings
+        assert library.create_model("Tiny-B").visual.grid_size == (2, 2)
+        assert "labels" not in library.list_models()
+    for path in (tmp_path / "labels.json", tmp_path / "no such file"):
+        with pytest.raises(ValueError, match=rf"{path.name} has no architecture .*embed_dim, text_cfg, vision_cfg"):
+            ours.add_model_config(path)
+
+
+def test_settings_of_towers_have_their_fields_and_values():
+    for name in ("CLIPVisionCfg", "CLIPTextCfg"):
+        found, expected = (dataclasses.fields(getattr(library, name)) for library in (ours, open_clip))
+        assert [(each.name, each.default) for each in found] == [(each.name, each.default) for each in expected]
+        assert pickle.loads(pickle.dumps(getattr(ours, name)(width=32))) == getattr(ours, name)(width=32)
 
 
 # ---- what a program puts in place of a part

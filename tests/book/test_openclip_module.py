@@ -796,6 +796,10 @@ def test_openais_archive_by_path_is_open_clips_model(tmp_path, config):
         assert_near(model.encode_image(images), theirs.encode_image(images))
         assert_near(model.encode_text(tokens), theirs.encode_text(tokens))
     assert openclip_settings(config)["embed_dim"] == model.visual.output_dim
+    tensors = ours.load_state_dict(tmp_path / "model.pt")
+    assert {*tensors} - {"attn_mask"} == {*model.state_dict()}
+    ours.resize_pos_embed(tensors, model)
+    assert_near(tensors["visual.conv1.weight"].float(), theirs.visual.conv1.weight)
 
 
 def test_our_own_model_has_our_own_pixels_and_features(tmp_path):
@@ -887,7 +891,7 @@ miniclip.openclip.install()
 import clip, open_clip
 assert not hasattr(open_clip, "CoCaLoss") and getattr(clip, "nothing", 3) == 3 and not hasattr(open_clip, "__path__")
 for statement in (
-    "from open_clip import CLIPVisionCfg",
+    "from open_clip import get_pretrained_url",
     "from open_clip.tokenizer import tokenize, HFTokenizer as H",
     "from open_clip.loss import ClipLoss, CoCaLoss",
     "from clip.model import CLIP, ViT",
@@ -904,7 +908,7 @@ def test_what_stands_in_the_place_of_a_missing_name_is_told_to_an_import_too():
     run = warm.run([sys.executable, "-c", LACKING])
     assert run.returncode == 0, run.stderr
     starts = [
-        "ImportError miniclip.openclip has no CLIPVisionCfg; ",
+        "ImportError miniclip.openclip has no get_pretrained_url; ",
         "ImportError miniclip.openclip has no HFTokenizer; ",
         "ImportError miniclip.openclip has no CoCaLoss; `miniclip eval`",
         "ImportError miniclip.openai has no ViT; it has the names of",
@@ -1031,6 +1035,22 @@ def test_a_checkpoint_is_loaded_into_a_model(tmp_path, kind, options):
         assert keys.missing_keys == keys.unexpected_keys == []
     for key, tensor in expected.state_dict().items():
         assert_near(model.state_dict()[key].double(), tensor.double(), 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"force_image_size": 64, "force_context_length": 40}])
+def test_the_tensors_of_a_file_fit_a_model_as_theirs(vit, tmp_path, options):
+    name, theirs = vit
+    torch.save({"state_dict": {f"module.{key}": each for key, each in theirs.state_dict().items()}}, tmp_path / "e.pt")
+    tensors = []
+    for library in (ours, open_clip):
+        model = library.create_model(name, load_weights=False, **options)
+        tensors.append(library.factory.load_state_dict(str(tmp_path / "e.pt")))
+        library.model.resize_pos_embed(tensors[-1], model)
+        library.model.resize_text_pos_embed(tensors[-1], model)
+        model.load_state_dict(tensors[-1])
+    assert [*tensors[0]] == [*tensors[1]]
+    for key, expected in tensors[1].items():
+        assert_near(tensors[0][key], expected, 1e-6)
 
 
 def test_a_checkpoint_of_something_else_is_refused(vit, tmp_path):
