@@ -33,6 +33,20 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # section 3.2) is negative because few of a batch's B * B combinations of an image and a text are pairs.
 CLIP_LOGIT_SCALE = math.log(1 / 0.07)
 SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0
+# Training that clamps keeps the scale below 100; other training may go beyond, but softmax has one class long before.
+_MAX_LOGIT_SCALE = math.log(10_000)
+
+
+def refuse_scale_itself(name: str, value: float) -> None:
+    """Raises a ValueError for a logarithm of the logits' scale that can only be the scale itself, as 100 or 1 / 0.07.
+
+    Features are as they should be, and all scores that are made of them would be 0 or 1, or infinite.
+    """
+    if value > _MAX_LOGIT_SCALE:
+        raise ValueError(
+            f"{name} is {value:.6g}; it must be the logarithm of the scale, at most {_MAX_LOGIT_SCALE:.2f}. If "
+            f"{value:.6g} is the scale itself, store {math.log(value):.6g}"
+        )
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -261,6 +275,7 @@ class CLIPConfig:
         _require_choice(self, "towers", Towers)
         _require_choice(self, "activation", Activation)
         _set_finite(self, "init_logit_scale")
+        refuse_scale_itself("CLIPConfig.init_logit_scale", self.init_logit_scale)
         if self.init_logit_bias is not None:
             _set_finite(self, "init_logit_bias")
 

@@ -517,6 +517,7 @@ def test_an_object_that_lacks_one_of_the_five_is_told_which(lacking):
         ({"tokenize": 3}, "tokenize of mine is 3; it must be a function"),
         ({"logit_scale": "warm"}, "logit_scale of mine is 'warm'; it must be one number"),
         ({"logit_scale": torch.ones(2)}, "logit_scale of mine is .*; it must be one number"),
+        ({"logit_scale": 100}, "logit_scale of mine is 100; it must be the logarithm .* itself, store 4.60517"),
         ({"fingerprint": 3}, "fingerprint of mine is 3; it must be a text"),
     ],
 )

@@ -256,6 +256,11 @@ def test_what_is_no_number_is_refused_naming_field_and_value(name, value):
         CLIPConfig(**{name: value})
 
 
+def test_a_scale_in_place_of_its_logarithm_is_refused():
+    with pytest.raises(ValueError, match=r"init_logit_scale is 10; it must be the logarithm .* itself, store 2\.30259"):
+        CLIPConfig(init_logit_scale=10)
+
+
 # ---- formats
 
 # Heads of 64 channels and an end token that is the largest id, so that every layout but for the bias could hold it.

@@ -283,6 +283,11 @@ def diverged(model):
     return model
 
 
+def with_the_scale_itself(model):
+    model.logit_scale.data.fill_(100)
+    return model
+
+
 def offloaded(model):
     return accelerate.cpu_offload(model, execution_device="cpu")
 
@@ -305,6 +310,7 @@ UNREADABLE = {
     with_more_tokens: ["token_embedding.weight: the architecture has (30, 12), the model (32, 12)", "model.config"],
     with_a_head: ["head.weight: the architecture has no such tensor, the model (2, 6)", "torch.save"],
     diverged: ["visual.proj", "NaN", "earlier state"],
+    with_the_scale_itself: ["logit_scale of the model is 100", "store 4.60517"],
 }
 
 
