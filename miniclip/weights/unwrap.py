@@ -27,7 +27,10 @@ _ANCHORS = (
     ("vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"),
 )
 _COMMON = ("state_dict", "model_state_dict", "model", "module", "net", "")
-_AVERAGES = ("ema", "average", "swa", "shadow", "teacher", "momentum")
+# As words, also of model_ema, modelEMA and EMAModel, not of schema and semantic.
+_AVERAGE = re.compile(
+    r"(?:(?<![a-z])|(?<=model)|(?<=net)|(?<=weights)|(?<=params))(?:ema|average|swa|shadow|teacher|momentum)"
+)
 # Parts of names of tensors that are no weights yet: what they are, and what makes weights of them.
 _MERGED = "call merge_and_unload() on the model (loralib: eval())"
 _NO_WEIGHTS = {
@@ -126,7 +129,7 @@ def _nameless_averages(values: Any, entry: str = "", depth: int = 0) -> Iterator
     if isinstance(values, Mapping) and depth <= 3:
         for key, value in values.items():
             yield from _nameless_averages(value, f"{entry}.{key}".lstrip("."), depth + 1)
-    is_average = isinstance(values, list | tuple) and any(word in entry.lower() for word in _AVERAGES)
+    is_average = isinstance(values, list | tuple) and _AVERAGE.search(entry.lower())
     if is_average and (num_tensors := sum(isinstance(value, Tensor) for value in values)):
         yield f"{entry} ({counted(num_tensors, 'tensor')})"
 
@@ -179,8 +182,8 @@ def _prefixes(tensors: Tensors) -> list[str]:
 
 def _chosen(models: list[_Model], source: str) -> _Model:
     """The one that is no average of another, under the commonest name; an average where there is nothing else."""
-    plain = [model for model in models if not any(word in "".join(model).lower() for word in _AVERAGES)] or models
-    ranks = [_COMMON.index(name) if (name := _last_name(model)) in _COMMON else len(_COMMON) for model in plain]
+    plain = [model for model in models if not _AVERAGE.search(".".join(model).lower())] or models
+    ranks = [[_rank(name) for name in _last_names(model)] for model in plain]
     best = [model for model, rank in zip(plain, ranks, strict=True) if rank == min(ranks)]
     if len(best) > 1:
         named = some([_description(model) for model in best])
@@ -188,10 +191,14 @@ def _chosen(models: list[_Model], source: str) -> _Model:
     return best[0]
 
 
-def _last_name(model: _Model) -> str:
-    """The end of its prefix, else of its entry."""
+def _rank(name: str) -> int:
+    return _COMMON.index(name) if name in _COMMON else len(_COMMON)
+
+
+def _last_names(model: _Model) -> tuple[str, str]:
+    """The end of its prefix, else of its entry; and of its entry, where several hold a model under the same prefix."""
     entry, prefix = model
-    return (prefix.rstrip(".") or entry).split(".")[-1]
+    return (prefix.rstrip(".") or entry).split(".")[-1], entry.split(".")[-1]
 
 
 def _description(model: _Model) -> str:

@@ -131,10 +131,26 @@ def test_a_class_that_is_not_on_the_list_is_named_with_what_to_do(tmp_path, valu
         ({"state_dict": prefixed("student.") | prefixed("teacher.", AVERAGED)}, "teacher."),
         (WEIGHTS | prefixed("ema_model.", AVERAGED), "ema_model."),
         ({"state_dict": prefixed("model.") | {"head.weight": torch.ones(2, 2)}}, "head.weight"),
+        (
+            {"state_dict": prefixed("clip."), "current_model_state": prefixed("clip.", AVERAGED)},
+            "the entry 'state_dict' under 'clip.' is loaded, not the entry 'current_model_state'",
+        ),
+        (prefixed("semantic_clip.") | prefixed("netEMA.", AVERAGED), "netEMA."),
         ({"model": WEIGHTS, "shadow_params": list(AVERAGED.values())}, f"shadow_params ({len(AVERAGED)} tensors)"),
         ({"model": WEIGHTS, "ema": {"decay": 0.99, "shadow_params": [torch.ones(2)]}}, "ema.shadow_params (1 tensor)"),
     ],
-    ids=["timm", "timm's other", "best", "student and teacher", "beside", "head", "diffusers", "torch_ema"],
+    ids=[
+        "timm",
+        "timm's other",
+        "best",
+        "student and teacher",
+        "beside",
+        "head",
+        "Lightning's",
+        "words",
+        "diffusers",
+        "torch_ema",
+    ],
 )
 def test_what_is_left_out_is_warned_of_by_name(tmp_path, checkpoint, left_out):
     torch.save(checkpoint, tmp_path / "c.pt")
