@@ -183,7 +183,7 @@ def _prefixes(tensors: Tensors) -> list[str]:
 def _chosen(models: list[_Model], source: str) -> _Model:
     """The one that is no average of another, under the commonest name; an average where there is nothing else."""
     plain = [model for model in models if not _AVERAGE.search(".".join(model).lower())] or models
-    ranks = [[_rank(name) for name in _last_names(model)] for model in plain]
+    ranks = [[_commonness(name) for name in _last_names(model)] for model in plain]
     best = [model for model, rank in zip(plain, ranks, strict=True) if rank == min(ranks)]
     if len(best) > 1:
         named = some([_description(model) for model in best])
@@ -191,7 +191,7 @@ def _chosen(models: list[_Model], source: str) -> _Model:
     return best[0]
 
 
-def _rank(name: str) -> int:
+def _commonness(name: str) -> int:
     return _COMMON.index(name) if name in _COMMON else len(_COMMON)
 
 
