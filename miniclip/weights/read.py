@@ -240,8 +240,8 @@ def _read_file(path: Path, hints: Hints, assumed: CLIPConfig | None) -> Checkpoi
         tensors, called = to_native_keys(given), naming_of(given)
     if "input_resolution" in given:  # an entry of OpenAI's archives, and of the state dicts that were made from them
         return Checkpoint("openai", tensors, _inferred(tensors, _OPENAI, path, called), called=called)
-    beside, config_file = _config_beside(path, tensors, hints)
     file_format = "hf" if is_hf(given) else "openclip"
+    beside, config_file = _config_beside(path, tensors, hints, file_format)
     wordings = None if beside is None else read_wordings(path.parent)
     config = beside or assumed
     if config is None:
@@ -300,8 +300,11 @@ def _inferred(tensors: Tensors, hints: Hints, path: Path, called: Callable[[str]
         return infer_config(tensors, hints, str(path), called)
 
 
-def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> tuple[CLIPConfig, Path] | tuple[None, None]:
-    """The configuration in a file's folder, and its file, if these tensors are what it describes.
+def _config_beside(
+    path: Path, tensors: Tensors, hints: Hints, file_format: str
+) -> tuple[CLIPConfig, Path] | tuple[None, None]:
+    """The configuration in a file's folder, and its file, if these tensors are what it describes; of two, that of the
+    library whose names they have.
 
     A warning names it where it may have been written for other weights of that folder.
 
@@ -309,7 +312,8 @@ def _config_beside(path: Path, tensors: Tensors, hints: Hints) -> tuple[CLIPConf
         ValueError: it is these tensors', and can't be followed.
     """
     names = [file.name for file in path.parent.iterdir()]
-    for name, read in ((OPENCLIP_CONFIG_FILE, _openclip_config), (CONFIG_FILE, _any_config)):
+    kinds = ((OPENCLIP_CONFIG_FILE, _openclip_config), (CONFIG_FILE, _any_config))
+    for name, read in reversed(kinds) if file_format == "hf" else kinds:
         if not (path.parent / name).is_file():
             continue
         own = own_weights(name, names)

@@ -319,6 +319,8 @@ def both(tmp_path):
 
 def test_a_folder_of_two_libraries_gives_open_clips_model_and_without_its_weights_the_other(both):
     assert_loads(both)
+    names = "open_clip_pytorch_model.bin", "model.safetensors"  # each by the configuration of its own library
+    assert [load(both / name, device="cpu")[1].style for name in names] == ["openai", "hf"]
     (both / "open_clip_pytorch_model.bin").unlink()
     assert_loads(both, AVERAGE)
 
