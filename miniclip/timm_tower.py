@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .common.wording import some
 from .config import VisionConfig
 from .fast.plain import is_asked
 
@@ -66,16 +67,32 @@ class TimmTower(nn.Module):
 
         what = f"weights of timm's for {config.timm_model!r}" + (f" in {file}" if file else "")
         pool: dict[str, Any] = {"global_pool": config.timm_pool} if config.timm_pool else {}
-        try:
-            trunk: Any = timm.create_model(
+
+        def create() -> Any:
+            return timm.create_model(
                 config.timm_model,
                 pretrained=True,
                 pretrained_cfg_overlay={"file": file} if file else None,
                 num_classes=_num_classes(config, embed_dim),
                 **pool,
             )
+
+        try:
+            trunk, again = create(), create() if file else None
         except Exception as error:  # of downloads and damaged files anything
             raise ValueError(f"no {what}: {error}") from error
+        if again is not None:  # timm passes over what a file lacks: that is random, and another each time
+            found, classifier = again.state_dict(), trunk.pretrained_cfg.get("classifier") or ()
+            heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+            lacking = [
+                name
+                for name, tensor in trunk.state_dict().items()
+                if not name.startswith(heads) and not tensor.equal(found[name])
+            ]
+            if lacking:
+                raise ValueError(
+                    f"no {what}: it has no {some(lacking)}, or not as numbers; it must be a state dict by timm's names"
+                )
         for name in ("mean", "std"):
             theirs, ours = tuple(trunk.pretrained_cfg[name]), getattr(config, name)
             if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):

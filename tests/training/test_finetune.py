@@ -279,6 +279,9 @@ def test_an_image_tower_of_timms_starts_from_a_file_of_its_weights(tmp_path):
         CLIPTraining(other, image_weights=weights)
     with pytest.raises(ValueError, match=r"no weights of timm's for 'test_resnet' in .*nothing\.pth"):
         CLIPTraining(tiny_config(vision=vision), image_weights=str(tmp_path / "nothing.pth"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: it has no .* and \d+ more, .* a state dict by timm's names"):
+        CLIPTraining(tiny_config(vision=vision), image_weights=str(tmp_path / "other.pth"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
