@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .common.wording import some
@@ -78,7 +79,10 @@ class TimmTower(nn.Module):
             )
 
         try:
-            trunk, again = create(), create() if file else None
+            trunk, again = create(), None
+            if file:
+                with torch.random.fork_rng(devices=[]):
+                    again = create()
         except Exception as error:  # of downloads and damaged files anything
             raise ValueError(f"no {what}: {error}") from error
         if again is not None:  # timm passes over what a file lacks: that is random, and another each time
