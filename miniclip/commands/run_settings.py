@@ -624,4 +624,7 @@ def resume_command(argv: list[str], python: str) -> str:
 
 def command_line(argv: list[str], python: str) -> str:
     """The command line that was typed, with `python` as the interpreter."""
-    return shlex.join([*([python] if argv[0].endswith(".py") else []), *argv])
+    program, *arguments = argv
+    if Path(program).name == "__main__.py":  # the package's, whose imports are relative
+        return shlex.join([python, "-m", "miniclip", *arguments])
+    return shlex.join([*([python] if program.endswith(".py") else []), *argv])

@@ -485,6 +485,8 @@ def test_the_resume_command_repeats_what_was_typed():
     typed = ["/bin/miniclip", "train", "fit", "--overwrite", "--config", "run.yaml"]
     assert run_settings.resume_command(typed, "python") == "/bin/miniclip train fit --config run.yaml --ckpt_path last"
     assert run_settings.resume_command(["a.py", "fit", "--overwrite"], "python") == "python a.py fit --ckpt_path last"
+    typed = ["/site/miniclip/__main__.py", "train", "fit"]  # of `python -m miniclip`; that file alone can't be run
+    assert run_settings.resume_command(typed, "python") == "python -m miniclip train fit --ckpt_path last"
 
 
 def loss_and_gradients(module: CLIPTraining, batch: Batch) -> dict[str, torch.Tensor]:
