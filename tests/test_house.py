@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -54,4 +55,15 @@ def test_a_folder_can_be_taken_in_at_a_glance(folder):
 def test_imports_go_downward():
     command = Path(sys.executable).with_name("lint-imports")
     run = subprocess.run([command], capture_output=True, text=True, cwd=ROOT.parent)
+    assert run.returncode == 0, run.stdout
+
+
+def test_the_folders_that_a_demo_leaves_change_no_lint(tmp_path):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT.parent / "pyproject.toml", tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        "import numpy\nimport runs\n\nimport miniclip\n\nprint(numpy, runs, miniclip)\n"
+    )
+    command = [Path(sys.executable).with_name("ruff"), "check", "--no-cache", "."]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stdout
