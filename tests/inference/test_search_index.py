@@ -398,6 +398,18 @@ def test_of_a_parquet_file_an_index_has_the_columns_that_json_lines_of_its_rows_
     assert counts(index.update(photos / "t.parquet")) == {"unchanged": 3}
 
 
+def test_many_columns_cost_an_index_no_more_versions_than_few(photos, tmp_path, counting):
+    versions = []
+    for num_columns in (1, 30):
+        row = {"image": "photos/mon/0.png", **{f"column {number}": number for number in range(num_columns)}}
+        (tmp_path / "one.jsonl").write_text(json.dumps(row))
+        index = Index(tmp_path / f"{num_columns}.index", from_object(counting, "counting"))
+        index.update(tmp_path / "one.jsonl")
+        assert len(index.store.columns_of(str(tmp_path / "one.jsonl"))) == num_columns
+        versions.append(index.store.state[1])
+    assert versions[0] == versions[1]
+
+
 def test_a_column_that_a_table_no_longer_has_is_null_in_its_rows_alone(index, photos, tmp_path, counting):
     def update(name: str, day: str, **columns) -> dict[str, int]:
         rows = [{"image": f"photos/{day}/{n}.png", **columns} for n in range(6)]

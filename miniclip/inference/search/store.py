@@ -15,7 +15,7 @@ import re
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -262,7 +262,7 @@ class Store:
         self._set_approximate(json.dumps(asdict(measured)))
 
     def _set_approximate(self, written: str | None) -> None:
-        self._set_of_field("features", _APPROXIMATE, written)
+        self._set_of_fields(_APPROXIMATE, {"features": written})
 
     def search_approximate(
         self, queries: np.ndarray, k: int, nprobes: int, refined: int
@@ -293,7 +293,7 @@ class Store:
             self.drop_spare()
             # Lance itself widens no whole numbers to floats.
             self._table.add_columns({_SPARE: f"arrow_cast(`{name}`, '{_sql_type(kind)}')"})
-            self._set_of_field(_SPARE, _SOURCES, json.dumps(self._sources_of(name)))
+            self._set_of_fields(_SOURCES, {_SPARE: json.dumps(sorted(self._sources_of_columns()[name]))})
             self._table.alter_columns({"path": f"`{name}`", "rename": _SPARE}, {"path": _SPARE, "rename": name})
             self.drop_spare()
 
@@ -305,19 +305,25 @@ class Store:
 
     def columns_of(self, source: str) -> set[str]:
         """The columns that a source brought at its last update."""
-        return {name for name in self.metadata_columns if source in self._sources_of(name)}
+        return {name for name, sources in self._sources_of_columns().items() if source in sources}
 
     def set_columns_of(self, source: str, columns: Set[str]) -> None:
-        for name in sorted(self.columns_of(source) ^ columns):
-            sources = {*self._sources_of(name)} ^ {source}
-            self._set_of_field(name, _SOURCES, json.dumps(sorted(sources)))
+        sources = self._sources_of_columns()
+        changed = sorted(name for name, names in sources.items() if (source in names) != (name in columns))
+        self._set_of_fields(_SOURCES, {name: json.dumps(sorted(sources[name] ^ {source})) for name in changed})
 
-    def _sources_of(self, column: str) -> list[str]:
-        return json.loads((self.schema.field(column).metadata or {}).get(_SOURCES, "[]"))
+    def _sources_of_columns(self) -> dict[str, set[str]]:
+        """Of each column of metadata, the sources that have it."""
+        schema = self.schema
+        fields = {name: schema.field(name).metadata or {} for name in self.metadata_columns}
+        return {name: {*json.loads(metadata.get(_SOURCES, "[]"))} for name, metadata in fields.items()}
 
-    def _set_of_field(self, column: str, name: bytes, value: str | None) -> None:
-        with self._write_errors():
-            self._table.update_field_metadata({"path": f"`{column}`", "metadata": {name.decode(): value}})
+    def _set_of_fields(self, name: bytes, values: Mapping[str, str | None]) -> None:
+        """One version: an entry of several columns' metadata."""
+        updates = [{"path": f"`{column}`", "metadata": {name.decode(): value}} for column, value in values.items()]
+        if updates:
+            with self._write_errors():
+                self._table.update_field_metadata(*updates)
 
     def put(self, rows: Any) -> None:
         """One version: the rows of an Arrow table of this schema replace those of the same keys, or are added."""
