@@ -101,6 +101,7 @@ def plain_warnings() -> Iterator[None]:
             shown(message, category, *place, **more)
 
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # to programmers, of a picture that they do not name
         shown, warnings.showwarning = warnings.showwarning, show
         yield
 

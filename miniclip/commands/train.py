@@ -666,6 +666,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")  # a run without a validation
     warnings.filterwarnings("ignore", message=".*`list` across ranks is zero.*")  # of its batches
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of a picture that it does not name
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own, with the newest torch
     warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # a locked tower
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # the last step is logged, too

@@ -16,6 +16,7 @@ import pytest
 import warm
 from command_line import fails
 from helpers import everything_below, tiny_clip, write_picture
+from PIL import Image
 
 from miniclip.commands import main as cli
 from miniclip.inference.thresholds import ModelThreshold, write_threshold
@@ -66,6 +67,13 @@ def test_all_forms_have_the_same_rows(capsys):
             for row in from_csv] == rows  # fmt: skip
     assert classify(capsys, "photos", *LABELS, "--topk", "2", "--parquet", "rows.parquet")[0] == ""
     assert pyarrow.parquet.read_table("rows.parquet").to_pylist() == rows
+
+
+def test_what_pillow_says_to_programmers_is_not_shown(capsys):
+    picture = Image.new("P", (9, 9))
+    picture.putpalette(bytes(range(30)))
+    picture.save("palette.png", transparency=bytes([0, 99]))
+    assert "Palette" not in classify(capsys, "palette.png", *LABELS)[1]
 
 
 def test_it_works_in_pipes():
