@@ -40,12 +40,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 def new_parser(verb: str, description: str, *, examples: str, notes: str = "") -> argparse.ArgumentParser:
     """The parser of `miniclip VERB`; its help ends with notes and with commands to copy, one a line."""
     lines = "".join(f"\n  {line}" for line in examples.strip().splitlines())
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"miniclip {verb}",
         formatter_class=Help,
         description=description,
         epilog=f"{notes}\n\nexamples:{lines}".strip(),
     )
+    parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign] # names may stand behind options
+    return parser
 
 
 # What is printed for characters of ours that an encoding lacks.

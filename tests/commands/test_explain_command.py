@@ -41,7 +41,7 @@ def refused(capsys, folder, *args):
 
 
 def test_a_map_of_one_picture_lands_in_the_folder_and_its_scores_in_a_table(capsys, here, tmp_path):
-    shown = explain(capsys, here, here / "photos/0.png", "A red car!")
+    shown = explain(capsys, here, here / "photos/0.png", "--out", "explained", "A red car!")
     image = Image.open(tmp_path / "explained" / "0.a_red_car.png")
     assert image.size == (40 * 11, 24 * 11)  # enlarged by a whole factor
     header, row = shown.out.splitlines()

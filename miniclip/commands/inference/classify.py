@@ -81,7 +81,6 @@ miniclip classify --undo sorted""",
     add_upright(parser)
     parser.add_argument("--image-column", metavar="NAME", help="of tables; default: found by name")
     add_cache(parser)
-    parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign] # images may stand behind options
     return parser
 
 

@@ -68,7 +68,6 @@ miniclip search photos.index --near-duplicates 0.97""",
     add_output(parser)
     parser.add_argument("--paths", action="store_true", help="instead of a table: the paths alone, one a line")
     parser.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
-    parser.parse_args = parser.parse_intermixed_args  # type: ignore[method-assign] # a text may stand behind options
     return parser
 
 
