@@ -157,7 +157,7 @@ def _show(found: Diagnosis, reasons: tuple[str, ...], options: argparse.Namespac
     if options.model is None and options.image_size is None and {"tiny", "blurred"} & set(found.counts()):
         print(f"- tiny and blurred are for a model of {_USUAL_IMAGE_SIZE} pixels; --image-size names that of yours.")
     if not found.findings:
-        print("- nothing was found.")
+        print("- nothing was found" + (" in those that can be used." if found.looked.problems else "."))
     if options.out:
         print(f"{out / lists.DROP_FILE}: {dropped:,} pairs to drop ({', '.join(reasons) or 'no reason was named'})")
         print(f"{out / lists.GROUPS_FILE}: {groups:,} groups; {out / lists.FINDINGS_FILE}: all findings")

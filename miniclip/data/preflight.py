@@ -89,7 +89,8 @@ def reason_kind(reason: str, pair: Pair) -> str:
     names = {part for name in map(str, known) for part in (name, Path(name).name, Path(name).stem + ".")} - {"", "."}
     names |= {without_secrets(name) for name in names}
     for name in sorted(names, key=len, reverse=True):
-        reason = re.sub(rf"(?<!\w){re.escape(name)}" + (r"\w+" if name[-1] == "." else r"(?!\w)"), "…", reason)
+        rest = r"(\.\w+)" if name[-1] == "." else r"(?!\w)()"  # the suffix of a file that should lie beside it
+        reason = re.sub(rf"(?<!\w){re.escape(name.removesuffix('.'))}{rest}", r"…\1", reason)
     return re.sub(r"\w+://\S+|(?<!\w)/\S+|(?<![\w-])(0x[0-9a-f]+|\d+)", "…", reason)
 
 

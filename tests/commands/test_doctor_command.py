@@ -39,6 +39,15 @@ def doctor(*args: str | Path) -> None:
     cli.main(["doctor", "--image-size", "32", *map(str, args)])
 
 
+def test_that_nothing_was_found_is_said_of_the_pairs_that_can_be_used(tmp_path, capsys):
+    folder = write_pairs(tmp_path / "photos", 2, size=(64, 64))
+    (folder / "0001.txt").unlink()
+    doctor(folder)
+    shown = capsys.readouterr().out
+    assert "no captions: there is no ….txt beside it" in shown
+    assert "- train: 1 picture.\n- nothing was found in those that can be used.\n" in shown
+
+
 def test_what_is_certain_is_dropped_by_the_list_and_all_is_accounted_for(photos, tmp_path, capsys):
     out = tmp_path / "out"
     doctor(photos, "--test", tmp_path / "test", "--out", out)

@@ -253,11 +253,11 @@ def test_spoilt_samples_are_grouped_by_reason_with_their_names(tmp_path):
     groups = {problem.kind: (problem.num_samples, problem.examples) for problem in found.problems}
     assert found.problems[0].num_samples == 3
     lonely = ("lonely 1.jpg", "lonely 2.jpg", "lonely 3.jpg")
-    assert groups.pop("no captions: there is no … beside it") == (3, lonely)
+    assert groups.pop("no captions: there is no ….txt beside it") == (3, lonely)
     assert groups.pop("every caption is empty") == (1, ("blank.jpg",))
     assert groups.pop("it has no caption") == (1, ("none.jpg",))
     assert groups.pop(next(kind for kind in groups if "not an image" in kind)) == (1, ("words 1.jpg",))
-    assert groups.pop("no image: there is no …, .png, … beside it") == (1, ("text 1.txt",))
+    assert groups.pop("no image: there is no ….jpg, .png, … beside it") == (1, ("text 1.txt",))
     truncated = next(kind for kind in groups if "truncated" in kind)
     assert groups.pop(truncated) == (2, ("cut a.jpg", "cut b.jpg"))
     ((kind, samples),) = groups.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...common.wording import cut_short, portion
+from ...common.wording import counted, cut_short, portion
 from ...reports.sheet import Entry, Section, write_sheet
 from .costs import chance
 from .examine import Diagnosis
@@ -83,15 +83,14 @@ def notes_of(found: Diagnosis) -> list[str]:
     """Sentences about the whole set."""
     looked = found.looked
     parts = {part: len(looked.rows_of(part)) for part in (TRAIN, VAL, TEST)}
-    out = [f"{', '.join(f'{part}: {count:,} pictures' for part, count in parts.items() if count)}"]
+    out = [", ".join(f"{part}: {counted(count, 'picture')}" for part, count in parts.items() if count)]
     if found.language:
         out.append(f"most captions are of the language {found.language!r}")
     if found.estimated_mismatch is not None:
         out.append(f"estimated share of pairs that were put together by chance: {portion(found.estimated_mismatch)}")
     if found.groups:
-        out.append(
-            f"{sum(map(len, found.groups)):,} pairs are in {len(found.groups):,} groups that should share a target"
-        )
+        num_pairs, groups = sum(map(len, found.groups)), counted(len(found.groups), "group")
+        out.append(f"{num_pairs:,} pairs are in {groups} that should share a target")
     return out
 
 
