@@ -48,7 +48,7 @@ from ..training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheck
 from ..training.finite import StopIfNotFinite
 from ..training.measuring import RejectedSamples, RunMetrics, StepMetrics
 from ..training.progress import RunProgress, RunReport, Stalls
-from ..training.resume import Resumption
+from ..training.resume import Resumption, refuse_another_run
 from ..training.run_folder import TableLogger, hold
 from ..training.start import HALF_WEIGHTS, refuse_another_architecture
 from ..training.step import COMPILED_LENGTH_MULTIPLE, CLIPTraining
@@ -418,6 +418,8 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Checks everything that needs the data, and then takes the run that is to be overwritten out of the way."""
+        if checkpoint := self.config.fit.ckpt_path:
+            refuse_another_run(Path(checkpoint), self.model)
         data = self.datamodule
         data.trainer = self.trainer  # as Lightning does when it fits
         data.prepare_data()  # safe in several processes at once: one packs, the others wait

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +18,10 @@ from ..common.processes import all_gather_objects
 from ..config import differences
 from ..data.module import PairDataModule
 from ..fast import matmul
+from ..weights.read import read_torch_file
 from . import lightning_private
 from .optimizer import make_optimizer, parameter_groups
+from .start import refuse_other_weights
 from .step import CLIPTraining
 
 SETTINGS = "miniclip_settings"  # key in a checkpoint
@@ -57,11 +60,7 @@ class Resumption(Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(module, CLIPTraining)
         if trainer.state.fn == TrainerFn.FITTING:
-            if not checkpoint.get("optimizer_states"):
-                raise ValueError(
-                    f"{trainer.ckpt_path} holds weights alone, as ModelCheckpoint's save_weights_only leaves them, and "
-                    f"no run to resume; start one from its weights: --model.start_from {trainer.ckpt_path}"
-                )
+            _refuse_weights_alone(checkpoint, trainer.ckpt_path)
             self._checkpoint = checkpoint.get(SETTINGS)
             sizes = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
             refuse_another_state(module, self._checkpoint or {}, sizes)
@@ -161,19 +160,40 @@ def library_of_all(checkpoints: str | None) -> str:
     return name if set(all_gather_objects(name)) == {name} else matmul.MKL
 
 
-def refuse_another_state(module: CLIPTraining, checkpoint: dict[str, Any], group_sizes: list[int]) -> None:
+def refuse_another_run(path: Path, module: CLIPTraining) -> None:
+    """Before the data are prepared, which may take long: reading the file takes a second for each gigabyte.
+
+    Raises:
+        ValueError: it is damaged or no trainer's, holds no run, or one of another architecture or optimiser.
+    """
+    checkpoint = read_torch_file(path)
+    _refuse_weights_alone(checkpoint, path)
+    refuse_other_weights(checkpoint, module.clip.config, module.ema_decay)
+    refuse_another_state(module, checkpoint.get(SETTINGS) or {}, None)
+
+
+def _refuse_weights_alone(checkpoint: Mapping[str, Any], path: Any) -> None:
+    if not checkpoint.get("optimizer_states"):
+        raise ValueError(
+            f"{path} holds weights alone, as ModelCheckpoint's save_weights_only leaves them, and no run to resume; "
+            f"start one from its weights: --model.start_from {path}"
+        )
+
+
+def refuse_another_state(module: CLIPTraining, checkpoint: dict[str, Any], group_sizes: list[int] | None) -> None:
     """An optimiser's state fits its own kind only, and parameter groups of the same sizes.
 
     Args:
         checkpoint: the `settings` of the checkpoint's run.
-        group_sizes: number of parameters in each of its groups.
+        group_sizes: number of parameters in each of its groups; None before callbacks have frozen what they freeze.
 
     Raises:
         ValueError: this run's optimiser cannot use the state; names the setting that differs.
     """
     saved, own = checkpoint.get("model.optimizer", {}), asdict(module.optimizer_config)
     names = ["kind", "timm_name"]
-    if [len(group["params"]) for group in parameter_groups(module.clip, module.optimizer_config)] != group_sizes:
+    sizes = [len(group["params"]) for group in parameter_groups(module.clip, module.optimizer_config)]
+    if group_sizes not in (None, sizes):
         names += ["layer_decay", "image_lr_scale", "text_lr_scale"]
     values = [(f"model.optimizer.{name}", saved.get(name), own[name]) for name in names]
     values.insert(2, ("model.locked", checkpoint.get("model.locked"), module.locked))

@@ -363,9 +363,12 @@ def test_a_run_is_never_overwritten_unasked(data, tmp_path, capsys):
 def test_resuming_with_another_architecture_or_batch_size_says_what_differs(data, tmp_path, capsys):
     run = tmp_path / "run"
     trainer.main(arguments(data, run, steps=3))
-    said = fails(capsys, arguments(data, run, "--ckpt_path=last", "--model.clip.embed_dim=32", steps=5))
+    other = ["--ckpt_path=last", "--data.train=nowhere"]  # what the file and the settings tell comes before the data
+    said = fails(capsys, arguments(data, run, *other, "--model.clip.embed_dim=32", steps=5))
     assert "another architecture" in said
     assert "model.clip.embed_dim: the checkpoint has 16, this run 32" in said
+    said = fails(capsys, arguments(data, run, *other, "--model.optimizer.kind=muon", steps=5))
+    assert "the checkpoint was trained with model.optimizer.kind adamw, this run has muon" in said
     said = fails(capsys, arguments(data, run, "--ckpt_path=last", "--data.batch_size=10", steps=5))
     assert "was trained with batch_size 12, this run has 10" in said
 
