@@ -153,11 +153,13 @@ class _Parser(LightningArgumentParser):
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start:,})") from error
         try:
-            read = yaml.load(text, UniqueKeys)
+            read, values = yaml.load(text, UniqueKeys), get_loader("yaml")(text)
         except (yaml.YAMLError, RepeatedKeyError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-        if not isinstance(read, dict):
+        if not isinstance(values, dict):  # it takes a single key without a value for a text
             found = "is empty" if read in (None, "") else f"holds {shown(read)}"
+            if isinstance(read, dict):
+                found = f"gives {next(iter(read))} no value"
             raise ValueError(f"{path} {found}; a file of settings has keys and values, as `data: {{batch_size: 256}}`")
         own = self.prog.split()[-1]
         verbs = sorted(TrainingCLI.subcommands().keys() & set(read))

@@ -117,10 +117,18 @@ def test_settings_that_stand_for_more_than_they_look_are_refused(files, capsys, 
     assert message in fails(capsys, ["fit", "--config", "c.yaml"])
 
 
-@pytest.mark.parametrize("text, found", [("# nothing yet\n", "is empty"), ("- data\n", "holds a list")])
-def test_a_file_without_keys_is_named(files, capsys, text, found):
+@pytest.mark.parametrize(
+    "text, found",
+    [("# nothing yet\n", "is empty"), ("- data\n", "holds a list"), ("data:\n", "gives data no value")],
+)
+def test_a_file_without_keys_or_values_is_named(files, capsys, text, found):
     (files / "c.yaml").write_text(text)
     assert f"c.yaml {found}; a file of settings has keys and values" in fails(capsys, ["fit", "--config", "c.yaml"])
+
+
+def test_a_file_that_asks_for_an_object_of_pythons_is_named(files, capsys):
+    (files / "c.yaml").write_text("name: !!python/object/apply:os.getcwd []\n")
+    assert "error: c.yaml: could not determine a constructor" in fails(capsys, ["fit", "--config", "c.yaml"])
 
 
 def test_a_long_list_that_is_named_twice_is_no_bomb():
