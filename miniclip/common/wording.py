@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,3 +54,8 @@ def reason_of(error: BaseException) -> str:
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def columns_in_words(names: Iterable[str]) -> str:
+    """A table's columns, in quotes; it may have thousands."""
+    return some([repr(name) for name in names], 30)

@@ -34,7 +34,7 @@ from PIL import Image
 
 from ..common.arguments import check_list, check_path, shown
 from ..common.storage import check_scheme, exists, is_url, join, name_of, read_blocks, split_query
-from ..common.wording import some
+from ..common.wording import columns_in_words, some
 from ..data.open_pairs import is_shards
 from ..data.reading.arrow_column import ArrowColumn, joined
 from ..data.reading.cells import decode_text, lines_in, picture_of_pixels, texts_in_cell
@@ -535,7 +535,7 @@ def _texts_of_datasets(source: str, columns: _ColumnsAskedFor) -> Iterator[Texts
 
 def _text_columns(names: list[str], columns: Sequence[str], source: str) -> list[str]:
     if absent := [name for name in columns if name not in names]:
-        raise ValueError(f"{source} has no column {absent[0]!r}; its columns are {', '.join(map(repr, names))}")
+        raise ValueError(f"{source} has no column {absent[0]!r}; its columns are {columns_in_words(names)}")
     return list(columns) or caption_columns_of(source, names)
 
 

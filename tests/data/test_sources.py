@@ -282,6 +282,12 @@ def test_a_split_of_a_saved_data_set_is_chosen_by_name(tmp_path):
         read_pairs(tmp_path / "set", split="val")
 
 
+def test_of_a_table_of_very_many_columns_an_error_names_some(tmp_path):
+    (tmp_path / "wide.csv").write_text(",".join(["image", *map(str, range(2000))]) + "\n" + "a.jpg" + ",1" * 2000)
+    with pytest.raises(ValueError, match=r"its columns are 'image', '0', .* '28' and 1971 more; one must be called"):
+        read_pairs(tmp_path / "wide.csv")
+
+
 def test_a_data_set_without_captions_names_its_columns(tmp_path):
     data_set("plain").remove_columns("captions").save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r"set has no column for the captions: its columns are 'image', 'id'"):

@@ -329,7 +329,7 @@ def test_a_tar_that_was_left_above_class_folders_is_told_and_makes_no_shards_of_
 
 def test_an_unknown_group_column_is_named_with_those_there_are(tmp_path):
     source = lines(tmp_path / "data.csv", "filepath,label,hand", "a.png,x,7")
-    with pytest.raises(ValueError, match=r"has no column 'writer'; its columns are filepath, label, hand"):
+    with pytest.raises(ValueError, match=r"has no column 'writer'; its columns are 'filepath', 'label', 'hand'"):
         open_dataset(source, group_column="writer")
 
 

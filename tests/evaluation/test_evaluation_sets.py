@@ -205,7 +205,7 @@ def test_a_class_label_is_found_by_its_type(tmp_path):
     assert len(open_dataset(tmp_path / "set", split="train")) == 1
     with pytest.raises(ValueError, match="has no split 'val'; it has train, test"):
         open_dataset(tmp_path / "set", split="val")
-    with pytest.raises(ValueError, match="has no column 'kind'; its columns are image, species, scene"):
+    with pytest.raises(ValueError, match="has no column 'kind'; its columns are 'image', 'species', 'scene'"):
         open_dataset(tmp_path / "set", label_column="kind")
 
 

@@ -266,7 +266,7 @@ def test_one_class_alone_is_refused(tmp_path):
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
-    with pytest.raises(ValueError, match="pets has no column 'age'; its columns are light"):
+    with pytest.raises(ValueError, match="pets has no column 'age'; its columns are 'light'"):
         Task(labelled(tmp_path, 2, metadata={"light": ["day", "night"]}), subgroup_columns=("age",))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...common.wording import some
+from ...common.wording import columns_in_words, some
 from .cells import has_no_value
 from .pair import Pair, Pairs
 from .scan import LeftOut, same_name
@@ -56,7 +56,7 @@ def rows_about(pairs: Pairs, table: str | Path, source: str, value: str | None =
     columns, rows = read_table(Path(table))
     for name in ("key", *([value] if value else [])):
         if name not in columns:
-            raise ValueError(f"{table} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
+            raise ValueError(f"{table} has no column {name!r}; its columns are {columns_in_words(columns)}")
     index_of: dict[str, list[int]] = defaultdict(list)
     in_parts: dict[str, str] = {}  # names by what follows their part
     for index, name in enumerate(pairs.names):

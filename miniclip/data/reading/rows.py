@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...common.storage import is_url
-from ...common.wording import counted
+from ...common.wording import columns_in_words, counted
 from .cells import CAPTION_COLUMNS, NUMBERED_CAPTION, from_base64, is_binary, picture_in, texts_in_cell, why_no_path
 from .pair import Pair, Pairs
 from .paths import find_file, is_file, is_windows_path
@@ -170,7 +170,7 @@ def choose_columns(
     by_name = {column.strip(): column for column in columns}
     for name in (image, *captions):
         if name.strip() not in by_name:
-            raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
+            raise ValueError(f"{source} has no column {name!r}; its columns are {columns_in_words(columns)}")
     return by_name[image.strip()], [by_name[name.strip()] for name in captions] or caption_columns_of(source, columns)
 
 

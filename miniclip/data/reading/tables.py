@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from ...common.files import free_memory
 from ...common.storage import expand, is_url
-from ...common.wording import some
+from ...common.wording import columns_in_words, some
 from .cells import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -417,7 +417,7 @@ def find_image_column(
     best = min(known, key=usual.__getitem__)
     if others and usual[best] is _Image.NUMBER:
         raise ValueError(
-            f"{source} has no column for the image paths: its columns are {', '.join(map(repr, columns))}, of which "
+            f"{source} has no column for the image paths: its columns are {columns_in_words(columns)}, of which "
             f"{best!r} holds numbers and {others[0]!r} names files that are there; name the right one to the command"
         )
     return best, [name for name in known if name != best]
@@ -503,6 +503,6 @@ def find_column(columns: Iterable[str], known: tuple[str, ...], what: str, sourc
         separators = ", ".join(_SEPARATORS.values())
         hint = f". If that is several columns in one: they may be separated by {separators}"
     raise ValueError(
-        f"{source} has no column for {what}: its columns are {', '.join(map(repr, columns))}; "
+        f"{source} has no column for {what}: its columns are {columns_in_words(columns)}; "
         f"one must be called {', '.join(known[:-1])} or {known[-1]}, or be named to the command{hint}"
     )

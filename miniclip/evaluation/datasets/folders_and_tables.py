@@ -17,7 +17,7 @@ import numpy as np
 
 from ...common.processes import warn_once
 from ...common.storage import is_url
-from ...common.wording import some
+from ...common.wording import columns_in_words, some
 from ...data.open_pairs import open_pairs
 from ...data.preflight import reason_kind
 from ...data.reading.cells import PostgresArray, has_no_value, one_line, postgres_array, texts_in, visible
@@ -496,8 +496,8 @@ def _only_class_label(found: list[str], columns: list[str], source: str) -> str:
             return known[0]
         raise ValueError(f"{source} has several columns of classes, {', '.join(found)}; choose one with --label-column")
     raise ValueError(
-        f"{source} has no column of type ClassLabel; its columns are {', '.join(columns)}. If one of them holds the "
-        "labels, name it with --label-column"
+        f"{source} has no column of type ClassLabel; its columns are {columns_in_words(columns)}. If one of them holds "
+        "the labels, name it with --label-column"
     )
 
 

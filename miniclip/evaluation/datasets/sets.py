@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...common.processes import warn_once
 from ...common.storage import is_url, read_bytes, without_secrets
+from ...common.wording import columns_in_words
 from ...data.reading.cells import text_of_cell, words_for_no_value
 from ...data.reading.scan import LeftOut
 from ...images import open_image, orientation, to_8_bits, upright
@@ -152,7 +153,7 @@ class EvaluationSet:
 def column_of(metadata: Mapping[str, Sequence[Any]], name: str, source: str) -> list[str | None]:
     """As `EvaluationSet.column`; a warning names the texts that are taken for no value."""
     if name not in metadata:
-        has = f"its columns are {', '.join(metadata)}" if metadata else "it has none"
+        has = f"its columns are {columns_in_words(metadata)}" if metadata else "it has none"
         raise ValueError(f"{source} has no column {name!r}; {has}")
     cells = metadata[name]
     if words := words_for_no_value(cells):
@@ -344,4 +345,4 @@ class Columns:
     def check(self, columns: Sequence[str], source: str) -> None:
         for name in (self.label, self.image, self.group):
             if name is not None and name not in columns:
-                raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(columns)}")
+                raise ValueError(f"{source} has no column {name!r}; its columns are {columns_in_words(columns)}")
