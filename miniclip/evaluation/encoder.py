@@ -358,7 +358,7 @@ def from_object(obj: Any, name: str) -> Encoder:
         if not callable(getattr(obj, attribute)):
             raise ValueError(f"{attribute} of {name} is {getattr(obj, attribute)!r}; it must be a function")
     try:
-        scale = as_number(torch.as_tensor(obj.logit_scale))
+        scale = as_number(torch.as_tensor(obj.logit_scale)).detach()
         float(scale)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"logit_scale of {name} is {obj.logit_scale!r}; it must be one number, a logarithm") from error
