@@ -110,7 +110,7 @@ def test_a_list_with_the_background_before_the_classes_shifts_no_label(tmp_path)
 
 
 @pytest.mark.parametrize("end", ["", "\n\n"])
-@pytest.mark.parametrize("between", [" ", "\t", "   "])
+@pytest.mark.parametrize("between", [" ", "\t", "   ", ",", "; "])
 def test_a_list_of_images_and_the_numbers_of_their_classes_is_a_table(tmp_path, between, end):
     """As Caffe's, and those of ImageNet's and Places' validation; beside the images, or above them."""
     images = ["val/b one.png", "val/a.png", "val/c.JPEG"]

@@ -7,6 +7,7 @@ import glob
 import gzip
 import io
 import re
+import string
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,6 @@ from .splits import (
 _PIECE_BYTES = 2**24
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _BOUND_OF_CSV = threading.Lock()
-_LISTED = re.compile(r"(\S.*?)\s+(\d+)")  # an image and the number of its class
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
     ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
@@ -173,9 +173,14 @@ def is_list_of_labels(path: Path) -> bool:
 
 def _listed_labels(text: str) -> list[dict[str, Any]]:
     """The rows of such a list; none of any other text."""
-    found = [_LISTED.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
-    rows = [{"image": each[1], "label": each[2]} for each in found if each and names_picture(each[1])]
-    return rows if len(rows) == len(found) else []
+    rows = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        begin = line.rstrip(string.digits)
+        image = begin.rstrip(" \t,;")
+        if line == begin or begin == image or not names_picture(image):
+            return []
+        rows.append({"image": image, "label": line[len(begin) :]})
+    return rows
 
 
 def is_pattern(source: str) -> bool:
