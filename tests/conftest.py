@@ -10,7 +10,7 @@ import os
 import random
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands set it
 # Hundreds of processes are started, and each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# A process that has imported all that is tested holds half a million objects, which full collections go through.
-gc.set_threshold(20_000, 20, 20)
-
 
 SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
 
@@ -32,6 +29,25 @@ def pytest_configure(config: pytest.Config) -> None:
     """Some tests bound how large a file may grow, and Python would leave modules cut short that it compiles there."""
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(Path(__file__).parents[1] / "miniclip", quiet=1)
+
+
+def spare_collector(freeze: Callable[[], None] = gc.freeze) -> None:
+    """A process that has imported all that is tested holds over a million objects, which a collection goes through in
+    the better part of a second, and Lightning asks for one at the end of each run: they are put out of its reach.
+    """
+    gc.collect()
+    freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    gc.disable()  # nothing of what is imported goes away again
+    try:
+        return (yield)
+    finally:
+        spare_collector()
+        gc.freeze = lambda: None  # commands that are called here would put a test's own garbage out of reach, too
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not long"` is looked at
@@ -73,11 +89,11 @@ def convolutions_in_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.fixture(autouse=True)
-def unfrozen() -> Iterator[None]:
-    """What a command called here has put out of the collector's reach comes back into it."""
+@pytest.fixture(autouse=True, scope="module")
+def spared() -> Iterator[None]:
+    """What a module has imported, too, is spared by the collections of those after it."""
     yield
-    gc.unfreeze()
+    spare_collector()
 
 
 @pytest.fixture(scope="module")
