@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,18 +6,24 @@ from pathlib import Path
 import digits
 import pytest
 
+from miniclip.common.files import locked
 from miniclip.data.pack import pack
 from miniclip.data.sources import read_pairs
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """What `make demo` makes, up to training, as runs/digits below a working directory."""
-    folder = tmp_path_factory.mktemp("demo")
-    digits.make(folder / "runs/digits/data")
-    for part in ("train", "val"):
-        source = folder / "runs/digits/data" / part
-        pack(read_pairs(source), folder / "runs/digits/shards" / part, source=part)
+    """What `make demo` makes, up to training, as runs/digits below a working directory: once for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "demo"
+    made = folder / "made"
+    with locked(folder / "lock", "the demo's data are being made"):
+        if not made.exists():
+            digits.make(folder / "runs/digits/data")
+            for part in ("train", "val"):
+                source = folder / "runs/digits/data" / part
+                pack(read_pairs(source), folder / "runs/digits/shards" / part, source=part)
+            made.touch()
     return folder
 
 

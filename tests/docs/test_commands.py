@@ -277,7 +277,8 @@ IN_BRIEF = ("README.md",)  # `make test` runs these; of the others it parses the
 def test_the_commands_and_code_of_a_page_run(page, world, environment, request):
     steps = steps_of(ROOT / page)
     if any(re.search("runs/digits/(data|shards)|configs/digits", step.text) for step in steps):
-        shutil.copytree(request.getfixturevalue("folder"), world, copy_function=os.link, dirs_exist_ok=True)
+        demo = request.getfixturevalue("folder") / "runs/digits"
+        shutil.copytree(demo, world / "runs/digits", copy_function=os.link, dirs_exist_ok=True)
     if any("s3://" in step.text for step in steps):
         in_buckets()
     lines = [(0, line, 0, False) for line in BEFORE.get(page, [])]
