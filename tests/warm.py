@@ -1,8 +1,8 @@
 """Processes whose imports were made once: each is forked from a server that has torch and Lightning.
 
 A fresh interpreter takes seconds of a processor for these, and many tests start several. All else is as `subprocess`
-has it: a process of its own with its own files, environment, session and signals, which ends as any interpreter does.
-What a fresh start shows (imports, variables that torch reads when it is imported) needs `subprocess` itself.
+has it: a process of its own with its own files, environment, session and signals. What a fresh start or the taking
+apart of an interpreter shows (imports, variables that torch reads when it is imported) needs `subprocess` itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -199,6 +200,16 @@ def _run(argv: list[str]) -> None:
             runpy.run_path(argv[0], run_name="__main__")
 
 
+def _end(status: int) -> None:
+    """As any interpreter ends, but that nothing is taken apart of what was imported: that is half a second's work."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    with suppress(Exception):  # of which the interpreter knows what to say
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
     import matplotlib.pyplot  # noqa: F401
     import torchvision  # noqa: F401
@@ -210,4 +221,10 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()
-    _run(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    try:
+        _run(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            _end(end.code or 0)
+        raise
+    _end(0)
