@@ -5,14 +5,15 @@ B batch, E embedding, R resolution.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .common.modules import loads_recorded
 from .common.wording import some
 from .config import VisionConfig
 from .fast.plain import is_asked
@@ -62,7 +63,7 @@ class TimmTower(nn.Module):
         """Loads pretrained weights into the trunk: timm's, downloaded once, or those of a file with timm's names.
 
         Raises:
-            ValueError: timm has none, they do not fit, or they need another mean or std than `config` has.
+            ValueError: timm has none, they do not fit as a whole, or they need another mean or std than `config` has.
         """
         import timm
 
@@ -79,24 +80,12 @@ class TimmTower(nn.Module):
             )
 
         try:
-            trunk, again = create(), None
-            if file:
-                with torch.random.fork_rng(devices=[]):
-                    again = create()
+            with loads_recorded() as loads:
+                trunk = create()
         except Exception as error:  # of downloads and damaged files anything
             raise ValueError(f"no {what}: {error}") from error
-        if again is not None:  # timm passes over what a file lacks: that is random, and another each time
-            found, classifier = again.state_dict(), trunk.pretrained_cfg.get("classifier") or ()
-            heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-            lacking = [
-                name
-                for name, tensor in trunk.state_dict().items()
-                if not name.startswith(heads) and not tensor.equal(found[name])
-            ]
-            if lacking:
-                raise ValueError(
-                    f"no {what}: it has no {some(lacking)}, or not as numbers; it must be a state dict by timm's names"
-                )
+        if file:
+            self._refuse_other_names(trunk, loads, what)
         for name in ("mean", "std"):
             theirs, ours = tuple(trunk.pretrained_cfg[name]), getattr(config, name)
             if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
@@ -104,6 +93,22 @@ class TimmTower(nn.Module):
                     f"{what} need images of {name} {theirs}; set model.clip.vision.{name}, which is {ours}"
                 )
         self.trunk.load_state_dict(trunk.state_dict())
+
+    @staticmethod
+    def _refuse_other_names(trunk: Any, loads: list[Any], what: str) -> None:
+        """Raises a ValueError for a file that lacks tensors of the trunk, or has more blocks: timm only logs that."""
+        tensors, classifier = trunk.state_dict(), trunk.pretrained_cfg.get("classifier") or ()
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        lacking = [name for load in loads for name in load.missing_keys if not name.startswith(heads)]
+        lacking += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if lacking:
+            raise ValueError(
+                f"no {what}: it has no {some(lacking)}, or not as numbers; it must be a state dict by timm's names"
+            )
+        own = {_without_numbers(name) for name in tensors}
+        over = [name for load in loads for name in load.unexpected_keys if _without_numbers(name) in own]
+        if over:
+            raise ValueError(f"no {what}: it has blocks that this model lacks, so it is a larger one's: {some(over)}")
 
     def checkpoint_blocks(self) -> None:
         """In training, timm's blocks keep only their inputs from now on, and are computed again for the gradient.
@@ -130,6 +135,11 @@ class TimmTower(nn.Module):
         The model decides on their shape: (B, tokens, width) of most transformers, (B, width, H, W) of most others.
         """
         return self.trunk.forward_features(images) if is_asked(all_tokens) else self.head(self.trunk(images))
+
+
+def _without_numbers(name: str) -> str:
+    """Equal for tensors of blocks that are alike: layer1.0.bn1.bias, layer1.2.bn2.bias."""
+    return re.sub(r"\d+", "#", name)
 
 
 def _num_classes(config: VisionConfig, embed_dim: int) -> int:

@@ -1,4 +1,4 @@
-"""Modules of torch's: evaluation mode for as long as one encodes, and the plain values that it computes by."""
+"""Modules of torch's: evaluation mode for as long as one encodes, plain values that they compute by, what they load."""
 
 from __future__ import annotations
 
@@ -107,3 +107,20 @@ def evaluating(model: Any, function: Callable[[Any], T]) -> Callable[[Any], T]:
             return function(argument)
 
     return call
+
+
+@contextmanager
+def loads_recorded() -> Iterator[list[Any]]:
+    """What each `load_state_dict` meanwhile returns, the names of tensors that are missing and of those left over, for
+    libraries that keep it to themselves."""
+    load, found = nn.Module.load_state_dict, list[Any]()
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        found.append(load(*args, **options))
+        return found[-1]
+
+    nn.Module.load_state_dict = recorded  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]

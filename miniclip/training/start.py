@@ -6,8 +6,11 @@ The trainer and its data have to agree with the model, under the command line an
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
@@ -33,10 +36,14 @@ from ..data.pairs import Positives
 from ..model import CLIP
 from ..timm_tower import TimmTower
 from ..weights.load import build, preprocess_for
+from ..weights.pickles import read_pickle
 from ..weights.read import LIGHTNING_AVERAGE_PREFIX, LIGHTNING_CONFIG_KEY, locate, read_checkpoint
+from ..weights.unwrap import state_dicts
 
 LossKind = Literal["clip", "siglip"]
 Locked = Literal["none", "image", "text"]
+
+_TIMMS_ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")  # of a checkpoint; it loads the first there is
 
 
 def starting_model(
@@ -70,8 +77,23 @@ def starting_model(
             raise ValueError(
                 f"model.image_weights is for towers of timm's, and model.clip.vision.kind is {clip.vision.kind!r}"
             )
-        model.visual.load_trunk(clip.vision, clip.embed_dim, None if image_weights == "timm" else image_weights)
+        file = None if image_weights == "timm" else image_weights
+        model.visual.load_trunk(clip.vision, clip.embed_dim, file)
+        if file:
+            _warn_of_other_entries(file)
     return model
+
+
+def _warn_of_other_entries(file: str) -> None:
+    """Of several models in a file (timm's trainer keeps an average beside the last weights), timm chose by itself."""
+    with suppress(ValueError):  # no pickle, so it has one alone
+        entries = [entry for entry, _ in state_dicts(read_pickle(Path(file)))]
+        taken = next((entry for entry in _TIMMS_ENTRIES if entry in entries), None)
+        if taken and (others := [repr(entry) for entry in entries if entry != taken]):
+            warnings.warn(
+                f"{file} holds several models; the entry {taken!r} is loaded, as timm does, not {some(others)}",
+                stacklevel=2,
+            )
 
 
 def locked_part(model: CLIP, locked: Locked) -> nn.Module | None:

@@ -76,7 +76,7 @@ def unwrap(values: Any, source: str) -> Tensors:
         ValueError: there is none, there are several to choose from, adapters are not merged, or the numbers are in
             parts elsewhere; says what to do.
     """
-    entries = {entry: without_wrappers(tensors, source) for entry, tensors in _state_dicts(values)}
+    entries = {entry: without_wrappers(tensors, source) for entry, tensors in state_dicts(values)}
     if not entries:
         is_mapping = isinstance(values, Mapping) and values
         kind = f"a mapping of {some([str(key) for key in values])}" if is_mapping else f"a {type(values).__name__}"
@@ -111,7 +111,7 @@ def unwrap(values: Any, source: str) -> Tensors:
     return {key.removeprefix(prefix): tensor for key, tensor in mine.items()}
 
 
-def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
+def state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, Tensors]]:
     """Mappings of names to tensors, by the entries that hold them; not those of optimisers."""
     is_optimiser = re.search("optim(?!al|i[sz]ed)", entry.lower())
     if not isinstance(values, Mapping) or depth > 3 or is_optimiser:
@@ -121,7 +121,7 @@ def _state_dicts(values: Any, entry: str = "", depth: int = 0) -> Iterator[tuple
         yield entry, tensors
         return
     for key, value in values.items():
-        yield from _state_dicts(value, f"{entry}.{key}".lstrip("."), depth + 1)
+        yield from state_dicts(value, f"{entry}.{key}".lstrip("."), depth + 1)
 
 
 def _nameless_averages(values: Any, entry: str = "", depth: int = 0) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Starting from a trained model, locked towers, models between two, and learning from a larger one."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -282,6 +283,42 @@ def test_an_image_tower_of_timms_starts_from_a_file_of_its_weights(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth: it has no .* and \d+ more, .* a state dict by timm's names"):
         CLIPTraining(tiny_config(vision=vision), image_weights=str(tmp_path / "other.pth"))
+    _assert_a_file_fits_as_a_whole(tmp_path, vision, theirs.state_dict())
+    _assert_the_average_is_taken_and_named(tmp_path, vision, theirs.state_dict())
+
+
+def _image_tower_from(tensors, folder, vision):
+    torch.save(tensors, folder / "changed.pth")
+    return CLIPTraining(tiny_config(vision=vision), image_weights=str(folder / "changed.pth")).clip.visual.trunk
+
+
+def _assert_a_file_fits_as_a_whole(tmp_path, vision, tensors):
+    deeper = tensors | {name.replace("layer1.0", "layer1.1"): tensors[name] for name in tensors if "layer1.0" in name}
+    with pytest.raises(ValueError, match=r"changed\.pth: it has blocks .* is a larger one's: layer1\.1\.conv1\.weight"):
+        _image_tower_from(deeper, tmp_path, vision)
+    for begins_as_ones in ("bn1.weight", "layer1.0.bn1.running_var"):  # timm fills in what a new model has
+        with pytest.raises(ValueError, match=rf"changed\.pth: it has no {begins_as_ones}, or not as numbers"):
+            _image_tower_from({name: tensors[name] for name in tensors if name != begins_as_ones}, tmp_path, vision)
+    damaged = tensors | {"bn1.bias": tensors["bn1.bias"] * math.nan}
+    with pytest.raises(ValueError, match=r"changed\.pth: it has no bn1\.bias, or not as numbers"):
+        _image_tower_from(damaged, tmp_path, vision)
+    head = {"fc.weight": torch.ones(1000, 96), "fc.bias": torch.ones(1000), "head_dist.bias": torch.ones(1000)}
+    counters = {name for name in tensors if name.endswith("num_batches_tracked")}  # which old files lack
+    fits = {name: tensors[name] for name in tensors if name not in counters} | head
+    found = _image_tower_from(fits, tmp_path, vision).state_dict()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def _assert_the_average_is_taken_and_named(tmp_path, vision, tensors):
+    last = {name: tensor + 1 for name, tensor in tensors.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}}
+    checkpoint = {"epoch": 3, "state_dict": last, "optimizer": optimizer, "state_dict_ema": tensors}
+    with pytest.warns(
+        UserWarning, match=r"changed\.pth .* 'state_dict_ema' is loaded, as timm does, not 'state_dict'$"
+    ):
+        found = _image_tower_from(checkpoint, tmp_path, vision).state_dict()
+    assert torch.equal(found["conv1.0.weight"], tensors["conv1.0.weight"])
+    _image_tower_from({"epoch": 3, "state_dict": tensors, "optimizer": optimizer}, tmp_path, vision)  # no warning
 
 
 # ---------------------------------------------------------------------------------------------------------------------
