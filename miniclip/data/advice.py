@@ -27,13 +27,21 @@ def what_spoils(findings: Findings, are_captions_shared: bool = False) -> list[s
         f"{problem.num_samples:,} like this one: {cut_short(problem.examples[0])}: {cut_short(problem.reason, 300)}"
         for problem in findings.problems[:1]
     ]
+    wordless, M = findings.wordless, len(findings.token_counts)
+    if wordless and len(wordless) / M >= _NOTABLE:
+        source, text = wordless[0]
+        out.append(
+            f"{len(wordless):,} of {M:,} captions ({portion(len(wordless) / M)}) have no word, as "
+            f"{cut_short(text, 80)!r} of {cut_short(source)}: are they numbers of classes or rows? Training would take "
+            "them for texts. Name the column of the captions, or write what the images show"
+        )
     if cut >= _NOTABLE:
         out.append(
             f"{portion(cut)} of the captions are longer than {findings.context_length} tokens: their ends are cut off "
             "and never read. Put what matters first, shorten them, or raise the context length"
         )
     if findings.lowest_loss >= _NOTABLE_LOSS * chance and not are_captions_shared:
-        repeated = portion(findings.num_repeated / len(findings.token_counts))
+        repeated = portion(findings.num_repeated / M)
         out.append(
             f"{repeated} of the captions occur with more than one image: in a batch of {batch:,} a pair meets "
             f"{findings.false_negatives * (batch - 1):.2g} others with its own caption, which no model can tell from "

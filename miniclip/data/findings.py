@@ -73,7 +73,9 @@ class Findings:
             encoding of accents.
         top_captions: texts that several images have, the most frequent first, with their number of images.
         template, template_share, template_texts: the most frequent caption when digits and punctuation are taken out,
-            its share of the captions, and how many different captions it stands for.
+            its share of the captions, and how many different captions it stands for. Where nothing is left of a
+            caption then, it counts among the wordless ones instead.
+        wordless: captions of digits and punctuation alone, each behind the name of its sample.
         false_negatives: expected share of the B - 1 others in a batch that have the caption of a row.
         lowest_loss: the loss, nats, that no model can undercut because of those; chance is ln B.
         mean_bytes: size of an image file.
@@ -104,6 +106,7 @@ class Findings:
     template: str
     template_share: float
     template_texts: int
+    wordless: tuple[tuple[str, str], ...]
     false_negatives: float
     lowest_loss: float
     mean_bytes: float
@@ -147,6 +150,8 @@ def count(looks: Sequence[Look], num_pairs: int, image_size: int, context_length
     folded = [[same_caption(text) for text in look.captions] for look in good]
     images_with = Counter(text for texts in folded for text in set(texts))
     templates = Counter(wording_of(text) for texts in folded for text in texts)
+    num_captions = templates.total()
+    templates.pop("", None)
     (template, uses), *_ = templates.most_common(1) or [("", 0)]
     copies = Counter(look.digest for look in good)
     sides = np.array([look.size for look in good]).reshape(-1, 2)
@@ -170,8 +175,9 @@ def count(looks: Sequence[Look], num_pairs: int, image_size: int, context_length
         num_repeated=sum(images_with[text] > 1 for texts in folded for text in texts),
         top_captions=tuple(item for item in images_with.most_common(_TOP_CAPTIONS) if item[1] > 1),
         template=template,
-        template_share=uses / max(1, templates.total()),
-        template_texts=sum(wording_of(text) == template for text in images_with),
+        template_share=uses / max(1, num_captions),
+        template_texts=sum(wording_of(text) == template != "" for text in images_with),
+        wordless=tuple((look.source, text) for look in good for text in look.captions if not wording_of(text)),
         false_negatives=share,
         lowest_loss=lowest_loss,
         mean_bytes=float(np.mean([look.num_bytes for look in good])) if good else 0.0,

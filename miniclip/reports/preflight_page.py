@@ -60,6 +60,7 @@ def rows(f: Findings, pipeline: Pipeline | None = None) -> dict[str, list[tuple[
             (f"cut at {f.context_length} tokens", portion(cut)),
             ("blank", f"{f.num_blank:,}"),
             ("that another image has, too", portion(f.num_repeated / max(M, 1))),
+            ("without a word", portion(len(f.wordless) / max(M, 1))),
             ("most frequent wording", wording),
         ],
         "most frequent captions": [(f"{count:,} images", cut_short(text)) for text, count in f.top_captions],

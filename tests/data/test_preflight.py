@@ -192,6 +192,16 @@ def test_captions_that_differ_in_digits_are_one_wording():
     assert any(said.startswith("75.0 % of the captions are 'img jpg' but for digits") for said in advice(found))
 
 
+def test_captions_without_a_word_are_counted_with_an_example():
+    """As of a list of images and numbers of classes in which one line has a word, so that all are captions."""
+    found = look(pairs_of("7", "a dog", "-1", "3,5", "🐶", "C#"))
+    said = "3 of 6 captions (50.0 %) have no word, as '7' of 0.png: are they numbers of classes or rows?"
+    assert sum(each.startswith(said) for each in advice(found)) == 1
+    assert not any("but for digits" in each for each in advice(found))
+    assert dict(rows(found)["captions (6)"])["without a word"] == "50.0 %"
+    assert not any("have no word" in each for each in advice(look(pairs_of("a dog", "route 66"))))
+
+
 def test_the_sample_is_random_seeded_and_told():
     assert sample_indices(10, None, 0) == sample_indices(10, 10, 1) == list(range(10))
     some = sample_indices(1000, 50, 3)
