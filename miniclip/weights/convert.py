@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +184,8 @@ def _seen_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, _See
             import transformers
         except ImportError:
             return {}
-        other = transformers.CLIPModel.from_pretrained(out, dtype=torch.float32).eval()
+        with _without_bars(transformers.utils.logging):
+            other = transformers.CLIPModel.from_pretrained(out, dtype=torch.float32).eval()
         # transformers 5 has two image processors; its older one, which reads with Pillow, is the only one of 4.
         processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor).from_pretrained(out)
         pixels = processor(pictures, return_tensors="pt")["pixel_values"]
@@ -192,3 +194,14 @@ def _seen_by_the_other(to: str, out: Path, config: CLIPConfig) -> dict[str, _See
         found = [getattr(f, "pooler_output", f) for f in (*by_image, other.get_text_features(input_ids=tokens))]
         return {"transformers": _Seen([found[0], found[2]], found[1])}
     return {}
+
+
+@contextmanager
+def _without_bars(transformers_logging: Any) -> Iterator[None]:
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            transformers_logging.enable_progress_bar()

@@ -32,6 +32,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 from transformers import CLIPModel as HFModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
 import miniclip
 from miniclip.commands.main import main
@@ -336,6 +337,8 @@ def test_a_conversion_says_whether_pictures_still_become_the_same_pixels(tmp_pat
     is_same = all(torch.equal(before_pixels(each), after_pixels(each)) for each in pictures)
     assert is_same == (to in ("native", began) or (began, to) == ("openai", "openclip"))
     assert (" prepares pictures in " in said.err) == (not is_same)
+    assert "Loading weights" not in said.err  # a bar of transformers'
+    assert transformers_logging.is_progress_bar_enabled()  # which others still see
     assert ("but of pictures cosine" in said.out) == (not is_same)
     with torch.no_grad():
         a, b = (
