@@ -120,6 +120,18 @@ def test_new_changed_moved_and_gone_pictures_are_found_and_the_new_and_changed_a
     assert counts(index.update(photos)) == {"unchanged": 12}
 
 
+def test_where_no_temporary_folder_can_be_made_nothing_is_written_and_the_variable_is_named(
+    index, photos, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TMPDIR", str(tmp_path / "away"))
+        with pytest.raises(
+            ValueError, match=r"photos\.index can't be written: no temporary .* in .*/away; set TMPDIR to"
+        ):
+            index.update(photos)
+    assert counts(index.update(photos)) == {"new": 12}
+
+
 def test_a_tenth_of_the_files_changed_is_a_tenth_encoded(index, tmp_path, counting):
     photos = write(tmp_path / "many", [f"{number:03d}.png" for number in range(100)])
     index.update(photos)

@@ -535,6 +535,9 @@ def _reason_of(error: Exception) -> str:
     """LanceDB's message without the places in its own code."""
     text = re.sub(r"(,|;)?\s*/\S+\.rs:\d+(:\d+)?", "", str(error))
     text = re.sub(r"\. Valid fields are .*", "", text)
+    if "temp dir" in text:  # for what a commit sorts; Rust takes the variable, else this folder, and looks no further
+        temporary = os.environ.get("TMPDIR") or "/tmp"
+        return f"no temporary folder can be made in {temporary}; set TMPDIR to a folder that can be written"
     text = re.sub(
         r"^(Invalid input, |lance error: |LanceError\(IO\): |Schema error: |RuntimeError: )+", "", text.strip()
     )
