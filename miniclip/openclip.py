@@ -729,8 +729,8 @@ _HOMES = {
     openclip_names: (
         *openclip_names.KINDS, "CLIPTextCfg", "CLIPVisionCfg", "IMAGENET_CLASSNAMES", "IMAGENET_MEAN", "IMAGENET_STD",
         "INCEPTION_MEAN", "INCEPTION_STD", "OPENAI_DATASET_MEAN", "OPENAI_DATASET_STD", "OPENAI_IMAGENET_TEMPLATES",
-        "SIMPLE_IMAGENET_TEMPLATES", "get_cast_dtype", "get_input_dtype", "get_model_preprocess_cfg",
-        "get_model_tokenize_cfg", "set_model_preprocess_cfg",
+        "SIMPLE_IMAGENET_TEMPLATES", "_apcfg", "_mc2cfg", "_mccfg", "_pcfg", "_pecfg", "_slpcfg", "get_cast_dtype",
+        "get_input_dtype", "get_model_preprocess_cfg", "get_model_tokenize_cfg", "set_model_preprocess_cfg",
     ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

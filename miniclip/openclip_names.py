@@ -121,6 +121,21 @@ def get_input_dtype(precision: str) -> torch.dtype | None:
     return _DTYPES.get(precision.removeprefix("pure_"))
 
 
+def _settings_of_weights(mean: Any, std: Any, interpolation: str, resize_mode: str) -> Callable[..., dict[str, Any]]:
+    """Makes the settings of weights as open_clip lists them, of a family that shares how its pictures are prepared."""
+    pixels = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
+    return lambda url="", hf_hub="", **more: {"url": url, "hf_hub": hf_hub, **pixels, **more}
+
+
+# CLIP's, SigLIP's, CLIPA's, MobileCLIP's, MobileCLIP2's and those of Perception Encoder.
+_pcfg = _settings_of_weights(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, "bicubic", "shortest")
+_slpcfg = _settings_of_weights(INCEPTION_MEAN, INCEPTION_STD, "bicubic", "squash")
+_apcfg = _settings_of_weights(IMAGENET_MEAN, IMAGENET_STD, "bilinear", "squash")
+_mccfg = _settings_of_weights((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", "shortest")
+_mc2cfg = _settings_of_weights(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, "bilinear", "shortest")
+_pecfg = _settings_of_weights(INCEPTION_MEAN, INCEPTION_STD, "bilinear", "squash")
+
+
 def get_model_preprocess_cfg(model: Any) -> dict[str, Any]:
     return getattr(model, "visual", model).preprocess_cfg
 

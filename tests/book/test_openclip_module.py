@@ -884,6 +884,17 @@ def test_every_name_of_theirs_is_here_or_what_stands_in_its_place_is_told():
     assert {"get_cast_dtype", "VisionTransformer", "create_loss"} <= {*dir(ours)}
 
 
+@pytest.mark.parametrize("name", ["_pcfg", "_slpcfg", "_apcfg", "_mccfg", "_mc2cfg", "_pecfg"])
+def test_settings_of_weights_are_theirs(name):
+    """Loaders of weights of their own prepare pictures by them, as Marqo's."""
+    own, theirs = getattr(ours, name), getattr(open_clip.pretrained, name)
+    assert own() == theirs()
+    changed = {"hf_hub": "owner/name/", "mean": (0.1, 0.2, 0.3), "size": 240}
+    assert own("https://x/y.pt", **changed) == theirs("https://x/y.pt", **changed)
+    settings = {key: value for key, value in own().items() if key in ("mean", "std", "interpolation", "resize_mode")}
+    assert ours.image_transform_v2(ours.PreprocessCfg(**settings), is_train=False)
+
+
 LACKING = """
 import miniclip.openai, miniclip.openclip
 miniclip.openai.install()
