@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .common.modules import loads_recorded
@@ -82,10 +83,14 @@ class TimmTower(nn.Module):
         try:
             with loads_recorded() as loads:
                 trunk = create()
+            again = None
+            if file and not loads:  # a loader of the model's own tells nothing
+                with torch.random.fork_rng(devices=[]):
+                    again = create()
         except Exception as error:  # of downloads and damaged files anything
             raise ValueError(f"no {what}: {error}") from error
         if file:
-            self._refuse_other_names(trunk, loads, what)
+            self._refuse_other_names(trunk, loads, again, what)
         for name in ("mean", "std"):
             theirs, ours = tuple(trunk.pretrained_cfg[name]), getattr(config, name)
             if any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True)):
@@ -95,12 +100,17 @@ class TimmTower(nn.Module):
         self.trunk.load_state_dict(trunk.state_dict())
 
     @staticmethod
-    def _refuse_other_names(trunk: Any, loads: list[Any], what: str) -> None:
-        """Raises a ValueError for a file that lacks tensors of the trunk, or has more blocks: timm only logs that."""
+    def _refuse_other_names(trunk: Any, loads: list[Any], again: Any | None, what: str) -> None:
+        """Raises a ValueError for a file that lacks tensors of the trunk, or has more blocks: timm only logs that.
+
+        Args:
+            again: the same once more; what of it differs, NaN too, is not from the file.
+        """
         tensors, classifier = trunk.state_dict(), trunk.pretrained_cfg.get("classifier") or ()
         heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        lacking = [name for load in loads for name in load.missing_keys if not name.startswith(heads)]
-        lacking += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        lacking = [n for load in loads for n in load.missing_keys if not n.startswith(heads)]
+        found = tensors if again is None else again.state_dict()
+        lacking += [n for n, tensor in tensors.items() if not n.startswith(heads) and not tensor.equal(found[n])]
         if lacking:
             raise ValueError(
                 f"no {what}: it has no {some(lacking)}, or not as numbers; it must be a state dict by timm's names"
