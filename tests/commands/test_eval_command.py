@@ -281,7 +281,8 @@ def run(python: list[str], *args: str | Path) -> subprocess.CompletedProcess[str
     return done
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_gives_the_results_of_one(models, sets, tmp_path, processes):
     args = ["--model", models[0], "--data", sets / "photos", sets / "table.csv", "--no-cache", "--workers", 0]
     evaluate(*args, "--out", tmp_path / "one")

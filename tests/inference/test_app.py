@@ -183,6 +183,7 @@ def test_a_word_is_chosen_for_its_heat_map(page, browser, tmp_path):
     assert visitor.problems() == []
 
 
+@pytest.mark.long
 def test_of_many_labels_those_of_the_answer_can_be_looked_for(page, browser, tmp_path):
     """And what is left out is counted: here the words of labels, and the labels that are furthest."""
     visitor = Visitor(browser.driver, page)

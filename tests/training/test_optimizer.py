@@ -800,16 +800,13 @@ def test_a_mistake_is_told_before_anything_is_removed(data, tmp_path, capsys, mo
     assert (run_folder / "best/kept").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [
         ["timm", "--model.optimizer.timm_name=lion", '--model.optimizer.options={"betas": [0.9, 0.98]}'],
-        pytest.param(
-            ["timm", "--model.optimizer.timm_name=adopt", "--model.optimizer.options.eps=1e-6"], marks=pytest.mark.long
-        ),
-        pytest.param(
-            ["muon", "--model.optimizer.layer_decay=0.8", "--model.optimizer.schedule=constant"], marks=pytest.mark.long
-        ),
+        ["timm", "--model.optimizer.timm_name=adopt", "--model.optimizer.options.eps=1e-6"],
+        ["muon", "--model.optimizer.layer_decay=0.8", "--model.optimizer.schedule=constant"],
     ],
     ids=["lion", "adopt", "muon by layers"],
 )

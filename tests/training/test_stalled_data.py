@@ -112,7 +112,8 @@ def test_a_signal_is_heard_while_data_stand_still(data, tmp_path):
     assert f"Saved {run / 'checkpoints' / 'last.ckpt'} at step {saved_step(run)}. To go on:" in out.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_validation_whose_data_stand_still_ends_likewise(data, tmp_path, number):
     run, out = tmp_path / "run", tmp_path / "out"
     process = launch(data, run, out, int(number), 2.0, ToWorkersInValidation, "--trainer.val_check_interval=4")
