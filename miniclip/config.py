@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -37,15 +38,22 @@ SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0
 _MAX_LOGIT_SCALE = math.log(10_000)
 
 
-def refuse_scale_itself(name: str, value: float) -> None:
-    """Raises a ValueError for a logarithm of the logits' scale that can only be the scale itself, as 100 or 1 / 0.07.
+def check_logit_scale(name: str, value: float) -> None:
+    """Raises a ValueError for a logarithm of the logits' scale that can only be the scale itself, as 100 or 1 / 0.07,
+    and warns of one below 0, which will be that of a temperature, as ln 0.07.
 
-    Features are as they should be, and all scores that are made of them would be 0 or 1, or infinite.
+    Features are as they should be, and all probabilities that are made of them would be 0 or 1, or nearly equal.
     """
     if value > _MAX_LOGIT_SCALE:
         raise ValueError(
             f"{name} is {value:.6g}; it must be the logarithm of the scale, at most {_MAX_LOGIT_SCALE:.2f}. If "
             f"{value:.6g} is the scale itself, store {math.log(value):.6g}"
+        )
+    if value < 0:
+        warnings.warn(
+            f"{name} is {value:.6g}, so that cosines are multiplied by {math.exp(value):.3g} and classes have nearly "
+            f"equal probabilities. If {value:.6g} is the logarithm of a temperature, store {-value:.6g}",
+            stacklevel=2,
         )
 
 
@@ -275,7 +283,7 @@ class CLIPConfig:
         _require_choice(self, "towers", Towers)
         _require_choice(self, "activation", Activation)
         _set_finite(self, "init_logit_scale")
-        refuse_scale_itself("CLIPConfig.init_logit_scale", self.init_logit_scale)
+        check_logit_scale("CLIPConfig.init_logit_scale", self.init_logit_scale)
         if self.init_logit_bias is not None:
             _set_finite(self, "init_logit_bias")
 

@@ -38,7 +38,7 @@ from ..common.arguments import BF16, FLOAT32
 from ..common.modules import evaluating, evaluation_mode
 from ..common.version import __version__
 from ..common.wording import cut_short
-from ..config import refuse_scale_itself
+from ..config import check_logit_scale
 from ..data.wordings.kept import Wordings
 from ..fast import bfloat16
 from ..model import CLIP, MissingTower, TextTransformer, VisionTransformer
@@ -362,7 +362,7 @@ def from_object(obj: Any, name: str) -> Encoder:
         float(scale)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"logit_scale of {name} is {obj.logit_scale!r}; it must be one number, a logarithm") from error
-    refuse_scale_itself(f"logit_scale of {name}", float(scale))
+    check_logit_scale(f"logit_scale of {name}", float(scale))
     identity = getattr(obj, "fingerprint", None)
     if identity is not None and not isinstance(identity, str):
         raise ValueError(f"fingerprint of {name} is {identity!r}; it must be a text")

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..common.arguments import check_path, shown
 from ..common.device import find_device
 from ..common.files import write_text
-from ..config import OPENAI_MODELS, Activation, CLIPConfig, refuse_scale_itself
+from ..config import OPENAI_MODELS, Activation, CLIPConfig, check_logit_scale
 from ..data.wordings.kept import WORDINGS_FILE
 from ..images import Preprocess
 from ..model import CLIP
@@ -170,7 +170,7 @@ def _tensors_to_save(model: CLIP) -> Tensors:
                 f"{name} of the model holds infinite numbers or NaN, which `load` refuses: its training diverged. Save "
                 "an earlier state, or keep this one's state_dict() with torch.save"
             )
-    refuse_scale_itself("logit_scale of the model", float(tensors["logit_scale"]))
+    check_logit_scale("logit_scale of the model", float(tensors["logit_scale"]))
     refuse_other_computation(model)
     return tensors
 
@@ -215,7 +215,7 @@ def build(checkpoint: Checkpoint, source: str, dtype: torch.dtype = torch.float3
                 "file is damaged. Take an earlier checkpoint"
             )
         if name == "logit_scale":
-            refuse_scale_itself(f"{called(name)} in {source}", float(tensor))
+            check_logit_scale(f"{called(name)} in {source}", float(tensor))
         # One layout in memory, so that the bits of a result do not depend on the format that the weights came in.
         converted[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
     model.load_state_dict(converted, assign=True)

@@ -158,6 +158,12 @@ def test_what_is_left_out_is_warned_of_by_name(tmp_path, checkpoint, left_out):
         assert_loads(tmp_path / "c.pt")
 
 
+def test_the_logarithm_of_a_temperature_is_warned_of(tmp_path):
+    torch.save(WEIGHTS | {"logit_scale": torch.tensor(0.07).log()}, tmp_path / "c.pt")
+    with pytest.warns(UserWarning, match=r"is -2\.65926, so that cosines are multiplied by 0\.07 .*, store 2\.65926"):
+        load(tmp_path / "c.pt", device="cpu", **HINTS)
+
+
 @pytest.mark.parametrize(
     "checkpoint, words",
     [
