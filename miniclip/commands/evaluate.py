@@ -448,6 +448,7 @@ def told_of_prompts(data: Any, classnames: Sequence[str]) -> str:
 
 def print_what_was_read(found: list[Result]) -> None:
     """What was left out, and what was asked, of each set once."""
+    from ..evaluation.datasets.names import key_of_no_words
     from ..evaluation.zero_shot import told_of_same_names
     from ..reports.tables import wordings
 
@@ -463,8 +464,8 @@ def print_what_was_read(found: list[Result]) -> None:
         if names and (asked := (data.name, data.templates_from, wordings(data.templates))) not in seen:
             print(told_of_prompts(data, names))
             seen.add(asked)
-            if data.name not in seen and all(name.isdigit() for name in names):
-                print(f"{shown_name}: its classes are called by number; --classnames gives them words", file=sys.stderr)
+            if data.name not in seen and len(keys := set(map(key_of_no_words, names))) == 1 and (key := keys.pop()):
+                print(f"{shown_name}: its classes are called by {key}; --classnames gives them words", file=sys.stderr)
             for sentence in told_of_same_names(scores.same_prompts):
                 print(f"{shown_name}: {sentence}", file=sys.stderr)
         seen.add(data.name)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..common.arguments import check_list, check_number, check_precision, shown
 from ..common.storage import is_url
-from ..evaluation.datasets.names import settle_templates
+from ..evaluation.datasets.names import key_of_no_words, settle_templates
 from ..evaluation.datasets.sets import EvaluationSet, Found
 from ..evaluation.encoder import Encoder
 from ..evaluation.features import encode_images
@@ -254,8 +254,8 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         if names is not None and not isinstance(names, Mapping):
             names = check_list("classnames", names, "names")
         if names is None:
-            if not isinstance(label, str):
-                warnings.warn(f"class {label!r} is called by number; classnames= gives it words", stacklevel=4)
+            if key := key_of_no_words(label) if isinstance(label, str) else "number":
+                warnings.warn(f"class {label!r} is called by {key}; classnames= gives it words", stacklevel=4)
             return str(label).replace("_", " ")
         is_known = label in names if isinstance(names, Mapping) else isinstance(label, int) and 0 <= label < len(names)
         if is_known and isinstance(names[label], str | int | float):

@@ -1172,11 +1172,16 @@ def test_eval_takes_them_all_and_scores_them_alike(tmp_path, model, capsys):
     assert "it eats cars" in (tmp_path / "tables/report.html").read_text()
 
 
-def test_eval_says_that_numbers_are_no_names(tmp_path, model, capsys):
+def test_eval_says_that_numbers_and_wordnets_ids_are_no_names(tmp_path, model, capsys):
     for n in range(2):
         tar(tmp_path / f"set/{n}.tar", {f"{n}": {"png": png(n), "cls": b"%d" % n}})
-    cli.main(["eval", "--model", str(model), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")])
-    assert "its classes are called by number; --classnames gives them words" in capsys.readouterr().err
+        (tmp_path / f"folders/n0144000{n}").mkdir(parents=True)
+        (tmp_path / f"folders/n0144000{n}/0.png").write_bytes(png(n))
+    sets = [str(tmp_path / "set"), str(tmp_path / "folders")]
+    cli.main(["eval", "--model", str(model), "--data", *sets, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "set: its classes are called by number; --classnames gives them words" in said
+    assert "folders: its classes are called by WordNet id; --classnames gives them words" in said
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,8 @@ def test_labels_have_names_in_the_prompts(folder, photos):
         np.testing.assert_array_equal(found.predict_proba(paths), words.predict_proba(paths))
     with pytest.warns(UserWarning, match="class 3 is called by number; classnames= gives it words"):
         ZeroShotClassifier(folder).fit(None, [3, 4])
+    with pytest.warns(UserWarning, match="class 'n01440764' is called by WordNet id; classnames= gives it words"):
+        ZeroShotClassifier(folder).fit(None, ["n01440764", "owl"])
 
 
 def test_templates_come_from_a_set_a_file_or_code(folder, photos, tmp_path):

@@ -26,6 +26,7 @@ from .name_files import keyed_names_of, keys_in, names_of, read_text, spoken, te
 from .sets import Found
 
 NUMBER_WORDS = "the labels, which are numbers"
+_WORDNET = re.compile(r"n\d{8}", re.ASCII)
 # n02085620-Chihuahua, 001.Black_footed_Albatross
 _KEY_AND_NAME = re.compile(r"(n\d{8}|\d{2,})[-_. ]+([^\W\d_].*)")
 
@@ -329,6 +330,12 @@ def without_keys(labels: Sequence[str]) -> Sequence[str]:
     are_keys = len({len(key) for key in keys}) == 1 and any(key[0] in "0n" for key in keys)
     is_told = 1 < len(labels) == len(set(keys)) == len(set(map(spoken, names)))
     return names if are_keys and is_told else labels
+
+
+def key_of_no_words(name: Any) -> str | None:
+    """What a class is called by that no text encoder knows: "number", "WordNet id" (n01440764, as ImageNet's folders
+    are), or None for a name in words."""
+    return "number" if str(name).isdigit() else "WordNet id" if _WORDNET.fullmatch(str(name)) else None
 
 
 def seem_numbered_from_1(raw: Sequence[str], names: Sequence[str] | None) -> bool:
