@@ -24,7 +24,8 @@ from .card import CARD_FILE, card_for, is_untouched
 
 _THUMBNAIL_SIDE = 256  # pixels, of the longer side
 _SMALL = 1 << 26  # bytes; larger files are known by their SHA-256
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# The hub's own rule; its client checks it only once the model is converted.
+_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def _withhold_captions(folder: Path) -> None:
 
 def check_repository(repository: str) -> None:
     if not _NAME.fullmatch(repository):
-        raise ValueError(f"{repository!r} is no repository; a name is owner/name, of letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"{repository!r} is no repository; a name is owner/name, each of at most 96 letters (a to z), digits, '.', "
+            "'_' and '-', without '.' or '-' at its ends, without '..' and '--', and the name without .git at its end"
+        )
 
 
 def _refuse_other_files(api: Any, repository: str, operations: Sequence[Any], before: Any) -> None:
@@ -161,7 +165,7 @@ def _refused_by_the_hub(repository: str) -> Iterator[None]:
         if type(error) is ValueError:
             raise
         status = getattr(getattr(error, "response", None), "status_code", None)
-        has_no_right = status in (401, 403) or isinstance(error, LocalTokenNotFoundError)
+        has_no_right = status in (401, 403) or isinstance(error, LocalTokenNotFoundError | UnicodeEncodeError)
         hint = "; log in with `hf auth login`, or set HF_TOKEN to a token that may write there" if has_no_right else ""
         reason = cut_short(" ".join(str(error).split()) or type(error).__name__)
         raise ValueError(

@@ -115,7 +115,7 @@ def _refuse_part(folder: Path, name: str) -> None:
 
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     login = "log in with `hf auth login`, or set HF_TOKEN"
     try:
@@ -124,6 +124,10 @@ def _refusing(name: str) -> Iterator[None]:
         raise ValueError(f"{name!r} can't be had without its owner's leave: ask on its page, and {login}") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{name!r} can't be had: the name is wrong, or it is private; then {login}") from error
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is no model: a name is hf-hub:owner/name, without a revision or a file") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name!r} can't be had: the token has letters that no token has; {login}") from error
     except Exception as error:  # the hub's errors, and those of the library that it talks through
         raise ValueError(
             f"{name!r} can't be had: {_first_line(error)}. Without a network, copy the model's folder here and give "

@@ -153,15 +153,19 @@ def test_a_model_is_not_pushed_to_where_open_clips_would_be_loaded_in_its_place(
 
 
 @pytest.mark.long
-def test_a_token_without_the_right_says_how_to_get_one(tmp_path, model):
+@pytest.mark.parametrize("token", ["hf_other", "hf_ä"])
+def test_a_token_without_the_right_says_how_to_get_one(tmp_path, model, token):
     with Hub() as hub:
-        done = push(hub, tmp_path / "home", str(model), "owner/birds", token="hf_other")
+        done = push(hub, tmp_path / "home", str(model), "owner/birds", token=token)
     assert done.returncode == 2
     assert "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["birds", "owner/", "owner/na me", "a/b/c", "https://host/owner/name"])
+@pytest.mark.parametrize(
+    "name",
+    ["birds", "owner/", "owner/na me", "a/b/c", "https://host/owner/name", "ä/b", "a/-b", "a/b--c", "a/b.git", "a/.."],
+)
 def test_a_name_that_is_no_repository_is_refused_before_anything_is_sent(model, capsys, name):
     assert repr(name) in fails(capsys, ["push", str(model), name, "--dry-run"])
 

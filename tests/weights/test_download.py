@@ -360,6 +360,12 @@ def test_a_hub_model_without_a_network_is_told_with_what_to_do(tmp_path):
     assert "copy the model's folder" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["owner/name@main", "owner/name/model.safetensors", "https://host/owner/name", "ä/b"])
+def test_what_the_hub_has_no_names_like_is_told_as_that(name):
+    with pytest.raises(ValueError, match=f"'hf-hub:{name}' is no model: a name is hf-hub:owner/name, without a rev"):
+        load(f"hf-hub:{name}")
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_model_that_is_cached_needs_no_network(tmp_path, offline):
