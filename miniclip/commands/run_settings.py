@@ -511,7 +511,8 @@ def folder(config: Any) -> Path:
     if path is not None:
         raise ValueError(
             f"the run's folder is given twice: name {config.name!r} means runs/{config.name}, and "
-            f"trainer.default_root_dir is {path!r}; leave one of them out (a name in a file by --name null)"
+            f"trainer.default_root_dir is {path!r}; leave one of them out; what a file gives, "
+            "--name null or --trainer.default_root_dir null leaves out"
         )
     if not re.fullmatch(r"\w[\w.-]*", config.name):
         raise ValueError(f"name is {config.name!r}; it may have letters, digits, '.', '-' and '_'")

@@ -132,6 +132,13 @@ def refuse_another_architecture(checkpoint: CLIPConfig, run: CLIPConfig, source:
     """
     lines = differences(checkpoint.to_dict(), run.to_dict(), "model.clip", ("the checkpoint has", "this run"))
     if lines:
+        old, new = [(each.vision.image_size, each.text.context_length) for each in (checkpoint, run)]
+        sizes = [f"{name}={b}" for name, a, b in zip(("image_size", "context_length"), old, new, strict=True) if a != b]
+        if len(sizes) == len(lines):
+            lines.append(
+                "To start at another size, save the resized model and start from that: "
+                f"miniclip.save(miniclip.load(CHECKPOINT, {', '.join(sizes)})[0], FOLDER)"
+            )
         raise ValueError(f"{source} holds another architecture than this run:\n" + "\n".join(lines))
 
 

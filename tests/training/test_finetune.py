@@ -103,6 +103,7 @@ def test_weights_of_half_precision_become_float32(start):
         (["--model.clip.embed_dim=32"], "model.clip.embed_dim: the checkpoint has 16, this run 32"),
         (["--model.clip.embed_dim=512"], "model.clip.embed_dim: the checkpoint has 16, this run 512"),  # the default
         (["--model.clip.vision.layers=3"], "model.clip.vision.layers: the checkpoint has 2, this run 3"),
+        (["--model.clip.vision.image_size=32"], "miniclip.save(miniclip.load(CHECKPOINT, image_size=32)[0], FOLDER)"),
     ],
 )
 def test_an_architecture_that_is_asked_for_beside_must_be_the_same(data, start, tmp_path, capsys, given, line):

@@ -207,6 +207,7 @@ MISTAKES = [
     ),
     (["--data.val_pairs=1"], "data.val_pairs is 1"),
     (["--name=mine"], "the run's folder is given twice: name 'mine' means runs/mine"),
+    (["--name=mine"], "what a file gives, --name null or --trainer.default_root_dir null leaves out"),
     (["--trainer.limit_train_batches=2"], "use trainer.max_steps for a shorter run"),
     (["--trainer.limit_train_batches=1"], "use trainer.max_steps for a shorter run"),
     (["--trainer.overfit_batches=1"], "trainer.overfit_batches is not supported"),
