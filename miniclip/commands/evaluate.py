@@ -464,7 +464,7 @@ def print_what_was_read(found: list[Result]) -> None:
         if names and (asked := (data.name, data.templates_from, wordings(data.templates))) not in seen:
             print(told_of_prompts(data, names))
             seen.add(asked)
-            if data.name not in seen and len(keys := set(map(key_of_no_words, names))) == 1 and (key := keys.pop()):
+            if data.name not in seen and (key := key_of_no_words(names)):
                 print(f"{shown_name}: its classes are called by {key}; --classnames gives them words", file=sys.stderr)
             for sentence in told_of_same_names(scores.same_prompts):
                 print(f"{shown_name}: {sentence}", file=sys.stderr)

@@ -232,10 +232,13 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _make_prompts(self, threshold: ModelThreshold | None) -> None:
         encoder = self._encoder()
-        self.classnames_ = tuple(self._name_of(label) for label in self.classes_.tolist())
-        for label, name in zip(self.classes_.tolist(), self.classnames_, strict=True):
+        labels = self.classes_.tolist()
+        self.classnames_ = tuple(map(self._name_of, labels))
+        for label, name in zip(labels, self.classnames_, strict=True):
             if not name.strip():
                 raise ValueError(f"class {label!r} has an empty name, whose prompts would fit any image; leave it out")
+        if self.classnames is None and (key := key_of_no_words(labels)):
+            warnings.warn(f"classes are called by {key}, as {labels[0]!r}; classnames= gives them words", stacklevel=3)
         templates = self._templates(threshold)
         if threshold is not None:
             threshold.check_model(encoder)
@@ -254,8 +257,6 @@ class ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         if names is not None and not isinstance(names, Mapping):
             names = check_list("classnames", names, "names")
         if names is None:
-            if key := key_of_no_words(label) if isinstance(label, str) else "number":
-                warnings.warn(f"class {label!r} is called by {key}; classnames= gives it words", stacklevel=4)
             return str(label).replace("_", " ")
         is_known = label in names if isinstance(names, Mapping) else isinstance(label, int) and 0 <= label < len(names)
         if is_known and isinstance(names[label], str | int | float):

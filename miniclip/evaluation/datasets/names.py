@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -332,10 +332,14 @@ def without_keys(labels: Sequence[str]) -> Sequence[str]:
     return names if are_keys and is_told else labels
 
 
-def key_of_no_words(name: Any) -> str | None:
-    """What a class is called by that no text encoder knows: "number", "WordNet id" (n01440764, as ImageNet's folders
-    are), or None for a name in words."""
-    return "number" if str(name).isdigit() else "WordNet id" if _WORDNET.fullmatch(str(name)) else None
+def key_of_no_words(names: Iterable[Any]) -> str | None:
+    """What all classes are called by that no text encoder knows: "number", "WordNet id" (n01440764, as ImageNet's
+    folders are), or None where one has a name in words."""
+    kinds = {
+        "number" if not isinstance(name, str) or name.isdigit() else "WordNet id" if _WORDNET.fullmatch(name) else None
+        for name in names
+    }
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def seem_numbered_from_1(raw: Sequence[str], names: Sequence[str] | None) -> bool:
