@@ -323,7 +323,10 @@ LOGO.paste((200, 30, 30, 255), (30, 30, 70, 70))
 
 @pytest.mark.parametrize("began", ["openai", "hf"])
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_conversion_says_whether_pictures_still_become_the_same_pixels(tmp_path, source, to, began, capsys):
+def test_a_conversion_says_whether_pictures_still_become_the_same_pixels(
+    tmp_path, source, to, began, capsys, monkeypatch
+):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # whatever other tests do
     path = source
     if began == "hf":
         path = tmp_path / "began"
