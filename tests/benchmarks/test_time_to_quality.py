@@ -178,12 +178,12 @@ def test_the_report_has_every_seed_and_the_picture_is_drawn(tiny, tmp_path):
     assert (tmp_path / "new/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ratios_are_of_what_it_takes_to_open_clips_best(tiny):
-    _, comparison = tiny
+def test_ratios_are_of_what_it_takes_to_open_clips_best():
     theirs = time_to_quality.Run([Point(10, 640, 20.0, 30.0, 50.0), Point(20, 1280, 40.0, 60.0, 40.0)], {})
     ours = time_to_quality.Run([Point(4, 128, 4.0, 5.0, 100.0)], {})
     never = time_to_quality.Run([Point(4, 128, 4.0, 5.0, 49.0)], {})
-    found = comparison._replace(rows=[(0, theirs, ours), (1, theirs, never)]).ratios()
+    rows = [(0, theirs, ours), (1, theirs, never)]
+    found = time_to_quality.Comparison(bench=None, grid={}, chosen=(16, 1e-3, 0.5), rows=rows, costs={}).ratios()
     assert found == {"steps": [5.0, 0.0], "samples": [10.0, 0.0], "processor": [10.0, 0.0], "wall-clock": [12.0, 0.0]}
 
 

@@ -51,7 +51,7 @@ def world(untouched, tmp_path, monkeypatch) -> Path:
 ARE_SLOW = "export", "search"  # with those of `index`
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "verb",
     [

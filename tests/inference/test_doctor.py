@@ -79,6 +79,7 @@ def scenes_folder(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_planted_faults_are_found_and_little_else_is(scenes_folder, tmp_path):
     planted = tmp_path / "planted"
     planted_faults.plant(scenes_folder, planted, most=700, seed=1)

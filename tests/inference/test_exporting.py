@@ -173,6 +173,7 @@ def test_an_export_of_a_threshold_of_upright_pictures_turns_them(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_the_proof_is_from_the_files_on(model, tmp_path, monkeypatch):
     """A runner that reads floats as Pillow does, as black, is found out; what it can't read at all is named."""
     from miniclip.inference.exporting import export as exporting

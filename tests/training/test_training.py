@@ -28,6 +28,7 @@ from miniclip.training.measuring import in_batch_accuracy
 from miniclip.training.step import CLIPTraining
 
 
+@pytest.mark.long
 def test_a_clip_learns_to_name_colours_it_was_only_told_of_in_captions(data, tmp_path):
     zero_shot = (
         '--trainer.callbacks=[{"class_path": "miniclip.training.zero_shot.ZeroShotEvaluation", '
