@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from .card import CARD_FILE, card_for, is_untouched
 
 _THUMBNAIL_SIDE = 256  # pixels, of the longer side
 _SMALL = 1 << 26  # bytes; larger files are known by their SHA-256
-# The hub's own rule; its client checks it only once the model is converted.
-_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,18 @@ def _withhold_captions(folder: Path) -> None:
 
 
 def check_repository(repository: str) -> None:
-    if not _NAME.fullmatch(repository):
-        raise ValueError(
-            f"{repository!r} is no repository; a name is owner/name, each of at most 96 letters (a to z), digits, '.', "
-            "'_' and '-', without '.' or '-' at its ends, without '..' and '--', and the name without .git at its end"
-        )
+    """Raises a ValueError for what the hub's client would refuse, too, but once the model is converted."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with suppress(HFValidationError):
+        validate_repo_id(repository)
+        if "/" in repository:
+            return
+    raise ValueError(
+        f"{repository!r} is no repository; a name is owner/name, each of at most 96 letters (a to z), digits, '.', "
+        "'_' and '-', without '.' or '-' at its ends, without '..' and '--', and the name without .git at its end"
+    )
 
 
 def _refuse_other_files(api: Any, repository: str, operations: Sequence[Any], before: Any) -> None:
