@@ -8,7 +8,7 @@ DEMO := runs/digits
 
 help:
 	@echo "make demo       train a small CLIP on real handwriting, evaluate it, and write a report"
-	@echo "make test       the tests (a few minutes); make test-long for all of every matrix"
+	@echo "make test       the tests (a quarter of an hour on two cores); make test-long for all of every matrix"
 	@echo "make lint       formatting, lint, types, order of imports"
 	@echo "make docs       the site, in docs/_build: guide, reference, how CLIP works"
 	@echo "make house      what a reader of the code sees, in figures: files, lines, knobs"
