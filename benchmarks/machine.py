@@ -58,10 +58,14 @@ def this_machine(where: torch.device | None = None, precision: str = "32-true") 
 
 
 def _cpu_name() -> str:
-    """The name of a CPU's file of results: by its cores, by its vendor if not Intel, and by AMD's generation."""
+    """The name of a CPU's file of results: by cores, vendor if not Intel, AMD's generation and instruction sets."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    vendor = vendor_name()
+    vendor, sets = vendor_name(), _cpu_fact("flags").split()
     suffix = {"Intel": "", "AMD": f"-amd-family-{_cpu_fact('cpu family')}"}.get(vendor, f"-{vendor.lower()}")
+    if "amx_tile" in sets:
+        suffix += "-amx"
+    elif "avx2" in sets and "avx512f" not in sets:  # AMD's family 25 is both Zen 3 and Zen 4
+        suffix += "-avx2"
     return f"cpu-{cores}-cores{suffix}"
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
+import machine  # noqa: E402
 import samples  # noqa: E402
 import tables  # noqa: E402
 from contenders import LIMIT, OURS, OURS_BF16, precision  # noqa: E402
@@ -403,6 +404,22 @@ def test_a_case_is_meant_by_its_name_its_beginning_or_its_words():
     assert meant("train") == ["train"]  # not what begins with it as well
     assert meant("t") == meant()
     assert meant("tokenizer-warm", "b32") == ["train-b32", "text-b32", "tokenizer-ascii-warm"]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "flags", "expected"),
+    [
+        ("GenuineIntel", "6", "avx avx2 avx512f", "cpu-2-cores"),
+        ("GenuineIntel", "6", "avx avx2 avx512f amx_tile", "cpu-2-cores-amx"),
+        ("AuthenticAMD", "25", "avx avx2 avx512f", "cpu-2-cores-amd-family-25"),
+        ("AuthenticAMD", "25", "avx avx2", "cpu-2-cores-amd-family-25-avx2"),
+    ],
+)
+def test_processors_of_other_instruction_sets_have_files_of_their_own(vendor, family, flags, expected, monkeypatch):
+    facts = {"vendor_id": vendor, "cpu family": family, "flags": flags}
+    monkeypatch.setattr(machine, "_cpu_fact", facts.__getitem__)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert machine._cpu_name() == expected
 
 
 def test_figures_of_another_processor_are_not_mixed_with_ours(tmp_path):
