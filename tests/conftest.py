@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import random
+import signal
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
@@ -26,7 +27,10 @@ SLOW_WINGS = ("docs", "training", "commands", "benchmarks", "inference")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Some tests bound how large a file may grow, and Python would leave modules cut short that it compiles there."""
+    # A shell's background job ignores ctrl-c, and so would each process that a test starts to interrupt it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Some tests bound how large a file may grow, and Python would leave modules cut short that it compiles there.
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(Path(__file__).parents[1] / "miniclip", quiet=1)
 

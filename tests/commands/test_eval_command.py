@@ -317,7 +317,6 @@ def test_who_reads_the_tables_no_further_gets_all_files(models, sets, tmp_path):
 
 STOPPED = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from miniclip.evaluation import features as embedding
 from miniclip.model import CLIP
 embedding._SECONDS_BETWEEN_PARTS = 0.0
