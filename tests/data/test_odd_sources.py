@@ -841,6 +841,39 @@ def test_the_table_of_train_is_advised_with_the_folder_that_its_paths_are_in(
         read_pairs(tmp_path)
 
 
+def test_what_holds_captions_but_is_no_table_is_not_advised_as_one(three):
+    text = '<annotations><image name="0.png"><tag label="cat"/></image></annotations>'  # CVAT's
+    (three / "annotations.xml").write_text(text)
+    with pytest.raises(ValueError, match=r"beside them, and annotations\.xml, which is an XML file; write .* a CSV$"):
+        read_pairs(three)
+    with pytest.raises(ValueError, match=r"annotations\.xml is an XML file; write its images' paths and captions into"):
+        read_pairs(three / "annotations.xml")
+    table(three / "captions.csv", "image,caption\n0.png,words\n")
+    with pytest.raises(
+        ValueError, match=r"and captions\.csv, annotations\.xml\. If that has .* shards \S+captions\.csv "
+    ):
+        read_pairs(three)
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"PK\3\4\x14\0\6\0\x8a", "a zip archive, as workbooks of Excel .* save the sheet as CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", r"a document of .* as Excel's \.xls: save the sheet as CSV"),
+    ],
+)
+def test_a_table_that_is_no_text_is_told_as_what_it_is(tmp_path, start, what):
+    (tmp_path / "table.csv").write_bytes(start)
+    with pytest.raises(ValueError, match=rf"table\.csv is no text but {what}"):
+        read_pairs(tmp_path / "table.csv")
+
+
+def test_absolute_paths_are_not_told_as_relative_to_a_folder(tmp_path):
+    table(tmp_path / "table.csv", "image,caption\n/of/another/1.png,a dog\n/of/another/2.png,a cat\n")
+    with pytest.raises(ValueError, match=r"no image file /of/another/1\.png \(an absolute path, of another machine\?"):
+        read_pairs(tmp_path / "table.csv", images=tmp_path)
+
+
 def test_the_nearest_text_of_a_pictures_name_is_named_and_no_other_picture(tmp_path):
     for part in ("train", "valid"):
         write_picture(tmp_path / part / "images" / "1.png")

@@ -65,6 +65,10 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_NO_TEXTS = {  # how a file begins: what it is, whatever its name says
+    b"PK\3\4": "a zip archive, as workbooks of Excel and of LibreOffice are: save the sheet as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "a document of Microsoft's old kind, as Excel's .xls: save the sheet as CSV in UTF-8",
+}
 
 
 def refuse_equal_names(columns: Sequence[str], path: PurePath) -> None:
@@ -85,12 +89,14 @@ def decode_text(data: bytes, name: object) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        ValueError: another encoding, which nothing in the file names.
+        ValueError: another encoding, which nothing in the file names; or no text, whatever the file's name says.
     """
     encoding = encoding_of(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
+        if what := next((what for start, what in _NO_TEXTS.items() if data.startswith(start)), None):
+            raise ValueError(f"{name} is no text but {what}") from error
         raise ValueError(f"{name} is not UTF-8 text: {error}. Save it as UTF-8") from error
     if encoding == "utf-8" and b"\0" in data and _is_every_other_byte_0(data):
         raise ValueError(

@@ -26,6 +26,7 @@ from .scan import (
     scan,
 )
 from .splits import different_splits, equal_splits, is_all_of, is_named, role_of, split_in
+from .tables import what_else
 
 # What only says what a file is, of a folder or before a suffix: images/a.jpg and captions/a.txt are a pair, as are
 # a.image.jpg and a.caption.txt.
@@ -136,11 +137,15 @@ def _pairs_by_name(files: Scan) -> Pairs:
     left_out += files.left_out
     left_out += files.unread(path for path in files.others if path not in used)
     if not used and files.images and (tables := _possible_tables(files)):
+        found = (
+            f"{folder} holds {len(files.images)} images without a text beside them, and "
+            f"{some([str(path.relative_to(folder)) for path in tables], 3)}"
+        )
+        if what := what_else(tables[0]):
+            raise ValueError(f"{found}, which is {what}")
         where = _folder_of_pictures(files, tables[0])
         raise ValueError(
-            f"{folder} holds {len(files.images)} images without a text beside them, and "
-            f"{some([str(path.relative_to(folder)) for path in tables], 3)}. If that has their captions, name "
-            f"it: miniclip shards {tables[0]} OUT --images {where}"
+            f"{found}. If that has their captions, name it: miniclip shards {tables[0]} OUT --images {where}"
         )
     names = [str(path.relative_to(folder)) for path in (*files.images, *alone)]
     elsewhere = _by_stem(files)
@@ -328,7 +333,7 @@ def _hint(elsewhere: dict[str, list[Path]], path: Path, is_picture: bool) -> str
 
 def _possible_tables(files: Scan) -> list[Path]:
     """What may hold the captions of all pictures: tables, and files that begin with the names of some (Flickr8k's);
-    those of train first."""
+    those of train first. What is to be written as a table before comes last."""
     found = {path for path in files.others if path.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".gz", ".xlsx")}
     names = {image.name for image in files.images}
     for path in (*files.texts, *files.others)[:_LOOKED_INTO]:
@@ -338,7 +343,7 @@ def _possible_tables(files: Scan) -> list[Path]:
     def is_for_another(path: Path) -> bool:
         return any(role_of(split_in(part)) in ("val", "test") for part in path.relative_to(files.folder).parts)
 
-    return sorted(found, key=lambda path: (is_for_another(path), path))
+    return sorted(found, key=lambda path: (what_else(path) is not None, is_for_another(path), path))
 
 
 def _folder_of_pictures(files: Scan, table: Path) -> Path:

@@ -271,6 +271,8 @@ def _absence(path: Path, text: str, images: str | Path | None) -> str | None:
     remedy = "paths are relative to the table's folder; --images names another"
     if images is not None:
         remedy = f"paths are relative to {images}, as --images says"
+    if Path(text).is_absolute():
+        remedy = "an absolute path, of another machine? Relative ones go below the table's folder, or --images"
     if is_windows_path(text):
         return f"no image file {text}, which is a path of Windows ({remedy})"
     try:

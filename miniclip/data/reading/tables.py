@@ -59,6 +59,7 @@ _OTHER_FILES = {
     **dict.fromkeys((".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar"), "a compressed archive; unpack it"),
     **dict.fromkeys((".db", ".sqlite"), "a data base; export a CSV"),
     ".lmdb": "a data base; write its images into a folder and its texts into a CSV",
+    ".xml": "an XML file; write its images' paths and captions into a CSV",
 }  # fmt: skip
 
 
@@ -81,8 +82,11 @@ def read_table(
         return stored.columns, _only_split(path, stored.columns, stored, split, is_asked_for)
     data = _unzipped(path)
     suffix = table_suffix(path)
-    if suffix in _OTHER_FILES or (suffix not in (*TABLE_SUFFIXES, ".txt", ".json") and b"\0" in data[:1000]):
-        raise ValueError(f"{path} is {_OTHER_FILES.get(suffix, 'no text; save it as CSV')}")
+    what = what_else(path)
+    if what is None and suffix not in (*TABLE_SUFFIXES, ".txt", ".json") and b"\0" in data[:1000]:
+        what = "no text; save it as CSV"
+    if what is not None:
+        raise ValueError(f"{path} is {what}")
     text = decode_text(data, path)
     if suffix == ".json" or (suffix in (".jsonl", ".ndjson") and re.match(r"\s*\[\s*\{", text)):
         columns, records, left_out = read_json(path, text)
@@ -95,6 +99,11 @@ def read_table(
     rows = Rows(records)
     rows.left_out = tuple(left_out)
     return columns, _only_split(path, columns, rows, split, is_asked_for)
+
+
+def what_else(path: Path) -> str | None:
+    """What a file is by its suffix, and what to do with it, if it is no table but of a kind that may hold one."""
+    return _OTHER_FILES.get(table_suffix(path))
 
 
 def _only_split(path: Path, columns: list[str], rows: Any, split: str | None, is_asked_for: bool) -> Any:
