@@ -62,6 +62,11 @@ def starting_model(
         )
     start = None if start_from is None else read_checkpoint(locate(start_from))
     if start is not None:
+        if loss == "siglip" and start.config.init_logit_bias is None:
+            raise ValueError(
+                f"model.loss is 'siglip', which needs a bias, and the model of model.start_from {start_from!r} has "
+                "none: leave model.loss out, or start from one that was trained with this loss, or from random weights"
+            )
         if clip not in (CLIPConfig(), start.config):
             refuse_another_architecture(start.config, clip, f"model.start_from {start_from!r}")
         clip = start.config

@@ -404,6 +404,12 @@ def test_a_loss_and_a_bias_that_do_not_belong_together_are_refused(data, tmp_pat
     assert not (tmp_path / "run/checkpoints").exists()
     with pytest.raises(ValueError, match=r"model\.loss is 'sigmoid'; valid are clip, siglip"):
         CLIPTraining(tiny_config(), loss="sigmoid")
+    save(tiny_clip(), tmp_path / "start")
+    for given in ({}, {"clip": tiny_config(init_logit_bias=-10.0)}):  # what it lacks can't be given it
+        with pytest.raises(
+            ValueError, match=r"which needs a bias, and the model of model\.start_from .*start' has none"
+        ):
+            CLIPTraining(**given, start_from=str(tmp_path / "start"), loss="siglip")
 
 
 def test_the_scale_of_the_sigmoid_loss_is_not_bounded(data, tmp_path):
