@@ -134,7 +134,13 @@ miniclip eval --compare reports/digits-best after""",
     )
     ask.add_argument("--explain", action="store_true", help="maps of why the worst mistakes were made, in report.html")
     learn = parser.add_argument_group("learning from features: linear probe, neighbours, Tip-Adapter, few shots")
-    learn.add_argument("--train", nargs="+", default=[], metavar="DATA", help="labelled images, for each set of --data")
+    learn.add_argument(
+        "--train",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="labelled images, for each set of --data; of several parts name one, DATA/train",
+    )
     learn.add_argument("--train-split", metavar="NAME", help="instead: this part of the sets of --data")
     learn.add_argument(
         "--validation", nargs="+", default=[], metavar="DATA", help="to choose by; default: from --train"

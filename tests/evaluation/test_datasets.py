@@ -443,6 +443,13 @@ def test_a_folder_without_class_folders_is_refused(tmp_path):
         open_dataset(tmp_path)
 
 
+def test_a_second_column_without_a_header_is_taken_for_labels_by_no_guess(tmp_path):
+    write_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"'image', 'caption'; .* If it has no header, .* as image,label$"):
+        open_dataset(lines(tmp_path / "table.csv", "a.png,cat"))
+    assert open_dataset(lines(tmp_path / "table.csv", "image,label", "a.png,cat")).classnames == ("cat",)
+
+
 def test_classifys_folder_of_what_is_no_class_is_left_out_and_named(tmp_path):
     class_folders(tmp_path, "cat", "dog")
     class_folders(tmp_path, "none of these", images=3)

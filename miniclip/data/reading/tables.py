@@ -49,6 +49,7 @@ from .splits import (
 _PIECE_BYTES = 2**24
 _ROWS_LOOKED_AT = 20  # rows that tell what a column holds
 _BOUND_OF_CSV = threading.Lock()
+_WITHOUT_HEADER = ("image", "caption")
 _SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _OTHER_FILES = {
     ".xlsx": "an Excel file; save it as CSV", ".xls": "an Excel file; save it as CSV", ".ods": "a spreadsheet; save it "
@@ -369,7 +370,7 @@ def _without_quotes(cell: str) -> str:
 def _columns_without_header(path: Path, first: list[str]) -> list[str]:
     """Flickr8k's and Conceptual Captions' tables name no columns: an image and a caption, in either order."""
     if len(first) == 2:
-        return ["image", "caption"] if names_picture(first[0]) else ["caption", "image"]
+        return list(_WITHOUT_HEADER if names_picture(first[0]) else reversed(_WITHOUT_HEADER))
     raise ValueError(
         f"{path} has no header: its first line holds an image ({', '.join(first)[:100]}); put a line above it that "
         "names the columns, such as image,caption"
@@ -516,6 +517,8 @@ def find_column(columns: Iterable[str], known: tuple[str, ...], what: str, sourc
     if len(columns) == 1:
         separators = ", ".join(_SEPARATORS.values())
         hint = f". If that is several columns in one: they may be separated by {separators}"
+    elif {*columns} == {*_WITHOUT_HEADER}:
+        hint = ". If it has no header, they are only taken for such: put one above its lines, as image,label"
     raise ValueError(
         f"{source} has no column for {what}: its columns are {columns_in_words(columns)}; "
         f"one must be called {', '.join(known[:-1])} or {known[-1]}, or be named to the command{hint}"
