@@ -37,6 +37,14 @@ def error(found, expected):
     return ((found.double() - expected.double()).abs().max() / expected.abs().max()).item()
 
 
+@pytest.fixture(params=["this CPU", "one without instructions"])
+def cpu(request, monkeypatch):
+    if request.param != "this CPU":
+        monkeypatch.setattr(bfloat16, "can_pack", lambda: False)
+        monkeypatch.setattr(bfloat16, "is_fast", lambda: False)
+
+
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("activation", ["none", "gelu", "swish"])
 @pytest.mark.parametrize("rows", [1, 50])
 def test_a_layer_multiplies_rounded_numbers_and_rounds_once(rows, activation):
@@ -51,6 +59,7 @@ def test_a_layer_multiplies_rounded_numbers_and_rounds_once(rows, activation):
     assert error(layer(x), exact) < 2 * ULP  # with gradients PyTorch's own product, which rounds before activations
 
 
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @pytest.mark.parametrize("name", VISIONS)
 def test_features_are_those_of_float32_but_for_rounding(name, activation):
