@@ -33,6 +33,7 @@ from ..common.wording import some
 from ..config import SIGLIP_LOGIT_BIAS, SIGLIP_LOGIT_SCALE, CLIPConfig, differences
 from ..data.module import PairDataModule
 from ..data.pairs import Positives
+from ..fast import bfloat16
 from ..model import CLIP
 from ..timm_tower import TimmTower
 from ..weights.load import build, preprocess_for
@@ -219,6 +220,16 @@ def refuse_half_weights(precision: str) -> None:
         raise ValueError(
             f"trainer.precision is {precision}, which keeps the weights themselves in half precision, where "
             f"small steps are lost to rounding. {mixed} is as fast and keeps them in float32"
+        )
+
+
+def warn_of_slow_precision(precision: str) -> None:
+    """Of one whose products a CPU has no instructions for."""
+    if precision in ("bf16-mixed", "16-mixed") and not bfloat16.is_fast():
+        warnings.warn(
+            f"trainer.precision is {precision}, and this CPU has neither AVX512-BF16 nor AMX: steps are slower than in "
+            "float32, without AVX-512 tens of times. Leave it out",
+            stacklevel=3,
         )
 
 

@@ -47,6 +47,7 @@ from .start import (
     refuse_other_weights,
     refuse_settings_of_a_locked_tower,
     starting_model,
+    warn_of_slow_precision,
 )
 
 MAX_LOGIT_SCALE = math.log(100)  # paper section 2.5: more than 100 times the cosine was unstable
@@ -321,6 +322,8 @@ class CLIPTraining(pl.LightningModule):
             return
         refuse_half_weights(str(self.trainer.precision))
         refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and self.trainer.strategy.root_device.type == "cpu":
+            warn_of_slow_precision(str(self.trainer.precision))
         if self.trainer.is_global_zero and (lines := other_computation(self.clip)):
             what = "the model computes something else than its config describes, so `miniclip.load` gives another model"
             warnings.warn("\n".join([f"{what} of this run's checkpoints:", *lines]), stacklevel=2)

@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from miniclip.data.module import PairDataModule
+from miniclip.fast import bfloat16
 from miniclip.training.optimizer import OptimizerConfig
 from miniclip.training.resume import Resumption
 from miniclip.training.step import CLIPTraining
@@ -187,6 +188,16 @@ def test_data_that_prepare_other_pairs_than_the_model_takes_are_refused(data, cl
 def test_what_the_command_line_refuses_a_trainer_of_ones_own_does_not_run(data, options, message):
     with pytest.raises(ValueError, match=message):
         trainer(**options).fit(CLIPTraining(tiny_config()), pairs(data))
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_precision_that_the_cpu_has_no_instructions_for_is_warned_of(data, monkeypatch, is_fast):
+    monkeypatch.setattr(bfloat16, "is_fast", lambda: is_fast)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(precision="bf16-mixed", max_steps=1).fit(CLIPTraining(tiny_config()), pairs(data))
+    said = "trainer.precision is bf16-mixed, and this CPU has neither AVX512-BF16 nor AMX: steps are slower"
+    assert any(said in str(each.message) for each in told) != is_fast
 
 
 def own_loaders(data, steps: int) -> list[DataLoader[Any]]:
