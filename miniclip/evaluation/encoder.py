@@ -141,7 +141,7 @@ def in_bf16(encoder: Encoder) -> Encoder:
         raise ValueError(f"precision bf16 is for CPUs and for GPUs of CUDA that have it; {device} has not: use cpu")
     if device.type == "cpu" and not bfloat16.is_fast():
         warnings.warn(
-            "this CPU has neither AVX512-BF16 nor AMX, so bf16 is slower here than float32, and less exact (towers of "
+            "this CPU has neither AVX512-BF16 nor AMX, so bf16 is no faster here than float32, and less exact (towers of "
             "timm's and other libraries', without AVX-512, tens of times slower)",
             stacklevel=3,
         )

@@ -2,8 +2,8 @@
 
 bfloat16 has float32's range in half of its bits: 8 bits of each number remain. CPUs with AVX512-BF16 or AMX multiply it
 at twice the speed, and add the products in float32. `lower` replaces the layers of a tower once and for good: each
-keeps its weights in bfloat16 alone, in the order of memory that oneDNN reads, so there is no second copy that could
-grow stale. Softmax runs in float32 inside PyTorch's attention. What is cheap, and would add its roundings up from block
+keeps its rounded weights alone, in the order of memory that oneDNN reads, so there is no second copy that could grow
+stale. Softmax runs in float32 inside PyTorch's attention. What is cheap, and would add its roundings up from block
 to block, stays in float32: the sum that runs through a transformer's blocks, its norms, the embeddings, and the
 projection to the shared space. A ResNet has no such sum: its norms are folded into its convolutions.
 
@@ -71,14 +71,14 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         super().__init__()
         self.activation = activation
-        self.weight = _packed(weight.detach().bfloat16())  # no parameter: (M, K), in an order that only oneDNN knows
-        self.bias = None if bias is None else bias.detach().bfloat16()
+        self.weight = _packed(_rounded(weight))  # no parameter: (M, K), in an order that only oneDNN knows
+        self.bias = None if bias is None else _rounded(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight, bias = _multiplied(x.bfloat16(), self.weight, self.bias)
+        x, weight = x.bfloat16().to(self.weight.dtype), self.weight
         if weight.layout == torch.strided or torch.is_grad_enabled() or not is_eager(x):
-            return _ACTIVATIONS[self.activation](F.linear(x, _unpacked(weight), bias)).bfloat16()
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, self.activation, [], "none")
+            return _ACTIVATIONS[self.activation](F.linear(x, _unpacked(weight), self.bias)).bfloat16()
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, self.activation, [], "none")
 
 
 class Attention(nn.Module):
@@ -116,13 +116,13 @@ class Convolution(nn.Module):
             gain = norm.weight.detach() * torch.rsqrt(norm.running_var + norm.eps)
             shift = norm.bias.detach() - norm.running_mean * gain
             weight, bias = weight * gain[:, None, None, None], shift if bias is None else bias * gain + shift
-        self.weight = weight.bfloat16().contiguous(memory_format=torch.channels_last)
-        self.bias = None if bias is None else bias.bfloat16()
+        self.weight = _rounded(weight).contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else _rounded(bias)
         self.stride, self.padding = conv.stride, conv.padding
 
     def forward(self, x: Tensor) -> Tensor:
-        x, weight, bias = _multiplied(x.bfloat16(), self.weight, self.bias)
-        return F.conv2d(x, weight, bias, self.stride, self.padding).bfloat16()
+        x = x.bfloat16().to(self.weight.dtype)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).bfloat16()
 
 
 class Patches(nn.Module):
@@ -150,12 +150,11 @@ def _unpacked(weight: Tensor) -> Tensor:
     return weight if weight.layout == torch.strided else weight.to_dense()
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As they are; in float32 on a CPU without instructions for bfloat16, of which PyTorch's own products take seven
-    times as long there. Those of float32 are the same: each is exact, and sums are in float32 either way."""
-    if not x.is_cpu or can_pack() or is_fast():
-        return x, weight, bias
-    return x.float(), weight.float(), None if bias is None else bias.float()
+def _rounded(numbers: Tensor) -> Tensor:
+    """To bfloat16. They stay in 32 bits on a CPU without instructions for it: PyTorch's own products of 16 take seven
+    times as long there, and those of 32 are the same, as each is exact and sums are in float32 either way."""
+    rounded = numbers.detach().bfloat16()
+    return rounded.float() if numbers.is_cpu and not (can_pack() or is_fast()) else rounded
 
 
 @cache

@@ -224,8 +224,8 @@ def refuse_half_weights(precision: str) -> None:
 
 
 def warn_of_slow_precision(precision: str) -> None:
-    """Of one whose products a CPU has no instructions for."""
-    if precision in ("bf16-mixed", "16-mixed") and not bfloat16.is_fast():
+    """Of one whose products are in bfloat16, where the CPU has no instructions for them."""
+    if not bfloat16.is_fast():
         warnings.warn(
             f"trainer.precision is {precision}, and this CPU has neither AVX512-BF16 nor AMX: steps are slower than in "
             "float32, without AVX-512 tens of times. Leave it out",

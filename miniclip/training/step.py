@@ -322,7 +322,8 @@ class CLIPTraining(pl.LightningModule):
             return
         refuse_half_weights(str(self.trainer.precision))
         refuse_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
-        if self.trainer.is_global_zero and self.trainer.strategy.root_device.type == "cpu":
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and self.trainer.is_global_zero and _autocast(str(self.trainer.precision)):
             warn_of_slow_precision(str(self.trainer.precision))
         if self.trainer.is_global_zero and (lines := other_computation(self.clip)):
             what = "the model computes something else than its config describes, so `miniclip.load` gives another model"

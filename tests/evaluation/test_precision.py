@@ -109,7 +109,7 @@ def test_a_model_in_bf16_is_not_explained(model):
 def test_a_cpu_without_the_instructions_is_warned_of(model, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert not bfloat16.is_fast()
-    with pytest.warns(UserWarning, match="neither AVX512-BF16 nor AMX, so bf16 is slower"):
+    with pytest.warns(UserWarning, match="neither AVX512-BF16 nor AMX, so bf16 is no faster"):
         open_model(model, "cpu", "bf16")
 
 
