@@ -141,8 +141,8 @@ def in_bf16(encoder: Encoder) -> Encoder:
         raise ValueError(f"precision bf16 is for CPUs and for GPUs of CUDA that have it; {device} has not: use cpu")
     if device.type == "cpu" and not bfloat16.is_fast():
         warnings.warn(
-            "this CPU has neither AVX512-BF16 nor AMX, so bf16 is no faster here than float32, and less exact (towers of "
-            "timm's and other libraries', without AVX-512, tens of times slower)",
+            "this CPU has neither AVX512-BF16 nor AMX, so bf16 is no faster here than float32, and less exact (towers "
+            "of timm's and other libraries', without AVX-512, tens of times slower)",
             stacklevel=3,
         )
     digests = encoder.image_digest(), encoder.text_digest()
