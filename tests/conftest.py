@@ -31,7 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Some tests bound how large a file may grow, and Python would leave modules cut short that it compiles there.
-    if not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        import warm
+
+        warm.start_fork_server()
+    else:
         compileall.compile_dir(Path(__file__).parents[1] / "miniclip", quiet=1)
 
 

@@ -22,6 +22,7 @@ import sys
 import threading
 from contextlib import suppress
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,9 +96,24 @@ def run(
 
 def start_ranks(function: Any, args: tuple[Any, ...], count: int) -> Any:
     """`torch.multiprocessing.start_processes(function, args, count, join=False)`, of processes like those above."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["miniclip.commands.train", "torchvision"])
+    start_fork_server()
     arguments = (dict(os.environ), function, args)
     return start_processes(_in_environment, arguments, count, join=False, start_method="forkserver")
+
+
+def start_fork_server() -> None:
+    """The one that ranks and workers of this process's loaders come from: who starts it first says what it imports, and
+    what it has not, each of them imports.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["preloaded"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of which the server of Python 3.11 takes no notice else
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
 
 
 def spawn(function: Any, args: tuple[Any, ...], count: int) -> None:
@@ -211,13 +227,7 @@ def _end(status: int) -> None:
 
 
 if __name__ == "__main__":
-    import matplotlib.pyplot  # noqa: F401
-    import torchvision  # noqa: F401
-
-    import miniclip.commands.train  # noqa: F401
-
-    with suppress(ImportError):
-        import s3fs  # noqa: F401  # which Lightning looks for
+    import preloaded  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -321,7 +322,10 @@ def peak(device: torch.device, precision: str) -> Peak:
     printed = data_sheet_flops(name, arithmetic)
     if printed is not None:
         return Peak(printed, f"{name}, {arithmetic}, dense, by its data sheet")
-    return Peak(_measure(device, DTYPES[arithmetic]), f"{name}, {arithmetic}, measured by a matrix product")
+    return Peak(
+        _measure(device, DTYPES[arithmetic], torch.get_num_threads()),
+        f"{name}, {arithmetic}, measured by a matrix product",
+    )
 
 
 def _arithmetic(device: torch.device, precision: str) -> str:
@@ -340,7 +344,8 @@ def data_sheet_flops(name: str, arithmetic: str) -> float | None:
     return None if printed is None else printed * 1e12
 
 
-def _measure(device: torch.device, dtype: torch.dtype) -> float:
+@cache
+def _measure(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
     """The best rate over square products, by the best library, of growing size until one takes 0.01 s."""
     best, side, seconds = 0.0, 256, 0.0
     while seconds < 0.01 and side <= 16384:
