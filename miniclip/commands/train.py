@@ -357,6 +357,10 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would look for hyper-parameters in the checkpoint, which holds none."""
 
+    def _dump_config(self) -> None:
+        """Lightning's would write the settings as YAML and read them, for the hyper-parameters that are not kept."""
+        self.config_dump: dict[str, Any] = {}
+
     @property
     def run_folder(self) -> Path:
         return Path(self.config[self.subcommand].trainer.default_root_dir)

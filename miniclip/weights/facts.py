@@ -42,7 +42,8 @@ class Facts:
 
 def forward_flops(tower: nn.Module, inputs: Tensor) -> int:
     """Multiplications and additions of the matrix products that a tower takes for some inputs, both on meta."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    # Not inference_mode, in which the counter would have to take apart in Python what else comes to it in products.
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         if not isinstance(tower, MissingTower):
             tower(inputs)
     return int(counter.get_total_flops())

@@ -53,6 +53,11 @@ STAND_INS = [
     ("{00000..01242}", "{00000..00003}"),
     ("imagenet/val --classnames imagenet", "imagenet/val --classnames two.txt"),
     ("imagenet-r.csv --classnames imagenet", "imagenet-r.csv --classnames two.txt"),
+    (
+        "fit --config configs/small.yaml",
+        "fit --config configs/small.yaml "
+        + " ".join(f"--model.clip.{tower}.{size}" for tower in ("vision", "text") for size in ("width 64", "layers 2")),
+    ),
     ("--max_samples 10000000", "--max_samples 16 --data.batch_size 8 --data.num_workers 0"),
 ]
 SHORT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.batch_size 8 --data.num_workers 0"

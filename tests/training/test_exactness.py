@@ -83,17 +83,23 @@ def fingerprints(batch: Batch) -> list[Fingerprint]:
     ]
 
 
-@pytest.fixture(scope="module")
-def shelves(tmp_path_factory) -> dict[int, Path]:
-    """1,000 pictures with their number as caption, in as many shards as the key says."""
-    folder = tmp_path_factory.mktemp("shelves")
-    write_pairs(folder / "src", NUM_SAMPLES, size=(8, 8))
-    out = {}
-    for shards in NUM_SHARDS:
-        out[shards] = folder / str(shards)
+class Shelves(dict[int, Path]):
+    """1,000 pictures with their number as caption, in as many shards as the key says; packed when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_pairs(folder / "src", NUM_SAMPLES, size=(8, 8))
+
+    def __missing__(self, shards: int) -> Path:
+        self[shards] = out = self.folder / str(shards)
         each = math.ceil(NUM_SAMPLES / shards)
-        assert pack_folder(folder / "src", out[shards], samples_per_shard=each).shards == shards
-    return out
+        assert pack_folder(self.folder / "src", out, samples_per_shard=each).shards == shards
+        return out
+
+
+@pytest.fixture(scope="module")
+def shelves(tmp_path_factory) -> Shelves:
+    return Shelves(tmp_path_factory.mktemp("shelves"))
 
 
 @cache
@@ -199,7 +205,8 @@ GROUPS = [
 def test_any_number_of_shards_workers_and_ranks_gives_every_sample_once_an_epoch_in_one_order(
     shelves, tmp_path, world_size, cells
 ):
-    results = run_ranks(world_size, shelves, cells, tmp_path / "seen.json", deadline_s=900)
+    packed = {cell.shards: shelves[cell.shards] for cell in cells}
+    results = run_ranks(world_size, packed, cells, tmp_path / "seen.json", deadline_s=900)
     assert len(results) == len(cells)
     for cell, by_rank in zip(cells, results, strict=True):
         assert len(by_rank) == world_size
