@@ -33,15 +33,21 @@ TINY = {
 NAMES = ["a cat", "a large dog", "seven bicycles"]
 
 
+MADE = {}  # open_clip's models by their configurations, for most tests want one of three
+
+
 def write_folder(folder, kind="vit", text=TEXT, **settings):
     """A folder of open_clip's, and the model whose weights are in it."""
     folder.mkdir()
     model = {"embed_dim": 48, "vision_cfg": TINY[kind], "text_cfg": text, **settings}
     pixels = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": "shortest"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": pixels}))
-    theirs = randomised(open_clip.create_model(f"local-dir:{folder}", load_weights=False), 1)
+    name, key = f"local-dir:{folder}", json.dumps(model)
+    if key not in MADE:
+        MADE[key] = randomised(open_clip.create_model(name, load_weights=False), 1)
+    theirs = copy.deepcopy(MADE[key])
     torch.save(theirs.state_dict(), folder / "open_clip_pytorch_model.bin")
-    return f"local-dir:{folder}", theirs
+    return name, theirs
 
 
 @pytest.fixture(params=TINY)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from foreign_models import (
@@ -18,7 +22,16 @@ def target(folder, to, number=0):
 
 
 def archive(folder, kind="vit", halved=lambda *_: True):
-    return write_archive(openclip_model(TINY[kind], seed=1), TINY[kind], folder / "model.pt", halved)
+    path = folder / "model.pt"
+    path.write_bytes(openai_archive(kind, halved))
+    return path
+
+
+@cache
+def openai_archive(kind, halved):
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.pt")
+        return write_archive(openclip_model(TINY[kind], seed=1), TINY[kind], path, halved).read_bytes()
 
 
 def assert_same_bits(found, expected):
