@@ -258,9 +258,9 @@ class TrainingCLI(LightningCLI):
         """until_end: closed when the run has ended."""
         self._until_end = until_end
         self._overwriting: Overwriting | None = None
-        if verb := {*(kwargs.get("args") or sys.argv[1:])[:1]} & self.subcommands().keys():
-            # The other verb's options are as many, and take a tenth of a second.
-            own = {name: skipped for name, skipped in self.subcommands().items() if name in verb}
+        words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        own = {name: skipped for name, skipped in self.subcommands().items() if name in words[:1]}
+        if own:  # the other verb's options are as many, and take a tenth of a second
             self.subcommands = lambda: own  # type: ignore[method-assign]
         super().__init__(*args, **kwargs)
 
