@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
+import threading
 import time
+import weakref
 from collections import Counter
 from itertools import groupby, pairwise
 
@@ -240,6 +243,19 @@ def test_it_travels_to_workers_that_are_not_forked(serve, tmp_path):
     assert dataset[0, 0].problem is None
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy[0, 0].key == dataset[0, 0].key
+
+
+def test_its_thread_ends_when_nothing_reads_any_more(serve, tmp_path):
+    before = set(threading.enumerate())
+    dataset = dataset_of(serve(), tmp_path)
+    read(dataset, block_of(dataset, 0), 0)
+    (thread,) = [each for each in set(threading.enumerate()) - before if each.name == "shards ahead"]
+    shards = weakref.ref(dataset.shards)
+    del dataset
+    gc.collect()
+    thread.join(300)
+    assert not thread.is_alive()
+    assert shards() is None
 
 
 def test_training_has_it_for_remote_shards_alone(serve, tmp_path, files):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -33,7 +34,7 @@ class Ahead:
     ) -> None:
         self._shards, self._order, self._reserved_bytes, self._stop = shards, order, reserved_bytes, stop
         self._epoch_of: dict[int, int] = {}  # of the shards of blocks that were met
-        self._blocks: queue.SimpleQueue[tuple[list[int], list[int]]] | None = None
+        self._blocks: _Blocks | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ahead, (self._shards, self._order, self._reserved_bytes, self._stop)  # a thread stays in its process
@@ -49,14 +50,21 @@ class Ahead:
         self._epoch_of |= dict.fromkeys(block, epoch)
         if self._blocks is None:
             self._blocks = queue.SimpleQueue()
-            threading.Thread(target=self._fetch, args=(self._blocks,), name="shards ahead", daemon=True).start()
+            what = (self._blocks, self._shards, self._reserved_bytes)  # not self, which could never go then
+            threading.Thread(target=_fetch, args=what, name="shards ahead", daemon=True).start()
+            weakref.finalize(self, self._blocks.put, None)
         self._blocks.put((block, following))
 
-    def _fetch(self, blocks: queue.SimpleQueue[tuple[list[int], list[int]]]) -> None:
-        while True:
-            block, following = blocks.get()
-            room = self._shards.cache.limit_bytes - self._reserved_bytes
-            for shard in dict.fromkeys([*block, *following]):
-                room -= self._shards.prefetch(shard, room)
-                if room < 0:  # more would push out what is trained on
-                    break
+
+_Blocks = queue.SimpleQueue[tuple[list[int], list[int]] | None]
+
+
+def _fetch(blocks: _Blocks, shards: Shards, reserved_bytes: int) -> None:
+    """What a thread does until it gets None."""
+    while (wanted := blocks.get()) is not None:
+        block, following = wanted
+        room = shards.cache.limit_bytes - reserved_bytes
+        for shard in dict.fromkeys([*block, *following]):
+            room -= shards.prefetch(shard, room)
+            if room < 0:  # more would push out what is trained on
+                break
